@@ -1,0 +1,1 @@
+"""tokengrain: token-level alignment for language models."""

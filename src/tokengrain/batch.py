@@ -1,0 +1,379 @@
+"""`TokenBatch`: prompts, each with any number of completions, and flat per-token vectors.
+
+A preference pair is a prompt with two completions (chosen first, rejected second), a group of samples a
+prompt with G. Per-token quantities are *flat* vectors `[N]` over the completion tokens that count, in
+order; `Segments` knows which completion each of them belongs to. The shift between a token and the
+position that predicts it is done in `tokengrain.scoring` alone; nothing else pads, masks or shifts.
+
+Tool output or a user's turn inside a completion stays in `completion_ids`, where it is context, and is
+not in the flat vectors: `counted` is False there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PromptRole = Literal["prefix", "encoder"]
+
+
+def _offsets(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
+    ends = torch.tensor([0, *lengths], dtype=torch.long).cumsum(0)
+    return ends.to(device) if device is not None else ends
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Cuts a flat vector `[N]` into `C` consecutive segments, one per completion.
+
+    Args:
+        offsets: long `[C + 1]`, first 0, last N, not decreasing.
+    """
+
+    offsets: Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | None = None) -> Segments:
+        return cls(_offsets(lengths, device))
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens per segment, long `[C]`."""
+        return self.offsets.diff()
+
+    @cached_property
+    def total(self) -> int:
+        """N, the number of tokens in all segments."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Segment of every token, long `[N]`."""
+        segments = torch.arange(len(self), device=self.offsets.device)
+        return torch.repeat_interleave(segments, self.lengths, output_size=self.total)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum per segment: `[N, ...] -> [C, ...]`; an empty segment gives 0."""
+        out = values.new_zeros((len(self), *values.shape[1:]))
+        return out.index_add(0, self.ids, self._checked(values))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean per segment: `[N] -> [C]`; an empty segment gives 0."""
+        return self.sum(values) / self.lengths.clamp(min=1).to(values.dtype)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Maximum per segment: `[N] -> [C]`; an empty segment gives -inf."""
+        out = values.new_full((len(self),), float("-inf"))
+        return out.scatter_reduce(0, self.ids, self._checked(values), "amax", include_self=True)
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Repeat a per-segment value for each of its tokens: `[C, ...] -> [N, ...]`."""
+        return values[self.ids]
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """The segments as a list of C tensors (views)."""
+        return list(self._checked(values).split(self.lengths.tolist()))
+
+    def pairs(self, per_segment: Tensor) -> tuple[Tensor, Tensor]:
+        """`[2P] -> ([P] chosen, [P] rejected)`, for batches whose prompts all have two completions."""
+        if len(self) % 2:
+            raise ValueError(f"preference pairs need an even number of completions, got {len(self)}")
+        return per_segment[0::2], per_segment[1::2]
+
+    @cached_property
+    def is_chosen(self) -> Tensor:
+        """Whether each token belongs to the first completion of its pair, bool `[N]`."""
+        return self.ids % 2 == 0
+
+    def to_padded(self, values: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """`[N, ...] -> ([C, T, ...] left-aligned, bool [C, T] mask)`, T the longest segment."""
+        width = int(self.lengths.max()) if len(self) else 0
+        mask = torch.arange(width, device=self.offsets.device) < self.lengths[:, None]
+        out = values.new_full((len(self), width, *values.shape[1:]), fill)
+        # Rows of the mask are filled in order, which is the order of the flat vector.
+        return out.masked_scatter(mask.view(*mask.shape, *(1,) * (out.dim() - 2)), self._checked(values)), mask
+
+    @staticmethod
+    def from_padded(values: Tensor, mask: Tensor) -> tuple[Tensor, Segments]:
+        """`([C, T, ...], [C, T] mask of tokens that count, anywhere in the row) -> (flat [N, ...], Segments)`.
+
+        What stands at masked positions is never read, so it may be NaN or infinite.
+        """
+        mask = mask.bool()
+        offsets = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)])
+        return values[mask], Segments(offsets)
+
+    def _checked(self, values: Tensor) -> Tensor:
+        if values.shape[0] != self.total:
+            raise ValueError(f"flat vector has {values.shape[0]} tokens, expected {self.total}")
+        return values
+
+
+@dataclass
+class Completion:
+    """One completion as token ids.
+
+    Args:
+        ids: token ids, EOS or end-of-turn included.
+        counted: which of them count (None: all). Tool output and user turns do not.
+        columns: per-token values *over the counted tokens*, for example `token_rewards`, `ref_logps`.
+    """
+
+    ids: list[int]
+    counted: list[bool] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_counted(self) -> int:
+        return len(self.ids) if self.counted is None else sum(self.counted)
+
+
+@dataclass
+class Sample:
+    """One row of data as token ids: a prompt with its completions (a pair: chosen, rejected).
+
+    Args:
+        prompt_ids: token ids of the prompt, BOS included where the tokenizer adds one.
+        completions: its completions.
+        row: identifies the row in messages and logs (row number or id).
+        raw: the row it was made from, for credit sources that need text.
+    """
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+    row: int | str = 0
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens when the prompt is computed once for all completions: what memory grows with."""
+        return len(self.prompt_ids) + sum(len(c.ids) for c in self.completions)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts with their completions, as flat tensors.
+
+    Shapes: G prompts, C completions, T completion tokens, N counted completion tokens.
+
+    Attributes:
+        prompt_ids: long `[sum of prompt lengths]`.
+        prompt_offsets: long `[G + 1]`.
+        completion_ids: long `[T]`.
+        completion_offsets: long `[C + 1]`, into `completion_ids`.
+        counted: bool `[T]`, the tokens that per-token vectors are about.
+        group: long `[C]`, the prompt of each completion; not decreasing.
+        columns: per-token values `[N]` (or `[N, H]`), for example `token_rewards`, `ref_logps`.
+        rows: one identifier per prompt.
+        raw: the rows the prompts were made from (may be empty mappings).
+        prompt_role: "prefix" (decoder-only) or "encoder" (the prompt is the encoder's input).
+    """
+
+    prompt_ids: Tensor
+    prompt_offsets: Tensor
+    completion_ids: Tensor
+    completion_offsets: Tensor
+    counted: Tensor
+    group: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: tuple[int | str, ...] = ()
+    raw: tuple[Mapping[str, Any], ...] = ()
+    prompt_role: PromptRole = "prefix"
+
+    @classmethod
+    def from_samples(cls, samples: Sequence[Sample], prompt_role: PromptRole = "prefix") -> TokenBatch:
+        """Collate samples. A column must be present in all completions or in none."""
+        if not samples:
+            raise ValueError("a TokenBatch needs at least one sample, got none")
+        completions = [c for s in samples for c in s.completions]
+        names = {name for c in completions for name in c.columns}
+        columns = {}
+        for name in sorted(names):
+            parts = [_column(s.row, c, name) for s in samples for c in s.completions]
+            columns[name] = torch.cat(parts)
+        counted = [c.counted if c.counted is not None else [True] * len(c.ids) for c in completions]
+        return cls(
+            prompt_ids=torch.tensor([t for s in samples for t in s.prompt_ids], dtype=torch.long),
+            prompt_offsets=_offsets([len(s.prompt_ids) for s in samples]),
+            completion_ids=torch.tensor([t for c in completions for t in c.ids], dtype=torch.long),
+            completion_offsets=_offsets([len(c.ids) for c in completions]),
+            counted=torch.tensor([k for keep in counted for k in keep], dtype=torch.bool),
+            group=torch.tensor([g for g, s in enumerate(samples) for _ in s.completions], dtype=torch.long),
+            columns=columns,
+            rows=tuple(s.row for s in samples),
+            raw=tuple(s.raw for s in samples),
+            prompt_role=prompt_role,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.completion_ids.device
+
+    @property
+    def n_prompts(self) -> int:
+        return self.prompt_offsets.numel() - 1
+
+    @property
+    def n_completions(self) -> int:
+        return self.completion_offsets.numel() - 1
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Prompt tokens (once per prompt) plus completion tokens."""
+        return self.prompt_ids.numel() + self.completion_ids.numel()
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Segments of the flat `[N]` vectors, one per completion."""
+        per_completion = Segments(self.completion_offsets).sum(self.counted.long())
+        return Segments(torch.cat([per_completion.new_zeros(1), per_completion.cumsum(0)]))
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Token ids that are scored, long `[N]`."""
+        return self.completion_ids[self.counted]
+
+    @cached_property
+    def is_pairs(self) -> bool:
+        """Whether every prompt has exactly two completions."""
+        return bool((torch.bincount(self.group, minlength=self.n_prompts) == 2).all())
+
+    def prompt(self, index: int) -> Tensor:
+        """Token ids of prompt `index`."""
+        start, end = self.prompt_offsets[index : index + 2].tolist()
+        return self.prompt_ids[start:end]
+
+    def completion(self, index: int) -> Tensor:
+        """Token ids of completion `index`, uncounted ones included."""
+        start, end = self.completion_offsets[index : index + 2].tolist()
+        return self.completion_ids[start:end]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch with every tensor on `device`."""
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in (
+                "prompt_ids",
+                "prompt_offsets",
+                "completion_ids",
+                "completion_offsets",
+                "counted",
+                "group",
+            )
+        }
+        return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
+
+    def with_columns(self, **columns: Tensor) -> TokenBatch:
+        """The same batch with per-token columns added or replaced; each `[N]` or `[N, ...]`."""
+        for name, values in columns.items():
+            if values.shape[0] != self.segments.total:
+                raise ValueError(f"column {name!r} has {values.shape[0]} tokens, expected {self.segments.total}")
+        return replace(self, columns={**self.columns, **columns})
+
+    def select(self, prompts: Sequence[int]) -> TokenBatch:
+        """The batch of these prompts with all their completions, in the order given."""
+        wanted = torch.tensor(list(prompts), dtype=torch.long, device=self.device)
+        by_group: list[list[int]] = [[] for _ in range(self.n_prompts)]
+        for index, group in enumerate(self.group.tolist()):
+            by_group[group].append(index)
+        chosen = [c for g in wanted.tolist() for c in by_group[g]]
+        tokens = _gather_index(self.completion_offsets, chosen)
+        flat = _gather_index(self.segments.offsets, chosen)
+        prompt_lengths = self.prompt_offsets.diff()[wanted].tolist()
+        lengths = self.completion_offsets.diff()[chosen].tolist()
+        sizes = [len(by_group[g]) for g in wanted.tolist()]
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[_gather_index(self.prompt_offsets, wanted.tolist())],
+            prompt_offsets=_offsets(prompt_lengths, self.device),
+            completion_ids=self.completion_ids[tokens],
+            completion_offsets=_offsets(lengths, self.device),
+            counted=self.counted[tokens],
+            group=torch.repeat_interleave(
+                torch.arange(len(sizes), device=self.device), torch.tensor(sizes, device=self.device)
+            ),
+            columns={k: v[flat] for k, v in self.columns.items()},
+            rows=tuple(self.rows[g] for g in wanted.tolist()) if self.rows else (),
+            raw=tuple(self.raw[g] for g in wanted.tolist()) if self.raw else (),
+        )
+
+    def split(self, max_tokens: int | None, parts: int = 1) -> list[TokenBatch]:
+        """Cut into micro-batches of whole prompts, each of at most `max_tokens` tokens where possible.
+
+        A prompt larger than the budget gets a micro-batch of its own. At least `parts` micro-batches are
+        made (at most one per prompt), so that ranks can agree on a number of forward passes.
+        """
+        if max_tokens is None and parts == 1:
+            return [self]
+        completion_tokens = torch.zeros(self.n_prompts, dtype=torch.long, device=self.device)
+        completion_tokens = completion_tokens.index_add(0, self.group, self.completion_offsets.diff())
+        sizes = (self.prompt_offsets.diff() + completion_tokens).tolist()
+        count = max(parts, len(_first_fit(sizes, max_tokens)) if max_tokens is not None else 1)
+        bins = _balanced(sizes, min(count, len(sizes)))
+        if max_tokens is not None and any(len(b) > 1 and sum(sizes[i] for i in b) > max_tokens for b in bins):
+            bins = _first_fit(sizes, max_tokens)
+            while len(bins) < min(parts, len(sizes)):
+                largest = max(bins, key=len)
+                bins.remove(largest)
+                bins += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return [self.select(b) for b in bins]
+
+    def to_padded(self, values: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Flat `[N, ...]` to `([C, T, ...], mask [C, T])`; see `Segments.to_padded`."""
+        return self.segments.to_padded(values, fill)
+
+
+def _column(row: int | str, completion: Completion, name: str) -> Tensor:
+    if name not in completion.columns:
+        raise ValueError(f"row {row}: column {name!r} is missing in one completion and present in others")
+    values = torch.as_tensor(completion.columns[name])
+    values = values if values.is_floating_point() else values.float()
+    if values.shape[0] != completion.n_counted:
+        raise ValueError(
+            f"row {row}: column {name!r} has {values.shape[0]} values, expected {completion.n_counted} "
+            "(one per completion token that counts)"
+        )
+    return values
+
+
+def _gather_index(offsets: Tensor, segments: Iterable[int]) -> Tensor:
+    """Positions of the given segments in the flat vector that `offsets` cuts."""
+    bounds = offsets.tolist()
+    ranges = [torch.arange(bounds[s], bounds[s + 1]) for s in segments]
+    index = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
+    return index.to(offsets.device)
+
+
+def _first_fit(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Largest first into the first bin with room: close to the fewest bins."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for b, free in enumerate(room):
+            if sizes[index] <= free:
+                bins[b].append(index)
+                room[b] -= sizes[index]
+                break
+        else:
+            bins.append([index])
+            room.append(max_tokens - sizes[index])
+    return [sorted(b) for b in bins]
+
+
+def _balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Largest first into the emptiest of `count` bins: even memory."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    load = [0] * count
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        b = min(range(count), key=lambda k: (load[k], k))
+        bins[b].append(index)
+        load[b] += sizes[index]
+    return [sorted(b) for b in bins]
