@@ -1,0 +1,51 @@
+# `make demo` and `make test` set up what they need; the second time that takes no time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test test-slow lint format bench claims docs clean
+
+help:  ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## Create .venv and install everything (idempotent)
+
+demo: setup  ## Train six methods on the embedded world, print a table, write a report
+	$(BIN)/tokengrain demo
+
+test: setup  ## Run all tests but those marked slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m tests.vectors $(wildcard ../shared/vectors)
+
+test-slow: setup  ## Run the tests marked slow (tens of minutes)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup  ## ruff (lint and format), mypy, docs build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet --strict
+
+format: setup  ## Rewrite files to the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## Time one optimiser step against plain transformers and TRL (CPU); writes docs/results/
+	$(BIN)/python -m benchmarks.preference_step standard --output docs/results
+
+claims: setup  ## Repeat the robust findings on the world `stories` over five seeds; writes docs/results/
+	$(BIN)/python -m benchmarks.claims.stories --output docs/results
+
+docs: setup  ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache
