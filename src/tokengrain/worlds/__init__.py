@@ -1,0 +1,113 @@
+"""Worlds: small embedded tasks whose true token credit is known exactly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qsl
+
+from tokengrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+    from tokengrain.batch import TokenBatch
+
+PREFIX = "world://"
+
+
+class World(Protocol):
+    """What every world offers."""
+
+    name: str
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the task and its data; equal fingerprints mean equal rows and equal base models."""
+        ...
+
+    def base_model(self) -> Path:
+        """Folder of the base model, which is trained on first use and cached."""
+        ...
+
+    def pairs(
+        self, split: Any = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Preference rows: `prompt`, `chosen`, `rejected`, `id`, `chosen_reward`, `rejected_reward`."""
+        ...
+
+    def advantages(self, batch: TokenBatch) -> Tensor:
+        """The exact advantage of every counted token, `[N]`."""
+        ...
+
+    def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
+        """Agreement of a credit source with the exact advantages: `spearman`, `auc`, `tokens`."""
+        ...
+
+    def evaluate(self, model: Any, n: int = 64, seed: int = 0) -> dict[str, float | None]:
+        """True reward, KL, frontier share, win rate and the rest of a policy, from its own samples."""
+        ...
+
+
+def _stories(options: dict[str, Any]) -> World:
+    from tokengrain.worlds.stories import StoriesOptions, StoriesWorld
+
+    types = {"pairs": int, "slope": float, "seed": int}
+    known = [f.name for f in fields(StoriesOptions)]
+    for key, text in options.items():
+        if key not in known:
+            raise RecipeError(f"world stories: unknown option {key!r}{_nearest(key, known)}")
+        try:
+            options[key] = types.get(key, str)(text)
+        except ValueError:
+            raise RecipeError(f"world stories: {key} is {text!r}; expected {types[key].__name__}") from None
+    return StoriesWorld(StoriesOptions(**options))
+
+
+WORLDS: dict[str, Callable[[dict[str, Any]], World]] = {"stories": _stories}
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def is_world(source: object) -> bool:
+    """Whether `source` is a world's address."""
+    return isinstance(source, str) and source.startswith(PREFIX)
+
+
+def load_world(uri: str) -> World:
+    """The world at an address such as `world://stories?regime=noisy&seed=1`; one object per address.
+
+    Raises:
+        RecipeError: unknown world or option, with the nearest right name.
+    """
+    if not is_world(uri):
+        raise RecipeError(f"got {uri!r}; expected the address of a world, such as 'world://stories'")
+    name, _, query = uri.removeprefix(PREFIX).partition("?")
+    if name not in WORLDS:
+        raise RecipeError(f"unknown world {name!r}{_nearest(name, list(WORLDS))}")
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError:
+        raise RecipeError(
+            f"world {name}: cannot read options {query!r}; expected name=value&name=value"
+        ) from None
+    return _load(name, tuple(sorted(options.items())))
+
+
+@cache
+def _load(name: str, options: tuple[tuple[str, str], ...]) -> World:
+    return WORLDS[name](dict(options))
+
+
+__all__ = ["PREFIX", "WORLDS", "World", "is_world", "load_world"]
