@@ -1,0 +1,153 @@
+"""Settings read from a callable's signature, validated; and callables found by an import string.
+
+Objectives and credit sources are plain callables. Their hyper-parameters are the keyword-only arguments
+of their signature, with type and range written there once (`beta: Positive = 0.1`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from torch import Tensor
+
+from tokengrain.errors import RecipeError, shown
+
+
+def _not_bool(value: Any) -> Any:
+    # To Python a bool is a number; in a recipe `beta: true` is a mistake.
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not a bool")
+    return value
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Range of a finite number. pydantic asks it for its schema, so losses need not import pydantic."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        number = core_schema.float_schema(gt=self.gt, ge=self.ge, lt=self.lt, le=self.le, allow_inf_nan=False)
+        return core_schema.no_info_before_validator_function(_not_bool, number)
+
+
+Number = Annotated[float, Bounds()]
+Positive = Annotated[float, Bounds(gt=0)]
+NonNegative = Annotated[float, Bounds(ge=0)]
+Share = Annotated[float, Bounds(ge=0, le=1)]
+Smoothing = Annotated[float, Bounds(ge=0, lt=0.5)]
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """`"; did you mean 'beta'?"`, or the names there are, for an unknown `name`."""
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(sorted(names)) or 'none'}"
+
+
+def keyword_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """Name and annotation of every keyword-only argument of `function`."""
+    hints = get_type_hints(_annotated(function), include_extras=True)
+    return {
+        name: hints.get(name, Any)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def is_tensor_type(annotation: Any) -> bool:
+    """Whether the annotation is `Tensor` or `Tensor | None`."""
+    return annotation is Tensor or Tensor in typing.get_args(annotation)
+
+
+def validate_settings(
+    what: str, function: Callable[..., Any], given: Mapping[str, Any], *, excluded: Collection[str] = ()
+) -> dict[str, Any]:
+    """Check `given` against the keyword-only arguments of `function`, `excluded` ones left out.
+
+    Args:
+        what: names the thing in messages, for example "objective 'dpo'".
+        given: the settings; those not given keep their defaults.
+
+    Returns:
+        The given settings, converted to the annotated types, and the defaults of the others.
+
+    Raises:
+        RecipeError: an unknown name (with the nearest right one), a wrong type or a value out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    types = {k: v for k, v in keyword_types(function).items() if k not in excluded}
+    defaults = inspect.signature(function).parameters
+    for name in given:
+        if name not in types:
+            raise RecipeError(f"{what}: unknown setting {name!r}{nearest(name, types)}")
+    settings = {}
+    for name, annotation in types.items():
+        if name not in given:
+            if defaults[name].default is inspect.Parameter.empty:
+                raise RecipeError(f"{what}: setting {name!r} is missing")
+            settings[name] = defaults[name].default
+            continue
+        try:
+            settings[name] = TypeAdapter(annotation, config=None).validate_python(given[name])
+        except ValidationError as error:
+            reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
+            raise RecipeError(f"{what}: {name} = {shown(given[name])}: {reasons}") from None
+    return settings
+
+
+def load_callable(reference: str) -> Callable[..., Any]:
+    """The callable that `"package.module:function"` or `"path/to/file.py:function"` names.
+
+    Raises:
+        RecipeError: the string is not of that form, the file or module does not exist, or it has no such
+            callable. An error raised by the module's own code is passed on as it is.
+    """
+    place, separator, name = reference.rpartition(":")
+    if not separator or not place or not name:
+        raise RecipeError(f"{reference!r} is not of the form 'module:function' or 'path.py:function'")
+    if place.endswith(".py"):
+        path = Path(place).expanduser()
+        if not path.is_file():
+            raise RecipeError(f"{reference!r}: no file {str(path)!r}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None  # a path that ends in .py always has a loader
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (place == error.name or place.startswith(error.name + ".")):
+                raise  # the module exists; something that it imports does not
+            raise RecipeError(f"{reference!r}: no module {place!r}") from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        names = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
+        raise RecipeError(f"{reference!r}: {place!r} has no callable {name!r}{nearest(name, names)}")
+    return typing.cast(Callable[..., Any], found)
+
+
+def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What carries the annotations: a class's `__init__`, an object's `__call__`, or the function itself."""
+    if inspect.isclass(function):
+        return typing.cast(Callable[..., Any], function.__init__)
+    if inspect.isroutine(function):
+        return function
+    return type(function).__call__

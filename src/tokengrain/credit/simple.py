@@ -1,0 +1,130 @@
+"""Credit that needs no model: data columns, a user's function, random numbers; scaling and clipping."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import TokenBatch
+from tokengrain.callables import Number, Positive, load_callable
+from tokengrain.credit.base import CreditSource, checked_credit
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.files import fingerprint
+
+
+class ColumnCredit:
+    """Credit that came with the data: `chosen_token_rewards`, `rejected_token_rewards`, or another column.
+
+    Args:
+        column: its name in `batch.columns`.
+
+    Raises:
+        DataError: when called, if the data have no such column.
+    """
+
+    name = "column"
+
+    def __init__(self, *, column: str = "token_rewards") -> None:
+        self.column = column
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        if self.column not in batch.columns:
+            raise DataError(
+                f"the data have no per-token column {self.column!r}",
+                row=batch.rows[0] if batch.rows else None,
+                value=sorted(batch.columns),
+                expected=f"chosen_{self.column} and rejected_{self.column} in every row, or another source",
+            )
+        return checked_credit(batch.columns[self.column], batch, f"{self.name} {self.column}")
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.name, self.column])
+
+
+class FunctionCredit:
+    """Credit from a function of the user's.
+
+    Args:
+        function: `(batch) -> Tensor [N]`, or a list with one sequence of numbers per completion, over the
+            tokens that count; or an import string of it, "module:function" or "path.py:function".
+    """
+
+    name = "function"
+
+    def __init__(self, *, function: str | Callable[[TokenBatch], Tensor | Sequence[Any]]) -> None:
+        self.function = load_callable(function) if isinstance(function, str) else function
+        self.name = f"function {getattr(self.function, '__qualname__', type(self.function).__qualname__)}"
+        self._source = _source_of(self.function)
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        return checked_credit(self.function(batch), batch, self.name)
+
+    def fingerprint(self) -> str:
+        """By the function's source as it was loaded, where there is one; what it calls is not looked into."""
+        return fingerprint([self.name, self._source])
+
+
+def _source_of(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except (OSError, TypeError):
+        return ""
+
+
+class RandomCredit:
+    """Uniform numbers, a control: guidance that knows nothing must change nothing.
+
+    A token's number depends on the seed, its row, its completion and its place in it, not on the batch, so it
+    is the same in every epoch and micro-batch.
+
+    Args:
+        low, high: bounds.
+        seed: another seed gives other numbers.
+    """
+
+    name = "random"
+
+    def __init__(self, *, low: Number = -0.5, high: Number = 0.5, seed: int = 0) -> None:
+        if not low < high:
+            raise RecipeError(f"credit 'random' needs low < high, got low={low} and high={high}")
+        self.low, self.high, self.seed = low, high, seed
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        parts, seen = [], dict.fromkeys(range(batch.n_prompts), 0)
+        for group, length in zip(batch.group.tolist(), batch.segments.lengths.tolist(), strict=True):
+            row = batch.rows[group] if batch.rows else group
+            key = f"{self.seed}/{row}/{seen[group]}".encode()
+            seen[group] += 1
+            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+            parts.append(torch.rand(length, generator=generator))
+        values = self.low + (self.high - self.low) * torch.cat(parts)
+        return checked_credit(values, batch, self.name)
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.name, self.low, self.high, self.seed])
+
+
+class Transformed:
+    """Another source's credit, scaled and then clipped; `scale=-1` is the control that must do harm.
+
+    Args:
+        source: the credit source.
+        scale: factor.
+        clip: bound of the absolute value after scaling (None: no bound).
+    """
+
+    def __init__(self, source: CreditSource, *, scale: Number = 1.0, clip: Positive | None = None) -> None:
+        self.source, self.scale, self.clip = source, scale, clip
+        self.name = source.name
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        values = self.scale * self.source(batch)
+        return values if self.clip is None else values.clamp(-self.clip, self.clip)
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.source.fingerprint(), self.scale, self.clip])

@@ -1,0 +1,100 @@
+"""The methods: each is a credit source with an objective, published somewhere, with a recipe that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    Attributes:
+        name: its name in recipes (`method:`) and on the command line.
+        title: what it is called in tables and reports.
+        paper: where it was published, in short.
+        paper_title: the paper's title.
+        arxiv: arXiv id.
+        venue: conference and year.
+        credit: what says which tokens earned the reward, in words.
+        objective: name of the objective, a key of `tokengrain.objectives.OBJECTIVES`.
+        trains: what is trained, and on what.
+        recipe: path of the recipe, from the project's root.
+        page: path of the documentation page, from the project's root.
+    """
+
+    name: str
+    title: str
+    paper: str
+    paper_title: str
+    arxiv: str
+    venue: str
+    credit: str
+    objective: str
+    trains: str
+    recipe: str
+    page: str
+
+
+def _method(
+    name: str, title: str, paper_title: str, arxiv: str, venue: str, credit: str, trains: str, page: str
+) -> Method:
+    return Method(
+        name=name,
+        title=title,
+        paper=f"arXiv {arxiv}, {venue}",
+        paper_title=paper_title,
+        arxiv=arxiv,
+        venue=venue,
+        credit=credit,
+        objective=name,
+        trains=trains,
+        recipe=f"recipes/{name}.yaml",
+        page=f"docs/methods/{page}.md",
+    )
+
+
+_POLICY = "policy, offline pairs"
+_TDPO = ("Token-level Direct Preference Optimization", "2404.11999", "ICML 2024")
+_TREG = ("T-REG: Preference Optimization with Token-Level Reward Regularization", "2412.02685", "ACL 2025")
+_CONTRAST = "contrastive prompting of the model itself"
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        _method(
+            "dpo",
+            "DPO",
+            "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+            "2305.18290",
+            "NeurIPS 2023",
+            "none (every token alike)",
+            _POLICY,
+            "dpo",
+        ),
+        _method(
+            "simpo",
+            "SimPO",
+            "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+            "2405.14734",
+            "NeurIPS 2024",
+            "none (every token alike)",
+            _POLICY,
+            "simpo",
+        ),
+        _method("tdpo1", "TDPO1", *_TDPO, "forward KL per token, whole vocabulary", _POLICY, "tdpo"),
+        _method("tdpo2", "TDPO2", *_TDPO, "forward KL per token, whole vocabulary", _POLICY, "tdpo"),
+        _method(
+            "tgdpo",
+            "TGDPO",
+            "TGDPO: Harnessing Token-Level Reward Guidance for Enhancing Direct Preference Optimization",
+            "2506.14574",
+            "ICML 2025",
+            "log-ratio of a DPO- or SimPO-trained guide",
+            "guide, then policy, offline pairs",
+            "tgdpo",
+        ),
+        _method("treg", "T-REG (DPO)", *_TREG, _CONTRAST, _POLICY, "treg"),
+        _method("treg_simpo", "T-REG (SimPO)", *_TREG, _CONTRAST, _POLICY, "treg"),
+    )
+}

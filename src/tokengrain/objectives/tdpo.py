@@ -1,0 +1,71 @@
+"""TDPO: Token-level Direct Preference Optimization (arXiv 2404.11999), variants TDPO1 and TDPO2."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.callables import NonNegative, Positive
+from tokengrain.objectives.output import LossOutput
+from tokengrain.objectives.pairwise import (
+    completion_lengths,
+    log_ratios,
+    margin_loss,
+    pair_difference,
+    pair_metrics,
+)
+
+
+def tdpo_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    ref_logps: Tensor,
+    kl: Tensor,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.5,
+    variant: Literal["tdpo1", "tdpo2"] = "tdpo2",
+    average_log_prob: bool = False,
+) -> LossOutput:
+    """TDPO on preference pairs.
+
+    Args:
+        logps: log-probabilities under the policy `[N]`, nats.
+        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
+        ref_logps: the same under the frozen reference `[N]`.
+        kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`,
+            nats, with gradient to the policy.
+        beta: strength of the tie to the reference.
+        alpha: weight of the difference of sequential KLs in TDPO2; TDPO1 has none (it is 1 there).
+        variant: "tdpo2" (KL of the chosen side without gradient) or "tdpo1".
+        average_log_prob: divide log-ratio and KL of each completion by its length. The authors' helper has
+            this switch; their training never uses it.
+
+    Returns:
+        `losses` [P]; rewards in the metrics are beta * (log-ratio + sequential KL) in both variants.
+    """
+    M = segments.sum(log_ratios(logps, ref_logps))  # sequence log-ratio
+    K = segments.sum(kl)  # sequential KL(ref || policy)
+    if average_log_prob:
+        M, K = M / completion_lengths(segments, M), K / completion_lengths(segments, K)
+    K_chosen, K_rejected = segments.pairs(K)
+    u = pair_difference(M, segments)
+    tdpo1 = K_rejected - K_chosen  # δ of the paper
+    tdpo2 = alpha * (K_rejected - K_chosen.detach())  # α δ₂, sg on the chosen side
+    z = u - (tdpo1 if variant == "tdpo1" else tdpo2)
+    losses = margin_loss(beta * z)
+    metrics = pair_metrics(beta * (M + K), logps, segments)
+    metrics["logratios/chosen"], metrics["logratios/rejected"] = segments.pairs(M.detach())
+    metrics["kl/chosen"], metrics["kl/rejected"] = K_chosen.detach(), K_rejected.detach()
+    metrics["kl/gap"] = (K_rejected - K_chosen).detach()
+    return LossOutput(losses, metrics)
+
+
+def tdpo_token_rewards(logps: Tensor, ref_logps: Tensor, kl: Tensor, beta: float = 0.1) -> Tensor:
+    """TDPO's own token credit a_t = beta * (log p_t - log q_t + KL_t), `[N]`, detached.
+
+    It is the advantage of the token in its state; its mean over tokens drawn from the reference is 0.
+    """
+    return (beta * (logps - ref_logps + kl)).detach()

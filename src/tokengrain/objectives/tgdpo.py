@@ -1,0 +1,58 @@
+"""TGDPO: DPO with token-level reward guidance (arXiv 2506.14574)."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.callables import Number, Positive
+from tokengrain.objectives.output import LossOutput
+from tokengrain.objectives.pairwise import pair_metrics
+from tokengrain.objectives.token_weighted import token_weighted_loss, token_weights, weight_metrics
+
+
+def tgdpo_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    ref_logps: Tensor,
+    token_rewards: Tensor,
+    beta: Positive = 0.1,
+    alpha: Number = 0.5,
+    weight_clamp_min: Number | None = None,
+    normalise_weights: bool = False,
+) -> LossOutput:
+    """DPO whose tokens weigh 1 + alpha r (chosen) and 1 - alpha r (rejected) inside the margin.
+
+    Args:
+        logps: log-probabilities under the policy `[N]`, nats.
+        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
+        ref_logps: the same under the frozen reference `[N]`.
+        token_rewards: r `[N]`, any token reward. The paper's is reward_beta * (log guide - log reference):
+            `credit.GuideLogRatio`, with reward_beta = beta in the authors' code.
+        beta: strength of the tie to the reference.
+        alpha: strength of the guidance; 0 is DPO.
+        weight_clamp_min: floor of the weights (None: none, as the authors). The theory needs them positive.
+        normalise_weights: divide each completion's weights by their mean (ours, not the authors').
+
+    Returns:
+        `losses` [P]; rewards in the metrics are unweighted, "weighted/margins" is the margin that is trained.
+    """
+    f = token_weights(
+        token_rewards, segments, alpha=alpha, clamp_min=weight_clamp_min, normalise=normalise_weights
+    )
+    # L = -log σ(beta * (sum_t f_w d_w - sum_t f_l d_l)), d = log policy - log reference
+    core = token_weighted_loss(logps, f, segments, ref_logps=ref_logps, scale=beta, margin="weighted")
+    metrics = pair_metrics(core.rewards, logps, segments)
+    metrics |= weight_metrics(f, segments)
+    metrics["weighted/margins"] = core.margin
+    metrics["loss/base"] = core.base
+    if bool((metrics["weights/nonpositive"] > 0).any()):
+        warnings.warn(
+            f"tgdpo: some token weights are not positive (lowest {float(f.min()):.3g}), so these tokens are "
+            "pushed the wrong way; lower alpha, set weight_clamp_min, or scale the token rewards",
+            stacklevel=2,
+        )
+    return LossOutput(core.losses, metrics)

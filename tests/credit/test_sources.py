@@ -1,0 +1,208 @@
+"""Guide, columns, functions, random numbers, transformations, and the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.credit.small import llama, pairs, tokenizer
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.credit import (
+    CREDIT,
+    ColumnCredit,
+    FunctionCredit,
+    GuideLogRatio,
+    RandomCredit,
+    Transformed,
+    check_credit,
+    make_credit,
+    model_fingerprint,
+)
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.scoring import ColumnReference, FrozenReference, score
+
+
+@pytest.fixture
+def batch() -> TokenBatch:
+    return pairs(tokenizer())
+
+
+class TestGuide:
+    def test_is_beta_times_the_log_ratio(self, batch: TokenBatch) -> None:
+        guide, reference = llama(1), llama(2)
+        credit = GuideLogRatio(model=guide, reference=FrozenReference(reference), beta=0.3)(batch)
+        expected = 0.3 * (score(guide, batch).logps - score(reference, batch).logps)  # type: ignore[operator]
+        torch.testing.assert_close(credit, expected.detach())
+        assert not credit.requires_grad
+
+    def test_guide_equal_to_reference_gives_zero(self, batch: TokenBatch) -> None:
+        credit = GuideLogRatio(model=llama(1), reference=llama(1))(batch)
+        assert torch.equal(credit, torch.zeros_like(credit))
+
+    def test_cached_reference_gives_the_same(self, batch: TokenBatch) -> None:
+        guide, reference = llama(1), llama(2)
+        live = GuideLogRatio(model=guide, reference=reference)(batch)
+        stored = batch.with_columns(ref_logps=score(reference, batch).logps.detach())  # type: ignore[union-attr]
+        cached = GuideLogRatio(model=guide, reference=ColumnReference())(stored)
+        torch.testing.assert_close(cached, live)
+
+    def test_fingerprint(self) -> None:
+        def of(guide: int = 1, reference: int = 2, beta: float = 0.1) -> str:
+            return GuideLogRatio(model=llama(guide), reference=llama(reference), beta=beta).fingerprint()
+
+        assert of() == of()
+        assert len({of(), of(guide=3), of(reference=3), of(beta=0.2)}) == 4
+
+
+def test_model_fingerprint_sees_every_weight_and_the_config() -> None:
+    model = llama()
+    before = model_fingerprint(model)
+    assert model_fingerprint(llama()) == before
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] += 1e-12
+    assert model_fingerprint(model) != before
+    assert model_fingerprint(llama(positions=64)) != before
+    assert model_fingerprint(llama().float()) != before
+
+
+class TestColumn:
+    def test_reads_the_column(self, batch: TokenBatch) -> None:
+        values = torch.randn(batch.segments.total)
+        assert torch.equal(ColumnCredit()(batch.with_columns(token_rewards=values)), values)
+        assert torch.equal(ColumnCredit(column="mine")(batch.with_columns(mine=values)), values)
+
+    def test_missing_column(self, batch: TokenBatch) -> None:
+        with pytest.raises(DataError, match=r"no per-token column 'token_rewards'.*chosen_token_rewards"):
+            ColumnCredit()(batch)
+
+
+def _per_token(batch: TokenBatch) -> Tensor:
+    return torch.arange(batch.segments.total)
+
+
+def _per_completion(batch: TokenBatch) -> list[list[float]]:
+    return [[float(c)] * n for c, n in enumerate(batch.segments.lengths.tolist())]
+
+
+class TestFunction:
+    def test_tensor_or_lists(self, batch: TokenBatch) -> None:
+        flat = FunctionCredit(function=_per_token)(batch)
+        assert flat.dtype == torch.float32
+        assert torch.equal(flat, torch.arange(batch.segments.total).float())
+        lists = FunctionCredit(function=_per_completion)(batch)
+        assert torch.equal(lists, batch.segments.ids.float())
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda b: torch.zeros(3), r"wrong number of values; got \(3,\); expected \(31,\)"),
+            (lambda b: torch.zeros(31, 2), r"got \(31, 2\)"),
+            (lambda b: [[0.0]], "wrong number of completions; got 1; expected 4"),
+            (
+                lambda b: [[0.0] * (n - (i == 3)) for i, n in enumerate(b.segments.lengths.tolist())],
+                "row r1: .*for completion 1; got 9; expected 10",
+            ),
+            (
+                lambda b: torch.where(torch.arange(31) == 16, torch.nan, 0.0),
+                "row r1: .*not finite for token 2 of completion 0; got nan",
+            ),
+            (lambda b: torch.full((31,), -torch.inf), "row r0: .*token 0 of completion 0; got -inf"),
+            (lambda b: [["a"] * n for n in b.segments.lengths.tolist()], "not numbers"),
+            (lambda b: None, "not numbers"),
+        ],
+    )
+    def test_wrong_results_name_the_row(
+        self, batch: TokenBatch, function: Callable[[TokenBatch], Any], message: str
+    ) -> None:
+        with pytest.raises(DataError, match=message):
+            FunctionCredit(function=function)(batch)
+
+    def test_import_string(self, batch: TokenBatch, tmp_path: Path) -> None:
+        file = tmp_path / "mine.py"
+        file.write_text("import torch\ndef ones(batch):\n    return torch.ones(batch.segments.total)\n")
+        source = make_credit("function", function=f"{file}:ones")
+        assert torch.equal(source(batch), torch.ones(31))
+        assert source.name == "function ones"
+        file.write_text("import torch\ndef ones(batch):\n    return -torch.ones(batch.segments.total)\n")
+        assert make_credit("function", function=f"{file}:ones").fingerprint() != source.fingerprint()
+        with pytest.raises(RecipeError, match="no callable 'one'"):
+            make_credit("function", function=f"{file}:one")
+        with pytest.raises(RecipeError, match="function = 3"):
+            make_credit("function", function=3)
+
+    def test_a_modules_own_import_error_is_not_hidden(self, tmp_path: Path) -> None:
+        file = tmp_path / "broken.py"
+        file.write_text("import there_is_no_such_module\n")
+        with pytest.raises(ModuleNotFoundError, match="there_is_no_such_module"):
+            make_credit("function", function=f"{file}:f")
+
+
+class TestRandom:
+    def test_does_not_depend_on_the_batch(self, batch: TokenBatch) -> None:
+        source = RandomCredit(seed=3)
+        whole = source(batch)
+        alone = source(batch.select([1]))
+        assert torch.equal(batch.select([1]).segments.split(alone)[1], batch.segments.split(whole)[3])
+        assert torch.equal(source(batch), whole)
+        assert not torch.equal(RandomCredit(seed=4)(batch), whole)
+        assert RandomCredit(seed=4).fingerprint() != source.fingerprint()
+
+    def test_bounds_and_spread(self) -> None:
+        completions = [Completion([5] * 2000), Completion([5] * 2000)]
+        long = TokenBatch.from_samples([Sample([1], completions)])
+        credit = RandomCredit(low=-1.0, high=3.0)(long)
+        assert -1 <= credit.min() < -0.9
+        assert 2.9 < credit.max() <= 3
+        assert abs(float(credit.mean()) - 1) < 0.1
+        assert not torch.equal(credit[:2000], credit[2000:])
+
+    def test_bounds_must_be_ordered(self) -> None:
+        with pytest.raises(RecipeError, match="low < high"):
+            RandomCredit(low=1.0, high=1.0)
+
+
+def test_transformed(batch: TokenBatch) -> None:
+    source = RandomCredit()
+    plain = source(batch)
+    scaled = Transformed(source, scale=-2.0, clip=0.6)
+    assert torch.equal(scaled(batch), (-2 * plain).clamp(-0.6, 0.6))
+    assert scaled.name == "random"
+    assert scaled.fingerprint() != source.fingerprint()
+    assert isinstance(make_credit("random", scale=1.0), RandomCredit)
+    assert torch.equal(make_credit("random", scale=-1)(batch), -plain)
+
+
+class TestRegistry:
+    @pytest.mark.parametrize(
+        ("name", "settings", "message"),
+        [
+            ("gude", {}, "unknown credit 'gude'; did you mean 'guide'"),
+            ("guide", {"betta": 0.1}, "unknown setting 'betta'; did you mean 'beta'"),
+            ("guide", {"beta": -0.1}, "beta = -0.1: .*greater than 0"),
+            ("random", {"seed": "x"}, "seed = 'x': .*valid integer"),
+            ("random", {"clip": 0}, "clip = 0: .*greater than 0"),
+            ("contrastive", {"templates": "maths2"}, "unknown templates 'maths2'"),
+            ("contrastive", {"chat": "perhaps"}, "chat = 'perhaps'"),
+            ("function", {}, "setting 'function' is missing"),
+        ],
+    )
+    def test_settings_are_checked_before_anything_is_loaded(
+        self, name: str, settings: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(RecipeError, match=message):
+            check_credit(name, settings)
+
+    def test_objects(self) -> None:
+        assert CREDIT["guide"].objects == {"model", "reference"}
+        assert CREDIT["contrastive"].objects == {"model", "tokenizer"}
+        assert CREDIT["column"].objects == set()
+        with pytest.raises(RecipeError, match="credit 'guide' needs reference"):
+            make_credit("guide", model=llama())
+        with pytest.raises(RecipeError, match="credit 'column' takes no model"):
+            make_credit("column", model=llama())
+        assert check_credit("guide", {"beta": 1}) == {"beta": 1.0, "scale": 1.0, "clip": None}

@@ -1,0 +1,126 @@
+"""The loss of a step does not depend on how it is cut, padded or ordered; every objective, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.errors import RecipeError
+from tokengrain.objectives import NORMALISERS, OBJECTIVES, BoundObjective, Counts, LossOutput, make_normaliser
+from tokengrain.objectives import make_objective as make
+
+F64 = torch.float64
+LENGTHS = [(4, 2), (1, 6), (3, 3), (7, 1), (2, 5)]
+SETTINGS = {
+    "simpo": {"sft_weight": 0.3},
+    "dpo": {"sft_weight": 0.2, "ld_alpha": 0.5},
+    "tgdpo": {"alpha": 0.2},
+}
+CONSTANT = 7.5
+
+
+def _vectors(names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Per pair: flat vectors of all quantities."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {name: torch.randn(sum(pair), dtype=F64, generator=generator) for name in ("logps", *names)}
+        for pair in LENGTHS
+    ]
+
+
+def _step(objective: BoundObjective, normaliser: str, cut: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradient per pair of a step whose pairs are cut into the given micro-batches."""
+    pairs = _vectors(sorted(objective.needs))
+    logps = [p["logps"].clone().requires_grad_() for p in pairs]
+    normalise = make_normaliser(normaliser, CONSTANT if normaliser == "constant" else None)  # type: ignore[arg-type]
+    batches = [Segments.from_lengths([n for i in batch for n in LENGTHS[i]]) for batch in cut]
+    parts = [Counts.of(segments, pairs=objective.unit == "pairs") for segments in batches]
+    counts = sum(parts[1:], start=parts[0])
+    total = torch.zeros((), dtype=F64)
+    for segments, batch in zip(batches, cut, strict=True):
+        quantities = {n: torch.cat([pairs[i][n] for i in batch]) for n in objective.needs}
+        output = objective(segments=segments, logps=torch.cat([logps[i] for i in batch]), **quantities)
+        total = total + normalise(output, counts)
+    return total.detach(), list(torch.autograd.grad(total, logps))
+
+
+@pytest.mark.filterwarnings("ignore:tgdpo")
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_micro_batches_and_order(name: str, normaliser: str) -> None:
+    objective = make(name, **SETTINGS.get(name, {}))
+    loss, grads = _step(objective, normaliser, [[0, 1, 2, 3, 4]])
+    for cut in ([[0], [1], [2], [3], [4]], [[3, 0, 4], [2, 1]], [[1], [4, 2, 0, 3]]):
+        other_loss, other_grads = _step(objective, normaliser, cut)
+        torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=1e-12)
+        for a, b in zip(grads, other_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:tgdpo")
+@pytest.mark.parametrize("garbage", [0.0, float("nan"), float("inf"), float("-inf"), 1e30])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_padding_does_not_matter(name: str, garbage: float) -> None:
+    objective = make(name, **SETTINGS.get(name, {}))
+    lengths = [n for pair in LENGTHS for n in pair]
+    segments = Segments.from_lengths(lengths)
+    counts = Counts.of(segments, pairs=objective.unit == "pairs")
+    flat = {
+        n: torch.cat([p[n] for p in _vectors(sorted(objective.needs))]) for n in ("logps", *objective.needs)
+    }
+    expected = make_normaliser("mean")(objective(segments=segments, **flat), counts)
+    width, mask = 14, torch.zeros(len(lengths), 14, dtype=torch.bool)
+    for row, length in enumerate(lengths):  # right-padded, left-padded and with holes, in turn
+        places = [range(length), range(width - length, width), range(0, 2 * length, 2)][row % 3]
+        mask[row, list(places)] = True
+    padded = {}
+    for quantity, values in flat.items():
+        array = torch.full(mask.shape, garbage, dtype=F64)
+        array[mask] = values
+        padded[quantity] = array.requires_grad_(quantity == "logps")
+    again = {n: Segments.from_padded(array, mask)[0] for n, array in padded.items()}
+    loss = make_normaliser("mean")(objective(segments=Segments.from_padded(mask, mask)[1], **again), counts)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(loss, padded["logps"])
+    assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask]))
+    assert torch.isfinite(grad).all()
+
+
+def test_the_four_normalisers_by_hand() -> None:
+    segments = Segments.from_lengths([2, 1, 3, 2])
+    counts = Counts.of(segments, pairs=True)
+    assert counts == Counts(pairs=2, completions=4, tokens=8, chosen_tokens=5)
+    output = LossOutput(torch.tensor([1.0, 3.0]), token_losses=torch.tensor([10.0]))
+    term = 10 / 5
+    assert make_normaliser("mean")(output, counts) == 4 / 2 + term
+    assert make_normaliser("token_mean")(output, counts) == 4 / 8 + term
+    assert make_normaliser("constant", 0.5)(output, counts) == 4 / 0.5 + term
+    assert make_normaliser("sum")(output, counts) == 4 + term
+    completions = LossOutput(torch.ones(4), unit="completions")
+    assert make_normaliser("mean")(completions, counts) == 1
+
+
+def test_counts_add_up_and_travel_as_a_tensor() -> None:
+    a = Counts.of(Segments.from_lengths([2, 1]), pairs=True)
+    b = Counts.of(Segments.from_lengths([4, 0, 1, 1]), pairs=True)
+    assert a + b == Counts(3, 6, 9, 7)
+    assert Counts.from_tensor(a.to_tensor() + b.to_tensor()) == a + b
+    assert Counts.of(Segments.from_lengths([2, 1, 5]), pairs=False) == Counts(0, 3, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "message"),
+    [
+        ("meen", None, "did you mean 'mean'"),
+        ("constant", None, "needs a positive normaliser_constant, got None"),
+        ("constant", 0.0, "needs a positive normaliser_constant"),
+        ("mean", 3.0, "takes no normaliser_constant"),
+    ],
+)
+def test_bad_normalisers(name: str, constant: float | None, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_normaliser(name, constant)  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""Objectives by name: needs, validation, a user's own loss, import strings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.objectives.examples import example
+from tokengrain.batch import Segments
+from tokengrain.errors import RecipeError
+from tokengrain.objectives import OBJECTIVES, LossOutput, dpo_loss, make_objective
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "needs"),
+    [
+        ("dpo", {}, {"ref_logps"}),
+        ("dpo", {"reference_free": True}, set()),
+        ("simpo", {}, set()),
+        ("tdpo1", {}, {"ref_logps", "kl"}),
+        ("tgdpo", {}, {"ref_logps", "token_rewards"}),
+        ("treg", {}, {"ref_logps", "token_rewards"}),
+        ("treg_simpo", {}, {"token_rewards"}),
+        ("sft", {}, set()),
+    ],
+)
+def test_needs(name: str, hyper: dict[str, Any], needs: set[str]) -> None:
+    bound = make_objective(name, **hyper)
+    assert bound.needs == needs
+    assert bound.unit == ("completions" if name == "sft" else "pairs")
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "message"),
+    [
+        ("dppo", {}, "unknown objective 'dppo'; did you mean 'dpo'"),
+        ("dpo", {"betta": 0.1}, "unknown setting 'betta'; did you mean 'beta'"),
+        ("dpo", {"beta": 0.0}, "beta = 0.0: .*greater than 0"),
+        ("dpo", {"beta": -1}, "beta = -1: .*greater than 0"),
+        ("dpo", {"beta": float("inf")}, "beta = inf: .*finite"),
+        ("dpo", {"beta": "strong"}, "beta = 'strong': .*valid number"),
+        ("dpo", {"beta": True}, "beta = True: .*not a bool"),
+        ("dpo", {"beta": None}, "beta = None: .*valid number"),
+        ("dpo", {"label_smoothing": 0.5}, "label_smoothing = 0.5: .*less than 0.5"),
+        ("dpo", {"label_smoothing": -0.1}, "label_smoothing = -0.1"),
+        ("dpo", {"loss_type": "sigmoidal"}, "loss_type = 'sigmoidal': .*'sigmoid', 'sigmoid_norm'"),
+        ("dpo", {"loss_type": "ipo", "label_smoothing": 0.1}, "'ipo' has no label smoothing"),
+        ("dpo", {"ld_alpha": 1.5}, "ld_alpha = 1.5"),
+        ("dpo", {"ref_logps": 1.0}, "unknown setting 'ref_logps'"),
+        ("simpo", {"gamma": 1, "gamma_beta_ratio": 0.5}, "not both"),
+        ("simpo", {"loss_type": "hinge", "label_smoothing": 0.1}, "'hinge' has no label smoothing"),
+        ("simpo", {"sft_weight": -0.1}, "sft_weight = -0.1"),
+        ("tdpo1", {"variant": "tdpo2"}, "variant = 'tdpo2', but the name means 'tdpo1'"),
+        ("treg", {"sequence_weight": "dynamical"}, "sequence_weight = 'dynamical'"),
+        ("treg", {"alpha": -0.1}, "alpha = -0.1"),
+        ("sft", {"per": "word"}, "per = 'word'"),
+    ],
+)
+def test_bad_settings(name: str, hyper: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_objective(name, **hyper)
+
+
+def test_settings_are_converted_and_defaults_filled_in() -> None:
+    # PyYAML reads 1e-1 (no dot) as a string.
+    bound = make_objective("dpo", beta="1e-1")
+    assert bound.hyper["beta"] == 0.1
+    assert bound.hyper["loss_type"] == "sigmoid"
+    assert bound.describe()["name"] == "dpo"
+    assert make_objective("treg", sequence_weight=1).hyper["sequence_weight"] == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_bound_objectives_compute_and_check_their_quantities(name: str) -> None:
+    x, bound = example(), make_objective(name)
+    known = {"ref_logps": x.ref_logps, "token_rewards": x.token_rewards, "kl": x.kl}
+    output = bound(segments=x.segments, logps=x.logps, **{q: known[q] for q in bound.needs})
+    assert output.losses.shape == ((6,) if name == "sft" else (3,))
+    assert all(not m.requires_grad for m in output.metrics.values())
+    if bound.needs:
+        with pytest.raises(ValueError, match=f"objective '{name}' needs {sorted(bound.needs)[0]}"):
+            bound(segments=x.segments, logps=x.logps)
+    with pytest.raises(TypeError, match="unheard_of"):
+        bound(segments=x.segments, logps=x.logps, unheard_of=x.logps, **{q: known[q] for q in bound.needs})
+
+
+def _own_loss(logps: Tensor, segments: Segments, *, advantages: Tensor, scale: float = 2.0) -> LossOutput:
+    return LossOutput(-scale * segments.sum(logps * advantages), unit="completions")
+
+
+def test_a_loss_of_the_users_own() -> None:
+    x, bound = example(), make_objective(_own_loss, unit="completions", scale=3)
+    assert (bound.name, bound.needs, bound.unit) == ("_own_loss", {"advantages"}, "completions")
+    assert bound.hyper == {"scale": 3.0}
+    output = bound(segments=x.segments, logps=x.logps, advantages=torch.ones_like(x.logps))
+    torch.testing.assert_close(output.losses, -3 * x.segments.sum(x.logps))
+    with pytest.raises(RecipeError, match="unknown setting 'scal'; did you mean 'scale'"):
+        make_objective(_own_loss, scal=1)
+
+
+def test_a_loss_by_import_string(tmp_path: Path) -> None:
+    assert make_objective("tokengrain.objectives:dpo_loss", beta=0.5).objective.loss is dpo_loss
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tokengrain.objectives import LossOutput\n"
+        "def loss(logps, segments, *, power: int = 2):\n"
+        "    return LossOutput(segments.pairs(segments.sum(logps))[0] ** power)\n"
+    )
+    bound = make_objective(f"{file}:loss", power=3)
+    x = example()
+    assert torch.equal(bound(segments=x.segments, logps=x.logps).losses, x.segments.sum(x.logps)[0::2] ** 3)
+    for reference, message in (
+        (f"{file}:los", "no callable 'los'; did you mean 'loss'"),
+        (f"{tmp_path}/none.py:loss", "no file"),
+        ("no.such.module:loss", "no module 'no.such.module'"),
+        ("tokengrain.objectives:", "not of the form"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            make_objective(reference)
+
+
+def test_importing_objectives_is_light() -> None:
+    code = (
+        "import sys, tokengrain.objectives; "
+        "print([m for m in ('transformers', 'datasets', 'peft', 'matplotlib') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

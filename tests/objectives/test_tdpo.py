@@ -1,0 +1,184 @@
+"""Identities of the TDPO spec, section 7, through the fused head, float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.objectives.examples import F64, example, gradient, mean_loss
+from tokengrain.batch import Segments
+from tokengrain.objectives import LossOutput, dpo_loss, tdpo_loss, tdpo_token_rewards
+from tokengrain.scoring import Distribution, Head, head_quantities
+
+LENGTHS = (4, 2, 1, 3)
+VOCAB = 6
+
+
+@dataclass
+class Logits:
+    """Policy and reference logits `[N, V]` with labels `[N]`."""
+
+    segments: Segments
+    policy: Tensor
+    reference: Tensor
+    labels: Tensor
+
+    def scores(
+        self, policy: Tensor, reference: Tensor | None = None, chunk: int | None = None
+    ) -> dict[str, Tensor]:
+        """logps and kl of the policy, with the logits as hidden states behind an identity head."""
+        head = Head(torch.eye(policy.shape[1], dtype=F64))
+        q = Distribution(self.reference if reference is None else reference, head)
+        return head_quantities(policy, head, self.labels, ("logps", "kl"), q, chunk_tokens=chunk)
+
+    def loss(self, policy: Tensor, reference: Tensor | None = None, **hyper: object) -> LossOutput:
+        reference = self.reference if reference is None else reference
+        scores = self.scores(policy, reference)
+        ref_logps = self.scores(reference)["logps"]
+        return tdpo_loss(
+            scores["logps"],
+            self.segments,
+            ref_logps=ref_logps,
+            kl=scores["kl"],
+            **hyper,  # type: ignore[arg-type]
+        )
+
+    def gradient(self, **hyper: object) -> Tensor:
+        return gradient(lambda p: mean_loss(self.loss(p, **hyper), self.segments), self.policy)
+
+
+@pytest.fixture
+def x() -> Logits:
+    generator = torch.Generator().manual_seed(1)
+    n = sum(LENGTHS)
+    policy, reference = (torch.randn(n, VOCAB, dtype=F64, generator=generator) for _ in range(2))
+    labels = torch.randint(VOCAB, (n,), generator=generator)
+    return Logits(Segments.from_lengths(LENGTHS), policy.requires_grad_(), reference, labels)
+
+
+def test_alpha_0_is_dpo_in_value_and_gradient(x: Logits) -> None:
+    def dpo(policy: Tensor) -> Tensor:
+        output = dpo_loss(
+            x.scores(policy)["logps"], x.segments, ref_logps=x.scores(x.reference)["logps"], beta=0.3
+        )
+        return mean_loss(output, x.segments)
+
+    assert mean_loss(x.loss(x.policy, beta=0.3, alpha=0.0), x.segments).item() == dpo(x.policy).item()
+    torch.testing.assert_close(
+        x.gradient(beta=0.3, alpha=0.0), gradient(dpo, x.policy), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_alpha_1_has_the_value_of_tdpo1_and_another_gradient(x: Logits) -> None:
+    two, one = x.loss(x.policy, alpha=1.0), x.loss(x.policy, variant="tdpo1")
+    torch.testing.assert_close(two.losses, one.losses)
+    assert (x.gradient(alpha=1.0) - x.gradient(variant="tdpo1")).abs().max() > 1e-3
+
+
+def test_tdpo1_ignores_alpha(x: Logits) -> None:
+    a, b = (x.loss(x.policy, variant="tdpo1", alpha=alpha).losses for alpha in (0.1, 5.0))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
+def test_policy_equal_to_reference(x: Logits, variant: str) -> None:
+    x.reference = x.policy.detach()
+    output = x.loss(x.policy, beta=0.2, variant=variant)
+    torch.testing.assert_close(output.losses, torch.full((2,), math.log(2), dtype=F64))
+    assert output.metrics["kl/chosen"].abs().max() < 1e-12
+
+    def dpo(policy: Tensor) -> Tensor:
+        logps = x.scores(policy)["logps"]
+        return mean_loss(dpo_loss(logps, x.segments, ref_logps=logps.detach(), beta=0.2), x.segments)
+
+    torch.testing.assert_close(
+        x.gradient(beta=0.2, variant=variant), gradient(dpo, x.policy), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
+def test_closed_form_gradient_of_the_logits(x: Logits, variant: str) -> None:
+    beta, alpha = 0.4, 0.7
+    output = x.loss(x.policy, beta=beta, alpha=alpha, variant=variant)
+    z = torch.log(torch.expm1(output.losses.detach())).neg() / beta  # losses = softplus(-beta z)
+    g = -beta * torch.sigmoid(-beta * z) / 2
+    e = torch.nn.functional.one_hot(x.labels, VOCAB).to(F64)
+    p, q = torch.softmax(x.policy, -1).detach(), torch.softmax(x.reference, -1)
+    if variant == "tdpo1":
+        chosen, rejected = e - q, -(e - q)
+    else:
+        chosen, rejected = e - p, -((e - p) + alpha * (p - q))
+    per_token = x.segments.broadcast(g.repeat_interleave(2))[:, None]
+    expected = per_token * torch.where(x.segments.is_chosen[:, None], chosen, rejected)
+    torch.testing.assert_close(
+        x.gradient(beta=beta, alpha=alpha, variant=variant), expected, rtol=1e-10, atol=1e-12
+    )
+
+
+def test_shifting_logits_and_permuting_the_vocabulary_change_nothing(x: Logits) -> None:
+    base = x.loss(x.policy).losses
+    shift = torch.randn(len(x.labels), 1, dtype=F64)
+    torch.testing.assert_close(x.loss(x.policy + shift, x.reference - shift).losses, base)
+    order = torch.randperm(VOCAB)
+    permuted = Logits(x.segments, x.policy[:, order], x.reference[:, order], order.argsort()[x.labels])
+    torch.testing.assert_close(permuted.loss(permuted.policy).losses, base)
+
+
+def test_token_rewards_average_zero_under_the_reference_in_every_state(x: Logits) -> None:
+    logp, logq = torch.log_softmax(x.policy, -1).detach(), torch.log_softmax(x.reference, -1)
+    kl = x.scores(x.policy)["kl"].detach()
+    assert (kl >= 0).all()
+    rewards = torch.stack(
+        [tdpo_token_rewards(logp[:, v], logq[:, v], kl, beta=0.3) for v in range(VOCAB)], dim=1
+    )
+    torch.testing.assert_close((logq.exp() * rewards).sum(1), torch.zeros(len(kl), dtype=F64))
+
+
+def test_token_rewards_sum_to_the_logged_rewards(x: Logits) -> None:
+    scores, ref_logps = x.scores(x.policy), x.scores(x.reference)["logps"]
+    rewards = tdpo_token_rewards(scores["logps"], ref_logps, scores["kl"], beta=0.3)
+    assert not rewards.requires_grad
+    chosen, _ = x.segments.pairs(x.segments.sum(rewards))
+    torch.testing.assert_close(chosen, x.loss(x.policy, beta=0.3).metrics["rewards/chosen"])
+
+
+def test_chunks_change_nothing(x: Logits) -> None:
+    whole, chunked = x.scores(x.policy), x.scores(x.policy, chunk=3)
+    torch.testing.assert_close(whole, chunked)
+
+
+def test_a_reference_probability_of_zero_is_no_nan(x: Logits) -> None:
+    x.reference = x.reference.clone()
+    x.reference[:, 0] = -2000.0  # underflows to 0, as padded vocabulary entries do
+    output = x.loss(x.policy)
+    assert torch.isfinite(output.losses).all()
+    assert torch.isfinite(x.scores(x.policy)["kl"]).all()
+    assert torch.isfinite(x.gradient()).all()
+
+
+def test_where_the_gradient_flows() -> None:
+    x = example()
+    kwargs = {"ref_logps": x.ref_logps.requires_grad_(), "kl": x.kl}
+    for variant in ("tdpo1", "tdpo2"):
+        loss = mean_loss(tdpo_loss(x.logps, x.segments, variant=variant, **kwargs), x.segments)
+        grad_kl, grad_ref = torch.autograd.grad(loss, (x.kl, x.ref_logps), allow_unused=True)
+        chosen = x.segments.is_chosen
+        assert (grad_kl[~chosen] > 0).all()  # drift of the rejected side is punished
+        assert (grad_kl[chosen] < 0).all() if variant == "tdpo1" else (grad_kl[chosen] == 0).all()
+        assert grad_ref is None
+
+
+def test_averaging_divides_by_the_length_and_empty_completions_stay_finite() -> None:
+    x = example((3, 3, 3, 3))
+    mean = tdpo_loss(x.logps, x.segments, ref_logps=x.ref_logps, kl=x.kl, beta=0.3, average_log_prob=True)
+    summed = tdpo_loss(x.logps, x.segments, ref_logps=x.ref_logps, kl=x.kl, beta=0.1)
+    torch.testing.assert_close(mean.losses, summed.losses)
+    empty = Segments.from_lengths([0, 0])
+    none = torch.zeros(0, dtype=F64, requires_grad=True)
+    for average in (False, True):
+        output = tdpo_loss(none, empty, ref_logps=none, kl=none, average_log_prob=average)
+        assert output.losses.item() == pytest.approx(math.log(2))

@@ -1,0 +1,68 @@
+"""Atomic writes and fingerprints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tokengrain.files import atomic_write, file_fingerprint, fingerprint, read_json, write_json, write_text
+
+
+def test_a_write_replaces_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.json"
+    write_json(path, {"a": 1, "ü": [1, 2]})
+    write_json(path, {"b": 2})
+    assert read_json(path) == {"b": 2}
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def _interrupted_write(path: Path, error: BaseException) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(type(error)):
+        _interrupted_write(path, error)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_writer_that_never_wrote_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a.txt"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_text(path, "old")
+    with atomic_write(path) as temporary:
+        assert temporary.suffix == ".parquet"  # writers go by it
+        assert temporary.parent == path.parent  # else the rename is not atomic
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_fingerprints_depend_on_content_alone(tmp_path: Path) -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert len(fingerprint(None)) == 16
+    (tmp_path / "x").write_text("same")
+    (tmp_path / "y").write_text("same")
+    assert file_fingerprint(tmp_path / "x") == file_fingerprint(tmp_path / "y")
+    (tmp_path / "y").write_text("sam")
+    assert file_fingerprint(tmp_path / "x") != file_fingerprint(tmp_path / "y")
+    (tmp_path / "z").write_text("e")
+    both = file_fingerprint(tmp_path / "y", tmp_path / "z")
+    assert both != file_fingerprint(tmp_path / "x")  # the seam between files counts
+    write_json(tmp_path / "j", {"ü": "é"})
+    assert json.loads((tmp_path / "j").read_text(encoding="utf-8")) == {"ü": "é"}
