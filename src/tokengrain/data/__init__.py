@@ -1,0 +1,29 @@
+"""Rows of text -> samples of token ids: formats, chat templates, the seam, truncation, rewards."""
+
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import (
+    IterablePairDataset,
+    PairDataset,
+    collate,
+    prepare_pairs,
+    prepare_sft,
+)
+from tokengrain.data.loading import Rows, RowStream, StoredRows, load_rows, split_rows
+from tokengrain.data.report import Report
+from tokengrain.data.tokenize import tokenizer_fingerprint
+
+__all__ = [
+    "IterablePairDataset",
+    "PairDataset",
+    "Report",
+    "RowStream",
+    "Rows",
+    "StoredRows",
+    "TokenizeConfig",
+    "collate",
+    "load_rows",
+    "prepare_pairs",
+    "prepare_sft",
+    "split_rows",
+    "tokenizer_fingerprint",
+]

@@ -1,0 +1,203 @@
+"""`Example` -> `Sample`: render, tokenise, find the seam, add EOS, read token columns, cut to length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokengrain.batch import Completion, Sample
+from tokengrain.data.config import RowError, TokenizeConfig
+from tokengrain.data.formats import Example
+from tokengrain.data.render import Rendered, Renderer
+from tokengrain.data.rewards import token_column
+from tokengrain.data.tokenize import Encoder, Tokens, seam
+
+
+@dataclass
+class Encoded:
+    """A sample and what was cut to make it; `prefix` is that of its first completion's columns."""
+
+    sample: Sample
+    prefix: str
+    prompt_cut: bool
+    completions_cut: int
+
+
+class ExampleEncoder:
+    """Turns rows into samples, many at a time.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        config: settings.
+        parse: row -> `Example` (`pair_example` or `single_example`).
+        model_positions: longest sequence the model takes, in tokens; None: not checked.
+
+    Raises:
+        ModelError: EOS or the file of a chat template is wanted and not there.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: TokenizeConfig,
+        parse: Callable[[Any], Example],
+        model_positions: int | None = None,
+    ) -> None:
+        self.config, self.parse, self.model_positions = config, parse, model_positions
+        self.encoder = Encoder(tokenizer, config)
+        self.renderer = Renderer(tokenizer, config)
+
+    def __call__(self, rows: Sequence[tuple[int, Any]]) -> list[Encoded | RowError]:
+        """One result per `(number, row)`: a sample, or why there is none.
+
+        Raises:
+            ModelError: the rows hold messages and there is no chat template.
+        """
+        results: list[Encoded | RowError | None] = [None] * len(rows)
+        work: list[tuple[int, Example, list[Rendered]]] = []
+        for index, (_, row) in enumerate(rows):
+            try:
+                example = self.parse(row)
+                work.append((index, example, self.renderer(example)))
+            except RowError as error:
+                results[index] = error
+        tokens = iter(self.encoder([r.text for _, _, rendered in work for r in rendered]))
+        for index, example, rendered in work:
+            parts = [next(tokens) for _ in rendered]
+            try:
+                results[index] = self._encode(rows[index][0], example, rendered, parts)
+            except RowError as error:
+                results[index] = error
+        return [r for r in results if r is not None]
+
+    def _encode(
+        self, number: int, example: Example, rendered: list[Rendered], tokens: list[Tokens]
+    ) -> Encoded:
+        cut = seam(tokens, [r.prompt_end for r in rendered])
+        head = self.encoder.head(rendered[0], tokens[0])
+        prompt = [*head, *tokens[0].ids[:cut]]
+        if not prompt:
+            prompt, cut = self._least_prompt(example, tokens)
+        kept_prompt = self._cut_prompt(prompt)
+        completions, n_cut = [], 0
+        for side, (r, t) in enumerate(zip(rendered, tokens)):
+            completion, shortened = self._completion(example, side, r, t, cut, len(kept_prompt))
+            completions.append(completion)
+            n_cut += shortened
+        self._check_completions(example, completions, n_cut)
+        self._check_positions(example, kept_prompt, completions)
+        sample = Sample(kept_prompt, completions, row=number, raw=example.raw)
+        return Encoded(sample, example.prefix[0], len(kept_prompt) < len(prompt), n_cut)
+
+    def _least_prompt(self, example: Example, tokens: list[Tokens]) -> tuple[list[int], int]:
+        """A prompt where there is no token for one: BOS, or the first token of plain `text`."""
+        if self.encoder.bos_id is not None:
+            return [self.encoder.bos_id], 0
+        if not example.prompt and len(tokens[0].ids) > 1:
+            return tokens[0].ids[:1], 1
+        raise RowError(
+            "empty prompt",
+            "prompt has no token of its own, and the tokenizer has no BOS to stand for it",
+            field="prompt",
+            value=example.prompt,
+            expected="a longer prompt, or a tokenizer with BOS",
+        )
+
+    def _cut_prompt(self, prompt: list[int]) -> list[int]:
+        limit = self.config.max_prompt_length
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        if self.config.truncation_side == "right":
+            return prompt[:limit]
+        bos = 1 if prompt[0] == self.encoder.bos_id else 0
+        return prompt[:bos] + prompt[len(prompt) - limit + bos :]
+
+    def _completion(
+        self, example: Example, side: int, rendered: Rendered, tokens: Tokens, cut: int, prompt_length: int
+    ) -> tuple[Completion, bool]:
+        ids = tokens.ids[cut:] + self.encoder.tail(rendered, tokens)
+        counted = self._counted(rendered, tokens, cut, len(ids))
+        room = len(ids) if self.config.max_length is None else self.config.max_length - prompt_length
+        if room < min(len(ids), self.config.min_completion_length):
+            raise RowError(
+                "completion does not fit",
+                f"completion does not fit beside a prompt of {prompt_length} tokens",
+                field=example.fields[side],
+                value=f"{len(ids)} tokens, room for {max(room, 0)}",
+                expected=f"room for {self.config.min_completion_length} at least (max_length "
+                f"{self.config.max_length}; max_prompt_length cuts prompts)",
+            )
+        kept = ids[:room]
+        mask = counted[:room]
+        where = [cut + i for i, counts in enumerate(counted) if counts]
+        columns = {
+            name: token_column(
+                name,
+                value,
+                example.prefix[side] + name,
+                rendered=rendered,
+                tokens=tokens,
+                counted=where,
+                kept=sum(mask),
+            )
+            for name, value in example.token_columns[side].items()
+        }
+        return Completion(kept, None if all(mask) else mask, columns), len(kept) < len(ids)
+
+    def _counted(self, rendered: Rendered, tokens: Tokens, cut: int, length: int) -> list[bool]:
+        """Which of the completion's tokens count: the turns', those moved here from the prompt, EOS."""
+        if rendered.turns is None or len(rendered.turns) == 1:
+            return [True] * length
+        counted = [False] * length
+        for start, end in rendered.turns:
+            first, last = tokens.within(start) - cut, tokens.touching(end) - cut
+            counted[first:last] = [True] * (last - first)
+        moved = tokens.within(rendered.prompt_end) - cut
+        counted[:moved] = [True] * moved
+        behind = len(tokens.ids) - cut
+        counted[behind:] = [True] * (length - behind)
+        return counted
+
+    def _check_completions(self, example: Example, completions: list[Completion], n_cut: int) -> None:
+        names = [set(c.columns) for c in completions]
+        for side, present in enumerate(names):
+            for name in sorted(set.union(*names) - present):
+                raise RowError(
+                    "missing column",
+                    "is missing while the other completion has its own",
+                    field=example.prefix[side] + name,
+                    expected="values for both completions or for none",
+                )
+        for side, completion in enumerate(completions):
+            if not completion.n_counted:
+                raise RowError(
+                    "completion does not fit",
+                    "no token of the completion is left to count",
+                    field=example.fields[side],
+                    value=example.completions[side],
+                    expected="at least one token",
+                )
+        if len(completions) > 1 and completions[0].ids == completions[1].ids:
+            raise RowError(
+                "chosen equals rejected",
+                "is the same as 'chosen' " + ("once both are cut" if n_cut else "in the tokenizer's eyes"),
+                field=example.fields[1],
+                value=example.completions[1],
+                expected="two completions that differ"
+                + (f" within max_length {self.config.max_length}" if n_cut else ""),
+            )
+
+    def _check_positions(self, example: Example, prompt: list[int], completions: list[Completion]) -> None:
+        if self.model_positions is None:
+            return
+        for side, completion in enumerate(completions):
+            length = len(prompt) + len(completion.ids)
+            if length > self.model_positions:
+                raise RowError(
+                    "longer than the model",
+                    "prompt and completion are longer than the model's positions",
+                    field=example.fields[side],
+                    value=f"{len(prompt)} + {len(completion.ids)} = {length} tokens",
+                    expected=f"at most {self.model_positions} (max_length and max_prompt_length cut rows)",
+                )

@@ -1,0 +1,67 @@
+"""What became of the rows of a source: how many were kept, skipped and cut, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokengrain.data.config import RowError
+from tokengrain.data.encode import Encoded
+from tokengrain.data.loading import Rows
+from tokengrain.errors import DataError
+
+
+@dataclass
+class Report:
+    """What became of the rows.
+
+    Attributes:
+        kept: samples made.
+        skipped: rows left out, by reason.
+        first: for each reason, the message about the first such row.
+        prompts_cut, completions_cut: how many were longer than the configuration allows.
+    """
+
+    kept: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    prompts_cut: int = 0
+    completions_cut: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.kept + sum(self.skipped.values())
+
+    @property
+    def reasons(self) -> str:
+        """Such as "3 empty completion, 2 different prompts"."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+
+    def add(self, result: Encoded) -> None:
+        self.kept += 1
+        self.prompts_cut += result.prompt_cut
+        self.completions_cut += result.completions_cut
+
+    def skip(self, reason: str, message: str) -> None:
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self.first.setdefault(reason, message)
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept} of {self.rows} rows"]
+        if self.skipped:
+            parts.append(f"skipped: {self.reasons}")
+        if self.prompts_cut or self.completions_cut:
+            parts.append(f"cut: {self.prompts_cut} prompts, {self.completions_cut} completions")
+        return "; ".join(parts)
+
+
+def all_invalid(rows: Rows, report: Report, number: int, error: RowError) -> DataError:
+    """The first invalid row as an error that also counts the others."""
+    invalid = report.rows - report.kept
+    if not report.kept:
+        note = f". No row is left: {report.reasons}"
+    elif invalid > 1:
+        note = f". {invalid} of {report.rows} rows are invalid: {report.reasons}"
+        note += " (`on_invalid: skip` leaves them out)"
+    else:
+        note = f". It is the only invalid row of {report.rows} (`on_invalid: skip` leaves it out)"
+    return error.located(*rows.place(number), note)

@@ -1,0 +1,223 @@
+"""Messages: chat templates, turns that count, end-of-turn tokens."""
+
+import pytest
+
+from tests.data.tokenizers import (
+    CHATML,
+    LLAMA2,
+    REWRITING_MARKED,
+    REWRITING_PLAIN,
+    GreedyTokenizer,
+    gpt2_like,
+    llama_like,
+    merging_bpe,
+)
+from tokengrain.data import TokenizeConfig, collate, prepare_pairs, prepare_sft
+from tokengrain.errors import DataError, ModelError
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+PAIR = {
+    "prompt": [{"role": "system", "content": "Be kind."}, user("what colour is the sky?")],
+    "chosen": [assistant("It is blue.")],
+    "rejected": [assistant("It is black.")],
+}
+LLAMA_PAIR = {**PAIR, "prompt": [user("what colour is the sky?")]}
+
+
+def chat_ids(tokenizer, text):
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def counted_text(tokenizer, completion):
+    keep = completion.counted or [True] * len(completion.ids)
+    return tokenizer.decode([i for i, k in zip(completion.ids, keep) if k])
+
+
+@pytest.mark.parametrize("make", [gpt2_like, lambda t: merging_bpe(True, t)], ids=["gpt2", "merging, bos"])
+def test_chatml(make):
+    tokenizer = make(CHATML)
+    sample = prepare_pairs([PAIR], tokenizer)[0]
+    heading = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nwhat colour is the sky?<|im_end|>\n"
+    prompt = heading + "<|im_start|>assistant\n"
+    for text, completion in zip(("It is blue.", "It is black."), sample.completions):
+        # The template's newline behind the end-of-turn token is left out, and no EOS follows the end of turn.
+        assert sample.prompt_ids + completion.ids == chat_ids(tokenizer, prompt + text + "<|im_end|>")
+        assert completion.counted is None
+        assert completion.ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert sample.raw == PAIR
+
+
+def test_llama2_template_brings_its_own_bos():
+    tokenizer = llama_like(LLAMA2)
+    sample = prepare_pairs([LLAMA_PAIR], tokenizer)[0]
+    whole = "<s>[INST] what colour is the sky? [/INST] It is blue. </s>"
+    assert sample.prompt_ids + sample.completions[0].ids == chat_ids(tokenizer, whole)
+    assert sample.prompt_ids.count(tokenizer.bos_token_id) == 1
+    assert sample.completions[0].ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_template_without_end_of_turn_gets_eos():
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    sample = prepare_pairs([PAIR], gpt2_like(template))[0]
+    assert gpt2_like().decode(sample.completions[0].ids) == " It is blue.\n</s>"
+    bare = prepare_pairs([PAIR], gpt2_like(template), TokenizeConfig(add_eos=False))[0]
+    assert gpt2_like().decode(bare.completions[0].ids) == " It is blue.\n"
+
+
+def test_tokenizer_without_offsets():
+    letters = sorted(set("".join(m["content"] for k in PAIR.values() for m in k) + "systemassistantuser\n"))
+    tokenizer = GreedyTokenizer([*letters, "It is ", "blue", "is b", "nt\n"])
+    tokenizer.chat_template = CHATML
+    sample = prepare_pairs([PAIR], tokenizer)[0]
+    assert tokenizer.convert_ids_to_tokens(sample.completions[0].ids) == ["It is ", "blue", ".", "<|im_end|>"]
+    several = {**PAIR, "chosen": [assistant("blue"), user("sky"), assistant("is blue.")]}
+    completion = prepare_pairs([several], tokenizer)[0].completions[0]
+    kept = [t for t, k in zip(completion.ids, completion.counted) if k]
+    assert tokenizer.convert_ids_to_tokens(kept) == [
+        "blue", "<|im_end|>", "is b", "l", "u", "e", ".", "<|im_end|>",
+    ]  # fmt: skip
+
+
+def test_no_template():
+    with pytest.raises(ModelError, match=r"has no chat template; expected .*chat_template:"):
+        prepare_pairs([PAIR], gpt2_like())
+
+
+def test_template_from_the_configuration(tmp_path):
+    path = tmp_path / "chatml.jinja"
+    path.write_text(CHATML)
+    want = prepare_pairs([PAIR], gpt2_like(CHATML))[0]
+    for template in (CHATML, str(path)):
+        assert prepare_pairs([PAIR], gpt2_like(), TokenizeConfig(chat_template=template))[0] == want
+    with pytest.raises(ModelError, match=r"chat_template is '/nowhere/x\.jinja'; expected"):
+        prepare_pairs([PAIR], gpt2_like(), TokenizeConfig(chat_template="/nowhere/x.jinja"))
+
+
+def test_template_variables():
+    template = CHATML + "{% if loud %}!{% endif %}"
+    config = TokenizeConfig(chat_template=template, chat_template_kwargs={"loud": True})
+    text = gpt2_like().decode(prepare_pairs([PAIR], gpt2_like(), config)[0].completions[0].ids)
+    assert text.endswith("<|im_end|>\n!</s>")
+
+
+def test_template_that_refuses_a_role():
+    with pytest.raises(
+        DataError, match=r"row 0: field 'prompt': the chat template cannot render.*only user and"
+    ):
+        prepare_pairs([PAIR], llama_like(LLAMA2))
+
+
+def test_template_that_changes_the_prompt():
+    template = "{{ messages | length }}" + CHATML
+    with pytest.raises(DataError, match="field 'chosen': the chat template renders the prompt differently"):
+        prepare_pairs([PAIR], gpt2_like(template))
+
+
+def test_generation_prompt_that_says_more_than_an_answer_begins_with():
+    template = CHATML.replace("assistant\n", "assistant\n<think></think>")
+    sample = prepare_pairs([PAIR], gpt2_like(template))[0]
+    assert gpt2_like().decode(sample.prompt_ids).endswith("<|im_start|>assistant\n")
+    assert gpt2_like().decode(sample.completions[0].ids) == "It is blue.<|im_end|>"
+
+
+MULTI = {
+    "prompt": [user("the sky?")],
+    "chosen": [assistant("It is blue."), user("and the sea?"), assistant("Green.")],
+    "rejected": [assistant("It is black."), {"role": "tool", "content": "green"}, assistant("Six.")],
+}
+
+
+@pytest.mark.parametrize("make", [gpt2_like, lambda t: merging_bpe(False, t)], ids=["gpt2", "merging"])
+def test_only_the_assistant_counts(make):
+    tokenizer = make(CHATML)
+    sample = prepare_pairs([MULTI], tokenizer)[0]
+    chosen, rejected = sample.completions
+    assert counted_text(tokenizer, chosen) == "It is blue.<|im_end|>Green.<|im_end|>"
+    assert counted_text(tokenizer, rejected) == "It is black.<|im_end|>Six.<|im_end|>"
+    whole = tokenizer.apply_chat_template(MULTI["prompt"] + MULTI["chosen"], tokenize=False)
+    assert sample.prompt_ids + chosen.ids == chat_ids(tokenizer, whole.rstrip())
+    batch = collate([sample])
+    assert batch.segments.lengths.tolist() == [chosen.n_counted, rejected.n_counted]
+    assert batch.segments.total < batch.completion_ids.numel()
+
+
+def test_eos_counts_behind_several_turns():
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = gpt2_like(template)
+    chosen, rejected = prepare_pairs([MULTI], tokenizer)[0].completions
+    assert counted_text(tokenizer, chosen) == " It is blue.\n Green.\n</s>"
+    assert counted_text(tokenizer, rejected) == " It is black.\n Six.\n</s>"
+
+
+def test_template_that_rewrites_earlier_turns():
+    with pytest.raises(
+        DataError, match=r"field 'chosen': the chat template rewrites earlier turns.*generation"
+    ):
+        prepare_pairs([MULTI], gpt2_like(REWRITING_PLAIN))
+    tokenizer = gpt2_like(REWRITING_MARKED)
+    chosen = prepare_pairs([MULTI], tokenizer)[0].completions[0]
+    assert counted_text(tokenizer, chosen) == "It is blue.<|im_end|><think></think>Green.<|im_end|>"
+    # One turn needs no such marks.
+    sample = prepare_pairs([PAIR], gpt2_like(REWRITING_PLAIN))[0]
+    assert tokenizer.decode(sample.completions[0].ids) == "<think></think>It is blue.<|im_end|>"
+
+
+def test_implicit_prompt_and_repeated_prompt():
+    want = prepare_pairs([PAIR], gpt2_like(CHATML))[0]
+    implicit = {side: PAIR["prompt"] + PAIR[side] for side in ("chosen", "rejected")}
+    repeated = {**implicit, "prompt": PAIR["prompt"]}
+    as_text = {**implicit, "prompt": "what colour is the sky?"}
+    for row in (implicit, repeated, as_text):
+        sample = prepare_pairs([row], gpt2_like(CHATML))[0]
+        assert (sample.prompt_ids, sample.completions, sample.raw) == (
+            want.prompt_ids,
+            want.completions,
+            want.raw,
+        )
+
+
+def test_keys_without_a_value_are_as_if_absent():
+    row = {k: [{**m, "tool_calls": None, "name": None} for m in v] for k, v in PAIR.items()}
+    assert prepare_pairs([row], gpt2_like(CHATML))[0] == prepare_pairs([PAIR], gpt2_like(CHATML))[0]
+
+
+def test_sft_messages():
+    row = {"messages": [*MULTI["prompt"], *MULTI["chosen"], user("thanks")]}
+    tokenizer = gpt2_like(CHATML)
+    sample = prepare_sft([row], tokenizer)[0]
+    assert len(sample.completions) == 1
+    assert sample.completions[0] == prepare_pairs([MULTI], tokenizer)[0].completions[0]
+    assert sample.raw["prompt"] == MULTI["prompt"]
+
+
+BAD = {
+    "ends with the assistant's message": {**PAIR, "prompt": [user("a"), assistant("b")]},
+    "begins or ends with the role 'user'": {**PAIR, "rejected": [assistant("a"), user("b")]},
+    "message 0 has no role": {**PAIR, "chosen": [{"content": "a"}]},
+    "the content of message 0 is of type int": {**PAIR, "chosen": [{"role": "assistant", "content": 3}]},
+    "message 0 is not an object": {**PAIR, "chosen": ["It is blue."]},
+    "completion is empty": {**PAIR, "rejected": [assistant(" ")]},
+    "has no messages": {**PAIR, "rejected": []},
+    "is equal to 'chosen'": {**PAIR, "rejected": PAIR["chosen"]},
+    "is messages while the prompt is text": {**PAIR, "prompt": "hello"},
+    "is text while the other completion is messages": {**PAIR, "chosen": "It is blue."},
+    "there is no prompt": {"chosen": PAIR["chosen"], "rejected": PAIR["rejected"]},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_messages(what):
+    with pytest.raises(DataError, match=what) as caught:
+        prepare_pairs([PAIR, BAD[what]], gpt2_like(CHATML))
+    assert caught.value.row == "1"
+    assert caught.value.field in ("prompt", "chosen", "rejected")

@@ -1,0 +1,386 @@
+"""Sources of rows, whole and damaged."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.tokenizers import words
+from tokengrain.data import load_rows, prepare_pairs, readers, split_rows
+from tokengrain.errors import DataError
+
+ROWS = [
+    {"prompt": f"The sky {i}", "chosen": f' is "blue", {i}\nand naïve', "rejected": " is 黒い"}
+    for i in range(7)
+]
+
+
+def write(path: Path, rows=ROWS) -> Path:
+    """`rows` in the format that the name of `path` says."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    kind = path.name.removesuffix(".gz").rsplit(".")[-1]
+    if kind == "parquet":
+        with opener(path, "wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
+        return path
+    with opener(path, "wt", encoding="utf-8", newline="") as file:
+        if kind == "csv":
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        elif kind == "json":
+            json.dump(rows, file, indent=2)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+def error_of(source, **kwargs):
+    """The message that loading gives, with and without streaming; they must be the same."""
+    with pytest.raises(DataError) as caught:
+        load_rows(source, **kwargs)
+    with pytest.raises(DataError) as streamed:
+        list(load_rows(source, streaming=True, **kwargs))
+    assert str(streamed.value) == str(caught.value)
+    return str(caught.value)
+
+
+NAMES = ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.parquet"]
+
+
+@pytest.mark.parametrize("name", NAMES + [n + ".gz" for n in NAMES])
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+def test_formats(tmp_path, name, chunk, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK", chunk)
+    path = write(tmp_path / name)
+    rows = load_rows(str(path))
+    assert list(rows) == list(enumerate(ROWS))
+    assert len(rows) == 7
+    assert rows.name == str(path)
+    stream = load_rows(path, streaming=True)
+    assert list(stream) == list(stream) == list(enumerate(ROWS))
+    assert stream.fingerprint == rows.fingerprint
+    assert not hasattr(stream, "__len__")
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_json_lines_under_the_name_json(tmp_path, bom):
+    path = tmp_path / "a.json"
+    path.write_bytes(bom + b"\n" + b"\n".join(json.dumps(r).encode() for r in ROWS))
+    assert [row for _, row in load_rows(path)] == ROWS
+    path.write_bytes(bom + json.dumps(ROWS).encode())
+    assert [row for _, row in load_rows(path)] == ROWS
+
+
+def test_rows_know_their_place(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(r) for r in ROWS]
+    path.write_text("\n".join([lines[0], "", lines[1], lines[2], "", "", lines[3]]))
+    rows = load_rows(path)
+    assert [rows.place(n)[1] for n in range(4)] == ["0 (line 1)", "1 (line 3)", "2 (line 4)", "3 (line 7)"]
+    write(tmp_path / "b.csv")
+    rows = load_rows(tmp_path)
+    assert [n for n, _ in rows] == list(range(11))
+    assert rows.place(3) == (str(path), "3 (line 7)")
+    assert rows.place(4) == (str(tmp_path / "b.csv"), "0")
+    assert rows.place(10) == (str(tmp_path / "b.csv"), "6")
+    stream = load_rows(tmp_path, streaming=True)
+    for _ in range(2):
+        assert [stream.place(n) for n, _ in stream] == [rows.place(n) for n in range(11)]
+    assert stream._places._marks == rows._places._marks, "reading again does not grow what is remembered"
+
+
+def test_the_line_of_a_row_in_an_array(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}\n]\n')
+    rows = load_rows(path)
+    assert [rows.place(n)[1] for n in range(3)] == ["0 (line 2)", "1 (line 4)", "2 (line 5)"]
+
+
+def test_streams_do_not_read_ahead(tmp_path):
+    """The damage at the end of the file is met only by who reads that far."""
+    path = write(tmp_path / "a.jsonl", ROWS * 2000)
+    with open(path, "a") as file:
+        file.write("{broken\n")
+    rows = iter(load_rows(path, streaming=True))
+    assert [next(rows) for _ in range(5)] == list(enumerate(ROWS))[:5]
+    with pytest.raises(DataError, match="malformed JSON at line 14001"):
+        list(rows)
+
+
+# ---- folders, splits
+
+
+def test_folder_with_splits(tmp_path):
+    write(tmp_path / "train-00000.parquet", ROWS[:2])
+    write(tmp_path / "train-00001.parquet", ROWS[2:5])
+    write(tmp_path / "test.jsonl", ROWS[5:])
+    (tmp_path / "notes.txt").write_text("not rows")
+    assert [row for _, row in load_rows(tmp_path)] == ROWS[:5]
+    assert [row for _, row in load_rows(tmp_path, split="test")] == ROWS[5:]
+    assert "there is no such split; got 'dev'; expected one of test, train" in error_of(tmp_path, split="dev")
+    (tmp_path / "train-00000.parquet").unlink()
+    (tmp_path / "train-00001.parquet").rename(tmp_path / "validation.parquet")
+    assert "which split is meant is not clear" in error_of(tmp_path)
+
+
+def test_folder_without_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    assert "the folder holds no file of rows" in error_of(tmp_path)
+
+
+def test_saved_dataset(tmp_path):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "d")
+    assert [row for _, row in load_rows(tmp_path / "d")] == ROWS
+    assert [row for _, row in load_rows(tmp_path / "d", streaming=True)] == ROWS
+
+
+def test_split_of_a_file(tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    assert len(load_rows(path, split="train")) == 7
+    assert "a single file has no splits; got 'test'" in error_of(path, split="test")
+
+
+# ---- Python objects
+
+
+def test_objects():
+    dataset = datasets.Dataset.from_list(ROWS)
+    stream = dataset.to_iterable_dataset()
+    for source in (ROWS, tuple(ROWS), dataset, stream, datasets.DatasetDict({"train": dataset})):
+        assert list(load_rows(source)) == list(enumerate(ROWS))
+        assert load_rows(source).streaming == (source is stream)
+    assert load_rows(dataset, streaming=True).streaming
+    assert load_rows(dataset).fingerprint == load_rows(datasets.Dataset.from_list(ROWS)).fingerprint
+    assert load_rows(dataset).fingerprint != load_rows(dataset.select(range(6))).fingerprint
+    both = datasets.DatasetDict({"a": dataset, "b": dataset.select([0])})
+    assert len(load_rows(both, split="b")) == 1
+    with pytest.raises(DataError, match="expected one of a, b"):
+        load_rows(both)
+    rows = load_rows(ROWS)
+    assert load_rows(rows) is rows
+
+
+@pytest.mark.parametrize("source", [3, None, b"bytes", {"prompt": ["a"]}])
+def test_not_a_source(source):
+    with pytest.raises(DataError, match="not a source of rows"):
+        load_rows(source)
+
+
+def test_list_has_no_splits():
+    with pytest.raises(DataError, match="a list of rows has no splits; got 'test'"):
+        load_rows(ROWS, split="test")
+
+
+# ---- hub names
+
+
+def test_hub_name(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split=None, streaming=False):
+        asked.append((name, split, streaming))
+        dataset = datasets.Dataset.from_list(ROWS)
+        return datasets.DatasetDict({"train": dataset, "test": dataset}) if split is None else dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_rows("someone/pairs")) == 7
+    assert len(load_rows("someone/pairs", split="test[:7]")) == 7
+    assert asked == [("someone/pairs", None, False), ("someone/pairs", "test[:7]", False)]
+
+
+def test_hub_name_that_cannot_be_had(monkeypatch):
+    def load_dataset(name, **kwargs):
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    text = r"^someone/pairs: is neither a local file or folder nor .* hub.*ConnectionError: offline mode"
+    with pytest.raises(DataError, match=text):
+        load_rows("someone/pairs")
+
+
+def test_missing_file(tmp_path):
+    write(tmp_path / "pairs.jsonl")
+    message = error_of(tmp_path / "piars.jsonl")
+    assert "there is no such file or folder; expected perhaps" in message
+    assert "pairs.jsonl" in message
+    for name in ("nowhere/at/all", "nowhere.csv", "./nowhere", "world://stories"):
+        assert "there is no such file or folder" in error_of(name)
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.parquet"])
+def test_empty(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(b""))
+    else:
+        path.write_bytes(b"")
+    assert error_of(path) == f"{path}: there are no rows; expected at least one row"
+
+
+def test_empty_objects(tmp_path):
+    (tmp_path / "a.json").write_text(" [ ] ")
+    assert "there are no rows" in error_of(tmp_path / "a.json")
+    (tmp_path / "a.csv").write_text("prompt,chosen\n")
+    assert "there are no rows" in error_of(tmp_path / "a.csv")
+    for source in ([], datasets.Dataset.from_list([])):
+        with pytest.raises(DataError, match="there are no rows"):
+            load_rows(source)
+
+
+def test_malformed_json_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2,, "b": 3}\n')
+    message = error_of(path)
+    assert message.startswith(f"{path}: row 1: malformed JSON at line 3, column 9: ")
+    assert 'got \'{"a": 2,, "b": 3}\\n\'; expected one JSON object per row' in message
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ('[\n{"a": 1},\n{"a": 2,, "b": 3}]', "row 1: malformed JSON at line 3, column 9"),
+        ('[{"a": 1}\n {"a": 2}]', "row 1: malformed JSON at line 2, column 2: expected ',' or ']'"),
+        ('[{"a": 1},\n {"a": "x', "row 1: malformed JSON at line 2, column 8: Unterminated"),
+        ('[{"a": 1},\n', "row 1: malformed JSON at line 2, column 1: the array is not closed"),
+        ('[{"a": 1}\n', "row 1: malformed JSON at line 2, column 1: the array is not closed"),
+        ('[{"a": 1}] [', "row 1: malformed JSON at line 1, column 12: text behind the end"),
+        ('[\n{"a": "é\n"}]', "row 0: malformed JSON at line 2, column 9: Invalid control character"),
+    ],
+)
+def test_malformed_array(tmp_path, text, where, chunk, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK", chunk)
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    assert error_of(path).startswith(f"{path}: {where}")
+
+
+def test_deeply_nested_json(tmp_path):
+    for name, text in (("a.jsonl", "[" * 200_000), ("a.json", '[{"a":' + "[" * 200_000)):
+        (tmp_path / name).write_text(text)
+        assert "row 0: malformed JSON at line 1" in error_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+@pytest.mark.parametrize("chunk", [4, 1 << 20])
+def test_broken_utf8(tmp_path, name, chunk, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK", chunk)
+    whole = write(tmp_path / name)
+    data = gzip.decompress(whole.read_bytes()) if name.endswith(".gz") else whole.read_bytes()
+    at = data.rindex(b"The sky 3") + 4
+    data = data[:at] + b"\xff" + data[at + 1 :]
+    line = data[:at].count(b"\n") + 1
+    whole.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert error_of(whole).startswith(f"{whole}: broken UTF-8 at byte {at} (line {line}): ")
+
+
+def test_broken_utf8_in_parquet(tmp_path):
+    values = pa.array([b"fine", b"also fine", b"not \xff fine"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 3, values.buffers())
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "a.parquet")
+    message = error_of(tmp_path / "a.parquet")
+    assert "a.parquet: row 2: field 'prompt': broken UTF-8 at byte 4" in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.parquet.gz"])
+def test_truncated_gzip(tmp_path, name):
+    path = write(tmp_path / name, ROWS * 50)
+    path.write_bytes(path.read_bytes()[:-9])
+    message = error_of(path)
+    assert message.startswith(f"{path}: gzip file is truncated")
+    assert "expected a complete gzip file" in message
+
+
+def test_damaged_gzip(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", ROWS * 50)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0xFF
+    path.write_bytes(data)
+    assert "gzip file is damaged" in error_of(path)
+    path.write_text("not gzip at all")
+    assert "gzip file is damaged" in error_of(path)
+
+
+def test_damaged_parquet(tmp_path):
+    path = write(tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert error_of(path).startswith(f"{path}: damaged parquet file: ")
+
+
+def test_damaged_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2\n1,2,3\n")
+    assert error_of(path) == (
+        f"{path}: row 1 (line 3): row has another number of fields than the header; got 3; expected 2 (a, b)"
+    )
+    path.write_text('a,b\n1,"open\n')
+    assert "malformed CSV: unexpected end of data" in error_of(path)
+    path.write_text("a,a\n1,2\n")
+    assert "column name is repeated in the header; got 'a'" in error_of(path)
+
+
+def test_csv_fields_may_be_long(tmp_path):
+    long = "word " * 100_000
+    path = write(tmp_path / "a.csv", [{**ROWS[0], "chosen": long}])
+    assert next(iter(load_rows(path)))[1]["chosen"] == long
+
+
+def test_unreadable(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("x")
+    assert "is not of a known format; got '.tsv'; expected .jsonl, .json, .csv or .parquet" in error_of(path)
+
+
+def test_rows_that_are_not_objects(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n[1, 2]\n")
+    with pytest.raises(DataError, match=r"a\.jsonl: row 1 \(line 2\): the row is not an object; got"):
+        prepare_pairs(path, words())
+
+
+# ---- split_rows
+
+
+def test_split_rows():
+    rows = [{"n": i} for i in range(100)]
+    train, held_out = split_rows(rows, 0.1, seed=3)
+    assert (len(train), len(held_out)) == (90, 10)
+    both = sorted([*train, *held_out], key=lambda pair: pair[0])
+    assert both == list(enumerate(rows)), "rows keep their numbers, and none is lost or doubled"
+    assert [n for n, _ in train] == sorted(n for n, _ in train)
+    again = split_rows(load_rows(rows), 0.1, seed=3)
+    assert [list(part) for part in again] == [list(train), list(held_out)]
+    assert list(split_rows(rows, 0.1, seed=4)[1]) != list(held_out)
+    assert len({train.fingerprint, held_out.fingerprint, load_rows(rows).fingerprint}) == 3
+    assert again[0].fingerprint == train.fingerprint
+    assert [len(part) for part in split_rows(rows, 0.001, seed=0)] == [99, 1]
+    assert [len(part) for part in split_rows(rows, 0.999, seed=0)] == [1, 99]
+    inner, _ = split_rows(train, 0.5, seed=0)
+    assert set(dict(inner)) < set(dict(train))
+
+
+def test_split_keeps_places(tmp_path):
+    _, held_out = split_rows(load_rows(write(tmp_path / "a.jsonl")), 0.3, seed=0)
+    for number, _ in held_out:
+        assert held_out.place(number) == (str(tmp_path / "a.jsonl"), f"{number} (line {number + 1})")
+
+
+def test_what_cannot_be_split(tmp_path):
+    for fraction in (0, 1, -0.1, 1.5):
+        with pytest.raises(DataError, match="eval_fraction is out of range"):
+            split_rows(ROWS, fraction, seed=0)
+    with pytest.raises(DataError, match="too few rows to split; got 1"):
+        split_rows(ROWS[:1], 0.5, seed=0)
+    with pytest.raises(DataError, match="a streamed set cannot be split"):
+        split_rows(load_rows(write(tmp_path / "a.csv"), streaming=True), 0.5, seed=0)
