@@ -1,0 +1,133 @@
+"""Token heat maps in the terminal: `tokengrain inspect`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokengrain.report.rows import read_token_rows
+from tokengrain.report.samples import CreditSample, Side, colour_scale
+from tokengrain.report.svg import number, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+# Weak credit colours the letters, strong credit the ground, in tones that are readable on light and on dark
+# terminals. Orange is also underlined: the sign does not hang on the colour.
+_BLUE = ("#3f8fcb", "bold #3f8fcb", "#ffffff on #2f78b0", "bold #ffffff on #174f8a")
+_ORANGE = tuple(
+    f"underline {s}" for s in ("#cf7a1d", "bold #cf7a1d", "#ffffff on #b8620e", "bold #ffffff on #8f3f00")
+)
+_WEAKEST = 0.04  # of full colour; below it a token stays plain
+TOP = 5
+
+
+def inspect_rows(
+    source: str | Path,
+    *,
+    rows: Sequence[int] | None = None,
+    count: int = 3,
+    field: str = "token_rewards",
+    tokenizer: Any = None,
+    console: Console | None = None,
+) -> None:
+    """Print token heat maps of some rows, chosen above rejected, with a legend and summary numbers.
+
+    Without colour (`NO_COLOR`, a pipe) every token is followed by its signed number. The arguments and errors
+    are those of `tokengrain.report.rows.read_token_rows`; `console` is where to print.
+    """
+    from rich.console import Console
+
+    samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer)
+    console = console or Console()
+    for name in dict.fromkeys(s.source for s in samples):
+        _print_source(console, name, [s for s in samples if s.source == name])
+
+
+def _print_source(console: Console, name: str, samples: Sequence[CreditSample]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    coloured = console.color_system is not None and not console.no_color
+    scale = colour_scale([v for s in samples for side in s.sides for v in side.credit])
+    console.print(_legend(name, scale, coloured))
+    for sample in samples:
+        console.rule(
+            Text(f"row {sample.row}" if sample.row is not None else "", "dim"), align="left", style="dim"
+        )
+        table = Table.grid(padding=(0, 2))
+        table.add_row(Text("prompt", "dim"), Text(sample.prompt.strip(), "dim"))
+        titles = ("chosen", "rejected") if len(sample.sides) == 2 else ("completion",)
+        for title, side in zip(titles, sample.sides, strict=True):
+            table.add_row(Text(title, "bold"), heat(side, scale, coloured))
+        console.print(table)
+    console.print()
+    console.print(_summary(samples))
+    console.print()
+
+
+def heat(side: Side, scale: float, coloured: bool) -> Text:
+    """A completion as text: tokens coloured by credit, or followed by numbers where there is no colour."""
+    from rich.text import Text
+
+    out = Text()
+    for token, value in zip(side.tokens, side.credit, strict=True):
+        word = token.lstrip(" ")
+        out.append(" " * (len(token) - len(word)))
+        shown = word.replace("\n", "↵\n")
+        if value is None:
+            out.append(shown, "dim")
+        elif coloured:
+            out.append(shown, style_of(value / scale))
+        else:
+            out.append(f"{shown}[{signed(value)}]")
+    return out
+
+
+def style_of(strength: float) -> str:
+    """Rich style for a credit as a part of full colour: blue above 0, orange and underlined below."""
+    if abs(strength) < _WEAKEST:
+        return ""
+    step = min(3, int(abs(strength) * 4))
+    return (_BLUE if strength > 0 else _ORANGE)[step]
+
+
+def _legend(name: str, scale: float, coloured: bool) -> Text:
+    from rich.text import Text
+
+    out = Text.assemble((name, "bold"), "\n")
+    if not coloured:
+        return out.append("the number behind a token is its credit")
+    for strength in (-1, -0.6, -0.4, -0.1, 0, 0.1, 0.4, 0.6, 1):
+        out.append(signed(strength * scale), style_of(strength)).append(" ")
+    return out.append(" orange, underlined: lowers", "dim")
+
+
+def _summary(samples: Sequence[CreditSample]) -> Text:
+    """Numbers over the rows shown: share above 0, mean size, tokens with most and least credit."""
+    from rich.text import Text
+
+    per_token: dict[str, list[float]] = defaultdict(list)
+    for s in samples:
+        for side in s.sides:
+            for token, value in zip(side.tokens, side.credit, strict=True):
+                if value is not None:
+                    per_token[token.strip() or repr(token)].append(value)
+    values = [v for found in per_token.values() for v in found]
+    if not values:
+        return Text("no token counts in these rows")
+    means = sorted((sum(v) / len(v), token) for token, v in per_token.items())
+    highest = ", ".join(f"{t} {signed(m)}" for m, t in reversed(means[-TOP:]) if m > 0)
+    lowest = ", ".join(f"{t} {signed(m)}" for m, t in means[:TOP] if m < 0)
+    positive = sum(v > 0 for v in values) / len(values)
+    size = sum(map(abs, values)) / len(values)
+    rows = f"{len(samples)} row{'s' * (len(samples) != 1)}"
+    lines = [
+        f"{len(values)} tokens in {rows}: {positive:.0%} above 0, mean size {number(size)}",
+        f"most credit:  {highest or 'none above 0'}",
+        f"least credit: {lowest or 'none below 0'}",
+    ]
+    return Text("\n".join(lines), "dim")
