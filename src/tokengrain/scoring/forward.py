@@ -1,0 +1,300 @@
+"""What runs inside the model's forward: rows through the decoder, then the head on what counts.
+
+`prepare` makes a causal language model's `forward` accept `token_batch=ScoreRequest(...)` and hand it to
+`run`. Being inside `forward`, the hooks of DDP, FSDP2 and accelerate have fired and gradients flow through
+the returned dict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tokengrain.batch import TokenBatch
+from tokengrain.errors import ModelError
+from tokengrain.scoring.fused import CHUNK_BYTES, head_quantities
+from tokengrain.scoring.head import Distribution, Head, logits_quantities
+from tokengrain.scoring.layouts import Layout, RowCosts, Rows, plan_rows
+from tokengrain.scoring.masks import MaskForm, build_masks
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """How a model is scored, found out once by `prepare`.
+
+    Attributes:
+        layout: "auto" (shared where it pays), "shared" or "separate".
+        head: "fused" (decoder, then our head) or "logits" (the model's own logits, all of them).
+        scale, softcap: what the model does to its raw logits (see `Head`).
+        masks: how a shared row's masks are passed; None: the model cannot share.
+        autocast: the autocast type the model's own forward runs in, None for none.
+        reason: why prompts are not shared or the head is not fused; None if all is well.
+    """
+
+    layout: Layout
+    head: Literal["fused", "logits"] = "fused"
+    scale: float = 1.0
+    softcap: float | None = None
+    masks: MaskForm | None = None
+    autocast: torch.dtype | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One call of the scoring path; see `tokengrain.scoring.score` for the fields."""
+
+    batch: TokenBatch
+    want: frozenset[str]
+    plan: ModelPlan
+    reference: Distribution | None = None
+    layout: Layout = "auto"
+    max_row_tokens: int | None = None
+    chunk_tokens: int | None = None
+    one_forward: bool = False
+
+
+def text_config(lm: nn.Module) -> Any:
+    """The part of a model's config that describes its language model."""
+    config: Any = lm.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def device_of(lm: nn.Module) -> torch.device:
+    """Where token ids go: the device of the input embeddings."""
+    embeddings: Any = lm.get_input_embeddings()  # type: ignore[operator]
+    return embeddings.weight.device
+
+
+def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -> dict[str, Tensor]:
+    """The quantities of a request, flat `[N]` (or `[N, H]`), in the order of the batch's flat vectors."""
+    with _autocast(device_of(lm).type, request.plan.autocast):
+        if request.plan.head == "logits":
+            return quantities_from_logits(lm, request, lambda ids, mask: own_forward(input_ids=ids).logits)
+        hidden, labels = _hidden(lm, request), request.batch.labels.to(device_of(lm))
+        out = {"hidden": hidden} if "hidden" in request.want else {}
+        if "raw_logits" in request.want:
+            out["raw_logits"] = _raw_logits(lm, hidden)
+        return out | _head_quantities(lm, request, hidden, labels)
+
+
+def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    if dtype is None or torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype=dtype)
+
+
+def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
+    """The rectangles of a request, checked against the model's positions and vocabulary, on its device."""
+    _check_fits(lm, request.batch)
+    config, device, plan = text_config(lm), device_of(lm), request.plan
+    layout: Layout = request.layout if plan.masks is not None else "separate"
+    costs = RowCosts(_size(config), _overhead_tokens(config, device))
+    pack = plan.masks is not None and uses_flex(config) and request.layout != "separate"
+    rows = plan_rows(
+        request.batch,
+        layout,
+        costs,
+        max_row_tokens=request.max_row_tokens,
+        one_forward=request.one_forward,
+        pack=pack,
+    )
+    return [r.to(device) for r in rows]
+
+
+def _size(config: Any) -> int:
+    return getattr(config, "hidden_size", 1024)
+
+
+def _overhead_tokens(config: Any, device: torch.device) -> int:
+    """How many tokens cost as much as one more pass through the decoder.
+
+    Measured on one CPU core: each pass launches its operations and, in training, adds a gradient as large
+    as the embedding, which weighs more the shallower the model. (Without gradients too: policy and reference
+    then run in the same rectangles and, while equal, give the same numbers.) A GPU is idle below about a
+    thousand tokens.
+    """
+    if device.type != "cpu":
+        return 1024
+    layers = getattr(config, "num_hidden_layers", 24)
+    return 32 + 4 * config.vocab_size // (_size(config) * layers)
+
+
+def uses_flex(config: Any) -> bool:
+    return getattr(config, "_attn_implementation", None) == "flex_attention"
+
+
+def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
+    limit = getattr(text_config(lm), "max_position_embeddings", None)
+    if isinstance(limit, int) and limit > 0 and batch.n_completions:
+        prompts = batch.prompt_offsets.diff()[batch.group]
+        lengths = batch.completion_offsets.diff()
+        worst = int((prompts + lengths).argmax())
+        prompt, length = int(prompts[worst]), int(lengths[worst])
+        if prompt + length > limit:
+            row = batch.rows[int(batch.group[worst])] if batch.rows else int(batch.group[worst])
+            raise ModelError(
+                f"row {row}: a prompt of {prompt} and a completion of {length} tokens need {prompt + length} "
+                f"positions; expected at most {limit}, the positions of {type(lm).__name__}"
+            )
+    embeddings: Any = lm.get_input_embeddings()  # type: ignore[operator]
+    vocab = getattr(embeddings, "num_embeddings", None)
+    for name, ids in (("prompt", batch.prompt_ids), ("completion", batch.completion_ids)):
+        if vocab is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocab:
+            raise ModelError(
+                f"a {name} has token id {int(ids.max())}; expected less than {vocab}, the vocabulary of "
+                f"{type(lm).__name__}: is this its tokenizer?"
+            )
+
+
+def decoder_of(lm: nn.Module) -> nn.Module:
+    """The model without its head."""
+    decoder = getattr(lm, "base_model", lm)
+    if decoder is lm and hasattr(lm, "get_decoder"):
+        decoder = lm.get_decoder()  # type: ignore[operator]
+    if decoder is lm or not isinstance(decoder, nn.Module):
+        raise ModelError(f"{type(lm).__name__} has no decoder that can run without its head")
+    return decoder
+
+
+def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
+    """Last hidden states `[N, H]` at the positions that predict the counted tokens."""
+    decoder = decoder_of(lm)
+    parts, targets = [], []
+    for rows in rows_of(lm, request):
+        kwargs: dict[str, Any] = {}
+        if not rows.causal:
+            assert request.plan.masks is not None
+            dtype = lm.get_input_embeddings().weight.dtype  # type: ignore[operator]
+            flex = uses_flex(text_config(lm))
+            kwargs["attention_mask"] = build_masks(rows, request.plan.masks, dtype, flex=flex)
+            kwargs["position_ids"] = rows.position
+        last = decoder(input_ids=rows.input_ids, use_cache=False, **kwargs).last_hidden_state
+        parts.append(last.reshape(-1, last.shape[-1]).index_select(0, rows.source))
+        targets.append(rows.target)
+    return _in_order(parts, targets)
+
+
+def _in_order(parts: list[Tensor], targets: list[Tensor]) -> Tensor:
+    joined, order = torch.cat(parts), torch.cat(targets)
+    return joined.index_select(0, torch.argsort(order))
+
+
+def _head_quantities(
+    lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    head = live_head(lm, request.plan)
+    if head is not None:
+        return head_quantities(
+            hidden, head, labels, request.want, request.reference, chunk_tokens=request.chunk_tokens
+        )
+    return _module_quantities(lm, request, hidden, labels)
+
+
+def live_head(lm: nn.Module, plan: ModelPlan) -> Head | None:
+    """The head with its live weight, or None if its module is more than a matrix (adapters, quantisation)."""
+    linear = plain_linear(lm.get_output_embeddings())  # type: ignore[operator]
+    if linear is None:
+        return None
+    bias = None if linear.bias is None else _whole(linear.bias)
+    return Head(_whole(linear.weight), bias, plan.scale, plan.softcap)
+
+
+def plain_linear(module: Any) -> nn.Linear | None:
+    """The `nn.Linear` that `module` amounts to at the moment, looking through PEFT's wrappers."""
+    if getattr(module, "disable_adapters", False) and not getattr(module, "merged", False):
+        # PEFT: a tuner layer keeps its `base_layer`, a trained copy its `original_module`.
+        return plain_linear(getattr(module, "base_layer", None) or getattr(module, "original_module", None))
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        return (
+            plain_linear(module.modules_to_save[module.active_adapters[0]])
+            if module.active_adapters
+            else None
+        )
+    forward = getattr(type(module), "forward", None)
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward and "forward" not in vars(module):
+        return module
+    return None
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A sharded parameter gathered; its gradient is averaged over ranks, as FSDP does with all the others."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def _raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits before scaling and capping, `[N, V]`; for the probe."""
+    linear = plain_linear(lm.get_output_embeddings())  # type: ignore[operator]
+    if linear is None:
+        return lm.get_output_embeddings()(hidden)  # type: ignore[operator]
+    bias = None if linear.bias is None else _whole(linear.bias)
+    return nn.functional.linear(hidden.to(linear.weight.dtype), _whole(linear.weight), bias)
+
+
+def _module_quantities(
+    lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Quantities through the head's module itself, a chunk of tokens at a time, recomputed in backward."""
+    module: Any = lm.get_output_embeddings()  # type: ignore[operator]
+    finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish
+    names = request.want - {"hidden", "raw_logits"}
+
+    def chunk(part: Tensor, part_labels: Tensor, reference: Distribution | None) -> dict[str, Tensor]:
+        return logits_quantities(finish(module(part)), part_labels, names, reference)
+
+    room = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    rows = request.chunk_tokens or max(1, room // (4 * text_config(lm).vocab_size))
+    outs: list[dict[str, Tensor]] = []
+    for start in range(0, max(len(labels), 1), rows):
+        span = slice(start, start + rows)
+        part = request.reference and Distribution(request.reference.hidden[span], request.reference.head)
+        if torch.is_grad_enabled():
+            outs.append(checkpoint(chunk, hidden[span], labels[span], part, use_reentrant=False))
+        else:
+            outs.append(chunk(hidden[span], labels[span], part))
+    return {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
+
+
+def quantities_from_logits(
+    lm: nn.Module, request: ScoreRequest, own_logits: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Quantities from a model's own logits, one row per completion: exact for any model, at full memory.
+
+    `own_logits(input_ids [B, L], attention_mask [B, L]) -> [B, >= L, V]`; what precedes the last L positions
+    (the virtual tokens of prompt learning) is dropped.
+    """
+    if "hidden" in request.want:
+        name, reason = type(lm).__name__, request.plan.reason
+        raise ModelError(f"the last hidden states of {name} are not available: {reason}")
+    labels = request.batch.labels.to(device_of(lm))
+    outs, targets, reference = [], [], request.reference
+    for rows in rows_of(lm, request):
+        logits = own_logits(rows.input_ids, (rows.tree >= 0).long())[:, -rows.input_ids.shape[1] :]
+        flat = logits.reshape(-1, logits.shape[-1]).index_select(0, rows.source)
+        part = reference and Distribution(reference.hidden[rows.target], reference.head)
+        outs.append(logits_quantities(flat, labels[rows.target], request.want, part))
+        targets.append(rows.target)
+    return {name: _in_order([o[name] for o in outs], targets) for name in outs[0]}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode is put back, on errors too."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

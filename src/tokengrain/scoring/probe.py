@@ -1,0 +1,203 @@
+"""Find out by a tiny experiment how a model is to be scored: its head, and whether prompts can be shared."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.errors import ModelError
+from tokengrain.scoring.forward import (
+    ModelPlan,
+    ScoreRequest,
+    decoder_of,
+    device_of,
+    evaluating,
+    text_config,
+)
+from tokengrain.scoring.head import Head
+from tokengrain.scoring.layouts import Layout
+from tokengrain.scoring.masks import OTHER_WINDOWS, PROBED_WINDOW, NotShareableError, mask_forms
+
+Lengths = tuple[tuple[int, tuple[int, ...]], ...]
+# Largest relative difference that rounding explains, by the type the model computes in. Models normalise and
+# take softmax in float32 even when they are float64.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
+    """The plan for a model on which `install` has run; see `prepare`.
+
+    Without `sharing` only the head is looked at, and the plan never shares.
+    """
+    call = _without_ddp(model)
+    with evaluating(call), _same_random_numbers(device_of(lm)):
+        plan = _head_plan(call, lm, ModelPlan("separate"))
+        if plan.head == "fused" and sharing:
+            plan = _sharing_plan(call, lm, plan)
+    return plan
+
+
+def _without_ddp(model: nn.Module) -> nn.Module:
+    """DDP's forward would synchronise buffers; its hooks are not needed without gradients."""
+    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.module if ddp else model  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Models should draw none in evaluation mode; those that do must not shift the user's."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _token(seed: int, index: int, vocab: int, avoid: set[int]) -> int:
+    token = (7919 * (index + 1) + 104729 * seed) % vocab
+    while token in avoid:
+        token = (token + 1) % vocab
+    return token
+
+
+def probe_batch(
+    config: Any, vocab: int, window: int | None, lengths: Lengths = ((9, (4, 6, 4)), (5, (5, 4)))
+) -> TokenBatch:
+    """Made-up texts of (prompt, completions) lengths; the first prompt is longer than a short window."""
+    special = [getattr(config, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    avoid = {t for s in special for t in (s if isinstance(s, (list, tuple)) else [s]) if isinstance(t, int)}
+    avoid = avoid if vocab > 2 * len(avoid) + 8 else set()
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    (first, completions), *more = lengths
+    first = max(2, min(limit - max(completions), max(first, (window or 0) + 3)))
+
+    def ids(seed: int, n: int) -> list[int]:
+        return [_token(seed, i, vocab, avoid) for i in range(n)]
+
+    samples = [
+        Sample(ids(10 * g, p), [Completion(ids(10 * g + k + 1, n)) for k, n in enumerate(ns)])
+        for g, (p, ns) in enumerate([(first, completions), *more])
+    ]
+    return TokenBatch.from_samples(samples)
+
+
+def _window(config: Any) -> int | None:
+    """The longest window in the config that is short enough to be exceeded by a probe."""
+    names = ("sliding_window", "sliding_window_size", "attention_chunk_size", "chunk_size")
+    found = [getattr(config, n, None) for n in (*names, *OTHER_WINDOWS)]
+    return max((w for w in found if isinstance(w, int) and 0 < w <= PROBED_WINDOW), default=None)
+
+
+def _request(batch: TokenBatch, plan: ModelPlan, layout: Layout, *want: str) -> ScoreRequest:
+    return ScoreRequest(batch, frozenset(want), plan, layout=layout, one_forward=True)
+
+
+def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
+    """Compares the decoder and our head with the model's own logits on one short text."""
+    config = text_config(lm)
+    vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    batch = probe_batch(config, vocab, None, lengths=((5, (5,)),))
+    text = torch.cat([batch.prompt(0), batch.completion(0)[:-1]])[None].to(device_of(lm))
+    seen: dict[str, Any] = {}
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        device = device_of(lm).type
+        seen["autocast"] = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    try:
+        hook = decoder_of(lm).register_forward_pre_hook(look, with_kwargs=True)
+    except ModelError as error:
+        return replace(plan, head="logits", reason=str(error))
+    try:
+        own = call(input_ids=text).logits[0, batch.prompt_ids.numel() - 1 :]
+    except Exception as error:
+        raise ModelError(f"{type(lm).__name__} does not run on token ids alone: {_short(error)}") from error
+    finally:
+        hook.remove()
+    plan = replace(plan, autocast=seen.get("autocast"))
+    try:
+        raw = call(token_batch=_request(batch, plan, "separate", "raw_logits"))["raw_logits"]
+    except Exception as error:
+        return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
+    tolerance = TOLERANCE[plan.autocast or lm.get_input_embeddings().weight.dtype]  # type: ignore[operator]
+    best, (scale, softcap) = min((_logit_error(raw, own, s, c), (s, c)) for s, c in _head_forms(config))
+    if best > tolerance:
+        return replace(
+            plan,
+            head="logits",
+            reason=f"its logits are not its head's alone (difference {best:.2g})",
+        )
+    return replace(plan, scale=scale, softcap=softcap)
+
+
+def _head_forms(config: Any) -> list[tuple[float, float]]:
+    """(scale, softcap) that models with this config may apply to their logits; the probe picks."""
+    caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
+    softcap = next((float(c) for c in caps if c), None)
+    scales = [1.0]
+    for name in ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier_scale"):
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value and value != 1:
+            scales += [float(value), 1 / float(value)]
+    return [(s, softcap) for s in scales]  # type: ignore[misc]
+
+
+def _logit_error(raw: Tensor, own: Tensor, scale: float, softcap: float | None) -> float:
+    """Root-mean-square difference relative to the spread of the model's own logits, worst token."""
+    ours = Head(torch.empty(0), None, scale, softcap).finish(raw)
+    own = own.to(ours.dtype)
+    spread = own.std(-1).clamp_min(torch.finfo(ours.dtype).tiny)
+    return float(((ours - own).square().mean(-1).sqrt() / spread).max())
+
+
+def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
+    """Compares hidden states of shared rows with those of separate ones, for each way of passing masks."""
+    config = text_config(lm)
+    try:
+        forms = mask_forms(config)
+    except NotShareableError as error:
+        return replace(plan, reason=str(error))
+    vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    batch = probe_batch(config, vocab, _window(config))
+    separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
+    dtype = plan.autocast or lm.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    reason = ""
+    for form in forms:
+        trial = replace(plan, masks=form)
+        try:
+            shared = call(token_batch=_request(batch, trial, "shared", "hidden"))["hidden"]
+        except Exception as error:
+            reason = f"it does not take a mask per token pair ({_short(error)})"
+            continue
+        difference = _hidden_error(shared, separate, batch, dtype)
+        if difference <= TOLERANCE[dtype]:
+            return trial
+        reason = f"hidden states differ from those of each text alone (relative difference {difference:.2g})"
+    return replace(plan, reason=reason)
+
+
+def _hidden_error(shared: Tensor, separate: Tensor, batch: TokenBatch, dtype: torch.dtype) -> float:
+    """Relative root-mean-square difference of hidden states, over tokens that follow another branch.
+
+    The worst token in float32 and float64; the median in 16 bits, where a mixture of experts may route a
+    token differently because of rounding alone (branches are so short that a leak reaches most tokens).
+    """
+    separate = separate.to(torch.promote_types(separate.dtype, torch.float32))
+    error = (shared.to(separate.dtype) - separate).square().mean(-1).sqrt()
+    relative = error / separate.square().mean(-1).sqrt().clamp_min(1e-30)
+    if not bool(torch.isfinite(relative).all()):
+        return float("inf")
+    if dtype in (torch.float32, torch.float64):
+        return float(relative.max())
+    first = batch.group.diff(prepend=batch.group.new_full((1,), -1)) > 0
+    return float(relative[~batch.segments.broadcast(first).to(relative.device)].median())
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:159] + "…"
