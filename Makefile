@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 export TOKENIZERS_PARALLELISM := false
+# Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help setup demo test test-slow lint format bench claims docs clean
 
@@ -22,11 +24,11 @@ demo: setup  ## Train six methods on the embedded world, print a table, write a 
 	$(BIN)/tokengrain demo
 
 test: setup  ## Run all tests but those marked slow
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 	$(BIN)/python -m tests.vectors $(wildcard ../shared/vectors)
 
 test-slow: setup  ## Run the tests marked slow (tens of minutes)
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: setup  ## ruff (lint and format), mypy, docs build
 	$(BIN)/ruff check .

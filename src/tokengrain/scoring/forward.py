@@ -115,15 +115,15 @@ def _size(config: Any) -> int:
 def _overhead_tokens(config: Any, device: torch.device) -> int:
     """How many tokens cost as much as one more pass through the decoder.
 
-    Measured on one CPU core: each pass launches its operations and, in training, adds a gradient as large
-    as the embedding, which weighs more the shallower the model. (Without gradients too: policy and reference
+    Measured on one CPU core: each pass launches its operations (worth the more tokens the smaller the model)
+    and, in training, adds a gradient as large as the embedding, which weighs more the shallower the model. (Without gradients too: policy and reference
     then run in the same rectangles and, while equal, give the same numbers.) A GPU is idle below about a
     thousand tokens.
     """
     if device.type != "cpu":
         return 1024
     layers = getattr(config, "num_hidden_layers", 24)
-    return 32 + 4 * config.vocab_size // (_size(config) * layers)
+    return 32 + 400_000 // _size(config) ** 2 + 4 * config.vocab_size // (_size(config) * layers)
 
 
 def uses_flex(config: Any) -> bool:
