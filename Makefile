@@ -34,7 +34,7 @@ lint: setup  ## ruff (lint and format), mypy, docs build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 
 format: setup  ## Rewrite files to the project's format
 	$(BIN)/ruff check --fix .

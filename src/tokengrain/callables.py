@@ -144,6 +144,14 @@ def load_callable(reference: str) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], found)
 
 
+def source_of(function: Callable[..., Any]) -> str:
+    """Source text of a function or of an object's class; "" where there is none."""
+    try:
+        return inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except (OSError, TypeError):
+        return ""
+
+
 def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
     """What carries the annotations: a class's `__init__`, an object's `__call__`, or the function itself."""
     if inspect.isclass(function):

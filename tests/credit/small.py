@@ -13,9 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tokengrain.batch import Completion, Sample, TokenBatch
 
 WORDS = "write kindly rudely about the sea in sun : was calm cruel and deep not . better worse user revise"
-CHAT = (
-    "{% for m in messages %}user : {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} . {% endif %}"
-)
+CHAT = "{% for m in messages %}user : {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} . {% endif %}"
 
 
 def tokenizer(*, bos: bool = True, eos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
@@ -23,12 +21,8 @@ def tokenizer(*, bos: bool = True, eos: bool = False, chat: bool = False) -> Pre
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     made.chat_template = CHAT if chat else None
     return made
 
@@ -61,8 +55,6 @@ def pairs(tok: PreTrainedTokenizerFast, *, raw: bool = True, holes: bool = False
             counted = [i != 1 for i in range(len(ids))] if holes else None
             completions.append(Completion(ids, counted))
         samples.append(
-            Sample(
-                tok(prompt)["input_ids"], completions, row=f"r{row}", raw={"prompt": prompt} if raw else {}
-            )
+            Sample(tok(prompt)["input_ids"], completions, row=f"r{row}", raw={"prompt": prompt} if raw else {})
         )
     return TokenBatch.from_samples(samples)

@@ -343,10 +343,7 @@ def test_skipped_rows_do_not_shift_the_others(tmp_path: Path) -> None:
     table = pq.read_table(output)
     assert table["id"].to_pylist() == [0, 1, 3, 4, 5]
     for row in table.to_pylist():
-        assert (
-            row["chosen"].split()
-            == make_tokenizer().decode(row["chosen_ids"], skip_special_tokens=True).split()
-        )
+        assert row["chosen"].split() == make_tokenizer().decode(row["chosen_ids"], skip_special_tokens=True).split()
 
 
 def test_single_completions_and_tokens_that_do_not_count(tmp_path: Path) -> None:

@@ -182,9 +182,7 @@ def test_adapter_off() -> None:
     peft = pytest.importorskip("peft")
     base, tok = llama(), tokenizer()
     plain = ContrastivePrompting(model=llama(), tokenizer=tok, templates=REVISE)
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    )
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     off = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE)
     on = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE, adapter_off=False)
     batch = pairs(tok)

@@ -110,9 +110,7 @@ def test_template_variables():
 
 
 def test_template_that_refuses_a_role():
-    with pytest.raises(
-        DataError, match=r"row 0: field 'prompt': the chat template cannot render.*only user and"
-    ):
+    with pytest.raises(DataError, match=r"row 0: field 'prompt': the chat template cannot render.*only user and"):
         prepare_pairs([PAIR], llama_like(LLAMA2))
 
 
@@ -160,9 +158,7 @@ def test_eos_counts_behind_several_turns():
 
 
 def test_template_that_rewrites_earlier_turns():
-    with pytest.raises(
-        DataError, match=r"field 'chosen': the chat template rewrites earlier turns.*generation"
-    ):
+    with pytest.raises(DataError, match=r"field 'chosen': the chat template rewrites earlier turns.*generation"):
         prepare_pairs([MULTI], gpt2_like(REWRITING_PLAIN))
     tokenizer = gpt2_like(REWRITING_MARKED)
     chosen = prepare_pairs([MULTI], tokenizer)[0].completions[0]

@@ -70,9 +70,7 @@ def test_long_completions_lose_their_end():
 def test_a_completion_is_never_emptied():
     tokenizer = gpt2_like()
     prompt = len(prepare_pairs([ROW], tokenizer)[0].prompt_ids)
-    with pytest.raises(
-        DataError, match=rf"field 'chosen': completion does not fit beside a prompt of {prompt}"
-    ):
+    with pytest.raises(DataError, match=rf"field 'chosen': completion does not fit beside a prompt of {prompt}"):
         prepare_pairs([ROW], tokenizer, TokenizeConfig(max_length=prompt))
     with pytest.raises(DataError, match=r"room for 3'; expected room for 4 at least.*max_prompt_length"):
         prepare_pairs([ROW], tokenizer, TokenizeConfig(max_length=prompt + 3, min_completion_length=4))
@@ -168,9 +166,7 @@ def random_sample(rng, row):
         counted = [rng.random() < 0.7 for _ in range(rng.randint(1, 6))]
         counted[0] = True
         keep = None if all(counted) else counted
-        columns = {
-            name: [rng.random() for _ in range(sum(counted))] for name in ("token_rewards", "ref_logps")
-        }
+        columns = {name: [rng.random() for _ in range(sum(counted))] for name in ("token_rewards", "ref_logps")}
         return Completion([rng.randrange(2**31) for _ in counted], keep, columns)
 
     prompt = [rng.randrange(1000) for _ in range(rng.randint(1, 5))]

@@ -60,9 +60,7 @@ def test_dialogues():
     with pytest.raises(DataError, match="field 'rejected': completion is empty; got ' '"):
         pair_example(short)
     other = {"chosen": DIALOGUE + " Blue.", "rejected": "\n\nHuman: what?\n\nAssistant: Black."}
-    with pytest.raises(
-        DataError, match="the dialogues differ before their last 'Assistant:', from character"
-    ):
+    with pytest.raises(DataError, match="the dialogues differ before their last 'Assistant:', from character"):
         pair_example(other)
     human = {"chosen": DIALOGUE + " Blue.\n\nHuman: oh", "rejected": DIALOGUE + " Black."}
     with pytest.raises(DataError, match="field 'chosen': the dialogue ends with a turn of the human"):

@@ -14,10 +14,7 @@ from tests.data.tokenizers import words
 from tokengrain.data import load_rows, prepare_pairs, readers, split_rows
 from tokengrain.errors import DataError
 
-ROWS = [
-    {"prompt": f"The sky {i}", "chosen": f' is "blue", {i}\nand naïve', "rejected": " is 黒い"}
-    for i in range(7)
-]
+ROWS = [{"prompt": f"The sky {i}", "chosen": f' is "blue", {i}\nand naïve', "rejected": " is 黒い"} for i in range(7)]
 
 
 def write(path: Path, rows=ROWS) -> Path:

@@ -33,9 +33,7 @@ def test_per_token():
         assert completion.columns["token_rewards"] == row[f"{side}_token_rewards"]
         assert completion.columns["ref_logps"] == row[f"{side}_ref_logps"]
     batch = collate(dataset.samples[:])
-    assert (
-        batch.columns["token_rewards"].tolist() == row["chosen_token_rewards"] + row["rejected_token_rewards"]
-    )
+    assert batch.columns["token_rewards"].tolist() == row["chosen_token_rewards"] + row["rejected_token_rewards"]
 
 
 def test_given_in_other_ways():

@@ -90,9 +90,7 @@ def test_no_prompt_token_holds_a_character_of_the_completion(name):
         own = [i for i in sample.prompt_ids if i != tokenizer.bos_token_id]
         ends = []
         for side in ("chosen", "rejected"):
-            found = tokenizer(
-                row["prompt"] + row[side], add_special_tokens=False, return_offsets_mapping=True
-            )
+            found = tokenizer(row["prompt"] + row[side], add_special_tokens=False, return_offsets_mapping=True)
             ends.append([end for _, end in found["offset_mapping"]])
             assert found["input_ids"][: len(own)] == own
             assert all(end <= len(row["prompt"]) for end in ends[-1][: len(own)])

@@ -39,9 +39,7 @@ REWRITING_MARKED = REWRITING.replace("%GEN%", "{% generation %}").replace("%END%
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
-def _fast(
-    backend: Tokenizer, bos: bool = False, template: str | None = None, **kwargs: Any
-) -> PreTrainedTokenizerFast:
+def _fast(backend: Tokenizer, bos: bool = False, template: str | None = None, **kwargs: Any) -> PreTrainedTokenizerFast:
     if bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
@@ -98,9 +96,7 @@ def unigram(bos: bool = True) -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=160, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=160, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
     return _fast(backend, bos)
 

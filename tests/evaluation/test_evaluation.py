@@ -35,9 +35,7 @@ def test_frontier_of_a_gaussian_reward_is_exact_between_points():
 
 def test_share_is_measured_from_the_base():
     frontier = Frontier([0.0, 1.0], [2.0, 4.0])
-    assert frontier.share(torch.tensor([2.0, 3.0, 4.0, 1.0]), 1.0).tolist() == pytest.approx(
-        [0, 0.5, 1, -0.5]
-    )
+    assert frontier.share(torch.tensor([2.0, 3.0, 4.0, 1.0]), 1.0).tolist() == pytest.approx([0, 0.5, 1, -0.5])
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,7 @@ def test_hinge_and_sigmoid_agree_in_the_sign_of_the_gradient() -> None:
 
     def loss(kind: str) -> torch.Tensor:
         return gradient(
-            lambda p: mean_loss(
-                dpo_loss(p, x.segments, ref_logps=x.ref_logps, beta=0.1, loss_type=kind), x.segments
-            ),
+            lambda p: mean_loss(dpo_loss(p, x.segments, ref_logps=x.ref_logps, beta=0.1, loss_type=kind), x.segments),
             x.logps,
         )
 

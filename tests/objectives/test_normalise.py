@@ -27,8 +27,7 @@ def _vectors(names: Sequence[str]) -> list[dict[str, Tensor]]:
     """Per pair: flat vectors of all quantities."""
     generator = torch.Generator().manual_seed(3)
     return [
-        {name: torch.randn(sum(pair), dtype=F64, generator=generator) for name in ("logps", *names)}
-        for pair in LENGTHS
+        {name: torch.randn(sum(pair), dtype=F64, generator=generator) for name in ("logps", *names)} for pair in LENGTHS
     ]
 
 
@@ -69,9 +68,7 @@ def test_padding_does_not_matter(name: str, garbage: float) -> None:
     lengths = [n for pair in LENGTHS for n in pair]
     segments = Segments.from_lengths(lengths)
     counts = Counts.of(segments, pairs=objective.unit == "pairs")
-    flat = {
-        n: torch.cat([p[n] for p in _vectors(sorted(objective.needs))]) for n in ("logps", *objective.needs)
-    }
+    flat = {n: torch.cat([p[n] for p in _vectors(sorted(objective.needs))]) for n in ("logps", *objective.needs)}
     expected = make_normaliser("mean")(objective(segments=segments, **flat), counts)
     width, mask = 14, torch.zeros(len(lengths), 14, dtype=torch.bool)
     for row, length in enumerate(lengths):  # right-padded, left-padded and with holes, in turn

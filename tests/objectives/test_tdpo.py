@@ -27,9 +27,7 @@ class Logits:
     reference: Tensor
     labels: Tensor
 
-    def scores(
-        self, policy: Tensor, reference: Tensor | None = None, chunk: int | None = None
-    ) -> dict[str, Tensor]:
+    def scores(self, policy: Tensor, reference: Tensor | None = None, chunk: int | None = None) -> dict[str, Tensor]:
         """logps and kl of the policy, with the logits as hidden states behind an identity head."""
         head = Head(torch.eye(policy.shape[1], dtype=F64))
         q = Distribution(self.reference if reference is None else reference, head)
@@ -62,15 +60,11 @@ def x() -> Logits:
 
 def test_alpha_0_is_dpo_in_value_and_gradient(x: Logits) -> None:
     def dpo(policy: Tensor) -> Tensor:
-        output = dpo_loss(
-            x.scores(policy)["logps"], x.segments, ref_logps=x.scores(x.reference)["logps"], beta=0.3
-        )
+        output = dpo_loss(x.scores(policy)["logps"], x.segments, ref_logps=x.scores(x.reference)["logps"], beta=0.3)
         return mean_loss(output, x.segments)
 
     assert mean_loss(x.loss(x.policy, beta=0.3, alpha=0.0), x.segments).item() == dpo(x.policy).item()
-    torch.testing.assert_close(
-        x.gradient(beta=0.3, alpha=0.0), gradient(dpo, x.policy), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(x.gradient(beta=0.3, alpha=0.0), gradient(dpo, x.policy), rtol=1e-12, atol=1e-12)
 
 
 def test_alpha_1_has_the_value_of_tdpo1_and_another_gradient(x: Logits) -> None:
@@ -95,9 +89,7 @@ def test_policy_equal_to_reference(x: Logits, variant: str) -> None:
         logps = x.scores(policy)["logps"]
         return mean_loss(dpo_loss(logps, x.segments, ref_logps=logps.detach(), beta=0.2), x.segments)
 
-    torch.testing.assert_close(
-        x.gradient(beta=0.2, variant=variant), gradient(dpo, x.policy), rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(x.gradient(beta=0.2, variant=variant), gradient(dpo, x.policy), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
@@ -114,9 +106,7 @@ def test_closed_form_gradient_of_the_logits(x: Logits, variant: str) -> None:
         chosen, rejected = e - p, -((e - p) + alpha * (p - q))
     per_token = x.segments.broadcast(g.repeat_interleave(2))[:, None]
     expected = per_token * torch.where(x.segments.is_chosen[:, None], chosen, rejected)
-    torch.testing.assert_close(
-        x.gradient(beta=beta, alpha=alpha, variant=variant), expected, rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(x.gradient(beta=beta, alpha=alpha, variant=variant), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_shifting_logits_and_permuting_the_vocabulary_change_nothing(x: Logits) -> None:
@@ -132,9 +122,7 @@ def test_token_rewards_average_zero_under_the_reference_in_every_state(x: Logits
     logp, logq = torch.log_softmax(x.policy, -1).detach(), torch.log_softmax(x.reference, -1)
     kl = x.scores(x.policy)["kl"].detach()
     assert (kl >= 0).all()
-    rewards = torch.stack(
-        [tdpo_token_rewards(logp[:, v], logq[:, v], kl, beta=0.3) for v in range(VOCAB)], dim=1
-    )
+    rewards = torch.stack([tdpo_token_rewards(logp[:, v], logq[:, v], kl, beta=0.3) for v in range(VOCAB)], dim=1)
     torch.testing.assert_close((logq.exp() * rewards).sum(1), torch.zeros(len(kl), dtype=F64))
 
 

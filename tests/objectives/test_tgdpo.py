@@ -20,9 +20,7 @@ def _gradient(x: Example, **kwargs: object) -> Tensor:
 
 
 def _dpo_gradient(x: Example, beta: float) -> Tensor:
-    return gradient(
-        lambda p: mean_loss(dpo_loss(p, x.segments, ref_logps=x.ref_logps, beta=beta), x.segments), x.logps
-    )
+    return gradient(lambda p: mean_loss(dpo_loss(p, x.segments, ref_logps=x.ref_logps, beta=beta), x.segments), x.logps)
 
 
 @pytest.mark.parametrize("case", ["alpha 0", "guide equals reference"])
@@ -53,9 +51,7 @@ def test_scaling_rewards_and_alpha_against_each_other_changes_nothing() -> None:
 def test_gradient_decomposes_into_dpo_and_a_part_that_does_not_know_the_label() -> None:
     x, beta, alpha = example(), 0.6, 0.4
     output = tgdpo_loss(x.logps, x.segments, **x.guided, beta=beta, alpha=alpha)
-    c = x.segments.broadcast(
-        (torch.sigmoid(-output.metrics["weighted/margins"]) / x.pairs).repeat_interleave(2)
-    )
+    c = x.segments.broadcast((torch.sigmoid(-output.metrics["weighted/margins"]) / x.pairs).repeat_interleave(2))
     sign = torch.where(x.segments.is_chosen, 1.0, -1.0).to(F64)
     expected = -beta * c * sign - beta * c * alpha * x.token_rewards
     torch.testing.assert_close(_gradient(x, beta=beta, alpha=alpha), expected)

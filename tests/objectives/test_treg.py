@@ -111,9 +111,7 @@ def test_static_weight() -> None:
 
 def test_gamma_may_be_left_out_of_the_sequence_weight() -> None:
     x = example()
-    with_gamma, without = (
-        _treg("simpo", x, x.logps, margin_in_sequence_weight=flag).metrics for flag in (True, False)
-    )
+    with_gamma, without = (_treg("simpo", x, x.logps, margin_in_sequence_weight=flag).metrics for flag in (True, False))
     margins = with_gamma["rewards/margins"]
     torch.testing.assert_close(with_gamma["sequence_weights"], torch.sigmoid(0.6 - margins))
     torch.testing.assert_close(without["sequence_weights"], torch.sigmoid(-margins))

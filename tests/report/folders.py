@@ -48,9 +48,7 @@ def log_rows(seed: int, steps: int = 120, rate: float = 0.02) -> list[dict[str, 
         }
         rows.append(row)
         if step % 40 == 0:
-            rows.append(
-                {"step": step, "eval_loss": 0.72 - 0.3 * done, "eval_rewards/accuracies": 0.5 + 0.3 * done}
-            )
+            rows.append({"step": step, "eval_loss": 0.72 - 0.3 * done, "eval_rewards/accuracies": 0.5 + 0.3 * done})
     return rows
 
 
@@ -156,9 +154,7 @@ def make_demo(path: Path) -> Path:
             }
         )
         if not base:
-            make_run(
-                path / name.lower().replace("-", ""), method=name.lower(), credit=name in ("TGDPO", "T-REG")
-            )
+            make_run(path / name.lower().replace("-", ""), method=name.lower(), credit=name in ("TGDPO", "T-REG"))
     frontier = [[x / 10, 3.0 * math.sqrt(x / 10)] for x in range(80)]
     top = {"kind": "demo", "date": "2025-01-31", "command": "tokengrain demo", "seed": 0, "seconds": 214.2}
     versions = {"tokengrain": "0.1.0", "torch": "2.13.0"}

@@ -82,10 +82,7 @@ def test_demo_table_has_every_method_and_number(demo: Path, demo_text: str) -> N
     rows = re.findall(r"<tr>(.*?)</tr>", demo_text.split("</thead>")[1].split("</table>")[0], re.S)
     assert len(rows) == len(METHODS)
     for row, m in zip(rows, metrics["methods"], strict=True):
-        cells = [
-            html.unescape(re.sub(r"<[^>]+>", "", c)).strip()
-            for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)
-        ]
+        cells = [html.unescape(re.sub(r"<[^>]+>", "", c)).strip() for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)]
         share = m["frontier_share"]
         assert cells[0] == m["name"]
         assert cells[1] == f"{m['true_reward']:.2f} ± {m['true_reward_se']:.2f}"
@@ -105,17 +102,11 @@ def test_plot_places_methods_under_the_curve_where_their_numbers_are(demo_text: 
         for name, reward in (("DPO", "2.02"), ("TGDPO", "2.92")):
             assert any(t.startswith(f"{name}: reward {reward} ± 0.06") for t in tips)
         places = {
-            t.split(":")[0]: e
-            for e in root.iter("circle")
-            if (t := e.get("data-tip") or "").split(":")[0] in METHODS
+            t.split(":")[0]: e for e in root.iter("circle") if (t := e.get("data-tip") or "").split(":")[0] in METHODS
         }
-        by_kl = [
-            float(places[n].get("cx", "nan")) for n in ("base", "TDPO2", "DPO", "T-REG", "TGDPO", "SimPO")
-        ]
+        by_kl = [float(places[n].get("cx", "nan")) for n in ("base", "TDPO2", "DPO", "T-REG", "TGDPO", "SimPO")]
         assert by_kl == sorted(by_kl)
-        by_reward = [
-            float(places[n].get("cy", "nan")) for n in ("TGDPO", "T-REG", "SimPO", "DPO", "TDPO2", "base")
-        ]
+        by_reward = [float(places[n].get("cy", "nan")) for n in ("TGDPO", "T-REG", "SimPO", "DPO", "TDPO2", "base")]
         assert by_reward == sorted(by_reward)  # y grows downwards
 
 
@@ -128,9 +119,7 @@ def test_labels_of_the_plot_do_not_overlap(demo_text: str) -> None:
                 x -= {"start": 0.0, "middle": width / 2, "end": width}[e.get("text-anchor", "start")]
                 boxes.append((x, y - 10, x + width, y))
         for i, a in enumerate(boxes):
-            assert not any(
-                a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[i + 1 :]
-            )
+            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[i + 1 :])
 
 
 def test_heat_maps_show_every_token_with_sign_and_number(demo: Path, demo_text: str) -> None:
@@ -138,9 +127,7 @@ def test_heat_maps_show_every_token_with_sign_and_number(demo: Path, demo_text: 
     page = Page(demo_text)
     shown = [v for v in page.values("data-v") if v is not None]
     truths = sum(len(s[side]["tokens"]) for s in samples[::2] for side in ("chosen", "rejected"))
-    assert (
-        len(shown) == sum(len(s[side]["tokens"]) for s in samples for side in ("chosen", "rejected")) + truths
-    )
+    assert len(shown) == sum(len(s[side]["tokens"]) for s in samples for side in ("chosen", "rejected")) + truths
     spans = re.findall(r'<span class="t (\w)"[^>]*?data-v="([^"]*)"', demo_text)
     assert {sign for sign, _ in spans} == {"p", "n", "z"}
     for sign, value in spans:
@@ -237,9 +224,7 @@ def test_sources_that_number_rows_differently_are_one_pair(tmp_path: Path) -> No
 def test_large_sample_file_stays_small(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     side = {"tokens": [" word"] * 3000, "credit": [0.123456, -0.3, 0.0] * 1000}
-    entries = [
-        {"prompt": f"p{i}", "source": "s", "row": i, "chosen": side, "rejected": side} for i in range(40)
-    ]
+    entries = [{"prompt": f"p{i}", "source": "s", "row": i, "chosen": side, "rejected": side} for i in range(40)]
     write(run / "credit_samples.json", entries)
     path = write_report(run)
     assert path.stat().st_size < 5_000_000
@@ -274,9 +259,7 @@ def test_demo_that_did_not_finish(tmp_path: Path) -> None:
 def test_damaged_credit_samples_name_the_entry(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     good = {"tokens": ["a", " b"], "credit": [0.1, 0.2]}
-    write(
-        run / "credit_samples.json", [{"prompt": "p", "chosen": good, "rejected": good | {"credit": [0.1]}}]
-    )
+    write(run / "credit_samples.json", [{"prompt": "p", "chosen": good, "rejected": good | {"credit": [0.1]}}])
     with pytest.raises(DataError, match=r"row 0: field 'rejected.credit': .*got '1 numbers'; expected 2"):
         write_report(run)
 

@@ -22,9 +22,7 @@ from tokengrain.report.terminal import style_of
 
 def printed(source: Path, colour: bool = False, **options: Any) -> str:
     out = io.StringIO()
-    console = Console(
-        file=out, width=100, force_terminal=colour, color_system="truecolor" if colour else None
-    )
+    console = Console(file=out, width=100, force_terminal=colour, color_system="truecolor" if colour else None)
     inspect_rows(source, console=console, **options)
     return out.getvalue()
 
@@ -44,9 +42,7 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return (batch.labels == words[0]).float() - (batch.labels == words[1]).float()
 
     path = tmp_path_factory.mktemp("data") / "train.parquet"
-    return annotate(
-        make_rows(6), make_tokenizer(), None, {"token_rewards": credit}, output=path, progress=False
-    )
+    return annotate(make_rows(6), make_tokenizer(), None, {"token_rewards": credit}, output=path, progress=False)
 
 
 def rows_file(path: Path, *rows: dict[str, Any]) -> Path:
@@ -109,9 +105,7 @@ def test_rewards_that_do_not_fit_name_file_row_and_field(tmp_path: Path, tokeniz
         inspect_rows(path, tokenizer=tokenizer_path)
     assert "row 0" in printed(path, rows=[0], tokenizer=tokenizer_path)
     path = rows_file(tmp_path / "nan.jsonl", good | {"chosen_token_rewards": [1, None]})
-    with pytest.raises(
-        DataError, match=r"row 0 .*field 'chosen_token_rewards': token 1 has no finite number"
-    ):
+    with pytest.raises(DataError, match=r"row 0 .*field 'chosen_token_rewards': token 1 has no finite number"):
         inspect_rows(path, tokenizer=tokenizer_path)
 
 
@@ -135,9 +129,7 @@ def test_rewards_of_character_spans(tmp_path: Path, tokenizer_path: Path) -> Non
 
 
 def test_single_completions(tmp_path: Path, tokenizer_path: Path) -> None:
-    path = rows_file(
-        tmp_path / "rows.jsonl", {"prompt": "a", "completion_ids": [3, 4], "token_rewards": [1, -1]}
-    )
+    path = rows_file(tmp_path / "rows.jsonl", {"prompt": "a", "completion_ids": [3, 4], "token_rewards": [1, -1]})
     text = printed(path, tokenizer=tokenizer_path)
     assert "completion" in text
     assert "rejected" not in text
@@ -151,9 +143,7 @@ def test_other_field(tmp_path: Path, tokenizer_path: Path) -> None:
         "rejected_ids": [4],
         "rejected_ref_logps": [-1],
     }
-    assert "[−2.5]" in printed(
-        rows_file(tmp_path / "r.jsonl", row), field="ref_logps", tokenizer=tokenizer_path
-    )
+    assert "[−2.5]" in printed(rows_file(tmp_path / "r.jsonl", row), field="ref_logps", tokenizer=tokenizer_path)
 
 
 def test_tokenizer_is_asked_for(annotated: Path, tmp_path: Path, tokenizer_path: Path) -> None:

@@ -96,10 +96,7 @@ def batch_of(*lengths: tuple[int, tuple[int, ...]], holes: bool = False, seed: i
         return keep.tolist() if holes else None
 
     return TokenBatch.from_samples(
-        [
-            Sample(ids(p), [Completion(ids(n), counted(n)) for n in ns], row=row)
-            for row, (p, ns) in enumerate(lengths)
-        ]
+        [Sample(ids(p), [Completion(ids(n), counted(n)) for n in ns], row=row) for row, (p, ns) in enumerate(lengths)]
     )
 
 
@@ -130,9 +127,7 @@ def texts(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
     counted = batch.counted.split(batch.completion_offsets.diff().tolist())
     for c, group in enumerate(batch.group.tolist()):
         prompt = batch.prompt(group)
-        out.append(
-            (torch.cat([prompt, batch.completion(c)]), prompt.numel() + counted[c].nonzero().squeeze(1))
-        )
+        out.append((torch.cat([prompt, batch.completion(c)]), prompt.numel() + counted[c].nonzero().squeeze(1)))
     return out
 
 

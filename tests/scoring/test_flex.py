@@ -29,9 +29,7 @@ def _uncompiled_flex(monkeypatch):
 )
 def test_packed_rows_equal_plain_transformers(name, monkeypatch):
     batch, layers = standard_batch(), 2 if name.startswith("gemma") else 1  # gemma: a layer of each kind
-    expected = plain(tiny(name, dtype=torch.float32, num_hidden_layers=layers).eval(), batch)[
-        "logps"
-    ].detach()
+    expected = plain(tiny(name, dtype=torch.float32, num_hidden_layers=layers).eval(), batch)["logps"].detach()
     model = tiny(name, dtype=torch.float32, num_hidden_layers=layers).eval()
     model.set_attn_implementation("flex_attention")
     shapes = []

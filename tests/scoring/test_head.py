@@ -198,9 +198,7 @@ def test_no_more_than_a_chunk_of_logits(monkeypatch):
     monkeypatch.setattr(fused, "MIN_CHUNK_TOKENS", 1)
     rows = []
     scratch = fused._Scratch.__init__
-    monkeypatch.setattr(
-        fused._Scratch, "__init__", lambda self, n, *rest: (rows.append(n), scratch(self, n, *rest))[1]
-    )
+    monkeypatch.setattr(fused._Scratch, "__init__", lambda self, n, *rest: (rows.append(n), scratch(self, n, *rest))[1])
     hidden, head, labels, reference = problem()
     out = head_quantities(hidden, head, labels, WANT, reference)
     sum(x.sum() for x in out.values()).backward()

@@ -93,9 +93,7 @@ def test_the_probe_itself_finds_state_that_leaks_between_branches(name, dtype, m
     """Not the config: here every model is said to take one mask."""
     monkeypatch.setattr("tokengrain.scoring.probe.mask_forms", lambda config: [MaskForm({"": None})])
     model = tiny(name, dtype=dtype)
-    with pytest.raises(
-        ModelError, match=f"{type(model).__name__} cannot share prompts: (hidden states|it does not)"
-    ):
+    with pytest.raises(ModelError, match=f"{type(model).__name__} cannot share prompts: (hidden states|it does not)"):
         prepare(model, layout="shared")
 
 

@@ -94,9 +94,7 @@ def test_chunks_and_rows_change_nothing(layout):
     expected = score(model, batch, want, layout=layout)
     grads = gradients(model, {"logps": expected.logps, "entropy": expected.entropy})
     for chunk_tokens, max_row_tokens in ((1, None), (4, 20), (1000, 1)):
-        got = score(
-            model, batch, want, layout=layout, chunk_tokens=chunk_tokens, max_row_tokens=max_row_tokens
-        )
+        got = score(model, batch, want, layout=layout, chunk_tokens=chunk_tokens, max_row_tokens=max_row_tokens)
         torch.testing.assert_close(got.logps, expected.logps, rtol=0, atol=1e-6)
         torch.testing.assert_close(got.entropy, expected.entropy, rtol=0, atol=1e-6)
         other = gradients(model, {"logps": got.logps, "entropy": got.entropy})
@@ -234,9 +232,7 @@ def test_nothing_counts():
 
 def test_errors():
     model = tiny("llama")
-    with pytest.raises(
-        ModelError, match=r"row 1: a prompt of 60 and a completion of 5 tokens need 65 positions"
-    ):
+    with pytest.raises(ModelError, match=r"row 1: a prompt of 60 and a completion of 5 tokens need 65 positions"):
         score(model, batch_of((3, (4,)), (60, (2, 5))))
     score(model, batch_of((60, (4,))))
     with pytest.raises(ModelError, match="unknown quantity; got \\['logp'\\]"):

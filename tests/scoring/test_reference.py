@@ -138,9 +138,7 @@ def test_column_reference():
     batch = small_batch()
     model = tiny("llama").eval()
     distribution = distribution_of(model, batch)
-    stored = batch.with_columns(
-        ref_logps=torch.arange(batch.segments.total) * -0.1, ref_hidden=distribution.hidden
-    )
+    stored = batch.with_columns(ref_logps=torch.arange(batch.segments.total) * -0.1, ref_hidden=distribution.hidden)
     assert torch.equal(ColumnReference()(stored, ("logps",)).logps, stored.columns["ref_logps"])
     with pytest.raises(ModelError, match=r"\(TDPO\) needs a live reference"):
         ColumnReference()(stored, BOTH)
@@ -167,9 +165,7 @@ def test_virtual_tokens_run_separately_through_their_own_forward(kind):
     assert prepare(model).layout == "separate"
     got = score(model, batch, ("logps", "entropy"))
     for (text, positions), logps in zip(texts(batch), batch.segments.split(got.logps)):
-        logits = model(input_ids=text[None], attention_mask=torch.ones_like(text[None])).logits[
-            0, -len(text) :
-        ]
+        logits = model(input_ids=text[None], attention_mask=torch.ones_like(text[None])).logits[0, -len(text) :]
         logp = logits.log_softmax(-1)[positions - 1]
         torch.testing.assert_close(logps, logp.gather(1, text[positions][:, None])[:, 0], rtol=0, atol=1e-6)
     got.logps.sum().backward()

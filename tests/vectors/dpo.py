@@ -13,9 +13,7 @@ LOSS_TYPES = {"ipo": "ipo_sum", "ipo_norm": "ipo"}
 
 
 def _results(case: Case, pairs: Pairs, logps: Tensor, ref_logps: Tensor | None) -> dict[str, Any]:
-    settings = case.settings(
-        "beta", "label_smoothing", "reference_free", "loss_type", "ld_alpha", "sft_weight"
-    )
+    settings = case.settings("beta", "label_smoothing", "reference_free", "loss_type", "ld_alpha", "sft_weight")
     if "loss_type" in settings:
         settings["loss_type"] = LOSS_TYPES.get(settings["loss_type"], settings["loss_type"])
     output = dpo_loss(logps, pairs.segments, ref_logps=ref_logps, **settings)

@@ -61,9 +61,7 @@ class Pairs:
 
     def _interleaved(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         width = max(self.chosen_mask.shape[1], self.rejected_mask.shape[1])
-        sides = [
-            F.pad(side, (0, 0) * (side.dim() - 2) + (0, width - side.shape[1])) for side in (chosen, rejected)
-        ]
+        sides = [F.pad(side, (0, 0) * (side.dim() - 2) + (0, width - side.shape[1])) for side in (chosen, rejected)]
         return torch.stack(sides, dim=1).flatten(0, 1)
 
 
@@ -78,9 +76,7 @@ def from_logits(
     logits: Tensor, labels: Tensor, want: tuple[str, ...], ref_logits: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The library's head on given logits: hidden states are the logits, the weight is the identity."""
-    finite = bool(torch.isfinite(logits).all()) and (
-        ref_logits is None or bool(torch.isfinite(ref_logits).all())
-    )
+    finite = bool(torch.isfinite(logits).all()) and (ref_logits is None or bool(torch.isfinite(ref_logits).all()))
     if finite:
         reference = None if ref_logits is None else Distribution(*_as_head(ref_logits))
         return head_quantities(*_as_head(logits), labels, want, reference)

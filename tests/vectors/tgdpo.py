@@ -10,9 +10,7 @@ from tokengrain.credit import guide_token_rewards
 from tokengrain.objectives import tgdpo_loss, token_weights
 
 
-def _results(
-    case: Case, pairs: Pairs, logps: Tensor, ref_logps: Tensor, guide: Tensor | None
-) -> dict[str, Any]:
+def _results(case: Case, pairs: Pairs, logps: Tensor, ref_logps: Tensor, guide: Tensor | None) -> dict[str, Any]:
     settings = case.settings("beta", "alpha", "reward_beta", "weight_clamp_min")
     reward_beta = settings.pop("reward_beta", settings["beta"])
     if guide is None:
@@ -21,9 +19,7 @@ def _results(
         rewards = guide_token_rewards(guide, ref_logps, reward_beta)
     segments = pairs.segments
     output = tgdpo_loss(logps, segments, ref_logps=ref_logps, token_rewards=rewards, **settings)
-    weights = token_weights(
-        rewards, segments, alpha=settings["alpha"], clamp_min=settings.get("weight_clamp_min")
-    )
+    weights = token_weights(rewards, segments, alpha=settings["alpha"], clamp_min=settings.get("weight_clamp_min"))
     return pair_results(output, pairs) | {
         "margin": output.metrics["weighted/margins"],
         **pairs.by_side("{}_token_rewards", rewards),

@@ -53,9 +53,7 @@ def token_rewards_from_logits(case: Case) -> dict[str, Any]:
         logits, segments = Segments.from_padded(case.inputs[f"{side}_logits"][:, :-1], labels != -100)
         ids, _ = Segments.from_padded(labels, labels != -100)
         logps[side] = from_logits(logits, ids, ("logps",))["logps"]
-    width = len(
-        case.expected["token_rewards"][0]
-    )  # the files' arrays may be wider than the longest completion
+    width = len(case.expected["token_rewards"][0])  # the files' arrays may be wider than the longest completion
 
     def aligned(flat: Tensor) -> Tensor:
         padded, _ = segments.to_padded(flat)

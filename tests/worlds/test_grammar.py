@@ -105,9 +105,7 @@ def test_mood_follows_the_last_rewarded_word_and_but_turns_it(grammar, text, moo
     assert [grammar.states[int(walk.last[0])].mood] == moods
 
 
-@pytest.mark.parametrize(
-    "text", ["the sailor kind", "was", "the queen", "the sailor was not not", "the sailor ."]
-)
+@pytest.mark.parametrize("text", ["the sailor kind", "was", "the queen", "the sailor was not not", "the sailor ."])
 def test_first_word_out_of_place_costs_one_and_the_rest_nothing(grammar, text):
     _, walk = rewards(grammar, text + " the sailor was kind .")
     assert walk.rewards.sum() == -1
@@ -123,8 +121,7 @@ def test_end_out_of_place_costs_one_and_finishes(grammar):
 def test_instructions_tilt_the_base(grammar):
     values = exact.evaluate_logp(grammar, grammar.edge_logp).reward
     by_instruction = [
-        torch.stack([values[p.table, p.start] for p in grammar.prompts[i : i + 12]]).mean()
-        for i in (0, 12, 24)
+        torch.stack([values[p.table, p.start] for p in grammar.prompts[i : i + 12]]).mean() for i in (0, 12, 24)
     ]
     plain, kind, rude = by_instruction
     assert float(plain) == pytest.approx(0, abs=1e-9)
@@ -150,10 +147,7 @@ def test_tokenizer_round_trip_and_ids(grammar, tokenizer):
 def test_prompt_and_completion_join_safely(grammar, tokenizer, seam):
     prompt, completion = grammar.plain[0].text, "the sailor was kind ."
     joined = tokenizer(prompt + seam + completion)["input_ids"]
-    assert (
-        joined
-        == tokenizer(prompt)["input_ids"] + tokenizer(completion, add_special_tokens=False)["input_ids"]
-    )
+    assert joined == tokenizer(prompt)["input_ids"] + tokenizer(completion, add_special_tokens=False)["input_ids"]
 
 
 def test_tokenizer_survives_saving(grammar, tokenizer, tmp_path):

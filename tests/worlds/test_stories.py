@@ -117,9 +117,7 @@ def test_advantages_telescope_to_reward_minus_value(world):
     values = exact.soft_values(world.grammar, 1.0)
     starts = [world.grammar.parse_prompt(world.grammar.encode(r["prompt"])) for r in rows for _ in range(2)]
     expected = world.true_rewards(batch) - torch.tensor([float(values[p.table, p.start]) for p in starts])
-    torch.testing.assert_close(
-        batch.segments.sum(world.advantages(batch)), expected.float(), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(batch.segments.sum(world.advantages(batch)), expected.float(), atol=1e-4, rtol=0)
 
 
 def test_credit_of_a_broken_completion_and_of_uncounted_tokens(world):
@@ -136,10 +134,7 @@ def test_credit_of_a_broken_completion_and_of_uncounted_tokens(world):
 
 
 def test_kinds_of_credit(world):
-    found = {
-        k: world.credit_recovery(world.credit(k))
-        for k in ("advantage", "flipped", "random", "reward", "worth")
-    }
+    found = {k: world.credit_recovery(world.credit(k)) for k in ("advantage", "flipped", "random", "reward", "worth")}
     assert found["advantage"]["spearman"] > 0.999
     assert found["flipped"]["spearman"] < -0.999
     assert abs(found["random"]["spearman"]) < 0.05
@@ -240,9 +235,7 @@ def test_full_base_model_is_close_to_the_grammar(world):
 def test_exact_optimum_lies_on_the_frontier(world, beta):
     base = world.optimal_model(math.inf)
     found = world.evaluate(world.optimal_model(beta), n=40, reference=base)
-    truth = exact.evaluate_logp(world.grammar, exact.optimal_logp(world.grammar, beta)).at_prompts(
-        world.grammar
-    )
+    truth = exact.evaluate_logp(world.grammar, exact.optimal_logp(world.grammar, beta)).at_prompts(world.grammar)
     for name in ("reward", "kl"):
         half = (found[f"{name}_high"] - found[f"{name}_low"]) / 2 * SLACK
         assert found[name] == pytest.approx(truth[name], abs=half)
@@ -295,9 +288,7 @@ def test_sums_over_the_vocabulary_agree_with_the_sampled_values(tiny):
     reference = completion_logps(tiny.reference, tiny.grammar, drawn.prompts, drawn.ids)
     ratio = (drawn.logps.gather(-1, index) - reference.gather(-1, index)).squeeze(-1) * drawn.alive
     for name, values in (("kl", ratio.sum(1)), ("reward", drawn.true_rewards)):
-        assert found[name] == pytest.approx(
-            float(values.mean()), abs=4 * float(values.std()) / len(values) ** 0.5
-        )
+        assert found[name] == pytest.approx(float(values.mean()), abs=4 * float(values.std()) / len(values) ** 0.5)
     # The cached, step-by-step pass and one pass over the whole text give the same distributions.
     whole = completion_logps(model, tiny.grammar, drawn.prompts, drawn.ids)
     torch.testing.assert_close(whole[drawn.alive], drawn.logps[drawn.alive], atol=1e-4, rtol=1e-4)
@@ -309,7 +300,5 @@ def test_peft_model_with_an_untouched_adapter_is_the_base(tiny):
 
     model = AutoModelForCausalLM.from_pretrained(tiny.base_model())
     plain = tiny.evaluate(model, n=10)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert tiny.evaluate(adapted, n=10)["reward"] == pytest.approx(plain["reward"], abs=1e-6)

@@ -114,7 +114,7 @@ def annotate(
     }
     if _already_done(job, manifest, overwrite):
         if rank == 0:  # a run killed right after the merge left these
-            store.write_manifest(job.output, manifest)
+            store.write_manifest(job.output, store.read_manifest(job.output))
             shutil.rmtree(job.folder, ignore_errors=True)
         return job.output
     with _agreement(size):
@@ -166,15 +166,14 @@ def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> boo
         stored = store.read_manifest(job.output)
     except RunError:
         stored = {}
-    if stored == manifest:
+    if {k: v for k, v in stored.items() if k != store.DIGEST} == manifest:
         return True
     if overwrite:
         return False
     found = store.differences(stored.get("fingerprints", {}), manifest["fingerprints"])
     why = f"was made with {'; with '.join(found)}" if found else "has other rows, columns or settings"
     raise RunError(
-        f"{job.output} is there already and {why}. Nothing was changed: choose another output, "
-        "or ask to overwrite it"
+        f"{job.output} is there already and {why}. Nothing was changed: choose another output, or ask to overwrite it"
     )
 
 
@@ -182,8 +181,8 @@ def _finish(job: Job, manifest: Mapping[str, Any], originals: Sequence[Mapping[s
     """Put the shards together, then record the file and drop the shards."""
     shards = [job.path(i) for i in range(job.n_shards)]
     with store.explain_full_disk(job.output, job.finished(), job.n_shards, job.folder):
-        store.merge(shards, originals, job.output, manifest)
-        store.write_manifest(job.output, manifest)
+        stored = store.merge(shards, originals, job.output, manifest)
+        store.write_manifest(job.output, stored)
     shutil.rmtree(job.folder)
 
 
@@ -234,9 +233,7 @@ def _dataset(
     else:
         rows = load_rows(source)
         if rows.streaming:
-            raise DataError(
-                "a stream cannot be annotated", file=rows.name, expected="rows that fit in memory"
-            )
+            raise DataError("a stream cannot be annotated", file=rows.name, expected="rows that fit in memory")
         dataset = prepare_pairs(rows, tokenizer, config)
     if not len(dataset):
         raise DataError("there are no rows to annotate", file=dataset.name)

@@ -151,8 +151,7 @@ def _joined(values: Sequence[Any], batch: TokenBatch, name: str) -> Tensor:
     for completion, (part, length) in enumerate(zip(parts, expected, strict=True)):
         if part.numel() != length:
             raise DataError(
-                f"credit source {name!r} gave a wrong number of values for completion "
-                f"{_place(batch, completion)}",
+                f"credit source {name!r} gave a wrong number of values for completion {_place(batch, completion)}",
                 row=row_of(batch, completion),
                 value=part.numel(),
                 expected=f"{length}, one per completion token that counts",

@@ -42,12 +42,8 @@ class CreditKind:
 CREDIT: dict[str, CreditKind] = {
     k.name: k
     for k in (
-        CreditKind(
-            "guide", GuideLogRatio, "log-ratio of a preference-trained guide to the reference (TGDPO)"
-        ),
-        CreditKind(
-            "contrastive", ContrastivePrompting, "the model itself under two opposite instructions (T-REG)"
-        ),
+        CreditKind("guide", GuideLogRatio, "log-ratio of a preference-trained guide to the reference (TGDPO)"),
+        CreditKind("contrastive", ContrastivePrompting, "the model itself under two opposite instructions (T-REG)"),
         CreditKind("column", ColumnCredit, "per-token rewards that came with the data"),
         CreditKind("function", FunctionCredit, "a Python function of yours"),
         CreditKind("random", RandomCredit, "uniform random numbers, as a control"),

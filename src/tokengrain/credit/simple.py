@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import TokenBatch
-from tokengrain.callables import Number, Positive, load_callable
+from tokengrain.callables import Number, Positive, load_callable, source_of
 from tokengrain.credit.base import CreditSource, checked_credit
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.files import fingerprint
@@ -59,7 +58,7 @@ class FunctionCredit:
     def __init__(self, *, function: str | Callable[[TokenBatch], Tensor | Sequence[Any]]) -> None:
         self.function = load_callable(function) if isinstance(function, str) else function
         self.name = f"function {getattr(self.function, '__qualname__', type(self.function).__qualname__)}"
-        self._source = _source_of(self.function)
+        self._source = source_of(self.function)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         return checked_credit(self.function(batch), batch, self.name)
@@ -67,13 +66,6 @@ class FunctionCredit:
     def fingerprint(self) -> str:
         """By the function's source as it was loaded, where there is one; what it calls is not looked into."""
         return fingerprint([self.name, self._source])
-
-
-def _source_of(function: Callable[..., Any]) -> str:
-    try:
-        return inspect.getsource(function if inspect.isroutine(function) else type(function))
-    except (OSError, TypeError):
-        return ""
 
 
 class RandomCredit:

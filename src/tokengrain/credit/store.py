@@ -25,7 +25,7 @@ import numpy as np
 
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, RunError
-from tokengrain.files import atomic_write, read_json, write_json
+from tokengrain.files import atomic_write, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 _METADATA = b"tokengrain"
+DIGEST = "digest"
 _NAMES = {
     "model": "model",
     "reference": "reference model",
@@ -108,8 +109,12 @@ def shard_matches(path: Path, key: str) -> bool:
 
 def merge(
     shards: Sequence[Path], rows: Sequence[Mapping[str, Any]], output: Path, manifest: Mapping[str, Any]
-) -> None:
-    """Put the rows and their shards together into `output`, one row group per shard, rows in input order."""
+) -> dict[str, Any]:
+    """Put the rows and their shards together into `output`, one row group per shard, rows in input order.
+
+    Returns:
+        The manifest that is stored in the file: the given one with a digest of the rows' own columns.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -118,6 +123,7 @@ def merge(
     computed = pq.read_schema(shards[0]).remove_metadata()
     originals = _original_columns(rows, set(computed.names))
     fields = [pa.field(name, column.type) for name, column in originals.items()]
+    manifest = {**manifest, DIGEST: _digest(originals)}
     metadata = {_METADATA: json.dumps(manifest, sort_keys=True).encode()}
     schema = pa.schema([*fields, *computed], metadata=metadata)
     start = 0
@@ -130,6 +136,12 @@ def merge(
             arrays = [column.slice(start, table.num_rows) for column in originals.values()]
             writer.write_table(pa.table([*arrays, *table.columns], schema=schema), row_group_size=len(table))
             start += table.num_rows
+    return manifest
+
+
+def _digest(columns: Mapping[str, pa.Array]) -> str:
+    """Identifies the rows' own columns: an edited row does not have the tokens that its numbers belong to."""
+    return fingerprint({name: column.to_pylist() for name, column in columns.items()})
 
 
 def _original_columns(rows: Sequence[Mapping[str, Any]], replaced: set[str]) -> dict[str, pa.Array]:
@@ -165,6 +177,16 @@ def explain_full_disk(path: Path, done: int, total: int, shards: Path) -> Iterat
 
 
 # --------------------------------------------------------------------------------------------------- manifest
+
+
+def is_annotated(path: str | Path) -> bool:
+    """Whether `path` is a parquet file that `annotate` wrote."""
+    import pyarrow.parquet as pq
+
+    try:
+        return _METADATA in (pq.read_schema(path).metadata or {})
+    except (OSError, ValueError):  # absent, a folder, or not parquet
+        return False
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -226,6 +248,8 @@ def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, A
     """
     manifest = read_manifest(path)
     found = differences(manifest.get("fingerprints", {}), expected)
+    if manifest.get(DIGEST) != _digest(_own_columns(path, manifest)):
+        found.append("other data (rows were changed after annotating)")
     if found:
         raise RunError(
             f"{path} was annotated with {'; with '.join(found)}. Its token rewards do not belong to this "
@@ -235,6 +259,22 @@ def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, A
 
 
 # ---------------------------------------------------------------------------------------------------- reading
+
+
+def _computed_columns(manifest: Mapping[str, Any]) -> set[str]:
+    """Columns that annotate adds to the rows."""
+    roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
+    ids = {"prompt_ids", *(f"{r}_ids" for r in roles), *(f"{r}_counted" for r in roles)}
+    return ids | {column_name(r, n) for r in roles for n in names}
+
+
+def _own_columns(path: str | Path, manifest: Mapping[str, Any]) -> dict[str, pa.Array]:
+    """The columns that the rows had before annotating."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(Path(path), partitioning=None)
+    computed = _computed_columns(manifest)
+    return {n: table.column(n).combine_chunks() for n in table.column_names if n not in computed}
 
 
 def read_samples(path: str | Path) -> Iterator[Sample]:
@@ -250,8 +290,7 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
     manifest = read_manifest(path)
     table = pq.read_table(Path(path), partitioning=None)
     roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
-    computed = {"prompt_ids", *(f"{r}_ids" for r in roles), *(f"{r}_counted" for r in roles)}
-    computed |= {column_name(r, n) for r in roles for n in names}
+    computed = _computed_columns(manifest)
     missing = computed - set(table.column_names) - {f"{r}_counted" for r in roles}
     if missing:
         raise DataError("columns that annotate wrote are gone", file=path, value=sorted(missing))
@@ -274,9 +313,7 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
         yield Sample(prompt.tolist(), list(completions), row=row, raw=raw)
 
 
-def _check_lengths(
-    path: str | Path, field: str, lists: Iterable[np.ndarray], ids: Iterable[np.ndarray]
-) -> None:
+def _check_lengths(path: str | Path, field: str, lists: Iterable[np.ndarray], ids: Iterable[np.ndarray]) -> None:
     for row, (values, tokens) in enumerate(zip(lists, ids, strict=True)):
         if len(values) != len(tokens):
             raise DataError(

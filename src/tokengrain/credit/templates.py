@@ -38,9 +38,7 @@ class ContrastiveTemplates:
             if not isinstance(text, str) or "{prompt}" not in text:
                 raise RecipeError(f"template {self.name!r}: {side!r} has no slot {{prompt}}; got {text!r}")
         if self.better == self.worse:
-            raise RecipeError(
-                f"template {self.name!r}: 'better' and 'worse' are equal, so all credit would be 0"
-            )
+            raise RecipeError(f"template {self.name!r}: 'better' and 'worse' are equal, so all credit would be 0")
         if ("{response}" in self.better) != ("{response}" in self.worse):
             raise RecipeError(f"template {self.name!r}: {{response}} must be in both sides or in neither")
 

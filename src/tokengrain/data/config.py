@@ -36,9 +36,7 @@ class RowError(DataError):
 
     def located(self, file: object, row: object, note: str = "") -> DataError:
         """The same error as one that names the file and the row; `note` is put behind the message."""
-        error = DataError(
-            self.what, file=file, row=row, field=self.field, value=self.value, expected=self.expected
-        )
+        error = DataError(self.what, file=file, row=row, field=self.field, value=self.value, expected=self.expected)
         error.args = (f"{error}{note}",)
         return error
 
@@ -86,9 +84,7 @@ class TokenizeConfig:
                 )
         for name, choices in (("truncation_side", ("left", "right")), ("on_invalid", ("error", "skip"))):
             if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"{name} is {shown(getattr(self, name))}; expected one of {', '.join(choices)}"
-                )
+                raise RecipeError(f"{name} is {shown(getattr(self, name))}; expected one of {', '.join(choices)}")
         if self.max_length is not None:
             left = self.max_length - (self.max_prompt_length or 1)
             if left < self.min_completion_length:

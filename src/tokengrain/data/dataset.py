@@ -36,9 +36,7 @@ class PairDataset(Dataset[Sample]):
         samples: a sequence of the samples, made when asked for.
     """
 
-    def __init__(
-        self, samples: Iterable[Sample], report: Report | None = None, name: str = "samples"
-    ) -> None:
+    def __init__(self, samples: Iterable[Sample], report: Report | None = None, name: str = "samples") -> None:
         if not isinstance(samples, SampleStore):
             store = SampleStore()
             for sample in samples:
@@ -226,9 +224,7 @@ def _prepare(
     return PairDataset(samples, report, rows.name)
 
 
-def _encoded(
-    rows: Iterable[tuple[int, Any]], encoder: ExampleEncoder
-) -> Iterator[tuple[int, Encoded | RowError]]:
+def _encoded(rows: Iterable[tuple[int, Any]], encoder: ExampleEncoder) -> Iterator[tuple[int, Encoded | RowError]]:
     """The result for each row, in order, tokenised in groups."""
     source = iter(rows)
     while group := list(islice(source, BATCH_ROWS)):

@@ -71,9 +71,7 @@ class ExampleEncoder:
                 results[index] = error
         return [r for r in results if r is not None]
 
-    def _encode(
-        self, number: int, example: Example, rendered: list[Rendered], tokens: list[Tokens]
-    ) -> Encoded:
+    def _encode(self, number: int, example: Example, rendered: list[Rendered], tokens: list[Tokens]) -> Encoded:
         cut = seam(tokens, [r.prompt_end for r in rendered])
         head = self.encoder.head(rendered[0], tokens[0])
         prompt = [*head, *tokens[0].ids[:cut]]

@@ -18,9 +18,7 @@ KNOWN_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages
 
 def check_row(row: Any) -> None:
     if not isinstance(row, Mapping):
-        raise RowError(
-            "wrong type", "the row is not an object", value=row, expected="an object with named columns"
-        )
+        raise RowError("wrong type", "the row is not an object", value=row, expected="an object with named columns")
     for name in row:
         if name in KNOWN_COLUMNS:
             continue
@@ -45,9 +43,7 @@ def content(row: Mapping[str, Any], name: str) -> Content:
     """The text or messages in a column."""
     if name not in row:
         check_misspelt(row, name, 0.6)
-        raise RowError(
-            "missing column", "column is missing", field=name, expected=f"{name!r} among {list(row)}"
-        )
+        raise RowError("missing column", "column is missing", field=name, expected=f"{name!r} among {list(row)}")
     value = row[name]
     if isinstance(value, str):
         _check_encodable(value, name)
@@ -83,9 +79,7 @@ def _message(value: Any, name: str, index: int) -> Message:
         )
     message = {k: v for k, v in value.items() if v is not None}  # parquet gives absent keys as None
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise RowError(
-            "wrong type", f"{where} has no role", field=name, value=value, expected="a role, a string"
-        )
+        raise RowError("wrong type", f"{where} has no role", field=name, value=value, expected="a role, a string")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return message
@@ -117,9 +111,7 @@ def _check_encodable(text: str, name: str) -> None:
 
 
 def check_equal(chosen: Content, rejected: Content) -> None:
-    if chosen == rejected and not (
-        isinstance(chosen, str) and not chosen.strip()
-    ):  # that is an empty completion
+    if chosen == rejected and not (isinstance(chosen, str) and not chosen.strip()):  # that is an empty completion
         raise RowError(
             "chosen equals rejected",
             "is equal to 'chosen'",
@@ -134,9 +126,7 @@ def check_prompt(prompt: Content, name: str = "prompt") -> None:
         if not prompt.strip():
             raise RowError("empty prompt", "is empty", field=name, value=prompt, expected="some text")
     elif not prompt:
-        raise RowError(
-            "empty prompt", "has no messages", field=name, value=prompt, expected="at least one message"
-        )
+        raise RowError("empty prompt", "has no messages", field=name, value=prompt, expected="at least one message")
     elif prompt[-1]["role"] == "assistant":
         raise RowError(
             "wrong roles",

@@ -98,9 +98,7 @@ def single_example(row: Any) -> Example:
     present = {name for name in KNOWN_COLUMNS if row.get(name) is not None}
     if {"chosen", "rejected"} <= present:
         pair = pair_example(row)
-        return Example(
-            pair.prompt, pair.completions[:1], ("chosen",), pair.token_columns[:1], ("chosen_",), pair.tools
-        )
+        return Example(pair.prompt, pair.completions[:1], ("chosen",), pair.token_columns[:1], ("chosen_",), pair.tools)
     if "prompt" in present:
         name = "chosen" if "chosen" in present else "completion"
         completion, prefix = content(row, name), "chosen_" if name == "chosen" else ""
@@ -125,9 +123,7 @@ def single_example(row: Any) -> Example:
             expected="prompt + completion, messages, text, or prompt + chosen + rejected",
         )
     check_completion(completion, name)
-    return Example(
-        prompt, (completion,), (name,), (token_columns(row, prefix),), (prefix,), row.get("tools") or None
-    )
+    return Example(prompt, (completion,), (name,), (token_columns(row, prefix),), (prefix,), row.get("tools") or None)
 
 
 def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> tuple[Any, ...]:

@@ -185,9 +185,7 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
         return _from_datasets(source, "dataset", split, streaming)
     if isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
         if split is not None:
-            raise DataError(
-                "a list of rows has no splits", file="list of rows", value=split, expected="split: none"
-            )
+            raise DataError("a list of rows has no splits", file="list of rows", value=split, expected="split: none")
         return StoredRows("list of rows", source, lambda: fingerprint(list(source)))
     raise DataError(
         "this is not a source of rows",
@@ -214,9 +212,7 @@ def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, 
             expected="a separate evaluation set, or streaming off",
         )
     if not 0 < eval_fraction < 1:
-        raise DataError(
-            "eval_fraction is out of range", value=eval_fraction, expected="a number between 0 and 1"
-        )
+        raise DataError("eval_fraction is out of range", value=eval_fraction, expected="a number between 0 and 1")
     if len(rows) < 2:
         raise DataError("too few rows to split", file=rows.name, value=len(rows), expected="at least 2 rows")
     count = min(max(round(eval_fraction * len(rows)), 1), len(rows) - 1)
@@ -238,11 +234,7 @@ def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) 
         if split not in (None, "train"):
             raise DataError("a single file has no splits", file=name, value=split, expected="split: none")
         paths = [path]
-    elif (
-        isinstance(source, str)
-        and file_kind(path) is None
-        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
-    ):
+    elif isinstance(source, str) and file_kind(path) is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         return _from_hub(source, split, streaming)
     else:
         raise DataError("there is no such file or folder", file=name, expected=_nearest_file(path))
@@ -259,9 +251,7 @@ def _nearest_file(path: Path) -> str:
 def _files_of(folder: Path, split: str | None) -> list[Path]:
     paths = sorted(p for p in folder.iterdir() if p.is_file() and file_kind(p) and not p.name.startswith("."))
     if not paths:
-        raise DataError(
-            "the folder holds no file of rows", file=folder, expected=".jsonl, .json, .csv or .parquet"
-        )
+        raise DataError("the folder holds no file of rows", file=folder, expected=".jsonl, .json, .csv or .parquet")
     by_split: dict[str, list[Path]] = {}
     for path in paths:
         word = re.split(r"[^A-Za-z]", path.name)[0]
@@ -309,13 +299,9 @@ def _from_datasets(source: Any, name: str, split: str | None, streaming: bool) -
         raise DataError("the dataset has no such split", file=name, value=split, expected="split: none")
     if isinstance(source, datasets.IterableDataset):
         # What it will yield is not known without reading all of it.
-        return _IteratedRows(
-            name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)])
-        )
+        return _IteratedRows(name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)]))
     if not isinstance(source, datasets.Dataset):
-        raise DataError(
-            "this is not a source of rows", value=type(source).__name__, expected="a datasets.Dataset"
-        )
+        raise DataError("this is not a source of rows", value=type(source).__name__, expected="a datasets.Dataset")
     if streaming:
         return _IteratedRows(name, source, lambda: _dataset_fingerprint(source))
     return StoredRows(name, source, lambda: _dataset_fingerprint(source))

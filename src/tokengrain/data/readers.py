@@ -82,9 +82,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             "gzip file is truncated", file=path, value=str(error), expected="a complete gzip file"
         ) from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            "gzip file is damaged", file=path, value=str(error), expected="a complete gzip file"
-        ) from error
+        raise DataError("gzip file is damaged", file=path, value=str(error), expected="a complete gzip file") from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", file=path) from error
 
@@ -111,9 +109,7 @@ def _utf8_error(path: Path, error: UnicodeDecodeError, position: int, line: int)
     )
 
 
-def _json_error(
-    path: Path, row: int, line: int, column: int, text: str, position: int, why: str
-) -> DataError:
+def _json_error(path: Path, row: int, line: int, column: int, text: str, position: int, why: str) -> DataError:
     return DataError(
         f"malformed JSON at line {line}, column {column}: {why}",
         file=path,
@@ -232,11 +228,7 @@ def _array_rows(path: Path, stream: IO[bytes]) -> Iterator[Record]:
         row += 1
         separator = source.peek()
         if separator not in (",", "]"):
-            why = (
-                f"expected ',' or ']' behind a row, got {separator!r}"
-                if separator
-                else "the array is not closed"
-            )
+            why = f"expected ',' or ']' behind a row, got {separator!r}" if separator else "the array is not closed"
             raise source.error(row, source.position, why)
         source.position += 1
         if separator == "]":
@@ -271,9 +263,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             yield Record(dict(zip(header, values)), str(path), row)
     except csv.Error as error:
         label = row_label(row + 1, reader.line_num)
-        raise DataError(
-            f"malformed CSV: {error}", file=path, row=label, expected="comma-separated values"
-        ) from error
+        raise DataError(f"malformed CSV: {error}", file=path, row=label, expected="comma-separated values") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -293,9 +283,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                     yield Record(fields, str(path), row + index)
                 row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"damaged parquet file: {error}", file=path, expected="a complete parquet file"
-            ) from error
+            raise DataError(f"damaged parquet file: {error}", file=path, expected="a complete parquet file") from error
 
 
 def _parquet_rows(path: Path, columns: dict[str, Any], start: int, count: int) -> list[dict[str, Any]]:

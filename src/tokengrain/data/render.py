@@ -55,7 +55,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
         self.tokenizer = tokenizer
-        self.template = _template_text(config.chat_template)
+        self.template = template_text(config.chat_template)
         self.kwargs = dict(config.chat_template_kwargs)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
@@ -90,9 +90,7 @@ class Renderer:
                 tokenize=False,
                 **self.kwargs,
             )
-        except (
-            Exception
-        ) as error:  # templates raise what they like, for instance on roles that do not alternate
+        except Exception as error:  # templates raise what they like, for instance on roles that do not alternate
             raise RowError(
                 "chat template",
                 f"the chat template cannot render the messages ({type(error).__name__}: {error})",
@@ -121,9 +119,7 @@ class Renderer:
             closed=text.endswith(self._end_marks),
         )
 
-    def _completion_start(
-        self, example: Example, prompt: str, before: list[Message], text: str, name: str
-    ) -> int:
+    def _completion_start(self, example: Example, prompt: str, before: list[Message], text: str, name: str) -> int:
         if text.startswith(prompt):
             return len(prompt)
         # A generation prompt may go on beyond what the template writes before an answer (an empty thinking
@@ -199,7 +195,12 @@ class Renderer:
         return (start, start + len(stripped)) if stripped.endswith(self._end_marks) else turn
 
 
-def _template_text(template: str | None) -> str | None:
+def template_text(template: str | None) -> str | None:
+    """A chat template given as itself, or as the path of a file that holds it.
+
+    Raises:
+        ModelError: it is neither.
+    """
     if template is None or "{%" in template or "{{" in template:
         return template
     path = Path(template).expanduser()

@@ -99,14 +99,10 @@ def _parsed(name: str, value: Any, field: str) -> list[Any]:
 
 def _number(value: Any, what: str, field: str, name: str, limit: float = math.inf) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise RowError(
-            REASONS[name], f"{what} is not a number", field=field, value=value, expected="a number"
-        )
+        raise RowError(REASONS[name], f"{what} is not a number", field=field, value=value, expected="a number")
     number = float(value)
     if not math.isfinite(number):
-        raise RowError(
-            REASONS[name], f"{what} is not finite", field=field, value=value, expected="a finite number"
-        )
+        raise RowError(REASONS[name], f"{what} is not finite", field=field, value=value, expected="a finite number")
     if number > limit:
         raise RowError(
             REASONS[name], f"{what} is not a log-probability", field=field, value=value, expected="at most 0"
@@ -148,10 +144,7 @@ def _span(span: Any, what: str, field: str, rendered: Rendered) -> tuple[int, in
         raise bad("is about a message without text in the rendered completion", f'"message": one of {texts}')
     start, end = span["start"], span["end"]
     length = content[1] - content[0]
-    if (
-        any(isinstance(p, bool) or not isinstance(p, int) for p in (start, end))
-        or not 0 <= start < end <= length
-    ):
+    if any(isinstance(p, bool) or not isinstance(p, int) for p in (start, end)) or not 0 <= start < end <= length:
         raise bad("is out of range", f"whole numbers 0 <= start < end <= {length}, the length of the text")
     reward = _number(span["reward"], f"the reward of {what}", field, "token_rewards")
     return content[0] + start, content[0] + end, reward

@@ -61,9 +61,7 @@ def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> 
 
 def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dim() != 1 or a.shape != b.shape:
-        raise ValueError(
-            f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise ValueError(f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
     if not a.isfinite().all() or not b.isfinite().all():
         raise ValueError("expected finite numbers, got NaN or infinite ones")
     return a.detach().cpu().double(), b.detach().cpu().double()

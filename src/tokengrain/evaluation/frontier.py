@@ -34,13 +34,9 @@ class Frontier:
         kl = torch.tensor(self.kl, dtype=torch.float64)
         reward = torch.tensor(self.reward, dtype=torch.float64)
         if len(kl) != len(reward) or len(kl) < 2:
-            raise ValueError(
-                f"a frontier needs as many rewards as KLs and at least 2, got {len(reward)} and {len(kl)}"
-            )
+            raise ValueError(f"a frontier needs as many rewards as KLs and at least 2, got {len(reward)} and {len(kl)}")
         if kl[0] != 0 or (kl.diff() < 0).any() or (reward.diff() < -1e-9).any():
-            raise ValueError(
-                "a frontier needs KLs that start at 0 and increase, and rewards that do not decrease"
-            )
+            raise ValueError("a frontier needs KLs that start at 0 and increase, and rewards that do not decrease")
         object.__setattr__(self, "_root", kl.sqrt())
         object.__setattr__(self, "_reward", reward)
 

@@ -87,17 +87,13 @@ def _stratum_means(x: Tensor, strata: Tensor) -> Tensor:
     return (sums / torch.bincount(stratum))[stratum]
 
 
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE
-) -> Estimate:
+def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Mean of `first − second` over runs that share their seed, with Student's t interval.
 
     Few seeds make wide intervals: with 5 the factor is 2.78 standard errors, not 1.96.
     """
     if len(first) != len(second) or len(first) < 2:
-        raise ValueError(
-            f"expected as many first as second values and at least 2, got {len(first)} and {len(second)}"
-        )
+        raise ValueError(f"expected as many first as second values and at least 2, got {len(first)} and {len(second)}")
     x = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
     mean, error = float(x.mean()), float(x.std()) / math.sqrt(len(x))
     t = float(scipy_stats("Student's t").t.ppf(0.5 + confidence / 2, len(x) - 1))

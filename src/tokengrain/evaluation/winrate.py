@@ -25,9 +25,7 @@ def win_rate(
     """
     a, b = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
     if a.shape != b.shape or a.dim() != 1 or not len(a):
-        raise ValueError(
-            f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise ValueError(f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
     wins = (a > b).double() + 0.5 * (a == b).double()
     if prompts is None:
         return wilson(float(wins.sum()), len(wins), confidence)

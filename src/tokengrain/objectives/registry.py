@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.callables import is_tensor_type, keyword_types, load_callable, nearest, validate_settings
+from tokengrain.callables import (
+    is_tensor_type,
+    keyword_types,
+    load_callable,
+    nearest,
+    source_of,
+    validate_settings,
+)
 from tokengrain.errors import RecipeError
+from tokengrain.files import fingerprint
 from tokengrain.objectives.dpo import dpo_loss
 from tokengrain.objectives.output import LossOutput, Unit
 from tokengrain.objectives.sft import sft_loss
@@ -105,8 +113,10 @@ class BoundObjective:
         return self.objective.loss(logps, segments, **quantities, **self.hyper)
 
     def describe(self) -> dict[str, Any]:
-        """Name and hyper-parameters, for fingerprints and logs."""
-        return {"name": self.name, **self.hyper}
+        """Name and hyper-parameters, for fingerprints and logs; of a user's own function also its source."""
+        built_in = OBJECTIVES.get(self.name) is self.objective
+        source = {} if built_in else {"source": fingerprint(source_of(self.objective.loss))}
+        return {"name": self.name, **self.hyper, **source}
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -54,8 +54,7 @@ def simpo_gamma(beta: float, gamma_beta_ratio: float | None, gamma: float | None
     """The target margin, from at most one of its two names."""
     if gamma is not None and gamma_beta_ratio is not None:
         raise ValueError(
-            "give gamma or gamma_beta_ratio, not both; "
-            f"got gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio}"
+            f"give gamma or gamma_beta_ratio, not both; got gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio}"
         )
     if gamma is not None:
         return gamma

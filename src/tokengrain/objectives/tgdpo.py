@@ -40,9 +40,7 @@ def tgdpo_loss(
     Returns:
         `losses` [P]; rewards in the metrics are unweighted, "weighted/margins" is the margin that is trained.
     """
-    f = token_weights(
-        token_rewards, segments, alpha=alpha, clamp_min=weight_clamp_min, normalise=normalise_weights
-    )
+    f = token_weights(token_rewards, segments, alpha=alpha, clamp_min=weight_clamp_min, normalise=normalise_weights)
     # L = -log σ(beta * (sum_t f_w d_w - sum_t f_l d_l)), d = log policy - log reference
     core = token_weighted_loss(logps, f, segments, ref_logps=ref_logps, scale=beta, margin="weighted")
     metrics = pair_metrics(core.rewards, logps, segments)

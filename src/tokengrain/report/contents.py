@@ -154,9 +154,7 @@ def _styles(names: Sequence[str]) -> dict[str, int]:
     """Style of each method: grey for the base, then the palette in order."""
     styles: dict[str, int] = {}
     for name in names:
-        styles[name] = (
-            BASE_STYLE if _slug(name) == "base" else sum(s != BASE_STYLE for s in styles.values()) % 7
-        )
+        styles[name] = BASE_STYLE if _slug(name) == "base" else sum(s != BASE_STYLE for s in styles.values()) % 7
     return styles
 
 

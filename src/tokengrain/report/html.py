@@ -95,9 +95,7 @@ def interval(value: tuple[float, float | None, float | None] | None) -> str:
     if value is None:
         return "–"
     middle, low, high = value
-    return number(middle) + (
-        f" ({number(low)} to {number(high)})" if low is not None and high is not None else ""
-    )
+    return number(middle) + (f" ({number(low)} to {number(high)})" if low is not None and high is not None else "")
 
 
 def seconds(value: float | None) -> str:

@@ -46,9 +46,7 @@ def read_token_rows(
     return _from_file(path, rows, count, field, tokenizer if tokenizer is not None else _near_tokenizer(path))
 
 
-def _picked(
-    samples: Sequence[CreditSample], rows: Sequence[int] | None, count: int, path: Path
-) -> list[CreditSample]:
+def _picked(samples: Sequence[CreditSample], rows: Sequence[int] | None, count: int, path: Path) -> list[CreditSample]:
     """Samples of the wanted rows; a pair seen by several sources is one row."""
     groups = by_pair(samples)
     names = [g[0].row if g[0].row is not None else i for i, g in enumerate(groups)]
@@ -62,9 +60,7 @@ def _picked(
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-def _from_folder(
-    path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any
-) -> list[CreditSample]:
+def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any) -> list[CreditSample]:
     if (path / FILE).is_file():
         return _picked(read_credit_samples(path / FILE), rows, count, path / FILE)
     run = runs.read_run(path)
@@ -90,9 +86,7 @@ def _near_tokenizer(path: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def _from_file(
-    path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any
-) -> list[CreditSample]:
+def _from_file(path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any) -> list[CreditSample]:
     from tokengrain.data import load_rows
 
     data = load_rows(str(path))

@@ -56,9 +56,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     A character that is spread over several tokens is given to the last of them; the others get "".
     """
     texts: list[str] = []
-    start = read = (
-        0  # decode only from `start`: the last token that was read whole gives the context for spaces
-    )
+    start = read = 0  # decode only from `start`: the last token that was read whole gives the context for spaces
     for end in range(1, len(ids) + 1):
         before = _decode(tokenizer, ids[start:read])
         now = _decode(tokenizer, ids[start:end])
@@ -120,8 +118,7 @@ def _listed(batch: TokenBatch, values: Tensor) -> list[list[float | None]]:
     numbers = iter(values.detach().float().cpu().tolist())
     bounds, counted = batch.completion_offsets.tolist(), batch.counted.tolist()
     return [
-        [round(next(numbers), 6) if keep else None for keep in counted[start:end]]
-        for start, end in pairwise(bounds)
+        [round(next(numbers), 6) if keep else None for keep in counted[start:end]] for start, end in pairwise(bounds)
     ]
 
 
@@ -134,9 +131,7 @@ def read_credit_samples(path: Path) -> list[CreditSample]:
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error}", file=path) from error
     if not isinstance(entries, list):
-        raise DataError(
-            "wrong content", file=path, value=type(entries).__name__, expected="a list of samples"
-        )
+        raise DataError("wrong content", file=path, value=type(entries).__name__, expected="a list of samples")
     return [_parse(path, row, entry) for row, entry in enumerate(entries)]
 
 
@@ -164,9 +159,7 @@ def _parse(path: Path, row: int, entry: Any) -> CreditSample:
             if not all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in values):
                 raise DataError("not finite numbers", file=path, row=row, field=f"{name}.{key}", value=values)
         sides.append(Side(tokens, credit, truth))
-    return CreditSample(
-        str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row")
-    )
+    return CreditSample(str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row"))
 
 
 def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:

@@ -89,9 +89,7 @@ class Frame:
 
     def y(self, value: float) -> float:
         low, high = self.y_range
-        return (
-            self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
-        )
+        return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
     def axes(self, x_label: str, y_label: str = "") -> None:
         """Grid, ticks and labels."""
@@ -112,9 +110,7 @@ class Frame:
             )
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", css: str = "tick") -> None:
-        self.parts.append(
-            f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-        )
+        self.parts.append(f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def line(self, points: Sequence[Point], css: str) -> None:
         path = "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
@@ -138,9 +134,7 @@ def tick(value: float) -> str:
     """A tick's label: short, without trailing zeros."""
     if value and abs(value) < 1e-3:
         return f"{value:.0e}".replace("-", "−")
-    return (
-        f"{value:,.4g}".replace("-", "−") if abs(value) < 1e4 else f"{value / 1000:,.0f}k".replace("-", "−")
-    )
+    return f"{value:,.4g}".replace("-", "−") if abs(value) < 1e4 else f"{value / 1000:,.0f}k".replace("-", "−")
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
@@ -160,9 +154,7 @@ def span(values: Sequence[float], pad: float = 0.06) -> Point:
     return low - room, high + room
 
 
-def line_chart(
-    title: str, series: Sequence[Series], x_label: str, width: int = 360, height: int = 210
-) -> str:
+def line_chart(title: str, series: Sequence[Series], x_label: str, width: int = 360, height: int = 210) -> str:
     """Lines over a common x; hovering a point shows its numbers. Points that are not finite are left out."""
     kept = [Series(s.name, thin(finite(s.points)), s.style, s.dashed) for s in series if finite(s.points)]
     if not kept:
@@ -257,14 +249,10 @@ def _draw_mark(frame: Frame, m: Mark) -> None:
     x, y, css = frame.x(m.x), frame.y(m.y), f"error s{m.style % N_STYLES}"
     if m.x_error:
         ends = frame.x(m.x - m.x_error), frame.x(m.x + m.x_error)
-        frame.parts.append(
-            f'<line class="{css}" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
+        frame.parts.append(f'<line class="{css}" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
     if m.y_error:
         ends = frame.y(m.y - m.y_error), frame.y(m.y + m.y_error)
-        frame.parts.append(
-            f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
-        )
+        frame.parts.append(f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>')
     frame.parts.append(marker(x, y, m.style))
     reward = f"reward {number(m.y)}" + (f" ± {number(m.y_error, 2)}" if m.y_error else "")
     frame.hit(m.x, m.y, f"{m.name}: {reward}, KL {number(m.x)}", 11)

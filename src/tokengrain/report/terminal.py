@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 # Weak credit colours the letters, strong credit the ground, in tones that are readable on light and on dark
 # terminals. Orange is also underlined: the sign does not hang on the colour.
 _BLUE = ("#3f8fcb", "bold #3f8fcb", "#ffffff on #2f78b0", "bold #ffffff on #174f8a")
-_ORANGE = tuple(
-    f"underline {s}" for s in ("#cf7a1d", "bold #cf7a1d", "#ffffff on #b8620e", "bold #ffffff on #8f3f00")
-)
+_ORANGE = tuple(f"underline {s}" for s in ("#cf7a1d", "bold #cf7a1d", "#ffffff on #b8620e", "bold #ffffff on #8f3f00"))
 _WEAKEST = 0.04  # of full colour; below it a token stays plain
 TOP = 5
 
@@ -55,9 +53,7 @@ def _print_source(console: Console, name: str, samples: Sequence[CreditSample]) 
     scale = colour_scale([v for s in samples for side in s.sides for v in side.credit])
     console.print(_legend(name, scale, coloured))
     for sample in samples:
-        console.rule(
-            Text(f"row {sample.row}" if sample.row is not None else "", "dim"), align="left", style="dim"
-        )
+        console.rule(Text(f"row {sample.row}" if sample.row is not None else "", "dim"), align="left", style="dim")
         table = Table.grid(padding=(0, 2))
         table.add_row(Text("prompt", "dim"), Text(sample.prompt.strip(), "dim"))
         titles = ("chosen", "rejected") if len(sample.sides) == 2 else ("completion",)

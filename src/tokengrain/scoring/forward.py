@@ -116,9 +116,9 @@ def _overhead_tokens(config: Any, device: torch.device) -> int:
     """How many tokens cost as much as one more pass through the decoder.
 
     Measured on one CPU core: each pass launches its operations (worth the more tokens the smaller the model)
-    and, in training, adds a gradient as large as the embedding, which weighs more the shallower the model. (Without gradients too: policy and reference
-    then run in the same rectangles and, while equal, give the same numbers.) A GPU is idle below about a
-    thousand tokens.
+    and, in training, adds a gradient as large as the embedding, which weighs more the shallower the model. (Without gradients too: policy
+    and reference then run in the same rectangles and, while equal, give the same numbers.) A GPU is idle below
+    about a thousand tokens.
     """
     if device.type != "cpu":
         return 1024
@@ -186,14 +186,10 @@ def _in_order(parts: list[Tensor], targets: list[Tensor]) -> Tensor:
     return joined.index_select(0, torch.argsort(order))
 
 
-def _head_quantities(
-    lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
+def _head_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
     head = live_head(lm, request.plan)
     if head is not None:
-        return head_quantities(
-            hidden, head, labels, request.want, request.reference, chunk_tokens=request.chunk_tokens
-        )
+        return head_quantities(hidden, head, labels, request.want, request.reference, chunk_tokens=request.chunk_tokens)
     return _module_quantities(lm, request, hidden, labels)
 
 
@@ -212,11 +208,7 @@ def plain_linear(module: Any) -> nn.Linear | None:
         # PEFT: a tuner layer keeps its `base_layer`, a trained copy its `original_module`.
         return plain_linear(getattr(module, "base_layer", None) or getattr(module, "original_module", None))
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        return (
-            plain_linear(module.modules_to_save[module.active_adapters[0]])
-            if module.active_adapters
-            else None
-        )
+        return plain_linear(module.modules_to_save[module.active_adapters[0]]) if module.active_adapters else None
     forward = getattr(type(module), "forward", None)
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward and "forward" not in vars(module):
         return module
@@ -241,9 +233,7 @@ def _raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
     return nn.functional.linear(hidden.to(linear.weight.dtype), _whole(linear.weight), bias)
 
 
-def _module_quantities(
-    lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
+def _module_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Quantities through the head's module itself, a chunk of tokens at a time, recomputed in backward."""
     module: Any = lm.get_output_embeddings()  # type: ignore[operator]
     finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish

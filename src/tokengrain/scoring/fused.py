@@ -180,9 +180,7 @@ class _HeadQuantities(torch.autograd.Function):
     """(hidden, weight, bias, job) -> one `[N]` tensor per name of the job."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
         head = Head(weight, bias, job.scale, job.softcap)
         n, vocab, dtype = hidden.shape[0], weight.shape[0], accumulation_dtype(hidden.dtype)
         keep = job.backward and any(ctx.needs_input_grad) and job.keeps(n, vocab, dtype)
@@ -261,9 +259,7 @@ def _weighted_sum_(weights: Tensor, terms: Tensor) -> Tensor:
     return out
 
 
-def _reference_softmax(
-    reference: Distribution, rows: slice, job: _Job, scratch: _Scratch, *, log: bool
-) -> Tensor:
+def _reference_softmax(reference: Distribution, rows: slice, job: _Job, scratch: _Scratch, *, log: bool) -> Tensor:
     compute = job.compute(reference.head)
     return _softmax_(_logits(reference.hidden[rows], reference.head, compute, scratch, "log q"), log=log)
 
@@ -308,9 +304,7 @@ def _backward(
     return d_hidden, d_weight, None if d_bias is None else d_bias.to(head.bias.dtype)  # type: ignore[union-attr]
 
 
-def _recomputed_bases(
-    hidden: Tensor, head: Head, job: _Job, rows: slice, scratch: _Scratch
-) -> dict[str, Tensor]:
+def _recomputed_bases(hidden: Tensor, head: Head, job: _Job, rows: slice, scratch: _Scratch) -> dict[str, Tensor]:
     logits = _logits(hidden[rows], head, job.compute(head), scratch, "p")
     slope = _slope(logits, head.softcap)
     p, q = _softmax_(logits, log=False), None

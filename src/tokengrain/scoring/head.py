@@ -100,8 +100,7 @@ def checked_reference(reference: Distribution | None, vocab: int, tokens: int | 
         raise ModelError("the KL divergence to a reference needs the reference's distribution, got none")
     if reference.head.vocab_size != vocab:
         raise ModelError(
-            "the reference's vocabulary differs from the model's; "
-            f"got {reference.head.vocab_size}, expected {vocab}"
+            f"the reference's vocabulary differs from the model's; got {reference.head.vocab_size}, expected {vocab}"
         )
     if tokens is not None and reference.hidden.shape[0] != tokens:
         raise ModelError(

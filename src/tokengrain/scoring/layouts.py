@@ -110,9 +110,7 @@ class _Source:
         """Tokens of each completion that predict a counted one: up to, not including, the last counted."""
         offsets = torch.arange(len(self.counted))
         last = torch.where(self.counted, offsets, -1)
-        return [
-            max(int(last[a:b].max()) - a, 0) if b > a else 0 for a, b in zip(self.bounds, self.bounds[1:])
-        ]
+        return [max(int(last[a:b].max()) - a, 0) if b > a else 0 for a, b in zip(self.bounds, self.bounds[1:])]
 
     def prompt_length(self, prompt: int) -> int:
         return self.prompt_bounds[prompt + 1] - self.prompt_bounds[prompt]
@@ -184,9 +182,7 @@ def _packed(trees: Sequence[_Tree], limit: int | None) -> list[list[_Tree]]:
     return rows
 
 
-def _buckets(
-    trees: Sequence[_Tree], costs: RowCosts, causal: bool, max_row_tokens: int | None
-) -> list[list[_Tree]]:
+def _buckets(trees: Sequence[_Tree], costs: RowCosts, causal: bool, max_row_tokens: int | None) -> list[list[_Tree]]:
     """Cut trees, longest first, into rectangles of least total cost (dynamic programming over the cuts)."""
     best: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(trees) + 1):

@@ -101,9 +101,7 @@ def _moved(reference: Distribution | None, device: torch.device) -> Distribution
         return reference
     head = reference.head
     bias = None if head.bias is None else head.bias.to(device)
-    return Distribution(
-        reference.hidden.to(device), Head(head.weight.to(device), bias, head.scale, head.softcap)
-    )
+    return Distribution(reference.hidden.to(device), Head(head.weight.to(device), bias, head.scale, head.softcap))
 
 
 def _is_sharded(lm: nn.Module) -> bool:

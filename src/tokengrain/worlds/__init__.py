@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tokengrain.batch import TokenBatch
+    from tokengrain.evaluation import Frontier
 
 PREFIX = "world://"
 
@@ -32,6 +33,16 @@ class World(Protocol):
     @property
     def fingerprint(self) -> str:
         """Identifies the task and its data; equal fingerprints mean equal rows and equal base models."""
+        ...
+
+    @property
+    def reference(self) -> Any:
+        """The base model, loaded and frozen."""
+        ...
+
+    @property
+    def frontier(self) -> Frontier:
+        """The best mean reward at every mean KL."""
         ...
 
     def base_model(self) -> Path:
@@ -99,9 +110,7 @@ def load_world(uri: str) -> World:
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
-        raise RecipeError(
-            f"world {name}: cannot read options {query!r}; expected name=value&name=value"
-        ) from None
+        raise RecipeError(f"world {name}: cannot read options {query!r}; expected name=value&name=value") from None
     return _load(name, tuple(sorted(options.items())))
 
 

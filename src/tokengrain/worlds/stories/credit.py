@@ -56,9 +56,7 @@ class WorldCredit:
         seed: int = 0,
     ) -> None:
         if kind not in get_args(CreditKind):
-            raise RecipeError(
-                f"unknown credit {kind!r} of world stories; expected one of {get_args(CreditKind)}"
-            )
+            raise RecipeError(f"unknown credit {kind!r} of world stories; expected one of {get_args(CreditKind)}")
         self.grammar, self.kind, self.beta, self.scale, self.seed = grammar, kind, beta, scale, seed
         self.name = f"stories-{kind}"
         self._advantage = exact.advantages(grammar, exact.soft_values(grammar, beta))
@@ -86,9 +84,7 @@ class WorldCredit:
         words = ids[: int((ids != self.grammar.pad).sum())].tolist()
         generator = torch.Generator().manual_seed(int(fingerprint([self.seed, words]), 16) >> 1)
         noise = torch.zeros(len(ids), dtype=torch.float64)
-        noise[: len(words)] = (
-            torch.randn(len(words), generator=generator, dtype=torch.float64) * self.RANDOM_SCALE
-        )
+        noise[: len(words)] = torch.randn(len(words), generator=generator, dtype=torch.float64) * self.RANDOM_SCALE
         return noise
 
 

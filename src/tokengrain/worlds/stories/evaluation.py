@@ -109,9 +109,7 @@ def rollout(model: Any, grammar: Grammar, prompts: Sequence[Prompt], seed: int) 
                 break
             feed = ids[-1][:, None].to(device)
     tokens = torch.stack(ids, 1)
-    return Rollout(
-        list(prompts), tokens, torch.stack(alive, 1), torch.stack(logps, 1), grammar.walk(prompts, tokens)
-    )
+    return Rollout(list(prompts), tokens, torch.stack(alive, 1), torch.stack(logps, 1), grammar.walk(prompts, tokens))
 
 
 def completion_logps(model: Any, grammar: Grammar, prompts: Sequence[Prompt], ids: Tensor) -> Tensor:
@@ -150,9 +148,7 @@ def policy_metrics(
     reward, kl, entropy, length = (
         (x * sampled.alive).sum(1) for x in (step_reward, step_kl, step_entropy, torch.ones_like(step_kl))
     )
-    strata = torch.unique(
-        torch.tensor([(q.table, q.start) for q in sampled.prompts]), dim=0, return_inverse=True
-    )[1]
+    strata = torch.unique(torch.tensor([(q.table, q.start) for q in sampled.prompts]), dim=0, return_inverse=True)[1]
     r, k = mean_interval(reward, strata), mean_interval(kl, strata)
     share = bootstrap(lambda m: frontier.share(m[..., 0], m[..., 1]), torch.stack([reward, kl], 1), strata)
     broken = wilson(int(sampled.broken(grammar).sum()), len(reward))

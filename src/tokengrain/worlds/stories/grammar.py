@@ -113,21 +113,15 @@ class Grammar:
         self.reward = reward.repeat(len(INSTRUCTIONS), 1, 1)
 
     def _fill_edges(self, edges: list[list[Edge]]) -> None:
-        possible = [
-            [[edge for edge in out if edge.weights[place]] for out in edges] for place in range(self.n_places)
-        ]
+        possible = [[[edge for edge in out if edge.weights[place]] for out in edges] for place in range(self.n_places)]
         width = max(len(out) for by_state in possible for out in by_state)
         shape = (self.n_places, len(edges), width)
         token = torch.full(shape, self.eos)
         weight = torch.zeros(shape, dtype=torch.float64)
         for place, by_state in enumerate(possible):
             for s, out in enumerate(by_state):
-                token[place, s, : len(out)] = torch.tensor(
-                    [self.token[e.word] for e in out], dtype=torch.long
-                )
-                weight[place, s, : len(out)] = torch.tensor(
-                    [e.weights[place] for e in out], dtype=torch.float64
-                )
+                token[place, s, : len(out)] = torch.tensor([self.token[e.word] for e in out], dtype=torch.long)
+                weight[place, s, : len(out)] = torch.tensor([e.weights[place] for e in out], dtype=torch.float64)
         self.edge_token = token.repeat(len(INSTRUCTIONS), 1, 1)
         valid = weight.repeat(len(INSTRUCTIONS), 1, 1) > 0
         self.edge_next = self.next_state.gather(-1, self.edge_token).where(valid, self.finished)
@@ -184,9 +178,7 @@ class Grammar:
         found = self._ids.get(tuple(i for i in ids if i not in (self.pad, self.bos)))
         if found is None:
             words = " ".join(self.vocabulary[i] if 0 <= i < len(self.vocabulary) else UNK for i in ids)
-            raise DataError(
-                "not a prompt of this world", value=words, expected=f"one such as {self.prompts[0].text!r}"
-            )
+            raise DataError("not a prompt of this world", value=words, expected=f"one such as {self.prompts[0].text!r}")
         return found
 
     def walk(self, prompts: Sequence[Prompt], ids: Tensor) -> Walk:

@@ -122,9 +122,7 @@ def _batches(pool: Pool, settings: Pretraining, generator: torch.Generator) -> I
                 yield groups[i]
 
 
-def _soft_cross_entropy(
-    model: LlamaForCausalLM, pool: Pool, index: Tensor, table: Tensor
-) -> tuple[Tensor, Tensor]:
+def _soft_cross_entropy(model: LlamaForCausalLM, pool: Pool, index: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy to the exact distributions of the positions of a batch, and those distributions."""
     width = int(pool.lengths[index].max())
     predicts = pool.predicts[index, :width]

@@ -86,9 +86,7 @@ class Rules:
                 return index
         return None
 
-    def _spread(
-        self, classes: Sequence[tuple[float, Sequence[Sequence[str]]]]
-    ) -> list[tuple[str, tuple[float, ...]]]:
+    def _spread(self, classes: Sequence[tuple[float, Sequence[Sequence[str]]]]) -> list[tuple[str, tuple[float, ...]]]:
         """Words with their weight in each place.
 
         Args:
@@ -182,8 +180,7 @@ class Rules:
         """
         bias = (MOOD_BIAS * s.mood + CAST_BIAS * s.cast) * (0.5 * s.flip + 0.5)
         weights = {
-            sign: math.exp(bias * sign) * sum(1 / (1 + j) for j in range(len(words(sign))))
-            for sign in (+1, -1, 0)
+            sign: math.exp(bias * sign) * sum(1 / (1 + j) for j in range(len(words(sign)))) for sign in (+1, -1, 0)
         }
         return {sign: w / sum(weights.values()) for sign, w in weights.items()}
 
@@ -199,9 +196,7 @@ class Rules:
             yield Edge(*self._one(AND, second * (1 - P_BUT))[0], again)
             yield Edge(*self._one(BUT, second * P_BUT)[0], again._replace(mood=-s.mood))
         last = s.sentence + 1 == self.size.most
-        yield Edge(
-            *self._one(STOP, 1 - second)[0], CLOSING if last else State("nothing", s.sentence + 1, s.mood)
-        )
+        yield Edge(*self._one(STOP, 1 - second)[0], CLOSING if last else State("nothing", s.sentence + 1, s.mood))
 
     def _after_closing(self, s: State) -> Iterator[Edge]:
         yield Edge(*self._one(EOS, 1.0)[0], FINISHED)

@@ -30,9 +30,7 @@ class TabularModel(nn.Module):
         table[:, [grammar.broken, grammar.finished], grammar.eos] = 0.0
         self.register_buffer("table", table)
 
-    def forward(
-        self, input_ids: Tensor, past_key_values: tuple[Tensor, Tensor] | None = None, **_: Any
-    ) -> Any:
+    def forward(self, input_ids: Tensor, past_key_values: tuple[Tensor, Tensor] | None = None, **_: Any) -> Any:
         """Logits `[B, L, V]`: log-probabilities, 0 over the prompt. The cache is (tables, states)."""
         grammar, ids = self.grammar, input_ids
         logits = torch.zeros((*ids.shape, len(grammar.vocabulary)), dtype=torch.float64)

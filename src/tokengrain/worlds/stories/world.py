@@ -94,11 +94,7 @@ class StoriesWorld:
         """The base model, loaded once; frozen."""
         from transformers import AutoModelForCausalLM
 
-        return (
-            AutoModelForCausalLM.from_pretrained(self.base_model(), dtype=torch.float32)
-            .requires_grad_(False)
-            .eval()
-        )
+        return AutoModelForCausalLM.from_pretrained(self.base_model(), dtype=torch.float32).requires_grad_(False).eval()
 
     @cached_property
     def frontier(self) -> Frontier:
@@ -145,9 +141,7 @@ class StoriesWorld:
         slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
         return data.preference_pairs(self.grammar, n, slope, self._generator("pairs", split, seed), split)
 
-    def sft_rows(
-        self, split: Split = "train", n: int | None = None, seed: int | None = None
-    ) -> list[dict[str, Any]]:
+    def sft_rows(self, split: Split = "train", n: int | None = None, seed: int | None = None) -> list[dict[str, Any]]:
         """Rows `prompt`, `completion`, `id`, `reward`: base samples."""
         n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
         seed = self.options.seed if seed is None else seed
@@ -275,9 +269,7 @@ class StoriesWorld:
         metrics |= policy_metrics(self.grammar, self.frontier, sampled, ref_logps, base_rewards)
         if credit:
             found = self.credit_recovery(lambda batch: self.log_ratio(model, reference, batch))
-            metrics |= {
-                f"credit_{k}": None if math.isnan(found[k]) else found[k] for k in ("spearman", "auc")
-            }
+            metrics |= {f"credit_{k}": None if math.isnan(found[k]) else found[k] for k in ("spearman", "auc")}
         return metrics
 
     def log_ratio(self, model: Any, reference: Any, batch: TokenBatch) -> Tensor:
