@@ -78,9 +78,7 @@ def test_unknown_functions_and_keys_are_reported(tmp_path: Path) -> None:
     case["expected"]["something_else"] = 1.0
     foreign = {**case, "function": "not_there"}
     (tmp_path / "one.json").write_text(json.dumps({**data, "cases": [case, foreign]}))
-    (tmp_path / "two.json").write_text(
-        json.dumps({"method": "unheard_of", "cases": [{**case, "function": None}]})
-    )
+    (tmp_path / "two.json").write_text(json.dumps({"method": "unheard_of", "cases": [{**case, "function": None}]}))
     lines: list[str] = []
     assert run_paths([tmp_path], lines.append) == 0
     assert lines[-1] == "1 passed, 0 failed, 2 skipped"

@@ -1,0 +1,77 @@
+"""What is measured: a model built from a config, and random preference pairs of given lengths."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+
+from tokengrain.batch import Completion, Sample
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One benchmark setting. Lengths are in tokens; ranges are inclusive and sampled uniformly."""
+
+    method: str = "dpo"
+    pairs: int = 8
+    prompt: tuple[int, int] = (128, 384)
+    completion: tuple[int, int] = (32, 128)
+    vocabulary: int = 32_000
+    hidden: int = 384
+    layers: int = 6
+    heads: int = 6
+    intermediate: int = 1024
+    device: str = "cpu"
+    precision: str = "float32"
+    seed: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
+
+    def label(self) -> str:
+        return (
+            f"{self.method}, {self.pairs} pairs, prompts {_range(self.prompt)}, "
+            f"completions {_range(self.completion)}, vocabulary {self.vocabulary:,}, hidden {self.hidden}, "
+            f"{self.layers} layers, {self.precision}, {self.device}"
+        )
+
+    def with_(self, **changes: object) -> Setting:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _range(bounds: tuple[int, int]) -> str:
+    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]}–{bounds[1]}"
+
+
+def build_model(setting: Setting) -> torch.nn.Module:
+    """A llama with tied embeddings and random weights, the same for the same seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=setting.vocabulary,
+        hidden_size=setting.hidden,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        intermediate_size=setting.intermediate,
+        max_position_embeddings=max(2048, setting.prompt[1] + setting.completion[1]),
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(setting.seed)
+    return LlamaForCausalLM(config).to(setting.device, setting.dtype)
+
+
+def build_samples(setting: Setting) -> list[Sample]:
+    """Random pairs; the same for the same seed."""
+    rng = random.Random(setting.seed)
+
+    def tokens(bounds: tuple[int, int]) -> list[int]:
+        return [rng.randrange(3, setting.vocabulary) for _ in range(rng.randint(*bounds))]
+
+    return [
+        Sample(tokens(setting.prompt), [Completion(tokens(setting.completion)) for _ in range(2)], row=row)
+        for row in range(setting.pairs)
+    ]

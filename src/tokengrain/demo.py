@@ -1,0 +1,216 @@
+"""`tokengrain demo`: six policies on the world `stories`, measured against the exact optimum."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from tokengrain.errors import RunError
+from tokengrain.files import read_json, write_json
+
+WORLD = "world://stories?regime=noisy"
+METHODS = {"dpo": "DPO", "simpo": "SimPO", "tdpo2": "TDPO2", "tgdpo": "TGDPO", "treg": "T-REG"}
+Z95 = 1.959964
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    *,
+    samples: int = 64,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train DPO, SimPO, TDPO2, TGDPO and T-REG from their recipes on `stories` and compare them.
+
+    Each method is an ordinary run in a folder of its own below `output`; finished ones are reused. Every
+    policy is sampled and measured against the optimum that dynamic programming gives.
+
+    Args:
+        output: where `metrics.json`, `report.html` and the runs go.
+        samples: completions per prompt (12 prompts) for the evaluation.
+        overwrite: train again what is there already.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RunError: `output` is not empty and not an earlier demo.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from tokengrain.recipe import load_recipe
+    from tokengrain.report import write_report
+    from tokengrain.training.stages import run_recipe
+    from tokengrain.worlds import load_world
+
+    output, console = Path(output), console or Console()
+    _check_folder(output)
+    console.print(
+        "[bold]tokengrain demo[/]: which tokens earned the reward?\n"
+        "A tiny model tells short stories. Their true reward is known token by token, and so is the best policy that "
+        "any method could reach. Five methods learn from the same 1,000 preference pairs; a third of the labels are "
+        "wrong.",
+        highlight=False,
+    )
+    world = load_world(WORLD)
+    world.base_model()
+    with _progress(console) as progress:
+        task = progress.add_task("base", total=len(METHODS) + 1)
+        rows = [_row("base", "base", world.evaluate(world.reference, n=samples), seconds=0.0)]
+        for method, title in METHODS.items():
+            progress.update(task, advance=1, description=title)
+            recipe = load_recipe(method, data=WORLD, overrides=[f"output_dir={output / method}"])
+            result = run_recipe(recipe, overwrite=overwrite, console=Console(quiet=True))
+            model = AutoModelForCausalLM.from_pretrained(result.model_path)
+            rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=_seconds(result.metrics)))
+        progress.update(task, advance=1, description="done")
+    write_json(output / "credit_samples.json", _samples(output))
+    write_json(output / "metrics.json", _metrics(rows, world, samples))
+    report = write_report(output)
+    console.print(results_table(rows))
+    console.print(
+        "True reward: mean per story. KL: distance from the base model, nats per story. Frontier: share of the best "
+        "reward possible at that KL. Wins: stories better than the base's, ties half. Credit: how well the policy's "
+        "token log-ratios rank the exact advantages. s: training time.",
+        highlight=False,
+    )
+    console.print(f"\nReport:  {report}\nNumbers: {output / 'metrics.json'}", soft_wrap=True)
+    return report
+
+
+def _check_folder(output: Path) -> None:
+    """An earlier demo may be continued; anything else in the folder is someone's work."""
+    if output.exists() and not output.is_dir():
+        raise RunError(f"{output} is a file; the demo needs a folder")
+    known = {*METHODS, "metrics.json", "credit_samples.json", "report.html"}
+    others = sorted(p.name for p in output.iterdir() if p.name not in known) if output.exists() else []
+    if others:
+        raise RunError(f"{output} holds something else ({', '.join(others[:3])}); give another folder with --output")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<6}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    """One line of the result, in the names that the report reads."""
+
+    def error(key: str) -> float:
+        return (found[f"{key}_high"] - found[f"{key}_low"]) / (2 * Z95)
+
+    return {
+        "name": title,
+        "method": name,
+        "true_reward": found["reward"],
+        "true_reward_se": error("reward"),
+        "kl": found["kl"],
+        "kl_se": error("kl"),
+        "best_reward": found["best_reward"],
+        "frontier_share": found["share"],
+        "frontier_share_low": found["share_low"],
+        "frontier_share_high": found["share_high"],
+        "win_rate": found["win_rate"],
+        "win_rate_low": found["win_rate_low"],
+        "win_rate_high": found["win_rate_high"],
+        "credit_spearman": found["credit_spearman"],
+        "credit_auc": found["credit_auc"] if found["credit_spearman"] is not None else None,
+        "broken": found["broken"],
+        "length": found["length"],
+        "entropy": found["entropy"],
+        "seconds": seconds,
+    }
+
+
+def _seconds(metrics: dict[str, Any]) -> float:
+    """Wall time of all stages, as recorded when they ran."""
+    return float(sum(stage.get("seconds") or 0.0 for stage in metrics["stages"].values()))
+
+
+def _samples(output: Path) -> list[dict[str, Any]]:
+    """The token credit that each method's run stored, as one list."""
+    entries: list[dict[str, Any]] = []
+    for method, title in METHODS.items():
+        path = output / method / "credit_samples.json"
+        if path.exists():
+            entries += [{**entry, "source": f"{title}: {entry['source']}"} for entry in read_json(path)]
+    return entries
+
+
+def _metrics(rows: Sequence[dict[str, Any]], world: Any, samples: int) -> dict[str, Any]:
+    curve = world.frontier.curve(max_kl=1.5 * max(row["kl"] for row in rows), points=120)
+    return {
+        "kind": "demo",
+        "date": date.today().isoformat(),
+        "command": " ".join(["tokengrain", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "world": WORLD,
+        "seed": 0,
+        "samples_per_prompt": samples,
+        "versions": {name: version(name) for name in ("tokengrain", "torch", "transformers")},
+        "methods": list(rows),
+        "frontier": [list(point) for point in zip(curve["kl"], curve["reward"], strict=True)],
+    }
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The demo's result as a table that fits a terminal of 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "true reward", "KL", "frontier", "wins (95 % CI)", "credit ρ", "AUC", "s"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        credit = [f"{row[k]:.2f}" if row[k] is not None else "–" for k in ("credit_spearman", "credit_auc")]
+        wins, low, high = (100 * row[k] for k in ("win_rate", "win_rate_low", "win_rate_high"))
+        table.add_row(
+            row["name"],
+            f"{row['true_reward']:.2f} ± {Z95 * row['true_reward_se']:.2f}",
+            f"{row['kl']:.2f}",
+            f"{100 * row['frontier_share']:.0f} %" if row["kl"] > 0.01 else "–",
+            f"{wins:.0f} % ({low:.0f}–{high:.0f})",
+            *credit,
+            f"{row['seconds']:.0f}",
+        )
+    return table
+
+
+def describe(metrics_file: Path) -> str:
+    """The demo's methods as a Markdown table, for the documentation."""
+    rows = json.loads(metrics_file.read_text(encoding="utf-8"))["methods"]
+    lines = [
+        "| | true reward | KL, nats | frontier share | win rate vs base (95 % CI) | credit ρ / AUC | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        credit = "–" if r["credit_spearman"] is None else f"{r['credit_spearman']:.2f} / {r['credit_auc']:.2f}"
+        share = f"{100 * r['frontier_share']:.0f} %" if r["kl"] > 0.01 else "–"
+        lines.append(
+            f"| {r['name']} | {r['true_reward']:.2f} ± {Z95 * r['true_reward_se']:.2f} | {r['kl']:.2f} | {share} "
+            f"| {100 * r['win_rate']:.0f} % ({100 * r['win_rate_low']:.0f}–{100 * r['win_rate_high']:.0f}) "
+            f"| {credit} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""A recipe's YAML as plain values: reading with line numbers, `extends`, merging, `on_world`, overrides."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokengrain.errors import RecipeError, shown
+
+Values = dict[str, Any]
+
+WORLD = "world://"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.1 wants `1.0e-4`) and refuses repeated keys."""
+
+
+_Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (str, int, float, bool)) and key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key if isinstance(key, (str, int, float, bool)) else id(key))
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        RecipeError: with the line number, if it is malformed.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
+        raise RecipeError(f"{where}:{line} not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from error
+
+
+def read_file(path: Path) -> Values:
+    """Read one recipe file with everything that it extends.
+
+    Raises:
+        RecipeError: the file is missing, not text, malformed, not a mapping, or extends itself.
+    """
+    return _read(path, ())
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> Values:
+    if path.resolve() in above:
+        raise RecipeError(f"{path}: extends itself ({' -> '.join(str(p) for p in (*above, path))})")
+    if not path.is_file():
+        by = f" (extended by {above[-1]})" if above else ""
+        kind = "is a folder, not a recipe file" if path.is_dir() else "no such recipe file"
+        raise RecipeError(f"{path}: {kind}{by}{_near_file(path)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a text file in UTF-8 ({error})") from error
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: got {shown(values)}; expected a mapping of keys such as `method:` and `model:`")
+    bases = values.pop("extends", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
+        raise RecipeError(f"{path}: extends: got {shown(bases)}; expected a file name or a list of them")
+    merged: Values = {}
+    for base in bases:
+        merged = merge(merged, _read(path.parent / base, (*above, path.resolve())))
+    return merge(merged, values)
+
+
+def _near_file(path: Path) -> str:
+    from difflib import get_close_matches
+
+    if not path.parent.is_dir():
+        return ""
+    names = sorted(p.name for p in path.parent.glob("*.y*ml"))
+    near = get_close_matches(path.name, names, n=1)
+    if near:
+        return f"; did you mean {path.parent / near[0]}?"
+    return f"; {path.parent} has {', '.join(names[:12])}" if names else ""
+
+
+def merge(base: Values, over: Values) -> Values:
+    """`over` on top of `base`, mapping by mapping; anything else replaces what was there.
+
+    - `model` is replaced as a whole.
+    - An objective, credit source or stage of another `name` or `kind` replaces the old one.
+    - A stage set to null is removed. A new stage stands right after the stage before it in `over`, or first.
+    """
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        if key == "stages" and isinstance(old, dict) and isinstance(value, dict):
+            out[key] = _merge_stages(old, value)
+        elif isinstance(old, dict) and isinstance(value, dict) and key != "model" and not _other(old, value):
+            out[key] = merge(old, value)
+        else:
+            out[key] = copy.deepcopy(value)
+    return out
+
+
+def _other(old: Values, new: Values) -> bool:
+    return any(key in old and key in new and old[key] != new[key] for key in ("name", "kind"))
+
+
+def _merge_stages(base: Values, over: Values) -> Values:
+    order = list(base)
+    position = 0
+    for name in over:
+        if name not in order:
+            order.insert(position, name)
+        position = order.index(name) + 1
+    out: Values = {}
+    for name in order:
+        if name in over and over[name] is None:
+            continue
+        if name in base:
+            out[name] = merge({name: base[name]}, {name: over[name]})[name] if name in over else base[name]
+        else:
+            out[name] = copy.deepcopy(over[name])
+    return out
+
+
+def model_path(model: Any) -> str | None:
+    """The path, hub name or world of a `model:` value; None if it is built from scratch."""
+    if isinstance(model, Mapping):
+        model = model.get("path")
+    return model if isinstance(model, str) else None
+
+
+def resolve(values: Values, model: str | None, data: str | None, overrides: Sequence[tuple[list[str], Any]]) -> Values:
+    """Apply `--model`, `--data`, `on_world` (only where the model is a world by then) and the overrides.
+
+    Overrides, as (path of keys, value), win over `on_world`, which wins over the rest.
+    """
+    values = copy.deepcopy(values)
+    if model is not None:
+        old = values.get("model")
+        kept = (
+            {k: v for k, v in old.items() if k not in ("path", "config", "tokenizer")} if isinstance(old, dict) else {}
+        )
+        values["model"] = {"path": model, **kept} if kept else model
+    if data is not None:
+        old = values.get("data")
+        kept = {k: v for k, v in old.items() if k not in ("train", "eval")} if isinstance(old, dict) else {}
+        values["data"] = {"train": data, **kept} if kept else data
+    for keys, value in overrides:
+        set_path(values, keys, value)
+    on_world = values.pop("on_world", None)
+    if on_world is not None and not isinstance(on_world, dict):
+        raise RecipeError(f"on_world: got {shown(on_world)}; expected a mapping of settings")
+    path = model_path(values.get("model"))
+    if on_world and path is not None and path.startswith(WORLD):
+        for key in ("model", "on_world", "extends"):
+            if key in on_world:
+                raise RecipeError(f"on_world.{key}: cannot be set there; set it at the top of the recipe")
+        if data is not None and isinstance(on_world.get("data"), dict):
+            on_world = {
+                **on_world,
+                "data": {k: v for k, v in on_world["data"].items() if k not in ("train", "eval")},
+            }
+        base = dict(values)
+        if isinstance(base.get("data"), str) and isinstance(on_world.get("data"), dict):
+            base["data"] = {"train": base["data"]}
+        values = merge(base, on_world)
+        for keys, value in overrides:
+            if keys[0] != "on_world":
+                set_path(values, keys, value)
+    return values
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`"a.b=c"` as `(["a", "b"], value)`, the value read as YAML."""
+    name, equals, value = text.partition("=")
+    keys = [key.strip() for key in name.split(".")]
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {text}: expected key=value with a dotted key, such as training.learning_rate=1e-4")
+    if value.strip().startswith("@"):  # a stage's name, which YAML would want in quotes
+        return keys, value.strip()
+    return keys, parse_yaml(value, f"--set {text}")
+
+
+def set_path(values: Values, keys: list[str], value: Any) -> None:
+    """Set a dotted key. Whether the key is a legal one is for validation to say."""
+    here = values
+    for depth, key in enumerate(keys[:-1]):
+        below = here.get(key)
+        if isinstance(below, str) and (short := _SHORT.get(key)) is not None:
+            below = {short: below}  # `data: file` is short for `data: {train: file}`
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            at = ".".join(keys[: depth + 1])
+            raise RecipeError(f"--set {'.'.join(keys)}: {at} is {shown(below)}, which has no keys")
+        here[key] = dict(below)
+        here = here[key]
+    here[keys[-1]] = value
+
+
+_SHORT = {"data": "train", "model": "path", "objective": "name", "credit": "name"}

@@ -1,0 +1,216 @@
+"""The run folder: its layout, its status files, and reading it back.
+
+    runs/tgdpo/
+      recipe.yaml       the resolved recipe: everything merged, nothing left to defaults of other files
+      run.json          method, versions, status, stages with their fingerprints
+      metrics.json      written last
+      init/             only when the model is built from scratch: model/
+      guide/  train/    stage.json, log.jsonl, metrics.json, model/ (weights and tokenizer)
+      credit/           stage.json, train.parquet, eval.parquet, manifest.json
+
+Every file is written atomically, so whatever is there is whole; `status` says what is not there yet.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tokengrain.errors import RunError
+from tokengrain.files import read_json, write_json
+
+FORMAT = 1
+"""Version of the layout and of what the fingerprints cover; part of every fingerprint."""
+
+Status = Literal["running", "interrupted", "failed", "done"]
+
+
+@dataclass
+class StageRecord:
+    """What is on disk about one stage.
+
+    Attributes:
+        name: the stage's name, which is its folder's name.
+        path: its folder.
+        kind: "init", "sft", "train" or "annotate".
+        status: "running" also when the process was killed; "interrupted", "failed" or "done".
+        fingerprint: identifies settings and inputs.
+        settings: what the fingerprint was made of, so that a difference can be named.
+        seconds: wall time over all attempts.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    status: Status
+    fingerprint: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Content of `metrics.json`: `before`, `after`, `train`; empty if the stage has none yet."""
+        path = self.path / "metrics.json"
+        return read_json(path) if path.exists() else {}
+
+    def log(self) -> list[dict[str, Any]]:
+        """Rows of `log.jsonl`; a last line that was cut off by a kill is left out."""
+        path = self.path / "log.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def save(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {
+            "name": self.name,
+            "kind": self.kind,
+            "status": self.status,
+            "fingerprint": self.fingerprint,
+            "seconds": round(self.seconds, 3),
+            "settings": self.settings,
+        }
+        write_json(self.path / "stage.json", record)
+
+
+@dataclass
+class Run:
+    """A run folder that was read.
+
+    Attributes:
+        path: the folder.
+        info: content of `run.json`.
+        recipe: content of `recipe.yaml`, as plain values.
+        stages: in order; stages that have not started are missing.
+    """
+
+    path: Path
+    info: dict[str, Any]
+    recipe: dict[str, Any]
+    stages: list[StageRecord]
+
+    @property
+    def method(self) -> str:
+        return str(self.info.get("method"))
+
+    @property
+    def status(self) -> Status:
+        return self.info["status"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        path = self.path / "metrics.json"
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def credit_stages(self) -> list[StageRecord]:
+        """Finished stages that stored token rewards."""
+        return [s for s in self.stages if s.kind == "annotate" and s.status == "done"]
+
+    @property
+    def final_stage(self) -> StageRecord:
+        """The last stage that trained a model.
+
+        Raises:
+            RunError: no such stage is finished.
+        """
+        trained = [s for s in self.stages if s.kind in ("train", "sft") and s.status == "done"]
+        if not trained or self.status != "done":
+            raise RunError(unfinished_message(self))
+        return trained[-1]
+
+    @property
+    def model_path(self) -> Path:
+        """Folder of the model that the run produced."""
+        return self.final_stage.model_path
+
+
+def read_stage(path: Path) -> StageRecord | None:
+    """The record of the stage in folder `path`, or None if no stage has started there."""
+    if not (path / "stage.json").exists():
+        return None
+    try:
+        record = read_json(path / "stage.json")
+        return StageRecord(path=path, **record)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise RunError(f"{path / 'stage.json'} is not a stage record of tokengrain: {error}") from error
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / "run.json").is_file()
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises:
+        RunError: `path` is not a run folder; the message says what is there instead.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.exists():
+        raise RunError(f"{path}: no such run folder; `tokengrain train RECIPE` makes one")
+    if not path.is_dir():
+        raise RunError(f"{path} is a file; expected the folder of a run (one with run.json in it)")
+    if not is_run(path):
+        raise RunError(f"{path} is not a run folder: it has no run.json ({_contents(path)}){_hint(path)}")
+    try:
+        info = read_json(path / "run.json")
+        recipe_file = path / "recipe.yaml"
+        recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.exists() else {}
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{path} holds a damaged run.json or recipe.yaml: {error}") from error
+    if not isinstance(info, dict) or "status" not in info:
+        raise RunError(f"{path / 'run.json'} was not written by `tokengrain train`: it has no status")
+    names = [stage["name"] for stage in info.get("stages", [])]
+    records = [record for name in names if (record := read_stage(path / name)) is not None]
+    return Run(path=path, info=info, recipe=recipe or {}, stages=records)
+
+
+def unfinished_message(run: Run) -> str:
+    """What a run that is not finished has, and how to continue it."""
+    done = [s.name for s in run.stages if s.status == "done"]
+    started = [s for s in run.stages if s.status != "done"]
+    names = [stage["name"] for stage in run.info.get("stages", [])]
+    parts = [f"{run.path} is not finished (status: {run.status})"]
+    parts.append(f"finished stages: {', '.join(done) if done else 'none'} of {', '.join(names)}")
+    for stage in started:
+        steps = sorted(int(p.name.split("-")[1]) for p in stage.path.glob("checkpoint-[0-9]*") if p.is_dir())
+        kept = f"checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
+        parts.append(f"stage {stage.name!r} is {stage.status} ({kept})")
+    parts.append(f"to continue: {resume_command(run)}")
+    return "; ".join(parts)
+
+
+def resume_command(run: Run) -> str:
+    """The command that continues `run`; its folder holds the resolved recipe, so nothing else is needed."""
+    return f"tokengrain train {run.path / 'recipe.yaml'}"
+
+
+def _contents(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    if not names:
+        return "it is empty"
+    return "it holds " + ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _hint(path: Path) -> str:
+    runs = sorted(p.name for p in path.iterdir() if p.is_dir() and is_run(p))
+    if runs:
+        return f"; it contains runs: {', '.join(runs[:8])}"
+    if is_run(path.parent):
+        return f"; the run is the folder above: {path.parent}"
+    return ""

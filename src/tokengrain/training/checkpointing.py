@@ -1,0 +1,240 @@
+"""The part of the trainer that saves and resumes: whole checkpoints, the same run, the same log."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from tokengrain.files import fingerprint
+from tokengrain.training.checkpoints import (
+    STAGING,
+    check_same_run,
+    checkpoints,
+    last_complete_checkpoint,
+    publish,
+    read_state,
+    refuse_earlier_run,
+    remove_folder,
+    require_checkpoint,
+    rotate,
+    saving,
+    write_state,
+)
+
+if TYPE_CHECKING:
+    from tokengrain.objectives import BoundObjective
+    from tokengrain.training.callbacks import JsonlLog
+    from tokengrain.training.config import PreferenceConfig
+    from tokengrain.training.metrics import WeightedMeans
+
+
+class CheckpointMixin(Trainer):
+    """Overrides of `transformers.Trainer` that make checkpoints atomic and resuming exact."""
+
+    _staging: Path | None = None
+
+    if TYPE_CHECKING:  # what PreferenceTrainer adds
+        args: PreferenceConfig
+        objective: BoundObjective
+        credit: Any
+        _window: WeightedMeans
+        _tokens_seen: int
+        _log_file: JsonlLog
+
+        def _reset_step(self) -> None: ...
+
+        def reduce(self, values: Tensor) -> Tensor: ...
+
+    @property
+    def output_path(self) -> Path:
+        """`args.output_dir`."""
+        return Path(str(self.args.output_dir))
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: True: go on from the last complete checkpoint in `output_dir`, or start if
+                there is none. A path: go on from there. None or False: start from scratch.
+
+        Raises:
+            RunError: starting from scratch where checkpoints lie; resuming another run's checkpoint.
+            NonFiniteLossError: a loss that is not finite; the batch's rows are in `nonfinite.json`.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._reset_step()
+        eval_on_start = self.args.eval_on_start
+        if checkpoint is None:
+            self._start_clean()
+        else:
+            self._restore(checkpoint)
+            self.args.eval_on_start = False  # the first attempt has done it
+        self.accelerator.wait_for_everyone()
+        try:
+            return super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+        finally:
+            self.args.eval_on_start = eval_on_start
+
+    def _start_clean(self) -> None:
+        if not self.args.overwrite_output_dir:
+            refuse_earlier_run(self.output_path)  # on every rank: one that waits for another would hang
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            for path in checkpoints(self.output_path):
+                remove_folder(path)
+            self._log_file.restart(None)
+
+    def _checkpoint_to_resume(self, resume: str | os.PathLike[str] | bool | None) -> Path | None:
+        if resume is None or resume is False:
+            return None
+        if resume is True:
+            return last_complete_checkpoint(self.output_path)
+        return require_checkpoint(resume)
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        check_same_run(state["run"], self.run_identity(), checkpoint)
+        self._window.load_state(state["window"])
+        if not self.is_world_process_zero():
+            self._window.clear()  # the saved window is the sum over ranks
+        self._tokens_seen = state["tokens_seen"]
+        if self.is_world_process_zero():
+            self._log_file.restart(state["step"])
+
+    def run_identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be this run's."""
+        data = self.train_dataset
+        prompts = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        described = self.objective.describe() if hasattr(self.objective, "describe") else self.objective.name
+        credit = self.credit
+        return {
+            "objective": described,
+            "credit": getattr(credit, "name", None),
+            "normaliser": self.args.normaliser,
+            "data": getattr(data, "fingerprint", None) or _fingerprint(data),
+            "prompts_per_step": prompts * self.accelerator.num_processes,
+            "seed": self.args.seed,
+            "data_seed": self.args.data_seed,
+        }
+
+    # ---- Saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a staging folder, sync, rename. All ranks call this.
+
+        Raises:
+            RunError: it could not be written (a full disk); earlier checkpoints are as they were.
+        """
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        staged = run_dir / STAGING / target.name
+        window = self._window.reduced(self.reduce)
+        self._window.load_state(window.state())
+        if not self.is_world_process_zero():
+            self._window.clear()
+        if self.args.should_save:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Rotation has to wait until the new checkpoint is in place.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._staging = staged.parent
+        try:
+            with saving(f"checkpoint {self.state.global_step}", staged), _quiet():
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._complete(staged, target)
+        finally:
+            self._staging, self.args.save_total_limit = None, limit
+        if self.args.should_save:
+            rotate(run_dir, limit, self.state.best_model_checkpoint)
+            with suppress(OSError):
+                staged.parent.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def _complete(self, staged: Path, target: Path) -> None:
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(target)
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        write_state(
+            staged,
+            {
+                "step": self.state.global_step,
+                "run": self.run_identity(),
+                "window": self._window.state(),
+                "tokens_seen": self._tokens_seen,
+            },
+        )
+        publish(staged, target)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights, config and tokenizer; into a folder beside the target first, so that no part of it is
+        ever taken for the whole.
+
+        Raises:
+            RunError: it could not be written; what was there before is as it was.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        target = Path(output_dir) if output_dir is not None else self.output_path
+        staged = target.parent / STAGING / target.name
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with saving(f"the model {target.name}", staged), _quiet():
+            super().save_model(str(staged), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _move_into(staged, target)
+        self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for the files of every checkpoint."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _move_into(staged: Path, target: Path) -> None:
+    """Make `staged` the folder `target`; if that exists, replace the files in it one by one."""
+    if not target.exists():
+        publish(staged, target)
+    else:
+        for file in sorted(staged.iterdir()):
+            os.replace(file, target / file.name)
+        staged.rmdir()
+    with suppress(OSError):
+        staged.parent.rmdir()
+
+
+def _fingerprint(data: Any) -> str | None:
+    """Identity of a list of samples; None for a stream, which cannot be read twice."""
+    if data is None or not hasattr(data, "__len__"):
+        return None
+    rows = ([s.row, s.prompt_ids, [c.ids for c in s.completions]] for s in (data[i] for i in range(len(data))))
+    return fingerprint([fingerprint(row) for row in rows])

@@ -1,0 +1,130 @@
+"""What must fit together before training starts: vocabularies, positions, columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from tokengrain.batch import Sample
+from tokengrain.errors import DataError, ModelError
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's output head; None if it cannot be told."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and getattr(head, "weight", None) is not None:
+        return int(head.weight.shape[0])
+    config = getattr(model, "config", None)
+    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+
+
+def model_positions(model: nn.Module) -> int | None:
+    """Longest sequence the model was built for, in tokens; None if it has no such limit."""
+    config = getattr(model, "config", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+
+
+def check_vocabulary(model: nn.Module, other: Any, role: str) -> None:
+    """Raise ModelError unless `other` (a model) has the policy's vocabulary.
+
+    Args:
+        role: what `other` is, for the message: "reference", "guide".
+    """
+    ours, theirs = vocabulary_size(model), vocabulary_size(other)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ModelError(f"the {role} has a vocabulary of {theirs} tokens, the policy of {ours}; they must be the same")
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Raise ModelError if the tokenizer can give ids that the model does not have."""
+    size = vocabulary_size(model)
+    if tokenizer is None or size is None or not hasattr(tokenizer, "__len__"):
+        return
+    if len(tokenizer) > size:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {size}")
+
+
+def models_in(source: Any) -> list[nn.Module]:
+    """Language models that a credit source or reference holds, directly or in one of its parts."""
+    found = []
+    for value in vars(source).values() if hasattr(source, "__dict__") else ():
+        if isinstance(value, nn.Module):
+            found += [value] if hasattr(value, "config") else []
+        elif type(value).__module__.startswith("tokengrain."):
+            found += models_in(value)
+    return found
+
+
+def check_samples(samples: Iterable[Sample], model: nn.Module, *, name: object, pairs: bool) -> int:
+    """Check rows against the model; returns their number.
+
+    Raises:
+        DataError: no rows; a row that is not a pair where pairs are needed; a sequence longer than the
+            model's positions; a token id the model does not have.
+    """
+    limit, vocabulary = model_positions(model), vocabulary_size(model)
+    count = 0
+    for sample in samples:
+        count += 1
+        check_sample(sample, limit, vocabulary, name=name, pairs=pairs)
+    if not count:
+        raise DataError("the dataset is empty", file=name, expected="at least one row")
+    return count
+
+
+def check_sample(sample: Sample, limit: int | None, vocabulary: int | None, *, name: object, pairs: bool) -> None:
+    """Check one row; see `check_samples`."""
+    if pairs and len(sample.completions) != 2:
+        raise DataError(
+            "a preference pair has two completions",
+            file=name,
+            row=sample.row,
+            value=len(sample.completions),
+            expected="chosen and rejected",
+        )
+    fields = ("chosen", "rejected") if len(sample.completions) == 2 else ("completion",) * len(sample.completions)
+    for field, completion in zip(fields, sample.completions, strict=True):
+        length = len(sample.prompt_ids) + len(completion.ids)
+        if limit is not None and length > limit:
+            raise DataError(
+                "prompt and completion are longer than the model's positions",
+                file=name,
+                row=sample.row,
+                field=field,
+                value=f"{length} tokens",
+                expected=f"at most {limit}; set max_length",
+            )
+        largest = max([*completion.ids, *sample.prompt_ids], default=0)
+        if vocabulary is not None and largest >= vocabulary:
+            raise DataError(
+                "a token id is outside the model's vocabulary",
+                file=name,
+                row=sample.row,
+                field=field,
+                value=largest,
+                expected=f"less than {vocabulary}; is this the model's own tokenizer?",
+            )
+
+
+def has_column(dataset: Any, column: str) -> bool:
+    """Whether the rows of a map-style dataset carry this per-token column (its first row says).
+
+    A stream is not asked: reading its first row would use it up.
+    """
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        return False
+    return column in dataset[0].completions[0].columns
+
+
+def check_column(dataset: Any, column: str, objective: str, *, name: object) -> None:
+    """Raise DataError unless the rows carry a per-token column that the objective needs."""
+    if not has_column(dataset, column):
+        raise DataError(
+            f"objective {objective} needs per-token {column}, which the rows do not have",
+            file=name,
+            row=dataset[0].row,
+            field=f"*_{column}",
+            expected="values in every row" + (", or a credit source" if column == "token_rewards" else ""),
+        )

@@ -1,0 +1,181 @@
+"""Carrying out one stage: build a model, train, or annotate."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tokengrain.errors import ModelError
+from tokengrain.files import read_json, write_json
+from tokengrain.objectives import make_objective
+from tokengrain.recipe import LoraSpec, ResolvedStage
+from tokengrain.recipe.inherit import training_keys
+from tokengrain.training import annotation, inputs, models, samples, scratch
+from tokengrain.training.checkpoints import (
+    STAGING,
+    checkpoints,
+    last_complete_checkpoint,
+    publish,
+    remove_folder,
+    saving,
+)
+from tokengrain.training.interrupt import StopOnSignal
+from tokengrain.training.plan import StagePlan
+from tokengrain.training.progress import ShowProgress
+from tokengrain.training.sources import build_credit, build_reference
+from tokengrain.training.workshop import Workshop
+
+# ------------------------------------------------------------------------------------------------------ build
+
+
+def run_init(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
+    """Build the model and its tokenizer."""
+    target = plan.path / "model"
+    if shop.state.is_main_process:
+        train, _ = inputs.open_rows(plan.stage.data, shop.recipe.seed)
+        staged = plan.path / STAGING / "model"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        with saving("the new model", staged):
+            scratch.build(plan.stage.model, train, shop.recipe.seed, staged)
+            publish(staged, target)
+        staged.parent.rmdir()
+    shop.state.wait_for_everyone()
+    config = models.load_config(plan.stage.model, str(target))
+    return {"vocabulary": config.get_text_config().vocab_size, "model_type": config.model_type}
+
+
+# ------------------------------------------------------------------------------------------------------ train
+
+
+def build_trainer(
+    shop: Workshop, plan: StagePlan, folder: Path, model_path: str | None = None, eval_data: str | None = None
+) -> Any:
+    """The trainer of a stage.
+
+    Args:
+        folder: where it writes.
+        model_path: other weights for the policy than those the stage starts from (to evaluate a finished
+            model); the reference stays what it was.
+        eval_data: held-out rows from another source.
+    """
+    from tokengrain.training import PreferenceConfig, PreferenceTrainer
+
+    stage = plan.stage
+    objective = make_objective(**(stage.objective or {}))
+    train, held_out = shop.datasets(stage) if stage.data.stage is None else annotation.annotated(shop, plan)
+    if eval_data is not None:
+        data = stage.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
+        held_out = shop.datasets(replace(stage, data=data))[0]
+        objective = _without_token_rewards(objective, held_out)
+    tokenizer = shop.tokenizer(stage.model)
+    model, peft_config = _policy(shop, stage, model_path)
+    reference = build_reference(stage, shop.frozen)
+    if model_path is not None and reference is None and objective.needs & {"ref_logps", "kl"}:
+        reference = shop.frozen(stage.model)
+    args = PreferenceConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
+    return PreferenceTrainer(
+        model,
+        args,
+        objective=objective,
+        credit=build_credit(stage, tokenizer, shop.frozen) if "token_rewards" in objective.needs else None,
+        reference=reference,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def _without_token_rewards(objective: Any, rows: Any) -> Any:
+    """The objective, or its base (DPO, SimPO) where it needs token rewards and the rows have none."""
+    if "token_rewards" not in objective.needs or "token_rewards" in getattr(rows, "columns", ()):
+        return objective
+    base, keys = (
+        ("dpo", ("beta",)) if "ref_logps" in objective.needs else ("simpo", ("beta", "gamma", "gamma_beta_ratio"))
+    )
+    return make_objective(base, **{k: objective.hyper[k] for k in keys if k in objective.hyper})
+
+
+def _policy(shop: Workshop, stage: ResolvedStage, model_path: str | None) -> tuple[Any, Any]:
+    """`(model, configuration of a new adapter or None)`. An adapter that exists is trained on."""
+    import torch
+
+    torch.manual_seed(shop.recipe.seed)
+    path = model_path or shop.path(stage.model)
+    if stage.lora is None or model_path is not None:
+        return models.load_model(stage.model, path, merge_adapter=stage.lora is None), None
+    if models.is_adapter(path):
+        _check_same_lora(stage.lora, path)
+        return models.load_model(stage.model, path, train_adapter=True), None
+    return models.load_model(stage.model, path), lora_config(stage.lora)
+
+
+def lora_config(lora: LoraSpec) -> Any:
+    """The recipe's `lora:` as peft's configuration."""
+    peft = models.import_peft()
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+    )
+
+
+def _check_same_lora(lora: LoraSpec, path: str) -> None:
+    saved = read_json(Path(path) / models.ADAPTER)
+    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
+        if saved.get(theirs) != getattr(lora, ours):
+            raise ModelError(
+                f"lora.{ours} is {getattr(lora, ours)}, but the stage goes on with adapter {path}, where it "
+                f"is {saved.get(theirs)}; give the same value, or set lora: null to train all weights"
+            )
+
+
+def run_training(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
+    """Train, evaluating the held-out rows before and after; resumes from the last checkpoint.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it; a checkpoint was saved.
+    """
+    main = shop.state.is_main_process
+    trainer = build_trainer(shop, plan, plan.path)
+    checkpoint = last_complete_checkpoint(plan.path)
+    metrics_file = plan.path / "metrics.json"
+    metrics: dict[str, Any] = read_json(metrics_file) if checkpoint and metrics_file.exists() else {}
+    has_eval = trainer.eval_dataset is not None
+    if has_eval and "before" not in metrics:
+        metrics["before"] = plain_metrics(trainer.evaluate())
+        if main:
+            write_json(metrics_file, metrics)
+    progress = ShowProgress(shop.console, plan.stage.name)
+    trainer.add_callback(progress)
+    try:
+        with StopOnSignal(shop.state.num_processes) as stop:
+            trainer.add_callback(stop)
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+    metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
+    if has_eval:
+        metrics["after"] = plain_metrics(trainer.evaluate())
+    trainer.save_model(str(plan.path / "model"))
+    if main and "save_total_limit" not in plan.stage.training:  # the finished model is what is wanted
+        for path in checkpoints(plan.path):
+            remove_folder(path)
+        shutil.rmtree(plan.path / STAGING, ignore_errors=True)
+    samples.of_policy(shop, plan, trainer)
+    return metrics
+
+
+def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Evaluation metrics without what only says how fast they were measured."""
+    hidden = ("_runtime", "_per_second", "epoch")
+    return {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(hidden)}

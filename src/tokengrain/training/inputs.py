@@ -1,0 +1,91 @@
+"""The rows of a recipe's `data:`, split into training and held-out, and as data sets of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokengrain.data import Rows, TokenizeConfig, load_rows, prepare_pairs, prepare_sft, split_rows
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.files import fingerprint
+from tokengrain.recipe import DataSpec, ResolvedStage
+from tokengrain.worlds import is_world, load_world
+
+
+def open_rows(data: DataSpec, seed: int) -> tuple[Rows, Rows | None]:
+    """`(training rows, held-out rows or None)` of a source.
+
+    Without `data.eval` a world gives fresh pairs, and of any other source a part is held out.
+
+    Raises:
+        DataError: a source is missing, empty or damaged.
+    """
+    train = _source(data.train, data.split, data, "train")
+    if data.limit is not None:
+        train = _first(train, data.limit)
+    if data.eval is not None:
+        return train, _source(data.eval, data.eval_split, data, "eval")
+    if data.eval_fraction == 0:
+        return train, None
+    if is_world(data.train):
+        return train, _source(data.train, None, data, "eval")
+    return split_rows(train, data.eval_fraction, seed)
+
+
+def _source(source: str, split: str | None, data: DataSpec, part: str) -> Rows:
+    if is_world(source):
+        return load_rows(load_world(source).pairs(part))
+    return load_rows(source, split=split, streaming=data.streaming)
+
+
+def _first(rows: Any, limit: int) -> Rows:
+    if not hasattr(rows, "subset"):
+        raise RecipeError("data.limit does not go with data.streaming; use training.max_steps")
+    return rows.subset(range(min(limit, len(rows))))
+
+
+def data_fingerprint(data: DataSpec) -> str:
+    """Identifies the content of the sources (not their names)."""
+    sources = [(data.train, data.split, "train"), (data.eval, data.eval_split, "eval")]
+    contents = [
+        load_world(source).fingerprint if is_world(source) else _source(source, split, data, part).fingerprint
+        for source, split, part in sources
+        if source is not None
+    ]
+    return fingerprint(contents)
+
+
+def tokenize_config(data: DataSpec) -> TokenizeConfig:
+    return TokenizeConfig(**data.tokenize)
+
+
+def prepare(stage: ResolvedStage, rows: Any, tokenizer: Any, positions: int | None) -> Any:
+    """Rows as the data set that a stage trains on: single completions for sft, pairs otherwise.
+
+    Raises:
+        DataError: the first invalid row (unless `on_invalid: skip`), or nothing left.
+    """
+    make = prepare_sft if stage.kind == "sft" else prepare_pairs
+    return make(rows, tokenizer, tokenize_config(stage.data), model_positions=positions)
+
+
+def annotated_files(run_dir: Path, stage: str) -> tuple[Path, Path]:
+    """Files of an annotate stage: training rows, held-out rows (which may not exist)."""
+    return run_dir / stage / "train.parquet", run_dir / stage / "eval.parquet"
+
+
+def require_columns(dataset: Any, needed: Iterable[str], stage: ResolvedStage) -> None:
+    """The data must bring the per-token columns that nothing else gives.
+
+    Raises:
+        DataError: naming the columns.
+    """
+    missing = sorted(set(needed) - set(getattr(dataset, "columns", needed)))
+    if missing:
+        columns = ", ".join(f"{side}_{name}" for name in missing for side in ("chosen", "rejected"))
+        raise DataError(
+            f"stage {stage.name!r} needs {', '.join(missing)}, and nothing gives them",
+            file=stage.data.train,
+            expected=f"columns {columns} in the data, an annotate stage (data: '@stage'), or `credit:`",
+        )

@@ -1,0 +1,62 @@
+"""`tokengrain evaluate RUN`: a finished run's model on held-out pairs, and in its world."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tokengrain.errors import RunError
+from tokengrain.files import write_json
+from tokengrain.recipe import load_recipe
+from tokengrain.runs import read_run
+from tokengrain.training.execute import build_trainer, plain_metrics
+from tokengrain.training.plan import make_plan
+from tokengrain.training.workshop import Workshop
+from tokengrain.worlds import is_world, load_world
+
+FILE = "evaluation.json"
+
+
+def evaluate_run(
+    run_dir: str | Path, *, data: str | None = None, samples: int = 64, console: Console | None = None
+) -> dict[str, Any]:
+    """Evaluate the model of a finished run and write `evaluation.json` into its folder.
+
+    Args:
+        run_dir: the run folder.
+        data: pairs to evaluate on, instead of the run's own held-out pairs.
+        samples: samples per prompt in a world.
+
+    Returns:
+        `held_out` (the objective's metrics, accuracy with its 95 % interval) if there are held-out rows, and
+        for a world `world` and `world_base`: true reward, KL, frontier share, win rate, ... of both.
+
+    Raises:
+        RunError: not a run folder, or a run that is not finished.
+    """
+    from accelerate import PartialState
+
+    run = read_run(run_dir)
+    final = run.final_stage
+    recipe = load_recipe(run.path / "recipe.yaml", overrides=[f"output_dir={run.path}"])
+    plan = next(p for p in make_plan(recipe) if p.stage.name == final.name)
+    shop = Workshop(recipe, console or Console(quiet=True), PartialState())
+    found: dict[str, Any] = {"run": str(run.path), "method": run.method, "data": data or recipe.data.train}
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(shop, plan, Path(scratch), str(final.model_path), eval_data=data)
+        if trainer.eval_dataset is not None:
+            found["objective"] = trainer.objective.describe()
+            found["held_out"] = plain_metrics(trainer.evaluate())
+        model = trainer.evaluation_model()
+    if is_world(recipe.data.train) and recipe.model.is_world:
+        world = load_world(recipe.data.train)
+        found["world"] = world.evaluate(model, n=samples, seed=recipe.seed)
+        found["world_base"] = world.evaluate(shop.frozen(recipe.model), n=samples, seed=recipe.seed)
+    if not {"held_out", "world"} & set(found):
+        raise RunError(f"{run.path} has no held-out rows; give pairs to evaluate on with --data")
+    if shop.state.is_main_process:
+        write_json(run.path / FILE, found)
+    return found

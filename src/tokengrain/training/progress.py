@@ -1,0 +1,86 @@
+"""What a user sees while a stage trains: a progress bar, or a line now and then without a terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "nll/token": "nll"}
+QUIET_SECONDS = 15.0
+
+
+class ShowProgress(TrainerCallback):
+    """Shows steps, loss, training accuracy and the time left.
+
+    Args:
+        console: where; nothing is shown if it is quiet.
+        name: the stage.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name = console, name
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or self.console.quiet:
+            return
+        self._last_line = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=state.max_steps, numbers="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        numbers = "  ".join(f"{title} {logs[key]:.3f}" for key, title in SHOWN.items() if logs and key in logs)
+        if not numbers or not state.is_world_process_zero or self.console.quiet:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=numbers)
+        elif time.monotonic() - self._last_line > QUIET_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"  {self.name}: step {state.global_step} of {state.max_steps}  {numbers}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen (also after an error)."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

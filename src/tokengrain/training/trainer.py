@@ -1,0 +1,299 @@
+"""`PreferenceTrainer`: one thin subclass of `transformers.Trainer` for every offline method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from tokengrain.batch import Sample, TokenBatch
+from tokengrain.errors import RecipeError
+from tokengrain.objectives import BoundObjective, make_normaliser
+from tokengrain.scoring import prepare
+from tokengrain.training import checks
+from tokengrain.training.callbacks import LOG_FILE, JsonlLog, StepGuard
+from tokengrain.training.checkpointing import CheckpointMixin
+from tokengrain.training.config import PreferenceConfig
+from tokengrain.training.counting import HostBatch, StepPlan, all_reduce, micro_batches, plan_step
+from tokengrain.training.evaluate import EvaluationMixin
+from tokengrain.training.losses import Judged, PreferenceLoss, resolve_credit, resolve_objective
+from tokengrain.training.metrics import WeightedMeans
+from tokengrain.training.nonfinite import stop_nonfinite
+from tokengrain.training.reference import disable_dropout, is_peft, place_reference, resolve_reference
+from tokengrain.training.steps import MicroRecord, totals
+from tokengrain.training.streams import endless
+
+
+class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
+    """Trains a policy on `Sample`s: preference pairs, or single completions with the objective "sft".
+
+    Beside what `transformers.Trainer` does: the loss of an optimiser step is normalised over all its pairs
+    (or tokens), on all ranks and accumulation steps, whatever the micro-batches; checkpoints are whole or not
+    there, and a killed run resumes exactly; a loss that is not finite stops the run before the optimiser does
+    anything.
+
+    Args:
+        model: the policy, a causal language model of transformers or a PEFT model of one.
+        args: settings.
+        objective: a bound objective (`make_objective`), its name, or a loss function
+            `(logps, segments, *, <quantities annotated Tensor>) -> LossOutput`.
+        credit: gives the token rewards, if the objective needs them: a credit source or any function
+            `TokenBatch -> [N]`. None: the data's column `token_rewards`.
+        reference: a model, a `Reference`, or None for the default: stored `ref_logps` if the data have them
+            and they are enough; for an adapter the model without it (a copy of the adapter if it is already
+            trained); otherwise a frozen copy of the starting weights.
+        train_dataset, eval_dataset: map-style or iterable data sets of `Sample`s, or lists of them.
+        processing_class: the tokenizer, saved with the model.
+        peft_config: wrap the model in a new adapter.
+        kwargs: passed on to `transformers.Trainer` (callbacks, optimizers, ...).
+
+    Raises:
+        ModelError: vocabularies that differ.
+        DataError: an empty data set, rows that are not pairs, completions longer than the model's positions.
+        RecipeError: settings that cannot work together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PreferenceConfig,
+        *,
+        objective: Any = "dpo",
+        credit: Any = None,
+        reference: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.objective: BoundObjective = resolve_objective(objective)
+        self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)  # type: ignore[arg-type]
+        self._datasets = {"train": train_dataset, **_named(eval_dataset)}
+        credit = resolve_credit(credit, self.objective)
+        self._check_data(model, credit)
+        checks.check_tokenizer(model, processing_class)
+        model = _policy(model, args, peft_config)
+        reference = resolve_reference(reference, model, self.objective.needs, self._all_have("ref_logps"))
+        for role, source in (("reference", reference), ("guide", credit)):
+            for other in checks.models_in(source):
+                checks.check_vocabulary(model, other, role)
+        self._loss = PreferenceLoss(
+            self.objective, reference, credit, layout=args.layout, chunk_tokens=args.chunk_tokens
+        )
+        # One process trains on one device; several need a launcher (torchrun, accelerate launch).
+        args._setup_devices  # noqa: B018
+        args._n_gpu = min(args._n_gpu, 1)
+        self._reset_step()
+        super().__init__(
+            model,
+            args,
+            data_collator=self._collate,  # type: ignore[arg-type]
+            train_dataset=endless(train_dataset, args.max_steps),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise RecipeError("fsdp is set, but accelerate does not shard on this device, as on CPU")
+        prepare(self.model, layout=args.layout)  # type: ignore[arg-type]  # on its device by now, and not yet wrapped
+        self._log_file = JsonlLog(self.output_path / LOG_FILE)
+        self.add_callback(self._log_file)
+        self.add_callback(StepGuard(self))
+        self.remove_callback(PrinterCallback)
+        self._reference_placed = False
+
+    @property
+    def reference(self) -> Any:
+        """What the policy is compared with, or None."""
+        return self._loss.reference
+
+    @property
+    def credit(self) -> Any:
+        """Where token rewards come from; None: the data's column, or no need of them."""
+        return self._loss.credit
+
+    def _reset_step(self) -> None:
+        self._plan: StepPlan | None = None
+        self._batch_index = 0
+        self._records: list[MicroRecord] = []
+        self._grad_norm: Any = None
+        self._window = WeightedMeans()
+        self._tokens_seen = 0
+
+    # ---- Data ----
+
+    def _check_data(self, model: nn.Module, credit: Any) -> None:
+        given = {"ref_logps", "kl"} | ({"token_rewards"} if credit is not None else set())
+        for name, dataset in self._datasets.items():
+            if hasattr(dataset, "__len__"):
+                where = getattr(dataset, "name", name)
+                rows = (dataset[i] for i in range(len(dataset)))
+                checks.check_samples(rows, model, name=where, pairs=self.objective.unit == "pairs")
+                for column in sorted(self.objective.needs - given):
+                    checks.check_column(dataset, column, self.objective.name, name=where)
+        train = self._datasets["train"]
+        self._streaming = train is not None and not hasattr(train, "__len__")
+        self._limits = (checks.model_positions(model), checks.vocabulary_size(model))
+
+    def _all_have(self, column: str) -> bool:
+        given = [d for d in self._datasets.values() if d is not None]
+        return bool(given) and all(checks.has_column(d, column) for d in given)
+
+    def _collate(self, samples: list[Sample]) -> HostBatch:
+        for sample in samples if self._streaming else ():
+            checks.check_sample(sample, *self._limits, name="train", pairs=self.objective.unit == "pairs")
+        return HostBatch(TokenBatch.from_samples(samples))
+
+    # ---- One optimiser step ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[HostBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[HostBatch], None]:
+        """The batches of one optimiser step; plans the step over all of them and all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches:
+            self._plan = plan_step(
+                [b.batch for b in batches],
+                self.args.max_tokens_per_microbatch,
+                self.args.device,
+                same_passes=self.is_fsdp_enabled,
+            )
+        self._batch_index, self._records = 0, []
+        return batches, None
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over one device batch, micro-batch by micro-batch.
+
+        Returns:
+            This rank's share of the step's loss times the number of ranks, so that their mean is the loss.
+        """
+        assert self._plan is not None
+        model.train()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):  # schedule-free optimisers have modes
+            optimizer.train()
+        self._place_reference()
+        passes = self._plan.passes[self._batch_index] if self._plan.passes is not None else None
+        self._batch_index += 1
+        parts = micro_batches(inputs.batch, self.args.max_tokens_per_microbatch, passes)
+        total = torch.zeros((), device=self.args.device)
+        for index, (part, real) in enumerate(parts):
+            last = index == len(parts) - 1
+            # In an earlier accumulation step transformers has switched synchronisation off around this call.
+            defer = not last and self.accelerator.sync_gradients and self.accelerator.num_processes > 1
+            with (
+                self.accelerator.no_sync(model) if defer else nullcontext(),
+                self.compute_loss_context_manager(),
+            ):
+                part = part.to(self.args.device)
+                loss, judged = self.compute_loss(model, part, return_outputs=True)
+                if real:
+                    self._records.append(MicroRecord.of(part, judged, loss))
+                    total += loss.detach()
+                self._backward(loss if real else loss * 0.0)
+        return total * self.accelerator.num_processes
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """What one micro-batch adds to the loss of the optimiser step (and what the objective returned)."""
+        assert self._plan is not None
+        measure = ("entropy",) if self.args.log_entropy else ()
+        judged = self.judge(model, inputs, measure=measure, frozen_context=self.accelerator.autocast)
+        loss = self.normaliser(judged.output, self._plan.counts)
+        return (loss, judged) if return_outputs else loss
+
+    def judge(self, model: nn.Module, batch: TokenBatch, **options: Any) -> Judged:
+        """Score a batch and apply the objective; see `PreferenceLoss`."""
+        return self._loss(model, batch, **options)
+
+    def _backward(self, loss: Tensor) -> None:
+        # DDP and FSDP average gradients over ranks, and accelerate divides by its accumulation steps; the
+        # normaliser has already divided by the counts of the whole step.
+        scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        self.accelerator.backward(loss * scale)
+
+    def _place_reference(self) -> None:
+        if not self._reference_placed:
+            place_reference(self.reference, self.accelerator, self.args.layout)
+            self._reference_placed = True
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def finish_step(self) -> None:
+        """Called between the last backward pass of a step and the optimiser.
+
+        Raises:
+            NonFiniteLossError: a loss or the gradient is not finite, on any rank.
+        """
+        assert self._plan is not None
+        world = self.accelerator.num_processes
+        own = totals(self._records)
+        bad = float(self.reduce(own)[1])
+        scaled = self.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
+        norm_bad = self._grad_norm is not None and not scaled and not torch.isfinite(_norm(self._grad_norm))
+        if bad or norm_bad:
+            stop_nonfinite(self, self._records, "loss" if bad else "gradient")
+        self._window.add("loss", float(own[0]), 1 / world)
+        for record in self._records:
+            record.add_to(self._window)
+        self._tokens_seen += self._plan.tokens
+        self._records, self._grad_norm = [], None
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks, on the host."""
+        return all_reduce(values, self.args.device)
+
+    # ---- Logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; a training entry gets the window's means, weighted over batches, micro-batches and ranks."""
+        if "loss" in logs and "learning_rate" in logs:
+            window = self._window.reduced(self.reduce)
+            self._window.clear()
+            logs = {**logs, **window.means(), "num_tokens": self._tokens_seen}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """About 6 operations per parameter and token, forward and backward."""
+        return 6 * sum(p.numel() for p in self.model.parameters()) * inputs.batch.n_tokens
+
+
+def _norm(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+
+
+def _named(eval_dataset: Any) -> dict[str, Any]:
+    return eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+
+
+def _policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
+    """`model` as it will be trained: with its new adapter, without dropout."""
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        set_seed(args.seed)  # the adapter starts from random numbers
+        model = get_peft_model(model, peft_config)
+    if args.disable_dropout:
+        disable_dropout(model)
+    if is_peft(model) and _checkpoints_activations(args):
+        model.enable_input_require_grads()
+    return model
+
+
+def _checkpoints_activations(args: PreferenceConfig) -> bool:
+    # Newer versions of transformers renamed it.
+    return any(getattr(args, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))

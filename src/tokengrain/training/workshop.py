@@ -1,0 +1,87 @@
+"""What the stages of one run share: the process, and data and models that were loaded already."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tokengrain.data import tokenizer_fingerprint
+from tokengrain.data.render import template_text
+from tokengrain.files import fingerprint
+from tokengrain.recipe import ModelSpec, Recipe, ResolvedStage
+from tokengrain.training import inputs, models, tables
+
+
+@dataclass
+class Workshop:
+    """What the stages of one run share: process state, data and models that were loaded already.
+
+    Attributes:
+        recipe: the run's recipe.
+        console: where progress is shown.
+        state: accelerate's `PartialState`: device, rank, number of processes.
+    """
+
+    recipe: Recipe
+    console: Console
+    state: Any
+    _tokenizers: dict[str, Any] = field(default_factory=dict)
+    _datasets: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _frozen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def path(self, spec: ModelSpec) -> str:
+        return models.locate(spec, self.run_dir)
+
+    def tokenizer(self, spec: ModelSpec) -> Any:
+        path = self.path(spec)
+        if path not in self._tokenizers:
+            tokenizer = models.load_tokenizer(spec, path)
+            template = template_text(self.recipe.data.tokenize.get("chat_template"))
+            if template is not None:  # so that it is saved with the trained model
+                tokenizer.chat_template = template
+            self._tokenizers[path] = tokenizer
+        return self._tokenizers[path]
+
+    def datasets(self, stage: ResolvedStage, like: ModelSpec | None = None) -> tuple[Any, Any]:
+        """`(training, held-out or None)` of a stage, every row checked; prepared once per kind and settings.
+
+        Args:
+            like: use this model's tokenizer and positions, while the stage's own model does not exist yet.
+        """
+        model = like or stage.model
+        tokenizer = self.tokenizer(model)
+        positions = models.positions(models.load_config(model, self.path(model)))
+        marks = [tokenizer_fingerprint(tokenizer), positions, stage.kind == "sft"]
+        key = fingerprint([stage.data.model_dump(), *marks])
+        if key not in self._datasets:
+            train, held_out = inputs.open_rows(stage.data, self.recipe.seed)
+            prepared = inputs.prepare(stage, train, tokenizer, positions)
+            held = inputs.prepare(stage, held_out, tokenizer, positions) if held_out is not None else None
+            self._datasets[key] = (prepared, held)
+            for part, dataset in (("training", prepared), ("held-out", held)):
+                tables.print_rows(self.console, stage, part, dataset)
+        return self._datasets[key]
+
+    def frozen(self, spec: ModelSpec) -> Any:
+        """A model that is only asked, never trained; loaded once per stage."""
+        key = fingerprint([spec.model_dump(), self.path(spec)])
+        if key not in self._frozen:
+            model = models.load_model(spec, self.path(spec), merge_adapter=True)
+            self._frozen[key] = model.eval().requires_grad_(False).to(self.state.device)
+        return self._frozen[key]
+
+    def release(self) -> None:
+        """Forget loaded models."""
+        self._frozen.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

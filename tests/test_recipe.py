@@ -1,0 +1,387 @@
+"""Recipes: reading, merging, overrides, and one clear error for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tokengrain.errors import RecipeError
+from tokengrain.methods import METHODS
+from tokengrain.recipe import dump_recipe, find_recipe, load_recipe, make_recipe, resolve_stages
+from tokengrain.recipe.reading import merge, parse_override, parse_yaml
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+EXAMPLES = sorted(p for p in ROOT.glob("examples/*/*.yaml") if p.stem != "base")
+
+BASE: dict[str, Any] = {
+    "method": "tgdpo",
+    "model": "some/model",
+    "data": {"train": "pairs.jsonl"},
+    "output_dir": "runs/x",
+    "training": {"learning_rate": 1e-4},
+    "stages": {
+        "sft": {"kind": "sft"},
+        "guide": {"kind": "train", "objective": {"name": "dpo", "beta": 0.3}},
+        "credit": {"kind": "annotate", "credit": {"name": "guide", "model": "@guide", "beta": 0.3}},
+        "train": {"kind": "train", "data": "@credit", "objective": {"name": "tgdpo", "alpha": 0.5}},
+    },
+}
+
+
+def write(folder: Path, values: Any, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def error_of(folder: Path, *overrides: str, values: Any = None, **options: Any) -> str:
+    """The message of the one RecipeError that loading gives."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, BASE if values is None else values), overrides=overrides, **options)
+    return str(caught.value)
+
+
+# ---- What is right ----
+
+
+def test_stages_inherit(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, BASE), overrides=["stages.guide.training.max_steps=7", "data.max_length=99"])
+    sft, guide, credit, train = resolve_stages(recipe)
+    assert sft.model.path == "some/model"
+    assert guide.model.path == "@sft"
+    assert train.model.path == "@sft"
+    assert guide.training == {"learning_rate": 1e-4, "max_steps": 7}
+    assert train.training == {"learning_rate": 1e-4}
+    assert train.data.train == "@credit"
+    assert train.data.tokenize == {"max_length": 99}
+    assert credit.inputs == ["sft", "guide"]
+    assert train.inputs == ["sft", "credit"]
+
+
+def test_a_model_from_scratch_gets_an_init_stage(tmp_path: Path) -> None:
+    values = {
+        **BASE,
+        "model": {"config": {"model_type": "llama", "hidden_size": 64}, "tokenizer": {"type": "byte"}},
+    }
+    stages = resolve_stages(load_recipe(write(tmp_path, values)))
+    assert [s.kind for s in stages] == ["init", "sft", "train", "annotate", "train"]
+    assert stages[1].model.path == "@init"
+
+
+def test_lora_null_in_a_stage_means_none(tmp_path: Path) -> None:
+    values = {**BASE, "lora": {"r": 8}, "stages": {**BASE["stages"], "sft": {"kind": "sft", "lora": None}}}
+    sft, guide, *_ = resolve_stages(load_recipe(write(tmp_path, values)))
+    assert sft.lora is None
+    assert guide.lora is not None
+    assert guide.lora.r == 8
+
+
+def test_the_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, BASE))
+    again = load_recipe(write(tmp_path, dump_recipe(recipe), "again.yaml"))
+    assert resolve_stages(again) == resolve_stages(recipe)
+
+
+def test_override_values_are_yaml() -> None:
+    assert parse_override("a.b=1e-4") == (["a", "b"], 1e-4)
+    assert parse_override("a=-2E+3") == (["a"], -2000.0)
+    assert parse_override("a=1e5x") == (["a"], "1e5x")
+    assert parse_override("a=[1, 2]") == (["a"], [1, 2])
+    assert parse_override("a=null") == (["a"], None)
+    assert parse_override("a=x=y") == (["a"], "x=y")
+    assert parse_yaml("lr: 5e-7\nn: 12\nname: e5", "x") == {"lr": 5e-7, "n": 12, "name": "e5"}
+
+
+def test_overrides_win_and_open_shorthands(tmp_path: Path) -> None:
+    values = {**BASE, "data": "pairs.jsonl"}
+    recipe = load_recipe(
+        write(tmp_path, values), overrides=["data.eval_fraction=0.5", "model.dtype=bfloat16", "seed=3"]
+    )
+    assert recipe.data.train == "pairs.jsonl"
+    assert recipe.data.eval_fraction == 0.5
+    assert recipe.model.path == "some/model"
+    assert recipe.model.dtype == "bfloat16"
+    assert recipe.seed == 3
+
+
+def test_model_and_data_overrides(tmp_path: Path) -> None:
+    values = {
+        **BASE,
+        "model": {"path": "old", "dtype": "bfloat16"},
+        "data": {"train": "old.jsonl", "eval": "old-eval.jsonl", "max_length": 9},
+    }
+    recipe = load_recipe(write(tmp_path, values), model="new", data="new.jsonl")
+    assert (recipe.model.path, recipe.model.dtype) == ("new", "bfloat16")
+    assert (recipe.data.train, recipe.data.eval, recipe.data.tokenize) == (
+        "new.jsonl",
+        None,
+        {"max_length": 9},
+    )
+
+
+def test_on_world_counts_only_while_the_model_is_a_world(tmp_path: Path) -> None:
+    values = {
+        **BASE,
+        "model": "world://stories",
+        "on_world": {"training": {"max_steps": 5}, "stages": {"guide": {"objective": {"beta": 0.7}}}},
+    }
+    path = write(tmp_path, values)
+    on = load_recipe(path)
+    assert on.training == {"learning_rate": 1e-4, "max_steps": 5}
+    assert on.stages["guide"].objective == {"name": "dpo", "beta": 0.7}
+    off = load_recipe(path, model="some/model")
+    assert off.training == {"learning_rate": 1e-4}
+    assert off.stages["guide"].objective == {"name": "dpo", "beta": 0.3}
+    assert load_recipe(path, overrides=["model=some/model"]).training == {"learning_rate": 1e-4}
+    assert load_recipe(path, overrides=["training.max_steps=9"]).training["max_steps"] == 9
+    assert load_recipe(path, data="other.jsonl").training["max_steps"] == 5
+
+
+def test_extends_merges_and_places_stages(tmp_path: Path) -> None:
+    write(tmp_path, {k: v for k, v in BASE.items() if k != "output_dir"}, "base.yaml")
+    (tmp_path / "sub").mkdir()
+    child = {
+        "extends": "../base.yaml",
+        "output_dir": "runs/child",
+        "training": {"max_steps": 3},
+        "stages": {
+            "warmup": {"kind": "sft"},
+            "sft": None,
+            "guide": {"objective": {"name": "simpo"}},
+            "second": {"kind": "train", "objective": "dpo"},
+        },
+    }
+    recipe = load_recipe(write(tmp_path / "sub", child))
+    assert list(recipe.stages) == ["warmup", "guide", "second", "credit", "train"]
+    assert recipe.training == {"learning_rate": 1e-4, "max_steps": 3}
+    assert recipe.stages["guide"].objective == {"name": "simpo"}  # another objective: no beta of dpo's
+
+
+def test_merge_replaces_the_model_as_a_whole() -> None:
+    assert merge({"model": {"config": {"a": 1}}}, {"model": {"path": "x"}}) == {"model": {"path": "x"}}
+
+
+def test_named_recipes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("tgdpo").resolve() == (ROOT / "recipes" / "tgdpo.yaml").resolve()
+    with pytest.raises(RecipeError, match="did you mean 'tgdpo'"):
+        find_recipe("tgdop")
+
+
+# ---- What is wrong ----
+
+UNKNOWN = [
+    (["sed=1"], "sed: unknown key; did you mean 'seed'?"),
+    (["learning_rate=1e-3"], "learning_rate: unknown key; did you mean 'training.learning_rate'?"),
+    (["max_lenght=3"], "max_lenght: unknown key; did you mean 'data.max_length'?"),
+    (["training.learning_rat=1e-3"], "training.learning_rat: unknown key; did you mean 'learning_rate'?"),
+    (
+        ["stages.guide.training.max_step=1"],
+        "stages.guide.training.max_step: unknown key; did you mean 'max_steps'?",
+    ),
+    (["data.max_lenght=3"], "data.max_lenght: unknown key; did you mean 'max_length'?"),
+    (["model.dtpye=float32"], "model.dtpye: unknown key; did you mean 'dtype'?"),
+    (["stages.guide.objektive=dpo"], "stages.guide.objektive: unknown key; did you mean 'objective'?"),
+    (
+        ["stages.guide.objective.bta=1"],
+        "stages.guide.objective: objective 'dpo': unknown setting 'bta'; did you mean 'beta'?",
+    ),
+    (
+        ["stages.guide.objective.name=dpoo"],
+        "stages.guide.objective: unknown objective 'dpoo'; did you mean 'dpo'?",
+    ),
+    (
+        ["stages.credit.credit.bta=1"],
+        "stages.credit.credit: credit 'guide': unknown setting 'bta'; did you mean 'beta'?",
+    ),
+    (
+        ["stages.credit.credit.name=gide"],
+        "stages.credit.credit: unknown credit 'gide'; did you mean 'guide'?",
+    ),
+    (["stages.guide.kind=trian"], "did you mean 'train'?"),
+    (["lora.rank=3"], "lora.rank: unknown key"),
+]
+
+WRONG_TYPE = [
+    (["seed=one"], "seed: got 'one' (text); expected a whole number"),
+    (["seed=1.5"], "seed: got 1.5 (a number); expected a whole number"),
+    (["data.eval_fraction=2"], "data.eval_fraction: got 2"),
+    (["data.train=3"], "data.train: got 3 (a whole number); expected text"),
+    (["training.learning_rate=fast"], "training.learning_rate: got 'fast' (text); expected a number"),
+    (["training.max_steps=2.5"], "training.max_steps: got 2.5 (a number); expected a whole number"),
+    (["training.bf16='yes'"], "training.bf16: got 'yes' (text); expected true or false"),
+    (["training.learning_rate='1e-4'"], "without quotes it is a number: 0.0001"),
+    (["training=5"], "training: got 5 (a whole number); expected a mapping"),
+    (["stages.guide.objective.beta=big"], "stages.guide.objective: objective 'dpo': beta = 'big'"),
+    (["stages.guide.objective.beta=-1"], "greater than 0"),
+    (["data.on_invalid=ignore"], "data.on_invalid: got 'ignore' (text); expected one of error, skip"),
+    (["model.dtype=float23"], "did you mean 'float32'?"),
+    (["training.lr_scheduler_type=linearr"], "linearr"),
+    (["data.max_length=1"], "max_length is 1"),
+]
+
+IMPOSSIBLE = [
+    (["stages.train.data=@credits"], "no stage 'credits' comes before it; expected one of @credit"),
+    (["stages.train.data=@guide"], "'@guide' is a stage of kind train, which makes a model, not rows"),
+    (["stages.train.model=@credit"], "which makes token rewards, not a model"),
+    (["stages.guide.model=@train"], "'@train' comes later"),
+    (["stages.guide.model=@guide"], "'@guide' comes later than (or is) the stage"),
+    (
+        ["stages.credit.credit.model=@nothing"],
+        "no stage 'nothing' comes before it; expected one of @sft, @guide",
+    ),
+    (["stages.credit.credit={name: guide}"], "stages.credit.credit.model: missing"),
+    (["stages.credit.credit={name: random, model: '@guide'}"], "credit random asks no model"),
+    (["stages.train.credit={name: random}"], "bring token rewards already"),
+    (["stages.guide.credit={name: random}"], "objective dpo uses no token rewards"),
+    (["stages.guide.reference=adapter_off"], "adapter_off needs lora"),
+    (
+        ["stages.guide.objective=tdpo2", "stages.guide.reference=columns"],
+        "needs the reference's whole distribution",
+    ),
+    (["stages.guide.objective=simpo", "stages.guide.reference=copy"], "objective simpo has no reference"),
+    (["model=@sft"], "the recipe's own model must exist before it"),
+    (["data=@credit"], "name it in the data of the stage that uses it"),
+    (["stages.init.kind=sft"], "stages.init: the name is taken"),
+    (["model={path: x, config: {model_type: llama}}"], "got both of path and config"),
+    (["model={config: {hidden_size: 3}}"], "config has no model_type"),
+    (["model={config: {model_type: lama}}"], "did you mean 'llama'?"),
+    (
+        ["model={config: {model_type: llama, hiden_size: 3}}"],
+        "model.config.hiden_size: unknown key of a llama config; did you mean 'hidden_size'?",
+    ),
+    (
+        ["stages.guide.model={config: {model_type: llama}}"],
+        "only the recipe's own model can be built from scratch",
+    ),
+    (["data.streaming=true"], "rows cannot be held out of a stream"),
+    (["training.output_dir=x"], "cannot be set here; set output_dir at the top"),
+    (["data.max_length=10", "data.max_prompt_length=10"], "leaves 0 tokens for a completion"),
+    (["training.normaliser_constant=0", "training.deepspeed=x.json"], "deepspeed"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), UNKNOWN + WRONG_TYPE + IMPOSSIBLE)
+def test_mistakes_are_named(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    message = error_of(tmp_path, *overrides)
+    assert expected in message
+    assert str(tmp_path / "recipe.yaml") in message
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [(o, e) for o, e in UNKNOWN + WRONG_TYPE if len(o) == 1])
+def test_one_mistake_is_one_line(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert "\n" not in error_of(tmp_path, *overrides)
+
+
+def test_several_mistakes_are_listed_together(tmp_path: Path) -> None:
+    message = error_of(tmp_path, "training.a=1", "data.b=1", "stages.guide.objective.c=1")
+    assert message.count("\n") == 3
+    assert all(f"{key}: unknown" in message for key in ("training.a", "data.b"))
+
+
+def test_missing_keys(tmp_path: Path) -> None:
+    values = {k: v for k, v in BASE.items() if k not in ("method", "stages")}
+    message = error_of(tmp_path, values=values)
+    assert "method: missing" in message
+    assert "stages: missing" in message
+    assert "stages.s.kind: missing; expected one of sft, train, annotate" in error_of(
+        tmp_path, values={**BASE, "stages": {"s": {}}}
+    )
+    assert "stages.s.objective: missing" in error_of(tmp_path, values={**BASE, "stages": {"s": {"kind": "train"}}})
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    assert "line 3" in error_of(tmp_path, values="method: dpo\nmodel: x\n  data: [1\n")
+    assert "key 'model' is given twice" in error_of(tmp_path, values="model: a\nmodel: b\n")
+    assert "expected a mapping" in error_of(tmp_path, values="- a\n- b\n")
+    with pytest.raises(RecipeError, match=r"no such recipe file; did you mean .*recipe.yaml"):
+        load_recipe(tmp_path / "recipes.yaml")
+    with pytest.raises(RecipeError, match="is a folder"):
+        load_recipe(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"method: \xff\xfe")
+    with pytest.raises(RecipeError, match="not a text file"):
+        load_recipe(tmp_path / "bytes.yaml")
+
+
+def test_bad_extends(tmp_path: Path) -> None:
+    assert "extended by" in error_of(tmp_path, values={**BASE, "extends": "nothing.yaml"})
+    assert "extends itself" in error_of(tmp_path, values={**BASE, "extends": "recipe.yaml"})
+    assert "expected a file name or a list" in error_of(tmp_path, values={**BASE, "extends": 3})
+
+
+@pytest.mark.parametrize("text", ["training", "=3", "training.=3"])
+def test_bad_override_syntax(tmp_path: Path, text: str) -> None:
+    assert "expected key=value" in error_of(tmp_path, text)
+
+
+def test_override_below_a_value(tmp_path: Path) -> None:
+    assert "training.learning_rate is 0.0001, which has no keys" in error_of(tmp_path, "training.learning_rate.x=1")
+
+
+def test_override_of_malformed_yaml(tmp_path: Path) -> None:
+    assert "--set seed=[1: line 1" in error_of(tmp_path, "seed=[1")
+
+
+def test_on_world_cannot_change_the_model(tmp_path: Path) -> None:
+    values = {**BASE, "model": "world://stories", "on_world": {"model": "x"}}
+    assert "on_world.model: cannot be set there" in error_of(tmp_path, values=values)
+
+
+# ---- The recipes that come with the project ----
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_validate_on_the_world_and_on_other_models(path: Path) -> None:
+    for recipe in (load_recipe(path), load_recipe(path, model="some/model", data="pairs.jsonl")):
+        assert recipe.method == path.stem
+        assert recipe.method in METHODS
+        assert recipe.output_dir == f"runs/{path.stem}"
+    assert load_recipe(path).training["max_steps"] == 120
+    assert "max_steps" not in load_recipe(path, model="some/model").training
+
+
+def test_every_method_has_a_recipe() -> None:
+    recipes = {p.stem for p in RECIPES}
+    assert {Path(m.recipe).stem for m in METHODS.values()} <= recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_run_what_the_registry_says(path: Path) -> None:
+    method = METHODS[path.stem]
+    last = resolve_stages(load_recipe(path))[-1]
+    assert last.objective is not None
+    assert last.objective["name"] == method.objective
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_validate(path: Path) -> None:
+    recipe = load_recipe(path)
+    stages = resolve_stages(recipe)
+    assert recipe.method == path.stem
+    assert [s.kind for s in stages[:2]] == ["init", "sft"]
+    assert stages[-1].model.path == "@sft"
+
+
+def test_every_key_of_the_schema_is_documented() -> None:
+    from tokengrain.recipe import schema
+
+    models = [schema.Recipe, schema.ModelSpec, schema.TokenizerSpec, schema.DataSpec, schema.LoraSpec]
+    models += [schema.SftStage, schema.TrainStage, schema.AnnotateStage]
+    for model in models:
+        for name, info in model.model_fields.items():
+            assert info.description or name == "kind", f"{model.__name__}.{name} has no description"
+
+
+@pytest.mark.parametrize(
+    "path", [*RECIPES, *EXAMPLES, ROOT / "examples/hh/base.yaml"], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_recipes_explain_themselves(path: Path) -> None:
+    assert path.read_text().startswith("# ")
+
+
+def test_make_recipe_takes_plain_values() -> None:
+    assert make_recipe(BASE).method == "tgdpo"

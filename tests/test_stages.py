@@ -1,0 +1,461 @@
+"""Running recipes: what is reused, resumed and refused, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
+from tokengrain.recipe import make_recipe
+from tokengrain.runs import read_run
+from tokengrain.training import progress, stages
+from tokengrain.training.judge_run import evaluate_run
+from tokengrain.training.plan import make_plan
+from tokengrain.training.stages import RunResult, run_recipe
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+DPO = {"kind": "train", "objective": {"name": "dpo", "beta": 0.3}}
+TGDPO = {
+    "sft": {"kind": "sft", "training": {"max_steps": 2}},
+    "guide": DPO,
+    "credit": {"kind": "annotate", "credit": {"name": "guide", "model": "@guide", "beta": 0.3}},
+    "train": {"kind": "train", "data": "@credit", "objective": {"name": "tgdpo", "beta": 0.3, "alpha": 0.5}},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def write_rows(path: Path, n: int = 12, **extra: Any) -> Path:
+    rows = [{"prompt": f"Say {i}.", "chosen": f" nice {i}", "rejected": f" bad {i} oh", **extra} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def values(folder: Path, stage_values: dict[str, Any] | None = None, **over: Any) -> dict[str, Any]:
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        write_rows(rows)
+    return {
+        "method": "test",
+        "model": {"config": LLAMA, "tokenizer": {"type": "byte"}},
+        "data": {"train": str(rows), "eval_fraction": 0.25},
+        "output_dir": str(folder / "run"),
+        "training": {
+            "per_device_train_batch_size": 3,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "use_cpu": True,
+        },
+        "stages": stage_values or {"train": DPO},
+        **over,
+    }
+
+
+def run(recipe_values: dict[str, Any], **options: Any) -> RunResult:
+    return run_recipe(make_recipe(recipe_values), console=Console(quiet=True), **options)
+
+
+def weights(folder: Path, stage: str = "train") -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / stage / "model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished TGDPO run; copy it before changing anything."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    run(values(folder, TGDPO))
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run at `tmp_path / "run"`, with its rows."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+# ---- What a run leaves behind ----
+
+
+def test_run_folder(finished: Path) -> None:
+    found = read_run(finished / "run")
+    assert found.status == "done"
+    assert [s.name for s in found.stages] == ["init", "sft", "guide", "credit", "train"]
+    assert all(s.status == "done" and s.seconds > 0 for s in found.stages)
+    assert found.final_stage.name == "train"
+    assert [s.name for s in found.credit_stages] == ["credit"]
+    assert {"torch", "transformers", "tokengrain"} <= found.info["versions"].keys() | {"tokengrain"}
+    for stage in ("sft", "guide", "train"):
+        folder = finished / "run" / stage
+        assert (folder / "model" / "model.safetensors").is_file()
+        assert (folder / "model" / "tokenizer.json").is_file()
+        assert (folder / "log.jsonl").is_file()
+        assert not list(folder.glob("checkpoint-*"))
+        assert not (folder / ".saving").exists()
+    assert (finished / "run" / "credit" / "train.parquet").is_file()
+    assert (finished / "run" / "credit_samples.json").is_file()
+
+
+def test_metrics_have_the_interval_before_and_after(finished: Path) -> None:
+    metrics = read_run(finished / "run").metrics
+    after = metrics["stages"]["train"]["after"]
+    assert after["accuracy_low"] <= after["accuracy"] <= after["accuracy_high"]
+    assert metrics["stages"]["guide"]["before"]["rewards/margins"] == 0.0
+    assert metrics["final"] == after
+    assert metrics["stages"]["credit"]["kind"] == "annotate"
+    assert metrics["stages"]["credit"]["rows"] == {"train": 9, "eval": 3}
+
+
+def test_a_model_folder_loads_in_transformers(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = finished / "run" / "train" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = tokenizer("héllo ☃", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "héllo ☃"
+    assert model(ids).logits.shape[-1] == len(tokenizer) == 258
+
+
+def test_bpe_tokenizer_is_trained_on_the_data(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = {"config": LLAMA, "tokenizer": {"type": "bpe", "vocab_size": 270}}
+    run(values(tmp_path, {"train": {"kind": "sft", "training": {"max_steps": 1}}}, model=model))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "train" / "model")
+    assert len(tokenizer) == 270
+    assert len(tokenizer(" nice").input_ids) == 1  # in every row, so it was merged
+    assert len(tokenizer(" qqqqq").input_ids) > 3
+
+
+# ---- Reuse ----
+
+
+def test_everything_is_reused(copied: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (copied / "run").rglob("*") if p.is_file()}
+    result = run(values(copied, TGDPO, output_dir=str(copied / "run")))
+    assert result.reused == ["init", "sft", "guide", "credit", "train"]
+    assert {p: p.stat().st_mtime_ns for p in (copied / "run").rglob("*") if p.is_file()} == before
+
+
+def test_keys_that_change_no_result_do_not_count(copied: Path) -> None:
+    changed = values(copied, TGDPO)
+    changed["training"] |= {"logging_steps": 3, "save_steps": 50, "max_tokens_per_microbatch": 64}
+    assert all(plan.action == "reuse" for plan in make_plan(make_recipe(changed)))
+
+
+def changed_stage(name: str, **objective: Any) -> dict[str, Any]:
+    stage = TGDPO[name]
+    return {**TGDPO, name: {**stage, "objective": {**stage["objective"], **objective}}}
+
+
+def test_other_settings_are_another_run(copied: Path) -> None:
+    before = weights(copied)
+    with pytest.raises(RunError, match=r"stage 'train' differs: objective.beta: 0.3 there, 0.7 here.*--overwrite"):
+        run(values(copied, changed_stage("train", beta=0.7)))
+    assert same(weights(copied), before)
+    assert read_run(copied / "run").status == "done"
+
+
+def test_overwrite_replaces_only_what_differs(copied: Path) -> None:
+    before = weights(copied)
+    guide = weights(copied, "guide")
+    result = run(values(copied, changed_stage("train", beta=0.7)), overwrite=True)
+    assert result.reused == ["init", "sft", "guide", "credit"]
+    assert same(weights(copied, "guide"), guide)
+    assert not same(weights(copied), before)
+
+
+def test_stages_after_a_changed_one_run_again(copied: Path) -> None:
+    plans = make_plan(make_recipe(values(copied, changed_stage("guide", beta=0.7))), overwrite=True)
+    assert [p.action for p in plans] == ["reuse", "reuse", "run", "run", "run"]
+
+
+def test_other_data_are_another_run(copied: Path) -> None:
+    write_rows(copied / "rows.jsonl", n=13)
+    with pytest.raises(RunError, match="stage 'init' differs: data: other content"):
+        run(values(copied, TGDPO))
+
+
+def test_the_seed_counts(copied: Path) -> None:
+    with pytest.raises(RunError, match="seed: 0 there, 1 here"):
+        run(values(copied, TGDPO, seed=1))
+
+
+def test_a_run_can_be_extended(copied: Path) -> None:
+    longer = {**TGDPO, "second": {**DPO, "model": "@train", "training": {"max_steps": 1}}}
+    assert run(values(copied, longer)).reused == ["init", "sft", "guide", "credit", "train"]
+    assert read_run(copied / "run").final_stage.name == "second"
+
+
+# ---- Folders that are not this run's ----
+
+
+def test_another_methods_folder_is_refused(copied: Path) -> None:
+    with pytest.raises(RunError, match="holds a run of method test, this is other"):
+        run(values(copied, TGDPO, method="other"))
+
+
+def test_a_folder_without_a_stage_of_the_recipe_is_refused(copied: Path) -> None:
+    with pytest.raises(RunError, match="it has a stage 'guide', this recipe has none"):
+        run(values(copied, {"sft": TGDPO["sft"], "train": DPO}))
+    run(values(copied, {"sft": TGDPO["sft"], "train": DPO}), overwrite=True)
+    assert not (copied / "run" / "guide").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="not empty and not a run of tokengrain"):
+            run(values(tmp_path), overwrite=overwrite)
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    run(values(tmp_path), dry_run=True)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Interrupted and failed runs ----
+
+
+def at_step(step: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `action` happen at the end of this optimiser step of the train stage."""
+    original = progress.ShowProgress.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step and self.name == "train":
+            action()
+
+    monkeypatch.setattr(progress.ShowProgress, "on_step_end", on_step_end)
+
+
+def _fail() -> None:
+    raise RuntimeError("the machine caught fire")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of a run that nothing interrupted."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(values(folder))
+    return weights(folder)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT), patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(values(tmp_path))
+    found = read_run(tmp_path / "run")
+    assert found.status == "interrupted"
+    assert [s.status for s in found.stages] == ["done", "interrupted"]
+    assert (tmp_path / "run" / "train" / "checkpoint-3").is_dir()
+    with pytest.raises(RunError, match=r"not finished .*checkpoint at step 3.*to continue: tokengrain train"):
+        _ = found.final_stage
+    assert [p.action for p in make_plan(make_recipe(values(tmp_path)))] == ["reuse", "resume"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(values(tmp_path))
+    assert same(weights(tmp_path), undisturbed)
+    assert [row["step"] for row in read_run(tmp_path / "run").stages[1].log() if "learning_rate" in row] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_a_failed_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(3, _fail, patch)
+        with pytest.raises(RuntimeError, match="fire"):
+            run(values(tmp_path))
+    assert read_run(tmp_path / "run").status == "failed"
+    assert (tmp_path / "run" / "train" / "checkpoint-2").is_dir()
+    run(values(tmp_path))
+    assert same(weights(tmp_path), undisturbed)
+
+
+def test_an_unfinished_stage_of_other_settings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        at_step(3, _fail, patch)
+        with pytest.raises(RuntimeError):
+            run(values(tmp_path))
+    other = values(tmp_path)
+    other["training"]["learning_rate"] = 1e-3
+    with pytest.raises(RunError, match=r"training.learning_rate: 0.01 there, 0.001 here"):
+        run(other)
+    run(other, overwrite=True)
+    assert read_run(tmp_path / "run").status == "done"
+
+
+def test_the_stored_recipe_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokengrain.recipe import load_recipe
+
+    with monkeypatch.context() as patch:
+        at_step(3, _fail, patch)
+        with pytest.raises(RuntimeError):
+            run(values(tmp_path))
+    plans = make_plan(load_recipe(tmp_path / "run" / "recipe.yaml"))
+    assert [p.action for p in plans] == ["reuse", "resume"]
+
+
+def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(stages._RUNNERS, "train", full)
+    with pytest.raises(RunError, match=r"no space left on the disk.*what was finished is kept.*tokengrain train"):
+        run(values(tmp_path))
+    assert [s.status for s in read_run(tmp_path / "run").stages] == ["done", "failed"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    recipe = values(tmp_path)
+    recipe["training"] |= {"learning_rate": 1e30, "max_grad_norm": 0.0}
+    with pytest.raises(NonFiniteLossError):
+        run(recipe)
+    assert read_run(tmp_path / "run").status == "failed"
+
+
+# ---- Bad input, before anything is trained ----
+
+
+def test_bad_rows_stop_the_run_before_training(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    rows.write_text(rows.read_text() + json.dumps({"prompt": "Say.", "chosen": "same", "rejected": "same"}) + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl: row 12"):
+        run(values(tmp_path, TGDPO))
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_missing_data_leave_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing.jsonl"):
+        run(values(tmp_path, data={"train": str(tmp_path / "nothing.jsonl")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_objectives_that_need_token_rewards_must_get_them(tmp_path: Path) -> None:
+    stage = {"kind": "train", "objective": "tgdpo"}
+    with pytest.raises(DataError, match=r"stage 'train' needs token_rewards.*chosen_token_rewards"):
+        run(values(tmp_path, {"train": stage}))
+    with pytest.raises(DataError, match="needs ref_logps"):
+        run(values(tmp_path, {"train": {**DPO, "reference": "columns"}}, output_dir=str(tmp_path / "other")))
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+        run(values(tmp_path, model=str(tmp_path / "nothing")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_guide_with_another_vocabulary(finished: Path, tmp_path: Path) -> None:
+    other = {"config": LLAMA, "tokenizer": {"type": "bpe", "vocab_size": 270}}
+    run(values(tmp_path, {"train": {"kind": "sft", "training": {"max_steps": 1}}}, model=other))
+    stage = {
+        "kind": "train",
+        "objective": "tgdpo",
+        "credit": {"name": "guide", "model": str(tmp_path / "run" / "train" / "model")},
+    }
+    recipe = values(tmp_path, {"train": stage}, model=str(finished / "run/sft/model"), output_dir=str(tmp_path / "b"))
+    with pytest.raises(ModelError, match=r"258 tokens .*270"):
+        run(recipe)
+
+
+def test_annotation_of_another_start_is_refused(tmp_path: Path) -> None:
+    """The stored reference log-probabilities are those of the model that the credit stage names."""
+    other_start = {**TGDPO, "train": {**TGDPO["train"], "model": "@guide"}}
+    with pytest.raises(RunError, match="annotated with another model"):
+        run(values(tmp_path, other_start))
+
+
+# ---- Other ways to give credit, references, adapters ----
+
+
+def test_live_credit_and_credit_from_the_data(tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "rows.jsonl",
+        chosen_token_rewards=[{"start": 0, "end": 5, "reward": 1.0}],
+        rejected_token_rewards=[{"start": 0, "end": 4, "reward": -1.0}],
+    )
+    live = {"kind": "train", "objective": "tgdpo", "credit": {"name": "random", "seed": 3}}
+    stored = {"kind": "train", "objective": "tgdpo", "model": "@init"}
+    result = run(values(tmp_path, {"live": live, "stored": stored}))
+    assert not same(weights(tmp_path, "live"), weights(tmp_path, "stored"))
+    assert "accuracy" in result.metrics["final"]
+
+
+def test_contrastive_credit(tmp_path: Path) -> None:
+    credit = {"name": "contrastive", "templates": {"better": "Nice: {prompt}", "worse": "Bad: {prompt}"}}
+    treg = {"kind": "train", "data": "@credit", "objective": "treg"}
+    result = run(values(tmp_path, {"credit": {"kind": "annotate", "credit": credit}, "train": treg}))
+    assert "accuracy" in result.metrics["final"]
+
+
+def test_lora_trains_an_adapter_and_goes_on_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora = {"r": 2, "alpha": 4}
+    two = {"sft": TGDPO["sft"] | {"lora": None}, "first": DPO, "second": {**DPO, "model": "@first"}}
+    result = run(values(tmp_path, two, lora=lora))
+    for name in ("first", "second"):
+        folder = tmp_path / "run" / name / "model"
+        assert (folder / "adapter_config.json").is_file()
+        assert not (folder / "model.safetensors").exists()
+    assert result.metrics["stages"]["second"]["before"]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    adapters = [load_file(tmp_path / "run" / n / "model" / "adapter_model.safetensors") for n in ("first", "second")]
+    assert not same(*adapters)
+    assert evaluate_run(tmp_path / "run")["held_out"]["accuracy"] == result.metrics["final"]["accuracy"]
+    other = {**two, "third": {**DPO, "model": "@first", "lora": {"r": 3}}}
+    with pytest.raises(ModelError, match=r"lora.r is 3.*where it is 2"):
+        run(values(tmp_path, other, lora=lora))
+
+
+def test_evaluation_repeats_the_runs_numbers(finished: Path, tmp_path: Path) -> None:
+    found = evaluate_run(finished / "run")
+    after = read_run(finished / "run").metrics["final"]
+    assert found["held_out"]["accuracy"] == after["accuracy"]
+    assert found["held_out"]["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    assert json.loads((finished / "run" / "evaluation.json").read_text()) == found
+    rows = write_rows(tmp_path / "more.jsonl", n=3)
+    assert evaluate_run(finished / "run", data=str(rows))["data"] == str(rows)
+
+
+def test_a_stage_cannot_take_an_option_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"stages.train.shard_rows: unknown key"):
+        make_recipe(values(tmp_path, {"train": {**DPO, "shard_rows": 3}}))
