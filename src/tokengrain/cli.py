@@ -131,8 +131,7 @@ def annotate(
     last = [i for i, stage in enumerate(loaded.stages.values()) if stage.kind == "annotate"]
     if not last:
         raise RecipeError(f"{recipe} has no stage of kind annotate, so there is nothing to annotate")
-    wanted = {name: loaded.stages[name] for name in names[: last[-1] + 1]}
-    result = run_recipe(loaded.model_copy(update={"stages": wanted}), overwrite=overwrite)
+    result = run_recipe(loaded, until=names[last[-1]], overwrite=overwrite)
     for file in sorted((result.path / names[last[-1]]).glob("*.parquet")):
         typer.echo(file)
 

@@ -115,10 +115,10 @@ def _size(config: Any) -> int:
 def _overhead_tokens(config: Any, device: torch.device) -> int:
     """How many tokens cost as much as one more pass through the decoder.
 
-    Measured on one CPU core: each pass launches its operations (worth the more tokens the smaller the model)
-    and, in training, adds a gradient as large as the embedding, which weighs more the shallower the model. (Without gradients too: policy
-    and reference then run in the same rectangles and, while equal, give the same numbers.) A GPU is idle below
-    about a thousand tokens.
+    Measured on one CPU core: each pass launches its operations (worth the more tokens the smaller the model) and,
+    in training, adds a gradient as large as the embedding, which weighs more the shallower the model. (Without
+    gradients too: policy and reference then run in the same rectangles and, while equal, give the same numbers.)
+    A GPU is idle below about a thousand tokens.
     """
     if device.type != "cpu":
         return 1024

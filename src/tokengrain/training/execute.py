@@ -110,7 +110,10 @@ def _policy(shop: Workshop, stage: ResolvedStage, model_path: str | None) -> tup
     if models.is_adapter(path):
         _check_same_lora(stage.lora, path)
         return models.load_model(stage.model, path, train_adapter=True), None
-    return models.load_model(stage.model, path), lora_config(stage.lora)
+    model: Any = models.load_model(stage.model, path)
+    if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
+        model.name_or_path = str(Path(path).resolve())
+    return model, lora_config(stage.lora)
 
 
 def lora_config(lora: LoraSpec) -> Any:

@@ -126,6 +126,11 @@ class RunFolder:
             self._save("done")
         return metrics
 
+    def pause(self) -> None:
+        """Leave a run whose later stages are still to come."""
+        if self._began:
+            self._save("interrupted")
+
     @contextmanager
     def kept_in_order(self, console: Console) -> Iterator[None]:
         """Leave a true status behind, whatever happens, and say how to go on."""

@@ -40,6 +40,12 @@ class ShowProgress(TrainerCallback):
         if not state.is_world_process_zero or self.console.quiet:
             return
         self._last_line = time.monotonic()
+        warmup = args.get_warmup_steps(state.max_steps)
+        if warmup >= state.max_steps:
+            self.console.print(
+                f"  [yellow]warning:[/] only {state.max_steps} steps, of which {warmup} warm up the learning rate from 0: "
+                "use a smaller batch, more epochs, or training.warmup_steps=0"
+            )
         if self.console.is_terminal:
             columns = (
                 TextColumn("  {task.description}"),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tokengrain.files import write_json
 from tokengrain.recipe import Recipe, ResolvedStage, resolve_stages
-from tokengrain.runs import read_run
+from tokengrain.runs import read_run, resume_command
 from tokengrain.training import inputs, models, tables
 from tokengrain.training.annotation import check_given_files, run_annotation
 from tokengrain.training.execute import run_init, run_training
@@ -48,6 +48,7 @@ def run_recipe(
     *,
     overwrite: bool = False,
     dry_run: bool = False,
+    until: str | None = None,
     console: Console | None = None,
 ) -> RunResult:
     """Run a recipe's stages in order, in one process or in all processes of a launcher.
@@ -58,6 +59,7 @@ def run_recipe(
     Args:
         overwrite: replace results of other settings that are in the run folder.
         dry_run: show the plan and stop.
+        until: the last stage to run; the run can be continued after it.
         console: where progress is shown (default: the standard output).
 
     Raises:
@@ -73,19 +75,24 @@ def run_recipe(
     if not state.is_main_process:
         console = Console(quiet=True)
     plans = make_plan(recipe, overwrite=overwrite)
-    tables.print_plan(console, recipe, plans)
+    wanted = plans[: 1 + [p.stage.name for p in plans].index(until)] if until is not None else plans
+    tables.print_plan(console, recipe, wanted)
     state.wait_for_everyone()
     if dry_run:
         return RunResult(Path(recipe.output_dir))
-    reused = [plan.stage.name for plan in plans if plan.action == "reuse"]
+    reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
     shop = Workshop(recipe, console, state)
     folder = RunFolder(recipe, plans, writes=state.is_main_process)
     with folder.kept_in_order(console):
-        _prepare(shop, plans, folder)
-        for plan in plans:
-            if plan.action == "reuse":
-                continue
-            _run_stage(shop, plan, folder)
+        _prepare(shop, wanted, folder)
+        for plan in wanted:
+            if plan.action != "reuse":
+                _run_stage(shop, plan, folder)
+        if wanted != plans and plans[len(wanted)].record is None:
+            folder.pause()
+            state.wait_for_everyone()
+            console.print(f"to go on with training: {resume_command(read_run(folder.path))}", soft_wrap=True)
+            return RunResult(folder.path, {}, reused)
         metrics = folder.finish()
     state.wait_for_everyone()
     tables.print_result(console, metrics, folder.path)
