@@ -220,8 +220,8 @@ def page(results: list[dict[str, Any]], seeds: int, command: str) -> str:
         "",
         f"`{command}` on {date.today().isoformat()}, 2 CPU cores, one thread per run. {seeds} seeds: each has "
         f"preference pairs, order of rows and evaluation samples of its own. {STEPS} steps of {PAIRS} pairs; 64 "
-        "samples for each of 12 prompts. Reward is the true reward per story (base 0), KL in nats per story against the base "
-        "model, frontier share is the part of the best reward possible at that KL.",
+        "samples for each of 12 prompts. Reward is the true reward per story (base 0), KL in nats per story against "
+        "the base model, frontier share is the part of the best reward possible at that KL.",
         "",
         "Differences are paired by seed, with a 95 % t interval. *seen* means that the interval excludes 0 on the "
         "expected side (or contains 0 where no effect was expected).",

@@ -30,6 +30,7 @@ from tokengrain.files import read_json, write_json
 WORLD = "world://stories?regime=noisy"
 METHODS = {"dpo": "DPO", "simpo": "SimPO", "tdpo2": "TDPO2", "tgdpo": "TGDPO", "treg": "T-REG"}
 Z95 = 1.959964
+_SOURCES = {"log-ratio of train": "policy", "credit: guide": "guide", "credit: contrastive": "contrastive prompting"}
 
 
 def run_demo(
@@ -158,7 +159,11 @@ def _samples(output: Path) -> list[dict[str, Any]]:
     for method, title in METHODS.items():
         path = output / method / "credit_samples.json"
         if path.exists():
-            entries += [{**entry, "source": f"{title}: {entry['source']}"} for entry in read_json(path)]
+            entries += [
+                {**entry, "source": f"{title}: {_SOURCES.get(entry['source'], entry['source'])}"}
+                for entry in read_json(path)
+                if entry["source"] != "log-ratio of guide"  # TGDPO's guide is DPO once more
+            ]
     return entries
 
 

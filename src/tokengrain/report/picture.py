@@ -33,7 +33,9 @@ line.p, line.n { stroke-width: 2; } line.n { stroke-dasharray: 2 2; }
 """
 
 
-def write_picture(run_dir: str | Path, output: str | Path, *, pair: int = 0) -> Path:
+def write_picture(
+    run_dir: str | Path, output: str | Path, *, pair: int = 0, sources: Sequence[str] | None = None
+) -> Path:
     """Write a picture of a finished demo or run: heat maps of one pair, and the reward-KL plot if there is
     one.
 
@@ -41,16 +43,18 @@ def write_picture(run_dir: str | Path, output: str | Path, *, pair: int = 0) -> 
         run_dir: folder of a demo or run with `credit_samples.json`.
         output: the .svg file to write.
         pair: which of its pairs.
+        sources: names of the credit sources to show (None: all); the exact advantage is always shown.
 
     Raises:
-        RunError: not a finished run, or it has no credit samples.
+        RunError: not a finished run, or it has no credit samples of these sources.
     """
     contents = read_contents(run_dir)
-    pairs = by_pair(contents.samples)
+    samples = [s for s in contents.samples if sources is None or s.source in sources]
+    pairs = by_pair(samples)
     if not 0 <= pair < len(pairs):
         raise RunError(f"{run_dir} has {len(pairs)} pairs with token credit; there is no pair {pair}")
     # The scale is that of all pairs, as in the report.
-    maps, height = _maps(contents.samples, pair)
+    maps, height = _maps(samples, pair)
     parts = [maps]
     width = MAPS_WIDTH + 2 * MARGIN
     if contents.marks:

@@ -43,7 +43,7 @@ class ShowProgress(TrainerCallback):
         warmup = args.get_warmup_steps(state.max_steps)
         if warmup >= state.max_steps:
             self.console.print(
-                f"  [yellow]warning:[/] only {state.max_steps} steps, of which {warmup} warm up the learning rate from 0: "
+                f"  [yellow]warning:[/] only {state.max_steps} steps, of which {warmup} warm the learning rate up: "
                 "use a smaller batch, more epochs, or training.warmup_steps=0"
             )
         if self.console.is_terminal:
