@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow lint format bench claims docs clean
+.PHONY: help setup demo test test-slow lint format bench claims hh docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## Create .venv and install everything (idempotent)
 
-demo: setup  ## Train six methods on the embedded world, print a table, write a report
+demo: setup  ## Train five methods on the embedded world, print a table, write a report
 	$(BIN)/tokengrain demo
 
 test: setup  ## Run all tests but those marked slow
@@ -45,6 +45,9 @@ bench: setup  ## Time one optimiser step against plain transformers and TRL (CPU
 
 claims: setup  ## Repeat the robust findings on the world `stories` over five seeds; writes docs/results/
 	$(BIN)/python -m benchmarks.claims.stories --output docs/results
+
+hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
+	$(BIN)/python -m benchmarks.hh --output docs/results
 
 docs: setup  ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -12,7 +12,9 @@ every side; the first step's losses are compared to show that the work is the sa
 from __future__ import annotations
 
 import math
+import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,8 +59,6 @@ def compare_memory(setting: Setting) -> dict[str, Any]:
 
 def methods_ratio(setting: Setting, method: str, repeats: int) -> dict[str, Any]:
     """Time of `method`'s step over the time of our DPO step, alternating."""
-    import time
-
     from benchmarks.steps import OursStep
     from benchmarks.timing import Timing, synchronise
 
@@ -251,13 +251,18 @@ def standard(
             vocabulary=128_256,
         )
     report: dict[str, Any] = {"machine": machine(), "speed": []}
-    for setting, peers in (
-        (base, ["plain", "trl"]),
+    peers = ["plain", "trl"] if find_spec("trl") else ["plain"]
+    settings = [
+        (base, peers),
         (base.with_(prompt=(16, 16), completion=(256, 256)), ["plain"]),
         (base.with_(method="tdpo2"), ["plain"]),
-    ):
-        report["speed"].append(compare(setting, peers, repeats))
+    ]
+    if device == "cuda":
+        settings.append((base.with_(attention="flex_attention"), ["plain"]))
+    for setting, against in settings:
+        report["speed"].append(compare(setting, against, repeats))
         show(report["speed"][-1])
+        write_json(output / f"preference_step_{device}.json", report)
     report["tdpo2_over_dpo"] = methods_ratio(base, "tdpo2", repeats)
     report["memory"] = [compare_memory(MEMORY.with_(method=m, device=device)) for m in ("dpo", "tdpo2")]
     report["scaling"] = scaling(base.with_(prompt=(256, 256), completion=(80, 80)), max(3, repeats // 2))

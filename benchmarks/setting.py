@@ -25,6 +25,7 @@ class Setting:
     intermediate: int = 1024
     device: str = "cpu"
     precision: str = "float32"
+    attention: str = "sdpa"  # of our step; the peers always use sdpa
     seed: int = 0
 
     @property
@@ -36,6 +37,7 @@ class Setting:
             f"{self.method}, {self.pairs} pairs, prompts {_range(self.prompt)}, "
             f"completions {_range(self.completion)}, vocabulary {self.vocabulary:,}, hidden {self.hidden}, "
             f"{self.layers} layers, {self.precision}, {self.device}"
+            + ("" if self.attention == "sdpa" else f", ours with {self.attention}")
         )
 
     def with_(self, **changes: object) -> Setting:
@@ -46,7 +48,7 @@ def _range(bounds: tuple[int, int]) -> str:
     return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]}–{bounds[1]}"
 
 
-def build_model(setting: Setting) -> torch.nn.Module:
+def build_model(setting: Setting, attention: str = "sdpa") -> torch.nn.Module:
     """A llama with tied embeddings and random weights, the same for the same seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +60,7 @@ def build_model(setting: Setting) -> torch.nn.Module:
         intermediate_size=setting.intermediate,
         max_position_embeddings=max(2048, setting.prompt[1] + setting.completion[1]),
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     torch.manual_seed(setting.seed)
     return LlamaForCausalLM(config).to(setting.device, setting.dtype)

@@ -33,11 +33,10 @@ class OursStep:
         from tokengrain.scoring import prepare
         from tokengrain.scoring.reference import FrozenReference
 
-        self.policy = build_model(setting)
-        self.layout = layout
+        self.policy = build_model(setting, setting.attention)
         prepare(self.policy, layout=layout)
         self.needs_kl = setting.method == "tdpo2"
-        self.reference = FrozenReference(build_model(setting))
+        self.reference = FrozenReference(build_model(setting, setting.attention))
         self.batch = TokenBatch.from_samples(build_samples(setting)).to(setting.device)
         self.optimiser = optimiser_of(self.policy)
 

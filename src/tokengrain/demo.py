@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -201,21 +200,3 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['seconds']:.0f}",
         )
     return table
-
-
-def describe(metrics_file: Path) -> str:
-    """The demo's methods as a Markdown table, for the documentation."""
-    rows = json.loads(metrics_file.read_text(encoding="utf-8"))["methods"]
-    lines = [
-        "| | true reward | KL, nats | frontier share | win rate vs base (95 % CI) | credit ρ / AUC | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        credit = "–" if r["credit_spearman"] is None else f"{r['credit_spearman']:.2f} / {r['credit_auc']:.2f}"
-        share = f"{100 * r['frontier_share']:.0f} %" if r["kl"] > 0.01 else "–"
-        lines.append(
-            f"| {r['name']} | {r['true_reward']:.2f} ± {Z95 * r['true_reward_se']:.2f} | {r['kl']:.2f} | {share} "
-            f"| {100 * r['win_rate']:.0f} % ({100 * r['win_rate_low']:.0f}–{100 * r['win_rate_high']:.0f}) "
-            f"| {credit} | {r['seconds']:.0f} |"
-        )
-    return "\n".join(lines)

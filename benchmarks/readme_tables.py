@@ -1,0 +1,79 @@
+"""Fill the README's tables and picture from a finished demo and the benchmark's JSON.
+
+python -m benchmarks.readme_tables --demo runs/demo
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokengrain.files import read_json, write_text
+
+README = Path("README.md")
+PICTURE_SOURCES = ["DPO: policy", "T-REG: contrastive prompting", "T-REG: policy"]
+
+
+def demo_table(metrics: dict[str, Any]) -> str:
+    """The demo's methods as a Markdown table, with command, machine and date."""
+    lines = [
+        "| | true reward | KL, nats | frontier share | wins vs base (95 % CI) | credit ρ / AUC | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in metrics["methods"]:
+        credit = "–" if r["credit_spearman"] is None else f"{r['credit_spearman']:.2f} / {r['credit_auc']:.2f}"
+        share = f"{100 * r['frontier_share']:.0f} %" if r["kl"] > 0.01 else "–"
+        wins, low, high = (100 * r[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
+        lines.append(
+            f"| {r['name']} | {r['true_reward']:.2f} ± {1.96 * r['true_reward_se']:.2f} | {r['kl']:.2f} | {share} "
+            f"| {wins:.0f} % ({low:.0f}–{high:.0f}) | {credit} | {r['seconds']:.0f} |"
+        )
+    when = f"`make demo`, {metrics['date']}, {metrics['machine']}, torch {metrics['versions']['torch']}."
+    return "\n".join(
+        [*lines, "", f"{when} One seed; over five seeds: [docs/results/stories.md](docs/results/stories.md)."]
+    )
+
+
+def speed_table(report: dict[str, Any]) -> str:
+    """The benchmark's ratios as a Markdown table, with command, machine and date."""
+    lines = ["| setting | against | ours is × as fast (smallest–largest) |", "|---|---|---|"]
+    for result in report["speed"]:
+        for peer, ratio in result["faster_than"].items():
+            lines.append(
+                f"| {result['setting']} | {peer} | {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) |"
+            )
+    for row in report["memory"]:
+        lines.append(f"| memory: {row['setting']} | plain transformers | {row['share']:.2f} of its peak |")
+    m = report["machine"]
+    when = f"`{m['command']}`, {m['date']}, {m['gpu'] or m['cpu']}, {m['cores']} cores, torch {m['torch']}."
+    return "\n".join([*lines, "", f"{when} [All numbers](docs/results/preference_step_cpu.md)."])
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    filled, found = re.subn(pattern, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
+    if not found:
+        raise SystemExit(f"{README} has no markers for {name}")
+    return filled
+
+
+def main(
+    demo: Annotated[Path, typer.Option(help="folder of a finished demo")] = Path("runs/demo"),
+    speed: Annotated[Path, typer.Option(help="JSON of the benchmark")] = Path("docs/results/preference_step_cpu.json"),
+) -> None:
+    """Fill both tables and write the picture."""
+    from tokengrain.report import write_picture
+
+    text = README.read_text(encoding="utf-8")
+    text = fill(text, "demo-table", demo_table(read_json(demo / "metrics.json")))
+    text = fill(text, "speed-table", speed_table(read_json(speed)))
+    write_text(README, text)
+    write_picture(demo, "docs/images/demo.svg", sources=PICTURE_SOURCES)
+
+
+if __name__ == "__main__":
+    typer.run(main)
