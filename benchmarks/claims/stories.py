@@ -225,7 +225,7 @@ def page(results: list[dict[str, Any]], seeds: int, command: str) -> str:
         "the base model, frontier share is the part of the best reward possible at that KL.",
         "",
         "Differences are paired by seed, with a 95 % t interval. *seen* means that the interval excludes 0 on the "
-        "expected side (or contains 0 where no effect was expected).",
+        "expected side (or contains 0 where no effect was expected, however small the effect may be).",
     ]
     for regime, words in (("noisy", "1,000 pairs, slope 0.3"), ("clean", "4,000 pairs, slope 1")):
         if not any(r["regime"] == regime for r in results):
@@ -271,7 +271,8 @@ def main(
             future.result()
     results = [json.loads(line) for line in log.read_text().splitlines()]
     results = [r for r in results if r["seed"] < seeds and r["regime"] in regime]
-    command = f"python -m benchmarks.claims.stories --seeds {seeds}"
+    regimes = " ".join(f"--regime {name}" for name in regime)
+    command = f"python -m benchmarks.claims.stories --seeds {seeds} {regimes}"
     write_text(output / "stories.md", page(results, seeds, command))
     write_json(
         output / "stories.json",
