@@ -49,16 +49,15 @@ def page(found: dict[str, dict[str, Any]], command: str, threads: int) -> str:
         "Accuracy is the share of held-out pairs whose chosen completion gets the higher implicit reward, with a 95 % "
         "Wilson interval; KL is the mean forward KL to the starting policy per token, nats.",
         "",
-        "| method | held-out accuracy (95 % CI) | reward margin | KL | entropy before → after | seconds |",
-        "|---|---|---|---|---|---|",
+        "| method | held-out accuracy (95 % CI) | reward margin | KL | entropy before → after |",
+        "|---|---|---|---|---|",
     ]
     for method, metrics in found.items():
         final, before = metrics["final"], metrics["stages"]["train"]["before"]
         kl = f"{final['kl']:.3f}" if "kl" in final else "–"
         lines.append(
             f"| {method} | {final['accuracy']:.3f} ({final['accuracy_low']:.3f}–{final['accuracy_high']:.3f}) "
-            f"| {final['rewards/margins']:.3f} | {kl} | {before['entropy']:.2f} → {final['entropy']:.2f} "
-            f"| {metrics['seconds']:.0f} |"
+            f"| {final['rewards/margins']:.3f} | {kl} | {before['entropy']:.2f} → {final['entropy']:.2f} |"
         )
     intervals = [(m["final"]["accuracy_low"], m["final"]["accuracy_high"]) for m in found.values()]
     overlap = max(low for low, _ in intervals) <= min(high for _, high in intervals)
@@ -84,7 +83,7 @@ def main(
     with ThreadPoolExecutor(jobs) as pool:
         metrics = list(pool.map(lambda method: train(method, data, runs, threads), METHODS))
     found = dict(zip(METHODS, metrics, strict=True))
-    write_json(output / "hh.json", {m: {"final": v["final"], "seconds": v["seconds"]} for m, v in found.items()})
+    write_json(output / "hh.json", {m: v["final"] for m, v in found.items()})
     write_text(output / "hh.md", page(found, "python -m benchmarks.hh", threads))
     print((output / "hh.md").read_text())
 

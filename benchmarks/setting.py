@@ -77,3 +77,16 @@ def build_samples(setting: Setting) -> list[Sample]:
         Sample(tokens(setting.prompt), [Completion(tokens(setting.completion)) for _ in range(2)], row=row)
         for row in range(setting.pairs)
     ]
+
+
+def word_tokenizer(vocabulary: int) -> object:
+    """A tokenizer that TRL's constructor accepts; the rows are token ids already."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )

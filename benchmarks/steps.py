@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.setting import Setting, build_model, build_samples
+from benchmarks.setting import Setting, build_model, build_samples, word_tokenizer
 
 LEARNING_RATE = 1e-5
 BETA, ALPHA = 0.1, 0.5
@@ -170,16 +170,3 @@ def padded(setting: Setting) -> dict[str, Tensor]:
         attention[row, :end] = 1
         counted[row, len(prompt) : end] = 1
     return {"input_ids": ids, "attention_mask": attention, "counted": counted}
-
-
-def word_tokenizer(vocabulary: int) -> object:
-    """A tokenizer that TRL's constructor accepts; the rows are token ids already."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
