@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from functools import lru_cache
@@ -209,12 +210,11 @@ def _first_line(error: BaseException) -> str:
 def _near_path(path: str) -> str:
     if Path(path).is_dir():
         return ""
-    from tokengrain.callables import nearest
-
     parent = Path(path).parent
     if parent.is_dir() and str(parent) != ".":
         names = [p.name for p in parent.iterdir() if p.is_dir()]
-        return nearest(Path(path).name, names)
+        close = difflib.get_close_matches(Path(path).name, names, n=1)
+        return "; there is no such folder" + (f", did you mean {str(parent / close[0])!r}?" if close else "")
     hint = "the hub is not asked while HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "no such folder"
     return f"; {hint}"
 
