@@ -256,8 +256,15 @@ def _quiet() -> None:
     level = os.environ.get("TOKENGRAIN_LOG", "error").upper()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", level.lower())
     logging.basicConfig(level=getattr(logging, level, logging.ERROR), format="%(name)s: %(message)s")
+    warnings.showwarning = _show_warning
+    warnings.filterwarnings("once", module=r"tokengrain\b")
     if level == "ERROR":
         warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|datasets|accelerate)\b")
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """One line, without the place in the code that nobody here can change."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}")
 
 
 def main(arguments: list[str] | None = None) -> None:

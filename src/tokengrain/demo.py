@@ -61,6 +61,7 @@ def run_demo(
     from tokengrain.report import write_report
     from tokengrain.training.stages import run_recipe
     from tokengrain.worlds import load_world
+    from tokengrain.worlds.threads import single_thread
 
     output, console = Path(output), console or Console()
     _check_folder(output)
@@ -73,7 +74,7 @@ def run_demo(
     )
     world = load_world(WORLD)
     world.base_model()
-    with _progress(console) as progress:
+    with single_thread(), _progress(console) as progress:
         task = progress.add_task("base", total=len(METHODS) + 1)
         rows = [_row("base", "base", world.evaluate(world.reference, n=samples), seconds=0.0)]
         for method, title in METHODS.items():

@@ -13,8 +13,9 @@ from tokengrain.files import fingerprint, write_json
 from tokengrain.worlds.stories.grammar import Grammar
 from tokengrain.worlds.stories.pretraining import Pretraining, pretrain
 from tokengrain.worlds.stories.tokenizer import build_tokenizer
+from tokengrain.worlds.threads import single_thread
 
-FORMAT = 1
+FORMAT = 2
 """Raised when training changes in a way that its settings do not show: cached models are trained anew."""
 SETTINGS = {
     "full": Pretraining(),
@@ -61,7 +62,7 @@ def _train_into(folder: Path, grammar: Grammar, settings: Pretraining) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     temporary = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
     try:
-        with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+        with single_thread(), Progress(*columns, console=Console(file=sys.stderr)) as bar:
             task = bar.add_task("base model of world://stories (once per machine)", total=settings.steps)
             model, report = pretrain(grammar, settings, lambda step, _: bar.update(task, completed=step))
         model.save_pretrained(temporary)
