@@ -244,8 +244,8 @@ def page(results: list[dict[str, Any]], seeds: int, command: str) -> str:
         "",
         "All runs start from one base model, so the intervals say nothing about other base models. One other was tried "
         "by accident, with the demo (seed 0, 2026-11-20): pre-trained by the same code on two threads, which sums in "
-        "another order, it moved further at the same learning rate: DPO 1.74 at KL 2.28, TDPO2 1.79 at 0.89, T-REG 2.35 "
-        "at 3.55, TGDPO 1.57 at 4.82, that is, TGDPO *below* DPO. Pre-training now runs on one thread.",
+        "another order, it moved further at the same learning rate: DPO 1.74 at KL 2.28, TDPO2 1.79 at 0.89, "
+        "T-REG 2.35 at 3.55, TGDPO 1.57 at 4.82, that is, TGDPO *below* DPO. Pre-training now runs on one thread.",
     ]
     above = [r for r in results if r["share_low"] > 1]
     lines += [

@@ -55,13 +55,7 @@ def run_demo(
     Raises:
         RunError: `output` is not empty and not an earlier demo.
     """
-    from transformers import AutoModelForCausalLM
-
-    from tokengrain.recipe import load_recipe
     from tokengrain.report import write_report
-    from tokengrain.training.stages import run_recipe
-    from tokengrain.worlds import load_world
-    from tokengrain.worlds.threads import single_thread
 
     output, console = Path(output), console or Console()
     _check_folder(output)
@@ -72,18 +66,11 @@ def run_demo(
         "wrong.",
         highlight=False,
     )
-    world = load_world(WORLD)
-    world.base_model()
-    with single_thread(), _progress(console) as progress:
-        task = progress.add_task("base", total=len(METHODS) + 1)
-        rows = [_row("base", "base", world.evaluate(world.reference, n=samples), seconds=0.0)]
-        for method, title in METHODS.items():
-            progress.update(task, advance=1, description=title)
-            recipe = load_recipe(method, data=WORLD, overrides=[f"output_dir={output / method}"])
-            result = run_recipe(recipe, overwrite=overwrite, console=Console(quiet=True))
-            model = AutoModelForCausalLM.from_pretrained(result.model_path)
-            rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=_seconds(result.metrics)))
-        progress.update(task, advance=1, description="done")
+    try:
+        rows, world = _train_all(output, samples, overwrite, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; what was done is kept in {output}, and the same command goes on from there")
+        raise
     write_json(output / "credit_samples.json", _samples(output))
     write_json(output / "metrics.json", _metrics(rows, world, samples))
     report = write_report(output)
@@ -96,6 +83,30 @@ def run_demo(
     )
     console.print(f"\nReport:  {report}\nNumbers: {output / 'metrics.json'}", soft_wrap=True)
     return report
+
+
+def _train_all(output: Path, samples: int, overwrite: bool, console: Console) -> tuple[list[dict[str, Any]], Any]:
+    """One row of results per method, the base first; and the world."""
+    from transformers import AutoModelForCausalLM
+
+    from tokengrain.recipe import load_recipe
+    from tokengrain.training.stages import run_recipe
+    from tokengrain.worlds import load_world
+    from tokengrain.worlds.threads import single_thread
+
+    world = load_world(WORLD)
+    world.base_model()
+    with single_thread(), _progress(console) as progress:
+        task = progress.add_task("base", total=len(METHODS) + 1)
+        rows = [_row("base", "base", world.evaluate(world.reference, n=samples), seconds=0.0)]
+        for method, title in METHODS.items():
+            progress.update(task, advance=1, description=title)
+            recipe = load_recipe(method, model=WORLD, data=WORLD, overrides=[f"output_dir={output / method}"])
+            result = run_recipe(recipe, overwrite=overwrite, console=Console(quiet=True))
+            model = AutoModelForCausalLM.from_pretrained(result.model_path)
+            rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=_seconds(result.metrics)))
+        progress.update(task, advance=1, description="done")
+    return rows, world
 
 
 def _check_folder(output: Path) -> None:
