@@ -2,7 +2,7 @@
 
     python -m benchmarks.annotate_throughput
 
-Both sides score the same pairs in the same token budgets with the same two models; the order alternates.
+Both sides score the same pairs in the same token budgets with the same two models.
 """
 
 from __future__ import annotations

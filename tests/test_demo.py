@@ -15,7 +15,7 @@ from tokengrain.files import read_json
 SMALL = "world://stories?size=one-phrase&pairs=64"
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("TOKENGRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr(demo, "WORLD", SMALL)
