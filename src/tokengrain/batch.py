@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokengrain.packing import balanced, first_fit
+
 PromptRole = Literal["prefix", "encoder"]
 
 
@@ -316,10 +318,10 @@ class TokenBatch:
         completion_tokens = torch.zeros(self.n_prompts, dtype=torch.long, device=self.device)
         completion_tokens = completion_tokens.index_add(0, self.group, self.completion_offsets.diff())
         sizes = (self.prompt_offsets.diff() + completion_tokens).tolist()
-        count = max(parts, len(_first_fit(sizes, max_tokens)) if max_tokens is not None else 1)
-        bins = _balanced(sizes, min(count, len(sizes)))
+        count = max(parts, len(first_fit(sizes, max_tokens)) if max_tokens is not None else 1)
+        bins = balanced(sizes, min(count, len(sizes)))
         if max_tokens is not None and any(len(b) > 1 and sum(sizes[i] for i in b) > max_tokens for b in bins):
-            bins = _first_fit(sizes, max_tokens)
+            bins = first_fit(sizes, max_tokens)
             while len(bins) < min(parts, len(sizes)):
                 largest = max(bins, key=len)
                 bins.remove(largest)
@@ -350,30 +352,3 @@ def _gather_index(offsets: Tensor, segments: Iterable[int]) -> Tensor:
     ranges = [torch.arange(bounds[s], bounds[s + 1]) for s in segments]
     index = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
     return index.to(offsets.device)
-
-
-def _first_fit(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Largest first into the first bin with room: close to the fewest bins."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        for b, free in enumerate(room):
-            if sizes[index] <= free:
-                bins[b].append(index)
-                room[b] -= sizes[index]
-                break
-        else:
-            bins.append([index])
-            room.append(max_tokens - sizes[index])
-    return [sorted(b) for b in bins]
-
-
-def _balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Largest first into the emptiest of `count` bins: even memory."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    load = [0] * count
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        b = min(range(count), key=lambda k: (load[k], k))
-        bins[b].append(index)
-        load[b] += sizes[index]
-    return [sorted(b) for b in bins]

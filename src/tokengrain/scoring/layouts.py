@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import TokenBatch
+from tokengrain.packing import first_fit
 
 Layout = Literal["auto", "shared", "separate"]
 PACK_MULTIPLE = 128  # FlexAttention's block
@@ -170,16 +171,8 @@ def _trees(source: _Source, prompt: int, layout: Layout, costs: RowCosts) -> lis
 
 
 def _packed(trees: Sequence[_Tree], limit: int | None) -> list[list[_Tree]]:
-    """Largest first into the first row with room."""
-    rows: list[list[_Tree]] = []
-    for tree in sorted(trees, key=lambda t: -t.length):
-        for row in rows:
-            if limit is None or sum(t.length for t in row) + tree.length <= limit:
-                row.append(tree)
-                break
-        else:
-            rows.append([tree])
-    return rows
+    """Trees in as few rows as fit the limit."""
+    return [[trees[i] for i in row] for row in first_fit([t.length for t in trees], limit)]
 
 
 def _buckets(trees: Sequence[_Tree], costs: RowCosts, causal: bool, max_row_tokens: int | None) -> list[list[_Tree]]:
