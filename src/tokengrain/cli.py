@@ -267,6 +267,13 @@ def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}")
 
 
+def _leave_processes() -> None:
+    """Close the process group of a launcher: its threads must not outlive the interpreter."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Status 2: an error the user can act on; 130: stopped by the user."""
     _quiet()
@@ -274,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         # The status, where typer stopped by itself (after --help, after Ctrl-C); a command returns nothing.
         status = app(args=arguments, prog_name="tokengrain", standalone_mode=False) or 0
+        if status == 0:
+            _leave_processes()
     except TokengrainError as error:
         rank = os.environ.get("RANK", "0")
         where = f" (process {rank})" if rank != "0" else ""

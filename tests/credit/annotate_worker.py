@@ -98,3 +98,6 @@ def run(output: str | Path, seconds: float = 0.0, **options: object) -> PlainLla
 
 if __name__ == "__main__":
     run(sys.argv[1], float(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        # Its threads must not outlive the interpreter: "terminate called without an active exception".
+        torch.distributed.destroy_process_group()
