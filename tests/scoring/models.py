@@ -70,8 +70,8 @@ SEPARATE: dict[str, dict[str, Any]] = {
 EVERY = {**SHARING, **SEPARATE}
 
 
-def tiny(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
-    """A random model in training mode (no dropout), the same every time."""
+def tiny(name: str, *, dtype: torch.dtype = torch.float64, scorer: bool = False, **changes: Any) -> nn.Module:
+    """A random model in training mode (no dropout), the same every time; `scorer`: for tokens, with one label."""
     settings = {**COMMON, **EVERY[name], **changes}
     config = transformers.AutoConfig.for_model(settings.pop("model_type", name), **settings)
     for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
@@ -79,9 +79,12 @@ def tiny(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> nn
             setattr(config, dropout, 0.0)
     if hasattr(config, "num_local_experts"):
         config._experts_implementation = "eager"  # the grouped product has no float64
+    if scorer:
+        config.num_labels = changes.get("num_labels", 1)
+        config.classifier_dropout = changes.get("classifier_dropout", 0.0)
+    auto = transformers.AutoModelForTokenClassification if scorer else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    return model.to(dtype)
+    return auto.from_config(config).to(dtype)
 
 
 def batch_of(*lengths: tuple[int, tuple[int, ...]], holes: bool = False, seed: int = 0) -> TokenBatch:

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from tests.scoring.models import batch_of, standard_batch, tiny
-from tokengrain.scoring import Distribution, Head, distribution_of, head_quantities, prepare, score
+from tokengrain.scoring import (
+    Distribution,
+    Head,
+    Teacher,
+    distribution_of,
+    head_quantities,
+    prepare,
+    reference_head_quantities,
+    score,
+)
 
 WANT = ("logps", "entropy", "kl")
 # FlexAttention wants heads of at least 16.
@@ -81,3 +90,29 @@ def test_the_fused_head_never_holds_all_logits():
     gradients = h.numel() * 4 + weight.numel() * 4
     peak = torch.cuda.max_memory_allocated() - before - gradients
     assert peak < tokens * vocabulary * 4, f"{peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_kl_to_a_teacher_never_holds_all_logits(weights):
+    """Student, target and contrast in chunks: a quarter of the ten `[N, V]` tensors a plain version holds."""
+    tokens, vocabulary, hidden = 4096, 128_256, 512
+    torch.backends.cuda.matmul.allow_tf32 = False
+    h = torch.randn(tokens, hidden, device="cuda", dtype=weights, requires_grad=True)
+    weight = (torch.randn(vocabulary, hidden, device="cuda", dtype=weights) / 20).requires_grad_()
+    near = [weight.detach() + torch.randn_like(weight) / 200 for _ in range(2)]
+    teacher = Teacher(*(Distribution(h.detach(), Head(w)) for w in near), slope=20.0, offset=1e-3)
+    labels = torch.randint(vocabulary, (tokens,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = head_quantities(h, Head(weight), labels, ("logps", "teacher_kl"), None, teacher)
+    out["teacher_kl"].sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 2.5 * tokens * vocabulary * 4, f"{peak / 2**20:.0f} MiB"
+    few = slice(64)
+    slow = reference_head_quantities(
+        h[few].double(), Head(weight.double()), labels[few], ("teacher_kl",), None,
+        teacher.map(lambda d: Distribution(d.hidden[few].double(), Head(d.head.weight.double()))),
+    )  # fmt: skip
+    for name in ("tvd", "teacher_alpha", "teacher_reward"):
+        torch.testing.assert_close(out[name][few].double(), slow[name], rtol=1e-4, atol=1e-4)

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from tests.scoring.models import batch_of, gradients, tiny
 from tests.scoring.test_reference import lora
 from tokengrain.batch import TokenBatch
-from tokengrain.scoring import AdapterOffReference, FrozenReference, distribution_of, score
+from tokengrain.scoring import (
+    AdapterOffReference,
+    AdapterReference,
+    FrozenReference,
+    Teacher,
+    distribution_of,
+    score,
+)
 
 WANT = ("logps", "entropy", "kl")
 
@@ -66,6 +73,38 @@ def ddp_peft(rank: int) -> None:
     wrapped = nn.parallel.DistributedDataParallel(model)
     got = gradients(wrapped, outputs(wrapped, batches()[rank], AdapterOffReference(wrapped)))
     compare({n.removeprefix("module."): g for n, g in got.items()}, expected)
+
+
+def ddp_adapters(rank: int) -> None:
+    """Student and teachers are adapters of one base, inside DDP."""
+    from tests.scoring.test_distil import three_adapters
+
+    def taught(model: nn.Module, batch: TokenBatch) -> dict[str, Tensor]:
+        references = [AdapterReference(model, name) for name in ("dpo", "reverse")]
+        target, contrast = (r(batch, ("distribution",)).distribution for r in references)
+        teacher = Teacher(target, contrast, slope=6.0, offset=1e-3)
+        return {"teacher_kl": score(model, batch, ("teacher_kl",), teacher=teacher).teacher_kl}
+
+    model, _ = three_adapters()
+    plain = copy.deepcopy(model)
+    parts = [gradients(plain, taught(plain, batch)) for batch in batches()]
+    expected = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        got = gradients(wrapped, taught(wrapped, batches()[rank]))
+        compare({n.removeprefix("module."): g for n, g in got.items()}, expected)
+
+
+def ddp_scorer(rank: int) -> None:
+    model = tiny("llama", scorer=True)
+    plain = copy.deepcopy(model)
+    want = ("token_scores",)
+    parts = [gradients(plain, {"x": score(plain, batch, want).token_scores}) for batch in batches()]
+    expected = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        got = gradients(wrapped, {"x": score(wrapped, batches()[rank], want).token_scores})
+        compare({n.removeprefix("module."): g for n, g in got.items()}, expected)
 
 
 def fsdp(
@@ -129,7 +168,10 @@ FSDP_CASES: list[dict[str, Any]] = [
     {"tied": False, "own_head": True},
     {"bf16": True},
 ]
-CASES = {"ddp": [(ddp, {}), (ddp_peft, {})], "fsdp2": [(fsdp, kwargs) for kwargs in FSDP_CASES]}
+CASES = {
+    "ddp": [(ddp, {}), (ddp_peft, {}), (ddp_adapters, {}), (ddp_scorer, {})],
+    "fsdp2": [(fsdp, kwargs) for kwargs in FSDP_CASES],
+}
 
 
 @pytest.mark.parametrize("name", CASES)

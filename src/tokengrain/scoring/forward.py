@@ -1,6 +1,6 @@
 """What runs inside the model's forward: rows through the decoder, then the head on what counts.
 
-`prepare` makes a causal language model's `forward` accept `token_batch=ScoreRequest(...)` and hand it to
+`prepare` makes a model's `forward` accept `token_batch=ScoreRequest(...)` and hand it to
 `run`. Being inside `forward`, the hooks of DDP, FSDP2 and accelerate have fired and gradients flow through
 the returned dict.
 """
@@ -18,10 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring.fused import CHUNK_BYTES, head_quantities
+from tokengrain.scoring.chunks import CHUNK_BYTES
+from tokengrain.scoring.classifier import CLASSIFIER_WANTS, is_token_classifier, scores_of_hidden, scores_of_logits
+from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Distribution, Head, logits_quantities
+from tokengrain.scoring.head_modules import live_head, raw_logits
 from tokengrain.scoring.layouts import Layout, RowCosts, Rows, plan_rows
 from tokengrain.scoring.masks import MaskForm, build_masks
+from tokengrain.scoring.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class ScoreRequest:
     want: frozenset[str]
     plan: ModelPlan
     reference: Distribution | None = None
+    teacher: Teacher | None = None
     layout: Layout = "auto"
     max_row_tokens: int | None = None
     chunk_tokens: int | None = None
@@ -80,7 +85,9 @@ def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -
         hidden, labels = _hidden(lm, request), request.batch.labels.to(device_of(lm))
         out = {"hidden": hidden} if "hidden" in request.want else {}
         if "raw_logits" in request.want:
-            out["raw_logits"] = _raw_logits(lm, hidden)
+            out["raw_logits"] = raw_logits(lm, hidden)
+        if is_token_classifier(lm):
+            return out | {name: scores_of_hidden(lm, hidden) for name in CLASSIFIER_WANTS if name in request.want}
         return out | _head_quantities(lm, request, hidden, labels)
 
 
@@ -104,6 +111,7 @@ def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
         max_row_tokens=request.max_row_tokens,
         one_forward=request.one_forward,
         pack=pack,
+        itself=is_token_classifier(lm) and "values" not in request.want,
     )
     return [r.to(device) for r in rows]
 
@@ -164,7 +172,7 @@ def decoder_of(lm: nn.Module) -> nn.Module:
 
 
 def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
-    """Last hidden states `[N, H]` at the positions that predict the counted tokens."""
+    """Last hidden states `[N, H]` at the positions that predict the counted tokens (for token scores: that are them)."""
     decoder = decoder_of(lm)
     parts, targets = [], []
     for rows in rows_of(lm, request):
@@ -187,50 +195,11 @@ def _in_order(parts: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def _head_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    head = live_head(lm, request.plan)
+    head = live_head(lm, request.plan.scale, request.plan.softcap)
     if head is not None:
-        return head_quantities(hidden, head, labels, request.want, request.reference, chunk_tokens=request.chunk_tokens)
+        given = request.reference, request.teacher
+        return head_quantities(hidden, head, labels, request.want, *given, chunk_tokens=request.chunk_tokens)
     return _module_quantities(lm, request, hidden, labels)
-
-
-def live_head(lm: nn.Module, plan: ModelPlan) -> Head | None:
-    """The head with its live weight, or None if its module is more than a matrix (adapters, quantisation)."""
-    linear = plain_linear(lm.get_output_embeddings())  # type: ignore[operator]
-    if linear is None:
-        return None
-    bias = None if linear.bias is None else _whole(linear.bias)
-    return Head(_whole(linear.weight), bias, plan.scale, plan.softcap)
-
-
-def plain_linear(module: Any) -> nn.Linear | None:
-    """The `nn.Linear` that `module` amounts to at the moment, looking through PEFT's wrappers."""
-    if getattr(module, "disable_adapters", False) and not getattr(module, "merged", False):
-        # PEFT: a tuner layer keeps its `base_layer`, a trained copy its `original_module`.
-        return plain_linear(getattr(module, "base_layer", None) or getattr(module, "original_module", None))
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        return plain_linear(module.modules_to_save[module.active_adapters[0]]) if module.active_adapters else None
-    forward = getattr(type(module), "forward", None)
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward and "forward" not in vars(module):
-        return module
-    return None
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """A sharded parameter gathered; its gradient is averaged over ranks, as FSDP does with all the others."""
-    from torch.distributed.tensor import DTensor, Partial
-
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
-def _raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits before scaling and capping, `[N, V]`; for the probe."""
-    linear = plain_linear(lm.get_output_embeddings())  # type: ignore[operator]
-    if linear is None:
-        return lm.get_output_embeddings()(hidden)  # type: ignore[operator]
-    bias = None if linear.bias is None else _whole(linear.bias)
-    return nn.functional.linear(hidden.to(linear.weight.dtype), _whole(linear.weight), bias)
 
 
 def _module_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -239,20 +208,22 @@ def _module_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, lab
     finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish
     names = request.want - {"hidden", "raw_logits"}
 
-    def chunk(part: Tensor, part_labels: Tensor, reference: Distribution | None) -> dict[str, Tensor]:
-        return logits_quantities(finish(module(part)), part_labels, names, reference)
+    def chunk(span: slice) -> dict[str, Tensor]:
+        return logits_quantities(finish(module(hidden[span])), labels[span], names, *_given_at(request, span))
 
     room = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     rows = request.chunk_tokens or max(1, room // (4 * text_config(lm).vocab_size))
     outs: list[dict[str, Tensor]] = []
     for start in range(0, max(len(labels), 1), rows):
         span = slice(start, start + rows)
-        part = request.reference and Distribution(request.reference.hidden[span], request.reference.head)
-        if torch.is_grad_enabled():
-            outs.append(checkpoint(chunk, hidden[span], labels[span], part, use_reentrant=False))
-        else:
-            outs.append(chunk(hidden[span], labels[span], part))
+        outs.append(checkpoint(chunk, span, use_reentrant=False) if torch.is_grad_enabled() else chunk(span))
     return {name: torch.cat([o[name] for o in outs]) for name in outs[0]}
+
+
+def _given_at(request: ScoreRequest, tokens: Tensor | slice) -> tuple[Distribution | None, Teacher | None]:
+    """Reference and teacher at some of the tokens."""
+    reference, teacher = request.reference, request.teacher
+    return reference and reference.at(tokens), teacher and teacher.map(lambda d: d.at(tokens))
 
 
 def quantities_from_logits(
@@ -267,12 +238,14 @@ def quantities_from_logits(
         name, reason = type(lm).__name__, request.plan.reason
         raise ModelError(f"the last hidden states of {name} are not available: {reason}")
     labels = request.batch.labels.to(device_of(lm))
-    outs, targets, reference = [], [], request.reference
+    outs, targets = [], []
     for rows in rows_of(lm, request):
         logits = own_logits(rows.input_ids, (rows.tree >= 0).long())[:, -rows.input_ids.shape[1] :]
         flat = logits.reshape(-1, logits.shape[-1]).index_select(0, rows.source)
-        part = reference and Distribution(reference.hidden[rows.target], reference.head)
-        outs.append(logits_quantities(flat, labels[rows.target], request.want, part))
+        if is_token_classifier(lm):
+            outs.append({name: scores_of_logits(flat) for name in CLASSIFIER_WANTS if name in request.want})
+        else:
+            outs.append(logits_quantities(flat, labels[rows.target], request.want, *_given_at(request, rows.target)))
         targets.append(rows.target)
     return {name: _in_order([o[name] for o in outs], targets) for name in outs[0]}
 

@@ -1,4 +1,4 @@
-"""`prepare`: make a causal language model accept batches of tokens, whatever it is wrapped in."""
+"""`prepare`: make a model accept batches of tokens, whatever it is wrapped in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from tokengrain.errors import ModelError
+from tokengrain.scoring.classifier import checked_classifier, is_token_classifier
 from tokengrain.scoring.forward import ModelPlan, run, text_config
 from tokengrain.scoring.layouts import Layout
 from tokengrain.scoring.probe import probe
@@ -29,16 +30,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: nothing there has output embeddings, or it is an encoder-decoder.
     """
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        elif isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config"):
-            inner = inner.module
-        else:
-            break
+    inner: Any = _unwrapped(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None:
         raise ModelError(
@@ -48,6 +40,29 @@ def causal_lm(model: nn.Module) -> nn.Module:
     if getattr(inner.config, "is_encoder_decoder", False):
         raise ModelError(f"{type(inner).__name__} is an encoder-decoder; expected a causal language model")
     return inner
+
+
+def scored_model(model: nn.Module) -> nn.Module:
+    """The causal language model in `model`, or the token-classification model with one label.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    inner = _unwrapped(model)
+    return checked_classifier(inner) if is_token_classifier(inner) else causal_lm(inner)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config"):
+            inner = inner.module
+        else:
+            return inner
 
 
 def prompt_learning(model: nn.Module) -> nn.Module | None:
@@ -110,14 +125,15 @@ def signature(lm: nn.Module) -> tuple[Any, ...]:
 
 
 def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
-    """Install the scoring forward on the causal language model in `model` and find out how to score it.
+    """Install the scoring forward on the model in `model` and find out how to score it.
 
     A tiny probe compares our head with the model's own logits, and shared prompts with separate rows. Where
     they differ, or the model cannot take shared rows, a warning says so once and the slower way is used. The
     probe runs in evaluation mode without gradients and leaves training mode and random numbers alone.
 
     Args:
-        model: a Hugging Face causal language model, plain or wrapped (PEFT, DDP, FSDP2, accelerate).
+        model: a Hugging Face causal language model, or a token-classification model with one label, plain or
+            wrapped (PEFT, DDP, FSDP2, accelerate).
         layout: "auto" shares prompts where the model can and it pays; "shared" insists; "separate" never
             does. It becomes the default of `score` for this model. None: as before, at first "auto".
 
@@ -125,9 +141,9 @@ def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
         The plan. It is kept on the model: calling again costs nothing.
 
     Raises:
-        ModelError: not a causal language model, or layout="shared" for a model that cannot share.
+        ModelError: another kind of model, or layout="shared" for a model that cannot share.
     """
-    lm = causal_lm(model)
+    lm = scored_model(model)
     plan = plan_for(model, lm, layout)
     if layout is not None:
         vars(lm)[TOLD] = layout
@@ -135,7 +151,7 @@ def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
 
 
 def plan_for(model: nn.Module, lm: nn.Module, layout: Layout | None) -> ModelPlan:
-    """The plan of `lm`, the causal language model in `model`, for one layout (None: the model's default)."""
+    """The plan of `lm`, the model that is scored in `model`, for one layout (None: the model's default)."""
     layout = layout or vars(lm).get(TOLD, "auto")
     if layout not in ("auto", "shared", "separate"):
         raise ModelError(f"unknown layout; got {layout!r}, expected 'auto', 'shared' or 'separate'")

@@ -8,11 +8,13 @@ A *tree* is a prompt with some of its completions; a row holds one tree (or seve
 Position ids restart at the prompt's end for every completion, and a completion attends to its prompt and
 itself (`tokengrain.scoring.masks`). The token at offset t of a completion is predicted by the token before
 it: the prompt's last token for t = 0, whichever completion it is. This module is the only place that knows.
-Tokens after the last counted one predict nothing that counts and are left out of the rows.
+Tokens after the last counted one predict nothing that counts and are left out of the rows. Scores of tokens that
+were read are asked for at the token itself ("itself" below), which is then in the rows too.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -60,7 +62,7 @@ class Rows:
         tree: long `[B, L]`, which prompt of the row a token belongs to; -1 for padding.
         branch: long `[B, L]`, 0 in the prompt, k in its k-th completion.
         position: long `[B, L]`, the logical position, 0 at the prompt's first token.
-        source: long `[n]`, flat position in `[B * L]` that predicts a counted token.
+        source: long `[n]`, flat position in `[B * L]` that predicts a counted token (or is it).
         target: long `[n]`, index of that counted token in the batch's flat vectors.
         causal: whether every row is one plain text, so that no mask is needed.
     """
@@ -92,7 +94,8 @@ class _Tree:
 class _Source:
     """The batch's lengths as Python numbers, and its ids on the CPU."""
 
-    def __init__(self, batch: TokenBatch) -> None:
+    def __init__(self, batch: TokenBatch, itself: bool = False) -> None:
+        self.itself = itself
         self.prompt_ids, self.completion_ids = batch.prompt_ids.cpu(), batch.completion_ids.cpu()
         self.counted = batch.counted.cpu()
         self.prompt_bounds = batch.prompt_offsets.tolist()
@@ -108,8 +111,8 @@ class _Source:
                 raise ValueError(f"row {row}: the prompt is empty, so nothing predicts the first token")
 
     def _kept(self) -> list[int]:
-        """Tokens of each completion that predict a counted one: up to, not including, the last counted."""
-        offsets = torch.arange(len(self.counted))
+        """Tokens of each completion that predict a counted one (or are one): up to the last counted."""
+        offsets = torch.arange(len(self.counted)) + int(self.itself)
         last = torch.where(self.counted, offsets, -1)
         return [max(int(last[a:b].max()) - a, 0) if b > a else 0 for a, b in zip(self.bounds, self.bounds[1:])]
 
@@ -129,6 +132,7 @@ def plan_rows(
     max_row_tokens: int | None = None,
     one_forward: bool = False,
     pack: bool = False,
+    itself: bool = False,
 ) -> list[Rows]:
     """Lay a batch out in rectangles, one forward pass each, on the CPU.
 
@@ -139,11 +143,12 @@ def plan_rows(
         max_row_tokens: bound on B * L of one forward pass (a single longer row still runs).
         one_forward: put everything into one rectangle: ranks that shard a model must run equally many.
         pack: put several trees into one row (FlexAttention skips what is masked).
+        itself: counted tokens are looked up at themselves and not where they are predicted.
 
     Raises:
         ValueError: an empty prompt.
     """
-    source = _Source(batch)
+    source = _Source(batch, itself)
     trees = [t for g in range(batch.n_prompts) for t in _trees(source, g, layout, costs)]
     if pack:
         limit = None if one_forward else max_row_tokens
@@ -178,9 +183,12 @@ def _packed(trees: Sequence[_Tree], limit: int | None) -> list[list[_Tree]]:
 def _buckets(trees: Sequence[_Tree], costs: RowCosts, causal: bool, max_row_tokens: int | None) -> list[list[_Tree]]:
     """Cut trees, longest first, into rectangles of least total cost (dynamic programming over the cuts)."""
     best: list[tuple[float, int]] = [(0.0, 0)]
+    # Without a limit it never pays to cut between trees of one length: the later part takes the others in for no more.
+    limited = max_row_tokens is not None
+    starts = [i for i, t in enumerate(trees) if i == 0 or limited or t.length != trees[i - 1].length]
     for end in range(1, len(trees) + 1):
         options = []
-        for start in range(end):
+        for start in starts[: bisect_left(starts, end)]:
             rows, width = end - start, trees[start].length
             if rows == 1 or max_row_tokens is None or rows * width <= max_row_tokens:
                 options.append((best[start][0] + costs.chunk(rows, width, causal=causal), start))
@@ -231,16 +239,12 @@ def _tree_tensors(source: _Source, tree: _Tree) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _predictors(source: _Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
-    """For each completion: positions in the tree that predict its counted tokens, and their flat indices."""
+    """For each completion: positions in the tree that predict its counted tokens (or are them), and flat indices."""
     prompt = source.prompt_length(tree.prompt)
     out, base = [], prompt
     for c in tree.completions:
         offsets = source.counted[source.bounds[c] : source.bounds[c + 1]].nonzero().squeeze(1)
-        out.append(
-            (
-                torch.where(offsets == 0, prompt - 1, base + offsets - 1),
-                torch.arange(source.flat_bounds[c], source.flat_bounds[c + 1]),
-            )
-        )
+        at = base + offsets if source.itself else torch.where(offsets == 0, prompt - 1, base + offsets - 1)
+        out.append((at, torch.arange(source.flat_bounds[c], source.flat_bounds[c + 1])))
         base += source.kept[c]
     return out

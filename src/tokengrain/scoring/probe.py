@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
+from tokengrain.scoring.classifier import is_token_classifier
 from tokengrain.scoring.forward import (
     ModelPlan,
     ScoreRequest,
@@ -37,7 +38,8 @@ def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
     """
     call = _without_ddp(model)
     with evaluating(call), _same_random_numbers(device_of(lm)):
-        plan = _head_plan(call, lm, ModelPlan("separate"))
+        find = _score_head_plan if is_token_classifier(lm) else _head_plan
+        plan = find(call, lm, ModelPlan("separate"))
         if plan.head == "fused" and sharing:
             plan = _sharing_plan(call, lm, plan)
     return plan
@@ -96,42 +98,81 @@ def _request(batch: TokenBatch, plan: ModelPlan, layout: Layout, *want: str) -> 
     return ScoreRequest(batch, frozenset(want), plan, layout=layout, one_forward=True)
 
 
+def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tensor, torch.dtype | None, str | None]:
+    """The model's own logits `[1, L, V]` of one text, its decoder's autocast type, and why it has no decoder."""
+    text = torch.cat([batch.prompt(0), batch.completion(0)])[None].to(device_of(lm))
+    seen: list[torch.dtype | None] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        device = device_of(lm).type
+        seen.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+
+    hook, missing = None, None
+    try:
+        hook = decoder_of(lm).register_forward_pre_hook(look, with_kwargs=True)
+    except ModelError as error:
+        missing = str(error)
+    try:
+        own = call(input_ids=text).logits
+    except Exception as error:
+        raise ModelError(f"{type(lm).__name__} does not run on token ids alone: {_short(error)}") from error
+    finally:
+        if hook is not None:
+            hook.remove()
+    return own, (seen[0] if seen else None), missing
+
+
 def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     """Compares the decoder and our head with the model's own logits on one short text."""
     config = text_config(lm)
     vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
     batch = probe_batch(config, vocab, None, lengths=((5, (5,)),))
-    text = torch.cat([batch.prompt(0), batch.completion(0)[:-1]])[None].to(device_of(lm))
-    seen: dict[str, Any] = {}
-
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        device = device_of(lm).type
-        seen["autocast"] = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-    try:
-        hook = decoder_of(lm).register_forward_pre_hook(look, with_kwargs=True)
-    except ModelError as error:
-        return replace(plan, head="logits", reason=str(error))
-    try:
-        own = call(input_ids=text).logits[0, batch.prompt_ids.numel() - 1 :]
-    except Exception as error:
-        raise ModelError(f"{type(lm).__name__} does not run on token ids alone: {_short(error)}") from error
-    finally:
-        hook.remove()
-    plan = replace(plan, autocast=seen.get("autocast"))
+    own, autocast, missing = _own_logits(call, lm, batch)
+    if missing is not None:
+        return replace(plan, head="logits", reason=missing)
+    plan = replace(plan, autocast=autocast)
     try:
         raw = call(token_batch=_request(batch, plan, "separate", "raw_logits"))["raw_logits"]
     except Exception as error:
         return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
-    tolerance = TOLERANCE[plan.autocast or lm.get_input_embeddings().weight.dtype]  # type: ignore[operator]
+    own = own[0, batch.prompt_ids.numel() - 1 : -1]
     best, (scale, softcap) = min((_logit_error(raw, own, s, c), (s, c)) for s, c in _head_forms(config))
-    if best > tolerance:
+    if best > TOLERANCE[_dtype(lm, plan)]:
         return replace(
             plan,
             head="logits",
             reason=f"its logits are not its head's alone (difference {best:.2g})",
         )
     return replace(plan, scale=scale, softcap=softcap)
+
+
+def _dtype(lm: nn.Module, plan: ModelPlan) -> torch.dtype:
+    """The type the model computes in."""
+    return plan.autocast or lm.get_input_embeddings().weight.dtype  # type: ignore[operator]
+
+
+def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
+    """`_head_plan` for a token-classification model, which must not look at later tokens either."""
+    vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    short, batch = (probe_batch(text_config(lm), vocab, None, lengths=((5, (n,)),)) for n in (3, 5))
+    (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
+    tolerance = TOLERANCE[_dtype(lm, replace(plan, autocast=autocast))]
+    size = float(own.abs().max().clamp_min(1e-30))
+    if float((own[:, : start.shape[1]] - start).abs().max()) > tolerance * size:
+        raise ModelError(
+            f"a token's score by {type(lm).__name__} depends on later tokens; expected a decoder such as Llama or Qwen"
+        )
+    if missing is not None:
+        return replace(plan, head="logits", reason=missing)
+    plan = replace(plan, autocast=autocast)
+    try:
+        ours = call(token_batch=_request(batch, plan, "separate", "token_scores"))["token_scores"]
+    except Exception as error:
+        return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
+    difference = float((ours - own[0, batch.prompt_ids.numel() :, 0]).abs().max()) / size
+    if difference > tolerance:
+        return replace(plan, head="logits", reason=f"its scores are not its head's alone (difference {difference:.2g})")
+    return plan
 
 
 def _head_forms(config: Any) -> list[tuple[float, float]]:
@@ -164,7 +205,7 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
     batch = probe_batch(config, vocab, _window(config))
     separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
-    dtype = plan.autocast or lm.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    dtype = _dtype(lm, plan)
     reason = ""
     for form in forms:
         trial = replace(plan, masks=form)

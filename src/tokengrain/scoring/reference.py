@@ -1,4 +1,4 @@
-"""Frozen quantities of a reference: a copy of the model, its adapter switched off, or stored columns."""
+"""Frozen quantities of a reference: another model, an adapter switched off or for another one, stored columns."""
 
 from __future__ import annotations
 
@@ -66,20 +66,38 @@ class AdapterOffReference:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._peft()
+        _peft_of(model)
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
-        with _adapter_off(self._peft()):
+        peft = _peft_of(self.model)
+        with _gradients_required_as_before(peft), peft.disable_adapter():
             return _score_frozen(self.model, batch, want)
 
-    def _peft(self) -> Any:
-        inner: Any = self.model
-        while inner is not None and not hasattr(inner, "disable_adapter"):
-            inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            name = type(self.model).__name__
-            raise ModelError(f"{name} has no adapter to switch off; expected a PEFT model")
-        return inner
+
+class AdapterReference:
+    """A PEFT model with another of its adapters active: several models over one set of weights.
+
+    The model that is trained keeps its active adapter, its mode and what requires gradients, on errors too. A
+    `Distribution` it gives holds the base model's own head, or that of the adapter if the adapter has one.
+
+    Args:
+        model: a `PeftModel`, possibly inside DDP, FSDP2 or `torch.compile`.
+        adapter: the adapter's name, as in `model.load_adapter(path, adapter)`.
+
+    Raises:
+        ModelError: there is no PEFT model in it, or none of its adapters has that name.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        self.model, self.adapter = model, adapter
+        names = list(_peft_of(model).peft_config)
+        if adapter not in names:
+            raise ModelError(f"unknown adapter; got {adapter!r}, expected one of {names}")
+
+    def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
+        peft = _peft_of(self.model)
+        with _gradients_required_as_before(peft), _adapter_on(peft, self.adapter):
+            return _score_frozen(self.model, batch, want)
 
 
 class ColumnReference:
@@ -134,14 +152,37 @@ def _score_frozen(model: nn.Module, batch: TokenBatch, want: Collection[str]) ->
     return out
 
 
+def _peft_of(model: nn.Module) -> Any:
+    inner: Any = model
+    while inner is not None and not hasattr(inner, "disable_adapter"):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    if inner is None:
+        raise ModelError(f"{type(model).__name__} has no adapter to switch; expected a PEFT model")
+    return inner
+
+
 @contextlib.contextmanager
-def _adapter_off(peft: Any) -> Iterator[None]:
-    """PEFT's context, and afterwards what required gradients before does so again, and nothing else."""
+def _gradients_required_as_before(peft: Any) -> Iterator[None]:
+    """Afterwards, what required gradients before does so again, and nothing else: PEFT's switches change it."""
     before = [(p, p.requires_grad) for p in peft.parameters()]
     try:
-        with peft.disable_adapter():
-            yield
+        yield
     finally:
         for parameter, required in before:
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def _adapter_on(peft: Any, adapter: str) -> Iterator[None]:
+    """Another adapter active. Every layer remembers its own active one, and gets that back."""
+    if any(vars(m).get("merged_adapters") for m in peft.modules()):
+        raise ModelError("its adapters are merged into the weights, so another cannot be used; unmerge them first")
+    names = ("active_adapter", "_active_adapter")
+    before = [(m, name, vars(m)[name]) for m in peft.modules() for name in names if name in vars(m)]
+    try:
+        peft.set_adapter(adapter)
+        yield
+    finally:
+        for module, name, active in before:
+            setattr(module, name, active)

@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
+from tokengrain.scoring.classifier import CLASSIFIER_WANTS, is_token_classifier
 from tokengrain.scoring.forward import (
     ScoreRequest,
     device_of,
     evaluating,
-    live_head,
     quantities_from_logits,
     text_config,
 )
 from tokengrain.scoring.head import Distribution, Head
-from tokengrain.scoring.install import causal_lm, plan_for, prompt_learning
+from tokengrain.scoring.head_modules import live_head
+from tokengrain.scoring.install import causal_lm, plan_for, prompt_learning, scored_model
 from tokengrain.scoring.layouts import Layout
+from tokengrain.scoring.teacher import Teacher
 
-Want = Literal["logps", "entropy", "hidden", "kl"]
-WANTS = ("logps", "entropy", "hidden", "kl")
+Want = Literal["logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values"]
+WANTS = ("logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values")
 
 
 @dataclass
@@ -36,12 +38,24 @@ class Scores:
         entropy: `[N]` entropy of the distribution it was drawn from, nats.
         hidden: `[N, H]` last hidden state (after the final norm) that predicts it.
         kl: `[N]` KL(reference || model) over the whole vocabulary, nats.
+        teacher_kl: `[N]` KL(model || teacher) over the vocabulary they share, nats.
+        teacher_alpha, tvd: `[N]` the teacher's strength, and the total variation of its two models, in [0, 1];
+            without gradient, like `teacher_reward`. The three come with `teacher_kl`.
+        teacher_reward: `[N]` log target - log contrast of the token, nats.
+        token_scores: `[N]` score of the token by a token-classification model that has read it.
+        values: `[N]` score by such a model of the state before the token, read where the token is predicted: a critic's.
     """
 
     logps: Tensor | None = None
     entropy: Tensor | None = None
     hidden: Tensor | None = None
     kl: Tensor | None = None
+    teacher_kl: Tensor | None = None
+    teacher_alpha: Tensor | None = None
+    tvd: Tensor | None = None
+    teacher_reward: Tensor | None = None
+    token_scores: Tensor | None = None
+    values: Tensor | None = None
 
 
 def score(
@@ -50,6 +64,7 @@ def score(
     want: Collection[str] = ("logps",),
     *,
     reference: Distribution | None = None,
+    teacher: Teacher | None = None,
     layout: Layout | None = None,
     max_row_tokens: int | None = None,
     chunk_tokens: int | None = None,
@@ -57,17 +72,19 @@ def score(
     """Score a batch. Differentiable unless gradients are off; runs through `model(...)`, so hooks fire.
 
     Args:
-        model: a Hugging Face causal language model, plain or wrapped (PEFT, DDP, FSDP2, accelerate).
+        model: a Hugging Face causal language model, plain or wrapped (PEFT, DDP, FSDP2, accelerate); for
+            "token_scores" or "values" a token-classification model with one label, which gives one of the two.
         batch: prompts with completions, on any device.
-        want: of "logps", "entropy", "hidden", "kl".
+        want: of "logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values".
         reference: the reference's distribution at the same tokens, needed for "kl".
+        teacher: two frozen distributions at the same tokens, needed for "teacher_kl".
         layout: "shared", "separate" or "auto"; None: what `prepare` was told ("auto" if nothing).
         max_row_tokens: bound on rows * length of one forward pass through the decoder. Sharded models (FSDP)
             always run exactly one, since all ranks must run equally many.
         chunk_tokens: tokens projected onto the vocabulary at a time; None chooses by memory.
 
     Returns:
-        Scores on the model's device; logps, entropy and kl in float32 (float64 for a float64 model).
+        Scores on the model's device; all but hidden in float32 (float64 for a float64 model).
 
     Raises:
         ModelError: an unknown quantity, too few positions, another vocabulary, a model that cannot do it.
@@ -77,13 +94,16 @@ def score(
     unknown = sorted(set(want) - set(WANTS))
     if unknown:
         raise ModelError(f"unknown quantity; got {unknown}, expected some of {list(WANTS)}")
-    lm = causal_lm(model)
+    lm = scored_model(model)
+    _check_kind(lm, want)
     plan = plan_for(model, lm, layout)
+    device = device_of(lm)
     request = ScoreRequest(
         batch=batch,
         want=frozenset(want),
         plan=plan,
-        reference=_moved(reference, device_of(lm)),
+        reference=None if reference is None else _moved(reference, device),
+        teacher=None if teacher is None else teacher.map(lambda d: _moved(d, device)),
         layout=plan.layout,
         max_row_tokens=max_row_tokens,
         chunk_tokens=chunk_tokens,
@@ -96,12 +116,31 @@ def score(
     return Scores(**model(token_batch=request))
 
 
-def _moved(reference: Distribution | None, device: torch.device) -> Distribution | None:
-    if reference is None or reference.hidden.device == device == reference.head.weight.device:
-        return reference
-    head = reference.head
+def _check_kind(lm: nn.Module, want: Collection[str]) -> None:
+    name = type(lm).__name__
+    if not is_token_classifier(lm):
+        if asked := [w for w in CLASSIFIER_WANTS if w in want]:
+            raise ModelError(
+                f"{name} predicts tokens and does not score them; {asked[0]!r} needs a token-classification "
+                "model, such as AutoModelForTokenClassification.from_pretrained(..., num_labels=1) loads"
+            )
+        return
+    others = sorted(set(want) - set(CLASSIFIER_WANTS))
+    if others:
+        raise ModelError(
+            f"{name} scores tokens and does not predict them, so it has no {others}; expected "
+            "want=('token_scores',), or a causal language model"
+        )
+    if len(set(want)) > 1:
+        raise ModelError("'token_scores' are read at the token and 'values' before it; ask for one at a time")
+
+
+def _moved(distribution: Distribution, device: torch.device) -> Distribution:
+    head = distribution.head
+    if distribution.hidden.device == device == head.weight.device:
+        return distribution
     bias = None if head.bias is None else head.bias.to(device)
-    return Distribution(reference.hidden.to(device), Head(head.weight.to(device), bias, head.scale, head.softcap))
+    return Distribution(distribution.hidden.to(device), Head(head.weight.to(device), bias, head.scale, head.softcap))
 
 
 def _is_sharded(lm: nn.Module) -> bool:
@@ -122,7 +161,7 @@ def head_of(model: nn.Module) -> Head:
     plan = plan_for(model, lm, None)
     if plan.head != "fused":
         raise ModelError(f"the head of {type(lm).__name__} cannot be taken apart: {plan.reason}")
-    head = live_head(lm, plan)
+    head = live_head(lm, plan.scale, plan.softcap)
     if head is not None:
         return head
     # An affine map of any making is known by what it does to the zero and unit vectors.
