@@ -394,3 +394,74 @@ def test_batches_hold_rows_of_similar_length(tmp_path: Path) -> None:
     quick(tmp_path / "out.parquet", {"r": source}, make_rows(64), shard_rows=64, max_tokens=128)
     assert all(padded <= 128 for padded, _ in seen)
     assert sum(tokens for _, tokens in seen) / sum(padded for padded, _ in seen) > 0.9
+
+
+def span_config(**settings: Any) -> Any:
+    from tokengrain.data import TokenizeConfig
+
+    return TokenizeConfig(spans={"source": "column", **settings})
+
+
+def rows_with_spans(count: int = 12) -> list[dict[str, object]]:
+    """Every row marks the first word of either completion, every third one nothing."""
+    rows = make_rows(count)
+    for i, row in enumerate(rows):
+        for side in ("chosen", "rejected"):
+            end = len(str(row[side]).split()[0]) + 1
+            row[f"{side}_spans"] = [{"start": 1, "end": end}] if i % 3 else []
+    return rows
+
+
+def test_spans_survive(tmp_path: Path) -> None:
+    rows, config, output = rows_with_spans(), span_config(), tmp_path / "out.parquet"
+    source = {"token_rewards": lambda batch: batch.labels.float()}
+    annotate(rows, make_tokenizer(), config, source, output=output, shard_rows=5, progress=False)
+    table = pq.read_table(output)
+    for name in ("chosen_spans", "rejected_spans"):  # the rows' own, by character, are as they were
+        assert table[name].to_pylist() == [row[name] for row in rows]
+    assert store.read_manifest(output)["columns"] == ["token_rewards", "spans"]
+    fresh = prepare_pairs(rows, make_tokenizer(), config)
+    loaded = load_annotated(output, make_tokenizer())
+    assert loaded.columns == ("spans", "token_rewards")
+    for again, sample in zip(loaded.samples, fresh.samples, strict=True):
+        for one, other in zip(again.completions, sample.completions, strict=True):
+            assert list(one.columns["spans"]) == other.columns["spans"]
+    marked = [sum(map(any, (c.columns["spans"] for c in s.completions))) for s in loaded.samples]
+    assert marked == [0 if i % 3 == 0 else 2 for i in range(12)]
+    # As ordinary data the file gives the same.
+    batch = TokenBatch.from_samples(list(prepare_pairs(str(output), make_tokenizer(), config).samples[:]))
+    same = TokenBatch.from_samples(list(loaded.samples[:]))
+    assert torch.equal(batch.columns["spans"], same.columns["spans"])
+
+
+def test_tagged_rows_are_kept_as_they_were(tmp_path: Path) -> None:
+    from tokengrain.data import TokenizeConfig
+
+    rows = [{"prompt": "the sea", "chosen": " was <MASK>kind</MASK>", "rejected": " was <MASK>cruel</MASK>"}]
+    output = tmp_path / "out.parquet"
+    source = {"token_rewards": lambda batch: torch.ones(batch.segments.total)}
+    annotate(rows, make_tokenizer(), TokenizeConfig(spans="tags"), source, output=output, progress=False)
+    [row] = pq.read_table(output).to_pylist()
+    assert row["chosen"] == rows[0]["chosen"]
+    assert row["chosen_token_spans"] == [0.0, 1.0, 0.0]
+    [sample] = load_annotated(output).samples
+    assert [list(c.columns["spans"]) for c in sample.completions] == [[0, 1, 0], [0, 1, 0]]
+
+
+def test_spans_of_tokens_that_do_not_count(tmp_path: Path) -> None:
+    chosen = Completion([3, 4, 5], [True, False, True], {"spans": [0.0, 2.0]})
+    data = PairDataset([Sample([1], [chosen, Completion([6], None, {"spans": [0.0]})], row=0)])
+    path = quick(tmp_path / "out.parquet", {"token_rewards": lambda batch: batch.labels.float()}, data)
+    assert pq.read_table(path)["chosen_token_spans"].to_pylist() == [[0.0, 0.0, 2.0]]
+    assert list(load_annotated(path)[0].completions[0].columns["spans"]) == [0.0, 2.0]
+
+
+def test_rewards_of_the_data_stay_where_only_the_reference_is_asked(tmp_path: Path) -> None:
+    rows = make_rows(3)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_token_rewards"] = [{"start": 1, "end": 2, "reward": 0.5}]
+    path = quick(tmp_path / "out.parquet", {}, rows, reference=lambda b, _: SimpleNamespace(logps=-b.labels.float()))
+    loaded = load_annotated(path)
+    assert loaded.columns == ("ref_logps", "token_rewards")
+    assert [c.columns["token_rewards"][0] for s in loaded.samples for c in s.completions] == [0.5] * 6

@@ -213,3 +213,61 @@ def test_one_outlier_does_not_set_the_colour_scale() -> None:
     assert colour_scale([0.1] * 99 + [50.0]) == pytest.approx(0.1)
     assert colour_scale([None, 0.0]) == 1.0
     assert colour_scale([-2.0]) == 2.0
+
+
+SPANNED = {"prompt": "the sea", "chosen": " was kind and helped .", "rejected": " was very cruel and hurt ."}
+
+
+def test_spans_by_diff(tmp_path: Path, tokenizer_path: Path) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", SPANNED, SPANNED | {"rejected": " was kind and very helped ."})
+    for options in ({"spans": "diff"}, {"field": "spans"}):
+        text = printed(path, tokenizer=tokenizer_path, **options)
+        words = " ".join(text.split())
+        assert "chosen was [1: kind] and [2: helped] . </s>" in words
+        assert "rejected was [1: very cruel] and [2: hurt] . </s>" in words
+        assert "chosen was kind and helped . </s> rejected was kind and very helped ." in words
+        assert "chosen: 2 of 12 tokens in spans (17%)" in text
+        assert "1 of 2 pairs without a span" in text
+        assert "\x1b[" not in text
+    one_sided = printed(path, rows=[1], tokenizer=tokenizer_path, spans={"keep_one_sided": True, "on_none": "error"})
+    assert "was kind and [1: very] helped" in " ".join(one_sided.split())
+    assert "\x1b[1;4;" in printed(path, colour=True, tokenizer=tokenizer_path, spans="diff"), "bold and underlined"
+
+
+def test_spans_as_the_columns_suggest(tmp_path: Path, tokenizer_path: Path) -> None:
+    tagged = SPANNED | {"chosen": " was <MASK>kind and</MASK> helped .", "rejected": " was very cruel and hurt ."}
+    columns = SPANNED | {"chosen_spans": [{"start": 5, "end": 13}], "rejected_spans": []}
+    path = rows_file(tmp_path / "rows.jsonl", tagged, columns)
+    for row in (0, 1):
+        words = " ".join(printed(path, rows=[row], field="spans", tokenizer=tokenizer_path).split())
+        assert "was [1: kind and] helped . </s> rejected was very cruel and hurt" in words
+    with pytest.raises(DataError, match=r"row 0 .*field 'chosen_spans': column is missing"):
+        inspect_rows(path, spans="column", tokenizer=tokenizer_path)
+    with pytest.raises(ModelError, match="give it with --tokenizer"):
+        inspect_rows(path, spans="diff")
+
+
+def test_spans_of_a_run(tmp_path: Path, tokenizer_path: Path) -> None:
+    import yaml
+
+    run = make_run(tmp_path / "run", method="rrpo")
+    make_tokenizer().save_pretrained(str(run / "train" / "model"))
+    rows = rows_file(tmp_path / "rows.jsonl", SPANNED)
+    with pytest.raises(RunError, match="its recipe marks no spans"):
+        inspect_rows(run, field="spans")
+    data = {"train": str(rows), "spans": "diff", "max_length": 6, "on_invalid": "skip", "eval_fraction": 0}
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"method": "rrpo", "data": data}))
+    words = " ".join(printed(run, field="spans").split())
+    assert "chosen was [1: kind] and [2: helped] rejected" in words, "as long as in training"
+    # Annotated ones come first, unless others are asked for.
+    from tokengrain.data import TokenizeConfig
+
+    def credit(batch: Any) -> torch.Tensor:
+        return batch.labels.float()
+
+    config = TokenizeConfig(spans={"min_match_size": 2})
+    file = run / "credit" / "train.parquet"
+    annotate([SPANNED], make_tokenizer(), config, {"token_rewards": credit}, output=file, progress=False)
+    assert "[1: was kind and helped .]" in " ".join(printed(run, field="spans").split())
+    assert "[1: was kind and helped .]" in " ".join(printed(file, field="spans").split())
+    assert "was [1: kind] and [2: helped]" in " ".join(printed(run, spans="diff").split())

@@ -22,6 +22,7 @@ from torch import Tensor
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.credit import store
 from tokengrain.credit.shards import Job, compute_shards
+from tokengrain.credit.simple import ColumnCredit
 from tokengrain.errors import DataError, RunError
 from tokengrain.files import fingerprint
 
@@ -49,7 +50,8 @@ def annotate(
 ) -> Path:
     """Write the rows of a data set with their token credit to one parquet file.
 
-    `tokengrain.credit.store` says what is in the file.
+    `tokengrain.credit.store` says what is in the file. Per-token columns that the data set has already, such as
+    spans, are in it too.
 
     Call it again after a kill or a full disk: finished shards are not computed again. Call it in every
     process of a `torch.distributed` world (`accelerate launch`, `torchrun`) to share the work.
@@ -89,6 +91,8 @@ def annotate(
         quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps
     if not quantities:
         raise RunError("nothing to annotate: give at least one credit source or a reference")
+    # What the rows brought along (spans, say) has to be there again when the file is read.
+    quantities |= {name: ColumnCredit(column=name) for name in dataset.columns if name not in quantities}
     place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
     budget = max_tokens or (CPU_TOKENS if place.type == "cpu" else GPU_TOKENS)
     job = Job(

@@ -1,8 +1,9 @@
 """The file that `annotate` writes: rows with their token credit, keyed to the exact token ids.
 
 A parquet file with every column of the rows and, for pairs, `prompt_ids`, `chosen_ids`, `rejected_ids` and
-per computed column `chosen_<name>` and `rejected_<name>` (`<name>` is `token_rewards`, `ref_logps`, ...);
-rows with one completion have `completion_ids` and `<name>`. A list of numbers is as long as the list of ids
+per-token column `chosen_<name>` and `rejected_<name>` (`<name>` is `token_rewards`, `ref_logps`, ...); rows with
+one completion have `completion_ids` and `<name>`. Spans are in `chosen_token_spans` and `rejected_token_spans`,
+because the rows' own `chosen_spans` hold characters. A list of numbers is as long as the list of ids
 of its completion; tokens that do not count (tool output, user turns) hold 0, and `<role>_counted` says which
 those are.
 
@@ -59,6 +60,7 @@ def roles_of(sample: Sample) -> tuple[str, ...]:
 
 def column_name(role: str, name: str) -> str:
     """Column for a per-token quantity: `chosen_token_rewards`, or `token_rewards` for one completion."""
+    name = "token_spans" if name == "spans" else name
     return name if role == "completion" else f"{role}_{name}"
 
 
@@ -262,7 +264,7 @@ def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, A
 
 
 def _computed_columns(manifest: Mapping[str, Any]) -> set[str]:
-    """Columns that annotate adds to the rows."""
+    """Columns that annotate adds to the rows (or puts in the place of a row's own, such as token rewards)."""
     roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
     ids = {"prompt_ids", *(f"{r}_ids" for r in roles), *(f"{r}_counted" for r in roles)}
     return ids | {column_name(r, n) for r in roles for n in names}

@@ -10,6 +10,7 @@ from tokengrain.data.dataset import (
 )
 from tokengrain.data.loading import Rows, RowStream, StoredRows, load_rows, split_rows
 from tokengrain.data.report import Report
+from tokengrain.data.spans import SpanConfig, diff_spans, parse_span_tags
 from tokengrain.data.tokenize import tokenizer_fingerprint
 
 __all__ = [
@@ -18,10 +19,13 @@ __all__ = [
     "Report",
     "RowStream",
     "Rows",
+    "SpanConfig",
     "StoredRows",
     "TokenizeConfig",
     "collate",
+    "diff_spans",
     "load_rows",
+    "parse_span_tags",
     "prepare_pairs",
     "prepare_sft",
     "split_rows",

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tokengrain.data.spans import SpanConfig
 from tokengrain.errors import DataError, RecipeError, shown
 
 # Where rows are tokenised together; also how often progress is reported.
 BATCH_ROWS = 256
+# The reason of pairs without a span, which `spans.on_none` decides about.
+NO_SPAN = "no span"
 
 
 class RowError(DataError):
@@ -60,6 +63,9 @@ class TokenizeConfig:
             template, with the template's end-of-turn token) already.
         chat_template: a Jinja template, or the path of a file that holds one; None: the tokenizer's own.
         chat_template_kwargs: further variables for the chat template, such as `{"enable_thinking": False}`.
+        spans: mark the spans in which chosen and rejected differ, as the per-token column "spans"; a
+            `SpanConfig`, a mapping of its fields, or its source alone; None: no such column. Rows with one
+            completion have no spans, but tags are taken out of them too.
     """
 
     max_length: int | None = None
@@ -70,8 +76,11 @@ class TokenizeConfig:
     add_eos: bool = True
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    spans: SpanConfig | str | None = None
 
     def __post_init__(self) -> None:
+        if self.spans is not None:
+            object.__setattr__(self, "spans", SpanConfig.of(self.spans))
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("min_completion_length", 1)):
             value = getattr(self, name)
             optional = name != "min_completion_length"
@@ -93,3 +102,15 @@ class TokenizeConfig:
                     f"max_prompt_length {self.max_prompt_length}; expected at least min_completion_length = "
                     f"{self.min_completion_length}"
                 )
+
+    @property
+    def span_config(self) -> SpanConfig | None:
+        """Where spans come from; None: there are none."""
+        return self.spans if isinstance(self.spans, SpanConfig) else None
+
+    def skips(self, error: RowError) -> bool:
+        """Whether a row with this error is left out; else it is an error."""
+        spans = self.span_config
+        if spans is not None and error.reason == NO_SPAN:
+            return spans.on_none == "skip"
+        return self.on_invalid == "skip"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, overload
+from typing import Any, Protocol, cast, overload
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -52,7 +52,7 @@ class PairDataset(Dataset[Sample]):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Per-token columns that the samples have: "token_rewards", "ref_logps"."""
+        """Per-token columns that the samples have: "token_rewards", "ref_logps", "spans"."""
         return self.samples.columns
 
     @property
@@ -118,7 +118,7 @@ class IterablePairDataset(IterableDataset[Sample]):
                 result = _same_columns(result, columns)
             if isinstance(result, RowError):
                 error = result.located(*self.rows.place(number))
-                if self._encoder.config.on_invalid == "error":
+                if not self._encoder.config.skips(result):
                     raise error from result
                 self.report.skip(result.reason, str(error))
                 first_invalid = first_invalid or (number, result)
@@ -129,18 +129,34 @@ class IterablePairDataset(IterableDataset[Sample]):
             raise all_invalid(self.rows, self.report, *first_invalid) from first_invalid[1]
 
 
-@overload
-def prepare_pairs(
-    source: RowStream,
-    tokenizer: Any,
-    config: TokenizeConfig | None = None,
-    *,
-    model_positions: int | None = None,
-) -> IterablePairDataset: ...
-@overload
-def prepare_pairs(
-    source: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, model_positions: int | None = None
-) -> PairDataset: ...
+class Prepare(Protocol):
+    """The type of `prepare_pairs` and `prepare_sft`: a stream of rows gives another data set than stored rows."""
+
+    @overload
+    def __call__(
+        self,
+        source: RowStream,
+        tokenizer: Any,
+        config: TokenizeConfig | None = None,
+        *,
+        model_positions: int | None = None,
+    ) -> IterablePairDataset: ...
+    @overload
+    def __call__(
+        self,
+        source: Any,
+        tokenizer: Any,
+        config: TokenizeConfig | None = None,
+        *,
+        model_positions: int | None = None,
+    ) -> PairDataset: ...
+
+
+def _typed(function: Callable[..., Any]) -> Prepare:
+    return cast(Prepare, function)
+
+
+@_typed
 def prepare_pairs(
     source: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, model_positions: int | None = None
 ) -> PairDataset | IterablePairDataset:
@@ -164,18 +180,7 @@ def prepare_pairs(
     return _prepare(source, tokenizer, config, pair_example, model_positions)
 
 
-@overload
-def prepare_sft(
-    source: RowStream,
-    tokenizer: Any,
-    config: TokenizeConfig | None = None,
-    *,
-    model_positions: int | None = None,
-) -> IterablePairDataset: ...
-@overload
-def prepare_sft(
-    source: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, model_positions: int | None = None
-) -> PairDataset: ...
+@_typed
 def prepare_sft(
     source: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, model_positions: int | None = None
 ) -> PairDataset | IterablePairDataset:
@@ -215,11 +220,13 @@ def _prepare(
                 result = _same_columns(result, samples.columns)
             if isinstance(result, RowError):
                 report.skip(result.reason, str(result.located(*rows.place(number))))
-                first_invalid = first_invalid or (number, result)
+                # One that may not be skipped goes before those that may.
+                if first_invalid is None or (config.skips(first_invalid[1]) and not config.skips(result)):
+                    first_invalid = number, result
                 continue
             samples.append(result.sample)
             report.add(result)
-    if first_invalid is not None and (config.on_invalid == "error" or not report.kept):
+    if first_invalid is not None and not (config.skips(first_invalid[1]) and report.kept):
         raise all_invalid(rows, report, *first_invalid) from first_invalid[1]
     return PairDataset(samples, report, rows.name)
 

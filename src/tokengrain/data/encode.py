@@ -1,4 +1,4 @@
-"""`Example` -> `Sample`: render, tokenise, find the seam, add EOS, read token columns, cut to length."""
+"""`Example` -> `Sample`: render, tokenise, find the seam, add EOS, read token columns, mark spans, cut to length."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokengrain.batch import Completion, Sample
-from tokengrain.data.config import RowError, TokenizeConfig
+from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig
 from tokengrain.data.formats import Example
+from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker
 from tokengrain.data.render import Rendered, Renderer
 from tokengrain.data.rewards import token_column
 from tokengrain.data.tokenize import Encoder, Tokens, seam
@@ -16,12 +17,28 @@ from tokengrain.data.tokenize import Encoder, Tokens, seam
 
 @dataclass
 class Encoded:
-    """A sample and what was cut to make it; `prefix` is that of its first completion's columns."""
+    """A sample and what was cut to make it; `prefix` is that of its first completion's columns.
+
+    `spanless`: spans were looked for, and none of the sample's tokens is in one.
+    """
 
     sample: Sample
     prefix: str
     prompt_cut: bool
     completions_cut: int
+    spanless: bool = False
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A row on its way: where its result belongs, the row without tags, the spans of the tags."""
+
+    index: int
+    number: int
+    row: Any
+    found: Found
+    example: Example
+    rendered: list[Rendered]
 
 
 class ExampleEncoder:
@@ -35,6 +52,7 @@ class ExampleEncoder:
 
     Raises:
         ModelError: EOS or the file of a chat template is wanted and not there.
+        RecipeError: a function for spans that cannot be loaded.
     """
 
     def __init__(
@@ -47,6 +65,7 @@ class ExampleEncoder:
         self.config, self.parse, self.model_positions = config, parse, model_positions
         self.encoder = Encoder(tokenizer, config)
         self.renderer = Renderer(tokenizer, config)
+        self.marker = SpanMarker(config.span_config) if config.span_config is not None else None
 
     def __call__(self, rows: Sequence[tuple[int, Any]]) -> list[Encoded | RowError]:
         """One result per `(number, row)`: a sample, or why there is none.
@@ -55,38 +74,60 @@ class ExampleEncoder:
             ModelError: the rows hold messages and there is no chat template.
         """
         results: list[Encoded | RowError | None] = [None] * len(rows)
-        work: list[tuple[int, Example, list[Rendered]]] = []
-        for index, (_, row) in enumerate(rows):
+        work: list[_Work] = []
+        for index, (number, row) in enumerate(rows):
             try:
+                row, found = self.marker.read(row) if self.marker is not None else (row, {})
                 example = self.parse(row)
-                work.append((index, example, self.renderer(example)))
+                work.append(_Work(index, number, row, found, example, self.renderer(example)))
             except RowError as error:
                 results[index] = error
-        tokens = iter(self.encoder([r.text for _, _, rendered in work for r in rendered]))
-        for index, example, rendered in work:
-            parts = [next(tokens) for _ in rendered]
+        tokens = iter(self.encoder([r.text for w in work for r in w.rendered]))
+        for w in work:
+            parts = [next(tokens) for _ in w.rendered]
             try:
-                results[index] = self._encode(rows[index][0], example, rendered, parts)
+                results[w.index] = self._encode(w, parts)
             except RowError as error:
-                results[index] = error
+                results[w.index] = error
         return [r for r in results if r is not None]
 
-    def _encode(self, number: int, example: Example, rendered: list[Rendered], tokens: list[Tokens]) -> Encoded:
+    def _encode(self, work: _Work, tokens: list[Tokens]) -> Encoded:
+        example, rendered = work.example, work.rendered
         cut = seam(tokens, [r.prompt_end for r in rendered])
         head = self.encoder.head(rendered[0], tokens[0])
         prompt = [*head, *tokens[0].ids[:cut]]
         if not prompt:
             prompt, cut = self._least_prompt(example, tokens)
         kept_prompt = self._cut_prompt(prompt)
-        completions, n_cut = [], 0
+        completions, sides, n_cut = [], [], 0
         for side, (r, t) in enumerate(zip(rendered, tokens)):
-            completion, shortened = self._completion(example, side, r, t, cut, len(kept_prompt))
+            completion, where, shortened = self._completion(example, side, r, t, cut, len(kept_prompt))
             completions.append(completion)
+            sides.append(Marked(example.completions[side], r, t, where))
             n_cut += shortened
         self._check_completions(example, completions, n_cut)
         self._check_positions(example, kept_prompt, completions)
-        sample = Sample(kept_prompt, completions, row=number, raw=example.raw)
-        return Encoded(sample, example.prefix[0], len(kept_prompt) < len(prompt), n_cut)
+        spanless = self._mark_spans(work, completions, sides)
+        sample = Sample(kept_prompt, completions, row=work.number, raw=example.raw)
+        return Encoded(sample, example.prefix[0], len(kept_prompt) < len(prompt), n_cut, spanless)
+
+    def _mark_spans(self, work: _Work, completions: list[Completion], sides: list[Marked]) -> bool:
+        """Give a pair its column of spans; whether it has none."""
+        if self.marker is None or len(completions) == 1:
+            return False
+        columns = self.marker(work.row, work.found, sides)
+        for completion, column in zip(completions, columns):
+            completion.columns[COLUMN] = column[: completion.n_counted]
+        spanless = not any(any(c.columns[COLUMN]) for c in completions)
+        if spanless and self.marker.config.on_none != "keep":
+            raise RowError(
+                NO_SPAN,
+                "no token of either completion is in a span",
+                field=work.example.fields[0],
+                value=work.example.completions[0],
+                expected="a span at least, or `spans: {on_none: keep}` (or skip)",
+            )
+        return spanless
 
     def _least_prompt(self, example: Example, tokens: list[Tokens]) -> tuple[list[int], int]:
         """A prompt where there is no token for one: BOS, or the first token of plain `text`."""
@@ -113,7 +154,8 @@ class ExampleEncoder:
 
     def _completion(
         self, example: Example, side: int, rendered: Rendered, tokens: Tokens, cut: int, prompt_length: int
-    ) -> tuple[Completion, bool]:
+    ) -> tuple[Completion, list[int], bool]:
+        """The completion, which of its uncut tokens count (by index into `tokens.ids`), whether it was cut."""
         ids = tokens.ids[cut:] + self.encoder.tail(rendered, tokens)
         counted = self._counted(rendered, tokens, cut, len(ids))
         room = len(ids) if self.config.max_length is None else self.config.max_length - prompt_length
@@ -141,7 +183,7 @@ class ExampleEncoder:
             )
             for name, value in example.token_columns[side].items()
         }
-        return Completion(kept, None if all(mask) else mask, columns), len(kept) < len(ids)
+        return Completion(kept, None if all(mask) else mask, columns), where, len(kept) < len(ids)
 
     def _counted(self, rendered: Rendered, tokens: Tokens, cut: int, length: int) -> list[bool]:
         """Which of the completion's tokens count: the turns', those moved here from the prompt, EOS."""

@@ -67,18 +67,24 @@ class Renderer:
             start = len(example.prompt)
             texts = [example.prompt + c for c in example.completions if isinstance(c, str)]
             return [Rendered(t, start, None, ((start, len(t)),)) for t in texts]
+        prompt = self.prompt(example)
+        return [
+            self._conversation(example, prompt, example.prompt, c, name)
+            for c, name in zip(example.completions, example.fields)
+            if not isinstance(c, str)
+        ]
+
+    def prompt(self, example: Example) -> str:
+        """The text of a prompt alone: what a model is given to go on from. Raises as `__call__`."""
+        if isinstance(example.prompt, str):
+            return example.prompt
         if self.template is None and not self.tokenizer.chat_template:
             raise ModelError(
                 f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat "
                 "template; expected a tokenizer that has one, `chat_template:` (a Jinja template or the path "
                 "of a file that holds one), or rows of plain text"
             )
-        prompt = self._render(example, example.prompt, "prompt", True)
-        return [
-            self._conversation(example, prompt, example.prompt, c, name)
-            for c, name in zip(example.completions, example.fields)
-            if not isinstance(c, str)
-        ]
+        return self._render(example, example.prompt, "prompt", True)
 
     def _render(self, example: Example, messages: Sequence[Message], name: str, generation: bool) -> str:
         try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -27,7 +28,12 @@ from tokengrain.data.tokenize import Tokens
 
 # log-probabilities are at most 0, give or take rounding
 LOGP_ROUNDING = 1e-3
-REASONS = {"token_rewards": "token rewards", "ref_logps": "reference log-probabilities"}
+REASONS = {"token_rewards": "token rewards", "ref_logps": "reference log-probabilities", "spans": "spans"}
+EXPECTED = {
+    "token_rewards": "a list of numbers, or of spans",
+    "ref_logps": "a list of numbers",
+    "spans": 'a list of {"start": character, "end": character}',
+}
 
 
 def token_column(
@@ -57,15 +63,14 @@ def token_column(
     Raises:
         RowError: wrong type or length, not finite, spans that are out of range or overlap.
     """
-    values = _parsed(name, value, field)
+    values = parsed_list(name, value, field)
     if name == "token_rewards" and values and isinstance(values[0], Mapping):
         rewards = [0.0] * len(counted)
-        spans = _spans(values, field, rendered)
-        for start, end, reward in reversed(spans):  # so that the first of several wins
-            first, last = tokens.within(start), tokens.touching(end)
-            for index, token in enumerate(counted):
-                if first <= token < last:
-                    rewards[index] = reward
+        found = char_spans(values, field, name, rendered, also=("reward",))
+        for start, end, index in reversed(found):  # so that the first of several wins
+            reward = _number(values[index]["reward"], f"the reward of span {index}", field, name)
+            for token in tokens_of(start, end, tokens, counted):
+                rewards[token] = reward
         return rewards[:kept]
     if len(values) not in (len(counted), kept):
         raise RowError(
@@ -80,7 +85,8 @@ def token_column(
     return [_number(v, f"value {i}", field, name, limit) for i, v in enumerate(values)][:kept]
 
 
-def _parsed(name: str, value: Any, field: str) -> list[Any]:
+def parsed_list(name: str, value: Any, field: str) -> list[Any]:
+    """The list that stands in a column, also as JSON text. Raises `RowError`."""
     if isinstance(value, str):
         with suppress(json.JSONDecodeError):  # text that is not JSON is refused below
             value = json.loads(value)
@@ -92,7 +98,7 @@ def _parsed(name: str, value: Any, field: str) -> list[Any]:
             f"is of type {type(value).__name__}",
             field=field,
             value=value,
-            expected="a list of numbers" + (", or of spans" if name == "token_rewards" else ""),
+            expected=EXPECTED[name],
         )
     return list(value)
 
@@ -110,29 +116,45 @@ def _number(value: Any, what: str, field: str, name: str, limit: float = math.in
     return number
 
 
-def _spans(values: Sequence[Any], field: str, rendered: Rendered) -> list[tuple[int, int, float]]:
-    """(start, end, reward) in characters of the whole text, in order."""
-    found = []
-    for index, span in enumerate(values):
-        found.append(_span(span, f"span {index}", field, rendered))
-    for (_, end, _), (start, _, _) in pairwise(sorted(found)):
+def char_spans(
+    values: Sequence[Any], field: str, name: str, rendered: Rendered, also: Sequence[str] = ()
+) -> list[tuple[int, int, int]]:
+    """Character spans of a row, checked: `(start, end, index in values)`, characters of the whole text, in order.
+
+    Args:
+        values: `{"start": .., "end": ..}` each, characters of the completion's text, or of that of its `"message"`.
+        field, name: the column and what is in it, for messages.
+        also: further keys that every span must have.
+
+    Raises:
+        RowError: not a span, out of range, or two that overlap.
+    """
+    found = sorted((*_span(span, f"span {i}", field, name, rendered, also), i) for i, span in enumerate(values))
+    for (_, end, _), (start, _, _) in pairwise(found):
         if start < end:
             raise RowError(
-                REASONS["token_rewards"],
+                REASONS[name],
                 "two spans overlap",
                 field=field,
                 value=list(values),
                 expected="spans that share no character",
             )
-    return sorted(found)
+    return found
 
 
-def _span(span: Any, what: str, field: str, rendered: Rendered) -> tuple[int, int, float]:
+def tokens_of(start: int, end: int, tokens: Tokens, counted: Sequence[int]) -> range:
+    """Which of the counted tokens share a character with `[start, end)`, as places in `counted`."""
+    first, last = tokens.within(start), tokens.touching(end)
+    return range(bisect_left(counted, first), bisect_left(counted, last))
+
+
+def _span(span: Any, what: str, field: str, name: str, rendered: Rendered, also: Sequence[str]) -> tuple[int, int]:
     def bad(why: str, expected: str) -> RowError:
-        return RowError(REASONS["token_rewards"], f"{what} {why}", field=field, value=span, expected=expected)
+        return RowError(REASONS[name], f"{what} {why}", field=field, value=span, expected=expected)
 
-    if not isinstance(span, Mapping) or not {"start", "end", "reward"} <= span.keys():
-        raise bad("is not a span", '{"start": character, "end": character, "reward": number}')
+    if not isinstance(span, Mapping) or not {"start", "end", *also} <= span.keys():
+        more = "".join(f', "{key}": number' for key in also)
+        raise bad("is not a span", f'{{"start": character, "end": character{more}}}')
     texts = [i for i, content in enumerate(rendered.contents) if content is not None]
     message = span.get("message")
     if message is None:
@@ -146,5 +168,4 @@ def _span(span: Any, what: str, field: str, rendered: Rendered) -> tuple[int, in
     length = content[1] - content[0]
     if any(isinstance(p, bool) or not isinstance(p, int) for p in (start, end)) or not 0 <= start < end <= length:
         raise bad("is out of range", f"whole numbers 0 <= start < end <= {length}, the length of the text")
-    reward = _number(span["reward"], f"the reward of {what}", field, "token_rewards")
-    return content[0] + start, content[0] + end, reward
+    return content[0] + start, content[0] + end

@@ -171,7 +171,7 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
 
     Args:
         tokenizer: the tokenizer.
-        config: if given, its settings that change token ids are included.
+        config: if given, its settings that change token ids or spans are included.
     """
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -184,6 +184,8 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
         names = ("max_length", "max_prompt_length", "truncation_side", "add_eos", "chat_template")
         parts.append({name: getattr(config, name) for name in names})
         parts.append(dict(config.chat_template_kwargs))
+        if config.span_config is not None:
+            parts.append(config.span_config.describe())
     return fingerprint(parts)
 
 

@@ -1,8 +1,9 @@
-"""Reading token rewards for looking at: from any file of rows that has them, or from a run folder."""
+"""Reading token rewards or spans for looking at: from any file of rows that has them, or from a run folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokengrain.errors import DataError, ModelError, RunError
 from tokengrain.report.samples import FILE, CreditSample, Side, by_pair, read_credit_samples, token_texts
 
 ROLES = ("chosen", "rejected", "completion")
+SPANS = "spans"
 
 
 def read_token_rows(
@@ -20,8 +22,9 @@ def read_token_rows(
     count: int = 3,
     field: str = "token_rewards",
     tokenizer: Any = None,
+    spans: Any = None,
 ) -> list[CreditSample]:
-    """Rows with their token rewards.
+    """Rows with their token rewards, or another number per token.
 
     Args:
         source: a file of rows (`tokengrain.data.load_rows`) with `chosen_token_rewards` and
@@ -29,8 +32,11 @@ def read_token_rows(
             demo.
         rows: row numbers, counted from 0; None: the first `count` rows.
         count: how many rows if `rows` is None.
-        field: which per-token quantity, for example "ref_logps".
+        field: which per-token quantity, for example "ref_logps" or "spans".
         tokenizer: tokenizer, or its path or name; needed where the file does not lie in a run folder.
+        spans: with `field` "spans": mark them anew, from this source (a `SpanConfig`, a mapping of its fields, or
+            "diff", "tags", ...). Default: those that are stored, else the run's source, else what the columns of
+            the row suggest, else the diff.
 
     Raises:
         DataError: no such column or row, or a row whose numbers do not fit its tokens (names file, row,
@@ -39,11 +45,15 @@ def read_token_rows(
         RunError: a run folder without token rewards.
     """
     path = Path(source)
+    if path.is_dir() and field == SPANS:
+        return _spans_of_run(path, rows, count, tokenizer, spans)
     if path.is_dir():
         return _from_folder(path, rows, count, field, tokenizer)
     if path.name == FILE:
         return _picked(read_credit_samples(path), rows, count, path)
-    return _from_file(path, rows, count, field, tokenizer if tokenizer is not None else _near_tokenizer(path))
+    settings = {} if spans is None else {"spans": spans}
+    near = tokenizer if tokenizer is not None else _near_tokenizer(path)
+    return _from_file(path, rows, count, field, near, settings)
 
 
 def _picked(samples: Sequence[CreditSample], rows: Sequence[int] | None, count: int, path: Path) -> list[CreditSample]:
@@ -74,11 +84,35 @@ def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str,
     return _from_file(file, rows, count, field, tokenizer if tokenizer is not None else _near_tokenizer(file))
 
 
+def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer: Any, spans: Any) -> list[CreditSample]:
+    """The spans of a run's training pairs: as annotated, or marked again as its recipe says."""
+    from tokengrain.credit.store import read_manifest
+
+    run = runs.read_run(path)
+    tokenizer = tokenizer if tokenizer is not None else _run_tokenizer(path)
+    for stage in run.credit_stages:
+        file = stage.path / "train.parquet"
+        if spans is None and file.is_file() and SPANS in read_manifest(file)["columns"]:
+            return _from_file(file, rows, count, SPANS, tokenizer, {})
+    data = run.recipe.get("data") or {}
+    settings = dict(data) if isinstance(data, Mapping) else {"train": data}
+    for stage in (run.recipe.get("stages") or {}).values():
+        own = stage.get("data")
+        settings |= {k: v for k, v in own.items() if k == SPANS} if isinstance(own, Mapping) else {}
+    if spans is not None:
+        settings[SPANS] = spans
+    if not settings.get(SPANS):
+        raise RunError(f"{path}: its recipe marks no spans (data.spans); give a source with --spans, such as diff")
+    return _from_file(settings["train"], rows, count, SPANS, tokenizer, settings)
+
+
 def _near_tokenizer(path: Path) -> Path | None:
     """Folder of the tokenizer of the run that `path` lies in."""
     folder = path.absolute().parent.parent
-    if not runs.is_run(folder):
-        return None
+    return _run_tokenizer(folder) if runs.is_run(folder) else None
+
+
+def _run_tokenizer(folder: Path) -> Path | None:
     found = sorted(folder.glob("*/model/tokenizer_config.json"))
     return found[0].parent if found else None
 
@@ -86,10 +120,21 @@ def _near_tokenizer(path: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def _from_file(path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any) -> list[CreditSample]:
+def _from_file(
+    path: Path | str,
+    rows: Sequence[int] | None,
+    count: int,
+    field: str,
+    tokenizer: Any,
+    settings: Mapping[str, Any] | None = None,
+) -> list[CreditSample]:
+    """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
     from tokengrain.data import load_rows
+    from tokengrain.worlds import is_world, load_world
 
-    data = load_rows(str(path))
+    source, settings = str(path), settings or {}
+    split = settings.get("split")
+    data = load_rows(load_world(source).pairs("train")) if is_world(source) else load_rows(source, split=split)
     total = len(data)  # type: ignore[arg-type]
     numbers = list(range(min(count, total))) if rows is None else list(rows)
     for number in numbers:
@@ -97,7 +142,7 @@ def _from_file(path: Path, rows: Sequence[int] | None, count: int, field: str, t
             raise DataError("there is no such row", file=path, row=number, expected=f"0 to {total - 1}")
     picked = {number: row for number, row in data if number in set(numbers)}
     loaded = _load_tokenizer(tokenizer)
-    return [_sample(data, number, picked[number], field, loaded) for number in numbers]
+    return [_sample(data, number, picked[number], field, loaded, settings) for number in numbers]
 
 
 def _load_tokenizer(tokenizer: Any) -> Any:
@@ -111,12 +156,18 @@ def _load_tokenizer(tokenizer: Any) -> Any:
         raise ModelError(f"no tokenizer could be loaded from {tokenizer}: {error}") from error
 
 
-def _sample(data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any) -> CreditSample:
+def _sample(
+    data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
+) -> CreditSample:
+    from tokengrain.credit.store import column_name
+
     file, place = data.place(number)
-    columns = {role: (field if role == "completion" else f"{role}_{field}") for role in ROLES}
+    columns = {role: column_name(role, field) for role in ROLES}
     roles = [role for role in ROLES if row.get(columns[role]) is not None]
     if len(roles) > 1:
         roles = [role for role in roles if role != "completion"]
+    if field == SPANS and (settings.get(SPANS) or not roles):
+        return _from_text(data, number, row, field, tokenizer, {SPANS: _likely_source(row), **settings})
     if not roles:
         raise DataError(
             "the row has no token rewards",
@@ -128,7 +179,7 @@ def _sample(data: Any, number: int, row: Mapping[str, Any], field: str, tokenize
     ids = {role: row.get(f"{role}_ids") for role in roles}
     spans = any(isinstance(value, Mapping) for role in roles for value in row[columns[role]])
     if spans or any(value is None for value in ids.values()):
-        return _from_text(data, number, row, field, tokenizer)
+        return _from_text(data, number, row, field, tokenizer, settings)
     if tokenizer is None:
         raise _tokenizer_needed(data.name)
     sides = []
@@ -141,14 +192,30 @@ def _sample(data: Any, number: int, row: Mapping[str, Any], field: str, tokenize
     return CreditSample(_prompt_text(row, tokenizer), field, tuple(sides), number)
 
 
-def _from_text(data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any) -> CreditSample:
+def _likely_source(row: Mapping[str, Any]) -> str:
+    """Where the spans of a row probably come from, if nobody says so."""
+    if row.get("chosen_spans") is not None:
+        return "column"
+    from tokengrain.data import SpanConfig
+
+    texts = repr((row.get("chosen"), row.get("rejected")))
+    return "tags" if row.get("chosen_masked") is not None or SpanConfig().tags[0] in texts else "diff"
+
+
+def _from_text(
+    data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
+) -> CreditSample:
     """A row without token ids: tokenised here, as training would."""
     if tokenizer is None:
         raise _tokenizer_needed(data.name)
     from tokengrain.data import TokenizeConfig, prepare_pairs, prepare_sft
 
     prepare = prepare_pairs if row.get("rejected") is not None else prepare_sft
-    sample = prepare(data.subset([_position(data, number)]), tokenizer, TokenizeConfig()).samples[0]
+    names = {f.name for f in fields(TokenizeConfig)} - {"on_invalid"}
+    config = TokenizeConfig(**{name: value for name, value in settings.items() if name in names})
+    if config.span_config is not None:
+        config = replace(config, spans=replace(config.span_config, on_none="keep"))
+    sample = prepare(data.subset([_position(data, number)]), tokenizer, config).samples[0]
     sides = []
     for completion in sample.completions:
         if field not in completion.columns:

@@ -1,13 +1,14 @@
-"""Token heat maps in the terminal: `tokengrain inspect`."""
+"""Token heat maps and marked spans in the terminal: `tokengrain inspect`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokengrain.report.rows import read_token_rows
+from tokengrain.report.rows import SPANS, read_token_rows
 from tokengrain.report.samples import CreditSample, Side, colour_scale
 from tokengrain.report.svg import number, signed
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # terminals. Orange is also underlined: the sign does not hang on the colour.
 _BLUE = ("#3f8fcb", "bold #3f8fcb", "#ffffff on #2f78b0", "bold #ffffff on #174f8a")
 _ORANGE = tuple(f"underline {s}" for s in ("#cf7a1d", "bold #cf7a1d", "#ffffff on #b8620e", "bold #ffffff on #8f3f00"))
+# Neighbouring spans differ; the number says which belongs to which.
+_SPANS = ("#3f8fcb", "#cf7a1d", "#3f9b52", "#b0559e")
 _WEAKEST = 0.04  # of full colour; below it a token stays plain
 TOP = 5
 
@@ -30,39 +33,84 @@ def inspect_rows(
     count: int = 3,
     field: str = "token_rewards",
     tokenizer: Any = None,
+    spans: Any = None,
     console: Console | None = None,
 ) -> None:
     """Print token heat maps of some rows, chosen above rejected, with a legend and summary numbers.
 
-    Without colour (`NO_COLOR`, a pipe) every token is followed by its signed number. The arguments and errors
-    are those of `tokengrain.report.rows.read_token_rows`; `console` is where to print.
+    Without colour (`NO_COLOR`, a pipe) every token is followed by its signed number. With `field` "spans" (or a
+    source of `spans`) the spans are marked instead. The arguments and errors are those of
+    `tokengrain.report.rows.read_token_rows`; `console` is where to print.
     """
     from rich.console import Console
 
-    samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer)
+    field = SPANS if spans is not None else field
+    samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
     console = console or Console()
+    if field == SPANS:
+        _print_spans(console, samples)
+        return
     for name in dict.fromkeys(s.source for s in samples):
         _print_source(console, name, [s for s in samples if s.source == name])
 
 
 def _print_source(console: Console, name: str, samples: Sequence[CreditSample]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     coloured = console.color_system is not None and not console.no_color
     scale = colour_scale([v for s in samples for side in s.sides for v in side.credit])
     console.print(_legend(name, scale, coloured))
+    _print_rows(console, samples, lambda side: heat(side, scale, coloured))
+    console.print(_summary(samples))
+    console.print()
+
+
+def _print_rows(console: Console, samples: Sequence[CreditSample], text_of: Callable[[Side], Text]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     for sample in samples:
         console.rule(Text(f"row {sample.row}" if sample.row is not None else "", "dim"), align="left", style="dim")
         table = Table.grid(padding=(0, 2))
         table.add_row(Text("prompt", "dim"), Text(sample.prompt.strip(), "dim"))
         titles = ("chosen", "rejected") if len(sample.sides) == 2 else ("completion",)
         for title, side in zip(titles, sample.sides, strict=True):
-            table.add_row(Text(title, "bold"), heat(side, scale, coloured))
+            table.add_row(Text(title, "bold"), text_of(side))
         console.print(table)
     console.print()
-    console.print(_summary(samples))
+
+
+def _print_spans(console: Console, samples: Sequence[CreditSample]) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((SPANS, "bold"), "\n", ("[k: …] is the k-th span of a completion", "dim")))
+    _print_rows(console, samples, marked)
+    lines = []
+    for index, title in enumerate(("chosen", "rejected")):
+        values = [v for s in samples for side in s.sides[index : index + 1] for v in side.credit if v is not None]
+        inside = sum(v > 0 for v in values)
+        lines.append(f"{title}: {inside} of {len(values)} tokens in spans ({inside / max(len(values), 1):.0%})")
+    without = sum(not any(v for side in s.sides for v in side.credit) for s in samples)
+    rows = f"{len(samples)} pair{'s' * (len(samples) != 1)}"
+    console.print(Text("\n".join([*lines, f"{without} of {rows} without a span"]), "dim"))
     console.print()
+
+
+def marked(side: Side) -> Text:
+    """A completion as text, its spans in brackets with their numbers; in colours, if the console has any."""
+    from rich.text import Text
+
+    out = Text()
+    for span, run in groupby(zip(side.tokens, side.credit, strict=True), key=lambda item: item[1]):
+        text = "".join(token for token, _ in run)
+        if not span:
+            out.append(text.replace("\n", "↵\n"), "dim" if span is None else "")
+            continue
+        words = text.lstrip(" ")
+        style = f"bold {_SPANS[(int(span) - 1) % len(_SPANS)]}"
+        out.append(" " * (len(text) - len(words)))
+        out.append(f"[{int(span)}: ", style)
+        out.append(words.replace("\n", "↵\n"), f"{style} underline")
+        out.append("]", style)
+    return out
 
 
 def heat(side: Side, scale: float, coloured: bool) -> Text:

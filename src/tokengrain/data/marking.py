@@ -1,0 +1,282 @@
+"""A pair's spans as the per-token column "spans": 0 for a shared token, k for one of the k-th span.
+
+Spans are characters of the completions' texts without tags; a token is in a span if any of its characters is,
+and in the first one's if it has characters of several. What a chat template writes and EOS have no characters
+of a completion, so they are in no span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from tokengrain.data.config import RowError
+from tokengrain.data.fields import Content, check_misspelt, content
+from tokengrain.data.render import Rendered
+from tokengrain.data.rewards import EXPECTED, REASONS, char_spans, parsed_list, tokens_of
+from tokengrain.data.spans import WORD, SpanConfig, TagError, diff_spans, strip_tags, tagged_stretches
+from tokengrain.data.tokenize import Tokens
+
+COLUMN = "spans"
+# Columns that may hold tagged texts.
+TAGGED = ("chosen", "rejected", "completion", "messages", "text")
+SIDES = ("chosen", "rejected")
+
+Found = dict[str, list[dict[str, Any]]]
+"""Spans by column: characters of its text, or of its message number `message`."""
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A completion: its content, its text and tokens, and which of these (by index) count, uncut."""
+
+    content: Content
+    rendered: Rendered
+    tokens: Tokens
+    counted: Sequence[int]
+
+
+class SpanMarker:
+    """Finds the spans of pairs.
+
+    Args:
+        config: where they come from.
+
+    Raises:
+        RecipeError: a function that cannot be loaded.
+    """
+
+    def __init__(self, config: SpanConfig) -> None:
+        self.config = config
+        self.function: Any = config.load()
+
+    def read(self, row: Any) -> tuple[Any, Found]:
+        """The row without tags, and the stretches that stood between them. Raises `RowError`."""
+        if self.config.source != "tags" or not isinstance(row, Mapping):
+            return row, {}
+        plain, found = dict(row), {}
+        for name in TAGGED:
+            if row.get(name) is not None:
+                plain[name], found[name] = self._untagged(name, content(row, name))
+        for _, text in _texts(content(row, "prompt") if row.get("prompt") is not None else []):
+            if any(tag in text for tag in self.config.tags):
+                raise RowError(
+                    "span tags", "has a tag", field="prompt", value=text, expected="tags in completions only"
+                )
+        return plain, found
+
+    def __call__(self, row: Mapping[str, Any], found: Found, sides: Sequence[Marked]) -> list[list[float]]:
+        """The span of each counted token of either completion, before they are cut.
+
+        Args:
+            row, found: what `read` gave.
+            sides: the chosen and the rejected completion.
+
+        Raises:
+            RowError: tags, spans or a function's answer that cannot be used.
+        """
+        if self.config.source == "diff":
+            return self._diff(sides)
+        if self.function is not None:
+            spans = list(zip(self._asked(row), SIDES))
+        elif self.config.source == "column":
+            spans = [(_column(row, f"{name}_spans"), f"{name}_spans") for name in SIDES]
+        else:
+            spans = [self._tagged(row, name, found, side) for name, side in zip(SIDES, sides)]
+        return [_ids_of(values, field, side) for (values, field), side in zip(spans, sides)]
+
+    # ------------------------------------------------------------------------------------------------- tags
+
+    def _untagged(self, name: str, value: Content) -> tuple[Content, list[dict[str, Any]]]:
+        """A column's text or messages without tags, and the tagged stretches by message."""
+        plain, spans = [], []
+        for number, text in _texts(value):
+            stripped, stretches = self._read_tags(name, number, partial(strip_tags, text))
+            plain.append(stripped)
+            spans += [{"message": number, "start": start, "end": end} for start, end in stretches]
+        if isinstance(value, str):
+            return plain[0], spans
+        texts = iter(plain)
+        return [{**m, "content": next(texts)} if isinstance(m.get("content"), str) else m for m in value], spans
+
+    def _tagged(self, row: Mapping[str, Any], name: str, found: Found, side: Marked) -> tuple[list[Any], str]:
+        """The tagged stretches of a completion as spans, and the column they come from."""
+        field, whole = name, content(row, name)
+        spans = found[name]
+        other = SIDES[name == "chosen"]
+        if row.get(f"{name}_masked") is not None:
+            field = f"{name}_masked"
+            spans = self._masked(field, content(row, field), whole)
+        elif row.get(f"{other}_masked") is not None:
+            raise RowError(
+                "missing column",
+                "is missing while the other completion has its own",
+                field=f"{name}_masked",
+                expected="tagged texts of both completions or of none",
+            )
+        # The column may begin with the prompt.
+        before, key = len(whole) - len(side.content), "start" if isinstance(whole, str) else "message"
+        if any(span[key] < before for span in spans):
+            raise RowError(
+                "span tags", "has tags in the prompt", field=field, value=whole, expected="tags behind the prompt"
+            )
+        if isinstance(whole, str):
+            return [{"start": span["start"] - before, "end": span["end"] - before} for span in spans], field
+        return [span | {"message": span["message"] - before} for span in spans], field
+
+    def _masked(self, field: str, marked: Content, plain: Content) -> list[dict[str, Any]]:
+        """Spans of a text that is given twice, once with tags."""
+        texts, tagged = dict(_texts(plain)), dict(_texts(marked))
+        if list(texts) != list(tagged):
+            raise RowError(
+                "span tags", f"has other messages than {field.removesuffix('_masked')!r}", field=field, value=marked
+            )
+        spans = []
+        for number, text in tagged.items():
+            stretches = self._read_tags(field, number, partial(tagged_stretches, text, texts[number]))
+            spans += [{"message": number, "start": start, "end": end} for start, end in stretches]
+        return spans
+
+    def _read_tags(self, field: str, message: int | None, read: Callable[..., Any]) -> Any:
+        try:
+            return read(*self.config.tags)
+        except TagError as error:
+            where = "" if message is None else f"message {message}: "
+            text = f"the text of {field.removesuffix('_masked')!r} with " if field.endswith("_masked") else ""
+            expected = f"{text}{' … '.join(self.config.tags)} around each span, not within another"
+            raise RowError("span tags", f"{where}{error}", field=field, expected=expected) from error
+
+    # --------------------------------------------------------------------------------------------- function
+
+    def _asked(self, row: Mapping[str, Any]) -> list[list[Any]]:
+        """The user's spans of chosen and rejected, pairs (start, end) as spans."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        try:
+            answer = self.function(row)
+        except Exception as error:  # the user's code may raise what it likes; the row belongs in the message
+            raise RowError("span function", f"{name} raised {type(error).__name__}: {error}") from error
+        expected = "(chosen spans, rejected spans)"
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            raise RowError("span function", f"{name} gave no two lists", value=answer, expected=expected)
+        sides = []
+        for side, spans in zip(SIDES, answer):
+            values = parsed_list(COLUMN, spans, side)
+            pairs = [isinstance(s, (tuple, list)) and len(s) == 2 for s in values]
+            sides.append([{"start": s[0], "end": s[1]} if pair else s for s, pair in zip(values, pairs)])
+        return sides
+
+    # ------------------------------------------------------------------------------------------------- diff
+
+    def _diff(self, sides: Sequence[Marked]) -> list[list[float]]:
+        units = [_words(side) if self.config.level == "word" else _tokens(side) for side in sides]
+        marks = diff_spans(
+            *([unit for unit, _ in found] for found in units),
+            min_match_size=self.config.min_match_size,
+            keep_one_sided=self.config.keep_one_sided,
+            autojunk=self.config.autojunk,
+        )
+        columns = []
+        for side, found, ids in zip(sides, units, marks):
+            column = [0.0] * len(side.counted)
+            # What stands between two words of a span belongs to it, unless a message ends there.
+            runs = groupby(zip(ids, (place for _, place in found)), key=lambda item: (item[0], item[1].message))
+            for (span, _), run in runs:
+                places = [place for _, place in run]
+                start, end = places[0].start, places[-1].end
+                if span and self.config.level == "token":
+                    column[start:end] = [float(span)] * (end - start)
+                elif span:
+                    _mark(column, span, side, start, end)
+            columns.append(column)
+        return columns
+
+
+# ----------------------------------------------------------------------------------------- texts and places
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Characters `[start, end)` of the whole text (or counted tokens), in one of the completion's messages."""
+
+    message: int
+    start: int
+    end: int
+
+
+def _texts(value: Content) -> Iterator[tuple[int | None, str]]:
+    """(number of the message, its text); (None, text) for a text."""
+    if isinstance(value, str):
+        yield None, value
+        return
+    for number, message in enumerate(value):
+        if isinstance(message.get("content"), str):
+            yield number, message["content"]
+
+
+def _bodies(side: Marked) -> Iterator[_Place]:
+    """Where the texts that the assistant wrote stand, without what the template stripped."""
+    for number, where in enumerate(side.rendered.contents):
+        if where is None:
+            continue
+        start, end = where
+        if not isinstance(side.content, str):
+            if side.content[number]["role"] != "assistant":
+                continue
+            text = side.content[number]["content"]
+            start += len(text) - len(text.lstrip())
+            end -= len(text) - len(text.rstrip())
+        yield _Place(number, start, end)
+
+
+def _words(side: Marked) -> list[tuple[Hashable, _Place]]:
+    text = side.rendered.text
+    return [
+        (word.group(), _Place(body.message, *word.span()))
+        for body in _bodies(side)
+        for word in WORD.finditer(text, body.start, body.end)
+    ]
+
+
+def _tokens(side: Marked) -> list[tuple[Hashable, _Place]]:
+    """The tokens that hold characters of the completion's texts, by their place in `side.counted`."""
+    ids = side.tokens.ids
+    return [
+        (ids[side.counted[index]], _Place(body.message, index, index + 1))
+        for body in _bodies(side)
+        for index in tokens_of(body.start, body.end, side.tokens, side.counted)
+    ]
+
+
+def _column(row: Mapping[str, Any], field: str) -> list[Any]:
+    if row.get(field) is None:
+        check_misspelt(row, field, 0.75)
+        raise RowError("missing column", "column is missing", field=field, expected=f"{EXPECTED[COLUMN]}, or []")
+    return parsed_list(COLUMN, row[field], field)
+
+
+def _ids_of(values: Sequence[Any], field: str, side: Marked) -> list[float]:
+    """A row's character spans, numbered in their order or by their own ids, over the counted tokens."""
+    column = [0.0] * len(side.counted)
+    found = char_spans(values, field, COLUMN, side.rendered)
+    given = [value.get("id") for value in values]
+    if any(i is not None for i in given):
+        bad = next((i for i in given if isinstance(i, bool) or not isinstance(i, int) or i < 1), None)
+        if bad is not None or None in given:
+            expected = "whole numbers of at least 1 for all spans, or no ids"
+            raise RowError(REASONS[COLUMN], "a span's id is not usable", field=field, value=bad, expected=expected)
+    bodies = {body.message: body for body in _bodies(side)}
+    for number, (start, end, index) in enumerate(found, start=1):
+        body = bodies.get(values[index].get("message") or 0)
+        if body is not None:  # a user's message counts for nothing
+            _mark(column, given[index] or number, side, max(start, body.start), min(end, body.end))
+    return column
+
+
+def _mark(column: list[float], span: int, side: Marked, start: int, end: int) -> None:
+    if start >= end:
+        return
+    for index in tokens_of(start, end, side.tokens, side.counted):
+        column[index] = column[index] or float(span)
