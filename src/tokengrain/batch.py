@@ -62,6 +62,16 @@ class Segments:
         segments = torch.arange(len(self), device=self.offsets.device)
         return torch.repeat_interleave(segments, self.lengths, output_size=self.total)
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """Place of every token in its segment, counted from 0, long `[N]`."""
+        return torch.arange(self.total, device=self.offsets.device) - self.broadcast(self.offsets[:-1])
+
+    @cached_property
+    def is_last(self) -> Tensor:
+        """Whether each token is the last of its segment, bool `[N]`."""
+        return self.positions == self.broadcast(self.lengths) - 1
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum per segment: `[N, ...] -> [C, ...]`; an empty segment gives 0."""
         out = values.new_zeros((len(self), *values.shape[1:]))
@@ -79,6 +89,11 @@ class Segments:
     def broadcast(self, values: Tensor) -> Tensor:
         """Repeat a per-segment value for each of its tokens: `[C, ...] -> [N, ...]`."""
         return values[self.ids]
+
+    def narrow(self, keep: Tensor) -> Segments:
+        """The segments of `values[keep]`, `keep` bool `[N]`; a segment that loses all its tokens stays, empty."""
+        kept = self.sum(keep.long())
+        return Segments(torch.cat([kept.new_zeros(1), kept.cumsum(0)]))
 
     def split(self, values: Tensor) -> list[Tensor]:
         """The segments as a list of C tensors (views)."""
@@ -279,6 +294,17 @@ class TokenBatch:
             if values.shape[0] != self.segments.total:
                 raise ValueError(f"column {name!r} has {values.shape[0]} tokens, expected {self.segments.total}")
         return replace(self, columns={**self.columns, **columns})
+
+    def narrow(self, keep: Tensor) -> TokenBatch:
+        """The same text with fewer counted tokens: those where `keep`, bool `[N]`, is true.
+
+        Tokens left out stay as context; what is computed per counted token is computed for the kept ones only.
+        """
+        if keep.shape != (self.segments.total,):
+            raise ValueError(f"keep has shape {tuple(keep.shape)}, expected ({self.segments.total},)")
+        counted = self.counted.clone()
+        counted[self.counted] = keep.bool()
+        return replace(self, counted=counted, columns={k: v[keep.bool()] for k, v in self.columns.items()})
 
     def select(self, prompts: Sequence[int]) -> TokenBatch:
         """The batch of these prompts with all their completions, in the order given."""

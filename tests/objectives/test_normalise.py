@@ -21,6 +21,8 @@ SETTINGS = {
     "tgdpo": {"alpha": 0.2},
 }
 CONSTANT = 7.5
+TRAINED = {"aligndistil": "teacher_kl", "qrm": "token_scores"}
+"""The quantity that carries the gradient, where it is not logps."""
 
 
 def _vectors(names: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -33,18 +35,23 @@ def _vectors(names: Sequence[str]) -> list[dict[str, Tensor]]:
 
 def _step(objective: BoundObjective, normaliser: str, cut: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradient per pair of a step whose pairs are cut into the given micro-batches."""
+    names, trained = {objective.main, *objective.needs}, TRAINED.get(objective.name, "logps")
     pairs = _vectors(sorted(objective.needs))
-    logps = [p["logps"].clone().requires_grad_() for p in pairs]
+    for p in pairs:
+        p |= {"token_scores": p["logps"]}
+        p[trained] = p[trained].clone().requires_grad_()
     normalise = make_normaliser(normaliser, CONSTANT if normaliser == "constant" else None)  # type: ignore[arg-type]
     batches = [Segments.from_lengths([n for i in batch for n in LENGTHS[i]]) for batch in cut]
-    parts = [Counts.of(segments, pairs=objective.unit == "pairs") for segments in batches]
+    parts = [
+        Counts.of(segments, pairs=objective.unit == "pairs", prompts=len(batch))
+        for segments, batch in zip(batches, cut, strict=True)
+    ]
     counts = sum(parts[1:], start=parts[0])
     total = torch.zeros((), dtype=F64)
     for segments, batch in zip(batches, cut, strict=True):
-        quantities = {n: torch.cat([pairs[i][n] for i in batch]) for n in objective.needs}
-        output = objective(segments=segments, logps=torch.cat([logps[i] for i in batch]), **quantities)
+        output = objective(segments=segments, **{n: torch.cat([pairs[i][n] for i in batch]) for n in names})
         total = total + normalise(output, counts)
-    return total.detach(), list(torch.autograd.grad(total, logps))
+    return total.detach(), list(torch.autograd.grad(total, [p[trained] for p in pairs]))
 
 
 @pytest.mark.filterwarnings("ignore:tgdpo")
@@ -68,7 +75,9 @@ def test_padding_does_not_matter(name: str, garbage: float) -> None:
     lengths = [n for pair in LENGTHS for n in pair]
     segments = Segments.from_lengths(lengths)
     counts = Counts.of(segments, pairs=objective.unit == "pairs")
+    trained = TRAINED.get(name, "logps")
     flat = {n: torch.cat([p[n] for p in _vectors(sorted(objective.needs))]) for n in ("logps", *objective.needs)}
+    flat = {objective.main if n == "logps" else n: values for n, values in flat.items()}
     expected = make_normaliser("mean")(objective(segments=segments, **flat), counts)
     width, mask = 14, torch.zeros(len(lengths), 14, dtype=torch.bool)
     for row, length in enumerate(lengths):  # right-padded, left-padded and with holes, in turn
@@ -78,19 +87,19 @@ def test_padding_does_not_matter(name: str, garbage: float) -> None:
     for quantity, values in flat.items():
         array = torch.full(mask.shape, garbage, dtype=F64)
         array[mask] = values
-        padded[quantity] = array.requires_grad_(quantity == "logps")
+        padded[quantity] = array.requires_grad_(quantity == trained)
     again = {n: Segments.from_padded(array, mask)[0] for n, array in padded.items()}
     loss = make_normaliser("mean")(objective(segments=Segments.from_padded(mask, mask)[1], **again), counts)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    (grad,) = torch.autograd.grad(loss, padded["logps"])
+    (grad,) = torch.autograd.grad(loss, padded[trained])
     assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask]))
     assert torch.isfinite(grad).all()
 
 
-def test_the_four_normalisers_by_hand() -> None:
+def test_the_normalisers_by_hand() -> None:
     segments = Segments.from_lengths([2, 1, 3, 2])
-    counts = Counts.of(segments, pairs=True)
-    assert counts == Counts(pairs=2, completions=4, tokens=8, chosen_tokens=5)
+    counts = Counts.of(segments, pairs=True, prompts=2)
+    assert counts == Counts(pairs=2, completions=4, tokens=8, chosen_tokens=5, prompts=2)
     output = LossOutput(torch.tensor([1.0, 3.0]), token_losses=torch.tensor([10.0]))
     term = 10 / 5
     assert make_normaliser("mean")(output, counts) == 4 / 2 + term
@@ -99,6 +108,9 @@ def test_the_four_normalisers_by_hand() -> None:
     assert make_normaliser("sum")(output, counts) == 4 + term
     completions = LossOutput(torch.ones(4), unit="completions")
     assert make_normaliser("mean")(completions, counts) == 1
+    assert make_normaliser("prompt_mean")(completions, counts) == 4 / 2
+    with pytest.raises(ValueError, match="number of prompts"):
+        make_normaliser("prompt_mean")(completions, Counts.of(segments, pairs=True))
 
 
 def test_counts_add_up_and_travel_as_a_tensor() -> None:

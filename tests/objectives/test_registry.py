@@ -79,15 +79,26 @@ def test_settings_are_converted_and_defaults_filled_in() -> None:
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_bound_objectives_compute_and_check_their_quantities(name: str) -> None:
     x, bound = example(), make_objective(name)
-    known = {"ref_logps": x.ref_logps, "token_rewards": x.token_rewards, "kl": x.kl}
-    output = bound(segments=x.segments, logps=x.logps, **{q: known[q] for q in bound.needs})
-    assert output.losses.shape == ((6,) if name == "sft" else (3,))
+    given = {
+        "ref_logps": x.ref_logps,
+        "token_rewards": x.token_rewards,
+        "token_scores": x.logps,
+        "kl": x.kl,
+        "spans": (x.token_rewards > 0).to(x.kl.dtype),
+        "selected": (x.token_rewards > 0).to(x.kl.dtype),
+        "teacher_kl": x.kl,
+        "teacher_alpha": x.kl.detach() + 0.1,
+    }
+    main = {bound.main: x.logps}
+    known = {q: given[q] for q in bound.needs}
+    output = bound(segments=x.segments, **main, **known)
+    assert output.losses.shape == ((6,) if bound.unit == "completions" else (3,))
     assert all(not m.requires_grad for m in output.metrics.values())
     if bound.needs:
         with pytest.raises(ValueError, match=f"objective '{name}' needs {sorted(bound.needs)[0]}"):
-            bound(segments=x.segments, logps=x.logps)
+            bound(segments=x.segments, **main)
     with pytest.raises(TypeError, match="unheard_of"):
-        bound(segments=x.segments, logps=x.logps, unheard_of=x.logps, **{q: known[q] for q in bound.needs})
+        bound(segments=x.segments, **main, unheard_of=x.logps, **known)
 
 
 def _own_loss(logps: Tensor, segments: Segments, *, advantages: Tensor, scale: float = 2.0) -> LossOutput:

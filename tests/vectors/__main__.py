@@ -4,7 +4,25 @@ from __future__ import annotations
 
 import sys
 
-from tests.vectors import dpo, simpo, tdpo, tgdpo, treg  # noqa: F401  (they register their adapters)
+from tests.vectors import (  # noqa: F401  (they register their adapters)
+    aligndistil,
+    ares,
+    dapo,
+    dcpo,
+    dpo,
+    dro,
+    grpo,
+    gspo,
+    qrm,
+    rrpo,
+    rto,
+    sepo,
+    simpo,
+    tdpo,
+    tgdpo,
+    thr,
+    treg,
+)
 from tests.vectors.runner import run_paths
 
 

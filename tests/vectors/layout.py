@@ -12,6 +12,7 @@ from tests.vectors.runner import Case
 from tokengrain.batch import Segments
 from tokengrain.objectives import Counts, LossOutput, make_normaliser
 from tokengrain.scoring import Distribution, Head, head_quantities
+from tokengrain.scoring.teacher import Teacher
 
 
 @dataclass
@@ -73,20 +74,25 @@ def logits_and_labels(case: Case, name: str, pairs: Pairs) -> tuple[Tensor, Tens
 
 
 def from_logits(
-    logits: Tensor, labels: Tensor, want: tuple[str, ...], ref_logits: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    want: tuple[str, ...],
+    ref_logits: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Tensor]:
     """The library's head on given logits: hidden states are the logits, the weight is the identity."""
     finite = bool(torch.isfinite(logits).all()) and (ref_logits is None or bool(torch.isfinite(ref_logits).all()))
     if finite:
         reference = None if ref_logits is None else Distribution(*_as_head(ref_logits))
-        return head_quantities(*_as_head(logits), labels, want, reference)
+        return head_quantities(*_as_head(logits), labels, want, reference, teacher)
     # An infinite logit cannot pass a product with zeros; as a bias it can, and a bias is for one token.
     parts = []
     for i in range(len(labels)):
         row = slice(i, i + 1)
         reference = None if ref_logits is None else Distribution(*_as_head(ref_logits[row]))
-        parts.append(head_quantities(*_as_head(logits[row]), labels[row], want, reference))
-    return {name: torch.cat([part[name] for part in parts]) for name in want}
+        taught = None if teacher is None else teacher.map(lambda d, row=row: d.at(row))
+        parts.append(head_quantities(*_as_head(logits[row]), labels[row], want, reference, taught))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _as_head(logits: Tensor) -> tuple[Tensor, Head]:

@@ -3,7 +3,8 @@
 An adapter belongs to a (method, function). It turns a case's padded arrays into flat tokens, calls the
 public function that users call, and returns the expected keys that it can produce, "loss" among them.
 Gradients are taken here: `grad_<input>` is the gradient of the loss with respect to that input;
-`wrong_grad_<input>...` is a negative control, which the gradient must differ from.
+`wrong_grad_<input>...` is a negative control, which the gradient must differ from. Values may be nested:
+a dict of losses gives a dict of gradients, and a dict that holds a "loss" gets its gradients beside it.
 """
 
 from __future__ import annotations
@@ -25,22 +26,30 @@ CONTROL = re.compile(r"wrong_grad_(?P<input>.+?)(_if_.*)?")
 
 @dataclass
 class Case:
-    """One case of a file; its inputs as tensors (float64, or long where all numbers are whole)."""
+    """One case of a file; its inputs as tensors (float64, or long where all numbers are whole).
+
+    Inputs that are not arrays of numbers (names of groups, steps with a state, rows of unequal length) stay as
+    they are.
+    """
 
     name: str
     params: dict[str, Any]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     expected: Mapping[str, Any]
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Case:
         expected = data["expected"]
-        controls = {m["input"] for key in expected if (m := CONTROL.fullmatch(key))}
-        wanted = {key.removeprefix("grad_") for key in expected if key.startswith("grad_")} | controls
+        keys = {key for path in flattened(expected) for key in path.split(".")}
+        controls = {m["input"] for key in keys if (m := CONTROL.fullmatch(key))}
+        wanted = {key.removeprefix("grad_") for key in keys if key.startswith("grad_")} | controls
         inputs = {}
         for name, value in data.get("inputs", {}).items():
+            if not _numbers(value) or _ragged(value):
+                inputs[name] = value
+                continue
             whole = name.endswith(("labels", "ids"))
-            tensor = torch.tensor(value, dtype=torch.long if whole else torch.float64)
+            tensor = torch.tensor(np.asarray(value, dtype=np.float64), dtype=torch.long if whole else torch.float64)
             inputs[name] = tensor.requires_grad_(name in wanted)
         return cls(data["name"], dict(data.get("params", {})), inputs, expected)
 
@@ -103,7 +112,8 @@ def run_case(method: str, data: Mapping[str, Any]) -> Result:
     except Exception as error:
         result.error = f"{type(error).__name__}: {error}"
         return result
-    for key, expected in case.expected.items():
+    produced = flattened(produced)
+    for key, expected in flattened(case.expected).items():
         control = CONTROL.fullmatch(key)
         if control:
             difference = compare(produced[f"grad_{control['input']}"], expected)
@@ -118,8 +128,25 @@ def run_case(method: str, data: Mapping[str, Any]) -> Result:
     return result
 
 
+def flattened(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts, and of lists of dicts, by their path: `{"loss.token_mean": ...}`."""
+    if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {path: value}
+    prefix = f"{path}." if path else ""
+    return {k: v for name, part in value.items() for k, v in flattened(part, f"{prefix}{name}").items()}
+
+
 def compare(produced: Any, expected: Any) -> str | None:
     """None if equal within the tolerances, else what differs. NaN and infinities must match exactly."""
+    if not _numbers(expected):
+        return None if produced == expected else f"{produced!r}, expected {expected!r}"
+    if _ragged(expected):
+        if len(produced) != len(expected):
+            return f"{len(produced)} rows, expected {len(expected)}"
+        rows = (compare(p, e) for p, e in zip(produced, expected, strict=True))
+        return next((f"row {i}: {difference}" for i, difference in enumerate(rows) if difference), None)
     expected = np.asarray(expected, dtype=np.float64)
     if isinstance(produced, Tensor):
         produced = produced.detach().numpy()
@@ -154,13 +181,41 @@ def run_paths(paths: Iterable[str | Path], write: Callable[[str], None] = print)
 
 
 def _with_gradients(case: Case, produced: dict[str, Any]) -> dict[str, Any]:
-    wanted = {name: tensor for name, tensor in case.inputs.items() if tensor.requires_grad}
-    if not wanted:
+    wanted = {n: x for n, x in case.inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    for part in produced.values():
+        if isinstance(part, dict) and "loss" in part:
+            _with_gradients(case, part)
+    if not wanted or "loss" not in produced:
         return produced
-    grads = torch.autograd.grad(produced["loss"], list(wanted.values()), allow_unused=True)
-    for (name, tensor), grad in zip(wanted.items(), grads, strict=True):
-        produced[f"grad_{name}"] = torch.zeros_like(tensor) if grad is None else grad
+    loss = produced["loss"]
+    for name, tensor in wanted.items():
+        if isinstance(loss, dict):
+            produced[f"grad_{name}"] = {kind: _gradient(value, tensor) for kind, value in loss.items()}
+        else:
+            produced[f"grad_{name}"] = _gradient(loss, tensor)
     return produced
+
+
+def _gradient(loss: Tensor, tensor: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(loss, tensor, allow_unused=True, retain_graph=True)
+    return torch.zeros_like(tensor) if grad is None else grad
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is a number, or a nested list of numbers and nothing else. Some files write "-inf", and null in a
+    list where there is no number, which is NaN."""
+    if isinstance(value, list):
+        return all(v is None or _numbers(v) for v in value)
+    return isinstance(value, (int, float)) or value == "-inf"
+
+
+def _ragged(value: Any) -> bool:
+    """Whether nested lists of numbers are of unequal lengths, so that they are no array."""
+    try:
+        np.asarray(value, dtype=np.float64)
+    except ValueError:
+        return True
+    return False
 
 
 def _lines(result: Result) -> list[str]:

@@ -78,5 +78,4 @@ def _shared_length_weights(segments: Segments, ld_alpha: float, like: Tensor) ->
     """1 for a token within the shorter length of its pair, `ld_alpha` beyond it: `[N]`."""
     chosen, rejected = segments.pairs(segments.lengths)
     shared = torch.minimum(chosen, rejected).repeat_interleave(2)
-    position = torch.arange(segments.total, device=like.device) - segments.broadcast(segments.offsets[:-1])
-    return torch.where(position < segments.broadcast(shared), 1.0, ld_alpha).to(like.dtype)
+    return torch.where(segments.positions < segments.broadcast(shared), 1.0, ld_alpha).to(like.dtype)

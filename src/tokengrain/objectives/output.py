@@ -24,6 +24,8 @@ class LossOutput:
             a mean over tokens that does not depend on how the step is cut into micro-batches.
         unit: what `losses` has one of.
         token_unit: what `token_losses` has one of: all counted tokens, or those of chosen completions.
+        tokens: detached values per counted token `[N]`, for pictures of single completions, for example
+            "ratio" and "clipped". They are not logged.
     """
 
     losses: Tensor
@@ -31,3 +33,4 @@ class LossOutput:
     token_losses: Tensor | None = None
     unit: Unit = "pairs"
     token_unit: TokenUnit = "chosen_tokens"
+    tokens: dict[str, Tensor] = field(default_factory=dict)

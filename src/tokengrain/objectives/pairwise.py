@@ -47,23 +47,35 @@ def margin_loss(margin: Tensor, loss_type: MarginLoss = "sigmoid", label_smoothi
     return -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
 
 
-def pair_metrics(rewards: Tensor, logps: Tensor, segments: Segments) -> dict[str, Tensor]:
-    """What every pair loss logs, `[P]` each, detached.
-
-    Args:
-        rewards: implicit reward of each completion `[2P]`, never token-weighted: comparable across methods.
-        logps: flat token log-probabilities `[N]`.
-    """
+def reward_metrics(rewards: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """Rewards `[2P]` by side, their margin, and whether the chosen one is higher: `[P]` each, detached."""
     chosen, rejected = segments.pairs(rewards.detach())
-    logps_chosen, logps_rejected = segments.pairs(segments.sum(logps.detach()))
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
         "rewards/margins": chosen - rejected,
+    }
+
+
+def pair_metrics(rewards: Tensor, logps: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """What every pair loss on log-probabilities logs, `[P]` each, detached.
+
+    Args:
+        rewards: implicit reward of each completion `[2P]`, never token-weighted: comparable across methods.
+        logps: flat token log-probabilities `[N]`.
+    """
+    logps_chosen, logps_rejected = segments.pairs(segments.sum(logps.detach()))
+    return {
+        **reward_metrics(rewards, segments),
         "logps/chosen": logps_chosen,
         "logps/rejected": logps_rejected,
     }
+
+
+def both_sides_counted(segments: Segments) -> Tensor:
+    """Which pairs have a counted token on either side, bool `[P]`."""
+    return torch.minimum(*segments.pairs(segments.lengths)) > 0
 
 
 def chosen_token_losses(logps: Tensor, segments: Segments, sft_weight: float) -> Tensor | None:

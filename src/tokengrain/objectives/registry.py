@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,17 @@ from tokengrain.callables import (
 )
 from tokengrain.errors import RecipeError
 from tokengrain.files import fingerprint
+from tokengrain.objectives.aligndistil import aligndistil_loss
+from tokengrain.objectives.dcpo import dcpo_loss
 from tokengrain.objectives.dpo import dpo_loss
+from tokengrain.objectives.grpo import grpo_loss
+from tokengrain.objectives.gspo import gspo_loss
 from tokengrain.objectives.output import LossOutput, Unit
+from tokengrain.objectives.ppo import ppo_policy_loss
+from tokengrain.objectives.qrm import qrm_loss
+from tokengrain.objectives.reinforce import reinforce_loss
+from tokengrain.objectives.rrpo import rrpo_loss, rrpo_reads
+from tokengrain.objectives.sepo import sepo_loss, sepo_reads
 from tokengrain.objectives.sft import sft_loss
 from tokengrain.objectives.simpo import simpo_loss
 from tokengrain.objectives.tdpo import tdpo_loss
@@ -30,6 +39,13 @@ from tokengrain.objectives.tgdpo import tgdpo_loss
 from tokengrain.objectives.treg import treg_loss, treg_simpo_loss
 
 LossFunction = Callable[..., LossOutput]
+
+
+ROLE_QUANTITIES = {"reward": "token_rewards", "weight": "token_weights", "selection": "selected", "span": "spans"}
+"""Role of credit: the quantity of a loss that it becomes."""
+
+_OWN_CREDIT = "its credit is the KL divergence that it measures itself"
+_ONLINE_CREDIT = "its credit is the advantages of a rollout, made by the credit steps of online training"
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,12 @@ class Objective:
         paper: arXiv id or URL, "" if there is none.
         unit: "pairs" if every prompt must have a chosen and a rejected completion, else "completions".
         fixed: hyper-parameters that the name itself fixes (`tdpo1` is `tdpo` with variant="tdpo1").
+        main: what stands in the place of logps: the policy's log-probabilities, or a reward model's scores.
+        reads: `reads(segments, quantities, hyper) -> bool [N]`: the tokens that the loss looks at; others need
+            not be scored. None: all.
+        roles: how token credit can enter, names of `tokengrain.objectives.roles`; None: by the quantities that
+            the loss takes.
+        no_credit: why it takes none, where `roles` is empty.
     """
 
     name: str
@@ -51,11 +73,35 @@ class Objective:
     paper: str = ""
     unit: Unit = "pairs"
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    main: Literal["logps", "token_scores"] = "logps"
+    reads: Callable[[Segments, Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None
+    roles: tuple[str, ...] | None = None
+    no_credit: str = ""
 
     @property
     def quantities(self) -> frozenset[str]:
         """Per-token quantities that `loss` accepts, beside logps."""
         return frozenset(k for k, v in keyword_types(self.loss).items() if is_tensor_type(v))
+
+    @property
+    def online(self) -> bool:
+        """Whether it learns from the advantages of sampled completions."""
+        return "advantages" in self.quantities
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Quantities that a rollout may bring and `loss` can do without; offline, what is not needed is not read."""
+        parameters = inspect.signature(self.loss).parameters
+        empty = inspect.Parameter.empty
+        return frozenset(q for q in self.quantities if self.online and parameters[q].default is not empty)
+
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """The roles in which it takes token credit."""
+        if self.roles is not None:
+            return self.roles
+        own = tuple(r for r, quantity in ROLE_QUANTITIES.items() if quantity in self.quantities)
+        return own or (("weight", "selection") if self.unit == "pairs" and self.main == "logps" else ())
 
     def needs(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Quantities that `loss` cannot do without, given its hyper-parameters."""
@@ -63,6 +109,8 @@ class Objective:
         required = {q for q in self.quantities if parameters[q].default is inspect.Parameter.empty}
         if "ref_logps" in self.quantities and hyper.get("reference_free") is False:
             required.add("ref_logps")  # optional in the signature only for reference_free=True
+        if self.online and "ref_logps" in self.quantities and hyper.get("beta", 0) > 0:
+            required.add("ref_logps")  # its KL term
         return frozenset(required)
 
     def bind(self, **hyper: Any) -> BoundObjective:
@@ -96,21 +144,52 @@ class BoundObjective:
         return self.objective.unit
 
     @property
+    def main(self) -> str:
+        """What the policy (or reward model) is scored for: "logps" or "token_scores"."""
+        return self.objective.main
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles in which it takes token credit."""
+        return self.objective.accepts
+
+    @property
+    def no_credit(self) -> str:
+        """Why it takes no token credit, if it takes none."""
+        return self.objective.no_credit
+
+    @property
     def needs(self) -> frozenset[str]:
-        """Subset of {"ref_logps", "kl", "token_rewards"} (or a user's own names) that a call must bring."""
+        """Quantities that a call must bring: "ref_logps", "kl", "token_rewards", ... or a user's own names."""
         return self.objective.needs(self.hyper)
 
-    def __call__(self, *, segments: Segments, logps: Tensor, **quantities: Tensor | None) -> LossOutput:
-        """Losses of a batch; see the loss function for the quantities. All flat `[N]`.
+    @property
+    def online(self) -> bool:
+        """Whether it learns from the advantages of sampled completions."""
+        return self.objective.online
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Quantities that a call may bring beside those that it needs."""
+        return self.objective.optional - self.needs
+
+    def reads(self, segments: Segments, quantities: Mapping[str, Tensor]) -> Tensor | None:
+        """The tokens that the loss looks at, bool `[N]`, known before anything is scored; None: all."""
+        reads = self.objective.reads
+        return None if reads is None else reads(segments, quantities, self.hyper)
+
+    def __call__(self, *, segments: Segments, **quantities: Tensor | None) -> LossOutput:
+        """Losses of a batch; see the loss function for the quantities, all flat `[N]`. `main` is one of them.
 
         Raises:
             ValueError: a needed quantity is missing.
             TypeError: a quantity that the loss does not know.
         """
-        missing = sorted(q for q in self.needs if quantities.get(q) is None)
+        missing = sorted(q for q in {self.main, *self.needs} if quantities.get(q) is None)
         if missing:
             raise ValueError(f"objective {self.name!r} needs {', '.join(missing)}, got {sorted(quantities)}")
-        return self.objective.loss(logps, segments, **quantities, **self.hyper)
+        main = quantities.pop(self.main)
+        return self.objective.loss(main, segments, **quantities, **self.hyper)
 
     def describe(self) -> dict[str, Any]:
         """Name and hyper-parameters, for fingerprints and logs; of a user's own function also its source."""
@@ -119,18 +198,49 @@ class BoundObjective:
         return {"name": self.name, **self.hyper, **source}
 
 
+def _rrpo_reads(segments: Segments, quantities: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> Tensor:
+    return rrpo_reads(segments, spans=quantities["spans"], alpha=hyper["alpha"])
+
+
+def _sepo_reads(segments: Segments, quantities: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> Tensor:
+    return sepo_reads(segments, selected=quantities["selected"])
+
+
 OBJECTIVES: dict[str, Objective] = {
     o.name: o
     for o in (
         Objective("dpo", dpo_loss, "2305.18290"),
         Objective("simpo", simpo_loss, "2405.14734"),
-        Objective("tdpo", tdpo_loss, "2404.11999"),
-        Objective("tdpo1", tdpo_loss, "2404.11999", fixed={"variant": "tdpo1"}),
-        Objective("tdpo2", tdpo_loss, "2404.11999", fixed={"variant": "tdpo2"}),
+        Objective("tdpo", tdpo_loss, "2404.11999", roles=(), no_credit=_OWN_CREDIT),
+        Objective("tdpo1", tdpo_loss, "2404.11999", fixed={"variant": "tdpo1"}, roles=(), no_credit=_OWN_CREDIT),
+        Objective("tdpo2", tdpo_loss, "2404.11999", fixed={"variant": "tdpo2"}, roles=(), no_credit=_OWN_CREDIT),
         Objective("tgdpo", tgdpo_loss, "2506.14574"),
         Objective("treg", treg_loss, "2412.02685"),
         Objective("treg_simpo", treg_simpo_loss, "2412.02685"),
-        Objective("sft", sft_loss, unit="completions"),
+        Objective("rrpo", rrpo_loss, "2504.12083", reads=_rrpo_reads),
+        Objective("sepo", sepo_loss, "2408.13518", reads=_sepo_reads),
+        Objective(
+            "aligndistil",
+            aligndistil_loss,
+            "2503.02832",
+            unit="completions",
+            roles=(),
+            no_credit="its credit is the difference of its two teachers",
+        ),
+        Objective(
+            "qrm",
+            qrm_loss,
+            "2505.23363",
+            main="token_scores",
+            roles=(),
+            no_credit="it trains a reward model, which is a credit source (reward_model) afterwards",
+        ),
+        Objective("grpo", grpo_loss, "2402.03300", unit="completions", roles=(), no_credit=_ONLINE_CREDIT),
+        Objective("gspo", gspo_loss, "2507.18071", unit="completions", roles=(), no_credit=_ONLINE_CREDIT),
+        Objective("dcpo", dcpo_loss, "2509.02333", unit="completions", roles=(), no_credit=_ONLINE_CREDIT),
+        Objective("ppo", ppo_policy_loss, "1707.06347", unit="completions", roles=(), no_credit=_ONLINE_CREDIT),
+        Objective("reinforce", reinforce_loss, unit="completions", roles=(), no_credit=_ONLINE_CREDIT),
+        Objective("sft", sft_loss, unit="completions", roles=(), no_credit="it learns from every token of its data"),
     )
 }
 
@@ -163,6 +273,6 @@ def _rehearse(bound: BoundObjective) -> None:
     """Call the loss once on a pair of single tokens: contradictions that it refuses show before training."""
     zeros = torch.zeros(2)
     try:
-        bound(segments=Segments.from_lengths([1, 1]), logps=zeros, **dict.fromkeys(bound.needs, zeros))
+        bound(segments=Segments.from_lengths([1, 1]), **dict.fromkeys({bound.main, *bound.needs}, zeros))
     except ValueError as error:
         raise RecipeError(f"objective {bound.name!r}: {error}") from None

@@ -19,9 +19,14 @@ class HostBatch:
 
     Counting and cutting read lengths, which on an accelerator would make the host wait. Its micro-batches
     are moved one by one when they are used; they are token ids, a few kilobytes.
+
+    Attributes:
+        real: False: this rank has nothing to learn from in the step and `batch` stands in, without weight, so that
+            the rank takes part in what all ranks do together.
     """
 
     batch: TokenBatch
+    real: bool = True
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> HostBatch:
         return self
@@ -53,11 +58,11 @@ def all_reduce(values: Tensor, device: torch.device, op: str = "sum") -> Tensor:
 
 
 def counts_of(batch: TokenBatch) -> Counts:
-    return Counts.of(batch.segments, pairs=batch.is_pairs)
+    return Counts.of(batch.segments, pairs=batch.is_pairs, prompts=batch.n_prompts)
 
 
 def plan_step(
-    batches: Sequence[TokenBatch], max_tokens: int | None, device: torch.device, *, same_passes: bool
+    batches: Sequence[HostBatch], max_tokens: int | None, device: torch.device, *, same_passes: bool
 ) -> StepPlan:
     """Count a step.
 
@@ -65,12 +70,12 @@ def plan_step(
         batches: this rank's batches of the step, one per accumulation step.
         same_passes: whether ranks must run the model equally often (FSDP: every pass is a collective).
     """
-    counts = sum((counts_of(b) for b in batches), Counts())
-    tokens = torch.tensor([sum(b.n_tokens for b in batches)])
+    counts = sum((counts_of(b.batch) for b in batches if b.real), Counts())
+    tokens = torch.tensor([sum(b.batch.n_tokens for b in batches if b.real)])
     total = all_reduce(torch.cat([counts.to_tensor(), tokens]), device)
     passes = None
     if same_passes:
-        own = torch.tensor([len(b.split(max_tokens)) for b in batches])
+        own = torch.tensor([len(b.batch.split(max_tokens)) for b in batches])
         passes = tuple(all_reduce(own, device, "max").tolist())
     return StepPlan(Counts.from_tensor(total[:-1]), int(total[-1]), passes)
 

@@ -1,0 +1,190 @@
+"""The clipped policy loss of PPO and its family: what PPO, GRPO, DAPO, GSPO and DCPO share.
+
+With r the probability ratio of a token (new policy to the one that sampled it) and A its advantage
+(PPO, arXiv 1707.06347, equation 7):
+
+    l = -min(r A, clip(r, low, high) A)
+
+which is -A min(r, high) for A >= 0 and -A max(r, low) for A < 0; `cap` bounds r in the second case as well
+(dual clip, arXiv 1912.09729). It is computed from log r, clipped before the exponential, so that a ratio too
+large for its type gives a gradient of exactly 0 where it is clipped, not 0 * inf.
+
+Methods differ in what r is (of the token, of the completion), in low and high (constants, or functions of the
+token's probability) and in how the tokens of a completion become its loss (`Reduction`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.objectives.kl import KLEstimator, kl_estimate
+from tokengrain.objectives.output import LossOutput
+
+Reduction = Literal["mean", "sum", "constant"]
+"""Token losses to the loss of a completion. With the normaliser that belongs to it:
+
+    "mean"      over its tokens: GRPO with "mean", DCPO with "prompt_mean"
+    "sum"       DAPO with "token_mean"; a plain sum with "sum"
+    "constant"  sum / max_length, the longest completion that the run allows: Dr. GRPO with "mean"
+"""
+
+
+@dataclass(frozen=True)
+class ClippedTokens:
+    """The clipped loss token by token.
+
+    Attributes:
+        losses: `[N]`, with gradient.
+        ratio: `[N]`, detached, not clipped.
+        low: bool `[N]`: A < 0 and r below its bound. These tokens, and those below, have gradient 0.
+        high: bool `[N]`: A > 0 and r above its bound.
+        capped: bool `[N]`: A < 0 and r above the cap.
+    """
+
+    losses: Tensor
+    ratio: Tensor
+    low: Tensor
+    high: Tensor
+    capped: Tensor
+
+    @property
+    def clipped(self) -> Tensor:
+        """-1, 0 or +1 per token `[N]`: clipped below, not clipped, clipped above or capped."""
+        return (self.high | self.capped).to(self.losses.dtype) - self.low.to(self.losses.dtype)
+
+
+def clipped_tokens(
+    log_ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float, cap: float | None = None
+) -> ClippedTokens:
+    """-min(r A, clip(r, low, high) A) of every token.
+
+    Args:
+        log_ratio: log of the new policy's probability over that of the sampling policy `[N]`, with gradient.
+        advantages: `[N]`, constants.
+        low, high: bounds of the ratio (not offsets from 1), numbers or `[N]`; a low bound <= 0 never clips.
+        cap: bound of the ratio where the advantage is negative; None: the loss there has no bound.
+
+    Raises:
+        ValueError: advantages of another shape; or a cap below the upper bound.
+    """
+    if advantages.shape != log_ratio.shape:
+        raise ValueError(
+            f"advantages have shape {tuple(advantages.shape)}, expected {tuple(log_ratio.shape)}: one per token; "
+            "segments.broadcast repeats a completion's"
+        )
+    if cap is not None and not isinstance(high, Tensor) and cap < high < math.inf:
+        raise ValueError(f"the ratio's cap must not lie below its upper bound {high}, got {cap}")
+    d, A = log_ratio, advantages.detach().to(log_ratio.dtype)
+    bottom, top = _log(low, d), _log(high, d)
+    ceiling = math.inf if cap is None else math.log(cap)
+    # One exponential: where A >= 0 only the upper bound acts, where A < 0 the lower one and the cap.
+    lower = torch.where(A < 0, bottom, -math.inf)
+    upper = torch.where(A < 0, ceiling, top)
+    losses = -A * torch.exp(torch.clamp(d, lower, upper))
+    at = d.detach()
+    return ClippedTokens(
+        losses, at.exp(), low=(A < 0) & (at < bottom), high=(A > 0) & (at > top), capped=(A < 0) & (at > ceiling)
+    )
+
+
+def sequence_log_ratio(logps: Tensor, old_logps: Tensor, segments: Segments) -> Tensor:
+    """Log of the completion's ratio at each of its tokens `[N]`: the mean of the tokens' log-ratios (GSPO).
+
+    In the token form (arXiv 2507.18071, equation 14): its value is the completion's, its gradient that of the
+    token's own log-probability, so that tokens may have advantages of their own. If they are equal within a
+    completion, value and gradient of the loss are those of the sequence form (equation 5).
+    """
+    whole = segments.broadcast(segments.mean((logps - old_logps).detach()))
+    return whole + (logps - logps.detach())
+
+
+def reduce_tokens(values: Tensor, segments: Segments, reduction: Reduction, max_length: float | None = None) -> Tensor:
+    """Token losses `[N]` to losses per completion `[C]`; a completion without tokens has loss 0.
+
+    Raises:
+        ValueError: "constant" without a positive `max_length`, or `max_length` with another reduction.
+    """
+    if (reduction == "constant") != (max_length is not None):
+        raise ValueError(f"max_length belongs to reduction 'constant', got {max_length!r} with {reduction!r}")
+    if reduction == "mean":
+        return segments.mean(values)
+    total = segments.sum(values)
+    return total if max_length is None else total / max_length
+
+
+def policy_output(
+    tokens: ClippedTokens,
+    segments: Segments,
+    *,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    entropy: Tensor | None = None,
+    weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    beta: float = 0.0,
+    kl: KLEstimator = "k3",
+    kl_importance: bool = False,
+    clamp: bool = False,
+    reduction: Reduction = "mean",
+    max_length: float | None = None,
+) -> LossOutput:
+    """The clipped tokens of a batch as losses per completion, with the KL term and what is logged.
+
+    Args:
+        tokens: from `clipped_tokens`.
+        logps, old_logps, ref_logps, entropy: `[N]`, nats. The last two may be None; entropy is only logged.
+        advantages: `[N]`.
+        weights: `[N]`, constants: multiply the policy's loss, outside the clip, and not the KL term
+            (importance weights of a sampler whose probabilities differ from the trainer's).
+        kl_weights: `[N]`, constants: multiply the KL term of each token (ARES's dynamic KL); None: 1.
+        beta: weight of the KL term; kl: its estimator. kl_importance: weigh it by the token's ratio, which
+            keeps its gradient right after the first update on the same rollouts; clamp: see `kl_estimate`.
+        reduction, max_length: see `Reduction`.
+
+    Returns:
+        `losses` [C]. Metrics are means over the tokens of each completion, except "ratio/max".
+
+    Raises:
+        ValueError: beta > 0 without ref_logps.
+    """
+    if beta and ref_logps is None:
+        raise ValueError(f"beta = {beta} needs ref_logps; without a reference beta must be 0")
+    losses = tokens.losses if weights is None else tokens.losses * weights.detach()
+    log_ratio = (logps - old_logps).detach()
+    mean = segments.mean
+    metrics = {
+        "clip/low": mean(tokens.low.to(losses.dtype)),
+        "clip/high": mean(tokens.high.to(losses.dtype)),
+        "clip/cap": mean(tokens.capped.to(losses.dtype)),
+        "clip/tokens": mean(tokens.clipped.abs()),
+        "ratio/mean": mean(tokens.ratio),
+        "ratio/max": torch.where(segments.lengths > 0, segments.max(tokens.ratio), 1.0),
+        "kl/old": mean(torch.expm1(log_ratio) - log_ratio),  # k3 of KL(old || new): the tokens are the old policy's
+        "advantages/mean": mean(advantages.detach().to(losses.dtype)),
+    }
+    if ref_logps is not None:
+        divergence = kl_estimate(logps, ref_logps, kl, clamp=clamp)
+        metrics["kl/ref"] = mean(divergence.detach())
+        if beta:
+            if kl_importance:
+                divergence = divergence * torch.exp(logps - old_logps.detach())
+            if kl_weights is not None:
+                divergence = divergence * kl_weights.detach().to(divergence.dtype)
+            losses = losses + beta * divergence
+    if entropy is not None:
+        metrics["entropy"] = mean(entropy.detach())
+    per_token = {"loss": losses.detach(), "ratio": tokens.ratio, "clipped": tokens.clipped}
+    reduced = reduce_tokens(losses, segments, reduction, max_length)
+    return LossOutput(reduced, metrics, unit="completions", token_unit="tokens", tokens=per_token)
+
+
+def _log(bound: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).clamp(min=0).log()

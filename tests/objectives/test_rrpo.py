@@ -1,0 +1,223 @@
+"""Identities of the RRPO spec, section 7, through the fused head, float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.objectives.examples import F64, example, gradient, mean_loss
+from tokengrain.batch import Segments
+from tokengrain.objectives import LossOutput, dpo_loss, rrpo_loss, rrpo_reads, span_rewards
+from tokengrain.scoring import Distribution, Head, head_quantities
+
+LENGTHS = (4, 5, 3, 2)
+SPANS = (0, 1, 1, 0, 0, 1, 0, 2, 2, 1, 0, 2, 0, 1)
+VOCAB = 6
+
+
+@dataclass
+class Logits:
+    """Policy and reference logits `[N, V]`, labels and spans `[N]`."""
+
+    segments: Segments
+    policy: Tensor
+    reference: Tensor
+    labels: Tensor
+    spans: Tensor
+
+    def scores(self, policy: Tensor, reference: Tensor | None = None) -> dict[str, Tensor]:
+        head = Head(torch.eye(VOCAB, dtype=F64))
+        q = Distribution(self.reference if reference is None else reference, head)
+        return head_quantities(policy, head, self.labels, ("logps", "kl"), q)
+
+    def loss(self, policy: Tensor, reference: Tensor | None = None, **hyper: Any) -> LossOutput:
+        reference = self.reference if reference is None else reference
+        scores, ref_logps = self.scores(policy, reference), self.scores(reference)["logps"]
+        return rrpo_loss(
+            scores["logps"], self.segments, ref_logps=ref_logps, kl=scores["kl"], spans=self.spans, **hyper
+        )
+
+    def gradient(self, **hyper: Any) -> Tensor:
+        return gradient(lambda p: mean_loss(self.loss(p, **hyper), self.segments), self.policy)
+
+    def dpo(self, policy: Tensor, beta: float) -> LossOutput:
+        logps = self.scores(policy)["logps"]
+        return dpo_loss(logps, self.segments, ref_logps=self.scores(self.reference)["logps"], beta=beta)
+
+
+@pytest.fixture
+def x() -> Logits:
+    generator = torch.Generator().manual_seed(2)
+    n = sum(LENGTHS)
+    policy, reference = (torch.randn(n, VOCAB, dtype=F64, generator=generator) for _ in range(2))
+    labels = torch.randint(VOCAB, (n,), generator=generator)
+    spans = torch.tensor(SPANS, dtype=F64)
+    return Logits(Segments.from_lengths(LENGTHS), policy.requires_grad_(), reference, labels, spans)
+
+
+def test_alpha_0_and_every_token_in_a_span_is_dpo(x: Logits) -> None:
+    x.spans = torch.ones_like(x.spans)
+    loss = x.loss(x.policy, beta=0.3, alpha=0.0)
+    assert torch.equal(loss.losses, x.dpo(x.policy, 0.3).losses)
+    expected = gradient(lambda p: mean_loss(x.dpo(p, 0.3), x.segments), x.policy)
+    assert torch.equal(x.gradient(beta=0.3, alpha=0.0), expected)
+
+
+def test_every_token_in_a_span_is_dpo_plus_the_chosen_kl(x: Logits) -> None:
+    x.spans = torch.ones_like(x.spans)
+    kl = x.segments.pairs(x.segments.sum(x.scores(x.policy)["kl"]))[0]
+    loss = x.loss(x.policy, beta=0.3, alpha=0.2)
+    torch.testing.assert_close(loss.losses, x.dpo(x.policy, 0.3).losses + 0.2 * kl)
+
+
+def test_policy_equal_to_reference(x: Logits) -> None:
+    x.reference = x.policy.detach()
+    output = x.loss(x.policy, alpha=0.3)
+    torch.testing.assert_close(output.losses, torch.full((2,), math.log(2), dtype=F64))
+    assert output.metrics["kl/chosen"].abs().max() < 1e-12
+    torch.testing.assert_close(x.gradient(alpha=0.3), x.gradient(alpha=0.0), rtol=0, atol=1e-12)
+
+
+def test_no_span(x: Logits) -> None:
+    x.spans = torch.zeros_like(x.spans)
+    output = x.loss(x.policy, alpha=0.2)
+    torch.testing.assert_close(output.losses.detach(), math.log(2) + 0.2 * output.metrics["kl/chosen"])
+    assert bool((x.gradient(alpha=0.2)[~x.segments.is_chosen] == 0).all())
+    assert bool((x.gradient(alpha=0.0) == 0).all())
+    logps, ref_logps = x.scores(x.policy)["logps"], x.scores(x.reference)["logps"]
+    assert span_rewards(logps, x.segments, ref_logps=ref_logps, spans=x.spans).shape == (4, 0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.07])
+def test_closed_form_gradient_and_exact_zeros(x: Logits, alpha: float) -> None:
+    beta, pairs = 0.4, 2
+    output = x.loss(x.policy, beta=beta, alpha=0.0)
+    u = output.metrics["rewards/margins"]
+    g = x.segments.broadcast((beta * torch.sigmoid(-u) / pairs).repeat_interleave(2))[:, None]
+    e = torch.nn.functional.one_hot(x.labels, VOCAB).to(F64)
+    p, q = torch.softmax(x.policy, -1).detach(), torch.softmax(x.reference, -1)
+    inside, chosen = (x.spans > 0)[:, None], x.segments.is_chosen[:, None]
+    rank = torch.where(inside, torch.where(chosen, -g * (e - p), g * (e - p)), 0.0)
+    expected = rank + torch.where(chosen, alpha / pairs * (p - q), 0.0)
+    found = x.gradient(beta=beta, alpha=alpha)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    unread = ~rrpo_reads(x.segments, spans=x.spans, alpha=alpha)
+    assert bool(unread.any())
+    assert bool((found[unread] == 0).all())
+
+
+def test_names_of_spans_do_not_matter(x: Logits) -> None:
+    renamed = replace(x, spans=torch.where(x.spans > 0, 8 - x.spans, 0.0))
+    merged = replace(x, spans=(x.spans > 0).to(F64))
+    for other in (renamed, merged):
+        assert torch.equal(other.loss(x.policy).losses, x.loss(x.policy).losses)
+        assert torch.equal(other.gradient(), x.gradient())
+
+
+def test_constants_added_to_the_logits_do_not_matter(x: Logits) -> None:
+    shift = torch.randn(len(x.labels), 1, dtype=F64)
+    torch.testing.assert_close(x.loss(x.policy + shift, x.reference - shift).losses, x.loss(x.policy).losses)
+
+
+def test_order_of_pairs_and_their_number_do_not_matter(x: Logits) -> None:
+    """The second pair alone, and the pairs in reverse order."""
+    order, alone = [2, 3, 0, 1], [2, 3]
+    losses = x.loss(x.policy).losses
+    for completions, expected in ((order, losses.flip(0)), (alone, losses[1:])):
+        pick = torch.cat([torch.arange(x.segments.total).split(list(LENGTHS))[c] for c in completions])
+        other = Logits(
+            Segments.from_lengths([LENGTHS[c] for c in completions]),
+            x.policy[pick],
+            x.reference[pick],
+            x.labels[pick],
+            x.spans[pick],
+        )
+        torch.testing.assert_close(other.loss(other.policy).losses, expected)
+
+
+def test_kl_is_that_of_every_chosen_token_and_never_negative(x: Logits) -> None:
+    logp, logq = torch.log_softmax(x.policy, -1).detach(), torch.log_softmax(x.reference, -1)
+    kl = torch.nn.functional.kl_div(logp, logq, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(x.loss(x.policy).metrics["kl/chosen"], x.segments.pairs(x.segments.sum(kl))[0])
+    previous = x.loss(x.policy, alpha=0.0).losses
+    for alpha in (0.01, 0.1, 1.0):
+        losses = x.loss(x.policy, alpha=alpha).losses
+        assert bool((losses > previous).all())
+        previous = losses
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05])
+def test_only_the_tokens_that_it_reads_matter(alpha: float) -> None:
+    """Scored on those tokens alone, loss, gradient and metrics are the same; and garbage elsewhere is not seen."""
+    x = example(LENGTHS)
+    spans = torch.tensor(SPANS, dtype=F64)
+    read = rrpo_reads(x.segments, spans=spans, alpha=alpha)
+
+    def loss(logps: Tensor, kl: Tensor, *, narrow: bool) -> LossOutput:
+        keep = read if narrow else torch.ones_like(read)
+        return rrpo_loss(
+            logps[keep],
+            x.segments.narrow(keep),
+            ref_logps=x.ref_logps[keep],
+            kl=kl[keep],
+            spans=spans[keep],
+            alpha=alpha,
+        )
+
+    whole, narrow = loss(x.logps, x.kl, narrow=False), loss(x.logps, x.kl, narrow=True)
+    torch.testing.assert_close(whole.losses, narrow.losses)
+    torch.testing.assert_close(whole.metrics, narrow.metrics)
+    grads = [torch.autograd.grad(o.losses.sum(), (x.logps, x.kl), allow_unused=True) for o in (whole, narrow)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    garbage = [torch.where(read, v, float("nan")) for v in (x.logps, x.kl)]
+    torch.testing.assert_close(loss(*garbage, narrow=False).losses, whole.losses)
+
+
+def test_average_kl_divides_by_the_chosen_length() -> None:
+    x = example((3, 3, 3, 3))
+    arguments = {"ref_logps": x.ref_logps, "kl": x.kl, "spans": torch.ones(12)}
+    mean = rrpo_loss(x.logps, x.segments, alpha=0.3, average_kl=True, **arguments)
+    summed = rrpo_loss(x.logps, x.segments, alpha=0.1, **arguments)
+    torch.testing.assert_close(mean.losses, summed.losses)
+
+
+def test_rewards_of_spans_add_up(x: Logits) -> None:
+    logps, ref_logps = x.scores(x.policy)["logps"], x.scores(x.reference)["logps"]
+    rewards = span_rewards(logps, x.segments, ref_logps=ref_logps, spans=x.spans, beta=0.5)
+    assert rewards.shape == (4, 2)
+    assert not rewards.requires_grad
+    first, second = ((logps - ref_logps)[x.spans.long() == k] for k in (1, 2))
+    torch.testing.assert_close(rewards[0, 0], 0.5 * first[:2].sum().detach())
+    torch.testing.assert_close(rewards[1, 1], 0.5 * second[:2].sum().detach())
+    assert rewards[0, 1] == 0
+    chosen, rejected = x.segments.pairs(rewards.sum(1))
+    metrics = x.loss(x.policy).metrics
+    torch.testing.assert_close(metrics["rewards/chosen"], chosen)
+    torch.testing.assert_close(metrics["rewards/rejected"], rejected)
+
+
+def test_metrics(x: Logits) -> None:
+    metrics = x.loss(x.policy).metrics
+    assert metrics["spans/chosen"].tolist() == [1, 2]
+    assert metrics["spans/rejected"].tolist() == [2, 1]
+    d = x.scores(x.policy)["logps"] - x.scores(x.reference)["logps"]
+    moved = x.segments.pairs(x.segments.sum(d.detach()))[0]
+    torch.testing.assert_close(metrics["logratios/chosen"], moved)
+    assert metrics["displacement"].tolist() == [float(v < 0) for v in moved]
+    assert all(not v.requires_grad and v.shape == (2,) for v in metrics.values())
+
+
+def test_empty_completions_stay_finite() -> None:
+    x = example((0, 2, 0, 0))
+    for average in (False, True):
+        output = rrpo_loss(
+            x.logps, x.segments, ref_logps=x.ref_logps, kl=x.kl, spans=torch.tensor([0.0, 1.0]), average_kl=average
+        )
+        assert torch.isfinite(output.losses).all()
+        assert output.losses[1].item() == pytest.approx(math.log(2))
