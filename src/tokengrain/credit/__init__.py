@@ -4,6 +4,7 @@ from tokengrain.credit.base import CreditSource, checked_credit, model_fingerpri
 from tokengrain.credit.contrastive import ContrastivePrompting, contrastive_token_rewards
 from tokengrain.credit.guide import GuideLogRatio, guide_token_rewards
 from tokengrain.credit.registry import CREDIT, CreditKind, check_credit, make_credit
+from tokengrain.credit.reward_model import RewardModelCredit
 from tokengrain.credit.simple import ColumnCredit, FunctionCredit, RandomCredit, Transformed
 from tokengrain.credit.templates import TEMPLATES, ContrastiveTemplates, make_templates
 
@@ -18,6 +19,7 @@ __all__ = [
     "FunctionCredit",
     "GuideLogRatio",
     "RandomCredit",
+    "RewardModelCredit",
     "Transformed",
     "check_credit",
     "checked_credit",

@@ -18,7 +18,9 @@ from tokengrain.files import fingerprint
 class CreditSource(Protocol):
     """Turns a batch into one number per counted completion token.
 
-    Any callable `(batch) -> Tensor [N]` works as one; `name` and `fingerprint` serve annotation files.
+    Any callable `(batch) -> Tensor [N]` works as one; `name` and `fingerprint` serve annotation files. A class
+    may say what its numbers mean in a class attribute `values`: "signed" (sign and size, around 0), "order" (only
+    their order within a completion), "marks" (0 but at marked tokens) or "any" (up to the user; the default).
     """
 
     name: str

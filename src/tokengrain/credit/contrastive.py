@@ -62,6 +62,7 @@ class ContrastivePrompting:
     """
 
     name = "contrastive"
+    values = "signed"
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class GuideLogRatio:
     """
 
     name = "guide"
+    values = "signed"
 
     def __init__(self, *, model: Any, reference: Any, beta: Positive = 0.1) -> None:
         self.model, self.reference, self.beta = model, reference, float(beta)

@@ -113,6 +113,7 @@ class Transformed:
     def __init__(self, source: CreditSource, *, scale: Number = 1.0, clip: Positive | None = None) -> None:
         self.source, self.scale, self.clip = source, scale, clip
         self.name = source.name
+        self.values = getattr(source, "values", "any")
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         values = self.scale * self.source(batch)

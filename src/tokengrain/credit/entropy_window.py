@@ -1,0 +1,235 @@
+"""Sustained uncertainty: token entropy averaged over a short window (ARES, arXiv 2510.08457).
+
+Entropies are flat vectors `[N]` in nats, of whichever distribution they were measured on: a sampler's top-k
+log-probabilities are after temperature and top-p, a trainer's logits before. Windows lie within a completion; a
+window that would pass its end is incomplete and NaN. Nothing here carries gradient.
+
+Three definitions of a high window-entropy (HWE) token exist (`Mode`):
+
+    code            the window is the tokens after t; t counts if it is a trigger word and the mean reaches tau
+    paper           the window starts at t itself; t counts if the mean reaches tau
+    token_semantic  no window: t counts if it is a trigger word and its own entropy reaches tau
+
+and each has its own tau: the median over completions of the percentile of their window means (calibrated by
+construction), the mean over completions of the quantile of their *token* entropies (which few windows reach, since
+a mean varies less than its parts), and the quantile of all token entropies of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Segments
+
+Mode = Literal["code", "paper", "token_semantic"]
+
+TRIGGERS = (
+    *("actually", "alternatively", "also", "although", "because", "but", "check", "consider", "first", "hence"),
+    *("hmm", "however", "if", "instead", "let", "maybe", "or", "perhaps", "since", "so"),
+    *("suppose", "then", "therefore", "though", "thus", "unless", "verify", "wait", "whereas", "yet"),
+)
+"""English words that often open a step of reasoning: a short list of ours. The authors publish one of 174 words."""
+
+
+@dataclass(frozen=True)
+class HighEntropy:
+    """The HWE tokens of a batch.
+
+    Attributes:
+        mask: bool `[N]`, the tokens that count.
+        count: long `[C]`, how many.
+        below: long `[C]`, tokens that would count (triggers with a complete window) but for their entropy.
+        excess: `[C]`, sum over the tokens that count of what their entropy exceeds tau by, nats.
+    """
+
+    mask: Tensor
+    count: Tensor
+    below: Tensor
+    excess: Tensor
+
+
+def topk_entropy(logprobs: Tensor, *, tail: bool = True, floor: float = 1e-12) -> Tensor:
+    """Entropy from the k largest log-probabilities of each token: `[..., k] -> [...]`, nats, detached.
+
+    The rest of the mass counts as one token, which makes this a lower bound of the entropy, exact if the rest is
+    one token. Without `tail` the rest is left out, which lowers it further. A probability of 0 (-inf) adds 0.
+    """
+    logp = logprobs.detach()
+    p = logp.exp()
+    entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+    if not tail:
+        return entropy
+    rest = (1 - p.sum(-1)).clamp(min=0)
+    return entropy - rest * rest.clamp(min=floor).log()
+
+
+def window_means(entropy: Tensor, segments: Segments, *, window: int = 4, own: bool = False) -> Tensor:
+    """Mean entropy of a window of each token, `[N] -> [N]`; NaN where the completion ends before the window does.
+
+    Args:
+        window: tokens; the paper finds 4 to 8 best.
+        own: True: the window starts at the token itself; False: at the next one.
+
+    Raises:
+        ValueError: a window below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}")
+    entropy = entropy.detach()
+    means = torch.full_like(entropy, torch.nan)
+    n, skip = entropy.shape[0], 0 if own else 1
+    if n >= window + skip:
+        means[: n - window + 1 - skip] = entropy.unfold(0, window, 1).mean(-1)[skip:]
+    left = segments.broadcast(segments.lengths) - segments.positions - skip
+    return torch.where(left >= window, means, torch.nan)
+
+
+def measured(entropy: Tensor, segments: Segments, *, mode: Mode = "code", window: int = 4) -> Tensor:
+    """What tau is compared with, `[N]`: a window's mean, NaN where incomplete, or the token's own entropy."""
+    if mode == "token_semantic":
+        return entropy.detach()
+    return window_means(entropy, segments, window=window, own=mode == "paper")
+
+
+def batch_threshold(
+    entropy: Tensor, segments: Segments, *, mode: Mode = "code", window: int = 4, quantile: float = 0.95
+) -> float:
+    """tau of a batch, nats; see the module's text. A completion without tokens has threshold 0 in mode "code" (as
+    in the released code) and is left out in the others."""
+    if mode == "code":
+        each = completion_thresholds(entropy, segments, window=window, quantile=quantile)
+        return float(torch.quantile(each.double(), 0.5))
+    if mode == "paper":
+        quantiles = segment_quantiles(entropy.detach(), segments, quantile)
+        return float(quantiles[segments.lengths > 0].mean())
+    whole = Segments.from_lengths([segments.total], entropy.device)
+    return float(segment_quantiles(entropy.detach(), whole, quantile)[0])
+
+
+def completion_thresholds(entropy: Tensor, segments: Segments, *, window: int = 4, quantile: float = 0.95) -> Tensor:
+    """Quantile of the means of the following windows, per completion `[C]`.
+
+    As in the released code each incomplete window counts as the mean of the complete ones, a completion without a
+    complete one has its first token's entropy, and an empty one 0. The entropies here are those that are counted
+    with, the tail of the distribution included (the released code leaves it out here and not there).
+    """
+    means = window_means(entropy, segments, window=window)
+    complete = ~torch.isnan(means)
+    some = segments.sum(complete.to(means.dtype))
+    first = torch.where(segments.positions == 0, entropy.detach(), 0.0)
+    total = segments.sum(torch.where(complete, means, 0.0))
+    fill = torch.where(some > 0, total / some.clamp(min=1), segments.sum(first))
+    filled = torch.where(complete, means, segments.broadcast(fill))
+    return torch.where(segments.lengths > 0, segment_quantiles(filled, segments, quantile), 0.0)
+
+
+def segment_quantiles(values: Tensor, segments: Segments, quantile: float) -> Tensor:
+    """Quantile of each segment with linear interpolation, `[N] -> [C]`; NaN for an empty one."""
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
+    if not segments.total:
+        return values.new_full((len(segments),), torch.nan)
+    ordered = segments.to_padded(values, fill=torch.inf)[0].sort(dim=1).values
+    place = quantile * (segments.lengths - 1).clamp(min=0).double()
+    low = place.floor().long()
+    high = torch.minimum(low + 1, (segments.lengths - 1).clamp(min=0))
+    a, b = (ordered.gather(1, i[:, None]).squeeze(1) for i in (low, high))
+    found = a + (b - a) * (place - low).to(values.dtype)
+    return torch.where(segments.lengths > 0, found, torch.nan)
+
+
+def high_entropy(
+    values: Tensor, segments: Segments, *, threshold: float | None, triggers: Tensor | None = None
+) -> HighEntropy:
+    """The tokens whose entropy reaches the threshold.
+
+    Args:
+        values: `[N]`, from `measured`; NaN never counts.
+        threshold: tau, nats. In mode "code" that of earlier batches (`RunningThreshold.value`).
+        triggers: bool `[N]`, tokens that may count, from `trigger_table(...)[labels]`; None: every token.
+
+    Raises:
+        ValueError: no threshold yet: with none every trigger would count.
+    """
+    if threshold is None:
+        raise ValueError("high_entropy: there is no threshold yet; take one from a batch first (RunningThreshold)")
+    eligible = ~torch.isnan(values) if triggers is None else triggers.bool() & ~torch.isnan(values)
+    mask = eligible & (values >= threshold)
+    excess = torch.where(mask, values - threshold, 0.0)
+    below = segments.sum((eligible & ~mask).long())
+    return HighEntropy(mask, segments.sum(mask.long()), below, segments.sum(excess))
+
+
+@dataclass
+class RunningThreshold:
+    """tau over steps: an exponential average of the batches' thresholds, starting with the first.
+
+    Count with `value` before `update`: tau lags by a step. None: not set, and counting is refused.
+    """
+
+    decay: float = 0.99
+    value: float | None = None
+
+    def update(self, threshold: float) -> float:
+        """Take in a batch's threshold, that of all ranks."""
+        self.value = threshold if self.value is None else self.decay * self.value + (1 - self.decay) * threshold
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def normalised_token(token: str) -> str:
+    """A token's string as trigger words are compared: no leading marks of a word's start, trimmed, lower-case."""
+    return token.lstrip("\u2581\u0120").strip().lower()
+
+
+def trigger_table(tokens: Sequence[str], words: Collection[str] = TRIGGERS) -> Tensor:
+    """Which tokens of a vocabulary are trigger words, bool `[V]`: `trigger_table(...)[batch.labels]` is `[N]`.
+
+    Args:
+        tokens: the vocabulary's strings by id: `tokenizer.convert_ids_to_tokens(range(len(tokenizer)))`.
+        words: lower-case.
+
+    Raises:
+        ValueError: no token is one of the words, so that nothing could ever count.
+    """
+    wanted = set(words)
+    table = torch.tensor([normalised_token(str(t)) in wanted for t in tokens], dtype=torch.bool)
+    if not bool(table.any()):
+        raise ValueError(f"none of the {len(wanted)} trigger words is a token of this vocabulary; give others, or none")
+    return table
+
+
+def branch_positions(flags: Tensor, segments: Segments, *, window: int = 4, limit: int | None = None) -> Tensor:
+    """Where extra rollouts start: the first token of every stretch of overlapping flagged windows, bool `[N]`.
+
+    The paper describes it and the released code leaves it out: when a window fires, a further completion is sampled
+    from the tokens before it, each window once, and not more than a number. Branches share their prefix with the
+    completion they leave; count it once.
+
+    Args:
+        flags: bool `[N]`, tokens whose window fires (`HighEntropy.mask`).
+        window: tokens; flagged tokens less than this apart belong to one stretch.
+        limit: branches per completion, the earliest ones; None: all.
+    """
+    flags = flags.bool()
+    place = torch.arange(flags.shape[0], device=flags.device)
+    last = torch.where(flags, place, -1).cummax(0).values if flags.shape[0] else place
+    before = torch.full_like(place, -1)
+    before[1:] = last[:-1]  # the flagged token before each token, in this completion or an earlier one
+    start = segments.broadcast(segments.offsets[:-1])
+    fires = flags & ((before < start) | (place - before >= window))
+    if limit is None:
+        return fires
+    rank = fires.long().cumsum(0)
+    earlier = torch.cat([rank.new_zeros(1), rank])[start]
+    return fires & (rank - earlier <= limit)

@@ -1,0 +1,169 @@
+"""Q-RM's credit: the token scores of a trained reward model (arXiv 2505.23363)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import TokenBatch
+from tokengrain.credit.alignment import aligned_scores
+from tokengrain.credit.base import checked_credit, model_fingerprint
+from tokengrain.credit.retokenize import Retokenizer
+from tokengrain.errors import ModelError, RecipeError
+from tokengrain.files import fingerprint
+
+Scaling = Literal["zscore", "centre", "none"]
+SCALINGS = ("zscore", "centre", "none")
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Mean and (population) standard deviation of a reward model's token scores on its training tokens."""
+
+    mean: float
+    std: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Under the names they have in a model's config."""
+        return {f"token_score_{name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ScoreStatistics:
+        return cls(float(values["token_score_mean"]), float(values["token_score_std"]))
+
+    def scale(self, scores: Tensor, how: Scaling) -> Tensor:
+        """Scores as credit: (z - mean) / std, z - mean, or z. A standard deviation of 0 gives zeros."""
+        if how == "none":
+            return scores
+        centred = scores - self.mean
+        if how == "centre":
+            return centred
+        return centred / self.std if self.std > 0 else centred * 0.0
+
+
+def config_of(model: nn.Module) -> Any:
+    """The config of the transformers model in `model`, whatever wraps it."""
+    inner: Any = model
+    while not hasattr(inner, "config"):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise ModelError(f"{type(model).__name__} has no config; expected a transformers model")
+    return inner.config
+
+
+def set_statistics(model: nn.Module, statistics: ScoreStatistics) -> None:
+    """Keep statistics in the model's config, with which they are saved."""
+    for name, value in statistics.as_dict().items():
+        setattr(config_of(model), name, value)
+
+
+def statistics_of(model: nn.Module) -> ScoreStatistics | None:
+    """The statistics in the model's config; None if it has none."""
+    config = config_of(model)
+    values = {name: getattr(config, name, None) for name in ("token_score_mean", "token_score_std")}
+    return None if None in values.values() else ScoreStatistics.from_dict(values)
+
+
+def frozen_token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Token scores `[N]` of a reward model in evaluation mode, without gradient; its mode is restored."""
+    from tokengrain.scoring import score
+    from tokengrain.scoring.forward import evaluating
+
+    with evaluating(model):
+        scores = score(model, batch, ("token_scores",)).token_scores
+    assert scores is not None  # it was asked for
+    return scores
+
+
+class RewardModelCredit:
+    """Credit from a token-level reward model: its score of each token, scaled.
+
+    The loss fixes neither the scale nor the zero of the scores, so by default they are standardised with the mean
+    and standard deviation that were measured after training and are kept in the model's config.
+
+    With a tokenizer of its own the reward model reads the text again: the prompt through its own chat template where
+    the row holds messages, otherwise as decoded, and the completion as decoded. Its scores come back by the
+    characters that tokens share; `tokengrain.credit.alignment` states the rule.
+
+    Args:
+        model: a token classifier with one label, such as `load_trained_reward_model` gives.
+        tokenizer: the policy's tokenizer.
+        reward_tokenizer: the reward model's; None: the policy's, and its token ids are used as they are.
+        scaling: "zscore" (z - mean) / std; "centre" z - mean; "none" z as it is, whose zero means nothing.
+        broadcast: "last": every token gets the score of its completion's last token, for a reward model that was
+            trained on that one alone (the outcome reward model that Q-RM is compared with). None: its own.
+
+    Raises:
+        ModelError: the scaling needs statistics that the model's config does not have.
+        RecipeError: an unknown scaling or broadcast; a reward tokenizer without the policy's.
+        DataError: when called with another tokenizer, on completions of several turns; names the row.
+    """
+
+    name = "reward_model"
+    values = "signed"
+    own_vocabulary = True
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tokenizer: Any = None,
+        reward_tokenizer: Any = None,
+        scaling: Scaling = "zscore",
+        broadcast: Literal["last"] | None = None,
+    ) -> None:
+        if scaling not in SCALINGS:
+            raise RecipeError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
+        if broadcast not in (None, "last"):
+            raise RecipeError(f"broadcast is {broadcast!r}; expected 'last' or none")
+        self.model, self.scaling, self.broadcast = model, scaling, broadcast
+        if scaling == "none":
+            self.values = "order"
+        statistics = statistics_of(model)
+        if statistics is None and scaling != "none":
+            raise ModelError(
+                f"scaling {scaling!r} needs token_score_mean and token_score_std in the reward model's config, which "
+                "has them not; measure them with measure_scores(model, dataset), or use scaling 'none'"
+            )
+        self.statistics = statistics or ScoreStatistics(0.0, 1.0)
+        self.retokenizer: Retokenizer | None = None
+        if reward_tokenizer is not None:
+            if tokenizer is None:
+                raise RecipeError("reward_tokenizer is given, but not the policy's tokenizer to compare it with")
+            if not same_tokens(tokenizer, reward_tokenizer):
+                self.retokenizer = Retokenizer(tokenizer, reward_tokenizer)
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        scores = self._scores(batch)
+        if self.broadcast == "last":
+            last = batch.segments.offsets[1:].to(scores.device) - 1
+            scores = batch.segments.broadcast(scores[last.clamp(min=0)])
+        return checked_credit(self.statistics.scale(scores.float(), self.scaling), batch, self.name)
+
+    def fingerprint(self) -> str:
+        from tokengrain.data.tokenize import tokenizer_fingerprint
+
+        both = (self.retokenizer.tokenizer, self.retokenizer.reward_tokenizer) if self.retokenizer else ()
+        settings = [self.name, self.scaling, self.broadcast, self.statistics.as_dict()]
+        return fingerprint([*settings, model_fingerprint(self.model), *map(tokenizer_fingerprint, both)])
+
+    def _scores(self, batch: TokenBatch) -> Tensor:
+        """Unscaled scores `[N]` of the batch's own tokens."""
+        if self.retokenizer is None:
+            return frozen_token_scores(self.model, batch)
+        other, places = self.retokenizer(batch)
+        scores = other.segments.split(frozen_token_scores(self.model, other.to(batch.device)))
+        parts = [aligned_scores(s.double(), p.reward, p.policy) for s, p in zip(scores, places, strict=True)]
+        return torch.cat(parts)
+
+
+def same_tokens(tokenizer: Any, other: Any) -> bool:
+    """Whether token ids mean the same in both, and rows of messages look the same (where both have a template)."""
+    if tokenizer is other:
+        return True
+    templates = {t.chat_template for t in (tokenizer, other) if t.chat_template}
+    return tokenizer.get_vocab() == other.get_vocab() and len(templates) < 2

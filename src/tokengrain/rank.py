@@ -1,0 +1,299 @@
+"""`tokengrain rank`: score the completions of a file's rows and say which is best."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokengrain.batch import Sample, TokenBatch
+from tokengrain.data import TokenizeConfig, load_rows
+from tokengrain.data.config import BATCH_ROWS, RowError
+from tokengrain.data.encode import Encoded, ExampleEncoder
+from tokengrain.data.fields import check_prompt, check_row, content
+from tokengrain.data.formats import Example, pair_example
+from tokengrain.errors import DataError, ModelError, RecipeError, RunError
+from tokengrain.evaluation.best_of_n import LengthBucket, Pooling, accuracy_by_length, score_completions
+from tokengrain.evaluation.intervals import Estimate, wilson
+from tokengrain.files import atomic_write
+from tokengrain.packing import first_fit
+
+CPU_TOKENS, GPU_TOKENS = 8_192, 32_768
+
+
+@dataclass
+class Ranking:
+    """What `rank` did.
+
+    Attributes:
+        output: the file written.
+        rows: rows written.
+        skipped: rows left out because they were invalid (`on_invalid: skip`).
+        pairs: rows that were preference pairs.
+        accuracy: share of the pairs whose chosen completion scores higher (a tie counts half); None without pairs.
+        by_length: the same in buckets of length of chosen minus length of rejected, in tokens.
+    """
+
+    output: Path
+    rows: int = 0
+    skipped: int = 0
+    pairs: int = 0
+    accuracy: Estimate | None = None
+    by_length: list[LengthBucket] = field(default_factory=list)
+
+
+def rank(
+    file: Any,
+    model: str | nn.Module | Callable[..., Any],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    tokenize: TokenizeConfig | None = None,
+    pooling: Pooling = "mean",
+    max_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Ranking:
+    """Write a file's rows with `scores`, one per completion, and `best`, the number of the best from 0.
+
+    A row has `prompt` and `completions` (a list), or is a preference pair, whose completions are chosen and
+    rejected. A completion's score is the mean over its tokens, so it depends neither on the other completions nor on
+    the batch.
+
+    Args:
+        file: anything `tokengrain.data.load_rows` takes; files are read row by row.
+        model: a reward model's folder or hub name, a loaded reward model, or a credit source (for example
+            `GuideLogRatio`: the reward that a DPO-trained model implies).
+        output: a .jsonl file; default: the input's name with `.ranked.jsonl`, in the working directory.
+        tokenizer: needed with a loaded model or a credit source.
+        tokenize: how rows become tokens; `on_invalid: skip` leaves out rows that cannot be used.
+        pooling: "last" for a reward model trained on the last token alone.
+        max_tokens: token budget of one forward pass (default 8,192 on CPU, 32,768 on GPU).
+        device: default: CUDA if there is one; a loaded model or credit source stays where it is.
+        overwrite: replace an output that exists.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        DataError: a row without prompt or completions, or of wrong types; names the row and the field.
+        ModelError: no such reward model.
+        RunError: the output exists or cannot be written.
+    """
+    rows = load_rows(file, streaming=True)
+    target = _target(file, rows.name, output, overwrite)
+    tokenize = tokenize or TokenizeConfig()
+    source, tokenizer, device, positions = _scorer(model, tokenizer, device)
+    encoder = ExampleEncoder(tokenizer, tokenize, lambda example: example, positions)
+    budget = max_tokens or (GPU_TOKENS if torch.device(device).type == "cuda" else CPU_TOKENS)
+    result = Ranking(target)
+    scores: list[float] = []
+    lengths: list[int] = []
+    with _saving(target) as stream, _bar(progress, f"ranking {rows.name}") as advance:
+        source_rows = iter(rows)
+        while group := list(islice(source_rows, BATCH_ROWS)):
+            ready = _candidates(group, encoder, rows, tokenize, result)
+            found = _scored([c for _, _, c in ready], source, pooling, budget, device)
+            for (number, row, candidates), values in zip(ready, found, strict=True):
+                best = _best(values, rows.place(number))
+                ranked = {**row, "scores": values, "best": best}
+                stream.write(json.dumps(ranked, ensure_ascii=False, default=str) + "\n")
+                if "chosen" in row and "completions" not in row:
+                    scores += values
+                    lengths += [c.completions[0].n_counted for c in candidates]
+            result.rows += len(ready)
+            advance(len(group))
+        if not result.rows:
+            raise DataError("no row could be used", file=rows.name, value=f"{result.skipped} rows skipped")
+    if scores:
+        _judge_pairs(result, torch.tensor(scores, dtype=torch.float64), torch.tensor(lengths))
+    return result
+
+
+def candidates_of(row: Any) -> list[Example]:
+    """One example per completion of a row. Raises `RowError`."""
+    check_row(row)
+    if "completions" not in row:
+        if "chosen" not in row:
+            raise RowError(
+                "missing column",
+                "the row has no completions",
+                field="completions",
+                value=list(row),
+                expected="prompt + completions (a list), or a preference pair",
+            )
+        pair = pair_example(row)
+        return [_single(pair.prompt, c, name, pair.tools) for c, name in zip(pair.completions, pair.fields)]
+    prompt, several = content(row, "prompt"), row["completions"]
+    check_prompt(prompt)
+    if not isinstance(several, Sequence) or isinstance(several, (str, bytes)) or not len(several):
+        raise RowError(
+            "wrong type",
+            "is not a list of completions",
+            field="completions",
+            value=several,
+            expected="a list of at least one string or list of messages",
+        )
+    examples = []
+    for index, value in enumerate(several):
+        name = f"completions[{index}]"
+        completion = content({name: value}, name)
+        if isinstance(completion, str) != isinstance(prompt, str):
+            raise RowError(
+                "mixed types",
+                "is not of the prompt's kind",
+                field=name,
+                value=value,
+                expected="prompt and completions all strings or all lists of messages",
+            )
+        examples.append(_single(prompt, completion, name, row.get("tools") or None))
+    return examples
+
+
+def _single(prompt: Any, completion: Any, name: str, tools: Any) -> Example:
+    return Example(prompt, (completion,), (name,), token_columns=({},), prefix=("",), tools=tools)
+
+
+def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int | None]:
+    """`(reward model or credit source, tokenizer, device, positions)`."""
+    from tokengrain.training import models
+
+    if isinstance(model, str):
+        from tokengrain.recipe.schema import ModelSpec
+        from tokengrain.training.reward_models import load_trained_reward_model
+
+        path = os.path.expanduser(model)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded: Any = load_trained_reward_model(path).to(device)
+        tokenizer = tokenizer or models.load_tokenizer(ModelSpec(path=path), path)
+        return loaded, tokenizer, device, models.positions(loaded.config)
+    if tokenizer is None:
+        raise RecipeError("tokenizer is missing; it is needed with a model or credit source that is loaded already")
+    if isinstance(model, nn.Module):
+        config: Any = getattr(model, "config", None)
+        device = device or next(model.parameters()).device
+        return model, tokenizer, device, models.positions(config) if config is not None else None
+    if not callable(model):
+        raise ModelError(f"model is {type(model).__name__}; expected a path, a reward model or a credit source")
+    return model, tokenizer, device or "cpu", None
+
+
+def _target(file: Any, name: str, output: Any, overwrite: bool) -> Path:
+    named = isinstance(file, (str, os.PathLike))
+    if output is None and not named:
+        raise RecipeError("output is missing; it is needed where the rows do not come from a file")
+    stem = Path(name).name.split(".")[0]
+    target = Path(output) if output is not None else Path(f"{stem}.ranked.jsonl")
+    if target.suffix != ".jsonl":
+        raise RecipeError(f"output is {str(target)!r}; expected a name that ends in .jsonl")
+    if named and Path(file).exists() and target.exists() and target.samefile(file):
+        raise RecipeError(f"output {str(target)!r} is the input")
+    if target.exists() and not overwrite:
+        raise RunError(f"{target} exists; give another output, or overwrite it")
+    return target
+
+
+Ready = tuple[int, Mapping[str, Any], list[Sample]]
+
+
+def _candidates(
+    group: Sequence[tuple[int, Any]], encoder: ExampleEncoder, rows: Any, tokenize: TokenizeConfig, result: Ranking
+) -> list[Ready]:
+    """`(number, row, one sample per completion)` of every row that can be used.
+
+    Raises:
+        DataError: a row that cannot, unless such rows are to be skipped.
+    """
+    examples: list[tuple[int, Any, list[Example]]] = []
+    errors: list[tuple[int, RowError]] = []
+    for number, row in group:
+        try:
+            examples.append((number, row, candidates_of(row)))
+        except RowError as error:
+            errors.append((number, error))
+    encoded = iter(encoder([(number, e) for number, _, several in examples for e in several]))
+    ready: list[Ready] = []
+    for number, row, several in examples:
+        found = list(islice(encoded, len(several)))
+        bad = next((e for e in found if isinstance(e, RowError)), None)
+        if bad is not None:
+            errors.append((number, bad))
+        else:
+            ready.append((number, row, [e.sample for e in found if isinstance(e, Encoded)]))
+    if errors and tokenize.on_invalid == "error":
+        number, first = min(errors, key=lambda e: e[0])
+        raise first.located(*rows.place(number)) from first
+    result.skipped += len(errors)
+    return ready
+
+
+def _scored(
+    rows: Sequence[Sequence[Sample]], source: Any, pooling: Pooling, budget: int, device: Any
+) -> list[list[float]]:
+    """The score of every completion, micro-batch by micro-batch; completions with one prompt share it."""
+    units = [_merged(row) for row in rows]
+    samples = [sample for unit in units for sample in unit]
+    values: list[list[float]] = [[] for _ in samples]
+    for chosen in first_fit([s.n_tokens for s in samples], budget):
+        batch = TokenBatch.from_samples([samples[i] for i in chosen]).to(device)
+        scores = score_completions(source, batch, pooling).double().cpu()
+        for place, score in zip(batch.group.tolist(), scores.tolist(), strict=True):
+            values[chosen[place]].append(score)
+    parts = iter(values)
+    return [[score for _ in unit for score in next(parts)] for unit in units]
+
+
+def _merged(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample if the prompt's tokens are the same before every completion, as they nearly always are."""
+    first = samples[0]
+    if any(s.prompt_ids != first.prompt_ids for s in samples):
+        return list(samples)
+    raw = {"prompt": first.raw["prompt"]} if "prompt" in first.raw else {}
+    return [Sample(first.prompt_ids, [c for s in samples for c in s.completions], row=first.row, raw=raw)]
+
+
+def _best(values: list[float], place: tuple[str, str]) -> int:
+    if not all(map(math.isfinite, values)):
+        file, row = place
+        raise DataError("a score is not finite", file=file, row=row, value=values, expected="finite numbers")
+    return values.index(max(values))
+
+
+def _judge_pairs(result: Ranking, scores: torch.Tensor, lengths: torch.Tensor) -> None:
+    chosen, rejected = scores[0::2], scores[1::2]
+    wins = float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
+    result.pairs, result.accuracy = len(chosen), wilson(wins, len(chosen))
+    result.by_length = accuracy_by_length(scores, lengths)
+
+
+@contextmanager
+def _saving(target: Path) -> Iterator[Any]:
+    try:
+        with atomic_write(target) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+            yield stream
+    except OSError as error:
+        raise RunError(f"{target} could not be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _bar(wanted: bool, what: str) -> Iterator[Callable[[int], None]]:
+    """A count of rows on a terminal; yields what to call after each group."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda rows: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda rows: bar.advance(task, rows)
