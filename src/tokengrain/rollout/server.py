@@ -1,0 +1,248 @@
+"""`OpenAIServer`: sampling from a server that speaks OpenAI's completions protocol (vLLM, SGLang)."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokengrain.errors import RecipeError
+from tokengrain.rollout.base import (
+    PromptItem,
+    RolloutError,
+    Rollouts,
+    SampledCompletion,
+    SamplingConfig,
+    checked_prompts,
+    derived_seed,
+    occurrences,
+)
+from tokengrain.rollout.client import JsonClient, ServerError, gather
+
+Flavour = Literal["vllm", "sglang"]
+LogpKind = Literal["raw", "tempered", "processed"]
+Refresh = Literal["none", "checkpoint", "adapter"]
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where a kind of server takes what is not in OpenAI's protocol."""
+
+    load_adapter: str
+    unload_adapter: str
+    logps: LogpKind
+
+
+ENDPOINTS: dict[Flavour, Endpoints] = {
+    "vllm": Endpoints("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "raw"),
+    "sglang": Endpoints("/load_lora_adapter", "/unload_lora_adapter", "tempered"),
+}
+
+
+class OpenAIServer:
+    """Samples from a vLLM or SGLang server. Prompts and completions go over the wire as token ids.
+
+    One request per prompt asks for all its completions, so that the server shares the prompt; several requests
+    run at a time. The server must be started with log-probabilities of the sampled token allowed (the default)
+    and the trainer's tokenizer.
+
+    Args:
+        url: the server's root, for example "http://localhost:8000".
+        model: the model's name on the server.
+        flavour: "vllm" or "sglang".
+        logps: which log-probabilities the server gives: of the model's own distribution ("raw", vLLM's default),
+            after the temperature ("tempered", SGLang's default), or after top-k, top-p and min-p too
+            ("processed", vLLM with `--logprobs-mode processed_logprobs`). None: the flavour's default.
+        refresh: what `refresh` does: "adapter" loads a LoRA adapter under a new name, samples from it and
+            unloads the one before (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, `--enable-lora`, `--max-loras 2`;
+            SGLang: `--enable-lora`); "checkpoint" has the server load a whole checkpoint (vLLM:
+            VLLM_SERVER_DEV_MODE=1; SGLang as it is); "none" refuses. The server must see the trainer's files.
+        adapter_name: what the names of adapters begin with.
+        timeout, retries, backoff, api_key_env: see `JsonClient`.
+        concurrency: most requests at a time.
+        extra: further fields of every completions request.
+
+    Raises:
+        RecipeError: an unknown flavour, kind or way to refresh; a bad address.
+    """
+
+    name = "server"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        flavour: Flavour = "vllm",
+        logps: LogpKind | None = None,
+        refresh: Refresh = "none",
+        adapter_name: str = "tokengrain",
+        timeout: float = 600.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+        concurrency: int = 16,
+        api_key_env: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        if flavour not in ENDPOINTS or refresh not in ("none", "checkpoint", "adapter") or concurrency < 1:
+            raise RecipeError(
+                f"flavour {flavour!r}, refresh {refresh!r}, concurrency {concurrency}; expected vllm or sglang; none, "
+                "checkpoint or adapter; at least 1"
+            )
+        if logps not in (None, "raw", "tempered", "processed"):
+            raise RecipeError(f"logps is {logps!r}; expected raw, tempered or processed")
+        self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, api_key_env=api_key_env)
+        self.base_model, self.flavour, self.how, self.adapter_name = model, flavour, refresh, adapter_name
+        self.endpoints, self.concurrency, self.extra = ENDPOINTS[flavour], concurrency, dict(extra or {})
+        self.logps: LogpKind = logps or self.endpoints.logps
+        self.adapter: str | None = None
+        self.version = 0
+
+    @property
+    def model(self) -> str:
+        """What requests name as their model."""
+        if self.adapter is None:
+            return self.base_model
+        return self.adapter if self.flavour == "vllm" else f"{self.base_model}:{self.adapter}"
+
+    def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
+        """`n` completions of each prompt. Raises `RolloutError` (`ServerError`), naming the row."""
+        started = time.perf_counter()
+        prompts = checked_prompts(prompts, n)
+        work = list(zip(prompts, occurrences(prompts), strict=True))
+
+        def one(item: tuple[PromptItem, int], stop: threading.Event) -> tuple[SampledCompletion, ...]:
+            prompt, seen = item
+            body = self._body(prompt, seen, n, sampling)
+            try:
+                return self.client.post("/v1/completions", body, lambda a: self._read(a, n, sampling), stop)
+            except ServerError as error:
+                raise ServerError(f"row {prompt.row}: {error}") from None
+
+        groups = tuple(gather(one, work, self.concurrency))
+        return Rollouts(prompts, groups, sampling, time.perf_counter() - started)
+
+    def _body(self, prompt: PromptItem, seen: int, n: int, sampling: SamplingConfig) -> dict[str, Any]:
+        body = {
+            "model": self.model,
+            "prompt": prompt.ids,
+            "n": n,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            # Both servers take every token with -1; 0 is refused by some versions.
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            "repetition_penalty": 1.0,
+            "seed": derived_seed(sampling.seed, prompt.row, seen) % 2**31,
+            "logprobs": 1 if self.flavour == "sglang" else 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+        }
+        if self.flavour == "vllm":
+            body |= {"return_tokens_as_token_ids": True, "include_stop_str_in_output": True}
+        else:
+            body["no_stop_trim"] = True
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if sampling.stop_ids is not None:
+            # The server adds its model's end-of-sequence token unless told to ignore it.
+            body |= {"stop_token_ids": list(sampling.stop_ids), "ignore_eos": True}
+        return body | self.extra
+
+    def _read(self, answer: Any, n: int, sampling: SamplingConfig) -> tuple[SampledCompletion, ...]:
+        """The completions in an answer. Raises `ValueError` where it is not what was asked for."""
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or len(choices) != n:
+            raise ValueError(f"the answer has no list of {n} choices")
+        found = []
+        for choice in sorted(choices, key=lambda c: c.get("index", 0)):
+            logprobs = choice.get("logprobs") or {}
+            logps = logprobs.get("token_logprobs")
+            ids = choice.get("token_ids")
+            if ids is None:
+                ids = _ids_from_names(logprobs.get("tokens"))
+            _check(ids, logps, choice.get("finish_reason"))
+            finish: Any = choice["finish_reason"]
+            # By what the server says they are; None where that is neither.
+            raw = self.logps == "raw" or sampling.is_model or (self.logps == "tempered" and sampling.temperature == 1)
+            drawn = (
+                self.logps == "processed" or (self.logps == "tempered" and not sampling.truncates) or sampling.is_model
+            )
+            found.append(SampledCompletion(ids, logps if drawn else None, logps if raw else None, finish))
+        return tuple(found)
+
+    def refresh(self, model_or_path: Any) -> None:
+        """Load the folder of an adapter or checkpoint on the server and sample from it from now on.
+
+        Raises:
+            RolloutError: not a folder, or this sampler was told not to refresh.
+            ServerError: the server refuses; it goes on with what it had.
+        """
+        path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else None
+        if path is None or not path.is_dir():
+            raise RolloutError(f"a server loads weights from a folder, got {model_or_path!r}; save the model first")
+        if self.how == "none":
+            raise RolloutError(f"{self.client.url} is not to be refreshed; expected refresh: adapter or checkpoint")
+        folder = str(path.resolve())
+        if self.how == "checkpoint":
+            self._load_checkpoint(folder)
+        else:
+            self._load_adapter(folder)
+        self.version += 1
+
+    def _load_checkpoint(self, folder: str) -> None:
+        if self.flavour == "sglang":
+            body = {"model_path": folder, "flush_cache": True}
+            self.client.post("/update_weights_from_disk", body, _succeeded)
+            return
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        self.client.post("/collective_rpc", body, _succeeded)
+        # Cached prompts were computed with the old weights.
+        self.client.post("/reset_prefix_cache", {}, _succeeded)
+
+    def _load_adapter(self, folder: str) -> None:
+        # A new name each time: the server's caches go by the name, and requests under way keep the old one.
+        name, before = f"{self.adapter_name}-{self.version + 1}", self.adapter
+        self.client.post(self.endpoints.load_adapter, {"lora_name": name, "lora_path": folder}, _succeeded)
+        self.adapter = name
+        if before is not None:
+            self.client.post(self.endpoints.unload_adapter, {"lora_name": before}, _succeeded)
+
+    def sleep(self) -> None:
+        """Have the server free its device memory (vLLM: `--enable-sleep-mode` and VLLM_SERVER_DEV_MODE=1)."""
+        path = "/sleep?level=1" if self.flavour == "vllm" else "/release_memory_occupation"
+        self.client.post(path, {}, _succeeded)
+
+    def wake_up(self) -> None:
+        """The opposite of `sleep`."""
+        path = "/wake_up" if self.flavour == "vllm" else "/resume_memory_occupation"
+        self.client.post(path, {}, _succeeded)
+
+
+def _ids_from_names(tokens: Any) -> list[int]:
+    """Ids from tokens of the form "token_id:123" (vLLM's `return_tokens_as_token_ids`)."""
+    if not isinstance(tokens, list) or not all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
+        raise ValueError("the answer has no token ids; expected a server that knows `return_token_ids`")
+    return [int(t.removeprefix("token_id:")) for t in tokens]
+
+
+def _check(ids: Any, logps: Any, finish: Any) -> None:
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise ValueError(f"the answer's token ids are {ids!r:.80}; expected at least one whole number")
+    if not isinstance(logps, list) or len(logps) != len(ids):
+        count = len(logps) if isinstance(logps, list) else "no"
+        raise ValueError(f"the answer has {len(ids)} token ids and {count} log-probabilities")
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in logps):
+        raise ValueError("the answer has log-probabilities that are not finite numbers")
+    if finish not in ("stop", "length"):
+        raise ValueError(f"the answer's finish_reason is {finish!r}; expected stop or length")
+
+
+def _succeeded(answer: Any) -> None:
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise ValueError(f"the server refuses: {answer.get('message', answer)}")

@@ -1,0 +1,209 @@
+"""Rewards that come with the library, and their settings."""
+
+import gzip
+import importlib.util
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from tokengrain.errors import RecipeError
+from tokengrain.rewards import REWARDS, RewardError, RewardFailure, check_reward, make_reward
+from tokengrain.rewards.process import Worker
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+
+
+def rewards(name, completions, settings=None, **columns):
+    return make_reward(name, **(settings or {})).function(completions=completions, **columns)
+
+
+def test_exact():
+    texts = ["Paris", " Paris\n", "paris", "It is Paris"]
+    assert rewards("exact", texts, answer=["Paris"] * 4) == [1, 1, 0, 0]
+    settings = {"pattern": r"is (\w+)", "ignore_case": True, "wrong": -1.0, "column": "gold"}
+    texts = ["it is Rome, no, it is PARIS", "Paris"]
+    assert rewards("exact", texts, settings, gold=["Paris"] * 2) == [1, -1]
+
+
+@pytest.mark.parametrize(
+    ("style", "completion", "right"),
+    [
+        ("gsm8k", "so 5 + 67 = 72\n#### 72", True),
+        ("gsm8k", "#### 71\nwait\n#### $72.00.", True),
+        ("gsm8k", "the answer is 72", False),
+        ("gsm8k", "#### 72 eggs of 100", True),
+        ("gsm8k", "####", False),
+        ("flexible", "the answer is 72.", True),
+        ("flexible", "#### 71\nor 72", False),
+        ("boxed", r"72 so \boxed{72}", True),
+        ("boxed", r"\boxed{72} so \boxed{7}", False),
+        ("boxed", "72", False),
+        ("last", "12 eggs, 144/2", True),
+        ("last", "72 and 0.5", False),
+        ("last", "-72", False),
+        ("last", "100-72", True),
+        ("last", "no number", False),
+        ("last", "1/0", False),
+    ],
+)
+def test_numeric(style, completion, right):
+    for gold in ("reasoning 1 2\n#### 72", 72, 72.0, "72"):
+        assert rewards("numeric", [completion], {"style": style}, answer=[gold]) == [float(right)]
+
+
+def test_numeric_tolerance_and_commas():
+    assert rewards("numeric", ["#### 1,234,567", "#### 1234567.0000001"], answer=["#### 1234567"] * 2) == [1, 1]
+    assert rewards("numeric", ["#### 0.34"], {"tolerance": 0.01}, answer=["1/3"]) == [1]
+    assert rewards("numeric", ["#### 0.34"], answer=["1/3"]) == [0]
+    with pytest.raises(RewardError, match="the column 'answer' has no number; got 'none'"):
+        rewards("numeric", ["#### 1"], answer=["none"])
+    with pytest.raises(RewardError, match=r"needs the column 'answer'; the rows have \['gold'\]"):
+        rewards("numeric", ["#### 1"], gold=["1"])
+
+
+def test_gsm8k():
+    path = DATA / "gsm8k-test.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in ../shared/data")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        answers = [json.loads(line)["answer"] for line in file]
+    assert set(rewards("numeric", answers, answer=answers)) == {1.0}
+    others = [a.replace("#### ", "#### 1") for a in answers]
+    assert set(rewards("numeric", others, answer=answers)) == {0.0}
+    # Written without the commas, and as a plain column.
+    golds = [a.rpartition("#### ")[2].replace(",", "") for a in answers]
+    assert set(rewards("numeric", answers, answer=golds)) == {1.0}
+
+
+@needs_math
+def test_math():
+    golds = [r"\frac{1}{2}", "x^2+2x+1", "{1,2,3}", r"$\boxed{3}$", "0.5"]
+    texts = ["$0.5$", "$(x+1)^2$", r"$\{3,2,1\}$", r"so \boxed{4}", "no answer at all"]
+    assert rewards("math", texts, answer=[golds[0], r"$x^2+2x+1$", r"$\{1,2,3\}$", *golds[3:]]) == [1, 1, 1, 0, 0]
+    (failure,) = rewards("math", ["1"], answer=["?!"])
+    assert isinstance(failure, RewardFailure)
+    assert "understands no answer in the column 'answer': '?!'" in failure.what
+
+
+@needs_math
+def test_math_that_takes_too_long():
+    reward = make_reward("math", seconds=0.5).function
+    tower = "$" + "9^{" * 3 + "9" + "}" * 3 + "$"
+    assert reward(completions=["$1$"], answer=["1"]) == [1.0]
+    started = time.perf_counter()
+    assert reward(completions=[tower, "$1$"], answer=["7", "1"]) == [0.0, 1.0]
+    assert time.perf_counter() - started < 30
+    assert reward.counts["timeouts"] <= 1
+
+
+def test_a_worker_that_hangs_is_ended_and_replaced():
+    worker = Worker()
+    assert worker.call("matches", "a+", 0, True, "aaa", timeout=5) is True
+    first = worker._process
+    evil = ["(a+)+b", 0, True, "a" * 40]
+    started = time.perf_counter()
+    with pytest.raises(TimeoutError, match=r"0.3 s"):
+        worker.call("matches", *evil, timeout=0.3)
+    assert time.perf_counter() - started < 3
+    assert first.poll() is not None
+    assert worker.call("matches", "a+", 0, True, "b", timeout=5) is False
+    with pytest.raises(RewardError, match=r"PatternError|error"):
+        worker.call("matches", "(", 0, True, "b", timeout=5)
+    worker._process.kill()
+    worker._process.wait()
+    assert worker.call("matches", "b", 0, False, "abc", timeout=5) is True
+
+
+def test_format():
+    good = "<think>a\nb</think>\n<answer>c</answer>"
+    texts = [good, f" {good}\n", f"{good} and", good.replace("<think>", "", 1), "<think>" + good, ""]
+    assert rewards("format", texts) == [1, 1, 0, 0, 0, 0]
+    assert rewards("format", ["so #### 12"], {"pattern": r"#### \d+", "whole": False, "right": 0.5}) == [0.5]
+    slow = make_reward("format", pattern="(a+)+b", seconds=0.3).function
+    slow(completions=["ab"])
+    assert slow(completions=["a" * 40, "aab"]) == [0, 1]
+    assert slow.counts == {"timeouts": 1}
+    with pytest.raises(RecipeError, match="no regular expression"):
+        make_reward("format", pattern="(")
+
+
+def test_classification():
+    texts = ["<answer>Dog</answer>", "<answer>dog or CAT</answer>", "<answer></answer>", "cat"]
+    assert rewards("classification", texts, {"missing": -1.0}, label=["dog", "cat", "cat", "cat"]) == [1, 0, -1, -1]
+    settings = {"labels": ["good", "very good", "bad"], "pattern": None, "missing": -1.0}
+    texts = ["Not bad: very good!", "very good", "goods", "good. Or bad"]
+    assert rewards("classification", texts, settings, label=["very good", "good", "good", "bad"]) == [1, 0, -1, 1]
+    with pytest.raises(RewardError, match="the column 'label' is 'ugly'"):
+        rewards("classification", ["bad"], settings, label=["ugly"])
+
+
+def test_overlong():
+    """DAPO eq. 13 at its corners: L_max 100, buffer 20."""
+    reward = make_reward("overlong", max_length=100, buffer=20, factor=2.0).function
+    lengths = [1, 80, 81, 90, 100, 130]
+    assert reward(completion_ids=[[0] * n for n in lengths]) == pytest.approx([0, 0, -0.1, -1, -2, -2])
+    with pytest.raises(RecipeError, match="at most max_length = 5"):
+        make_reward("overlong", max_length=5, buffer=6)
+
+
+def test_cosine():
+    reward = make_reward("cosine", max_length=10, overlong=-9.0, settings={"style": "last"}).function
+    lengths = [5, 10, 20, 5, 10, 10]
+    ids = [[0] * n for n in lengths]
+    texts, cut = ["1", "1", "1", "2", "2", "2"], [False] * 5 + [True]
+    got = reward(completions=texts, completion_ids=ids, truncated=cut, answer=[1] * 6)
+    assert got == pytest.approx([0.75, 0.5, 0.5, -0.75, -0.5, -9])
+    (short,) = reward(completions=["1"], completion_ids=[[0]], truncated=[False], answer=[1])
+    assert short == pytest.approx(0.5 + 0.25 * (1 + math.cos(math.pi / 10)))
+    with pytest.raises(RecipeError, match="unknown setting 'stile'; did you mean 'style'"):
+        make_reward("cosine", max_length=10, settings={"stile": "last"})
+
+
+def test_settings():
+    checked = check_reward("numeric", {"weight": 2, "tolerance": 0.1})
+    assert checked["weight"] == 2.0
+    assert checked["style"] == "gsm8k"
+    assert checked["on_error"] == "error"
+    for name, settings, message in (
+        ("numerik", {}, "unknown reward 'numerik'; did you mean 'numeric'"),
+        ("numeric", {"tolerence": 1}, "unknown setting 'tolerence'; did you mean 'tolerance'"),
+        ("numeric", {"tolerance": -1}, "tolerance = -1"),
+        ("numeric", {"style": "x"}, "style = 'x'"),
+        ("numeric", {"on_error": "ignore"}, "on_error = 'ignore'"),
+        ("numeric", {"timeout": 0}, "timeout = 0"),
+        ("overlong", {"max_length": 4}, "'buffer' is missing"),
+        ("overlong", {"max_length": 0, "buffer": 1}, "max_length = 0"),
+        ("exact", {"pattern": "x"}, "has 0 groups; expected one"),
+        ("tests.rewards.test_builtin:plain", {"x": 1}, "unknown setting 'x'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            make_reward(name, **settings)
+    assert all(kind.name == name and kind.build.name == name for name, kind in REWARDS.items())
+
+
+def plain(completions):
+    return [float(len(c)) for c in completions]
+
+
+class Scaled:
+    def __init__(self, *, by: float = 2.0) -> None:
+        self.by = by
+
+    def __call__(self, completions):
+        return [self.by * len(c) for c in completions]
+
+
+def test_your_own(tmp_path):
+    reward = make_reward("tests.rewards.test_builtin:plain", weight=3)
+    assert (reward.name, reward.weight, reward.function(completions=["ab"])) == ("plain", 3.0, [2.0])
+    scaled = make_reward("tests.rewards.test_builtin:Scaled", by=3, name="mine")
+    assert (scaled.name, scaled.function(completions=["ab"])) == ("mine", [6.0])
+    file = tmp_path / "my.py"
+    file.write_text("def f(completions):\n    return [1.0] * len(completions)\n")
+    assert make_reward(f"{file}:f").function(completions=["a"]) == [1.0]
+    with pytest.raises(RecipeError, match="no callable 'plan'; did you mean 'plain'"):
+        make_reward("tests.rewards.test_builtin:plan")

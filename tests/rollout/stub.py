@@ -1,0 +1,85 @@
+"""A server in a thread that speaks the completions and chat protocols, with faults on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Stub(ThreadingHTTPServer):
+    """`answer(path, body)` gives the JSON; `faults` are taken first: a status code, "hang", "garbage", "drop"."""
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[str, Any], Any]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.faults, self.requests = answer, [], []
+        self.headers_seen: list[Any] = []
+        self.lock, self.busy, self.most_busy = threading.Lock(), 0, 0
+        self.delay = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        stub = self.server
+        with stub.lock:
+            stub.requests.append((self.path, body))
+            stub.headers_seen.append(dict(self.headers))
+            fault = stub.faults.pop(0) if stub.faults else None
+            stub.busy += 1
+            stub.most_busy = max(stub.most_busy, stub.busy)
+        try:
+            time.sleep(stub.delay)
+            self._reply(fault, body)
+        finally:
+            with stub.lock:
+                stub.busy -= 1
+
+    def _reply(self, fault: Any, body: Any) -> None:
+        status, content = 200, b""
+        if fault == "hang":
+            time.sleep(1.0)
+        elif fault == "drop":
+            self.close_connection = True
+            return
+        elif fault == "garbage":
+            content = b"<html>proxy</html>"
+        elif isinstance(fault, int):
+            status, content = fault, json.dumps({"error": {"message": f"fault {fault}"}}).encode()
+        content = content or json.dumps(self.server.answer(self.path, body)).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client gave up
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(answer: Callable[[str, Any], Any]) -> Iterator[Stub]:
+    stub = Stub(answer)
+    thread = threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield stub
+    finally:
+        stub.shutdown()
+        stub.server_close()
+        thread.join()

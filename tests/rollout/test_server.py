@@ -1,0 +1,266 @@
+"""The server sampler against a stub that speaks the protocol."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.credit.small import llama, tokenizer
+from tests.rollout.stub import serving
+from tokengrain.errors import RecipeError
+from tokengrain.rollout import HFGenerate, OpenAIServer, PromptItem, RolloutError, SamplingConfig, sampler_mismatch
+from tokengrain.rollout.client import JsonClient, ServerError
+from tokengrain.scoring import score
+
+PROMPTS = [PromptItem([1, 3, 4 + i], row=f"r{i}", raw={"answer": i}) for i in range(3)]
+SAMPLING = SamplingConfig(max_new_tokens=6, seed=2, stop_ids=(2, 5, 6))
+
+
+def completions(path, body):
+    """Deterministic: ids from prompt and index; the last completion is truncated."""
+    choices = []
+    for index in reversed(range(body["n"])):
+        ids = [7 + (sum(body["prompt"]) + index + t) % 9 for t in range(3)]
+        finish = "length" if index == body["n"] - 1 else "stop"
+        ids += [] if finish == "length" else [2]
+        logprobs = {"token_logprobs": [-0.5 - t for t in range(len(ids))], "tokens": [f"token_id:{i}" for i in ids]}
+        choice = {"index": index, "text": "", "token_ids": ids, "logprobs": logprobs, "finish_reason": finish}
+        choices.append(choice)
+    return {"choices": choices}
+
+
+def server(stub, **kwargs):
+    return OpenAIServer(stub.url, model="m", **{"backoff": 0.01, "retries": 2, "timeout": 5.0, **kwargs})
+
+
+def test_ids_and_log_probabilities_come_back_in_order():
+    with serving(completions) as stub:
+        rollouts = server(stub).sample(PROMPTS, n=3, sampling=SAMPLING)
+        bodies = {tuple(body["prompt"]): body for _, body in stub.requests}
+    for prompt, group in rollouts:
+        choices = sorted(completions("", bodies[tuple(prompt.ids)])["choices"], key=lambda c: c["index"])
+        assert [c.ids for c in group] == [c["token_ids"] for c in choices]
+        assert [c.raw_logps for c in group] == [c["logprobs"]["token_logprobs"] for c in choices]
+    assert rollouts.truncated.tolist() == [False, False, True] * 3
+    body = bodies[1, 3, 4]
+    assert body["n"] == 3
+    assert body["max_tokens"] == 6
+    assert body["stop_token_ids"] == [2, 5, 6]
+    assert body["top_k"] == -1
+    assert len({b["seed"] for b in bodies.values()}) == 3
+    assert rollouts.to_batch().columns["sampling_logps"].shape == (3 * 11,)
+
+
+def test_names_of_tokens_will_do():
+    def old(path, body):
+        answer = completions(path, body)
+        for choice in answer["choices"]:
+            del choice["token_ids"]
+        return answer
+
+    with serving(completions) as new, serving(old) as stub:
+        want = server(new).sample(PROMPTS, n=2, sampling=SAMPLING)
+        got = server(stub).sample(PROMPTS, n=2, sampling=SAMPLING)
+    assert got.groups == want.groups
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampling", "known"),
+    [
+        ("raw", {}, {"sampling_logps", "raw_logps"}),
+        ("raw", {"temperature": 0.5}, {"raw_logps"}),
+        ("raw", {"top_p": 0.5}, {"raw_logps"}),
+        ("tempered", {"temperature": 0.5}, {"sampling_logps"}),
+        ("tempered", {"top_k": 3}, {"raw_logps"}),
+        ("tempered", {"top_k": 3, "temperature": 0.5}, set()),
+        ("processed", {"top_k": 3, "temperature": 0.5}, {"sampling_logps"}),
+        ("processed", {}, {"sampling_logps", "raw_logps"}),
+    ],
+)
+def test_what_the_log_probabilities_are_of(kind, sampling, known):
+    with serving(completions) as stub:
+        rollouts = server(stub, logps=kind).sample(PROMPTS, n=1, sampling=SamplingConfig(**sampling))
+    assert set(rollouts.to_batch().columns) == known | {"truncated"}
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "garbage", "hang", "drop"])
+def test_passing_faults_are_retried(fault):
+    with serving(completions) as stub:
+        want = server(stub).sample(PROMPTS, n=2, sampling=SAMPLING)
+        stub.requests.clear()
+        stub.faults[:] = [fault, fault]
+        got = server(stub, timeout=0.2, concurrency=1).sample(PROMPTS, n=2, sampling=SAMPLING)
+        assert len(stub.requests) == 5
+    assert got.groups == want.groups
+
+
+@pytest.mark.parametrize(
+    ("faults", "message", "requests"),
+    [
+        ([500] * 9, r"row r0: .*/v1/completions: status 500: fault 500 \(attempts: 3", 3),
+        ([400], r"row r0: .*status 400: fault 400$", 1),
+        (["hang"] * 9, r"row r0: .*[Tt]ime.*\(attempts: 3, timeout 0.2 s\)", 3),
+        (["garbage"] * 9, r"row r0: .*JSONDecodeError", 3),
+    ],
+)
+def test_lasting_faults_are_errors(faults, message, requests):
+    with serving(completions) as stub:
+        stub.faults[:] = faults
+        with pytest.raises(ServerError, match=message):
+            server(stub, timeout=0.2).sample(PROMPTS[:1], n=2, sampling=SAMPLING)
+        assert len(stub.requests) == requests
+    with pytest.raises(ServerError, match=r"refused|reset"):
+        server(stub).sample(PROMPTS[:1], n=2, sampling=SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: c["logprobs"]["token_logprobs"].pop(), "4 token ids and 3 log-probabilities"),
+        (lambda c: c.update(logprobs=None), "4 token ids and no log-probabilities"),
+        (lambda c: c.update(token_ids=[]), "token ids are"),
+        (lambda c: (c.pop("token_ids"), c["logprobs"].update(tokens=["a"])), "no token ids"),
+        (lambda c: c.update(finish_reason="abort"), "finish_reason is 'abort'"),
+        (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, None), "not finite"),
+    ],
+)
+def test_malformed_answers(spoil, message):
+    def wrong(path, body):
+        answer = completions(path, body)
+        spoil(answer["choices"][-1])
+        return answer
+
+    with serving(wrong) as stub, pytest.raises(RolloutError, match=message):
+        server(stub, retries=0).sample(PROMPTS, n=2, sampling=SAMPLING)
+    with serving(lambda *_: {"choices": []}) as stub, pytest.raises(RolloutError, match="no list of 2 choices"):
+        server(stub, retries=0).sample(PROMPTS, n=2, sampling=SAMPLING)
+
+
+def test_concurrency_is_bounded_and_one_error_stops_the_rest():
+    prompts = [PromptItem([i + 1], row=i) for i in range(12)]
+    with serving(completions) as stub:
+        stub.delay = 0.02
+        server(stub, concurrency=3).sample(prompts, n=1, sampling=SAMPLING)
+        assert 1 < stub.most_busy <= 3
+        stub.requests.clear()
+        stub.faults[:] = [400]
+        with pytest.raises(ServerError, match="400"):
+            server(stub, concurrency=1).sample(prompts, n=1, sampling=SAMPLING)
+        assert len(stub.requests) < 12
+
+
+def test_adapters_are_loaded_under_a_new_name_each_time(tmp_path):
+    def answer(path, body):
+        return completions(path, body) if path == "/v1/completions" else {"message": "ok"}
+
+    with serving(answer) as stub:
+        sampler = server(stub, refresh="adapter")
+        for _ in range(2):
+            sampler.refresh(tmp_path)
+            sampler.sample(PROMPTS[:1], n=1, sampling=SAMPLING)
+        calls = [(path, body.get("lora_name"), body.get("model")) for path, body in stub.requests]
+        assert calls == [
+            ("/v1/load_lora_adapter", "tokengrain-1", None),
+            ("/v1/completions", None, "tokengrain-1"),
+            ("/v1/load_lora_adapter", "tokengrain-2", None),
+            ("/v1/unload_lora_adapter", "tokengrain-1", None),
+            ("/v1/completions", None, "tokengrain-2"),
+        ]
+        assert stub.requests[0][1]["lora_path"] == str(tmp_path.resolve())
+        stub.faults[:] = [400]
+        with pytest.raises(ServerError, match="fault 400"):
+            sampler.refresh(tmp_path)
+        assert sampler.model == "tokengrain-2"
+        assert server(stub, flavour="sglang").model == "m"
+
+
+def test_checkpoints(tmp_path):
+    with serving(lambda path, body: {"success": True}) as stub:
+        server(stub, refresh="checkpoint").refresh(tmp_path)
+        server(stub, refresh="checkpoint", flavour="sglang").refresh(str(tmp_path))
+        folder = str(tmp_path.resolve())
+        assert stub.requests == [
+            ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
+            ("/reset_prefix_cache", {}),
+            ("/update_weights_from_disk", {"model_path": folder, "flush_cache": True}),
+        ]
+        stub.requests.clear()
+        server(stub).sleep()
+        server(stub).wake_up()
+        assert [path for path, _ in stub.requests] == ["/sleep?level=1", "/wake_up"]
+        stub.answer = lambda path, body: {"success": False, "message": "no such shape"}
+        with pytest.raises(ServerError, match="refuses: no such shape"):
+            server(stub, refresh="checkpoint", flavour="sglang", retries=0).refresh(tmp_path)
+        with pytest.raises(RolloutError, match="not to be refreshed"):
+            server(stub).refresh(tmp_path)
+        with pytest.raises(RolloutError, match="save the model first"):
+            server(stub, refresh="checkpoint").refresh(llama())
+
+
+def test_a_model_behind_the_server_agrees_with_the_trainer():
+    """The stub samples from a real model: ids and log-probabilities survive the way there and back."""
+    model, tok, lock = llama().float(), tokenizer(), threading.Lock()
+
+    def answer(path, body):
+        item = PromptItem(body["prompt"], row=body["seed"])
+        with lock:
+            sampling = SamplingConfig(max_new_tokens=body["max_tokens"], stop_ids=tuple(body["stop_token_ids"]))
+            group = HFGenerate(model, tok).sample([item], n=body["n"], sampling=sampling).groups[0]
+        return {
+            "choices": [
+                {
+                    "index": i,
+                    "token_ids": c.ids,
+                    "logprobs": {"token_logprobs": c.raw_logps},
+                    "finish_reason": c.finish_reason,
+                }
+                for i, c in enumerate(group)
+            ]
+        }
+
+    with serving(answer) as stub:
+        first = server(stub).sample(PROMPTS, n=3, sampling=SAMPLING)
+        again = server(stub, concurrency=1).sample(PROMPTS, n=3, sampling=SAMPLING)
+    assert first.groups == again.groups
+    batch = first.to_batch()
+    with torch.no_grad():
+        logps = score(model, batch).logps
+    assert sampler_mismatch(batch.columns["raw_logps"], logps, batch.segments)["mismatch/max_abs"] < 1e-4
+
+
+def test_keys_and_addresses(monkeypatch):
+    monkeypatch.delenv("STUB_KEY", raising=False)
+    with pytest.raises(RecipeError, match="STUB_KEY"):
+        JsonClient("http://x", api_key_env="STUB_KEY")
+    monkeypatch.setenv("STUB_KEY", "s3cret")
+    with serving(completions) as stub:
+        server(stub, api_key_env="STUB_KEY").sample(PROMPTS[:1], n=1, sampling=SAMPLING)
+        assert stub.headers_seen[0]["Authorization"] == "Bearer s3cret"
+        assert JsonClient(stub.url + "/v1/").url == stub.url
+    for wrong in ({"url": "localhost:1"}, {"flavour": "tgi"}, {"logps": "x"}, {"refresh": "x"}, {"concurrency": 0}):
+        with pytest.raises(RecipeError):
+            OpenAIServer(**{"url": "http://x", "model": "m", **wrong})
+
+
+def test_retry_after_is_kept_to(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    client = JsonClient("http://x", retries=1, backoff=0.01)
+    answers = iter([503, json.dumps({"ok": 1})])
+
+    def once(path, body):
+        import email.message
+        import urllib.error
+
+        answer = next(answers)
+        if answer == 503:
+            headers = email.message.Message()
+            headers["Retry-After"] = "7"
+            raise urllib.error.HTTPError("http://x", 503, "busy", headers, None)
+        return json.loads(answer)
+
+    monkeypatch.setattr(client, "_once", once)
+    assert client.post("/", {}, lambda a: a) == {"ok": 1}
+    assert pauses == [7.0]
