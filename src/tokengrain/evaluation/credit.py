@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from tokengrain.batch import Segments, TokenBatch
 from tokengrain.evaluation.intervals import scipy_stats
 
 AUC_MARGIN = 0.3
 """AUC leaves out tokens whose true advantage is smaller than this: their sign matters to nobody."""
+BINS = 10
+_PULL = 1e-4
+
+
+class CreditTruth(NamedTuple):
+    """Completions with the true credit of their tokens: what a world gives to compare a source with.
+
+    Attributes:
+        batch: prompts with completions of the base model.
+        advantages: `[N]`, the true advantage of every counted token.
+        decisions: bool `[N]`, tokens at which there was something to decide.
+    """
+
+    batch: TokenBatch
+    advantages: Tensor
+    decisions: Tensor
 
 
 def spearman(credit: Tensor, truth: Tensor) -> float:
@@ -57,6 +77,157 @@ def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> 
         "auc": auc(credit[large], truth[large] > 0),
         "tokens": len(credit),
     }
+
+
+def credit_scores(credit: Tensor, truth: Tensor, decisions: Tensor, segments: Segments) -> dict[str, float]:
+    """Everything that `tokengrain bench credit` says about the agreement of a source with the truth.
+
+    Args:
+        credit, truth, decisions: `[N]` as in `recovery`.
+        segments: cuts `[N]` into completions.
+
+    Returns:
+        Those of `recovery`, and, NaN where not defined:
+        `auc_harm`: chance that a harmful token (truth < −`AUC_MARGIN`) has lower credit than another decision
+        token; `top1`: see `lowest_hits`, the marked tokens being those of lowest truth of a completion, over
+        completions with a harmful token; `top1_chance`: what random credit would reach; `alarm`: chance that
+        the lowest credit of a completion with a harmful token is below that of a completion without one;
+        `completions` and `harmed`, how many there are; `scale`, `r2`, `ece`, `skill` of `calibration`.
+    """
+    credit, truth = _checked(credit, truth)
+    harmful = truth < -AUC_MARGIN
+    harmed = segments.sum(harmful.long()) > 0
+    lowest = -segments.max(-truth)
+    marked = (truth <= segments.broadcast(lowest) + 1e-9) & segments.broadcast(harmed)
+    hits = lowest_hits(credit, marked, segments)
+    chance = segments.mean(marked.double())
+    found = calibration(credit[decisions], truth[decisions], segments.ids[decisions])
+    return {
+        **recovery(credit, truth, decisions),
+        "auc_harm": auc(-credit[decisions], harmful[decisions]),
+        "top1": float(hits[harmed].mean()) if harmed.any() else float("nan"),
+        "top1_chance": float(chance[harmed].mean()) if harmed.any() else float("nan"),
+        "alarm": auc(segments.max(-credit), harmed),
+        "completions": len(segments),
+        "harmed": int(harmed.sum()),
+        "scale": found.scale,
+        "r2": found.r2,
+        "ece": found.ece,
+        "skill": found.skill,
+    }
+
+
+def lowest_hits(credit: Tensor, marked: Tensor, segments: Segments, k: Tensor | None = None) -> Tensor:
+    """Share of each completion's `k` tokens of lowest credit that are marked, `[C]`.
+
+    Ties are counted by expectation: of m tokens tied for the last r places, each has a chance of r/m. NaN for
+    completions without a marked token.
+
+    Args:
+        credit: `[N]`.
+        marked: bool `[N]`.
+        k: long `[C]`, at least 1 and at most the completion's tokens (None: 1 everywhere).
+    """
+    out = torch.full((len(segments),), float("nan"), dtype=torch.float64)
+    parts = zip(segments.split(credit.double()), segments.split(marked.bool()), strict=True)
+    for i, (values, wanted) in enumerate(parts):
+        if not wanted.any():
+            continue
+        places = 1 if k is None else int(k[i])
+        last = values.kthvalue(places).values
+        below, tied = values < last, values == last
+        left = places - int(below.sum())
+        expected = float(wanted[below].sum()) + left * float(wanted[tied].double().mean())
+        out[i] = expected / places
+    return out
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether the size of credit means something.
+
+    Attributes:
+        scale: the factor s that brings s·credit nearest to the truth (least squares through the origin).
+        r2: 1 − Σ(truth − s·credit)² / Σ(truth − mean)²; at most 1, below 0 if worse than a constant.
+        ece: expected calibration error of the chance that truth < 0, as a logistic function of credit.
+        skill: Brier skill of that chance over the base rate: 1 is perfect, 0 says nothing.
+        bins: by quantile of credit: `credit` (mean), `predicted` and `observed` share of truth < 0, `tokens`.
+    """
+
+    scale: float
+    r2: float
+    ece: float
+    skill: float
+    bins: list[dict[str, float]]
+
+
+def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibration:
+    """Calibration of credit against the truth.
+
+    The chance P(truth < 0 | credit) = σ(a − b·credit) is fitted on every other completion and judged on the
+    others, and the other way round. Tokens are then put into `BINS` bins by quantile of credit (equal credit
+    shares a bin); `ece` is the mean over tokens of |observed − predicted| of their bin. Credit that says
+    nothing predicts the base rate and so has `ece` near 0: read it together with `skill`.
+
+    Args:
+        credit, truth: `[n]`.
+        completions: long `[n]`, the completion of every token.
+    """
+    credit, truth = _checked(credit, truth)
+    negative, fold = (truth < 0).double(), completions.cpu() % 2
+    squares, spread = float(credit.square().sum()), float((truth - truth.mean()).square().sum())
+    scale = float((credit * truth).sum()) / squares if squares else float("nan")
+    r2 = 1 - float((truth - scale * credit).square().sum()) / spread if squares and spread else float("nan")
+    predicted = torch.empty_like(credit)
+    for part in (0, 1):
+        if not (fold == part).any() or not (fold != part).any():
+            return Calibration(scale, r2, float("nan"), float("nan"), [])
+        a, b = _logistic(credit[fold != part], negative[fold != part])
+        predicted[fold == part] = torch.sigmoid(a - b * credit[fold == part])
+    rate = float(negative.mean())
+    brier = float((predicted - negative).square().mean())
+    skill = 1 - brier / (rate * (1 - rate)) if 0 < rate < 1 else float("nan")
+    edges = torch.quantile(credit, torch.linspace(0, 1, BINS + 1, dtype=credit.dtype)[1:-1]).unique()
+    place = torch.bucketize(credit, edges, right=True)
+    bins = [
+        {
+            "credit": float(credit[inside].mean()),
+            "predicted": float(predicted[inside].mean()),
+            "observed": float(negative[inside].mean()),
+            "tokens": float(inside.sum()),
+        }
+        for inside in (place == b for b in place.unique())
+    ]
+    ece = sum(b["tokens"] * abs(b["observed"] - b["predicted"]) for b in bins) / len(credit)
+    return Calibration(scale, r2, ece, skill, bins)
+
+
+def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """`(a, b)` of P(y = 1) = σ(a − b·x) by maximum likelihood (damped Newton).
+
+    A faint pull towards 0 keeps both finite where x separates y.
+    """
+    centre, spread = float(x.mean()), float(x.std(correction=0)) or 1.0
+    design = torch.stack([torch.ones_like(x), -(x - centre) / spread], 1)
+    pull = _PULL * torch.eye(2, dtype=x.dtype)
+
+    def loss(w: Tensor) -> float:
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(design @ w, y)
+        return float(fit + 0.5 * w @ pull @ w)
+
+    w = x.new_zeros(2)
+    for _ in range(100):
+        p = torch.sigmoid(design @ w)
+        gradient = design.T @ (p - y) / len(x) + pull @ w
+        curvature = (design.T * (p * (1 - p))) @ design / len(x) + pull
+        step, now = torch.linalg.solve(curvature, gradient), loss(w)
+        while loss(w - step) > now and float(step.abs().max()) > 1e-12:
+            step = step / 2
+        w = w - step
+        if float(step.abs().max()) < 1e-9:
+            break
+    intercept, slope = w.tolist()
+    return intercept + slope * centre / spread, slope / spread
 
 
 def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

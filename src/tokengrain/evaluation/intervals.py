@@ -94,7 +94,14 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     """
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(f"expected as many first as second values and at least 2, got {len(first)} and {len(second)}")
-    x = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
+    return mean_of_runs([a - b for a, b in zip(first, second, strict=True)], confidence)
+
+
+def mean_of_runs(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Mean over a few runs (at least 2), one per seed, with Student's t interval."""
+    if len(values) < 2:
+        raise ValueError(f"expected at least 2 values, got {len(values)}")
+    x = torch.tensor(values, dtype=torch.float64)
     mean, error = float(x.mean()), float(x.std()) / math.sqrt(len(x))
     t = float(scipy_stats("Student's t").t.ppf(0.5 + confidence / 2, len(x) - 1))
     return Estimate(mean, mean - t * error, mean + t * error)

@@ -53,34 +53,47 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 def render(contents: Contents) -> str:
     """The page as text."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise RunError("reports need jinja2: pip install 'tokengrain[report]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tokengrain.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, fixed=fixed, interval=interval, seconds=seconds)
     pairs, scales = heat_maps(contents.samples)
     plots = []
     if contents.marks:
         curve = contents.frontier
         plots = [frontier_chart(curve, contents.marks, 680, 400, "wide")]
         plots.append(frontier_chart(curve, contents.marks, 360, 340, "narrow"))
-    return environment.get_template("report.html.j2").render(
-        c=contents,
-        pairs=pairs,
-        scales=scales,
-        cut=max(0, len(by_pair(contents.samples)) - MAX_PAIRS),
-        plots=plots,
-        held_out=any("held-out" in svg for _, svg in contents.charts),
-        legend=[(s.name, swatch(s)) for s in contents.series],
-        swatches={m["name"]: swatch(Series(m["name"], [], m["style"]), line=False) for m in contents.methods},
-        best=_best(contents.methods),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            c=contents,
+            pairs=pairs,
+            scales=scales,
+            cut=max(0, len(by_pair(contents.samples)) - MAX_PAIRS),
+            plots=plots,
+            held_out=any("held-out" in svg for _, svg in contents.charts),
+            legend=[(s.name, swatch(s)) for s in contents.series],
+            swatches={m["name"]: swatch(Series(m["name"], [], m["style"]), line=False) for m in contents.methods},
+            best=_best(contents.methods),
+        )
     )
+
+
+def environment() -> Any:
+    """The templates, with the filters they use.
+
+    Raises:
+        RunError: jinja2 is missing.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise RunError("reports need jinja2: pip install 'tokengrain[report]'") from error
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("tokengrain.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters.update(number=number, fixed=fixed, interval=interval, seconds=seconds)
+    return found
 
 
 def fixed(value: float | None, decimals: int = 2) -> str:

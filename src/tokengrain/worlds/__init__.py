@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tokengrain.batch import TokenBatch
-    from tokengrain.evaluation import Frontier
+    from tokengrain.evaluation import CreditTruth, Frontier
 
 PREFIX = "world://"
 
@@ -57,6 +57,10 @@ class World(Protocol):
 
     def advantages(self, batch: TokenBatch) -> Tensor:
         """The exact advantage of every counted token, `[N]`."""
+        ...
+
+    def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
+        """Base samples with the exact advantage of every token: what `tokengrain bench credit` compares with."""
         ...
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:

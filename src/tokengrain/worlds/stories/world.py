@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import RecipeError
-from tokengrain.evaluation import Frontier, recovery
+from tokengrain.evaluation import CreditTruth, Frontier, recovery
 from tokengrain.files import fingerprint
 from tokengrain.worlds.stories import data, exact
 from tokengrain.worlds.stories.base_model import ensure_base_model
@@ -205,16 +205,25 @@ class StoriesWorld:
         """True reward of every completion, `[C]`."""
         return batch.segments.sum(self.credit("reward")(batch).to(batch.device))
 
-    @cached_property
-    def _credit_batch(self) -> tuple[TokenBatch, Tensor, Tensor]:
-        """Base samples as pairs, with the advantage and the decision mask of every token, `[N]`."""
-        rows = self.pairs("eval", n=CREDIT_SAMPLES * len(self.grammar.plain) // 2, seed=0)
-        batch = self.token_batch(rows)
+    def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
+        """Base samples as pairs, with the exact advantage and the decision mask of every token.
+
+        Args:
+            prompts: how many pairs (None: `CREDIT_SAMPLES` completions for each plain prompt).
+            seed: of the samples, which are never those of the training pairs.
+        """
+        n = CREDIT_SAMPLES * len(self.grammar.plain) // 2 if prompts is None else prompts
+        batch = self.token_batch(self.pairs("eval", n=n, seed=seed))
         advantage = exact.advantages(self.grammar, exact.soft_values(self.grammar, 1.0))
         decides = decision_states(self.grammar, advantage)
         walk, ids, counted = walk_batch(self.grammar, batch)
         tables = walk.tables[:, None]
-        return batch, advantage[tables, walk.states, ids][counted], decides[tables, walk.states][counted]
+        values, masked = advantage[tables, walk.states, ids], decides[tables, walk.states]
+        return CreditTruth(batch, values[counted], masked[counted])
+
+    @cached_property
+    def _credit_truth(self) -> CreditTruth:
+        return self.credit_truth()
 
     def _credit_in_parts(self, credit: Callable[[TokenBatch], Tensor], batch: TokenBatch) -> list[Tensor]:
         """Credit per completion, computed over parts of the batch."""
@@ -226,7 +235,7 @@ class StoriesWorld:
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
         """Agreement of a credit source with the exact advantage on base samples; see `recovery`."""
-        batch, truth, decides = self._credit_batch
+        batch, truth, decides = self._credit_truth
         return recovery(torch.cat(self._credit_in_parts(credit, batch)), truth, decides)
 
     # -- evaluation ----------------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""`tokengrain bench`: how right a credit is, and which of the methods' claims hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tokengrain.errors import RecipeError
+
+bench_app = typer.Typer(
+    name="bench",
+    help="Measure what the methods rest on.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@bench_app.callback()
+def _root() -> None:
+    pass
+
+
+@bench_app.command()
+def credit(
+    world: Annotated[str, typer.Option("--world", "-w", help="World whose exact credit is known.")] = "world://stories",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...: pairs, trainings and samples of their own.")] = 5,
+    regime: Annotated[
+        list[str] | None, typer.Option(help="Value of the world's option regime: noisy, clean; can be repeated.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", "-s", help="Credit source; can be repeated. Default in a world: all of them."),
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--credit", "-c", metavar="FUNCTION", help="Your own: path.py:function or module:function."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="With --data: folder, hub name or world://NAME.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Rows with good answers: do the corruption test on them.")
+    ] = None,
+    how: Annotated[list[str] | None, typer.Option(help="Corruption: random, unlikely, swap; can be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Corrupted places per answer.")] = 2,
+    rows: Annotated[int, typer.Option(min=1, help="Most answers to corrupt.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training, of 32 pairs, in a world.")] = 120,
+    prompts: Annotated[
+        int | None, typer.Option(min=2, help="Pairs of samples to judge per seed (default: the world's).")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes, one thread each, in a world.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder (default: runs/bench/credit or .../corruption).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Is the credit right? Compare credit sources with the truth, or see whether they find spoilt tokens.
+
+    In a world: token credit against the exact soft advantage, over seeds. A seed takes some minutes of one core;
+    finished parts are kept, and the same command goes on from there.
+
+    On your own text (--data): a few tokens of good answers are corrupted; does credit fall there? A source is a
+    name, a recipe's credit as YAML, or a run folder.
+
+    Writes credit.json and credit.html.
+
+    Examples:
+
+        tokengrain bench credit --jobs 2
+
+        tokengrain bench credit --source guide --source contrastive --regime noisy --regime clean
+
+        tokengrain bench credit --credit my_credit.py:reward
+
+        tokengrain bench credit --data pairs.jsonl --source runs/tgdpo
+
+        tokengrain bench credit --model my/model --data pairs.jsonl --source contrastive --how random --how swap
+    """
+    from tokengrain.bench.page import PAGE, terminal_tables
+
+    progress = Console(stderr=True, quiet=as_json)
+    if data is not None:
+        from tokengrain.bench.texts import bench_corruption
+
+        folder = output or Path("runs/bench/corruption")
+        result = bench_corruption(
+            model,
+            data,
+            sources=source or (),
+            credit=own or (),
+            how=how or ("random",),
+            tokens=tokens,
+            rows=rows,
+            seed=seed,
+            output=folder,
+            console=progress,
+        )
+    else:
+        from tokengrain.bench.credit import bench_credit
+
+        if model is not None or how:
+            raise RecipeError("--model and --how belong to the corruption test, which needs --data")
+        folder = output or Path("runs/bench/credit")
+        result = bench_credit(
+            world,
+            sources=source or None,
+            credit=own or (),
+            seeds=seeds,
+            regimes=regime or (),
+            jobs=jobs,
+            output=folder,
+            steps=steps,
+            prompts=prompts,
+            console=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    for table in terminal_tables(result):
+        console.print(table)
+    console.print(f"Report:  {folder / PAGE}\nNumbers: {folder / 'credit.json'}", soft_wrap=True, highlight=False)
+
+
+@bench_app.command()
+def claims(
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Only the claims about this method (rrpo, sepo, ...); can be repeated."),
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option("--group", "-g", help="Only this experiment (rrpo, stories-noisy, ...); can be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...: data, models and training of their own.")] = 5,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes, one thread each.")] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the log and the results.")] = Path(
+        "runs/bench/claims"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes, to see that it works; says nothing about the methods.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Do the papers' claims hold here? Each method against its baseline, paired by seed, with a verdict.
+
+    Small made-up tasks with a known truth take about a minute per seed, the world `stories` some ten minutes per seed
+    and regime, on one core. Finished runs are kept, and the same command goes on from there.
+
+    Writes claims.md and claims.json.
+
+    Examples:
+
+        tokengrain bench claims --jobs 2
+
+        tokengrain bench claims --method rrpo --method sepo --group rrpo --group sepo
+    """
+    from tokengrain.bench.claims.report import claims_command
+
+    claims_command(method or None, group or None, seeds, jobs, output, quick=quick, as_json=as_json)
