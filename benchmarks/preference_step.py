@@ -57,26 +57,27 @@ def compare_memory(setting: Setting) -> dict[str, Any]:
     return {"setting": setting.label(), "ours_mib": ours, "plain_mib": plain, "share": ours / plain}
 
 
-def methods_ratio(setting: Setting, method: str, repeats: int) -> dict[str, Any]:
-    """Time of `method`'s step over the time of our DPO step, alternating."""
+def own_ratio(slow: Setting, fast: Setting, repeats: int) -> dict[str, Any]:
+    """Time of our step in one setting over that in another, alternating."""
     from benchmarks.steps import OursStep
     from benchmarks.timing import Timing, synchronise
 
-    steps = {name: OursStep(setting.with_(method=name)) for name in ("dpo", method)}
-    timings = {name: Timing(name, [], 0.0) for name in steps}
+    steps = [OursStep(slow), OursStep(fast)]
+    timings = [Timing(setting.label(), [], 0.0) for setting in (slow, fast)]
     for round_ in range(repeats + 1):
-        for name, step in steps.items():
-            synchronise(setting.device)
+        for step, timing in zip(steps, timings, strict=True):
+            synchronise(slow.device)
             start = time.perf_counter()
             step.step()
-            synchronise(setting.device)
+            synchronise(slow.device)
             if round_:
-                timings[name].seconds.append(time.perf_counter() - start)
+                timing.seconds.append(time.perf_counter() - start)
     return {
-        "setting": setting.with_(method=method).label(),
-        "dpo_s": timings["dpo"].summary(1)["median_s"],
-        f"{method}_s": timings[method].summary(1)["median_s"],
-        "ratio": ratio(timings[method], timings["dpo"]),
+        "slow": slow.label(),
+        "fast": fast.label(),
+        "slow_s": timings[0].summary(1)["median_s"],
+        "fast_s": timings[1].summary(1)["median_s"],
+        "ratio": ratio(*timings),
     }
 
 
@@ -141,11 +142,20 @@ def markdown(report: dict[str, Any]) -> str:
                 + " | "
                 + (f"{result['loss_difference'][step['name']]:.1e} |" if faster else "– |")
             )
-    tdpo = report["tdpo2_over_dpo"]
     lines += [
         "",
-        f"TDPO2's step takes {tdpo['ratio']['median']:.2f} times our DPO step "
-        f"({tdpo['ratio']['min']:.2f}–{tdpo['ratio']['max']:.2f}).",
+        "## What a method costs beside another, both ours",
+        "",
+        "| step | median s | beside | median s | ratio (min–max) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["ratios"]:
+        r = row["ratio"]
+        lines.append(
+            f"| {row['slow']} | {row['slow_s']:.3f} | {row['fast']} | {row['fast_s']:.3f} "
+            f"| {r['median']:.2f} ({r['min']:.2f}–{r['max']:.2f}) |"
+        )
+    lines += [
         "",
         "## Peak memory of a step above weights, gradients and optimiser state",
         "",
@@ -175,7 +185,7 @@ Lengths = Annotated[str, typer.Option(help="tokens, a number or a range such as 
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Option(help="dpo, tdpo2")] = "dpo",
+    method: Annotated[str, typer.Option(help="dpo, tdpo2, aligndistil")] = "dpo",
     peer: Annotated[list[str], typer.Option(help="plain, trl; repeat for both")] = ["plain"],  # noqa: B006
     pairs: Pairs = 8,
     prompt: Lengths = "128-384",
@@ -263,8 +273,19 @@ def standard(
         report["speed"].append(compare(setting, against, repeats))
         show(report["speed"][-1])
         write_json(output / f"preference_step_{device}.json", report)
-    report["tdpo2_over_dpo"] = methods_ratio(base, "tdpo2", repeats)
-    report["memory"] = [compare_memory(MEMORY.with_(method=m, device=device)) for m in ("dpo", "tdpo2")]
+    spans = base.with_(method="rrpo", share=0.2)
+    selected = base.with_(
+        method="sepo", vocabulary=128_256, hidden=512, heads=8, layers=2, prompt=(256, 256), completion=(128, 128)
+    )
+    report["ratios"] = [
+        own_ratio(base.with_(method="tdpo2"), base, repeats),
+        own_ratio(spans, base, repeats),
+        own_ratio(base.with_(method="aligndistil"), base, repeats),
+        own_ratio(selected, selected.with_(share=0.3), repeats),
+    ]
+    write_json(output / f"preference_step_{device}.json", report)
+    memory = ("dpo", "tdpo2", "aligndistil")
+    report["memory"] = [compare_memory(MEMORY.with_(method=m, device=device)) for m in memory]
     report["scaling"] = scaling(base.with_(prompt=(256, 256), completion=(80, 80)), max(3, repeats // 2))
     write_json(output / f"preference_step_{device}.json", report)
     write_text(output / f"preference_step_{device}.md", markdown(report))

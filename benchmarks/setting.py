@@ -27,6 +27,7 @@ class Setting:
     precision: str = "float32"
     attention: str = "sdpa"  # of our step; the peers always use sdpa
     seed: int = 0
+    share: float = 1.0  # of the tokens: selected ones (sepo), ones in spans (rrpo)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,6 +39,7 @@ class Setting:
             f"completions {_range(self.completion)}, vocabulary {self.vocabulary:,}, hidden {self.hidden}, "
             f"{self.layers} layers, {self.precision}, {self.device}"
             + ("" if self.attention == "sdpa" else f", ours with {self.attention}")
+            + ("" if self.share == 1.0 else f", {self.share:.0%} of the tokens")
         )
 
     def with_(self, **changes: object) -> Setting:
@@ -73,10 +75,13 @@ def build_samples(setting: Setting) -> list[Sample]:
     def tokens(bounds: tuple[int, int]) -> list[int]:
         return [rng.randrange(3, setting.vocabulary) for _ in range(rng.randint(*bounds))]
 
-    return [
-        Sample(tokens(setting.prompt), [Completion(tokens(setting.completion)) for _ in range(2)], row=row)
-        for row in range(setting.pairs)
-    ]
+    def completion() -> Completion:
+        ids = tokens(setting.completion)
+        taken = set(random.Random(len(ids)).sample(range(len(ids)), max(1, int(setting.share * len(ids)))))
+        marks = [float(i in taken) for i in range(len(ids))]
+        return Completion(ids, columns={"selected": marks, "spans": marks})
+
+    return [Sample(tokens(setting.prompt), [completion() for _ in range(2)], row=row) for row in range(setting.pairs)]
 
 
 def word_tokenizer(vocabulary: int) -> object:

@@ -17,44 +17,52 @@ from benchmarks.setting import Setting, build_model, build_samples, word_tokeniz
 
 LEARNING_RATE = 1e-5
 BETA, ALPHA = 0.1, 0.5
+HYPER: dict[str, dict[str, float]] = {
+    "dpo": {"beta": BETA},
+    "tdpo2": {"beta": BETA, "alpha": ALPHA},
+    "rrpo": {"beta": BETA, "alpha": 0.05},
+    "sepo": {"gamma": 2.1},
+    "aligndistil": {"beta0": BETA},
+}
 
 
 def optimiser_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
 
 
+TEACHER = {"beta0": BETA, "r": 20.0}
+
+
 class OursStep:
-    """tokengrain: shared prompts, fused head, flat tensors."""
+    """tokengrain: shared prompts, fused head, flat tensors; the trainer's own path from batch to losses."""
 
     name = "tokengrain"
 
-    def __init__(self, setting: Setting, layout: str = "auto") -> None:
+    def __init__(self, setting: Setting) -> None:
         from tokengrain.batch import TokenBatch
+        from tokengrain.objectives import make_objective
         from tokengrain.scoring import prepare
         from tokengrain.scoring.reference import FrozenReference
+        from tokengrain.training.losses import PreferenceLoss
+        from tokengrain.training.teacher import ContrastiveTeacher
 
         self.policy = build_model(setting, setting.attention)
-        prepare(self.policy, layout=layout)
-        self.needs_kl = setting.method == "tdpo2"
-        self.reference = FrozenReference(build_model(setting, setting.attention))
+        prepare(self.policy)
+        objective = make_objective(setting.method, **HYPER[setting.method])
+        needs = objective.needs
+        frozen = [FrozenReference(m) for m in other_models(setting, setting.attention)]
+        taught = "teacher_kl" in needs
+        self.loss = PreferenceLoss(
+            objective,
+            frozen[0] if needs & {"ref_logps", "kl"} else None,
+            None,
+            teacher=ContrastiveTeacher(target=frozen[0], contrast=frozen[1], **TEACHER) if taught else None,
+        )
         self.batch = TokenBatch.from_samples(build_samples(setting)).to(setting.device)
         self.optimiser = optimiser_of(self.policy)
 
     def step(self) -> float:
-        from tokengrain.objectives import dpo_loss, tdpo_loss
-        from tokengrain.scoring import score
-
-        batch = self.batch
-        frozen = self.reference(batch, {"logps", "distribution"} if self.needs_kl else {"logps"})
-        if self.needs_kl:
-            scores = score(self.policy, batch, ("logps", "kl"), reference=frozen.distribution)
-            output = tdpo_loss(
-                scores.logps, batch.segments, ref_logps=frozen.logps, kl=scores.kl, beta=BETA, alpha=ALPHA
-            )
-        else:
-            scores = score(self.policy, batch)
-            output = dpo_loss(scores.logps, batch.segments, ref_logps=frozen.logps, beta=BETA)
-        loss = output.losses.mean()
+        loss = self.loss(self.policy, self.batch).output.losses.mean()
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -69,7 +77,7 @@ class PlainStep:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.policy = build_model(setting)
-        self.reference = build_model(setting).eval().requires_grad_(False)
+        self.frozen = [m.eval().requires_grad_(False) for m in other_models(setting)]
         self.optimiser = optimiser_of(self.policy)
         self.inputs = {k: v.to(setting.device) for k, v in padded(setting).items()}
 
@@ -82,8 +90,15 @@ class PlainStep:
         return logps, labels * self.inputs["counted"][:, 1:]
 
     def step(self) -> float:
+        loss = self.distillation() if self.setting.method == "aligndistil" else self.margin()
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return loss.item()
+
+    def margin(self) -> Tensor:
         with torch.no_grad():
-            ref_full, ref_logps = self.quantities(self.reference)
+            ref_full, ref_logps = self.quantities(self.frozen[0])
             if self.setting.method == "dpo":
                 del ref_full
         full, logps = self.quantities(self.policy)
@@ -93,11 +108,18 @@ class PlainStep:
             kl = (ref_full.exp() * (ref_full - full)).sum(-1) * self.inputs["counted"][:, 1:]
             kl_chosen, kl_rejected = kl.sum(1).chunk(2)
             margin = margin - ALPHA * (kl_rejected - kl_chosen.detach())
-        loss = -F.logsigmoid(BETA * margin).mean()
-        loss.backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        return loss.item()
+        return -F.logsigmoid(BETA * margin).mean()
+
+    def distillation(self) -> Tensor:
+        """AlignDistil as its authors write it, with the half in the total variation."""
+        counted = self.inputs["counted"][:, 1:]
+        with torch.no_grad():
+            target, contrast = (self.quantities(model)[0] for model in self.frozen)
+            alpha = TEACHER["r"] * 0.5 * (target.exp() - contrast.exp()).abs().sum(-1) + 1e-3
+            teacher = (target + alpha[..., None] * (target - contrast)).log_softmax(-1)
+        full, _ = self.quantities(self.policy)
+        kl = (full.exp() * (full - teacher)).sum(-1)
+        return ((BETA / alpha * kl * counted).sum(1) / counted.sum(1)).mean()
 
 
 class TrlStep:
@@ -152,6 +174,20 @@ class TrlStep:
         self.optimiser.step()
         self.optimiser.zero_grad()
         return float(loss)
+
+
+def other_models(setting: Setting, attention: str = "sdpa") -> list[torch.nn.Module]:
+    """The frozen models: the reference, equal to the policy; for aligndistil two teachers with a head of their own."""
+    if setting.method == "sepo":
+        return []
+    models = [build_model(setting, attention) for _ in range(2 if setting.method == "aligndistil" else 1)]
+    if setting.method == "aligndistil":
+        for seed, model in enumerate(models):
+            generator = torch.Generator(model.device).manual_seed(seed)
+            weight = model.get_output_embeddings().weight
+            with torch.no_grad():
+                weight += 0.02 * torch.randn(weight.shape, generator=generator, device=weight.device).to(weight)
+    return models
 
 
 STEPS = {"ours": OursStep, "plain": PlainStep, "trl": TrlStep}

@@ -235,9 +235,9 @@ IMPOSSIBLE = [
         "no stage 'nothing' comes before it; expected one of @sft, @guide",
     ),
     (["stages.credit.credit={name: guide}"], "stages.credit.credit.model: missing"),
-    (["stages.credit.credit={name: random, model: '@guide'}"], "credit random asks no model"),
+    (["stages.credit.credit={name: random, model: '@guide'}"], "credit random asks no such model"),
     (["stages.train.credit={name: random}"], "bring token rewards already"),
-    (["stages.guide.credit={name: random}"], "objective dpo uses no token rewards"),
+    (["stages.guide.credit={name: random}"], "say which: `as: weight` or `as: selection`"),
     (["stages.guide.reference=adapter_off"], "adapter_off needs lora"),
     (
         ["stages.guide.objective=tdpo2", "stages.guide.reference=columns"],
@@ -288,7 +288,7 @@ def test_missing_keys(tmp_path: Path) -> None:
     message = error_of(tmp_path, values=values)
     assert "method: missing" in message
     assert "stages: missing" in message
-    assert "stages.s.kind: missing; expected one of sft, train, annotate" in error_of(
+    assert "stages.s.kind: missing; expected one of sft, train, reward, annotate" in error_of(
         tmp_path, values={**BASE, "stages": {"s": {}}}
     )
     assert "stages.s.objective: missing" in error_of(tmp_path, values={**BASE, "stages": {"s": {"kind": "train"}}})

@@ -24,6 +24,9 @@ from tokengrain.files import read_json, write_json
 FORMAT = 1
 """Version of the layout and of what the fingerprints cover; part of every fingerprint."""
 
+TRAINED = ("sft", "train", "reward")
+"""Kinds of stages that make a trained model."""
+
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
@@ -34,7 +37,7 @@ class StageRecord:
     Attributes:
         name: the stage's name, which is its folder's name.
         path: its folder.
-        kind: "init", "sft", "train" or "annotate".
+        kind: "init", "sft", "train", "reward" or "annotate".
         status: "running" also when the process was killed; "interrupted", "failed" or "done".
         fingerprint: identifies settings and inputs.
         settings: what the fingerprint was made of, so that a difference can be named.
@@ -126,7 +129,7 @@ class Run:
         Raises:
             RunError: no such stage is finished.
         """
-        trained = [s for s in self.stages if s.kind in ("train", "sft") and s.status == "done"]
+        trained = [s for s in self.stages if s.kind in TRAINED and s.status == "done"]
         if not trained or self.status != "done":
             raise RunError(unfinished_message(self))
         return trained[-1]

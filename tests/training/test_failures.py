@@ -79,7 +79,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 
 def test_parts_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     rows = make_samples(2)
-    with pytest.raises(RecipeError, match="dpo does not use token rewards"):
+    with pytest.raises(RecipeError, match="as: weight` or `as: selection"):
         make_trainer(tmp_path, rows, objective="dpo", credit=lambda batch: batch.labels.float())
     with pytest.raises(RecipeError, match=r"unknown normaliser|unknown name"):
         make_trainer(tmp_path, rows, normaliser="median")

@@ -75,6 +75,8 @@ def make_trainer(
     names = (
         "objective",
         "credit",
+        "credit_as",
+        "teacher",
         "reference",
         "eval_dataset",
         "peft_config",

@@ -24,6 +24,16 @@ SET_BY_RECIPE = {
 }
 
 
+MAKES = {
+    "init": "a language model",
+    "sft": "a language model",
+    "train": "a language model",
+    "reward": "a reward model, for credit {name: reward_model}",
+    "annotate": "token rewards, not a model",
+}
+"""What a stage of each kind makes, for messages."""
+
+
 def elsewhere() -> dict[str, str]:
     """Keys of `training:` and `data:` with their dotted path, to recognise them where they do not belong."""
     from tokengrain.data import TokenizeConfig
@@ -73,24 +83,25 @@ def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedS
     yield from _check_training(getattr(own, "training", {}), f"{where}.training")
     yield from _check_data(own.data if isinstance(own.data, dict) else {}, f"{where}.data")
     try:
-        models = {
-            "model": stage.model,
-            "credit.model": stage.credit_model,
-            "reference": stage.reference_model,
-        }
+        models = {"model": stage.model, **stage.models}
     except pydantic.ValidationError as error:
-        yield f"{where}.credit.model: {error.errors()[0]['msg']}"
+        yield f"{where}.credit: {error.errors()[0]['msg']}"
         return
     for key, model in models.items():
-        if model is not None and model.stage is not None:
-            yield from _check_reference(f"{where}.{key}", model.stage, ("init", "sft", "train"), seen, names)
+        if model.stage is not None:
+            kinds: tuple[str, ...] = ("init", "sft", "train")
+            if key.startswith("credit.") and _reads_reward_model(stage):
+                kinds = ("reward",)
+            elif key == "model" and stage.kind == "reward":  # goes on with a reward model
+                kinds += ("reward",)
+            yield from _check_reference(f"{where}.{key}", model.stage, kinds, seen, names)
     if stage.data.stage is not None:
         yield from _check_reference(f"{where}.data", stage.data.stage, ("annotate",), seen, names)
     if stage.data.streaming:
         yield from _check_streaming(stage, where)
     if stage.credit is not None:
         yield from _check_credit(stage, where)
-    if stage.kind == "train":
+    if stage.kind in ("train", "reward"):
         yield from _check_objective(stage, where)
 
 
@@ -100,7 +111,7 @@ def _check_reference(
     """`@name` must be an earlier stage that makes what is needed."""
     if name in seen:
         if seen[name].kind not in kinds:
-            made = "token rewards, not a model" if seen[name].kind == "annotate" else "a model, not rows of data"
+            made = "a model, not rows of data" if kinds == ("annotate",) else MAKES[seen[name].kind]
             yield f"{where}: '@{name}' is a stage of kind {seen[name].kind}, which makes {made}"
     elif name in names:
         yield f"{where}: '@{name}' comes later than (or is) the stage that uses it; stages run in order"
@@ -175,14 +186,26 @@ def _check_credit(stage: ResolvedStage, where: str) -> Iterator[str]:
     except RecipeError as error:
         yield f"{where}.credit: {error}"
         return
-    if name == "guide" and stage.credit_model is None:
-        yield f"{where}.credit.model: missing; expected the guide: '@STAGE' or a path"
-    if stage.credit_model is not None and "model" not in CREDIT[name].objects:
-        yield f"{where}.credit.model: credit {name} asks no model; drop it"
+    kind, given = CREDIT[name], stage.credit_models
+    for wanted in ("model", "reverse"):
+        # The starting model judges itself.
+        optional = name in ("contrastive", "surprise", "entropy") and wanted == "model"
+        if wanted in kind.objects and wanted not in given and not optional:
+            yield f"{where}.credit.{wanted}: missing; expected '@STAGE' or a path"
+    for extra in sorted(set(given) - kind.objects):
+        yield f"{where}.credit.{extra}: credit {name} asks no such model; drop it"
+
+
+def _reads_reward_model(stage: ResolvedStage) -> bool:
+    from tokengrain.credit import CREDIT
+
+    kind = CREDIT.get((stage.credit or {}).get("name", ""))
+    return kind is not None and kind.reward_model
 
 
 def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
     from tokengrain.objectives import make_objective
+    from tokengrain.training.credit import FROZEN, check_together
 
     hyper = dict(stage.objective or {})
     name = hyper.pop("name", None)
@@ -195,11 +218,18 @@ def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
         yield f"{where}.objective: {error}"
         return
     needs = objective.needs
-    if stage.credit is not None and "token_rewards" not in needs:
-        yield f"{where}.credit: objective {name} uses no token rewards; drop it, or use tgdpo or treg"
-    if stage.credit is not None and stage.data.stage is not None:
-        yield f"{where}.credit: the data '@{stage.data.stage}' bring token rewards already; drop one"
-    frozen = needs & {"ref_logps", "kl"}
+    if stage.credit is not None:
+        yield from _check_role(stage, objective, where)
+    if (stage.kind == "reward") != (objective.main == "token_scores"):
+        other = "train" if stage.kind == "reward" else "reward"
+        yield f"{where}.objective: {name} belongs in a stage of kind {other}, not {stage.kind}"
+    if stage.kind == "train" and objective.main == "logps":
+        try:
+            check_together(objective, None, stage.teacher)
+        except RecipeError as error:
+            yield f"{where}.teacher: {error}"
+    yield from _check_teacher(stage, where)
+    frozen = needs & FROZEN
     if stage.reference is not None and not frozen:
         yield f"{where}.reference: objective {name} has no reference; drop it"
     if stage.reference == "columns" and "kl" in needs:
@@ -209,3 +239,42 @@ def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
         )
     if stage.reference == "adapter_off" and stage.lora is None:
         yield f"{where}.reference: adapter_off needs lora; without it the weights change: use copy"
+
+
+def _check_role(stage: ResolvedStage, objective: Any, where: str) -> Iterator[str]:
+    """Credit must suit the objective, in its role; and come from one place."""
+    from tokengrain.credit import CREDIT
+    from tokengrain.credit.registry import why_not
+    from tokengrain.objectives.roles import resolve_role
+    from tokengrain.training.sources import credit_role, credit_settings
+
+    try:
+        name, _ = credit_settings(stage.credit or {})
+        role = resolve_role(credit_role(stage), objective.roles, objective.name, objective.no_credit)
+    except RecipeError as error:
+        yield f"{where}.credit: {error}"
+        return
+    if name not in CREDIT:
+        return  # said elsewhere
+    if stage.data.stage is not None and name not in ("column", "spans"):
+        yield f"{where}.credit: the data '@{stage.data.stage}' bring token rewards already; drop one"
+    if reason := why_not(CREDIT[name].values, role.uses, role.name):
+        yield f"{where}.credit: {name} as {role.name}: {reason}"
+
+
+def _check_teacher(stage: ResolvedStage, where: str) -> Iterator[str]:
+    from tokengrain.objectives.aligndistil import teacher_strength
+
+    if stage.teacher is None:
+        return
+    spec = stage.teacher
+    if spec.contrast is None and spec.form != "distil":
+        yield f"{where}.teacher.contrast: missing; form {spec.form} needs a second model"
+    if spec.contrast is not None and spec.form == "distil":
+        yield f"{where}.teacher.contrast: form distil has no second model; drop it"
+    try:
+        teacher_strength(
+            spec.form, r=spec.r, epsilon=spec.epsilon, beta0=(stage.objective or {}).get("beta0", 0.1), beta=spec.beta
+        )
+    except (RecipeError, ValueError) as error:
+        yield f"{where}.teacher: {error}"

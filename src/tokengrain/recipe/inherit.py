@@ -14,6 +14,7 @@ from tokengrain.recipe.schema import (
     ModelSpec,
     Recipe,
     ResolvedStage,
+    RewardStage,
     SftStage,
     Stage,
 )
@@ -66,7 +67,11 @@ def _resolve(name: str, stage: Stage, recipe: Recipe, model: ModelSpec) -> Resol
     lora = _lora(recipe.lora, stage)
     if isinstance(stage, SftStage):
         return ResolvedStage(name, "sft", model, data, lora, training, objective={"name": "sft"})
-    return ResolvedStage(name, "train", model, data, lora, training, stage.objective, stage.credit, stage.reference)
+    if isinstance(stage, RewardStage):
+        return ResolvedStage(name, "reward", model, data, lora, training, stage.objective)
+    return ResolvedStage(
+        name, "train", model, data, lora, training, stage.objective, stage.credit, stage.reference, stage.teacher
+    )
 
 
 def _data(base: DataSpec, over: dict[str, Any] | str | None) -> DataSpec:

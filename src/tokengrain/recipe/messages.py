@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from tokengrain.recipe import schema
 _TAGS: dict[str, type[pydantic.BaseModel]] = {
     "sft": schema.SftStage,
     "train": schema.TrainStage,
+    "reward": schema.RewardStage,
     "annotate": schema.AnnotateStage,
 }
 _BELOW: dict[str, type[pydantic.BaseModel]] = {
@@ -26,6 +27,7 @@ _BELOW: dict[str, type[pydantic.BaseModel]] = {
     "data": schema.DataSpec,
     "lora": schema.LoraSpec,
     "tokenizer": schema.TokenizerSpec,
+    "teacher": schema.TeacherSpec,
 }
 _WORDS = {
     "int_type": "a whole number",
@@ -115,10 +117,10 @@ def _message(item: Any, path: str, elsewhere: Mapping[str, str]) -> str:
     if kind == "missing":
         return f"{path}: missing; {_class_at(loc).model_fields[str(loc[-1])].description}"
     if kind == "union_tag_not_found":
-        return f"{path}.kind: missing; expected one of sft, train, annotate"
+        return f"{path}.kind: missing; expected one of {', '.join(_TAGS)}"
     if kind == "union_tag_invalid":
         tag = item["ctx"]["tag"]
-        return wrong(f"{path}.kind", tag, "one of sft, train, annotate") + _did_you_mean(tag, _TAGS)
+        return wrong(f"{path}.kind", tag, f"one of {', '.join(_TAGS)}") + _did_you_mean(tag, _TAGS)
     if kind == "value_error":
         return f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
     if kind == "string_pattern_mismatch" and path.startswith("stages"):
@@ -159,6 +161,8 @@ def check_keys(values: Mapping[str, Any], legal: Mapping[str, Any], where: str) 
     for key, value in values.items():
         if key not in legal:
             wrongs.append(unknown_key(where, str(key), legal))
+        elif isinstance(value, Mapping) and (nested := _dataclass_in(legal[key])) is not None:
+            wrongs += check_keys(value, field_types(nested), f"{where}.{key}")
         elif not _fits(value, legal[key]):
             message = wrong(f"{where}.{key}", value, _words(legal[key]))
             wrongs.append(message + _number_hint(value, "float_type" if _takes_number(legal[key]) else ""))
@@ -182,6 +186,12 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if origin in (typing.Union, types.UnionType) else (annotation,)
 
 
+def _dataclass_in(annotation: Any) -> type | None:
+    """Our dataclass among a type's alternatives; a recipe writes it as a mapping of its fields."""
+    ours = (m for m in _members(annotation) if isinstance(m, type) and m.__module__.startswith("tokengrain."))
+    return next((m for m in ours if dataclasses.is_dataclass(m)), None)
+
+
 def _takes_number(annotation: Any) -> bool:
     return any(member in (int, float) for member in _members(annotation))
 
@@ -195,8 +205,10 @@ def _words(annotation: Any) -> str:
             out.append("one of " + ", ".join(str(a) for a in typing.get_args(member)))
         elif member in words:
             out.append(words[member])
-        elif origin in (dict, list, tuple):
-            out.append({dict: "a mapping", list: "a list", tuple: "a list"}[origin])
+        elif origin in (dict, list, tuple, Sequence):
+            out.append("a mapping" if origin is dict else "a list")
+        elif dataclasses.is_dataclass(origin):
+            out.append("a mapping")
         else:
             out.append(
                 "text"

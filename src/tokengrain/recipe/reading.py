@@ -204,7 +204,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def set_path(values: Values, keys: list[str], value: Any) -> None:
-    """Set a dotted key. Whether the key is a legal one is for validation to say."""
+    """Set a dotted key. Whether the key is a legal one is for validation to say.
+
+    Another `name` (of an objective, a credit source) drops the settings of the old one.
+    """
     here = values
     for depth, key in enumerate(keys[:-1]):
         below = here.get(key)
@@ -217,7 +220,9 @@ def set_path(values: Values, keys: list[str], value: Any) -> None:
             raise RecipeError(f"--set {'.'.join(keys)}: {at} is {shown(below)}, which has no keys")
         here[key] = dict(below)
         here = here[key]
+    if keys[-1] == "name" and here.get("name") not in (None, value):
+        here.clear()
     here[keys[-1]] = value
 
 
-_SHORT = {"data": "train", "model": "path", "objective": "name", "credit": "name"}
+_SHORT = {"data": "train", "model": "path", "objective": "name", "credit": "name", "spans": "source"}

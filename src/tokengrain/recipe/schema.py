@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from tokengrain.recipe.reading import WORLD
 
+CREDIT_MODELS = ("model", "reference", "reverse")
+"""Keys of a `credit:` that are models."""
+
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 
 
@@ -97,6 +100,10 @@ class DataSpec(Strict):
         default=None, gt=0, description="use only this many rows, the first ones (before holding out)"
     )
     streaming: bool = Field(default=False, description="read the rows while training: for sets larger than memory")
+    swap_pairs: bool = Field(default=False, description="exchange chosen and rejected: for a reverse DPO model")
+    completions: Literal["chosen", "both"] = Field(
+        default="chosen", description="of pairs, what an objective on single completions (aligndistil) learns from"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -122,6 +129,29 @@ class LoraSpec(Strict):
     target_modules: str | list[str] | None = Field(default="all-linear", description="which modules get an adapter")
     modules_to_save: list[str] | None = Field(default=None, description="modules trained in full and saved beside it")
     use_rslora: bool = Field(default=False, description="divide alpha by the square root of r instead of r")
+
+
+class TeacherSpec(Strict):
+    """Two frozen models that an objective distils from: z* = z_target + s (z_target - z_contrast)."""
+
+    target: ModelSpec = Field(description="the model to go beyond: '@normal' or a path")
+    contrast: ModelSpec | None = Field(
+        default=None, description="the model to go away from: '@reverse', a path, or the starting model"
+    )
+    form: Literal["adaptive", "constant", "theorem1", "interpolation", "distil"] = Field(
+        default="adaptive", description="how strong the extrapolation is; the paper's is adaptive"
+    )
+    r: float = Field(default=20.0, ge=0, description="adaptive: strength at total variation 1")
+    epsilon: float = Field(default=1e-3, gt=0, description="adaptive: strength where the models agree")
+    beta: float | None = Field(default=None, gt=0, description="constant, theorem1: strength is beta0 / beta")
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits of policy and teacher")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_numbers_as_ints(cls, value: Any) -> Any:
+        keys = ("r", "epsilon", "beta", "temperature")
+        whole = {k: float(value[k]) for k in keys if isinstance(value, dict) and type(value.get(k)) is int}
+        return {**value, **whole} if whole else value
 
 
 class _Stage(Strict):
@@ -151,8 +181,10 @@ class TrainStage(_Stage):
     objective: dict[str, Any] = Field(description="{name: dpo, beta: 0.1, ...}; `tokengrain methods` lists them")
     credit: dict[str, Any] | None = Field(
         default=None,
-        description="{name: guide, model: ...}: token rewards made while training; default: from the data",
+        description="{name: guide, model: ..., as: selection}: token credit made while training; default: from the "
+        "data. `as` says how it enters: reward, weight, selection or span, or {name: selection, share: 0.3}",
     )
+    teacher: TeacherSpec | None = Field(default=None, description="{target: '@normal', contrast: '@reverse', ...}")
     reference: str | None = Field(
         default=None,
         description="copy | adapter_off | columns | a model; default: adapter_off with lora, else stored "
@@ -162,6 +194,19 @@ class TrainStage(_Stage):
     training: dict[str, Any] = Field(default_factory=dict, description="keys on top of the recipe's training")
 
     _from_name = field_validator("objective", "credit", mode="before")(_named)
+
+
+class RewardStage(_Stage):
+    """Training a token-level reward model (a token classifier with one label) on preference pairs."""
+
+    kind: Literal["reward"]
+    objective: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "qrm"}, description="{name: qrm, beta: 0.2, gamma: 2.0}"
+    )
+    lora: LoraSpec | None = Field(default=None, description="on top of the recipe's lora; null: none in this stage")
+    training: dict[str, Any] = Field(default_factory=dict, description="keys on top of the recipe's training")
+
+    _from_name = field_validator("objective", mode="before")(_named)
 
 
 class AnnotateStage(_Stage):
@@ -176,7 +221,7 @@ class AnnotateStage(_Stage):
     _from_name = field_validator("credit", mode="before")(_named)
 
 
-Stage = Annotated[SftStage | TrainStage | AnnotateStage, Field(discriminator="kind")]
+Stage = Annotated[SftStage | TrainStage | RewardStage | AnnotateStage, Field(discriminator="kind")]
 
 
 class Recipe(Strict):
@@ -201,7 +246,7 @@ class ResolvedStage:
 
     Attributes:
         name: its name, and its folder's.
-        kind: "init" (a model built from scratch), "sft", "train" or "annotate".
+        kind: "init" (a model built from scratch), "sft", "train", "reward" or "annotate".
         model: what it starts from (annotate: the model whose log-probabilities are stored).
         data: its rows and how they become tokens.
         lora: adapters, if any.
@@ -209,11 +254,12 @@ class ResolvedStage:
         objective: name and hyper-parameters ("sft" for an sft stage).
         credit: name and settings of the credit source, if any.
         reference: see `TrainStage.reference`.
+        teacher: what is distilled, if anything.
         options: what only this kind has (annotate: `reference_logps`, `shard_rows`, `max_tokens`, `bf16`).
     """
 
     name: str
-    kind: Literal["init", "sft", "train", "annotate"]
+    kind: Literal["init", "sft", "train", "reward", "annotate"]
     model: ModelSpec
     data: DataSpec
     lora: LoraSpec | None = None
@@ -221,13 +267,26 @@ class ResolvedStage:
     objective: dict[str, Any] | None = None
     credit: dict[str, Any] | None = None
     reference: str | None = None
+    teacher: TeacherSpec | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def credit_model(self) -> ModelSpec | None:
-        """The model of the credit source, if it names one."""
-        model = (self.credit or {}).get("model")
-        return ModelSpec.model_validate(model) if model is not None else None
+    def credit_models(self) -> dict[str, ModelSpec]:
+        """The models that the credit source names, by what they are to it: "model", "reference", "reverse"."""
+        given = self.credit or {}
+        return {name: ModelSpec.model_validate(given[name]) for name in CREDIT_MODELS if given.get(name) is not None}
+
+    @property
+    def models(self) -> dict[str, ModelSpec]:
+        """Every other model that the stage asks, by its key in the recipe."""
+        found = {f"credit.{name}": spec for name, spec in self.credit_models.items()}
+        if self.reference_model is not None:
+            found["reference"] = self.reference_model
+        if self.teacher is not None:
+            found["teacher.target"] = self.teacher.target
+            if self.teacher.contrast is not None:
+                found["teacher.contrast"] = self.teacher.contrast
+        return found
 
     @property
     def reference_model(self) -> ModelSpec | None:
@@ -239,6 +298,5 @@ class ResolvedStage:
     @property
     def inputs(self) -> list[str]:
         """Earlier stages that this one uses."""
-        models = (self.model, self.credit_model, self.reference_model)
-        names = [m.stage for m in models if m is not None and m.stage is not None]
+        names = [m.stage for m in (self.model, *self.models.values()) if m.stage is not None]
         return list(dict.fromkeys([*names, *([self.data.stage] if self.data.stage else [])]))

@@ -24,7 +24,7 @@ def run_annotation(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
     stage = plan.stage
     tokenizer = shop.tokenizer(stage.model)
     reference = FrozenReference(shop.frozen(stage.model)) if stage.options["reference_logps"] else None
-    source = build_credit(stage, tokenizer, shop.frozen)
+    source = build_credit(stage, tokenizer, shop)
     counts = {}
     files = inputs.annotated_files(shop.run_dir, stage.name)
     all_rows = inputs.open_rows(stage.data, shop.recipe.seed)
@@ -108,7 +108,7 @@ def check_given_files(shop: Workshop, plan: StagePlan, like: ModelSpec) -> None:
     """
     data = plan.stage.data
     given = [source for source in (data.train, data.eval) if source is not None and is_annotated(source)]
-    if plan.stage.kind != "train" or not given:
+    if plan.stage.kind not in ("train", "reward") or not given:
         return
     marks = _without_unused_model(plan.stage, _marks(shop, plan.stage, plan, like))
     del marks["data"]  # the rows are in the file itself, with a digest

@@ -115,6 +115,27 @@ class CheckpointMixin(Trainer):
         self._tokens_seen = state["tokens_seen"]
         if self.is_world_process_zero():
             self._log_file.restart(state["step"])
+        self.restore_extra(checkpoint, state.get("extra", {}))
+
+    def save_extra(self, staged: Path) -> dict[str, Any]:
+        """For subclasses: write further files into the checkpoint `staged`; every rank calls this.
+
+        Returns:
+            What goes into its state file, JSON-like; the main process's counts.
+        """
+        return {}
+
+    def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
+        """For subclasses: take up what `save_extra` left; every rank calls this, before training begins."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_renamed_weights(Path(resume_from_checkpoint), self.model):
+            # transformers renames weights when it saves some architectures (GPT-NeoX's head) and its trainer does
+            # not name them back; only `from_pretrained` does.
+            own: Any = self.model
+            loaded = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=own.dtype)
+            own.load_state_dict(loaded.state_dict())
 
     def run_identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be this run's."""
@@ -124,7 +145,7 @@ class CheckpointMixin(Trainer):
         credit = self.credit
         return {
             "objective": described,
-            "credit": getattr(credit, "name", None),
+            "credit": credit.describe() if credit is not None else None,
             "normaliser": self.args.normaliser,
             "data": getattr(data, "fingerprint", None) or _fingerprint(data),
             "prompts_per_step": prompts * self.accelerator.num_processes,
@@ -159,9 +180,10 @@ class CheckpointMixin(Trainer):
         try:
             with saving(f"checkpoint {self.state.global_step}", staged), _quiet():
                 super()._save_checkpoint(model, trial)
+                extra = self.save_extra(staged)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._complete(staged, target)
+                    self._complete(staged, target, extra)
         finally:
             self._staging, self.args.save_total_limit = None, limit
         if self.args.should_save:
@@ -170,7 +192,7 @@ class CheckpointMixin(Trainer):
                 staged.parent.rmdir()
         self.accelerator.wait_for_everyone()
 
-    def _complete(self, staged: Path, target: Path) -> None:
+    def _complete(self, staged: Path, target: Path, extra: dict[str, Any]) -> None:
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
@@ -181,6 +203,7 @@ class CheckpointMixin(Trainer):
                 "run": self.run_identity(),
                 "window": self._window.state(),
                 "tokens_seen": self._tokens_seen,
+                "extra": extra,
             },
         )
         publish(staged, target)
@@ -206,6 +229,18 @@ class CheckpointMixin(Trainer):
             if self.args.should_save:
                 _move_into(staged, target)
         self.accelerator.wait_for_everyone()
+
+
+def has_renamed_weights(checkpoint: Path, model: Any) -> bool:
+    """Whether a checkpoint of a whole model holds weights under names that the model does not have."""
+    from safetensors import safe_open
+
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            names |= set(stored.keys())
+    return bool(names - model.state_dict().keys())
 
 
 @contextmanager

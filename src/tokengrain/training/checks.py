@@ -11,6 +11,13 @@ from tokengrain.batch import Sample
 from tokengrain.errors import DataError, ModelError
 
 
+HINTS = {
+    "token_rewards": ", or a credit source",
+    "spans": "; spans come from data.spans (diff, tags, column or a function), or from token credit",
+    "selected": "; or token credit to select by",
+}
+
+
 def vocabulary_size(model: Any) -> int | None:
     """Rows of the model's output head; None if it cannot be told."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -47,7 +54,12 @@ def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
 
 
 def models_in(source: Any) -> list[nn.Module]:
-    """Language models that a credit source or reference holds, directly or in one of its parts."""
+    """Language models that a credit source or reference holds, directly or in one of its parts.
+
+    Not those of a source that reads the text with a tokenizer of its own (`own_vocabulary`).
+    """
+    if getattr(source, "own_vocabulary", False):
+        return []
     found = []
     for value in vars(source).values() if hasattr(source, "__dict__") else ():
         if isinstance(value, nn.Module):
@@ -126,5 +138,5 @@ def check_column(dataset: Any, column: str, objective: str, *, name: object) -> 
             file=name,
             row=dataset[0].row,
             field=f"*_{column}",
-            expected="values in every row" + (", or a credit source" if column == "token_rewards" else ""),
+            expected="values in every row" + HINTS.get(column, ""),
         )

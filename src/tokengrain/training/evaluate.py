@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tokengrain.training.config import PreferenceConfig
 
 MEASURES = ("entropy", "kl", "log_ratio")
+WHOLE = "whole"
+"""Measured as well: what the policy prefers when all tokens count, also those an objective does not read."""
 
 
 class EvalBatches(Sequence[HostBatch]):
@@ -106,8 +108,10 @@ class EvalSums:
         name: Any = normaliser if normaliser in ("mean", "token_mean") else "mean"
         output = LossOutput(losses[:1], {}, losses[1:], *self.units)
         found = {"loss": float(make_normaliser(name)(output, counts)), **means.means()}
-        if "rewards/accuracies" in found:
-            share = wilson(means.sums["rewards/accuracies"], counts.pairs)
+        # Tokens that were selected with the labels in hand rank pairs too well: whole completions are what counts.
+        ranked = next((name for name in ("whole/accuracies", "rewards/accuracies") if name in found), None)
+        if ranked is not None:
+            share = wilson(means.sums[ranked], counts.pairs)
             found |= {"accuracy": share.value, "accuracy_low": share.low, "accuracy_high": share.high}
         if "nll/token" in found:  # sft: all of its losses are negative log-likelihoods
             found["perplexity"] = math.exp(min(float(losses.sum()) / max(counts.tokens, 1), 700.0))
@@ -188,7 +192,7 @@ class EvaluationMixin(Trainer):
         for index, host in enumerate(batches):
             batch = host.batch.to(self.args.device)
             with mixed_precision():
-                judged = self.judge(self.model, batch, measure=MEASURES, frozen_context=mixed_precision)
+                judged = self.judge(self.model, batch, measure=(*MEASURES, WHOLE), frozen_context=mixed_precision)
             sums.add(batch, judged, real=index < batches.n_real)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return sums

@@ -12,7 +12,7 @@ from tokengrain.files import read_json, write_json
 from tokengrain.objectives import make_objective
 from tokengrain.recipe import LoraSpec, ResolvedStage
 from tokengrain.recipe.inherit import training_keys
-from tokengrain.training import annotation, inputs, models, samples, scratch
+from tokengrain.training import annotation, inputs, models, reward_models, samples, scratch
 from tokengrain.training.checkpoints import (
     STAGING,
     checkpoints,
@@ -21,10 +21,11 @@ from tokengrain.training.checkpoints import (
     remove_folder,
     saving,
 )
+from tokengrain.training.credit import FROZEN, columns_needed
 from tokengrain.training.interrupt import StopOnSignal
 from tokengrain.training.plan import StagePlan
 from tokengrain.training.progress import ShowProgress
-from tokengrain.training.sources import build_credit, build_reference
+from tokengrain.training.sources import build_credit, build_reference, build_teacher, credit_role
 from tokengrain.training.workshop import Workshop
 
 # ------------------------------------------------------------------------------------------------------ build
@@ -62,6 +63,7 @@ def build_trainer(
         eval_data: held-out rows from another source.
     """
     from tokengrain.training import PreferenceConfig, PreferenceTrainer
+    from tokengrain.training.trainer import with_adapter
 
     stage = plan.stage
     objective = make_objective(**(stage.objective or {}))
@@ -69,19 +71,23 @@ def build_trainer(
     if eval_data is not None:
         data = stage.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
         held_out = shop.datasets(replace(stage, data=data))[0]
-        objective = _without_token_rewards(objective, held_out)
+        objective, stage = _for_other_rows(objective, stage, held_out)
     tokenizer = shop.tokenizer(stage.model)
     model, peft_config = _policy(shop, stage, model_path)
-    reference = build_reference(stage, shop.frozen)
-    if model_path is not None and reference is None and objective.needs & {"ref_logps", "kl"}:
+    reference = build_reference(stage, shop)
+    if model_path is not None and reference is None and objective.needs & FROZEN:
         reference = shop.frozen(stage.model)
     args = PreferenceConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
+    if stage.teacher is not None and peft_config is not None:
+        model, peft_config = with_adapter(model, args, peft_config), None
     return PreferenceTrainer(
         model,
         args,
         objective=objective,
-        credit=build_credit(stage, tokenizer, shop.frozen) if "token_rewards" in objective.needs else None,
+        credit=build_credit(stage, tokenizer, shop),
+        credit_as=credit_role(stage),
         reference=reference,
+        teacher=build_teacher(stage, model, shop),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
@@ -89,14 +95,19 @@ def build_trainer(
     )
 
 
-def _without_token_rewards(objective: Any, rows: Any) -> Any:
-    """The objective, or its base (DPO, SimPO) where it needs token rewards and the rows have none."""
-    if "token_rewards" not in objective.needs or "token_rewards" in getattr(rows, "columns", ()):
-        return objective
+def _for_other_rows(objective: Any, stage: ResolvedStage, rows: Any) -> tuple[Any, ResolvedStage]:
+    """Objective and stage for rows that it was not made for.
+
+    Credit that comes with the data is not there for other rows: then the objective's base (DPO, SimPO) judges them.
+    """
+    present = getattr(rows, "columns", ())
+    if columns_needed(objective, stage, present) <= set(present):
+        return objective, stage
     base, keys = (
         ("dpo", ("beta",)) if "ref_logps" in objective.needs else ("simpo", ("beta", "gamma", "gamma_beta_ratio"))
     )
-    return make_objective(base, **{k: objective.hyper[k] for k in keys if k in objective.hyper})
+    hyper = {} if objective.name == "sepo" else {k: objective.hyper[k] for k in keys if k in objective.hyper}
+    return make_objective(base, **hyper), replace(stage, credit=None)
 
 
 def _policy(shop: Workshop, stage: ResolvedStage, model_path: str | None) -> tuple[Any, Any]:
@@ -105,15 +116,17 @@ def _policy(shop: Workshop, stage: ResolvedStage, model_path: str | None) -> tup
 
     torch.manual_seed(shop.recipe.seed)
     path = model_path or shop.path(stage.model)
+    load = reward_models.load_reward_model if stage.kind == "reward" else models.load_model
     if stage.lora is None or model_path is not None:
-        return models.load_model(stage.model, path, merge_adapter=stage.lora is None), None
-    if models.is_adapter(path):
+        return load(stage.model, path, merge_adapter=stage.lora is None), None
+    if models.is_adapter(path) and (stage.kind != "reward" or reward_models.is_reward_adapter(path)):
         _check_same_lora(stage.lora, path)
-        return models.load_model(stage.model, path, train_adapter=True), None
-    model: Any = models.load_model(stage.model, path)
+        return load(stage.model, path, train_adapter=True), None
+    model: Any = load(stage.model, path)
     if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
         model.name_or_path = str(Path(path).resolve())
-    return model, lora_config(stage.lora)
+    make = reward_models.reward_lora_config if stage.kind == "reward" else lora_config
+    return model, make(stage.lora)
 
 
 def lora_config(lora: LoraSpec) -> Any:
@@ -169,7 +182,12 @@ def run_training(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
     metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
     if has_eval:
         metrics["after"] = plain_metrics(trainer.evaluate())
+    if plan.stage.kind == "reward":
+        metrics["scores"] = reward_models.measure_scores(trainer.evaluation_model(), trainer.train_dataset).as_dict()
     trainer.save_model(str(plan.path / "model"))
+    if plan.stage.kind == "reward" and main:
+        found = reward_models.ScoreStatistics.from_dict(metrics["scores"])
+        reward_models.save_statistics(plan.path / "model", found)
     if main and "save_total_limit" not in plan.stage.training:  # the finished model is what is wanted
         for path in checkpoints(plan.path):
             remove_folder(path)

@@ -18,7 +18,7 @@ from rich.console import Console
 from tokengrain.errors import RunError, TokengrainError
 from tokengrain.files import write_json, write_text
 from tokengrain.recipe import Recipe, dump_recipe
-from tokengrain.runs import FORMAT, Run, StageRecord, Status, read_run, resume_command
+from tokengrain.runs import FORMAT, TRAINED, Run, StageRecord, Status, read_run, resume_command
 from tokengrain.training.plan import StagePlan
 
 
@@ -109,7 +109,7 @@ class RunFolder:
         """Write `metrics.json` and close the run. Nothing is written where everything was there already."""
         path = self.path / "metrics.json"
         run = Run(self.path, {"stages": [], "status": "running"}, {}, [p.record for p in self.plans if p.record])
-        last = [r for r in run.stages if r.kind in ("train", "sft")][-1:]
+        last = [r for r in run.stages if r.kind in TRAINED][-1:]
         metrics = {
             "method": self.recipe.method,
             "model": self.recipe.model.describe(),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokengrain.data import Rows, TokenizeConfig, load_rows, prepare_pairs, prepare_sft, split_rows
+from tokengrain.data import PairDataset, Rows, TokenizeConfig, load_rows, prepare_pairs, prepare_sft, split_rows
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.files import fingerprint
+from tokengrain.objectives import make_objective
 from tokengrain.recipe import DataSpec, ResolvedStage
 from tokengrain.worlds import is_world, load_world
 
@@ -61,13 +63,27 @@ def tokenize_config(data: DataSpec) -> TokenizeConfig:
 
 
 def prepare(stage: ResolvedStage, rows: Any, tokenizer: Any, positions: int | None) -> Any:
-    """Rows as the data set that a stage trains on: single completions for sft, pairs otherwise.
+    """Rows as the data set that a stage trains on: pairs, or single completions.
 
     Raises:
         DataError: the first invalid row (unless `on_invalid: skip`), or nothing left.
     """
-    make = prepare_sft if stage.kind == "sft" else prepare_pairs
-    return make(rows, tokenizer, tokenize_config(stage.data), model_positions=positions)
+    make = prepare_pairs if wants_pairs(stage) else prepare_sft
+    dataset = make(rows, tokenizer, tokenize_config(stage.data), model_positions=positions)
+    return swapped(dataset) if stage.data.swap_pairs else dataset
+
+
+def wants_pairs(stage: ResolvedStage) -> bool:
+    """Whether the stage needs both completions of a pair, or is to learn from both."""
+    if stage.objective is None:
+        return True
+    return make_objective(**stage.objective).unit == "pairs" or stage.data.completions == "both"
+
+
+def swapped(dataset: PairDataset) -> PairDataset:
+    """The same pairs with chosen and rejected exchanged."""
+    samples = (replace(s, completions=s.completions[::-1]) for s in dataset.samples)
+    return PairDataset(samples, dataset.report, f"{dataset.name} (swapped)")
 
 
 def annotated_files(run_dir: Path, stage: str) -> tuple[Path, Path]:
@@ -82,6 +98,12 @@ def require_columns(dataset: Any, needed: Iterable[str], stage: ResolvedStage) -
         DataError: naming the columns.
     """
     missing = sorted(set(needed) - set(getattr(dataset, "columns", needed)))
+    if missing == ["spans"]:
+        raise DataError(
+            f"stage {stage.name!r} needs spans, and nothing marks them",
+            file=stage.data.train,
+            expected="data.spans: diff, tags, column or a function; or `credit:` to mark them by",
+        )
     if missing:
         columns = ", ".join(f"{side}_{name}" for name in missing for side in ("chosen", "rejected"))
         raise DataError(

@@ -1,8 +1,8 @@
-"""From a batch to losses: score the policy, ask the reference and the credit source, apply the objective."""
+"""From a batch to losses: ask credit, reference and teacher, score the policy, apply the objective."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengrain.batch import TokenBatch
+from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.objectives import BoundObjective, make_objective
 from tokengrain.objectives.output import LossOutput
+from tokengrain.objectives.token_weighted import weight_metrics
 from tokengrain.scoring import score
 from tokengrain.scoring.reference import ColumnReference, Reference
+from tokengrain.training.credit import FROZEN, TAUGHT, CreditUse
 
 
 def resolve_objective(objective: Any) -> BoundObjective:
@@ -27,43 +29,31 @@ def resolve_objective(objective: Any) -> BoundObjective:
     raise RecipeError(f"objective must be a name, a bound objective or a function, got {type(objective).__name__}")
 
 
-def resolve_credit(credit: Any, objective: Any) -> Any:
-    """A credit source, a user's function wrapped as one, or None; refused where the objective ignores it."""
-    if credit is None:
-        return None
-    if "token_rewards" not in objective.needs:
-        raise RecipeError(f"objective {objective.name} does not use token rewards; credit must be None")
-    if hasattr(credit, "fingerprint"):
-        return credit
-    if callable(credit):
-        from tokengrain.credit import FunctionCredit
-
-        return FunctionCredit(function=credit)
-    raise RecipeError(f"credit must be a CreditSource or a function of a TokenBatch, got {type(credit).__name__}")
-
-
 @dataclass
 class Judged:
     """One micro-batch judged by the objective.
 
     Attributes:
         output: what the objective returned, with gradient in training.
+        segments: of the tokens that were judged; fewer than the batch's where the objective reads only some.
         entropy, kl, log_ratio: per counted token `[N]`, nats, detached; None if not asked for or not known.
     """
 
     output: LossOutput
+    segments: Segments
     entropy: Tensor | None = None
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
 
 
 class PreferenceLoss:
-    """Objective, reference and credit source bound together.
+    """Objective, reference, credit and teacher bound together.
 
     Args:
-        objective: with `needs` and `__call__(logps=, segments=, **quantities)`.
+        objective: with `needs`, `reads` and `__call__(segments=, **quantities)`.
         reference: None if the objective needs none.
-        credit: None: the column `token_rewards`.
+        credit: where per-token credit comes from and how it enters; None: the data's own columns.
+        teacher: `TokenBatch -> Teacher`, for objectives that distil.
         layout, chunk_tokens: passed to `score`.
     """
 
@@ -71,13 +61,18 @@ class PreferenceLoss:
         self,
         objective: BoundObjective,
         reference: Reference | None,
-        credit: Callable[[TokenBatch], Tensor] | None,
+        credit: CreditUse | None,
         *,
+        teacher: Callable[[TokenBatch], Any] | None = None,
         layout: Any = None,
         chunk_tokens: int | None = None,
     ) -> None:
-        self.objective, self.reference, self.credit = objective, reference, credit
+        self.objective, self.reference, self.credit, self.teacher = objective, reference, credit, teacher
         self.score_options = {"layout": layout, "chunk_tokens": chunk_tokens}
+
+    @property
+    def _optional(self) -> frozenset[str]:
+        return getattr(self.objective, "optional", frozenset())
 
     @property
     def has_distribution(self) -> bool:
@@ -96,42 +91,91 @@ class PreferenceLoss:
 
         Args:
             model: the outermost module of the policy.
-            measure: also measure any of "entropy", "kl", "log_ratio" (detached).
-            frozen_context: entered around reference and credit (mixed precision).
+            measure: also measure any of "entropy", "kl", "log_ratio" (detached), and "whole": score all counted
+                tokens, also those that the objective does not read, and add the metrics of whole completions.
+            frozen_context: entered around reference, credit and teacher (mixed precision).
         """
-        needs = set(self.objective.needs)
-        want_kl = "kl" in needs or ("kl" in measure and self.has_distribution)
-        quantities: dict[str, Tensor] = {}
-        distribution = None
+        needs, main = set(self.objective.needs), self.objective.main
         with torch.no_grad(), frozen_context():
-            if self.reference is not None:
-                wanted = {"logps", "distribution"} if want_kl else {"logps"}
-                frozen = self.reference(batch, wanted)
-                distribution = frozen.distribution
-                if frozen.logps is not None:
-                    quantities["ref_logps"] = frozen.logps
-            for name in needs - {"ref_logps", "kl"}:
-                quantities[name] = self._column(name, batch)
-        want = ["logps", *(["kl"] if distribution is not None else [])]
-        want += ["entropy"] if "entropy" in measure else []
-        scores = score(model, batch, tuple(want), reference=distribution, **self.score_options)
-        assert scores.logps is not None  # it was wanted
-        if scores.kl is not None:
-            quantities["kl"] = scores.kl
-        given = {name: value for name, value in quantities.items() if name in needs}
-        output = self.objective(logps=scores.logps, segments=batch.segments, **given)
-        judged = Judged(output, _detached(scores.entropy), _detached(scores.kl))
-        if "log_ratio" in measure and "ref_logps" in quantities:
-            judged.log_ratio = (scores.logps - quantities["ref_logps"]).detach()
+            given = self._given(batch)
+            keep = self._reads(batch, given)
+            whole = keep is None or "whole" in measure
+            part = batch if keep is None or whole else batch.narrow(keep)
+            frozen = self._reference_scores(part, "kl" in needs or ("kl" in measure and self.has_distribution))
+            teacher = self.teacher(part) if needs & TAUGHT and self.teacher is not None else None
+        want = [main, *(["kl"] if frozen.distribution is not None else []), *(["teacher_kl"] if teacher else [])]
+        want += ["entropy"] if "entropy" in measure and main == "logps" else []
+        taught = {"teacher": teacher} if teacher is not None else {}
+        scores = score(model, part, tuple(want), reference=frozen.distribution, **taught, **self.score_options)
+        found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
+        scored: dict[str, Tensor] = {name: value for name, value in found.items() if value is not None}
+        judged = Judged(
+            LossOutput(torch.zeros(0)), part.segments, _detached(scores.entropy), _detached(scored.get("kl"))
+        )
+        if "log_ratio" in measure and {"logps", "ref_logps"} <= scored.keys():
+            judged.log_ratio = (scored["logps"] - scored["ref_logps"]).detach()
+        if keep is None:
+            judged.output = self._apply(judged.segments, scored | given)
+            return judged
+        judged.segments = batch.segments.narrow(keep)
+        read = {name: value[keep] for name, value in scored.items()} if whole else scored
+        judged.output = self._apply(judged.segments, read | {name: value[keep] for name, value in given.items()})
+        if whole and main == "logps" and batch.is_pairs:
+            judged.output.metrics |= _whole_metrics(scored, batch.segments)
         return judged
 
-    def _column(self, name: str, batch: TokenBatch) -> Tensor:
-        """A quantity `[N]` from the credit source (token rewards) or from the data's column of that name."""
-        if name == "token_rewards" and self.credit is not None:
-            return self.credit(batch).detach().to(batch.device)
-        if name not in batch.columns:
-            raise DataError(f"objective {self.objective.name} needs per-token {name}", field=name, row=batch.rows[0])
-        return batch.columns[name]
+    def _given(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Per-token quantities `[N]` that need no policy: credit in its role, and columns of the data."""
+        given = {}
+        if self.credit is not None:
+            given[self.credit.role.provides] = self.credit(batch)
+        for name in set(self.objective.needs) - FROZEN - TAUGHT - given.keys():
+            if name not in batch.columns:
+                what = f"objective {self.objective.name} needs per-token {name}"
+                raise DataError(what, field=name, row=batch.rows[0] if batch.rows else None)
+            given[name] = batch.columns[name]
+        for name in self._optional & batch.columns.keys() - FROZEN:
+            given[name] = batch.columns[name]
+        return given
+
+    def _reads(self, batch: TokenBatch, given: Mapping[str, Tensor]) -> Tensor | None:
+        """The tokens to score, bool `[N]`; None: all."""
+        own = self.objective.reads(batch.segments, given) if hasattr(self.objective, "reads") else None
+        if own is None and "selected" in given and "selected" not in self.objective.needs:
+            own = given["selected"] > 0
+        return own
+
+    def _reference_scores(self, batch: TokenBatch, want_kl: bool) -> Any:
+        from tokengrain.scoring.reference import ReferenceScores
+
+        if self.reference is None:
+            return ReferenceScores()
+        return self.reference(batch, {"logps", "distribution"} if want_kl else {"logps"})
+
+    def _apply(self, segments: Segments, quantities: Mapping[str, Tensor]) -> LossOutput:
+        """The objective on these quantities; token weights that it does not take itself are multiplied in."""
+        wanted = {self.objective.main, *self.objective.needs, *self._optional}
+        args = {name: value for name, value in quantities.items() if name in wanted}
+        weights = quantities.get("token_weights")
+        if weights is None or "token_weights" in wanted:
+            return self.objective(segments=segments, **args)
+        weighted = {name: value * weights if name in ("logps", "ref_logps") else value for name, value in args.items()}
+        output = self.objective(segments=segments, **weighted)
+        with torch.no_grad():  # rewards and accuracies are those of whole, unweighted completions: comparable
+            plain = self.objective(segments=segments, **{n: v.detach() for n, v in args.items()})
+        output.metrics = plain.metrics | weight_metrics(weights, segments)
+        return output
+
+
+def _whole_metrics(scored: Mapping[str, Tensor], segments: Segments) -> dict[str, Tensor]:
+    """Which completion the policy prefers when all tokens count: by log-ratio, or by mean log-probability."""
+    logps = scored["logps"].detach()
+    if "ref_logps" in scored:
+        values = segments.sum(logps - scored["ref_logps"])
+    else:
+        values = segments.mean(logps)
+    chosen, rejected = segments.pairs(values)
+    return {"whole/accuracies": (chosen > rejected).to(values.dtype), "whole/margins": chosen - rejected}
 
 
 def _detached(values: Tensor | None) -> Tensor | None:

@@ -11,9 +11,9 @@ from tokengrain.errors import RunError, shown
 from tokengrain.files import fingerprint
 from tokengrain.recipe import ModelSpec, Recipe, ResolvedStage, resolve_stages
 from tokengrain.runs import FORMAT, StageRecord, is_run, read_run, read_stage
-from tokengrain.training.inputs import data_fingerprint
+from tokengrain.training.inputs import data_fingerprint, tokenize_config
 from tokengrain.training.models import locate, model_fingerprint
-from tokengrain.training.sources import credit_settings
+from tokengrain.training.sources import ROLE, credit_role, credit_settings
 from tokengrain.worlds import load_world
 
 Action = Literal["run", "resume", "reuse"]
@@ -118,6 +118,7 @@ def stage_settings(stage: ResolvedStage, seed: int, run_dir: Path, above: dict[s
     if stage.kind == "annotate":
         return {**settings, "credit": _credit_settings(stage, run_dir, above), **stage.options}
     reference = stage.reference_model
+    teacher = {"teacher": _teacher_settings(stage, run_dir, above)} if stage.teacher is not None else {}
     return {
         **settings,
         "objective": _objective_settings(stage),
@@ -125,7 +126,17 @@ def stage_settings(stage: ResolvedStage, seed: int, run_dir: Path, above: dict[s
         "reference": _model_settings(reference, run_dir, above) if reference else stage.reference,
         "lora": stage.lora.model_dump() if stage.lora else None,
         "training": {k: v for k, v in stage.training.items() if k not in NEUTRAL},
+        **teacher,
     }
+
+
+def _teacher_settings(stage: ResolvedStage, run_dir: Path, above: dict[str, str]) -> dict[str, Any]:
+    assert stage.teacher is not None
+    values = stage.teacher.model_dump(exclude={"target", "contrast"})
+    for name in ("target", "contrast"):
+        spec = getattr(stage.teacher, name)
+        values[name] = _model_settings(spec, run_dir, above) if spec is not None else None
+    return values
 
 
 def _model_settings(spec: ModelSpec, run_dir: Path, above: dict[str, str]) -> dict[str, Any]:
@@ -145,7 +156,10 @@ def _data_settings(stage: ResolvedStage, seed: int, above: dict[str, str]) -> di
     if stage.data.stage is not None:
         return {"content": above[stage.data.stage], "tokenize": stage.data.tokenize}
     options = stage.data.model_dump(exclude={"train", "eval"}, exclude_none=True)
-    return {**options, "content": data_fingerprint(stage.data)}
+    spans = tokenize_config(stage.data).span_config
+    # A function of the user's counts with its source: another body marks other spans.
+    marked = {"spans": spans.describe()} if spans is not None else {}
+    return {**options, **marked, "content": data_fingerprint(stage.data)}
 
 
 def _objective_settings(stage: ResolvedStage) -> dict[str, Any]:
@@ -157,10 +171,10 @@ def _objective_settings(stage: ResolvedStage) -> dict[str, Any]:
 def _credit_settings(stage: ResolvedStage, run_dir: Path, above: dict[str, str]) -> dict[str, Any] | None:
     if stage.credit is None:
         return None
-    model = stage.credit_model
-    content = {"model": _model_settings(model, run_dir, above)} if model is not None else {}
+    content = {k: _model_settings(model, run_dir, above) for k, model in stage.credit_models.items()}
     name, settings = credit_settings(stage.credit)
-    values = {"name": name, **check_credit(name, settings), **content}
+    role = {ROLE: credit_role(stage)} if credit_role(stage) is not None else {}
+    values = {"name": name, **check_credit(name, settings), **content, **role}
     if name == "function":  # another body is another source
         values["source"] = FunctionCredit(function=settings["function"]).fingerprint()
     return values

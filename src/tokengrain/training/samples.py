@@ -34,7 +34,7 @@ def of_policy(shop: Workshop, plan: StagePlan, trainer: Any) -> None:
     batch = _first(dataset)
     model = trainer.evaluation_model().eval()
     with torch.no_grad():
-        judged = trainer.judge(model, batch.to(trainer.args.device), measure=("log_ratio",))
+        judged = trainer.judge(model, batch.to(trainer.args.device), measure=("log_ratio", "whole"))
     if shop.state.is_main_process and judged.log_ratio is not None:
         _store(shop, plan, batch, f"log-ratio of {plan.stage.name}", judged.log_ratio.float().cpu())
 

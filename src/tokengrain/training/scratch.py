@@ -56,9 +56,12 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
         tokenizer = train_tokenizer(spec.tokenizer or TokenizerSpec(), texts(rows))
     values = dict(spec.config or {})
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(
-        values.pop("model_type"), **{"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **values}
-    )
+    model_type = values.pop("model_type")
+    # Some architectures (qwen2) load any tokenizer as their own class, which adds tokens: count as it will be loaded.
+    tokenizer.save_pretrained(folder)
+    AutoConfig.for_model(model_type).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **values})
     if config.vocab_size < len(tokenizer):
         raise RecipeError(
             f"model.config.vocab_size is {config.vocab_size}; expected at least {len(tokenizer)}, the "
@@ -69,7 +72,6 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
     if spec.dtype != "auto":
         model = model.to(getattr(torch, spec.dtype))
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def train_tokenizer(spec: TokenizerSpec, corpus: Iterable[str]) -> Any:

@@ -1,60 +1,109 @@
-"""Credit sources and references of a recipe's stage, built from loaded models."""
+"""Credit sources, references and teachers of a recipe's stage, built from loaded models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from tokengrain.errors import RecipeError
-from tokengrain.recipe.schema import ModelSpec, ResolvedStage
+from tokengrain.recipe.schema import CREDIT_MODELS, ModelSpec, ResolvedStage
 
-LoadFrozen = Callable[[ModelSpec], Any]
-"""Loads a model once, frozen, on the device; the same spec gives the same object."""
+if TYPE_CHECKING:
+    from tokengrain.training.workshop import Workshop
+
+ROLE = "as"
+"""Key of a `credit:` that says how the credit enters the objective."""
 
 
 def credit_settings(credit: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """`(name, settings without its model)` of a recipe's `credit:`.
+    """`(name, settings without its models and its role)` of a recipe's `credit:`.
+
+    Credit of which only the role is given is the data's own column.
 
     Raises:
         RecipeError: no name.
     """
-    settings = {k: v for k, v in credit.items() if k not in ("name", "model")}
-    name = credit.get("name")
+    settings = {k: v for k, v in credit.items() if k not in ("name", ROLE, *CREDIT_MODELS)}
+    name = credit.get("name", "column" if ROLE in credit else None)
     if not isinstance(name, str):
         raise RecipeError("name is missing; expected for example `name: guide`")
     return name, settings
 
 
-def build_credit(stage: ResolvedStage, tokenizer: Any, load: LoadFrozen) -> Any:
+def credit_role(stage: ResolvedStage) -> Any:
+    """How the stage's credit enters its objective, as the recipe says it; None: it does not say."""
+    return (stage.credit or {}).get(ROLE)
+
+
+def reads_reward_model(stage: ResolvedStage) -> bool:
+    """Whether the stage's credit comes from a token-level reward model."""
+    from tokengrain.credit import CREDIT
+
+    return stage.credit is not None and CREDIT[credit_settings(stage.credit)[0]].reward_model
+
+
+def build_credit(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> Any:
     """The stage's credit source, or None.
 
-    The guide is `credit.model`; its reference, and the model of contrastive prompting unless `credit.model`
-    names another, are the model that the stage starts from.
+    A model that `credit:` does not name is the one that the stage starts from: the reference of a guide, the model
+    of contrastive prompting.
     """
     if stage.credit is None:
         return None
     from tokengrain.credit import CREDIT, make_credit
 
     name, settings = credit_settings(stage.credit)
+    given = stage.credit_models
     objects: dict[str, Any] = {}
     for wanted in CREDIT[name].objects:
-        if wanted == "model":
-            objects["model"] = load(stage.credit_model or stage.model)
-        elif wanted == "reference":
-            objects["reference"] = load(stage.model)
+        if wanted == "tokenizer":
+            objects[wanted] = tokenizer
+        elif wanted == "reward_tokenizer":
+            objects[wanted] = shop.tokenizer(given["model"], own_template=True)
+        elif CREDIT[name].reward_model:
+            objects[wanted] = shop.reward_model(given[wanted])
         else:
-            objects["tokenizer"] = tokenizer
+            objects[wanted] = shop.frozen(given.get(wanted, stage.model))
     return make_credit(name, **objects, **settings)
 
 
-def build_reference(stage: ResolvedStage, load: LoadFrozen) -> Any:
+def build_reference(stage: ResolvedStage, shop: Workshop) -> Any:
     """What a train stage gives the trainer as `reference`; None leaves the choice to the trainer."""
     from tokengrain.scoring.reference import ColumnReference
 
     if stage.reference_model is not None:
-        return load(stage.reference_model)
+        return shop.frozen(stage.reference_model)
     if stage.reference == "columns":
         return ColumnReference()
     if stage.reference == "copy":
-        return load(stage.model)
+        return shop.frozen(stage.model)
     return None
+
+
+def build_teacher(stage: ResolvedStage, policy: Any, shop: Workshop) -> Any:
+    """What the stage distils from, or None.
+
+    Teachers that are adapters on the policy's own base are loaded into the policy beside its adapter: one set of
+    weights for three models. Others are loaded in full.
+
+    Args:
+        policy: the stage's policy, with its adapter if it has one.
+    """
+    if stage.teacher is None:
+        return None
+    from tokengrain.training.teacher import ContrastiveTeacher
+
+    spec = stage.teacher
+    roles: dict[str, ModelSpec] = {"target": spec.target}
+    if spec.contrast is not None:
+        roles["contrast"] = spec.contrast
+    objective = stage.objective or {}
+    return ContrastiveTeacher(
+        **{name: shop.frozen_beside(policy, model, name) for name, model in roles.items()},
+        form=spec.form,
+        r=spec.r,
+        epsilon=spec.epsilon,
+        beta=spec.beta,
+        beta0=objective.get("beta0", 0.1),
+        temperature=spec.temperature,
+    )

@@ -15,12 +15,20 @@ from tokengrain.recipe import Recipe, ResolvedStage, resolve_stages
 from tokengrain.runs import read_run, resume_command
 from tokengrain.training import inputs, models, tables
 from tokengrain.training.annotation import check_given_files, run_annotation
+from tokengrain.training.credit import columns_needed
 from tokengrain.training.execute import run_init, run_training
 from tokengrain.training.folder import RunFolder
 from tokengrain.training.plan import StagePlan, make_plan
+from tokengrain.training.sources import reads_reward_model
 from tokengrain.training.workshop import Workshop
 
-_RUNNERS = {"init": run_init, "sft": run_training, "train": run_training, "annotate": run_annotation}
+_RUNNERS = {
+    "init": run_init,
+    "sft": run_training,
+    "train": run_training,
+    "reward": run_training,
+    "annotate": run_annotation,
+}
 
 
 @dataclass
@@ -130,8 +138,9 @@ def _check_models(shop: Workshop, stage: ResolvedStage) -> None:
     tokenizer = shop.tokenizer(stage.model)
     config = models.load_config(stage.model, shop.path(stage.model))
     models.check_vocabulary(tokenizer, config, str(stage.model.path), str(stage.model.path))
-    for role, other in (("guide", stage.credit_model), ("reference", stage.reference_model)):
-        if other is not None and other.stage is None:
+    for role, other in stage.models.items():
+        # A reward model may have a tokenizer of its own.
+        if other.stage is None and not (role.startswith("credit.") and reads_reward_model(stage)):
             theirs = shop.tokenizer(other)
             models.check_same_vocabulary(
                 tokenizer, theirs, f"the policy {stage.model.path}", f"the {role} {other.path}"
@@ -151,8 +160,9 @@ def _check_rows(shop: Workshop, stage: ResolvedStage) -> None:
 
     like = _existing_ancestor(shop, stage).model
     for dataset in shop.datasets(stage, like=like):
-        if dataset is not None and stage.kind == "train" and stage.credit is None:
-            needed = make_objective(**(stage.objective or {})).needs - {"ref_logps", "kl"}
+        if dataset is not None and stage.kind == "train":
+            objective = make_objective(**(stage.objective or {}))
+            needed = columns_needed(objective, stage, getattr(dataset, "columns", ()))
             inputs.require_columns(dataset, needed, stage)
     if stage.reference == "columns":
         inputs.require_columns(shop.datasets(stage, like=like)[0], {"ref_logps"}, stage)

@@ -45,9 +45,9 @@ def print_plan(console: Console, recipe: Recipe, plans: list[StagePlan]) -> None
 
 
 def print_rows(console: Console, stage: ResolvedStage, part: str, dataset: Any) -> None:
-    """How many rows were skipped or cut, if any were."""
+    """How many rows were skipped, cut or without a span, if any were."""
     report = getattr(dataset, "report", None)
-    if report is not None and (report.skipped or report.prompts_cut or report.completions_cut):
+    if report is not None and report.notable:
         console.print(f"{stage.data.train}, {part} rows for {stage.kind}: {report}", highlight=False)
 
 
@@ -78,6 +78,7 @@ _ROWS = {
     "accuracy": "held-out accuracy",
     "rewards/margins": "reward margin",
     "perplexity": "perplexity",
+    "kl/teacher": "KL to the teacher (nats/token)",
     "kl": "KL to the reference (nats/token)",
     "entropy": "entropy (nats/token)",
     "loss": "loss",

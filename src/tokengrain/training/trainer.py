@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,8 @@ from tokengrain.training.checkpointing import CheckpointMixin
 from tokengrain.training.config import PreferenceConfig
 from tokengrain.training.counting import HostBatch, StepPlan, all_reduce, micro_batches, plan_step
 from tokengrain.training.evaluate import EvaluationMixin
-from tokengrain.training.losses import Judged, PreferenceLoss, resolve_credit, resolve_objective
+from tokengrain.training.credit import FROZEN, TAUGHT, CreditUse, check_together, resolve_credit
+from tokengrain.training.losses import Judged, PreferenceLoss, resolve_objective
 from tokengrain.training.metrics import WeightedMeans
 from tokengrain.training.nonfinite import stop_nonfinite
 from tokengrain.training.reference import disable_dropout, is_peft, place_reference, resolve_reference
@@ -43,11 +45,15 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         args: settings.
         objective: a bound objective (`make_objective`), its name, or a loss function
             `(logps, segments, *, <quantities annotated Tensor>) -> LossOutput`.
-        credit: gives the token rewards, if the objective needs them: a credit source or any function
+        credit: gives the token credit, if the objective takes it: a credit source or any function
             `TokenBatch -> [N]`. None: the data's column `token_rewards`.
+        credit_as: how it enters: "reward", "weight", "selection", "span", `{name: ..., settings}` or a role of
+            `tokengrain.objectives.roles`. None: the only way that the objective has.
         reference: a model, a `Reference`, or None for the default: stored `ref_logps` if the data have them
             and they are enough; for an adapter the model without it (a copy of the adapter if it is already
             trained); otherwise a frozen copy of the starting weights.
+        teacher: what an objective that distils learns from: a `ContrastiveTeacher`, or any function
+            `TokenBatch -> Teacher`.
         train_dataset, eval_dataset: map-style or iterable data sets of `Sample`s, or lists of them.
         processing_class: the tokenizer, saved with the model.
         peft_config: wrap the model in a new adapter.
@@ -66,7 +72,9 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         *,
         objective: Any = "dpo",
         credit: Any = None,
+        credit_as: Any = None,
         reference: Any = None,
+        teacher: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -76,17 +84,20 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         self.objective: BoundObjective = resolve_objective(objective)
         self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)  # type: ignore[arg-type]
         self._datasets = {"train": train_dataset, **_named(eval_dataset)}
-        credit = resolve_credit(credit, self.objective)
-        self._check_data(model, credit)
+        use = resolve_credit(credit, credit_as, self.objective, self._columns())
+        check_together(self.objective, use, teacher)
+        self._check_data(model, use)
         checks.check_tokenizer(model, processing_class)
         model = _policy(model, args, peft_config)
-        reference = resolve_reference(reference, model, self.objective.needs, self._all_have("ref_logps"))
-        for role, source in (("reference", reference), ("guide", credit)):
+        reference = self._resolve_reference(reference, model)
+        for role, source in (("reference", reference), ("guide", use and use.source), ("teacher", teacher)):
             for other in checks.models_in(source):
                 checks.check_vocabulary(model, other, role)
         self._loss = PreferenceLoss(
-            self.objective, reference, credit, layout=args.layout, chunk_tokens=args.chunk_tokens
+            self.objective, reference, use, teacher=teacher, layout=args.layout, chunk_tokens=args.chunk_tokens
         )
+        if teacher is not None and is_peft(model):
+            save_active_adapter_only(model)
         # One process trains on one device; several need a launcher (torchrun, accelerate launch).
         args._setup_devices  # noqa: B018
         args._n_gpu = min(args._n_gpu, 1)
@@ -115,8 +126,8 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         return self._loss.reference
 
     @property
-    def credit(self) -> Any:
-        """Where token rewards come from; None: the data's column, or no need of them."""
+    def credit(self) -> CreditUse | None:
+        """Where token credit comes from and how it enters; None: the data's columns, or no need of it."""
         return self._loss.credit
 
     def _reset_step(self) -> None:
@@ -127,20 +138,32 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         self._window = WeightedMeans()
         self._tokens_seen = 0
 
+    def _resolve_reference(self, reference: Any, model: nn.Module) -> Any:
+        """What the loss takes the reference's quantities from."""
+        return resolve_reference(reference, model, self.objective.needs, self._all_have("ref_logps"))
+
     # ---- Data ----
 
-    def _check_data(self, model: nn.Module, credit: Any) -> None:
-        given = {"ref_logps", "kl"} | ({"token_rewards"} if credit is not None else set())
+    def _check_data(self, model: nn.Module, credit: CreditUse | None) -> None:
+        given = FROZEN | TAUGHT | ({credit.role.provides} if credit is not None else set())
         for name, dataset in self._datasets.items():
             if hasattr(dataset, "__len__"):
                 where = getattr(dataset, "name", name)
                 rows = (dataset[i] for i in range(len(dataset)))
                 checks.check_samples(rows, model, name=where, pairs=self.objective.unit == "pairs")
-                for column in sorted(self.objective.needs - given):
+                columns = self.objective.needs - given
+                if credit is not None and (column := getattr(credit.source, "column", None)) is not None:
+                    columns |= {column}
+                for column in sorted(columns):
                     checks.check_column(dataset, column, self.objective.name, name=where)
         train = self._datasets["train"]
         self._streaming = train is not None and not hasattr(train, "__len__")
         self._limits = (checks.model_positions(model), checks.vocabulary_size(model))
+
+    def _columns(self) -> tuple[str, ...]:
+        """Per-token columns that all data sets have, as far as it is known (a stream is not asked)."""
+        known = ("token_rewards", "spans", "selected", "ref_logps")
+        return tuple(column for column in known if self._all_have(column))
 
     def _all_have(self, column: str) -> bool:
         given = [d for d in self._datasets.values() if d is not None]
@@ -160,7 +183,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if batches:
             self._plan = plan_step(
-                [b.batch for b in batches],
+                batches,
                 self.args.max_tokens_per_microbatch,
                 self.args.device,
                 same_passes=self.is_fsdp_enabled,
@@ -184,7 +207,8 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         self._batch_index += 1
         parts = micro_batches(inputs.batch, self.args.max_tokens_per_microbatch, passes)
         total = torch.zeros((), device=self.args.device)
-        for index, (part, real) in enumerate(parts):
+        for index, (part, counts) in enumerate(parts):
+            real = counts and inputs.real
             last = index == len(parts) - 1
             # In an earlier accumulation step transformers has switched synchronisation off around this call.
             defer = not last and self.accelerator.sync_gradients and self.accelerator.num_processes > 1
@@ -209,10 +233,14 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     ) -> Any:
         """What one micro-batch adds to the loss of the optimiser step (and what the objective returned)."""
         assert self._plan is not None
-        measure = ("entropy",) if self.args.log_entropy else ()
-        judged = self.judge(model, inputs, measure=measure, frozen_context=self.accelerator.autocast)
+        judged = self.judge(
+            model, inputs, measure=self._measured_in_training(), frozen_context=self.accelerator.autocast
+        )
         loss = self.normaliser(judged.output, self._plan.counts)
         return (loss, judged) if return_outputs else loss
+
+    def _measured_in_training(self) -> tuple[str, ...]:
+        return ("entropy",) if self.args.log_entropy else ()
 
     def judge(self, model: nn.Module, batch: TokenBatch, **options: Any) -> Judged:
         """Score a batch and apply the objective; see `PreferenceLoss`."""
@@ -283,15 +311,25 @@ def _named(eval_dataset: Any) -> dict[str, Any]:
 def _policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
     """`model` as it will be trained: with its new adapter, without dropout."""
     if peft_config is not None:
-        from peft import get_peft_model
-
-        set_seed(args.seed)  # the adapter starts from random numbers
-        model = get_peft_model(model, peft_config)
+        model = with_adapter(model, args, peft_config)
     if args.disable_dropout:
         disable_dropout(model)
     if is_peft(model) and _checkpoints_activations(args):
         model.enable_input_require_grads()
     return model
+
+
+def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
+    """`model` with a new adapter, whose random numbers come from `args.seed`."""
+    from peft import get_peft_model
+
+    set_seed(args.seed)
+    return get_peft_model(model, peft_config)
+
+
+def save_active_adapter_only(model: Any) -> None:
+    """Leave adapters that are only asked (a teacher's) out of what the model saves."""
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[model.active_adapter])
 
 
 def _checkpoints_activations(args: PreferenceConfig) -> bool:

@@ -15,6 +15,7 @@ from tokengrain.data.render import template_text
 from tokengrain.files import fingerprint
 from tokengrain.recipe import ModelSpec, Recipe, ResolvedStage
 from tokengrain.training import inputs, models, tables
+from tokengrain.training.reference import is_peft
 
 
 @dataclass
@@ -41,15 +42,21 @@ class Workshop:
     def path(self, spec: ModelSpec) -> str:
         return models.locate(spec, self.run_dir)
 
-    def tokenizer(self, spec: ModelSpec) -> Any:
+    def tokenizer(self, spec: ModelSpec, *, own_template: bool = False) -> Any:
+        """A model's tokenizer, with the recipe's chat template if it has one.
+
+        Args:
+            own_template: leave its own chat template, as a reward model needs that reads text for itself.
+        """
         path = self.path(spec)
-        if path not in self._tokenizers:
+        key = f"{path} {own_template}"
+        if key not in self._tokenizers:
             tokenizer = models.load_tokenizer(spec, path)
             template = template_text(self.recipe.data.tokenize.get("chat_template"))
-            if template is not None:  # so that it is saved with the trained model
+            if template is not None and not own_template:  # so that it is saved with the trained model
                 tokenizer.chat_template = template
-            self._tokenizers[path] = tokenizer
-        return self._tokenizers[path]
+            self._tokenizers[key] = tokenizer
+        return self._tokenizers[key]
 
     def datasets(self, stage: ResolvedStage, like: ModelSpec | None = None) -> tuple[Any, Any]:
         """`(training, held-out or None)` of a stage, every row checked; prepared once per kind and settings.
@@ -60,7 +67,7 @@ class Workshop:
         model = like or stage.model
         tokenizer = self.tokenizer(model)
         positions = models.positions(models.load_config(model, self.path(model)))
-        marks = [tokenizer_fingerprint(tokenizer), positions, stage.kind == "sft"]
+        marks = [tokenizer_fingerprint(tokenizer), positions, inputs.wants_pairs(stage)]
         key = fingerprint([stage.data.model_dump(), *marks])
         if key not in self._datasets:
             train, held_out = inputs.open_rows(stage.data, self.recipe.seed)
@@ -78,6 +85,31 @@ class Workshop:
             model = models.load_model(spec, self.path(spec), merge_adapter=True)
             self._frozen[key] = model.eval().requires_grad_(False).to(self.state.device)
         return self._frozen[key]
+
+    def reward_model(self, spec: ModelSpec) -> Any:
+        """A trained token-level reward model, frozen; loaded once per stage."""
+        from tokengrain.training.reward_models import load_trained_reward_model
+
+        key = fingerprint(["reward", spec.model_dump(), self.path(spec)])
+        if key not in self._frozen:
+            self._frozen[key] = load_trained_reward_model(self.path(spec)).to(self.state.device)
+        return self._frozen[key]
+
+    def frozen_beside(self, policy: Any, spec: ModelSpec, name: str) -> Any:
+        """A frozen model as a `Reference`: an adapter loaded into the policy, if both sit on the same base."""
+        from tokengrain.scoring.reference import AdapterReference, FrozenReference
+
+        path = self.path(spec)
+        if is_peft(policy) and models.is_adapter(path) and self._same_base(policy, path):
+            policy.load_adapter(path, adapter_name=name, is_trainable=False)
+            return AdapterReference(policy, name)
+        return FrozenReference(self.frozen(spec))
+
+    def _same_base(self, policy: Any, adapter: str) -> bool:
+        base = policy.peft_config[policy.active_adapter].base_model_name_or_path
+        return bool(base) and models.model_fingerprint(base) == models.model_fingerprint(
+            models.base_of_adapter(adapter)
+        )
 
     def release(self) -> None:
         """Forget loaded models."""

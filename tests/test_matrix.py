@@ -1,0 +1,50 @@
+"""The table of credit sources and objectives: what it says is what the trainer and the recipes do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokengrain import matrix
+from tokengrain.credit import CREDIT
+from tokengrain.errors import RecipeError
+from tokengrain.objectives import make_objective
+from tokengrain.objectives.roles import make_role, resolve_role
+from tokengrain.training.credit import check_source_for_role
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    assert (ROOT / "docs/credit-matrix.md").read_text(encoding="utf-8") == matrix.markdown()
+
+
+class Source:
+    """Stands for a credit source: what the check looks at."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.values = name, CREDIT[name].values
+
+
+@pytest.mark.parametrize("credit", sorted(CREDIT))
+@pytest.mark.parametrize("objective", sorted(matrix.objectives()))
+def test_a_cell_says_what_is_accepted(credit: str, objective: str) -> None:
+    bound = make_objective(objective)
+    for name in ("reward", "weight", "selection", "span"):
+        allowed = name in matrix.cell(credit, objective).split(", ")
+        try:
+            role = resolve_role(name, bound.roles, objective, bound.no_credit)
+            check_source_for_role(Source(credit), role)
+            accepted = True
+        except RecipeError as error:
+            assert len(str(error)) > 30  # a reason, not only a refusal
+            accepted = False
+        assert accepted == allowed
+
+
+def test_marks_are_taken_by_threshold_only() -> None:
+    check_source_for_role(Source("spans"), make_role("selection", above=0.0))
+    with pytest.raises(RecipeError, match="above: 0"):
+        check_source_for_role(Source("spans"), make_role("selection"))
+    assert matrix.cell("spans", "sepo") == "selection (above: 0)"
