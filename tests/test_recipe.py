@@ -288,7 +288,7 @@ def test_missing_keys(tmp_path: Path) -> None:
     message = error_of(tmp_path, values=values)
     assert "method: missing" in message
     assert "stages: missing" in message
-    assert "stages.s.kind: missing; expected one of sft, train, reward, annotate" in error_of(
+    assert "stages.s.kind: missing; expected one of sft, train, reward, online, annotate" in error_of(
         tmp_path, values={**BASE, "stages": {"s": {}}}
     )
     assert "stages.s.objective: missing" in error_of(tmp_path, values={**BASE, "stages": {"s": {"kind": "train"}}})

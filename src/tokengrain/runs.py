@@ -24,7 +24,7 @@ from tokengrain.files import read_json, write_json
 FORMAT = 1
 """Version of the layout and of what the fingerprints cover; part of every fingerprint."""
 
-TRAINED = ("sft", "train", "reward")
+TRAINED = ("sft", "train", "reward", "online")
 """Kinds of stages that make a trained model."""
 
 Status = Literal["running", "interrupted", "failed", "done"]
@@ -37,7 +37,7 @@ class StageRecord:
     Attributes:
         name: the stage's name, which is its folder's name.
         path: its folder.
-        kind: "init", "sft", "train", "reward" or "annotate".
+        kind: "init", "sft", "train", "reward", "online" or "annotate".
         status: "running" also when the process was killed; "interrupted", "failed" or "done".
         fingerprint: identifies settings and inputs.
         settings: what the fingerprint was made of, so that a difference can be named.

@@ -10,7 +10,9 @@ import pydantic
 from tokengrain.errors import RecipeError
 from tokengrain.recipe.inherit import INIT, resolve_stages, training_keys
 from tokengrain.recipe.messages import check_keys, field_types
+from tokengrain.recipe.online_checks import check_online
 from tokengrain.recipe.schema import DataSpec, Recipe, ResolvedStage
+from tokengrain.runs import TRAINED
 
 SET_BY_RECIPE = {
     "output_dir": "set output_dir at the top of the recipe",
@@ -29,6 +31,7 @@ MAKES = {
     "sft": "a language model",
     "train": "a language model",
     "reward": "a reward model, for credit {name: reward_model}",
+    "online": "a language model",
     "annotate": "token rewards, not a model",
 }
 """What a stage of each kind makes, for messages."""
@@ -80,7 +83,7 @@ def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedS
     if stage.kind == "init":
         return
     own = recipe.stages[stage.name]
-    yield from _check_training(getattr(own, "training", {}), f"{where}.training")
+    yield from _check_training(getattr(own, "training", {}), f"{where}.training", online=stage.kind == "online")
     yield from _check_data(own.data if isinstance(own.data, dict) else {}, f"{where}.data")
     try:
         models = {"model": stage.model, **stage.models}
@@ -89,10 +92,10 @@ def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedS
         return
     for key, model in models.items():
         if model.stage is not None:
-            kinds: tuple[str, ...] = ("init", "sft", "train")
+            kinds: tuple[str, ...] = ("init", "sft", "train", "online")
             if key.startswith("credit.") and _reads_reward_model(stage):
                 kinds = ("reward",)
-            elif key == "model" and stage.kind == "reward":  # goes on with a reward model
+            elif key.startswith(("credit[", "critic")) or (key == "model" and stage.kind == "reward"):
                 kinds += ("reward",)
             yield from _check_reference(f"{where}.{key}", model.stage, kinds, seen, names)
     if stage.data.stage is not None:
@@ -103,6 +106,8 @@ def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedS
         yield from _check_credit(stage, where)
     if stage.kind in ("train", "reward"):
         yield from _check_objective(stage, where)
+    if stage.kind == "online":
+        yield from check_online(stage, where)
 
 
 def _check_reference(
@@ -121,14 +126,24 @@ def _check_reference(
         yield f"{where}: no stage {name!r} comes before it; expected one of {names_so_far}"
 
 
-def _check_training(values: dict[str, Any], where: str) -> Iterator[str]:
+def config_class(online: bool) -> type:
+    """The class of a stage's `training:`."""
+    if online:
+        from tokengrain.training.online.config import OnlineConfig
+
+        return OnlineConfig
     from tokengrain.training.config import PreferenceConfig
+
+    return PreferenceConfig
+
+
+def _check_training(values: dict[str, Any], where: str, *, online: bool = False) -> Iterator[str]:
 
     for key, instead in SET_BY_RECIPE.items():
         if key in values:
             yield f"{where}.{key}: cannot be set here; {instead}"
     rest = {k: v for k, v in values.items() if k not in SET_BY_RECIPE}
-    yield from check_keys(rest, field_types(PreferenceConfig), where)
+    yield from check_keys(rest, field_types(config_class(online)), where)
 
 
 def _check_data(values: dict[str, Any], where: str) -> Iterator[str]:
@@ -142,14 +157,13 @@ def _check_data(values: dict[str, Any], where: str) -> Iterator[str]:
 def _check_together(stages: list[ResolvedStage]) -> Iterator[str]:
     """Build the stages' configurations: they know what does not go together."""
     from tokengrain.data import TokenizeConfig
-    from tokengrain.training.config import PreferenceConfig
 
     places: dict[tuple[str, str], list[str]] = {}
     for stage in stages:
         found = [("data", _construct(TokenizeConfig, stage.data.tokenize))]
-        if stage.kind in ("sft", "train"):
+        if stage.kind in TRAINED:
             arguments = {"output_dir": "unused", **training_keys(stage)}
-            found.append(("training", _construct(PreferenceConfig, arguments)))
+            found.append(("training", _construct(config_class(stage.kind == "online"), arguments)))
         for block, wrong in found:
             if wrong is not None:
                 places.setdefault((block, wrong), []).append(f"stages.{stage.name}.{block}")

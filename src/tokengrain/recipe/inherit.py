@@ -12,6 +12,7 @@ from tokengrain.recipe.schema import (
     DataSpec,
     LoraSpec,
     ModelSpec,
+    OnlineStage,
     Recipe,
     ResolvedStage,
     RewardStage,
@@ -69,6 +70,10 @@ def _resolve(name: str, stage: Stage, recipe: Recipe, model: ModelSpec) -> Resol
         return ResolvedStage(name, "sft", model, data, lora, training, objective={"name": "sft"})
     if isinstance(stage, RewardStage):
         return ResolvedStage(name, "reward", model, data, lora, training, stage.objective)
+    if isinstance(stage, OnlineStage):
+        return ResolvedStage(
+            name, "online", model, data, lora, training, stage.objective, reference=stage.reference, online=stage
+        )
     return ResolvedStage(
         name, "train", model, data, lora, training, stage.objective, stage.credit, stage.reference, stage.teacher
     )

@@ -20,6 +20,7 @@ _TAGS: dict[str, type[pydantic.BaseModel]] = {
     "sft": schema.SftStage,
     "train": schema.TrainStage,
     "reward": schema.RewardStage,
+    "online": schema.OnlineStage,
     "annotate": schema.AnnotateStage,
 }
 _BELOW: dict[str, type[pydantic.BaseModel]] = {
@@ -28,6 +29,7 @@ _BELOW: dict[str, type[pydantic.BaseModel]] = {
     "lora": schema.LoraSpec,
     "tokenizer": schema.TokenizerSpec,
     "teacher": schema.TeacherSpec,
+    "prompts": schema.PromptSpec,
 }
 _WORDS = {
     "int_type": "a whole number",

@@ -1,157 +1,43 @@
-"""The keys of a recipe, with their types and meanings."""
+"""The stages of a recipe, the recipe, and a stage with everything it inherits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from tokengrain.recipe.reading import WORLD
+from tokengrain.recipe.specs import (
+    DataSpec,
+    LoraSpec,
+    ModelSpec,
+    PromptSpec,
+    Strict,
+    TeacherSpec,
+    TokenizerSpec,
+)
+
+__all__ = [
+    "CREDIT_MODELS",
+    "AnnotateStage",
+    "DataSpec",
+    "LoraSpec",
+    "ModelSpec",
+    "OnlineStage",
+    "PromptSpec",
+    "Recipe",
+    "ResolvedStage",
+    "RewardStage",
+    "SftStage",
+    "TeacherSpec",
+    "TokenizerSpec",
+    "TrainStage",
+]
 
 CREDIT_MODELS = ("model", "reference", "reverse")
 """Keys of a `credit:` that are models."""
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors; a number is not taken for a string, nor a string for a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class TokenizerSpec(Strict):
-    """A tokenizer that is made for the run (`model.tokenizer` of a model built from scratch)."""
-
-    type: Literal["bpe", "byte"] = Field(
-        default="bpe", description="byte-level BPE trained on the data, or plain bytes"
-    )
-    vocab_size: int = Field(default=4096, ge=259, description="tokens of the BPE; a byte tokenizer has 258")
-
-
-class ModelSpec(Strict):
-    """The model a run starts from: one that exists (`path`), or one built from scratch (`config`)."""
-
-    path: str | None = Field(default=None, description="folder, hub name, world://NAME, or @stage (an earlier stage)")
-    config: dict[str, Any] | None = Field(
-        default=None,
-        description="build from scratch: `model_type` and the fields of that architecture's config",
-    )
-    tokenizer: TokenizerSpec | str | None = Field(
-        default=None, description="with `config`: {type: bpe|byte, vocab_size}, or the path of a tokenizer"
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        default="float32", description="type of the weights"
-    )
-    attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2, ...")
-    trust_remote_code: bool = Field(
-        default=False, description="run the Python code that a model on the hub brings along"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> ModelSpec:
-        if (self.path is None) == (self.config is None):
-            got = "both" if self.path is not None else "neither"
-            raise ValueError(f"got {got} of path and config; expected exactly one of them")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config has no model_type; expected for example model_type: llama")
-        if self.config is None and self.tokenizer is not None:
-            raise ValueError("tokenizer goes with config (a model built from scratch); a model at a path has its own")
-        return self
-
-    @property
-    def stage(self) -> str | None:
-        """The stage that the model comes from, if it comes from one."""
-        return self.path[1:] if self.path is not None and self.path.startswith("@") else None
-
-    @property
-    def is_world(self) -> bool:
-        return self.path is not None and self.path.startswith(WORLD)
-
-    def at(self, path: str) -> ModelSpec:
-        """The same loading options for another path."""
-        return self.model_copy(update={"path": path, "config": None, "tokenizer": None})
-
-    def describe(self) -> str:
-        return self.path if self.path is not None else f"new {(self.config or {}).get('model_type')} model"
-
-
-class DataSpec(Strict):
-    """Where rows come from; the other keys of `data:` say how they become tokens (`TokenizeConfig`)."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    train: str = Field(description="file (.json .jsonl .csv .parquet, also .gz), hub name, world://NAME, or @stage")
-    eval: str | None = Field(
-        default=None, description="held-out rows; without it `eval_fraction` of the rows are held out"
-    )
-    split: str | None = Field(default=None, description="split of a hub data set, for train")
-    eval_split: str | None = Field(default=None, description="split of a hub data set, for eval")
-    eval_fraction: float = Field(
-        default=0.1, ge=0, lt=1, description="share of the rows held out when eval is not given"
-    )
-    limit: int | None = Field(
-        default=None, gt=0, description="use only this many rows, the first ones (before holding out)"
-    )
-    streaming: bool = Field(default=False, description="read the rows while training: for sets larger than memory")
-    swap_pairs: bool = Field(default=False, description="exchange chosen and rejected: for a reverse DPO model")
-    completions: Literal["chosen", "both"] = Field(
-        default="chosen", description="of pairs, what an objective on single completions (aligndistil) learns from"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"train": value} if isinstance(value, str) else value
-
-    @property
-    def stage(self) -> str | None:
-        return self.train[1:] if self.train.startswith("@") else None
-
-    @property
-    def tokenize(self) -> dict[str, Any]:
-        """The keys that belong to `TokenizeConfig`."""
-        return dict(self.model_extra or {})
-
-
-class LoraSpec(Strict):
-    """LoRA adapters (peft): only they are trained; the reference is the model with them switched off."""
-
-    r: int = Field(default=16, gt=0, description="rank")
-    alpha: int = Field(default=32, gt=0, description="scale: the update is multiplied by alpha / r")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: str | list[str] | None = Field(default="all-linear", description="which modules get an adapter")
-    modules_to_save: list[str] | None = Field(default=None, description="modules trained in full and saved beside it")
-    use_rslora: bool = Field(default=False, description="divide alpha by the square root of r instead of r")
-
-
-class TeacherSpec(Strict):
-    """Two frozen models that an objective distils from: z* = z_target + s (z_target - z_contrast)."""
-
-    target: ModelSpec = Field(description="the model to go beyond: '@normal' or a path")
-    contrast: ModelSpec | None = Field(
-        default=None, description="the model to go away from: '@reverse', a path, or the starting model"
-    )
-    form: Literal["adaptive", "constant", "theorem1", "interpolation", "distil"] = Field(
-        default="adaptive", description="how strong the extrapolation is; the paper's is adaptive"
-    )
-    r: float = Field(default=20.0, ge=0, description="adaptive: strength at total variation 1")
-    epsilon: float = Field(default=1e-3, gt=0, description="adaptive: strength where the models agree")
-    beta: float | None = Field(default=None, gt=0, description="constant, theorem1: strength is beta0 / beta")
-    temperature: float = Field(default=1.0, gt=0, description="divides the logits of policy and teacher")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_numbers_as_ints(cls, value: Any) -> Any:
-        keys = ("r", "epsilon", "beta", "temperature")
-        whole = {k: float(value[k]) for k in keys if isinstance(value, dict) and type(value.get(k)) is int}
-        return {**value, **whole} if whole else value
 
 
 class _Stage(Strict):
@@ -209,6 +95,40 @@ class RewardStage(_Stage):
     _from_name = field_validator("objective", mode="before")(_named)
 
 
+def _steps(value: Any) -> Any:
+    """One step or a list of them; a name is short for `{name: ...}`."""
+    value = [value] if isinstance(value, (str, dict)) else value
+    return [_named(one) for one in value] if isinstance(value, list) else value
+
+
+class OnlineStage(_Stage):
+    """Training on completions that the policy samples itself, scored by reward functions."""
+
+    kind: Literal["online"]
+    objective: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "grpo"}, description="{name: grpo | gspo | dcpo | ppo | reinforce, ...}"
+    )
+    rewards: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="[{name: math, weight: 1.0}, ...]: names, import strings, or `world` for the world's own",
+    )
+    credit: list[dict[str, Any]] = Field(
+        default_factory=list, description="[{name: group}, {name: thr, p: 0.5}, ...]: from rewards to token advantages"
+    )
+    critic: dict[str, Any] | None = Field(
+        default=None, description="{model: '@reward', lr: 1e-5}: a value model; default: starts from the policy"
+    )
+    prompts: PromptSpec = Field(default_factory=PromptSpec, description="{column: prompt, template: null, chat: false}")
+    reference: str | None = Field(default=None, description="copy | adapter_off | a model; default: as for `train`")
+    lora: LoraSpec | None = Field(default=None, description="on top of the recipe's lora; null: none in this stage")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="keys on top of the recipe's training (OnlineConfig)"
+    )
+
+    _from_name = field_validator("objective", mode="before")(_named)
+    _from_names = field_validator("rewards", "credit", mode="before")(_steps)
+
+
 class AnnotateStage(_Stage):
     """Run a credit source over the data once and store one number per completion token."""
 
@@ -221,7 +141,7 @@ class AnnotateStage(_Stage):
     _from_name = field_validator("credit", mode="before")(_named)
 
 
-Stage = Annotated[SftStage | TrainStage | RewardStage | AnnotateStage, Field(discriminator="kind")]
+Stage = Annotated[SftStage | TrainStage | RewardStage | OnlineStage | AnnotateStage, Field(discriminator="kind")]
 
 
 class Recipe(Strict):
@@ -240,13 +160,28 @@ class Recipe(Strict):
     stages: dict[Annotated[str, Field(pattern=NAME)], Stage] = Field(min_length=1, description="run in this order")
 
 
+def online_models(stage: OnlineStage) -> dict[str, ModelSpec]:
+    """The models that an online stage's credit steps and critic name, by their key in the recipe."""
+    found = {}
+    for index, step in enumerate(stage.credit):
+        source = step.get("source")
+        places = {f"credit[{index}]": step, f"credit[{index}].source": source if isinstance(source, dict) else {}}
+        for where, given in places.items():
+            for name in CREDIT_MODELS:
+                if given.get(name) is not None:
+                    found[f"{where}.{name}"] = ModelSpec.model_validate(given[name])
+    if (critic := (stage.critic or {}).get("model")) is not None:
+        found["critic.model"] = ModelSpec.model_validate(critic)
+    return found
+
+
 @dataclass(frozen=True)
 class ResolvedStage:
     """A stage with everything it inherits.
 
     Attributes:
         name: its name, and its folder's.
-        kind: "init" (a model built from scratch), "sft", "train", "reward" or "annotate".
+        kind: "init" (a model built from scratch), "sft", "train", "reward", "online" or "annotate".
         model: what it starts from (annotate: the model whose log-probabilities are stored).
         data: its rows and how they become tokens.
         lora: adapters, if any.
@@ -255,11 +190,12 @@ class ResolvedStage:
         credit: name and settings of the credit source, if any.
         reference: see `TrainStage.reference`.
         teacher: what is distilled, if anything.
+        online: the stage itself, if it is an online one: rewards, credit steps, critic, prompts.
         options: what only this kind has (annotate: `reference_logps`, `shard_rows`, `max_tokens`, `bf16`).
     """
 
     name: str
-    kind: Literal["init", "sft", "train", "reward", "annotate"]
+    kind: Literal["init", "sft", "train", "reward", "online", "annotate"]
     model: ModelSpec
     data: DataSpec
     lora: LoraSpec | None = None
@@ -268,6 +204,7 @@ class ResolvedStage:
     credit: dict[str, Any] | None = None
     reference: str | None = None
     teacher: TeacherSpec | None = None
+    online: OnlineStage | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -280,6 +217,7 @@ class ResolvedStage:
     def models(self) -> dict[str, ModelSpec]:
         """Every other model that the stage asks, by its key in the recipe."""
         found = {f"credit.{name}": spec for name, spec in self.credit_models.items()}
+        found |= online_models(self.online) if self.online is not None else {}
         if self.reference_model is not None:
             found["reference"] = self.reference_model
         if self.teacher is not None:

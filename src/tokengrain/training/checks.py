@@ -10,7 +10,6 @@ from torch import nn
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, ModelError
 
-
 HINTS = {
     "token_rewards": ", or a credit source",
     "spans": "; spans come from data.spans (diff, tags, column or a function), or from token credit",

@@ -66,6 +66,8 @@ def build_trainer(
     from tokengrain.training.trainer import with_adapter
 
     stage = plan.stage
+    if stage.kind == "online":
+        return _build_online(shop, plan, folder, model_path, eval_data)
     objective = make_objective(**(stage.objective or {}))
     train, held_out = shop.datasets(stage) if stage.data.stage is None else annotation.annotated(shop, plan)
     if eval_data is not None:
@@ -93,6 +95,16 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def _build_online(shop: Workshop, plan: StagePlan, folder: Path, model_path: str | None, eval_data: str | None) -> Any:
+    from tokengrain.training.online_stage import build_online_trainer
+
+    datasets = shop.datasets(plan.stage)
+    if eval_data is not None:
+        data = plan.stage.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
+        datasets = datasets[0], shop.datasets(replace(plan.stage, data=data))[0]
+    return build_online_trainer(shop, plan, folder, *_policy(shop, plan.stage, model_path), datasets)
 
 
 def _for_other_rows(objective: Any, stage: ResolvedStage, rows: Any) -> tuple[Any, ResolvedStage]:

@@ -12,32 +12,41 @@ from tokengrain.errors import DataError, RecipeError
 from tokengrain.files import fingerprint
 from tokengrain.objectives import make_objective
 from tokengrain.recipe import DataSpec, ResolvedStage
+from tokengrain.recipe.specs import PromptSpec
 from tokengrain.worlds import is_world, load_world
 
 
-def open_rows(data: DataSpec, seed: int) -> tuple[Rows, Rows | None]:
+def open_rows(data: DataSpec, seed: int, *, prompts: bool = False) -> tuple[Rows, Rows | None]:
     """`(training rows, held-out rows or None)` of a source.
 
-    Without `data.eval` a world gives fresh pairs, and of any other source a part is held out.
+    Without `data.eval` a world gives fresh rows, and of any other source a part is held out.
+
+    Args:
+        prompts: of a world, take prompts instead of pairs.
 
     Raises:
         DataError: a source is missing, empty or damaged.
     """
-    train = _source(data.train, data.split, data, "train")
+    train = _source(data.train, data.split, data, "train", prompts)
     if data.limit is not None:
         train = _first(train, data.limit)
     if data.eval is not None:
-        return train, _source(data.eval, data.eval_split, data, "eval")
+        return train, _source(data.eval, data.eval_split, data, "eval", prompts)
     if data.eval_fraction == 0:
         return train, None
     if is_world(data.train):
-        return train, _source(data.train, None, data, "eval")
+        return train, _source(data.train, None, data, "eval", prompts)
     return split_rows(train, data.eval_fraction, seed)
 
 
-def _source(source: str, split: str | None, data: DataSpec, part: str) -> Rows:
+def _source(source: str, split: str | None, data: DataSpec, part: str, prompts: bool = False) -> Rows:
     if is_world(source):
-        return load_rows(load_world(source).pairs(part))
+        world: Any = load_world(source)
+        if not prompts:
+            return load_rows(world.pairs(part))
+        if not hasattr(world, "prompts"):
+            raise RecipeError(f"world {world.name} has no prompts with checkable answers; use world://arithmetic")
+        return load_rows(world.prompts(part))
     return load_rows(source, split=split, streaming=data.streaming)
 
 
@@ -68,9 +77,27 @@ def prepare(stage: ResolvedStage, rows: Any, tokenizer: Any, positions: int | No
     Raises:
         DataError: the first invalid row (unless `on_invalid: skip`), or nothing left.
     """
+    if stage.online is not None:
+        return _prompts(stage.online.prompts, stage.data, rows, tokenizer)
     make = prepare_pairs if wants_pairs(stage) else prepare_sft
     dataset = make(rows, tokenizer, tokenize_config(stage.data), model_positions=positions)
     return swapped(dataset) if stage.data.swap_pairs else dataset
+
+
+def _prompts(spec: PromptSpec, data: DataSpec, rows: Rows, tokenizer: Any) -> Any:
+    from tokengrain.rollout.prompts import encode_prompts
+    from tokengrain.training.online.prompts import PromptDataset
+
+    items = encode_prompts(
+        [row for _, row in rows],
+        tokenizer,
+        tokenize_config(data),
+        column=spec.column,
+        template=spec.template,
+        chat=spec.chat,
+        file=rows.name,
+    )
+    return PromptDataset(items, name=rows.name)
 
 
 def wants_pairs(stage: ResolvedStage) -> bool:

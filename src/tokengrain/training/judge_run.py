@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tokengrain.credit import RewardModelCredit
 from tokengrain.errors import RunError
 from tokengrain.files import write_json
 from tokengrain.recipe import load_recipe
@@ -32,7 +33,8 @@ def evaluate_run(
 
     Returns:
         `held_out` (the objective's metrics, accuracy with its 95 % interval) if there are held-out rows, and
-        for a world `world` and `world_base`: true reward, KL, frontier share, win rate, ... of both.
+        for a world `world` and `world_base`: true reward, KL, frontier share, win rate, ... of both; of a reward
+        model how well its token scores agree with the exact advantage.
 
     Raises:
         RunError: not a run folder, or a run that is not finished.
@@ -51,7 +53,10 @@ def evaluate_run(
             found["objective"] = trainer.objective.describe()
             found["held_out"] = plain_metrics(trainer.evaluate())
         model = trainer.evaluation_model()
-    if is_world(recipe.data.train) and recipe.model.is_world:
+    if is_world(recipe.data.train) and final.kind == "reward":
+        credit = RewardModelCredit(model=shop.reward_model(plan.stage.model.at(str(final.model_path))))
+        found["world"] = load_world(recipe.data.train).credit_recovery(credit)
+    elif is_world(recipe.data.train) and recipe.model.is_world:
         world = load_world(recipe.data.train)
         found["world"] = world.evaluate(model, n=samples, seed=recipe.seed)
         found["world_base"] = world.evaluate(shop.frozen(recipe.model), n=samples, seed=recipe.seed)

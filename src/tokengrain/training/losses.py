@@ -170,10 +170,8 @@ class PreferenceLoss:
 def _whole_metrics(scored: Mapping[str, Tensor], segments: Segments) -> dict[str, Tensor]:
     """Which completion the policy prefers when all tokens count: by log-ratio, or by mean log-probability."""
     logps = scored["logps"].detach()
-    if "ref_logps" in scored:
-        values = segments.sum(logps - scored["ref_logps"])
-    else:
-        values = segments.mean(logps)
+    has_reference = "ref_logps" in scored
+    values = segments.sum(logps - scored["ref_logps"]) if has_reference else segments.mean(logps)
     chosen, rejected = segments.pairs(values)
     return {"whole/accuracies": (chosen > rejected).to(values.dtype), "whole/margins": chosen - rejected}
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tokengrain.callables import load_callable, source_of
 from tokengrain.credit import FunctionCredit, check_credit
 from tokengrain.errors import RunError, shown
 from tokengrain.files import fingerprint
 from tokengrain.recipe import ModelSpec, Recipe, ResolvedStage, resolve_stages
+from tokengrain.recipe.schema import online_models
 from tokengrain.runs import FORMAT, StageRecord, is_run, read_run, read_stage
 from tokengrain.training.inputs import data_fingerprint, tokenize_config
 from tokengrain.training.models import locate, model_fingerprint
@@ -43,6 +45,10 @@ NEUTRAL = frozenset(
         "max_tokens_per_microbatch",
         "chunk_tokens",
         "log_entropy",
+        "rollout_samples",
+        "rollout_samples_every",
+        "eval_generations",
+        "eval_temperature",
         "use_cpu",
         "dataloader_num_workers",
         "dataloader_pin_memory",
@@ -127,7 +133,17 @@ def stage_settings(stage: ResolvedStage, seed: int, run_dir: Path, above: dict[s
         "lora": stage.lora.model_dump() if stage.lora else None,
         "training": {k: v for k, v in stage.training.items() if k not in NEUTRAL},
         **teacher,
+        **(_online_settings(stage, run_dir, above) if stage.online is not None else {}),
     }
+
+
+def _online_settings(stage: ResolvedStage, run_dir: Path, above: dict[str, str]) -> dict[str, Any]:
+    assert stage.online is not None
+    asked = {key: _model_settings(spec, run_dir, above) for key, spec in online_models(stage.online).items()}
+    values = stage.online.model_dump(include={"rewards", "credit", "critic", "prompts"})
+    named = [r["name"] for r in (*stage.online.rewards, *stage.online.credit) if ":" in r.get("name", "")]
+    sources = {name: fingerprint(source_of(load_callable(name))) for name in named}  # another body is another reward
+    return {"online": values, "asked": asked, "functions": sources}
 
 
 def _teacher_settings(stage: ResolvedStage, run_dir: Path, above: dict[str, str]) -> dict[str, Any]:

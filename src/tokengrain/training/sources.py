@@ -43,17 +43,25 @@ def reads_reward_model(stage: ResolvedStage) -> bool:
 
 
 def build_credit(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> Any:
-    """The stage's credit source, or None.
-
-    A model that `credit:` does not name is the one that the stage starts from: the reference of a guide, the model
-    of contrastive prompting.
-    """
+    """The stage's credit source, or None."""
     if stage.credit is None:
         return None
+    return make_source(stage.credit, stage.model, tokenizer, shop)
+
+
+def make_source(credit: Mapping[str, Any], start: ModelSpec, tokenizer: Any, shop: Workshop) -> Any:
+    """A credit source from a recipe's mapping.
+
+    A model that it does not name is the one that the stage starts from: the reference of a guide, the model of
+    contrastive prompting.
+
+    Args:
+        start: the model that the stage starts from.
+    """
     from tokengrain.credit import CREDIT, make_credit
 
-    name, settings = credit_settings(stage.credit)
-    given = stage.credit_models
+    name, settings = credit_settings(credit)
+    given = {k: ModelSpec.model_validate(credit[k]) for k in CREDIT_MODELS if credit.get(k) is not None}
     objects: dict[str, Any] = {}
     for wanted in CREDIT[name].objects:
         if wanted == "tokenizer":
@@ -63,7 +71,7 @@ def build_credit(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> Any:
         elif CREDIT[name].reward_model:
             objects[wanted] = shop.reward_model(given[wanted])
         else:
-            objects[wanted] = shop.frozen(given.get(wanted, stage.model))
+            objects[wanted] = shop.frozen(given.get(wanted, start))
     return make_credit(name, **objects, **settings)
 
 

@@ -27,6 +27,7 @@ _RUNNERS = {
     "sft": run_training,
     "train": run_training,
     "reward": run_training,
+    "online": run_training,
     "annotate": run_annotation,
 }
 

@@ -25,6 +25,11 @@ def describe(stage: ResolvedStage) -> str:
         return f"credit {_named((stage.credit or {}).get('name'), settings)} of {stage.data.train}"
     objective = dict(stage.objective or {})
     name = objective.pop("name", "?")
+    if stage.online is not None:
+        credit = " ".join(step.get("name", "?") for step in stage.online.credit)
+        rewards = " ".join(reward.get("name", "?") for reward in stage.online.rewards)
+        lora = ", LoRA" if stage.lora else ""
+        return f"{_named(name, objective)} from {stage.model.describe()}{lora}, rewards {rewards}, credit {credit}"
     lora = ", LoRA" if stage.lora else ""
     return f"{_named(name, objective)} from {stage.model.describe()}{lora} on {stage.data.train}"
 

@@ -22,8 +22,8 @@ from tokengrain.training.callbacks import LOG_FILE, JsonlLog, StepGuard
 from tokengrain.training.checkpointing import CheckpointMixin
 from tokengrain.training.config import PreferenceConfig
 from tokengrain.training.counting import HostBatch, StepPlan, all_reduce, micro_batches, plan_step
-from tokengrain.training.evaluate import EvaluationMixin
 from tokengrain.training.credit import FROZEN, TAUGHT, CreditUse, check_together, resolve_credit
+from tokengrain.training.evaluate import EvaluationMixin
 from tokengrain.training.losses import Judged, PreferenceLoss, resolve_objective
 from tokengrain.training.metrics import WeightedMeans
 from tokengrain.training.nonfinite import stop_nonfinite

@@ -67,10 +67,12 @@ class Workshop:
         model = like or stage.model
         tokenizer = self.tokenizer(model)
         positions = models.positions(models.load_config(model, self.path(model)))
-        marks = [tokenizer_fingerprint(tokenizer), positions, inputs.wants_pairs(stage)]
+        online = stage.online is not None
+        kind = stage.online.prompts.model_dump() if stage.online is not None else inputs.wants_pairs(stage)
+        marks = [tokenizer_fingerprint(tokenizer), positions, kind]
         key = fingerprint([stage.data.model_dump(), *marks])
         if key not in self._datasets:
-            train, held_out = inputs.open_rows(stage.data, self.recipe.seed)
+            train, held_out = inputs.open_rows(stage.data, self.recipe.seed, prompts=online)
             prepared = inputs.prepare(stage, train, tokenizer, positions)
             held = inputs.prepare(stage, held_out, tokenizer, positions) if held_out is not None else None
             self._datasets[key] = (prepared, held)

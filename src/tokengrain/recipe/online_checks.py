@@ -1,0 +1,95 @@
+"""What types alone cannot say about an online stage: objective, rewards, credit steps, critic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tokengrain.errors import RecipeError
+from tokengrain.recipe.schema import CREDIT_MODELS, OnlineStage, ResolvedStage
+
+WORLD_REWARD = "world"
+"""Name of the reward that a world brings along."""
+
+
+def check_online(stage: ResolvedStage, where: str) -> Iterator[str]:
+    """Every mistake in an online stage, one line each."""
+    own = stage.online
+    assert own is not None
+    yield from _check_objective(stage, where)
+    yield from _check_rewards(stage, own, where)
+    yield from _check_credit(stage, own, where)
+    if stage.reference == "columns":
+        yield f"{where}.reference: sampled completions have no stored columns; use copy, adapter_off or a model"
+    if stage.reference == "adapter_off" and stage.lora is None:
+        yield f"{where}.reference: adapter_off needs lora; without it the weights change: use copy"
+
+
+def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
+    from tokengrain.objectives import make_objective
+
+    try:
+        objective = make_objective(**(stage.objective or {}))
+    except (RecipeError, TypeError) as error:
+        yield f"{where}.objective: {error}"
+        return
+    if "advantages" not in objective.needs:
+        yield f"{where}.objective: {objective.name} does not learn from samples' advantages; use a stage of kind train"
+
+
+def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
+    from tokengrain.rewards import check_reward
+
+    if not own.rewards and not any(step.get("name") == "token_rewards" for step in own.credit):
+        yield f"{where}.rewards: missing; expected for example [{{name: math}}], or a credit step token_rewards"
+    for index, reward in enumerate(own.rewards):
+        settings = {k: v for k, v in reward.items() if k != "name"}
+        name = reward.get("name")
+        if not isinstance(name, str):
+            yield f"{where}.rewards[{index}].name: missing"
+        elif name == WORLD_REWARD:
+            if not stage.data.train.startswith("world://"):
+                yield f"{where}.rewards[{index}]: the data are no world, so there is no reward of a world"
+        else:
+            try:
+                check_reward(name, settings)
+            except RecipeError as error:
+                yield f"{where}.rewards[{index}]: {error}"
+
+
+def _check_credit(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
+    from tokengrain.training.online.registry import check_step, step_class, step_objects
+
+    phases: list[tuple[str, Any]] = []
+    for index, step in enumerate(own.credit):
+        here, name = f"{where}.credit[{index}]", step.get("name")
+        settings = {k: v for k, v in step.items() if k not in ("name", "source", *CREDIT_MODELS)}
+        try:
+            if not isinstance(name, str):
+                raise RecipeError("name is missing; expected for example {name: group}")
+            check_step(name, settings)
+            phases.append((name, getattr(step_class(name), "phase", None)))
+            takes = step_objects(name)
+        except RecipeError as error:
+            yield f"{here}: {error}"
+            continue
+        for key in ("source", *CREDIT_MODELS):
+            if key in step and key not in takes:
+                yield f"{here}.{key}: credit {name} takes no {key}; drop it"
+        if isinstance(step.get("source"), dict):
+            yield from _check_source(step["source"], f"{here}.source")
+    setters = [name for name, phase in phases if phase == "advantages"]
+    if len(setters) != 1:
+        got = ", ".join(setters) or "none"
+        yield f"{where}.credit: got {got}; expected exactly one step that sets the advantages, such as group or gae"
+
+
+def _check_source(source: dict[str, Any], where: str) -> Iterator[str]:
+    from tokengrain.credit import check_credit
+    from tokengrain.training.sources import credit_settings
+
+    try:
+        name, settings = credit_settings(source)
+        check_credit(name, settings)
+    except RecipeError as error:
+        yield f"{where}: {error}"
