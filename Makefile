@@ -43,8 +43,11 @@ format: setup  ## Rewrite files to the project's format
 bench: setup  ## Time one optimiser step against plain transformers and TRL (CPU); writes docs/results/
 	$(BIN)/python -m benchmarks.preference_step standard --output docs/results
 
-claims: setup  ## Repeat the robust findings on the world `stories` over five seeds; writes docs/results/
-	$(BIN)/python -m benchmarks.claims.stories --output docs/results
+claims: setup  ## The papers' claims and the credit sources, over five seeds (about an hour); writes docs/results/
+	$(BIN)/tokengrain bench claims --jobs 2 --output runs/bench/claims
+	cp runs/bench/claims/claims.md runs/bench/claims/claims.json docs/results/
+	$(BIN)/tokengrain bench credit --jobs 2 --output runs/bench/credit
+	cp runs/bench/credit/credit.json docs/results/
 
 hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
 	$(BIN)/python -m benchmarks.hh --output docs/results

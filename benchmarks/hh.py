@@ -17,7 +17,7 @@ import typer
 
 from tokengrain.files import read_json, write_json, write_text
 
-METHODS = ("dpo", "simpo", "tdpo2", "tgdpo", "treg", "treg_simpo")
+METHODS = ("dpo", "simpo", "tdpo2", "tgdpo", "treg", "treg_simpo", "rrpo", "sepo", "aligndistil", "qrm")
 
 
 def train(method: str, data: Path, runs: Path, threads: int) -> dict[str, Any]:
@@ -47,19 +47,23 @@ def page(found: dict[str, dict[str, Any]], command: str, threads: int) -> str:
         "then the method. A fifth of the pairs is held out (the same for all methods).",
         "",
         "Accuracy is the share of held-out pairs whose chosen completion gets the higher implicit reward, with a 95 % "
-        "Wilson interval; KL is the mean forward KL to the starting policy per token, nats.",
+        "Wilson interval (rrpo and sepo: whole completions, not only the tokens that they train on); KL is the mean "
+        "forward KL to the starting policy per token, nats. aligndistil learns from single completions, so there is no "
+        "accuracy; qrm is a reward model.",
         "",
         "| method | held-out accuracy (95 % CI) | reward margin | KL | entropy before → after |",
         "|---|---|---|---|---|",
     ]
     for method, metrics in found.items():
-        final, before = metrics["final"], metrics["stages"]["train"]["before"]
-        kl = f"{final['kl']:.3f}" if "kl" in final else "–"
-        lines.append(
-            f"| {method} | {final['accuracy']:.3f} ({final['accuracy_low']:.3f}–{final['accuracy_high']:.3f}) "
-            f"| {final['rewards/margins']:.3f} | {kl} | {before['entropy']:.2f} → {final['entropy']:.2f} |"
-        )
-    intervals = [(m["final"]["accuracy_low"], m["final"]["accuracy_high"]) for m in found.values()]
+        final, before = metrics["final"], list(metrics["stages"].values())[-1]["before"]
+        kl, margin = (f"{final[k]:.3f}" if k in final else "–" for k in ("kl", "rewards/margins"))
+        entropy = f"{before['entropy']:.2f} → {final['entropy']:.2f}" if "entropy" in final else "–"
+        accuracy = "–"
+        if "accuracy" in final:
+            accuracy = f"{final['accuracy']:.3f} ({final['accuracy_low']:.3f}–{final['accuracy_high']:.3f})"
+        lines.append(f"| {method} | {accuracy} | {margin} | {kl} | {entropy} |")
+    judged = [m["final"] for m in found.values() if "accuracy" in m["final"]]
+    intervals = [(final["accuracy_low"], final["accuracy_high"]) for final in judged]
     overlap = max(low for low, _ in intervals) <= min(high for _, high in intervals)
     lines += [
         "",

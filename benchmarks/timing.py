@@ -139,8 +139,8 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+def machine(module: str = "benchmarks.preference_step") -> dict[str, Any]:
+    """What the numbers were measured on; `module` is the command that was run."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -157,5 +157,5 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join(["python", "-m", "benchmarks.preference_step", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
     }

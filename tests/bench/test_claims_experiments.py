@@ -120,7 +120,7 @@ def test_batches_from_tensors_score_like_the_model_itself() -> None:
 
 def test_qrm_behaviour_is_right_with_probability_055() -> None:
     batch = qrm.draw_pairs(3000, torch.Generator().manual_seed(0))
-    right = (batch.labels == qrm.RIGHT[batch.prompt_ids[batch.group]].flatten()).float()
+    right = qrm.is_right(batch).float()
     assert float(right.mean()) == pytest.approx(0.55, abs=0.01)
     chosen, rejected = batch.segments.pairs(batch.segments.sum(right))
     assert float(chosen.mean()) > float(rejected.mean()) + 1
@@ -130,7 +130,7 @@ def test_reinforce_with_perfect_scores_needs_few_steps_and_with_noise_many() -> 
     context = qrm.Context(0, qrm.Scale(reinforce_steps=100), None, qrm.draw_pairs(2, torch.Generator()))
 
     def perfect(batch: tiny_lm.TokenBatch) -> torch.Tensor:
-        return (batch.labels == qrm.RIGHT[batch.prompt_ids[batch.group]].flatten()).float()
+        return qrm.is_right(batch).float()
 
     noise = torch.Generator().manual_seed(0)
     steps = qrm.reinforce(context, perfect)
@@ -181,7 +181,7 @@ def test_quick_run_on_stories(name: str) -> None:
 # -- what the specifications hold for robust ----------------------------------------------------------------------
 
 SEEDS = {"rrpo": [0, 1], "sepo": [0, 1], "aligndistil": [0, 1], "qrm": [0, 1]}
-STORIES_METHODS = ["sepo", "tdpo", "tgdpo", "treg"]
+STORIES_METHODS = ["aligndistil", "sepo", "tdpo", "tgdpo", "treg"]
 
 
 def robust(name: str, tmp_path: Path, seeds: list[int], methods: list[str] | None = None) -> list[Finding]:

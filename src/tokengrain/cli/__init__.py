@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -46,9 +47,17 @@ def _root(
     pass
 
 
-for _command in (run.demo, run.train, run.annotate, run.evaluate):
-    app.command()(_command)
-for _command in (look.report, look.inspect, look.rank, look.methods):
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    run.demo,
+    run.train,
+    run.annotate,
+    run.evaluate,
+    look.report,
+    look.inspect,
+    look.rank,
+    look.methods,
+)
+for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(bench_app, name="bench")
 

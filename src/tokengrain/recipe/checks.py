@@ -108,6 +108,7 @@ def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedS
         yield from _check_objective(stage, where)
     if stage.kind == "online":
         yield from check_online(stage, where)
+        yield from _check_teacher(stage, where)
 
 
 def _check_reference(

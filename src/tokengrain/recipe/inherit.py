@@ -72,7 +72,16 @@ def _resolve(name: str, stage: Stage, recipe: Recipe, model: ModelSpec) -> Resol
         return ResolvedStage(name, "reward", model, data, lora, training, stage.objective)
     if isinstance(stage, OnlineStage):
         return ResolvedStage(
-            name, "online", model, data, lora, training, stage.objective, reference=stage.reference, online=stage
+            name,
+            "online",
+            model,
+            data,
+            lora,
+            training,
+            stage.objective,
+            reference=stage.reference,
+            teacher=stage.teacher,
+            online=stage,
         )
     return ResolvedStage(
         name, "train", model, data, lora, training, stage.objective, stage.credit, stage.reference, stage.teacher

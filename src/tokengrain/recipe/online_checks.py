@@ -17,7 +17,8 @@ def check_online(stage: ResolvedStage, where: str) -> Iterator[str]:
     own = stage.online
     assert own is not None
     yield from _check_objective(stage, where)
-    yield from _check_rewards(stage, own, where)
+    if stage.teacher is None:  # who learns from a teacher needs no reward
+        yield from _check_rewards(stage, own, where)
     yield from _check_credit(stage, own, where)
     if stage.reference == "columns":
         yield f"{where}.reference: sampled completions have no stored columns; use copy, adapter_off or a model"
@@ -27,20 +28,26 @@ def check_online(stage: ResolvedStage, where: str) -> Iterator[str]:
 
 def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
     from tokengrain.objectives import make_objective
+    from tokengrain.training.credit import TAUGHT, check_together
 
     try:
         objective = make_objective(**(stage.objective or {}))
     except (RecipeError, TypeError) as error:
         yield f"{where}.objective: {error}"
         return
-    if "advantages" not in objective.needs:
+    taught = bool(TAUGHT & objective.needs)
+    try:
+        check_together(objective, None, stage.teacher)
+    except RecipeError as error:
+        yield f"{where}.teacher: {error}"
+    if "advantages" not in objective.needs and not taught:
         yield f"{where}.objective: {objective.name} does not learn from samples' advantages; use a stage of kind train"
 
 
 def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
     from tokengrain.rewards import check_reward
 
-    if not own.rewards and not any(step.get("name") == "token_rewards" for step in own.credit):
+    if not own.rewards and not any(_makes_rewards(step) for step in own.credit):
         yield f"{where}.rewards: missing; expected for example [{{name: math}}], or a credit step token_rewards"
     for index, reward in enumerate(own.rewards):
         settings = {k: v for k, v in reward.items() if k != "name"}
@@ -55,6 +62,16 @@ def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterat
                 check_reward(name, settings)
             except RecipeError as error:
                 yield f"{where}.rewards[{index}]: {error}"
+
+
+def _makes_rewards(step: dict[str, Any]) -> bool:
+    """Whether a credit step brings rewards of its own: token_rewards, r3."""
+    from tokengrain.training.online.registry import step_class
+
+    try:
+        return "rewards" in getattr(step_class(str(step.get("name"))), "provides", ())
+    except RecipeError:
+        return False  # said elsewhere
 
 
 def _check_credit(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
@@ -79,9 +96,8 @@ def _check_credit(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterato
         if isinstance(step.get("source"), dict):
             yield from _check_source(step["source"], f"{here}.source")
     setters = [name for name, phase in phases if phase == "advantages"]
-    if len(setters) != 1:
-        got = ", ".join(setters) or "none"
-        yield f"{where}.credit: got {got}; expected exactly one step that sets the advantages, such as group or gae"
+    if len(setters) > 1:
+        yield f"{where}.credit: {' and '.join(setters)} all set the advantages; expected one of them"
 
 
 def _check_source(source: dict[str, Any], where: str) -> Iterator[str]:

@@ -118,6 +118,7 @@ class OnlineStage(_Stage):
     critic: dict[str, Any] | None = Field(
         default=None, description="{model: '@reward', lr: 1e-5}: a value model; default: starts from the policy"
     )
+    teacher: TeacherSpec | None = Field(default=None, description="for aligndistil: {target: '@normal', contrast: ...}")
     prompts: PromptSpec = Field(default_factory=PromptSpec, description="{column: prompt, template: null, chat: false}")
     reference: str | None = Field(default=None, description="copy | adapter_off | a model; default: as for `train`")
     lora: LoraSpec | None = Field(default=None, description="on top of the recipe's lora; null: none in this stage")

@@ -11,7 +11,7 @@ from tokengrain.recipe.inherit import training_keys
 from tokengrain.recipe.online_checks import WORLD_REWARD
 from tokengrain.recipe.schema import CREDIT_MODELS
 from tokengrain.training.plan import StagePlan
-from tokengrain.training.sources import build_reference, make_source
+from tokengrain.training.sources import build_reference, build_teacher, make_source
 from tokengrain.training.workshop import Workshop
 from tokengrain.worlds import load_world
 
@@ -27,10 +27,13 @@ def build_online_trainer(
         datasets: training and held-out prompts.
     """
     from tokengrain.training.online import OnlineConfig, OnlineTrainer
+    from tokengrain.training.trainer import with_adapter
 
     stage, (train, held_out) = plan.stage, datasets
     tokenizer = shop.tokenizer(stage.model)
     args = OnlineConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
+    if stage.teacher is not None and peft_config is not None:  # the teachers become adapters beside the policy's
+        model, peft_config = with_adapter(model, args, peft_config), None
     return OnlineTrainer(
         model,
         args,
@@ -39,6 +42,7 @@ def build_online_trainer(
         credit=build_steps(stage, tokenizer, shop),
         critic=build_critic(stage, model, shop),
         reference=build_reference(stage, shop),
+        teacher=build_teacher(stage, model, shop),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -16,7 +16,15 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "nll/token": "nll"}
+SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "nll/token": "nll",
+    "reward/mean": "reward",
+    "reward/correct": "correct",
+    "rollout/length": "length",
+}
 QUIET_SECONDS = 15.0
 
 

@@ -62,6 +62,8 @@ def print_stage(console: Console, plan: StagePlan, metrics: dict[str, Any]) -> N
     after = metrics.get("after", {})
     if "accuracy" in after:
         parts.append(f"held-out accuracy {with_interval(after)}")
+    elif "reward" in after:
+        parts.append(f"held-out reward {with_interval(after, 'reward')}")
     elif "perplexity" in after:
         parts.append(f"held-out perplexity {after['perplexity']:.2f}")
     if "rows" in metrics:
@@ -81,6 +83,9 @@ def with_interval(metrics: dict[str, Any], name: str = "accuracy") -> str:
 
 _ROWS = {
     "accuracy": "held-out accuracy",
+    "reward": "held-out reward",
+    "correct": "held-out share correct",
+    "length": "length (tokens)",
     "rewards/margins": "reward margin",
     "perplexity": "perplexity",
     "kl/teacher": "KL to the teacher (nats/token)",

@@ -1,6 +1,7 @@
 """Q-RM on counting: does a reward model of whole completions know which tokens are right, and what is that worth?
 
-A prompt is one digit a; the right token at place t is (a + 3t) mod 10. Specification: qrm.md, section 7.
+A prompt is one digit a; the right token at place t is (a + 3t) mod 10. Specification: qrm.md, section 7. The prompt's
+digits are tokens of their own: a Llama that sees one digit alone could not tell a prompt from an answer by position.
 """
 
 from __future__ import annotations
@@ -63,24 +64,34 @@ def behaviour(prompts: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(keep, RIGHT[prompts], torch.randint(DIGITS, shape, generator=generator))
 
 
+def digit_batch(prompts: Tensor, completions: Tensor) -> TokenBatch:
+    """Prompts `[n]` and completions `[n, C, 8]` as a batch."""
+    return token_batch(DIGITS + prompts[:, None], completions)
+
+
+def is_right(batch: TokenBatch) -> Tensor:
+    """Whether each token is the right one, bool `[N]`."""
+    return batch.labels == RIGHT[batch.prompt_ids[batch.group] - DIGITS].flatten()
+
+
 def draw_pairs(n: int, generator: torch.Generator) -> TokenBatch:
     """Pairs of behaviour with Bradley-Terry labels on twice the number of right tokens."""
     prompts = torch.randint(DIGITS, (n,), generator=generator)
     both = torch.stack([behaviour(prompts, generator) for _ in range(2)], 1)
     right = (both == RIGHT[prompts][:, None]).sum(-1)
     first_wins = torch.rand(n, generator=generator) < torch.sigmoid(SLOPE * (right[:, 0] - right[:, 1]))
-    return token_batch(prompts[:, None], torch.where(first_wins[:, None, None], both, both.flip(1)))
+    return digit_batch(prompts, torch.where(first_wins[:, None, None], both, both.flip(1)))
 
 
 def sft_batches(scale: Scale, generator: torch.Generator) -> Iterator[TokenBatch]:
     for _ in range(scale.sft_steps):
         prompts = torch.randint(DIGITS, (2 * scale.batch,), generator=generator)
-        yield token_batch(prompts[:, None], behaviour(prompts, generator)[:, None])
+        yield digit_batch(prompts, behaviour(prompts, generator)[:, None])
 
 
 def prepare(seed: int, scale: Scale) -> Context:
     generator = torch.Generator().manual_seed(seed)
-    backbone = tiny_llama(DIGITS, 1 + 2 * LENGTH, seed)
+    backbone = tiny_llama(2 * DIGITS, 1 + 2 * LENGTH, seed)
     sft(backbone, sft_batches(scale, generator), rate=3e-3)
     return Context(seed, scale, backbone, draw_pairs(scale.held_out, generator))
 
@@ -95,10 +106,9 @@ def run(context: Context, arm: Arm) -> Measures:
         token_scores, pooled = _reward_model(context, pairs, **settings)
     batch = context.held_out
     chosen, rejected = batch.segments.pairs(pooled(batch))
-    right = batch.labels == RIGHT[batch.prompt_ids[batch.group]].flatten()
     return {
         "pair_accuracy": float((chosen > rejected).float().mean()),
-        "auc": auc(token_scores(batch), right),
+        "auc": auc(token_scores(batch), is_right(batch)),
         "steps_to_90": float(reinforce(context, token_scores)),
     }
 
@@ -167,7 +177,7 @@ def reinforce(context: Context, token_scores: TokenScores) -> int:
             prompts = torch.randint(DIGITS, (scale.reinforce_batch,), generator=generator)
             drawn = torch.multinomial(logits[prompts].softmax(-1).flatten(0, 1), 1, generator=generator)
             tokens = drawn.view(-1, LENGTH)
-            rewards = scale_scores(token_scores(token_batch(prompts[:, None], tokens[:, None])), "zscore")
+            rewards = scale_scores(token_scores(digit_batch(prompts, tokens[:, None])), "zscore")
         logps = logits[prompts].log_softmax(-1).gather(2, tokens[..., None]).flatten()
         optimiser.zero_grad()
         normalise(reinforce_loss(logps, segments, advantages=rewards), counts).backward()
@@ -254,7 +264,7 @@ GROUP = Group(
     name="qrm",
     title="Q-RM: counting in steps of three",
     setting=(
-        "Vocabulary 10; the prompt is a digit a, the right token at place t of 8 is (a + 3t) mod 10. Behaviour takes "
+        "Ten digits; the prompt is a digit a, the right token at place t of 8 is (a + 3t) mod 10. Behaviour takes "
         "it with probability ½ and any digit otherwise; Bradley-Terry labels on twice the difference of right counts. "
         "Reward models start from a Llama of 2 layers, width 48, fine-tuned on behaviour, and are trained on 64 fresh "
         "pairs a step, Adam 1e-3. AUC of the token's score for being right (of the last score, broadcast, for the "

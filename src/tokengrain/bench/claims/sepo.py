@@ -247,9 +247,9 @@ GROUP = Group(
         "Vocabulary 24, length 16, 6 prompts with two good (+1) and two bad (−1) tokens each; 3,000 pairs from a "
         "random base policy with Bradley-Terry labels. Policies see prompt, position and previous token; oracle hidden "
         "16, policy hidden 64, both fine-tuned on base samples. Oracle: DPO β 0.1, 500 steps, Adam 5e-3; policy: 300 "
-        "steps of 64 pairs, Adam 2e-3, k = 0.3 (*early*: after 100 steps, *late*: after 300). Reward per completion and "
-        "KL from the start (nats per completion) are exact; recall is the mean over good tokens of chosen and bad ones "
-        "of rejected completions (chance 0.25)."
+        "steps of 64 pairs, Adam 2e-3, k = 0.3 (*early*: after 100 steps, *late*: after 300). Reward per completion "
+        "and KL from the start (nats per completion) are exact; recall is the mean over good tokens of chosen and bad "
+        "ones of rejected completions (chance 0.25)."
     ),
     scales=(Scale(), Scale(pairs=300, sft_steps=20, oracle_steps=20, early=3, steps=6, batch=16)),
     arms=ARMS,

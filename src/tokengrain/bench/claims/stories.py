@@ -14,7 +14,7 @@ from typing import Any
 from tokengrain.bench.claims.framework import Arm, Group, Measures
 from tokengrain.bench.claims.stories_claims import CLAIMS_BY_REGIME
 
-HALF_STEP, SMALL_STEP = 1e-4, 5e-5
+HALF_STEP, QUARTER_STEP = 1e-4, 5e-5
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,12 @@ ARMS = (
         for c in ("random", "flipped", "exact")
     ),
     _arm("SimPO β 10 γ 3", "simpo", "simpo", {"beta": 10.0, "gamma": 3.0}),
-    _sepo("SePO k 0.3 γ 2", "guide", HALF_STEP),
-    _sepo("SePO k 0.3 γ 2, random tokens", "random", HALF_STEP),
-    _sepo("SePO k 0.3 γ 2, exact credit", "exact", HALF_STEP),
-    _sepo("SePO k 0.3 γ 2, quarter step", "guide", SMALL_STEP),
+    _sepo("SePO k 0.3 γ 2", "guide", QUARTER_STEP),
+    _sepo("SePO k 0.3 γ 2, random tokens", "random", QUARTER_STEP),
+    _sepo("SePO k 0.3 γ 2, exact credit", "exact", QUARTER_STEP),
+    _sepo("SePO k 0.3 γ 2, half step", "guide", HALF_STEP),
     _align("DPO β 0.3 distilled", form="distil"),
+    _align("AlignDistil β₀ 0.3 r 1", form="adaptive", r=1.0),
     _align("AlignDistil β₀ 0.3 r 4", form="adaptive", r=4.0),
 )
 
@@ -184,10 +185,10 @@ def _group(regime: str, pairs: str) -> Group:
         title=f"The world `stories`, {regime}: {pairs}",
         setting=(
             f"{pairs}; each seed has preference pairs, order of rows and evaluation samples of its own. 120 steps of "
-            "32 pairs, Adam 2e-4 (*half step*, TGDPO at β 0.3 and SePO: 1e-4; *quarter step*: 5e-5); 64 samples for "
-            "each of 12 prompts. Guide, oracle and target are DPO β 0.3 on the same pairs. Reward is the true reward "
-            "per story (base 0), KL in nats per story against the base model, frontier share is the part of the best "
-            "reward possible at that KL."
+            "32 pairs, Adam 2e-4 (*half step* and TGDPO at β 0.3: 1e-4; other SePO: 5e-5, since it moves further per "
+            "step); 64 samples for each of 12 prompts. Guide, oracle and target are DPO β 0.3 on the same pairs. "
+            "Reward is the true reward per story (base 0), KL in nats per story against the base model, frontier share "
+            "is the part of the best reward possible at that KL."
         ),
         scales=(Scale(regime), tiny),
         arms=ARMS,

@@ -9,7 +9,7 @@ from tokengrain.bench.claims.framework import Claim
 _WORLD = "worlds.md, first look over 2 seeds"
 DPO, HALF = "DPO β 0.3", "DPO β 0.3, half step"
 TGDPO, TREG, TDPO = "TGDPO β 0.3 α 0.5", "T-REG β 0.3 α 0.5", "TDPO2 β 0.1 α"
-SEPO, ALIGN = "SePO k 0.3 γ 2", "AlignDistil β₀ 0.3 r 4"
+SEPO, ALIGN = "SePO k 0.3 γ 2", "AlignDistil β₀ 0.3 r 1"
 
 
 def _claim(method: str, says: str, first: str, second: str, expect: Any, measure: str = "reward", **more: Any) -> Claim:
@@ -55,6 +55,7 @@ NEW_CLAIMS = (
     _claim("sepo", "Selecting by exact credit is better still", f"{SEPO}, exact credit", SEPO, "above"),
     _claim("aligndistil", "AlignDistil is above DPO", ALIGN, DPO, "above", source="arXiv 2503.02832"),
     _claim("aligndistil", "AlignDistil gains frontier share over DPO", ALIGN, DPO, "above", "share"),
+    _sure("aligndistil", "KL grows with r", "AlignDistil β₀ 0.3 r 4", ALIGN, "above", "kl", source="aligndistil.md 7"),
     _claim(
         "aligndistil",
         "Without extrapolation it is DPO, within 5 %",
