@@ -10,11 +10,11 @@ from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
 from tokengrain.credit.group import group_advantages
-from tokengrain.credit.r3 import R3, Propagation, length_rewards, r3_rewards, repeat_for_rollouts
+from tokengrain.credit.r3 import R3, Propagation, Rule, length_rewards, r3_rewards, repeat_for_rollouts
 from tokengrain.credit.r3_filter import filter_prompts, token_ranks, worst_ranks
 from tokengrain.objectives.grpo import grpo_loss
 
-RULES = {"threshold": "threshold", "top_fraction": "top"}
+RULES: dict[str, Rule] = {"threshold": "threshold", "top": "top", "top_fraction": "top", "fraction": "top"}
 KINDS = {"grpo": ("mean", "mean"), "dr_grpo": ("constant", "mean"), "dapo": ("sum", "token_mean")}
 
 

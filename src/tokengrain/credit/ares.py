@@ -170,6 +170,15 @@ def moderate_groups(metric: Tensor, group: Tensor, *, low: float = 0.01, high: f
     return (mean >= low) & (mean <= high)
 
 
+def inverted_groups(correct: Tensor, rewards: Tensor, group: Tensor) -> Tensor:
+    """The groups in which a wrong completion earns more than a correct one, bool `[G]`: worth logging."""
+    groups = int(group.max()) + 1 if group.numel() else 0
+    right, wrong = correct >= 1, correct < 1
+    worst = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group[right], rewards[right], "amin")
+    best = rewards.new_full((groups,), -torch.inf).scatter_reduce(0, group[wrong], rewards[wrong], "amax")
+    return best > worst
+
+
 @dataclass(frozen=True)
 class Observation:
     """What a step knows of its counts; those of two ranks add up.

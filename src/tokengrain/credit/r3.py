@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.objectives.selection import top_share
+from tokengrain.objectives.selection import top_tokens
 
 Normalise = Literal["sum", "mean", "none"]
 Rule = Literal["threshold", "top"]
@@ -124,8 +124,7 @@ def r3_rewards(
     if usable is not None:
         left_out = left_out | ~usable.bool()
     rewards = torch.where(left_out, torch.nan, segments.sum(tokens))
-    squares = segments.sum(weights.square())
-    effective = segments.sum(weights).square() / torch.where(squares > 0, squares, 1.0)
+    effective = _effective(weights, segments)
     metrics = {"r3/sigma_max": largest, "r3/sigma": segments.mean(sigma), "r3/effective_tokens": effective}
     return R3(rewards, tokens, sigma, weights, reflective, spread, metrics)
 
@@ -178,8 +177,8 @@ def reflective_tokens(sigma: Tensor, segments: Segments, *, rule: Rule = "top", 
     """The tokens that reflect the reasoning, bool `[N]`; how they are chosen is not specified in the paper.
 
     Args:
-        rule: "threshold": sigma >= value; "top": the highest share `value` of each completion, rounded down but at
-            least one, the earliest among equals.
+        rule: "threshold": sigma >= value; "top": the highest share `value` of each completion, rounded up, the
+            earliest among equals.
     """
     if rule == "threshold":
         return sigma >= value
@@ -187,7 +186,7 @@ def reflective_tokens(sigma: Tensor, segments: Segments, *, rule: Rule = "top", 
         raise ValueError(f"rule must be 'threshold' or 'top', got {rule!r}")
     if not 0 < value <= 1:
         raise ValueError(f"the share of reflective tokens must lie in (0, 1], got {value}")
-    return top_share(sigma, segments, value)
+    return top_tokens(sigma, segments, share_counts(segments, value))
 
 
 def log_propagation(
@@ -201,8 +200,7 @@ def log_propagation(
 ) -> Tensor:
     """Sum over the reflective tokens k before j of log(1 - (1 - p_k) exp(-gamma (j - k))): `[N]`, each <= 0.
 
-    As logaddexp(lp_k - gamma d, log(1 - exp(-gamma d))): the other form loses all digits where p_k and gamma d are
-    tiny. Token by token it penalises a doubtful reflective token more than once, by design.
+    It penalises a doubtful reflective token more than once, by design.
 
     Args:
         logps: `[N]`; reflective: bool `[N]`.
@@ -227,10 +225,8 @@ def log_propagation(
         acts = real[:, :, None] & (d > 0)
         if window is not None:
             acts &= d <= window
-        fade = gamma * torch.where(acts, d, 1.0)
-        kept = lp.gather(1, k)[:, :, None] - fade
-        gained = torch.log(-torch.expm1(-fade))  # -inf where gamma = 0: nothing is gained
-        out += torch.where(acts, torch.logaddexp(kept, gained), 0.0).sum(1)
+        log_P = _log_passed(lp.gather(1, k)[:, :, None], gamma * torch.where(acts, d, 1.0))
+        out += torch.where(acts, log_P, 0.0).sum(1)
     return out[mask]
 
 
@@ -260,6 +256,18 @@ def length_rewards(answer_lengths: Tensor, reference_lengths: Tensor, *, slope: 
     return 1 - slope * (reference_lengths - answer_lengths).abs() / reference_lengths
 
 
+def share_counts(segments: Segments, share: float) -> Tensor:
+    """A share of each completion's tokens, rounded up and at least one: long `[C]`."""
+    # 0.07 * 100 is 7.000000000000001 in binary and means 7.
+    return (share * segments.lengths.double() - 1e-9).ceil().long().clamp(min=1)
+
+
+def _effective(weights: Tensor, segments: Segments) -> Tensor:
+    """How many tokens share the weight, `[C]`: their number if all weigh alike, 1 if one has it all."""
+    squares = segments.sum(weights.square())
+    return segments.sum(weights).square() / torch.where(squares > 0, squares, 1.0)
+
+
 def _slots(segments: Segments, group: Tensor) -> tuple[Tensor, int]:
     """A number per reference token, the same in all rollouts of its group: long `[N]`; and how many there are."""
     groups = int(group.max()) + 1 if group.numel() else 0
@@ -268,6 +276,16 @@ def _slots(segments: Segments, group: Tensor) -> tuple[Tensor, int]:
         raise ValueError("the rollouts of a prompt must be scored on the same reference: their tokens differ in number")
     ends = lengths.cumsum(0)
     return segments.broadcast((ends - lengths)[group]) + segments.positions, int(lengths.sum())
+
+
+def _log_passed(logp: Tensor, fade: Tensor) -> Tensor:
+    """log(1 - (1 - p) exp(-fade)), never above 0, with all digits at both ends.
+
+    Near 1 what is lost is the small number; where p and fade are tiny, p exp(-fade) + (1 - exp(-fade)) is.
+    """
+    lost = -torch.expm1(logp) * torch.exp(-fade)
+    gained = torch.log(-torch.expm1(-fade))  # -inf where fade = 0: nothing is gained
+    return torch.where(lost < 0.5, torch.log1p(-lost), torch.logaddexp(logp - fade, gained))
 
 
 def _starts(reflective: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.credit.r3 import variability
+from tokengrain.credit.r3 import share_counts, variability
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -86,8 +86,7 @@ def worst_ranks(ranks: Tensor, segments: Segments, rho: float) -> Tensor:
         raise ValueError(f"rho must lie in (0, 1], got {rho}")
     ranks = ranks.detach() if ranks.is_floating_point() else ranks.double()
     ordered = segments.to_padded(ranks)[0].sort(dim=1, descending=True).values
-    # 0.07 * 100 is 7.000000000000001 in binary and means 7.
-    count = (rho * segments.lengths.double() - 1e-9).ceil().long().clamp(min=1)
+    count = share_counts(segments, rho)
     taken = torch.arange(ordered.shape[1], device=ordered.device) < count[:, None]
     return torch.where(taken, ordered, 0.0).sum(1) / count
 

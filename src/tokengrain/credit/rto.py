@@ -2,9 +2,9 @@
 
     r_t = clip(beta1 (log dpo_t - log ref_t), -c, c) - beta2 (log policy_t - log ref_t) + [t last] beta3 s
 
-with s the sentence reward of the completion, clipped to +-10. The first term is the dense part: a policy trained by DPO against the
-reference it started from. For an optimal DPO policy it is the true reward of the token up to a difference of
-potentials. Variants differ in where it stands; the KL penalty stays on its token in all of them.
+with s the sentence reward of the completion, clipped to +-10. The first term is the dense part: a policy trained by
+DPO against the reference it started from. For an optimal DPO policy it is the true reward of the token up to a
+difference of potentials. Variants differ in where it stands; the KL penalty stays on its token in all of them.
 
     rto      on each token
     semi     the sum over a sentence on the sentence's last token (Semi-RTO)
@@ -57,8 +57,8 @@ def rto_rewards(
     segments: Segments,
     *,
     ref_logps: Tensor,
-    dpo_logps: Tensor,
     sentence_rewards: Tensor,
+    dpo_logps: Tensor | None = None,
     dpo_ref_logps: Tensor | None = None,
     sentences: Tensor | None = None,
     variant: Variant = "rto",
@@ -74,9 +74,9 @@ def rto_rewards(
         logps: log-probabilities under the policy that sampled `[N]`, nats.
         segments: cuts `[N]` into C completions.
         ref_logps: the same under the frozen reference `[N]`.
-        dpo_logps: the same under the policy trained by DPO `[N]`; 0 weight for variant "ppo".
         sentence_rewards: `[C]`, on the scale of rewards: (raw - mean) / std with the constants of the reward model
             (`scale_scores(raw, "zscore", moments)`).
+        dpo_logps: log-probabilities under the policy trained by DPO `[N]`; not used by variant "ppo".
         dpo_ref_logps: what the DPO policy was trained against `[N]`; None: ref_logps.
         sentences: long `[N]`, the sentence of each token, from `sentence_ids`; needed for variant "semi".
         variant: where the dense part stands, see above.
@@ -87,13 +87,17 @@ def rto_rewards(
         sentence_clip: bound of the sentence reward, before beta3; None: none.
 
     Raises:
-        ValueError: a sentence reward that is NaN, or variant "semi" without sentences.
+        ValueError: a sentence reward that is NaN, or something missing that the variant needs.
     """
     missing = torch.isnan(sentence_rewards).nonzero().flatten().tolist()
     if missing:
         raise ValueError(f"rto_rewards: completions {missing} have no sentence reward (NaN); leave them out")
-    base = ref_logps if dpo_ref_logps is None else dpo_ref_logps
-    raw = guide_token_rewards(dpo_logps, base, 0.0 if variant == "ppo" else beta1)
+    if variant == "ppo":
+        raw = torch.zeros_like(logps)
+    elif dpo_logps is None:
+        raise ValueError(f"rto_rewards: variant {variant!r} needs dpo_logps")
+    else:
+        raw = guide_token_rewards(dpo_logps, ref_logps if dpo_ref_logps is None else dpo_ref_logps, beta1)
     bound = beta1 if clip == "beta1" else clip
     dense = raw if bound is None else raw.clamp(-bound, bound)
     s = sentence_rewards.detach().to(dense.dtype)
@@ -101,15 +105,8 @@ def rto_rewards(
     kl = sampled_kl(logps, ref_logps)
     rewards = penalised(_placed(dense, segments, variant, sentences), kl, beta2)
     rewards = rewards + torch.where(segments.is_last, segments.broadcast(s), 0.0)
-    total = segments.sum(dense)
-    metrics = {
-        "rto/dense": segments.mean(dense),
-        "rto/dense_sum": total,
-        "rto/dominates": (total.abs() > s.abs()).to(dense.dtype),
-        "rto/clipped": segments.mean((raw != dense).to(dense.dtype)),
-        "rto/sentence": s,
-        "kl/ref": segments.mean(kl),
-    }
+    clipped = (raw != dense).to(dense.dtype)
+    metrics = {"rto/clipped": segments.mean(clipped), "kl/ref": segments.mean(kl), **_sizes(dense, s, segments)}
     return RTORewards(rewards, dense, kl, s, metrics)
 
 
@@ -121,6 +118,16 @@ def sentence_ids(delimiter: Tensor, segments: Segments) -> Tensor:
     """
     ends = delimiter.bool() | segments.is_last
     return ends.long().cumsum(0) - ends.long()
+
+
+def _sizes(dense: Tensor, sentence: Tensor, segments: Segments) -> dict[str, Tensor]:
+    total = segments.sum(dense)
+    return {
+        "rto/dense": segments.mean(dense),
+        "rto/dense_sum": total,
+        "rto/dominates": (total.abs() > sentence.abs()).to(dense.dtype),
+        "rto/sentence": sentence,
+    }
 
 
 def _placed(dense: Tensor, segments: Segments, variant: Variant, sentences: Tensor | None) -> Tensor:

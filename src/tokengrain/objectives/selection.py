@@ -62,13 +62,12 @@ def token_ranks(values: Tensor, segments: Segments) -> Tensor:
     return _places(torch.where(segments.is_chosen, -values, values), segments)
 
 
-def top_share(values: Tensor, segments: Segments, share: float) -> Tensor:
-    """The highest share of every completion, floored but at least one token, the earliest among equals: bool `[N]`.
+def top_tokens(values: Tensor, segments: Segments, counts: Tensor) -> Tensor:
+    """The `counts` (long `[C]`) highest values of every completion, the earliest among equals: bool `[N]`.
 
     The completions need not be pairs.
     """
-    wanted = (share * segments.lengths.double()).add(1e-9).floor().long().clamp(min=1)
-    return _places(-values, segments) < segments.broadcast(wanted)
+    return _places(-values, segments) < segments.broadcast(counts)
 
 
 def span_ids(selected: Tensor, segments: Segments) -> Tensor:
