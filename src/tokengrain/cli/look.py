@@ -35,7 +35,13 @@ def inspect(
     source: Annotated[Path, typer.Argument(help="File with token rewards, or a run folder.")],
     row: Annotated[list[int] | None, typer.Option("--row", "-r", help="Row number, from 0; can be repeated.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many rows, if --row is not given.")] = 3,
-    column: Annotated[str, typer.Option(help="Which numbers: token_rewards, ref_logps, spans, ...")] = "token_rewards",
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Which numbers: token_rewards (default), ref_logps, spans, ...; "
+            "of online training advantages (default), entropy, ratio, ..."
+        ),
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of a file outside a run folder.")] = None,
     spans: Annotated[
         str | None, typer.Option("--spans", help="Show the spans, marked anew: diff, tags, column or a function.")
@@ -50,6 +56,8 @@ def inspect(
         tokengrain inspect pairs.jsonl --tokenizer my/model --row 12
 
         tokengrain inspect pairs.jsonl --tokenizer my/model --spans diff
+
+        tokengrain inspect runs/grpo --column ratio
     """
     from tokengrain.report import inspect_rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,23 +13,19 @@ from tokengrain import runs
 from tokengrain.credit.store import MANIFEST
 from tokengrain.errors import ModelError, RunError
 from tokengrain.files import read_json
+from tokengrain.report import rollouts
 from tokengrain.report import samples as credit
+from tokengrain.report.curves import charts, phase_charts
 from tokengrain.report.rows import read_token_rows
-from tokengrain.report.svg import Mark, Series, line_chart
+from tokengrain.report.svg import Mark, Series
 
-# Title of a chart, and the names that its quantity has in logs (first match wins; "eval_" marks held-out
-# values).
-CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss", ("loss",)),
-    ("pair accuracy", ("rewards/accuracies", "accuracy", "accuracies")),
-    ("reward margin", ("rewards/margins", "margin", "margins")),
-    ("KL to the reference, nats per token", ("kl", "kl_per_token", "sequence_kl")),
-    ("entropy, nats per token", ("entropy",)),
-    ("gradient norm", ("grad_norm",)),
-)
 # Numbers of the summary, in order, with their names for people; all others are folded away.
 KEY = {
     "accuracy": "pair accuracy (95 % interval)",
+    "reward": "reward (95 % interval)",
+    "correct": "correct, share of completions (95 % interval)",
+    "length": "tokens per completion",
+    "truncated": "truncated, share of completions",
     "rewards/margins": "reward margin",
     "kl": "KL to the reference, nats per token",
     "entropy": "entropy, nats per token",
@@ -65,7 +60,9 @@ class Contents:
     stages: list[dict[str, Any]] = field(default_factory=list)
     world: list[dict[str, Any]] = field(default_factory=list)
     charts: list[tuple[str, str]] = field(default_factory=list)
+    phases: list[tuple[str, str, list[Series]]] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
+    rollouts: list[tuple[str, list[rollouts.Recorded]]] = field(default_factory=list)
     samples: list[credit.CreditSample] = field(default_factory=list)
     stored_in: str = ""
     settings: str = ""
@@ -77,6 +74,7 @@ def read_contents(run_dir: str | Path) -> Contents:
 
     Raises:
         RunError: not a run folder, or a run that is not finished (says what is there and how to resume).
+        RunError: a damaged `rollouts.jsonl`; names the line.
         DataError: a damaged `credit_samples.json`.
     """
     path = Path(run_dir)
@@ -143,7 +141,7 @@ def _demo(path: Path, metrics: Mapping[str, Any]) -> Contents:
         methods=methods,
         frontier=[(float(x), float(y)) for x, y in frontier],
         marks=marks,
-        charts=_charts(logs),
+        charts=charts(logs),
         series=[Series(name, [], style) for name, style, _ in logs],
         samples=credit.read_credit_samples(path / credit.FILE),
         versions=dict(metrics.get("versions") or {}),
@@ -183,8 +181,10 @@ def _single(run: runs.Run) -> Contents:
         facts=_texts(facts),
         stages=[_stage(s) for s in run.stages],
         world=_world(run.path / "evaluation.json"),
-        charts=_charts(logs),
+        charts=charts(logs),
+        phases=phase_charts(logs),
         series=[Series(name, [], style) for name, style, _ in logs],
+        rollouts=[(s.name, rollouts.read_rollouts(s.path / rollouts.FILE)) for s in run.stages if s.kind == "online"],
         samples=samples,
         stored_in=", ".join(s.name for s in run.credit_stages),
         settings=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
@@ -276,37 +276,3 @@ def _date(time: str | None) -> str | None:
 
 def _texts(facts: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts if value is not None]
-
-
-# ----------------------------------------------------------------------------------------------------- curves
-
-
-def _charts(logs: Sequence[tuple[str, int, list[dict[str, Any]]]]) -> list[tuple[str, str]]:
-    """(title, svg) of every quantity that was logged; training values as lines, held-out ones dashed."""
-    charts = []
-    for title, names in CURVES:
-        series = []
-        for stage, style, rows in logs:
-            for prefix in ("", "eval_"):
-                points = _points(rows, [prefix + n for n in names])
-                if points:
-                    held_out = " (held out)" if prefix else ""
-                    series.append(Series(stage + held_out, points, style, dashed=bool(prefix)))
-        svg = line_chart(title, series, "step")
-        if svg:
-            charts.append((title, svg))
-    return charts
-
-
-def _points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[float, float]]:
-    """(step, value) of the first of `names` that is in the log."""
-    for name in names:
-        found = [
-            (float(r["step"]), float(r[name]))
-            for r in rows
-            if isinstance(r.get("step"), int | float) and isinstance(r.get(name), int | float)
-        ]
-        found = [(x, y) for x, y in found if math.isfinite(y)]
-        if found:
-            return found
-    return []

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokengrain.errors import RunError
 from tokengrain.files import write_text
+from tokengrain.report import rollouts
 from tokengrain.report.contents import Contents, read_contents
 from tokengrain.report.samples import CreditSample, Side, by_pair, colour_scale
 from tokengrain.report.svg import Series, frontier_chart, marker, number, signed
@@ -18,11 +19,13 @@ NAME = "report.html"
 MAX_PAIRS = 24
 MAX_TOKENS = 600  # per completion; more is cut, and said so
 TRUTH = "exact advantage"
+MAX_PIECES = 20_000  # tokens in all heat maps of recorded rollouts together: about 1.4 MB
+MAX_COMPLETIONS = 8  # of a recorded prompt
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of a heat map: white space before it, its text, strength 0..1, sign class and numbers."""
+    """A token of a heat map: white space before it, its text, strength 0..1, sign class, numbers, mark if clipped."""
 
     lead: str
     text: str
@@ -30,6 +33,7 @@ class Piece:
     sign: str
     credit: str
     truth: str | None
+    mark: str = ""
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -44,6 +48,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
     Raises:
         RunError: not a run folder, an unfinished run (says what is there and how to resume), jinja2 missing.
+        RunError: a damaged `rollouts.jsonl`; names the line.
         DataError: a damaged `credit_samples.json`; names the entry.
     """
     path = Path(output) if output is not None else Path(run_dir) / NAME
@@ -54,6 +59,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 def render(contents: Contents) -> str:
     """The page as text."""
     pairs, scales = heat_maps(contents.samples)
+    most = MAX_PIECES // max(len(contents.rollouts), 1)
     plots = []
     if contents.marks:
         curve = contents.frontier
@@ -68,6 +74,11 @@ def render(contents: Contents) -> str:
             scales=scales,
             cut=max(0, len(by_pair(contents.samples)) - MAX_PAIRS),
             plots=plots,
+            stages=[
+                {"id": f"rollouts-{i}", **rollout_maps(name, found, most)}
+                for i, (name, found) in enumerate(contents.rollouts)
+            ],
+            phases=[(title, svg, [(s.name, swatch(s)) for s in lines]) for title, svg, lines in contents.phases],
             held_out=any("held-out" in svg for _, svg in contents.charts),
             legend=[(s.name, swatch(s)) for s in contents.series],
             swatches={m["name"]: swatch(Series(m["name"], [], m["style"]), line=False) for m in contents.methods},
@@ -172,7 +183,8 @@ def pieces(side: Side, scale: float) -> list[Piece]:
     """A completion's tokens as the template needs them."""
     out = []
     truths = side.truth if side.truth is not None else [None] * len(side.tokens)
-    for text, value, truth in list(zip(side.tokens, side.credit, truths, strict=True))[:MAX_TOKENS]:
+    marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
+    for text, value, truth, mark in list(zip(side.tokens, side.credit, truths, marks, strict=True))[:MAX_TOKENS]:
         strength = 0.0 if value is None else min(1.0, abs(value) / scale)
         sign = "z" if value is None or strength < 0.04 else ("p" if value > 0 else "n")
         word = text.lstrip(" ")
@@ -185,6 +197,78 @@ def pieces(side: Side, scale: float) -> list[Piece]:
                 sign=sign,
                 credit="not counted" if value is None else signed(value),
                 truth=None if truth is None else signed(truth),
+                mark=("", "high", "low")[mark],
             )
         )
     return out
+
+
+# --------------------------------------------------------------------------------------------------- rollouts
+
+
+def rollout_maps(name: str, completions: Sequence[rollouts.Recorded], most: int = MAX_PIECES) -> dict[str, Any]:
+    """A stage's recorded rollouts for the template: by step, each completion with its rewards and heat maps.
+
+    Args:
+        name: of the stage.
+        completions: as recorded.
+        most: tokens in all heat maps together; of more rollouts than that, some are shown, evenly spread.
+
+    Returns:
+        `name`; `columns`: (column, view, value of full colour) of the heat maps that there are; `steps`; `recorded`:
+        prompts recorded; `clipped`: whether clipped tokens were recorded; `others`: columns that are not shown.
+    """
+    there = rollouts.recorded_columns(completions)
+    columns = [c for c in rollouts.VIEWS if c in there]
+    scales = {c: rollouts.scale_of(rollouts.side_of(one, c) for one in completions) for c in columns}
+    groups = rollouts.by_prompt(completions)
+    sides = [[_rollout_sides(one, columns) for one in group[:MAX_COMPLETIONS]] for group in groups]
+    sizes = [sum(len(side.tokens) for maps in group for side in maps.values()) for group in sides]
+    steps = []
+    for i in rollouts.spread(sizes, most):
+        shown = zip(groups[i], sides[i], strict=False)
+        steps.append(_rollout_step(groups[i], [_rollout_completion(one, maps, scales) for one, maps in shown]))
+    return {
+        "name": name,
+        "columns": [(c, rollouts.VIEWS[c], scales[c]) for c in columns],
+        "steps": steps,
+        "recorded": len(groups),
+        "clipped": any(one.clipped is not None for one in completions),
+        "others": [c for c in there if c not in columns],
+    }
+
+
+def _rollout_sides(one: rollouts.Recorded, columns: Sequence[str]) -> dict[str, Side]:
+    """The heat maps of a completion by column, cut to what is shown; a plain one if it has no numbers."""
+    found = {c: rollouts.side_of(one, c) for c in columns if c in one.columns}
+    found = found or {"": rollouts.side_of(one, "")}
+    return {c: rollouts.merged(rollouts.cut(side, MAX_TOKENS)) for c, side in found.items()}
+
+
+def _rollout_completion(one: rollouts.Recorded, maps: dict[str, Side], scales: dict[str, float]) -> dict[str, Any]:
+    return {
+        "number": one.completion,
+        "reward": one.reward,
+        "rewards": list(one.rewards.items()) if len(one.rewards) > 1 else [],
+        "truncated": one.truncated,
+        "length": len(one.tokens),
+        "cut": max(0, len(one.tokens) - MAX_TOKENS),
+        "maps": [
+            {"source": rollouts.view_of(c).title, "column": c, "pieces": pieces(side, scales.get(c, 1.0))}
+            for c, side in maps.items()
+        ],
+    }
+
+
+def _rollout_step(group: Sequence[rollouts.Recorded], completions: list[dict[str, Any]]) -> dict[str, Any]:
+    marks = [m for one in group if one.clipped is not None for m in one.clipped]
+    return {
+        "step": group[0].step,
+        "rollout": group[0].rollout,
+        "row": group[0].row,
+        "prompt": group[0].prompt.strip(),
+        "rewards": [one.reward for one in group],
+        "clipped": sum(m != 0 for m in marks) / len(marks) if marks else None,
+        "completions": completions,
+        "left": len(group) - len(completions),
+    }

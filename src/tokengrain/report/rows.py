@@ -78,6 +78,10 @@ def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str,
     if not files:
         if run.status != "done":
             raise RunError(f"no token rewards yet: {runs.unfinished_message(run)}")
+        if any(stage.kind == "online" for stage in run.stages):
+            raise RunError(
+                f"{path} has no recorded rollouts: rollout_samples says how many a run of {run.method} records"
+            )
         raise RunError(f"{path} has no token rewards: its method, {run.method}, does not use token credit")
     # train.parquet before eval.parquet
     file = max(files, key=lambda f: f.stem == "train")

@@ -33,11 +33,15 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Side:
-    """One completion: its tokens, their credit (None where a token does not count), the truth if known."""
+    """One completion: its tokens, their credit (None where a token does not count), the truth if known.
+
+    `clipped`, of a rollout: -1, 0 or 1 per token, for a ratio that was clipped below, not clipped, clipped above.
+    """
 
     tokens: Sequence[str]
     credit: Sequence[float | None]
     truth: Sequence[float | None] | None = None
+    clipped: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

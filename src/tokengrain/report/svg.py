@@ -39,8 +39,10 @@ class Mark:
 
 def number(value: float | None, digits: int = 3) -> str:
     """`value` for people: `digits` significant digits, a real minus sign, "–" for nothing."""
-    if value is None or not math.isfinite(value):
+    if value is None or math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
     if abs(value) < 10 ** -(digits + 1):

@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokengrain.errors import RunError
+from tokengrain.report import rollouts
 from tokengrain.report.rows import SPANS, read_token_rows
 from tokengrain.report.samples import CreditSample, Side, colour_scale
 from tokengrain.report.svg import number, signed
@@ -31,7 +33,7 @@ def inspect_rows(
     *,
     rows: Sequence[int] | None = None,
     count: int = 3,
-    field: str = "token_rewards",
+    field: str | None = None,
     tokenizer: Any = None,
     spans: Any = None,
     console: Console | None = None,
@@ -41,10 +43,22 @@ def inspect_rows(
     Without colour (`NO_COLOR`, a pipe) every token is followed by its signed number. With `field` "spans" (or a
     source of `spans`) the spans are marked instead. The arguments and errors are those of
     `tokengrain.report.rows.read_token_rows`; `console` is where to print.
+
+    Of a run with an online stage, finished or not, and of its `rollouts.jsonl`: the last `count` prompts that were
+    recorded (or all of `rows`), each completion with its reward. `field` is then a column of
+    `tokengrain.report.rollouts`, "advantages" by default.
+
+    Raises:
+        RunError: no such column or row was recorded, or a line of the file is damaged.
     """
     from rich.console import Console
 
     field = SPANS if spans is not None else field
+    recorded = rollouts.rollout_file(Path(source)) if field != SPANS else None
+    if recorded is not None:
+        _print_rollouts(console or Console(), recorded, rows, count, field or "advantages")
+        return
+    field = field or "token_rewards"
     samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
     console = console or Console()
     if field == SPANS:
@@ -55,7 +69,7 @@ def inspect_rows(
 
 
 def _print_source(console: Console, name: str, samples: Sequence[CreditSample]) -> None:
-    coloured = console.color_system is not None and not console.no_color
+    coloured = _has_colour(console)
     scale = colour_scale([v for s in samples for side in s.sides for v in side.credit])
     console.print(_legend(name, scale, coloured))
     _print_rows(console, samples, lambda side: heat(side, scale, coloured))
@@ -63,19 +77,81 @@ def _print_source(console: Console, name: str, samples: Sequence[CreditSample]) 
     console.print()
 
 
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
 def _print_rows(console: Console, samples: Sequence[CreditSample], text_of: Callable[[Side], Text]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     for sample in samples:
-        console.rule(Text(f"row {sample.row}" if sample.row is not None else "", "dim"), align="left", style="dim")
-        table = Table.grid(padding=(0, 2))
-        table.add_row(Text("prompt", "dim"), Text(sample.prompt.strip(), "dim"))
         titles = ("chosen", "rejected") if len(sample.sides) == 2 else ("completion",)
-        for title, side in zip(titles, sample.sides, strict=True):
-            table.add_row(Text(title, "bold"), text_of(side))
-        console.print(table)
+        sides = [(Text(title, "bold"), text_of(side)) for title, side in zip(titles, sample.sides, strict=True)]
+        _print_row(console, f"row {sample.row}" if sample.row is not None else "", sample.prompt, sides)
     console.print()
+
+
+def _print_row(console: Console, heading: str, prompt: str, sides: Sequence[tuple[Text, Text]]) -> None:
+    """A prompt and its completions, each with a title."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.rule(Text(heading, "dim"), align="left", style="dim")
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text("prompt", "dim"), Text(prompt.strip(), "dim"))
+    for title, text in sides:
+        table.add_row(title, text)
+    console.print(table)
+
+
+def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, count: int, column: str) -> None:
+    """The last prompts recorded in `file`, or all records of the prompts `rows`."""
+    from rich.text import Text
+
+    found = rollouts.read_rollouts(file)
+    columns = rollouts.recorded_columns(found)
+    if column not in columns:
+        there = f"there are {', '.join(columns)}" if columns else "there are no numbers of tokens at all"
+        raise RunError(f"{file}: no {column!r} was recorded; {there}" if found else f"{file}: nothing is recorded yet")
+    groups = rollouts.by_prompt(found)
+    if rows is not None:
+        wanted = {str(row) for row in rows}
+        known = {str(group[0].row) for group in groups}
+        if missing := sorted(wanted - known):
+            raise RunError(f"{file}: row {missing[0]} was not recorded; expected one of {sorted(known)[:20]}")
+        groups = [group for group in groups if str(group[0].row) in wanted]
+    else:
+        groups = groups[-count:]
+    view, coloured = rollouts.view_of(column), _has_colour(console)
+    sides = [[rollouts.side_of(one, column) for one in group] for group in groups]
+    scale = rollouts.scale_of(side for group in sides for side in group)
+    legend = _legend(f"{view.title}: {view.note}" if view.note else view.title, scale, coloured, view.title, "below 0")
+    if any(side.clipped is not None for group in sides for side in group):
+        legend.append("\nstruck: the ratio was clipped" if coloured else "\n~word~: the ratio was clipped", "dim")
+    console.print(legend)
+    for group, drawn in zip(groups, sides, strict=True):
+        first = group[0]
+        row = "" if first.row is None else f", row {first.row}"
+        texts = [heat(side, scale, coloured) for side in drawn]
+        heading = f"step {first.step}, rollout {first.rollout}{row}"
+        _print_row(console, heading, first.prompt, list(zip(map(_rewards, group), texts, strict=True)))
+    console.print()
+    samples = [CreditSample(g[0].prompt, column, tuple(s), g[0].row) for g, s in zip(groups, sides, strict=True)]
+    console.print(_summary(samples, view.title))
+    marks = [m for group in sides for side in group for m in side.clipped or ()]
+    if marks:
+        console.print(Text(f"clipped: {sum(m != 0 for m in marks)} of {len(marks)} tokens", "dim"))
+    console.print()
+
+
+def _rewards(one: rollouts.Recorded) -> Text:
+    """A completion's title: its number, its reward, where there are several each of them, and whether it was cut."""
+    from rich.text import Text
+
+    out = Text.assemble((f"completion {one.completion}", "bold"), f"\nreward {number(one.reward)}")
+    if len(one.rewards) > 1:
+        out.append("".join(f"\n  {name} {number(value)}" for name, value in one.rewards.items()), "dim")
+    return out.append("\ntruncated", "dim") if one.truncated else out
 
 
 def _print_spans(console: Console, samples: Sequence[CreditSample]) -> None:
@@ -114,18 +190,24 @@ def marked(side: Side) -> Text:
 
 
 def heat(side: Side, scale: float, coloured: bool) -> Text:
-    """A completion as text: tokens coloured by credit, or followed by numbers where there is no colour."""
+    """A completion as text: tokens coloured by credit, or followed by numbers where there is no colour.
+
+    Tokens that were clipped are struck, or between two ~.
+    """
     from rich.text import Text
 
     out = Text()
-    for token, value in zip(side.tokens, side.credit, strict=True):
+    marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
+    for token, value, mark in zip(side.tokens, side.credit, marks, strict=True):
         word = token.lstrip(" ")
         out.append(" " * (len(token) - len(word)))
         shown = word.replace("\n", "↵\n")
+        if mark and not coloured:
+            shown = f"~{shown}~"
         if value is None:
             out.append(shown, "dim")
         elif coloured:
-            out.append(shown, style_of(value / scale))
+            out.append(shown, style_of(value / scale) + (" strike" if mark else ""))
         else:
             out.append(f"{shown}[{signed(value)}]")
     return out
@@ -139,18 +221,18 @@ def style_of(strength: float) -> str:
     return (_BLUE if strength > 0 else _ORANGE)[step]
 
 
-def _legend(name: str, scale: float, coloured: bool) -> Text:
+def _legend(name: str, scale: float, coloured: bool, what: str = "credit", orange: str = "lowers") -> Text:
     from rich.text import Text
 
     out = Text.assemble((name, "bold"), "\n")
     if not coloured:
-        return out.append("the number behind a token is its credit")
+        return out.append(f"the number behind a token is its {what}")
     for strength in (-1, -0.6, -0.4, -0.1, 0, 0.1, 0.4, 0.6, 1):
         out.append(signed(strength * scale), style_of(strength)).append(" ")
-    return out.append(" orange, underlined: lowers", "dim")
+    return out.append(f" orange, underlined: {orange}", "dim")
 
 
-def _summary(samples: Sequence[CreditSample]) -> Text:
+def _summary(samples: Sequence[CreditSample], what: str = "credit") -> Text:
     """Numbers over the rows shown: share above 0, mean size, tokens with most and least credit."""
     from rich.text import Text
 
@@ -169,9 +251,10 @@ def _summary(samples: Sequence[CreditSample]) -> Text:
     positive = sum(v > 0 for v in values) / len(values)
     size = sum(map(abs, values)) / len(values)
     rows = f"{len(samples)} row{'s' * (len(samples) != 1)}"
+    most, least = ("most", "least") if what.endswith("credit") else ("highest", "lowest")
     lines = [
         f"{len(values)} tokens in {rows}: {positive:.0%} above 0, mean size {number(size)}",
-        f"most credit:  {highest or 'none above 0'}",
-        f"least credit: {lowest or 'none below 0'}",
+        f"{most} {what}:  {highest or 'none above 0'}",
+        f"{least} {what}: {lowest or 'none below 0'}",
     ]
     return Text("\n".join(lines), "dim")

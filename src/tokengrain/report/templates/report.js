@@ -4,7 +4,9 @@
   const describe = (el) => {
     if (el.dataset.tip) return el.dataset.tip;
     const exact = el.dataset.e === undefined ? "" : "\nexact advantage " + el.dataset.e;
-    return "“" + el.textContent.trim() + "”  " + el.closest(".map").dataset.name + " " + el.dataset.v + exact;
+    const text = el.textContent.trim(), words = text.length > 80 ? text.slice(0, 79) + "…" : text;
+    const clipped = el.matches(".high") ? "\nclipped above" : el.matches(".low") ? "\nclipped below" : "";
+    return "“" + words + "”  " + el.closest(".map").dataset.name + " " + el.dataset.v + exact + clipped;
   };
   const show = (event) => {
     const el = event.target.closest("[data-tip], [data-v]");
@@ -20,9 +22,12 @@
   document.addEventListener("pointerover", show);
   document.addEventListener("pointerdown", show);
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true, capture: true });
-  const numbers = document.getElementById("numbers");
-  if (numbers) {
-    numbers.addEventListener("change", () => document.body.classList.toggle("numbers", numbers.checked));
+  const numbers = document.querySelectorAll("[data-numbers]");
+  for (const box of numbers) {
+    box.addEventListener("change", () => {
+      document.body.classList.toggle("numbers", box.checked);
+      for (const other of numbers) other.checked = box.checked;
+    });
   }
   for (const box of document.querySelectorAll("[data-source]")) {
     box.addEventListener("change", () => {
