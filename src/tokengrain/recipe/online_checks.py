@@ -48,7 +48,7 @@ def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterat
     from tokengrain.rewards import check_reward
 
     if not own.rewards and not any(_makes_rewards(step) for step in own.credit):
-        yield f"{where}.rewards: missing; expected for example [{{name: math}}], or a credit step token_rewards"
+        yield f"{where}.rewards: missing; expected for example [{{name: math}}], or a step such as token_rewards"
     for index, reward in enumerate(own.rewards):
         settings = {k: v for k, v in reward.items() if k != "name"}
         name = reward.get("name")
@@ -65,11 +65,11 @@ def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterat
 
 
 def _makes_rewards(step: dict[str, Any]) -> bool:
-    """Whether a credit step brings rewards of its own: token_rewards, r3."""
+    """Whether a credit step may bring rewards of its own, as token_rewards and r3 do; the trainer asks the same."""
     from tokengrain.training.online.registry import step_class
 
     try:
-        return "rewards" in getattr(step_class(str(step.get("name"))), "provides", ())
+        return getattr(step_class(str(step.get("name"))), "phase", None) == "rewards"
     except RecipeError:
         return False  # said elsewhere
 

@@ -93,6 +93,10 @@ class DataSpec(Strict):
     limit: int | None = Field(
         default=None, gt=0, description="use only this many rows, the first ones (before holding out)"
     )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="{prompt: question, completion: '{answer}'}: columns made from the rows' own, by name or template",
+    )
     streaming: bool = Field(default=False, description="read the rows while training: for sets larger than memory")
     swap_pairs: bool = Field(default=False, description="exchange chosen and rejected: for a reverse DPO model")
     completions: Literal["chosen", "both"] = Field(

@@ -198,9 +198,10 @@ def _counts(function: Any) -> Mapping[str, float]:
 def _from_rollouts(rollouts: Rollouts) -> _Completions:
     prompts = [rollouts.prompts[g] for g in rollouts.group]
     ids = [c.ids for c in rollouts.completions]
+    contexts = [c.context for c in rollouts.completions]
     return _Completions(
         ids=ids,
-        counted=[list(range(len(i))) for i in ids],
+        counted=[list(range(start, len(i))) for start, i in zip(contexts, ids, strict=True)],
         rows=[p.row for p in prompts],
         raws=rollouts.rows,
         prompts=[p.ids for p in prompts],

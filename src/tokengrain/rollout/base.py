@@ -127,12 +127,15 @@ class SampledCompletion:
         raw_logps: log-probability under the model's own distribution (temperature 1, all tokens), which is
             what a trainer computes. None: the sampler does not know it.
         finish_reason: "stop" (a stop token or string) or "length" (truncated).
+        context: how many tokens at its start were drawn for another completion that it branches off from; they are
+            in `ids` and do not count.
     """
 
     ids: list[int]
     sampling_logps: list[float] | None
     raw_logps: list[float] | None
     finish_reason: FinishReason
+    context: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -184,7 +187,8 @@ class Rollouts:
     def to_batch(self) -> TokenBatch:
         """One prompt per group, with columns over all completion tokens `[N]`.
 
-        Columns: `sampling_logps` and `raw_logps` where every completion has them (see `SampledCompletion`), and
+        Tokens that a completion shares with the one it branches off from are context. Columns over the others:
+        `sampling_logps` and `raw_logps` where every completion has them (see `SampledCompletion`), and
         `truncated` (1 on every token of a truncated completion), so that the mark survives `select` and `split`.
         """
         names = [
@@ -197,7 +201,9 @@ class Rollouts:
             completions = [
                 Completion(
                     c.ids,
-                    columns={n: getattr(c, n) for n in names} | {"truncated": [float(c.truncated)] * len(c.ids)},
+                    [False] * c.context + [True] * (len(c.ids) - c.context) if c.context else None,
+                    columns={n: getattr(c, n)[c.context :] for n in names}
+                    | {"truncated": [float(c.truncated)] * (len(c.ids) - c.context)},
                 )
                 for c in group
             ]
@@ -207,13 +213,14 @@ class Rollouts:
     def metrics(self) -> dict[str, float]:
         """Lengths in tokens, the share that was truncated, tokens per second."""
         lengths = [len(c.ids) for c in self.completions]
+        drawn = sum(lengths) - sum(c.context for c in self.completions)
         return {
             "rollout/completions": float(len(lengths)),
-            "rollout/tokens": float(sum(lengths)),
+            "rollout/tokens": float(drawn),
             "rollout/length": sum(lengths) / len(lengths),
             "rollout/length_max": float(max(lengths)),
             "rollout/truncated": float(self.truncated.float().mean()),
-            "rollout/tokens_per_second": sum(lengths) / self.seconds if self.seconds else 0.0,
+            "rollout/tokens_per_second": drawn / self.seconds if self.seconds else 0.0,
         }
 
     def __iter__(self) -> Iterator[tuple[PromptItem, tuple[SampledCompletion, ...]]]:

@@ -172,7 +172,7 @@ def decoder_of(lm: nn.Module) -> nn.Module:
 
 
 def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
-    """Last hidden states `[N, H]` at the positions that predict the counted tokens (for token scores: that are them)."""
+    """Last hidden states `[N, H]` at the positions that predict the counted tokens (token scores: that are them)."""
     decoder = decoder_of(lm)
     parts, targets = [], []
     for rows in rows_of(lm, request):

@@ -43,7 +43,7 @@ class Scores:
             without gradient, like `teacher_reward`. The three come with `teacher_kl`.
         teacher_reward: `[N]` log target - log contrast of the token, nats.
         token_scores: `[N]` score of the token by a token-classification model that has read it.
-        values: `[N]` score by such a model of the state before the token, read where the token is predicted: a critic's.
+        values: `[N]` a critic's: score by such a model of the state before the token, read where it is predicted.
     """
 
     logps: Tensor | None = None

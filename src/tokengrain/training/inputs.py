@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokengrain.data import PairDataset, Rows, TokenizeConfig, load_rows, prepare_pairs, prepare_sft, split_rows
+from tokengrain.data.columns import with_columns
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.files import fingerprint
 from tokengrain.objectives import make_objective
@@ -47,7 +48,8 @@ def _source(source: str, split: str | None, data: DataSpec, part: str, prompts: 
         if not hasattr(world, "prompts"):
             raise RecipeError(f"world {world.name} has no prompts with checkable answers; use world://arithmetic")
         return load_rows(world.prompts(part))
-    return load_rows(source, split=split, streaming=data.streaming)
+    rows = load_rows(source, split=split, streaming=data.streaming)
+    return with_columns(rows, data.columns) if data.columns else rows
 
 
 def _first(rows: Any, limit: int) -> Rows:

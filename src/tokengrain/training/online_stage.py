@@ -85,8 +85,6 @@ def build_steps(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> list[An
         for key in CREDIT_MODELS:
             if given.get(key) is not None:
                 arguments[key] = shop.frozen(ModelSpec.model_validate(given[key]))
-            elif key == "reference" and key in takes:
-                arguments[key] = shop.frozen(stage.model)
         if "tokenizer" in takes:
             arguments["tokenizer"] = tokenizer
         source = given.get("source")

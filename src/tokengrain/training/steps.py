@@ -25,6 +25,7 @@ class MicroRecord:
         output: the objective's output.
         share: what the micro-batch adds to the loss of the step.
         entropy: nats per counted token `[N]`, or None.
+        real: False: it stands in on a rank that has nothing in this step; only the names of its metrics count.
     """
 
     rows: tuple[int | str, ...]
@@ -33,16 +34,22 @@ class MicroRecord:
     output: LossOutput
     share: Tensor
     entropy: Tensor | None
+    real: bool = True
 
     @classmethod
-    def of(cls, batch: TokenBatch, judged: Judged, share: Tensor) -> MicroRecord:
+    def of(cls, batch: TokenBatch, judged: Judged, share: Tensor, real: bool = True) -> MicroRecord:
         out = judged.output
         tokens = out.token_losses.detach() if out.token_losses is not None else None
         output = replace(out, losses=out.losses.detach(), token_losses=tokens)
-        return cls(batch.rows, batch.group, batch.segments, output, share.detach(), judged.entropy)
+        return cls(batch.rows, batch.group, batch.segments, output, share.detach(), judged.entropy, real)
 
     def add_to(self, means: WeightedMeans) -> None:
         """Add the metrics, and the lengths, to a logging window."""
+        if not self.real:
+            own = WeightedMeans()
+            replace(self, real=True).add_to(own)
+            means.merge(own.scaled(0.0))
+            return
         add_metrics(means, self.output.metrics, self.output.losses.numel())
         add_lengths(means, self.segments, self.output.unit == "pairs")
         if self.entropy is not None:
@@ -77,6 +84,7 @@ def add_lengths(means: WeightedMeans, segments: Segments, pairs: bool) -> None:
 
 def totals(records: list[MicroRecord]) -> Tensor:
     """Float64 `[2]` on the host: the records' loss, and how many of their terms are not finite."""
+    records = [r for r in records if r.real]
     if not records:
         return torch.zeros(2, dtype=torch.float64)
     share = torch.stack([wide(r.share) for r in records]).sum()
@@ -94,6 +102,7 @@ def report(records: list[MicroRecord], rank: int) -> list[dict[str, Any]]:
             "losses": [{"row": row, "loss": _json_number(loss)} for row, loss in record.row_losses()],
         }
         for record in records
+        if record.real
     ]
 
 

@@ -221,6 +221,8 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
                 if real:
                     self._records.append(MicroRecord.of(part, judged, loss))
                     total += loss.detach()
+                elif not inputs.real:
+                    self._records.append(MicroRecord.of(part, judged, loss, real=False))
                 self._backward(loss if real else loss * 0.0)
         return total * self.accelerator.num_processes
 

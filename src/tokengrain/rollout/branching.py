@@ -1,0 +1,178 @@
+"""`Branching`: further completions that leave others where the model was uncertain for a while.
+
+The paper of ARES (arXiv 2510.08457) describes it and its released code leaves it out: when the entropy of a window of
+tokens is high, another completion is sampled from the tokens before it, each window once and not too many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import TokenBatch
+from tokengrain.credit.entropy_window import Mode, batch_threshold, branch_positions, high_entropy, measured
+from tokengrain.errors import RecipeError
+from tokengrain.rollout.base import PromptItem, Rollouts, SampledCompletion, Sampler, SamplingConfig
+from tokengrain.scoring import causal_lm, score
+from tokengrain.scoring.forward import evaluating
+
+PROMPTS_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Where a completion is left: after `length` tokens of completion `parent` of prompt `prompt`."""
+
+    prompt: int
+    parent: int
+    length: int
+
+
+class Branching:
+    """Samples `n` completions of each prompt with another sampler, and branches off some of them.
+
+    A branch begins with the tokens of its parent up to where it leaves; they are its context and do not count, so
+    that no token is trained on twice. Groups get up to `per_prompt` completions more, of lengths that count from the
+    branch on.
+
+    Args:
+        sampler: draws completions and continuations.
+        model: gives the entropies: nats of its own distribution (temperature 1, all tokens).
+        window, quantile, mode: which windows are high, see `tokengrain.credit.entropy_window`; the threshold is that
+            of the completions at hand, of this process alone.
+        triggers: bool `[V]`, tokens that may start a branch; None: every token.
+        per_completion, per_prompt: most branches; of a prompt those of the highest entropy.
+
+    Raises:
+        RecipeError: a number below 1.
+    """
+
+    name = "branching"
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        model: nn.Module,
+        *,
+        window: int = 4,
+        quantile: float = 0.95,
+        mode: Mode = "paper",
+        triggers: Tensor | None = None,
+        per_completion: int = 1,
+        per_prompt: int = 4,
+    ) -> None:
+        for name, number in (("window", window), ("per_completion", per_completion), ("per_prompt", per_prompt)):
+            if number < 1:
+                raise RecipeError(f"branching: {name} is {number}; expected at least 1")
+        self.sampler, self.model = sampler, model
+        self.window, self.quantile, self.mode, self.triggers = window, quantile, mode, triggers
+        self.per_completion, self.per_prompt = per_completion, per_prompt
+
+    def refresh(self, model_or_path: Any) -> None:
+        """Sample from these weights from now on; entropies are those of a model in this process."""
+        self.sampler.refresh(model_or_path)
+        if isinstance(model_or_path, nn.Module):
+            self.model = model_or_path
+
+    def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
+        """`n` completions of each prompt and their branches. Raises `RolloutError`."""
+        started = time.perf_counter()
+        found = self.sampler.sample(prompts, n=n, sampling=sampling)
+        branches = self._branches(found)
+        groups = [list(group) for group in found.groups]
+        for branch, continuation in zip(branches, self._continued(found, branches, sampling), strict=True):
+            groups[branch.prompt].append(_joined(found.groups[branch.prompt][branch.parent], branch, continuation))
+        return replace(found, groups=tuple(map(tuple, groups)), seconds=time.perf_counter() - started)
+
+    def _branches(self, found: Rollouts) -> list[_Branch]:
+        batch = found.to_batch()
+        entropy, segments = self._entropies(batch), batch.segments
+        values = measured(entropy, segments, mode=self.mode, window=self.window)
+        tau = batch_threshold(entropy, segments, mode=self.mode, window=self.window, quantile=self.quantile)
+        triggers = None if self.triggers is None else self.triggers.to(batch.device)[batch.labels]
+        high = high_entropy(values, segments, threshold=tau, triggers=triggers)
+        # The first token has nothing before it to share.
+        flags = high.mask & (segments.positions > 0)
+        fires = branch_positions(flags, segments, window=self.window, limit=self.per_completion)
+        first = segments.offsets[:-1].tolist()
+        firsts = [found.group.index(g) for g in range(len(found.prompts))]
+        taken: list[_Branch] = []
+        places = sorted(fires.nonzero()[:, 0].tolist(), key=lambda t: -float(values[t]))
+        for place in places:
+            completion = int(segments.ids[place])
+            prompt = found.group[completion]
+            if sum(b.prompt == prompt for b in taken) < self.per_prompt:
+                taken.append(_Branch(prompt, completion - firsts[prompt], place - first[completion]))
+        return sorted(taken, key=lambda b: (b.prompt, b.parent, b.length))
+
+    def _entropies(self, batch: TokenBatch) -> Tensor:
+        """Entropy of every token `[N]`, nats."""
+        parts = []
+        with evaluating(self.model):
+            for start in range(0, batch.n_prompts, PROMPTS_AT_A_TIME):
+                part = batch.select(range(start, min(start + PROMPTS_AT_A_TIME, batch.n_prompts)))
+                entropy = score(self.model, part, ("entropy",)).entropy
+                assert entropy is not None  # it was asked for
+                parts.append(entropy.to(batch.device))
+        return torch.cat(parts)
+
+    def _continued(
+        self, found: Rollouts, branches: Sequence[_Branch], sampling: SamplingConfig
+    ) -> list[SampledCompletion]:
+        """A continuation of each branch, of at most as many tokens as its parent could have had there."""
+        items = []
+        for number, b in enumerate(branches):
+            prompt, parent = found.prompts[b.prompt], found.groups[b.prompt][b.parent]
+            # A row of its own, so that it draws other numbers than its parent.
+            row = f"{prompt.row}/branch {number} of {b.parent} at {b.length}"
+            items.append(PromptItem(prompt.ids + parent.ids[: b.length], row=row, raw=prompt.raw))
+        out: dict[int, SampledCompletion] = {}
+        for part in self._together(items, branches, sampling.max_new_tokens):
+            room = sampling.max_new_tokens - min(branches[i].length for i in part)
+            drawn = self.sampler.sample([items[i] for i in part], n=1, sampling=replace(sampling, max_new_tokens=room))
+            for i, completion in zip(part, drawn.completions, strict=True):
+                out[i] = _cut(completion, sampling.max_new_tokens - branches[i].length)
+        return [out[i] for i in range(len(items))]
+
+    def _together(self, items: Sequence[PromptItem], branches: Sequence[_Branch], longest: int) -> list[list[int]]:
+        """Which branches are sampled in one call: all with room for the longest, or else those of equal length."""
+        if not items:
+            return []
+        config: Any = causal_lm(self.model).config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        room = longest - min(b.length for b in branches)
+        if positions is None or max(len(item.ids) for item in items) + room <= positions:
+            return [list(range(len(items)))]
+        lengths = sorted({b.length for b in branches})
+        return [[i for i, b in enumerate(branches) if b.length == length] for length in lengths]
+
+
+def _cut(completion: SampledCompletion, length: int) -> SampledCompletion:
+    """Its first tokens, marked as truncated if it has more."""
+    if len(completion.ids) <= length:
+        return completion
+    return SampledCompletion(
+        completion.ids[:length],
+        None if completion.sampling_logps is None else completion.sampling_logps[:length],
+        None if completion.raw_logps is None else completion.raw_logps[:length],
+        "length",
+    )
+
+
+def _joined(parent: SampledCompletion, branch: _Branch, continuation: SampledCompletion) -> SampledCompletion:
+    def both(name: str) -> list[float] | None:
+        before, after = getattr(parent, name), getattr(continuation, name)
+        return None if before is None or after is None else before[: branch.length] + after
+
+    return SampledCompletion(
+        parent.ids[: branch.length] + continuation.ids,
+        both("sampling_logps"),
+        both("raw_logps"),
+        continuation.finish_reason,
+        context=branch.length,
+    )

@@ -1,0 +1,162 @@
+"""`RolloutBuffer`: one rank's share of a rollout, handed out in minibatches, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import TokenBatch
+from tokengrain.rollout.base import derived_seed
+from tokengrain.training.counting import HostBatch
+
+_TENSORS = ("prompt_ids", "prompt_offsets", "completion_ids", "completion_offsets", "counted", "group")
+
+
+def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """The prompts of several batches with the same columns, one after the other."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    groups = [sum(b.n_prompts for b in batches[:i]) for i in range(len(batches))]
+    return replace(
+        first,
+        prompt_ids=torch.cat([b.prompt_ids for b in batches]),
+        prompt_offsets=_joined([b.prompt_offsets for b in batches]),
+        completion_ids=torch.cat([b.completion_ids for b in batches]),
+        completion_offsets=_joined([b.completion_offsets for b in batches]),
+        counted=torch.cat([b.counted for b in batches]),
+        group=torch.cat([b.group + start for b, start in zip(batches, groups, strict=True)]),
+        columns={name: torch.cat([b.columns[name] for b in batches]) for name in first.columns},
+        rows=tuple(row for b in batches for row in b.rows),
+        raw=tuple(raw for b in batches for raw in b.raw),
+    )
+
+
+def _joined(offsets: Sequence[Tensor]) -> Tensor:
+    lengths = torch.cat([o.diff() for o in offsets])
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+class RolloutBuffer:
+    """Minibatches of whole groups.
+
+    The first epoch takes the prompts in the order in which they were drawn (which is random), later ones in
+    permutations of it. All ranks hand out equally many minibatches; a rank that has run out of prompts gives a
+    stand-in without weight.
+
+    Args:
+        batch: this rank's prompts with their completions and columns; None: it has none to learn from.
+        stand_in: any group of this rank, for ranks that have run out.
+        minibatches: per epoch, on all ranks.
+        epochs: passes over the rollout.
+        seed: of the permutations; the same on all ranks.
+    """
+
+    def __init__(
+        self, batch: TokenBatch | None, stand_in: TokenBatch, *, minibatches: int, epochs: int, seed: int
+    ) -> None:
+        self.batch = batch.to("cpu") if batch is not None else None
+        self.stand_in = stand_in.to("cpu")
+        self.minibatches, self.epochs, self.seed, self.position = minibatches, epochs, seed, 0
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of the rollout."""
+        return self.minibatches * self.epochs
+
+    @property
+    def done(self) -> bool:
+        return self.position >= self.total
+
+    def __next__(self) -> HostBatch:
+        if self.done:
+            raise StopIteration
+        epoch, part = divmod(self.position, self.minibatches)
+        self.position += 1
+        prompts = self.schedule(epoch)[part]
+        if self.batch is None or not prompts:
+            return HostBatch(self.stand_in, real=False)
+        return HostBatch(self.batch.select(prompts))
+
+    def schedule(self, epoch: int) -> list[list[int]]:
+        """The prompts of each minibatch of an epoch; sizes differ by one at most."""
+        count = self.batch.n_prompts if self.batch is not None else 0
+        order = list(range(count))
+        if epoch:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", epoch))
+            order = torch.randperm(count, generator=generator).tolist()
+        bounds = [count * i // self.minibatches for i in range(self.minibatches + 1)]
+        return [order[a:b] for a, b in pairwise(bounds)]
+
+    # ---- In checkpoints ----
+
+    def save(self, path: Path) -> None:
+        """Write to a file: tensors and rows. What the rows were made from is not in it."""
+        own = None if self.batch is None else _packed(self.batch)
+        settings = {"minibatches": self.minibatches, "epochs": self.epochs, "seed": self.seed}
+        torch.save({"batch": own, "stand_in": _packed(self.stand_in), "position": self.position, **settings}, path)
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], rank: int, world: int, raw: Mapping[int | str, Any]) -> RolloutBuffer:
+        """What `save` wrote.
+
+        Args:
+            paths: the files of the ranks that saved. If they are as many as there are now, each takes its own;
+                otherwise the prompts are shared out anew, and the order within later epochs is another one.
+            raw: by row, what the prompts were made from.
+        """
+        if len(paths) == world:
+            return cls._of([_read(paths[rank])], raw)
+        return cls._of([_read(p) for p in paths], raw, rank, world)
+
+    @classmethod
+    def _of(
+        cls, states: list[dict[str, Any]], raw: Mapping[int | str, Any], rank: int = 0, world: int = 1
+    ) -> RolloutBuffer:
+        parts = [_unpacked(s["batch"], raw) for s in states if s["batch"] is not None]
+        batch = concatenate(parts) if parts else None
+        if batch is not None and len(states) > 1:
+            # Rank r of w had prompts r, r + w, ... of the rollout.
+            places = [(slot, part) for part, b in enumerate(parts) for slot in range(b.n_prompts)]
+            order = sorted(range(len(places)), key=lambda i: places[i])
+            batch = batch.select(order)
+        if batch is not None and world > 1:
+            own = list(range(rank, batch.n_prompts, world))
+            batch = batch.select(own) if own else None
+        first = states[0]
+        buffer = cls(
+            batch,
+            _unpacked(first["stand_in"], raw),
+            minibatches=first["minibatches"],
+            epochs=first["epochs"],
+            seed=first["seed"],
+        )
+        buffer.position = first["position"]
+        return buffer
+
+
+def _packed(batch: TokenBatch) -> dict[str, Any]:
+    fields = {name: getattr(batch, name) for name in _TENSORS}
+    return {**fields, "columns": dict(batch.columns), "rows": list(batch.rows), "prompt_role": batch.prompt_role}
+
+
+def _unpacked(state: Mapping[str, Any], raw: Mapping[int | str, Any]) -> TokenBatch:
+    rows = tuple(state["rows"])
+    fields = {name: state[name] for name in _TENSORS}
+    return TokenBatch(
+        **fields,
+        columns=dict(state["columns"]),
+        rows=rows,
+        raw=tuple(raw.get(row, {}) for row in rows),
+        prompt_role=state["prompt_role"],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)

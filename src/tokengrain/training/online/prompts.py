@@ -1,0 +1,87 @@
+"""Prompts as training data: token ids with stable row ids, and the order in which they are drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.files import fingerprint
+from tokengrain.rollout.base import PromptItem, derived_seed
+from tokengrain.rollout.prompts import encode_prompts
+
+
+class PromptDataset(Sequence[PromptItem]):
+    """Prompts in memory.
+
+    Args:
+        items: the prompts; no two with the same `row`, which persistent state goes by.
+        name: in messages.
+
+    Raises:
+        DataError: no prompt, one without tokens, or two with the same row.
+    """
+
+    def __init__(self, items: Iterable[PromptItem], *, name: str = "train") -> None:
+        self.items, self.name = list(items), name
+        if not self.items:
+            raise DataError("there are no prompts", file=name, expected="at least one row")
+        for item in self.items:
+            if not item.ids:
+                raise DataError("the prompt has no tokens", file=name, row=item.row, expected="at least one (BOS, say)")
+        row, count = Counter(str(i.row) for i in self.items).most_common(1)[0]
+        if count > 1:
+            raise DataError("several prompts have the same id", file=name, row=row, field="id", expected="its own")
+        self.by_row = {item.row: item for item in self.items}
+        self.fingerprint = fingerprint([fingerprint([i.row, i.ids]) for i in self.items])
+
+    @classmethod
+    def of(
+        cls, data: Any, tokenizer: Any, *, name: str = "train", config: TokenizeConfig | None = None
+    ) -> PromptDataset:
+        """Prompts of a `PromptDataset`, of `PromptItem`s, or of rows (see `encode_prompts`).
+
+        Raises:
+            DataError: a row without a usable prompt; as the class.
+            RecipeError: rows without a tokenizer.
+        """
+        if isinstance(data, PromptDataset):
+            return data
+        name, rows = getattr(data, "name", name), list(data)
+        if rows and isinstance(rows[0], PromptItem):
+            return cls(rows, name=name)
+        if rows and tokenizer is None:
+            raise RecipeError("rows of text need a tokenizer (processing_class) to become prompts; or pass PromptItems")
+        return cls(encode_prompts(rows, tokenizer, config, file=name), name=name)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+
+class PromptOrder:
+    """An endless sequence of prompts: pass after pass over the data, each in an order of its own.
+
+    Args:
+        size: number of prompts.
+        seed: another seed gives other orders.
+        shuffle: False: the data's own order in every pass.
+    """
+
+    def __init__(self, size: int, seed: int, *, shuffle: bool = True) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self._pass, self._order = -1, list(range(size))
+
+    def __getitem__(self, position: int) -> int:
+        """Index of the prompt at `position`, counted from the start of training."""
+        number, place = divmod(position, self.size)
+        if self.shuffle and number != self._pass:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "prompts", number))
+            self._pass, self._order = number, torch.randperm(self.size, generator=generator).tolist()
+        return self._order[place]

@@ -1,0 +1,152 @@
+"""Online training with its other parts: a critic, a teacher without rewards, a server, branches, a text tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.training.online.tiny import make_online, make_prompts
+from tests.training.test_resume import KillAt, in_child
+from tests.training.tiny import tiny_llama, weights
+from tokengrain.objectives import make_objective
+from tokengrain.rollout import HFGenerate
+from tokengrain.rollout.branching import Branching
+from tokengrain.scoring import score
+from tokengrain.scoring.head import Distribution
+from tokengrain.scoring.score import head_of
+from tokengrain.scoring.teacher import Teacher
+from tokengrain.training import last_complete_checkpoint
+from tokengrain.training.online.critic import Critic
+
+
+def test_ppo_with_a_critic_resumes_exactly(tmp_path: Path) -> None:
+    def one(name: str, callbacks: Any = None) -> Any:
+        torch.manual_seed(0)
+        return make_online(
+            tmp_path / name,
+            objective="ppo",
+            normaliser="token_mean",
+            credit=[{"name": "gae", "lam": 0.9}],
+            critic=Critic(tiny_llama(seed=4), lr=1e-3),
+            minibatches=2,
+            rollout_epochs=2,
+            max_steps=7,
+            save_strategy="steps",
+            save_steps=3,
+            callbacks=callbacks,
+        )
+
+    whole = one("whole")
+    before = {n: p.detach().clone() for n, p in whole.critic.model.named_parameters()}
+    whole.train()
+    after = dict(whole.critic.model.named_parameters())
+    assert any(not torch.equal(p, before[n]) for n, p in after.items())
+    assert all("critic/loss" in e for e in whole.state.log_history if "loss" in e)
+    assert in_child(lambda: one("parts", [KillAt("before the optimiser", 5)]).train() and None) == -9
+    parts = one("parts")
+    parts.train(resume_from_checkpoint=True)
+    for ours, theirs in ((parts.model, whole.model), (parts.critic.model, whole.critic.model)):
+        for (name, value), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(value, other), name
+    last = last_complete_checkpoint(tmp_path / "parts")
+    assert last is not None
+    assert (last / "critic").is_dir()
+
+
+def test_a_teacher_and_no_rewards(tmp_path: Path) -> None:
+    """On-policy distillation: the divergence to the teacher falls on the policy's own samples."""
+    target = tiny_llama(seed=9).eval()
+
+    def teacher(batch: Any) -> Teacher:
+        hidden = score(target, batch, ("hidden",)).hidden
+        assert hidden is not None
+        return Teacher(Distribution(hidden, head_of(target).detach()), None, slope=0.0, offset=1.0)
+
+    trainer = make_online(
+        tmp_path,
+        rewards=None,
+        objective=make_objective("aligndistil", beta0=1.0),
+        teacher=teacher,
+        max_steps=25,
+        prompts_per_rollout=8,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert not any(name.startswith("reward") for e in trainer.state.log_history for name in e)
+    assert "eval_length" in trainer.evaluate(make_prompts(3))
+
+
+class Served:
+    """Stands for a server: knows only what was saved to disk for it."""
+
+    name, how = "served", "checkpoint"
+
+    def __init__(self) -> None:
+        self.version, self.adapter = 0, None
+        self.inner: Any = None
+
+    def refresh(self, path: Any) -> None:
+        self.inner = HFGenerate(AutoModelForCausalLM.from_pretrained(path))
+        self.version += 1
+
+    def sample(self, prompts: Any, **kwargs: Any) -> Any:
+        return self.inner.sample(prompts, **kwargs)
+
+
+def test_a_server_samples_from_the_present_weights(tmp_path: Path) -> None:
+    served = Served()
+    trainer = make_online(tmp_path / "served", sampler=served, minibatches=2, max_steps=6)
+    trainer.train()
+    assert served.version == 3  # one per rollout
+    assert not (tmp_path / "served" / ".sampler").exists()
+    direct = make_online(tmp_path / "direct", minibatches=2, max_steps=6)
+    direct.train()
+    for name, value in weights(direct.model).items():
+        torch.testing.assert_close(weights(trainer.model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_branches_join_the_group_and_are_recorded(tmp_path: Path) -> None:
+    model = tiny_llama()
+    sampler = Branching(HFGenerate(model), model, window=2, quantile=0.6, per_prompt=2)
+    trainer = make_online(
+        tmp_path, model=model, sampler=sampler, max_steps=2, rollout_samples=8, max_tokens_per_microbatch=40
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["rollout/completions"] > 12
+    assert log["rollout/tokens"] < log["rollout/completions"] * log["rollout/length"]
+    assert log["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+    entries = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert all(len(e["advantages"]) == len(e["ids"]) == len(e["ratio"]) for e in entries)
+    assert len({len(e["prompt_ids"]) for e in entries if e["rollout"] == 0}) > 1  # a branch's context comes before it
+    assert trainer.evaluate(make_prompts(4))["eval_length"] > 0
+
+
+def test_rows_of_text_and_rewards_by_name(tmp_path: Path) -> None:
+    from tokengrain.worlds import load_world
+
+    world: Any = load_world("world://stories")
+    tokenizer = world.tokenizer
+    rows = [{"prompt": tokenizer.decode([5 + i]), "id": i, "answer": "x"} for i in range(6)]
+    model = tiny_llama(vocab_size=len(tokenizer))
+    trainer = make_online(
+        tmp_path,
+        model=model,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        rewards=[{"name": "exact", "weight": 0.5}, lambda completions: [float(len(c)) for c in completions]],
+        max_steps=2,
+        stop_ids=None,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["reward/exact/mean"] == 0.0
+    first = json.loads((tmp_path / "rollouts.jsonl").read_text().splitlines()[0])
+    assert first["text"] == tokenizer.decode(first["ids"])
+    assert [len(first["tokens"]), first["rewards"]["<lambda>"] > 0] == [len(first["ids"]), True]

@@ -1,0 +1,115 @@
+"""Two processes (DDP, gloo) do what one does: same completions, same weights, same log, same filters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.online.tiny import make_online, make_prompts
+from tests.training.ranks import on_ranks
+from tests.training.tiny import tiny_llama
+from tokengrain.errors import RunError
+from tokengrain.objectives import make_objective
+from tokengrain.rewards import RewardError
+from tokengrain.training import read_log
+from tokengrain.training.online import make_step
+
+CASES: dict[str, dict[str, Any]] = {
+    "minibatches, batch scale": {
+        "minibatches": 2,
+        "credit": [{"name": "group", "scale": "batch"}],
+        "max_steps": 4,
+        "normaliser": "token_mean",
+    },
+    "filter that leaves ranks without prompts": {
+        "credit": [make_step("filter_groups", metric="share_of_token", refill=False, high=0.3), "group"],
+        "max_steps": 3,
+    },
+}
+
+
+def run(folder: Path, **settings: Any) -> Any:
+    trainer = make_online(
+        folder,
+        model=tiny_llama(dtype=torch.float64),
+        objective=make_objective("grpo", beta=0.1),
+        eval_dataset=make_prompts(5, seed=2),
+        **{"optim": "sgd", "learning_rate": 0.05, "max_tokens_per_microbatch": 40, **settings},
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    parts = {n: p.detach().numpy().copy() for n, p in trainer.model.named_parameters()}
+    return parts, metrics, trainer.loop.state_dict(), trainer.state.epoch
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(case: str, tmp_path: Path) -> None:
+    one = run(tmp_path / "one", **CASES[case])
+    two = on_ranks(2, lambda: run(tmp_path / "two", **CASES[case]))
+    for name, value in two[0][0].items():
+        assert (value == two[1][0][name]).all(), name  # both ranks, to the bit
+        torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(one[0][name]), rtol=1e-6, atol=1e-8)
+    assert two[0][2:] == two[1][2:] == one[2:]
+    for name, value in one[1].items():
+        if "runtime" not in name and "per_second" not in name:
+            assert two[0][1][name] == pytest.approx(value, rel=1e-6), name
+    logs = [[e for e in read_log(tmp_path / d / "log.jsonl") if "loss" in e] for d in ("one", "two")]
+    assert len(logs[0]) == CASES[case]["max_steps"]
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if not name.startswith(("seconds/", "mismatch/")) and "per_second" not in name:
+                assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def test_two_ranks_resume_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
+    settings = {
+        "minibatches": 2,
+        "rollout_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "optim": "adamw_torch",
+    }
+    settings["lr_scheduler_type"] = "constant"  # the others go by max_steps
+    whole = on_ranks(2, lambda: run(tmp_path / "whole", max_steps=6, **settings))
+    on_ranks(2, lambda: run(tmp_path / "parts", max_steps=3, **settings) and None)
+    parts = on_ranks(2, lambda: resumed(tmp_path / "parts", max_steps=6, **settings))
+    for name, value in whole[0][0].items():
+        assert (value == parts[0][0][name]).all(), name
+    assert whole[0][2:] == parts[0][2:]
+
+
+def resumed(folder: Path, **settings: Any) -> Any:
+    import tests.training.online.test_ranks as here
+
+    original = here.make_online
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        trainer = original(*args, **kwargs)
+        train = trainer.train
+        trainer.train = lambda: train(resume_from_checkpoint=True)
+        return trainer
+
+    here.make_online = made
+    return run(folder, **settings)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_both(tmp_path: Path) -> None:
+    def fails(completion_ids: list[list[int]], number: list[int]) -> list[float]:
+        if 4 in number:
+            raise ValueError("no such answer")
+        return [float(len(i)) for i in completion_ids]
+
+    def work() -> tuple[str, str]:
+        with pytest.raises((RewardError, RunError)) as caught:
+            make_online(tmp_path, rewards=fails, prompts_per_rollout=10, max_steps=1).train()
+        return type(caught.value).__name__, str(caught.value)
+
+    found = dict(on_ranks(2, work))
+    assert set(found) == {"RewardError", "RunError"}
+    assert "no such answer" in found["RewardError"]
+    assert "on another rank" in found["RunError"]
+    assert "no such answer" in found["RunError"]
