@@ -94,7 +94,7 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
     from tokengrain.worlds import load_world
     from tokengrain.worlds.threads import single_thread
 
-    world = load_world(WORLD)
+    world: Any = load_world(WORLD)
     world.base_model()
     with single_thread(), _progress(console) as progress:
         task = progress.add_task("base", total=len(METHODS) + 1)

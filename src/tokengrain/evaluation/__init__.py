@@ -1,4 +1,4 @@
-"""Evaluation: reward-KL frontiers, confidence intervals, win rates, credit recovery, best of n."""
+"""Evaluation: reward-KL frontiers, confidence intervals, win rates, credit recovery, best of n, pass@k."""
 
 from tokengrain.evaluation.best_of_n import LengthBucket, accuracy_by_length, best_of, score_completions
 from tokengrain.evaluation.credit import (
@@ -20,6 +20,15 @@ from tokengrain.evaluation.intervals import (
     paired_difference,
     wilson,
 )
+from tokengrain.evaluation.online import (
+    avg_at_k,
+    by_group,
+    maj_at_k,
+    mean_over_prompts,
+    pass_at_k,
+    sample_metrics,
+    utilised,
+)
 from tokengrain.evaluation.winrate import win_rate
 
 __all__ = [
@@ -30,17 +39,24 @@ __all__ = [
     "LengthBucket",
     "accuracy_by_length",
     "auc",
+    "avg_at_k",
     "best_of",
     "bootstrap",
+    "by_group",
     "calibration",
     "credit_scores",
     "lowest_hits",
+    "maj_at_k",
     "mean_interval",
     "mean_of_runs",
+    "mean_over_prompts",
     "paired_difference",
+    "pass_at_k",
     "recovery",
+    "sample_metrics",
     "score_completions",
     "spearman",
+    "utilised",
     "wilson",
     "win_rate",
 ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tokengrain.batch import TokenBatch
-    from tokengrain.evaluation import CreditTruth, Frontier
+    from tokengrain.evaluation import CreditTruth
 
 PREFIX = "world://"
 
@@ -40,11 +40,6 @@ class World(Protocol):
         """The base model, loaded and frozen."""
         ...
 
-    @property
-    def frontier(self) -> Frontier:
-        """The best mean reward at every mean KL."""
-        ...
-
     def base_model(self) -> Path:
         """Folder of the base model, which is trained on first use and cached."""
         ...
@@ -56,38 +51,60 @@ class World(Protocol):
         ...
 
     def advantages(self, batch: TokenBatch) -> Tensor:
-        """The exact advantage of every counted token, `[N]`."""
+        """The exact credit of every counted token, `[N]`."""
         ...
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
-        """Base samples with the exact advantage of every token: what `tokengrain bench credit` compares with."""
+        """Base samples with the exact credit of every token: what `tokengrain bench credit` compares with."""
         ...
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
-        """Agreement of a credit source with the exact advantages: `spearman`, `auc`, `tokens`."""
+        """Agreement of a credit source with the exact credit: `spearman`, `auc`, `tokens`."""
         ...
 
-    def evaluate(self, model: Any, n: int = 64, seed: int = 0) -> dict[str, float | None]:
-        """True reward, KL, frontier share, win rate and the rest of a policy, from its own samples."""
+    def evaluate(self, model: Any, n: Any = ..., seed: int = 0) -> dict[str, float | None]:
+        """What a policy is worth, from n of its own samples per prompt; each world has its measures."""
         ...
 
 
 def _stories(options: dict[str, Any]) -> World:
     from tokengrain.worlds.stories import StoriesOptions, StoriesWorld
 
-    types = {"pairs": int, "slope": float, "seed": int}
-    known = [f.name for f in fields(StoriesOptions)]
+    return StoriesWorld(_read("stories", StoriesOptions, options, {"pairs": int, "slope": float, "seed": int}))
+
+
+def _arithmetic(options: dict[str, Any]) -> World:
+    from tokengrain.worlds.arithmetic import ArithmeticOptions, ArithmeticWorld
+
+    return ArithmeticWorld(_read("arithmetic", ArithmeticOptions, options, {"prompts": int, "pairs": int, "seed": int}))
+
+
+def _revision(options: dict[str, Any]) -> World:
+    from tokengrain.worlds.revision import RevisionOptions, RevisionWorld
+
+    numbers = {"prompts": int, "pairs": int, "seed": int, "filler": int, "style": float}
+    return RevisionWorld(_read("revision", RevisionOptions, options, numbers))
+
+
+def _read(world: str, build: Callable[..., Any], options: dict[str, Any], types: dict[str, type]) -> Any:
+    """Options of an address as the world's dataclass; those not in `types` are text."""
+    known = [f.name for f in fields(build)]  # type: ignore[arg-type]
+    read: dict[str, Any] = {}
     for key, text in options.items():
         if key not in known:
-            raise RecipeError(f"world stories: unknown option {key!r}{_nearest(key, known)}")
+            raise RecipeError(f"world {world}: unknown option {key!r}{_nearest(key, known)}")
         try:
-            options[key] = types.get(key, str)(text)
+            read[key] = types.get(key, str)(text)
         except ValueError:
-            raise RecipeError(f"world stories: {key} is {text!r}; expected {types[key].__name__}") from None
-    return StoriesWorld(StoriesOptions(**options))
+            raise RecipeError(f"world {world}: {key} is {text!r}; expected {types[key].__name__}") from None
+    return build(**read)
 
 
-WORLDS: dict[str, Callable[[dict[str, Any]], World]] = {"stories": _stories}
+WORLDS: dict[str, Callable[[dict[str, Any]], World]] = {
+    "stories": _stories,
+    "arithmetic": _arithmetic,
+    "revision": _revision,
+}
 
 
 def _nearest(name: str, known: list[str]) -> str:

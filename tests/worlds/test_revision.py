@@ -1,0 +1,196 @@
+"""The world `revision`: references, which of their tokens depend on the reasoning, and DRO's batch."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.credit.r3 import r3_rewards, variability
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.evaluation import auc
+from tokengrain.rollout import HFGenerate, encode_prompts
+from tokengrain.scoring import score
+from tokengrain.worlds import load_world
+from tokengrain.worlds.arithmetic.problems import parse_prompt
+from tokengrain.worlds.revision import append_references, correct
+from tokengrain.worlds.revision.references import WORDS, write_reference
+
+PROBLEM = parse_prompt("47a+8b-3:")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world("world://revision?size=small&filler=3")
+
+
+@pytest.fixture(scope="module")
+def rollouts(world):
+    """Whole completions of the base model: chain, `>`, answer."""
+    items = encode_prompts(world.prompts("eval", 16), world.tokenizer)
+    return HFGenerate(world.reference).sample(items, n=8, sampling=world.sampling(0, whole=True))
+
+
+@pytest.fixture(scope="module")
+def scored(world, rollouts):
+    """The references behind the chains, their log-probabilities `[N]`, and which chains are right `[C]`."""
+    appended = world.with_references(rollouts.to_batch())
+    with torch.no_grad():
+        logps = score(world.reference, appended.batch).logps
+    prompts = [row["prompt"] for row in rollouts.rows]
+    good = world.reward(prompts, rollouts.texts(world.tokenizer), [c.ids for c in rollouts.completions])
+    return appended, logps, torch.tensor(good).bool()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("world://revision?filler=17", "filler is 17; expected 0 to 16"),
+        ("world://revision?style=0.5", "style is 0.5"),
+        ("world://revision?totals=some", "totals is 'some'; expected all or last"),
+        ("world://revision?levels=9", "world revision: levels"),
+        ("world://revision?fillers=2", "did you mean 'filler'"),
+    ],
+)
+def test_bad_addresses(uri, message):
+    with pytest.raises(RecipeError, match=message):
+        load_world(uri)
+
+
+def test_reference_restates_the_problem_among_filler():
+    found = write_reference(PROBLEM, PROBLEM.totals, 2, random.Random(0))
+    words = [[w for w in pair if w in found.text] for pair in WORDS[:2]]
+    assert all(words)
+    plain = found.text
+    for pair in WORDS:
+        for word in pair:
+            plain = plain.replace(word, "_")
+    assert plain == " start:47;__,a+8:55;__,b-3:52; end:52"
+    of_reasoning = [t for t, role in zip(found.tokens, found.roles) if role == "reasoning"]
+    assert of_reasoning == ["5", "5", "5", "2", "5", "2"]
+    assert sum(role == "style" for role in found.roles) == 4
+    assert len(found.roles) == len(found.tokens)
+    short = write_reference(PROBLEM, PROBLEM.totals, 0, random.Random(0), last_only=True)
+    assert short.text == " start:47;,a+8;,b-3; end:52"
+    assert short.roles.count("reasoning") == 2
+
+
+def test_words_lean_with_the_separators():
+    rng = random.Random(0)
+
+    def share(separators):
+        made = [write_reference(PROBLEM, PROBLEM.totals, 4, rng, separators, 0.3).tokens for _ in range(300)]
+        firsts = {pair[0] for pair in WORDS}
+        return sum(t in firsts for tokens in made for t in tokens) / (300 * 8)
+
+    assert share(";;") == pytest.approx(0.8, abs=0.04)
+    assert share(",,") == pytest.approx(0.2, abs=0.04)
+    assert share(";,") == pytest.approx(0.5, abs=0.04)
+    assert share(None) == pytest.approx(0.5, abs=0.04)
+
+
+def test_rows_have_one_reference_each_and_it_is_right(world):
+    rows = world.prompts("eval", 20)
+    assert rows == world.prompts("eval", 20)
+    for row in rows:
+        totals = [f"{t:02d}" for t in parse_prompt(row["prompt"]).totals]
+        ids, roles = world.reference_ids(row["reference"]), world.reference_roles(row["prompt"])
+        tokens = [world.vocabulary[i] for i in ids]
+        assert len(ids) == len(roles)
+        digits = "".join(t for t, role in zip(tokens, roles) if role == "reasoning")
+        assert digits == "".join([*totals, totals[-1]])
+        assert world.tokenizer(row["reference"], add_special_tokens=False)["input_ids"] == ids[:-1]
+        assert world.tokenizer.decode(ids, skip_special_tokens=True) == row["reference"]
+
+
+def test_true_reward_looks_at_the_chain_only(world):
+    texts = ["a+855;b-352,> start:47; end:99", "a+855;b-353,> end:52", "a+855;b-352,", "a+855;b-352>"]
+    assert correct([PROBLEM.text] * 4, texts) == world.reward([PROBLEM.text] * 4, texts) == [1, 0, 0, 0]
+    found = world.audit(PROBLEM.text, world.encode(texts[1]))
+    assert (found.index, found.kind) == (10, "sum")
+    assert world.audit(PROBLEM.text, world.encode(texts[3])).kind == "format"
+
+
+# -- appending ------------------------------------------------------------------------------------------
+
+
+def test_references_take_the_answers_place():
+    batch = TokenBatch.from_samples(
+        [
+            Sample([1], [Completion([5, 9, 6, 7]), Completion([5, 5])], row="p", raw={"x": 1}),
+            Sample([1, 1], [Completion([9]), Completion([4, 9, 9], [True, False, True])], row="q", raw={}),
+        ]
+    )
+    found = append_references(batch, [[20, 21, 2], [30, 2]], 9)
+    assert [found.batch.completion(c).tolist() for c in range(4)] == [
+        [5, 9, 20, 21, 2],
+        [5, 5, 20, 21, 2],
+        [9, 30, 2],
+        [4, 9, 30, 2],
+    ]
+    assert found.batch.labels.tolist() == [20, 21, 2, 20, 21, 2, 30, 2, 30, 2]
+    assert found.usable.tolist() == [True, False, True, True]
+    assert found.answer_lengths.tolist() == [2, 0, 0, 1]
+    assert (found.batch.rows, found.batch.raw[0]) == (("p", "q"), {"x": 1})
+    assert torch.equal(found.batch.prompt_ids, batch.prompt_ids)
+    long = append_references(batch, [[20], [30]], [9, 6])
+    assert long.usable.tolist() == [True, False, False, False]
+    for references, marker in (([[20]], 9), ([[20], []], 9), ([[20], [30]], [])):
+        with pytest.raises(ValueError, match="a reference that is not empty"):
+            append_references(batch, references, marker)
+
+
+def test_rows_without_references_are_an_error(world, rollouts):
+    batch = rollouts.to_batch()
+    with pytest.raises(DataError, match="no reference"):
+        world.with_references(replace(batch, raw=()))
+
+
+def test_only_references_count(world, rollouts, scored):
+    appended, logps, _ = scored
+    rows = {row["id"]: row for row in world.prompts("eval", 16)}
+    expected = [i for p, group in rollouts for _ in group for i in world.reference_ids(rows[p.row]["reference"])]
+    assert appended.batch.labels.tolist() == expected
+    assert len(logps) == len(expected)
+    assert appended.usable.float().mean() > 0.95
+    assert appended.answer_lengths[appended.usable].min() > 0
+
+
+# -- the base model -------------------------------------------------------------------------------------
+
+
+def test_reasoning_decides_how_likely_the_totals_are(world, scored):
+    appended, logps, good = scored
+    reasoning = world.reasoning_tokens(appended.batch)
+    of_good = appended.batch.segments.broadcast(good)
+    assert 0.1 < float(good.float().mean()) < 0.9
+    assert logps[reasoning & of_good].mean() > logps[reasoning & ~of_good].mean() + 1
+    assert abs(logps[~reasoning & of_good].mean() - logps[~reasoning & ~of_good].mean()) < 0.3
+
+
+def test_deviation_over_chains_finds_the_tokens_that_depend_on_them(world, scored):
+    appended, logps, good = scored
+    batch = appended.batch
+    reasoning = world.reasoning_tokens(batch)
+    sigma = variability(logps, batch.segments, batch.group, usable=appended.usable)
+    assert auc(sigma, reasoning) > 0.75
+    assert sigma[reasoning].mean() > 2 * sigma[~reasoning].mean()
+    rewards = r3_rewards(logps, batch.segments, batch.group, usable=appended.usable).rewards
+    ranked = [
+        auc(rewards[here], good[here])
+        for g in range(batch.n_prompts)
+        if 0 < int(good[here := batch.group == g].sum()) < int(here.sum())
+    ]
+    assert sum(ranked) / len(ranked) > 0.75
+
+
+def test_evaluation_and_pairs(world):
+    found = world.evaluate(world.reference, k=4, prompts=8)
+    assert 0.1 < found["accuracy"] < 0.9
+    assert found["length"] < 25  # samples end with `>`
+    row = world.pairs(n=1)[0]
+    assert world.reward([row["prompt"]] * 2, [row["chosen"], row["rejected"]]) == [1, 0]
+    assert " end:" in row["chosen"]
+    batch, truth, _ = world.credit_truth(4)
+    assert batch.segments.sum(truth).tolist() == [0, -1] * 4
