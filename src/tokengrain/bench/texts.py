@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 BASELINES = ("random", "surprise")
 OF_THE_START = ("surprise", "entropy", "contrastive")
 """Sources that ask the starting model, unless told otherwise."""
+FROM_ROWS = ("column", "spans")
+"""Sources that repeat what stands in the rows."""
 RESULT = "credit.json"
 SHOWN = 4
 
@@ -48,7 +51,8 @@ def bench_corruption(
             that need one (None: the model of the first run folder among the sources).
         data: rows with good answers (of pairs the chosen ones): file, hub name or world://.
         sources: each a name of a credit source, a recipe's `credit:` as YAML ("{name: guide, model: ...}"), or
-            a run folder, whose credit is taken (without one: the log-ratio of its model to its start).
+            a run folder, whose credit is taken (without one: its reward model's scores, or the log-ratio of its
+            policy to its start).
         credit: your own: functions `(batch) -> [N]`, or import strings of them.
         how, tokens, seed: see `corrupt`; one part of the result for each of `how`.
         rows: at most so many answers.
@@ -179,7 +183,11 @@ def _source(text: str, model: str, data: str) -> tuple[str, Callable[[TokenBatch
 
 
 def _of_run(path: Path) -> tuple[str, Callable[[TokenBatch], Tensor]]:
-    """The credit of a run's last stage that has one; else the log-ratio of its model to where it started."""
+    """The credit of a run's last stage that makes one; else the scores of its reward model, or the log-ratio of its
+    policy to where it started.
+
+    Credit that came with the run's own rows says nothing about others.
+    """
     from accelerate import PartialState
 
     from tokengrain.credit import GuideLogRatio
@@ -192,12 +200,18 @@ def _of_run(path: Path) -> tuple[str, Callable[[TokenBatch], Tensor]]:
     recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
     stages = resolve_stages(recipe)
     shop = Workshop(recipe, Console(quiet=True), PartialState())
-    with_credit = [stage for stage in stages if stage.credit is not None]
+    with_credit = [s for s in stages if s.credit is not None and credit_settings(s.credit)[0] not in FROM_ROWS]
     if with_credit:
         stage = with_credit[-1]
         name, _ = credit_settings(stage.credit or {})
         return f"{path.name}: {name}", build_credit(stage, shop.tokenizer(stage.model), shop)
     final = next(stage for stage in stages if stage.name == run.final_stage.name)
+    if final.kind == "reward":
+        last = (final.objective or {}).get("pooling") == "last"
+        credit = {"name": "reward_model", "model": str(run.model_path), "broadcast": "last" if last else None}
+        return f"{path.name}: reward_model", build_credit(
+            replace(final, credit=credit), shop.tokenizer(final.model), shop
+        )
     beta = (final.objective or {}).get("beta", 0.1)
     policy = shop.frozen(ModelSpec(path=str(run.model_path)))
     source = GuideLogRatio(model=policy, reference=shop.frozen(final.model), beta=beta)
