@@ -50,7 +50,8 @@ class PlainRollout:
     def __init__(self, setting: OnlineSetting) -> None:
         from transformers import GenerationConfig
 
-        self.model = build_model(setting.model).eval()
+        self.model: Any = build_model(setting.model).eval()
+        self.model.generation_config.eos_token_id = None  # completions of full length, as ours
         prompts = prompts_of(setting)
         width = max(len(p.ids) for p in prompts)
         ids = torch.tensor([[0] * (width - len(p.ids)) + p.ids for p in prompts], device=setting.model.device)
@@ -62,14 +63,13 @@ class PlainRollout:
             top_k=0,
             num_return_sequences=setting.generations,
             pad_token_id=0,
-            eos_token_id=-1,  # no token: completions of full length, as ours
         )
         self.inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
 
     def sample(self) -> int:
         """Completion tokens drawn."""
         with torch.no_grad():
-            found = self.model.generate(**self.inputs)  # type: ignore[operator]
+            found = self.model.generate(**self.inputs)
         return found[:, self.inputs["input_ids"].shape[1] :].numel()
 
 
@@ -150,7 +150,10 @@ def step_split(setting: OnlineSetting, rollouts: int, credit: tuple[str, ...] = 
         entries = [e for e in read_log(f"{folder}/log.jsonl") if "seconds/update" in e][1:]
     wall = [b - a for a, b in zip(ends[steps - 1 :: steps], ends[2 * steps - 1 :: steps], strict=False)]
     seconds = {name: statistics.median(e[f"seconds/{name}"] for e in entries) for name in PHASES}
-    return {"setting": setting.label(), "credit": list(credit), "wall_s": statistics.median(wall), "seconds": seconds}
+    result = {"setting": setting.label(), "credit": list(credit), "wall_s": statistics.median(wall), "seconds": seconds}
+    if "thr" in credit:
+        result["thr_mixed"] = statistics.mean(e["thr/mixed"] for e in entries)
+    return result
 
 
 def thr_share(setting: OnlineSetting, repeats: int, rollouts: int) -> dict[str, Any]:
@@ -158,19 +161,20 @@ def thr_share(setting: OnlineSetting, repeats: int, rollouts: int) -> dict[str, 
 
     Runs with and without it alternate; sampling, rewards and updates are the same work in both.
     """
-    runs: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    without, thr = [], []
     for _ in range(repeats):
-        runs["without"].append(step_split(setting, rollouts)["seconds"])
-        runs["with"].append(step_split(setting, rollouts, ("group", "thr"))["seconds"])
+        without.append(step_split(setting, rollouts))
+        thr.append(step_split(setting, rollouts, ("group", "thr")))
     shares = []
-    for plain, thr in zip(runs["without"], runs["with"], strict=True):
-        added = thr["credit"] - plain["credit"] + thr["scoring"] - plain["scoring"]
+    for plain, more in zip((r["seconds"] for r in without), (r["seconds"] for r in thr), strict=True):
+        added = more["credit"] - plain["credit"] + more["scoring"] - plain["scoring"]
         shares.append(added / (sum(plain.values()) + added))
     return {
         "setting": setting.label(),
         "share": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
-        "credit_s": statistics.median(s["credit"] for s in runs["with"]),
-        "scoring_with_s": statistics.median(s["scoring"] for s in runs["with"]),
-        "scoring_without_s": statistics.median(s["scoring"] for s in runs["without"]),
-        "step_without_s": statistics.median(sum(s.values()) for s in runs["without"]),
+        "mixed_groups": statistics.mean(r["thr_mixed"] for r in thr),
+        "credit_s": statistics.median(r["seconds"]["credit"] for r in thr),
+        "scoring_with_s": statistics.median(r["seconds"]["scoring"] for r in thr),
+        "scoring_without_s": statistics.median(r["seconds"]["scoring"] for r in without),
+        "step_without_s": statistics.median(sum(r["seconds"].values()) for r in without),
     }

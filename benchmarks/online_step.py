@@ -22,7 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.online_rollouts import PHASES, rollout_speed, step_split, thr_share
+from benchmarks.online_page import markdown, phase_rows, side_rows
+from benchmarks.online_rollouts import rollout_speed, step_split, thr_share
 from benchmarks.online_updates import OnlineSetting, OursUpdate, TrlUpdate, build_rollout, fastest_trl
 from benchmarks.preference_step import _bounds
 from benchmarks.timing import Timing, machine, ratio, synchronise
@@ -31,8 +32,6 @@ from tokengrain.files import write_json, write_text
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 console = Console()
 BASE = OnlineSetting()
-NOTHING_ELSE = 0.05
-"""Largest share of a step for anything but rollout, reward, scoring and update."""
 
 
 def time_updates(sides: list[Any], device: str, repeats: int) -> tuple[list[Timing], list[list[float]]]:
@@ -81,111 +80,18 @@ def show(result: dict[str, Any]) -> None:
     table = Table(title=result["setting"], title_justify="left")
     for column in ("", "median s", "min", "max", "completion tokens/s", "ours is × as fast (min–max)", "|loss − ours|"):
         table.add_column(column, justify="left" if not column else "right")
-    for cells in _rows(result):
+    for cells in side_rows(result):
         table.add_row(*cells)
     console.print(table)
-
-
-def _rows(result: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for side in result["sides"]:
-        faster = result["faster_than"].get(side["name"])
-        rows.append(
-            [
-                side["name"],
-                *(f"{side[key]:.3f}" for key in ("median_s", "min_s", "max_s")),
-                f"{side['tokens_per_s']:,.0f}",
-                _ratio(faster) if faster else "–",
-                f"{result['loss_difference'][side['name']]:.1e}" if faster else "–",
-            ]
-        )
-    return rows
-
-
-def _ratio(found: dict[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})"
 
 
 def show_split(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['setting']}; credit: {', '.join(result['credit'])}", title_justify="left")
     for column in ("phase", "s per rollout", "share"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for cells in _phases(result):
+    for cells in phase_rows(result):
         table.add_row(*cells)
     console.print(table)
-
-
-def _phases(result: dict[str, Any]) -> list[list[str]]:
-    """Phases, what is left, and the wall clock: name, seconds, share."""
-    wall = result["wall_s"]
-    seconds = {**result["seconds"], "everything else": wall - sum(result["seconds"].values()), "whole step": wall}
-    return [[name, f"{s:.3f}", f"{s / wall:.1%}"] for name, s in seconds.items()]
-
-
-def overhead(result: dict[str, Any]) -> float:
-    """Share of a step that is neither rollout, reward, scoring nor update."""
-    named = sum(result["seconds"][name] for name in PHASES if name != "credit")
-    return 1 - float(named) / float(result["wall_s"])
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The standard set as a page of the docs."""
-    m = report["machine"]
-    where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
-    head = "| setting | side | median s | min | max | completion tokens/s | ours is × as fast | largest loss difference |"
-    lines = [
-        "# Speed of one online step",
-        "",
-        f"`{m['command']}` on {m['date']}: {where}; torch {m['torch']}, transformers {m['transformers']}. "
-        "Sides alternate in one process; ratios are taken pair by pair (median, smallest–largest).",
-        "",
-        "## Update phase",
-        "",
-        "Log-probabilities of the rollout under the policy and under the reference, then the optimiser steps "
-        f"(GRPO with a k3 KL term), on the same rollout. Target: {report['targets']}",
-        "",
-        head,
-        "|" + "---|" * 8,
-    ]
-    for result in report["update"]:
-        lines += [f"| {result['setting']} | " + " | ".join(cells) + " |" for cells in _rows(result)]
-    lines += [
-        "",
-        "## Rollouts",
-        "",
-        "The same prompts and lengths; ours also gives the log-probability of every token.",
-        "",
-        "| setting | side | median s | tokens/s | ours is × as fast |",
-        "|---|---|---|---|---|",
-    ]
-    for result in report["rollout"]:
-        for index, side in enumerate(result["sides"]):
-            lines.append(
-                f"| {result['setting']} | {side['name']} | {side['median_s']:.3f} | {side['tokens_per_s']:,.0f} | "
-                + (_ratio(result["faster_than"]) if index else "–")
-                + " |"
-            )
-    lines += ["", "## A whole step", ""]
-    for result in report["split"]:
-        lines += [
-            f"{result['setting']}; credit: {', '.join(result['credit'])}. Neither rollout, reward, scoring nor "
-            f"update: {overhead(result):.1%} (target: at most {NOTHING_ELSE:.0%}).",
-            "",
-            "| phase | s per rollout | share |",
-            "|---|---|---|",
-            *("| " + " | ".join(cells) + " |" for cells in _phases(result)),
-            "",
-        ]
-    thr = report["thr"]
-    share = thr["share"]
-    lines += [
-        "## Cost of THR",
-        "",
-        f"{thr['setting']}: {share['median']:.1%} of the step ({share['min']:.1%}–{share['max']:.1%}; target: at most "
-        f"15 %): credit {thr['credit_s']:.3f} s, scoring {thr['scoring_with_s']:.3f} s instead of "
-        f"{thr['scoring_without_s']:.3f} s, beside a step of {thr['step_without_s']:.3f} s without it.",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 Lengths = Annotated[str, typer.Option(help="tokens, a number or a range such as 64-192")]
@@ -254,12 +160,6 @@ def split(
     show_split(step_split(setting, rollouts, tuple(credit)))
 
 
-TARGETS = (
-    "1.5 times as fast as our separate layout with prompts twice as long as completions, 2 times with prompts four "
-    "times as long, no slower with short ones; 3 times as fast as TRL."
-)
-
-
 @app.command()
 def standard(
     output: Annotated[Path, typer.Option(help="folder for online_step_<device>.{json,md}")] = Path("docs/results"),
@@ -279,7 +179,7 @@ def run_standard(base: OnlineSetting, output: Path, repeats: int, *, fixed: dict
         for prompt in ((192, 320), (448, 576), (16, 32))
     )
     peers = ["separate", *(["trl"] if find_spec("trl") else [])]
-    report: dict[str, Any] = {"machine": machine("benchmarks.online_step"), "targets": TARGETS, "update": []}
+    report: dict[str, Any] = {"machine": machine("benchmarks.online_step"), "update": []}
     target = output / f"online_step_{device}"
     for setting in (twice, four_times, short):
         report["update"].append(compare(setting, peers, repeats, tune=True))

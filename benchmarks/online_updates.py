@@ -19,10 +19,10 @@ from torch import Tensor
 from benchmarks.setting import Setting, build_model, word_tokenizer
 from benchmarks.steps import optimiser_of
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit.group import group_advantages
 
 BETA = 0.04
-TRL_EPS = 1e-4
+TWICE = Setting(prompt=(192, 320), completion=(64, 192))
+"""Prompts twice as long as completions."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OnlineSetting:
         minibatches: optimiser steps on a rollout, each on whole groups of equal number.
     """
 
-    model: Setting = Setting(prompt=(192, 320), completion=(64, 192))
+    model: Setting = TWICE
     prompts: int = 4
     generations: int = 8
     minibatches: int = 2
@@ -59,7 +59,10 @@ class OnlineSetting:
 
 
 def build_rollout(setting: OnlineSetting) -> tuple[TokenBatch, Tensor]:
-    """Random prompts and completions, the same for the same seed, and advantages `[C]` of random rewards."""
+    """Random prompts and completions, the same for the same seed, and random advantages `[C]` with mean 1/2.
+
+    Advantages that add up to 0 in every group would make the losses 0 whatever they are computed from.
+    """
     rng, model = random.Random(setting.model.seed), setting.model
 
     def tokens(bounds: tuple[int, int]) -> list[int]:
@@ -72,8 +75,8 @@ def build_rollout(setting: OnlineSetting) -> tuple[TokenBatch, Tensor]:
         for row in range(setting.prompts)
     ]
     batch = TokenBatch.from_samples(samples)
-    rewards = torch.tensor([rng.random() for _ in range(batch.n_completions)])
-    return batch.to(model.device), group_advantages(rewards, batch.group, eps=TRL_EPS).to(model.device)
+    advantages = torch.tensor([rng.gauss(0.5, 1.0) for _ in range(batch.n_completions)])
+    return batch.to(model.device), advantages.to(model.device)
 
 
 class OursUpdate:
@@ -177,6 +180,7 @@ class TrlUpdate:
         )
         self.policy = self.trainer.model.train()
         self.trainer.current_gradient_accumulation_steps = parts  # set by its training loop, which is not timed
+        self.trainer._prepare_inputs = lambda piece: piece  # the rollout is there: nothing to sample
         self.inputs = trl_inputs(*build_rollout(setting))
         self.optimiser = optimiser_of(self.policy)
 

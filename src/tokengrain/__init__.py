@@ -20,6 +20,10 @@ _HOME = {
     "read_run": "tokengrain.runs",
     "PreferenceTrainer": "tokengrain.training",
     "PreferenceConfig": "tokengrain.training",
+    "OnlineTrainer": "tokengrain.training.online",
+    "OnlineConfig": "tokengrain.training.online",
+    "RewardSuite": "tokengrain.rewards",
+    "make_reward": "tokengrain.rewards",
     "TokenizeConfig": "tokengrain.data",
     "load_rows": "tokengrain.data",
     "prepare_pairs": "tokengrain.data",
@@ -55,10 +59,14 @@ if TYPE_CHECKING:
     from tokengrain.objectives import make_objective as make_objective
     from tokengrain.recipe import load_recipe as load_recipe
     from tokengrain.report import write_report as write_report
+    from tokengrain.rewards import RewardSuite as RewardSuite
+    from tokengrain.rewards import make_reward as make_reward
     from tokengrain.runs import read_run as read_run
     from tokengrain.scoring import score as score
     from tokengrain.training import PreferenceConfig as PreferenceConfig
     from tokengrain.training import PreferenceTrainer as PreferenceTrainer
+    from tokengrain.training.online import OnlineConfig as OnlineConfig
+    from tokengrain.training.online import OnlineTrainer as OnlineTrainer
     from tokengrain.training.stages import run_recipe as run_recipe
     from tokengrain.worlds import load_world as load_world
 

@@ -166,7 +166,7 @@ def _sample(entry: Mapping[str, Any]) -> CreditSample:
 
 # --------------------------------------------------------------------------------------------------------- terminal
 
-WORLD_SHORT = ("spearman", "auc", "top1", "skill", "seconds", "passes")
+WORLD_SHORT = ("spearman", "auc", "auc_harm", "top1", "skill", "seconds", "passes")
 TEXT_SHORT = ("auc", "drop", "drop_neighbours", "top1")
 COSTS = ("seconds", "passes", "reads", "training_seconds")
 
