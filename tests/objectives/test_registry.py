@@ -39,7 +39,7 @@ def test_needs(name: str, hyper: dict[str, Any], needs: set[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "hyper", "message"),
     [
-        ("dppo", {}, "unknown objective 'dppo'; did you mean 'dpo'"),
+        ("ddpo", {}, "unknown objective 'ddpo'; did you mean 'dpo'"),
         ("dpo", {"betta": 0.1}, "unknown setting 'betta'; did you mean 'beta'"),
         ("dpo", {"beta": 0.0}, "beta = 0.0: .*greater than 0"),
         ("dpo", {"beta": -1}, "beta = -1: .*greater than 0"),
@@ -86,6 +86,8 @@ def test_bound_objectives_compute_and_check_their_quantities(name: str) -> None:
         "kl": x.kl,
         "spans": (x.token_rewards > 0).to(x.kl.dtype),
         "selected": (x.token_rewards > 0).to(x.kl.dtype),
+        "old_logps": x.ref_logps,
+        "advantages": x.token_rewards,
         "teacher_kl": x.kl,
         "teacher_alpha": x.kl.detach() + 0.1,
     }
@@ -143,3 +145,14 @@ def test_importing_objectives_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_online_objectives_know_what_a_rollout_may_bring() -> None:
+    assert {n for n, o in OBJECTIVES.items() if o.online} == {"grpo", "gspo", "dcpo", "ppo", "reinforce"}
+    plain, with_kl = make_objective("grpo"), make_objective("grpo", beta=0.1)
+    assert plain.needs == {"old_logps", "advantages"}
+    assert plain.optional >= {"ref_logps", "weights", "entropy"}
+    assert with_kl.needs == {"old_logps", "advantages", "ref_logps"}  # its KL term
+    assert with_kl.optional == plain.optional - {"ref_logps"}
+    assert make_objective("reinforce").needs == {"advantages"}
+    assert make_objective("dpo", reference_free=True).optional == frozenset()  # offline, stored columns are not read

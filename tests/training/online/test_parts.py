@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from tests.training.online.tiny import make_online, make_prompts
 from tests.training.test_resume import KillAt, in_child
 from tests.training.tiny import tiny_llama, weights
-from tokengrain.objectives import make_objective
+from tokengrain.errors import NonFiniteLossError
+from tokengrain.objectives import LossOutput, make_objective
 from tokengrain.rollout import HFGenerate
 from tokengrain.rollout.branching import Branching
 from tokengrain.scoring import score
@@ -150,3 +151,35 @@ def test_rows_of_text_and_rewards_by_name(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "rollouts.jsonl").read_text().splitlines()[0])
     assert first["text"] == tokenizer.decode(first["ids"])
     assert [len(first["tokens"]), first["rewards"]["<lambda>"] > 0] == [len(first["ids"]), True]
+
+
+def test_a_loss_that_is_not_finite_stops_and_comes_again(tmp_path: Path) -> None:
+    def one(bad: bool) -> Any:
+        def loss(logps: Any, segments: Any, *, advantages: torch.Tensor, old_logps: torch.Tensor) -> LossOutput:
+            losses = segments.mean(-advantages * torch.exp(logps - old_logps))
+            calls.append(1)
+            return LossOutput(losses / (0.0 if bad and len(calls) == 4 else 1.0), unit="completions")
+
+        calls: list[int] = []
+        return make_online(
+            tmp_path / str(bad),
+            objective=make_objective(loss, unit="completions"),
+            minibatches=2,
+            rollout_epochs=2,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=10,
+        )
+
+    with pytest.raises(NonFiniteLossError, match="optimiser step 4"):
+        one(True).train()
+    found = last_complete_checkpoint(tmp_path / "True")
+    assert found is not None
+    assert found.name == "checkpoint-3"
+    whole = one(False)
+    whole.train()
+    found.rename(tmp_path / "False" / "checkpoint-3")
+    again = one(False)
+    again.train(resume_from_checkpoint=str(tmp_path / "False" / "checkpoint-3"))
+    for name, value in weights(whole.model).items():
+        assert torch.equal(weights(again.model)[name], value), name

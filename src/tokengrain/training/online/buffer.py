@@ -84,6 +84,10 @@ class RolloutBuffer:
             return HostBatch(self.stand_in, real=False)
         return HostBatch(self.batch.select(prompts))
 
+    def put_back(self) -> None:
+        """The last minibatch was not used: it comes again."""
+        self.position -= 1
+
     def schedule(self, epoch: int) -> list[list[int]]:
         """The prompts of each minibatch of an epoch; sizes differ by one at most."""
         count = self.batch.n_prompts if self.batch is not None else 0

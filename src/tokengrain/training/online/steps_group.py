@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from tokengrain.callables import NonNegative, Positive
 from tokengrain.credit.group import Baseline, GroupStatistics, Scale, group_advantages
 from tokengrain.errors import RunError
 from tokengrain.rollout.mismatch import importance_weights
+from tokengrain.training.online.parts import scored
 from tokengrain.training.online.step import Phase, RolloutStep, Stateless
+
+
+def _counted(step: RolloutStep) -> Tensor:
+    """The sum of a completion's rewards `[C]`; NaN also for prompts that are not trained on."""
+    return torch.where(scored(step), step.total, torch.nan)
 
 
 class GroupAdvantages(Stateless):
@@ -40,11 +47,12 @@ class GroupAdvantages(Stateless):
 
     def __call__(self, step: RolloutStep) -> None:
         scale: Scale = "none" if self.scale == "batch" else self.scale
+        total = _counted(step)
         advantages = group_advantages(
-            step.total, step.group, scale=scale, baseline=self.baseline, eps=self.eps, ddof=self.ddof
+            total, step.group, scale=scale, baseline=self.baseline, eps=self.eps, ddof=self.ddof
         )
         if self.scale == "batch":
-            rewards = step.gather(step.total)
+            rewards = step.gather(total)
             one = torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
             advantages = advantages / (GroupStatistics(rewards, one, self.ddof).std + self.eps)
         step.advantages = step.broadcast(advantages)
@@ -64,7 +72,7 @@ class Broadcast(Stateless):
         self.baseline = baseline
 
     def __call__(self, step: RolloutStep) -> None:
-        rewards = step.total
+        rewards = _counted(step)
         if self.baseline == "batch":
             rewards = rewards - step.gather(rewards).nanmean()
         step.advantages = step.broadcast(torch.nan_to_num(rewards, nan=0.0))

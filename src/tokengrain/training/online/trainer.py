@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +14,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.errors import RunError
 from tokengrain.objectives import BoundObjective
 from tokengrain.rollout import HFGenerate, Sampler
 from tokengrain.scoring import head_of
@@ -35,15 +31,15 @@ from tokengrain.training.online.registry import make_step, resolve_steps
 from tokengrain.training.online.scoring import RolloutScorer
 from tokengrain.training.online.serving import SAMPLER_FOLDER, refresh_sampler
 from tokengrain.training.online.setting import LoopParts, Ranks
+from tokengrain.training.online.state import OnlineStateMixin, described
 from tokengrain.training.online.step import CriticLike, RolloutStep
 from tokengrain.training.reference import resolve_reference
 from tokengrain.training.trainer import PreferenceTrainer
 
-CRITIC, BUFFER = "critic", "rollout"
 _REFERENCE = frozenset({"ref_logps", "kl"})
 
 
-class OnlineTrainer(OnlineEvaluationMixin, PreferenceTrainer):
+class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
     """Trains a policy on its own completions: sample, reward, score, assign credit, update, again.
 
     One rollout is used for `minibatches * rollout_epochs` optimiser steps. All completions of a prompt stay on one
@@ -104,7 +100,7 @@ class OnlineTrainer(OnlineEvaluationMixin, PreferenceTrainer):
             self.steps = resolve_steps([*self.steps, make_step("group")])
         checks.check_steps(bound, self.steps, args, critic=critic)
         self._needs = checks.needed(bound, self.steps)
-        self._described_steps = [_settings(step) for step in self.steps]
+        self._described_steps = [described(step) for step in self.steps]
         self._tokenizer, self._tokenize, self.critic = processing_class, tokenize, critic
         self._max_new_tokens = args.max_new_tokens
         self.rewards = checks.resolve_rewards(rewards, processing_class, self.steps, bound)
@@ -142,6 +138,7 @@ class OnlineTrainer(OnlineEvaluationMixin, PreferenceTrainer):
         self.loop = RolloutLoop(self._loop_parts(prompts), self._measured, self._rolled_out)
         self.add_callback(_AfterStep(self))
         self._critic_ready = False
+        self._minibatch: HostBatch | None = None
         self._handed_out = 0.0
 
     def _loop_parts(self, prompts: PromptDataset) -> LoopParts:
@@ -231,6 +228,7 @@ class OnlineTrainer(OnlineEvaluationMixin, PreferenceTrainer):
 
     def after_step(self) -> None:
         """Called after the optimiser's step, before anything is logged or saved."""
+        self._minibatch = None
         self.state.epoch = self.loop.passes
         # Seconds per rollout: every step is a part of one.
         self._window.add("seconds/update", time.perf_counter() - self._handed_out, 1 / self.loop.steps_of_rollout)
@@ -270,51 +268,6 @@ class OnlineTrainer(OnlineEvaluationMixin, PreferenceTrainer):
                 autocast=self.accelerator.autocast,
             )
             self._critic_ready = True
-
-    def _start_clean(self) -> None:
-        if self.loop.index:
-            raise RunError("this trainer has trained already; make a new one, or resume from its checkpoint")
-        super()._start_clean()
-        if self.is_world_process_zero():
-            self.record.restart(0)
-
-    def run_identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be this run's."""
-        args = self.args
-        return {
-            **super().run_identity(),
-            "credit": self._described_steps,
-            "rewards": [[f.name, f.weight] for f in self.rewards.functions] if self.rewards is not None else None,
-            "sampling": json.loads(json.dumps(asdict(args.sampling()))),  # as a checkpoint has it
-            "num_generations": args.num_generations,
-            "prompts_per_rollout": args.prompts_per_rollout,
-            "rollout_epochs": args.rollout_epochs,
-            "critic": self.critic.describe() if self.critic is not None else None,
-        }
-
-    def save_extra(self, staged: Path) -> dict[str, Any]:
-        """The loop's state, this rank's part of the rollout under way, and the critic."""
-        self.loop.save_buffer(staged / BUFFER)
-        if self.critic is not None and self.args.should_save:
-            self.critic.save(staged / CRITIC)
-        return {"loop": self.loop.state_dict(), "record": self.record.pending}
-
-    def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
-        """Take up what `save_extra` left."""
-        self.loop.load_state_dict(extra["loop"])
-        self.loop.load_buffer(checkpoint / BUFFER)
-        if self.critic is not None:
-            self.critic.load(checkpoint / CRITIC)
-        if self.is_world_process_zero():
-            self.record.restart(extra["loop"]["index"], extra["record"])
-
-
-def _settings(step: Any) -> dict[str, Any]:
-    """A step's name and its plain settings, taken before it has a state."""
-    given = getattr(step, "given", None)
-    plain = {k: v for k, v in vars(step).items() if v is None or isinstance(v, (bool, int, float, str))}
-    # As it comes back from JSON, where tuples are lists.
-    return {"name": step.name, **json.loads(json.dumps(plain if given is None else given, default=str))}
 
 
 class _Minibatches:
