@@ -1,22 +1,40 @@
-"""The list of methods agrees with the objectives, the recipes and the documentation."""
+"""The list of methods agrees with the objectives, the credit steps, the recipes and the documentation."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from tokengrain.methods import METHODS
+from tokengrain.methods import METHODS, Method
 from tokengrain.objectives import OBJECTIVES
+from tokengrain.recipe import load_recipe, resolve_stages
+from tokengrain.training.online.registry import step_class
 
 ROOT = Path(__file__).parents[1]
+
+
+def papers(method: Method) -> str:
+    """What the code says about the papers behind a method: of its objective, and of the credit steps of its recipe."""
+    objective = OBJECTIVES[method.objective]
+    found = [objective.paper]
+    online = resolve_stages(load_recipe(ROOT / method.recipe))[-1].online
+    if online is not None:
+        classes = [step_class(step["name"]) for step in online.credit]
+        for thing in (objective.loss, *classes):
+            found += [str(thing.__doc__), str(sys.modules[thing.__module__].__doc__)]
+    return "\n".join(found)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_has_an_objective_a_recipe_and_a_page(name: str) -> None:
     method = METHODS[name]
     assert method.name == name
-    assert OBJECTIVES[method.objective].paper == method.arxiv
+    # What is new in an online method may be the credit; its objective then is another paper's.
+    if not OBJECTIVES[method.objective].online or method.objective == name:
+        assert OBJECTIVES[method.objective].paper == method.arxiv
+    assert method.arxiv in papers(method)
     assert (ROOT / method.recipe).is_file()
     page = (ROOT / method.page).read_text(encoding="utf-8")
     assert method.arxiv in page
@@ -33,6 +51,19 @@ def test_a_method_has_an_objective_a_recipe_and_a_page(name: str) -> None:
         assert f"## {heading}" in page, heading
 
 
-def test_every_preference_objective_belongs_to_a_method() -> None:
+def test_every_objective_belongs_to_a_method() -> None:
     used = {m.objective for m in METHODS.values()}
     assert set(OBJECTIVES) - used == {"sft", "tdpo"}
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if OBJECTIVES[m.objective].online))
+def test_limits_that_a_recipe_says_twice_agree(name: str) -> None:
+    """The divisor of Dr. GRPO's normaliser is the longest completion, on the world and on real models."""
+    path = ROOT / METHODS[name].recipe
+    for recipe in (load_recipe(path), load_recipe(path, model="some/model", data="rows.jsonl")):
+        stage = resolve_stages(recipe)[-1]
+        assert stage.objective is not None
+        if stage.objective.get("reduction") == "constant":
+            assert stage.objective["max_length"] == stage.training["max_new_tokens"]
+        pooled = stage.objective.get("reduction") == "sum"
+        assert (stage.training.get("normaliser") == "token_mean") is pooled

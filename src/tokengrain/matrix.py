@@ -39,8 +39,9 @@ def markdown() -> str:
         "",
         "<!-- Written by `tokengrain methods --matrix --markdown`; a test compares it with the code. -->",
         "",
-        "Rows are credit sources (`credit: {name: ...}`), columns are objectives, and a cell says how the credit can enter "
-        "(`as: ...`; where there is one way only it need not be said). `tokengrain methods --matrix` prints the same table.",
+        "Rows are credit sources (`credit: {name: ...}`), columns are objectives, and a cell says how the credit can "
+        "enter (`as: ...`; where there is one way only it need not be said). `tokengrain methods --matrix` prints the "
+        "same table.",
         "",
         "| credit | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),
@@ -50,8 +51,8 @@ def markdown() -> str:
     lines += [
         "",
         "- **reward**: the objective has a token reward in its formula.",
-        "- **weight**: each token's log-ratio is multiplied by 1 + αr (chosen) or 1 − αr (rejected). Settings: `alpha`, "
-        "`clamp_min`, `normalise`.",
+        "- **weight**: each token's log-ratio is multiplied by 1 + αr (chosen) or 1 − αr (rejected). Settings: "
+        "`alpha`, `clamp_min`, `normalise`.",
         "- **selection**: only the best tokens of chosen and the worst of rejected completions are scored and trained. "
         "Settings: `share` (or `chosen`, `rejected`), or `above` for a threshold.",
         "- **span**: the same tokens, as spans. Settings: those of selection.",

@@ -102,9 +102,8 @@ def rank(
     typer.echo(f"{found.output}: {found.rows} rows" + (f", {found.skipped} skipped" if found.skipped else ""))
     if found.accuracy is not None:
         share = found.accuracy
-        typer.echo(
-            f"chosen scores higher in {share.value:.3f} of {found.pairs} pairs (95 % CI {share.low:.3f} to {share.high:.3f})"
-        )
+        interval = f"95 % CI {share.low:.3f} to {share.high:.3f}"
+        typer.echo(f"chosen scores higher in {share.value:.3f} of {found.pairs} pairs ({interval})")
 
 
 def methods(
