@@ -164,6 +164,8 @@ def test_page_shows_every_source_beside_the_truth_and_loads_nothing(first: tuple
     assert result["samples"][0]["chosen"]["tokens"][0].strip() in page.text
     assert "top-1" in page.text
     assert read_json(folder / "credit.json")["samples"] == result["samples"]
+    tables = (folder / "credit.md").read_text()
+    assert all(f"| {entry['source']} | " in tables for entry in result["sources"])
     assert "NaN" not in (folder / "credit.json").read_text()
 
 

@@ -68,7 +68,7 @@ def credit(
     On your own text (--data): a few tokens of good answers are corrupted; does credit fall there? A source is a
     name, a recipe's credit as YAML, or a run folder.
 
-    Writes credit.json and credit.html.
+    Writes credit.json, credit.md and credit.html.
 
     Examples:
 

@@ -87,6 +87,7 @@ def bench_credit(
     Raises:
         RecipeError: unknown world, source or function; a function that other processes cannot load.
     """
+    from tokengrain.bench.markdown import write_markdown
     from tokengrain.bench.page import write_page
 
     output, console = Path(output), console or Console(stderr=True)
@@ -125,6 +126,7 @@ def bench_credit(
     }
     write_json(output / RESULT, result)
     write_page(result, output)
+    write_markdown(result, output)
     return result
 
 

@@ -70,9 +70,14 @@ def write_page(result: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+def page_values(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows: title, tables with their notes, charts and heat maps."""
+    return _world(result) if result["kind"] == "bench-credit" else _texts(result)
+
+
 def render_page(result: Mapping[str, Any]) -> str:
     """The page as text."""
-    values = _world(result) if result["kind"] == "bench-credit" else _texts(result)
+    values = page_values(result)
     facts = [(name, str(result[name])) for name in FACTS if result.get(name) is not None]
     return environment().get_template("bench.html.j2").render(facts=facts, **values)
 
@@ -166,7 +171,9 @@ def _sample(entry: Mapping[str, Any]) -> CreditSample:
 
 # --------------------------------------------------------------------------------------------------------- terminal
 
-WORLD_SHORT = ("spearman", "auc", "auc_harm", "top1", "skill", "seconds", "passes")
+WORLD_SHORT = ("spearman", "auc", "top1", "skill", "seconds", "passes")
+HARM_SHORT = ("spearman", "auc_harm", "top1", "skill", "seconds", "passes")
+"""Where no token raises the reward, as in `arithmetic`."""
 TEXT_SHORT = ("auc", "drop", "drop_neighbours", "top1")
 COSTS = ("seconds", "passes", "reads", "training_seconds")
 
@@ -176,7 +183,8 @@ def terminal_tables(result: Mapping[str, Any]) -> list[Table]:
     if result["kind"] == "bench-credit":
         regimes = dict.fromkeys(e["regime"] for e in result["sources"])
         parts = [(r, [e for e in result["sources"] if e["regime"] == r]) for r in regimes]
-        columns = [c for group in WORLD_GROUPS for c in group if c[1] in WORLD_SHORT]
+        both = any(entry["measures"]["auc"]["mean"] is not None for entry in result["sources"])
+        columns = [c for group in WORLD_GROUPS for c in group if c[1] in (WORLD_SHORT if both else HARM_SHORT)]
     else:
         parts = [(part["how"], part["sources"]) for part in result["corruptions"]]
         columns = [c for c in TEXT_COLUMNS if c[1] in TEXT_SHORT]

@@ -69,6 +69,7 @@ def bench_corruption(
     """
     from rich.progress import track
 
+    from tokengrain.bench.markdown import write_markdown
     from tokengrain.bench.page import write_page
 
     console = console or Console(stderr=True)
@@ -107,6 +108,7 @@ def bench_corruption(
     }
     write_json(Path(output) / RESULT, result)
     write_page(result, Path(output))
+    write_markdown(result, Path(output))
     return result
 
 
