@@ -63,7 +63,7 @@ def build_trainer(
         eval_data: held-out rows from another source.
     """
     from tokengrain.training import PreferenceConfig, PreferenceTrainer
-    from tokengrain.training.trainer import with_adapter
+    from tokengrain.training.adapters import with_adapter
 
     stage = plan.stage
     if stage.kind == "online":

@@ -26,8 +26,8 @@ def build_online_trainer(
         model, peft_config: the policy, and its new adapter if it gets one.
         datasets: training and held-out prompts.
     """
+    from tokengrain.training.adapters import with_adapter
     from tokengrain.training.online import OnlineConfig, OnlineTrainer
-    from tokengrain.training.trainer import with_adapter
 
     stage, (train, held_out) = plan.stage, datasets
     tokenizer = shop.tokenizer(stage.model)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from tokengrain.batch import Sample, TokenBatch
@@ -18,6 +17,7 @@ from tokengrain.errors import RecipeError
 from tokengrain.objectives import BoundObjective, make_normaliser
 from tokengrain.scoring import prepare
 from tokengrain.training import checks
+from tokengrain.training.adapters import prepared_policy, save_active_adapter_only
 from tokengrain.training.callbacks import LOG_FILE, JsonlLog, StepGuard
 from tokengrain.training.checkpointing import CheckpointMixin
 from tokengrain.training.config import PreferenceConfig
@@ -27,7 +27,7 @@ from tokengrain.training.evaluate import EvaluationMixin
 from tokengrain.training.losses import Judged, PreferenceLoss, resolve_objective
 from tokengrain.training.metrics import WeightedMeans
 from tokengrain.training.nonfinite import stop_nonfinite
-from tokengrain.training.reference import disable_dropout, is_peft, place_reference, resolve_reference
+from tokengrain.training.reference import is_peft, place_reference, resolve_reference
 from tokengrain.training.steps import MicroRecord, totals
 from tokengrain.training.streams import endless
 
@@ -88,7 +88,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         check_together(self.objective, use, teacher)
         self._check_data(model, use)
         checks.check_tokenizer(model, processing_class)
-        model = _policy(model, args, peft_config)
+        model = prepared_policy(model, args, peft_config)
         reference = self._resolve_reference(reference, model)
         for role, source in (("reference", reference), ("guide", use and use.source), ("teacher", teacher)):
             for other in checks.models_in(source):
@@ -308,32 +308,3 @@ def _norm(value: Any) -> Tensor:
 
 def _named(eval_dataset: Any) -> dict[str, Any]:
     return eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-
-
-def _policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
-    """`model` as it will be trained: with its new adapter, without dropout."""
-    if peft_config is not None:
-        model = with_adapter(model, args, peft_config)
-    if args.disable_dropout:
-        disable_dropout(model)
-    if is_peft(model) and _checkpoints_activations(args):
-        model.enable_input_require_grads()
-    return model
-
-
-def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
-    """`model` with a new adapter, whose random numbers come from `args.seed`."""
-    from peft import get_peft_model
-
-    set_seed(args.seed)
-    return get_peft_model(model, peft_config)
-
-
-def save_active_adapter_only(model: Any) -> None:
-    """Leave adapters that are only asked (a teacher's) out of what the model saves."""
-    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[model.active_adapter])
-
-
-def _checkpoints_activations(args: PreferenceConfig) -> bool:
-    # Newer versions of transformers renamed it.
-    return any(getattr(args, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))
