@@ -47,7 +47,7 @@ claims: setup  ## The papers' claims and the credit sources, over five seeds (ab
 	$(BIN)/tokengrain bench claims --jobs 2 --output runs/bench/claims
 	cp runs/bench/claims/claims.md runs/bench/claims/claims.json docs/results/
 	$(BIN)/tokengrain bench credit --jobs 2 --output runs/bench/credit
-	cp runs/bench/credit/credit.md runs/bench/credit/credit.json docs/results/
+	cp runs/bench/credit/credit.md docs/results/
 
 hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
 	$(BIN)/python -m benchmarks.hh --output docs/results

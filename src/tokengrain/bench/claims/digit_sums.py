@@ -146,4 +146,3 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimiser.step()
         return float(output.metrics["clip/tokens"].mean())
-

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from tokengrain.bench.claims import aligndistil, qrm, rrpo, sepo, stories
+from tokengrain.bench.claims import (
+    aligndistil,
+    online_aepo,
+    online_arithmetic,
+    online_digits,
+    online_r3,
+    online_revision,
+    online_rto,
+    online_thr,
+    qrm,
+    rrpo,
+    sepo,
+    stories,
+)
 from tokengrain.bench.claims.framework import Group
 
-GROUPS: dict[str, Group] = {
-    group.name: group for group in (rrpo.GROUP, sepo.GROUP, aligndistil.GROUP, qrm.GROUP, stories.NOISY, stories.CLEAN)
-}
+_OFFLINE = (rrpo.GROUP, sepo.GROUP, aligndistil.GROUP, qrm.GROUP, stories.NOISY, stories.CLEAN)
+_ONLINE = (
+    online_rto.GROUP,
+    online_digits.GROUP,
+    online_thr.GROUP,
+    online_aepo.GROUP,
+    online_r3.GROUP,
+    online_arithmetic.GROUP,
+    online_revision.GROUP,
+)
+GROUPS: dict[str, Group] = {group.name: group for group in (*_OFFLINE, *_ONLINE)}

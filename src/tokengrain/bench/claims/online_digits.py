@@ -128,7 +128,7 @@ ARMS = (
 
 
 def _claim(method: str, says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim(method, says, first, second, measure, expect, **({"source": f"{method}.md 7"} | more))
+    return Claim(method, says, first, second, measure, expect, source=f"{method}.md 7", **more)
 
 
 def _sure(method: str, says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:

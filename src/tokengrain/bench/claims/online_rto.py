@@ -104,7 +104,11 @@ def train_guide(start: GRUPolicy, completions: Tensor, scale: Scale, generator: 
     both, earned = completions.unflatten(0, (-1, 2)), true_rewards(completions).unflatten(0, (-1, 2))
     first_wins = torch.rand(len(both), generator=generator) < torch.sigmoid(SLOPE * (earned[:, 0] - earned[:, 1]))
     pairs = torch.where(first_wins[:, None, None], both, both.flip(1))
-    guide, segments, prompts = start.copy(), equal_segments(2 * scale.dpo_batch, LENGTH), no_prompts(2 * scale.dpo_batch)
+    guide, segments, prompts = (
+        start.copy(),
+        equal_segments(2 * scale.dpo_batch, LENGTH),
+        no_prompts(2 * scale.dpo_batch),
+    )
 
     def loss(step: int) -> Tensor:
         tokens = pairs[torch.randint(len(pairs), (scale.dpo_batch,), generator=generator)].flatten(0, 1)
@@ -161,7 +165,7 @@ def train_ppo(context: Context, **settings: Any) -> list[float]:
 
 
 def _update(policy: GRUPolicy, critic: Critic, optimisers: Any, tokens: Tensor, columns: Tensor) -> None:
-    """One step of actor and critic on completions `[n, 16]` with old log-probs, advantages and returns `[n * 16, 3]`."""
+    """One step of actor and critic on completions `[n, 16]`; columns: old log-probs, advantages, returns."""
     old, advantages, returns = columns.unbind(-1)
     segments = equal_segments(len(tokens), LENGTH)
     logps = policy.logps(no_prompts(len(tokens)), tokens)
@@ -266,7 +270,9 @@ GROUP = Group(
     ),
     scales=(
         Scale(),
-        Scale(samples=64, fit_steps=5, dpo_steps=3, dpo_batch=8, iterations=4, rollout=8, minibatch=4, middle=2, window=2),
+        Scale(
+            samples=64, fit_steps=5, dpo_steps=3, dpo_batch=8, iterations=4, rollout=8, minibatch=4, middle=2, window=2
+        ),
     ),
     arms=ARMS,
     claims=CLAIMS,
