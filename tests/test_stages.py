@@ -277,6 +277,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 def test_ctrl_c_saves_and_the_run_goes_on(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # a shell's background jobs start with it ignored
     with monkeypatch.context() as patch:
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT), patch)
         with pytest.raises(KeyboardInterrupt):
@@ -288,7 +289,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(
     with pytest.raises(RunError, match=r"not finished .*checkpoint at step 3.*to continue: tokengrain train"):
         _ = found.final_stage
     assert [p.action for p in make_plan(make_recipe(values(tmp_path)))] == ["reuse", "resume"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     run(values(tmp_path))
     assert same(weights(tmp_path), undisturbed)
     assert [row["step"] for row in read_run(tmp_path / "run").stages[1].log() if "learning_rate" in row] == [
