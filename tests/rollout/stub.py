@@ -40,12 +40,10 @@ class Handler(BaseHTTPRequestHandler):
             fault = stub.faults.pop(0) if stub.faults else None
             stub.busy += 1
             stub.most_busy = max(stub.most_busy, stub.busy)
-        try:
-            time.sleep(stub.delay)
-            self._reply(fault, body)
-        finally:
-            with stub.lock:
-                stub.busy -= 1
+        time.sleep(stub.delay)
+        with stub.lock:
+            stub.busy -= 1  # before the reply: the client asks again as soon as it has that
+        self._reply(fault, body)
 
     def _reply(self, fault: Any, body: Any) -> None:
         status, content = 200, b""
