@@ -369,9 +369,10 @@ def test_examples_validate(path: Path) -> None:
 
 
 def test_every_key_of_the_schema_is_documented() -> None:
-    from tokengrain.recipe import schema
+    from tokengrain.recipe import schema, specs
 
-    models = [schema.Recipe, schema.ModelSpec, schema.TokenizerSpec, schema.DataSpec, schema.LoraSpec]
+    models = [specs.ModelSpec, specs.TokenizerSpec, specs.DataSpec, specs.LoraSpec, specs.TeacherSpec, specs.PromptSpec]
+    models += [schema.Recipe, schema.RewardStage, schema.OnlineStage]
     models += [schema.SftStage, schema.TrainStage, schema.AnnotateStage]
     for model in models:
         for name, info in model.model_fields.items():

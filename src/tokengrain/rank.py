@@ -168,7 +168,7 @@ def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int
     from tokengrain.training import models
 
     if isinstance(model, str):
-        from tokengrain.recipe.schema import ModelSpec
+        from tokengrain.recipe.specs import ModelSpec
         from tokengrain.training.reward_models import load_trained_reward_model
 
         path = os.path.expanduser(model)

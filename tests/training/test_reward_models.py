@@ -25,7 +25,7 @@ from tokengrain.credit.reward_model import (
 from tokengrain.data import prepare_pairs
 from tokengrain.errors import DataError, ModelError
 from tokengrain.evaluation.best_of_n import score_completions
-from tokengrain.recipe.schema import LoraSpec, ModelSpec
+from tokengrain.recipe.specs import LoraSpec, ModelSpec
 from tokengrain.training import read_log
 from tokengrain.training.reward_models import (
     load_reward_model,

@@ -89,7 +89,7 @@ def bench_corruption(
     samples: list[dict[str, Any]] = []
     for way in track(how, description="corruptions", console=console, transient=True):
         scorer = shop.frozen(stage.model) if way == "unlikely" else None
-        spoilt = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)  # type: ignore[arg-type]
+        spoilt = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)  # type: ignore[arg-type]  # one of HOW
         entries, values = corruption_test(listed, spoilt, neighbours=neighbours, seed=seed)
         part = {"how": way, "chance_top1": chance_top1(spoilt), "left_out": spoilt.left_out, "sources": entries}
         parts.append(part)

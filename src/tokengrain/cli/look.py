@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from tokengrain.cli.run import RunArgument
-from tokengrain.errors import RecipeError, RunError
+from tokengrain.errors import RunError
 
 
 def report(
@@ -73,9 +73,12 @@ def rank(
         Path | None, typer.Option("--output", "-o", help="JSON lines (default: the file's name with .ranked.jsonl).")
     ] = None,
     pooling: Annotated[
-        str, typer.Option(help="A completion's score: mean of its tokens, or last, for a last-token reward model.")
+        Literal["mean", "last"],
+        typer.Option(help="A completion's score: mean of its tokens, or last, for a last-token reward model."),
     ] = "mean",
-    on_invalid: Annotated[str, typer.Option(help="Rows that cannot be used: error or skip.")] = "error",
+    on_invalid: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do about rows that cannot be used.")
+    ] = "error",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
 ) -> None:
     """Score every completion with a reward model and say which is best (best of n).
@@ -89,14 +92,12 @@ def rank(
     from tokengrain.data import TokenizeConfig
     from tokengrain.rank import rank as rank_rows
 
-    if pooling not in ("mean", "last"):
-        raise RecipeError(f"--pooling {pooling}: expected mean or last")
     found = rank_rows(
         str(file),
         model,
         output=output,
-        pooling="last" if pooling == "last" else "mean",
-        tokenize=TokenizeConfig(on_invalid="skip" if on_invalid == "skip" else "error"),
+        pooling=pooling,
+        tokenize=TokenizeConfig(on_invalid=on_invalid),
         overwrite=overwrite,
     )
     typer.echo(f"{found.output}: {found.rows} rows" + (f", {found.skipped} skipped" if found.skipped else ""))
@@ -104,6 +105,9 @@ def rank(
         share = found.accuracy
         interval = f"95 % CI {share.low:.3f} to {share.high:.3f}"
         typer.echo(f"chosen scores higher in {share.value:.3f} of {found.pairs} pairs ({interval})")
+        for bucket in found.by_length:
+            longer = f"chosen longer by {bucket.low:g} to {bucket.high:g} tokens"
+            typer.echo(f"  {longer}: {bucket.accuracy.value:.3f} of {bucket.pairs}")
 
 
 def methods(

@@ -54,7 +54,8 @@ class ContrastiveTemplates:
         """The better and the worse instruction for a prompt and a response."""
         values = {"prompt": prompt.removeprefix(self.drop_prefix), "response": response}
         # One pass, so that a prompt that itself contains "{response}" stays as it is.
-        return tuple(SLOT.sub(lambda m: values[m[1]], side) for side in (self.better, self.worse))  # type: ignore[return-value]
+        better, worse = (SLOT.sub(lambda m: values[m[1]], side) for side in (self.better, self.worse))
+        return better, worse
 
 
 def _revision(name: str, subject: str, better: str, worse: str) -> ContrastiveTemplates:

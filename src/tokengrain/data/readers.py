@@ -73,7 +73,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         if path.suffix.lower() == ".gz":
             with gzip.open(path, "rb") as stream:
-                yield stream  # type: ignore[misc]
+                yield stream  # type: ignore[misc]  # it reads as IO[bytes] does
         else:
             with open(path, "rb") as stream:
                 yield stream

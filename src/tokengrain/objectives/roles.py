@@ -46,6 +46,9 @@ class RewardRole:
 
     name, provides, uses = "reward", "token_rewards", "sign"
 
+    def __init__(self) -> None:
+        """It has no settings."""
+
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
         return values
 
@@ -143,11 +146,7 @@ def make_role(name: str, **settings: Any) -> Role:
     """
     if name not in ROLES:
         raise RecipeError(f"unknown role of credit {name!r}{nearest(name, ROLES)}")
-    kind = ROLES[name]
-    checked = validate_settings(f"credit as {name!r}", kind, settings) if kind is not RewardRole else settings
-    if kind is RewardRole and settings:
-        raise RecipeError(f"credit as 'reward' takes no settings, got {sorted(settings)}")
-    return kind(**checked)
+    return ROLES[name](**validate_settings(f"credit as {name!r}", ROLES[name], settings))
 
 
 def resolve_role(given: Any, accepted: tuple[str, ...], objective: str, why_none: str = "") -> Role:

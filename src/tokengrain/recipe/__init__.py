@@ -27,18 +27,14 @@ from tokengrain.errors import RecipeError
 from tokengrain.recipe.reading import parse_override, read_file, resolve
 from tokengrain.recipe.schema import (
     AnnotateStage,
-    DataSpec,
-    LoraSpec,
-    ModelSpec,
     OnlineStage,
     Recipe,
     ResolvedStage,
     RewardStage,
     SftStage,
-    TeacherSpec,
-    TokenizerSpec,
     TrainStage,
 )
+from tokengrain.recipe.specs import DataSpec, LoraSpec, ModelSpec, TeacherSpec, TokenizerSpec
 
 __all__ = [
     "AnnotateStage",

@@ -11,7 +11,8 @@ from tokengrain.errors import RecipeError
 from tokengrain.recipe.inherit import INIT, resolve_stages, training_keys
 from tokengrain.recipe.messages import check_keys, field_types
 from tokengrain.recipe.online_checks import check_online
-from tokengrain.recipe.schema import DataSpec, Recipe, ResolvedStage
+from tokengrain.recipe.schema import Recipe, ResolvedStage
+from tokengrain.recipe.specs import DataSpec
 from tokengrain.runs import TRAINED
 
 SET_BY_RECIPE = {
@@ -79,6 +80,8 @@ def _check_shared(recipe: Recipe) -> Iterator[str]:
 
 
 def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedStage]) -> Iterator[str]:
+    from tokengrain.training.sources import reads_reward_model
+
     where, names = f"stages.{stage.name}", list(recipe.stages)
     if stage.kind == "init":
         return
@@ -93,7 +96,7 @@ def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedS
     for key, model in models.items():
         if model.stage is not None:
             kinds: tuple[str, ...] = ("init", "sft", "train", "online")
-            if key.startswith("credit.") and _reads_reward_model(stage):
+            if key.startswith("credit.") and reads_reward_model(stage):
                 kinds = ("reward",)
             elif key.startswith(("credit[", "critic")) or (key == "model" and stage.kind == "reward"):
                 kinds += ("reward",)
@@ -139,7 +142,6 @@ def config_class(online: bool) -> type:
 
 
 def _check_training(values: dict[str, Any], where: str, *, online: bool = False) -> Iterator[str]:
-
     for key, instead in SET_BY_RECIPE.items():
         if key in values:
             yield f"{where}.{key}: cannot be set here; {instead}"
@@ -211,13 +213,6 @@ def _check_credit(stage: ResolvedStage, where: str) -> Iterator[str]:
         yield f"{where}.credit.{extra}: credit {name} asks no such model; drop it"
 
 
-def _reads_reward_model(stage: ResolvedStage) -> bool:
-    from tokengrain.credit import CREDIT
-
-    kind = CREDIT.get((stage.credit or {}).get("name", ""))
-    return kind is not None and kind.reward_model
-
-
 def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
     from tokengrain.objectives import make_objective
     from tokengrain.training.credit import FROZEN, check_together
@@ -238,7 +233,7 @@ def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
     if (stage.kind == "reward") != (objective.main == "token_scores"):
         other = "train" if stage.kind == "reward" else "reward"
         yield f"{where}.objective: {name} belongs in a stage of kind {other}, not {stage.kind}"
-    if stage.kind == "train" and objective.main == "logps":
+    elif stage.kind == "train" and stage.credit is None:
         try:
             check_together(objective, None, stage.teacher)
         except RecipeError as error:
@@ -261,11 +256,16 @@ def _check_role(stage: ResolvedStage, objective: Any, where: str) -> Iterator[st
     from tokengrain.credit import CREDIT
     from tokengrain.credit.registry import why_not
     from tokengrain.objectives.roles import resolve_role
+    from tokengrain.training.credit import check_together
     from tokengrain.training.sources import credit_role, credit_settings
 
     try:
         name, _ = credit_settings(stage.credit or {})
+    except RecipeError:
+        return  # said elsewhere
+    try:
         role = resolve_role(credit_role(stage), objective.roles, objective.name, objective.no_credit)
+        check_together(objective, role, stage.teacher)
     except RecipeError as error:
         yield f"{where}.credit: {error}"
         return

@@ -7,18 +7,8 @@ from typing import Any
 import torch
 
 from tokengrain.recipe.reading import merge
-from tokengrain.recipe.schema import (
-    AnnotateStage,
-    DataSpec,
-    LoraSpec,
-    ModelSpec,
-    OnlineStage,
-    Recipe,
-    ResolvedStage,
-    RewardStage,
-    SftStage,
-    Stage,
-)
+from tokengrain.recipe.schema import AnnotateStage, OnlineStage, Recipe, ResolvedStage, RewardStage, SftStage, Stage
+from tokengrain.recipe.specs import DataSpec, LoraSpec, ModelSpec
 
 INIT = "init"
 

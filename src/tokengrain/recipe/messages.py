@@ -14,7 +14,7 @@ import pydantic
 
 from tokengrain.callables import nearest
 from tokengrain.errors import RecipeError, shown
-from tokengrain.recipe import schema
+from tokengrain.recipe import schema, specs
 
 _TAGS: dict[str, type[pydantic.BaseModel]] = {
     "sft": schema.SftStage,
@@ -24,12 +24,12 @@ _TAGS: dict[str, type[pydantic.BaseModel]] = {
     "annotate": schema.AnnotateStage,
 }
 _BELOW: dict[str, type[pydantic.BaseModel]] = {
-    "model": schema.ModelSpec,
-    "data": schema.DataSpec,
-    "lora": schema.LoraSpec,
-    "tokenizer": schema.TokenizerSpec,
-    "teacher": schema.TeacherSpec,
-    "prompts": schema.PromptSpec,
+    "model": specs.ModelSpec,
+    "data": specs.DataSpec,
+    "lora": specs.LoraSpec,
+    "tokenizer": specs.TokenizerSpec,
+    "teacher": specs.TeacherSpec,
+    "prompts": specs.PromptSpec,
 }
 _WORDS = {
     "int_type": "a whole number",

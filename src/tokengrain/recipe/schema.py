@@ -14,25 +14,7 @@ from tokengrain.recipe.specs import (
     PromptSpec,
     Strict,
     TeacherSpec,
-    TokenizerSpec,
 )
-
-__all__ = [
-    "CREDIT_MODELS",
-    "AnnotateStage",
-    "DataSpec",
-    "LoraSpec",
-    "ModelSpec",
-    "OnlineStage",
-    "PromptSpec",
-    "Recipe",
-    "ResolvedStage",
-    "RewardStage",
-    "SftStage",
-    "TeacherSpec",
-    "TokenizerSpec",
-    "TrainStage",
-]
 
 CREDIT_MODELS = ("model", "reference", "reverse")
 """Keys of a `credit:` that are models."""

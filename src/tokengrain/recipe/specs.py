@@ -144,13 +144,6 @@ class TeacherSpec(Strict):
     beta: float | None = Field(default=None, gt=0, description="constant, theorem1: strength is beta0 / beta")
     temperature: float = Field(default=1.0, gt=0, description="divides the logits of policy and teacher")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_numbers_as_ints(cls, value: Any) -> Any:
-        keys = ("r", "epsilon", "beta", "temperature")
-        whole = {k: float(value[k]) for k in keys if isinstance(value, dict) and type(value.get(k)) is int}
-        return {**value, **whole} if whole else value
-
 
 class PromptSpec(Strict):
     """How rows become prompts of an online stage."""

@@ -139,7 +139,7 @@ def _from_file(
     source, settings = str(path), settings or {}
     split = settings.get("split")
     data = load_rows(load_world(source).pairs("train")) if is_world(source) else load_rows(source, split=split)
-    total = len(data)  # type: ignore[arg-type]
+    total = len(data)  # type: ignore[arg-type]  # not a stream
     numbers = list(range(min(count, total))) if rows is None else list(rows)
     for number in numbers:
         if not 0 <= number < total:

@@ -22,6 +22,7 @@ from tokengrain.rollout.decode import Drawn, decode_generate, decode_shared, pad
 from tokengrain.rollout.picking import Picker, uniforms
 from tokengrain.rollout.prompts import needs_tokenizer, stop_ids_of
 from tokengrain.rollout.stops import StopStrings
+from tokengrain.scoring.embeddings import device_of
 from tokengrain.scoring.forward import evaluating
 from tokengrain.scoring.install import causal_lm
 
@@ -116,7 +117,7 @@ class HFGenerate:
     ) -> dict[int, SampledCompletion]:
         chosen, copies = part
         where = [p * n + k for p in chosen for k in copies]
-        device = self.lm.get_input_embeddings().weight.device  # type: ignore[operator]
+        device = device_of(self.lm)
         pad_id = stop_ids[0] if stop_ids else 0
         ids, mask = padded([prompts[p].ids for p in chosen], pad_id, device)
         picker = Picker(sampling, numbers[where], device)

@@ -20,6 +20,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
 from tokengrain.scoring.chunks import CHUNK_BYTES
 from tokengrain.scoring.classifier import CLASSIFIER_WANTS, is_token_classifier, scores_of_hidden, scores_of_logits
+from tokengrain.scoring.embeddings import device_of, input_embeddings, output_embeddings
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Distribution, Head, logits_quantities
 from tokengrain.scoring.head_modules import live_head, raw_logits
@@ -69,12 +70,6 @@ def text_config(lm: nn.Module) -> Any:
     """The part of a model's config that describes its language model."""
     config: Any = lm.config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
-def device_of(lm: nn.Module) -> torch.device:
-    """Where token ids go: the device of the input embeddings."""
-    embeddings: Any = lm.get_input_embeddings()  # type: ignore[operator]
-    return embeddings.weight.device
 
 
 def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -> dict[str, Tensor]:
@@ -151,8 +146,7 @@ def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
                 f"row {row}: a prompt of {prompt} and a completion of {length} tokens need {prompt + length} "
                 f"positions; expected at most {limit}, the positions of {type(lm).__name__}"
             )
-    embeddings: Any = lm.get_input_embeddings()  # type: ignore[operator]
-    vocab = getattr(embeddings, "num_embeddings", None)
+    vocab = getattr(input_embeddings(lm), "num_embeddings", None)
     for name, ids in (("prompt", batch.prompt_ids), ("completion", batch.completion_ids)):
         if vocab is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocab:
             raise ModelError(
@@ -163,9 +157,10 @@ def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
 
 def decoder_of(lm: nn.Module) -> nn.Module:
     """The model without its head."""
-    decoder = getattr(lm, "base_model", lm)
-    if decoder is lm and hasattr(lm, "get_decoder"):
-        decoder = lm.get_decoder()  # type: ignore[operator]
+    model: Any = lm
+    decoder = getattr(model, "base_model", model)
+    if decoder is model and hasattr(model, "get_decoder"):
+        decoder = model.get_decoder()
     if decoder is lm or not isinstance(decoder, nn.Module):
         raise ModelError(f"{type(lm).__name__} has no decoder that can run without its head")
     return decoder
@@ -179,7 +174,7 @@ def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
         kwargs: dict[str, Any] = {}
         if not rows.causal:
             assert request.plan.masks is not None
-            dtype = lm.get_input_embeddings().weight.dtype  # type: ignore[operator]
+            dtype = input_embeddings(lm).weight.dtype
             flex = uses_flex(text_config(lm))
             kwargs["attention_mask"] = build_masks(rows, request.plan.masks, dtype, flex=flex)
             kwargs["position_ids"] = rows.position
@@ -204,7 +199,7 @@ def _head_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, label
 
 def _module_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Quantities through the head's module itself, a chunk of tokens at a time, recomputed in backward."""
-    module: Any = lm.get_output_embeddings()  # type: ignore[operator]
+    module = output_embeddings(lm)
     finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish
     names = request.want - {"hidden", "raw_logits"}
 

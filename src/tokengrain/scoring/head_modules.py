@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokengrain.scoring.embeddings import output_embeddings
 from tokengrain.scoring.head import Head
 
 
 def live_head(lm: nn.Module, scale: float, softcap: float | None) -> Head | None:
     """The head with its live weight, or None if its module is more than a matrix (adapters, quantisation)."""
-    linear = plain_linear(lm.get_output_embeddings())  # type: ignore[operator]
+    linear = plain_linear(output_embeddings(lm))
     if linear is None:
         return None
     bias = None if linear.bias is None else _whole(linear.bias)
@@ -42,8 +43,8 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
     """Logits before scaling and capping, `[N, V]`; for the probe."""
-    linear = plain_linear(lm.get_output_embeddings())  # type: ignore[operator]
+    linear = plain_linear(output_embeddings(lm))
     if linear is None:
-        return lm.get_output_embeddings()(hidden)  # type: ignore[operator]
+        return output_embeddings(lm)(hidden)
     bias = None if linear.bias is None else _whole(linear.bias)
     return nn.functional.linear(hidden.to(linear.weight.dtype), _whole(linear.weight), bias)

@@ -111,9 +111,9 @@ def _dispatcher(cls: type) -> Callable[..., Any]:
             return original_forward(self)(*args, **kwargs)
         return run(self, token_batch, original_forward(self))
 
-    forward.__doc__ = cls.forward.__doc__  # type: ignore[attr-defined]
+    forward.__doc__ = cls.forward.__doc__  # type: ignore[attr-defined]  # `cls` is any model's
     # Trainer and generate look at the signature to see which arguments a model takes.
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # functions may have one
     setattr(forward, MARK, True)
     return forward
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
 from tokengrain.scoring.classifier import is_token_classifier
+from tokengrain.scoring.embeddings import device_of, input_embeddings
 from tokengrain.scoring.forward import (
     ModelPlan,
     ScoreRequest,
     decoder_of,
-    device_of,
     evaluating,
     text_config,
 )
@@ -47,8 +47,8 @@ def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
 
 def _without_ddp(model: nn.Module) -> nn.Module:
     """DDP's forward would synchronise buffers; its hooks are not needed without gradients."""
-    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    return model.module if ddp else model  # type: ignore[return-value]
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return inner
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tens
 def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     """Compares the decoder and our head with the model's own logits on one short text."""
     config = text_config(lm)
-    vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocab: int = input_embeddings(lm).num_embeddings
     batch = probe_batch(config, vocab, None, lengths=((5, (5,)),))
     own, autocast, missing = _own_logits(call, lm, batch)
     if missing is not None:
@@ -148,12 +148,12 @@ def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
 
 def _dtype(lm: nn.Module, plan: ModelPlan) -> torch.dtype:
     """The type the model computes in."""
-    return plan.autocast or lm.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    return plan.autocast or input_embeddings(lm).weight.dtype
 
 
 def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     """`_head_plan` for a token-classification model, which must not look at later tokens either."""
-    vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocab: int = input_embeddings(lm).num_embeddings
     short, batch = (probe_batch(text_config(lm), vocab, None, lengths=((5, (n,)),)) for n in (3, 5))
     (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
     tolerance = TOLERANCE[_dtype(lm, replace(plan, autocast=autocast))]
@@ -175,7 +175,7 @@ def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPl
     return plan
 
 
-def _head_forms(config: Any) -> list[tuple[float, float]]:
+def _head_forms(config: Any) -> list[tuple[float, float | None]]:
     """(scale, softcap) that models with this config may apply to their logits; the probe picks."""
     caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
     softcap = next((float(c) for c in caps if c), None)
@@ -184,7 +184,7 @@ def _head_forms(config: Any) -> list[tuple[float, float]]:
         value = getattr(config, name, None)
         if isinstance(value, (int, float)) and value and value != 1:
             scales += [float(value), 1 / float(value)]
-    return [(s, softcap) for s in scales]  # type: ignore[misc]
+    return [(s, softcap) for s in scales]
 
 
 def _logit_error(raw: Tensor, own: Tensor, scale: float, softcap: float | None) -> float:
@@ -202,7 +202,7 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
         forms = mask_forms(config)
     except NotShareableError as error:
         return replace(plan, reason=str(error))
-    vocab: int = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocab: int = input_embeddings(lm).num_embeddings
     batch = probe_batch(config, vocab, _window(config))
     separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
     dtype = _dtype(lm, plan)

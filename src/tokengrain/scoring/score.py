@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
 from tokengrain.scoring.classifier import CLASSIFIER_WANTS, is_token_classifier
+from tokengrain.scoring.embeddings import device_of, input_embeddings, output_embeddings
 from tokengrain.scoring.forward import (
     ScoreRequest,
-    device_of,
     evaluating,
     quantities_from_logits,
     text_config,
@@ -165,8 +165,8 @@ def head_of(model: nn.Module) -> Head:
     if head is not None:
         return head
     # An affine map of any making is known by what it does to the zero and unit vectors.
-    module: Any = lm.get_output_embeddings()  # type: ignore[operator]
-    like: Any = lm.get_input_embeddings().weight  # type: ignore[operator]
+    module = output_embeddings(lm)
+    like = input_embeddings(lm).weight
     size = text_config(lm).hidden_size
     with evaluating(module):
         units = torch.eye(size, dtype=like.dtype, device=like.device)

@@ -141,10 +141,9 @@ class CheckpointMixin(Trainer):
         """What must be the same for a checkpoint to be this run's."""
         data = self.train_dataset
         prompts = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        described = self.objective.describe() if hasattr(self.objective, "describe") else self.objective.name
         credit = self.credit
         return {
-            "objective": described,
+            "objective": self.objective.describe(),
             "credit": credit.describe() if credit is not None else None,
             "normaliser": self.args.normaliser,
             "data": getattr(data, "fingerprint", None) or _fingerprint(data),

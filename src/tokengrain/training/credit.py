@@ -62,13 +62,12 @@ def resolve_credit(
     """
     from tokengrain.credit import ColumnCredit, FunctionCredit
 
-    roles, reason = getattr(objective, "roles", ("reward",)), getattr(objective, "no_credit", "")
     if credit is None and credit_as is None:
         needed = {"selected", "spans"} & set(objective.needs) - set(columns)
         # Scores in the data and a loss that wants a selection of them.
         if not needed or (needed == {"spans"} and "token_rewards" not in columns):
             return None
-    role = resolve_role(credit_as, roles, objective.name, reason)
+    role = resolve_role(credit_as, objective.roles, objective.name, objective.no_credit)
     if credit is None:
         credit = ColumnCredit()
     elif not hasattr(credit, "fingerprint"):
@@ -110,8 +109,12 @@ def columns_needed(objective: BoundObjective, stage: ResolvedStage, present: Col
     return needed
 
 
-def check_together(objective: BoundObjective, credit: CreditUse | None, teacher: Any) -> None:
+def check_together(objective: BoundObjective, role: Role | None, teacher: Any) -> None:
     """Refuse what cannot be combined.
+
+    Args:
+        role: how credit enters the objective, if it does.
+        teacher: what it distils from, or its description in a recipe.
 
     Raises:
         RecipeError: with the reason.
@@ -121,7 +124,7 @@ def check_together(objective: BoundObjective, credit: CreditUse | None, teacher:
         raise RecipeError(f"objective {objective.name} needs a teacher, got none")
     if teacher is not None and not taught:
         raise RecipeError(f"objective {objective.name} does not distil; teacher must be None")
-    if credit is not None and credit.role.name == "selection" and getattr(objective, "hyper", {}).get("sft_weight"):
+    if role is not None and role.name == "selection" and objective.hyper.get("sft_weight"):
         raise RecipeError(
             f"objective {objective.name}: sft_weight is about all chosen tokens, and only selected ones are scored; "
             "set sft_weight: 0"

@@ -68,7 +68,7 @@ class EvalBatches(Sequence[HostBatch]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, index: int) -> HostBatch:  # type: ignore[override]
+    def __getitem__(self, index: int) -> HostBatch:  # type: ignore[override]  # Dataset is generic in what it holds
         return self._parts[index]
 
 
@@ -145,7 +145,7 @@ class EvaluationMixin(Trainer):
             DataError: there is no such set, it is empty, or a row does not fit the model.
         """
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]  # several, by name
         dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise DataError("evaluation needs an eval_dataset")
@@ -185,7 +185,7 @@ class EvaluationMixin(Trainer):
             reshard(model)
         metrics = sums.metrics(self.args.normaliser, self.args.device)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, prefixed, dataloader.n_samples)  # type: ignore[arg-type]
+        return EvalLoopOutput(None, None, prefixed, dataloader.n_samples)  # type: ignore[arg-type]  # no predictions are kept
 
     def _sums(self, batches: EvalBatches) -> EvalSums:
         sums, mixed_precision = EvalSums(), self.accelerator.autocast

@@ -25,7 +25,7 @@ from tokengrain.training.credit import FROZEN, columns_needed
 from tokengrain.training.interrupt import StopOnSignal
 from tokengrain.training.plan import StagePlan
 from tokengrain.training.progress import ShowProgress
-from tokengrain.training.sources import build_credit, build_reference, build_teacher, credit_role
+from tokengrain.training.sources import build_credit, build_reference, build_teacher, credit_role, ready_for_teacher
 from tokengrain.training.workshop import Workshop
 
 # ------------------------------------------------------------------------------------------------------ build
@@ -63,7 +63,6 @@ def build_trainer(
         eval_data: held-out rows from another source.
     """
     from tokengrain.training import PreferenceConfig, PreferenceTrainer
-    from tokengrain.training.adapters import with_adapter
 
     stage = plan.stage
     if stage.kind == "online":
@@ -80,8 +79,7 @@ def build_trainer(
     if model_path is not None and reference is None and objective.needs & FROZEN:
         reference = shop.frozen(stage.model)
     args = PreferenceConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
-    if stage.teacher is not None and peft_config is not None:
-        model, peft_config = with_adapter(model, args, peft_config), None
+    model, peft_config = ready_for_teacher(stage, model, peft_config, args)
     return PreferenceTrainer(
         model,
         args,

@@ -16,16 +16,16 @@ from tokengrain.objectives import BoundObjective, make_objective
 from tokengrain.objectives.output import LossOutput
 from tokengrain.objectives.token_weighted import weight_metrics
 from tokengrain.scoring import score
-from tokengrain.scoring.reference import ColumnReference, Reference
+from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
 from tokengrain.training.credit import FROZEN, TAUGHT, CreditUse
 
 
 def resolve_objective(objective: Any) -> BoundObjective:
     """A bound objective as it is; a name or a user's loss function bound with its default settings."""
-    if isinstance(objective, str) or (callable(objective) and not hasattr(objective, "needs")):
-        return make_objective(objective)
-    if hasattr(objective, "needs"):
+    if isinstance(objective, BoundObjective):
         return objective
+    if isinstance(objective, str) or callable(objective):
+        return make_objective(objective)
     raise RecipeError(f"objective must be a name, a bound objective or a function, got {type(objective).__name__}")
 
 
@@ -69,10 +69,6 @@ class PreferenceLoss:
     ) -> None:
         self.objective, self.reference, self.credit, self.teacher = objective, reference, credit, teacher
         self.score_options = {"layout": layout, "chunk_tokens": chunk_tokens}
-
-    @property
-    def _optional(self) -> frozenset[str]:
-        return getattr(self.objective, "optional", frozenset())
 
     @property
     def has_distribution(self) -> bool:
@@ -134,27 +130,25 @@ class PreferenceLoss:
                 what = f"objective {self.objective.name} needs per-token {name}"
                 raise DataError(what, field=name, row=batch.rows[0] if batch.rows else None)
             given[name] = batch.columns[name]
-        for name in self._optional & batch.columns.keys() - FROZEN:
+        for name in self.objective.optional & batch.columns.keys() - FROZEN:
             given[name] = batch.columns[name]
         return given
 
     def _reads(self, batch: TokenBatch, given: Mapping[str, Tensor]) -> Tensor | None:
         """The tokens to score, bool `[N]`; None: all."""
-        own = self.objective.reads(batch.segments, given) if hasattr(self.objective, "reads") else None
+        own = self.objective.reads(batch.segments, given)
         if own is None and "selected" in given and "selected" not in self.objective.needs:
             own = given["selected"] > 0
         return own
 
-    def _reference_scores(self, batch: TokenBatch, want_kl: bool) -> Any:
-        from tokengrain.scoring.reference import ReferenceScores
-
+    def _reference_scores(self, batch: TokenBatch, want_kl: bool) -> ReferenceScores:
         if self.reference is None:
             return ReferenceScores()
         return self.reference(batch, {"logps", "distribution"} if want_kl else {"logps"})
 
     def _apply(self, segments: Segments, quantities: Mapping[str, Tensor]) -> LossOutput:
         """The objective on these quantities; token weights that it does not take itself are multiplied in."""
-        wanted = {self.objective.main, *self.objective.needs, *self._optional}
+        wanted = {self.objective.main, *self.objective.needs, *self.objective.optional}
         args = {name: value for name, value in quantities.items() if name in wanted}
         weights = quantities.get("token_weights")
         if weights is None or "token_weights" in wanted:

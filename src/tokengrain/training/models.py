@@ -13,7 +13,7 @@ import torch
 
 from tokengrain.errors import ModelError
 from tokengrain.files import file_fingerprint, fingerprint
-from tokengrain.recipe.schema import ModelSpec
+from tokengrain.recipe.specs import ModelSpec
 
 ADAPTER = "adapter_config.json"
 _CONTENT = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt")

@@ -11,7 +11,7 @@ from tokengrain.recipe.inherit import training_keys
 from tokengrain.recipe.online_checks import WORLD_REWARD
 from tokengrain.recipe.schema import CREDIT_MODELS
 from tokengrain.training.plan import StagePlan
-from tokengrain.training.sources import build_reference, build_teacher, make_source
+from tokengrain.training.sources import build_reference, build_teacher, make_source, ready_for_teacher
 from tokengrain.training.workshop import Workshop
 from tokengrain.worlds import load_world
 
@@ -26,14 +26,12 @@ def build_online_trainer(
         model, peft_config: the policy, and its new adapter if it gets one.
         datasets: training and held-out prompts.
     """
-    from tokengrain.training.adapters import with_adapter
     from tokengrain.training.online import OnlineConfig, OnlineTrainer
 
     stage, (train, held_out) = plan.stage, datasets
     tokenizer = shop.tokenizer(stage.model)
     args = OnlineConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
-    if stage.teacher is not None and peft_config is not None:  # the teachers become adapters beside the policy's
-        model, peft_config = with_adapter(model, args, peft_config), None
+    model, peft_config = ready_for_teacher(stage, model, peft_config, args)
     return OnlineTrainer(
         model,
         args,

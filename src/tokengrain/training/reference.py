@@ -93,7 +93,7 @@ def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
         return value.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]  # a DTensor, by its mesh
 
 
 def adapter_is_neutral(model: Any) -> bool:

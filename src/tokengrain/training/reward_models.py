@@ -22,7 +22,8 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.credit.reward_model import ScoreStatistics, frozen_token_scores, set_statistics
 from tokengrain.errors import DataError, ModelError
 from tokengrain.files import read_json, write_json
-from tokengrain.recipe.schema import LoraSpec, ModelSpec
+from tokengrain.recipe.specs import LoraSpec, ModelSpec
+from tokengrain.scoring.embeddings import input_embeddings
 from tokengrain.training.models import base_of_adapter, import_peft, is_adapter, load_config, load_model
 from tokengrain.training.reference import disable_dropout, is_peft
 
@@ -116,7 +117,7 @@ def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
         made = AutoModelForTokenClassification.from_config(config)
     decoder: Any = model.base_model
     setattr(made, made.base_model_prefix, decoder if share else copy.deepcopy(decoder))
-    like: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    like = input_embeddings(model).weight
     name = head_name(made)
     setattr(made, name, getattr(made, name).to_empty(device=like.device).to(like.dtype))
     return _finished(made.train(model.training), fresh=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokengrain.errors import ModelError, RecipeError
-from tokengrain.recipe.schema import ModelSpec, TokenizerSpec
+from tokengrain.recipe.specs import ModelSpec, TokenizerSpec
 
 PAD, EOS = "<pad>", "<eos>"
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages")

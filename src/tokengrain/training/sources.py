@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tokengrain.errors import RecipeError
-from tokengrain.recipe.schema import CREDIT_MODELS, ModelSpec, ResolvedStage
+from tokengrain.recipe.schema import CREDIT_MODELS, ResolvedStage
+from tokengrain.recipe.specs import ModelSpec
 
 if TYPE_CHECKING:
     from tokengrain.training.workshop import Workshop
@@ -39,7 +40,8 @@ def reads_reward_model(stage: ResolvedStage) -> bool:
     """Whether the stage's credit comes from a token-level reward model."""
     from tokengrain.credit import CREDIT
 
-    return stage.credit is not None and CREDIT[credit_settings(stage.credit)[0]].reward_model
+    kind = CREDIT.get((stage.credit or {}).get("name", ""))
+    return kind is not None and kind.reward_model
 
 
 def build_credit(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> Any:
@@ -86,6 +88,15 @@ def build_reference(stage: ResolvedStage, shop: Workshop) -> Any:
     if stage.reference == "copy":
         return shop.frozen(stage.model)
     return None
+
+
+def ready_for_teacher(stage: ResolvedStage, model: Any, peft_config: Any, args: Any) -> tuple[Any, Any]:
+    """`(policy, configuration of a new adapter or None)`: with its adapter already, where teachers go beside it."""
+    if stage.teacher is None or peft_config is None:
+        return model, peft_config
+    from tokengrain.training.adapters import with_adapter
+
+    return with_adapter(model, args, peft_config), None
 
 
 def build_teacher(stage: ResolvedStage, policy: Any, shop: Workshop) -> Any:

@@ -82,10 +82,10 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         self.objective: BoundObjective = resolve_objective(objective)
-        self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)  # type: ignore[arg-type]
+        self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)  # type: ignore[arg-type]  # the config checked it
         self._datasets = {"train": train_dataset, **_named(eval_dataset)}
         use = resolve_credit(credit, credit_as, self.objective, self._columns())
-        check_together(self.objective, use, teacher)
+        check_together(self.objective, use.role if use is not None else None, teacher)
         self._check_data(model, use)
         checks.check_tokenizer(model, processing_class)
         model = prepared_policy(model, args, peft_config)
@@ -105,7 +105,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         super().__init__(
             model,
             args,
-            data_collator=self._collate,  # type: ignore[arg-type]
+            data_collator=self._collate,  # type: ignore[arg-type]  # batches that are no dicts
             train_dataset=endless(train_dataset, args.max_steps),
             eval_dataset=eval_dataset,
             processing_class=processing_class,

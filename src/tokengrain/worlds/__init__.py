@@ -88,7 +88,7 @@ def _revision(options: dict[str, Any]) -> World:
 
 def _read(world: str, build: Callable[..., Any], options: dict[str, Any], types: dict[str, type]) -> Any:
     """Options of an address as the world's dataclass; those not in `types` are text."""
-    known = [f.name for f in fields(build)]  # type: ignore[arg-type]
+    known = [f.name for f in fields(build)]  # type: ignore[arg-type]  # a dataclass
     read: dict[str, Any] = {}
     for key, text in options.items():
         if key not in known:

@@ -97,12 +97,12 @@ class OnlineEvaluationMixin(Trainer):
             DataError: there are none, or one does not fit the model.
         """
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]  # several, by name
         dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise DataError("evaluation needs an eval_dataset")
         prompts = self._prompts(dataset, "eval")
-        check_prompts(prompts, self.model, self.args.max_new_tokens)  # type: ignore[arg-type]
+        check_prompts(prompts, self.model, self.args.max_new_tokens)  # type: ignore[arg-type]  # Trainer allows no model
         return EvalPrompts(prompts, self.ranks.rank, self.ranks.world)
 
     def evaluation_loop(
@@ -122,7 +122,7 @@ class OnlineEvaluationMixin(Trainer):
         if self.args.eval_generations > 1 and "correct" in entries[0]:
             metrics |= _pass_at_k([e["correct"] for e in entries])
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, prefixed, dataloader.n_samples)  # type: ignore[arg-type]
+        return EvalLoopOutput(None, None, prefixed, dataloader.n_samples)  # type: ignore[arg-type]  # no predictions are kept
 
     def _evaluated(self, prompts: list[PromptItem]) -> list[dict[str, Any]]:
         """What became of each prompt; see `completion_metrics`."""

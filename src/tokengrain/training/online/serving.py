@@ -26,7 +26,7 @@ def refresh_sampler(trainer: OnlineTrainer) -> None:
         if not trainer.is_world_process_zero():
             return None
         shutil.rmtree(folder, ignore_errors=True)
-        trainer.model.save_pretrained(folder)  # type: ignore[operator]
+        trainer.model.save_pretrained(folder)  # type: ignore[operator]  # a PreTrainedModel or PeftModel
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
         sampler.refresh(folder)  # the server may read it again: it stays until the next one
