@@ -112,12 +112,12 @@ def test_block_mask_is_the_dense_mask(mode, window):
     from torch.nn.attention.flex_attention import create_mask
 
     for rows in plan_rows(standard_batch(), costs=COSTS, **mode):
-        dense = build_masks(rows, MaskForm({"": window}), torch.float32, flex=False)
+        dense = build_masks(rows, MaskForm({"": window}), torch.float32, COSTS, flex=False)
         batch, width = rows.input_ids.shape
         allowed = create_mask(mask_mod(rows, window), batch, None, width, width, device="cpu")
         assert torch.equal(allowed, dense == 0)
         assert allowed.any(-1).all()
-        block = build_masks(rows, MaskForm({"": window}), torch.float32, flex=True)
+        block = build_masks(rows, MaskForm({"": window}), torch.float32, COSTS, flex=True)
         assert block.shape == (batch, 1, width, width)
 
 

@@ -97,7 +97,7 @@ def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
     _check_fits(lm, request.batch)
     config, device, plan = text_config(lm), device_of(lm), request.plan
     layout: Layout = request.layout if plan.masks is not None else "separate"
-    costs = RowCosts(_size(config), _overhead_tokens(config, device))
+    costs = _costs(config, device, plan)
     pack = plan.masks is not None and uses_flex(config) and request.layout != "separate"
     rows = plan_rows(
         request.batch,
@@ -109,6 +109,12 @@ def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
         itself=is_token_classifier(lm) and "values" not in request.want,
     )
     return [r.to(device) for r in rows]
+
+
+def _costs(config: Any, device: torch.device, plan: ModelPlan) -> RowCosts:
+    plain = plan.masks is not None and plan.masks.window is None
+    by_parts = plain and device.type == "cpu" and getattr(config, "_attn_implementation", None) == "sdpa"
+    return RowCosts(_size(config), _overhead_tokens(config, device), by_parts)
 
 
 def _size(config: Any) -> int:
@@ -174,9 +180,9 @@ def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
         kwargs: dict[str, Any] = {}
         if not rows.causal:
             assert request.plan.masks is not None
-            dtype = input_embeddings(lm).weight.dtype
-            flex = uses_flex(text_config(lm))
-            kwargs["attention_mask"] = build_masks(rows, request.plan.masks, dtype, flex=flex)
+            config, dtype = text_config(lm), input_embeddings(lm).weight.dtype
+            costs = _costs(config, rows.input_ids.device, request.plan)
+            kwargs["attention_mask"] = build_masks(rows, request.plan.masks, dtype, costs, flex=uses_flex(config))
             kwargs["position_ids"] = rows.position
         last = decoder(input_ids=rows.input_ids, use_cache=False, **kwargs).last_hidden_state
         parts.append(last.reshape(-1, last.shape[-1]).index_select(0, rows.source))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengrain.scoring.layouts import Rows
+from tokengrain.scoring.layouts import RowCosts, Rows
+from tokengrain.scoring.tree_attention import TreeMask, tree_spans, worth_it
 
 SINGLE = ""
 # Attributes that some attention code uses as a window of its own making, in physical positions.
@@ -107,10 +108,19 @@ def mask_mod(rows: Rows, window: int | None) -> Callable[[Tensor, Tensor, Tensor
     return mod
 
 
-def _dense(rows: Rows, window: int | None, dtype: torch.dtype) -> Tensor:
+def dense_mask(rows: Rows, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[B, 1, L, L]`: 0 where a query sees a key, else the lowest number of the type."""
     seen = visible(rows, window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _dense(rows: Rows, window: int | None, dtype: torch.dtype, costs: RowCosts) -> Tensor:
+    mask = dense_mask(rows, window, dtype)
+    if window is not None or not costs.by_parts or torch.compiler.is_compiling():
+        return mask
+    trees = tree_spans(rows)
+    return TreeMask.of(mask, trees) if worth_it(rows, trees, costs) else mask
 
 
 def _block(rows: Rows, window: int | None) -> Any:
@@ -123,11 +133,11 @@ def _block(rows: Rows, window: int | None) -> Any:
     )
 
 
-def build_masks(rows: Rows, form: MaskForm, dtype: torch.dtype, *, flex: bool) -> Any:
+def build_masks(rows: Rows, form: MaskForm, dtype: torch.dtype, costs: RowCosts, *, flex: bool) -> Any:
     """What to pass as `attention_mask`: a mask, or a mapping from kinds of layers to masks."""
     made: dict[int | None, Any] = {}
     for window in form.windows.values():
         if window not in made:
-            made[window] = _block(rows, window) if flex else _dense(rows, window, dtype)
+            made[window] = _block(rows, window) if flex else _dense(rows, window, dtype, costs)
     masks = {kind: made[window] for kind, window in form.windows.items()}
     return masks.get(SINGLE, masks)
