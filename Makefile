@@ -40,8 +40,9 @@ format: setup  ## Rewrite files to the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## Time one optimiser step against plain transformers and TRL (CPU); writes docs/results/
+bench: setup  ## Time preference and online steps against plain transformers and TRL (CPU, an hour); writes docs/results/
 	$(BIN)/python -m benchmarks.preference_step standard --output docs/results
+	$(BIN)/python -m benchmarks.online_step standard --output docs/results
 
 claims: setup  ## The papers' claims and the credit sources, over five seeds (about an hour); writes docs/results/
 	$(BIN)/tokengrain bench claims --jobs 2 --output runs/bench/claims

@@ -1,4 +1,4 @@
-"""Fill the README's tables and picture from a finished demo and the benchmark's JSON.
+"""Fill the README's tables and picture from a finished demo and the benchmarks' JSON.
 
 python -m benchmarks.readme_tables --demo runs/demo
 """
@@ -31,9 +31,9 @@ def demo_table(metrics: dict[str, Any]) -> str:
             f"| {r['name']} | {r['true_reward']:.2f} ± {1.96 * r['true_reward_se']:.2f} | {r['kl']:.2f} | {share} "
             f"| {wins:.0f} % ({low:.0f}–{high:.0f}) | {credit} | {r['seconds']:.0f} |"
         )
-    when = f"`make demo`, {metrics['date']}, {metrics['machine']}, torch {metrics['versions']['torch']}."
+    made = f"`make demo`, {metrics['date']}, {metrics['machine']}, torch {metrics['versions']['torch']}."
     return "\n".join(
-        [*lines, "", f"{when} One seed; over five seeds: [docs/results/stories.md](docs/results/stories.md)."]
+        [*lines, "", f"{made} One seed; over five seeds: [docs/results/stories.md](docs/results/stories.md)."]
     )
 
 
@@ -47,9 +47,25 @@ def speed_table(report: dict[str, Any]) -> str:
             )
     for row in report["memory"]:
         lines.append(f"| memory: {row['setting']} | plain transformers | {row['share']:.2f} of its peak |")
+    return "\n".join([*lines, "", f"{when(report)} [All numbers](docs/results/preference_step_cpu.md)."])
+
+
+def when(report: dict[str, Any]) -> str:
+    """Command, date and machine of a benchmark."""
     m = report["machine"]
-    when = f"`{m['command']}`, {m['date']}, {m['gpu'] or m['cpu']}, {m['cores']} cores, torch {m['torch']}."
-    return "\n".join([*lines, "", f"{when} [All numbers](docs/results/preference_step_cpu.md)."])
+    return f"`{m['command']}`, {m['date']}, {m['gpu'] or m['cpu']}, {m['cores']} cores, torch {m['torch']}."
+
+
+def online_table(report: dict[str, Any]) -> str:
+    """The ratios of the online benchmark as a Markdown table, with command, machine and date."""
+    lines = ["| phase | setting | against | ours is × as fast (smallest–largest) |", "|---|---|---|---|"]
+    for phase in ("update", "rollout"):
+        for result in report[phase]:
+            found = result["faster_than"]
+            for peer, ratio in found.items() if phase == "update" else [(result["sides"][1]["name"], found)]:
+                spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+                lines.append(f"| {phase} | {result['setting']} | {peer} | {spread} |")
+    return "\n".join([*lines, "", f"{when(report)} [All numbers](docs/results/online_step_cpu.md)."])
 
 
 def fill(text: str, name: str, table: str) -> str:
@@ -64,13 +80,15 @@ def fill(text: str, name: str, table: str) -> str:
 def main(
     demo: Annotated[Path, typer.Option(help="folder of a finished demo")] = Path("runs/demo"),
     speed: Annotated[Path, typer.Option(help="JSON of the benchmark")] = Path("docs/results/preference_step_cpu.json"),
+    online: Annotated[Path, typer.Option(help="of the online one")] = Path("docs/results/online_step_cpu.json"),
 ) -> None:
-    """Fill both tables and write the picture."""
+    """Fill the tables and write the picture."""
     from tokengrain.report import write_picture
 
     text = README.read_text(encoding="utf-8")
     text = fill(text, "demo-table", demo_table(read_json(demo / "metrics.json")))
     text = fill(text, "speed-table", speed_table(read_json(speed)))
+    text = fill(text, "online-table", online_table(read_json(online)))
     write_text(README, text)
     write_picture(demo, "docs/images/demo.svg", sources=PICTURE_SOURCES)
 

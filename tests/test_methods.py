@@ -51,6 +51,13 @@ def test_a_method_has_an_objective_a_recipe_and_a_page(name: str) -> None:
         assert f"## {heading}" in page, heading
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_readme_lists_it(name: str) -> None:
+    m = METHODS[name]
+    row = f"| {m.title} | {m.paper} | {m.credit} | `{m.objective}` | [{name}]({m.recipe}) | [page]({m.page}) |"
+    assert row in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
 def test_every_objective_belongs_to_a_method() -> None:
     used = {m.objective for m in METHODS.values()}
     assert set(OBJECTIVES) - used == {"sft", "tdpo"}

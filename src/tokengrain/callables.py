@@ -30,7 +30,7 @@ def _not_bool(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Range of a finite number. pydantic asks it for its schema, so losses need not import pydantic."""
+    """Range of a finite or a whole number. pydantic asks it for its schema, so losses need not import pydantic."""
 
     gt: float | None = None
     ge: float | None = None
@@ -40,6 +40,9 @@ class Bounds:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
+        if source is int:
+            bounds: dict[str, Any] = {"gt": self.gt, "ge": self.ge, "lt": self.lt, "le": self.le}
+            return core_schema.int_schema(**bounds, strict=True)
         number = core_schema.float_schema(gt=self.gt, ge=self.ge, lt=self.lt, le=self.le, allow_inf_nan=False)
         return core_schema.no_info_before_validator_function(_not_bool, number)
 
@@ -49,6 +52,8 @@ Positive = Annotated[float, Bounds(gt=0)]
 NonNegative = Annotated[float, Bounds(ge=0)]
 Share = Annotated[float, Bounds(ge=0, le=1)]
 Smoothing = Annotated[float, Bounds(ge=0, lt=0.5)]
+Whole = Annotated[int, Bounds(ge=0)]
+Count = Annotated[int, Bounds(ge=1)]
 
 
 def nearest(name: str, names: Collection[str]) -> str:
@@ -59,13 +64,13 @@ def nearest(name: str, names: Collection[str]) -> str:
     return f"; known: {', '.join(sorted(names)) or 'none'}"
 
 
-def keyword_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """Name and annotation of every keyword-only argument of `function`."""
+def keyword_types(function: Callable[..., Any], also: Collection[str] = ()) -> dict[str, Any]:
+    """Name and annotation of every keyword-only argument of `function`, and of those named in `also`."""
     hints = get_type_hints(_annotated(function), include_extras=True)
     return {
         name: hints.get(name, Any)
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
+        if parameter.kind is parameter.KEYWORD_ONLY or name in also
     }
 
 
@@ -75,13 +80,19 @@ def is_tensor_type(annotation: Any) -> bool:
 
 
 def validate_settings(
-    what: str, function: Callable[..., Any], given: Mapping[str, Any], *, excluded: Collection[str] = ()
+    what: str,
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    *,
+    excluded: Collection[str] = (),
+    also: Collection[str] = (),
 ) -> dict[str, Any]:
     """Check `given` against the keyword-only arguments of `function`, `excluded` ones left out.
 
     Args:
         what: names the thing in messages, for example "objective 'dpo'".
         given: the settings; those not given keep their defaults.
+        also: positional arguments that are settings too.
 
     Returns:
         The given settings, converted to the annotated types, and the defaults of the others.
@@ -91,7 +102,7 @@ def validate_settings(
     """
     from pydantic import TypeAdapter, ValidationError
 
-    types = {k: v for k, v in keyword_types(function).items() if k not in excluded}
+    types = {k: v for k, v in keyword_types(function, also).items() if k not in excluded}
     defaults = inspect.signature(function).parameters
     for name in given:
         if name not in types:

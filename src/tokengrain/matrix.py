@@ -16,7 +16,7 @@ def objectives() -> dict[str, Objective]:
 
 def roles_for(credit: str, objective: str) -> dict[str, str]:
     """Role by role: "" if the objective takes this credit so, else the reason why it is refused."""
-    return {name: why_not(CREDIT[credit].values, make_role(name).uses, name) for name in OBJECTIVES[objective].accepts}
+    return {name: why_not(CREDIT[credit].values, make_role(name).uses) for name in OBJECTIVES[objective].accepts}
 
 
 def cell(credit: str, objective: str) -> str:
@@ -27,7 +27,7 @@ def cell(credit: str, objective: str) -> str:
             found.append(role)
         elif issubclass(ROLES[role], SelectionRole):
             by_threshold = make_role(role, above=0.0)
-            found += [] if why_not(CREDIT[credit].values, by_threshold.uses, role) else [f"{role} (above: 0)"]
+            found += [] if why_not(CREDIT[credit].values, by_threshold.uses) else [f"{role} (above: 0)"]
     return ", ".join(found) or "–"
 
 

@@ -23,7 +23,8 @@ def test_shared_characters_weigh() -> None:
 
 def test_same_spans_change_nothing() -> None:
     spans = [(0, 3), (3, 4), (4, 9), (9, 9)]
-    scores = torch.randn(4, dtype=torch.float64)
+    # Eighths: three times one, divided by three, is the same number to the last bit; of any number it is not.
+    scores = torch.randint(-999, 999, (4,), generator=torch.Generator().manual_seed(0)).double() / 8
     assert torch.equal(aligned_scores(scores, spans, spans), scores)
 
 

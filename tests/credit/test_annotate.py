@@ -23,6 +23,7 @@ from tests.credit.annotate_worker import FINGERPRINTS, PlainLlama, make_rows, ma
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.credit import store
 from tokengrain.credit.annotate import annotate, load_annotated
+from tokengrain.credit.manifest import check_manifest, read_manifest
 from tokengrain.data import PairDataset, Report, prepare_pairs, prepare_sft
 from tokengrain.data.store import SampleStore
 from tokengrain.errors import DataError, RunError
@@ -72,7 +73,7 @@ def test_file_has_the_rows_and_the_numbers_of_the_model(finished: Path) -> None:
 def test_manifest_says_what_the_file_was_made_with(finished: Path) -> None:
     manifest = json.loads((finished.parent / "manifest.json").read_text())["files"]["train.parquet"]
     assert manifest["fingerprints"] == FINGERPRINTS
-    assert manifest == store.read_manifest(finished)
+    assert manifest == read_manifest(finished)
     assert sorted(p.name for p in finished.parent.iterdir()) == ["manifest.json", "train.parquet"]
 
 
@@ -127,7 +128,7 @@ def test_output_made_with_another_model_is_not_overwritten(finished: Path, tmp_p
         run(output, fingerprints=other)
     assert output.read_bytes() == finished.read_bytes()
     assert run(output, fingerprints=other, overwrite=True).tokens > 0
-    assert store.read_manifest(output)["fingerprints"] == other
+    assert read_manifest(output)["fingerprints"] == other
 
 
 def test_shards_of_another_source_are_computed_again(finished: Path, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_shards_of_another_source_are_computed_again(finished: Path, tmp_path: P
     ],
 )
 def test_mismatch_at_training_time_names_the_culprit(finished: Path, name: str, words: str) -> None:
-    assert store.check_manifest(finished, FINGERPRINTS)["rows"] == 40
+    assert check_manifest(finished, FINGERPRINTS)["rows"] == 40
     with pytest.raises(RunError, match=f"{words} .file: {FINGERPRINTS[name]}, now: 9999.") as caught:
         load_annotated(finished, None, FINGERPRINTS | {name: "9999"})
     others = set(FINGERPRINTS) - {name}
@@ -193,13 +194,13 @@ def test_file_that_annotate_did_not_write(tmp_path: Path) -> None:
 
     path = tmp_path / "own.parquet"
     with pytest.raises(RunError, match="no such annotated file"):
-        store.check_manifest(path, {})
+        check_manifest(path, {})
     path.write_bytes(b"not parquet")
     with pytest.raises(RunError, match="not a parquet file"):
-        store.check_manifest(path, {})
+        check_manifest(path, {})
     pq.write_table(pa.table({"prompt": ["a"]}), path)
     with pytest.raises(RunError, match="does not say which model"):
-        store.check_manifest(path, {})
+        check_manifest(path, {})
 
 
 def quick(output: Path, source: Any, data: Any = None, **options: Any) -> Path:
@@ -419,7 +420,7 @@ def test_spans_survive(tmp_path: Path) -> None:
     table = pq.read_table(output)
     for name in ("chosen_spans", "rejected_spans"):  # the rows' own, by character, are as they were
         assert table[name].to_pylist() == [row[name] for row in rows]
-    assert store.read_manifest(output)["columns"] == ["token_rewards", "spans"]
+    assert read_manifest(output)["columns"] == ["token_rewards", "spans"]
     fresh = prepare_pairs(rows, make_tokenizer(), config)
     loaded = load_annotated(output, make_tokenizer())
     assert loaded.columns == ("spans", "token_rewards")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.objectives import Counts, LossOutput, make_normaliser
+from tokengrain.scoring import Distribution, Head, head_quantities
 
 F64 = torch.float64
 
@@ -49,6 +51,43 @@ def example(lengths: tuple[int, ...] = (4, 2, 1, 5, 3, 3), seed: int = 0) -> Exa
         random() / 2,
         random().abs().requires_grad_(),
     )
+
+
+@dataclass
+class PairLogits:
+    """Policy and reference logits `[N, V]` of pairs with labels `[N]`, for losses that take the full KL."""
+
+    segments: Segments
+    policy: Tensor
+    reference: Tensor
+    labels: Tensor
+
+    def scores(self, policy: Tensor, reference: Tensor | None = None, chunk: int | None = None) -> dict[str, Tensor]:
+        """logps and kl of the policy, with the logits as hidden states behind an identity head."""
+        head = Head(torch.eye(policy.shape[1], dtype=F64))
+        q = Distribution(self.reference if reference is None else reference, head)
+        return head_quantities(policy, head, self.labels, ("logps", "kl"), q, chunk_tokens=chunk)
+
+    def apply(self, logps: Tensor, **given: Any) -> LossOutput:
+        """The loss that is tested, of log-probabilities with ref_logps, kl and settings."""
+        raise NotImplementedError
+
+    def loss(self, policy: Tensor, reference: Tensor | None = None, **hyper: Any) -> LossOutput:
+        reference = self.reference if reference is None else reference
+        scores, ref_logps = self.scores(policy, reference), self.scores(reference)["logps"]
+        return self.apply(scores["logps"], ref_logps=ref_logps, kl=scores["kl"], **hyper)
+
+    def gradient(self, **hyper: Any) -> Tensor:
+        return gradient(lambda p: mean_loss(self.loss(p, **hyper), self.segments), self.policy)
+
+
+def pair_logits(lengths: tuple[int, ...], vocabulary: int, seed: int) -> tuple[Segments, Tensor, Tensor, Tensor]:
+    """What `PairLogits` is made of, at random; the policy's logits with gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    policy, reference = (torch.randn(n, vocabulary, dtype=F64, generator=generator) for _ in range(2))
+    labels = torch.randint(vocabulary, (n,), generator=generator)
+    return Segments.from_lengths(lengths), policy.requires_grad_(), reference, labels
 
 
 def mean_loss(output: LossOutput, segments: Segments) -> Tensor:

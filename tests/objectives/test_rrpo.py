@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.examples import F64, example, gradient, mean_loss
+from tests.objectives.examples import F64, PairLogits, example, gradient, mean_loss, pair_logits
 from tokengrain.batch import Segments
 from tokengrain.objectives import LossOutput, dpo_loss, rrpo_loss, rrpo_reads, span_rewards
-from tokengrain.scoring import Distribution, Head, head_quantities
 
 LENGTHS = (4, 5, 3, 2)
 SPANS = (0, 1, 1, 0, 0, 1, 0, 2, 2, 1, 0, 2, 0, 1)
@@ -21,29 +20,13 @@ VOCAB = 6
 
 
 @dataclass
-class Logits:
-    """Policy and reference logits `[N, V]`, labels and spans `[N]`."""
+class Logits(PairLogits):
+    """With spans `[N]`."""
 
-    segments: Segments
-    policy: Tensor
-    reference: Tensor
-    labels: Tensor
     spans: Tensor
 
-    def scores(self, policy: Tensor, reference: Tensor | None = None) -> dict[str, Tensor]:
-        head = Head(torch.eye(VOCAB, dtype=F64))
-        q = Distribution(self.reference if reference is None else reference, head)
-        return head_quantities(policy, head, self.labels, ("logps", "kl"), q)
-
-    def loss(self, policy: Tensor, reference: Tensor | None = None, **hyper: Any) -> LossOutput:
-        reference = self.reference if reference is None else reference
-        scores, ref_logps = self.scores(policy, reference), self.scores(reference)["logps"]
-        return rrpo_loss(
-            scores["logps"], self.segments, ref_logps=ref_logps, kl=scores["kl"], spans=self.spans, **hyper
-        )
-
-    def gradient(self, **hyper: Any) -> Tensor:
-        return gradient(lambda p: mean_loss(self.loss(p, **hyper), self.segments), self.policy)
+    def apply(self, logps: Tensor, **given: Any) -> LossOutput:
+        return rrpo_loss(logps, self.segments, spans=self.spans, **given)
 
     def dpo(self, policy: Tensor, beta: float) -> LossOutput:
         logps = self.scores(policy)["logps"]
@@ -52,12 +35,7 @@ class Logits:
 
 @pytest.fixture
 def x() -> Logits:
-    generator = torch.Generator().manual_seed(2)
-    n = sum(LENGTHS)
-    policy, reference = (torch.randn(n, VOCAB, dtype=F64, generator=generator) for _ in range(2))
-    labels = torch.randint(VOCAB, (n,), generator=generator)
-    spans = torch.tensor(SPANS, dtype=F64)
-    return Logits(Segments.from_lengths(LENGTHS), policy.requires_grad_(), reference, labels, spans)
+    return Logits(*pair_logits(LENGTHS, VOCAB, seed=2), torch.tensor(SPANS, dtype=F64))
 
 
 def test_alpha_0_and_every_token_in_a_span_is_dpo(x: Logits) -> None:

@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.examples import F64, example, gradient, mean_loss
+from tests.objectives.examples import F64, PairLogits, example, gradient, mean_loss, pair_logits
 from tokengrain.batch import Segments
 from tokengrain.objectives import LossOutput, dpo_loss, tdpo_loss, tdpo_token_rewards
-from tokengrain.scoring import Distribution, Head, head_quantities
 
 LENGTHS = (4, 2, 1, 3)
 VOCAB = 6
 
 
-@dataclass
-class Logits:
-    """Policy and reference logits `[N, V]` with labels `[N]`."""
-
-    segments: Segments
-    policy: Tensor
-    reference: Tensor
-    labels: Tensor
-
-    def scores(self, policy: Tensor, reference: Tensor | None = None, chunk: int | None = None) -> dict[str, Tensor]:
-        """logps and kl of the policy, with the logits as hidden states behind an identity head."""
-        head = Head(torch.eye(policy.shape[1], dtype=F64))
-        q = Distribution(self.reference if reference is None else reference, head)
-        return head_quantities(policy, head, self.labels, ("logps", "kl"), q, chunk_tokens=chunk)
-
-    def loss(self, policy: Tensor, reference: Tensor | None = None, **hyper: object) -> LossOutput:
-        reference = self.reference if reference is None else reference
-        scores = self.scores(policy, reference)
-        ref_logps = self.scores(reference)["logps"]
-        return tdpo_loss(
-            scores["logps"],
-            self.segments,
-            ref_logps=ref_logps,
-            kl=scores["kl"],
-            **hyper,  # type: ignore[arg-type]
-        )
-
-    def gradient(self, **hyper: object) -> Tensor:
-        return gradient(lambda p: mean_loss(self.loss(p, **hyper), self.segments), self.policy)
+class Logits(PairLogits):
+    def apply(self, logps: Tensor, **given: Any) -> LossOutput:
+        return tdpo_loss(logps, self.segments, **given)
 
 
 @pytest.fixture
 def x() -> Logits:
-    generator = torch.Generator().manual_seed(1)
-    n = sum(LENGTHS)
-    policy, reference = (torch.randn(n, VOCAB, dtype=F64, generator=generator) for _ in range(2))
-    labels = torch.randint(VOCAB, (n,), generator=generator)
-    return Logits(Segments.from_lengths(LENGTHS), policy.requires_grad_(), reference, labels)
+    return Logits(*pair_logits(LENGTHS, VOCAB, seed=1))
 
 
 def test_alpha_0_is_dpo_in_value_and_gradient(x: Logits) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tokengrain.rollout import HFGenerate, PromptItem, SamplingConfig
 
 
 class Stub(ThreadingHTTPServer):
@@ -81,3 +84,57 @@ def serving(answer: Callable[[str, Any], Any]) -> Iterator[Stub]:
         stub.shutdown()
         stub.server_close()
         thread.join()
+
+
+class Served:
+    """What a vLLM server answers, from a model in this process; it knows new weights from disk only.
+
+    Attributes:
+        model: the one it samples from where no adapter is named; "checkpoint" replaces it.
+        adapters: models with an adapter, by its name.
+        loaded: the folders that it has loaded, in order.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.adapters, self.loaded, self.lock = model, {}, [], threading.Lock()
+
+    def __call__(self, path: str, body: Any) -> Any:
+        with self.lock:
+            return {
+                "/v1/completions": self.completions,
+                "/collective_rpc": self.reload,
+                "/reset_prefix_cache": lambda body: {},
+                "/v1/load_lora_adapter": self.load,
+                "/v1/unload_lora_adapter": lambda body: self.adapters.pop(body["lora_name"]) and {},
+            }[path](body)
+
+    def completions(self, body: Any) -> Any:
+        model = self.adapters.get(body["model"], self.model)
+        sampling = SamplingConfig(max_new_tokens=body["max_tokens"], stop_ids=tuple(body["stop_token_ids"]))
+        item = PromptItem(body["prompt"], row=body["seed"])
+        group = HFGenerate(model).sample([item], n=body["n"], sampling=sampling).groups[0]
+        return {
+            "choices": [
+                {
+                    "index": i,
+                    "token_ids": c.ids,
+                    "logprobs": {"token_logprobs": c.raw_logps},
+                    "finish_reason": c.finish_reason,
+                }
+                for i, c in enumerate(group)
+            ]
+        }
+
+    def reload(self, body: Any) -> Any:
+        self.loaded.append(body["kwargs"]["weights_path"])
+        self.model = type(self.model).from_pretrained(self.loaded[-1])
+        return {}
+
+    def load(self, body: Any) -> Any:
+        from peft import PeftModel
+
+        assert body["lora_name"] not in self.adapters
+        self.loaded.append(body["lora_path"])
+        base = copy.deepcopy(self.model)
+        self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, self.loaded[-1]).eval()
+        return {}

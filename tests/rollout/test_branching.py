@@ -93,12 +93,40 @@ def test_each_window_once_and_positions(tok, model):
 
 
 def test_triggers_refresh_and_refusals(tok, model):
-    none = Branching(HFGenerate(model, tok), model, quantile=0.0, triggers=torch.zeros(len(tok), dtype=torch.bool))
-    plain = HFGenerate(model, tok).sample(items(tok), n=2, sampling=SAMPLING)
-    assert none.sample(items(tok), n=2, sampling=SAMPLING).groups == plain.groups
+    every = Branching(HFGenerate(model, tok), model, window=1, quantile=0.0, per_completion=9, per_prompt=99)
+    words = Branching(
+        HFGenerate(model, tok),
+        model,
+        tok,
+        window=1,
+        quantile=0.0,
+        triggers=("sea", "calm", "deep", "was"),
+        per_completion=9,
+        per_prompt=99,
+    )
+    found = words.sample(items(tok), n=3, sampling=SAMPLING)
+    plain = every.sampler.sample(items(tok), n=3, sampling=SAMPLING)
+    left = 0
+    for group, parents in zip(found.groups, plain.groups, strict=True):
+        assert group[:3] == parents
+        for c in group[3:]:
+            # Left before one of the words, which the parent has there.
+            starts = [p.ids[c.context] for p in parents if p.ids[: c.context] == c.ids[: c.context]]
+            assert {"sea", "calm", "deep", "was"} & set(tok.convert_ids_to_tokens(starts))
+            left += 1
+    assert left > 0
     other = llama().float()
-    none.refresh(other)
-    assert none.model is other
-    assert none.sampler.model is other
-    with pytest.raises(RecipeError, match="window is 0"):
-        Branching(HFGenerate(model, tok), model, window=0)
+    words.refresh(other)
+    assert words.model is other
+    assert words.sampler.model is other
+    sampler = HFGenerate(model, tok)
+    for settings, message in (
+        ({"window": 0}, "window = 0: .* greater than or equal to 1"),
+        ({"quantile": 1.5}, "quantile = 1.5"),
+        ({"mode": "papers"}, "mode = 'papers'"),
+        ({"triggers": ("because",)}, "sampler 'branching' needs a tokenizer"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Branching(sampler, model, **settings)
+    with pytest.raises(RecipeError, match="sampler 'branching': none of the 1 trigger words"):
+        Branching(sampler, model, tok, triggers=("because",))

@@ -250,7 +250,9 @@ def test_continuous_refuses(tok):
     with pytest.raises(ModelError, match="recurrent"):
         HFContinuous(small("mamba"), tok)
     with pytest.raises(RecipeError, match="page_sise"):
-        HFContinuous(llama(), tok, settings={"page_sise": 1}).sample(items(tok), n=1, sampling=SAMPLING)
+        HFContinuous(llama(), tok, settings={"page_sise": 1})
+    with pytest.raises(RecipeError, match="unknown setting 'seed'"):  # the sampling has one
+        HFContinuous(llama(), tok, settings={"seed": 1})
 
 
 def test_continuous_failures(tok, monkeypatch):

@@ -1,16 +1,16 @@
 """The server sampler against a stub that speaks the protocol."""
 
 import json
-import threading
+import re
 import time
 
 import pytest
 import torch
 
-from tests.credit.small import llama, tokenizer
-from tests.rollout.stub import serving
+from tests.credit.small import llama
+from tests.rollout.stub import Served, serving
 from tokengrain.errors import RecipeError
-from tokengrain.rollout import HFGenerate, OpenAIServer, PromptItem, RolloutError, SamplingConfig, sampler_mismatch
+from tokengrain.rollout import OpenAIServer, PromptItem, RolloutError, SamplingConfig, sampler_mismatch
 from tokengrain.rollout.client import JsonClient, ServerError
 from tokengrain.scoring import score
 
@@ -151,7 +151,7 @@ def test_concurrency_is_bounded_and_one_error_stops_the_rest():
         assert len(stub.requests) < 12
 
 
-def test_adapters_are_loaded_under_a_new_name_each_time(tmp_path):
+def test_adapters_are_loaded_under_a_new_name_each_time(tmp_path, caplog):
     def answer(path, body):
         return completions(path, body) if path == "/v1/completions" else {"message": "ok"}
 
@@ -161,19 +161,33 @@ def test_adapters_are_loaded_under_a_new_name_each_time(tmp_path):
             sampler.refresh(tmp_path)
             sampler.sample(PROMPTS[:1], n=1, sampling=SAMPLING)
         calls = [(path, body.get("lora_name"), body.get("model")) for path, body in stub.requests]
+        first, second = calls[0][1], calls[2][1]
         assert calls == [
-            ("/v1/load_lora_adapter", "tokengrain-1", None),
-            ("/v1/completions", None, "tokengrain-1"),
-            ("/v1/load_lora_adapter", "tokengrain-2", None),
-            ("/v1/unload_lora_adapter", "tokengrain-1", None),
-            ("/v1/completions", None, "tokengrain-2"),
+            ("/v1/load_lora_adapter", first, None),
+            ("/v1/completions", None, first),
+            ("/v1/load_lora_adapter", second, None),
+            ("/v1/unload_lora_adapter", first, None),
+            ("/v1/completions", None, second),
         ]
+        assert [re.sub("-[0-9a-f]{8}-", "-", name) for name in (first, second)] == ["tokengrain-1", "tokengrain-2"]
+        other = server(stub, refresh="adapter")
+        other.refresh(tmp_path)  # a run that was killed has left its names on the server
+        assert other.model not in (first, second)
         assert stub.requests[0][1]["lora_path"] == str(tmp_path.resolve())
         stub.faults[:] = [400]
         with pytest.raises(ServerError, match="fault 400"):
             sampler.refresh(tmp_path)
-        assert sampler.model == "tokengrain-2"
+        assert sampler.model == second
+        sampler.release()
+        assert stub.requests[-1] == ("/v1/unload_lora_adapter", {"lora_name": second})
+        assert sampler.model == "m"
+        stub.requests.clear()
+        sampler.release()
+        assert not stub.requests
         assert server(stub, flavour="sglang").model == "m"
+    other.release()  # the server is gone: a warning, no error, no waiting
+    assert other.adapter is None
+    assert "stays on the server: http" in caplog.text
 
 
 def test_checkpoints(tmp_path):
@@ -201,26 +215,8 @@ def test_checkpoints(tmp_path):
 
 def test_a_model_behind_the_server_agrees_with_the_trainer():
     """The stub samples from a real model: ids and log-probabilities survive the way there and back."""
-    model, tok, lock = llama().float(), tokenizer(), threading.Lock()
-
-    def answer(path, body):
-        item = PromptItem(body["prompt"], row=body["seed"])
-        with lock:
-            sampling = SamplingConfig(max_new_tokens=body["max_tokens"], stop_ids=tuple(body["stop_token_ids"]))
-            group = HFGenerate(model, tok).sample([item], n=body["n"], sampling=sampling).groups[0]
-        return {
-            "choices": [
-                {
-                    "index": i,
-                    "token_ids": c.ids,
-                    "logprobs": {"token_logprobs": c.raw_logps},
-                    "finish_reason": c.finish_reason,
-                }
-                for i, c in enumerate(group)
-            ]
-        }
-
-    with serving(answer) as stub:
+    model = llama().float()
+    with serving(Served(model)) as stub:
         first = server(stub).sample(PROMPTS, n=3, sampling=SAMPLING)
         again = server(stub, concurrency=1).sample(PROMPTS, n=3, sampling=SAMPLING)
     assert first.groups == again.groups

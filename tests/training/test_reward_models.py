@@ -18,6 +18,7 @@ from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.credit.reward_model import (
     RewardModelCredit,
     ScoreStatistics,
+    completion_statistics_of,
     frozen_token_scores,
     set_statistics,
     statistics_of,
@@ -30,6 +31,7 @@ from tokengrain.training import read_log
 from tokengrain.training.reward_models import (
     load_reward_model,
     load_trained_reward_model,
+    measure_completions,
     measure_scores,
     reward_lora_config,
     reward_model_from,
@@ -196,9 +198,10 @@ def test_training_saving_and_loading(tmp_path: Path, lora: LoraSpec | None) -> N
     log = [e for e in read_log(tmp_path / "run" / "log.jsonl") if "loss" in e]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     statistics = measure_scores(trainer.model, held_out)
+    whole = measure_completions(trainer.model, held_out, pooling="last")
     path = str(tmp_path / "run" / "model")
     trainer.save_model(path)
-    save_statistics(path, statistics)
+    save_statistics(path, statistics, whole)
 
     batch = TokenBatch.from_samples(held_out[:8])
     scores = frozen_token_scores(trainer.model, batch)
@@ -207,6 +210,8 @@ def test_training_saving_and_loading(tmp_path: Path, lora: LoraSpec | None) -> N
     assert not loaded.training
     torch.testing.assert_close(frozen_token_scores(loaded, batch), scores, atol=2e-5, rtol=1e-4)
     assert statistics_of(loaded) == statistics
+    assert completion_statistics_of(loaded) == whole
+    assert whole.std > 0
     torch.testing.assert_close(
         RewardModelCredit(model=loaded)(batch), (scores - statistics.mean) / statistics.std, atol=1e-5, rtol=1e-4
     )

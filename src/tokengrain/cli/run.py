@@ -112,10 +112,16 @@ def annotate(
 def evaluate(
     run: RunArgument,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Pairs instead of the run's held-out ones.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples per prompt, in a world.")] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Samples per prompt, in a world (default: 64 of stories, 16 of arithmetic and revision)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Evaluate a finished run: held-out pairs, and in a world the true reward, KL and frontier share.
+    """Evaluate a finished run: held-out rows, and in a world the true reward, KL and frontier share, or accuracy,
+    pass@k and maj@k.
 
     The numbers are written to evaluation.json in the run folder.
 

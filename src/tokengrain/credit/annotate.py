@@ -8,11 +8,9 @@ run give the same file.
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,9 @@ from torch import Tensor
 
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.credit import store
+from tokengrain.credit.manifest import DIGEST, FORMAT, check_manifest, differences, read_manifest, write_manifest
+from tokengrain.credit.processes import agreement, world
+from tokengrain.credit.remembered import Remembered, asking
 from tokengrain.credit.shards import Job, compute_shards
 from tokengrain.credit.simple import ColumnCredit
 from tokengrain.errors import DataError, RunError
@@ -82,84 +83,74 @@ def annotate(
         RunError: the output was made with something else; the disk is full (shards are kept); another process
             failed.
     """
-    rank, size = _world()
+    rank, size = world()
     dataset, rows = _dataset(rows_source, rows, tokenizer, tokenize_config)
-    quantities = dict(sources)
-    if reference is not None:
-        shared = _Remembered(reference)
-        quantities = {name: _asking(source, reference, shared) for name, source in sources.items()}
-        quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps
-    if not quantities:
-        raise RunError("nothing to annotate: give at least one credit source or a reference")
-    # What the rows brought along (spans, say) has to be there again when the file is read.
-    quantities |= {name: ColumnCredit(column=name) for name in dataset.columns if name not in quantities}
     place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
-    budget = max_tokens or (CPU_TOKENS if place.type == "cpu" else GPU_TOKENS)
-    job = Job(
-        samples=dataset.samples,
-        lengths=dataset.lengths,
-        roles=store.roles_of(dataset.samples[0]),
-        quantities=quantities,
-        name=dataset.name,
-        output=Path(output),
-        key=_key(dataset, list(quantities), fingerprints or {}, shard_rows, budget),
-        shard_rows=shard_rows,
-        max_tokens=budget,
-        device=place,
-        holes=any(c.counted is not None for s in dataset.samples for c in s.completions),
-    )
-    manifest = {
-        "format": store.FORMAT,
-        "roles": list(job.roles),
-        "columns": list(job.quantities),
-        "fingerprints": dict(fingerprints or {}),
-        "rows": len(job.samples),
-        "key": job.key,
-    }
+    quantities = _quantities(dataset, sources, reference)
+    job = _job(dataset, quantities, Path(output), fingerprints or {}, shard_rows, max_tokens, place)
+    manifest = _manifest(job, fingerprints or {})
     if _already_done(job, manifest, overwrite):
         if rank == 0:  # a run killed right after the merge left these
-            store.write_manifest(job.output, store.read_manifest(job.output))
+            write_manifest(job.output, read_manifest(job.output))
             shutil.rmtree(job.folder, ignore_errors=True)
         return job.output
-    with _agreement(size):
+    with agreement(size):
         compute_shards(job, rank, size, progress)
-    with _agreement(size):
+    with agreement(size):
         if rank == 0:
             _finish(job, manifest, _originals(dataset.samples, rows))
     return job.output
 
 
-class _Remembered:
-    """A reference that answers a second question about the same batch from memory."""
-
-    def __init__(self, reference: Callable[..., Any]) -> None:
-        self.reference = reference
-        self.batch: TokenBatch | None = None
-        self.answer: Any = None
-
-    def __call__(self, batch: TokenBatch, want: Collection[str]) -> Any:
-        if set(want) != {"logps"}:
-            return self.reference(batch, want)
-        if self.batch is not batch:
-            self.batch, self.answer = batch, self.reference(batch, {"logps"})
-        return self.answer
-
-
-def _asking(source: Any, reference: Any, shared: _Remembered) -> Any:
-    """`source`; if it asks the same frozen model, a copy that shares the forward pass of the stored logps."""
-    asked = getattr(source, "reference", None)
-    if asked is None or _frozen_model(asked) is not _frozen_model(reference):
-        return source
-    source = copy.copy(source)
-    source.reference = shared
-    return source
+def _quantities(
+    dataset: PairDataset, sources: Mapping[str, Callable[[TokenBatch], Tensor]], reference: Callable[..., Any] | None
+) -> dict[str, Callable[[TokenBatch], Tensor]]:
+    """Everything that is stored, by column: what the sources give, the reference, and what the rows brought along."""
+    quantities = dict(sources)
+    if reference is not None:
+        shared = Remembered(reference)
+        quantities = {name: asking(source, reference, shared) for name, source in sources.items()}
+        quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps
+    if not quantities:
+        raise RunError("nothing to annotate: give at least one credit source or a reference")
+    # The rows' own columns (spans, say) have to be there again when the file is read.
+    return quantities | {name: ColumnCredit(column=name) for name in dataset.columns if name not in quantities}
 
 
-def _frozen_model(reference: Any) -> Any:
-    """What answers for a reference: the model of a `FrozenReference`, else the reference itself."""
-    from tokengrain.scoring.reference import FrozenReference
+def _job(
+    dataset: PairDataset,
+    quantities: Mapping[str, Callable[[TokenBatch], Tensor]],
+    output: Path,
+    fingerprints: Mapping[str, str],
+    shard_rows: int,
+    max_tokens: int | None,
+    device: torch.device,
+) -> Job:
+    budget = max_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+    return Job(
+        samples=dataset.samples,
+        lengths=dataset.lengths,
+        roles=store.roles_of(dataset.samples[0]),
+        quantities=quantities,
+        name=dataset.name,
+        output=output,
+        key=_key(dataset, list(quantities), fingerprints, shard_rows, budget),
+        shard_rows=shard_rows,
+        max_tokens=budget,
+        device=device,
+        holes=any(c.counted is not None for s in dataset.samples for c in s.completions),
+    )
 
-    return reference.model if isinstance(reference, FrozenReference) else reference
+
+def _manifest(job: Job, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "roles": list(job.roles),
+        "columns": list(job.quantities),
+        "fingerprints": dict(fingerprints),
+        "rows": len(job.samples),
+        "key": job.key,
+    }
 
 
 def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> bool:
@@ -167,14 +158,14 @@ def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> boo
     if not job.output.exists():
         return False
     try:
-        stored = store.read_manifest(job.output)
+        stored = read_manifest(job.output)
     except RunError:
         stored = {}
-    if {k: v for k, v in stored.items() if k != store.DIGEST} == manifest:
+    if {k: v for k, v in stored.items() if k != DIGEST} == manifest:
         return True
     if overwrite:
         return False
-    found = store.differences(stored.get("fingerprints", {}), manifest["fingerprints"])
+    found = differences(stored.get("fingerprints", {}), manifest["fingerprints"])
     why = f"was made with {'; with '.join(found)}" if found else "has other rows, columns or settings"
     raise RunError(
         f"{job.output} is there already and {why}. Nothing was changed: choose another output, or ask to overwrite it"
@@ -186,11 +177,11 @@ def _finish(job: Job, manifest: Mapping[str, Any], originals: Sequence[Mapping[s
     shards = [job.path(i) for i in range(job.n_shards)]
     with store.explain_full_disk(job.output, job.finished(), job.n_shards, job.folder):
         stored = store.merge(shards, originals, job.output, manifest)
-        store.write_manifest(job.output, stored)
+        write_manifest(job.output, stored)
     shutil.rmtree(job.folder)
 
 
-# ----------------------------------------------------------------------------------------- data and processes
+# ------------------------------------------------------------------------------------------------------- data
 
 
 def load_annotated(
@@ -212,7 +203,7 @@ def load_annotated(
     from tokengrain.data import PairDataset
 
     path = Path(path)
-    store.check_manifest(path, expected_fingerprints or {})
+    check_manifest(path, expected_fingerprints or {})
     vocabulary = len(tokenizer) if tokenizer is not None else None
     return PairDataset(_within(store.read_samples(path), vocabulary, path), name=str(path))
 
@@ -262,7 +253,7 @@ def _key(
     """Identifies a shard's content: the token ids, what was computed, with what, and how it was batched."""
     return fingerprint(
         {
-            "format": store.FORMAT,
+            "format": FORMAT,
             "fingerprints": dict(fingerprints),
             "columns": list(columns),
             "tokens": dataset.fingerprint,
@@ -287,32 +278,3 @@ def _device_of(holders: Sequence[Any]) -> torch.device:
         elif type(holder).__module__.startswith("tokengrain."):
             queue.extend(vars(holder).values())
     return torch.device("cpu")
-
-
-def _world() -> tuple[int, int]:
-    """(rank, number of processes); joins the world if a launcher set one up."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        from accelerate import PartialState
-
-        PartialState()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-@contextmanager
-def _agreement(size: int) -> Iterator[None]:
-    """Wait for the other processes at the end; if any failed, all raise instead of waiting for ever."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:  # Ctrl-C is not caught: the launcher sends it to every process
-        error = caught
-    if size > 1:
-        messages: list[str | None] = [None] * size
-        torch.distributed.all_gather_object(messages, None if error is None else str(error) or repr(error))
-        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
-        if error is None and failed:
-            raise RunError(f"annotation stopped because process {failed[0][0]} failed: {failed[0][1]}")
-    if error is not None:
-        raise error

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
+from tokengrain.errors import RecipeError
 
 Mode = Literal["code", "paper", "token_semantic"]
+Triggers = Literal["english"] | tuple[str, ...] | None
 
 TRIGGERS = (
     *("actually", "alternatively", "also", "although", "because", "but", "check", "consider", "first", "hence"),
@@ -207,6 +209,35 @@ def trigger_table(tokens: Sequence[str], words: Collection[str] = TRIGGERS) -> T
     if not bool(table.any()):
         raise ValueError(f"none of the {len(wanted)} trigger words is a token of this vocabulary; give others, or none")
     return table
+
+
+def trigger_tokens(tokenizer: Any, triggers: Triggers, what: str) -> Tensor | None:
+    """Which tokens may count, bool `[V]`; None: all.
+
+    Args:
+        triggers: "english" for `TRIGGERS`, words, or None: every token.
+        what: names who asks in messages, for example "credit 'aepo'".
+
+    Raises:
+        RecipeError: words without a tokenizer, or none of them is a token of its vocabulary.
+    """
+    if triggers is None:
+        return None
+    if tokenizer is None:
+        raise RecipeError(f"{what} needs a tokenizer to find trigger words; or set triggers: null (every token)")
+    words = TRIGGERS if triggers == "english" else tuple(triggers)
+    try:
+        return trigger_table(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), words)
+    except ValueError as error:
+        raise RecipeError(f"{what}: {error} (triggers: null lets every token count)") from None
+
+
+def trigger_flags(table: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Which tokens `[N]` may count, bool; None: all. A model's vocabulary may be larger than its tokenizer's."""
+    if table is None:
+        return None
+    table = table.to(labels.device)
+    return (labels < len(table)) & table[labels.clamp(max=len(table) - 1)]
 
 
 def branch_positions(flags: Tensor, segments: Segments, *, window: int = 4, limit: int | None = None) -> Tensor:

@@ -75,7 +75,7 @@ CREDIT: dict[str, CreditKind] = {
 }
 
 
-def why_not(values: str, uses: str, role: str) -> str:
+def why_not(values: str, uses: str) -> str:
     """Why numbers that mean `values` (see `CreditSource`) do not suit a role that uses `uses`; "" if they do."""
     if uses == "sign" and values == "order":
         return (

@@ -13,8 +13,10 @@ from tokengrain.batch import TokenBatch
 from tokengrain.credit.alignment import aligned_scores
 from tokengrain.credit.base import checked_credit, model_fingerprint
 from tokengrain.credit.retokenize import Retokenizer
+from tokengrain.credit.shaping import scale_scores
 from tokengrain.errors import ModelError, RecipeError
 from tokengrain.files import fingerprint
+from tokengrain.objectives.qrm import Pooling
 
 Scaling = Literal["zscore", "centre", "none"]
 SCALINGS = ("zscore", "centre", "none")
@@ -35,14 +37,22 @@ class ScoreStatistics:
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreStatistics:
         return cls(float(values["token_score_mean"]), float(values["token_score_std"]))
 
-    def scale(self, scores: Tensor, how: Scaling) -> Tensor:
-        """Scores as credit: (z - mean) / std, z - mean, or z. A standard deviation of 0 gives zeros."""
-        if how == "none":
-            return scores
-        centred = scores - self.mean
-        if how == "centre":
-            return centred
-        return centred / self.std if self.std > 0 else centred * 0.0
+
+@dataclass(frozen=True)
+class CompletionStatistics:
+    """The same of the scores of whole completions.
+
+    Attributes:
+        pooling: what a completion's score is, as in the loss: the "mean" of its tokens' scores, or that of the "last".
+    """
+
+    mean: float
+    std: float
+    pooling: Pooling = "mean"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Under the names they have in a model's config."""
+        return {f"completion_score_{name}": value for name, value in asdict(self).items()}
 
 
 def config_of(model: nn.Module) -> Any:
@@ -55,7 +65,7 @@ def config_of(model: nn.Module) -> Any:
     return inner.config
 
 
-def set_statistics(model: nn.Module, statistics: ScoreStatistics) -> None:
+def set_statistics(model: nn.Module, statistics: ScoreStatistics | CompletionStatistics) -> None:
     """Keep statistics in the model's config, with which they are saved."""
     for name, value in statistics.as_dict().items():
         setattr(config_of(model), name, value)
@@ -66,6 +76,13 @@ def statistics_of(model: nn.Module) -> ScoreStatistics | None:
     config = config_of(model)
     values = {name: getattr(config, name, None) for name in ("token_score_mean", "token_score_std")}
     return None if None in values.values() else ScoreStatistics.from_dict(values)
+
+
+def completion_statistics_of(model: nn.Module) -> CompletionStatistics | None:
+    """The same of whole completions."""
+    config = config_of(model)
+    mean, std, pooling = (getattr(config, f"completion_score_{name}", None) for name in ("mean", "std", "pooling"))
+    return None if mean is None or std is None else CompletionStatistics(float(mean), float(std), pooling or "mean")
 
 
 def frozen_token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
@@ -130,19 +147,14 @@ class RewardModelCredit:
                 "has them not; measure them with measure_scores(model, dataset), or use scaling 'none'"
             )
         self.statistics = statistics or ScoreStatistics(0.0, 1.0)
-        self.retokenizer: Retokenizer | None = None
-        if reward_tokenizer is not None:
-            if tokenizer is None:
-                raise RecipeError("reward_tokenizer is given, but not the policy's tokenizer to compare it with")
-            if not same_tokens(tokenizer, reward_tokenizer):
-                self.retokenizer = Retokenizer(tokenizer, reward_tokenizer)
+        self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         scores = self._scores(batch)
         if self.broadcast == "last":
             last = batch.segments.offsets[1:].to(scores.device) - 1
             scores = batch.segments.broadcast(scores[last.clamp(min=0)])
-        return checked_credit(self.statistics.scale(scores.float(), self.scaling), batch, self.name)
+        return checked_credit(scale_scores(scores.float(), self.scaling, self.statistics), batch, self.name)
 
     def fingerprint(self) -> str:
         from tokengrain.data.tokenize import tokenizer_fingerprint
@@ -159,6 +171,23 @@ class RewardModelCredit:
         scores = other.segments.split(frozen_token_scores(self.model, other.to(batch.device)))
         parts = [aligned_scores(s.double(), p.reward, p.policy) for s, p in zip(scores, places, strict=True)]
         return torch.cat(parts)
+
+
+def retokenizer_for(tokenizer: Any, reward_tokenizer: Any) -> Retokenizer | None:
+    """How a reward model reads the policy's completions; None: their token ids as they are.
+
+    Args:
+        tokenizer: the policy's.
+        reward_tokenizer: the reward model's; None: the policy's.
+
+    Raises:
+        RecipeError: a reward tokenizer without the policy's.
+    """
+    if reward_tokenizer is None:
+        return None
+    if tokenizer is None:
+        raise RecipeError("reward_tokenizer is given, but not the policy's tokenizer to compare it with")
+    return None if same_tokens(tokenizer, reward_tokenizer) else Retokenizer(tokenizer, reward_tokenizer)
 
 
 def same_tokens(tokenizer: Any, other: Any) -> bool:

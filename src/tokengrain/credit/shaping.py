@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from tokengrain.objectives.kl import KLEstimator, kl_estimate
 
 Scaling = Literal["std", "zscore", "centre", "none"]
 SampledKL = KLEstimator | Literal["abs"]
+
+
+class Spread(Protocol):
+    """What scores are scaled by: a mean and a (population) standard deviation."""
+
+    @property
+    def mean(self) -> float: ...
+
+    @property
+    def std(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Moments:
         count = self.count + other.count
         if not count:
             return self
+        # Chan, Golub and LeVeque's rule for joining the moments of two sets.
         apart = other.mean - self.mean
         mean = self.mean + apart * other.count / count
         return Moments(count, mean, self.squares + other.squares + apart**2 * self.count * other.count / count)
@@ -58,7 +69,7 @@ class Moments:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
-def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Moments | None = None) -> Tensor:
+def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Spread | None = None) -> Tensor:
     """Scores on a scale that rewards can live on: `[N] -> [N]`, detached.
 
     std:    z / s              (the authors' code: they found it to work better)
@@ -82,7 +93,7 @@ def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Moments | No
     centred = values - moments.mean
     if scaling == "centre":
         return centred
-    return torch.zeros_like(values) if flat else centred / moments.std
+    return centred * 0.0 if flat else centred / moments.std  # a NaN stays one
 
 
 def sampled_kl(logps: Tensor, ref_logps: Tensor, form: SampledKL = "k1") -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.credit import store
+from tokengrain.credit.manifest import column_name
 from tokengrain.errors import DataError
 
 
@@ -96,7 +97,7 @@ def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict
             parts = np.split(tensor.cpu().numpy(), cuts)
             for position, part in enumerate(parts):
                 row, role = index[position // len(job.roles)], position % len(job.roles)
-                _check_finite(job, rows[row].row, store.column_name(job.roles[role], name), part)
+                _check_finite(job, rows[row].row, column_name(job.roles[role], name), part)
                 out[name][role][row] = part
     return out
 
@@ -146,7 +147,7 @@ def _write(job: Job, shard: int, columns: Mapping[str, list[list[np.ndarray]]]) 
     for name, by_role in columns.items():
         for index, role in enumerate(job.roles):
             parts = [_spread(rows[i].completions[index].counted, p) for i, p in enumerate(by_role[index])]
-            table[store.column_name(role, name)] = store.list_column(parts)
+            table[column_name(role, name)] = store.list_column(parts)
     path = job.path(shard)
     with store.explain_full_disk(path, job.finished(), job.n_shards, job.folder):
         store.write_shard(path, table, job.key)

@@ -7,8 +7,8 @@ because the rows' own `chosen_spans` hold characters. A list of numbers is as lo
 of its completion; tokens that do not count (tool output, user turns) hold 0, and `<role>_counted` says which
 those are.
 
-What the numbers were made with (model, tokenizer, template, data, ...) is in the file's own metadata, so a
-copied file stays checked; `manifest.json` beside it says the same for people.
+What the numbers were made with (model, tokenizer, template, data, ...) is in the file too: see
+`tokengrain.credit.manifest`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokengrain.batch import Sample
+from tokengrain.credit.manifest import DIGEST, METADATA, column_name, computed_columns, digest, read_manifest
 from tokengrain.errors import DataError, RunError
-from tokengrain.files import atomic_write, fingerprint, read_json, write_json
+from tokengrain.files import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-_METADATA = b"tokengrain"
-DIGEST = "digest"
-_NAMES = {
-    "model": "model",
-    "reference": "reference model",
-    "tokenizer": "tokenizer",
-    "chat_template": "chat template",
-    "data": "data",
-    "source": "credit source",
-    "tokenize": "tokenisation settings",
-}
 
 
 def roles_of(sample: Sample) -> tuple[str, ...]:
@@ -56,12 +43,6 @@ def roles_of(sample: Sample) -> tuple[str, ...]:
             expected="one or two",
         )
     return ("chosen", "rejected") if len(sample.completions) == 2 else ("completion",)
-
-
-def column_name(role: str, name: str) -> str:
-    """Column for a per-token quantity: `chosen_token_rewards`, or `token_rewards` for one completion."""
-    name = "token_spans" if name == "spans" else name
-    return name if role == "completion" else f"{role}_{name}"
 
 
 # ----------------------------------------------------------------------------------------------------- shards
@@ -93,7 +74,7 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], key: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(dict(columns)).replace_schema_metadata({_METADATA: key.encode()})
+    table = pa.table(dict(columns)).replace_schema_metadata({METADATA: key.encode()})
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -106,7 +87,7 @@ def shard_matches(path: Path, key: str) -> bool:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, ValueError):  # absent, or not parquet (pyarrow.ArrowInvalid is a ValueError)
         return False
-    return metadata.get(_METADATA) == key.encode()
+    return metadata.get(METADATA) == key.encode()
 
 
 def merge(
@@ -125,8 +106,8 @@ def merge(
     computed = pq.read_schema(shards[0]).remove_metadata()
     originals = _original_columns(rows, set(computed.names))
     fields = [pa.field(name, column.type) for name, column in originals.items()]
-    manifest = {**manifest, DIGEST: _digest(originals)}
-    metadata = {_METADATA: json.dumps(manifest, sort_keys=True).encode()}
+    manifest = {**manifest, DIGEST: digest(originals)}
+    metadata = {METADATA: json.dumps(manifest, sort_keys=True).encode()}
     schema = pa.schema([*fields, *computed], metadata=metadata)
     start = 0
     with (
@@ -139,11 +120,6 @@ def merge(
             writer.write_table(pa.table([*arrays, *table.columns], schema=schema), row_group_size=len(table))
             start += table.num_rows
     return manifest
-
-
-def _digest(columns: Mapping[str, pa.Array]) -> str:
-    """Identifies the rows' own columns: an edited row does not have the tokens that its numbers belong to."""
-    return fingerprint({name: column.to_pylist() for name, column in columns.items()})
 
 
 def _original_columns(rows: Sequence[Mapping[str, Any]], replaced: set[str]) -> dict[str, pa.Array]:
@@ -178,105 +154,7 @@ def explain_full_disk(path: Path, done: int, total: int, shards: Path) -> Iterat
         ) from error
 
 
-# --------------------------------------------------------------------------------------------------- manifest
-
-
-def is_annotated(path: str | Path) -> bool:
-    """Whether `path` is a parquet file that `annotate` wrote."""
-    import pyarrow.parquet as pq
-
-    try:
-        return _METADATA in (pq.read_schema(path).metadata or {})
-    except (OSError, ValueError):  # absent, a folder, or not parquet
-        return False
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """What an annotated file was made with: from the file, else from `manifest.json` beside it.
-
-    Raises:
-        RunError: the file is not there, or `annotate` did not write it.
-    """
-    import pyarrow.parquet as pq
-
-    path = Path(path)
-    if not path.is_file():
-        raise RunError(f"{path}: there is no such annotated file; run `tokengrain annotate` first")
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not a parquet file written by annotate ({error})") from error
-    if _METADATA in metadata:
-        return json.loads(metadata[_METADATA])
-    beside = path.with_name(MANIFEST)
-    files = read_json(beside).get("files", {}) if beside.is_file() else {}
-    if path.name not in files:
-        raise RunError(
-            f"{path}: does not say which model, tokenizer and data its token rewards were made with, so they "
-            "cannot be checked. Annotate again, or give the file as ordinary `data` with token reward columns"
-        )
-    return files[path.name]
-
-
-def write_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
-    """Record `output` in the folder's `manifest.json`, beside other annotated files of the folder."""
-    path = output.with_name(MANIFEST)
-    files = read_json(path).get("files", {}) if path.is_file() else {}
-    write_json(path, {"format": FORMAT, "files": {**files, output.name: dict(manifest)}})
-
-
-def differences(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """One phrase per fingerprint of `now` that `stored` does not match."""
-    found = []
-    for name, value in now.items():
-        if stored.get(name) != value:
-            title = _NAMES.get(name, name.replace("_", " "))
-            found.append(f"another {title} (file: {stored.get(name, 'not recorded')}, now: {value})")
-    return found
-
-
-def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, Any]:
-    """Check that an annotated file belongs to this model, tokenizer, template, data and source.
-
-    Args:
-        path: the parquet file.
-        expected: fingerprints of what is about to be used; only the names given are compared.
-
-    Returns:
-        The file's manifest.
-
-    Raises:
-        RunError: naming every fingerprint that differs, with both values.
-    """
-    manifest = read_manifest(path)
-    found = differences(manifest.get("fingerprints", {}), expected)
-    if manifest.get(DIGEST) != _digest(_own_columns(path, manifest)):
-        found.append("other data (rows were changed after annotating)")
-    if found:
-        raise RunError(
-            f"{path} was annotated with {'; with '.join(found)}. Its token rewards do not belong to this "
-            "run: annotate again, or go back to what it was made with"
-        )
-    return manifest
-
-
 # ---------------------------------------------------------------------------------------------------- reading
-
-
-def _computed_columns(manifest: Mapping[str, Any]) -> set[str]:
-    """Columns that annotate adds to the rows (or puts in the place of a row's own, such as token rewards)."""
-    roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
-    ids = {"prompt_ids", *(f"{r}_ids" for r in roles), *(f"{r}_counted" for r in roles)}
-    return ids | {column_name(r, n) for r in roles for n in names}
-
-
-def _own_columns(path: str | Path, manifest: Mapping[str, Any]) -> dict[str, pa.Array]:
-    """The columns that the rows had before annotating."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(Path(path), partitioning=None)
-    computed = _computed_columns(manifest)
-    return {n: table.column(n).combine_chunks() for n in table.column_names if n not in computed}
 
 
 def read_samples(path: str | Path) -> Iterator[Sample]:
@@ -292,7 +170,7 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
     manifest = read_manifest(path)
     table = pq.read_table(Path(path), partitioning=None)
     roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
-    computed = _computed_columns(manifest)
+    computed = computed_columns(manifest)
     missing = computed - set(table.column_names) - {f"{r}_counted" for r in roles}
     if missing:
         raise DataError("columns that annotate wrote are gone", file=path, value=sorted(missing))

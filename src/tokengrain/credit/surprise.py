@@ -11,7 +11,30 @@ from tokengrain.credit.base import checked_credit, scorer_fingerprint, scorer_lo
 from tokengrain.files import fingerprint
 
 
-class Surprise:
+class _OfModel:
+    """Credit that a single model gives.
+
+    Args:
+        model: normally the starting model: a model, or anything called like a `Reference`.
+    """
+
+    name: str
+    values = "order"
+
+    def __init__(self, *, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        return checked_credit(self._measured(batch), batch, self.name)
+
+    def _measured(self, batch: TokenBatch) -> Tensor:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.name, scorer_fingerprint(self.model)])
+
+
+class Surprise(_OfModel):
     """Log-probability of every token: what the model finds improbable counts as bad.
 
     A credit that finds a corrupted token no better than this has found what is unusual, not what is wrong.
@@ -21,19 +44,12 @@ class Surprise:
     """
 
     name = "surprise"
-    values = "order"
 
-    def __init__(self, *, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        return checked_credit(scorer_logps(self.model, batch), batch, self.name)
-
-    def fingerprint(self) -> str:
-        return fingerprint([self.name, scorer_fingerprint(self.model)])
+    def _measured(self, batch: TokenBatch) -> Tensor:
+        return scorer_logps(self.model, batch)
 
 
-class Entropy:
+class Entropy(_OfModel):
     """Entropy, in nats, of the distribution that every token was drawn from: large where much was open.
 
     It says where something was decided, not whether the decision was good.
@@ -43,12 +59,8 @@ class Entropy:
     """
 
     name = "entropy"
-    values = "order"
 
-    def __init__(self, *, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
+    def _measured(self, batch: TokenBatch) -> Tensor:
         from tokengrain.scoring import head_quantities, score
         from tokengrain.scoring.forward import evaluating
 
@@ -56,11 +68,7 @@ class Entropy:
             with evaluating(self.model):
                 values = score(self.model, batch, ("entropy",)).entropy
             assert values is not None  # it was asked for
-        else:
-            own = self.model(batch, {"distribution"}).distribution
-            labels = batch.labels.to(own.hidden.device)
-            values = head_quantities(own.hidden, own.head, labels, ("entropy",))["entropy"]
-        return checked_credit(values, batch, self.name)
-
-    def fingerprint(self) -> str:
-        return fingerprint([self.name, scorer_fingerprint(self.model)])
+            return values
+        own = self.model(batch, {"distribution"}).distribution
+        labels = batch.labels.to(own.hidden.device)
+        return head_quantities(own.hidden, own.head, labels, ("entropy",))["entropy"]

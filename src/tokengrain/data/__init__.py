@@ -8,8 +8,9 @@ from tokengrain.data.dataset import (
     prepare_pairs,
     prepare_sft,
 )
-from tokengrain.data.loading import Rows, RowStream, StoredRows, load_rows, split_rows
+from tokengrain.data.loading import load_rows, split_rows
 from tokengrain.data.report import Report
+from tokengrain.data.rows import Rows, RowStream, StoredRows
 from tokengrain.data.spans import SpanConfig, diff_spans, parse_span_tags
 from tokengrain.data.tokenize import tokenizer_fingerprint
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import Any
 
-from tokengrain.data.loading import Rows, RowStream, StoredRows
+from tokengrain.data.rows import Rows, RowStream, StoredRows
 from tokengrain.errors import DataError, RecipeError, shown
 from tokengrain.files import fingerprint
 
@@ -55,34 +55,36 @@ def _changed(rows: Rows, number: int, fields: Any, columns: Mapping[str, str]) -
     return {**fields, **made}
 
 
-class _Stream(RowStream):
+class _Made(Rows):
+    """Rows with made columns; they are made when a row is read."""
+
+    _rows: Rows
+    _columns: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for number, fields in self._rows:
+            yield number, _changed(self._rows, number, fields, self._columns)
+
+    def place(self, number: int) -> tuple[str, str]:
+        return self._rows.place(number)
+
+
+class _Stream(_Made, RowStream):
     """Rows with made columns, read as they are asked for."""
 
     def __init__(self, rows: Rows, columns: Mapping[str, str]) -> None:
         super().__init__(rows.name, lambda: fingerprint([rows.fingerprint, dict(columns)]))
         self._rows, self._columns = rows, columns
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        for number, fields in self._rows:
-            yield number, _changed(self._rows, number, fields, self._columns)
 
-    def place(self, number: int) -> tuple[str, str]:
-        return self._rows.place(number)
+class _Stored(_Made, StoredRows):
+    """Rows at hand with made columns."""
 
-
-class _Stored(StoredRows):
-    """Rows at hand with made columns; texts are made when a row is read."""
+    _rows: StoredRows
 
     def __init__(self, rows: StoredRows, columns: Mapping[str, str]) -> None:
-        super().__init__(rows.name, range(len(rows)), lambda: fingerprint([rows.fingerprint, dict(columns)]))
+        StoredRows.__init__(self, rows.name, range(len(rows)), lambda: fingerprint([rows.fingerprint, dict(columns)]))
         self._rows, self._columns = rows, columns
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        for number, fields in self._rows:
-            yield number, _changed(self._rows, number, fields, self._columns)
-
-    def place(self, number: int) -> tuple[str, str]:
-        return self._rows.place(number)
 
     def subset(self, positions: Any) -> StoredRows:
         """The rows at these positions; they keep their numbers."""

@@ -14,8 +14,9 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.data.config import BATCH_ROWS, RowError, TokenizeConfig
 from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.formats import Example, pair_example, single_example
-from tokengrain.data.loading import Rows, RowStream, StoredRows, load_rows
+from tokengrain.data.loading import load_rows
 from tokengrain.data.report import Report, all_invalid
+from tokengrain.data.rows import Rows, RowStream, StoredRows
 from tokengrain.data.store import SampleStore
 from tokengrain.data.tokenize import tokenizer_fingerprint
 from tokengrain.files import fingerprint

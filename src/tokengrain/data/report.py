@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tokengrain.data.config import NO_SPAN, RowError
 from tokengrain.data.encode import Encoded
-from tokengrain.data.loading import Rows
+from tokengrain.data.rows import Rows
 from tokengrain.errors import DataError
 
 

@@ -118,21 +118,58 @@ def reduce_tokens(values: Tensor, segments: Segments, reduction: Reduction, max_
     return total if max_length is None else total / max_length
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What is known of sampled tokens, `[N]` each; those that may be None are optional.
+
+    Attributes:
+        logps, old_logps, ref_logps, entropy: nats; entropy is only logged.
+        advantages: constants.
+        weights: constants: multiply the policy's loss, outside the clip, and not the KL term (importance weights
+            of a sampler whose probabilities differ from the trainer's).
+        kl_weights: constants: multiply the KL term of each token (ARES's dynamic KL); None: 1.
+    """
+
+    logps: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    ref_logps: Tensor | None = None
+    entropy: Tensor | None = None
+    weights: Tensor | None = None
+    kl_weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KLTerm:
+    """The KL term of a policy loss.
+
+    Attributes:
+        beta: its weight.
+        estimator, clamp: see `kl_estimate`.
+        importance: weigh it by the token's ratio, which keeps its gradient right after the first update on the
+            same rollouts.
+    """
+
+    beta: float = 0.0
+    estimator: KLEstimator = "k3"
+    importance: bool = False
+    clamp: bool = False
+
+    def losses(self, divergence: Tensor, sampled: Sampled) -> Tensor:
+        """The term of every token `[N]`, from estimates of its KL."""
+        if self.importance:
+            divergence = divergence * torch.exp(sampled.logps - sampled.old_logps.detach())
+        if sampled.kl_weights is not None:
+            divergence = divergence * sampled.kl_weights.detach().to(divergence.dtype)
+        return self.beta * divergence
+
+
 def policy_output(
     tokens: ClippedTokens,
     segments: Segments,
+    sampled: Sampled,
+    kl: KLTerm | None = None,
     *,
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    ref_logps: Tensor | None = None,
-    entropy: Tensor | None = None,
-    weights: Tensor | None = None,
-    kl_weights: Tensor | None = None,
-    beta: float = 0.0,
-    kl: KLEstimator = "k3",
-    kl_importance: bool = False,
-    clamp: bool = False,
     reduction: Reduction = "mean",
     max_length: float | None = None,
 ) -> LossOutput:
@@ -140,13 +177,7 @@ def policy_output(
 
     Args:
         tokens: from `clipped_tokens`.
-        logps, old_logps, ref_logps, entropy: `[N]`, nats. The last two may be None; entropy is only logged.
-        advantages: `[N]`.
-        weights: `[N]`, constants: multiply the policy's loss, outside the clip, and not the KL term
-            (importance weights of a sampler whose probabilities differ from the trainer's).
-        kl_weights: `[N]`, constants: multiply the KL term of each token (ARES's dynamic KL); None: 1.
-        beta: weight of the KL term; kl: its estimator. kl_importance: weigh it by the token's ratio, which
-            keeps its gradient right after the first update on the same rollouts; clamp: see `kl_estimate`.
+        kl: the KL term; None: none, and if there are ref_logps its k3 is logged.
         reduction, max_length: see `Reduction`.
 
     Returns:
@@ -155,35 +186,37 @@ def policy_output(
     Raises:
         ValueError: beta > 0 without ref_logps.
     """
-    if beta and ref_logps is None:
-        raise ValueError(f"beta = {beta} needs ref_logps; without a reference beta must be 0")
-    losses = tokens.losses if weights is None else tokens.losses * weights.detach()
-    log_ratio = (logps - old_logps).detach()
-    mean = segments.mean
-    metrics = {
-        "clip/low": mean(tokens.low.to(losses.dtype)),
-        "clip/high": mean(tokens.high.to(losses.dtype)),
-        "clip/cap": mean(tokens.capped.to(losses.dtype)),
+    kl = KLTerm() if kl is None else kl
+    if kl.beta and sampled.ref_logps is None:
+        raise ValueError(f"beta = {kl.beta} needs ref_logps; without a reference beta must be 0")
+    losses = tokens.losses if sampled.weights is None else tokens.losses * sampled.weights.detach()
+    metrics = _policy_metrics(tokens, segments, sampled)
+    if sampled.ref_logps is not None:
+        divergence = kl_estimate(sampled.logps, sampled.ref_logps, kl.estimator, clamp=kl.clamp)
+        metrics["kl/ref"] = segments.mean(divergence.detach())
+        if kl.beta:
+            losses = losses + kl.losses(divergence, sampled)
+    if sampled.entropy is not None:
+        metrics["entropy"] = segments.mean(sampled.entropy.detach())
+    per_token = {"loss": losses.detach(), "ratio": tokens.ratio, "clipped": tokens.clipped}
+    reduced = reduce_tokens(losses, segments, reduction, max_length)
+    return LossOutput(reduced, metrics, unit="completions", token_unit="tokens", tokens=per_token)
+
+
+def _policy_metrics(tokens: ClippedTokens, segments: Segments, sampled: Sampled) -> dict[str, Tensor]:
+    """What every clipped loss logs, one value per completion `[C]`."""
+    dtype, mean = tokens.losses.dtype, segments.mean
+    log_ratio = (sampled.logps - sampled.old_logps).detach()
+    return {
+        "clip/low": mean(tokens.low.to(dtype)),
+        "clip/high": mean(tokens.high.to(dtype)),
+        "clip/cap": mean(tokens.capped.to(dtype)),
         "clip/tokens": mean(tokens.clipped.abs()),
         "ratio/mean": mean(tokens.ratio),
         "ratio/max": torch.where(segments.lengths > 0, segments.max(tokens.ratio), 1.0),
         "kl/old": mean(torch.expm1(log_ratio) - log_ratio),  # k3 of KL(old || new): the tokens are the old policy's
-        "advantages/mean": mean(advantages.detach().to(losses.dtype)),
+        "advantages/mean": mean(sampled.advantages.detach().to(dtype)),
     }
-    if ref_logps is not None:
-        divergence = kl_estimate(logps, ref_logps, kl, clamp=clamp)
-        metrics["kl/ref"] = mean(divergence.detach())
-        if beta:
-            if kl_importance:
-                divergence = divergence * torch.exp(logps - old_logps.detach())
-            if kl_weights is not None:
-                divergence = divergence * kl_weights.detach().to(divergence.dtype)
-            losses = losses + beta * divergence
-    if entropy is not None:
-        metrics["entropy"] = mean(entropy.detach())
-    per_token = {"loss": losses.detach(), "ratio": tokens.ratio, "clipped": tokens.clipped}
-    reduced = reduce_tokens(losses, segments, reduction, max_length)
-    return LossOutput(reduced, metrics, unit="completions", token_unit="tokens", tokens=per_token)
 
 
 def _log(bound: Tensor | float, like: Tensor) -> Tensor:

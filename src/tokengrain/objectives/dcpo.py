@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.callables import NonNegative, Positive
-from tokengrain.objectives.clipped import Reduction, clipped_tokens, policy_output
+from tokengrain.objectives.clipped import KLTerm, Reduction, Sampled, clipped_tokens, policy_output
 from tokengrain.objectives.kl import MAX_LOG_RATIO, KLEstimator
 from tokengrain.objectives.output import LossOutput
 
@@ -83,16 +83,8 @@ def dcpo_loss(
     return policy_output(
         clipped_tokens(log_ratio, advantages, low, high, ratio_max),
         segments,
-        logps=logps,
-        old_logps=old_logps,
-        advantages=advantages,
-        ref_logps=ref_logps,
-        entropy=entropy,
-        weights=weights,
-        beta=beta,
-        kl=kl,
-        kl_importance=kl_importance,
-        clamp=clamp,
+        Sampled(logps, old_logps, advantages, ref_logps, entropy, weights),
+        KLTerm(beta, kl, kl_importance, clamp),
         reduction=reduction,
         max_length=max_length,
     )

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.callables import NonNegative, Positive
-from tokengrain.objectives.clipped import Reduction, clipped_tokens, policy_output, sequence_log_ratio
+from tokengrain.objectives.clipped import (
+    KLTerm,
+    Reduction,
+    Sampled,
+    clipped_tokens,
+    policy_output,
+    sequence_log_ratio,
+)
 from tokengrain.objectives.kl import MAX_LOG_RATIO, KLEstimator
 from tokengrain.objectives.output import LossOutput
 
@@ -50,10 +57,10 @@ def grpo_loss(
         advantages: `[N]`; a completion's advantage repeated for its tokens, or any token credit.
         ref_logps: the same under the frozen reference `[N]`, needed if beta > 0.
         entropy: `[N]`, nats; logged if given.
-        weights: `[N]`, multiply the policy's loss outside the clip; see `policy_output`.
+        weights: `[N]`, multiply the policy's loss outside the clip; see `Sampled`.
         kl_weights: `[N]`, multiply the KL term of each token (ARES's dynamic KL); None: 1.
-        epsilon: the ratio is clipped below at 1 - epsilon, and above at 1 + epsilon unless
-        epsilon_high: is given, then at 1 + epsilon_high (DAPO's clip-higher: 0.28).
+        epsilon: the ratio is clipped below at 1 - epsilon, and above at 1 + epsilon.
+        epsilon_high: if given, it is clipped above at 1 + epsilon_high (DAPO's clip-higher: 0.28).
         ratio_cap: bound of the ratio where the advantage is negative (dual clip; verl: 3 or 10).
         importance: "token": ratio of each token; "sequence": one ratio per completion, see `gspo_loss`.
         beta: weight of the KL term; kl: its estimator; kl_importance: weigh it by the token's ratio.
@@ -68,25 +75,15 @@ def grpo_loss(
         ValueError: a contradiction between the settings.
     """
     old_logps = old_logps.detach()
-    sequence = importance == "sequence"
-    log_ratio = sequence_log_ratio(logps, old_logps, segments) if sequence else logps - old_logps
+    log_ratio = sequence_log_ratio(logps, old_logps, segments) if importance == "sequence" else logps - old_logps
     if clamp:
         log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
     return policy_output(
         clipped_tokens(log_ratio, advantages, 1 - epsilon, high, ratio_cap),
         segments,
-        logps=logps,
-        old_logps=old_logps,
-        advantages=advantages,
-        ref_logps=ref_logps,
-        entropy=entropy,
-        weights=weights,
-        kl_weights=kl_weights,
-        beta=beta,
-        kl=kl,
-        kl_importance=kl_importance,
-        clamp=clamp,
+        Sampled(logps, old_logps, advantages, ref_logps, entropy, weights, kl_weights),
+        KLTerm(beta, kl, kl_importance, clamp),
         reduction=reduction,
         max_length=max_length,
     )

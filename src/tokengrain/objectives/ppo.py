@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.callables import NonNegative, Positive
-from tokengrain.objectives.clipped import Reduction, clipped_tokens, policy_output, reduce_tokens
+from tokengrain.objectives.clipped import Reduction, Sampled, clipped_tokens, policy_output, reduce_tokens
 from tokengrain.objectives.output import LossOutput
 
 
@@ -46,15 +46,8 @@ def ppo_policy_loss(
     """
     low, high = (0.0, math.inf) if clip_range is None else (1 - clip_range, 1 + clip_range)
     tokens = clipped_tokens(logps - old_logps.detach(), advantages, low, high, ratio_cap)
-    output = policy_output(
-        tokens,
-        segments,
-        logps=logps,
-        old_logps=old_logps,
-        advantages=advantages,
-        reduction=reduction,
-        max_length=max_length,
-    )
+    sampled = Sampled(logps, old_logps, advantages)
+    output = policy_output(tokens, segments, sampled, reduction=reduction, max_length=max_length)
     outside = (tokens.ratio < low) | (tokens.ratio > high)
     output.metrics["ratio/outside"] = segments.mean(outside.to(logps.dtype))
     return output

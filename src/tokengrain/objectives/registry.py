@@ -30,6 +30,7 @@ from tokengrain.objectives.output import LossOutput, Unit
 from tokengrain.objectives.ppo import ppo_policy_loss
 from tokengrain.objectives.qrm import qrm_loss
 from tokengrain.objectives.reinforce import reinforce_loss
+from tokengrain.objectives.roles import ROLES
 from tokengrain.objectives.rrpo import rrpo_loss, rrpo_reads
 from tokengrain.objectives.sepo import sepo_loss, sepo_reads
 from tokengrain.objectives.sft import sft_loss
@@ -39,10 +40,6 @@ from tokengrain.objectives.tgdpo import tgdpo_loss
 from tokengrain.objectives.treg import treg_loss, treg_simpo_loss
 
 LossFunction = Callable[..., LossOutput]
-
-
-ROLE_QUANTITIES = {"reward": "token_rewards", "weight": "token_weights", "selection": "selected", "span": "spans"}
-"""Role of credit: the quantity of a loss that it becomes."""
 
 _OWN_CREDIT = "its credit is the KL divergence that it measures itself"
 _ONLINE_CREDIT = "its credit is the advantages of a rollout, made by the credit steps of online training"
@@ -100,7 +97,7 @@ class Objective:
         """The roles in which it takes token credit."""
         if self.roles is not None:
             return self.roles
-        own = tuple(r for r, quantity in ROLE_QUANTITIES.items() if quantity in self.quantities)
+        own = tuple(name for name, role in ROLES.items() if role.provides in self.quantities)
         return own or (("weight", "selection") if self.unit == "pairs" and self.main == "logps" else ())
 
     def needs(self, hyper: Mapping[str, Any]) -> frozenset[str]:

@@ -31,7 +31,7 @@ MAKES = {
     "init": "a language model",
     "sft": "a language model",
     "train": "a language model",
-    "reward": "a reward model, for credit {name: reward_model}",
+    "reward": "a reward model, for a reward or credit {name: reward_model}",
     "online": "a language model",
     "annotate": "token rewards, not a model",
 }
@@ -96,7 +96,7 @@ def _check_stage(stage: ResolvedStage, recipe: Recipe, seen: dict[str, ResolvedS
     for key, model in models.items():
         if model.stage is not None:
             kinds: tuple[str, ...] = ("init", "sft", "train", "online")
-            if key.startswith("credit.") and reads_reward_model(stage):
+            if key.startswith("rewards[") or (key.startswith("credit.") and reads_reward_model(stage)):
                 kinds = ("reward",)
             elif key.startswith(("credit[", "critic")) or (key == "model" and stage.kind == "reward"):
                 kinds += ("reward",)
@@ -273,7 +273,7 @@ def _check_role(stage: ResolvedStage, objective: Any, where: str) -> Iterator[st
         return  # said elsewhere
     if stage.data.stage is not None and name not in ("column", "spans"):
         yield f"{where}.credit: the data '@{stage.data.stage}' bring token rewards already; drop one"
-    if reason := why_not(CREDIT[name].values, role.uses, role.name):
+    if reason := why_not(CREDIT[name].values, role.uses):
         yield f"{where}.credit: {name} as {role.name}: {reason}"
 
 

@@ -1,4 +1,4 @@
-"""What types alone cannot say about an online stage: objective, rewards, credit steps, critic."""
+"""What types alone cannot say about an online stage: objective, rewards, credit steps, sampler."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def check_online(stage: ResolvedStage, where: str) -> Iterator[str]:
     if stage.teacher is None:  # who learns from a teacher needs no reward
         yield from _check_rewards(stage, own, where)
     yield from _check_credit(stage, own, where)
+    yield from _check_sampler(stage, own, f"{where}.sampler")
     if stage.reference == "columns":
         yield f"{where}.reference: sampled completions have no stored columns; use copy, adapter_off or a model"
     if stage.reference == "adapter_off" and stage.lora is None:
@@ -46,12 +47,16 @@ def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
 
 def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
     from tokengrain.rewards import check_reward
+    from tokengrain.rewards.registry import reward_objects
 
     if not own.rewards and not any(_makes_rewards(step) for step in own.credit):
         yield f"{where}.rewards: missing; expected for example [{{name: math}}], or a step such as token_rewards"
     for index, reward in enumerate(own.rewards):
-        settings = {k: v for k, v in reward.items() if k != "name"}
         name = reward.get("name")
+        models = reward_objects(str(name)) & {"model"}
+        settings = {k: v for k, v in reward.items() if k != "name" and k not in models}
+        for key in (key for key in models if reward.get(key) is None):
+            yield f"{where}.rewards[{index}].{key}: missing; expected '@STAGE' (a stage of kind reward) or a path"
         if not isinstance(name, str):
             yield f"{where}.rewards[{index}].name: missing"
         elif name == WORLD_REWARD:
@@ -109,3 +114,24 @@ def _check_source(source: dict[str, Any], where: str) -> Iterator[str]:
         check_credit(name, settings)
     except RecipeError as error:
         yield f"{where}: {error}"
+
+
+def _check_sampler(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
+    from tokengrain.rollout.registry import check_sampler
+
+    try:
+        found = check_sampler(own.sampler)
+    except RecipeError as error:
+        yield f"{where}: {error}"
+        return
+    given: Any = own.sampler
+    if "sampler" in found:
+        where, found, given = f"{where}.sampler", found["sampler"], given.get("sampler")
+    if found["name"] != "server":
+        return
+    fitting = "adapter" if stage.lora is not None else "checkpoint"
+    if "refresh" not in given:
+        yield f"{where}.refresh: missing; expected {fitting}, or none for a server that keeps the weights it has"
+    elif found["refresh"] not in (fitting, "none"):
+        why = "an adapter is trained" if stage.lora is not None else "no adapter is trained (no lora)"
+        yield f"{where}.refresh: got {found['refresh']!r}, but {why}; expected {fitting}"

@@ -225,4 +225,4 @@ def set_path(values: Values, keys: list[str], value: Any) -> None:
     here[keys[-1]] = value
 
 
-_SHORT = {"data": "train", "model": "path", "objective": "name", "credit": "name", "spans": "source"}
+_SHORT = {"data": "train", "model": "path", "objective": "name", "credit": "name", "sampler": "name", "spans": "source"}

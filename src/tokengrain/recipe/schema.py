@@ -92,10 +92,16 @@ class OnlineStage(_Stage):
     )
     rewards: list[dict[str, Any]] = Field(
         default_factory=list,
-        description="[{name: math, weight: 1.0}, ...]: names, import strings, or `world` for the world's own",
+        description="[{name: math, weight: 1.0}, ...]: names, import strings, or `world` for the world's own; "
+        "{name: reward_model, model: '@reward', scaling: zscore}",
     )
     credit: list[dict[str, Any]] = Field(
         default_factory=list, description="[{name: group}, {name: thr, p: 0.5}, ...]: from rewards to token advantages"
+    )
+    sampler: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "hf"},
+        description="what draws completions: hf | continuous | {name: server, url: ..., model: ..., refresh: "
+        "checkpoint | adapter} | {name: branching, sampler: hf, window: 4, ...}",
     )
     critic: dict[str, Any] | None = Field(
         default=None, description="{model: '@reward', lr: 1e-5}: a value model; default: starts from the policy"
@@ -108,7 +114,7 @@ class OnlineStage(_Stage):
         default_factory=dict, description="keys on top of the recipe's training (OnlineConfig)"
     )
 
-    _from_name = field_validator("objective", mode="before")(_named)
+    _from_name = field_validator("objective", "sampler", mode="before")(_named)
     _from_names = field_validator("rewards", "credit", mode="before")(_steps)
 
 
@@ -144,8 +150,13 @@ class Recipe(Strict):
 
 
 def online_models(stage: OnlineStage) -> dict[str, ModelSpec]:
-    """The models that an online stage's credit steps and critic name, by their key in the recipe."""
+    """The models that an online stage's rewards, credit steps and critic name, by their key in the recipe."""
+    from tokengrain.rewards.registry import reward_objects
+
     found = {}
+    for index, reward in enumerate(stage.rewards):
+        if "model" in reward_objects(str(reward.get("name"))) and reward.get("model") is not None:
+            found[f"rewards[{index}].model"] = ModelSpec.model_validate(reward["model"])
     for index, step in enumerate(stage.credit):
         source = step.get("source")
         places = {f"credit[{index}]": step, f"credit[{index}].source": source if isinstance(source, dict) else {}}
@@ -173,7 +184,7 @@ class ResolvedStage:
         credit: name and settings of the credit source, if any.
         reference: see `TrainStage.reference`.
         teacher: what is distilled, if anything.
-        online: the stage itself, if it is an online one: rewards, credit steps, critic, prompts.
+        online: the stage itself, if it is an online one: rewards, credit steps, sampler, critic, prompts.
         options: what only this kind has (annotate: `reference_logps`, `shard_rows`, `max_tokens`, `bf16`).
     """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokengrain import runs
-from tokengrain.credit.store import MANIFEST
+from tokengrain.credit.manifest import MANIFEST
 from tokengrain.errors import ModelError, RunError
 from tokengrain.files import read_json
 from tokengrain.report import rollouts

@@ -90,7 +90,7 @@ def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str,
 
 def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer: Any, spans: Any) -> list[CreditSample]:
     """The spans of a run's training pairs: as annotated, or marked again as its recipe says."""
-    from tokengrain.credit.store import read_manifest
+    from tokengrain.credit.manifest import read_manifest
 
     run = runs.read_run(path)
     tokenizer = tokenizer if tokenizer is not None else _run_tokenizer(path)
@@ -163,7 +163,7 @@ def _load_tokenizer(tokenizer: Any) -> Any:
 def _sample(
     data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
 ) -> CreditSample:
-    from tokengrain.credit.store import column_name
+    from tokengrain.credit.manifest import column_name
 
     file, place = data.place(number)
     columns = {role: column_name(role, field) for role in ROLES}

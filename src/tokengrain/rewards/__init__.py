@@ -9,6 +9,7 @@ result = suite.score(rollouts)
 
 from tokengrain.rewards.base import RewardError, RewardFailure, RewardFunction, RewardResult
 from tokengrain.rewards.registry import REWARDS, RewardKind, check_reward, make_reward
+from tokengrain.rewards.reward_model import RewardModel
 from tokengrain.rewards.suite import RewardSuite
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RewardFailure",
     "RewardFunction",
     "RewardKind",
+    "RewardModel",
     "RewardResult",
     "RewardSuite",
     "check_reward",

@@ -44,9 +44,9 @@ class RewardFunction:
     Args:
         function: `function(prompts=[...], completions=[...], **columns)`, one entry per completion in each list;
             prompts as they stand in the rows, completions as text, the rows' other columns, and where it asks
-            for them by name `completion_ids` (lists of token ids) and `truncated` (bools). It takes what its
-            signature names. It returns a list with an entry per completion: a number; or one number per token;
-            or spans of characters {"start", "end", "reward"} (every token that shares a character with one
+            for them by name `prompt_ids`, `completion_ids` (lists of token ids) and `truncated` (bools). It takes
+            what its signature names. It returns a list with an entry per completion: a number; or one number per
+            token; or spans of characters {"start", "end", "reward"} (every token that shares a character with one
             has its reward). It may be async.
         name: in logs and messages; no two of a suite may be equal.
         weight: factor in the total.

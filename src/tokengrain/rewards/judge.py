@@ -9,19 +9,15 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from tokengrain.callables import NonNegative, Number, Positive
+from tokengrain.callables import Count, NonNegative, Number, Positive, Whole
 from tokengrain.errors import RecipeError, shown
 from tokengrain.files import fingerprint, read_json, write_json
 from tokengrain.rewards.answers import extractor
 from tokengrain.rewards.base import RewardError, RewardFailure
 from tokengrain.rollout.client import JsonClient, ServerError
 
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
 QUESTION = (
     "Rate how well the answer responds to the prompt, from 1 (useless) to 10 (excellent).\n\n"
     "Prompt:\n{prompt}\n\nAnswer:\n{completion}\n\n"

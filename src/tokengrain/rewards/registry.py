@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokengrain.callables import keyword_types, load_callable, nearest, validate_settings
@@ -11,6 +11,7 @@ from tokengrain.errors import RecipeError
 from tokengrain.rewards.answers import Classification, ExactMatch, MathMatch, NumericMatch
 from tokengrain.rewards.base import RewardFunction
 from tokengrain.rewards.judge import Judge
+from tokengrain.rewards.reward_model import RewardModel
 from tokengrain.rewards.shape import CosineLength, FormatPattern, SoftOverlong
 
 
@@ -22,11 +23,15 @@ class RewardKind:
         name: its name in recipes.
         build: its constructor; all arguments are keyword-only.
         what: one line for listings.
+        objects: arguments that are not settings: in a recipe `model` is a model, the tokenizers are the runner's.
+        defaults: of the settings that every reward has, where they are others.
     """
 
     name: str
     build: Callable[..., Callable[..., Any]]
     what: str
+    objects: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 REWARDS: dict[str, RewardKind] = {
@@ -40,6 +45,13 @@ REWARDS: dict[str, RewardKind] = {
         RewardKind("overlong", SoftOverlong, "DAPO's penalty near the length limit"),
         RewardKind("cosine", CosineLength, "a reward for being right that depends on the length"),
         RewardKind("judge", Judge, "a language model's score, from an OpenAI-compatible server"),
+        RewardKind(
+            "reward_model",
+            RewardModel,
+            "a trained reward model's score of the whole completion",
+            frozenset({"model", "tokenizer", "reward_tokenizer"}),
+            {"timeout": None},  # a model does not hang, and its size and the rollout's decide how long it takes
+        ),
     )
 }
 
@@ -49,9 +61,9 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         name: a name in `REWARDS`, or an import string, "module:function" or "path.py:function".
-        settings: the reward's own settings, and those of every reward (`RewardFunction`: weight, timeout,
-            on_error, error_value, on_none, name). Of a class that an import string names, its keyword-only
-            arguments are settings; a function has none.
+        settings: the reward's own settings, without its objects (see `RewardKind`), and those of every reward
+            (`RewardFunction`: weight, timeout, on_error, error_value, on_none, name). Of a class that an import
+            string names, its keyword-only arguments are settings; a function has none.
 
     Returns:
         All settings, defaults included.
@@ -63,21 +75,32 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     what = f"reward {name!r}"
     if build is None and own:
         raise RecipeError(f"{what}: unknown setting {next(iter(own))!r}{nearest(next(iter(own)), shared_types())}")
-    return (validate_settings(what, build, own) if build is not None else {}) | validate_settings(
-        what, RewardFunction, shared
-    )
+    checked = validate_settings(what, build, own, excluded=reward_objects(name)) if build is not None else {}
+    return checked | validate_settings(what, RewardFunction, shared)
+
+
+def reward_objects(name: str) -> frozenset[str]:
+    """What a reward takes beside its settings; see `RewardKind`."""
+    return REWARDS[name].objects if name in REWARDS else frozenset()
 
 
 def make_reward(name: str, /, **settings: Any) -> RewardFunction:
     """A reward by name or import string: `make_reward("numeric", weight=2.0)`, `make_reward("my.py:length")`.
 
+    Args:
+        settings: its settings, and the objects that it takes: `make_reward("reward_model", model=model)`.
+
     Raises:
-        RecipeError: as `check_reward`; or the import string leads nowhere.
+        RecipeError: as `check_reward`; an object that is missing; or the import string leads nowhere.
+        ModelError: a model that is not what the reward needs.
     """
-    checked = check_reward(name, settings)
+    objects = {k: v for k, v in settings.items() if k in reward_objects(name)}
+    checked = check_reward(name, {k: v for k, v in settings.items() if k not in objects})
     shared = {k: checked.pop(k) for k in shared_types()}
     if name in REWARDS:
-        function = REWARDS[name].build(**checked)
+        if "model" in REWARDS[name].objects and objects.get("model") is None:
+            raise RecipeError(f"reward {name!r} needs a model")
+        function = REWARDS[name].build(**objects, **checked)
     else:
         function = load_callable(name)
         if isinstance(function, type):
@@ -96,6 +119,7 @@ def _parts(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         known = nearest(name, REWARDS)
         raise RecipeError(f"unknown reward {name!r}{known} (or an import string, 'module:function')")
     shared = {k: v for k, v in settings.items() if k in shared_types()}
+    shared = {**(REWARDS[name].defaults if name in REWARDS else {}), **shared}
     own = {k: v for k, v in settings.items() if k not in shared}
     if name in REWARDS:
         return shared, own, REWARDS[name].build

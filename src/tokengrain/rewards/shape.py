@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from tokengrain.callables import NonNegative, Number, Positive, Share
+from tokengrain.callables import Count, NonNegative, Number, Positive, Share
 from tokengrain.errors import RecipeError, shown
 from tokengrain.rewards.base import RewardError, RewardFailure
 from tokengrain.rewards.process import Worker
-
-Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class FormatPattern:

@@ -20,7 +20,7 @@ from tokengrain.rewards.values import Value, located_tokens, read_value
 from tokengrain.rollout.base import Rollouts, decode
 
 logger = logging.getLogger(__name__)
-RESERVED = ("prompts", "completions", "completion_ids", "truncated")
+RESERVED = ("prompts", "prompt_ids", "completions", "completion_ids", "truncated")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class RewardSuite:
             prompts = decode(self.tokenizer, work.prompts) if self.tokenizer is not None else [None] * len(texts)
         return {
             "prompts": prompts,
+            "prompt_ids": work.prompts,
             "completions": list(texts),
             "completion_ids": work.ids,
             "truncated": work.truncated,

@@ -17,6 +17,7 @@ from tokengrain.rollout.continuous import HFContinuous
 from tokengrain.rollout.hf import HFGenerate
 from tokengrain.rollout.mismatch import importance_weights, sampler_mismatch
 from tokengrain.rollout.prompts import encode_prompts
+from tokengrain.rollout.registry import make_sampler
 from tokengrain.rollout.server import OpenAIServer
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "SamplingConfig",
     "encode_prompts",
     "importance_weights",
+    "make_sampler",
     "sampler_mismatch",
 ]

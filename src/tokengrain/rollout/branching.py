@@ -15,8 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
-from tokengrain.credit.entropy_window import Mode, batch_threshold, branch_positions, high_entropy, measured
-from tokengrain.errors import RecipeError
+from tokengrain.callables import Count, Share, validate_settings
+from tokengrain.credit.entropy_window import (
+    Mode,
+    Triggers,
+    batch_threshold,
+    branch_positions,
+    high_entropy,
+    measured,
+    trigger_flags,
+    trigger_tokens,
+)
 from tokengrain.rollout.base import PromptItem, Rollouts, SampledCompletion, Sampler, SamplingConfig
 from tokengrain.scoring import causal_lm, score
 from tokengrain.scoring.forward import evaluating
@@ -43,13 +52,14 @@ class Branching:
     Args:
         sampler: draws completions and continuations.
         model: gives the entropies: nats of its own distribution (temperature 1, all tokens).
+        tokenizer: needed for triggers.
         window, quantile, mode: which windows are high, see `tokengrain.credit.entropy_window`; the threshold is that
             of the completions at hand, of this process alone.
-        triggers: bool `[V]`, tokens that may start a branch; None: every token.
+        triggers: words at which a completion may be left: "english", a list, or None: every token.
         per_completion, per_prompt: most branches; of a prompt those of the highest entropy.
 
     Raises:
-        RecipeError: a number below 1.
+        RecipeError: a number below 1, a quantile outside [0, 1], words of which none is a token.
     """
 
     name = "branching"
@@ -58,19 +68,27 @@ class Branching:
         self,
         sampler: Sampler,
         model: nn.Module,
+        tokenizer: Any = None,
         *,
-        window: int = 4,
-        quantile: float = 0.95,
+        window: Count = 4,
+        quantile: Share = 0.95,
         mode: Mode = "paper",
-        triggers: Tensor | None = None,
-        per_completion: int = 1,
-        per_prompt: int = 4,
+        triggers: Triggers = None,
+        per_completion: Count = 1,
+        per_prompt: Count = 4,
     ) -> None:
-        for name, number in (("window", window), ("per_completion", per_completion), ("per_prompt", per_prompt)):
-            if number < 1:
-                raise RecipeError(f"branching: {name} is {number}; expected at least 1")
+        given = {
+            "window": window,
+            "quantile": quantile,
+            "mode": mode,
+            "triggers": triggers,
+            "per_completion": per_completion,
+            "per_prompt": per_prompt,
+        }
+        self.given = validate_settings("sampler 'branching'", Branching, given)
         self.sampler, self.model = sampler, model
-        self.window, self.quantile, self.mode, self.triggers = window, quantile, mode, triggers
+        self.window, self.quantile, self.mode = window, quantile, mode
+        self.triggers = trigger_tokens(tokenizer, triggers, "sampler 'branching'")
         self.per_completion, self.per_prompt = per_completion, per_prompt
 
     def refresh(self, model_or_path: Any) -> None:
@@ -94,7 +112,7 @@ class Branching:
         entropy, segments = self._entropies(batch), batch.segments
         values = measured(entropy, segments, mode=self.mode, window=self.window)
         tau = batch_threshold(entropy, segments, mode=self.mode, window=self.window, quantile=self.quantile)
-        triggers = None if self.triggers is None else self.triggers.to(batch.device)[batch.labels]
+        triggers = trigger_flags(self.triggers, batch.labels)
         high = high_entropy(values, segments, threshold=tau, triggers=triggers)
         # The first token has nothing before it to share.
         flags = high.mask & (segments.positions > 0)

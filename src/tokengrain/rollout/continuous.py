@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from tokengrain.callables import nearest, validate_settings
 from tokengrain.errors import ModelError, RecipeError
 from tokengrain.rollout.base import (
     PromptItem,
@@ -20,8 +22,12 @@ from tokengrain.rollout.base import (
 from tokengrain.rollout.hf import check_room, unwrapped
 from tokengrain.rollout.prompts import needs_tokenizer, stop_ids_of
 from tokengrain.rollout.stops import StopStrings
+from tokengrain.scoring.embeddings import device_of
 from tokengrain.scoring.forward import evaluating
 from tokengrain.scoring.install import causal_lm
+
+SIZES = frozenset({"num_blocks", "max_batch_tokens", "max_memory_percent"})
+CPU_PAGE, CPU_REQUESTS, CPU_TOKENS = 32, 64, 256
 
 
 class HFContinuous:
@@ -36,17 +42,27 @@ class HFContinuous:
         model: a causal language model whose attention is "sdpa", "eager" or flash attention, without
             virtual tokens before the prompt.
         tokenizer: as in `HFGenerate`.
-        settings: of transformers' `ContinuousBatchingConfig`, such as `page_size` or `max_memory_percent`.
+        settings: of transformers' `ContinuousBatchingConfig`, such as `page_size` or `max_memory_percent`. Without
+            any about its size the cache takes most of an accelerator's free memory; on a CPU it is just large enough
+            for `CPU_REQUESTS` completions at a time.
 
     Raises:
         ModelError: the installed transformers or this model has no continuous batching.
+        RecipeError: settings that it does not have.
     """
 
     name = "continuous"
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, settings: dict[str, Any] | None = None) -> None:
+        self.given = validate_settings("sampler 'continuous'", HFContinuous, {"settings": settings})
         self.tokenizer, self.settings = tokenizer, dict(settings or {})
         self.refresh(model)
+        self.check(settings=settings)
+
+    @staticmethod
+    def check(*, settings: Mapping[str, Any] | None) -> None:
+        """Raises `RecipeError` for settings that the engine does not have, `ModelError` where there is no engine."""
+        _batching(settings or {}, 0)
 
     def refresh(self, model_or_path: Any) -> None:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
@@ -56,40 +72,23 @@ class HFContinuous:
         lm = causal_lm(model)
         if getattr(lm, "_is_stateful", False):
             raise ModelError(f"{type(lm).__name__} keeps a recurrent state; continuous batching needs attention only")
-        try:
-            from transformers.generation.configuration_utils import ContinuousBatchingConfig
-        except ImportError:
-            raise ModelError(
-                "the installed transformers has no ContinuousBatchingConfig; expected 5.17 or newer, or the "
-                "sampler 'generate'"
-            ) from None
-        if not hasattr(lm, "generate_batch") or "return_logprobs" not in vars(ContinuousBatchingConfig()):
+        config = batching_class()
+        if not hasattr(lm, "generate_batch") or "return_logprobs" not in vars(config()):
             raise ModelError(
                 f"{type(lm).__name__} with the installed transformers has no continuous batching that gives "
-                "log-probabilities; expected transformers 5.17 or newer, or the sampler 'generate'"
+                "log-probabilities; expected transformers 5.17 or newer, or the sampler 'hf'"
             )
         self.model = model
         self.lm: Any = lm
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
         """`n` completions of each prompt. Raises `RolloutError` where the engine fails, with its message."""
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
         started = time.perf_counter()
         prompts = checked_prompts(prompts, n)
         needs_tokenizer(self.tokenizer, sampling.stop)
         check_room(self.lm, prompts, sampling)
         stop_ids = sampling.stop_ids if sampling.stop_ids is not None else stop_ids_of(self.tokenizer, self.lm)
-        known = {
-            "return_logprobs": True,
-            "seed": sampling.seed % 2**31,
-            # A processor that the engine lacks would change the distribution silently.
-            "drop_unsupported_processors": False,
-        }
-        try:
-            batching = ContinuousBatchingConfig(**{**known, **self.settings})
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"settings of continuous batching: {error}") from None
+        batching = _batching(self._sized(prompts, n, sampling), sampling.seed)
         with evaluating(self.model):
             # The implementation of attention is put back: the engine changes it on models without a paged one.
             before = self.lm.config._attn_implementation
@@ -102,7 +101,7 @@ class HFContinuous:
             except (ValueError, NotImplementedError, ImportError, RuntimeError, AttributeError) as error:
                 raise RolloutError(
                     f"continuous batching does not run here ({type(error).__name__}: {error}); expected a model "
-                    "and device that transformers' generate_batch supports, or the sampler 'generate'"
+                    "and device that transformers' generate_batch supports, or the sampler 'hf'"
                 ) from error
             finally:
                 if self.lm.config._attn_implementation != before:
@@ -118,6 +117,45 @@ class HFContinuous:
             part = results[p * n : (p + 1) * n]
             groups.append(tuple(_completion(prompt, r, sampling, stop_ids, stops) for r in part))
         return Rollouts(prompts, tuple(groups), sampling, time.perf_counter() - started)
+
+    def _sized(self, prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) -> dict[str, Any]:
+        """The settings, with a size for CPUs: the engine's own default is more than half of the machine's memory."""
+        if device_of(self.lm).type != "cpu" or SIZES & self.settings.keys():
+            return self.settings
+        page = self.settings.get("page_size", CPU_PAGE)
+        longest = max(len(p.ids) for p in prompts) + sampling.max_new_tokens
+        blocks = min(len(prompts) * n, CPU_REQUESTS) * (-(-longest // page) + 1)
+        return {"page_size": page, "num_blocks": blocks, "max_batch_tokens": CPU_TOKENS, **self.settings}
+
+
+def batching_class() -> Any:
+    """transformers' `ContinuousBatchingConfig`. Raises `ModelError` where the installed version has none."""
+    try:
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    except ImportError:
+        raise ModelError(
+            "the installed transformers has no ContinuousBatchingConfig; expected 5.17 or newer, or the sampler 'hf'"
+        ) from None
+    return ContinuousBatchingConfig
+
+
+def _batching(settings: Mapping[str, Any], seed: int) -> Any:
+    """The engine's configuration. Raises `RecipeError` for settings that it does not have, or that are not free."""
+    build = batching_class()
+    fixed = {
+        "return_logprobs": True,
+        "seed": seed % 2**31,
+        # A processor that the engine lacks would change the distribution silently.
+        "drop_unsupported_processors": False,
+    }
+    legal = inspect.signature(build).parameters.keys() - fixed.keys()
+    for name in settings:
+        if name not in legal:
+            raise RecipeError(f"sampler 'continuous': settings: unknown setting {name!r}{nearest(name, legal)}")
+    try:
+        return build(**fixed, **settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"sampler 'continuous': settings: {error}") from None
 
 
 def _generation_config(n: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> Any:

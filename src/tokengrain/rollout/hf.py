@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from tokengrain.errors import RecipeError
+from tokengrain.callables import Count, validate_settings
 from tokengrain.rollout.base import (
     PromptItem,
     RolloutError,
@@ -45,11 +45,15 @@ class HFGenerate:
         max_batch_tokens: most tokens (prompts and completions at their full length) in the cache at a time; a
             single completion that is longer is sampled all the same.
 
+    Attributes:
+        progress: called with how many completions of a call are drawn, and how many there will be.
+
     Raises:
         RecipeError: an unknown cache, a budget below 1.
     """
 
-    name = "generate"
+    name = "hf"
+    neutral: ClassVar[frozenset[str]] = frozenset({"max_batch_tokens"})
 
     def __init__(
         self,
@@ -57,12 +61,11 @@ class HFGenerate:
         tokenizer: Any = None,
         *,
         cache: Literal["dynamic", "static"] = "dynamic",
-        max_batch_tokens: int = 65536,
+        max_batch_tokens: Count = 65536,
     ) -> None:
-        if cache not in ("dynamic", "static") or max_batch_tokens < 1:
-            raise RecipeError(
-                f"cache is {cache!r} and max_batch_tokens {max_batch_tokens}; expected 'dynamic' or 'static', and >= 1"
-            )
+        settings = {"cache": cache, "max_batch_tokens": max_batch_tokens}
+        self.given = validate_settings("sampler 'hf'", HFGenerate, settings)
+        self.progress: Callable[[int, int], None] | None = None
         self.tokenizer, self.cache, self.max_batch_tokens = tokenizer, cache, max_batch_tokens
         self.refresh(model)
 
@@ -88,6 +91,8 @@ class HFGenerate:
         with evaluating(self.model):
             for part in self._batches(prompts, n, sampling.max_new_tokens):
                 found |= self._batch(prompts, n, part, numbers, sampling, stop_ids)
+                if self.progress is not None:
+                    self.progress(len(found), len(prompts) * n)
         groups = tuple(tuple(found[p * n + k] for k in range(n)) for p in range(len(prompts)))
         return Rollouts(prompts, groups, sampling, time.perf_counter() - started)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from tokengrain.errors import RecipeError
+from tokengrain.callables import Count, NonNegative, Positive, Whole, validate_settings
 from tokengrain.rollout.base import (
     PromptItem,
     RolloutError,
@@ -22,6 +24,8 @@ from tokengrain.rollout.base import (
     occurrences,
 )
 from tokengrain.rollout.client import JsonClient, ServerError, gather
+
+logger = logging.getLogger(__name__)
 
 Flavour = Literal["vllm", "sglang"]
 LogpKind = Literal["raw", "tempered", "processed"]
@@ -61,7 +65,8 @@ class OpenAIServer:
             unloads the one before (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, `--enable-lora`, `--max-loras 2`;
             SGLang: `--enable-lora`); "checkpoint" has the server load a whole checkpoint (vLLM:
             VLLM_SERVER_DEV_MODE=1; SGLang as it is); "none" refuses. The server must see the trainer's files.
-        adapter_name: what the names of adapters begin with.
+        adapter_name: what the names of adapters begin with; the rest is drawn for each sampler, so that a run that was
+            killed does not find its names taken.
         timeout, retries, backoff, api_key_env: see `JsonClient`.
         concurrency: most requests at a time.
         extra: further fields of every completions request.
@@ -71,6 +76,10 @@ class OpenAIServer:
     """
 
     name = "server"
+    # Where the server is and how it is asked; a run may go on with another one.
+    neutral: ClassVar[frozenset[str]] = frozenset(
+        {"url", "adapter_name", "timeout", "retries", "backoff", "concurrency", "api_key_env"}
+    )
 
     def __init__(
         self,
@@ -81,26 +90,39 @@ class OpenAIServer:
         logps: LogpKind | None = None,
         refresh: Refresh = "none",
         adapter_name: str = "tokengrain",
-        timeout: float = 600.0,
-        retries: int = 5,
-        backoff: float = 0.5,
-        concurrency: int = 16,
+        timeout: Positive = 600.0,
+        retries: Whole = 5,
+        backoff: NonNegative = 0.5,
+        concurrency: Count = 16,
         api_key_env: str | None = None,
-        extra: Mapping[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> None:
-        if flavour not in ENDPOINTS or refresh not in ("none", "checkpoint", "adapter") or concurrency < 1:
-            raise RecipeError(
-                f"flavour {flavour!r}, refresh {refresh!r}, concurrency {concurrency}; expected vllm or sglang; none, "
-                "checkpoint or adapter; at least 1"
-            )
-        if logps not in (None, "raw", "tempered", "processed"):
-            raise RecipeError(f"logps is {logps!r}; expected raw, tempered or processed")
+        given = {
+            "url": url,
+            "model": model,
+            "flavour": flavour,
+            "logps": logps,
+            "refresh": refresh,
+            "adapter_name": adapter_name,
+            "timeout": timeout,
+            "retries": retries,
+            "backoff": backoff,
+            "concurrency": concurrency,
+            "api_key_env": api_key_env,
+            "extra": extra,
+        }
+        self.given = validate_settings("sampler 'server'", OpenAIServer, given, also=("url",))
         self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, api_key_env=api_key_env)
         self.base_model, self.flavour, self.how, self.adapter_name = model, flavour, refresh, adapter_name
         self.endpoints, self.concurrency, self.extra = ENDPOINTS[flavour], concurrency, dict(extra or {})
         self.logps: LogpKind = logps or self.endpoints.logps
         self.adapter: str | None = None
-        self.version = 0
+        self.version, self._own = 0, secrets.token_hex(4)
+
+    @classmethod
+    def check(cls, **settings: Any) -> None:
+        """Raises `RecipeError` for settings that do not work. Neither server nor key need be there yet."""
+        cls(**{**settings, "api_key_env": None})
 
     @property
     def model(self) -> str:
@@ -207,11 +229,22 @@ class OpenAIServer:
 
     def _load_adapter(self, folder: str) -> None:
         # A new name each time: the server's caches go by the name, and requests under way keep the old one.
-        name, before = f"{self.adapter_name}-{self.version + 1}", self.adapter
+        name, before = f"{self.adapter_name}-{self._own}-{self.version + 1}", self.adapter
         self.client.post(self.endpoints.load_adapter, {"lora_name": name, "lora_path": folder}, _succeeded)
         self.adapter = name
         if before is not None:
             self.client.post(self.endpoints.unload_adapter, {"lora_name": before}, _succeeded)
+
+    def release(self) -> None:
+        """Unload the adapter, if one is loaded; a server that does not answer is left alone, with a warning."""
+        if self.adapter is None:
+            return
+        once = JsonClient(self.client.url, timeout=10.0, retries=0, api_key_env=self.client.api_key_env)
+        try:
+            once.post(self.endpoints.unload_adapter, {"lora_name": self.adapter}, _succeeded)
+        except ServerError as error:
+            logger.warning("adapter %s stays on the server: %s", self.adapter, error)
+        self.adapter = None
 
     def sleep(self) -> None:
         """Have the server free its device memory (vLLM: `--enable-sleep-mode` and VLLM_SERVER_DEV_MODE=1)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tokengrain.credit.annotate import annotate, load_annotated
-from tokengrain.credit.store import check_manifest, is_annotated
+from tokengrain.credit.manifest import check_manifest, is_annotated
 from tokengrain.data import tokenizer_fingerprint
 from tokengrain.errors import RecipeError
 from tokengrain.files import fingerprint

@@ -32,6 +32,20 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return entries
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add text (whole lines) to the end of a file; its folder is made if need be.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RunError(f"could not write {path}: {error.strerror}") from error
+
+
 class JsonlLog(TrainerCallback):
     """Appends every logged dictionary to `output_dir/log.jsonl`, one line each, with its step.
 
@@ -67,12 +81,7 @@ class JsonlLog(TrainerCallback):
         line = json.dumps({"step": state.global_step, **logs}, ensure_ascii=False, default=float) + "\n"
         if self._before is not None:
             self._before.append(line)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise RunError(f"could not write {self.path}: {error.strerror}") from error
+        append_text(self.path, line)
 
 
 class StepGuard(TrainerCallback):

@@ -177,7 +177,7 @@ class CheckpointMixin(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._staging = staged.parent
         try:
-            with saving(f"checkpoint {self.state.global_step}", staged), _quiet():
+            with saving(f"checkpoint {self.state.global_step}", staged), no_progress_bar():
                 super()._save_checkpoint(model, trial)
                 extra = self.save_extra(staged)
                 self.accelerator.wait_for_everyone()
@@ -222,7 +222,7 @@ class CheckpointMixin(Trainer):
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with saving(f"the model {target.name}", staged), _quiet():
+        with saving(f"the model {target.name}", staged), no_progress_bar():
             super().save_model(str(staged), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -243,7 +243,7 @@ def has_renamed_weights(checkpoint: Path, model: Any) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """No progress bar for the files of every checkpoint."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, ModelError
+from tokengrain.objectives import BoundObjective
 
 HINTS = {
     "token_rewards": ", or a credit source",
@@ -66,6 +67,27 @@ def models_in(source: Any) -> list[nn.Module]:
         elif type(value).__module__.startswith("tokengrain."):
             found += models_in(value)
     return found
+
+
+def check_datasets(
+    datasets: Mapping[str, Any], model: nn.Module, objective: BoundObjective, columns: Collection[str]
+) -> None:
+    """Check the data sets whose rows are at hand, by name, before training; a stream is checked as it is read.
+
+    Args:
+        columns: per-token columns that every row must have.
+
+    Raises:
+        DataError: as `check_samples` and `check_column`.
+    """
+    for name, dataset in datasets.items():
+        if not hasattr(dataset, "__len__"):
+            continue
+        where = getattr(dataset, "name", name)
+        rows = (dataset[i] for i in range(len(dataset)))
+        check_samples(rows, model, name=where, pairs=objective.unit == "pairs")
+        for column in sorted(columns):
+            check_column(dataset, column, objective.name, name=where)
 
 
 def check_samples(samples: Iterable[Sample], model: nn.Module, *, name: object, pairs: bool) -> int:

@@ -88,7 +88,7 @@ def check_source_for_role(source: Any, role: Role) -> None:
     """
     from tokengrain.credit.registry import why_not
 
-    reason = why_not(getattr(source, "values", "any"), role.uses, role.name)
+    reason = why_not(getattr(source, "values", "any"), role.uses)
     if reason:
         raise RecipeError(f"credit {source.name!r} as {role.name}: {reason}")
 

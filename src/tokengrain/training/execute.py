@@ -102,7 +102,8 @@ def _build_online(shop: Workshop, plan: StagePlan, folder: Path, model_path: str
     if eval_data is not None:
         data = plan.stage.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
         datasets = datasets[0], shop.datasets(replace(plan.stage, data=data))[0]
-    return build_online_trainer(shop, plan, folder, *_policy(shop, plan.stage, model_path), datasets)
+    policy = _policy(shop, plan.stage, model_path)
+    return build_online_trainer(shop, plan, folder, *policy, datasets, finished=model_path is not None)
 
 
 def _for_other_rows(objective: Any, stage: ResolvedStage, rows: Any) -> tuple[Any, ResolvedStage]:
@@ -193,17 +194,24 @@ def run_training(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
     if has_eval:
         metrics["after"] = plain_metrics(trainer.evaluate())
     if plan.stage.kind == "reward":
-        metrics["scores"] = reward_models.measure_scores(trainer.evaluation_model(), trainer.train_dataset).as_dict()
+        statistics = _score_statistics(trainer)
+        metrics["scores"] = {name: value for one in statistics for name, value in one.as_dict().items()}
     trainer.save_model(str(plan.path / "model"))
     if plan.stage.kind == "reward" and main:
-        found = reward_models.ScoreStatistics.from_dict(metrics["scores"])
-        reward_models.save_statistics(plan.path / "model", found)
+        reward_models.save_statistics(plan.path / "model", *statistics)
     if main and "save_total_limit" not in plan.stage.training:  # the finished model is what is wanted
         for path in checkpoints(plan.path):
             remove_folder(path)
         shutil.rmtree(plan.path / STAGING, ignore_errors=True)
     samples.of_policy(shop, plan, trainer)
     return metrics
+
+
+def _score_statistics(trainer: Any) -> tuple[Any, Any]:
+    """Of a trained reward model's scores, of tokens and of completions."""
+    model, rows = trainer.evaluation_model(), trainer.train_dataset
+    pooling = trainer.objective.hyper["pooling"]
+    return reward_models.measure_scores(model, rows), reward_models.measure_completions(model, rows, pooling=pooling)
 
 
 def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tokengrain.recipe import load_recipe
 from tokengrain.runs import read_run
 from tokengrain.training.execute import build_trainer, plain_metrics
 from tokengrain.training.plan import make_plan
+from tokengrain.training.progress import counted
 from tokengrain.training.workshop import Workshop
 from tokengrain.worlds import is_world, load_world
 
@@ -22,14 +23,15 @@ FILE = "evaluation.json"
 
 
 def evaluate_run(
-    run_dir: str | Path, *, data: str | None = None, samples: int = 64, console: Console | None = None
+    run_dir: str | Path, *, data: str | None = None, samples: int | None = None, console: Console | None = None
 ) -> dict[str, Any]:
     """Evaluate the model of a finished run and write `evaluation.json` into its folder.
 
     Args:
         run_dir: the run folder.
         data: pairs to evaluate on, instead of the run's own held-out pairs.
-        samples: samples per prompt in a world.
+        samples: samples per prompt in a world; None: the world's own number, 64 of stories and 16 of the others.
+        console: where progress is shown.
 
     Returns:
         `held_out` (the objective's metrics, accuracy with its 95 % interval) if there are held-out rows, and
@@ -51,6 +53,7 @@ def evaluate_run(
         trainer = build_trainer(shop, plan, Path(scratch), str(final.model_path), eval_data=data)
         if trainer.eval_dataset is not None:
             found["objective"] = trainer.objective.describe()
+            shop.console.print("  held-out rows")
             found["held_out"] = plain_metrics(trainer.evaluate())
         model = trainer.evaluation_model()
     if is_world(recipe.data.train) and final.kind == "reward":
@@ -58,8 +61,10 @@ def evaluate_run(
         found["world"] = load_world(recipe.data.train).credit_recovery(credit)
     elif is_world(recipe.data.train) and recipe.model.is_world:
         world = load_world(recipe.data.train)
-        found["world"] = world.evaluate(model, n=samples, seed=recipe.seed)
-        found["world_base"] = world.evaluate(shop.frozen(recipe.model), n=samples, seed=recipe.seed)
+        for key, judged in (("world", model), ("world_base", shop.frozen(recipe.model))):
+            title = f"samples of the {'trained' if key == 'world' else 'base'} model in the world {world.name}"
+            with counted(shop.console, title) as progress:
+                found[key] = world.evaluate(judged, n=samples, seed=recipe.seed, progress=progress)
     if not {"held_out", "world"} & set(found):
         raise RunError(f"{run.path} has no held-out rows; give pairs to evaluate on with --data")
     if shop.state.is_main_process:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -19,7 +19,24 @@ if TYPE_CHECKING:
 NONFINITE_FILE = "nonfinite.json"
 
 
-def stop_nonfinite(trainer: PreferenceTrainer, records: list[MicroRecord], what: str) -> NoReturn:
+def check_finite(trainer: PreferenceTrainer, records: list[MicroRecord], *, losses: bool, grad_norm: Any) -> None:
+    """Stop the run unless the step under way is finite. Every rank calls this with the same findings.
+
+    Args:
+        losses: whether all losses are finite, on all ranks.
+        grad_norm: of the gradient; None: it was not clipped.
+
+    Raises:
+        NonFiniteLossError: a loss or the gradient is not finite.
+    """
+    if not losses:
+        _stop(trainer, records, "loss")
+    scaled = trainer.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
+    if grad_norm is not None and not scaled and not torch.isfinite(_norm(grad_norm)):
+        _stop(trainer, records, "gradient")
+
+
+def _stop(trainer: PreferenceTrainer, records: list[MicroRecord], what: str) -> NoReturn:
     """Save the rows of the step under way and the weights before it, then raise. Every rank calls this.
 
     Args:
@@ -64,6 +81,10 @@ def _keep_last_good_state(trainer: PreferenceTrainer) -> str:
     last = last_complete_checkpoint(output_dir)
     weights = "" if good else "The weights themselves were not finite. "
     return weights + (f"The last good state is {last}." if last else "There is no checkpoint.")
+
+
+def _norm(value: Any) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

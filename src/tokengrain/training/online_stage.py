@@ -1,4 +1,4 @@
-"""An online stage of a recipe as an `OnlineTrainer`: its rewards, credit steps, critic and reference."""
+"""An online stage of a recipe as an `OnlineTrainer`: its rewards, credit steps, sampler, critic and reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from tokengrain.worlds import load_world
 
 
 def build_online_trainer(
-    shop: Workshop, plan: StagePlan, folder: Path, model: Any, peft_config: Any, datasets: tuple[Any, Any]
+    shop: Workshop,
+    plan: StagePlan,
+    folder: Path,
+    model: Any,
+    peft_config: Any,
+    datasets: tuple[Any, Any],
+    *,
+    finished: bool = False,
 ) -> Any:
     """The trainer of an online stage.
 
@@ -25,10 +32,12 @@ def build_online_trainer(
         folder: where it writes.
         model, peft_config: the policy, and its new adapter if it gets one.
         datasets: training and held-out prompts.
+        finished: the policy is only evaluated; it is sampled from in this process, whatever the stage's sampler.
     """
     from tokengrain.training.online import OnlineConfig, OnlineTrainer
 
     stage, (train, held_out) = plan.stage, datasets
+    assert stage.online is not None
     tokenizer = shop.tokenizer(stage.model)
     args = OnlineConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
     model, peft_config = ready_for_teacher(stage, model, peft_config, args)
@@ -36,8 +45,9 @@ def build_online_trainer(
         model,
         args,
         objective=make_objective(**(stage.objective or {})),
-        rewards=build_rewards(stage, tokenizer),
+        rewards=build_rewards(stage, tokenizer, shop),
         credit=build_steps(stage, tokenizer, shop),
+        sampler=None if finished else stage.online.sampler,
         critic=build_critic(stage, model, shop),
         reference=build_reference(stage, shop),
         teacher=build_teacher(stage, model, shop),
@@ -48,7 +58,7 @@ def build_online_trainer(
     )
 
 
-def build_rewards(stage: ResolvedStage, tokenizer: Any) -> Any:
+def build_rewards(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> Any:
     """The stage's reward functions as a `RewardSuite`; None if all rewards come per token from a credit step."""
     from tokengrain.rewards import RewardSuite, make_reward
 
@@ -59,8 +69,25 @@ def build_rewards(stage: ResolvedStage, tokenizer: Any) -> Any:
         if reward["name"] == WORLD_REWARD:
             functions.append(world_reward(stage, settings))
         else:
-            functions.append(make_reward(reward["name"], **settings))
+            given = reward_inputs(reward, stage.online.prompts.chat, tokenizer, shop)
+            functions.append(make_reward(reward["name"], **{**settings, **given}))
     return RewardSuite(functions, tokenizer=tokenizer) if functions else None
+
+
+def reward_inputs(reward: dict[str, Any], chat: bool, tokenizer: Any, shop: Workshop) -> dict[str, Any]:
+    """The models and tokenizers that a reward takes beside its settings, and whether prompts of text are chats."""
+    from tokengrain.rewards.registry import reward_objects
+
+    takes = reward_objects(reward["name"])
+    if "model" not in takes:
+        return {}
+    spec = ModelSpec.model_validate(reward["model"])
+    found = {
+        "model": lambda: shop.completion_model(spec),
+        "tokenizer": lambda: tokenizer,
+        "reward_tokenizer": lambda: shop.tokenizer(spec, own_template=True),
+    }
+    return {"chat": reward.get("chat", chat), **{name: found[name]() for name in takes}}
 
 
 def world_reward(stage: ResolvedStage, settings: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from tokengrain.errors import RunError, shown
 from tokengrain.files import fingerprint
 from tokengrain.recipe import ModelSpec, Recipe, ResolvedStage, resolve_stages
 from tokengrain.recipe.schema import online_models
+from tokengrain.rollout.registry import check_sampler, deciding
 from tokengrain.runs import FORMAT, StageRecord, is_run, read_run, read_stage
 from tokengrain.training.inputs import data_fingerprint, tokenize_config
 from tokengrain.training.models import locate, model_fingerprint
@@ -141,7 +142,9 @@ def _online_settings(stage: ResolvedStage, run_dir: Path, above: dict[str, str])
     assert stage.online is not None
     asked = {key: _model_settings(spec, run_dir, above) for key, spec in online_models(stage.online).items()}
     values = stage.online.model_dump(include={"rewards", "credit", "critic", "prompts"})
-    named = [r["name"] for r in (*stage.online.rewards, *stage.online.credit) if ":" in r.get("name", "")]
+    values["sampler"] = deciding(check_sampler(stage.online.sampler))
+    given = (*stage.online.rewards, *stage.online.credit, stage.online.sampler)
+    named = [one["name"] for one in given if ":" in one.get("name", "")]
     sources = {name: fingerprint(source_of(load_callable(name))) for name in named}  # another body is another reward
     return {"online": values, "asked": asked, "functions": sources}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -55,15 +57,7 @@ class ShowProgress(TrainerCallback):
                 "use a smaller batch, more epochs, or training.warmup_steps=0"
             )
         if self.console.is_terminal:
-            columns = (
-                TextColumn("  {task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-            )
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar = _bar(self.console)
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=state.max_steps, numbers="")
 
@@ -98,3 +92,38 @@ class ShowProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+@contextmanager
+def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far something has come; gives `progress(done, total)`, which it calls.
+
+    A bar, or without a terminal a line when it begins and one now and then.
+    """
+    if not console.is_terminal or console.quiet:
+        console.print(f"  {title}")
+        last = time.monotonic()
+
+        def lines(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > QUIET_SECONDS:
+                last = time.monotonic()
+                console.print(f"  {title}: {done} of {total}")
+
+        yield lines
+        return
+    with _bar(console) as bar:
+        task = bar.add_task(title, total=None, numbers="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    return Progress(*columns, console=console, transient=True)

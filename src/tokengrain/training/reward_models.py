@@ -9,27 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tokengrain.batch import Sample, TokenBatch
-from tokengrain.credit.reward_model import ScoreStatistics, frozen_token_scores, set_statistics
+from tokengrain.batch import Sample, Segments, TokenBatch
+from tokengrain.credit.reward_model import (
+    CompletionStatistics,
+    ScoreStatistics,
+    config_of,
+    frozen_token_scores,
+    set_statistics,
+)
+from tokengrain.credit.shaping import Moments
 from tokengrain.errors import DataError, ModelError
 from tokengrain.files import read_json, write_json
+from tokengrain.objectives.qrm import Pooling, pooled_scores
 from tokengrain.recipe.specs import LoraSpec, ModelSpec
 from tokengrain.scoring.embeddings import input_embeddings
-from tokengrain.training.models import base_of_adapter, import_peft, is_adapter, load_config, load_model
+from tokengrain.training.models import ADAPTER, base_of_adapter, import_peft, is_adapter, load_config, load_model
 from tokengrain.training.reference import disable_dropout, is_peft
 
 HEADS = ("score", "classifier")
 STATISTICS = "score_statistics.json"
 """Beside an adapter, which has no config of its own to keep the statistics in."""
+_Read = Callable[[Tensor, Segments], Tensor]
 
 
 def load_reward_model(
@@ -169,29 +177,42 @@ def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_t
     Raises:
         DataError: the data set is empty.
     """
-    samples = _some(dataset, max_rows)
-    if not samples:
-        raise DataError("the dataset is empty", file=getattr(dataset, "name", None), expected="at least one row")
-    device = next(model.parameters()).device
-    count, mean, squares = 0, 0.0, 0.0
-    batch = TokenBatch.from_samples(samples)
-    for part in batch.split(max_tokens):
-        values = frozen_token_scores(model, part.to(device)).double()
-        # Chan, Golub and LeVeque's rule for joining the moments of two sets.
-        n, own = values.numel(), float(values.mean()) if values.numel() else 0.0
-        apart, total = own - mean, count + n
-        squares += float((values - own).square().sum()) + apart**2 * count * n / max(total, 1)
-        mean += apart * n / max(total, 1)
-        count = total
-    statistics = ScoreStatistics(mean, (squares / max(count, 1)) ** 0.5)
+    moments = _moments(model, dataset, max_rows, max_tokens, lambda scores, segments: scores)
+    statistics = ScoreStatistics(moments.mean, moments.std)
     set_statistics(model, statistics)
     return statistics
 
 
-def save_statistics(path: str | Path, statistics: ScoreStatistics) -> None:
+def measure_completions(
+    model: nn.Module, dataset: Any, *, pooling: Pooling = "mean", max_rows: int = 512, max_tokens: int = 8192
+) -> CompletionStatistics:
+    """The same of the scores of whole completions, pooled as in the loss that the model was trained with."""
+
+    def pooled(scores: Tensor, segments: Segments) -> Tensor:
+        return pooled_scores(scores, segments, pooling)[segments.lengths > 0]
+
+    moments = _moments(model, dataset, max_rows, max_tokens, pooled)
+    statistics = CompletionStatistics(moments.mean, moments.std, pooling)
+    set_statistics(model, statistics)
+    return statistics
+
+
+def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, read: _Read) -> Moments:
+    """Mean and spread of what is read from the token scores of a data set's completions."""
+    samples = _some(dataset, max_rows)
+    if not samples:
+        raise DataError("the dataset is empty", file=getattr(dataset, "name", None), expected="at least one row")
+    device = next(model.parameters()).device
+    parts = TokenBatch.from_samples(samples).split(max_tokens)
+    scores = ((frozen_token_scores(model, part.to(device)).cpu(), part.segments) for part in parts)
+    return sum((Moments.of(read(values, segments)) for values, segments in scores), Moments())
+
+
+def save_statistics(path: str | Path, *statistics: ScoreStatistics | CompletionStatistics) -> None:
     """Write statistics into a saved reward model's folder: its config, or a file beside an adapter."""
     file = Path(path) / (STATISTICS if is_adapter(str(path)) else "config.json")
-    write_json(file, {**(read_json(file) if file.exists() else {}), **statistics.as_dict()})
+    kept = read_json(file) if file.exists() else {}
+    write_json(file, {k: v for part in (kept, *(one.as_dict() for one in statistics)) for k, v in part.items()})
 
 
 def _some(dataset: Any, most: int) -> list[Sample]:
@@ -201,7 +222,7 @@ def _some(dataset: Any, most: int) -> list[Sample]:
     return [dataset[i] for i in range(0, len(dataset), stride)]
 
 
-# ---------------------------------------------------------------------------------------------------- building
+# --------------------------------------------------------------------------------------------------- building
 
 
 def _adapted(spec: ModelSpec, path: str, merge: bool, train: bool) -> nn.Module:
@@ -214,16 +235,15 @@ def _adapted(spec: ModelSpec, path: str, merge: bool, train: bool) -> nn.Module:
         adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=train)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"adapter {path} does not fit its base model: {str(error).splitlines()[0]}") from error
-    found = read_json(Path(path) / STATISTICS) if (Path(path) / STATISTICS).is_file() else {}
-    if found:
-        set_statistics(adapted, ScoreStatistics.from_dict(found))
+    if (file := Path(path) / STATISTICS).is_file():
+        for name, value in read_json(file).items():
+            setattr(config_of(adapted), name, value)
     return adapted.merge_and_unload() if merge else adapted
 
 
 def is_reward_adapter(path: str) -> bool:
     """Whether an adapter folder is a reward model's, with its head, and not a policy's."""
-    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
-    return config.get("task_type") == "TOKEN_CLS"
+    return bool(read_json(Path(path) / ADAPTER).get("task_type") == "TOKEN_CLS")
 
 
 def _is_token_classifier(config: Any) -> bool:

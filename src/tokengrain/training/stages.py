@@ -15,6 +15,7 @@ from tokengrain.recipe import Recipe, ResolvedStage, resolve_stages
 from tokengrain.runs import read_run, resume_command
 from tokengrain.training import inputs, models, tables
 from tokengrain.training.annotation import check_given_files, run_annotation
+from tokengrain.training.completion_models import check_completion_model
 from tokengrain.training.credit import columns_needed
 from tokengrain.training.execute import run_init, run_training
 from tokengrain.training.folder import RunFolder
@@ -141,7 +142,10 @@ def _check_models(shop: Workshop, stage: ResolvedStage) -> None:
     models.check_vocabulary(tokenizer, config, str(stage.model.path), str(stage.model.path))
     for role, other in stage.models.items():
         # A reward model may have a tokenizer of its own.
-        if other.stage is None and not (role.startswith("credit.") and reads_reward_model(stage)):
+        reward_model = role.startswith("rewards[") or (role.startswith("credit.") and reads_reward_model(stage))
+        if role.startswith("rewards[") and other.stage is None:
+            check_completion_model(other, shop.path(other))
+        if other.stage is None and not reward_model:
             theirs = shop.tokenizer(other)
             models.check_same_vocabulary(
                 tokenizer, theirs, f"the policy {stage.model.path}", f"the {role} {other.path}"

@@ -26,7 +26,7 @@ from tokengrain.training.credit import FROZEN, TAUGHT, CreditUse, check_together
 from tokengrain.training.evaluate import EvaluationMixin
 from tokengrain.training.losses import Judged, PreferenceLoss, resolve_objective
 from tokengrain.training.metrics import WeightedMeans
-from tokengrain.training.nonfinite import stop_nonfinite
+from tokengrain.training.nonfinite import check_finite
 from tokengrain.training.reference import is_peft, place_reference, resolve_reference
 from tokengrain.training.steps import MicroRecord, totals
 from tokengrain.training.streams import endless
@@ -145,17 +145,12 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     # ---- Data ----
 
     def _check_data(self, model: nn.Module, credit: CreditUse | None) -> None:
-        given = FROZEN | TAUGHT | ({credit.role.provides} if credit is not None else set())
-        for name, dataset in self._datasets.items():
-            if hasattr(dataset, "__len__"):
-                where = getattr(dataset, "name", name)
-                rows = (dataset[i] for i in range(len(dataset)))
-                checks.check_samples(rows, model, name=where, pairs=self.objective.unit == "pairs")
-                columns = self.objective.needs - given
-                if credit is not None and (column := getattr(credit.source, "column", None)) is not None:
-                    columns |= {column}
-                for column in sorted(columns):
-                    checks.check_column(dataset, column, self.objective.name, name=where)
+        columns = set(self.objective.needs) - FROZEN - TAUGHT
+        if credit is not None:
+            columns.discard(credit.role.provides)
+            if (column := getattr(credit.source, "column", None)) is not None:
+                columns.add(column)
+        checks.check_datasets(self._datasets, model, self.objective, columns)
         train = self._datasets["train"]
         self._streaming = train is not None and not hasattr(train, "__len__")
         self._limits = (checks.model_positions(model), checks.vocabulary_size(model))
@@ -273,10 +268,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         world = self.accelerator.num_processes
         own = totals(self._records)
         bad = float(self.reduce(own)[1])
-        scaled = self.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
-        norm_bad = self._grad_norm is not None and not scaled and not torch.isfinite(_norm(self._grad_norm))
-        if bad or norm_bad:
-            stop_nonfinite(self, self._records, "loss" if bad else "gradient")
+        check_finite(self, self._records, losses=not bad, grad_norm=self._grad_norm)
         self._window.add("loss", float(own[0]), 1 / world)
         for record in self._records:
             record.add_to(self._window)
@@ -300,10 +292,6 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """About 6 operations per parameter and token, forward and backward."""
         return 6 * sum(p.numel() for p in self.model.parameters()) * inputs.batch.n_tokens
-
-
-def _norm(value: Any) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
 
 
 def _named(eval_dataset: Any) -> dict[str, Any]:

@@ -97,6 +97,16 @@ class Workshop:
             self._frozen[key] = load_trained_reward_model(self.path(spec)).to(self.state.device)
         return self._frozen[key]
 
+    def completion_model(self, spec: ModelSpec) -> Any:
+        """A model that judges whole completions, frozen; loaded once per stage."""
+        from tokengrain.training.completion_models import load_completion_model
+
+        key = fingerprint(["completions", spec.model_dump(), self.path(spec)])
+        if key not in self._frozen:
+            model = load_completion_model(self.path(spec), trust_remote_code=spec.trust_remote_code)
+            self._frozen[key] = model.to(self.state.device)
+        return self._frozen[key]
+
     def frozen_beside(self, policy: Any, spec: ModelSpec, name: str) -> Any:
         """A frozen model as a `Reference`: an adapter loaded into the policy, if both sit on the same base."""
         from tokengrain.scoring.reference import AdapterReference, FrozenReference

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForTokenClassification
 from tests.training.online.made import made_batch
 from tests.training.ranks import on_ranks
 from tests.training.tiny import VOCABULARY, tiny_llama
-from tokengrain.credit.reward_model import ScoreStatistics, set_statistics
+from tokengrain.credit.reward_model import CompletionStatistics, ScoreStatistics, set_statistics
 from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError
 from tokengrain.training.online.critic import Critic
 
@@ -96,6 +96,10 @@ def test_values_are_on_the_scale_of_rewards():
     set_statistics(source, ScoreStatistics(3.0, 2.0))
     torch.testing.assert_close(Critic(source).values(batch), (plain - 3) / 2)
     assert torch.equal(Critic(source, use_statistics=False).values(batch), plain)
+    set_statistics(source, CompletionStatistics(1.0, 4.0, "mean"))
+    torch.testing.assert_close(Critic(source).values(batch), (plain - 3) / 2)
+    set_statistics(source, CompletionStatistics(1.0, 4.0, "last"))  # the others were never trained
+    torch.testing.assert_close(Critic(source).values(batch), (plain - 1) / 4)
     torch.manual_seed(1)
     drawn = Critic(source, fresh_head=True)
     assert drawn.statistics is None

@@ -97,6 +97,9 @@ class Served:
         self.inner = HFGenerate(AutoModelForCausalLM.from_pretrained(path))
         self.version += 1
 
+    def release(self) -> None:
+        self.inner = None
+
     def sample(self, prompts: Any, **kwargs: Any) -> Any:
         return self.inner.sample(prompts, **kwargs)
 
@@ -106,6 +109,7 @@ def test_a_server_samples_from_the_present_weights(tmp_path: Path) -> None:
     trainer = make_online(tmp_path / "served", sampler=served, minibatches=2, max_steps=6)
     trainer.train()
     assert served.version == 3  # one per rollout
+    assert served.inner is None
     assert not (tmp_path / "served" / ".sampler").exists()
     direct = make_online(tmp_path / "direct", minibatches=2, max_steps=6)
     direct.train()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.training.online.tiny import make_online, make_prompts
 from tests.training.ranks import on_ranks
 from tests.training.tiny import tiny_llama
-from tokengrain.errors import RunError
+from tokengrain.batch import TokenBatch
+from tokengrain.errors import DataError, RunError
 from tokengrain.objectives import make_objective
 from tokengrain.rewards import RewardError
+from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training import read_log
-from tokengrain.training.online import make_step
+from tokengrain.training.online import RolloutStep, Stateless, make_step
+from tokengrain.training.online.setting import Ranks
 
 CASES: dict[str, dict[str, Any]] = {
     "minibatches, batch scale": {
@@ -113,3 +118,94 @@ def test_a_reward_that_fails_on_one_rank_ends_both(tmp_path: Path) -> None:
     assert "no such answer" in found["RewardError"]
     assert "on another rank" in found["RunError"]
     assert "no such answer" in found["RunError"]
+
+
+def is_last() -> bool:
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+class Gathers(Stateless):
+    """Fails on the last rank between two things that ranks exchange."""
+
+    name = "gathers"
+
+    def __init__(self, before: int, phase: str = "after") -> None:
+        self.before, self.phase = before, phase
+
+    def __call__(self, step: RolloutStep) -> None:
+        for number in range(4):
+            if number == self.before and is_last():
+                raise ValueError("no such influence")
+            step.gather(number)
+
+
+def token_rewards(batch: TokenBatch) -> Tensor:
+    return torch.full((batch.segments.total,), float("nan") if is_last() else 1.0)
+
+
+class Reference(FrozenReference):
+    def __call__(self, batch: TokenBatch, want: Any) -> Any:
+        if is_last():
+            raise ValueError("no such reference")
+        return super().__call__(batch, want)
+
+
+FAILING: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
+    # Rank 0 waits within the step: for the first thing exchanged, or for a later one.
+    "first": (lambda: {"credit": ["group", Gathers(0)]}, ValueError, "no such influence"),
+    "later": (lambda: {"credit": ["group", Gathers(3)]}, ValueError, "no such influence"),
+    "filter": (lambda: {"credit": [Gathers(2, phase="filter"), "group"]}, ValueError, "no such influence"),
+    # Here it goes on to the next step.
+    "token rewards": (
+        lambda: {"credit": [{"name": "token_rewards", "source": token_rewards}, {"name": "group", "scale": "batch"}]},
+        DataError,
+        "not finite for token 0",
+    ),
+    "scoring": (
+        lambda: {"objective": make_objective("grpo", beta=0.1), "reference": Reference(tiny_llama())},
+        ValueError,
+        "no such reference",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_credit_or_scoring_that_fails_on_one_rank_ends_both(case: str, tmp_path: Path) -> None:
+    settings, error, message = FAILING[case]
+
+    def work() -> tuple[str, str]:
+        with pytest.raises((error, RunError)) as caught:
+            make_online(tmp_path, max_steps=1, **settings()).train()
+        return type(caught.value).__name__, str(caught.value)
+
+    first, last = on_ranks(2, work, timeout=60)
+    assert last[0] == error.__name__
+    assert message in last[1]
+    assert first[0] == "RunError"
+    assert "on another rank, rank 1" in first[1]
+    assert message in first[1]
+
+
+def test_ranks_meet_again_after_a_failure() -> None:
+    def work() -> list[Any]:
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        state = PartialState(cpu=True)
+        ranks = Ranks(state.process_index, 2, lambda value: list(gather_object([value])))
+
+        def fails() -> None:
+            ranks.together(lambda: ranks.exchange("inner"))
+            if state.process_index:
+                raise KeyError
+            ranks.exchange("never heard")
+
+        with pytest.raises((KeyError, RunError)) as caught:
+            ranks.together(fails)
+        # The next piece of work is not disturbed by what is left of the last one.
+        return [type(caught.value).__name__, str(caught.value), ranks.together(lambda: ranks.exchange(ranks.rank))]
+
+    found = on_ranks(2, work, timeout=60)
+    assert [f[0] for f in found] == ["RunError", "KeyError"]
+    assert "rank 1: KeyError" in found[0][1]
+    assert [f[2] for f in found] == [[0, 1], [0, 1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from tokengrain.errors import RecipeError
@@ -35,6 +36,7 @@ class OnlineConfig(PreferenceConfig):
         eval_temperature: 0 takes the most probable token. Other sampling settings are those of training.
         rollout_samples: completions per rollout that go to `rollouts.jsonl` with their tokens' numbers; 0: none.
         rollout_samples_every: rollouts from one such record to the next.
+        log_entropy: the policy's entropy is logged and recorded; on by default here.
     """
 
     prompts_per_rollout: int = field(default=32, metadata={"help": "Prompts of a rollout, over all ranks."})
@@ -56,6 +58,7 @@ class OnlineConfig(PreferenceConfig):
     eval_temperature: float = field(default=0.0, metadata={"help": "Temperature in evaluation; 0: greedy."})
     rollout_samples: int = field(default=4, metadata={"help": "Completions recorded per rollout."})
     rollout_samples_every: int = field(default=5, metadata={"help": "Rollouts from one record to the next."})
+    log_entropy: bool = field(default=True, metadata={"help": "Log the policy's entropy on rollouts."})
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -67,8 +70,13 @@ class OnlineConfig(PreferenceConfig):
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; in online training a minibatch is "
                 "an optimiser step: set minibatches, and max_tokens_per_microbatch for memory"
             )
-        if self.fsdp:
-            raise RecipeError("online training does not shard the model (fsdp): it is sampled from on every rank")
+        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+            where = f"fsdp is {self.fsdp!r}" if self.fsdp else "accelerate was started with FSDP"
+            raise RecipeError(
+                f"{where}; online training does not shard the model, because every process samples with all of it. "
+                "Expected no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
+                "lora, bf16 and max_tokens_per_microbatch"
+            )
         self.sampling()
         self.eval_sampling()
         self.ignore_data_skip = True  # the loop goes on from its own state

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.credit.reward_model import ScoreStatistics, statistics_of
+from tokengrain.credit.reward_model import completion_statistics_of, statistics_of
 from tokengrain.errors import NonFiniteLossError, RecipeError, RunError
 from tokengrain.objectives import LossOutput
 from tokengrain.objectives.normalise import Counts, make_normaliser
@@ -101,8 +101,8 @@ class Critic:
             raise RecipeError("critic: fresh_head is for a whole model; give an adapter with a head of its own")
         self.model = critic_model(source, fresh_head=fresh_head)
         fresh = fresh_head or not scores_tokens(source)
-        found = statistics_of(self.model) if use_statistics and not fresh else None
-        self.statistics: ScoreStatistics | None = found if found is not None and found.std > 0 else None
+        found = _statistics(self.model) if use_statistics and not fresh else None
+        self.statistics = found if found is not None and found.std > 0 else None
         self.max_grad_norm, self.max_tokens = max_grad_norm, max_tokens_per_microbatch
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._loss: dict[str, Any] = {"clip_range": clip_range, "weight": weight, "reduction": reduction}
@@ -284,6 +284,12 @@ class Critic:
             if self._scheduler is None:
                 raise RunError("the critic has no schedule yet; call begin() before load()")
             self._scheduler.load_state_dict(state["scheduler"])
+
+
+def _statistics(model: nn.Module) -> Any:
+    """Of the scores of tokens; where only the last one was trained, its own."""
+    whole = completion_statistics_of(model)
+    return whole if whole is not None and whole.pooling == "last" else statistics_of(model)
 
 
 def _several_ranks() -> bool:

@@ -90,6 +90,8 @@ class OnlineEvaluationMixin(Trainer):
 
         def _refresh_sampler(self) -> None: ...
 
+        def _release_sampler(self) -> None: ...
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """This rank's share of the evaluation prompts.
 
@@ -115,9 +117,13 @@ class OnlineEvaluationMixin(Trainer):
     ) -> EvalLoopOutput:
         """Sample completions of all evaluation prompts and average their rewards; see `completion_metrics`."""
         self.callback_handler.eval_dataloader = dataloader
-        self._refresh_sampler()
-        own = self.ranks.together(lambda: self._evaluated(list(dataloader)))
-        entries = [entry for part in self.ranks.exchange(own) for entry in part]
+        try:
+            self._refresh_sampler()
+            own = self.ranks.together(lambda: self._evaluated(list(dataloader)))
+            entries = [entry for part in self.ranks.exchange(own) for entry in part]
+        finally:
+            if not self.is_in_train:  # else the next rollout refreshes
+                self._release_sampler()
         metrics = completion_metrics(entries)
         if self.args.eval_generations > 1 and "correct" in entries[0]:
             metrics |= _pass_at_k([e["correct"] for e in entries])

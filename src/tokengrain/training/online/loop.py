@@ -53,12 +53,13 @@ class RolloutLoop:
         """The next minibatch, of a new rollout if the last one is used up.
 
         Raises:
-            RunError: no rollout of the last `max_empty_rollouts` left anything to train on; another rank failed.
-            RolloutError, RewardError: sampling or a reward failed.
+            RunError: no rollout of the last `max_empty_rollouts` left anything to train on; anything failed on another
+                rank, whatever it was.
+            RolloutError, RewardError: sampling or a reward failed. Credit steps raise what they raise.
         """
         empty = 0
         while self.buffer is None or self.buffer.done:
-            self.buffer = self._rollout()
+            self.buffer = self.ranks.together(self._rollout)
             if self.buffer is None:
                 empty += 1
                 if empty >= self.args.max_empty_rollouts:

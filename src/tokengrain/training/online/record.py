@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengrain.errors import RunError
 from tokengrain.files import write_text
 from tokengrain.report.samples import token_texts
-from tokengrain.training.callbacks import read_log
+from tokengrain.training.callbacks import append_text, read_log
 from tokengrain.training.online.step import RolloutStep
 from tokengrain.training.steps import MicroRecord
 
@@ -45,11 +44,19 @@ class RolloutRecord:
         self.pending: list[dict[str, Any]] = []
 
     def begin(self, step: RolloutStep, keep: Tensor, optimiser_step: int) -> None:
-        """Take completions of a rollout's first prompt that is trained on; of a large group the best and the worst."""
+        """Take completions of one prompt; of a large group the best and the worst.
+
+        The last prompt of the rollout, because the first one's is updated while the policy is still the one that
+        sampled it (all its ratios are 1); before it goes the last one whose completions earned credit.
+        """
         self.pending = []
         if not self.count or step.index % self.every or not bool(keep.any()):
             return
-        prompt = int(keep.nonzero()[0])
+        earned = torch.zeros_like(keep)
+        if step.advantages is not None:
+            earned[step.group[step.segments.ids[step.advantages != 0]]] = True
+        learned = keep & earned
+        prompt = int((learned if bool(learned.any()) else keep).nonzero()[-1])
         places = (step.group == prompt).nonzero()[:, 0].tolist()
         first, total = places[0], step.total.nan_to_num(nan=0.0)
         if len(places) > self.count:
@@ -102,12 +109,7 @@ class RolloutRecord:
         # ASCII: a completion may have any character in it, and some of them (U+2028) end a line for some readers.
         lines = "".join(json.dumps(entry) + "\n" for entry in self.pending)
         self.pending = []
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as error:
-            raise RunError(f"could not write {self.path}: {error.strerror}") from error
+        append_text(self.path, lines)
 
     def restart(self, rollouts: int, pending: Sequence[dict[str, Any]] = ()) -> None:
         """Keep what rollouts before number `rollouts` wrote, except that of the one that is `pending`."""

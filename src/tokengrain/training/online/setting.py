@@ -18,13 +18,40 @@ from tokengrain.training.online.scoring import RolloutScorer
 from tokengrain.training.online.step import CreditStep
 
 
+@dataclass(frozen=True)
+class _Failed:
+    """What a rank sends in place of a value when its work has failed."""
+
+    rank: int
+    message: str
+
+
 @dataclass
 class Ranks:
-    """This rank, and how it talks to the others."""
+    """This rank, and how it talks to the others.
+
+    Attributes:
+        link: gives the values of all ranks, in the order of ranks; every rank must call it equally often.
+    """
 
     rank: int = 0
     world: int = 1
-    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+    link: Callable[[Any], list[Any]] = lambda value: [value]
+    _guarded: bool = field(default=False, init=False)
+    _told: bool = field(default=False, init=False)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The values of all ranks, in the order of ranks.
+
+        Raises:
+            RunError: another rank's work failed, see `together`.
+        """
+        values = self.link(value)
+        failed = next((v for v in values if isinstance(v, _Failed)), None)
+        if failed is not None:
+            self._told = True
+            raise RunError(f"the rollout failed on another rank, rank {failed.rank}: {failed.message}")
+        return values
 
     def largest(self, number: int) -> int:
         return max(self.exchange(number))
@@ -33,23 +60,32 @@ class Ranks:
         return float(sum(self.exchange(number)))
 
     def together(self, work: Callable[[], Any]) -> Any:
-        """`work()`; if it fails on one rank it fails on all, so that none waits for another.
+        """`work()`, which may exchange; if it fails on one rank it fails on all, so that none waits for another.
+
+        A rank that fails says so in place of the next value that it would have exchanged. The others hear of it
+        there, wherever they are in their work. May be nested.
 
         Raises:
-            TokengrainError: its own, or `RunError` where another rank failed.
+            Exception: its own error, or `RunError` where another rank failed.
         """
         if self.world == 1:
             return work()
-        result, error = None, None
+        if self._guarded:
+            return self._met(work)
+        self._guarded, self._told = True, False
         try:
-            result = work()
-        except Exception as caught:  # whatever it is: the other ranks must hear of it
-            error = caught
-        failed = [message for message in self.exchange(None if error is None else str(error)) if message is not None]
-        if error is not None:
-            raise error
-        if failed:
-            raise RunError(f"the rollout failed on another rank: {failed[0]}")
+            return self._met(work)
+        except Exception as error:  # whatever it is: the other ranks must hear of it, once
+            if not self._told:
+                self.link(_Failed(self.rank, str(error) or type(error).__name__))
+            raise
+        finally:
+            self._guarded = False
+
+    def _met(self, work: Callable[[], Any]) -> Any:
+        """`work()`, and then nobody goes on before all have done theirs."""
+        result = work()
+        self.exchange(None)
         return result
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokengrain.errors import RunError
+from tokengrain.rollout.registry import describe_sampler
 from tokengrain.training.trainer import PreferenceTrainer
 
 if TYPE_CHECKING:
     from tokengrain.rewards import RewardSuite
+    from tokengrain.rollout import Sampler
     from tokengrain.training.counting import HostBatch
     from tokengrain.training.online.config import OnlineConfig
     from tokengrain.training.online.loop import RolloutLoop
@@ -30,6 +32,7 @@ class OnlineStateMixin(PreferenceTrainer):
         critic: CriticLike | None
         loop: RolloutLoop
         record: RolloutRecord
+        sampler: Sampler
         _described_steps: list[dict[str, Any]]
         _minibatch: HostBatch | None
 
@@ -47,6 +50,7 @@ class OnlineStateMixin(PreferenceTrainer):
             **super().run_identity(),
             "credit": self._described_steps,
             "rewards": [[f.name, f.weight] for f in self.rewards.functions] if self.rewards is not None else None,
+            "sampler": describe_sampler(self.sampler),
             "sampling": json.loads(json.dumps(asdict(args.sampling()))),  # as a checkpoint has it
             "num_generations": args.num_generations,
             "prompts_per_rollout": args.prompts_per_rollout,

@@ -12,14 +12,15 @@ from tokengrain.batch import Segments
 from tokengrain.callables import NonNegative, Positive, Share
 from tokengrain.credit.ares import EntropyShaping, Observation, Shape, TargetFrom, difficulty
 from tokengrain.credit.entropy_window import (
-    TRIGGERS,
     HighEntropy,
     Mode,
     RunningThreshold,
+    Triggers,
     batch_threshold,
     high_entropy,
     measured,
-    trigger_table,
+    trigger_flags,
+    trigger_tokens,
 )
 from tokengrain.credit.kl_control import (
     BUCKETS,
@@ -80,7 +81,7 @@ class AEPO:
         window: int = 4,
         quantile: Share = 0.95,
         decay: Share = 0.99,
-        triggers: Literal["english"] | tuple[str, ...] | None = "english",
+        triggers: Triggers = "english",
         easy: Share = 2 / 3,
         medium: Share = 1 / 3,
         shape: Shape = "smooth",
@@ -102,7 +103,7 @@ class AEPO:
             raise RecipeError(f"credit 'aepo': window is {window}, kl_interval {kl_interval}; expected at least 1")
         self.mode, self.window, self.quantile, self.easy, self.medium = mode, window, quantile, easy, medium
         self.rho = (0.5 if mode == "paper" else 1.0) if rho is None else rho
-        self.table = None if mode == "paper" else _table(tokenizer, triggers)
+        self.table = None if mode == "paper" else trigger_tokens(tokenizer, triggers, "credit 'aepo'")
         self.threshold = RunningThreshold(decay)
         self.shaping = EntropyShaping(
             shape,
@@ -151,15 +152,7 @@ class AEPO:
             tau = before
         step.metrics["aepo/tau"] = tau
         values = measured(entropy, step.segments, mode=self.mode, window=self.window)
-        return high_entropy(values, step.segments, threshold=tau, triggers=self._triggers(step))
-
-    def _triggers(self, step: RolloutStep) -> Tensor | None:
-        if self.table is None:
-            return None
-        labels = step.batch.labels
-        table = self.table.to(labels.device)
-        # A model's vocabulary may be larger than its tokenizer's.
-        return (labels < len(table)) & table[labels.clamp(max=len(table) - 1)]
+        return high_entropy(values, step.segments, threshold=tau, triggers=trigger_flags(self.table, step.batch.labels))
 
     def _shape(self, step: RolloutStep, correct: Tensor, buckets: Tensor, found: HighEntropy) -> None:
         # On the host, where ranks with devices of their own can add.
@@ -220,16 +213,3 @@ def inversions(rewards: Tensor, correct: Tensor, group: Tensor) -> float:
     worst = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, right.to(rewards), "amin")
     wrong = correct == 0
     return mean((rewards > worst[group])[wrong].float())
-
-
-def _table(tokenizer: Any, triggers: Literal["english"] | tuple[str, ...] | None) -> Tensor | None:
-    """Which tokens may count, bool `[V]`; None: all."""
-    if triggers is None:
-        return None
-    if tokenizer is None:
-        raise RecipeError("credit 'aepo' needs a tokenizer to find trigger words; or set triggers: null (every token)")
-    words = TRIGGERS if triggers == "english" else tuple(triggers)
-    try:
-        return trigger_table(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), words)
-    except ValueError as error:
-        raise RecipeError(f"credit 'aepo': {error} (triggers: null lets every token count)") from None

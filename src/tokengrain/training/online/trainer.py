@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,8 @@ from transformers import TrainerCallback
 
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.objectives import BoundObjective
-from tokengrain.rollout import HFGenerate, Sampler
+from tokengrain.rollout import Sampler
+from tokengrain.rollout.registry import make_sampler
 from tokengrain.scoring import head_of
 from tokengrain.scoring.reference import ColumnReference
 from tokengrain.training.checks import check_vocabulary, models_in
@@ -29,7 +29,7 @@ from tokengrain.training.online.prompts import PromptDataset
 from tokengrain.training.online.record import ROLLOUT_FILE, RolloutRecord
 from tokengrain.training.online.registry import make_step, resolve_steps
 from tokengrain.training.online.scoring import RolloutScorer
-from tokengrain.training.online.serving import SAMPLER_FOLDER, refresh_sampler
+from tokengrain.training.online.serving import refresh_sampler, release_sampler
 from tokengrain.training.online.setting import LoopParts, Ranks
 from tokengrain.training.online.state import OnlineStateMixin, described
 from tokengrain.training.online.step import CriticLike, RolloutStep
@@ -56,7 +56,8 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
             and settings. None: the rewards are those of a credit step.
         credit: credit steps: objects, names, or mappings with `name` and settings. A step that sets advantages is
             added if the objective needs one and there is none: "group".
-        sampler: where completions come from; None: `HFGenerate` on the policy.
+        sampler: where completions come from: a `Sampler`, a name, or a mapping with `name` and settings, as in a
+            recipe; None: `HFGenerate` on the policy.
         reference: as for `PreferenceTrainer`; it is made, and asked, only if objective or credit needs it.
         critic: gives values, for credit steps that need them.
         teacher: as for `PreferenceTrainer`.
@@ -82,7 +83,7 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         objective: Any = "grpo",
         rewards: Any = None,
         credit: Any = None,
-        sampler: Sampler | None = None,
+        sampler: Any = None,
         reference: Any = None,
         critic: CriticLike | None = None,
         teacher: Any = None,
@@ -127,7 +128,7 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self.sampler: Sampler = sampler if sampler is not None else HFGenerate(self.model, processing_class)
+        self.sampler: Sampler = make_sampler(sampler, self.model, processing_class)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes, self._exchange)
         self.record = RolloutRecord(
             self.output_path / ROLLOUT_FILE,
@@ -248,6 +249,9 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
     def _refresh_sampler(self) -> None:
         refresh_sampler(self)
 
+    def _release_sampler(self) -> None:
+        release_sampler(self)
+
     # ---- State ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,8 +260,7 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self.is_world_process_zero():
-                shutil.rmtree(self.output_path / SAMPLER_FOLDER, ignore_errors=True)
+            self._release_sampler()
 
     def _begin_critic(self) -> None:
         if self.critic is not None and not self._critic_ready:

@@ -1,0 +1,198 @@
+"""A trained reward model as a reward: one number for a prompt with its completion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.callables import Count
+from tokengrain.credit.reward_model import (
+    Scaling,
+    completion_statistics_of,
+    config_of,
+    frozen_token_scores,
+    retokenizer_for,
+)
+from tokengrain.credit.shaping import scale_scores
+from tokengrain.errors import ModelError, RecipeError
+from tokengrain.objectives.qrm import Pooling, pooled_scores
+from tokengrain.rewards.base import RewardError
+from tokengrain.scoring.classifier import is_token_classifier
+from tokengrain.scoring.embeddings import device_of, input_embeddings
+from tokengrain.scoring.forward import evaluating
+
+
+class RewardModel:
+    """What a frozen reward model says of prompt and completion: the sentence reward of RTO (arXiv 2404.18922).
+
+    The model is a token classifier with one label, such as a stage of kind `reward` makes, whose token scores are
+    pooled as in its loss; or any sequence classifier of transformers with one label, which pools by itself.
+    Completions of alike length are scored together, on the model's device, without gradient.
+
+    Args:
+        model: as `tokengrain.training.completion_models.load_completion_model` gives it.
+        tokenizer: the policy's.
+        reward_tokenizer: the model's; None: the policy's. Where the two differ the model reads the text again, see
+            `tokengrain.credit.retokenize`.
+        chat: with a tokenizer of its own, a prompt of text is the user's message of a chat. (Messages always are.)
+        pooling: of a token classifier: "mean" of its tokens' scores, or that of the "last"; None: as its config says.
+        scaling: "zscore" by the mean and deviation of completions in the model's config, "centre", or "none".
+        max_tokens: of one forward pass; a longer completion is scored alone.
+
+    Raises:
+        ModelError: a model of another kind or with several labels; a config without the statistics or the pooling.
+        RecipeError: settings that do not go together; a reward tokenizer without the policy's.
+    """
+
+    name = "reward_model"
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any = None,
+        reward_tokenizer: Any = None,
+        chat: bool = False,
+        pooling: Pooling | None = None,
+        scaling: Scaling = "none",
+        max_tokens: Count = 8192,
+    ) -> None:
+        self.model, self.chat, self.scaling, self.max_tokens = model, chat, scaling, max_tokens
+        _check_model(model)
+        self.statistics = completion_statistics_of(model)
+        self.pooling = self._pooling(pooling)
+        if self.statistics is None and scaling != "none":
+            raise ModelError(
+                f"reward 'reward_model': scaling {scaling!r} needs completion_score_mean and completion_score_std in "
+                "the reward model's config, which has them not; expected scaling: none (and the credit step normalize)"
+            )
+        self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)
+
+    def __call__(
+        self, prompts: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
+    ) -> list[float]:
+        """One number per completion.
+
+        Raises:
+            RewardError: an empty completion; tokens or positions that the model does not have.
+        """
+        if any(not ids for ids in completion_ids):
+            raise RewardError("the completion is empty; expected at least one token")
+        batch = TokenBatch.from_samples(list(self._samples(prompts, prompt_ids, completion_ids)))
+        if self.retokenizer is not None:
+            batch, _ = self.retokenizer(batch)
+        _check_fits(self.model, batch)
+        scores = self._of_sequences(batch) if self.pooling is None else self._of_tokens(batch, self.pooling)
+        found: list[float] = scale_scores(scores, self.scaling, self.statistics).tolist()
+        return found
+
+    def _pooling(self, given: Pooling | None) -> Pooling | None:
+        """None for a sequence classifier."""
+        if not is_token_classifier(self.model):
+            if given is not None:
+                raise RecipeError(
+                    f"reward 'reward_model': pooling is {given!r}, but a sequence classifier pools itself"
+                )
+            return None
+        known = self.statistics.pooling if self.statistics is not None else None
+        if given is None and known is None:
+            raise ModelError(
+                "reward 'reward_model': the reward model's config does not say how its loss pooled "
+                "(completion_score_pooling); expected the setting pooling: mean or last"
+            )
+        if given is not None and known not in (None, given) and self.scaling != "none":
+            raise RecipeError(
+                f"reward 'reward_model': pooling is {given!r}, and the statistics for scaling {self.scaling!r} are "
+                f"those of {known!r}; expected pooling: {known}, or scaling: none"
+            )
+        return given or known
+
+    def _samples(
+        self, prompts: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
+    ) -> Iterator[Sample]:
+        """Neighbours with one prompt share it, as far as the budget goes."""
+        open_sample: Sample | None = None
+        for prompt, ids, completion in zip(prompts, prompt_ids, completion_ids, strict=True):
+            if self.chat and isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            if open_sample is not None:
+                same = open_sample.prompt_ids == ids and open_sample.raw["prompt"] == prompt
+                if same and open_sample.n_tokens + len(completion) <= self.max_tokens:
+                    open_sample.completions.append(Completion(completion))
+                    continue
+                yield open_sample
+            open_sample = Sample(ids, [Completion(completion)], raw={"prompt": prompt})
+        if open_sample is not None:
+            yield open_sample
+
+    def _of_tokens(self, batch: TokenBatch, pooling: Pooling) -> Tensor:
+        """Pooled token scores `[C]`, on CPU."""
+        found = torch.zeros(batch.n_completions)
+        for part in batch.with_columns(completion=batch.segments.ids).split(self.max_tokens):
+            scores = pooled_scores(
+                frozen_token_scores(self.model, part.to(device_of(self.model))).cpu(), part.segments, pooling
+            )
+            found[part.columns["completion"][part.segments.offsets[:-1]]] = scores.float()
+        return found
+
+    def _of_sequences(self, batch: TokenBatch) -> Tensor:
+        """What a sequence classifier says `[C]`, on CPU; shorter rows are filled up on the right."""
+        rows = [[*batch.prompt(g).tolist(), *batch.completion(c).tolist()] for c, g in enumerate(batch.group.tolist())]
+        pad = config_of(self.model).get_text_config().pad_token_id
+        found = torch.zeros(len(rows))
+        with evaluating(self.model):
+            # Without a token to fill up with, transformers' decoders take one row at a time.
+            for chosen in _alike([len(row) for row in rows], self.max_tokens if pad is not None else 0):
+                ids = torch.full((len(chosen), len(rows[chosen[0]])), pad or 0)
+                mask = torch.zeros_like(ids)
+                for place, index in enumerate(chosen):
+                    ids[place, : len(rows[index])] = torch.tensor(rows[index])
+                    mask[place, : len(rows[index])] = 1
+                device = device_of(self.model)
+                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                found[chosen] = logits[:, 0].float().cpu()
+        return found
+
+
+def _alike(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of alike lengths, the longest first, each within the budget once filled up."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = max(1, max_tokens // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"reward 'reward_model': model is {type(model).__name__}; expected a loaded one, such as "
+            "tokengrain.training.completion_models.load_completion_model(path) gives"
+        )
+    sequence = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+    if not sequence and not is_token_classifier(model):
+        raise ModelError(
+            f"reward 'reward_model': the model is a {type(model).__name__}; expected a token classifier or a sequence "
+            "classifier with one label"
+        )
+    if (labels := config_of(model).num_labels) != 1:
+        raise ModelError(f"reward 'reward_model': {type(model).__name__} has {labels} labels; expected one")
+
+
+def _check_fits(model: nn.Module, batch: TokenBatch) -> None:
+    known = getattr(input_embeddings(model), "num_embeddings", None)
+    largest = int(torch.cat([batch.prompt_ids, batch.completion_ids]).max())
+    if known is not None and largest >= known:
+        raise RewardError(
+            f"token id {largest} is outside the reward model's vocabulary of {known}; expected a reward_tokenizer"
+        )
+    limit = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
+    longest = int((batch.prompt_offsets.diff()[batch.group] + batch.completion_offsets.diff()).max())
+    if limit is not None and longest > limit:
+        raise RewardError(
+            f"prompt and completion are {longest} tokens; expected at most {limit}, the model's positions"
+        )

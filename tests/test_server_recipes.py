@@ -1,0 +1,102 @@
+"""Online stages whose sampler is a server: real HTTP to a stub that samples from the weights it was told to load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.rollout.stub import Served, Stub, serving
+from tests.test_cli import call
+from tests.test_sampler_recipes import BRANCHING, log, online, same, trained
+from tests.test_stages import LLAMA, run
+from tokengrain.rewards import RewardError
+from tokengrain.rollout import RolloutError
+from tokengrain.runs import read_run
+from tokengrain.training.judge_run import evaluate_run
+
+
+def served_by(stub: Stub, **over: Any) -> dict[str, Any]:
+    return {"name": "server", "url": stub.url, "model": "m", "backoff": 0.01, "retries": 1, "timeout": 20, **over}
+
+
+def other_llama() -> Served:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    return Served(LlamaForCausalLM(LlamaConfig(vocab_size=258, **config)).eval())
+
+
+def test_a_server_gets_the_present_weights_before_every_rollout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    served = other_llama()
+    with serving(served) as stub:
+        path.write_text(yaml.safe_dump(online(tmp_path, served_by(stub, refresh="checkpoint"))))
+        status, _, err = call(capsys, "train", str(path))
+        assert status == 0, err
+        folder = str((tmp_path / "run" / "train" / ".sampler").resolve())
+        assert served.loaded == [folder] * 6  # held-out prompts, four rollouts, held-out prompts
+        assert any(path == "/v1/completions" for path, _ in stub.requests)
+        stub.requests.clear()
+        assert evaluate_run(tmp_path / "run")["held_out"]["length"] > 0
+        assert not stub.requests  # a finished model is sampled from here
+        entries = log(tmp_path / "run")
+        assert max(entry["mismatch/max_abs"] for entry in entries) < 1e-4
+        final = {k: v for k, v in served.model.state_dict().items() if k in trained(tmp_path / "run")}
+        assert same(final, trained(tmp_path / "run"))
+        # The control: a server that keeps its weights is far from the policy.
+        stale = run(online(tmp_path, served_by(stub, refresh="none"), name="stale"))
+        assert min(entry["mismatch/max_abs"] for entry in log(stale.path)) > 1e-2
+    assert not (tmp_path / "run" / "train" / ".sampler").exists()
+
+
+def test_a_server_loads_adapters_and_a_killed_run_goes_on(tmp_path: Path) -> None:
+    lora = {"r": 2, "alpha": 4}
+    served = other_llama()
+    with serving(served) as stub:
+        sampler = served_by(stub, refresh="adapter")
+        first = run(online(tmp_path, "hf", name="base", training={"max_steps": 1, "use_cpu": True}))
+        base = str(first.path / "train" / "model")
+        served.model = type(served.model).from_pretrained(base)  # what a server is started with
+        whole = run(online(tmp_path, sampler, name="whole", model=base, lora=lora))
+        assert len(served.loaded) == 6
+        assert served.adapters == {}  # nothing is left on the server
+        assert max(entry["mismatch/max_abs"] for entry in log(whole.path)) < 1e-4
+        (tmp_path / "calls").unlink()
+        (tmp_path / "fault").write_text("4")
+        with pytest.raises(RewardError, match="taken away"):
+            run(online(tmp_path, sampler, name="parts", model=base, lora=lora))
+        (tmp_path / "fault").unlink()
+        # Another server, at another address, that is given the weights again; the seeds go with the requests.
+        again = Served(type(served.model).from_pretrained(base))
+        with serving(again) as moved:
+            run(online(tmp_path, served_by(moved, refresh="adapter"), name="parts", model=base, lora=lora))
+        assert len(again.loaded) == 3
+        assert same(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
+
+
+def test_branching_on_top_of_a_server(tmp_path: Path) -> None:
+    served = other_llama()
+    with serving(served) as stub:
+        result = run(online(tmp_path, {**BRANCHING, "sampler": served_by(stub, refresh="checkpoint")}))
+    assert len(served.loaded) == 6
+    entries = log(result.path)
+    assert max(entry["rollout/completions"] for entry in entries) > 12
+    assert max(entry["mismatch/max_abs"] for entry in entries) < 1e-4
+
+
+def test_a_wrong_address_is_named(tmp_path: Path) -> None:
+    with serving(other_llama()) as stub:
+        gone = served_by(stub, refresh="none")
+    with pytest.raises(RolloutError, match=rf"{re.escape(stub.url)}/v1/completions: .*refused.* \(attempts: 2"):
+        run(online(tmp_path, gone))
+    assert read_run(tmp_path / "run").status == "failed"
+    with pytest.raises(RolloutError, match=rf"{re.escape(stub.url)}/collective_rpc: .*refused"):
+        run(online(tmp_path, {**gone, "refresh": "checkpoint"}, name="other"))
