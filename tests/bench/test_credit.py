@@ -19,7 +19,8 @@ from tokengrain.bench.cli import bench_app
 from tokengrain.bench.log import append_line, read_log, repair_log
 from tokengrain.bench.measure import counted_passes, measure
 from tokengrain.bench.page import _short
-from tokengrain.bench.sources import Bench, chosen_sources, own_source
+from tokengrain.bench.setting import Bench
+from tokengrain.bench.sources import chosen_sources, own_source
 from tokengrain.bench.training import exchanged, world_samples
 from tokengrain.credit import GuideLogRatio, RandomCredit
 from tokengrain.credit.surprise import Surprise
@@ -214,7 +215,7 @@ def test_a_world_without_what_a_source_reads_is_not_asked() -> None:
     names = [s.name for s in chosen_sources(None, Bare())]
     assert "guide" in names
     assert not {"worth", "reward", "contrastive"} & set(names)
-    with pytest.raises(RecipeError, match="does not have"):
+    with pytest.raises(RecipeError, match="reads the world's 'credit', and 'bare' has none"):
         chosen_sources(["worth"], Bare())
 
 

@@ -13,6 +13,7 @@ from tokengrain.evaluation import auc
 from tokengrain.rollout import HFGenerate, encode_prompts
 from tokengrain.scoring import score
 from tokengrain.worlds import load_world
+from tokengrain.worlds.arithmetic.pretraining import new_model
 from tokengrain.worlds.arithmetic.problems import parse_prompt
 from tokengrain.worlds.revision import append_references, correct
 from tokengrain.worlds.revision.references import WORDS, write_reference
@@ -155,6 +156,22 @@ def test_only_references_count(world, rollouts, scored):
     assert len(logps) == len(expected)
     assert appended.usable.float().mean() > 0.95
     assert appended.answer_lengths[appended.usable].min() > 0
+
+
+@pytest.mark.parametrize("options", ["", "&levels=3&filler=16", "&totals=last&filler=12"])
+def test_there_are_positions_for_the_reference_behind_the_longest_chain(options):
+    """No model is trained: the probe has the world's positions and as few weights as can be."""
+    world = load_world(f"world://revision?size=small{options}")
+    tiny = replace(world.warm_start, hidden_size=8, layers=1, heads=1, mlp_size=8)
+    model = new_model(tiny, len(world.vocabulary))
+    longest = max(world.prompts("eval", 60), key=lambda row: len(row["prompt"]))
+    prompt = world.prompt_ids(longest["prompt"])
+    chain = [*[5] * (world.max_new_tokens - 1), world.marker]
+    batch = TokenBatch.from_samples([Sample(prompt, [Completion(chain)], row="p", raw=longest)])
+    appended = world.with_references(batch)
+    length = len(prompt) + len(chain) + len(world.reference_ids(longest["reference"]))
+    assert length <= world.tokenizer.model_max_length == model.config.max_position_embeddings
+    assert bool(score(model, appended.batch).logps.isfinite().all())
 
 
 # -- the base model -------------------------------------------------------------------------------------

@@ -50,10 +50,16 @@ def credit(
     tokens: Annotated[int, typer.Option(min=1, help="Corrupted places per answer.")] = 2,
     rows: Annotated[int, typer.Option(min=1, help="Most answers to corrupt.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each training, of 32 pairs, in a world.")] = 120,
-    prompts: Annotated[
-        int | None, typer.Option(min=2, help="Pairs of samples to judge per seed (default: the world's).")
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of each training, of 32 pairs, in a world (default: 120; of chains: 60)."),
     ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=2, help="Prompts to judge samples of, per seed (default: the world's).")
+    ] = None,
+    generations: Annotated[
+        int, typer.Option("--generations", "-g", min=2, help="Completions per prompt in arithmetic and revision.")
+    ] = 8,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes, one thread each, in a world.")] = 1,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder (default: runs/bench/credit or .../corruption).")
@@ -62,8 +68,11 @@ def credit(
 ) -> None:
     """Is the credit right? Compare credit sources with the truth, or see whether they find spoilt tokens.
 
-    In a world: token credit against the exact soft advantage, over seeds. A seed takes some minutes of one core;
-    finished parts are kept, and the same command goes on from there.
+    In a world: token credit against the truth, over seeds. A seed takes one or two minutes of one core; finished
+    parts are kept, and the same command goes on from there. In stories the truth is the exact soft advantage of every
+    token. In arithmetic and revision it is the first wrong token of sampled chains, and credit of the online methods is
+    compared too (outcome, thr, rto, gae, ...); in revision also which tokens of a reference answer depend on the
+    reasoning (r3).
 
     On your own text (--data): a few tokens of good answers are corrupted; does credit fall there? A source is a
     name, a recipe's credit as YAML, or a run folder.
@@ -75,6 +84,8 @@ def credit(
         tokengrain bench credit --jobs 2
 
         tokengrain bench credit --source guide --source contrastive --regime noisy --regime clean
+
+        tokengrain bench credit --world world://arithmetic --jobs 2
 
         tokengrain bench credit --credit my_credit.py:reward
 
@@ -117,6 +128,7 @@ def credit(
             output=folder,
             steps=steps,
             prompts=prompts,
+            generations=generations,
             console=progress,
         )
     if as_json:

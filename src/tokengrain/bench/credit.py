@@ -17,27 +17,25 @@ from urllib.parse import parse_qsl, urlencode
 from rich.console import Console
 
 from tokengrain.bench.log import append_line, read_log, repair_log
-from tokengrain.bench.sources import Bench, BenchSource, chosen_sources, own_source
-from tokengrain.bench.training import PAIRS, STEPS
+from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, questions_of
+from tokengrain.bench.setting import Bench, BenchSource
+from tokengrain.bench.sources import SOURCES, chosen_sources, fit_sources, left_out, own_source
+from tokengrain.bench.summary import summarise
+from tokengrain.bench.training import PAIRS
 from tokengrain.errors import RecipeError
-from tokengrain.evaluation.intervals import mean_of_runs
 from tokengrain.files import fingerprint, write_json
 from tokengrain.worlds import load_world
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is measured changes: earlier lines of a log are then not used again."""
 LOG, RESULT = "credit.jsonl", "credit.json"
 SHOWN = 4
-"""Pairs of the first seed whose credit is kept for the heat maps."""
-MEASURES = (
-    "spearman", "auc", "auc_harm", "top1", "top1_chance", "alarm", "scale", "r2", "ece", "skill",
-    "seconds", "passes", "reads", "training_seconds",
-)  # fmt: skip
+"""Prompts of the first seed whose credit is kept for the heat maps, with two completions each."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One (regime, seed): what one process does in one go. `missing` are the sources to run."""
+    """One (regime, question, seed): what one process does in one go. `missing` are the sources to run."""
 
     uri: str
     regime: str
@@ -46,6 +44,8 @@ class Unit:
     pairs: int
     prompts: int | None
     keep_samples: bool
+    question: str = "pairs"
+    generations: int = GENERATIONS
     missing: tuple[str, ...] = ()
 
 
@@ -58,9 +58,10 @@ def bench_credit(
     regimes: Sequence[str] = (),
     jobs: int = 1,
     output: str | Path = "runs/bench/credit",
-    steps: int = STEPS,
+    steps: int | None = None,
     pairs: int = PAIRS,
     prompts: int | None = None,
+    generations: int = GENERATIONS,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Compare credit sources with the exact credit of a world.
@@ -76,16 +77,19 @@ def bench_credit(
         regimes: values of the world's option `regime` (empty: as in the address).
         jobs: processes, one thread each.
         output: folder of log, result and page.
-        steps, pairs: of each training.
-        prompts: pairs of completions to judge per seed (None: the world's default).
+        steps, pairs: of each training (None: 120 steps, and 60 in the worlds of chains).
+        prompts: prompts to judge completions of, per seed (None: the world's default).
+        generations: completions per prompt in the worlds of chains; elsewhere there are two.
         console: where progress is shown.
 
     Returns:
-        The content of `credit.json`: `sources`, one entry per regime and source with mean, 95 % t interval and
-        the value of every seed for each measure; `runs`, the single runs; and how it was made.
+        The content of `credit.json`: `sources`, one entry per regime, question and source with mean, 95 % t interval
+        and the value of every seed for each measure; `runs`, the single runs; `left_out`, sources that a question is
+        not put to, and why; and how it was made.
 
     Raises:
-        RecipeError: unknown world, source or function; a function that other processes cannot load.
+        RecipeError: unknown world, source or function; a source that has no answer in this world; a function that
+            other processes cannot load; a number that is too small.
     """
     from tokengrain.bench.markdown import write_markdown
     from tokengrain.bench.page import write_page
@@ -93,22 +97,36 @@ def bench_credit(
     output, console = Path(output), console or Console(stderr=True)
     if seeds < 1 or jobs < 1:
         raise RecipeError(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
-    own = [own_source(c) for c in credit]
-    listed = [*chosen_sources(sources, load_world(world)), *own]
+    if generations < 2:
+        raise RecipeError(f"generations must be at least 2, one right and one wrong, got {generations}")
+    first, own = load_world(world), [own_source(c) for c in credit]
+    listed = [*chosen_sources(sources, first), *own]
     if len({s.name for s in listed}) < len(listed):
         raise RecipeError(f"two sources have one name: {', '.join(s.name for s in listed)}")
     if jobs > 1 and any(not isinstance(c, str) for c in credit):
         raise RecipeError("with jobs > 1 give your own source as 'module:function' or 'path.py:function'")
     units = [
-        Unit(with_options(world, regime=regime or None, seed=seed), regime, seed, steps, pairs, prompts, seed == 0)
+        Unit(
+            with_options(world, regime=regime or None, seed=seed),
+            regime,
+            seed,
+            steps or question.steps,
+            pairs,
+            prompts,
+            seed == 0,
+            question.name,
+            generations,
+        )
         for regime in (regimes or ("",))
+        for question in questions_of(first)
         for seed in range(seeds)
     ]
     log = output / LOG
-    keys = {key_of(unit, source): (unit, source) for unit in units for source in listed}
+    fit = {q.name: fit_sources(listed, first, q) for q in questions_of(first)}
+    keys = {key_of(unit, source): (unit, source) for unit in units for source in fit[unit.question]}
     known = {line["key"]: line for line in read_log(log) if line.get("key") in keys}
     missing = [key for key in keys if key not in known]
-    load_world(world).base_model()
+    first.base_model()
     run_units(_work(keys, missing), listed, list(credit), jobs, log, console, len(keys))
     lines = {line["key"]: line for line in read_log(log) if line.get("key") in keys}
     runs = [lines[key] for key in keys]
@@ -118,8 +136,10 @@ def bench_credit(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread per process, {jobs} at a time",
         "world": world,
         "seeds": seeds,
-        "steps": steps,
+        "steps": units[0].steps,
         "pairs": pairs,
+        "generations": generations if units[0].question != "pairs" else None,
+        "left_out": left_out(first, listed if sources is not None else [*SOURCES.values(), *own]),
         "sources": summarise(runs, listed),
         "runs": [{k: v for k, v in run.items() if k not in ("key", "samples")} for run in runs],
         "samples": [entry for run in runs for entry in run["samples"]],
@@ -140,6 +160,7 @@ def with_options(uri: str, **options: Any) -> str:
 def key_of(unit: Unit, source: BenchSource) -> str:
     """Identifies a run: world, data, trainings, and a source of one's own by its code."""
     settings = [unit.uri, unit.seed, unit.steps, unit.pairs, unit.prompts, unit.keep_samples]
+    settings += [unit.question, unit.generations]
     return fingerprint([FORMAT, *settings, load_world(unit.uri).fingerprint, source.name, source.code])
 
 
@@ -219,15 +240,15 @@ def run_unit(
     from tokengrain.report import collect_credit_samples
     from tokengrain.worlds.threads import single_thread
 
-    world = load_world(unit.uri)
+    world, question = load_world(unit.uri), QUESTIONS[unit.question]
     sources = [*chosen_sources(names, world), *(own_source(c) for c in credit)]
     with single_thread():
-        truth = world.credit_truth(unit.prompts, seed=unit.seed)
-        bench = Bench(world, unit.seed, unit.steps, unit.pairs)
+        truth = question.draw(world, Draw(unit.prompts, unit.generations, unit.seed))
+        bench = Bench(world, unit.seed, unit.steps, unit.pairs, question, unit.generations)
         for source in sources:
             if source.name not in unit.missing:
                 continue
-            found, values = measure(source.build(bench), truth)
+            found, values = measure(source.build(bench), truth, question)
             samples = []
             if unit.keep_samples:
                 first = truth.batch.select(range(min(SHOWN, truth.batch.n_prompts)))
@@ -238,43 +259,12 @@ def run_unit(
             line = {
                 "key": key_of(unit, source),
                 "regime": unit.regime,
+                "question": unit.question,
                 "seed": unit.seed,
                 "source": source.name,
                 **{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()},
                 "training_seconds": sum(bench.seconds[name] for name in source.trains),
-                "samples": [{**entry, "regime": unit.regime} for entry in samples],
+                "samples": [{**entry, "regime": unit.regime, "question": unit.question} for entry in samples],
             }
             append_line(log, line)
             after()
-
-
-# ---------------------------------------------------------------------------------------------------------- summary
-
-
-def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) -> list[dict[str, Any]]:
-    """One entry per regime and source, best rank correlation first."""
-    entries = []
-    for regime in dict.fromkeys(run["regime"] for run in runs):
-        for source in sources:
-            mine = [r for r in runs if r["regime"] == regime and r["source"] == source.name]
-            mine.sort(key=lambda r: r["seed"])
-            measures = {m: _over_seeds([r[m] for r in mine]) for m in MEASURES}
-            trains = list(source.trains)
-            entry = {"regime": regime, "source": source.name, "kind": source.kind, "what": source.what}
-            entries.append({**entry, "trains": trains, "seeds": len(mine), "measures": measures})
-    regimes = list(dict.fromkeys(e["regime"] for e in entries))
-    return sorted(entries, key=lambda e: (regimes.index(e["regime"]), -_sortable(e["measures"]["spearman"])))
-
-
-def _sortable(measure: dict[str, Any]) -> float:
-    return -2.0 if measure["mean"] is None else measure["mean"]
-
-
-def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, 95 % t interval and the values; a measure that is not defined in some seed has neither."""
-    known = [float(v) for v in values if v is not None]
-    if len(known) < len(values) or not known:
-        return {"mean": None, "low": None, "high": None, "by_seed": list(values)}
-    found = mean_of_runs(known) if len(known) > 1 else None
-    mean = found.value if found else known[0]
-    return {"mean": mean, "low": found and found.low, "high": found and found.high, "by_seed": known}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import TokenBatch
-from tokengrain.evaluation import CreditTruth, calibration, credit_scores
+from tokengrain.bench.questions import ON_PAIRS, Question
+from tokengrain.evaluation import CreditTruth, calibration, credit_scores, pointing_scores
 
 PART = 64
 """Prompts per call of a source."""
@@ -81,15 +82,19 @@ def credit_and_cost(
     }
 
 
-def measure(source: Callable[[TokenBatch], Tensor], truth: CreditTruth) -> tuple[dict[str, Any], Tensor]:
+def measure(
+    source: Callable[[TokenBatch], Tensor], truth: CreditTruth, question: Question = ON_PAIRS
+) -> tuple[dict[str, Any], Tensor]:
     """One source on one world's completions.
 
     Returns:
-        The numbers of `credit_scores`, `bins` of `calibration` and those of `credit_and_cost`; and the
-        credit `[N]`.
+        The numbers of `credit_scores` and `pointing_scores`, `bins` of `calibration` and those of
+        `credit_and_cost`; and the credit `[N]`.
     """
     batch, decided = truth.batch, truth.decisions
     credit, cost = credit_and_cost(source, batch)
     found: dict[str, Any] = credit_scores(credit, truth.advantages, decided, batch.segments)
+    marked = question.marked(truth.advantages)
+    found |= pointing_scores(credit, marked, decided, batch.segments, low=question.low)
     bins = calibration(credit[decided], truth.advantages[decided], batch.segments.ids[decided]).bins
     return found | cost | {"bins": bins}, credit

@@ -11,6 +11,7 @@ from tokengrain.evaluation.credit import (
     recovery,
     spearman,
 )
+from tokengrain.evaluation.credit_places import pointing_scores
 from tokengrain.evaluation.frontier import Frontier
 from tokengrain.evaluation.intervals import (
     Estimate,
@@ -52,6 +53,7 @@ __all__ = [
     "mean_over_prompts",
     "paired_difference",
     "pass_at_k",
+    "pointing_scores",
     "recovery",
     "sample_metrics",
     "score_completions",

@@ -62,8 +62,14 @@ class World(Protocol):
         """Agreement of a credit source with the exact credit: `spearman`, `auc`, `tokens`."""
         ...
 
-    def evaluate(self, model: Any, n: Any = ..., seed: int = 0) -> dict[str, float | None]:
-        """What a policy is worth, from n of its own samples per prompt; each world has its measures."""
+    def evaluate(
+        self, model: Any, n: int | None = None, seed: int = 0, *, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float | None]:
+        """What a policy is worth, from n of its own samples per prompt; each world has its measures and its n.
+
+        Args:
+            progress: called with how many samples are drawn, and how many there will be.
+        """
         ...
 
 

@@ -136,6 +136,17 @@ def _sure(method: str, says: str, first: str, second: str | None, measure: str, 
 
 
 CLAIMS = (
+    _claim(
+        "grpo",
+        "GRPO rises from chance, about 0.21, to above 0.75 in 60 steps",
+        "GRPO",
+        None,
+        "accuracy",
+        "above",
+        threshold=0.75,
+        judged="mean",
+        reported="0.81",
+    ),
     _sure(
         "dcpo",
         "Smoothed advantages use nearly all completions",

@@ -34,6 +34,8 @@ def number(value: float | None) -> str:
     """Three digits that matter, without an exponent for everyday sizes."""
     if value is None:
         return "–"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"  # shares of clipped tokens are this small
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,10 @@ from tokengrain.files import fingerprint
 from tokengrain.worlds.arithmetic.audit import Ending
 from tokengrain.worlds.arithmetic.chains import write_chain
 from tokengrain.worlds.arithmetic.options import SIZES, ArithmeticOptions, Size, parse_levels
-from tokengrain.worlds.arithmetic.pretraining import Example, warm_start
+from tokengrain.worlds.arithmetic.pretraining import Example, WarmStart, warm_start
 from tokengrain.worlds.arithmetic.problems import (
     BOS,
+    EASY,
     EOS,
     SPECIAL,
     SYMBOLS,
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when problems, chains or training change in a way that the settings do not show."""
+
+
+CHECKED_STEP = 9
+"""Tokens of a step that is checked once: label, operator, operand, two digits, `?`, two digits, separator."""
+
+
+def longest_problem(levels: Sequence[int]) -> int:
+    """Steps of the longest problem of these levels."""
+    return max(levels) + EASY - 1
 
 
 class ChainModel:
@@ -66,8 +76,24 @@ class ChainModel:
             "world": self.name,
             "levels": self.trained_levels,
             "largest": self.size.largest,
-            **asdict(self.size.warm_start),
+            **asdict(self.warm_start),
         }
+
+    @cached_property
+    def warm_start(self) -> WarmStart:
+        """The size's settings, with positions enough for the longest problem that the base model is trained on."""
+        settings = self.size.warm_start
+        return replace(
+            settings, positions=max(settings.positions, self._positions(longest_problem(self.trained_levels)))
+        )
+
+    def _positions(self, steps: int) -> int:
+        """What a prompt of so many steps and its longest sensible completion take."""
+        return 4 + 3 * steps + self._longest(steps)
+
+    def _longest(self, steps: int) -> int:
+        """Tokens of a completion in which every step is checked once."""
+        return CHECKED_STEP * steps + 4
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,18 +102,18 @@ class ChainModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return build_tokenizer(self.vocabulary, self.size.warm_start.positions)
+        return build_tokenizer(self.vocabulary, self.warm_start.positions)
 
     @property
     def max_new_tokens(self) -> int:
         """Room for the longest sensible completion: every step checked once."""
-        return 9 * (max(self.levels) + 1) + 4
+        return self._longest(longest_problem(self.levels))
 
     def base_model(self) -> Path:
         """Folder of the warm-started base model; trained on first use: 80 s of one core, 10 s for the small size."""
         settings = self._model_settings()
         folder = model_folder(f"{self.name}-{self.options.size}", fingerprint(settings))
-        warm = self.size.warm_start
+        warm = self.warm_start
         rng = rng_of(self.name, "warm start", warm.seed)
 
         def train(progress: Progress) -> tuple[Any, dict[str, Any]]:

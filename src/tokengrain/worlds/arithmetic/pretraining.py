@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokengrain.worlds.arithmetic.problems import BOS, EOS, IDS, PAD
 from tokengrain.worlds.muon import muon_and_adamw
+from tokengrain.worlds.pretraining import Training, descend, small_llama
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -23,7 +24,7 @@ Example = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
-class WarmStart:
+class WarmStart(Training):
     """Settings of the base model and its training; see `warm_start`.
 
     Args:
@@ -32,37 +33,25 @@ class WarmStart:
     """
 
     hidden_size: int = 96
-    layers: int = 3
-    heads: int = 4
     mlp_size: int = 256
-    positions: int = 128
     steps: int = 600
-    batch_size: int = 64
     learning_rate: float = 3e-3
     warmup: int = 30
+    positions: int = 128
     muon: bool = False
-    seed: int = 0
 
 
 def new_model(settings: WarmStart, vocabulary: int) -> LlamaForCausalLM:
-    """The untrained model; its weights depend on `settings.seed` and not on torch's global state."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.mlp_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        max_position_embeddings=settings.positions,
-        tie_word_embeddings=False,
-        bos_token_id=IDS[BOS],
-        eos_token_id=IDS[EOS],
-        pad_token_id=IDS[PAD],
+    """The untrained model; see `small_llama`."""
+    return small_llama(
+        settings,
+        vocabulary=vocabulary,
+        positions=settings.positions,
+        tied=False,
+        bos=IDS[BOS],
+        eos=IDS[EOS],
+        pad=IDS[PAD],
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return LlamaForCausalLM(config).float()
 
 
 def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
@@ -105,20 +94,8 @@ def warm_start(
     start = time.perf_counter()
     model = new_model(settings, vocabulary).train()
     optimizers = _optimizers(model, settings)
-    losses = []
-    for step in range(settings.steps):
-        rate = min((step + 1) / settings.warmup, 1.0) * (settings.steps - step) / settings.steps
-        loss = _loss(model, draw(settings.batch_size))
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * rate
-            optimizer.step()
-        losses.append(float(loss.detach()))
-        if progress is not None:
-            progress(step + 1, losses[-1])
+    steps = (_loss(model, draw(settings.batch_size)) for _ in range(settings.steps))
+    losses = descend(model, optimizers, steps, settings, progress)
     last = losses[-max(1, settings.steps // 20) :]
     return model.eval(), {
         "cross_entropy": sum(last) / len(last),

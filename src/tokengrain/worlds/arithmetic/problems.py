@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from tokengrain.errors import DataError
 from tokengrain.files import fingerprint
+from tokengrain.worlds.tokenizer import BOS, EOS, PAD
 
 Split = Literal["train", "eval"]
-PAD, BOS, EOS = "<pad>", "<s>", "<end>"
 DIGITS, LABELS = "0123456789", "abcdefgh"
 SPECIAL = (PAD, BOS, EOS)
 SYMBOLS = (*SPECIAL, *DIGITS, *"+-;,?>:", *LABELS)

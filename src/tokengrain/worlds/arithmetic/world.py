@@ -108,10 +108,10 @@ class ArithmeticWorld(ChainModel):
         return SamplingConfig(max_new_tokens=self.max_new_tokens, stop_ids=(self.eos,), seed=seed)
 
     def items(self, drawn: Sequence[Problem]) -> list[PromptItem]:
-        """Problems as a sampler takes them."""
+        """Problems as a sampler takes them, each with its row."""
         from tokengrain.rollout import PromptItem
 
-        return [PromptItem(self.prompt_ids(p.text), row=p.text) for p in drawn]
+        return [PromptItem(self.prompt_ids(p.text), row=p.text, raw=self._row(p, p.text)) for p in drawn]
 
     def sft_rows(self, split: Split = "train", n: int | None = None, seed: int | None = None) -> list[dict[str, Any]]:
         """Rows `prompt`, `completion`, `id`, `reward`: chains as the base model was trained on."""
@@ -218,6 +218,7 @@ class ArithmeticWorld(ChainModel):
         k: int | None = None,
         prompts: int | None = None,
         split: Split = "eval",
+        progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, float | None]:
         """Evaluate a policy on its own samples at temperature 1.
 
@@ -227,6 +228,7 @@ class ArithmeticWorld(ChainModel):
             seed: of the samples; torch's global random state is not touched.
             k: the largest k of pass@k, avg@k and maj@k (None: n).
             prompts: how many prompts of the split (None: all of them).
+            progress: called with how many samples are drawn, and how many there will be.
 
         Returns:
             Flat numbers, see `chain_metrics`.
@@ -238,5 +240,7 @@ class ArithmeticWorld(ChainModel):
         drawn = [parse_prompt(row["prompt"]) for row in rows]
         with single_thread():
             sampling = self.sampling(seed_of("evaluate", seed))
-            rollouts = HFGenerate(model).sample(self.items(drawn), n=n, sampling=sampling)
+            sampler = HFGenerate(model)
+            sampler.progress = progress
+            rollouts = sampler.sample(self.items(drawn), n=n, sampling=sampling)
         return chain_metrics(drawn, rollouts, self.ending, k)

@@ -13,6 +13,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.worlds.arithmetic.audit import MARKER, Ending
 from tokengrain.worlds.arithmetic.chains import write_chain
+from tokengrain.worlds.arithmetic.model import CHECKED_STEP, longest_problem
 from tokengrain.worlds.arithmetic.options import SIZES, ArithmeticOptions, Size
 from tokengrain.worlds.arithmetic.problems import Problem, parse_prompt, rng_of
 from tokengrain.worlds.arithmetic.world import ArithmeticWorld
@@ -85,11 +86,17 @@ class RevisionWorld(ArithmeticWorld):
         own = {"filler": self.filler, "style": self.options.style, "totals": self.options.totals}
         return super()._model_settings() | own
 
-    @property
-    def max_new_tokens(self) -> int:
-        """Room for a chain, every step checked once, and the answer."""
-        steps = max(self.levels) + 1
-        return 9 * steps + 1 + (self.filler + 8) * steps + 10
+    def _longest(self, steps: int) -> int:
+        """A chain in which every step is checked once, `>` and the answer."""
+        return CHECKED_STEP * steps + 1 + self._reference(steps)
+
+    def _reference(self, steps: int) -> int:
+        """Tokens of a reference with all totals, `<end>` included."""
+        return (self.filler + 8) * steps + 10
+
+    def _positions(self, steps: int) -> int:
+        """A chain may take all tokens that a completion may have, and the reference comes behind it."""
+        return super()._positions(steps) + self._reference(steps)
 
     def completion(self, problem: Problem, rng: random.Random) -> str:
         chain = write_chain(problem, rng)
@@ -108,8 +115,9 @@ class RevisionWorld(ArithmeticWorld):
         found = super().sampling(seed, whole=whole)
         if whole:
             return found
-        chain = 9 * (max(self.levels) + 1) + 1
-        return replace(found, max_new_tokens=chain, stop_ids=(self.marker, self.eos))
+        return replace(
+            found, max_new_tokens=CHECKED_STEP * longest_problem(self.levels) + 1, stop_ids=(self.marker, self.eos)
+        )
 
     @property
     def marker(self) -> int:

@@ -32,7 +32,7 @@ def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> 
     """Folder with the base model, its tokenizer and `pretraining.json`; trains it if it is not there.
 
     Several processes may ask at once: one trains, the others wait. A training that is interrupted leaves
-        nothing.
+    nothing.
     """
     settings = settings or SETTINGS[grammar.size.name]
     folder = base_model_folder(grammar, settings)

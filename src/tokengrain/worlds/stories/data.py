@@ -95,9 +95,3 @@ def preference_pairs(
                 }
             )
     return rows
-
-
-def label_accuracy(rows: Sequence[dict[str, Any]]) -> float:
-    """Share of pairs whose chosen completion has the higher true reward, among those that differ in it."""
-    differing = [r for r in rows if r["chosen_reward"] != r["rejected_reward"]]
-    return sum(r["chosen_reward"] > r["rejected_reward"] for r in differing) / max(len(differing), 1)

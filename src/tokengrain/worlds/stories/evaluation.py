@@ -7,7 +7,7 @@ values of the token that happened to be drawn: the same expectation with much le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +79,19 @@ def prompt_tensor(grammar: Grammar, prompts: Sequence[Prompt]) -> Tensor:
     return torch.tensor([[grammar.bos, *grammar.encode(p.text)] for p in prompts])
 
 
-def rollout(model: Any, grammar: Grammar, prompts: Sequence[Prompt], seed: int) -> Rollout:
+def rollout(
+    model: Any,
+    grammar: Grammar,
+    prompts: Sequence[Prompt],
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
     """Sample one completion per prompt at temperature 1, with a random generator of its own.
 
     Args:
         model: a causal language model (Hugging Face, with or without a PEFT adapter).
         prompts: of one length in tokens.
+        progress: called with how many completions have ended, and how many there are.
 
     A completion ends at `<end>` or at the longest length that the grammar allows (without `<end>` it is
     broken by then).
@@ -105,6 +112,8 @@ def rollout(model: Any, grammar: Grammar, prompts: Sequence[Prompt], seed: int) 
             logps.append(logp)
             alive.append(~done)
             done = done | (token == grammar.eos)
+            if progress is not None:
+                progress(int(done.sum()), len(prompts))
             if done.all():
                 break
             feed = ids[-1][:, None].to(device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAD, BOS, EOS, UNK = "<pad>", "<s>", "<end>", "<unk>"
+from tokengrain.worlds.tokenizer import BOS, EOS, PAD
+
+UNK = "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
 WEATHER = {"sun": +1, "rain": -1}
 """Weather word of the prompt and the mood that a story starts in."""

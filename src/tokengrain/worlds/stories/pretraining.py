@@ -8,7 +8,7 @@ distribution of every state it passes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.worlds.muon import muon_and_adamw
+from tokengrain.worlds.pretraining import Training, descend, small_llama
 from tokengrain.worlds.stories.data import sample
 from tokengrain.worlds.stories.grammar import Grammar, Prompt
 from tokengrain.worlds.stories.tokenizer import MODEL_POSITIONS
@@ -23,24 +24,26 @@ from tokengrain.worlds.stories.tokenizer import MODEL_POSITIONS
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+    from tokengrain.worlds.model_cache import Progress
+
 MIX = (0.6, 0.2, 0.2)
 """Shares of plain, kind and rude sequences in the pool."""
 
 
 @dataclass(frozen=True)
-class Pretraining:
-    """Settings of the base model and its training; see `pretrain`."""
+class Pretraining(Training):
+    """Settings of the base model and its training; see `pretrain`.
+
+    Args:
+        pool: how many sequences there are to train on.
+    """
 
     hidden_size: int = 64
-    layers: int = 3
-    heads: int = 4
     mlp_size: int = 128
     steps: int = 700
-    batch_size: int = 64
-    pool: int = 6000
     learning_rate: float = 6e-3
     warmup: int = 40
-    seed: int = 0
+    pool: int = 6000
 
 
 @dataclass(frozen=True)
@@ -88,24 +91,16 @@ def mixed_prompts(grammar: Grammar, n: int) -> list[Prompt]:
 
 
 def new_model(grammar: Grammar, settings: Pretraining) -> LlamaForCausalLM:
-    """The untrained model; its weights depend on `settings.seed` and not on torch's global state."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(grammar.vocabulary),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.mlp_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        max_position_embeddings=MODEL_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=grammar.bos,
-        eos_token_id=grammar.eos,
-        pad_token_id=grammar.pad,
+    """The untrained model; see `small_llama`."""
+    return small_llama(
+        settings,
+        vocabulary=len(grammar.vocabulary),
+        positions=MODEL_POSITIONS,
+        tied=True,
+        bos=grammar.bos,
+        eos=grammar.eos,
+        pad=grammar.pad,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return LlamaForCausalLM(config).float()
 
 
 def _batches(pool: Pool, settings: Pretraining, generator: torch.Generator) -> Iterator[Tensor]:
@@ -134,7 +129,7 @@ def _soft_cross_entropy(model: LlamaForCausalLM, pool: Pool, index: Tensor, tabl
 
 
 def pretrain(
-    grammar: Grammar, settings: Pretraining, progress: Callable[[int, float], None] | None = None
+    grammar: Grammar, settings: Pretraining, progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Train a base model.
 
@@ -151,18 +146,9 @@ def pretrain(
     model = new_model(grammar, settings).train()
     # AdamW alone needs twice the steps (1,400) and ends at 0.004 nats per token, not 0.0015.
     optimizers = muon_and_adamw(model, settings.learning_rate)
-    for step, index in enumerate(_batches(pool, settings, generator)):
-        rate = min((step + 1) / settings.warmup, 1.0) * (settings.steps - step) / settings.steps
-        loss = _soft_cross_entropy(model, pool, index, table)[0].mean()
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * rate
-            optimizer.step()
-        if progress is not None:
-            progress(step + 1, float(loss.detach()))
+    batches = _batches(pool, settings, generator)
+    losses = (_soft_cross_entropy(model, pool, index, table)[0].mean() for index in batches)
+    descend(model, optimizers, losses, settings, progress)
     seconds = time.perf_counter() - start
     report = {
         **divergence(grammar, model.eval()),

@@ -254,24 +254,31 @@ class StoriesWorld:
         return sampled
 
     def evaluate(
-        self, model: Any, n: int = 64, seed: int = 0, *, reference: Any = None, credit: bool = True
+        self,
+        model: Any,
+        n: int | None = None,
+        seed: int = 0,
+        *,
+        reference: Any = None,
+        credit: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, float | None]:
         """Evaluate a policy on its own samples to the plain prompts.
 
         Args:
             model: a causal language model with this world's tokenizer (a PEFT model too).
-            n: samples per prompt.
+            n: samples per prompt (None: 64).
             seed: of the samples; torch's global random state is not touched.
             reference: what KL, win rate and log-ratio are taken against; the base model by default.
             credit: also compare the policy's log-ratio with the exact advantage.
+            progress: called with how many samples have ended, and how many there will be.
 
         Returns:
-            Flat numbers; `policy_metrics` says which. With `credit`: `credit_spearman` (None for a policy
-            that is
-            the reference: its log-ratio is constant) and `credit_auc`.
+            Numbers, see `policy_metrics`; with `credit` also `credit_auc`, `credit_spearman` (None: undefined).
         """
+        n = 64 if n is None else n
         reference = self.reference if reference is None else reference
-        sampled = rollout(model, self.grammar, self._eval_prompts(n), seed)
+        sampled = rollout(model, self.grammar, self._eval_prompts(n), seed, progress)
         ref_logps = completion_logps(reference, self.grammar, sampled.prompts, sampled.ids)
         base_rewards = self._base_sample_rewards(reference, n, seed)
         metrics: dict[str, float | None] = {}

@@ -1,0 +1,172 @@
+"""What `tokengrain bench credit` asks of credit in a world: which completions, and which tokens to point at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import TokenBatch
+from tokengrain.bench.training import STEPS
+from tokengrain.errors import TokengrainError
+from tokengrain.evaluation import CreditTruth
+from tokengrain.evaluation.credit import AUC_MARGIN
+
+if TYPE_CHECKING:
+    from tokengrain.rollout import PromptItem, SampledCompletion
+    from tokengrain.worlds.arithmetic.world import ArithmeticWorld
+    from tokengrain.worlds.revision import RevisionWorld
+
+GENERATIONS = 8
+"""Completions per prompt, where groups are sampled."""
+GROUPS = {"full": 96, "small": 24}
+"""Groups per seed, by the world's size."""
+CHUNK = 64
+"""Prompts sampled from at a time."""
+ROUNDS = 50
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is judged in one seed: `prompts` prompts (None: the world's number) with `generations` completions each."""
+
+    prompts: int | None = None
+    generations: int = GENERATIONS
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """One way to ask whether credit is right.
+
+    Attributes:
+        name: "pairs", "chain" or "reference".
+        title: of its tables; "" where a world has only one.
+        draw: the completions to judge, with the truth; the tokens to point at are those of lowest or highest truth.
+        exact: credit that is right by definition.
+        low: whether credit should be low at these tokens; False: high.
+        steps: of each training, unless the user says otherwise; beta: of DPO, and of what is read from its models.
+        ranked_by: the measure that tables are sorted by.
+        sides: names of the two completions of a prompt that are shown.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[Any, Draw], CreditTruth]
+    exact: Callable[[Any], Callable[[TokenBatch], Tensor]]
+    low: bool = True
+    steps: int = STEPS
+    beta: float = 0.3
+    ranked_by: str = "spearman"
+    sides: tuple[str, str] = ("chosen", "rejected")
+
+    def marked(self, truth: Tensor) -> Tensor:
+        """The tokens to point at, bool `[N]`."""
+        return truth < -AUC_MARGIN if self.low else truth > AUC_MARGIN
+
+
+def questions_of(world: Any) -> list[Question]:
+    """The questions that a world has an answer to."""
+    from tokengrain.worlds.arithmetic.world import ArithmeticWorld
+    from tokengrain.worlds.revision import RevisionWorld
+
+    if isinstance(world, RevisionWorld):
+        return [ON_CHAINS, ON_REFERENCES]
+    return [ON_CHAINS] if isinstance(world, ArithmeticWorld) else [ON_PAIRS]
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
+
+
+def _pairs(world: Any, draw: Draw) -> CreditTruth:
+    return world.credit_truth(draw.prompts, seed=draw.seed)
+
+
+def _chains(world: ArithmeticWorld, draw: Draw) -> CreditTruth:
+    """Groups of the base model's samples, with the culprit of every wrong one."""
+    from tokengrain.worlds.arithmetic.credit import decisions
+
+    batch = mixed_groups(world, draw)
+    truth = world.advantages(batch)
+    return CreditTruth(batch, truth, decisions(world, batch) | (truth < 0))
+
+
+def _references(world: RevisionWorld, draw: Draw) -> CreditTruth:
+    """The reference behind each chain of these groups: 1 at tokens that depend on the reasoning, −1 elsewhere."""
+    batch = world.with_references(mixed_groups(world, draw)).batch
+    batch = batch.with_columns(truncated=torch.zeros(batch.segments.total))
+    return CreditTruth(batch, reasoning(world)(batch), torch.ones(batch.segments.total, dtype=torch.bool))
+
+
+def reasoning(world: RevisionWorld) -> Callable[[TokenBatch], Tensor]:
+    """Credit `[N]` that knows the reference tokens which depend on the reasoning: 1, and −1 at others."""
+    return lambda batch: 2.0 * world.reasoning_tokens(batch) - 1
+
+
+def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
+    """Groups of the base model's samples on held-out problems, with right and wrong completions in each.
+
+    Prompts of which all completions are right or all wrong are left out, as group methods do not train on them; so are
+    completions that did not come to their end. In each group the first completion is right and the second wrong.
+
+    Returns:
+        The batch, with the columns and rows that a sampler gives.
+
+    Raises:
+        TokengrainError: the model is hardly ever both right and wrong on a prompt.
+    """
+    from tokengrain.rollout import HFGenerate, Rollouts
+    from tokengrain.worlds.arithmetic.problems import seed_of
+
+    wanted = draw.prompts or GROUPS[world.options.size]
+    sampler, sampling = HFGenerate(world.reference), world.sampling(seed_of("bench", draw.seed))
+    problems = world.stream("bench", "eval", draw.seed)
+    last = getattr(world, "marker", world.eos)  # in `revision` a chain ends with the marker
+    prompts: list[PromptItem] = []
+    groups: list[tuple[SampledCompletion, ...]] = []
+    for _ in range(ROUNDS):
+        items = world.items(list(islice(problems, min(CHUNK, wanted))))
+        for item, group in sampler.sample(items, n=draw.generations, sampling=sampling):
+            ended = [c for c in group if c.ids[-1] == last]
+            right = [world.audit(str(item.row), c.ids).correct for c in ended]
+            if len(set(right)) == 2 and len(groups) < wanted:
+                prompts.append(item)
+                groups.append(tuple(_both_first(ended, right)))
+        if len(groups) == wanted:
+            return Rollouts(tuple(prompts), tuple(groups), sampling).to_batch()
+    raise TokengrainError(
+        f"world {world.name}: {wanted} prompts with right and wrong among {draw.generations} completions were not "
+        f"found, only {len(groups)}"
+    )
+
+
+def _both_first(group: Sequence[SampledCompletion], right: Sequence[bool]) -> list[SampledCompletion]:
+    first = [right.index(True), right.index(False)]
+    return [group[i] for i in first] + [c for i, c in enumerate(group) if i not in first]
+
+
+ON_PAIRS = Question("pairs", "", _pairs, lambda world: world.advantages)
+ON_CHAINS = Question(
+    "chain",
+    "chain",
+    _chains,
+    lambda world: world.advantages,
+    steps=60,
+    beta=0.1,
+    ranked_by="auc_inside",
+    sides=("right", "wrong"),
+)
+ON_REFERENCES = Question(
+    "reference",
+    "reference",
+    _references,
+    reasoning,
+    low=False,
+    ranked_by="auc",
+    sides=("after a right chain", "after a wrong chain"),
+)
+QUESTIONS = {q.name: q for q in (ON_PAIRS, ON_CHAINS, ON_REFERENCES)}
