@@ -49,6 +49,10 @@ claims: setup  ## The papers' claims and the credit sources, over five seeds (ab
 	cp runs/bench/claims/claims.md runs/bench/claims/claims.json docs/results/
 	$(BIN)/tokengrain bench credit --jobs 2 --output runs/bench/credit
 	cp runs/bench/credit/credit.md docs/results/
+	$(BIN)/tokengrain bench credit --world world://arithmetic --jobs 2 --output runs/bench/credit-arithmetic
+	cp runs/bench/credit-arithmetic/credit.md docs/results/credit_arithmetic.md
+	$(BIN)/tokengrain bench credit --world 'world://revision?size=small' --jobs 2 --output runs/bench/credit-revision
+	cp runs/bench/credit-revision/credit.md docs/results/credit_revision.md
 
 hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
 	$(BIN)/python -m benchmarks.hh --output docs/results

@@ -184,7 +184,9 @@ def _single(run: runs.Run) -> Contents:
         charts=charts(logs),
         phases=phase_charts(logs),
         series=[Series(name, [], style) for name, style, _ in logs],
-        rollouts=[(s.name, rollouts.read_rollouts(s.path / rollouts.FILE)) for s in run.stages if s.kind == "online"],
+        rollouts=[
+            (s.name, rollouts.read_rollouts(s.path / rollouts.ROLLOUT_FILE)) for s in run.stages if s.kind == "online"
+        ],
         samples=samples,
         stored_in=", ".join(s.name for s in run.credit_stages),
         settings=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",

@@ -19,7 +19,7 @@ from tokengrain import runs
 from tokengrain.errors import RunError, shown
 from tokengrain.report.samples import Side, colour_scale
 
-FILE = "rollouts.jsonl"
+ROLLOUT_FILE = "rollouts.jsonl"
 CLIPPED = "clipped"
 COLUMNS = (
     "advantages",
@@ -180,11 +180,11 @@ def rollout_file(source: Path) -> Path | None:
     Raises:
         RunError: a damaged run folder.
     """
-    if source.name == FILE and source.is_file():
+    if source.name == ROLLOUT_FILE and source.is_file():
         return source
     if not runs.is_run(source):
         return None
-    files = [s.path / FILE for s in runs.read_run(source).stages if s.kind == "online"]
+    files = [s.path / ROLLOUT_FILE for s in runs.read_run(source).stages if s.kind == "online"]
     return next((file for file in reversed(files) if file.is_file()), None)
 
 

@@ -18,11 +18,11 @@ from tests.training.test_resume import TIMES, KillAt, in_child
 from tests.training.tiny import tiny_llama
 from tokengrain.errors import RunError
 from tokengrain.objectives import make_objective
+from tokengrain.report.rollouts import ROLLOUT_FILE
 from tokengrain.rollout import HFGenerate
 from tokengrain.training import checkpointing, last_complete_checkpoint, read_log
 from tokengrain.training.online import OnlineTrainer, RolloutStep, make_step
 from tokengrain.training.online.buffer import RolloutBuffer
-from tokengrain.training.online.record import ROLLOUT_FILE
 from tokengrain.training.online.scoring import RolloutScorer
 
 STEPS = 11  # 4 optimiser steps per rollout: two and three quarters of them

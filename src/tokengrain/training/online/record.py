@@ -24,7 +24,6 @@ from tokengrain.training.callbacks import append_text, read_log
 from tokengrain.training.online.step import RolloutStep
 from tokengrain.training.steps import MicroRecord
 
-ROLLOUT_FILE = "rollouts.jsonl"
 COLUMNS = ("entropy", "sampling_logps", "old_logps", "ref_logps", "thr")
 UPDATED = ("ratio", "clipped")
 DIGITS = 5

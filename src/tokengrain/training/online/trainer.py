@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.objectives import BoundObjective
+from tokengrain.report.rollouts import ROLLOUT_FILE
 from tokengrain.rollout import Sampler
 from tokengrain.rollout.registry import make_sampler
 from tokengrain.scoring import head_of
@@ -26,7 +27,7 @@ from tokengrain.training.online.config import OnlineConfig
 from tokengrain.training.online.evaluation import OnlineEvaluationMixin
 from tokengrain.training.online.loop import RolloutLoop
 from tokengrain.training.online.prompts import PromptDataset
-from tokengrain.training.online.record import ROLLOUT_FILE, RolloutRecord
+from tokengrain.training.online.record import RolloutRecord
 from tokengrain.training.online.registry import make_step, resolve_steps
 from tokengrain.training.online.scoring import RolloutScorer
 from tokengrain.training.online.serving import refresh_sampler, release_sampler
