@@ -82,7 +82,7 @@ class Renderer:
             raise ModelError(
                 f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat "
                 "template; expected a tokenizer that has one, `chat_template:` (a Jinja template or the path "
-                "of a file that holds one), or rows of plain text"
+                "of a file that holds one), or rows of plain text (online: with `prompts.chat: false`)"
             )
         return self._render(example, example.prompt, "prompt", True)
 

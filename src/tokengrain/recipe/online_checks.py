@@ -61,7 +61,10 @@ def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterat
             yield f"{where}.rewards[{index}].name: missing"
         elif name == WORLD_REWARD:
             if not stage.data.train.startswith("world://"):
-                yield f"{where}.rewards[{index}]: the data are no world, so there is no reward of a world"
+                yield (
+                    f"{where}.rewards[{index}]: the data are no world, so there is no reward of a world; expected "
+                    "another one, such as [numeric] (given --model as well, a recipe takes its reward for real prompts)"
+                )
         else:
             try:
                 check_reward(name, settings)
