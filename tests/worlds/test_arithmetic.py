@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tokengrain.bench.measure import measure
 from tokengrain.credit.surprise import Surprise
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.rewards import RewardSuite
-from tokengrain.rollout import HFGenerate, encode_prompts
+from tokengrain.rollout import HFGenerate, SampledCompletion, encode_prompts
 from tokengrain.worlds import load_world
 from tokengrain.worlds.arithmetic import correct, well_formed
 from tokengrain.worlds.arithmetic.audit import audit, is_correct
@@ -301,6 +302,19 @@ def test_pairs_are_right_against_wrong(world, source):
     assert not any(parse_prompt(r["prompt"]).held_out for r in rows)
     with pytest.raises(RecipeError, match="slope must be None"):
         world.pairs(slope=1.0)
+
+
+def test_a_completion_without_text_is_in_no_pair(world, monkeypatch):
+    """A model may end at once; the row would be refused when it is read."""
+    sample = HFGenerate.sample
+
+    def with_an_empty_one(self, prompts, **kwargs):
+        found = sample(self, prompts, **kwargs)
+        empty = SampledCompletion([world.eos], None, None, "stop")
+        return replace(found, groups=tuple((empty, *group) for group in found.groups))
+
+    monkeypatch.setattr(HFGenerate, "sample", with_an_empty_one)
+    assert all(row["chosen"] and row["rejected"] for row in world.pairs(n=24, seed=77))
 
 
 def test_sft_rows_carry_their_reward(world):

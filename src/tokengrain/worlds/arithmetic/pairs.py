@@ -26,7 +26,7 @@ Pair = tuple[Problem, list[int], list[int]]
 def sampled_pairs(
     world: ArithmeticWorld, purpose: str, split: Split, n: int, seed: int, *, whole: bool = True
 ) -> list[Pair]:
-    """Pairs of the base model's samples. Completions that never end are left out.
+    """Pairs of the base model's samples. Completions that never end, or have no text, are left out.
 
     Args:
         whole: completions to their end, not only up to where the reward looks.
@@ -45,7 +45,9 @@ def sampled_pairs(
         with single_thread():
             rollouts = sampler.sample(world.items(part), n=SAMPLES, sampling=sampling)
         for problem, group in zip(part, rollouts.groups, strict=True):
-            ended = [list(ids) for ids in dict.fromkeys(tuple(c.ids) for c in group if not c.truncated)]
+            # A pair is text: a completion that is nothing but its end has none.
+            whole_texts = (tuple(c.ids) for c in group if not c.truncated and world.decode(c.ids))
+            ended = [list(ids) for ids in dict.fromkeys(whole_texts)]
             right = [ids for ids in ended if world.audit(problem.text, ids).correct]
             wrong = [ids for ids in ended if not world.audit(problem.text, ids).correct]
             found += [(problem, a, b) for a, b in zip(right[:PER_PROMPT], wrong)]
