@@ -6,12 +6,12 @@ Specification: aligndistil.md, section 7.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.claims.markov import MarkovPolicy, Pairs, Space, divergence, draw_pairs, expected, sample
 from tokengrain.bench.claims.markov_training import log_ratio, scalar, steps, train_dpo
 from tokengrain.objectives.aligndistil import TeacherForm, aligndistil_loss, teacher_strength
@@ -163,19 +163,11 @@ ARMS = (
     Arm("DPO reward", "dpo", {"kind": "reward", "contrastive": False}),
     Arm("contrastive reward", "aligndistil", {"kind": "reward", "contrastive": True}),
 )
-_SPEC = "aligndistil.md 7; arXiv 2503.02832"
-
-
-def _claim(says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim("aligndistil", says, first, second, measure, expect, source=_SPEC, **more)
-
-
-def _sure(says: str, first: str, second: str, measure: str, expect: Any, **more: Any) -> Claim:
-    return _claim(says, first, second, measure, expect, judged="every seed", robust=True, **more)
+SOURCE = Source("aligndistil", "aligndistil.md 7; arXiv 2503.02832")
 
 
 CLAIMS = (
-    _sure(
+    SOURCE.sure(
         "AlignDistil is above DPO, off-policy",
         "adaptive r 4, off-policy",
         "DPO",
@@ -183,7 +175,7 @@ CLAIMS = (
         "above",
         reported="1.90 and 0.89",
     ),
-    _sure(
+    SOURCE.sure(
         "AlignDistil is above DPO, on-policy",
         "adaptive r 4, on-policy",
         "DPO",
@@ -191,7 +183,7 @@ CLAIMS = (
         "above",
         reported="1.94 and 0.89",
     ),
-    _claim(
+    SOURCE.claim(
         "It is above DPO with twice the steps",
         "adaptive r 4, off-policy",
         "DPO, twice the steps",
@@ -199,7 +191,7 @@ CLAIMS = (
         "above",
         reported="1.90 and 1.05",
     ),
-    _sure(
+    SOURCE.sure(
         "Without extrapolation it is DPO",
         "DPO distilled (α 0)",
         "DPO",
@@ -209,7 +201,7 @@ CLAIMS = (
         threshold=0.05,
         reported="0.88 and 0.89",
     ),
-    _claim(
+    SOURCE.claim(
         "The contrastive reward is at least as accurate as the DPO reward",
         "contrastive reward",
         "DPO reward",
@@ -219,8 +211,8 @@ CLAIMS = (
         robust=False,
         reported="0.596 and 0.583",
     ),
-    _sure("KL grows with r, off-policy", "adaptive r 10, off-policy", "adaptive r 4, off-policy", "kl", "above"),
-    _sure(
+    SOURCE.sure("KL grows with r, off-policy", "adaptive r 10, off-policy", "adaptive r 4, off-policy", "kl", "above"),
+    SOURCE.sure(
         "KL grows with r, on-policy",
         "adaptive r 10, on-policy",
         "adaptive r 4, on-policy",
@@ -228,7 +220,7 @@ CLAIMS = (
         "above",
         reported="14.5 and 8.4",
     ),
-    _claim(
+    SOURCE.claim(
         "Adaptive strength is above constant strength",
         "adaptive r 4, off-policy",
         "constant α 1, off-policy",
@@ -236,7 +228,7 @@ CLAIMS = (
         "above",
         reported="1.90 (KL 8.2) and 1.77 (KL 6.4): on one frontier",
     ),
-    _claim(
+    SOURCE.claim(
         "On-policy is above off-policy",
         "adaptive r 4, on-policy",
         "adaptive r 4, off-policy",
@@ -244,7 +236,7 @@ CLAIMS = (
         "above",
         reported="1.94 and 1.90",
     ),
-    _claim(
+    SOURCE.claim(
         "From a strongly optimised DPO model little is gained",
         "adaptive r 4 from strong DPO",
         "strong DPO (β 0.1)",
@@ -254,7 +246,7 @@ CLAIMS = (
         threshold=1.2,
         reported="8–15 % more",
     ),
-    _claim(
+    SOURCE.claim(
         "and KL doubles (over-optimisation)",
         "adaptive r 4 from strong DPO",
         "strong DPO (β 0.1)",

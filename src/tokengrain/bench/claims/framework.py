@@ -81,6 +81,26 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where claims about a method come from; makes them.
+
+    Attributes:
+        method, source: of every claim, see `Claim`.
+    """
+
+    method: str
+    source: str
+
+    def claim(self, says: str, first: str, second: str | None, measure: str, expect: Expect, **more: Any) -> Claim:
+        """A claim that is reported; `more` are other fields of `Claim`."""
+        return Claim(self.method, says, first, second, measure, expect, **{"source": self.source, **more})
+
+    def sure(self, says: str, first: str, second: str | None, measure: str, expect: Expect, **more: Any) -> Claim:
+        """A claim that the source holds for robust, judged in every seed unless `more` says otherwise."""
+        return self.claim(says, first, second, measure, expect, **{"robust": True, "judged": "every seed", **more})
+
+
+@dataclass(frozen=True)
 class Arm:
     """A training setting of a group.
 

@@ -7,13 +7,12 @@ accuracy on easy prompts and earn some on hard ones. Specification: ares.md, sec
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.credit.ares import EntropyShaping, Observation, difficulty
 from tokengrain.credit.group import group_advantages
 from tokengrain.credit.kl_control import BUCKETS
@@ -86,16 +85,11 @@ ARMS = (
 )
 
 
-def _claim(says: str, first: str, second: str, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim("aepo", says, first, second, measure, expect, source="ares.md 7; arXiv 2510.08457", **more)
-
-
-def _sure(says: str, first: str, second: str, measure: str, expect: Any, **more: Any) -> Claim:
-    return replace(_claim(says, first, second, measure, expect, **more), robust=True, judged="every seed")
+SOURCE = Source("aepo", "ares.md 7; arXiv 2510.08457")
 
 
 CLAIMS = (
-    _sure(
+    SOURCE.sure(
         "AEPO spends fewer tokens on easy prompts than accuracy alone",
         "AEPO",
         "accuracy alone",
@@ -103,12 +97,12 @@ CLAIMS = (
         "below",
         reported="24.3 and 27.8, no overlap between seeds",
     ),
-    _sure("and more on hard ones", "AEPO", "accuracy alone", "tokens_hard", "above", reported="37.5 and 32.1"),
-    _claim(
+    SOURCE.sure("and more on hard ones", "AEPO", "accuracy alone", "tokens_hard", "above", reported="37.5 and 32.1"),
+    SOURCE.claim(
         "Easy prompts are answered better for it", "AEPO", "accuracy alone", "right_easy", "above", reported="0.873 now"
     ),
-    _claim("and hard ones", "AEPO", "accuracy alone", "right_hard", "above", reported="0.180 now, 0.158 before"),
-    _sure(
+    SOURCE.claim("and hard ones", "AEPO", "accuracy alone", "right_hard", "above", reported="0.180 now, 0.158 before"),
+    SOURCE.sure(
         "The reward as the text has it is plain accuracy, draw for draw",
         "AEPO as in the text",
         "accuracy alone",
@@ -117,7 +111,7 @@ CLAIMS = (
         threshold=1e-9,
         reported="equal",
     ),
-    _claim(
+    SOURCE.claim(
         "With a lagged target it saves tokens on easy prompts",
         "AEPO as in the text, lagged target",
         "accuracy alone",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.online_training import train_online
 from tokengrain.objectives import make_objective
 
@@ -93,17 +93,11 @@ ARMS = (
 )
 
 
-def _claim(method: str, says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim(method, says, first, second, measure, expect, source=f"worlds-online.md; {method}.md 7", **more)
-
-
-def _sure(method: str, says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return replace(_claim(method, says, first, second, measure, expect, **more), robust=True, judged="every seed")
+DAPO_SPEC, DCPO_SPEC, GSPO_SPEC = (Source(m, f"worlds-online.md; {m}.md 7") for m in ("dapo", "dcpo", "gspo"))
 
 
 CLAIMS = (
-    _sure(
-        "dcpo",
+    DCPO_SPEC.sure(
         "Late in training DCPO uses nearly all completions",
         "DCPO",
         None,
@@ -112,8 +106,7 @@ CLAIMS = (
         threshold=0.9,
         reported="0.95 to 0.97; 0.72 on average at 7B and 14B",
     ),
-    _sure(
-        "dcpo",
+    DCPO_SPEC.sure(
         "where GRPO uses less than half",
         "GRPO",
         None,
@@ -122,8 +115,7 @@ CLAIMS = (
         threshold=0.5,
         reported="0.28 to 0.34; 0.44 at 7B and 14B",
     ),
-    _sure(
-        "dcpo",
+    DCPO_SPEC.sure(
         "DCPO clips less than half as many tokens",
         "DCPO",
         "GRPO",
@@ -133,8 +125,7 @@ CLAIMS = (
         threshold=0.5,
         reported="0.0001 to 0.0002 and 0.0004 to 0.0010; a tenth at 7B and 14B",
     ),
-    _sure(
-        "dapo",
+    DAPO_SPEC.sure(
         "DAPO draws more than 1.5 times the samples",
         "DAPO",
         "GRPO",
@@ -144,8 +135,7 @@ CLAIMS = (
         threshold=1.5,
         reported="3.5 times, 3 to 5 at 7B and 14B",
     ),
-    _claim(
-        "dapo",
+    DAPO_SPEC.claim(
         "and is more accurate after as many updates",
         "DAPO",
         "GRPO",
@@ -154,8 +144,7 @@ CLAIMS = (
         judged="mean",
         reported="0.94 and 0.91",
     ),
-    _claim(
-        "gspo",
+    GSPO_SPEC.claim(
         "GSPO's published range clips more than a tenth of the tokens",
         "GSPO ε 3e-4",
         None,
@@ -164,8 +153,7 @@ CLAIMS = (
         threshold=0.1,
         reported="0.21; 0.11 to 0.15 at 7B and 14B",
     ),
-    _claim(
-        "gspo",
+    GSPO_SPEC.claim(
         "and learns more slowly than a wider one",
         "GSPO ε 3e-4",
         "GSPO ε 0.01",
@@ -174,7 +162,7 @@ CLAIMS = (
         judged="mean",
         reported="0.90 to 0.93 and 0.94 to 0.95 at the end",
     ),
-    _claim("dcpo", "DCPO is as accurate as GRPO", "DCPO", "GRPO", "held_out", "same", reported="0.90 and 0.91"),
+    DCPO_SPEC.claim("DCPO is as accurate as GRPO", "DCPO", "GRPO", "held_out", "same", reported="0.90 and 0.91"),
 )
 
 GROUP = Group(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from tokengrain.bench.claims.digit_sums import (
     accuracy,
     sample_groups,
 )
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.claims.tiny_gru import GRUPolicy
 from tokengrain.credit.dcpo import PromptHistory
 from tokengrain.credit.group import group_advantages, informative_groups
@@ -127,17 +126,11 @@ ARMS = (
 )
 
 
-def _claim(method: str, says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim(method, says, first, second, measure, expect, source=f"{method}.md 7", **more)
-
-
-def _sure(method: str, says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return replace(_claim(method, says, first, second, measure, expect, **more), robust=True, judged="every seed")
+DAPO_SPEC, DCPO_SPEC, GRPO_SPEC, GSPO_SPEC = (Source(m, f"{m}.md 7") for m in ("dapo", "dcpo", "grpo", "gspo"))
 
 
 CLAIMS = (
-    _claim(
-        "grpo",
+    GRPO_SPEC.claim(
         "GRPO rises from chance, about 0.21, to above 0.75 in 60 steps",
         "GRPO",
         None,
@@ -147,8 +140,7 @@ CLAIMS = (
         judged="mean",
         reported="0.81",
     ),
-    _sure(
-        "dcpo",
+    DCPO_SPEC.sure(
         "Smoothed advantages use nearly all completions",
         "DCPO",
         None,
@@ -157,9 +149,8 @@ CLAIMS = (
         threshold=0.9,
         reported="1.00",
     ),
-    _sure("dcpo", "and more than GRPO", "DCPO", "GRPO", "utilisation", "above", reported="1.00 and 0.67"),
-    _sure(
-        "dcpo",
+    DCPO_SPEC.sure("and more than GRPO", "DCPO", "GRPO", "utilisation", "above", reported="1.00 and 0.67"),
+    DCPO_SPEC.sure(
         "Adaptive bounds clip less than half as many tokens",
         "DCPO",
         "GRPO",
@@ -169,8 +160,7 @@ CLAIMS = (
         threshold=0.5,
         reported="0.010 and 0.037",
     ),
-    _claim(
-        "dcpo",
+    DCPO_SPEC.claim(
         "DCPO is more accurate after as many updates",
         "DCPO",
         "GRPO",
@@ -179,8 +169,7 @@ CLAIMS = (
         judged="mean",
         reported="0.90 and 0.81",
     ),
-    _claim(
-        "dcpo",
+    DCPO_SPEC.claim(
         "The bounds alone are as well",
         "DCPO, clipping alone",
         "GRPO",
@@ -189,9 +178,8 @@ CLAIMS = (
         judged="mean",
         reported="0.93 and 0.81",
     ),
-    _sure("dapo", "Refilled, all completions are used", "DAPO", None, "utilisation", "above", threshold=0.99),
-    _sure(
-        "dapo",
+    DAPO_SPEC.sure("Refilled, all completions are used", "DAPO", None, "utilisation", "above", threshold=0.99),
+    DAPO_SPEC.sure(
         "for more than 1.3 times the samples",
         "DAPO",
         "GRPO",
@@ -201,8 +189,7 @@ CLAIMS = (
         threshold=1.3,
         reported="2.3",
     ),
-    _claim(
-        "dapo",
+    DAPO_SPEC.claim(
         "DAPO is more accurate after as many updates",
         "DAPO",
         "GRPO",
@@ -211,8 +198,7 @@ CLAIMS = (
         judged="mean",
         reported="0.91 and 0.81",
     ),
-    _claim(
-        "gspo",
+    GSPO_SPEC.claim(
         "The published range clips more than a tenth of the tokens",
         "GSPO ε 3e-4",
         None,
@@ -221,8 +207,7 @@ CLAIMS = (
         threshold=0.1,
         reported="11 to 15 % at 7B and 14B",
     ),
-    _claim(
-        "gspo",
+    GSPO_SPEC.claim(
         "and is too tight for four tokens",
         "GSPO ε 3e-4",
         "GSPO ε 0.1",

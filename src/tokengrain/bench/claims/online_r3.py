@@ -6,14 +6,13 @@ with the right value; every style shifts all of them a little. Specification: dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.credit.group import group_advantages
 from tokengrain.credit.r3 import r3_rewards
 
@@ -123,17 +122,12 @@ ARMS = tuple(
 )
 
 
-def _claim(says: str, first: str, second: str, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim("dro", says, first, second, measure, expect, source="dro.md 7; arXiv 2506.13351", **more)
-
-
-def _sure(says: str, first: str, second: str, measure: str, expect: Any, **more: Any) -> Claim:
-    return replace(_claim(says, first, second, measure, expect, **more), robust=True, judged="every seed")
+SOURCE = Source("dro", "dro.md 7; arXiv 2506.13351")
 
 
 CLAIMS = (
     *(
-        _sure(
+        SOURCE.sure(
             f"R3 needs fewer steps than the plain mean with {length} reference tokens",
             f"R3, {length} tokens",
             f"mean, {length} tokens",
@@ -143,7 +137,7 @@ CLAIMS = (
         )
         for length, reported in ((200, "33 and 43"), (800, "36 and 54"))
     ),
-    _claim(
+    SOURCE.claim(
         "and with 50",
         "R3, 50 tokens",
         "mean, 50 tokens",
@@ -152,7 +146,7 @@ CLAIMS = (
         judged="mean",
         reported="33 and 36",
     ),
-    _sure(
+    SOURCE.sure(
         "R3 ranks traces better than the plain mean",
         "R3, 200 tokens",
         "mean, 200 tokens",
@@ -160,7 +154,7 @@ CLAIMS = (
         "above",
         reported="0.91 and 0.78 at 100 tokens, 0.86 and 0.67 at 400",
     ),
-    _sure(
+    SOURCE.sure(
         "and with the variance as the weight better still",
         "R3, variance, 800 tokens",
         "R3, 800 tokens",

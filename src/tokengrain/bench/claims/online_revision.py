@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.online_training import train_online
 from tokengrain.objectives import make_objective
 
@@ -118,17 +118,11 @@ ARMS = (
 )
 
 
-SPEC = "dro.md 7, another task there; arXiv 2506.13351"
-
-
-def _claim(
-    says: str, first: str, second: str | None, measure: str, expect: Any, *, source: str = SPEC, **more: Any
-) -> Claim:
-    return Claim("dro", says, first, second, measure, expect, source=source, **more)
+SOURCE = Source("dro", "dro.md 7, another task there; arXiv 2506.13351")
 
 
 CLAIMS = (
-    _claim(
+    SOURCE.claim(
         "The token with the largest deviation depends on the chain, in nine of ten references without noise",
         "R3",
         None,
@@ -138,7 +132,7 @@ CLAIMS = (
         judged="mean",
         reported="the two that depend on it are the two largest, above 0.9, in a template of 40 tokens",
     ),
-    _claim(
+    SOURCE.claim(
         "With R3 more chains are right on the way than with the plain mean",
         "R3",
         "mean",
@@ -146,7 +140,7 @@ CLAIMS = (
         "above",
         judged="mean",
     ),
-    _claim(
+    SOURCE.claim(
         "and half of them are sooner",
         "R3",
         "mean",
@@ -155,8 +149,10 @@ CLAIMS = (
         judged="mean",
         reported="16 and 20 steps to half of the prompts, 33 and 43 to nine of ten, without a model and 200 tokens",
     ),
-    _claim("R3 generalises better", "R3", "mean", "held_out", "above", judged="mean", source="our expectation"),
-    _claim("The variance as the weight is better than the deviation", "R3, variance", "R3", "on_the_way", "above"),
+    SOURCE.claim("R3 generalises better", "R3", "mean", "held_out", "above", judged="mean", source="our expectation"),
+    SOURCE.claim(
+        "The variance as the weight is better than the deviation", "R3, variance", "R3", "on_the_way", "above"
+    ),
 )
 
 GROUP = Group(

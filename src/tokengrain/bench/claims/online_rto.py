@@ -6,14 +6,14 @@ section 7.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.claims.markov import sample as sample_chain
 from tokengrain.bench.claims.markov_training import scalar, steps
 from tokengrain.bench.claims.tiny_gru import GRUPolicy, equal_segments
@@ -199,16 +199,11 @@ ARMS = (
 )
 
 
-def _claim(says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim("rto", says, first, second, measure, expect, source="rto.md 7; arXiv 2404.18922", **more)
-
-
-def _sure(says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return replace(_claim(says, first, second, measure, expect, **more), robust=True)
+SOURCE = Source("rto", "rto.md 7; arXiv 2404.18922")
 
 
 CLAIMS = (
-    _sure(
+    SOURCE.sure(
         "With a reward per token the middle of training is further",
         "RTO β₁ 0.3",
         "PPO",
@@ -217,7 +212,7 @@ CLAIMS = (
         judged="every seed",
         reported="0.79 and 0.31, 2.86 and 1.96, 5.13 and 3.00, 3.18 and 1.77 by seed",
     ),
-    _sure(
+    SOURCE.sure(
         "On the last token the same reward loses most of that",
         "delayed β₁ 0.3",
         "RTO β₁ 0.3",
@@ -228,7 +223,7 @@ CLAIMS = (
         judged="mean",
         reported="2.32 of 3.25, where PPO has 2.06: 0.22",
     ),
-    _claim(
+    SOURCE.claim(
         "Pure shaping keeps it",
         "shaping β₁ 0.3",
         "PPO",
@@ -237,8 +232,10 @@ CLAIMS = (
         judged="mean",
         reported="2.56 and 2.06",
     ),
-    _claim("A weight of 0.05, as published, helps less", "RTO β₁ 0.05", "RTO β₁ 0.3", "middle", "below", judged="mean"),
-    _claim(
+    SOURCE.claim(
+        "A weight of 0.05, as published, helps less", "RTO β₁ 0.05", "RTO β₁ 0.3", "middle", "below", judged="mean"
+    ),
+    SOURCE.claim(
         "A weight that dominates the sentence reward loses the gain",
         "RTO β₁ 1, no clip",
         "RTO β₁ 0.3",
@@ -247,7 +244,7 @@ CLAIMS = (
         judged="mean",
         reported="1.64 and 3.25",
     ),
-    _claim(
+    SOURCE.claim(
         "In the end all are equally far",
         "RTO β₁ 0.3",
         "PPO",

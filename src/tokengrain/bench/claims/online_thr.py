@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +20,7 @@ from tokengrain.bench.claims.digit_sums import (
     sample_groups,
     warm_start,
 )
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures, Source
 from tokengrain.bench.claims.tiny_gru import GRUPolicy
 from tokengrain.credit.group import group_advantages
 from tokengrain.credit.thr import correct_influence, influence_threshold, thr_weights, token_hidden_rewards
@@ -111,12 +111,11 @@ ARMS = (
 )
 
 
-def _claim(says: str, first: str, second: str, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim("thr", says, first, second, measure, expect, source="thr.md 7; arXiv 2510.03669", **more)
+SOURCE = Source("thr", "thr.md 7; arXiv 2510.03669")
 
 
 def _sure(says: str, first: str, second: str, **more: Any) -> Claim:
-    return replace(_claim(says, first, second, "change", "above", **more), robust=True, judged="every seed")
+    return SOURCE.sure(says, first, second, "change", "above", **more)
 
 
 CLAIMS = (
@@ -134,7 +133,7 @@ CLAIMS = (
         reported="0.0064 and 0.0057",
     ),
     _sure("and p 0 and p −0.5", "THR p +0, mask", "THR p -0.5, mask", reported="0.0057 and 0.0028"),
-    _claim(
+    SOURCE.claim(
         "From random weights the mask slows learning down",
         "THR p +0, mask 1, from scratch",
         "GRPO from scratch",
@@ -143,7 +142,7 @@ CLAIMS = (
         judged="mean",
         reported="0.30 and 0.985 after 120 steps",
     ),
-    _claim(
+    SOURCE.claim(
         "and a mask that keeps more does so less",
         "THR p +0, mask 0.1, from scratch",
         "THR p +0, mask 1, from scratch",

@@ -7,14 +7,14 @@ digits are tokens of their own: a Llama that sees one digit alone could not tell
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.claims.tiny_lm import copy_of, logps_of, mean_loss, sft, tiny_llama, token_batch, train
 from tokengrain.credit.reward_model import frozen_token_scores
 from tokengrain.credit.shaping import scale_scores
@@ -197,16 +197,11 @@ ARMS = (
 )
 
 
-def _claim(says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim("qrm", says, first, second, measure, expect, source="qrm.md 7; arXiv 2505.23363", **more)
-
-
-def _sure(says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return replace(_claim(says, first, second, measure, expect, **more), robust=True, judged="every seed")
+SOURCE = Source("qrm", "qrm.md 7; arXiv 2505.23363")
 
 
 CLAIMS = (
-    _sure(
+    SOURCE.sure(
         "Q-RM knows right tokens better than an outcome model, by 0.15",
         "Q-RM (0.2, 2)",
         "last-token ORM",
@@ -215,7 +210,7 @@ CLAIMS = (
         threshold=0.15,
         reported="0.997 and 0.69",
     ),
-    _sure(
+    SOURCE.sure(
         "at equal accuracy on pairs",
         "Q-RM (0.2, 2)",
         "last-token ORM",
@@ -224,7 +219,7 @@ CLAIMS = (
         threshold=0.03,
         reported="0.84 and 0.85",
     ),
-    _sure(
+    SOURCE.sure(
         "REINFORCE with its scores needs less than half the steps",
         "Q-RM (0.2, 2)",
         "last-token ORM",
@@ -234,7 +229,7 @@ CLAIMS = (
         threshold=0.5,
         reported="28 and 110",
     ),
-    _claim(
+    SOURCE.claim(
         "Q-RM knows right tokens better than DPO-RM",
         "Q-RM (0.2, 2)",
         "DPO-RM",
@@ -242,7 +237,7 @@ CLAIMS = (
         "above",
         reported="0.997 and 1.00: a finding about large models",
     ),
-    _claim(
+    SOURCE.claim(
         "REINFORCE needs fewer steps with Q-RM than with DPO-RM",
         "Q-RM (0.2, 2)",
         "DPO-RM",
@@ -250,7 +245,7 @@ CLAIMS = (
         "below",
         reported="28 and 21: a finding about large models",
     ),
-    _claim(
+    SOURCE.claim(
         "The margin helps: β 0.2 and γ 2 against β 1 and γ 0",
         "Q-RM (0.2, 2)",
         "Q-RM (1, 0)",

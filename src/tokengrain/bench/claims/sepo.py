@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures
+from tokengrain.bench.claims.framework import Arm, Claim, Group, Measures, Source
 from tokengrain.bench.claims.markov import MarkovPolicy, Pairs, Space, divergence, draw_pairs, expected, sample
 from tokengrain.bench.claims.markov_training import fit, log_ratio, logps_of, scalar, steps, train_dpo
 from tokengrain.objectives.selection import select_tokens
@@ -163,20 +163,16 @@ ARMS = (
     _arm("random 30 % γ 1, 400 pairs", "random", 1.0, "400 pairs"),
     _arm("SePO γ 1, 400 pairs", "oracle", 1.0, "400 pairs", "400 pairs"),
 )
-_SPEC = "sepo.md 7; arXiv 2408.13518"
-
-
-def _claim(says: str, first: str, second: str | None, measure: str, expect: Any, **more: Any) -> Claim:
-    return Claim("sepo", says, first, second, measure, expect, source=_SPEC, **more)
+SOURCE = Source("sepo", "sepo.md 7; arXiv 2408.13518")
 
 
 def _selection_claims(gamma: str, early: str, late: str, early_is_sure: bool) -> tuple[Claim, ...]:
     sepo, random, every = (f"{what} γ {gamma}" for what in ("SePO 30 %", "random 30 %", "all tokens"))
     sure: dict[str, Any] = {"robust": True, "judged": "every seed"}
     return (
-        _claim(f"Selected tokens beat random ones early, γ {gamma}", sepo, random, "early", "above", **sure),
-        _claim(f"Selected tokens beat random ones late, γ {gamma}", sepo, random, "late", "above", **sure),
-        _claim(
+        SOURCE.claim(f"Selected tokens beat random ones early, γ {gamma}", sepo, random, "early", "above", **sure),
+        SOURCE.claim(f"Selected tokens beat random ones late, γ {gamma}", sepo, random, "late", "above", **sure),
+        SOURCE.claim(
             f"Selected tokens beat all tokens early, γ {gamma}",
             sepo,
             every,
@@ -186,12 +182,14 @@ def _selection_claims(gamma: str, early: str, late: str, early_is_sure: bool) ->
             judged="mean",
             reported=early,
         ),
-        _claim(f"Selected tokens beat all tokens at the end, γ {gamma}", sepo, every, "late", "above", reported=late),
+        SOURCE.claim(
+            f"Selected tokens beat all tokens at the end, γ {gamma}", sepo, every, "late", "above", reported=late
+        ),
     )
 
 
 CLAIMS = (
-    _claim(
+    SOURCE.claim(
         "The oracle's selection finds the key tokens",
         "SePO 30 % γ 1",
         None,
@@ -202,7 +200,7 @@ CLAIMS = (
         robust=True,
         reported="0.91 of good, 0.89 of bad",
     ),
-    _claim(
+    SOURCE.claim(
         "It finds fewer with an oracle that saw 10 % of the pairs",
         "SePO γ 1, oracle on 10 %",
         "SePO 30 % γ 1",
@@ -214,7 +212,7 @@ CLAIMS = (
     ),
     *_selection_claims("1", "7.30 and 5.46", "8.79 and 10.73: not held for robust", True),
     *_selection_claims("2.1", "5.41 and 4.80", "6.81 and 9.35: not held for robust", False),
-    _claim(
+    SOURCE.claim(
         "A weak oracle's selection is worth less",
         "SePO γ 1, oracle on 10 %",
         "SePO 30 % γ 1",
@@ -222,7 +220,7 @@ CLAIMS = (
         "below",
         reported="3.52 and 7.30",
     ),
-    _claim(
+    SOURCE.claim(
         "With 400 pairs for everything the advantage over all tokens is gone",
         "SePO γ 1, 400 pairs",
         "all tokens γ 1, 400 pairs",
@@ -230,7 +228,7 @@ CLAIMS = (
         "same",
         reported="3.89 and 3.95",
     ),
-    _claim(
+    SOURCE.claim(
         "SePO moves further from the start per step",
         "SePO 30 % γ 1",
         "all tokens γ 1",
