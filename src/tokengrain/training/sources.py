@@ -44,6 +44,22 @@ def reads_reward_model(stage: ResolvedStage) -> bool:
     return kind is not None and kind.reward_model
 
 
+def is_reward_model(stage: ResolvedStage, role: str) -> bool:
+    """Whether the model in this place of the stage judges completions, and so may have a tokenizer of its own.
+
+    Args:
+        role: key of `stage.models`, such as "credit.model", "rewards[0].model" or "credit[1].source.model".
+    """
+    from tokengrain.credit import CREDIT
+
+    if role.startswith("credit."):
+        return reads_reward_model(stage)
+    step, _, rest = role.removeprefix("credit[").partition("].")
+    if stage.online is not None and role.startswith("credit[") and rest.startswith("source."):
+        return CREDIT[stage.online.credit[int(step)]["source"]["name"]].reward_model
+    return role.startswith("rewards[")
+
+
 def build_credit(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> Any:
     """The stage's credit source, or None."""
     if stage.credit is None:

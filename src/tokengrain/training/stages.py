@@ -20,7 +20,7 @@ from tokengrain.training.credit import columns_needed
 from tokengrain.training.execute import run_init, run_training
 from tokengrain.training.folder import RunFolder
 from tokengrain.training.plan import StagePlan, make_plan
-from tokengrain.training.sources import reads_reward_model
+from tokengrain.training.sources import is_reward_model
 from tokengrain.training.workshop import Workshop
 
 _RUNNERS = {
@@ -141,11 +141,9 @@ def _check_models(shop: Workshop, stage: ResolvedStage) -> None:
     config = models.load_config(stage.model, shop.path(stage.model))
     models.check_vocabulary(tokenizer, config, str(stage.model.path), str(stage.model.path))
     for role, other in stage.models.items():
-        # A reward model may have a tokenizer of its own.
-        reward_model = role.startswith("rewards[") or (role.startswith("credit.") and reads_reward_model(stage))
         if role.startswith("rewards[") and other.stage is None:
             check_completion_model(other, shop.path(other))
-        if other.stage is None and not reward_model:
+        if other.stage is None and not is_reward_model(stage, role):
             theirs = shop.tokenizer(other)
             models.check_same_vocabulary(
                 tokenizer, theirs, f"the policy {stage.model.path}", f"the {role} {other.path}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
 from tests.data.tokenizers import gpt2_like
 from tests.training.tiny import tiny_llama
@@ -102,6 +102,26 @@ def test_a_classifier_with_another_tokenizer(policy: Path, tmp_path: Path) -> No
     values["stages"].pop("reward")
     run(values)
     assert logged(tmp_path)["reward/reward_model/std"] > 0
+
+
+def test_token_rewards_of_a_model_with_another_tokenizer(policy: Path, tmp_path: Path) -> None:
+    from tests.data.tokenizers import llama_like
+
+    own = llama_like()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(own), num_labels=1, pad_token_id=0, max_position_embeddings=256, **sizes)
+    LlamaForTokenClassification(config).save_pretrained(tmp_path / "judge")
+    own.save_pretrained(tmp_path / "judge")
+    source = {"name": "reward_model", "model": str(tmp_path / "judge"), "scaling": "none"}
+    values = recipe_values(tmp_path, rewards=[], credit=[{"name": "token_rewards", "source": source}, "reinforce"])
+    values["stages"]["train"]["objective"] = {"name": "reinforce"}
+    values["stages"].pop("reward")
+    run(values)
+    assert logged(tmp_path)["reward/tokens"] != 0
+    # A guide must have the policy's vocabulary.
+    values["stages"]["train"]["credit"][0]["source"] = {"name": "guide", "model": str(tmp_path / "judge")}
+    with pytest.raises(ModelError, match="vocabular"):
+        run_recipe(make_recipe(values), overwrite=True, console=Console(quiet=True))
 
 
 def test_a_model_that_is_none_is_refused_before_anything_is_trained(policy: Path, tmp_path: Path) -> None:
