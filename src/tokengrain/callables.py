@@ -56,6 +56,22 @@ Whole = Annotated[int, Bounds(ge=0)]
 Count = Annotated[int, Bounds(ge=1)]
 
 
+def load_named(name: str, known: Mapping[str, str], what: str) -> Callable[..., Any]:
+    """A name in `known`, which has import strings, or an import string: "module:name" or "path.py:name".
+
+    Args:
+        what: what it is called in the message.
+
+    Raises:
+        RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
+    """
+    if name in known:
+        return load_callable(known[name])
+    if ":" in name:
+        return load_callable(name)
+    raise RecipeError(f"unknown {what} {name!r}{nearest(name, known)}")
+
+
 def nearest(name: str, names: Collection[str]) -> str:
     """`"; did you mean 'beta'?"`, or the names there are, for an unknown `name`."""
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)

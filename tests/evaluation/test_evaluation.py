@@ -142,3 +142,10 @@ def test_missing_scipy_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_scipy)
     with pytest.raises(TokengrainError, match=r"tokengrain\[eval\]"):
         spearman(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+
+
+def test_wilson_ends_are_exact():
+    """Not 2.8e-17, which a report would print."""
+    for n in (5, 7, 180):
+        assert wilson(0, n).low == 0.0
+        assert wilson(n, n).high == 1.0

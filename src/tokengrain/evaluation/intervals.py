@@ -59,7 +59,9 @@ def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Estimate
     z, p = normal_quantile(confidence), successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
+    # At the ends the two are equal but for rounding.
+    low = max(0.0, centre - half) if successes else 0.0
+    return Estimate(p, low, min(1.0, centre + half) if successes < n else 1.0)
 
 
 def mean_interval(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokengrain.callables import load_callable, nearest, validate_settings
+from tokengrain.callables import load_named, validate_settings
 from tokengrain.errors import RecipeError, shown
 from tokengrain.rollout.base import Sampler
 
@@ -31,11 +31,7 @@ def sampler_class(name: str) -> Callable[..., Any]:
     Raises:
         RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
     """
-    if name in SAMPLERS:
-        return load_callable(SAMPLERS[name])
-    if ":" in name:
-        return load_callable(name)
-    raise RecipeError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}")
+    return load_named(name, SAMPLERS, "sampler")
 
 
 def check_sampler(given: Any) -> dict[str, Any]:

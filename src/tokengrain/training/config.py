@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from tokengrain.errors import RecipeError
+from tokengrain.objectives.normalise import NormaliserName
+from tokengrain.scoring.layouts import Layout
 
 LAYOUTS = ("auto", "shared", "separate")
 
@@ -54,10 +56,10 @@ class PreferenceConfig(TrainingArguments):
     max_tokens_per_microbatch: int | None = field(
         default=None, metadata={"help": "Most tokens in one forward pass; None: the whole device batch."}
     )
-    normaliser: str = field(default="mean", metadata={"help": "mean, token_mean, constant or sum."})
+    normaliser: NormaliserName = field(default="mean", metadata={"help": "mean, token_mean, constant or sum."})
     normaliser_constant: float | None = field(default=None, metadata={"help": "Divisor of the normaliser 'constant'."})
     disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off in the policy."})
-    layout: str = field(default="auto", metadata={"help": "auto, shared or separate."})
+    layout: Layout = field(default="auto", metadata={"help": "auto, shared or separate."})
     chunk_tokens: int | None = field(default=None, metadata={"help": "Tokens whose logits are formed at once."})
     log_entropy: bool = field(default=False, metadata={"help": "Log the policy's entropy in training."})
     overwrite_output_dir: bool = field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ WHOLE = "whole"
 """Measured as well: what the policy prefers when all tokens count, also those an objective does not read."""
 
 
-class EvalBatches(Sequence[HostBatch]):
+class EvalBatches:
     """This rank's share of an evaluation set, cut into micro-batches.
 
     Args:
@@ -68,8 +68,27 @@ class EvalBatches(Sequence[HostBatch]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, index: int) -> HostBatch:  # type: ignore[override]  # Dataset is generic in what it holds
-        return self._parts[index]
+    def __iter__(self) -> Iterator[HostBatch]:
+        return iter(self._parts)
+
+
+def meant(trainer: Trainer, eval_dataset: Any) -> Any:
+    """The data that `Trainer.evaluate` was asked for: these, one of several by name, or the trainer's own.
+
+    Raises:
+        DataError: there are none.
+    """
+    own: Any = trainer.eval_dataset
+    dataset = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
+    if dataset is None:
+        raise DataError("evaluation needs an eval_dataset")
+    return dataset
+
+
+def evaluated(metrics: Mapping[str, float], prefix: str, count: int) -> EvalLoopOutput:
+    """What an evaluation loop returns: metrics under their prefix, of `count` samples; no predictions are kept."""
+    nothing: Any = None
+    return EvalLoopOutput(nothing, nothing, {f"{prefix}_{name}": value for name, value in metrics.items()}, count)
 
 
 class EvalSums:
@@ -144,11 +163,7 @@ class EvaluationMixin(Trainer):
         Raises:
             DataError: there is no such set, it is empty, or a row does not fit the model.
         """
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]  # several, by name
-        dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise DataError("evaluation needs an eval_dataset")
+        dataset = meant(self, eval_dataset)
         samples = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
         pairs = self.objective.unit == "pairs"
         check_samples(samples, self.model, name=getattr(dataset, "name", "eval"), pairs=pairs)
@@ -184,8 +199,7 @@ class EvaluationMixin(Trainer):
         if self.accelerator.is_fsdp2:
             reshard(model)
         metrics = sums.metrics(self.args.normaliser, self.args.device)
-        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, prefixed, dataloader.n_samples)  # type: ignore[arg-type]  # no predictions are kept
+        return evaluated(metrics, metric_key_prefix, dataloader.n_samples)
 
     def _sums(self, batches: EvalBatches) -> EvalSums:
         sums, mixed_precision = EvalSums(), self.accelerator.autocast

@@ -88,12 +88,13 @@ class StartingAdapterReference:
 
 def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     """`value` on the device, and sharded over the ranks, like `parameter` (FSDP2 shards after we copied)."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None or hasattr(value, "device_mesh"):
-        return value.to(parameter.device)
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh") or hasattr(value, "device_mesh"):
+        return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]  # a DTensor, by its mesh
+    sharded: Any = parameter
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
 def adapter_is_neutral(model: Any) -> bool:

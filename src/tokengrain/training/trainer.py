@@ -82,7 +82,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         self.objective: BoundObjective = resolve_objective(objective)
-        self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)  # type: ignore[arg-type]  # the config checked it
+        self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)
         self._datasets = {"train": train_dataset, **_named(eval_dataset)}
         use = resolve_credit(credit, credit_as, self.objective, self._columns())
         check_together(self.objective, use.role if use is not None else None, teacher)
@@ -102,10 +102,11 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         args._setup_devices  # noqa: B018
         args._n_gpu = min(args._n_gpu, 1)
         self._reset_step()
+        collate: Any = self._collate  # to batches that are no dicts
         super().__init__(
             model,
             args,
-            data_collator=self._collate,  # type: ignore[arg-type]  # batches that are no dicts
+            data_collator=collate,
             train_dataset=endless(train_dataset, args.max_steps),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -113,7 +114,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise RecipeError("fsdp is set, but accelerate does not shard on this device, as on CPU")
-        prepare(self.model, layout=args.layout)  # type: ignore[arg-type]  # on its device by now, and not yet wrapped
+        prepare(self.model, layout=args.layout)  # on its device by now, and not yet wrapped
         self._log_file = JsonlLog(self.output_path / LOG_FILE)
         self.add_callback(self._log_file)
         self.add_callback(StepGuard(self))

@@ -10,14 +10,16 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from tokengrain.errors import DataError
 from tokengrain.evaluation.intervals import mean_interval
 from tokengrain.evaluation.online import mean_over_prompts, pass_at_k
 from tokengrain.rollout.base import PromptItem
+from tokengrain.training.evaluate import evaluated, meant
 from tokengrain.training.online.checks import check_prompts
 from tokengrain.training.online.prompts import PromptDataset
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tokengrain.rewards import RewardSuite
     from tokengrain.rollout.base import Sampler
     from tokengrain.training.online.config import OnlineConfig
@@ -82,6 +84,7 @@ class OnlineEvaluationMixin(Trainer):
 
     if TYPE_CHECKING:  # what OnlineTrainer adds
         args: OnlineConfig
+        model: nn.Module
         sampler: Sampler
         rewards: RewardSuite | None
         ranks: Ranks
@@ -98,13 +101,8 @@ class OnlineEvaluationMixin(Trainer):
         Raises:
             DataError: there are none, or one does not fit the model.
         """
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]  # several, by name
-        dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise DataError("evaluation needs an eval_dataset")
-        prompts = self._prompts(dataset, "eval")
-        check_prompts(prompts, self.model, self.args.max_new_tokens)  # type: ignore[arg-type]  # Trainer allows no model
+        prompts = self._prompts(meant(self, eval_dataset), "eval")
+        check_prompts(prompts, self.model, self.args.max_new_tokens)
         return EvalPrompts(prompts, self.ranks.rank, self.ranks.world)
 
     def evaluation_loop(
@@ -127,8 +125,7 @@ class OnlineEvaluationMixin(Trainer):
         metrics = completion_metrics(entries)
         if self.args.eval_generations > 1 and "correct" in entries[0]:
             metrics |= _pass_at_k([e["correct"] for e in entries])
-        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, prefixed, dataloader.n_samples)  # type: ignore[arg-type]  # no predictions are kept
+        return evaluated(metrics, metric_key_prefix, dataloader.n_samples)
 
     def _evaluated(self, prompts: list[PromptItem]) -> list[dict[str, Any]]:
         """What became of each prompt; see `completion_metrics`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from tokengrain.callables import load_callable, nearest, validate_settings
+from tokengrain.callables import load_named, validate_settings
 from tokengrain.errors import RecipeError, shown
 from tokengrain.training.online.step import NEEDS, PHASES, CreditStep
 
@@ -44,11 +44,7 @@ def step_class(name: str) -> Callable[..., Any]:
     Raises:
         RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
     """
-    if name in ONLINE_CREDIT:
-        return load_callable(ONLINE_CREDIT[name])
-    if ":" in name:
-        return load_callable(name)
-    raise RecipeError(f"unknown online credit {name!r}{nearest(name, ONLINE_CREDIT)}")
+    return load_named(name, ONLINE_CREDIT, "online credit")
 
 
 def step_objects(name: str) -> frozenset[str]:

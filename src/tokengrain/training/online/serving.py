@@ -32,13 +32,14 @@ def refresh_sampler(trainer: OnlineTrainer) -> None:
         trained = "an adapter" if adapter else "no adapter"
         raise RecipeError(f"sampler {server.name!r}: refresh is {server.how!r}, but {trained} is trained")
     folder = trainer.output_path / SAMPLER_FOLDER
+    policy: Any = trainer.model
 
     def load() -> tuple[str | None, int] | None:
         if not trainer.is_world_process_zero():
             return None
         shutil.rmtree(folder, ignore_errors=True)
         with no_progress_bar():
-            trainer.model.save_pretrained(folder)  # type: ignore[operator]  # a PreTrainedModel or PeftModel
+            policy.save_pretrained(folder)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
         server.refresh(folder)  # the server may read it again: it stays until the next one
