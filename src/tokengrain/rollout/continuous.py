@@ -98,6 +98,7 @@ class HFContinuous:
                     generation_config=_generation_config(n, sampling, stop_ids),
                     continuous_batching_config=batching,
                 )
+            # The engine has no error of its own: these are what it raises for models and devices that it lacks.
             except (ValueError, NotImplementedError, ImportError, RuntimeError, AttributeError) as error:
                 raise RolloutError(
                     f"continuous batching does not run here ({type(error).__name__}: {error}); expected a model "
