@@ -213,3 +213,22 @@ class TestTokenBatch:
         mixed = Sample([1], [Completion([1], None, {"ref_logps": [0.1]}), Completion([2])], row=5)
         with pytest.raises(ValueError, match="row 5: column 'ref_logps' is missing in one completion"):
             TokenBatch.from_samples([mixed])
+
+
+def test_counted_must_have_one_entry_per_token() -> None:
+    """Else the tokens of one completion would be counted in the next one."""
+    shifted = [Completion([5, 6, 7], [True, False]), Completion([8], [True, True])]
+    with pytest.raises(ValueError, match="row r3: `counted` has 2 entries, expected 3"):
+        TokenBatch.from_samples([Sample([1], shifted, row="r3")])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_values_are_added_up_in_float32(dtype: torch.dtype) -> None:
+    segments = Segments.from_lengths([1000, 601])
+    values = torch.full((1601,), 100.0, dtype=dtype).requires_grad_()
+    means = segments.mean(values)
+    assert means.dtype == dtype
+    assert means.tolist() == [100.0, 100.0]
+    assert torch.equal(segments.sum(values / 100).detach(), torch.tensor([1000.0, 601.0]).to(dtype))
+    (grad,) = torch.autograd.grad(means.float().sum(), values)
+    torch.testing.assert_close(grad, (1 / segments.broadcast(segments.lengths)).to(dtype))

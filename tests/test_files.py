@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,14 @@ def test_fingerprints_depend_on_content_alone(tmp_path: Path) -> None:
     assert both != file_fingerprint(tmp_path / "x")  # the seam between files counts
     write_json(tmp_path / "j", {"ü": "é"})
     assert json.loads((tmp_path / "j").read_text(encoding="utf-8")) == {"ü": "é"}
+
+
+def test_threads_may_write_one_path_at_a_time(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(50):
+            write_json(tmp_path / "a.json", {"number": number, "text": "x" * 20_000})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # an error in a thread is raised here
+    assert len(read_json(tmp_path / "a.json")["text"]) == 20_000
+    assert os.listdir(tmp_path) == ["a.json"]

@@ -107,7 +107,7 @@ class TokenBatch:
         for name in sorted(names):
             parts = [_column(s.row, c, name) for s in samples for c in s.completions]
             columns[name] = torch.cat(parts)
-        counted = [c.counted if c.counted is not None else [True] * len(c.ids) for c in completions]
+        counted = [_counted(s.row, c) for s in samples for c in s.completions]
         return cls(
             prompt_ids=torch.tensor([t for s in samples for t in s.prompt_ids], dtype=torch.long),
             prompt_offsets=offsets_of([len(s.prompt_ids) for s in samples]),
@@ -248,6 +248,17 @@ class TokenBatch:
     def to_padded(self, values: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         """Flat `[N, ...]` to `([C, T, ...], mask [C, T])`; see `Segments.to_padded`."""
         return self.segments.to_padded(values, fill)
+
+
+def _counted(row: int | str, completion: Completion) -> list[bool]:
+    if completion.counted is None:
+        return [True] * len(completion.ids)
+    if len(completion.counted) != len(completion.ids):
+        raise ValueError(
+            f"row {row}: `counted` has {len(completion.counted)} entries, expected {len(completion.ids)} "
+            "(one per completion token)"
+        )
+    return completion.counted
 
 
 def _column(row: int | str, completion: Completion, name: str) -> Tensor:

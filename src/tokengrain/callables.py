@@ -7,9 +7,12 @@ of their signature, with type and range written there once (`beta: Positive = 0.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
+import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -78,6 +81,13 @@ def nearest(name: str, names: Collection[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(sorted(names)) or 'none'}"
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises ValueError if the argument `name` is none of what the type `choices`, a `Literal`, allows."""
+    if value not in typing.get_args(choices):
+        *others, last = map(repr, typing.get_args(choices))
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 def keyword_types(function: Callable[..., Any], also: Collection[str] = ()) -> dict[str, Any]:
@@ -152,11 +162,7 @@ def load_callable(reference: str) -> Callable[..., Any]:
         path = Path(place).expanduser()
         if not path.is_file():
             raise RecipeError(f"{reference!r}: no file {str(path)!r}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None  # a path that ends in .py always has a loader
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = _module_of_file(path)
     else:
         try:
             module = importlib.import_module(place)
@@ -171,10 +177,28 @@ def load_callable(reference: str) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], found)
 
 
-def source_of(function: Callable[..., Any]) -> str:
-    """Source text of a function or of an object's class; "" where there is none."""
+def _module_of_file(path: Path) -> types.ModuleType:
+    """The module that the file makes, run anew."""
+    # Dataclasses and `inspect` look a class up in the module that `sys.modules` has under its name; the path in it
+    # keeps a user's `json.py` from taking another module's place.
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # a path that ends in .py always has a loader
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        return inspect.getsource(function if inspect.isroutine(function) else type(function))
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """Source text of a function, of a class or of an object's class; "" where there is none."""
+    named = inspect.isroutine(function) or inspect.isclass(function)
+    try:
+        return inspect.getsource(function if named else type(function))
     except (OSError, TypeError):
         return ""
 

@@ -101,7 +101,7 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
         rows = [_row("base", "base", world.evaluate(world.reference, n=samples), seconds=0.0)]
         for method, title in METHODS.items():
             progress.update(task, advance=1, description=title)
-            recipe = load_recipe(method, model=WORLD, data=WORLD, overrides=[f"output_dir={output / method}"])
+            recipe = load_recipe(method, model=WORLD, data=WORLD, output=output / method)
             result = run_recipe(recipe, overwrite=overwrite, console=Console(quiet=True))
             model = AutoModelForCausalLM.from_pretrained(result.model_path)
             rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=_seconds(result.metrics)))

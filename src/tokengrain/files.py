@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 
@@ -19,8 +20,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: writers such as pyarrow and pandas go by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # The suffix stays last: writers such as pyarrow and pandas go by it. Threads may write one path at a time each.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{get_ident()}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

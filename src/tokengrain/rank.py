@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from tokengrain.data.config import BATCH_ROWS, RowError
 from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.fields import check_prompt, check_row, content
 from tokengrain.data.formats import Example, pair_example
+from tokengrain.data.readers import file_kind
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError
 from tokengrain.evaluation.best_of_n import LengthBucket, Pooling, accuracy_by_length, score_completions
 from tokengrain.evaluation.intervals import Estimate, wilson
@@ -87,25 +88,25 @@ def rank(
     Raises:
         DataError: a row without prompt or completions, or of wrong types; names the row and the field.
         ModelError: no such reward model.
-        RunError: the output exists or cannot be written.
+        RecipeError, RunError: a setting that is missing or unknown; an output that exists or cannot be written.
     """
+    if pooling not in get_args(Pooling):
+        raise RecipeError(f"pooling is {pooling!r}; expected one of {', '.join(get_args(Pooling))}")
     rows = load_rows(file, streaming=True)
-    target = _target(file, rows.name, output, overwrite)
+    result = Ranking(_target(file, rows.name, output, overwrite))
     tokenize = tokenize or TokenizeConfig()
     source, tokenizer, device, positions = _scorer(model, tokenizer, device)
     encoder = ExampleEncoder(tokenizer, tokenize, lambda example: example, positions)
     budget = max_tokens or (GPU_TOKENS if torch.device(device).type == "cuda" else CPU_TOKENS)
-    result = Ranking(target)
     scores: list[float] = []
     lengths: list[int] = []
-    with _saving(target) as stream, _bar(progress, f"ranking {rows.name}") as advance:
+    with _saving(result.output) as stream, _bar(progress, f"ranking {rows.name}") as advance:
         source_rows = iter(rows)
         while group := list(islice(source_rows, BATCH_ROWS)):
             ready = _candidates(group, encoder, rows, tokenize, result)
             found = _scored([c for _, _, c in ready], source, pooling, budget, device)
             for (number, row, candidates), values in zip(ready, found, strict=True):
-                best = _best(values, rows.place(number))
-                ranked = {**row, "scores": values, "best": best}
+                ranked = {**row, "scores": values, "best": _best(values, rows.place(number))}
                 stream.write(json.dumps(ranked, ensure_ascii=False, default=str) + "\n")
                 if "chosen" in row and "completions" not in row:
                     scores += values
@@ -191,7 +192,7 @@ def _target(file: Any, name: str, output: Any, overwrite: bool) -> Path:
     named = isinstance(file, (str, os.PathLike))
     if output is None and not named:
         raise RecipeError("output is missing; it is needed where the rows do not come from a file")
-    stem = Path(name).name.split(".")[0]
+    stem = Path(name.removesuffix(".gz")).stem if file_kind(Path(name)) else Path(name).name
     target = Path(output) if output is not None else Path(f"{stem}.ranked.jsonl")
     if target.suffix != ".jsonl":
         raise RecipeError(f"output is {str(target)!r}; expected a name that ends in .jsonl")
@@ -263,8 +264,7 @@ def _merged(samples: Sequence[Sample]) -> list[Sample]:
 
 def _best(values: list[float], place: tuple[str, str]) -> int:
     if not all(map(math.isfinite, values)):
-        file, row = place
-        raise DataError("a score is not finite", file=file, row=row, value=values, expected="finite numbers")
+        raise DataError("a score is not finite", file=place[0], row=place[1], value=values, expected="finite numbers")
     return values.index(max(values))
 
 

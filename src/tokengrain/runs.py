@@ -14,11 +14,12 @@ Every file is written atomically, so whatever is there is whole; `status` says w
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tokengrain.errors import RunError
+from tokengrain.errors import RunError, shown
 from tokengrain.files import read_json, write_json
 
 FORMAT = 1
@@ -26,6 +27,8 @@ FORMAT = 1
 
 TRAINED = ("sft", "train", "reward", "online")
 """Kinds of stages that make a trained model."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 Status = Literal["running", "interrupted", "failed", "done"]
 
@@ -60,7 +63,7 @@ class StageRecord:
     def metrics(self) -> dict[str, Any]:
         """Content of `metrics.json`: `before`, `after`, `train`; empty if the stage has none yet."""
         path = self.path / "metrics.json"
-        return read_json(path) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
 
     def log(self) -> list[dict[str, Any]]:
         """Rows of `log.jsonl`; a last line that was cut off by a kill is left out."""
@@ -68,12 +71,12 @@ class StageRecord:
         if not path.exists():
             return []
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:  # not JSON, or not UTF-8
                 continue
-        return rows
+        return [row for row in rows if isinstance(row, dict)]
 
     def save(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         path = self.path / "metrics.json"
-        return read_json(path) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
 
     @property
     def credit_stages(self) -> list[StageRecord]:
@@ -144,11 +147,26 @@ def read_stage(path: Path) -> StageRecord | None:
     """The record of the stage in folder `path`, or None if no stage has started there."""
     if not (path / "stage.json").exists():
         return None
+    record = read_object(path / "stage.json")
     try:
-        record = read_json(path / "stage.json")
         return StageRecord(path=path, **record)
-    except (json.JSONDecodeError, TypeError) as error:
+    except TypeError as error:
         raise RunError(f"{path / 'stage.json'} is not a stage record of tokengrain: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run.
+
+    Raises:
+        RunError: it holds something else.
+    """
+    try:
+        found = read_json(path)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise RunError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} is damaged: got {shown(found)}; expected an object")
+    return found
 
 
 def is_run(path: str | Path) -> bool:
@@ -170,13 +188,15 @@ def read_run(path: str | Path) -> Run:
         raise RunError(f"{path} is a file; expected the folder of a run (one with run.json in it)")
     if not is_run(path):
         raise RunError(f"{path} is not a run folder: it has no run.json ({_contents(path)}){_hint(path)}")
+    info = read_object(path / "run.json")
     try:
-        info = read_json(path / "run.json")
         recipe_file = path / "recipe.yaml"
         recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.exists() else {}
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"{path} holds a damaged run.json or recipe.yaml: {error}") from error
-    if not isinstance(info, dict) or "status" not in info:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{recipe_file} is damaged: {error}") from error
+    if recipe is not None and not isinstance(recipe, dict):
+        raise RunError(f"{recipe_file} is damaged: got {shown(recipe)}; expected a recipe")
+    if "status" not in info:
         raise RunError(f"{path / 'run.json'} was not written by `tokengrain train`: it has no status")
     names = [stage["name"] for stage in info.get("stages", [])]
     records = [record for name in names if (record := read_stage(path / name)) is not None]
@@ -191,8 +211,9 @@ def unfinished_message(run: Run) -> str:
     parts = [f"{run.path} is not finished (status: {run.status})"]
     parts.append(f"finished stages: {', '.join(done) if done else 'none'} of {', '.join(names)}")
     for stage in started:
-        steps = sorted(int(p.name.split("-")[1]) for p in stage.path.glob("checkpoint-[0-9]*") if p.is_dir())
-        kept = f"checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
+        found = [_CHECKPOINT.fullmatch(p.name) for p in stage.path.glob("checkpoint-*") if p.is_dir()]
+        steps = [int(match[1]) for match in found if match]
+        kept = f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
         parts.append(f"stage {stage.name!r} is {stage.status} ({kept})")
     parts.append(f"to continue: {resume_command(run)}")
     return "; ".join(parts)

@@ -60,13 +60,15 @@ class Segments:
         return self.positions == self.broadcast(self.lengths) - 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum per segment: `[N, ...] -> [C, ...]`; an empty segment gives 0."""
-        out = values.new_zeros((len(self), *values.shape[1:]))
-        return out.index_add(0, self.ids, self._checked(values))
+        """Sum per segment: `[N, ...] -> [C, ...]`; an empty segment gives 0. 16-bit values are added up in float32."""
+        wide = _widened(self._checked(values))
+        out = wide.new_zeros((len(self), *values.shape[1:]))
+        return out.index_add(0, self.ids, wide).to(values.dtype)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean per segment: `[N] -> [C]`; an empty segment gives 0."""
-        return self.sum(values) / self.lengths.clamp(min=1).to(values.dtype)
+        wide = _widened(values)
+        return (self.sum(wide) / self.lengths.clamp(min=1).to(wide.dtype)).to(values.dtype)
 
     def max(self, values: Tensor) -> Tensor:
         """Maximum per segment: `[N] -> [C]`; an empty segment gives -inf."""
@@ -119,3 +121,8 @@ class Segments:
         if values.shape[0] != self.total:
             raise ValueError(f"flat vector has {values.shape[0]} tokens, expected {self.total}")
         return values
+
+
+def _widened(values: Tensor) -> Tensor:
+    """16-bit numbers in float32: bfloat16 cannot count beyond 256 one by one."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

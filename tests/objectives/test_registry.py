@@ -14,7 +14,18 @@ from torch import Tensor
 from tests.objectives.examples import example
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
-from tokengrain.objectives import OBJECTIVES, LossOutput, dpo_loss, make_objective
+from tokengrain.objectives import (
+    OBJECTIVES,
+    LossOutput,
+    Objective,
+    dpo_loss,
+    make_objective,
+    qrm_loss,
+    sft_loss,
+    simpo_loss,
+    tdpo_loss,
+)
+from tokengrain.objectives.grpo import grpo_loss
 
 
 @pytest.mark.parametrize(
@@ -156,3 +167,22 @@ def test_online_objectives_know_what_a_rollout_may_bring() -> None:
     assert with_kl.optional == plain.optional - {"ref_logps"}
     assert make_objective("reinforce").needs == {"advantages"}
     assert make_objective("dpo", reference_free=True).optional == frozenset()  # offline, stored columns are not read
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "message"),
+    [
+        (dpo_loss, {"loss_type": "apo_zero"}, "loss_type must be 'sigmoid'"),
+        (simpo_loss, {"loss_type": "ipo"}, "loss_type must be 'sigmoid'"),
+        (tdpo_loss, {"variant": "TDPO1"}, "variant must be 'tdpo1' or 'tdpo2', got 'TDPO1'"),
+        (qrm_loss, {"pooling": "sum"}, "pooling must be 'mean' or 'last'"),
+        (sft_loss, {"per": "sentence"}, "per must be 'token' or 'sequence'"),
+        (grpo_loss, {"importance": "sentence"}, "importance must be 'token' or 'sequence'"),
+        (grpo_loss, {"reduction": "token_mean"}, "reduction must be 'mean', 'sum' or 'constant', got 'token_mean'"),
+    ],
+)
+def test_an_unknown_form_is_refused_by_the_loss_itself(loss: Any, arguments: Any, message: str) -> None:
+    """Also where nobody has looked at its annotations: it must not pass for another form."""
+    flat = {name: torch.zeros(2) for name in Objective("mine", loss).quantities}
+    with pytest.raises(ValueError, match=message):
+        loss(torch.zeros(2), Segments.from_lengths([1, 1]), **flat, **arguments)

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from tests.objectives.examples import F64, PairLogits, example, gradient, mean_loss, pair_logits
+from tests.scoring.models import batch_of, tiny
 from tokengrain.batch import Segments
-from tokengrain.objectives import LossOutput, dpo_loss, rrpo_loss, rrpo_reads, span_rewards
+from tokengrain.errors import ModelError
+from tokengrain.objectives import LossOutput, dpo_loss, make_objective, rrpo_loss, rrpo_reads, span_rewards
+from tokengrain.scoring import ColumnReference
+from tokengrain.training.losses import PreferenceLoss
 
 LENGTHS = (4, 5, 3, 2)
 SPANS = (0, 1, 1, 0, 0, 1, 0, 2, 2, 1, 0, 2, 0, 1)
@@ -199,3 +203,28 @@ def test_empty_completions_stay_finite() -> None:
         )
         assert torch.isfinite(output.losses).all()
         assert output.losses[1].item() == pytest.approx(math.log(2))
+
+
+def test_without_a_kl_term_no_kl_is_needed(x: Logits) -> None:
+    given = {"ref_logps": x.scores(x.reference)["logps"], "spans": x.spans}
+    bare = rrpo_loss(x.scores(x.policy)["logps"], x.segments, alpha=0.0, **given)
+    whole = x.loss(x.policy, alpha=0.0)
+    assert torch.equal(bare.losses, whole.losses)
+    assert whole.metrics.keys() - bare.metrics.keys() == {"kl/chosen", "kl/rejected"}
+    with pytest.raises(ValueError, match=r"alpha = 0\.1 needs kl"):
+        rrpo_loss(x.scores(x.policy)["logps"], x.segments, alpha=0.1, **given)
+    assert make_objective("rrpo").needs == {"ref_logps", "kl", "spans"}
+    assert make_objective("rrpo", alpha=0).needs == {"ref_logps", "spans"}
+
+
+def test_without_a_kl_term_stored_log_probabilities_are_enough() -> None:
+    batch = batch_of((6, (4, 5)), (3, (3, 2)))
+    batch = batch.with_columns(
+        spans=(torch.arange(batch.segments.total) % 3 == 0).float(), ref_logps=torch.full((batch.segments.total,), -2.0)
+    )
+    model = tiny("llama")
+    judged = PreferenceLoss(make_objective("rrpo", alpha=0), ColumnReference(), None)(model, batch)
+    assert judged.output.losses.shape == (2,)
+    assert bool(torch.isfinite(judged.output.losses).all())
+    with pytest.raises(ModelError, match="needs a live reference"):
+        PreferenceLoss(make_objective("rrpo"), ColumnReference(), None)(model, batch)

@@ -91,3 +91,16 @@ class TestSFT:
         output = sft_loss(x.logps, x.segments, per="sequence")
         loss = make_normaliser("mean")(output, Counts.of(x.segments, pairs=False))
         torch.testing.assert_close(loss, -x.logps.sum() / 3)
+
+
+@pytest.mark.parametrize(("lengths", "empty"), [((2, 0, 1, 2), 2), ((0, 2, 1, 2), 2), ((0, 0, 1, 2), 0)])
+def test_a_pair_with_an_empty_side_trains_nothing_and_stays_in_the_count(lengths: tuple[int, ...], empty: int) -> None:
+    """A selection may leave nothing of one side; the mean over no tokens, 0, would beat every text."""
+    x = example(lengths)
+    losses = simpo_loss(x.logps, x.segments).losses
+    assert losses[0] == 0
+    (grad,) = torch.autograd.grad(losses.sum(), x.logps)
+    assert bool((grad[:empty] == 0).all())
+    assert bool((grad[empty:] != 0).all())
+    other = simpo_loss(x.logps[empty:], Segments.from_lengths(lengths[2:])).losses
+    torch.testing.assert_close(mean_loss(simpo_loss(x.logps, x.segments), x.segments), other[0] / 2)

@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 
-from tests.scoring.models import SEPARATE, SHARING, gradients, plain, small_batch, standard_batch, tiny
+from tests.scoring.models import SEPARATE, SHARING, batch_of, gradients, plain, small_batch, standard_batch, tiny
 from tokengrain.errors import ModelError
 from tokengrain.scoring import Scores, distribution_of, prepare, score
 from tokengrain.scoring.masks import MaskForm
@@ -101,3 +102,39 @@ def test_the_probe_finds_a_wrong_window(monkeypatch):
     monkeypatch.setattr("tokengrain.scoring.probe.mask_forms", lambda config: [MaskForm({"": None})])
     with pytest.raises(ModelError, match="cannot share prompts: hidden states differ"):
         prepare(tiny("mistral"), layout="shared")
+
+
+LONG = {"sliding_window": 600, "max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(("name", "shares"), [("mistral", True), ("gemma3_text", True), ("llama", False)])
+def test_a_window_too_long_for_a_probe(name, shares):
+    """Llama has a window in its config and none in its attention, as some converted checkpoints do."""
+    model, batch = tiny(name, **LONG).eval(), batch_of((620, (3, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (prepare(model).masks is not None) == shares
+    assert model.config.sliding_window == 600
+    with torch.no_grad():
+        expected = plain(model, batch)["logps"]
+        torch.testing.assert_close(score(model, batch).logps, expected, rtol=0, atol=TOLERANCE)
+        if shares:
+            found = score(model, batch, layout="shared").logps
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_models_that_look_at_later_tokens_are_refused():
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    model = transformers.BertLMHeadModel(config)
+    with pytest.raises(ModelError, match="what BertLMHeadModel predicts depends on later tokens"):
+        score(model, small_batch())
+    few = tiny("llama", max_position_embeddings=8)  # so few that the probe's prompt is cut
+    assert score(few, batch_of((3, (4, 5))), layout="separate").logps.shape == (9,)
+    config.is_decoder = True
+    model = transformers.BertLMHeadModel(config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(
+            score(model, small_batch()).logps, plain(model, small_batch())["logps"], rtol=0, atol=1e-5
+        )

@@ -138,8 +138,18 @@ def test_bfloat16_weights_share(name):
     torch.testing.assert_close(shared, logps(model, layout="separate"), rtol=0, atol=0.15)
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps the first settings of a process: other tests made theirs, and will."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("first", ["prepare", "accelerate"])
-def test_under_accelerates_mixed_precision(first):
+def test_under_accelerates_mixed_precision(first, fresh_accelerate):
     """Accelerate wraps `forward` in autocast, before or after ours is installed."""
     from accelerate import Accelerator
 
@@ -241,8 +251,14 @@ def test_errors():
         score(model, small_batch(), ("kl",))
     foreign = small_batch()
     foreign.completion_ids[0] = VOCAB
-    with pytest.raises(ModelError, match=f"token id {VOCAB}; expected less than {VOCAB}"):
+    with pytest.raises(ModelError, match=f"token id {VOCAB}; expected at least 0 and less than {VOCAB}"):
         score(model, foreign)
+    foreign.completion_ids[0] = -100  # what labels have where nothing is to be learnt
+    with pytest.raises(ModelError, match="token id -100; expected at least 0"):
+        score(model, foreign)
+    for setting in ("chunk_tokens", "max_row_tokens"):
+        with pytest.raises(ModelError, match=f"{setting} must be at least 1, or None; got -1"):
+            score(model, small_batch(), **{setting: -1})
     with pytest.raises(ModelError, match="Linear has no language-model head"):
         causal_lm(torch.nn.Linear(2, 2))
 

@@ -88,7 +88,12 @@ def test_padding_is_finite_and_gets_no_gradient(parts_used):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"dropout_p": 0.5}, {"attn_mask": lambda m: m[..., :] + 0.0}, {"attn_mask": lambda m: m.double().float()}],
+    [
+        {"dropout_p": 0.5},
+        {"attn_mask": lambda m: m[..., :] + 0.0},
+        {"attn_mask": lambda m: m.double().float()},
+        {"attn_mask": lambda m: m.mul_(1.0)},
+    ],
 )
 def test_what_parts_cannot_do_is_done_by_pytorch(kwargs, parts_used):
     rows = rectangle()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
+from tokengrain.callables import check_choice
 from tokengrain.objectives.kl import KLEstimator, kl_estimate
 from tokengrain.objectives.output import LossOutput
 
@@ -108,8 +109,9 @@ def reduce_tokens(values: Tensor, segments: Segments, reduction: Reduction, max_
     """Token losses `[N]` to losses per completion `[C]`; a completion without tokens has loss 0.
 
     Raises:
-        ValueError: "constant" without a positive `max_length`, or `max_length` with another reduction.
+        ValueError: an unknown reduction; "constant" without a positive `max_length`; or `max_length` with another.
     """
+    check_choice("reduction", reduction, Reduction)
     if (reduction == "constant") != (max_length is not None):
         raise ValueError(f"max_length belongs to reduction 'constant', got {max_length!r} with {reduction!r}")
     if reduction == "mean":

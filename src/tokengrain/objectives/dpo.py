@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.callables import NonNegative, Positive, Share, Smoothing
+from tokengrain.callables import NonNegative, Positive, Share, Smoothing, check_choice
 from tokengrain.objectives.output import LossOutput
 from tokengrain.objectives.pairwise import (
     MarginLoss,
@@ -53,7 +53,11 @@ def dpo_loss(
 
     Returns:
         `losses` [P]; rewards in the metrics are beta * sum of log-ratios.
+
+    Raises:
+        ValueError: an unknown form, or a contradiction between the settings.
     """
+    check_choice("loss_type", loss_type, DPOLoss)
     if ref_logps is None and not reference_free:
         raise ValueError("dpo_loss needs ref_logps unless reference_free=True")
     if label_smoothing and loss_type in ("ipo", "ipo_sum"):

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.callables import NonNegative, Positive
+from tokengrain.callables import NonNegative, Positive, check_choice
 from tokengrain.objectives.clipped import (
     KLTerm,
     Reduction,
@@ -25,6 +25,8 @@ from tokengrain.objectives.clipped import (
 )
 from tokengrain.objectives.kl import MAX_LOG_RATIO, KLEstimator
 from tokengrain.objectives.output import LossOutput
+
+Importance = Literal["token", "sequence"]
 
 
 def grpo_loss(
@@ -40,7 +42,7 @@ def grpo_loss(
     epsilon: NonNegative = 0.2,
     epsilon_high: NonNegative | None = None,
     ratio_cap: Positive | None = None,
-    importance: Literal["token", "sequence"] = "token",
+    importance: Importance = "token",
     beta: NonNegative = 0.0,
     kl: KLEstimator = "k3",
     kl_importance: bool = False,
@@ -74,6 +76,7 @@ def grpo_loss(
     Raises:
         ValueError: a contradiction between the settings.
     """
+    check_choice("importance", importance, Importance)
     old_logps = old_logps.detach()
     log_ratio = sequence_log_ratio(logps, old_logps, segments) if importance == "sequence" else logps - old_logps
     if clamp:

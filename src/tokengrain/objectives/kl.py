@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokengrain.callables import check_choice
+
 KLEstimator = Literal["k1", "k2", "k3"]
 
 # What verl clamps to, where asked for.
@@ -39,13 +41,12 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3",
     Raises:
         ValueError: an unknown estimator.
     """
+    check_choice("estimator", estimator, KLEstimator)
     d = ref_logps.detach() - logps
     if estimator == "k1":
         return -d
     if estimator == "k2":
         return d.square() / 2
-    if estimator != "k3":
-        raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
     if not clamp:
         return torch.expm1(d) - d
     d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokengrain.batch import Segments
+from tokengrain.callables import check_choice
 
 MarginLoss = Literal["sigmoid", "hinge", "robust"]
 
@@ -31,8 +32,9 @@ def margin_loss(margin: Tensor, loss_type: MarginLoss = "sigmoid", label_smoothi
     hinge:   max(0, 1 - m)
 
     Raises:
-        ValueError: `label_smoothing` outside [0, 0.5), or given to hinge, which has no such form.
+        ValueError: an unknown form; `label_smoothing` outside [0, 0.5), or given to hinge, which has no such form.
     """
+    check_choice("loss_type", loss_type, MarginLoss)
     e = label_smoothing
     if not 0 <= e < 0.5:
         raise ValueError(f"label_smoothing must lie in [0, 0.5), got {e}")

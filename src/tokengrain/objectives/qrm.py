@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.callables import NonNegative, Number
+from tokengrain.callables import NonNegative, Number, check_choice
 from tokengrain.objectives.output import LossOutput
 from tokengrain.objectives.pairwise import both_sides_counted, margin_loss, pair_difference, reward_metrics
 
@@ -52,6 +52,7 @@ def pooled_scores(token_scores: Tensor, segments: Segments, pooling: Pooling = "
 
     The mean, not the sum: a sum would prefer long completions. In float32 at least.
     """
+    check_choice("pooling", pooling, Pooling)
     scores = token_scores if token_scores.dtype == torch.float64 else token_scores.float()
     if pooling == "mean":
         return segments.mean(scores)

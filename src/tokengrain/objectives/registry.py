@@ -106,6 +106,8 @@ class Objective:
         required = {q for q in self.quantities if parameters[q].default is inspect.Parameter.empty}
         if "ref_logps" in self.quantities and hyper.get("reference_free") is False:
             required.add("ref_logps")  # optional in the signature only for reference_free=True
+        if self.loss is rrpo_loss and hyper["alpha"]:
+            required.add("kl")  # optional in the signature only for alpha=0
         if self.online and "ref_logps" in self.quantities and hyper.get("beta", 0) > 0:
             required.add("ref_logps")  # its KL term
         return frozenset(required)

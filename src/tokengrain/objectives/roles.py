@@ -113,7 +113,8 @@ class SelectionRole:
 
     def _select(self, values: Tensor, segments: Segments) -> Tensor:
         if self.above is not None:
-            return select_where(values, segments, above=self.above)
+            selected = select_where(values, segments, above=self.above)
+            return selected if self.score_first_token else selected & (segments.positions > 0)
         return select_tokens(
             values,
             segments,

@@ -22,7 +22,7 @@ def rrpo_loss(
     segments: Segments,
     *,
     ref_logps: Tensor,
-    kl: Tensor,
+    kl: Tensor | None = None,
     spans: Tensor,
     beta: Positive = 0.5,
     alpha: NonNegative = 0.05,
@@ -35,7 +35,7 @@ def rrpo_loss(
         segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
         ref_logps: the same under the frozen reference `[N]`.
         kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`,
-            nats, with gradient to the policy. Only that of chosen tokens is trained.
+            nats, with gradient to the policy. Only that of chosen tokens is trained. Not needed with alpha 0.
         spans: 0 on shared text, k > 0 on the k-th differing span `[N]`. The two sides need not have equally
             many; all span tokens add up.
         beta: reward per nat.
@@ -46,21 +46,27 @@ def rrpo_loss(
     Returns:
         `losses` [P]. Metrics: rewards are beta * log-ratio summed over span tokens; everything else is over
         the tokens that `rrpo_reads` names; "logratios/chosen" is the change of the chosen log-probability
-        since the reference and "displacement" whether it fell.
+        since the reference and "displacement" whether it fell. Without `kl` there are none of it.
+
+    Raises:
+        ValueError: alpha > 0 without `kl`.
     """
+    if alpha and kl is None:
+        raise ValueError(f"rrpo_loss: alpha = {alpha} needs kl, that to the reference over the whole vocabulary")
     read = rrpo_reads(segments, spans=spans, alpha=alpha)
     d = log_ratios(logps, ref_logps)
     # `where`, not a product: what stands at a token that is not read never matters.
     rewards = beta * segments.sum(torch.where(spans > 0, d, 0.0))  # r of every span, added up
-    K_chosen, K_rejected = segments.pairs(segments.sum(torch.where(read, kl, 0.0)))
-    tkl = K_chosen / completion_lengths(segments, K_chosen)[0::2] if average_kl else K_chosen
     losses = margin_loss(pair_difference(rewards, segments))  # -log σ(u)
-    if alpha:
-        losses = losses + alpha * tkl  # the authors' code; the paper's display has the sign reversed
     moved = segments.pairs(segments.sum(torch.where(read, d, 0.0).detach()))[0]
     metrics = pair_metrics(rewards, torch.where(read, logps, 0.0), segments)
     metrics["logratios/chosen"], metrics["displacement"] = moved, (moved < 0).to(moved.dtype)
-    metrics["kl/chosen"], metrics["kl/rejected"] = K_chosen.detach(), K_rejected.detach()
+    if kl is not None:
+        K_chosen, K_rejected = segments.pairs(segments.sum(torch.where(read, kl, 0.0)))
+        metrics["kl/chosen"], metrics["kl/rejected"] = K_chosen.detach(), K_rejected.detach()
+        tkl = K_chosen / completion_lengths(segments, K_chosen)[0::2] if average_kl else K_chosen
+        if alpha:
+            losses = losses + alpha * tkl  # the authors' code; the paper's display has the sign reversed
     metrics["spans/chosen"], metrics["spans/rejected"] = segments.pairs(_span_counts(spans, segments).to(d.dtype))
     return LossOutput(losses, metrics)
 

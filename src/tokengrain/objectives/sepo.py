@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.callables import NonNegative, Positive
 from tokengrain.objectives.output import LossOutput
-from tokengrain.objectives.pairwise import both_sides_counted
 from tokengrain.objectives.simpo import simpo_loss
 
 
@@ -37,7 +35,6 @@ def sepo_loss(
     keep = sepo_reads(segments, selected=selected)
     kept = segments.narrow(keep)
     output = simpo_loss(logps[keep], kept, beta=gamma, gamma=margin)  # u_w - u_l - lambda
-    output.losses = torch.where(both_sides_counted(kept), output.losses, 0.0)
     counts = kept.lengths.to(logps.dtype)
     output.metrics["selected/chosen"], output.metrics["selected/rejected"] = kept.pairs(counts)
     return output

@@ -7,10 +7,13 @@ from typing import Literal
 from torch import Tensor
 
 from tokengrain.batch import Segments
+from tokengrain.callables import check_choice
 from tokengrain.objectives.output import LossOutput
 
+Per = Literal["token", "sequence"]
 
-def sft_loss(logps: Tensor, segments: Segments, *, per: Literal["token", "sequence"] = "token") -> LossOutput:
+
+def sft_loss(logps: Tensor, segments: Segments, *, per: Per = "token") -> LossOutput:
     """Cross-entropy, for any number of completions per prompt.
 
     Args:
@@ -22,6 +25,7 @@ def sft_loss(logps: Tensor, segments: Segments, *, per: Literal["token", "sequen
     Returns:
         "token": `losses` [C] of zeros, all of the loss is in `token_losses` [N]. "sequence": `losses` [C].
     """
+    check_choice("per", per, Per)
     nll = -segments.sum(logps)
     metrics = {"nll/completion": nll.detach(), "nll/token": -segments.mean(logps.detach())}
     if per == "sequence":

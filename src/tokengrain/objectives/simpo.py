@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.callables import NonNegative, Number, Positive, Smoothing
 from tokengrain.objectives.output import LossOutput
-from tokengrain.objectives.pairwise import chosen_token_losses, margin_loss, pair_difference, pair_metrics
+from tokengrain.objectives.pairwise import (
+    both_sides_counted,
+    chosen_token_losses,
+    margin_loss,
+    pair_difference,
+    pair_metrics,
+)
 
 DEFAULT_GAMMA_BETA_RATIO = 0.25
 
@@ -40,12 +47,14 @@ def simpo_loss(
 
     Returns:
         `losses` [P]; rewards in the metrics are beta * mean log-probability, without gamma.
-        An empty completion scores 0, better than any real one: refuse such pairs when loading data.
+        A pair with an empty side (nothing selected there) has loss 0 and stays in the count: a mean over no
+        tokens is 0, better than that of any text.
     """
     margin_target = simpo_gamma(beta, gamma_beta_ratio, gamma)
     rewards = beta * segments.mean(logps)  # equation 4: length-normalised
     margin = pair_difference(rewards, segments) - margin_target
     losses = margin_loss(margin, loss_type, label_smoothing)  # equation 6
+    losses = torch.where(both_sides_counted(segments), losses, 0.0)
     metrics = pair_metrics(rewards, logps, segments)
     return LossOutput(losses, metrics, chosen_token_losses(logps, segments, sft_weight))
 

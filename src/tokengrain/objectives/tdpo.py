@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.callables import NonNegative, Positive
+from tokengrain.callables import NonNegative, Positive, check_choice
 from tokengrain.objectives.output import LossOutput
 from tokengrain.objectives.pairwise import (
     completion_lengths,
@@ -16,6 +16,8 @@ from tokengrain.objectives.pairwise import (
     pair_difference,
     pair_metrics,
 )
+
+Variant = Literal["tdpo1", "tdpo2"]
 
 
 def tdpo_loss(
@@ -26,7 +28,7 @@ def tdpo_loss(
     kl: Tensor,
     beta: Positive = 0.1,
     alpha: NonNegative = 0.5,
-    variant: Literal["tdpo1", "tdpo2"] = "tdpo2",
+    variant: Variant = "tdpo2",
     average_log_prob: bool = False,
 ) -> LossOutput:
     """TDPO on preference pairs.
@@ -46,6 +48,7 @@ def tdpo_loss(
     Returns:
         `losses` [P]; rewards in the metrics are beta * (log-ratio + sequential KL) in both variants.
     """
+    check_choice("variant", variant, Variant)
     M = segments.sum(log_ratios(logps, ref_logps))  # sequence log-ratio
     K = segments.sum(kl)  # sequential KL(ref || policy)
     if average_log_prob:

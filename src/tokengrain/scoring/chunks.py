@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokengrain.errors import ModelError
 from tokengrain.scoring.head import Distribution, Head
 from tokengrain.scoring.teacher import Teacher
 
@@ -17,6 +18,12 @@ KEEP_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
 MIN_CHUNK_TOKENS = 128
 # Temporary values of a reduction, and a block of weights that is turned into another type.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
+
+def check_tokens(name: str, value: int | None) -> None:
+    """Raises ModelError unless a number of tokens is None or at least 1."""
+    if value is not None and value < 1:
+        raise ModelError(f"{name} must be at least 1, or None; got {value}")
 
 
 @dataclass
@@ -44,6 +51,9 @@ class Job:
     autocast: torch.dtype | None
     chunk_tokens: int | None
     backward: bool
+
+    def __post_init__(self) -> None:
+        check_tokens("chunk_tokens", self.chunk_tokens)
 
     def compute(self, head: Head) -> torch.dtype:
         """The type of the matrix products."""

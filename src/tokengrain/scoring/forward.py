@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring.chunks import CHUNK_BYTES
+from tokengrain.scoring.chunks import CHUNK_BYTES, check_tokens
 from tokengrain.scoring.classifier import CLASSIFIER_WANTS, is_token_classifier, scores_of_hidden, scores_of_logits
 from tokengrain.scoring.embeddings import device_of, input_embeddings, output_embeddings
 from tokengrain.scoring.fused import head_quantities
@@ -64,6 +64,10 @@ class ScoreRequest:
     max_row_tokens: int | None = None
     chunk_tokens: int | None = None
     one_forward: bool = False
+
+    def __post_init__(self) -> None:
+        check_tokens("max_row_tokens", self.max_row_tokens)
+        check_tokens("chunk_tokens", self.chunk_tokens)
 
 
 def text_config(lm: nn.Module) -> Any:
@@ -154,10 +158,13 @@ def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
             )
     vocab = getattr(input_embeddings(lm), "num_embeddings", None)
     for name, ids in (("prompt", batch.prompt_ids), ("completion", batch.completion_ids)):
-        if vocab is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocab:
+        if vocab is None or ids.device.type != "cpu" or not ids.numel():
+            continue
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= vocab:
             raise ModelError(
-                f"a {name} has token id {int(ids.max())}; expected less than {vocab}, the vocabulary of "
-                f"{type(lm).__name__}: is this its tokenizer?"
+                f"a {name} has token id {low if low < 0 else high}; expected at least 0 and less than {vocab}, the "
+                f"vocabulary of {type(lm).__name__}: is this its tokenizer?"
             )
 
 

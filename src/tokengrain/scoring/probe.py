@@ -23,12 +23,14 @@ from tokengrain.scoring.forward import (
 )
 from tokengrain.scoring.head import Head
 from tokengrain.scoring.layouts import Layout
-from tokengrain.scoring.masks import OTHER_WINDOWS, PROBED_WINDOW, NotShareableError, mask_forms
+from tokengrain.scoring.masks import OTHER_WINDOWS, PROBED_WINDOW, MaskForm, NotShareableError, mask_forms
 
 Lengths = tuple[tuple[int, tuple[int, ...]], ...]
 # Largest relative difference that rounding explains, by the type the model computes in. Models normalise and
 # take softmax in float32 even when they are float64.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# What a sliding window that is too long for a probe is made for its time.
+SHORT_WINDOW = 5
 
 
 def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
@@ -122,12 +124,27 @@ def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tens
     return own, (seen[0] if seen else None), missing
 
 
+def _text_and_start(lm: nn.Module) -> tuple[TokenBatch, TokenBatch]:
+    """The start of a short text, and the text."""
+    whole = probe_batch(text_config(lm), input_embeddings(lm).num_embeddings, None, lengths=((5, (5,)),))
+    start = Completion(whole.completion(0).tolist()[:3])
+    return TokenBatch.from_samples([Sample(whole.prompt(0).tolist(), [start])]), whole
+
+
 def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
-    """Compares the decoder and our head with the model's own logits on one short text."""
-    config = text_config(lm)
-    vocab: int = input_embeddings(lm).num_embeddings
-    batch = probe_batch(config, vocab, None, lengths=((5, (5,)),))
-    own, autocast, missing = _own_logits(call, lm, batch)
+    """Compares the decoder and our head with the model's own logits on one short text, and these with a shorter one's.
+
+    Raises:
+        ModelError: the logits depend on later tokens, so that they are no predictions of them.
+    """
+    config, (short, batch) = text_config(lm), _text_and_start(lm)
+    (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
+    # The median: rounding alone may route a token of a mixture of experts differently.
+    if float(_relative_error(own[0, : start.shape[1]], start[0]).median()) > TOLERANCE[_dtype(lm, autocast)]:
+        raise ModelError(
+            f"what {type(lm).__name__} predicts depends on later tokens; expected a causal language model (BERT and "
+            "its kind are one with is_decoder=True in their config)"
+        )
     if missing is not None:
         return replace(plan, head="logits", reason=missing)
     plan = replace(plan, autocast=autocast)
@@ -137,7 +154,7 @@ def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
         return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
     own = own[0, batch.prompt_ids.numel() - 1 : -1]
     best, (scale, softcap) = min((_logit_error(raw, own, s, c), (s, c)) for s, c in _head_forms(config))
-    if best > TOLERANCE[_dtype(lm, plan)]:
+    if best > TOLERANCE[_dtype(lm, plan.autocast)]:
         return replace(
             plan,
             head="logits",
@@ -146,17 +163,16 @@ def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     return replace(plan, scale=scale, softcap=softcap)
 
 
-def _dtype(lm: nn.Module, plan: ModelPlan) -> torch.dtype:
+def _dtype(lm: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
     """The type the model computes in."""
-    return plan.autocast or input_embeddings(lm).weight.dtype
+    return autocast or input_embeddings(lm).weight.dtype
 
 
 def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     """`_head_plan` for a token-classification model, which must not look at later tokens either."""
-    vocab: int = input_embeddings(lm).num_embeddings
-    short, batch = (probe_batch(text_config(lm), vocab, None, lengths=((5, (n,)),)) for n in (3, 5))
+    short, batch = _text_and_start(lm)
     (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
-    tolerance = TOLERANCE[_dtype(lm, replace(plan, autocast=autocast))]
+    tolerance = TOLERANCE[_dtype(lm, autocast)]
     size = float(own.abs().max().clamp_min(1e-30))
     if float((own[:, : start.shape[1]] - start).abs().max()) > tolerance * size:
         raise ModelError(
@@ -188,11 +204,16 @@ def _head_forms(config: Any) -> list[tuple[float, float | None]]:
 
 
 def _logit_error(raw: Tensor, own: Tensor, scale: float, softcap: float | None) -> float:
-    """Root-mean-square difference relative to the spread of the model's own logits, worst token."""
-    ours = Head(torch.empty(0), None, scale, softcap).finish(raw)
+    """Difference of our logits and the model's own, worst token."""
+    return float(_relative_error(Head(torch.empty(0), None, scale, softcap).finish(raw), own).max())
+
+
+def _relative_error(ours: Tensor, own: Tensor) -> Tensor:
+    """Root-mean-square difference relative to the spread of the model's own logits: `[n, V]` twice to `[n]`."""
+    ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
     own = own.to(ours.dtype)
     spread = own.std(-1).clamp_min(torch.finfo(ours.dtype).tiny)
-    return float(((ours - own).square().mean(-1).sqrt() / spread).max())
+    return (ours - own).square().mean(-1).sqrt() / spread
 
 
 def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
@@ -202,12 +223,19 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
         forms = mask_forms(config)
     except NotShareableError as error:
         return replace(plan, reason=str(error))
+    with _exceedable_window(config):
+        found, reason = _compared(call, lm, plan, mask_forms(config))
+    return replace(plan, reason=reason) if found is None else replace(plan, masks=forms[found])
+
+
+def _compared(call: nn.Module, lm: nn.Module, plan: ModelPlan, forms: list[MaskForm]) -> tuple[int | None, str]:
+    """Which form of masks gives the hidden states of each text alone; or None, and why."""
+    config, dtype = text_config(lm), _dtype(lm, plan.autocast)
     vocab: int = input_embeddings(lm).num_embeddings
     batch = probe_batch(config, vocab, _window(config))
     separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
-    dtype = _dtype(lm, plan)
     reason = ""
-    for form in forms:
+    for index, form in enumerate(forms):
         trial = replace(plan, masks=form)
         try:
             shared = call(token_batch=_request(batch, trial, "shared", "hidden"))["hidden"]
@@ -216,9 +244,26 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
             continue
         difference = _hidden_error(shared, separate, batch, dtype)
         if difference <= TOLERANCE[dtype]:
-            return trial
+            return index, ""
         reason = f"hidden states differ from those of each text alone (relative difference {difference:.2g})"
-    return replace(plan, reason=reason)
+    return None, reason
+
+
+@contextlib.contextmanager
+def _exceedable_window(config: Any) -> Iterator[None]:
+    """A sliding window too long for a probe is made short: a model that does not go by its config is found out.
+
+    Its window would be another one, or none at all, which would show in long texts alone.
+    """
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or window <= PROBED_WINDOW:
+        yield
+        return
+    config.sliding_window = SHORT_WINDOW
+    try:
+        yield
+    finally:
+        config.sliding_window = window
 
 
 def _hidden_error(shared: Tensor, separate: Tensor, batch: TokenBatch, dtype: torch.dtype) -> float:

@@ -87,7 +87,8 @@ def score(
         Scores on the model's device; all but hidden in float32 (float64 for a float64 model).
 
     Raises:
-        ModelError: an unknown quantity, too few positions, another vocabulary, a model that cannot do it.
+        ModelError: an unknown quantity, too few positions, another vocabulary, a model that cannot do it, a number
+            of tokens below 1.
     """
     if isinstance(want, str):
         want = (want,)

@@ -69,12 +69,13 @@ class TreeMask(Tensor):
     """An additive attention mask `[B, 1, L, L]` with the trees that it was made from."""
 
     trees: list[TreeSpans]
+    version: int | None
 
     @staticmethod
     def of(mask: Tensor, trees: list[TreeSpans]) -> TreeMask:
         """The same mask, knowing its trees."""
         found = mask.as_subclass(TreeMask)
-        found.trees = trees
+        found.trees, found.version = trees, _version(found)
         return found
 
     @classmethod
@@ -98,7 +99,9 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Attention by parts, or None where it must be done in the ordinary way."""
-    if not isinstance(attn_mask, TreeMask) or dropout_p or is_causal or enable_gqa or query.dim() != 4:
+    if not isinstance(attn_mask, TreeMask) or _version(attn_mask) != attn_mask.version:
+        return None
+    if dropout_p or is_causal or enable_gqa or query.dim() != 4:
         return None
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
@@ -154,6 +157,11 @@ class _TreeAttention(torch.autograd.Function):
                 for into, where, d_part in zip(grads, (at, to, to), d_parts, strict=True):
                     into[here, :, where] += d_part
         return *grads, None, None
+
+
+def _version(mask: Tensor) -> int | None:
+    """How often it was written to; None where nobody counts, in inference mode."""
+    return None if mask.is_inference() else mask._version
 
 
 def _sum_dtype(query: Tensor) -> torch.dtype:
