@@ -20,13 +20,15 @@ import pytest
 import torch
 
 from tests.credit.annotate_worker import FINGERPRINTS, PlainLlama, make_rows, make_tokenizer, run
+from tests.credit.small import llama
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit import store
+from tokengrain.credit import make_credit, store
 from tokengrain.credit.annotate import annotate, load_annotated
 from tokengrain.credit.manifest import check_manifest, read_manifest
 from tokengrain.data import PairDataset, Report, prepare_pairs, prepare_sft
 from tokengrain.data.store import SampleStore
 from tokengrain.errors import DataError, RunError
+from tokengrain.scoring.reference import FrozenReference
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +131,31 @@ def test_output_made_with_another_model_is_not_overwritten(finished: Path, tmp_p
     assert output.read_bytes() == finished.read_bytes()
     assert run(output, fingerprints=other, overwrite=True).tokens > 0
     assert read_manifest(output)["fingerprints"] == other
+
+
+def test_without_fingerprints_sources_and_reference_give_their_own(tmp_path: Path) -> None:
+    output, tokenizer = tmp_path / "train.parquet", make_tokenizer()
+    small, other = ({"token_rewards": make_credit("random", seed=seed)} for seed in (0, 1))
+
+    def zeros(batch: TokenBatch) -> torch.Tensor:
+        return torch.zeros(batch.segments.total)
+
+    def made(sources: dict[str, Any], reference: Any = None) -> Path:
+        return annotate(make_rows(3), tokenizer, None, sources, reference, output, progress=False)
+
+    assert made(small) == made(small)
+    for sources in (other, {"token_rewards": zeros}):
+        with pytest.raises(RunError, match="another credit source"):
+            made(sources)
+    output.unlink()
+    torch.manual_seed(0)
+    first, second = (FrozenReference(llama()) for _ in range(2))
+    made(small, first)
+    made(small, first)
+    with torch.no_grad():
+        next(second.model.parameters()).add_(1)
+    with pytest.raises(RunError, match="another reference model"):
+        made(small, second)
 
 
 def test_shards_of_another_source_are_computed_again(finished: Path, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_exact():
         ("last", "72 and 0.5", False),
         ("last", "-72", False),
         ("last", "100-72", True),
+        ("last", "\u221272", False),
+        ("last", "100\u221272", True),
         ("last", "no number", False),
         ("last", "1/0", False),
     ],
@@ -59,6 +61,9 @@ def test_numeric_tolerance_and_commas():
     assert rewards("numeric", ["#### 1,234,567", "#### 1234567.0000001"], answer=["#### 1234567"] * 2) == [1, 1]
     assert rewards("numeric", ["#### 0.34"], {"tolerance": 0.01}, answer=["1/3"]) == [1]
     assert rewards("numeric", ["#### 0.34"], answer=["1/3"]) == [0]
+    assert rewards("numeric", ["#### \u22125", "#### -5"], answer=["-5", "#### \u22125"]) == [1, 1]
+    endless = "3" * 5000  # more digits than `int` reads
+    assert rewards("numeric", [f"#### 1/{endless}", f"#### {endless}"], answer=["1", "1"]) == [0, 0]
     with pytest.raises(RewardError, match="the column 'answer' has no number; got 'none'"):
         rewards("numeric", ["#### 1"], answer=["none"])
     with pytest.raises(RewardError, match=r"needs the column 'answer'; the rows have \['gold'\]"):
@@ -180,8 +185,9 @@ def test_settings():
         ("exact", {"pattern": "x"}, "has 0 groups; expected one"),
         ("tests.rewards.test_builtin:plain", {"x": 1}, "unknown setting 'x'"),
     ):
-        with pytest.raises(RecipeError, match=message):
-            make_reward(name, **settings)
+        for use in (lambda n, s: make_reward(n, **s), check_reward):
+            with pytest.raises(RecipeError, match=message):
+                use(name, settings)
     assert all(kind.name == name and kind.build.name == name for name, kind in REWARDS.items())
 
 

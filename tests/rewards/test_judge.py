@@ -1,13 +1,15 @@
 """The judge against a stub server."""
 
 import json
+import threading
+import time
 
 import pytest
 
 from tests.rewards.test_suite import WORDS, rollouts
 from tests.rollout.stub import serving
 from tokengrain.errors import RecipeError
-from tokengrain.rewards import RewardError, RewardSuite, make_reward
+from tokengrain.rewards import RewardError, RewardSuite, check_reward, make_reward
 
 SCORES = dict(zip(WORDS, (1, 5.5, 10, 7)))
 
@@ -71,6 +73,52 @@ def test_concurrency_is_bounded():
         assert stub.most_busy == 2
 
 
+def test_concurrency_does_not_depend_on_the_machine(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.process_cpu_count", lambda: 1, raising=False)
+    texts = [f"text {i}" for i in range(12)]
+    barrier = threading.Barrier(12)
+
+    def together(path, body):
+        barrier.wait(10)  # broken unless all twelve are asked at a time
+        return {"choices": [{"message": {"content": "[[10]]"}}]}
+
+    with serving(together) as stub:
+        reward = judge(stub, concurrency=12, retries=0)
+        result = RewardSuite([reward]).score(rollouts(texts), texts=texts)
+    assert result.total.tolist() == [1.0] * 12
+
+
+def test_a_reply_without_a_score_is_kept_where_it_would_be_the_same_again(tmp_path):
+    replies = iter(["Well.", "[[10]]", "Well."])
+
+    def answer(path, body):
+        return {"choices": [{"message": {"content": next(replies)}}]}
+
+    texts = [WORDS[0]] * 4
+    with serving(answer) as stub:
+        one = {"cache": str(tmp_path), "question": "{completion}", "on_error": "skip"}
+        warm = judge(stub, temperature=0.5, **one)
+        assert not score(warm, texts).valid.any()
+        assert score(warm, texts).total.tolist() == [1.0] * 4
+        assert score(warm, texts).counts["judge/cached"] == 1
+        cold = judge(stub, **one)
+        assert not score(cold, texts).valid.any()
+        assert not score(cold, texts).valid.any()
+        assert len(stub.requests) == 3
+
+
+def test_a_time_out_does_not_wait_for_the_server():
+    def slow(path, body):
+        time.sleep(3)
+        return chat(path, body)
+
+    with serving(slow) as stub:
+        started = time.monotonic()
+        assert not score(judge(stub, timeout=0.3, on_error="skip")).valid.any()
+        assert time.monotonic() - started < 2
+
+
 @pytest.mark.parametrize("fault", [500, "garbage", "hang", "drop"])
 def test_passing_faults_are_retried(fault):
     with serving(chat) as stub:
@@ -106,5 +154,9 @@ def test_settings():
     ):
         with pytest.raises(RecipeError, match=message):
             make_reward("judge", **{**good, **settings})
+        if "api_key_env" not in settings:
+            with pytest.raises(RecipeError, match=message):
+                check_reward("judge", {**good, **settings})
+    check_reward("judge", {**good, "api_key_env": "NO_SUCH_VARIABLE"})  # the key need not be there yet
     with serving(chat) as stub, pytest.raises(RewardError, match=r"the question names \['rubric'\]"):
         score(judge(stub, question="{rubric} {completion}"))

@@ -1,6 +1,7 @@
 """Functions, weights, failures, token rewards."""
 
 import asyncio
+import functools
 import math
 import threading
 import time
@@ -144,6 +145,7 @@ FAULTS = {
     "none": lambda completions: [None if c == "the sun" else 1.0 for c in completions],
     "nan": lambda completions: [math.nan if c == "the sun" else 1.0 for c in completions],
     "infinite": lambda completions: [math.inf if c == "the sun" else 1.0 for c in completions],
+    "endless": lambda completions: [10**400 if c == "the sun" else 1.0 for c in completions],
     "text": lambda completions: ["1" if c == "the sun" else 1.0 for c in completions],
     "failure": lambda completions: [RewardFailure("bad") if c == "the sun" else 1.0 for c in completions],
     "tokens": lambda completions: [[1.0] * 2 if c == "the sun" else 1.0 for c in completions],
@@ -156,6 +158,7 @@ MESSAGES = {
     "none": "gave None",
     "nan": "gave nan",
     "infinite": "gave inf",
+    "endless": "gave inf",
     "text": "gave '1'",
     "failure": "bad",
     "tokens": "2 numbers.*expected 3",
@@ -239,6 +242,47 @@ def test_hanging_functions_are_left_behind():
             assert time.perf_counter() - started < 5
     finally:
         release.set()
+
+
+def _times_out(completions):
+    if WORDS[1] in completions:
+        raise TimeoutError("the socket")
+    return [1.0] * len(completions)
+
+
+async def _times_out_later(completions):
+    return _times_out(completions)
+
+
+@pytest.mark.parametrize("function", [_times_out, _times_out_later])
+@pytest.mark.parametrize("timeout", [5.0, None])
+def test_a_time_out_of_its_own_is_an_error_of_one_completion(function, timeout):
+    result = suite(RewardFunction(function, timeout=timeout, on_error="skip")).score(rollouts())
+    assert result.valid.tolist() == [True, False, True, True]
+    assert result.failures[0].what == "raised TimeoutError: the socket"
+
+
+def test_a_partial_of_an_async_function_is_async():
+    async def scaled(completions, factor):
+        await asyncio.sleep(0)
+        return [factor] * len(completions)
+
+    assert suite(functools.partial(scaled, factor=2.0)).score(rollouts()).total.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_error": "skp"}, "on_error = 'skp'"),
+        ({"on_none": "none"}, "on_none = 'none'"),
+        ({"weight": math.nan}, "weight = nan"),
+        ({"timeout": 0}, "timeout = 0"),
+        ({"error_value": math.inf}, "error_value = inf"),
+    ],
+)
+def test_settings_given_in_python_are_checked(settings, message):
+    with pytest.raises(RecipeError, match=f"reward 'words': {message}"):
+        RewardFunction(words, **settings)
 
 
 def test_async_functions_run_together():

@@ -15,7 +15,10 @@ from tokengrain.rollout import HFGenerate, PromptItem, SamplingConfig
 
 
 class Stub(ThreadingHTTPServer):
-    """`answer(path, body)` gives the JSON; `faults` are taken first: a status code, "hang", "garbage", "drop"."""
+    """`answer(path, body)` gives the JSON (body None: a GET).
+
+    `faults` are taken first: a status code, "hang", "garbage", "drop".
+    """
 
     daemon_threads = True
 
@@ -34,8 +37,13 @@ class Stub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Stub
 
+    def do_GET(self) -> None:
+        self._take(None)
+
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._take(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _take(self, body: Any) -> None:
         stub = self.server
         with stub.lock:
             stub.requests.append((self.path, body))
@@ -101,6 +109,7 @@ class Served:
     def __call__(self, path: str, body: Any) -> Any:
         with self.lock:
             return {
+                "/v1/models": lambda body: {"data": [{"id": name} for name in ("m", *self.adapters)]},
                 "/v1/completions": self.completions,
                 "/collective_rpc": self.reload,
                 "/reset_prefix_cache": lambda body: {},

@@ -1,5 +1,7 @@
 """Branches of completions: where they leave, what they share, what counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -90,6 +92,24 @@ def test_each_window_once_and_positions(tok, model):
         assert max(len(c.ids) for c in found.completions) <= LENGTH
     finally:
         model.config.max_position_embeddings = before
+
+
+def test_a_stop_string_may_begin_before_the_branch(tok, model):
+    sampler = Branching(HFGenerate(model, tok), model, tok, window=1, quantile=0.3, per_completion=3, per_prompt=12)
+    prompts = [PromptItem(items(tok)[0].ids, row=f"r{i}") for i in range(12)]
+    free = sampler.sample(prompts, n=4, sampling=SAMPLING)
+    seams = [tok.decode(c.ids[c.context - 1 : c.context + 1]) for g in free.groups for c in g if c.context]
+    stop = max((s for s in seams if " " in s), key=seams.count)
+    found = sampler.sample(prompts, n=4, sampling=replace(SAMPLING, stop=(stop,)))
+    branches = [c for group in found.groups for c in group if c.context]
+    at_seams = [c for c in branches if tok.decode(c.ids[c.context - 1 : c.context + 1]) == stop]
+    assert at_seams
+    for c in at_seams:
+        assert (len(c.ids), c.finish_reason) == (c.context + 1, "stop")
+        assert len(c.raw_logps) == len(c.sampling_logps) == len(c.ids)
+    assert all(stop not in tok.decode(c.ids[:-1]) for c in branches)
+    with pytest.raises(RecipeError, match="no tokenizer to find strings"):
+        Branching(HFGenerate(model, tok), model).sample(prompts, n=1, sampling=replace(SAMPLING, stop=(stop,)))
 
 
 def test_triggers_refresh_and_refusals(tok, model):

@@ -122,6 +122,7 @@ def test_lasting_faults_are_errors(faults, message, requests):
         (lambda c: c.update(logprobs=None), "4 token ids and no log-probabilities"),
         (lambda c: c.update(token_ids=[]), "token ids are"),
         (lambda c: (c.pop("token_ids"), c["logprobs"].update(tokens=["a"])), "no token ids"),
+        (lambda c: c.update(logprobs=[-1.0]), "logprobs are"),
         (lambda c: c.update(finish_reason="abort"), "finish_reason is 'abort'"),
         (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, None), "not finite"),
     ],
@@ -134,8 +135,37 @@ def test_malformed_answers(spoil, message):
 
     with serving(wrong) as stub, pytest.raises(RolloutError, match=message):
         server(stub, retries=0).sample(PROMPTS, n=2, sampling=SAMPLING)
-    with serving(lambda *_: {"choices": []}) as stub, pytest.raises(RolloutError, match="no list of 2 choices"):
-        server(stub, retries=0).sample(PROMPTS, n=2, sampling=SAMPLING)
+    for choices in ([], ["a", "b"]):
+        with (
+            serving(lambda *_, c=choices: {"choices": c}) as stub,
+            pytest.raises(RolloutError, match="no list of 2 choices"),
+        ):
+            server(stub, retries=0).sample(PROMPTS, n=2, sampling=SAMPLING)
+
+
+def test_whether_a_server_is_there():
+    def models(path, body):
+        assert (path, body) == ("/v1/models", None)
+        return {"data": [{"id": "m"}, {"id": "other"}]}
+
+    with serving(models) as stub:
+        server(stub).check_reachable()
+        stub.faults[:] = [503, 503]  # still starting
+        server(stub).check_reachable()
+        stub.faults[:] = [404]  # a server without such a list
+        server(stub).check_reachable()
+        stub.faults[:] = [503]
+        with pytest.raises(ServerError, match=r"sampler 'server': .*/v1/models: status 503.*expected a running vllm"):
+            server(stub).check_reachable(patient=False)
+        stub.faults[:] = [401]
+        with pytest.raises(ServerError, match="status 401"):
+            server(stub).check_reachable()
+        wrong = OpenAIServer(stub.url, model="mother")
+        with pytest.raises(RecipeError, match=r"has no model 'mother'; did you mean 'other'\?"):
+            wrong.check_reachable()
+        OpenAIServer(stub.url, model="mother", flavour="sglang").check_reachable()
+    with serving(lambda *_: {"object": "list"}) as stub, pytest.raises(ServerError, match="no list of models"):
+        server(stub).check_reachable()
 
 
 def test_concurrency_is_bounded_and_one_error_stops_the_rest():

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.credit import store
+from tokengrain.credit.base import scorer_fingerprint
 from tokengrain.credit.manifest import DIGEST, FORMAT, check_manifest, differences, read_manifest, write_manifest
 from tokengrain.credit.processes import agreement, world
 from tokengrain.credit.remembered import Remembered, asking
 from tokengrain.credit.shards import Job, compute_shards
-from tokengrain.credit.simple import ColumnCredit
+from tokengrain.credit.simple import ColumnCredit, FunctionCredit
 from tokengrain.errors import DataError, RunError
 from tokengrain.files import fingerprint
 
@@ -66,7 +67,8 @@ def annotate(
         reference: also store its log-probabilities, as `chosen_ref_logps`, `rejected_ref_logps` (nats).
         output: the parquet file to write.
         fingerprints: what the numbers depend on, as hexadecimal digests by name: `model`, `tokenizer`,
-            `chat_template`, `data`, `source`, `tokenize`. `check_manifest` compares them at training time.
+            `chat_template`, `data`, `source`, `tokenize`. `check_manifest` compares them at training time. Where
+            `source` is not given, nor `model` or `reference`, the sources and the reference are asked for theirs.
         shard_rows: rows per shard; a killed process loses two shards of work at most.
         max_tokens: token budget of one forward pass (default 8,192 on CPU, 32,768 on GPU).
         device: where batches are put (default: the device of the first model found in sources or reference).
@@ -87,8 +89,9 @@ def annotate(
     dataset, rows = _dataset(rows_source, rows, tokenizer, tokenize_config)
     place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
     quantities = _quantities(dataset, sources, reference)
-    job = _job(dataset, quantities, Path(output), fingerprints or {}, shard_rows, max_tokens, place)
-    manifest = _manifest(job, fingerprints or {})
+    marks = _completed(fingerprints or {}, sources, reference)
+    job = _job(dataset, quantities, Path(output), marks, shard_rows, max_tokens, place)
+    manifest = _manifest(job, marks)
     if _already_done(job, manifest, overwrite):
         if rank == 0:  # a run killed right after the merge left these
             write_manifest(job.output, read_manifest(job.output))
@@ -100,6 +103,21 @@ def annotate(
         if rank == 0:
             _finish(job, manifest, _originals(dataset.samples, rows))
     return job.output
+
+
+def _completed(
+    given: Mapping[str, str],
+    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
+    reference: Callable[..., Any] | None,
+) -> dict[str, str]:
+    """`given`, and where it does not say: which sources and which reference the numbers come from."""
+    own = dict[str, str]()
+    if sources and "source" not in given:
+        named = {n: s if hasattr(s, "fingerprint") else FunctionCredit(function=s) for n, s in sources.items()}
+        own["source"] = fingerprint({name: source.fingerprint() for name, source in named.items()})
+    if reference is not None and not {"model", "reference"} & given.keys():
+        own["reference"] = scorer_fingerprint(reference)
+    return {**own, **given}
 
 
 def _quantities(

@@ -29,13 +29,13 @@ def column_of(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:
 def numbers_in(text: str) -> list[Fraction]:
     """The numbers in a text, thousands' commas and fractions a/b understood."""
     found = []
-    for match in NUMBER.finditer(text):
+    for match in NUMBER.finditer(text.replace("\u2212", "-")):  # the minus sign of typeset text
         if match.group() in ("", "-"):
             continue
         whole, _, below = match.group().replace(",", "").partition("/")
         try:
             found.append(Fraction(Decimal(whole)) / Fraction(int(below) if below else 1))
-        except (InvalidOperation, ZeroDivisionError):
+        except (InvalidOperation, ZeroDivisionError, ValueError):  # ValueError: more digits than `int` reads
             continue
     return found
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tokengrain.callables import Number, Positive
+from tokengrain.callables import Number, Positive, validate_settings
 from tokengrain.errors import TokengrainError
 
 OnError = Literal["error", "skip", "value"]
@@ -58,6 +58,9 @@ class RewardFunction:
         error_value: the reward of a completion whose reward failed, before the weight.
         on_none: the same for a None; "ignore" leaves the function out of this completion's total, for
             rewards that apply to some rows only. None: as `on_error`.
+
+    Raises:
+        RecipeError: a wrong type, a value out of range.
     """
 
     def __init__(
@@ -75,11 +78,21 @@ class RewardFunction:
         self.name: str = (
             name or getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__
         )
-        self.weight, self.timeout = weight, timeout
-        self.on_error, self.error_value, self.on_none = on_error, error_value, on_none or on_error
+        given = {
+            "name": name,
+            "weight": weight,
+            "timeout": timeout,
+            "on_error": on_error,
+            "error_value": error_value,
+            "on_none": on_none,
+        }
+        checked = validate_settings(f"reward {self.name!r}", RewardFunction, given)
+        self.weight, self.timeout, self.error_value = (checked[k] for k in ("weight", "timeout", "error_value"))
+        self.on_error, self.on_none = checked["on_error"], checked["on_none"] or checked["on_error"]
         self.parameters = inspect.signature(function).parameters
         called = function if inspect.isroutine(function) else type(function).__call__
-        self.is_async = inspect.iscoroutinefunction(called)
+        # The function itself as well: it may be a partial of an async one.
+        self.is_async = inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(function)
 
     def arguments(self, available: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Of the available columns those that the function takes.

@@ -7,6 +7,7 @@ import math
 import re
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -29,7 +30,7 @@ class Judge:
     """Asks a judge model for a score of each completion.
 
     Equal questions are asked once. Answers are kept in `cache`, one file each, under a fingerprint of the question,
-    the model and its settings; a file is whole or not there.
+    the model and its settings; a file is whole or not there. One without a score is kept at temperature 0 only.
 
     Args:
         url: the server's root.
@@ -86,23 +87,27 @@ class Judge:
         self.concurrency = concurrency
         self.counts = {"requests": 0, "cached": 0}
 
+    @classmethod
+    def check(cls, **settings: Any) -> None:
+        """Raises `RecipeError` for settings that do not work. Neither server nor key need be there yet."""
+        cls(**{**settings, "api_key_env": None})
+
     async def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any
     ) -> list[float | RewardFailure]:
         self.counts = {"requests": 0, "cached": 0}
         bodies = [self._body(i, prompts, completions, columns) for i in range(len(completions))]
         keys = [fingerprint(body) for body in bodies]
-        limit, stop = asyncio.Semaphore(self.concurrency), threading.Event()
-
-        async def ask(key: str, body: dict[str, Any]) -> float | RewardFailure:
-            async with limit:
-                return await asyncio.to_thread(self._score, key, body, stop)
-
-        different = dict(zip(keys, bodies, strict=True))
+        different, stop = dict(zip(keys, bodies, strict=True)), threading.Event()
+        # Threads of its own: asyncio has as few as the machine has processors, and waits for them before it ends.
+        pool, loop = ThreadPoolExecutor(self.concurrency), asyncio.get_running_loop()
         try:
-            scores = await asyncio.gather(*(ask(key, body) for key, body in different.items()))
+            scores = await asyncio.gather(
+                *(loop.run_in_executor(pool, self._score, key, body, stop) for key, body in different.items())
+            )
         finally:
             stop.set()  # when this is cancelled, threads at work make no further attempts
+            pool.shutdown(wait=False, cancel_futures=True)
         by_key = dict(zip(different, scores, strict=True))
         return [by_key[key] for key in keys]
 
@@ -125,14 +130,13 @@ class Judge:
     def _score(self, key: str, body: dict[str, Any], stop: threading.Event) -> float | RewardFailure:
         path = None if self.cache is None else self.cache / key[:2] / f"{key}.json"
         reply = _cached(path)
+        asked = reply is None
         if reply is None:
             try:
                 reply = self.client.post("/v1/chat/completions", body, _reply, stop)
             except ServerError as error:
                 return RewardFailure(f"the judge gave no answer: {error}")
             self.counts["requests"] += 1
-            if path is not None:
-                write_json(path, {"request": body, "reply": reply})
         else:
             self.counts["cached"] += 1
         found = self.pattern.findall(reply)
@@ -140,7 +144,11 @@ class Judge:
             score = float(found[-1]) if found else math.nan
         except ValueError:
             score = math.nan
-        if not self.low <= score <= self.high:
+        usable = self.low <= score <= self.high
+        # Another reply may have the score that this one lacks, unless the judge says the same every time.
+        if asked and path is not None and (usable or self.temperature == 0):
+            write_json(path, {"request": body, "reply": reply})
+        if not usable:
             return RewardFailure(f"the judge's reply has no score from {self.low:g} to {self.high:g}: {shown(reply)}")
         return (score - self.low) / (self.high - self.low)
 

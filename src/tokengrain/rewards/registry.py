@@ -69,13 +69,17 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         All settings, defaults included.
 
     Raises:
-        RecipeError: unknown reward or setting (with the nearest right name), a wrong type or value.
+        RecipeError: unknown reward or setting (with the nearest right name), a wrong type or value; of ours also what
+            its constructor refuses.
     """
     shared, own, build = _parts(name, settings)
     what = f"reward {name!r}"
     if build is None and own:
         raise RecipeError(f"{what}: unknown setting {next(iter(own))!r}{nearest(next(iter(own)), shared_types())}")
     checked = validate_settings(what, build, own, excluded=reward_objects(name)) if build is not None else {}
+    if name in REWARDS and not reward_objects(name):
+        # What types cannot say: patterns, addresses, what is installed.
+        getattr(REWARDS[name].build, "check", REWARDS[name].build)(**checked)
     return checked | validate_settings(what, RewardFunction, shared)
 
 

@@ -50,8 +50,8 @@ def _patience(functions: Sequence[RewardFunction]) -> float | None:
 def _call(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[Any]:
     try:
         return _listed(_limited(function, arguments), count)
-    except TimeoutError as error:
-        return [RewardFailure(str(error))] * count
+    except _StillRunningError:
+        return [RewardFailure(_hung(function))] * count
     except Exception as error:
         if count == 1:
             return [RewardFailure(_raised(error))]
@@ -63,11 +63,14 @@ def _call(function: RewardFunction, arguments: Mapping[str, Any], count: int) ->
 
 
 async def _call_async(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[Any]:
+    limit = asyncio.timeout(function.timeout)
     try:
-        return _listed(await asyncio.wait_for(function.function(**arguments), function.timeout), count)
-    except TimeoutError:
-        return [RewardFailure(_hung(function))] * count
+        async with limit:
+            value = await function.function(**arguments)
+        return _listed(value, count)
     except Exception as error:
+        if limit.expired():  # a TimeoutError may also be the function's own
+            return [RewardFailure(_hung(function))] * count
         if count == 1:
             return [RewardFailure(_raised(error))]
         parts = await asyncio.gather(*(_call_async(function, _only(arguments, i), 1) for i in range(count)))
@@ -79,11 +82,7 @@ async def _call_async(function: RewardFunction, arguments: Mapping[str, Any], co
 def _limited(function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
     if function.timeout is None:
         return function.function(**arguments)
-    thread = _Thread(lambda: function.function(**arguments))
-    try:
-        return thread.result(function.timeout)
-    except _StillRunningError:
-        raise TimeoutError(_hung(function)) from None
+    return _Thread(lambda: function.function(**arguments)).result(function.timeout)
 
 
 class _StillRunningError(Exception):

@@ -44,9 +44,13 @@ def read_value(
     if hasattr(given, "tolist"):
         given = given.tolist()
     if isinstance(given, Real):
-        if not math.isfinite(given):
-            raise RewardError(f"gave {float(given)}; expected a finite number")
-        return Value(number=float(given))
+        try:
+            number = float(given)
+        except OverflowError:  # a whole number beyond what floats reach
+            number = math.inf
+        if not math.isfinite(number):
+            raise RewardError(f"gave {number}; expected a finite number")
+        return Value(number=number)
     if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
         raise RewardError(f"gave {shown(given)}; expected a number, a number per token, or spans of characters")
     if not given:  # no spans

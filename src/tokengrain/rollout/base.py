@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -73,17 +74,26 @@ class SamplingConfig:
         checks = (
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a finite number >= 0"),
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
-            ("top_k", self.top_k >= 0, "a whole number >= 0 (0: all tokens)"),
+            ("top_k", _whole(self.top_k, 0), "a whole number >= 0 (0: all tokens)"),
             ("min_p", 0 <= self.min_p < 1, "0 <= min_p < 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a sequence of strings that are not empty"),
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
+            (
+                "stop",
+                not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop),
+                "a sequence of strings that are not empty",
+            ),
+            (
+                "stop_ids",
+                self.stop_ids is None or all(_whole(i, 0) for i in self.stop_ids),
+                "token ids, or none for the model's own",
+            ),
         )
         for name, good, expected in checks:
             if not good:
                 raise RecipeError(f"sampling: {name} is {shown(getattr(self, name))}; expected {expected}")
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.stop_ids is not None:
-            object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+            object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
 
     @property
     def truncates(self) -> bool:
@@ -98,6 +108,10 @@ class SamplingConfig:
     def at(self, step: int) -> SamplingConfig:
         """The same with a seed of its own for training step `step`."""
         return replace(self, seed=derived_seed(self.seed, "step", step))
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def derived_seed(*parts: Any) -> int:

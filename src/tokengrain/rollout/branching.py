@@ -26,7 +26,9 @@ from tokengrain.credit.entropy_window import (
     trigger_flags,
     trigger_tokens,
 )
-from tokengrain.rollout.base import PromptItem, Rollouts, SampledCompletion, Sampler, SamplingConfig
+from tokengrain.rollout.base import FinishReason, PromptItem, Rollouts, SampledCompletion, Sampler, SamplingConfig
+from tokengrain.rollout.prompts import needs_tokenizer
+from tokengrain.rollout.stops import StopStrings
 from tokengrain.scoring import causal_lm, score
 from tokengrain.scoring.forward import evaluating
 
@@ -52,7 +54,7 @@ class Branching:
     Args:
         sampler: draws completions and continuations.
         model: gives the entropies: nats of its own distribution (temperature 1, all tokens).
-        tokenizer: needed for triggers.
+        tokenizer: needed for triggers and stop strings.
         window, quantile, mode: which windows are high, see `tokengrain.credit.entropy_window`; the threshold is that
             of the completions at hand, of this process alone.
         triggers: words at which a completion may be left: "english", a list, or None: every token.
@@ -86,7 +88,7 @@ class Branching:
             "per_prompt": per_prompt,
         }
         self.given = validate_settings("sampler 'branching'", Branching, given)
-        self.sampler, self.model = sampler, model
+        self.sampler, self.model, self.tokenizer = sampler, model, tokenizer
         self.window, self.quantile, self.mode = window, quantile, mode
         self.triggers = trigger_tokens(tokenizer, triggers, "sampler 'branching'")
         self.per_completion, self.per_prompt = per_completion, per_prompt
@@ -100,11 +102,16 @@ class Branching:
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
         """`n` completions of each prompt and their branches. Raises `RolloutError`."""
         started = time.perf_counter()
+        needs_tokenizer(self.tokenizer, sampling.stop)
         found = self.sampler.sample(prompts, n=n, sampling=sampling)
         branches = self._branches(found)
         groups = [list(group) for group in found.groups]
+        stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         for branch, continuation in zip(branches, self._continued(found, branches, sampling), strict=True):
-            groups[branch.prompt].append(_joined(found.groups[branch.prompt][branch.parent], branch, continuation))
+            joined = _joined(found.groups[branch.prompt][branch.parent], branch, continuation)
+            # A stop string may begin before the branch, where the continuation's sampler does not see it.
+            end = stops.length(joined.ids) if stops is not None else None
+            groups[branch.prompt].append(joined if end is None else _cut(joined, end, "stop"))
         return replace(found, groups=tuple(map(tuple, groups)), seconds=time.perf_counter() - started)
 
     def _branches(self, found: Rollouts) -> list[_Branch]:
@@ -154,7 +161,8 @@ class Branching:
             room = sampling.max_new_tokens - min(branches[i].length for i in part)
             drawn = self.sampler.sample([items[i] for i in part], n=1, sampling=replace(sampling, max_new_tokens=room))
             for i, completion in zip(part, drawn.completions, strict=True):
-                out[i] = _cut(completion, sampling.max_new_tokens - branches[i].length)
+                left = sampling.max_new_tokens - branches[i].length
+                out[i] = completion if len(completion.ids) <= left else _cut(completion, left, "length")
         return [out[i] for i in range(len(items))]
 
     def _together(self, items: Sequence[PromptItem], branches: Sequence[_Branch], longest: int) -> list[list[int]]:
@@ -170,15 +178,14 @@ class Branching:
         return [[i for i, b in enumerate(branches) if b.length == length] for length in lengths]
 
 
-def _cut(completion: SampledCompletion, length: int) -> SampledCompletion:
-    """Its first tokens, marked as truncated if it has more."""
-    if len(completion.ids) <= length:
-        return completion
-    return SampledCompletion(
-        completion.ids[:length],
-        None if completion.sampling_logps is None else completion.sampling_logps[:length],
-        None if completion.raw_logps is None else completion.raw_logps[:length],
-        "length",
+def _cut(completion: SampledCompletion, length: int, reason: FinishReason) -> SampledCompletion:
+    """Its first tokens, and why there are no more."""
+    return replace(
+        completion,
+        ids=completion.ids[:length],
+        sampling_logps=None if completion.sampling_logps is None else completion.sampling_logps[:length],
+        raw_logps=None if completion.raw_logps is None else completion.raw_logps[:length],
+        finish_reason=reason,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -24,15 +25,23 @@ R = TypeVar("R")
 
 # Too many requests, server busy or broken: another attempt may succeed. Other codes are final.
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+# There is a server, but no such path, or not for this.
+NO_LIST = frozenset({404, 405, 501})
 LONGEST_PAUSE = 60.0
 
 
 class ServerError(RolloutError):
-    """A server that gave no usable answer, after the retries that make sense."""
+    """A server that gave no usable answer, after the retries that make sense.
+
+    Attributes:
+        status: the code with which it refused; None where it did not answer, or not usably.
+    """
+
+    status: int | None = None
 
 
 class JsonClient:
-    """Posts JSON and reads JSON, with retries.
+    """Posts and reads JSON, with retries.
 
     Connection errors, timeouts, the status codes in `AGAIN` and answers that are not JSON are retried, with
     pauses that double (and the server's `Retry-After`); any other status is an error at once.
@@ -66,6 +75,12 @@ class JsonClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout, self.retries, self.backoff, self.api_key_env = timeout, retries, backoff, api_key_env
 
+    def briefer(self, timeout: float, retries: int = 0) -> JsonClient:
+        """The same client with at most this time-out, and so many retries."""
+        other = copy.copy(self)
+        other.timeout, other.retries = min(self.timeout, timeout), retries
+        return other
+
     def post(self, path: str, body: Any, check: Callable[[Any], T], stop: threading.Event | None = None) -> T:
         """Post `body` to `path`; the answer goes through `check`.
 
@@ -77,6 +92,13 @@ class JsonClient:
         Raises:
             ServerError: no usable answer; names the address, what was wrong last, and the attempts.
         """
+        return self._asked(path, body, check, stop)
+
+    def get(self, path: str, check: Callable[[Any], T]) -> T:
+        """The same without anything to send."""
+        return self._asked(path, None, check, None)
+
+    def _asked(self, path: str, body: Any, check: Callable[[Any], T], stop: threading.Event | None) -> T:
         reason = ""
         for attempt in range(self.retries + 1):
             pause = min(self.backoff * 2**attempt * random.uniform(0.5, 1.0), LONGEST_PAUSE)
@@ -85,7 +107,9 @@ class JsonClient:
             except urllib.error.HTTPError as error:
                 reason = f"status {error.code}: {_message(error)}"
                 if error.code not in AGAIN:
-                    raise ServerError(f"{self.url}{path}: {reason}") from None
+                    failure = ServerError(f"{self.url}{path}: {reason}")
+                    failure.status = error.code
+                    raise failure from None
                 pause = max(pause, _retry_after(error))
             except (OSError, HTTPException, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
@@ -102,13 +126,35 @@ class JsonClient:
         headers = {"Content-Type": "application/json"}
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers, method="POST")
+        content, method = (None, "GET") if body is None else (json.dumps(body).encode(), "POST")
+        request = urllib.request.Request(self.url + path, content, headers, method=method)
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            content = answer.read()
+            found = answer.read()
         # Some endpoints answer with plain text or with nothing.
         if "json" not in (answer.headers.get("Content-Type") or ""):
-            return content.decode(errors="replace")
-        return json.loads(content)
+            return found.decode(errors="replace")
+        return json.loads(found)
+
+
+def served_models(client: JsonClient) -> list[str]:
+    """The names of the models that a server lists; none where it has no such list.
+
+    Raises:
+        ServerError: it does not answer, or refuses.
+    """
+    try:
+        return client.get("/v1/models", _model_names)
+    except ServerError as error:
+        if error.status in NO_LIST:
+            return []
+        raise
+
+
+def _model_names(answer: Any) -> list[str]:
+    try:
+        return [str(model["id"]) for model in answer["data"]]
+    except (KeyError, TypeError):
+        raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
 
 
 def gather(function: Callable[[T, threading.Event], R], items: Sequence[T], concurrency: int) -> list[R]:

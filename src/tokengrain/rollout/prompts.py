@@ -6,16 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tokengrain.data.config import RowError, TokenizeConfig
-from tokengrain.data.fields import check_prompt, content
+from tokengrain.data.fields import check_mapping, check_prompt, content
 from tokengrain.data.formats import Example
 from tokengrain.data.render import Renderer
+from tokengrain.data.rows import Rows
 from tokengrain.data.tokenize import Encoder
 from tokengrain.errors import ModelError, RecipeError
 from tokengrain.rollout.base import PromptItem
 
 
 def encode_prompts(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Rows | Iterable[Mapping[str, Any]],
     tokenizer: Any,
     config: TokenizeConfig | None = None,
     *,
@@ -35,7 +36,7 @@ def encode_prompts(
         template: text with `{column}` placeholders that makes the prompt from the row's columns; `column` is
             then only its name in messages.
         chat: take a prompt of text as the user's message of a chat.
-        file: where the rows come from, for messages.
+        file: where the rows come from, for messages; `Rows` know it themselves.
 
     Raises:
         DataError: a row without a usable prompt (`on_invalid: skip` leaves it out); names file and row.
@@ -44,13 +45,14 @@ def encode_prompts(
     config = config or TokenizeConfig()
     renderer, encoder = Renderer(tokenizer, config), Encoder(tokenizer, config)
     items = []
-    for number, row in enumerate(rows):
+    for number, (place, row) in enumerate(rows if isinstance(rows, Rows) else enumerate(rows)):
         try:
+            check_mapping(row)
             ids = _encoded(row, renderer, encoder, column, template, chat)
         except RowError as error:
             if config.on_invalid == "skip":
                 continue
-            raise error.located(file, number) from None
+            raise error.located(*(rows.place(place) if isinstance(rows, Rows) else (file, number))) from None
         items.append(PromptItem(_cut(ids, config, encoder.bos_id), row=row.get("id", number), raw=dict(row)))
     return items
 

@@ -85,6 +85,30 @@ def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
     return made
 
 
+def check_reachable(given: Any, *, patient: bool = True) -> None:
+    """Ask the server that a sampler draws from, or the one below it, whether it is there.
+
+    Args:
+        given: a sampler, or its settings, as `make_sampler` takes them. Of a sampler that needs a model, and of one
+            without a method `check_reachable`, nothing is asked.
+        patient: False: one attempt, and not for long.
+
+    Raises:
+        RolloutError: nobody answers. RecipeError: as `check_sampler`; a server that does not have the model.
+    """
+    sampler = given
+    if given is None or isinstance(given, (str, Mapping)):
+        settings = check_sampler(DEFAULT if given is None else given)
+        settings = settings.get("sampler", settings)
+        build = sampler_class(settings.pop("name"))
+        if _positional(build)[0] or not hasattr(build, "check_reachable"):
+            return
+        sampler = build(**settings)
+    sampler = getattr(sampler, "sampler", sampler)
+    if (check := getattr(sampler, "check_reachable", None)) is not None:
+        check(patient=patient)
+
+
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `check_sampler` gave, JSON-like, what decides which completions are drawn."""
     found = _without_neutral(sampler_class(settings["name"]), settings)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tokengrain.callables import Count, NonNegative, Positive, Whole, validate_settings
+from tokengrain.callables import Count, NonNegative, Positive, Whole, nearest, validate_settings
+from tokengrain.errors import RecipeError
 from tokengrain.rollout.base import (
     PromptItem,
     RolloutError,
@@ -23,7 +24,7 @@ from tokengrain.rollout.base import (
     derived_seed,
     occurrences,
 )
-from tokengrain.rollout.client import JsonClient, ServerError, gather
+from tokengrain.rollout.client import JsonClient, ServerError, gather, served_models
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,22 @@ class OpenAIServer:
         """Raises `RecipeError` for settings that do not work. Neither server nor key need be there yet."""
         cls(**{**settings, "api_key_env": None})
 
+    def check_reachable(self, *, patient: bool = True) -> None:
+        """Ask the server which models it has; if not patient, once and for no longer than 5 s.
+
+        Raises:
+            ServerError: nobody answers, or the key is refused.
+            RecipeError: vLLM has no model of this name. (SGLang does not mind the name.)
+        """
+        client = self.client.briefer(30.0, self.client.retries) if patient else self.client.briefer(5.0)
+        try:
+            names = served_models(client)
+        except ServerError as error:
+            raise ServerError(f"sampler 'server': {error}; expected a running {self.flavour} server") from None
+        if self.flavour == "vllm" and names and self.base_model not in names:
+            known = nearest(self.base_model, names)
+            raise RecipeError(f"sampler 'server': {client.url} has no model {self.base_model!r}{known}")
+
     @property
     def model(self) -> str:
         """What requests name as their model."""
@@ -179,11 +196,13 @@ class OpenAIServer:
     def _read(self, answer: Any, n: int, sampling: SamplingConfig) -> tuple[SampledCompletion, ...]:
         """The completions in an answer. Raises `ValueError` where it is not what was asked for."""
         choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != n:
+        if not isinstance(choices, list) or len(choices) != n or not all(isinstance(c, dict) for c in choices):
             raise ValueError(f"the answer has no list of {n} choices")
         found = []
-        for choice in sorted(choices, key=lambda c: c.get("index", 0)):
+        for choice in sorted(choices, key=lambda c: c.get("index") or 0):
             logprobs = choice.get("logprobs") or {}
+            if not isinstance(logprobs, dict):
+                raise ValueError(f"the answer's logprobs are {logprobs!r:.80}; expected an object")
             logps = logprobs.get("token_logprobs")
             ids = choice.get("token_ids")
             if ids is None:
@@ -239,9 +258,8 @@ class OpenAIServer:
         """Unload the adapter, if one is loaded; a server that does not answer is left alone, with a warning."""
         if self.adapter is None:
             return
-        once = JsonClient(self.client.url, timeout=10.0, retries=0, api_key_env=self.client.api_key_env)
         try:
-            once.post(self.endpoints.unload_adapter, {"lora_name": self.adapter}, _succeeded)
+            self.client.briefer(10.0).post(self.endpoints.unload_adapter, {"lora_name": self.adapter}, _succeeded)
         except ServerError as error:
             logger.warning("adapter %s stays on the server: %s", self.adapter, error)
         self.adapter = None
