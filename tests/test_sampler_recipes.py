@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from tests.test_cli import call
 from tests.test_stages import LLAMA, run
 from tests.training.online.tiny import make_online
-from tokengrain.errors import RecipeError, RunError
+from tokengrain.errors import DataError, RecipeError, RunError
 from tokengrain.recipe import load_recipe, make_recipe
 from tokengrain.rewards import RewardError
+from tokengrain.training.judge_run import evaluate_run
 from tokengrain.training.online import OnlineConfig
 from tokengrain.training.plan import make_plan
 from tokengrain.training.stages import run_recipe
@@ -246,3 +247,27 @@ def test_the_branching_of_the_aepo_recipe_and_its_evaluation(
         assert f"samples of the {which} model in the world arithmetic" in err
     status, out, err = call(capsys, "evaluate", str(result.path), "--json")
     assert "pass@16" in json.loads(out)["world"]  # the world's own number
+
+
+def test_samples_of_an_evaluation_outside_a_world(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = run(online(tmp_path))
+    greedy, several = evaluate_run(result.path), evaluate_run(result.path, samples=4)
+    assert greedy["sampling"] == {"samples": 1, "temperature": 0.0}
+    assert greedy["held_out"]["reward"] == pytest.approx(result.metrics["final"]["reward"])
+    assert several["sampling"] == {"samples": 4, "temperature": 1.0}, "greedy ones would all be alike"
+    assert {"pass@1", "pass@2", "pass@4"} <= several["held_out"].keys()
+    assert "pass@1" not in greedy["held_out"]
+    status, out, _ = call(capsys, "evaluate", str(result.path), "--samples", "2")
+    assert status == 0
+    assert re.search(r"held-out rows .*pass@2 .*their completions +samples +2 ", re.sub(r"\s+", " ", out))
+
+
+def test_a_bad_prompt_is_named_by_its_row_in_the_file(tmp_path: Path) -> None:
+    online(tmp_path)
+    path = tmp_path / "prompts.jsonl"
+    lines = path.read_text().splitlines()
+    for number in range(8):  # some are held out; the others keep their numbers
+        changed = [*lines[:number], '{"question": 1}', *lines[number + 1 :]]
+        path.write_text("\n".join(["", *changed]) + "\n")
+        with pytest.raises(DataError, match=rf"prompts\.jsonl: row {number} \(line {number + 2}\): field 'prompt'"):
+            run(online(tmp_path, name=f"run{number}"))

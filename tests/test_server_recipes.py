@@ -14,6 +14,8 @@ from tests.rollout.stub import Served, Stub, serving
 from tests.test_cli import call
 from tests.test_sampler_recipes import BRANCHING, log, online, same, trained
 from tests.test_stages import LLAMA, run
+from tests.training.online.tiny import make_online
+from tokengrain.errors import RecipeError
 from tokengrain.rewards import RewardError
 from tokengrain.rollout import RolloutError
 from tokengrain.runs import read_run
@@ -95,8 +97,31 @@ def test_branching_on_top_of_a_server(tmp_path: Path) -> None:
 def test_a_wrong_address_is_named(tmp_path: Path) -> None:
     with serving(other_llama()) as stub:
         gone = served_by(stub, refresh="none")
-    with pytest.raises(RolloutError, match=rf"{re.escape(stub.url)}/v1/completions: .*refused.* \(attempts: 2"):
+    missing = rf"sampler 'server': {re.escape(stub.url)}/v1/models: .*refused.* \(attempts: 2"
+    with pytest.raises(RolloutError, match=missing):
         run(online(tmp_path, gone))
     assert read_run(tmp_path / "run").status == "failed"
-    with pytest.raises(RolloutError, match=rf"{re.escape(stub.url)}/collective_rpc: .*refused"):
-        run(online(tmp_path, {**gone, "refresh": "checkpoint"}, name="other"))
+    assert not (tmp_path / "run" / "train").exists()  # before any stage that trains
+    branched = {**BRANCHING, "sampler": {**gone, "refresh": "checkpoint"}}
+    with pytest.raises(RolloutError, match=missing):
+        run(online(tmp_path, branched, name="other"))
+    # The trainer asks as well: the first stage's model need not be there when the recipe is read.
+    with pytest.raises(RolloutError, match=missing):
+        make_online(tmp_path / "trainer", sampler=gone)
+
+
+def test_a_dry_run_says_which_servers_do_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    with serving(other_llama()) as stub:
+        path.write_text(yaml.safe_dump(online(tmp_path, served_by(stub, refresh="none"))))
+        status, out, _ = call(capsys, "train", str(path), "--dry-run")
+        assert status == 0
+        assert "cannot begin" not in out
+    status, out, _ = call(capsys, "train", str(path), "--dry-run")
+    assert status == 0
+    assert f"stage train cannot begin yet: sampler 'server': {stub.url}/v1/models" in " ".join(out.split())
+
+
+def test_a_model_that_the_server_does_not_have(tmp_path: Path) -> None:
+    with serving(other_llama()) as stub, pytest.raises(RecipeError, match=r"has no model 'mm'; did you mean 'm'\?"):
+        run(online(tmp_path, served_by(stub, refresh="none", model="mm")))

@@ -455,8 +455,47 @@ def test_evaluation_repeats_the_runs_numbers(finished: Path, tmp_path: Path) -> 
     assert json.loads((finished / "run" / "evaluation.json").read_text()) == found
     rows = write_rows(tmp_path / "more.jsonl", n=3)
     assert evaluate_run(finished / "run", data=str(rows))["data"] == str(rows)
+    with pytest.raises(RunError, match="samples is 4, but nothing is sampled"):
+        evaluate_run(finished / "run", samples=4)
+
+
+def test_evaluation_of_a_folder_whose_name_is_a_number(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_run("2024")["held_out"] == evaluate_run(finished / "run")["held_out"]
+
+
+def test_an_edited_template_file_is_another_run(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    recipe = values(tmp_path, data={"train": str(write_rows(tmp_path / "pairs.jsonl")), "chat_template": str(template)})
+    marks = []
+    for text in ("{% if x %}a{% endif %}", "{% if x %}b{% endif %}"):
+        template.write_text(text)
+        marks.append([plan.fingerprint for plan in make_plan(make_recipe(recipe))])
+    assert not set(marks[0]) & set(marks[1])
 
 
 def test_a_stage_cannot_take_an_option_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"stages.train.shard_rows: unknown key"):
         make_recipe(values(tmp_path, {"train": {**DPO, "shard_rows": 3}}))
+
+
+def test_adapter_off_is_the_reference_whatever_the_rows_bring(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    n = [len(side.encode()) + 1 for side in (" good", " bad")]  # bytes and EOS
+    logps = {"chosen_ref_logps": [-1.0] * n[0], "rejected_ref_logps": [-9.0] * n[1]}
+    rows = [{"prompt": f"p{i}", "chosen": " good", "rejected": " bad", **logps} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    margins = {}
+    for reference in ("columns", "adapter_off"):
+        folder = tmp_path / reference
+        stage = {**DPO, "reference": reference, "lora": {"r": 2}}
+        recipe = values(tmp_path, {"train": stage})
+        result = run({**recipe, "output_dir": str(folder / "run")})
+        margins[reference] = result.metrics["stages"]["train"]["before"]["rewards/margins"]
+        after = result.metrics["final"]["rewards/margins"]
+        assert evaluate_run(folder / "run")["held_out"]["rewards/margins"] == pytest.approx(after, abs=1e-5)
+    assert abs(margins["columns"]) > 1
+    assert margins["adapter_off"] == pytest.approx(0.0, abs=1e-6)

@@ -98,6 +98,20 @@ def test_continued_adapter_is_compared_with_its_start(tmp_path: Path) -> None:
     torch.testing.assert_close(score(again.eval(), batch).logps, score(trainer.model.eval(), batch).logps)
 
 
+def test_biases_that_are_trained_beside_an_adapter_are_no_part_of_the_reference(tmp_path: Path) -> None:
+    """With the adapter switched off they would stay as trained."""
+    samples = make_samples(8)
+    batch = TokenBatch.from_samples(samples)
+    model = tiny_llama(attention_bias=True)
+    start = score(model.eval(), batch).logps
+    lora = LoraConfig(**{**LORA, "bias": "all"})
+    trainer = make_trainer(tmp_path, samples, model=model, objective="dpo", peft_config=lora, num_train_epochs=2)
+    assert isinstance(trainer.reference, StartingAdapterReference)
+    trainer.train()
+    assert any(bool(p.any()) for n, p in trainer.model.named_parameters() if n.endswith("q_proj.base_layer.bias"))
+    torch.testing.assert_close(trainer.reference(batch, {"logps"}).logps, start)
+
+
 def test_given_reference_wins_over_the_default(tmp_path: Path) -> None:
     model = trained_adapter()
     trainer = make_trainer(tmp_path, make_samples(4), model=model, reference=AdapterOffReference(model))

@@ -240,6 +240,10 @@ def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
         build(tmp_path, "full").train()
     with pytest.raises(RunError, match="belongs to another run: seed was 3 there and is 4"):
         build(tmp_path, "full", seed=4, data_seed=3).train(resume_from_checkpoint=True)
+    constant = {"normaliser": "constant", "max_steps": 2, "overwrite_output_dir": True}
+    build(tmp_path, "full", **constant, normaliser_constant=2.0).train()
+    with pytest.raises(RunError, match=r"normaliser_constant was 2\.0 there and is 3\.0"):
+        build(tmp_path, "full", **constant, normaliser_constant=3.0).train(resume_from_checkpoint=True)
     build(tmp_path, "full", max_steps=2, overwrite_output_dir=True).train()
     with pytest.raises(RunError, match="not a complete checkpoint"):
         build(tmp_path, "full").train(resume_from_checkpoint=str(tmp_path))

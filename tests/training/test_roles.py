@@ -126,3 +126,13 @@ def test_an_sft_term_does_not_go_with_a_selection(tmp_path: Path) -> None:
             credit=lambda b: noise(b).float(),
             credit_as="selection",
         )
+
+
+@pytest.mark.parametrize("setting", [{"above": 0.2}, {"share": 0.5}])
+def test_the_first_token_can_be_left_out_of_every_selection(setting: Any, batch: TokenBatch) -> None:
+    values, segments = noise(batch), batch.segments
+    every, rest = (make_role("selection", score_first_token=f, **setting)(values, segments) for f in (True, False))
+    first = segments.positions == 0
+    assert bool(every[first].any())
+    assert not rest[first].any()
+    assert bool(rest.any())

@@ -26,6 +26,7 @@ from tokengrain.training.checkpoints import (
     refuse_earlier_run,
     remove_folder,
     require_checkpoint,
+    require_optimizer,
     rotate,
     saving,
     write_state,
@@ -73,7 +74,8 @@ class CheckpointMixin(Trainer):
                 there is none. A path: go on from there. None or False: start from scratch.
 
         Raises:
-            RunError: starting from scratch where checkpoints lie; resuming another run's checkpoint.
+            RunError: starting from scratch where checkpoints lie; resuming another run's checkpoint, or one of the
+                weights alone.
             NonFiniteLossError: a loss that is not finite; the batch's rows are in `nonfinite.json`.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -109,6 +111,7 @@ class CheckpointMixin(Trainer):
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
         check_same_run(state["run"], self.run_identity(), checkpoint)
+        require_optimizer(checkpoint)
         self._window.load_state(state["window"])
         if not self.is_world_process_zero():
             self._window.clear()  # the saved window is the sum over ranks
@@ -130,11 +133,19 @@ class CheckpointMixin(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if has_renamed_weights(Path(resume_from_checkpoint), self.model):
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(str(self.state.best_model_checkpoint))
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        if has_renamed_weights(Path(checkpoint), self.model):
             # transformers renames weights when it saves some architectures (GPT-NeoX's head) and its trainer does
             # not name them back; only `from_pretrained` does.
             own: Any = self.model
-            loaded = type(own).from_pretrained(resume_from_checkpoint, config=own.config, dtype=own.dtype)
+            with no_progress_bar():
+                loaded = type(own).from_pretrained(checkpoint, config=own.config, dtype=own.dtype)
             own.load_state_dict(loaded.state_dict())
 
     def run_identity(self) -> dict[str, Any]:
@@ -146,6 +157,7 @@ class CheckpointMixin(Trainer):
             "objective": self.objective.describe(),
             "credit": credit.describe() if credit is not None else None,
             "normaliser": self.args.normaliser,
+            "normaliser_constant": self.args.normaliser_constant,
             "data": getattr(data, "fingerprint", None) or _fingerprint(data),
             "prompts_per_step": prompts * self.accelerator.num_processes,
             "seed": self.args.seed,
@@ -180,6 +192,7 @@ class CheckpointMixin(Trainer):
             with saving(f"checkpoint {self.state.global_step}", staged), no_progress_bar():
                 super()._save_checkpoint(model, trial)
                 extra = self.save_extra(staged)
+                self._name_best(target)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self._complete(staged, target, extra)
@@ -191,10 +204,18 @@ class CheckpointMixin(Trainer):
                 staged.parent.rmdir()
         self.accelerator.wait_for_everyone()
 
+    def _name_best(self, target: Path) -> None:
+        """Call the best checkpoint by the name that it has in this folder, which may have been moved or renamed.
+
+        Every rank calls this: each of them loads the best weights at the end.
+        """
+        if self.state.best_global_step:
+            here = target.parent / f"checkpoint-{self.state.best_global_step}"
+            if here == target or here.is_dir():
+                self.state.best_model_checkpoint = str(here)
+
     def _complete(self, staged: Path, target: Path, extra: dict[str, Any]) -> None:
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(target)
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         write_state(
             staged,
             {

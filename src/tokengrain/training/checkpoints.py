@@ -47,6 +47,16 @@ def require_checkpoint(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def require_optimizer(checkpoint: Path) -> None:
+    """Raise RunError if a checkpoint has weights alone; transformers would go on with a fresh optimiser."""
+    # Sharded, the optimiser's state is a folder.
+    if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
+        raise RunError(
+            f"{checkpoint} cannot be gone on with: it has no state of optimiser and learning rate (was it saved with "
+            "save_only_model?). Start anew from its weights, as the model of another output_dir"
+        )
+
+
 def refuse_earlier_run(output_dir: str | os.PathLike[str]) -> None:
     """Raise RunError if there are checkpoints where a run starts from scratch; it might resume from them."""
     found = checkpoints(output_dir)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokengrain.batch import Sample
-from tokengrain.errors import DataError, ModelError
+from tokengrain.errors import DataError, ModelError, RecipeError
 from tokengrain.objectives import BoundObjective
 
 HINTS = {
@@ -16,6 +16,35 @@ HINTS = {
     "spans": "; spans come from data.spans (diff, tags, column or a function), or from token credit",
     "selected": "; or token credit to select by",
 }
+
+PASSED_ON = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
+"""Arguments of `transformers.Trainer` that have their meaning here; the others would be without effect."""
+
+
+def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
+    """Check what a trainer is made with.
+
+    Args:
+        args: its settings; kind: the class that they must have.
+        given: names of further arguments for `transformers.Trainer`.
+
+    Raises:
+        RecipeError: settings of another class; an argument that would be ignored.
+    """
+    if not isinstance(args, kind):
+        raise RecipeError(f"the trainer's settings are {type(args).__name__}; expected {kind.__name__}")
+    if unknown := sorted(set(given) - set(PASSED_ON)):
+        raise RecipeError(
+            f"the trainer takes no {', '.join(unknown)}; expected its own arguments, or {', '.join(PASSED_ON)}, which "
+            "go to transformers. Objective and credit make the loss; evaluation has its own metrics and no predictions"
+        )
+
+
+def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
+    """Data sets by a name for messages; of several evaluation sets one may be called "train"."""
+    if not isinstance(evaluation, Mapping):
+        return {"train": train, "eval": evaluation}
+    return {"train": train, **{f"eval_{name}": dataset for name, dataset in evaluation.items()}}
 
 
 def vocabulary_size(model: Any) -> int | None:
@@ -94,8 +123,8 @@ def check_samples(samples: Iterable[Sample], model: nn.Module, *, name: object, 
     """Check rows against the model; returns their number.
 
     Raises:
-        DataError: no rows; a row that is not a pair where pairs are needed; a sequence longer than the
-            model's positions; a token id the model does not have.
+        DataError: no rows; a row that is no `Sample`; one that is not a pair where pairs are needed; a sequence longer
+            than the model's positions; a token id the model does not have.
     """
     limit, vocabulary = model_positions(model), vocabulary_size(model)
     count = 0
@@ -109,6 +138,7 @@ def check_samples(samples: Iterable[Sample], model: nn.Module, *, name: object, 
 
 def check_sample(sample: Sample, limit: int | None, vocabulary: int | None, *, name: object, pairs: bool) -> None:
     """Check one row; see `check_samples`."""
+    _check_type(sample, name)
     if pairs and len(sample.completions) != 2:
         raise DataError(
             "a preference pair has two completions",
@@ -141,6 +171,16 @@ def check_sample(sample: Sample, limit: int | None, vocabulary: int | None, *, n
             )
 
 
+def _check_type(sample: Any, name: object) -> None:
+    if not isinstance(sample, Sample):
+        raise DataError(
+            "a row is not tokenised",
+            file=name,
+            value=type(sample).__name__,
+            expected="a Sample, which prepare_pairs and prepare_sft of tokengrain.data make of rows of text",
+        )
+
+
 def has_column(dataset: Any, column: str) -> bool:
     """Whether the rows of a map-style dataset carry this per-token column (its first row says).
 
@@ -148,6 +188,7 @@ def has_column(dataset: Any, column: str) -> bool:
     """
     if not hasattr(dataset, "__len__") or not len(dataset):
         return False
+    _check_type(dataset[0], getattr(dataset, "name", "train"))
     return column in dataset[0].completions[0].columns
 
 

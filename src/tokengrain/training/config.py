@@ -13,6 +13,23 @@ from tokengrain.scoring.layouts import Layout
 
 LAYOUTS = ("auto", "shared", "separate")
 
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "push_to_hub": ((False,), "push the finished model folder"),
+    "deepspeed": ((None,), "use fsdp (FSDP2) to shard the model"),
+    "parallelism_config": ((None,), "ranks hold different rows (DDP or FSDP2)"),
+    "auto_find_batch_size": ((False,), "bound memory by max_tokens_per_microbatch"),
+    "include_num_input_tokens_seen": (("no", False), "the log always has num_tokens"),
+    "label_smoothing_factor": ((0.0,), "it is a setting of the objective: label_smoothing of dpo and simpo"),
+    "neftune_noise_alpha": ((None,), "its noise depends on how prompts are laid out and cut into micro-batches"),
+    "train_sampling_strategy": (("random", "sequential"), "max_tokens_per_microbatch cuts batches by length"),
+    "torch_empty_cache_steps": ((None,), "bound memory by max_tokens_per_microbatch"),
+    "bf16_full_eval": ((False,), "evaluation computes as training does: set bf16"),
+    "fp16_full_eval": ((False,), "evaluation computes as training does: set fp16"),
+    "batch_eval_metrics": ((False,), "evaluation keeps no predictions"),
+    "include_for_metrics": (([], None), "evaluation keeps no predictions"),
+}
+"""Inherited settings that would be without effect, or with a wrong one: the values that are allowed, and the reason."""
+
 
 @dataclass
 class PreferenceConfig(TrainingArguments):
@@ -24,12 +41,13 @@ class PreferenceConfig(TrainingArguments):
 
     Some inherited defaults differ: `learning_rate` 1e-6, `report_to` "none" (a local `log.jsonl` is always
     written to `output_dir`), no filter over non-finite losses (they stop the run), and `data_seed` = `seed`.
+    What cannot work here is refused with the reason.
 
     Args:
         max_tokens_per_microbatch: most tokens (each prompt once, plus its completions) in one forward pass;
             None: the whole device batch. A prompt that is larger on its own gets a pass of its own.
         normaliser: how per-pair losses become the loss of an optimiser step: "mean" (over all pairs of the
-            step, on all ranks and accumulation steps), "token_mean", "constant" or "sum".
+            step, on all ranks and accumulation steps), "token_mean", "prompt_mean", "constant" or "sum".
         normaliser_constant: divisor of the normaliser "constant".
         disable_dropout: switch dropout off in the policy (LoRA dropout included). The reference never has
             any.
@@ -40,6 +58,9 @@ class PreferenceConfig(TrainingArguments):
             reduction over the vocabulary; evaluation always measures it.
         overwrite_output_dir: delete checkpoints and log of an earlier run in `output_dir` when training
             starts from scratch. Otherwise their presence is an error.
+
+    Raises:
+        RecipeError: a value out of range, or an inherited setting that would have no effect or a wrong one.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
@@ -56,7 +77,7 @@ class PreferenceConfig(TrainingArguments):
     max_tokens_per_microbatch: int | None = field(
         default=None, metadata={"help": "Most tokens in one forward pass; None: the whole device batch."}
     )
-    normaliser: NormaliserName = field(default="mean", metadata={"help": "mean, token_mean, constant or sum."})
+    normaliser: NormaliserName = field(default="mean", metadata={"help": "What the losses of a step are divided by."})
     normaliser_constant: float | None = field(default=None, metadata={"help": "Divisor of the normaliser 'constant'."})
     disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off in the policy."})
     layout: Layout = field(default="auto", metadata={"help": "auto, shared or separate."})
@@ -82,18 +103,22 @@ class PreferenceConfig(TrainingArguments):
             raise RecipeError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         for name in ("max_tokens_per_microbatch", "chunk_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RecipeError(f"{name} must be a positive integer or null, got {value!r}")
-        if self.push_to_hub:
-            raise RecipeError("push_to_hub is not supported while training; push the finished model folder")
-        if self.deepspeed is not None:
-            raise RecipeError("deepspeed is not supported; use fsdp (FSDP2) to shard the model")
-        if self.parallelism_config is not None:
-            raise RecipeError("parallelism_config is not supported; ranks hold different rows (DDP or FSDP2)")
-        if self.auto_find_batch_size:
-            raise RecipeError("auto_find_batch_size is not supported; bound memory by max_tokens_per_microbatch")
-        if str(self.include_num_input_tokens_seen) not in ("no", "False"):
-            raise RecipeError("include_num_input_tokens_seen is not supported; the log always has num_tokens")
+        for name, (allowed_values, reason) in _REFUSED.items():
+            value = getattr(self, name)
+            if getattr(value, "value", value) not in allowed_values:
+                raise RecipeError(f"{name} is not supported, except {_shown(allowed_values)}, got {value!r}; {reason}")
+        optimiser = str(getattr(self.optim, "value", self.optim))
+        if optimiser in ("lomo", "adalomo") or optimiser.endswith("_layerwise"):
+            raise RecipeError(
+                f"optim is {optimiser!r}, which changes weights during the backward pass of a micro-batch; a step is "
+                "all of its micro-batches. Expected one that steps after them, such as adamw_torch"
+            )
+
+
+def _shown(values: tuple[Any, ...]) -> str:
+    return " and ".join(repr(value) for value in values)
 
 
 def _without_dispatch(config: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.batch import Sample, TokenBatch
-from tokengrain.errors import DataError
+from tokengrain.errors import DataError, RecipeError
 from tokengrain.evaluation.intervals import wilson
 from tokengrain.objectives import BoundObjective, Counts, LossOutput, make_normaliser
 from tokengrain.scoring.forward import evaluating
@@ -200,6 +200,21 @@ class EvaluationMixin(Trainer):
             reshard(model)
         metrics = sums.metrics(self.args.normaliser, self.args.device)
         return evaluated(metrics, metric_key_prefix, dataloader.n_samples)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Raises `RecipeError` if evaluation has no such metric."""
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            wanted, known = self.args.metric_for_best_model, ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise RecipeError(f"metric_for_best_model is {wanted!r}; evaluation gives {known}") from error
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `RecipeError`: evaluation keeps no predictions."""
+        raise RecipeError(
+            "there is no predict: evaluate(rows) gives their metrics, tokengrain.score the log-probabilities of their "
+            "tokens, and a sampler of tokengrain.rollout completions"
+        )
 
     def _sums(self, batches: EvalBatches) -> EvalSums:
         sums, mixed_precision = EvalSums(), self.accelerator.autocast

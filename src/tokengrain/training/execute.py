@@ -63,6 +63,7 @@ def build_trainer(
         eval_data: held-out rows from another source.
     """
     from tokengrain.training import PreferenceConfig, PreferenceTrainer
+    from tokengrain.training.reference import ADAPTER_OFF
 
     stage = plan.stage
     if stage.kind == "online":
@@ -76,7 +77,7 @@ def build_trainer(
     tokenizer = shop.tokenizer(stage.model)
     model, peft_config = _policy(shop, stage, model_path)
     reference = build_reference(stage, shop)
-    if model_path is not None and reference is None and objective.needs & FROZEN:
+    if model_path is not None and reference in (None, ADAPTER_OFF) and objective.needs & FROZEN:
         reference = shop.frozen(stage.model)
     args = PreferenceConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
     model, peft_config = ready_for_teacher(stage, model, peft_config, args)

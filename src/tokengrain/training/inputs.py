@@ -45,7 +45,7 @@ def _source(source: str, split: str | None, data: DataSpec, part: str, prompts: 
         world: Any = load_world(source)
         if not prompts:
             return load_rows(world.pairs(part))
-        if not hasattr(world, "prompts"):
+        if not callable(getattr(world, "prompts", None)):  # those of `stories` are plain texts
             raise RecipeError(f"world {world.name} has no prompts with checkable answers; use world://arithmetic")
         return load_rows(world.prompts(part))
     rows = load_rows(source, split=split, streaming=data.streaming)
@@ -91,13 +91,12 @@ def _prompts(spec: PromptSpec, data: DataSpec, rows: Rows, tokenizer: Any) -> An
     from tokengrain.training.online.prompts import PromptDataset
 
     items = encode_prompts(
-        [row for _, row in rows],
+        rows,
         tokenizer,
         tokenize_config(data),
         column=spec.column,
         template=spec.template,
         chat=spec.chat,
-        file=rows.name,
     )
     return PromptDataset(items, name=rows.name)
 

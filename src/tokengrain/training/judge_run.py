@@ -29,28 +29,39 @@ def evaluate_run(
 
     Args:
         run_dir: the run folder.
-        data: pairs to evaluate on, instead of the run's own held-out pairs.
-        samples: samples per prompt in a world; None: the world's own number, 64 of stories and 16 of the others.
+        data: rows to evaluate on, instead of the run's own held-out ones.
+        samples: samples per prompt. In a world None means the world's own number, 64 of stories and 16 of the others.
+            Elsewhere of an online run alone: completions per held-out prompt, instead of `eval_generations`; of several
+            at `eval_temperature` 0 all would be alike, so they are drawn at the training's `temperature`.
         console: where progress is shown.
 
     Returns:
-        `held_out` (the objective's metrics, accuracy with its 95 % interval) if there are held-out rows, and
-        for a world `world` and `world_base`: true reward, KL, frontier share, win rate, ... of both; of a reward
-        model how well its token scores agree with the exact advantage.
+        `held_out` (the objective's metrics, accuracy with its 95 % interval) if there are held-out rows; of an online
+        run `sampling` (completions per held-out prompt, and their temperature); for a world `world` and `world_base`:
+        true reward, KL, frontier share, win rate, ... of both; of a reward model how well its token scores agree with
+        the exact advantage.
 
     Raises:
-        RunError: not a run folder, or a run that is not finished.
+        RunError: not a run folder, or a run that is not finished; `samples` where nothing is sampled.
     """
     from accelerate import PartialState
 
     run = read_run(run_dir)
     final = run.final_stage
-    recipe = load_recipe(run.path / "recipe.yaml", overrides=[f"output_dir={run.path}"])
+    recipe = load_recipe(run.path / "recipe.yaml", output=run.path)
+    in_world = is_world(recipe.data.train) and recipe.model.is_world and final.kind != "reward"
+    if samples is not None and not in_world and final.kind != "online":
+        raise RunError(
+            f"{run.path}: samples is {samples}, but nothing is sampled: the model is evaluated on rows with "
+            "completions; expected a policy in a world, or one that was trained online"
+        )
     plan = next(p for p in make_plan(recipe) if p.stage.name == final.name)
     shop = Workshop(recipe, console or Console(quiet=True), PartialState())
     found: dict[str, Any] = {"run": str(run.path), "method": run.method, "data": data or recipe.data.train}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(shop, plan, Path(scratch), str(final.model_path), eval_data=data)
+        if final.kind == "online":
+            found["sampling"] = _sampling(trainer.args, None if in_world else samples)
         if trainer.eval_dataset is not None:
             found["objective"] = trainer.objective.describe()
             shop.console.print("  held-out rows")
@@ -59,14 +70,23 @@ def evaluate_run(
     if is_world(recipe.data.train) and final.kind == "reward":
         credit = RewardModelCredit(model=shop.reward_model(plan.stage.model.at(str(final.model_path))))
         found["world"] = load_world(recipe.data.train).credit_recovery(credit)
-    elif is_world(recipe.data.train) and recipe.model.is_world:
+    elif in_world:
         world = load_world(recipe.data.train)
         for key, judged in (("world", model), ("world_base", shop.frozen(recipe.model))):
             title = f"samples of the {'trained' if key == 'world' else 'base'} model in the world {world.name}"
             with counted(shop.console, title) as progress:
                 found[key] = world.evaluate(judged, n=samples, seed=recipe.seed, progress=progress)
     if not {"held_out", "world"} & set(found):
-        raise RunError(f"{run.path} has no held-out rows; give pairs to evaluate on with --data")
+        raise RunError(f"{run.path} has no held-out rows; give rows to evaluate on with --data")
     if shop.state.is_main_process:
         write_json(run.path / FILE, found)
     return found
+
+
+def _sampling(args: Any, samples: int | None) -> dict[str, Any]:
+    """How held-out prompts are completed, `samples` times if given; changes `args`."""
+    if samples is not None:
+        args.eval_generations = samples
+        if samples > 1 and args.eval_temperature == 0:
+            args.eval_temperature = args.temperature
+    return {"samples": args.eval_generations, "temperature": args.eval_temperature}

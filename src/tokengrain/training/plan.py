@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tokengrain.callables import load_callable, source_of
 from tokengrain.credit import FunctionCredit, check_credit
+from tokengrain.data.render import template_text
 from tokengrain.errors import RunError, shown
 from tokengrain.files import fingerprint
 from tokengrain.recipe import ModelSpec, Recipe, ResolvedStage, resolve_stages
@@ -58,6 +59,11 @@ NEUTRAL = frozenset(
     ]
 )
 """Keys of `training:` that do not change what is learned; they are not part of a stage's fingerprint."""
+
+CHOOSING = frozenset(
+    ["eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps", "eval_generations", "eval_temperature"]
+)
+"""Of these, those that do where evaluation decides which weights are kept, or the learning rate."""
 
 
 @dataclass
@@ -132,10 +138,17 @@ def stage_settings(stage: ResolvedStage, seed: int, run_dir: Path, above: dict[s
         "credit": _credit_settings(stage, run_dir, above),
         "reference": _model_settings(reference, run_dir, above) if reference else stage.reference,
         "lora": stage.lora.model_dump() if stage.lora else None,
-        "training": {k: v for k, v in stage.training.items() if k not in NEUTRAL},
+        "training": _deciding(stage.training),
         **teacher,
         **(_online_settings(stage, run_dir, above) if stage.online is not None else {}),
     }
+
+
+def _deciding(training: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `training:` that change what is learned."""
+    chosen = training.get("load_best_model_at_end") or training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    neutral = NEUTRAL - CHOOSING if chosen else NEUTRAL
+    return {key: value for key, value in training.items() if key not in neutral}
 
 
 def _online_settings(stage: ResolvedStage, run_dir: Path, above: dict[str, str]) -> dict[str, Any]:
@@ -172,13 +185,16 @@ def _model_settings(spec: ModelSpec, run_dir: Path, above: dict[str, str]) -> di
 
 
 def _data_settings(stage: ResolvedStage, seed: int, above: dict[str, str]) -> dict[str, Any]:
+    given = stage.data.tokenize.get("chat_template")
+    text = template_text(given)
+    template = {"template": fingerprint(text)} if text != given else {}  # of a file: what is in it
     if stage.data.stage is not None:
-        return {"content": above[stage.data.stage], "tokenize": stage.data.tokenize}
+        return {"content": above[stage.data.stage], "tokenize": stage.data.tokenize, **template}
     options = stage.data.model_dump(exclude={"train", "eval"}, exclude_none=True)
     spans = tokenize_config(stage.data).span_config
     # A function of the user's counts with its source: another body marks other spans.
     marked = {"spans": spans.describe()} if spans is not None else {}
-    return {**options, **marked, "content": data_fingerprint(stage.data)}
+    return {**options, **marked, **template, "content": data_fingerprint(stage.data)}
 
 
 def _objective_settings(stage: ResolvedStage) -> dict[str, Any]:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+ADAPTER_OFF = "adapter_off"
+"""In place of a reference: the policy without its adapter, whatever `ref_logps` the data have."""
+
+
 def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
@@ -98,9 +102,15 @@ def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def adapter_is_neutral(model: Any) -> bool:
-    """Whether a PEFT model's adapter leaves the model's output as it is (a LoRA that was not trained yet)."""
+    """Whether a model whose PEFT adapter is switched off is, and stays, the model as it is now.
+
+    So it is with a LoRA that was not trained yet, as long as nothing else is trained: biases, say, which stay changed
+    when the adapter is off.
+    """
     types = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
     if types != {"LORA"} or any(getattr(c, "modules_to_save", None) for c in model.peft_config.values()):
+        return False
+    if any(p.requires_grad and "lora_" not in n for n, p in model.named_parameters()):
         return False
     last = [p for n, p in model.named_parameters() if "lora_B" in n or "lora_embedding_B" in n]
     return bool(last) and all(not bool(p.any()) for p in last)
@@ -110,7 +120,8 @@ def default_reference(model: nn.Module, needs: Collection[str], has_column: bool
     """The reference of an objective that was given none.
 
     Stored `ref_logps` if the data have them and they are enough; for an adapter the model without it (or a
-    copy of the adapter if it was already trained); otherwise a frozen copy of the starting weights.
+    copy of what is trained, if the adapter was trained already or not only a LoRA is trained); otherwise a
+    frozen copy of the starting weights.
     """
     if not {"ref_logps", "kl"} & set(needs):
         return None
@@ -122,7 +133,9 @@ def default_reference(model: nn.Module, needs: Collection[str], has_column: bool
 
 
 def resolve_reference(reference: Any, model: nn.Module, needs: Collection[str], has_column: bool) -> Reference | None:
-    """`reference` as given to the trainer (a model, a `Reference` or None) as a `Reference` or None."""
+    """`reference` as given to the trainer (a model, a `Reference`, `ADAPTER_OFF` or None) as a `Reference` or None."""
+    if isinstance(reference, str) and reference == ADAPTER_OFF:
+        reference, has_column = None, False
     if reference is None:
         return default_reference(model, needs, has_column)
     if isinstance(reference, nn.Module):

@@ -96,6 +96,7 @@ def make_source(credit: Mapping[str, Any], start: ModelSpec, tokenizer: Any, sho
 def build_reference(stage: ResolvedStage, shop: Workshop) -> Any:
     """What a train stage gives the trainer as `reference`; None leaves the choice to the trainer."""
     from tokengrain.scoring.reference import ColumnReference
+    from tokengrain.training.reference import ADAPTER_OFF
 
     if stage.reference_model is not None:
         return shop.frozen(stage.reference_model)
@@ -103,7 +104,7 @@ def build_reference(stage: ResolvedStage, shop: Workshop) -> Any:
         return ColumnReference()
     if stage.reference == "copy":
         return shop.frozen(stage.model)
-    return None
+    return ADAPTER_OFF if stage.reference == ADAPTER_OFF else None
 
 
 def ready_for_teacher(stage: ResolvedStage, model: Any, peft_config: Any, args: Any) -> tuple[Any, Any]:

@@ -10,8 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from tokengrain.errors import RecipeError
 from tokengrain.files import write_json
 from tokengrain.recipe import Recipe, ResolvedStage, resolve_stages
+from tokengrain.rollout.base import RolloutError
+from tokengrain.rollout.registry import check_reachable
 from tokengrain.runs import read_run, resume_command
 from tokengrain.training import inputs, models, tables
 from tokengrain.training.annotation import check_given_files, run_annotation
@@ -74,6 +77,7 @@ def run_recipe(
 
     Raises:
         RecipeError, DataError, ModelError: something does not fit; nothing was trained.
+        RolloutError: a server to sample from does not answer.
         RunError: the run folder holds another run, or the disk is full.
         NonFiniteLossError: the loss became NaN or infinite.
         KeyboardInterrupt: stopped by the user; the state is kept.
@@ -89,6 +93,7 @@ def run_recipe(
     tables.print_plan(console, recipe, wanted)
     state.wait_for_everyone()
     if dry_run:
+        _warn_of_servers(console, wanted)
         return RunResult(Path(recipe.output_dir))
     reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
     shop = Workshop(recipe, console, state)
@@ -138,6 +143,8 @@ def _check_models(shop: Workshop, stage: ResolvedStage) -> None:
     if made_before and not Path(models.locate(stage.model, shop.run_dir)).exists():
         return  # an earlier stage will make it, from a model that is checked
     tokenizer = shop.tokenizer(stage.model)
+    if stage.online is not None:
+        check_reachable(stage.online.sampler)
     config = models.load_config(stage.model, shop.path(stage.model))
     models.check_vocabulary(tokenizer, config, str(stage.model.path), str(stage.model.path))
     for role, other in stage.models.items():
@@ -148,6 +155,17 @@ def _check_models(shop: Workshop, stage: ResolvedStage) -> None:
             models.check_same_vocabulary(
                 tokenizer, theirs, f"the policy {stage.model.path}", f"the {role} {other.path}"
             )
+
+
+def _warn_of_servers(console: Console, plans: list[StagePlan]) -> None:
+    """Say which servers do not answer: they need not before their stage begins."""
+    for plan in plans:
+        if plan.stage.online is None or plan.action == "reuse":
+            continue
+        try:
+            check_reachable(plan.stage.online.sampler, patient=False)
+        except (RolloutError, RecipeError) as error:
+            console.print(f"stage {plan.stage.name} cannot begin yet: {error}", soft_wrap=True, markup=False)
 
 
 def _existing_ancestor(shop: Workshop, stage: ResolvedStage) -> ResolvedStage:

@@ -22,6 +22,7 @@ class MicroRecord:
     Attributes:
         rows: row of each prompt.
         group: prompt of each completion, long `[C]`.
+        labels: the counted tokens, long `[N]`.
         output: the objective's output.
         share: what the micro-batch adds to the loss of the step.
         entropy: nats per counted token `[N]`, or None.
@@ -30,6 +31,7 @@ class MicroRecord:
 
     rows: tuple[int | str, ...]
     group: Tensor
+    labels: Tensor
     segments: Segments
     output: LossOutput
     share: Tensor
@@ -41,7 +43,7 @@ class MicroRecord:
         out = judged.output
         tokens = out.token_losses.detach() if out.token_losses is not None else None
         output = replace(out, losses=out.losses.detach(), token_losses=tokens)
-        return cls(batch.rows, batch.group, batch.segments, output, share.detach(), judged.entropy, real)
+        return cls(batch.rows, batch.group, batch.labels, batch.segments, output, share.detach(), judged.entropy, real)
 
     def add_to(self, means: WeightedMeans) -> None:
         """Add the metrics, and the lengths, to a logging window."""

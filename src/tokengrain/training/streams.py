@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset
 
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, RecipeError
+from tokengrain.training.config import PreferenceConfig
 
 
 class RepeatedStream(IterableDataset[Sample]):
@@ -43,14 +44,32 @@ class RepeatedStream(IterableDataset[Sample]):
             number += 1
 
 
-def endless(dataset: Any, max_steps: int) -> Any:
+def endless(dataset: Any, args: PreferenceConfig) -> Any:
     """A stream repeated without end; rows in memory as they are.
 
     Raises:
-        RecipeError: it is a stream and nothing says how long to train.
+        RecipeError: it is a stream, and nothing says how long to train, something should happen at the end of an epoch,
+            or several workers would read it, each of them all of it.
     """
     if dataset is None or hasattr(dataset, "__len__"):
         return dataset
-    if max_steps <= 0:
+    if args.max_steps <= 0:
         raise RecipeError("a stream has no known length; set max_steps")
+    refuse_epochs(args, "a stream is one long pass")
+    if args.dataloader_num_workers > 1:
+        raise RecipeError(
+            f"dataloader_num_workers is {args.dataloader_num_workers}; each of them would read the whole stream. "
+            "Expected 0 or 1, or rows in memory"
+        )
     return RepeatedStream(dataset)
+
+
+def refuse_epochs(args: PreferenceConfig, reason: str) -> None:
+    """Raises `RecipeError` if something should happen at the end of every epoch, where training has but one."""
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        value = getattr(args, name)
+        if getattr(value, "value", value) == "epoch":
+            raise RecipeError(
+                f"{name} is 'epoch', but {reason}, and an epoch never ends before the run does; expected 'steps', with "
+                f"{name.replace('strategy', 'steps')}"
+            )

@@ -50,14 +50,14 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         credit_as: how it enters: "reward", "weight", "selection", "span", `{name: ..., settings}` or a role of
             `tokengrain.objectives.roles`. None: the only way that the objective has.
         reference: a model, a `Reference`, or None for the default: stored `ref_logps` if the data have them
-            and they are enough; for an adapter the model without it (a copy of the adapter if it is already
-            trained); otherwise a frozen copy of the starting weights.
+            and they are enough; for an adapter the model without it (a copy of what is trained if the
+            adapter was trained already or is not all that is trained); otherwise a frozen copy of the starting weights.
         teacher: what an objective that distils learns from: a `ContrastiveTeacher`, or any function
             `TokenBatch -> Teacher`.
         train_dataset, eval_dataset: map-style or iterable data sets of `Sample`s, or lists of them.
         processing_class: the tokenizer, saved with the model.
         peft_config: wrap the model in a new adapter.
-        kwargs: passed on to `transformers.Trainer` (callbacks, optimizers, ...).
+        kwargs: passed on to `transformers.Trainer`: callbacks, optimizers, optimizer_cls_and_kwargs.
 
     Raises:
         ModelError: vocabularies that differ.
@@ -81,9 +81,10 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        checks.check_arguments(args, PreferenceConfig, kwargs)
         self.objective: BoundObjective = resolve_objective(objective)
         self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)
-        self._datasets = {"train": train_dataset, **_named(eval_dataset)}
+        self._datasets = checks.by_name(train_dataset, eval_dataset)
         use = resolve_credit(credit, credit_as, self.objective, self._columns())
         check_together(self.objective, use.role if use is not None else None, teacher)
         self._check_data(model, use)
@@ -107,7 +108,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             model,
             args,
             data_collator=collate,
-            train_dataset=endless(train_dataset, args.max_steps),
+            train_dataset=endless(train_dataset, args),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
@@ -293,7 +294,3 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """About 6 operations per parameter and token, forward and backward."""
         return 6 * sum(p.numel() for p in self.model.parameters()) * inputs.batch.n_tokens
-
-
-def _named(eval_dataset: Any) -> dict[str, Any]:
-    return eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}

@@ -206,6 +206,8 @@ def test_refusals(tmp_path):
     assert all(torch.equal(v, before[n]) for n, v in critic.model.state_dict().items())
     with pytest.raises(RecipeError, match="needs the number of optimiser steps"):
         Critic(reward_model(), schedule="cosine").begin()
+    with pytest.raises(RecipeError, match=r"schedule is 'poly'; expected one of constant, linear, cosine, cosine_with"):
+        Critic(reward_model(), schedule="poly")
     with pytest.raises(RecipeError, match="lr is 0"):
         Critic(reward_model(), lr=0)
     with pytest.raises(RunError, match="holds no critic"):

@@ -15,13 +15,14 @@ from tests.training.test_resume import KillAt, in_child
 from tests.training.tiny import tiny_llama, weights
 from tokengrain.errors import NonFiniteLossError
 from tokengrain.objectives import LossOutput, make_objective
+from tokengrain.report.rollouts import ROLLOUT_FILE
 from tokengrain.rollout import HFGenerate
 from tokengrain.rollout.branching import Branching
 from tokengrain.scoring import score
 from tokengrain.scoring.head import Distribution
 from tokengrain.scoring.score import head_of
 from tokengrain.scoring.teacher import Teacher
-from tokengrain.training import last_complete_checkpoint
+from tokengrain.training import last_complete_checkpoint, read_log
 from tokengrain.training.online.critic import Critic
 
 
@@ -187,3 +188,21 @@ def test_a_loss_that_is_not_finite_stops_and_comes_again(tmp_path: Path) -> None
     again.train(resume_from_checkpoint=str(tmp_path / "False" / "checkpoint-3"))
     for name, value in weights(whole.model).items():
         assert torch.equal(weights(again.model)[name], value), name
+
+
+def test_a_prompt_that_stands_twice_in_a_rollout_is_recorded_with_its_own_ratios(tmp_path: Path) -> None:
+    for seed in range(3):
+        trainer = make_online(
+            tmp_path / str(seed),
+            train_dataset=make_prompts(2),
+            num_generations=2,
+            minibatches=4,
+            rollout_epochs=2,
+            max_steps=16,
+            stop_ids=list(range(30)),
+            seed=seed,
+        )
+        trainer.train()
+        entries = read_log(tmp_path / str(seed) / ROLLOUT_FILE)
+        assert [len(e["ratio"]) for e in entries] == [len(e["ids"]) for e in entries]
+        assert len({len(e["ids"]) for e in entries}) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests.training.online.made import made_batch
 from tests.training.online.tiny import make_online, make_prompts
 from tests.training.test_resume import TIMES, KillAt, in_child
 from tests.training.tiny import tiny_llama
@@ -229,6 +231,8 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     build(tmp_path, **settings).train()
     with pytest.raises(RunError, match="belongs to another run: sampling"):
         build(tmp_path, **settings, temperature=0.7).train(resume_from_checkpoint=True)
+    with pytest.raises(RunError, match="correct_from was None there and is 'share_of_token'"):
+        build(tmp_path, **settings, correct_from="share_of_token").train(resume_from_checkpoint=True)
     with pytest.raises(RunError, match="belongs to another run: credit"):
         build(tmp_path, **settings, credit=["group"]).train(resume_from_checkpoint=True)
     with pytest.raises(RunError, match="earlier run"):
@@ -257,3 +261,31 @@ def test_a_checkpoint_of_two_ranks_is_taken_up_by_one(tmp_path: Path) -> None:
     assert joined.done
     shared = [RolloutBuffer.load([*paths, paths[0]], rank, 2, {}) for rank in range(2)]
     assert [b.batch.n_prompts for b in shared if b.batch is not None] == [3, 3]
+
+
+@pytest.mark.parametrize(("counts", "epochs", "used"), [((4, 4), 3, 3), ((4, 1), 1, 1), ((0, 3), 2, 1), ((5,), 3, 5)])
+def test_other_ranks_go_on_with_the_epoch_under_way(
+    counts: tuple[int, ...], epochs: int, used: int, tmp_path: Path
+) -> None:
+    """Every prompt is used once per epoch, also if two changes come in the same epoch; filters leave ranks unequal."""
+    batch, seen = made_batch(sum(counts)), Counter[Any]()
+    paths = [tmp_path / f"rank-{rank}.pt" for rank in range(3)]
+
+    def steps(buffers: list[RolloutBuffer], many: int) -> list[Path]:
+        for rank, buffer in enumerate(buffers):
+            for one in (next(buffer) for _ in range(many)):
+                seen.update(one.batch.rows if one.real else ())
+            buffer.save(paths[rank])
+        return paths[: len(buffers)]
+
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    parts = [batch.select(range(end - n, end)) if n else None for n, end in zip(counts, ends, strict=True)]
+    stand_in = batch.select([0])
+    left = steps([RolloutBuffer(p, stand_in, minibatches=2, epochs=epochs, seed=5) for p in parts], used)
+    other = [RolloutBuffer.load(left, rank, 3 - len(counts), {}) for rank in range(3 - len(counts))]
+    left = steps(other, 0)
+    again = [RolloutBuffer.load(left, rank, 3, {}) for rank in range(3)]
+    steps(again, 2 * epochs - used)
+    assert all(buffer.done for buffer in again)
+    assert set(seen.values()) == {epochs}
+    assert len(seen) == sum(counts)

@@ -9,7 +9,7 @@ import torch
 
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
 from tokengrain.errors import RecipeError
-from tokengrain.training.online.registry import make_step
+from tokengrain.training.online.registry import check_step, make_step
 
 MAKE = {"plain": lambda: make_step("dcpo"), "paper": lambda: make_step("dcpo", ddof=0)}
 
@@ -102,10 +102,21 @@ def test_solved_prompts_can_be_left_alone():
     assert step.advantages[step.segments.ids >= 3].any()
 
 
+def test_rewards_that_floats_hold_approximately_are_solved_too():
+    credit = make_step("dcpo", solved="zero", max_reward=0.7, normalize_by_std=False)
+    credit.history.record({"row 0": type(credit.history["x"])(3, 0.7 - 1e-7, 0.2)})
+    step = made_step(made_batch(), rewards=torch.full((12,), 0.7))
+    credit(step)
+    assert credit.history["row 0"].mean < 0.7
+    assert not step.advantages.any()
+
+
 def test_refusals():
     with pytest.raises(RecipeError, match="needs max_reward"):
         make_step("dcpo", solved="zero")
     with pytest.raises(RecipeError, match="window is 0"):
         make_step("dcpo", window=0)
+    with pytest.raises(RecipeError, match="window is 0"):  # when a recipe is read
+        check_step("dcpo", {"window": 0})
     with pytest.raises(RecipeError, match="did you mean 'window'"):
         make_step("dcpo", windows=2)

@@ -131,6 +131,13 @@ def test_a_reward_that_fails(tmp_path: Path) -> None:
     assert trainer._window.means()["reward/failures"] == 3
 
 
+def test_an_overlong_buffer_beyond_the_limit_is_refused_before_sampling(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="buffer is 50; expected at most 6, the limit"):
+        make_online(tmp_path, credit=[{"name": "overlong", "buffer": 50}])
+    with pytest.raises(RecipeError, match="buffer is 50; expected at most 40"):
+        make_online(tmp_path, credit=[{"name": "overlong", "buffer": 50, "max_length": 40}])
+
+
 def test_token_rewards_and_overlong(tmp_path: Path) -> None:
     def per_token(completion_ids: list[list[int]]) -> list[list[float]]:
         return [[float(i < 30) for i in ids] for ids in completion_ids]

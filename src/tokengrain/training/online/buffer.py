@@ -64,6 +64,7 @@ class RolloutBuffer:
         self.batch = batch.to("cpu") if batch is not None else None
         self.stand_in = stand_in.to("cpu")
         self.minibatches, self.epochs, self.seed, self.position = minibatches, epochs, seed, 0
+        self._taken_up: tuple[int, list[list[int]]] | None = None  # an epoch, and its schedule on other ranks
 
     @property
     def total(self) -> int:
@@ -90,6 +91,8 @@ class RolloutBuffer:
 
     def schedule(self, epoch: int) -> list[list[int]]:
         """The prompts of each minibatch of an epoch; sizes differ by one at most."""
+        if self._taken_up is not None and self._taken_up[0] == epoch:
+            return self._taken_up[1]
         count = self.batch.n_prompts if self.batch is not None else 0
         order = list(range(count))
         if epoch:
@@ -104,7 +107,8 @@ class RolloutBuffer:
         """Write to a file: tensors and rows. What the rows were made from is not in it."""
         own = None if self.batch is None else _packed(self.batch)
         settings = {"minibatches": self.minibatches, "epochs": self.epochs, "seed": self.seed}
-        torch.save({"batch": own, "stand_in": _packed(self.stand_in), "position": self.position, **settings}, path)
+        state = {"position": self.position, "taken_up": self._taken_up, **settings}
+        torch.save({"batch": own, "stand_in": _packed(self.stand_in), **state}, path)
 
     @classmethod
     def load(cls, paths: Sequence[Path], rank: int, world: int, raw: Mapping[int | str, Any]) -> RolloutBuffer:
@@ -112,36 +116,48 @@ class RolloutBuffer:
 
         Args:
             paths: the files of the ranks that saved. If they are as many as there are now, each takes its own;
-                otherwise the prompts are shared out anew, and the order within later epochs is another one.
+                otherwise the prompts are shared out anew: the epoch under way goes on with the same minibatches, and
+                the order within later epochs is another one.
             raw: by row, what the prompts were made from.
         """
         if len(paths) == world:
-            return cls._of([_read(paths[rank])], raw)
-        return cls._of([_read(p) for p in paths], raw, rank, world)
+            return cls._of(_read(paths[rank]), raw)
+        return cls._shared_out([cls._of(_read(path), raw) for path in paths], rank, world)
 
     @classmethod
-    def _of(
-        cls, states: list[dict[str, Any]], raw: Mapping[int | str, Any], rank: int = 0, world: int = 1
-    ) -> RolloutBuffer:
-        parts = [_unpacked(s["batch"], raw) for s in states if s["batch"] is not None]
-        batch = concatenate(parts) if parts else None
-        if batch is not None and len(states) > 1:
-            # Rank r of w had prompts r, r + w, ... of the rollout.
-            places = [(slot, part) for part, b in enumerate(parts) for slot in range(b.n_prompts)]
-            order = sorted(range(len(places)), key=lambda i: places[i])
-            batch = batch.select(order)
-        if batch is not None and world > 1:
-            own = list(range(rank, batch.n_prompts, world))
-            batch = batch.select(own) if own else None
-        first = states[0]
+    def _of(cls, state: Mapping[str, Any], raw: Mapping[int | str, Any]) -> RolloutBuffer:
         buffer = cls(
-            batch,
-            _unpacked(first["stand_in"], raw),
-            minibatches=first["minibatches"],
-            epochs=first["epochs"],
-            seed=first["seed"],
+            _unpacked(state["batch"], raw) if state["batch"] is not None else None,
+            _unpacked(state["stand_in"], raw),
+            minibatches=state["minibatches"],
+            epochs=state["epochs"],
+            seed=state["seed"],
         )
-        buffer.position = first["position"]
+        buffer.position, buffer._taken_up = state["position"], state.get("taken_up")
+        return buffer
+
+    @classmethod
+    def _shared_out(cls, olds: Sequence[RolloutBuffer], rank: int, world: int) -> RolloutBuffer:
+        """The part of one of `world` ranks of what `olds`, those of all ranks before, hold."""
+        first = olds[0]
+        parts = [old.batch for old in olds if old.batch is not None]
+        counts = [old.batch.n_prompts if old.batch is not None else 0 for old in olds]
+        # Rank r of w had prompts r, r + w, ... of the rollout, and so it has them now.
+        places = sorted((slot, old) for old, count in enumerate(counts) for slot in range(count))
+        own = [sum(counts[:old]) + slot for slot, old in places][rank::world]
+        buffer = cls(
+            concatenate(parts).select(own) if own else None,
+            first.stand_in,
+            minibatches=first.minibatches,
+            epochs=first.epochs,
+            seed=first.seed,
+        )
+        buffer.position = first.position
+        number = {place: i for i, place in enumerate(places)}
+        epoch = first.position // first.minibatches
+        minibatches = zip(*(old.schedule(epoch) for old in olds), strict=True)
+        shares = [[number[slot, old] for old, slots in enumerate(one) for slot in slots] for one in minibatches]
+        buffer._taken_up = epoch, [sorted(i // world for i in share if i % world == rank) for share in shares]
         return buffer
 
 

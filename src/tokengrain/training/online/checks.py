@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tokengrain.callables import nearest
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.objectives import BoundObjective
 from tokengrain.rewards import RewardSuite, make_reward
-from tokengrain.training.checks import model_positions, vocabulary_size
+from tokengrain.training.checks import check_arguments, model_positions, vocabulary_size
 from tokengrain.training.credit import FROZEN, TAUGHT
 from tokengrain.training.online.config import OnlineConfig
 from tokengrain.training.online.prompts import PromptDataset
@@ -20,6 +21,16 @@ from tokengrain.training.online.step import CreditStep
 ADVANTAGES = "advantages"
 SCORED = frozenset({"old_logps", "entropy", "values"})
 """Quantities that the trainer computes for an objective, beside those of the reference."""
+
+
+def own_settings(args: OnlineConfig, given: Collection[str]) -> OnlineConfig:
+    """A copy of the settings, checked: a trainer sets in it what follows from its prompts, and another has others.
+
+    Raises:
+        RecipeError: as `check_arguments`.
+    """
+    check_arguments(args, OnlineConfig, given)
+    return copy.copy(args)
 
 
 def check_objective(objective: BoundObjective) -> None:
@@ -56,6 +67,8 @@ def check_steps(objective: BoundObjective, steps: Sequence[CreditStep], args: On
     if takes and not setters and ADVANTAGES not in provided(steps):
         raise RecipeError(f"objective {objective.name!r} needs advantages; give a credit step that makes them")
     for step in steps:
+        if (check := getattr(step, "check_limit", None)) is not None:
+            check(args.max_new_tokens)
         if getattr(step, "needs_group", False) and args.num_generations < 2:
             raise RecipeError(
                 f"credit {step.name!r} compares completions of a prompt; num_generations is {args.num_generations}, "

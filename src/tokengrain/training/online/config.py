@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from transformers.trainer_utils import SchedulerType
+
 from tokengrain.errors import RecipeError
 from tokengrain.rollout.base import SamplingConfig, derived_seed
 from tokengrain.training.config import PreferenceConfig
+from tokengrain.training.streams import refuse_epochs
 
 
 @dataclass
@@ -16,8 +19,11 @@ class OnlineConfig(PreferenceConfig):
 
     One rollout is `prompts_per_rollout` prompts with `num_generations` completions each; it is used for
     `minibatches * rollout_epochs` optimiser steps. `max_steps` counts optimiser steps; without it,
-    `num_train_epochs` is how often the prompts are gone through. `per_device_train_batch_size` and
+    `num_train_epochs` is how often the prompts are gone through; more often where filters replace prompts or leave
+    fewer than there are minibatches. `per_device_train_batch_size`, `per_device_eval_batch_size` and
     `gradient_accumulation_steps` have no say: a minibatch is a step, and `max_tokens_per_microbatch` bounds memory.
+    Nor have the settings of data loaders (`dataloader_*`). `data_seed` orders the prompts, `seed` draws completions.
+    The best checkpoint is by default the one with the largest `eval_reward`.
 
     Args:
         prompts_per_rollout: prompts of a rollout, over all ranks.
@@ -32,11 +38,14 @@ class OnlineConfig(PreferenceConfig):
             If there are still too few, the rollout is smaller.
         max_empty_rollouts: an error after so many rollouts in a row of which nothing was left to train on.
         correct_from: the reward whose values above 0.5 count as correct; None: the first one.
-        eval_generations: completions per prompt in evaluation.
+        eval_generations: completions per prompt in evaluation; several only where eval_temperature is above 0.
         eval_temperature: 0 takes the most probable token. Other sampling settings are those of training.
         rollout_samples: completions per rollout that go to `rollouts.jsonl` with their tokens' numbers; 0: none.
         rollout_samples_every: rollouts from one such record to the next.
         log_entropy: the policy's entropy is logged and recorded; on by default here.
+
+    Raises:
+        RecipeError: as `PreferenceConfig`; what cannot work online.
     """
 
     prompts_per_rollout: int = field(default=32, metadata={"help": "Prompts of a rollout, over all ranks."})
@@ -77,10 +86,34 @@ class OnlineConfig(PreferenceConfig):
                 "Expected no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
                 "lora, bf16 and max_tokens_per_microbatch"
             )
+        refuse_epochs(self, "online training is one long pass")
+        if getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy) != "random":
+            raise RecipeError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; online training draws prompts itself: "
+                "set shuffle_prompts"
+            )
+        if self.eval_generations > 1 and self.eval_temperature == 0:
+            raise RecipeError(
+                f"eval_generations is {self.eval_generations} and eval_temperature 0: a prompt's completions would all "
+                "be the same. Expected eval_generations 1, or a temperature above 0"
+            )
+        self._find_best()
         self.sampling()
         self.eval_sampling()
         self.ignore_data_skip = True  # the loop goes on from its own state
         super().__post_init__()
+
+    def _find_best(self) -> None:
+        """By reward, unless it says otherwise: evaluation by sampling has no loss."""
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        ):
+            self.metric_for_best_model = "reward"
+        if self.metric_for_best_model in ("loss", "eval_loss"):
+            raise RecipeError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}; online evaluation samples and has no loss. "
+                "Expected one of its metrics, such as reward or correct"
+            )
 
     @property
     def steps_per_rollout(self) -> int:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,9 @@ class Critic:
 
     Args:
         source: where it starts. A token classifier with one label, such as a reward model, is copied with its head,
-            as in RTO; of a causal language model the decoder is copied and the head is fresh. A PEFT model of a
-            token classifier is copied with its adapter, and what it trains is trained.
+            as in RTO; of a causal language model the decoder is copied and the head is fresh (torch's random numbers:
+            seed them first). A PEFT model of a token classifier is copied with its adapter, and what it trains is
+            trained.
         lr: learning rate; RTO's is 18 times the policy's.
         betas, eps, weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; None: not.
@@ -85,6 +86,8 @@ class Critic:
                 raise RecipeError(f"critic: {name} is {value}; expected a number above 0")
         if reduction not in ("mean", "sum"):
             raise RecipeError(f"critic: reduction is {reduction!r}; expected 'mean' or 'sum'")
+        if schedule not in get_args(Schedule):
+            raise RecipeError(f"critic: schedule is {schedule!r}; expected one of {', '.join(get_args(Schedule))}")
         self.settings: dict[str, Any] = {
             "lr": lr,
             "betas": list(betas),
@@ -167,7 +170,6 @@ class Critic:
 
         Args:
             batch: with columns `returns` and, for clipping, `values`, the critic's own when it was collected.
-            real: False: this rank has nothing in this minibatch, and `batch` gets no weight.
             real: False: this rank has no share in the minibatch, and `batch` gets no weight.
 
         Returns:
@@ -223,12 +225,6 @@ class Critic:
         if self.statistics is None:
             return values
         return (values - self.statistics.mean) / self.statistics.std
-
-    @property
-    def _measured(self) -> list[str]:
-        """Names of what `update` adds up over micro-batches and ranks; the same on all of them."""
-        clipped = ["critic/clipped"] if self.settings["clip_range"] is not None else []
-        return ["critic/loss", "critic/mean", "critic/error", *clipped]
 
     def _sum_gradients(self) -> None:
         if not _several_ranks():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +25,11 @@ class PromptDataset(Sequence[PromptItem]):
         name: in messages.
 
     Raises:
-        DataError: no prompt, one without tokens, or two with the same row.
+        DataError: no prompt, one without tokens, two with the same row, or a row that is no number and no text.
     """
 
     def __init__(self, items: Iterable[PromptItem], *, name: str = "train") -> None:
-        self.items, self.name = list(items), name
+        self.items, self.name = [replace(i, row=_plain(i.row, name)) for i in items], name
         if not self.items:
             raise DataError("there are no prompts", file=name, expected="at least one row")
         for item in self.items:
@@ -52,9 +54,9 @@ class PromptDataset(Sequence[PromptItem]):
         if isinstance(data, PromptDataset):
             return data
         name, rows = getattr(data, "name", name), list(data)
-        if rows and isinstance(rows[0], PromptItem):
+        if not rows or isinstance(rows[0], PromptItem):
             return cls(rows, name=name)
-        if rows and tokenizer is None:
+        if tokenizer is None:
             raise RecipeError("rows of text need a tokenizer (processing_class) to become prompts; or pass PromptItems")
         return cls(encode_prompts(rows, tokenizer, config, file=name), name=name)
 
@@ -63,6 +65,22 @@ class PromptDataset(Sequence[PromptItem]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.items[index]
+
+
+def _plain(row: Any, name: str) -> int | str:
+    """A row's id as checkpoints can hold it; numpy's whole numbers become Python's."""
+    if isinstance(row, str):
+        return str(row)
+    try:
+        return operator.index(row)
+    except TypeError:
+        raise DataError(
+            "a prompt's id cannot be kept in a checkpoint",
+            file=name,
+            field="id",
+            value=row,
+            expected="a whole number or text",
+        ) from None
 
 
 class PromptOrder:

@@ -97,8 +97,11 @@ class RolloutRecord:
             for completion, group in enumerate(record.group.tolist()):
                 first.setdefault(group, completion)
                 entry = wanted.get((record.rows[group], completion - first[group]))
-                if entry is not None:
-                    start, end = record.segments.offsets[completion : completion + 2].tolist()
+                if entry is None:
+                    continue
+                start, end = record.segments.offsets[completion : completion + 2].tolist()
+                # The prompt may stand in the rollout a second time, with other completions.
+                if record.labels[start:end].tolist() == entry["ids"]:
                     entry |= {name: _rounded(values[start:end]) for name, values in tokens.items()}
 
     def write(self) -> None:

@@ -59,9 +59,14 @@ def check_step(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         All settings, defaults included, without the objects.
 
     Raises:
-        RecipeError: unknown step or setting (with the nearest right name), a wrong type, a value out of range.
+        RecipeError: unknown step or setting (with the nearest right name), a wrong type, a value out of range; of ours
+            that take no objects also what the constructor refuses.
     """
-    return validate_settings(f"credit {name!r}", step_class(name), settings, excluded=OBJECTS)
+    build = step_class(name)
+    checked = validate_settings(f"credit {name!r}", build, settings, excluded=OBJECTS)
+    if name in ONLINE_CREDIT and not step_objects(name):
+        build(**checked)
+    return checked
 
 
 def make_step(name: str, /, **arguments: Any) -> CreditStep:

@@ -48,7 +48,8 @@ class RolloutSource:
 
     def __init__(self, parts: LoopParts) -> None:
         self.parts, self.args, self.ranks = parts, parts.args, parts.ranks
-        self.order = PromptOrder(len(parts.prompts), parts.args.seed, shuffle=parts.args.shuffle_prompts)
+        seed = parts.args.seed if parts.args.data_seed is None else parts.args.data_seed
+        self.order = PromptOrder(len(parts.prompts), seed, shuffle=parts.args.shuffle_prompts)
         self.drawn = 0
 
     def sample(self, index: int, drawn: Drawn, timed: Stopwatch) -> RolloutStep:

@@ -52,6 +52,7 @@ class OnlineStateMixin(PreferenceTrainer):
             "rewards": [[f.name, f.weight] for f in self.rewards.functions] if self.rewards is not None else None,
             "sampler": describe_sampler(self.sampler),
             "sampling": json.loads(json.dumps(asdict(args.sampling()))),  # as a checkpoint has it
+            "correct_from": args.correct_from,
             "num_generations": args.num_generations,
             "prompts_per_rollout": args.prompts_per_rollout,
             "rollout_epochs": args.rollout_epochs,

@@ -137,7 +137,8 @@ class CreditStep(Protocol):
     """Changes a `RolloutStep`. Settings are the keyword-only arguments of the constructor.
 
     Class attributes that a step may have beside these: `provides` (columns it adds; "weights" if it sets them),
-    `needs_group` (True: a prompt must have two completions), `refill` (of a filter: replace what it drops).
+    `needs_group` (True: a prompt must have two completions), `refill` (of a filter: replace what it drops),
+    `check_limit` (a method, called with `max_new_tokens` before anything is sampled; may raise `RecipeError`).
 
     Attributes:
         name: its name in recipes and logs.

@@ -66,7 +66,8 @@ class DCPOAdvantages:
         start = sum(len(rs) for _, rs, _ in parts[:own])
         advantages = found.advantages[start : start + len(rewards)].to(total)
         if self.limit is not None:
-            limit = self.limit
+            # Rewards are float32, which holds 0.7 a little below 0.7; a mean over visits rounds as well.
+            limit = self.limit - 1e-6 * max(1.0, abs(self.limit))
             solved = torch.tensor([self.history[p].mean >= limit for p in step.prompt_ids], device=total.device)
             advantages = torch.where(solved[step.group], 0.0, advantages)
         step.advantages = step.broadcast(advantages)

@@ -21,6 +21,9 @@ class Overlong(Stateless):
         buffer: tokens before the limit within which the penalty grows from 0 to `factor`.
         factor: largest penalty.
         max_length: tokens; None: the longest completion that is sampled.
+
+    Raises:
+        RecipeError: a buffer that is longer than max_length.
     """
 
     name = "overlong"
@@ -28,6 +31,14 @@ class Overlong(Stateless):
 
     def __init__(self, *, buffer: Positive, factor: NonNegative = 1.0, max_length: Positive | None = None) -> None:
         self.buffer, self.factor, self.max_length = buffer, factor, max_length
+        if max_length is not None:
+            self.check_limit(max_length)
+
+    def check_limit(self, max_new_tokens: float) -> None:
+        """Raises `RecipeError` if the buffer does not fit into completions of so many tokens."""
+        limit = max_new_tokens if self.max_length is None else self.max_length
+        if self.buffer > limit:
+            raise RecipeError(f"credit 'overlong': buffer is {self.buffer:g}; expected at most {limit:g}, the limit")
 
     def __call__(self, step: RolloutStep) -> None:
         lengths = step.segments.lengths.to(step.rewards.dtype)

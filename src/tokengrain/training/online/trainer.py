@@ -16,7 +16,7 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.objectives import BoundObjective
 from tokengrain.report.rollouts import ROLLOUT_FILE
 from tokengrain.rollout import Sampler
-from tokengrain.rollout.registry import make_sampler
+from tokengrain.rollout.registry import check_reachable, make_sampler
 from tokengrain.scoring import head_of
 from tokengrain.scoring.reference import ColumnReference
 from tokengrain.training.checks import check_vocabulary, models_in
@@ -72,6 +72,7 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
     Raises:
         ModelError, DataError: a model, prompt or vocabulary that does not fit.
         RecipeError: settings that cannot work together.
+        RolloutError: the sampler's server does not answer.
     """
 
     args: OnlineConfig
@@ -95,6 +96,7 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         tokenize: TokenizeConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        args = checks.own_settings(args, kwargs)
         bound: BoundObjective = resolve_objective(objective)
         checks.check_objective(bound)
         self.steps = resolve_steps(credit)
@@ -131,6 +133,7 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         )
         self.sampler: Sampler = make_sampler(sampler, self.model, processing_class)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes, self._exchange)
+        self.ranks.together(lambda: check_reachable(self.sampler))
         self.record = RolloutRecord(
             self.output_path / ROLLOUT_FILE,
             processing_class,
@@ -138,7 +141,7 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
             every=args.rollout_samples_every,
         )
         self.loop = RolloutLoop(self._loop_parts(prompts), self._measured, self._rolled_out)
-        self.add_callback(_AfterStep(self))
+        self.callback_handler.callbacks.insert(0, _AfterStep(self))  # before those that log and save
         self._critic_ready = False
         self._minibatch: HostBatch | None = None
         self._handed_out = 0.0

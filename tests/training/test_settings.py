@@ -1,0 +1,106 @@
+"""Settings and arguments that transformers knows and that would be without effect here, or with a wrong one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
+from tokengrain.batch import Sample
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.training import PreferenceTrainer
+
+REFUSED: dict[str, Any] = {
+    "deepspeed": {"zero_optimization": {"stage": 1}},
+    "auto_find_batch_size": True,
+    "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5.0,
+    "torch_empty_cache_steps": 1,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "batch_eval_metrics": True,
+    "include_for_metrics": ["loss"],
+    "optim": "lomo",
+    "max_tokens_per_microbatch": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_without_a_right_effect_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"^{name} (is|must be) .*{re.escape(repr(REFUSED[name])[:4])}"):
+        tiny_config(tmp_path, **{name: REFUSED[name]})
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_strategies_that_need_lengths_are_refused(strategy: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="train_sampling_strategy is not supported, except 'random' and 'sequential'"):
+        tiny_config(tmp_path, train_sampling_strategy=strategy)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "data_collator", "model_init"])
+def test_arguments_that_would_be_ignored_are_refused(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {name: lambda *args, **kwargs: {}}
+    with pytest.raises(RecipeError, match=f"takes no {name}; expected its own arguments, or callbacks, optimizers"):
+        PreferenceTrainer(tiny_llama(), tiny_config(tmp_path), train_dataset=make_samples(4), **options)
+
+
+def test_settings_of_another_class_are_named(tmp_path: Path) -> None:
+    args: Any = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(RecipeError, match="settings are TrainingArguments; expected PreferenceConfig"):
+        PreferenceTrainer(tiny_llama(), args, train_dataset=make_samples(4))
+
+
+def test_rows_of_text_are_named(tmp_path: Path) -> None:
+    rows: Any = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(DataError, match=r"train: a row is not tokenised; got 'dict'; expected a Sample, which"):
+        make_trainer(tmp_path, rows, objective="dpo")
+    with pytest.raises(DataError, match="a row is not tokenised"):
+        make_trainer(tmp_path, make_samples(4), objective="simpo").evaluate(rows)
+
+
+def test_predictions_are_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no predict: evaluate\(rows\) gives"):
+        make_trainer(tmp_path, make_samples(4), objective="simpo").predict(make_samples(2))
+
+
+def test_an_evaluation_set_may_be_called_train(tmp_path: Path) -> None:
+    good, bad = make_samples(4), make_samples(4)
+    bad[2].completions.pop()
+    with pytest.raises(DataError, match=r"^train: row 2: a preference pair has two completions"):
+        make_trainer(tmp_path, bad, objective="simpo", eval_dataset={"train": good})
+    metrics = make_trainer(tmp_path, good, objective="simpo", eval_dataset={"train": good}).evaluate()
+    assert "eval_train_loss" in metrics
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator[Sample]:
+        yield from make_samples(8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataloader_num_workers": 2}, "dataloader_num_workers is 2; each of them would read the whole stream"),
+        ({"save_strategy": "epoch"}, "save_strategy is 'epoch', but a stream is one long pass.*with save_steps"),
+        ({"logging_strategy": "epoch"}, "logging_strategy is 'epoch', but a stream is one long pass"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_trainer(tmp_path, Stream(), objective="simpo", max_steps=2, **settings)  # type: ignore[arg-type]
+
+
+def test_a_worker_of_its_own_may_read_a_stream(tmp_path: Path) -> None:
+    losses = []
+    for workers in (0, 1):
+        options = {"objective": "simpo", "max_steps": 2, "dataloader_num_workers": workers}
+        trainer = make_trainer(tmp_path, Stream(), **options)  # type: ignore[arg-type]
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
