@@ -11,7 +11,7 @@ import yaml
 from tokengrain.errors import RecipeError
 from tokengrain.methods import METHODS
 from tokengrain.recipe import dump_recipe, find_recipe, load_recipe, make_recipe, resolve_stages
-from tokengrain.recipe.reading import merge, parse_override, parse_yaml
+from tokengrain.recipe.reading import merge, parse_override, parse_yaml, read_file, resolve
 from tokengrain.runs import TRAINED
 
 ROOT = Path(__file__).parent.parent
@@ -321,6 +321,96 @@ def test_bad_override_syntax(tmp_path: Path, text: str) -> None:
 
 def test_override_below_a_value(tmp_path: Path) -> None:
     assert "training.learning_rate is 0.0001, which has no keys" in error_of(tmp_path, "training.learning_rate.x=1")
+
+
+ONLINE: dict[str, Any] = {
+    **{k: v for k, v in BASE.items() if k != "stages"},
+    "stages": {
+        "train": {
+            "kind": "online",
+            "rewards": [{"name": "numeric", "style": "last"}, "my.py:length"],
+            "credit": "group",
+        }
+    },
+}
+
+
+def test_overrides_name_entries_of_lists_by_number(tmp_path: Path) -> None:
+    def rewards(*overrides: str, **more: Any) -> Any:
+        path = write(tmp_path, {**ONLINE, **more})
+        return resolve(read_file(path), None, None, [parse_override(o) for o in overrides])["stages"]["train"][
+            "rewards"
+        ]
+
+    assert rewards("stages.train.rewards.0.style=flexible", "stages.train.rewards.1.weight=0.5") == [
+        {"name": "numeric", "style": "flexible"},
+        {"name": "my.py:length", "weight": 0.5},
+    ]
+    assert rewards("stages.train.rewards.0.name=math", "stages.train.rewards.0.weight=2") == [
+        {"name": "math", "weight": 2},  # another name: no style of numeric's
+        "my.py:length",
+    ]
+    assert rewards("stages.train.rewards.1=format")[1] == "format"
+    # The list that `on_world` brings is the one that is changed, however long the one below it is.
+    world = {"model": "world://arithmetic", "on_world": {"stages": {"train": {"rewards": ["a", "b", "world"]}}}}
+    assert rewards("stages.train.rewards.2.weight=2", **world) == ["a", "b", {"name": "world", "weight": 2}]
+
+
+@pytest.mark.parametrize("place", ["2.weight", "2", "-1.weight", "first.weight", "name"])
+def test_overrides_below_a_list_say_what_there_is(tmp_path: Path, place: str) -> None:
+    message = error_of(tmp_path, f"stages.train.rewards.{place}=1", values=ONLINE)
+    assert f"--set stages.train.rewards.{place}: stages.train.rewards is a list" in message
+    assert "its entries are stages.train.rewards.0 to stages.train.rewards.1" in message
+    assert "give the whole list: --set stages.train.rewards='[...]'" in message
+
+
+def test_shorthands_open_wherever_a_recipe_has_them(tmp_path: Path) -> None:
+    credit = "stages.guide.credit={name: surprise, as: selection}"
+    recipe = load_recipe(write(tmp_path, BASE), overrides=[credit, "stages.guide.credit.as.share=0.3"])
+    assert recipe.stages["guide"].credit["as"] == {"name": "selection", "share": 0.3}
+    teacher = {"stages.guide.objective": "aligndistil", "stages.guide.teacher": "{target: a, contrast: b}"}
+    overrides = [*(f"{k}={v}" for k, v in teacher.items()), "stages.guide.teacher.contrast.dtype=bfloat16"]
+    spec = load_recipe(write(tmp_path, BASE), overrides=overrides).stages["guide"].teacher
+    assert (spec.target.path, spec.contrast.path, spec.contrast.dtype) == ("a", "b", "bfloat16")
+
+
+def test_another_name_drops_what_on_world_set_for_the_old_one(tmp_path: Path) -> None:
+    on_world = {"stages": {"credit": {"credit": {"beta": 0.7}}}}
+    path = write(tmp_path, {**BASE, "model": "world://stories", "on_world": on_world})
+    recipe = load_recipe(path, overrides=["stages.credit.credit.name=surprise"])
+    assert recipe.stages["credit"].credit == {"name": "surprise"}
+
+
+def test_keys_below_a_text_say_what_the_text_is(tmp_path: Path) -> None:
+    assert "data.eval: got {'limit': 5} (a mapping); expected text (held-out rows" in error_of(
+        tmp_path, "data.eval.limit=5"
+    )
+    assert "data.eval is 'x.jsonl', which has no keys; set data.eval as a whole" in error_of(
+        tmp_path, "data.eval=x.jsonl", "data.eval.limit=5"
+    )
+
+
+def test_a_stages_data_is_named_with_its_stage(tmp_path: Path) -> None:
+    assert "stages.guide.data.limit: got 'x' (text); expected a whole number" in error_of(
+        tmp_path, "stages.guide.data.limit=x"
+    )
+    assert "stages.guide.data.eval: got {'limit': 5}" in error_of(tmp_path, "stages.guide.data.eval.limit=5")
+
+
+def test_settings_of_critic_and_world_reward_are_checked(tmp_path: Path) -> None:
+    assert "stages.train.critic: critic: unknown setting 'lrr'; did you mean 'lr'?" in error_of(
+        tmp_path, "stages.train.critic={lrr: 1}", values=ONLINE
+    )
+    world = ["data=world://arithmetic", "stages.train.rewards=[{name: world, wieght: 2}]"]
+    message = error_of(tmp_path, *world, values=ONLINE)
+    assert "stages.train.rewards[0]: reward 'world': unknown setting 'wieght'; did you mean 'weight'?" in message
+
+
+@pytest.mark.parametrize("folder", ["1e3", "2024", "a #b", "a: b", "runs/😀"])
+def test_a_run_folder_of_any_name(tmp_path: Path, folder: str) -> None:
+    recipe = load_recipe(write(tmp_path, BASE), output=folder)
+    assert recipe.output_dir == folder
+    assert load_recipe(write(tmp_path, dump_recipe(recipe), "again.yaml")).output_dir == folder
 
 
 def test_override_of_malformed_yaml(tmp_path: Path) -> None:

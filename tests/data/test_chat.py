@@ -12,7 +12,7 @@ from tests.data.tokenizers import (
     llama_like,
     merging_bpe,
 )
-from tokengrain.data import TokenizeConfig, collate, prepare_pairs, prepare_sft
+from tokengrain.data import TokenizeConfig, collate, prepare_pairs, prepare_sft, tokenizer_fingerprint
 from tokengrain.errors import DataError, ModelError
 
 
@@ -100,6 +100,34 @@ def test_template_from_the_configuration(tmp_path):
         assert prepare_pairs([PAIR], gpt2_like(), TokenizeConfig(chat_template=template))[0] == want
     with pytest.raises(ModelError, match=r"chat_template is '/nowhere/x\.jinja'; expected"):
         prepare_pairs([PAIR], gpt2_like(), TokenizeConfig(chat_template="/nowhere/x.jinja"))
+
+
+def test_the_fingerprint_sees_what_is_in_a_templates_file(tmp_path):
+    path = tmp_path / "chatml.jinja"
+    path.write_text(CHATML)
+    config = TokenizeConfig(chat_template=str(path))
+    before = tokenizer_fingerprint(gpt2_like(), config)
+    assert before == tokenizer_fingerprint(gpt2_like(), TokenizeConfig(chat_template=CHATML))
+    path.write_text(CHATML + " ")
+    assert tokenizer_fingerprint(gpt2_like(), config) != before
+
+
+def test_rewards_by_character_find_a_short_message_behind_headings_with_the_same_letters():
+    def several(last):
+        return [assistant("Let me see."), {"role": "tool", "content": "9"}, assistant(last)]
+
+    row = {
+        "prompt": [user("x")],
+        "chosen": several("a"),  # also a letter of "assistant" in the heading before it
+        "rejected": several("no"),
+        "chosen_token_rewards": [{"message": 2, "start": 0, "end": 1, "reward": 1.0}],
+        "rejected_token_rewards": [{"message": 2, "start": 0, "end": 2, "reward": -1.0}],
+    }
+    tokenizer = merging_bpe(False, CHATML)
+    chosen = prepare_pairs([row], tokenizer)[0].completions[0]
+    counted = [i for i, counts in zip(chosen.ids, chosen.counted) if counts]
+    rewarded = [tokenizer.decode([i]) for i, r in zip(counted, chosen.columns["token_rewards"]) if r]
+    assert rewarded == ["a"]
 
 
 def test_template_variables():

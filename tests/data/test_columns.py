@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain.data import load_rows, split_rows
+from tests.data.tokenizers import words
+from tokengrain.data import TokenizeConfig, load_rows, prepare_sft, split_rows
 from tokengrain.data.columns import with_columns
 from tokengrain.errors import DataError, RecipeError
+from tokengrain.rollout.prompts import encode_prompts
 
 ROWS = [{"question": f"q{i}", "answer": f"a{i}", "turns": [{"role": "user", "content": str(i)}]} for i in range(4)]
 
@@ -39,13 +41,20 @@ def test_streams_and_fingerprints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_row_without_the_column_is_named(streaming: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", ['{"b": "x"}', '{"a": null}'], ids=["missing", "null"])
+def test_a_row_without_the_column_is_named_or_skipped(streaming: bool, bad: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"b": 2}\n')
+    path.write_text(f'{{"a": "the sky"}}\n{bad}\n{{"a": "the sea"}}\n')
     for template in ("a", "{a}"):
-        rows = with_columns(load_rows(path, streaming=streaming), {"prompt": template})
-        with pytest.raises(DataError, match=r"rows\.jsonl.*row 1.*prompt"):
-            list(rows)
+        rows = with_columns(load_rows(path, streaming=streaming), {"prompt": template, "completion": "is {a}"})
+        with pytest.raises(DataError, match=r"rows\.jsonl: row 1 \(line 2\): field '(prompt|completion)': cannot make"):
+            list(prepare_sft(rows, words()))
+        skipped = prepare_sft(rows, words(), TokenizeConfig(on_invalid="skip"))
+        assert [s.raw["completion"] for s in skipped] == ["is the sky", "is the sea"]
+        assert skipped.report.skipped == {"missing column": 1}
+        with pytest.raises(DataError, match=r"rows\.jsonl: row 1 \(line 2\)"):
+            encode_prompts(rows, words())
+        assert len(encode_prompts(rows, words(), TokenizeConfig(on_invalid="skip"))) == 2
 
 
 @pytest.mark.parametrize("template", ["{question", "{}", "{0}"])

@@ -381,3 +381,27 @@ def test_what_cannot_be_split(tmp_path):
         split_rows(ROWS[:1], 0.5, seed=0)
     with pytest.raises(DataError, match="a streamed set cannot be split"):
         split_rows(load_rows(write(tmp_path / "a.csv"), streaming=True), 0.5, seed=0)
+
+
+@pytest.mark.parametrize("chunk", [16, 1 << 20])
+def test_numbers_too_long_for_python(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr(json_rows, "CHUNK", chunk)
+    row = '{"n": ' + "1" * 5000 + "}"
+    for name, text in (("a.jsonl", f'{{"n": 1}}\n{row}\n'), ("a.json", f'[{{"n": 1}}, {row}]')):
+        (tmp_path / name).write_text(text)
+        assert "row 1: malformed JSON" in error_of(tmp_path / name)
+        assert "5000 digits" in error_of(tmp_path / name)
+
+
+def test_a_named_split_beside_other_files_is_no_choice(tmp_path):
+    write(tmp_path / "pairs.jsonl")
+    write(tmp_path / "test.jsonl", ROWS[:1])
+    message = error_of(tmp_path)
+    assert "which files are meant is not clear: 'pairs.jsonl' belongs to no split" in message
+    assert "split: test" in message
+    assert len(load_rows(tmp_path, split="test")) == 1
+    (tmp_path / "pairs.jsonl").unlink()
+    assert len(load_rows(tmp_path)) == 1, "the only split"
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "notes.json")
+    assert len(load_rows(tmp_path)) == len(ROWS), "train, whatever lies beside it"

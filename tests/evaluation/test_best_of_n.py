@@ -103,3 +103,8 @@ def test_accuracy_by_total_length_and_ties() -> None:
     assert one.pairs == 4
     with pytest.raises(ValueError, match="both"):
         accuracy_by_length(scores, lengths[:-1])
+
+
+def test_accuracy_of_scores_that_are_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="the score of completion 1 is NaN"):
+        accuracy_by_length(torch.tensor([0.0, float("nan")]), torch.tensor([1, 2]))

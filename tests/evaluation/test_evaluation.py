@@ -149,3 +149,10 @@ def test_wilson_ends_are_exact():
     for n in (5, 7, 180):
         assert wilson(0, n).low == 0.0
         assert wilson(n, n).high == 1.0
+
+
+def test_scores_that_are_nan_do_not_count_as_lost():
+    nan = float("nan")
+    for pair in (([nan], [0.0]), ([0.0], [nan])):
+        with pytest.raises(ValueError, match="a score is NaN"):
+            win_rate(*pair)

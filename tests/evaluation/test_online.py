@@ -116,3 +116,18 @@ def test_sample_metrics_fit_together():
     assert torch.equal(found["utilisation"].bool(), utilised(correct))
     assert torch.equal(found["maj@5"].bool(), correct[:, :5].sum(1) >= 3)
     assert utilised(torch.tensor([[True, True], [False, False], [True, False]])).tolist() == [False, False, True]
+
+
+def test_prompts_that_are_all_alike_still_have_an_interval():
+    one = mean_over_prompts(torch.tensor([0.5]))
+    assert one.value == 0.5
+    assert one.low < 0.2
+    assert one.high > 0.8
+    many = mean_over_prompts(torch.full((400,), 0.5))
+    assert 0.44 < many.low < 0.46 < 0.54 < many.high < 0.56
+    assert mean_over_prompts(torch.tensor([7.0, 7.0])) == (7.0, 7.0, 7.0), "no share: nothing is known of its spread"
+
+
+def test_ties_are_one_of_three_words():
+    with pytest.raises(ValueError, match="ties is 'frist'; expected one of share, first, wrong"):
+        maj_at_k([["a", "b"]], torch.tensor([[True, False]]), ties="frist")

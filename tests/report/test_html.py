@@ -14,6 +14,7 @@ import pytest
 from tests.report.folders import METHODS, PAIRS, make_demo, make_run, write
 from tokengrain.errors import DataError, RunError
 from tokengrain.report import write_picture, write_report
+from tokengrain.report.svg import number, tick
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
 
@@ -273,3 +274,42 @@ def test_picture_is_a_standalone_svg(demo: Path, tmp_path: Path) -> None:
     assert "http" not in path.read_text().replace("http://www.w3.org/2000/svg", "")
     with pytest.raises(RunError, match=r"2 pairs .* there is no pair 5"):
         write_picture(demo, tmp_path / "x.svg", pair=5)
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b"", b"[1]", b"null", b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.json", "run.json", "evaluation.json", "credit/manifest.json", "train/stage.json", "train/metrics.json"],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    run = make_run(tmp_path / "run")
+    (run / name).write_bytes(content)
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        write_report(run)
+
+
+def test_a_damaged_recipe_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for content in (b"- a", b"a: [", b"\xff\xfe"):
+        (run / "recipe.yaml").write_bytes(content)
+        with pytest.raises(RunError, match=r"recipe\.yaml is damaged"):
+            write_report(run)
+
+
+def test_lines_of_a_log_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    log = run / "train" / "log.jsonl"
+    whole = write_report(run).read_text(encoding="utf-8")
+    log.write_bytes(log.read_bytes() + b'[1]\nnull\n{"step": 121, "note": "\xc3')
+    assert write_report(run).read_text(encoding="utf-8") == whole
+
+
+def test_numbers_of_an_exploded_loss_are_short() -> None:
+    assert [number(v) for v in (1234.0, 2e8, 1e9, -3.21e30)] == ["1,234", "200,000,000", "1.0e+09", "−3.2e+30"]
+    assert [tick(v) for v in (1.25e-4, 250.0, 2.5e7, 2.5e30, -1e30)] == [
+        "0.000125",
+        "250",
+        "25,000k",
+        "2.5e+30",
+        "−1e+30",
+    ]

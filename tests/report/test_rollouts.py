@@ -371,3 +371,22 @@ def test_inspect_without_recorded_rollouts(tmp_path: Path) -> None:
         inspect_rows(online_run(tmp_path / "none", None))
     with pytest.raises(RunError, match="nothing is recorded yet"):
         inspect_rows(online_run(tmp_path / "empty", []))
+
+
+def test_control_characters_are_signs(tmp_path: Path) -> None:
+    tokens = ["\x1b[31mred", "\x00", "\x9b", "\u202eback", "a\nb", "\tc"]
+    numbers = {"advantages": [1.0] * 6, "entropy": [0.5] * 6, "ratio": [1.0] * 6, "clipped": [0.0] * 6}
+    run = online_run(tmp_path / "run", [line(0, 0, 6, tokens=tokens, prompt="\x1b]0;title\x07", **numbers)])
+    page = write_report(run).read_text(encoding="utf-8")
+    out = io.StringIO()
+    inspect_rows(run, console=Console(file=out, width=100, color_system=None))
+    for text in (page, out.getvalue()):
+        assert not {"\x1b", "\x00", "\x9b", "\u202e"} & set(text)
+        for sign in ("␛[31mred", "␀", "\\x9b", "\\u202eback", "␛]0;title␇"):
+            assert sign in text
+
+
+def test_a_row_is_a_number_or_text(tmp_path: Path) -> None:
+    path = lines_file(tmp_path / "rollouts.jsonl", [line(row=[1])])
+    with pytest.raises(RunError, match=r"line 1: row is \[1\]; expected a number or text"):
+        read_rollouts(path)

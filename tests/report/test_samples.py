@@ -12,7 +12,7 @@ from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError
 from tokengrain.files import write_json
 from tokengrain.report import collect_credit_samples
-from tokengrain.report.samples import by_pair, read_credit_samples
+from tokengrain.report.samples import CreditSample, Side, by_pair, read_credit_samples
 
 
 def make_batch() -> TokenBatch:
@@ -65,6 +65,8 @@ def test_wrong_length_is_refused() -> None:
         ("{}", "expected a list of samples"),
         ('[{"prompt": "p"}]', "row 0: not a credit sample"),
         ('[{"chosen": {"tokens": ["a"], "credit": [NaN]}}]', "row 0: field 'chosen.credit': not finite"),
+        ('[{"chosen": [1]}]', "field 'chosen': not a side of a pair"),
+        ('[{"chosen": {"tokens": ["a"], "credit": 1}}]', "field 'chosen.credit': not lists"),
         (
             '[{"chosen": {"tokens": ["a"], "credit": [1], "truth": []}}]',
             "field 'chosen.truth': .* do not fit",
@@ -76,3 +78,22 @@ def test_damaged_file(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         read_credit_samples(path)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "credit_samples.json"
+    path.write_bytes(b"\xff\xfe[]")
+    with pytest.raises(DataError, match="not JSON"):
+        read_credit_samples(path)
+
+
+def test_the_same_pair_twice_is_two_pairs() -> None:
+    def sample(source: str, row: int, text: str = "a") -> CreditSample:
+        return CreditSample("p", source, (Side([text], [1.0]), Side(["b"], [0.0])), row)
+
+    samples = [sample("x", 0), sample("x", 1, "c"), sample("x", 2), sample("y", 10), sample("y", 11, "c")]
+    assert [[(s.source, s.row) for s in group] for group in by_pair(samples)] == [
+        [("x", 0), ("y", 0)],  # the other source numbers its rows otherwise
+        [("x", 1), ("y", 1)],
+        [("x", 2)],
+    ]

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from tests.credit.annotate_worker import make_rows, make_tokenizer
 from tests.report.folders import make_demo, make_run
@@ -174,8 +177,32 @@ def test_run_folder(tmp_path: Path, annotated: Path) -> None:
     assert "kind[+1.0]" in printed(run / "credit" / "train.parquet", count=6)
 
 
+def test_another_column_is_not_that_of_the_samples(tmp_path: Path, tokenizer_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / "credit" / "train.parquet"
+    pairs = ["the king was kind", "the king was cruel"]
+    model = AutoTokenizer.from_pretrained(tokenizer_path)
+    row = {"prompt": "the king"}
+    for name, text in zip(("chosen", "rejected"), pairs):
+        ids = model(text, add_special_tokens=False)["input_ids"]
+        row |= {name: text, f"{name}_ids": ids, f"{name}_token_rewards": [1.0] * len(ids)}
+        row[f"{name}_ref_logps"] = [-0.25] * len(ids)
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    text = printed(run, field="ref_logps", tokenizer=tokenizer_path)
+    assert "kind[−0.25]" in text
+    assert "DPO guide" not in text
+    with pytest.raises(DataError, match="the row has no 'entropy' of its tokens"):
+        inspect_rows(run, field="entropy", tokenizer=tokenizer_path)
+    with pytest.raises(DataError, match=r"credit_samples\.json: there are only token rewards; got 'ref_logps'"):
+        inspect_rows(run / "credit_samples.json", field="ref_logps")
+    plain = make_run(tmp_path / "dpo", method="dpo", credit=False)
+    (plain / "credit_samples.json").write_bytes((run / "credit_samples.json").read_bytes())
+    with pytest.raises(RunError, match="no 'ref_logps' of its rows' tokens"):
+        inspect_rows(plain, field="ref_logps")
+
+
 def test_run_folders_without_token_rewards(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="has no token rewards: its method, dpo"):
+    with pytest.raises(RunError, match="has no token rewards to show: no annotate stage"):
         inspect_rows(make_run(tmp_path / "dpo", method="dpo", credit=False))
     with pytest.raises(RunError, match=r"no token rewards yet: .*tokengrain train"):
         inspect_rows(make_run(tmp_path / "cut", method="dpo", credit=False, status="interrupted"))

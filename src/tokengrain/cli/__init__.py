@@ -91,7 +91,7 @@ def _leave_processes() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Status 2: an error the user can act on; 130: stopped by the user."""
+    """Run the command line. Status 2: an error the user can act on; 130: stopped by the user; 1: any other error."""
     _quiet()
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
@@ -103,6 +103,12 @@ def main(arguments: list[str] | None = None) -> None:
         rank = os.environ.get("RANK", "0")
         where = f" (process {rank})" if rank != "0" else ""
         errors.print(f"[bold red]error:[/]{where} {escape(str(error))}")
+        status = 2
+    except OSError as error:
+        # A file that cannot be read or written is for the user to mend; one without a file's name is not known to be.
+        if error.filename is None:
+            raise
+        errors.print(f"[bold red]error:[/] {escape(f'{error.filename2 or error.filename}: {error.strerror}')}")
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped")

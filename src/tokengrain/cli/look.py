@@ -63,6 +63,8 @@ def inspect(
 
     if not source.exists():
         raise RunError(f"{source}: there is no such file or run folder")
+    if spans is not None and column not in (None, "spans"):
+        raise typer.BadParameter(f"--spans shows the column spans; drop --column {column} or --spans")
     inspect_rows(source, rows=row, count=count, field=column, tokenizer=tokenizer, spans=spans)
 
 
@@ -123,6 +125,10 @@ def methods(
 
     from tokengrain.methods import METHODS
 
+    if markdown and not matrix:
+        raise typer.BadParameter("--markdown goes with --matrix")
+    if matrix and as_json:
+        raise typer.BadParameter("the matrix is a table or markdown, not JSON; drop --json or --matrix")
     if matrix:
         _print_matrix(markdown)
         return

@@ -111,23 +111,28 @@ def annotate(
 
 def evaluate(
     run: RunArgument,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="Pairs instead of the run's held-out ones.")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Rows instead of the run's held-out ones.")] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Samples per prompt, in a world (default: 64 of stories, 16 of arithmetic and revision)."
+            min=1,
+            help="Samples per prompt: in a world (default: 64 of stories, 16 of arithmetic and revision); elsewhere of "
+            "held-out prompts after online training (default: the recipe's eval_generations; several are drawn at the "
+            "training's temperature unless eval_temperature is set). Refused where nothing is sampled.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Evaluate a finished run: held-out rows, and in a world the true reward, KL and frontier share, or accuracy,
-    pass@k and maj@k.
+    """Evaluate a finished run: held-out rows (after online training with pass@k, if there are several samples), and
+    in a world the true reward, KL and frontier share, or accuracy, pass@k and maj@k.
 
     The numbers are written to evaluation.json in the run folder.
 
-    Example:
+    Examples:
 
         tokengrain evaluate runs/dpo
+
+        tokengrain evaluate runs/grpo --data test.jsonl --samples 8
     """
     from tokengrain.training.judge_run import evaluate_run
 
@@ -135,13 +140,20 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    titles = {"held_out": "held-out pairs", "world": "world", "world_base": "world (base model)"}
+    titles = {
+        "held_out": "held-out rows",
+        "sampling": "their completions",
+        "world": "world",
+        "world_base": "world (base model)",
+    }
     table = Table(box=None, pad_edge=False)
     for column in ("", "measure", "value"):
         table.add_column(column)
     for key, title in titles.items():
         for name, value in found.get(key, {}).items():
-            table.add_row(title, name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(
+                title, name, f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+            )
             title = ""
     Console().print(table, highlight=False)
 
@@ -149,7 +161,4 @@ def evaluate(
 def _load(recipe: str, model: str | None, data: str | None, sets: list[str] | None, output: str | None) -> Any:
     from tokengrain.recipe import load_recipe
 
-    overrides = list(sets or [])
-    if output is not None:
-        overrides.append(f"output_dir={json.dumps(output)}")
-    return load_recipe(recipe, model, data, overrides)
+    return load_recipe(recipe, model, data, sets or [], output)

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import Any
 
+from tokengrain.data.config import RowError
 from tokengrain.data.rows import Rows, RowStream, StoredRows
-from tokengrain.errors import DataError, RecipeError, shown
+from tokengrain.errors import RecipeError, shown
 from tokengrain.files import fingerprint
 
 
@@ -18,9 +19,11 @@ def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
         rows: of any kind; they are changed as they are read and keep their numbers and places.
         columns: name -> the column to copy, or text with `{column}` placeholders to fill in ("Q: {question}\\nA:").
 
+    A row that lacks a column, or fills a template with null, is given as the `RowError` that says so: whoever parses it
+    (`check_row`) refuses or skips it as any other invalid row.
+
     Raises:
         RecipeError: a text that is no template.
-        DataError: while reading, a row that lacks a column; names file and row.
     """
     for name, template in columns.items():
         _check(name, template)
@@ -36,22 +39,31 @@ def _check(name: str, template: str) -> None:
         raise RecipeError(f"columns.{name}: {shown(template)} has a slot without a name; expected {{column}}")
 
 
-def _changed(rows: Rows, number: int, fields: Any, columns: Mapping[str, str]) -> Any:
+class _Filler(Formatter):
+    """Fills in a template; null is no text."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            raise ValueError("a column is null")
+        return super().format_field(value, format_spec)
+
+
+def _changed(fields: Any, columns: Mapping[str, str]) -> Any:
     if not isinstance(fields, Mapping):
         return fields  # whoever reads it says what is wrong with it
     made = {}
     for name, template in columns.items():
         try:
-            made[name] = template.format_map(fields) if "{" in template or "}" in template else fields[template]
+            filled = "{" in template or "}" in template
+            made[name] = _Filler().vformat(template, (), fields) if filled else fields[template]
         except (LookupError, ValueError, AttributeError) as error:
-            file, row = rows.place(number)
-            raise DataError(
-                f"cannot make the column {name!r} ({type(error).__name__}: {error})",
-                file=file,
-                row=row,
+            return RowError(
+                "missing column",
+                f"cannot make the column ({type(error).__name__}: {error})",
+                field=name,
                 value=template,
-                expected=f"columns among {list(fields)}",
-            ) from None
+                expected=f"columns with a value among {list(fields)}",
+            )
     return {**fields, **made}
 
 
@@ -63,7 +75,7 @@ class _Made(Rows):
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, fields in self._rows:
-            yield number, _changed(self._rows, number, fields, self._columns)
+            yield number, _changed(fields, self._columns)
 
     def place(self, number: int) -> tuple[str, str]:
         return self._rows.place(number)

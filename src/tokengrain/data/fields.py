@@ -16,9 +16,17 @@ _OPTIONAL = tuple(prefix + name for prefix in ("", "chosen_", "rejected_") for n
 KNOWN_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages", "tools", *_OPTIONAL)
 
 
-def check_row(row: Any) -> None:
+def check_mapping(row: Any) -> None:
+    """Raises `RowError` if a row is no mapping; or is such an error itself (see `with_columns`)."""
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, Mapping):
         raise RowError("wrong type", "the row is not an object", value=row, expected="an object with named columns")
+
+
+def check_row(row: Any) -> None:
+    """`check_mapping`, and that no column looks like a misspelt one of token numbers. Raises `RowError`."""
+    check_mapping(row)
     for name in row:
         if name in KNOWN_COLUMNS:
             continue

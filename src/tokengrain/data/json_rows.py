@@ -25,8 +25,8 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
             raise _json_error(path, row, number, error.pos + 1, text, error.pos, error.msg) from error
-        except RecursionError as error:
-            raise _json_error(path, row, number, 1, text, 0, "nested too deeply") from error
+        except (RecursionError, ValueError) as error:
+            raise _json_error(path, row, number, 1, text, 0, _too_much(error)) from error
         yield Record(fields, str(path), row, number)
         row += 1
 
@@ -117,8 +117,8 @@ def _array_rows(path: Path, stream: IO[bytes]) -> Iterator[Record]:
             if unfinished and source.more():
                 continue
             raise source.error(row, error.pos, error.msg) from error
-        except RecursionError as error:
-            raise source.error(row, source.position, "nested too deeply") from error
+        except (RecursionError, ValueError) as error:
+            raise source.error(row, source.position, _too_much(error)) from error
         line, _ = source.where(source.position, keep=True)
         source.position = end
         yield Record(fields, str(path), row, line)
@@ -132,6 +132,11 @@ def _array_rows(path: Path, stream: IO[bytes]) -> Iterator[Record]:
             if source.peek():
                 raise source.error(row, source.position, "text behind the end of the array")
             return
+
+
+def _too_much(error: Exception) -> str:
+    """JSON that Python will not read: brackets nested too deeply, or a whole number of thousands of digits."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _json_error(path: Path, row: int, line: int, column: int, text: str, position: int, why: str) -> DataError:

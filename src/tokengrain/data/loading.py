@@ -120,7 +120,15 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
         by_split.setdefault(word if word in {*KNOWN_SPLITS, split} else "", []).append(path)
     if split is None and list(by_split) == [""]:
         return paths
-    return by_split[_choose_split([k for k in by_split if k], split, str(folder))]
+    named = [k for k in by_split if k]
+    if split is None and "" in by_split and "train" not in named:  # one named split beside other files is no choice
+        raise DataError(
+            f"which files are meant is not clear: {by_split[''][0].name!r} belongs to no split",
+            file=folder,
+            value=[p.name for p in paths],
+            expected=f"split: {' or '.join(named)}, files named after their splits, or the path of one file",
+        )
+    return by_split[_choose_split(named, split, str(folder))]
 
 
 def _choose_split(names: Sequence[str], split: str | None, source: str) -> str:

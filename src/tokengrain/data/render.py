@@ -120,7 +120,7 @@ class Renderer:
             text,
             start,
             tuple(turns),
-            _contents(text, start, completion),
+            _contents(text, start, completion, turns),
             special=True,
             closed=text.endswith(self._end_marks),
         )
@@ -217,10 +217,15 @@ def template_text(template: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def _contents(text: str, start: int, completion: Sequence[Mapping[str, Any]]) -> tuple[Span | None, ...]:
-    """Where each message's content stands, as if the template had not stripped it."""
+def _contents(
+    text: str, start: int, completion: Sequence[Mapping[str, Any]], turns: Sequence[Span]
+) -> tuple[Span | None, ...]:
+    """Where each message's content stands, as if the template had not stripped it; the assistant's in its `turns`."""
     found: list[Span | None] = []
+    left = list(turns)
     for message in completion:
+        if message["role"] == "assistant" and left:  # a heading before the turn may hold the same letters
+            start = left.pop(0)[0]
         content = message.get("content") or ""
         core = content.strip()
         at = text.find(core, start) if core else -1

@@ -79,7 +79,12 @@ def token_column(
             field=field,
             value=f"{len(values)} numbers",
             expected=f"{len(counted)}: one per token of the completion that counts, EOS included"
-            + (f" (or {kept}, as it is cut)" if kept < len(counted) else ""),
+            + (f" (or {kept}, as it is cut)" if kept < len(counted) else "")
+            + (
+                ""
+                if values or name != "token_rewards"
+                else "; where spans are meant and there is none: one of reward 0"
+            ),
         )
     limit = LOGP_ROUNDING if name == "ref_logps" else math.inf
     return [_number(v, f"value {i}", field, name, limit) for i, v in enumerate(values)][:kept]

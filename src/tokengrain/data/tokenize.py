@@ -18,7 +18,7 @@ from itertools import accumulate
 from typing import Any
 
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.data.render import Rendered
+from tokengrain.data.render import Rendered, template_text
 from tokengrain.data.sequences import common_length
 from tokengrain.errors import ModelError
 from tokengrain.files import fingerprint
@@ -181,8 +181,9 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     parts: list[Any] = [rules, dict(tokenizer.special_tokens_map), tokenizer.chat_template]
     if config is not None:
-        names = ("max_length", "max_prompt_length", "truncation_side", "add_eos", "chat_template")
-        parts.append({name: getattr(config, name) for name in names})
+        names = ("max_length", "max_prompt_length", "truncation_side", "add_eos")
+        values = {name: getattr(config, name) for name in names}
+        parts.append({**values, "chat_template": template_text(config.chat_template)})
         parts.append(dict(config.chat_template_kwargs))
         if config.span_config is not None:
             parts.append(config.span_config.describe())

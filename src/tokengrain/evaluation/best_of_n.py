@@ -109,11 +109,16 @@ def accuracy_by_length(
 
     Returns:
         From the shortest to the longest; buckets that would be empty are left out.
+
+    Raises:
+        ValueError: not scores and lengths of pairs, or a score that is NaN.
     """
     if scores.shape != lengths.shape or scores.dim() != 1 or len(scores) % 2 or not len(scores):
         raise ValueError(
             f"expected scores and lengths of pairs, both [2P], got {tuple(scores.shape)} and {tuple(lengths.shape)}"
         )
+    if bool(scores.isnan().any()):
+        raise ValueError(f"the score of completion {int(scores.isnan().nonzero()[0])} is NaN")
     chosen, rejected = scores[0::2].double().cpu(), scores[1::2].double().cpu()
     long, short = lengths[0::2].cpu(), lengths[1::2].cpu()
     values = (long - short if by == "difference" else long + short).double()

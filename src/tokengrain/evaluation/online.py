@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -65,8 +65,10 @@ def maj_at_k(
         float64 `[P]` in [0, 1]; 0 where no sample has an answer.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; another word for ties.
     """
+    if ties not in get_args(Ties):
+        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(get_args(Ties))}")
     right = _first(correct, k)
     if len(answers) != len(correct) or any(len(a) != correct.shape[1] for a in answers):
         raise ValueError(f"expected an answer for each of {tuple(correct.shape)} samples")
@@ -98,12 +100,13 @@ def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: i
     """Mean of one number per prompt `[P]`, with an interval over prompts.
 
     Samples of one prompt are not independent, prompts are: the interval is Wilson's where every prompt has 0 or 1, and
-    a percentile bootstrap over prompts otherwise.
+    a percentile bootstrap over prompts otherwise. Prompts that all have the same number (a single one, say) give the
+    bootstrap nothing to vary: of a number in [0, 1] Wilson's interval is taken, which is too wide rather than empty.
     """
     x = values.double()
     if not len(x):
         raise ValueError("there are no prompts")
-    if bool(((x == 0) | (x == 1)).all()):
+    if bool(((x == 0) | (x == 1)).all()) or (bool((x == x[0]).all()) and 0 <= x[0] <= 1):
         return wilson(float(x.sum()), len(x), confidence)
     return bootstrap(lambda means: means[..., 0], x[:, None], confidence=confidence, seed=seed)
 

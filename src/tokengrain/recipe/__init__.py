@@ -24,7 +24,7 @@ from typing import Any
 import pydantic
 
 from tokengrain.errors import RecipeError
-from tokengrain.recipe.reading import parse_override, read_file, resolve
+from tokengrain.recipe.reading import parse_override, read_file, resolve, write_yaml
 from tokengrain.recipe.schema import (
     AnnotateStage,
     OnlineStage,
@@ -57,7 +57,7 @@ __all__ = [
     "resolve_stages",
 ]
 
-from tokengrain.recipe.inherit import resolve_stages
+from tokengrain.recipe.inherit import StageDataError, resolve_stages
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -89,6 +89,7 @@ def load_recipe(
     model: str | None = None,
     data: str | None = None,
     overrides: Sequence[str] = (),
+    output: str | Path | None = None,
 ) -> Recipe:
     """Read, merge and validate a recipe.
 
@@ -97,12 +98,15 @@ def load_recipe(
         model: instead of the recipe's model; loading options of the recipe's model are kept.
         data: instead of the recipe's training rows; a held-out source of the recipe is dropped with it.
         overrides: `"a.b=c"`, the value read as YAML; they win over everything else.
+        output: instead of the recipe's run folder.
 
     Raises:
         RecipeError: naming every mistake with its dotted key.
     """
     path = find_recipe(path)
     parsed = [parse_override(text) for text in overrides]
+    if output is not None:
+        parsed.append((["output_dir"], str(output)))
     return make_recipe(resolve(read_file(path), model, data, parsed), source=str(path))
 
 
@@ -116,6 +120,8 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
         resolve_stages(recipe)
     except pydantic.ValidationError as error:
         raise explain(error, source, elsewhere()) from None
+    except StageDataError as wrong:
+        raise explain(wrong.error, source, elsewhere(), ("stages", wrong.stage, "data")) from None
     wrongs = check_recipe(recipe)
     if len(wrongs) == 1:
         raise RecipeError(f"{source}: {wrongs[0]}")
@@ -126,8 +132,6 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that loads to the same recipe: merged, with nothing left to other files."""
-    import yaml
-
     values = recipe.model_dump(mode="json", exclude_unset=True)
     values["seed"] = recipe.seed
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return write_yaml(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pydantic
 import torch
 
 from tokengrain.recipe.reading import merge
@@ -19,6 +20,14 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 """Where a recipe does not say otherwise: five checkpoints a stage, the last one kept; our own progress."""
+
+
+class StageDataError(Exception):
+    """A stage's `data:` that does not fit; `error` names keys below `stages.<stage>.data`."""
+
+    def __init__(self, stage: str, error: pydantic.ValidationError) -> None:
+        super().__init__(f"stages.{stage}.data: {error}")
+        self.stage, self.error = stage, error
 
 
 def resolve_stages(recipe: Recipe) -> list[ResolvedStage]:
@@ -45,7 +54,10 @@ def training_keys(stage: ResolvedStage) -> dict[str, Any]:
 
 
 def _resolve(name: str, stage: Stage, recipe: Recipe, model: ModelSpec) -> ResolvedStage:
-    data = _data(recipe.data, stage.data)
+    try:
+        data = _data(recipe.data, stage.data)
+    except pydantic.ValidationError as error:
+        raise StageDataError(name, error) from None
     if isinstance(stage, AnnotateStage):
         options = {
             "reference_logps": stage.reference_logps,

@@ -71,11 +71,14 @@ def _type_name(value: Any) -> str:
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
-def explain(error: pydantic.ValidationError, source: str, elsewhere: Mapping[str, str]) -> RecipeError:
-    """All of pydantic's complaints as one `RecipeError`, at most one per key."""
+def explain(
+    error: pydantic.ValidationError, source: str, elsewhere: Mapping[str, str], where: Sequence[str] = ()
+) -> RecipeError:
+    """All of pydantic's complaints as one `RecipeError`, at most one per key; `where`: keys above those it names."""
     messages: dict[str, str] = {}
-    for item in error.errors():
-        path = _dotted(item["loc"])
+    for found in error.errors():
+        loc = (*where, *found["loc"])
+        item, path = {**found, "loc": loc}, _dotted(loc)
         message = _message(item, path, elsewhere)
         if path in messages and "expected" in messages[path] and item["type"] in _WORDS:
             messages[path] += f" or {_WORDS[item['type']]}"
@@ -132,8 +135,14 @@ def _message(item: Any, path: str, elsewhere: Mapping[str, str]) -> str:
         names = [c.strip().strip("'") for c in choices.replace(" or ", ",").split(",")]
         return wrong(path, value, f"one of {choices}") + _did_you_mean(str(value), names)
     if kind in _WORDS:
-        return wrong(path, value, _WORDS[kind]) + _number_hint(value, kind)
+        return wrong(path, value, _WORDS[kind] + _meaning(item)) + _number_hint(value, kind)
     return f"{path}: got {shown(value)}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _meaning(item: Any) -> str:
+    """What a key is for, where keys were given below one that has none."""
+    field = _class_at(item["loc"]).model_fields.get(str(item["loc"][-1]))
+    return f" ({field.description})" if isinstance(item["input"], Mapping) and field and field.description else ""
 
 
 def _did_you_mean(name: str, legal: Iterable[str]) -> str:

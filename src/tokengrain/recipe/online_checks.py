@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from tokengrain.callables import validate_settings
 from tokengrain.errors import RecipeError
 from tokengrain.recipe.schema import CREDIT_MODELS, OnlineStage, ResolvedStage
 
@@ -21,6 +22,11 @@ def check_online(stage: ResolvedStage, where: str) -> Iterator[str]:
         yield from _check_rewards(stage, own, where)
     yield from _check_credit(stage, own, where)
     yield from _check_sampler(stage, own, f"{where}.sampler")
+    if own.critic is not None:
+        from tokengrain.training.online.critic import Critic
+
+        settings = {k: v for k, v in own.critic.items() if k != "model"}
+        yield from _settings(f"{where}.critic", "critic", Critic, settings)
     if stage.reference == "columns":
         yield f"{where}.reference: sampled completions have no stored columns; use copy, adapter_off or a model"
     if stage.reference == "adapter_off" and stage.lora is None:
@@ -46,7 +52,7 @@ def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
 
 
 def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
-    from tokengrain.rewards import check_reward
+    from tokengrain.rewards import RewardFunction, check_reward
     from tokengrain.rewards.registry import reward_objects
 
     if not own.rewards and not any(_makes_rewards(step) for step in own.credit):
@@ -65,11 +71,19 @@ def _check_rewards(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterat
                     f"{where}.rewards[{index}]: the data are no world, so there is no reward of a world; expected "
                     "another one, such as [numeric] (given --model as well, a recipe takes its reward for real prompts)"
                 )
+            yield from _settings(f"{where}.rewards[{index}]", "reward 'world'", RewardFunction, settings)
         else:
             try:
                 check_reward(name, settings)
             except RecipeError as error:
                 yield f"{where}.rewards[{index}]: {error}"
+
+
+def _settings(where: str, what: str, takes: Any, given: dict[str, Any]) -> Iterator[str]:
+    try:
+        validate_settings(what, takes, given)
+    except RecipeError as error:
+        yield f"{where}: {error}"
 
 
 def _makes_rewards(step: dict[str, Any]) -> bool:

@@ -42,6 +42,18 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts quotes around text that `_Loader` would read as a number, such as `1e3`."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write_yaml(values: Values) -> str:
+    """YAML that `parse_yaml` reads as these values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML.
 
@@ -167,29 +179,36 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
         old = values.get("data")
         kept = {k: v for k, v in old.items() if k not in ("train", "eval")} if isinstance(old, dict) else {}
         values["data"] = {"train": data, **kept} if kept else data
+    # What decides whether `on_world` counts comes first; the rest once, on top of all: a list that `on_world` replaces
+    # has its entries only then, and another name drops the settings of `on_world` too.
+    early = ("model", "on_world")
     for keys, value in overrides:
-        set_path(values, keys, value)
+        if keys[0] in early:
+            set_path(values, keys, value)
+    values = _on_world(values, data)
+    for keys, value in overrides:
+        if keys[0] not in early:
+            set_path(values, keys, value)
+    return values
+
+
+def _on_world(values: Values, data: str | None) -> Values:
+    """`values` without `on_world`, which is laid over the rest if the model is a world."""
     on_world = values.pop("on_world", None)
     if on_world is not None and not isinstance(on_world, dict):
         raise RecipeError(f"on_world: got {shown(on_world)}; expected a mapping of settings")
     path = model_path(values.get("model"))
-    if on_world and path is not None and path.startswith(WORLD):
-        for key in ("model", "on_world", "extends"):
-            if key in on_world:
-                raise RecipeError(f"on_world.{key}: cannot be set there; set it at the top of the recipe")
-        if data is not None and isinstance(on_world.get("data"), dict):
-            on_world = {
-                **on_world,
-                "data": {k: v for k, v in on_world["data"].items() if k not in ("train", "eval")},
-            }
-        base = dict(values)
-        if isinstance(base.get("data"), str) and isinstance(on_world.get("data"), dict):
-            base["data"] = {"train": base["data"]}
-        values = merge(base, on_world)
-        for keys, value in overrides:
-            if keys[0] != "on_world":
-                set_path(values, keys, value)
-    return values
+    if not on_world or path is None or not path.startswith(WORLD):
+        return values
+    for key in ("model", "on_world", "extends"):
+        if key in on_world:
+            raise RecipeError(f"on_world.{key}: cannot be set there; set it at the top of the recipe")
+    if data is not None and isinstance(on_world.get("data"), dict):
+        on_world = {**on_world, "data": {k: v for k, v in on_world["data"].items() if k not in ("train", "eval")}}
+    base = dict(values)
+    if isinstance(base.get("data"), str) and isinstance(on_world.get("data"), dict):
+        base["data"] = {"train": base["data"]}
+    return merge(base, on_world)
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -204,25 +223,48 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def set_path(values: Values, keys: list[str], value: Any) -> None:
-    """Set a dotted key. Whether the key is a legal one is for validation to say.
+    """Set a dotted key; a number names an entry of a list. Whether the key is a legal one is for validation to say.
 
-    Another `name` (of an objective, a credit source) drops the settings of the old one.
+    Another `name` (of an objective, a credit source, a reward) drops the settings of the old one.
     """
-    here = values
+    here: Any = values
     for depth, key in enumerate(keys[:-1]):
-        below = here.get(key)
-        if isinstance(below, str) and (short := _SHORT.get(key)) is not None:
+        place = _place(here, keys, depth)
+        below = here[place] if isinstance(here, list) else here.get(key)
+        short = _SHORT.get(keys[depth - 1] if isinstance(here, list) else key)
+        if isinstance(below, str) and short is not None:
             below = {short: below}  # `data: file` is short for `data: {train: file}`
         if below is None:
             below = {}
-        if not isinstance(below, dict):
+        if not isinstance(below, (dict, list)):
             at = ".".join(keys[: depth + 1])
-            raise RecipeError(f"--set {'.'.join(keys)}: {at} is {shown(below)}, which has no keys")
-        here[key] = dict(below)
-        here = here[key]
-    if keys[-1] == "name" and here.get("name") not in (None, value):
+            raise RecipeError(f"--set {'.'.join(keys)}: {at} is {shown(below)}, which has no keys; set {at} as a whole")
+        here[place] = copy.copy(below)
+        here = here[place]
+    place = _place(here, keys, len(keys) - 1)
+    if place == "name" and here.get("name") not in (None, value):
         here.clear()
-    here[keys[-1]] = value
+    here[place] = value
 
 
-_SHORT = {"data": "train", "model": "path", "objective": "name", "credit": "name", "sampler": "name", "spans": "source"}
+def _place(here: Values | list[Any], keys: list[str], depth: int) -> Any:
+    """Where `keys[depth]` is in `here`: the key, or the index of an entry that a list has."""
+    key = keys[depth]
+    if isinstance(here, dict):
+        return key
+    if key.isdecimal() and int(key) < len(here):
+        return int(key)
+    at = ".".join(keys[:depth])
+    entries = f"its entries are {at}.0 to {at}.{len(here) - 1}" if len(here) > 1 else f"its entry is {at}.0"
+    raise RecipeError(
+        f"--set {'.'.join(keys)}: {at} is a list; {entries if here else 'it has no entries'}; to change which entries "
+        f"it has, give the whole list: --set {at}='[...]'"
+    )
+
+
+_SHORT = {
+    "data": "train",
+    **dict.fromkeys(("model", "target", "contrast", "reverse"), "path"),
+    **dict.fromkeys(("objective", "credit", "rewards", "sampler", "as"), "name"),
+    "spans": "source",
+}

@@ -55,8 +55,8 @@ class TrainStage(_Stage):
     teacher: TeacherSpec | None = Field(default=None, description="{target: '@normal', contrast: '@reverse', ...}")
     reference: str | None = Field(
         default=None,
-        description="copy | adapter_off | columns | a model; default: adapter_off with lora, else stored "
-        "ref_logps where the data have them and they suffice, else a frozen copy of the starting weights",
+        description="copy | adapter_off | columns | a model; default: stored ref_logps where the data have them and "
+        "they suffice, else adapter_off with lora, else a frozen copy of the starting weights",
     )
     lora: LoraSpec | None = Field(default=None, description="on top of the recipe's lora; null: none in this stage")
     training: dict[str, Any] = Field(default_factory=dict, description="keys on top of the recipe's training")

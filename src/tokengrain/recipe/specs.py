@@ -83,7 +83,7 @@ class DataSpec(Strict):
 
     train: str = Field(description="file (.json .jsonl .csv .parquet, also .gz), hub name, world://NAME, or @stage")
     eval: str | None = Field(
-        default=None, description="held-out rows; without it `eval_fraction` of the rows are held out"
+        default=None, description="held-out rows: a file, hub name, ...; without it `eval_fraction` of the rows"
     )
     split: str | None = Field(default=None, description="split of a hub data set, for train")
     eval_split: str | None = Field(default=None, description="split of a hub data set, for eval")

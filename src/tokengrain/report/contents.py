@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 from tokengrain import runs
 from tokengrain.credit.manifest import MANIFEST
 from tokengrain.errors import ModelError, RunError
-from tokengrain.files import read_json
 from tokengrain.report import rollouts
 from tokengrain.report import samples as credit
 from tokengrain.report.curves import charts, phase_charts
@@ -74,17 +72,14 @@ def read_contents(run_dir: str | Path) -> Contents:
 
     Raises:
         RunError: not a run folder, or a run that is not finished (says what is there and how to resume).
-        RunError: a damaged `rollouts.jsonl`; names the line.
+        RunError: a damaged file of the run, of `rollouts.jsonl` with the line.
         DataError: a damaged `credit_samples.json`.
     """
     path = Path(run_dir)
     top = path / "metrics.json"
     if top.is_file():
-        try:
-            metrics = read_json(top)
-        except json.JSONDecodeError as error:
-            raise RunError(f"{top} is damaged: {error}") from error
-        if isinstance(metrics, dict) and metrics.get("kind") == "demo":
+        metrics = runs.read_object(top)
+        if metrics.get("kind") == "demo":
             return _demo(path, metrics)
     run = runs.read_run(path)
     if run.status != "done":
@@ -222,13 +217,13 @@ def _note(stage: runs.StageRecord) -> str:
     manifest = stage.path / MANIFEST
     if stage.kind != "annotate" or not manifest.is_file():
         return "No held-out numbers were measured in this stage."
-    files = read_json(manifest)["files"]
+    files = runs.read_object(manifest).get("files", {})
     return "Token rewards of " + ", ".join(f"{f['rows']} rows in {name}" for name, f in sorted(files.items()))
 
 
 def _world(path: Path) -> list[dict[str, Any]]:
     """What `tokengrain evaluate` measured in a world: the base and the trained model."""
-    found = read_json(path) if path.is_file() else {}
+    found = runs.read_object(path) if path.is_file() else {}
     return _compared(found.get("world_base") or {}, found.get("world") or {}, WORLD)["rows"]
 
 

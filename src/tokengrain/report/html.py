@@ -12,7 +12,7 @@ from tokengrain.errors import RunError
 from tokengrain.files import write_text
 from tokengrain.report import rollouts
 from tokengrain.report.contents import Contents, read_contents
-from tokengrain.report.samples import CreditSample, Side, by_pair, colour_scale
+from tokengrain.report.samples import CreditSample, Side, by_pair, colour_scale, visible
 from tokengrain.report.svg import Series, frontier_chart, marker, number, signed
 
 NAME = "report.html"
@@ -48,7 +48,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
     Raises:
         RunError: not a run folder, an unfinished run (says what is there and how to resume), jinja2 missing.
-        RunError: a damaged `rollouts.jsonl`; names the line.
+        RunError: a damaged file of the run, of `rollouts.jsonl` with the line.
         DataError: a damaged `credit_samples.json`; names the entry.
     """
     path = Path(output) if output is not None else Path(run_dir) / NAME
@@ -175,7 +175,7 @@ def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], li
                 maps.append({"source": TRUTH, "pieces": pieces(exact, scales[TRUTH])})
             maps += [{"source": s.source, "pieces": pieces(s.sides[i], scales[s.source])} for s in group]
             sides.append({"name": name, "maps": maps, "cut": max(0, len(first.sides[i].tokens) - MAX_TOKENS)})
-        pairs.append({"prompt": first.prompt.strip(), "row": first.row, "sides": sides})
+        pairs.append({"prompt": visible(first.prompt.strip()), "row": first.row, "sides": sides})
     return pairs, list(scales.items())
 
 
@@ -187,6 +187,7 @@ def pieces(side: Side, scale: float) -> list[Piece]:
     for text, value, truth, mark in list(zip(side.tokens, side.credit, truths, marks, strict=True))[:MAX_TOKENS]:
         strength = 0.0 if value is None else min(1.0, abs(value) / scale)
         sign = "z" if value is None or strength < 0.04 else ("p" if value > 0 else "n")
+        text = visible(text)
         word = text.lstrip(" ")
         shown = (word or text).replace("\n", "↵\n") or "·"
         out.append(
@@ -266,7 +267,7 @@ def _rollout_step(group: Sequence[rollouts.Recorded], completions: list[dict[str
         "step": group[0].step,
         "rollout": group[0].rollout,
         "row": group[0].row,
-        "prompt": group[0].prompt.strip(),
+        "prompt": visible(group[0].prompt.strip()),
         "rewards": [one.reward for one in group],
         "clipped": sum(m != 0 for m in marks) / len(marks) if marks else None,
         "completions": completions,

@@ -119,6 +119,9 @@ def _parse(where: str, entry: Any) -> Recorded:
     prompt = entry.get("prompt")
     if prompt is None:
         prompt = " ".join(map(str, _list_of(where, entry, "prompt_ids", (int,)))) if "prompt_ids" in entry else ""
+    row = entry.get("row")
+    if row is not None and not isinstance(row, int | str):
+        raise RunError(f"{where}: row is {shown(row)}; expected a number or text")
     rewards = entry.get("rewards") or {}
     if not isinstance(rewards, dict):
         raise RunError(f"{where}: rewards is {shown(rewards)}; expected an object of numbers by name")
@@ -128,7 +131,7 @@ def _parse(where: str, entry: Any) -> Recorded:
     return Recorded(
         rollout=_whole(where, entry, "rollout"),
         step=_whole(where, entry, "step"),
-        row=entry.get("row"),
+        row=row,
         completion=_whole(where, entry, "completion", 0),
         prompt=str(prompt),
         tokens=tokens,

@@ -12,6 +12,7 @@ from tokengrain.errors import DataError, ModelError, RunError
 from tokengrain.report.samples import FILE, CreditSample, Side, by_pair, read_credit_samples, token_texts
 
 ROLES = ("chosen", "rejected", "completion")
+CREDIT = "token_rewards"
 SPANS = "spans"
 
 
@@ -20,7 +21,7 @@ def read_token_rows(
     *,
     rows: Sequence[int] | None = None,
     count: int = 3,
-    field: str = "token_rewards",
+    field: str = CREDIT,
     tokenizer: Any = None,
     spans: Any = None,
 ) -> list[CreditSample]:
@@ -39,7 +40,7 @@ def read_token_rows(
             the row suggest, else the diff.
 
     Raises:
-        DataError: no such column or row, or a row whose numbers do not fit its tokens (names file, row,
+        DataError: no such column or row; or a row whose numbers do not fit its tokens (names file, row,
             field).
         ModelError: a tokenizer is needed.
         RunError: a run folder without token rewards.
@@ -50,6 +51,8 @@ def read_token_rows(
     if path.is_dir():
         return _from_folder(path, rows, count, field, tokenizer)
     if path.name == FILE:
+        if field != CREDIT:
+            raise DataError("there are only token rewards", file=path, value=field, expected=CREDIT)
         return _picked(read_credit_samples(path), rows, count, path)
     settings = {} if spans is None else {"spans": spans}
     near = tokenizer if tokenizer is not None else _near_tokenizer(path)
@@ -71,18 +74,23 @@ def _picked(samples: Sequence[CreditSample], rows: Sequence[int] | None, count: 
 
 
 def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any) -> list[CreditSample]:
-    if (path / FILE).is_file():
+    if (path / FILE).is_file() and field == CREDIT:
         return _picked(read_credit_samples(path / FILE), rows, count, path / FILE)
     run = runs.read_run(path)
     files = [file for stage in run.credit_stages for file in sorted(stage.path.glob("*.parquet"))]
     if not files:
+        if field != CREDIT:
+            raise RunError(f"{path} has no {field!r} of its rows' tokens: only an annotate stage stores such numbers")
         if run.status != "done":
             raise RunError(f"no token rewards yet: {runs.unfinished_message(run)}")
         if any(stage.kind == "online" for stage in run.stages):
             raise RunError(
                 f"{path} has no recorded rollouts: rollout_samples says how many a run of {run.method} records"
             )
-        raise RunError(f"{path} has no token rewards: its method, {run.method}, does not use token credit")
+        raise RunError(
+            f"{path} has no token rewards to show: no annotate stage stored any, and there are no log-ratios of policy "
+            "to reference either (the objective has no reference, or the rows were streamed)"
+        )
     # train.parquet before eval.parquet
     file = max(files, key=lambda f: f.stem == "train")
     return _from_file(file, rows, count, field, tokenizer if tokenizer is not None else _near_tokenizer(file))
@@ -134,11 +142,13 @@ def _from_file(
 ) -> list[CreditSample]:
     """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
     from tokengrain.data import load_rows
+    from tokengrain.data.columns import with_columns
     from tokengrain.worlds import is_world, load_world
 
     source, settings = str(path), settings or {}
     split = settings.get("split")
     data = load_rows(load_world(source).pairs("train")) if is_world(source) else load_rows(source, split=split)
+    data = with_columns(data, settings["columns"]) if settings.get("columns") else data
     total = len(data)  # type: ignore[arg-type]  # not a stream
     numbers = list(range(min(count, total))) if rows is None else list(rows)
     for number in numbers:
@@ -174,7 +184,7 @@ def _sample(
         return _from_text(data, number, row, field, tokenizer, {SPANS: _likely_source(row), **settings})
     if not roles:
         raise DataError(
-            "the row has no token rewards",
+            "the row has no token rewards" if field == CREDIT else f"the row has no {field!r} of its tokens",
             file=file,
             row=place,
             value=sorted(map(str, row)),

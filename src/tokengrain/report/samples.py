@@ -13,8 +13,8 @@ where the world knows it. Rows with one completion have only `chosen`.
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -52,6 +52,19 @@ class CreditSample:
     source: str
     sides: tuple[Side, ...]
     row: int | str | None = None
+
+
+_SIGNS = {
+    **{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"},
+    **{i: f"\\x{i:x}" for i in range(0x7F, 0xA0)},
+    **{i: f"\\u{i:x}" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+}
+
+
+def visible(text: str) -> str:
+    """Text with signs for control characters, which a terminal would obey and a page would not show, and for those that
+    turn the direction of what follows."""
+    return text.translate(_SIGNS)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -132,7 +145,7 @@ def read_credit_samples(path: Path) -> list[CreditSample]:
         return []
     try:
         entries = read_json(path)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # or not UTF-8
         raise DataError(f"not JSON: {error}", file=path) from error
     if not isinstance(entries, list):
         raise DataError("wrong content", file=path, value=type(entries).__name__, expected="a list of samples")
@@ -147,10 +160,14 @@ def _parse(path: Path, row: int, entry: Any) -> CreditSample:
         if name not in entry:
             continue
         side = entry[name]
+        if not isinstance(side, dict):
+            raise DataError("not a side of a pair", file=path, row=row, field=name, value=side, expected="an object")
         tokens, credit, truth = side.get("tokens", []), side.get("credit", []), side.get("truth")
         for key, values in (("credit", credit), ("truth", truth)):
             if values is None:
                 continue
+            if not isinstance(values, list) or not isinstance(tokens, list):
+                raise DataError("not lists", file=path, row=row, field=f"{name}.{key}", value=values, expected="a list")
             if len(values) != len(tokens):
                 raise DataError(
                     "the numbers do not fit the tokens",
@@ -169,11 +186,15 @@ def _parse(path: Path, row: int, entry: Any) -> CreditSample:
 def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:
     """Samples of the same pair together, in order of first appearance; all get the first one's row.
 
-    A pair is known by its text: an annotated file numbers its rows anew.
+    A pair is known by its text: an annotated file numbers its rows anew. Of one source, the same text again is another
+    pair.
     """
     groups: dict[Any, list[CreditSample]] = {}
+    seen: Counter[Any] = Counter()
     for s in samples:
-        group = groups.setdefault((s.prompt, tuple(tuple(side.tokens) for side in s.sides)), [])
+        text = s.prompt, tuple(tuple(side.tokens) for side in s.sides)
+        group = groups.setdefault((text, seen[text, s.source]), [])
+        seen[text, s.source] += 1
         group.append(replace(s, row=group[0].row) if group else s)
     return list(groups.values())
 

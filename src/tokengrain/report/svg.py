@@ -13,6 +13,7 @@ from html import escape
 Point = tuple[float, float]
 N_STYLES = 8
 MAX_POINTS = 200
+MANY = 1e9  # from here on a number is written with an exponent
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    if abs(value) < 10 ** -(digits + 1):
+    if abs(value) < 10 ** -(digits + 1) or abs(value) >= MANY:
         text = f"{value:.1e}"
     else:
         decimals = digits - 1 - math.floor(math.log10(abs(value)))
@@ -134,8 +135,8 @@ class Frame:
 
 def tick(value: float) -> str:
     """A tick's label: short, without trailing zeros."""
-    if value and abs(value) < 1e-3:
-        return f"{value:.0e}".replace("-", "−")
+    if value and (abs(value) < 1e-3 or abs(value) >= MANY):
+        return f"{value:.3g}".replace("-", "−")
     return f"{value:,.4g}".replace("-", "−") if abs(value) < 1e4 else f"{value / 1000:,.0f}k".replace("-", "−")
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokengrain.errors import RunError
 from tokengrain.report import rollouts
-from tokengrain.report.rows import SPANS, read_token_rows
-from tokengrain.report.samples import CreditSample, Side, colour_scale
+from tokengrain.report.rows import CREDIT, SPANS, read_token_rows
+from tokengrain.report.samples import CreditSample, Side, colour_scale, visible
 from tokengrain.report.svg import number, signed
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def inspect_rows(
     if recorded is not None:
         _print_rollouts(console or Console(), recorded, rows, count, field or "advantages")
         return
-    field = field or "token_rewards"
+    field = field or CREDIT
     samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
     console = console or Console()
     if field == SPANS:
@@ -98,7 +98,7 @@ def _print_row(console: Console, heading: str, prompt: str, sides: Sequence[tupl
 
     console.rule(Text(heading, "dim"), align="left", style="dim")
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text("prompt", "dim"), Text(prompt.strip(), "dim"))
+    table.add_row(Text("prompt", "dim"), Text(visible(prompt.strip()), "dim"))
     for title, text in sides:
         table.add_row(title, text)
     console.print(table)
@@ -176,7 +176,7 @@ def marked(side: Side) -> Text:
 
     out = Text()
     for span, run in groupby(zip(side.tokens, side.credit, strict=True), key=lambda item: item[1]):
-        text = "".join(token for token, _ in run)
+        text = visible("".join(token for token, _ in run))
         if not span:
             out.append(text.replace("\n", "↵\n"), "dim" if span is None else "")
             continue
@@ -199,6 +199,7 @@ def heat(side: Side, scale: float, coloured: bool) -> Text:
     out = Text()
     marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
     for token, value, mark in zip(side.tokens, side.credit, marks, strict=True):
+        token = visible(token)
         word = token.lstrip(" ")
         out.append(" " * (len(token) - len(word)))
         shown = word.replace("\n", "↵\n")
@@ -241,7 +242,7 @@ def _summary(samples: Sequence[CreditSample], what: str = "credit") -> Text:
         for side in s.sides:
             for token, value in zip(side.tokens, side.credit, strict=True):
                 if value is not None:
-                    per_token[token.strip() or repr(token)].append(value)
+                    per_token[visible(token.strip()) or repr(token)].append(value)
     values = [v for found in per_token.values() for v in found]
     if not values:
         return Text("no token counts in these rows")
