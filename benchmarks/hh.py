@@ -42,7 +42,7 @@ def page(found: dict[str, dict[str, Any]], command: str, threads: int) -> str:
         "# Real pairs: Anthropic's HH, harmless",
         "",
         f"`{command}` on {date.today().isoformat()}, 2 CPU cores, {threads} thread(s) a run. Each row is one command, "
-        "`tokengrain train examples/hh/METHOD.yaml --data hh-harmless-pairs.jsonl.gz`: a llama of 3.3 million "
+        "`tokengrain train examples/hh/METHOD.yaml --data hh-harmless-pairs.jsonl.gz`: a llama of 2.6 million "
         "parameters with new weights and a BPE tokenizer trained on the pairs, a short SFT on the chosen dialogues, "
         "then the method. A fifth of the pairs is held out (the same for all methods).",
         "",

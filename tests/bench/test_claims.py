@@ -172,6 +172,13 @@ def test_a_run_that_was_cut_off_is_repeated(tmp_path: Path) -> None:
     assert [json.loads(line)["arm"] for line in log.read_text().splitlines()] == ["old", "new", "other"]
 
 
+def test_a_run_that_two_calls_did_counts_once(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    log = tmp_path / runner_module.LOG
+    log.write_bytes(2 * log.read_bytes())
+    assert run(tmp_path) == first
+
+
 def test_a_failing_arm_leaves_what_was_finished(tmp_path: Path) -> None:
     def fail(context: tuple[int, int], arm: Arm) -> dict[str, float | None]:
         if arm.name == "new":
@@ -220,6 +227,8 @@ def test_unknown_names_are_refused() -> None:
         find_groups(methods=["rrppo"])
     with pytest.raises(RecipeError, match="unknown group 'storys'"):
         find_groups(groups=["storys"])
+    with pytest.raises(RecipeError, match="no claim of these groups is about rrpo; theirs: sepo"):
+        find_groups(groups=["sepo"], methods=["rrpo"])
     assert [g.name for g in find_groups(methods=["sepo"])] == ["sepo", "stories-noisy", "stories-clean"]
     assert [g.name for g in find_groups(groups=["qrm"])] == ["qrm"]
 

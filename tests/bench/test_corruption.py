@@ -214,6 +214,14 @@ def test_a_run_folders_log_ratio_is_a_source(folder: Path) -> None:
     assert first["deviation"] == pytest.approx(second["deviation"])
 
 
+def test_sources_of_one_name_are_all_there(folder: Path) -> None:
+    mine, quiet = str(Path(__file__).parent / "rigged.py") + ":long_words", Console(quiet=True)
+    where = (str(folder / "model"), str(folder / "pairs.jsonl"))
+    found = bench_corruption(*where, sources=["entropy"], credit=[mine, mine], output=folder / "out", console=quiet)
+    names = [entry["source"] for entry in found["corruptions"][0]["sources"]]
+    assert names == ["random", "surprise", "entropy", "long_words", "long_words (4)"]
+
+
 def test_wrong_sources_are_named(folder: Path) -> None:
     model, data, quiet = str(folder / "model"), str(folder / "pairs.jsonl"), Console(quiet=True)
     with pytest.raises(RecipeError, match="did you mean 'entropy'"):

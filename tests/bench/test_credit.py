@@ -128,15 +128,16 @@ def test_other_settings_and_other_code_are_other_runs(tmp_path: Path) -> None:
     assert len(set(keys)) == 5
 
 
-def test_log_survives_a_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [b'{"a": 2', '{"a": "ε'.encode()[:-1]])
+def test_log_survives_a_cut(tmp_path: Path, cut: bytes) -> None:
     log = tmp_path / "log.jsonl"
-    append_line(log, {"a": 1})
-    with log.open("a") as file:
-        file.write('{"a": 2')
-    assert read_log(log) == [{"a": 1}]
+    append_line(log, {"a": "ε\u2028\x85"})  # what ends a line for Python does not here
+    with log.open("ab") as file:
+        file.write(cut)
+    assert read_log(log) == [{"a": "ε\u2028\x85"}]
     repair_log(log)
     append_line(log, {"a": 3})
-    assert read_log(log) == [{"a": 1}, {"a": 3}]
+    assert read_log(log) == [{"a": "ε\u2028\x85"}, {"a": 3}]
 
 
 class Words(HTMLParser):
@@ -180,6 +181,20 @@ def test_command_line_with_an_own_source(tmp_path: Path) -> None:
     assert (tmp_path / "credit.html").is_file()
     as_json = CliRunner().invoke(bench_app, [*arguments, "--output", str(tmp_path), "--json"])
     assert [e["source"] for e in json.loads(as_json.stdout)["sources"]] == ["worth"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "3"], "--seed: of the corruption test, which needs --data"),
+        (["--model", "m", "--how", "swap"], "--model, --how: of the corruption test"),
+        (["--data", "rows.jsonl", "--jobs", "2", "--seeds", "5"], "--seeds, --jobs: of no use with --data"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments: list[str], message: str) -> None:
+    found = CliRunner().invoke(bench_app, ["credit", *arguments])
+    assert isinstance(found.exception, RecipeError)
+    assert message in str(found.exception)
 
 
 def test_help_teaches() -> None:

@@ -109,6 +109,13 @@ def test_groups_have_right_and_wrong_chains_and_one_culprit_each(world: Any, tru
     assert not torch.equal(other.batch.prompt_ids, batch.prompt_ids)
 
 
+def test_many_prompts_take_more_rounds(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long is searched goes by how many prompts are wanted."""
+    monkeypatch.setattr("tokengrain.bench.questions.CHUNK", 4)
+    monkeypatch.setattr("tokengrain.bench.questions.ROUNDS", 2)
+    assert ON_CHAINS.draw(world, Draw(12, 6)).batch.n_prompts == 12
+
+
 def test_references_of_a_group_are_the_same_and_know_their_reasoning(revision: Any, references: CreditTruth) -> None:
     batch, values, _ = references
     assert set(values.tolist()) == {-1, 1}

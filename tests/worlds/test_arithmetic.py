@@ -12,11 +12,12 @@ from tokengrain.bench.measure import measure
 from tokengrain.credit.surprise import Surprise
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.rewards import RewardSuite
-from tokengrain.rollout import HFGenerate, SampledCompletion, encode_prompts
+from tokengrain.rollout import HFGenerate, RolloutError, SampledCompletion, encode_prompts
 from tokengrain.worlds import load_world
 from tokengrain.worlds.arithmetic import correct, well_formed
 from tokengrain.worlds.arithmetic.audit import audit, is_correct
 from tokengrain.worlds.arithmetic.chains import CHECK, SLIP, misconceptions, shifted, write_chain
+from tokengrain.worlds.arithmetic.evaluation import stated_answer
 from tokengrain.worlds.arithmetic.options import SMALL, parse_levels
 from tokengrain.worlds.arithmetic.pretraining import WarmStart, warm_start
 from tokengrain.worlds.arithmetic.problems import EOS, SYMBOLS, Problem, make_problem, parse_prompt, problem_stream
@@ -302,6 +303,8 @@ def test_pairs_are_right_against_wrong(world, source):
     assert not any(parse_prompt(r["prompt"]).held_out for r in rows)
     with pytest.raises(RecipeError, match="slope must be None"):
         world.pairs(slope=1.0)
+    with pytest.raises(RecipeError, match="source is 'chain'; expected model or chains"):
+        world.pairs(n=1, source="chain")
 
 
 def test_a_completion_without_text_is_in_no_pair(world, monkeypatch):
@@ -371,6 +374,24 @@ def test_evaluation_fits_together(found):
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("ending", "chain", "answer"),
+    [
+        ("answer", "a+855;>55.", "55"),
+        ("answer", "a+855;>55", None),
+        ("answer", "a+855;>5.", None),
+        ("answer", "a+855;55.", None),
+        ("answer", ">5;5.", None),
+        ("marker", "a+855;> end:12.", "55"),
+        ("marker", "a+865?55,>", "55"),
+        ("marker", "a+855>", None),  # the operand and a digit are no total
+        ("marker", "5;>", None),
+    ],
+)
+def test_the_answer_that_a_completion_gives(ending, chain, answer):
+    assert stated_answer([EOS if c == "." else c for c in chain], ending) == answer
+
+
 def test_evaluation_is_deterministic_and_leaves_everything_as_it_was(world, found):
     state = torch.get_rng_state()
     world.reference.train()
@@ -381,6 +402,8 @@ def test_evaluation_is_deterministic_and_leaves_everything_as_it_was(world, foun
         world.reference.eval()
     assert torch.equal(state, torch.get_rng_state())
     assert world.evaluate(world.reference, k=8, prompts=16, seed=1) != found
+    with pytest.raises(RolloutError, match="n is 0; expected at least 1 completion per prompt"):
+        world.evaluate(world.reference, n=0)
 
 
 def test_rows_rollouts_and_rewards_work_together(world):

@@ -8,7 +8,10 @@ import torch
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import RecipeError
+from tokengrain.recipe import DataSpec
+from tokengrain.training.inputs import open_rows
 from tokengrain.worlds import is_world, load_world
+from tokengrain.worlds.model_cache import ensure_model
 from tokengrain.worlds.stories import StoriesWorld, exact
 from tokengrain.worlds.stories.base_model import base_model_folder, ensure_base_model
 from tokengrain.worlds.stories.pretraining import Pretraining, pretrain
@@ -40,6 +43,8 @@ def tiny() -> StoriesWorld:
         ("world://stories?pairs=many", "pairs is 'many'; expected int"),
         ("world://stories?pairs=0", "pairs is 0; expected at least 1"),
         ("world://stories?slope=-1", "slope is -1"),
+        ("world://stories?slope=nan", "slope is nan; expected at least 0"),
+        ("world://stories?seed=1&seed=2", "option 'seed' is given more than once"),
         ("world://stories?noisy", "cannot read options 'noisy'"),
         ("stories", "expected the address of a world"),
     ],
@@ -47,6 +52,16 @@ def tiny() -> StoriesWorld:
 def test_bad_addresses(uri, message):
     with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
         load_world(uri)
+
+
+def test_what_there_is_not_is_refused_by_name(tiny):
+    for rows in (tiny.pairs, tiny.sft_rows, tiny.annotated_pairs):
+        with pytest.raises(RecipeError, match="split is 'val'; expected train or eval"):
+            rows("val")
+    with pytest.raises(RecipeError, match="n is 0; expected at least 1 sample per prompt"):
+        tiny.evaluate(tiny.reference, n=0)
+    with pytest.raises(RecipeError, match="world stories has no prompts with checkable answers"):
+        open_rows(DataSpec(train=TINY), 0, prompts=True)
 
 
 def test_options_and_one_object_per_address(world):
@@ -184,6 +199,15 @@ def test_exact_contrast_of_instructions_recovers_credit(world):
 
 
 # -- base model -----------------------------------------------------------------------------------------
+
+
+def test_a_training_that_is_killed_leaves_no_folder(tiny, tmp_path):
+    def train(progress):
+        assert [path.name for path in tmp_path.iterdir()] == ["model-1.lock"]
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        ensure_model(tmp_path / "model-1", train, tiny.tokenizer, "a world", steps=1)
 
 
 def test_base_model_is_cached_whole_and_deterministic(tiny, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,13 +21,27 @@ bench_app = typer.Typer(
 )
 
 
+OF_WORLDS = ("world", "regime", "seeds", "steps", "prompts", "generations", "jobs")
+OF_TEXTS = ("model", "how", "tokens", "rows", "seed")
+"""Options of `credit` that act only without `--data`, or only with it."""
+
+
 @bench_app.callback()
 def _root() -> None:
     pass
 
 
+def _refuse(context: typer.Context, options: Sequence[str], why: str) -> None:
+    """An error for options that were given and would do nothing."""
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = [f"--{name}" for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    if given:
+        raise RecipeError(f"{', '.join(given)}: {why}")
+
+
 @bench_app.command()
 def credit(
+    context: typer.Context,
     world: Annotated[str, typer.Option("--world", "-w", help="World whose exact credit is known.")] = "world://stories",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...: pairs, trainings and samples of their own.")] = 5,
     regime: Annotated[
@@ -99,6 +114,7 @@ def credit(
     if data is not None:
         from tokengrain.bench.texts import bench_corruption
 
+        _refuse(context, OF_WORLDS, "of no use with --data, which asks for the corruption test")
         folder = output or Path("runs/bench/corruption")
         result = bench_corruption(
             model,
@@ -115,8 +131,7 @@ def credit(
     else:
         from tokengrain.bench.credit import bench_credit
 
-        if model is not None or how:
-            raise RecipeError("--model and --how belong to the corruption test, which needs --data")
+        _refuse(context, OF_TEXTS, "of the corruption test, which needs --data")
         folder = output or Path("runs/bench/credit")
         result = bench_credit(
             world,

@@ -18,10 +18,11 @@ def append_line(log: Path, line: dict[str, Any]) -> None:
 def read_log(log: Path) -> list[dict[str, Any]]:
     """The whole lines of a log; one that was cut off by a kill is left out."""
     lines = []
-    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+    # As bytes: a cut may go through a character, and JSON leaves other ends of lines, such as U+2028, as they are.
+    for text in log.read_bytes().split(b"\n") if log.exists() else []:
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except ValueError:
             continue
     return lines
 

@@ -48,6 +48,7 @@ def train_online(
     credit: Sequence[Any],
     seed: int,
     *,
+    model: Any = None,
     rewards: Any = None,
     rollouts: int = ROLLOUTS,
     prompts: int = PROMPTS,
@@ -56,15 +57,16 @@ def train_online(
     learning_rate: float = LEARNING_RATE,
     **settings: Any,
 ) -> OnlineRun:
-    """A fresh copy of the world's base model after a short online training.
+    """A policy after a short online training.
 
     Adam with betas 0.9 and 0.95, two rollouts of warm-up, gradients clipped at 1.
 
     Args:
-        world: gives starting weights, tokenizer, prompts and, unless `rewards` are given, the reward.
+        world: gives tokenizer, prompts, `max_new_tokens`, and starting weights and reward where they are not given.
         objective, credit: as `OnlineTrainer` takes them; credit steps given as mappings get the world's tokenizer
             where they name it None.
         seed: of the order of prompts and of the samples.
+        model: the policy, trained in place; None: a fresh copy of the world's base model.
         rewards: as `OnlineTrainer` takes them.
         rollouts: how many; prompts and generations: of each; minibatches: updates per rollout.
         settings: further fields of `OnlineConfig`.
@@ -73,7 +75,8 @@ def train_online(
 
     from tokengrain.training.online import OnlineConfig, OnlineTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(world.base_model())
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(world.base_model())
     usual: dict[str, Any] = {
         "learning_rate": learning_rate,
         "adam_beta2": 0.95,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,7 @@ GROUPS = {"full": 96, "small": 24}
 CHUNK = 64
 """Prompts sampled from at a time."""
 ROUNDS = 50
+"""How often as many prompts as are wanted are tried."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
     last = getattr(world, "marker", world.eos)  # in `revision` a chain ends with the marker
     prompts: list[PromptItem] = []
     groups: list[tuple[SampledCompletion, ...]] = []
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS * math.ceil(wanted / CHUNK)):
         items = world.items(list(islice(problems, min(CHUNK, wanted))))
         for item, group in sampler.sample(items, n=draw.generations, sampling=sampling):
             ended = [c for c in group if c.ids[-1] == last]

@@ -77,14 +77,14 @@ def bench_corruption(
     shop, stage = _workshop(model, data, {"name": "surprise", "model": model}, rows)
     tokenizer = shop.tokenizer(stage.model)
     batch = _answers(shop, stage, rows)
-    listed: dict[str, Callable[[TokenBatch], Tensor]] = {}
-    for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]:
-        name, source = _source(text, model, data)
-        listed[name if name not in listed else f"{name} ({len(listed)})"] = source
     from tokengrain.bench.sources import own_source
 
+    named = [_source(text, model, data) for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]]
     for own in (own_source(c) for c in credit):
-        listed[own.name] = own.build(None)  # type: ignore[arg-type]  # a function of one's own needs no bench
+        named.append((own.name, own.build(None)))  # type: ignore[arg-type]  # a function of one's own needs no bench
+    listed: dict[str, Callable[[TokenBatch], Tensor]] = {}
+    for name, source in named:
+        listed[name if name not in listed else f"{name} ({len(listed)})"] = source
     parts: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for way in track(how, description="corruptions", console=console, transient=True):

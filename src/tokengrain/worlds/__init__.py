@@ -127,7 +127,7 @@ def load_world(uri: str) -> World:
     """The world at an address such as `world://stories?regime=noisy&seed=1`; one object per address.
 
     Raises:
-        RecipeError: unknown world or option, with the nearest right name.
+        RecipeError: unknown world or option, with the nearest right name; an option that is given twice.
     """
     if not is_world(uri):
         raise RecipeError(f"got {uri!r}; expected the address of a world, such as 'world://stories'")
@@ -135,10 +135,13 @@ def load_world(uri: str) -> World:
     if name not in WORLDS:
         raise RecipeError(f"unknown world {name!r}{_nearest(name, list(WORLDS))}")
     try:
-        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+        options = sorted(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
         raise RecipeError(f"world {name}: cannot read options {query!r}; expected name=value&name=value") from None
-    return _load(name, tuple(sorted(options.items())))
+    keys = [key for key, _ in options]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise RecipeError(f"world {name}: option {twice[0]!r} is given more than once in {uri!r}")
+    return _load(name, tuple(options))
 
 
 @cache

@@ -58,11 +58,12 @@ def _train_into(
     from rich.progress import Progress as ProgressBar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with single_thread(), ProgressBar(*columns, console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
+        model, report = train(lambda step, _: bar.update(task, completed=step))
+    # Only now, so that a kill in the minutes before leaves nothing.
     temporary = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
     try:
-        with single_thread(), ProgressBar(*columns, console=Console(file=sys.stderr)) as bar:
-            task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
-            model, report = train(lambda step, _: bar.update(task, completed=step))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "pretraining.json", report)

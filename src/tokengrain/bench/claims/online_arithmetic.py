@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
+from tokengrain.bench.claims.published import DAPO, DCPO
 from tokengrain.bench.online_training import train_online
 from tokengrain.objectives import make_objective
 
@@ -73,17 +74,8 @@ def run(context: Context, arm: Arm) -> Measures:
 GROUP_ADVANTAGES = ({"name": "group"},)
 ARMS = (
     Arm("GRPO", "grpo", {"objective": "grpo", "credit": GROUP_ADVANTAGES}),
-    Arm("DCPO", "dcpo", {"objective": "dcpo", "normaliser": "prompt_mean", "credit": ({"name": "dcpo"},)}),
-    Arm(
-        "DAPO",
-        "dapo",
-        {
-            "objective": "grpo",
-            "hyper": {"epsilon_high": 0.28, "reduction": "sum"},
-            "normaliser": "token_mean",
-            "credit": ({"name": "filter_groups", "refill": True}, *GROUP_ADVANTAGES),
-        },
-    ),
+    Arm("DCPO", "dcpo", {**DCPO, "credit": ({"name": "dcpo"},)}),
+    Arm("DAPO", "dapo", {**DAPO, "credit": ({"name": "filter_groups", "refill": True}, *GROUP_ADVANTAGES)}),
     Arm("GSPO ε 3e-4", "gspo", {"objective": "gspo", "credit": GROUP_ADVANTAGES}),
     Arm(
         "GSPO ε 0.01",

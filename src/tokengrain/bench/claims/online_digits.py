@@ -19,6 +19,7 @@ from tokengrain.bench.claims.digit_sums import (
     sample_groups,
 )
 from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
+from tokengrain.bench.claims.published import DAPO, DCPO
 from tokengrain.bench.claims.tiny_gru import GRUPolicy
 from tokengrain.credit.dcpo import PromptHistory
 from tokengrain.credit.group import group_advantages, informative_groups
@@ -105,22 +106,12 @@ def _mixed(groups: Groups) -> Groups:
     return groups.kept(informative_groups(groups.correct, groups.group))
 
 
-DCPO = {"objective": "dcpo", "normaliser": "prompt_mean"}
 ARMS = (
     Arm("GRPO", "grpo", {"objective": "grpo"}),
     Arm("DCPO, clipping alone", "dcpo", DCPO),
     Arm("DCPO, smoothing alone", "dcpo", {"objective": "grpo", "smooth": True}),
     Arm("DCPO", "dcpo", {**DCPO, "smooth": True}),
-    Arm(
-        "DAPO",
-        "dapo",
-        {
-            "objective": "grpo",
-            "hyper": {"epsilon_high": 0.28, "reduction": "sum"},
-            "normaliser": "token_mean",
-            "refill": True,
-        },
-    ),
+    Arm("DAPO", "dapo", {**DAPO, "refill": True}),
     Arm("GSPO ε 3e-4", "gspo", {"objective": "gspo"}),
     Arm("GSPO ε 0.1", "gspo", {"objective": "gspo", "hyper": {"epsilon": 0.1, "epsilon_high": 0.13}}),
 )

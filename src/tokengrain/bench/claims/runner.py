@@ -25,7 +25,7 @@ def find_groups(groups: Sequence[str] | None = None, methods: Sequence[str] | No
     """The groups of these names that have claims about these methods (None: all).
 
     Raises:
-        RecipeError: an unknown group or method.
+        RecipeError: an unknown group or method; no such claim in any of them.
     """
     from tokengrain.bench.claims.groups import GROUPS
 
@@ -34,7 +34,11 @@ def find_groups(groups: Sequence[str] | None = None, methods: Sequence[str] | No
         if unknown := [name for name in names or () if name not in known[what]]:
             raise RecipeError(f"unknown {what} {unknown[0]!r} of claims; expected some of {', '.join(known[what])}")
     found = [GROUPS[name] for name in GROUPS if groups is None or name in groups]
-    return [group for group in found if group.chosen(methods)[1]]
+    chosen = [group for group in found if group.chosen(methods)[1]]
+    if not chosen:
+        about = sorted({m for group in found for m in group.methods})
+        raise RecipeError(f"no claim of these groups is about {', '.join(methods or ())}; theirs: {', '.join(about)}")
+    return chosen
 
 
 def run_claims(
@@ -75,7 +79,9 @@ def run_claims(
         task = bar.add_task("groups × seeds", total=len(tasks))
         for _ in _worked_off(tasks, jobs):
             bar.update(task, advance=1)
-    return [r for r in read_log(log) if (r["key"], r["seed"]) in wanted]
+    # Another call with the same log may have done the same run meanwhile.
+    found = {(r["key"], r["seed"]): r for r in read_log(log)}
+    return [run for place, run in found.items() if place in wanted]
 
 
 def _bar(console: Console | None) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -53,8 +54,8 @@ def tiny_llama(vocabulary: int, positions: int, seed: int) -> Any:
 
 
 def copy_of(model: Any) -> Any:
-    """A model of the same weights that trains on its own."""
-    other = type(model)(model.config)
+    """A model of the same weights that trains on its own; trainers write into a model's config too."""
+    other = type(model)(deepcopy(model.config))
     other.load_state_dict(model.state_dict())
     return other
 

@@ -73,7 +73,7 @@ def read(tokens: Sequence[str], n_steps: int, ending: Ending = "answer") -> tupl
     at = 0
 
     def misfit(kinds: Sequence[str]) -> int | None:
-        return next((at + i for i, kind in enumerate(kinds) if not _fits(tokens, at + i, kind)), None)
+        return next((at + i for i, kind in enumerate(kinds) if not fits(tokens[at + i], kind)), None)
 
     for _ in range(n_steps):
         first = at
@@ -93,8 +93,9 @@ def read(tokens: Sequence[str], n_steps: int, ending: Ending = "answer") -> tupl
     return steps, misfit(tail)
 
 
-def _fits(tokens: Sequence[str], at: int, kind: str) -> bool:
-    return tokens[at] == kind if kind == EOS else len(tokens[at]) == 1 and tokens[at] in kind
+def fits(token: str, kind: str) -> bool:
+    """Whether a token is one of a kind: `<end>`, or one of these characters."""
+    return token == kind if kind == EOS else len(token) == 1 and token in kind
 
 
 def audit(problem: Problem, tokens: Sequence[str], ending: Ending = "answer") -> Audit:

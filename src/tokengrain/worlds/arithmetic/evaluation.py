@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokengrain.evaluation.intervals import Estimate
 from tokengrain.evaluation.online import by_group, mean_over_prompts, sample_metrics
-from tokengrain.worlds.arithmetic.audit import MARKER, Ending, Kind, audit, read, symbols, upto
+from tokengrain.worlds.arithmetic.audit import MARKER, Ending, Kind, audit, fits, read, symbols, upto
 from tokengrain.worlds.arithmetic.problems import DIGITS, EOS, Problem
 
 if TYPE_CHECKING:
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 
 def stated_answer(tokens: Sequence[str], ending: Ending = "answer") -> str | None:
     """The two digits that a completion ends with, or (with `marker`) the total before the last separator."""
-    tokens = upto(tokens, ending)
-    last = (tokens[-4:-3], tokens[-3:-1], tokens[-1:]) if ending == "answer" else ([], tokens[-4:-2], tokens[-1:])
-    ends = ([MARKER], [EOS]) if ending == "answer" else ([], [MARKER])
-    if (last[0], last[2]) != ends or len(last[1]) < 2 or any(len(t) != 1 or t not in DIGITS for t in last[1]):
+    last = upto(tokens, ending)[-4:]
+    kinds = (MARKER, DIGITS, DIGITS, EOS) if ending == "answer" else (DIGITS, DIGITS, ";,", MARKER)
+    if len(last) < 4 or not all(fits(token, kind) for token, kind in zip(last, kinds)):
         return None
-    return "".join(last[1])
+    return "".join(last[1:3] if ending == "answer" else last[:2])
 
 
 def chain_metrics(

@@ -145,7 +145,12 @@ class ArithmeticWorld(ChainModel):
 
         Returns:
             Rows `prompt`, `chosen`, `rejected`, `id`, `chosen_reward` (1), `rejected_reward` (0).
+
+        Raises:
+            RecipeError: a slope, another split or another source.
         """
+        if source not in ("model", "chains"):
+            raise RecipeError(f"world {self.name}: source is {source!r}; expected model or chains")
         if slope is not None:
             raise RecipeError(f"world {self.name}: pairs are right against wrong; slope must be None, got {slope}")
         seed = self.options.seed if seed is None else seed
@@ -235,7 +240,7 @@ class ArithmeticWorld(ChainModel):
         """
         from tokengrain.rollout import HFGenerate
 
-        n = n or k or 16
+        n = n if n is not None else 16 if k is None else k
         rows = self.prompts(split, prompts)
         drawn = [parse_prompt(row["prompt"]) for row in rows]
         with single_thread():

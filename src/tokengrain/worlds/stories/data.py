@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tokengrain.errors import RecipeError
+from tokengrain.files import fingerprint
 from tokengrain.worlds.stories.grammar import Grammar, Prompt
+
+Split = Literal["train", "eval"]
+
+
+def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
+    """Random numbers of their own for each purpose, split and seed.
+
+    Raises:
+        RecipeError: another split.
+    """
+    if split not in get_args(Split):
+        raise RecipeError(f"world stories: split is {split!r}; expected train or eval")
+    return torch.Generator().manual_seed(int(fingerprint(["stories", purpose, split, seed]), 16) >> 1)
 
 
 @dataclass(frozen=True)

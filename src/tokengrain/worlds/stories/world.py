@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,9 +28,8 @@ from tokengrain.worlds.stories.tokenizer import build_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Split = Literal["train", "eval"]
 REGIMES = {"clean": (4000, 1.0), "noisy": (1000, 0.3)}
-"""Pairs and slope of the label noise: labels agree with the true reward in 88 % and 69 % of the pairs."""
+"""Pairs and slope of the label noise: of pairs whose true rewards differ, 88 % and 69 % are labelled in their order."""
 EVAL_PAIRS = 200
 CREDIT_SAMPLES = 50
 """Base samples per prompt on which credit is compared with the truth."""
@@ -59,7 +58,7 @@ class StoriesOptions:
                 raise RecipeError(f"world stories: {name} is {value!r}; expected one of {', '.join(allowed)}")
         for name, least in (("pairs", 1), ("slope", 0), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise RecipeError(f"world stories: {name} is {value}; expected at least {least}")
 
 
@@ -121,12 +120,9 @@ class StoriesWorld:
     }
     """For contrastive prompting: the two instructions that the base model knows, put into the prompt."""
 
-    def _generator(self, *purpose: Any) -> torch.Generator:
-        return torch.Generator().manual_seed(int(fingerprint(["stories", *purpose]), 16) >> 1)
-
     def pairs(
         self,
-        split: Split = "train",
+        split: data.Split = "train",
         n: int | None = None,
         slope: float | None = None,
         seed: int | None = None,
@@ -139,14 +135,16 @@ class StoriesWorld:
         """
         n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
         slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
-        return data.preference_pairs(self.grammar, n, slope, self._generator("pairs", split, seed), split)
+        return data.preference_pairs(self.grammar, n, slope, data.random_stream("pairs", split, seed), split)
 
-    def sft_rows(self, split: Split = "train", n: int | None = None, seed: int | None = None) -> list[dict[str, Any]]:
+    def sft_rows(
+        self, split: data.Split = "train", n: int | None = None, seed: int | None = None
+    ) -> list[dict[str, Any]]:
         """Rows `prompt`, `completion`, `id`, `reward`: base samples."""
         n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
         seed = self.options.seed if seed is None else seed
         prompts = [self.grammar.plain[i % len(self.grammar.plain)] for i in range(n)]
-        drawn = data.sample(self.grammar, prompts, self._generator("sft", split, seed))
+        drawn = data.sample(self.grammar, prompts, data.random_stream("sft", split, seed))
         return [
             {
                 "prompt": prompt.text,
@@ -158,7 +156,7 @@ class StoriesWorld:
         ]
 
     def annotated_pairs(
-        self, split: Split = "train", credit: Callable[[TokenBatch], Tensor] | None = None, **options: Any
+        self, split: data.Split = "train", credit: Callable[[TokenBatch], Tensor] | None = None, **options: Any
     ) -> list[dict[str, Any]]:
         """`pairs` with `chosen_token_rewards` and `rejected_token_rewards`, one per token, `<end>` included.
 
@@ -277,6 +275,8 @@ class StoriesWorld:
             Numbers, see `policy_metrics`; with `credit` also `credit_auc`, `credit_spearman` (None: undefined).
         """
         n = 64 if n is None else n
+        if n < 1:
+            raise RecipeError(f"world stories: n is {n}; expected at least 1 sample per prompt")
         reference = self.reference if reference is None else reference
         sampled = rollout(model, self.grammar, self._eval_prompts(n), seed, progress)
         ref_logps = completion_logps(reference, self.grammar, sampled.prompts, sampled.ids)
