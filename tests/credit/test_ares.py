@@ -16,8 +16,6 @@ from tokengrain.credit.ares import (
     Observation,
     SmoothShape,
     difficulty,
-    inverted_groups,
-    moderate_groups,
     smooth_score,
 )
 from tokengrain.credit.group import group_advantages
@@ -190,18 +188,6 @@ def test_state_round_trips_through_json() -> None:
         a, b = (_step(s, *_rollout(9)) for s in (state, resumed))
         assert torch.equal(a, b)
         assert state.state_dict() == resumed.state_dict()
-
-
-def test_groups_whose_mean_is_extreme_are_left_out() -> None:
-    group = torch.arange(3).repeat_interleave(2)
-    metric = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
-    assert moderate_groups(metric, group).tolist() == [False, True, False]
-
-
-def test_inverted_groups() -> None:
-    correct = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, math.nan])
-    rewards = torch.tensor([0.5, 0.6, 0.7, 0.6, 0.1, 0.2, 9.0])
-    assert inverted_groups(correct, rewards, torch.tensor([0, 0, 1, 1, 2, 2, 2])).tolist() == [True, False, False]
 
 
 # KL weights and controllers

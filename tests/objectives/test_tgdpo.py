@@ -98,7 +98,7 @@ def test_sign_flips_below_minus_one_over_alpha_unless_clamped() -> None:
     x = example((3, 2))
     r = x.token_rewards.clone()
     r[0] = -3.0  # weight 1 - 0.5 * 3 = -0.5
-    with pytest.warns(UserWarning, match=r"not positive \(lowest -0.5\)"):
+    with pytest.warns(UserWarning, match=r"not positive \(the log has weights/min\)"):
         flipped = _gradient(x, token_rewards=r, alpha=0.5)
     assert flipped[0] > 0 > flipped[1]
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ from tests.credit.small import tokenizer
 from tests.data.tokenizers import CHATML, gpt2_like
 from tokengrain.batch import Segments
 from tokengrain.data import TokenizeConfig
+from tokengrain.data.report import Report
 from tokengrain.errors import DataError, ModelError
 from tokengrain.rollout import RolloutError, encode_prompts, importance_weights, sampler_mismatch
 
@@ -102,5 +103,8 @@ def test_bad_prompts():
         encode_prompts([{"prompt": "sea"}], tok, template="{question}")
     with pytest.raises(ModelError, match="no chat template"):
         encode_prompts([{"prompt": "sea"}], tok, chat=True)
-    skipped = encode_prompts([{"prompt": ""}, {"prompt": "sea"}], tok, TokenizeConfig(on_invalid="skip"))
+    report, lenient = Report(), TokenizeConfig(on_invalid="skip", max_prompt_length=1)
+    skipped = encode_prompts([{"prompt": ""}, {"prompt": "sea sky"}], tok, lenient, file="p.jsonl", report=report)
     assert [i.row for i in skipped] == [1]
+    assert (report.kept, sum(report.skipped.values()), report.prompts_cut) == (1, 1, 1)
+    assert all(message.startswith("p.jsonl: row 0") for message in report.first.values())

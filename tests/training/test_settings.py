@@ -28,6 +28,7 @@ REFUSED: dict[str, Any] = {
     "include_for_metrics": ["loss"],
     "optim": "lomo",
     "max_tokens_per_microbatch": True,
+    "learning_rate": -1e-6,
 }
 
 

@@ -62,6 +62,9 @@ def test_what_there_is_not_is_refused_by_name(tiny):
         tiny.evaluate(tiny.reference, n=0)
     with pytest.raises(RecipeError, match="world stories has no prompts with checkable answers"):
         open_rows(DataSpec(train=TINY), 0, prompts=True)
+    for name, value in (("split", "nonsense"), ("columns", {"prompt": "{question}"})):
+        with pytest.raises(RecipeError, match=f"data.{name} is .*; expected none beside world://stories"):
+            open_rows(DataSpec(train=TINY, **{name: value}), 0)
 
 
 def test_options_and_one_object_per_address(world):

@@ -164,21 +164,6 @@ def lagrange_score(correct: Tensor, shaping: Tensor, strength: Tensor) -> Tensor
     return torch.where(torch.isnan(correct), torch.nan, score)
 
 
-def moderate_groups(metric: Tensor, group: Tensor, *, low: float = 0.01, high: float = 0.99) -> Tensor:
-    """The groups whose mean metric lies in [low, high], bool `[G]`: shaped rewards, or accuracy."""
-    mean = GroupStatistics(metric.detach().double(), group).mean
-    return (mean >= low) & (mean <= high)
-
-
-def inverted_groups(correct: Tensor, rewards: Tensor, group: Tensor) -> Tensor:
-    """The groups in which a wrong completion earns more than a correct one, bool `[G]`: worth logging."""
-    groups = int(group.max()) + 1 if group.numel() else 0
-    right, wrong = correct >= 1, correct < 1
-    worst = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group[right], rewards[right], "amin")
-    best = rewards.new_full((groups,), -torch.inf).scatter_reduce(0, group[wrong], rewards[wrong], "amax")
-    return best > worst
-
-
 @dataclass(frozen=True)
 class Observation:
     """What a step knows of its counts; those of two ranks add up.

@@ -49,8 +49,9 @@ def tgdpo_loss(
     metrics["loss/base"] = core.base
     if bool((metrics["weights/nonpositive"] > 0).any()):
         warnings.warn(
-            f"tgdpo: some token weights are not positive (lowest {float(f.min()):.3g}), so these tokens are "
-            "pushed the wrong way; lower alpha, set weight_clamp_min, or scale the token rewards",
+            # Always the same words: Python shows each text once.
+            "tgdpo: some token weights are not positive (the log has weights/min), so these tokens are pushed the "
+            "wrong way; lower alpha, set weight_clamp_min, or scale the token rewards",
             stacklevel=2,
         )
     return LossOutput(core.losses, metrics)

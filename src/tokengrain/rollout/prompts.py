@@ -9,6 +9,7 @@ from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.fields import check_mapping, check_prompt, content
 from tokengrain.data.formats import Example
 from tokengrain.data.render import Renderer
+from tokengrain.data.report import Report
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokenize import Encoder
 from tokengrain.errors import ModelError, RecipeError
@@ -24,6 +25,7 @@ def encode_prompts(
     template: str | None = None,
     chat: bool = False,
     file: object = None,
+    report: Report | None = None,
 ) -> list[PromptItem]:
     """Prompts as token ids. The other columns stay in `raw`, for rewards.
 
@@ -37,6 +39,7 @@ def encode_prompts(
             then only its name in messages.
         chat: take a prompt of text as the user's message of a chat.
         file: where the rows come from, for messages; `Rows` know it themselves.
+        report: counts what became of the rows.
 
     Raises:
         DataError: a row without a usable prompt (`on_invalid: skip` leaves it out); names file and row.
@@ -44,16 +47,21 @@ def encode_prompts(
     """
     config = config or TokenizeConfig()
     renderer, encoder = Renderer(tokenizer, config), Encoder(tokenizer, config)
-    items = []
+    items, report = [], Report() if report is None else report
     for number, (place, row) in enumerate(rows if isinstance(rows, Rows) else enumerate(rows)):
         try:
             check_mapping(row)
             ids = _encoded(row, renderer, encoder, column, template, chat)
         except RowError as error:
+            located = error.located(*(rows.place(place) if isinstance(rows, Rows) else (file, number)))
             if config.on_invalid == "skip":
+                report.skip(error.reason, str(located))
                 continue
-            raise error.located(*(rows.place(place) if isinstance(rows, Rows) else (file, number))) from None
-        items.append(PromptItem(_cut(ids, config, encoder.bos_id), row=row.get("id", number), raw=dict(row)))
+            raise located from None
+        kept = _cut(ids, config, encoder.bos_id)
+        report.kept += 1
+        report.prompts_cut += len(kept) < len(ids)
+        items.append(PromptItem(kept, row=row.get("id", number), raw=dict(row)))
     return items
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,8 @@ class PreferenceConfig(TrainingArguments):
                 raise RecipeError(f"{name} must be {allowed} in preference training, got {getattr(self, name)!r}")
         if self.layout not in LAYOUTS:
             raise RecipeError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if not 0 <= float(self.learning_rate) < math.inf:
+            raise RecipeError(f"learning_rate must be finite and at least 0, got {self.learning_rate!r}")
         for name in ("max_tokens_per_microbatch", "chunk_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokengrain.data import PairDataset, Rows, TokenizeConfig, load_rows, prepare_pairs, prepare_sft, split_rows
 from tokengrain.data.columns import with_columns
+from tokengrain.data.report import Report
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.files import fingerprint
 from tokengrain.objectives import make_objective
@@ -42,6 +43,9 @@ def open_rows(data: DataSpec, seed: int, *, prompts: bool = False) -> tuple[Rows
 
 def _source(source: str, split: str | None, data: DataSpec, part: str, prompts: bool = False) -> Rows:
     if is_world(source):
+        if split is not None or data.columns:
+            name, given = ("columns", data.columns) if split is None else ("split", split)
+            raise RecipeError(f"data.{name} is {given!r}; expected none beside {source}, whose rows are its own")
         world: Any = load_world(source)
         if not prompts:
             return load_rows(world.pairs(part))
@@ -90,6 +94,7 @@ def _prompts(spec: PromptSpec, data: DataSpec, rows: Rows, tokenizer: Any) -> An
     from tokengrain.rollout.prompts import encode_prompts
     from tokengrain.training.online.prompts import PromptDataset
 
+    report = Report()
     items = encode_prompts(
         rows,
         tokenizer,
@@ -97,8 +102,9 @@ def _prompts(spec: PromptSpec, data: DataSpec, rows: Rows, tokenizer: Any) -> An
         column=spec.column,
         template=spec.template,
         chat=spec.chat,
+        report=report,
     )
-    return PromptDataset(items, name=rows.name)
+    return PromptDataset(items, name=rows.name, report=report)
 
 
 def wants_pairs(stage: ResolvedStage) -> bool:

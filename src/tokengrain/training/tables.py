@@ -29,7 +29,8 @@ def describe(stage: ResolvedStage) -> str:
         credit = " ".join(step.get("name", "?") for step in stage.online.credit)
         rewards = " ".join(reward.get("name", "?") for reward in stage.online.rewards)
         lora = ", LoRA" if stage.lora else ""
-        what = f"{_named(name, objective)} from {stage.model.describe()}{lora}, rewards {rewards}, credit {credit}"
+        named = f", credit {credit}" if credit else ""
+        what = f"{_named(name, objective)} from {stage.model.describe()}{lora}, rewards {rewards}{named}"
         return f"{what}, sampler {stage.online.sampler['name']}"
     lora = ", LoRA" if stage.lora else ""
     return f"{_named(name, objective)} from {stage.model.describe()}{lora} on {stage.data.train}"

@@ -148,6 +148,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path):
         make_online(tmp_path, objective="ppo", critic=Critic(tiny_llama()))
     with pytest.raises(RecipeError, match="compares completions"):
         make_online(tmp_path, credit="thr", num_generations=1)
+    with pytest.raises(RecipeError, match="a critic does not train in fp16"):
+        make_online(tmp_path, objective="ppo", credit="gae", critic=Critic(tiny_llama()), fp16=True)
 
 
 ON_RANKS = {

@@ -79,6 +79,8 @@ def check_steps(objective: BoundObjective, steps: Sequence[CreditStep], args: On
         raise RecipeError(f"{who!r} needs values, which a critic gives; got critic=None")
     if critic is not None and "returns" not in provided(steps):
         raise RecipeError("a critic learns from returns, which no credit step gives; use gae, or leave the critic out")
+    if critic is not None and args.fp16:
+        raise RecipeError("a critic does not train in fp16, which needs its loss scaled; expected bf16, or neither")
     missing = set(objective.needs) - {ADVANTAGES} - SCORED - FROZEN - TAUGHT - provided(steps)
     if missing:
         raise RecipeError(f"objective {objective.name!r} needs {', '.join(sorted(missing))}; no credit step gives them")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.report import Report
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.files import fingerprint
 from tokengrain.rollout.base import PromptItem, derived_seed
@@ -23,12 +24,14 @@ class PromptDataset(Sequence[PromptItem]):
     Args:
         items: the prompts; no two with the same `row`, which persistent state goes by.
         name: in messages.
+        report: what became of the rows that they were made of.
 
     Raises:
         DataError: no prompt, one without tokens, two with the same row, or a row that is no number and no text.
     """
 
-    def __init__(self, items: Iterable[PromptItem], *, name: str = "train") -> None:
+    def __init__(self, items: Iterable[PromptItem], *, name: str = "train", report: Report | None = None) -> None:
+        self.report = report
         self.items, self.name = [replace(i, row=_plain(i.row, name)) for i in items], name
         if not self.items:
             raise DataError("there are no prompts", file=name, expected="at least one row")
@@ -58,7 +61,8 @@ class PromptDataset(Sequence[PromptItem]):
             return cls(rows, name=name)
         if tokenizer is None:
             raise RecipeError("rows of text need a tokenizer (processing_class) to become prompts; or pass PromptItems")
-        return cls(encode_prompts(rows, tokenizer, config, file=name), name=name)
+        report = Report()
+        return cls(encode_prompts(rows, tokenizer, config, file=name, report=report), name=name, report=report)
 
     def __len__(self) -> int:
         return len(self.items)
