@@ -23,12 +23,13 @@ from tokengrain.bench.claims import (
     run_claims,
 )
 from tokengrain.bench.claims.digit_sums import DIGITS, GROUP_SIZE, HIDDEN, Task, mixed_completions, sample_groups
+from tokengrain.bench.claims.framework import SeedAndSizes
 from tokengrain.bench.claims.groups import GROUPS
 from tokengrain.bench.claims.tiny_gru import GRUPolicy
 from tokengrain.bench.online_training import OnlineRun
 
 QUIET = Console(quiet=True)
-SMALL = ("rto", "digits", "thr", "aepo", "r3")
+SMALL = ("rto", "digits", "thr", "aepo", "r3", "r3-limits", "slots")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -86,7 +87,7 @@ def test_thr_weights_of_the_task_are_those_of_p() -> None:
 
 
 def test_the_reward_of_aepo_as_in_the_text_changes_nothing() -> None:
-    context = online_aepo.prepare(0, online_aepo.Scale(steps=20))
+    context = SeedAndSizes(0, online_aepo.Scale(steps=20))
     arms = {arm.name: online_aepo.run(context, arm) for arm in online_aepo.ARMS}
     assert arms["AEPO as in the text"] == arms["accuracy alone"]
     assert arms["AEPO"] != arms["accuracy alone"]
@@ -94,8 +95,8 @@ def test_the_reward_of_aepo_as_in_the_text_changes_nothing() -> None:
 
 def test_plain_r3_is_the_mean_and_r3_ranks_better() -> None:
     logps = torch.randn(2, online_r3.GROUP_SIZE, 30, generator=generator())
-    assert torch.allclose(online_r3._rewards(logps, 0.0), logps.mean(-1).flatten(), atol=1e-6)
-    context = online_r3.prepare(0, online_r3.Scale(traces=30))
+    assert torch.allclose(online_r3.rewards(logps, 0.0), logps.mean(-1), atol=1e-6)
+    context = SeedAndSizes(0, online_r3.Scale(traces=30))
     mean, weighed = (online_r3._ranked(context, power, 200) for power in (0.0, 1.0))
     assert weighed > mean + 0.05
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from tokengrain.evaluation.intervals import Estimate, paired_difference
 from tokengrain.files import fingerprint
@@ -19,6 +19,7 @@ Expect = Literal["above", "below", "same", "within"]
 Judged = Literal["interval", "every seed", "mean"]
 Verdict = Literal["seen", "not seen", "too few seeds"]
 Measures = dict[str, float | None]
+Sizes = TypeVar("Sizes")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,14 @@ class Arm:
     name: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SeedAndSizes(Generic[Sizes]):
+    """Context of an experiment whose arms share nothing else: `prepare=SeedAndSizes`."""
+
+    seed: int
+    scale: Sizes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
+from tokengrain.bench.claims.framework import Arm, Group, Measures, SeedAndSizes, Source
 from tokengrain.credit.ares import EntropyShaping, Observation, difficulty
 from tokengrain.credit.group import group_advantages
 from tokengrain.credit.kl_control import BUCKETS
@@ -33,19 +33,7 @@ class Scale:
     rate: float = 0.5
 
 
-@dataclass
-class Context:
-    """What the arms of a seed share."""
-
-    seed: int
-    scale: Scale
-
-
-def prepare(seed: int, scale: Scale) -> Context:
-    return Context(seed, scale)
-
-
-def run(context: Context, arm: Arm) -> Measures:
+def run(context: SeedAndSizes[Scale], arm: Arm) -> Measures:
     scale, generator = context.scale, torch.Generator().manual_seed(context.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the paper's form has no effect is what is to be seen
@@ -133,7 +121,7 @@ GROUP = Group(
     scales=(Scale(), Scale(steps=5, prompts=2)),
     arms=ARMS,
     claims=CLAIMS,
-    prepare=prepare,
+    prepare=SeedAndSizes,
     run=run,
     columns={
         **{f"tokens_{name}": f"tokens, {name}" for name in BUCKETS},

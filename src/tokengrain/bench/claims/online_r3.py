@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
+from tokengrain.bench.claims.framework import Arm, Group, Measures, SeedAndSizes, Source
 from tokengrain.credit.group import group_advantages
 from tokengrain.credit.r3 import r3_rewards
 
@@ -33,25 +33,13 @@ class Scale:
     shorten: int = 1
 
 
-@dataclass
-class Context:
-    """What the arms of a seed share."""
-
-    seed: int
-    scale: Scale
-
-
-def prepare(seed: int, scale: Scale) -> Context:
-    return Context(seed, scale)
-
-
-def run(context: Context, arm: Arm) -> Measures:
+def run(context: SeedAndSizes[Scale], arm: Arm) -> Measures:
     power, length = arm.settings["power"], arm.settings["length"] // context.scale.shorten
     halfway, far = _reached(context, power, length)
     return {"steps_to_90": far, "steps_to_50": halfway, "ranked": _ranked(context, power, length)}
 
 
-def _reached(context: Context, power: float, length: int) -> tuple[float, float]:
+def _reached(context: SeedAndSizes[Scale], power: float, length: int) -> tuple[float, float]:
     """Steps of GRPO until the right value has probability ½ and 0.9, mean over prompts; the most there are, if never.
 
     Tables of logits start uniform; plain steps along the gradient of the mean over a prompt's rollouts.
@@ -73,8 +61,8 @@ def _reached(context: Context, power: float, length: int) -> tuple[float, float]
         ]
         logps = noise.gather(1, drawn[1][..., None].expand(-1, -1, length)).clone()
         logps[..., :TELLING] += GAIN * (drawn[0] == 0)[..., None]
-        advantages = group_advantages(_rewards(logps, power), _groups(scale.prompts), eps=1e-4)
-        advantages = advantages.view(scale.prompts, GROUP_SIZE)
+        group = torch.arange(scale.prompts).repeat_interleave(GROUP_SIZE)
+        advantages = group_advantages(rewards(logps, power).flatten(), group, eps=1e-4).view(scale.prompts, GROUP_SIZE)
         values, styles = (
             t + scale.rate * _gradient(t, d, advantages) for t, d in zip((values, styles), drawn, strict=True)
         )
@@ -88,30 +76,36 @@ def _gradient(logits: Tensor, drawn: Tensor, advantages: Tensor) -> Tensor:
     return (taken - logits.softmax(-1) * advantages.sum(1, keepdim=True)) / drawn.shape[1]
 
 
-def _ranked(context: Context, power: float, length: int) -> float:
-    """Share of pairs of traces that the reward puts in the order of their quality.
-
-    Quality is standard normal; the telling tokens gain 0.6 per unit of it, and all have noise of deviation 0.15.
-    """
+def _ranked(context: SeedAndSizes[Scale], power: float, length: int) -> float:
     generator = torch.Generator().manual_seed(context.seed + 1)
     quality = torch.randn(context.scale.traces, GROUP_SIZE, generator=generator)
-    logps = TRACE_NOISE * torch.randn(context.scale.traces, GROUP_SIZE, length, generator=generator)
+    noise = TRACE_NOISE * torch.randn(context.scale.traces, GROUP_SIZE, length, generator=generator)
+    return ranked(quality, noise, power)
+
+
+def ranked(quality: Tensor, noise: Tensor, power: float) -> float:
+    """Share of pairs of traces that the reward puts in the order of their quality.
+
+    Args:
+        quality: of G traces for each of P prompts `[P, G]`.
+        noise: log-probabilities of the reference's tokens `[P, G, L]`, nats, before the telling ones gain 0.6 per unit
+            of quality.
+        power: of the deviation, in the weights.
+    """
+    logps = noise.clone()
     logps[..., :TELLING] += TRACE_GAIN * quality[..., None]
-    found = _rewards(logps, power).view_as(quality)
-    first, second = torch.triu_indices(GROUP_SIZE, GROUP_SIZE, 1)
+    found = rewards(logps, power)
+    first, second = torch.triu_indices(quality.shape[1], quality.shape[1], 1)
     agree = (found[:, first] > found[:, second]) == (quality[:, first] > quality[:, second])
     return float(agree.float().mean())
 
 
-def _rewards(logps: Tensor, power: float) -> Tensor:
-    """R3 `[P * 16]` of references `[P, 16, L]`."""
-    prompts, _, length = logps.shape
-    segments = Segments(torch.arange(prompts * GROUP_SIZE + 1) * length)
-    return r3_rewards(logps.flatten(), segments, _groups(prompts), power=power).rewards
-
-
-def _groups(prompts: int) -> Tensor:
-    return torch.arange(prompts).repeat_interleave(GROUP_SIZE)
+def rewards(logps: Tensor, power: float) -> Tensor:
+    """R3 `[P, G]` of references `[P, G, L]`."""
+    prompts, size, length = logps.shape
+    segments = Segments(torch.arange(prompts * size + 1) * length)
+    group = torch.arange(prompts).repeat_interleave(size)
+    return r3_rewards(logps.flatten(), segments, group, power=power).rewards.view(prompts, size)
 
 
 KINDS = {"mean": 0.0, "R3": 1.0, "R3, variance": 2.0}
@@ -177,7 +171,7 @@ GROUP = Group(
     scales=(Scale(), Scale(prompts=4, steps=4, traces=4, shorten=10)),
     arms=ARMS,
     claims=CLAIMS,
-    prepare=prepare,
+    prepare=SeedAndSizes,
     run=run,
     columns={"steps_to_90": "steps to 90 %", "steps_to_50": "steps to 50 %", "ranked": "ranked right"},
 )
