@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,17 @@ class Job:
     def compute(self, head: Head) -> torch.dtype:
         """The type of the matrix products."""
         return head.weight.dtype if self.autocast is None else self.autocast
+
+    def typed(self, head: Head) -> Head:
+        """The head with its weight in the type of the products, cast once instead of for every chunk."""
+        compute = self.compute(head)
+        return head if head.weight.dtype == compute else replace(head, weight=head.weight.to(compute))
+
+    def with_typed_reference(self) -> Job:
+        """The same with the reference's head as `typed` has it."""
+        if self.reference is None:
+            return self
+        return replace(self, reference=replace(self.reference, head=self.typed(self.reference.head)))
 
     def chunks(self, n: int, vocab: int, dtype: torch.dtype) -> list[slice]:
         rows = self.chunk_tokens

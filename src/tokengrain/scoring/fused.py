@@ -136,14 +136,16 @@ class _HeadQuantities(torch.autograd.Function):
         values = {name: hidden.new_empty(n, dtype=dtype) for name in _outputs(job)}
         based = tuple(name for name in job.names if project or (keep and name != "entropy"))
         kept: dict[str, Tensor] = {}
+        # The casts live as long as this call: `ctx` has the weights as they are stored.
+        ready, typed = job.with_typed_reference(), job.typed(head)
         if project:
             compute = job.compute(head)
             kept = {name: hidden.new_empty(hidden.shape, dtype=compute) for name in based}
         for rows in chunks:
-            bases = _forward_chunk(hidden, head, job, rows, values, based, scratch)
+            bases = _forward_chunk(hidden, typed, ready, rows, values, based, scratch)
             if project:
                 for name, basis in bases.items():
-                    torch.mm(basis.to(compute), weight.to(compute), out=kept[name][rows])
+                    torch.mm(basis.to(compute), typed.weight, out=kept[name][rows])
             else:
                 kept.update(bases)
         ctx.save_for_backward(hidden, weight, bias, *kept.values())
@@ -224,8 +226,8 @@ def _backward(
     use_kept = bool(kept) and set(job.names) <= set(kept)
     chunks = [slice(0, n)] if use_kept else job.chunks(n, vocab, dtype)
     scratch = Scratch(max((c.stop - c.start for c in chunks), default=0), vocab, dtype, hidden.device)
-    compute = job.compute(head)
-    weight = head.weight.to(compute)
+    compute, typed = job.compute(head), job.typed(head)
+    ready = job if use_kept else job.with_typed_reference()
     needed = ctx.needs_input_grad
     d_hidden = torch.empty_like(hidden) if needed[0] else None
     # Low-precision weights: many chunks are added up in float32.
@@ -234,11 +236,11 @@ def _backward(
     d_weight = torch.zeros(head.weight.shape, dtype=sum_dtype, device=hidden.device) if needed[1] else None
     d_bias = torch.zeros(vocab, dtype=dtype, device=hidden.device) if needed[2] else None
     for rows in chunks:
-        bases = kept if use_kept else _recomputed_bases(hidden, head, job, rows, scratch, ctx.constants)
+        bases = kept if use_kept else _recomputed_bases(hidden, typed, ready, rows, scratch, ctx.constants)
         basis, factor = _combined(bases, {name: f[rows] for name, f in factors.items()}, scratch, use_kept)
         scaled = basis.to(compute)
         if d_hidden is not None:
-            d_hidden[rows] = (scaled @ weight) * (factor * job.scale)[:, None]
+            d_hidden[rows] = (scaled @ typed.weight) * (factor * job.scale)[:, None]
         if d_weight is not None:
             weighted = (hidden[rows] * (factor * job.scale)[:, None]).to(compute)
             if exact:
