@@ -51,6 +51,18 @@ def test_all_sides_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
         assert float((weights(side.policy) - start - moved).norm()) < 1e-3 * float(moved.norm())
 
 
+def test_mixed_precision_is_that_of_every_side() -> None:
+    pytest.importorskip("trl")
+    plain, mixed = TINY, TINY.with_(mixed=True)
+    assert mixed.label() == plain.label() + ", products in bfloat16"
+    exact = OursUpdate(plain).update()
+    sides = [OursUpdate(mixed), OursUpdate(mixed, "separate"), TrlUpdate(mixed)]
+    assert all(p.dtype == torch.float32 for side in sides for p in side.policy.parameters())
+    for losses in (side.update() for side in sides):
+        assert losses == pytest.approx(exact, abs=5e-3)
+        assert max(abs(a - b) for a, b in zip(losses, exact, strict=True)) > 1e-7
+
+
 def test_minibatches_must_be_equal() -> None:
     with pytest.raises(ValueError, match="equal size"):
         TINY.with_(prompts=3)
@@ -90,6 +102,8 @@ def test_a_page_that_is_there_is_complete() -> None:
     if not written.exists():
         pytest.skip("the benchmark has not been run yet")
     report = read_json(written)
-    assert len(report["update"]) == 3
+    assert len(report["update"]) == 6
     assert {"rollout", "split", "thr"} <= report.keys()
-    assert max(d for r in report["update"] for d in r["loss_difference"].values()) < 1e-4
+    for result in report["update"]:
+        rounding = 1e-3 if "bfloat16" in result["setting"] else 1e-4
+        assert max(result["loss_difference"].values()) < rounding
