@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -152,8 +153,11 @@ def _process(rank: int, port: int, cases: list[tuple[Callable[..., None], dict[s
     try:
         for work, kwargs in cases:
             work(rank, **kwargs)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # all was compared: gloo's threads now and then abort an interpreter that winds down
 
 
 def _free_port() -> int:
