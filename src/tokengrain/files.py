@@ -48,6 +48,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a log with one per line; one that a kill cut off is left out, no file is an empty log."""
+    entries = []
+    # As bytes: a cut may go through a character, and JSON leaves other ends of lines, such as U+2028, as they are.
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
 def fingerprint(value: Any) -> str:
     """16 hex digits that identify a JSON-like value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

@@ -13,14 +13,13 @@ Every file is written atomically, so whatever is there is whole; `status` says w
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tokengrain.errors import RunError, shown
-from tokengrain.files import read_json, write_json
+from tokengrain.files import read_json, read_log, write_json
 
 FORMAT = 1
 """Version of the layout and of what the fingerprints cover; part of every fingerprint."""
@@ -67,16 +66,7 @@ class StageRecord:
 
     def log(self) -> list[dict[str, Any]]:
         """Rows of `log.jsonl`; a last line that was cut off by a kill is left out."""
-        path = self.path / "log.jsonl"
-        if not path.exists():
-            return []
-        rows = []
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # not JSON, or not UTF-8
-                continue
-        return [row for row in rows if isinstance(row, dict)]
+        return read_log(self.path / "log.jsonl")
 
     def save(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.bench import bench_credit, credit
 from tokengrain.bench.cli import bench_app
-from tokengrain.bench.log import append_line, read_log, repair_log
+from tokengrain.bench.log import append_line, repair_log
 from tokengrain.bench.measure import counted_passes, measure
 from tokengrain.bench.page import _short
 from tokengrain.bench.setting import Bench
@@ -25,7 +25,7 @@ from tokengrain.bench.training import exchanged, world_samples
 from tokengrain.credit import GuideLogRatio, RandomCredit
 from tokengrain.credit.surprise import Surprise
 from tokengrain.errors import RecipeError
-from tokengrain.files import read_json
+from tokengrain.files import read_json, read_log
 from tokengrain.worlds import load_world
 
 WORLD = "world://stories?size=one-sentence&pairs=64"

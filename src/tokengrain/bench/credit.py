@@ -16,14 +16,14 @@ from urllib.parse import parse_qsl, urlencode
 
 from rich.console import Console
 
-from tokengrain.bench.log import append_line, read_log, repair_log
+from tokengrain.bench.log import append_line, repair_log
 from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, questions_of
 from tokengrain.bench.setting import Bench, BenchSource
 from tokengrain.bench.sources import SOURCES, chosen_sources, fit_sources, left_out, own_source
 from tokengrain.bench.summary import summarise
 from tokengrain.bench.training import PAIRS
 from tokengrain.errors import RecipeError
-from tokengrain.files import fingerprint, write_json
+from tokengrain.files import fingerprint, read_log, write_json
 from tokengrain.worlds import load_world
 
 FORMAT = 2

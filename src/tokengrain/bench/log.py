@@ -6,25 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokengrain.files import write_text
+from tokengrain.files import read_log, write_text
 
 
 def append_line(log: Path, line: dict[str, Any]) -> None:
     """Append one line in one write, so that lines of several processes do not mix."""
     with log.open("ab", buffering=0) as file:
         file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-
-
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; one that was cut off by a kill is left out."""
-    lines = []
-    # As bytes: a cut may go through a character, and JSON leaves other ends of lines, such as U+2028, as they are.
-    for text in log.read_bytes().split(b"\n") if log.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
 
 
 def repair_log(log: Path) -> None:

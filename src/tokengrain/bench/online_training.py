@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
 ROLLOUTS, PROMPTS, GENERATIONS, MINIBATCHES = 40, 32, 8, 8
 LEARNING_RATE = 3e-4
+
+
+@dataclass(frozen=True)
+class TrainingSizes:
+    """How long a claim's arms train, as `train_online` takes it; a `Scale` adds what is its experiment's own."""
+
+    rollouts: int = ROLLOUTS
+    prompts: int = PROMPTS
+    generations: int = GENERATIONS
+    minibatches: int = MINIBATCHES
+    learning_rate: float = LEARNING_RATE
+
+    @property
+    def training(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(TrainingSizes)}
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,13 @@ def compute_shards(job: Job, rank: int, size: int, progress: bool) -> None:
     """Compute this rank's shards; a shard is written while the next one is computed."""
     mine = range(rank, job.n_shards, size)
     tokens = {i: sum(job.lengths[i * job.shard_rows : (i + 1) * job.shard_rows]) for i in mine}
-    todo = [i for i in mine if not store.shard_matches(job.path(i), job.key)]
-    done = sum(tokens.values()) - sum(tokens[i] for i in todo)
-    with _bar(progress and rank == 0 and bool(todo), sum(tokens.values()), done) as advance:
+    missing = [i for i in mine if not store.shard_matches(job.path(i), job.key)]
+    done = sum(tokens.values()) - sum(tokens[i] for i in missing)
+    with _bar(progress and rank == 0 and bool(missing), sum(tokens.values()), done) as advance:
         writer = ThreadPoolExecutor(1, thread_name_prefix="annotate-writer")
         pending: Future[None] | None = None
         try:
-            for shard in todo:
+            for shard in missing:
                 columns = _compute_shard(job, shard, advance)
                 if pending is not None:
                     pending.result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from tokengrain.credit.base import checked_credit, scorer_fingerprint, scorer_lo
 from tokengrain.files import fingerprint
 
 
-class _OfModel:
+class _OfModel(ABC):
     """Credit that a single model gives.
 
     Args:
@@ -27,8 +28,9 @@ class _OfModel:
     def __call__(self, batch: TokenBatch) -> Tensor:
         return checked_credit(self._measured(batch), batch, self.name)
 
+    @abstractmethod
     def _measured(self, batch: TokenBatch) -> Tensor:
-        raise NotImplementedError
+        """`[N]`, for every counted token."""
 
     def fingerprint(self) -> str:
         return fingerprint([self.name, scorer_fingerprint(self.model)])

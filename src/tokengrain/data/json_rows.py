@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
 
 from tokengrain.data.lines import Record, lines, opened, utf8_error
 from tokengrain.errors import DataError
@@ -47,7 +47,7 @@ def read_json(path: Path) -> Iterator[Record]:
 class _Text:
     """A window on the text of a file: what was read and not yet consumed, and where that is."""
 
-    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+    def __init__(self, path: Path, stream: BufferedIOBase) -> None:
         self.path, self.stream = path, stream
         self.text, self.position = "", 0
         # Lines are counted up to `_counted`; `_line_start` is where the line it lies in begins.
@@ -99,7 +99,7 @@ class _Text:
         return _json_error(self.path, row, *self.where(position), self.text, position, why)
 
 
-def _array_rows(path: Path, stream: IO[bytes]) -> Iterator[Record]:
+def _array_rows(path: Path, stream: BufferedIOBase) -> Iterator[Record]:
     decode = json.JSONDecoder().raw_decode
     source = _Text(path, stream)
     source.peek()

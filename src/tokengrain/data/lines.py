@@ -6,8 +6,9 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tokengrain.errors import DataError
 
@@ -26,12 +27,12 @@ def row_label(row: int, line: int | None) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[BufferedIOBase]:
     """The file's bytes, gunzipped if its name ends in .gz; damage becomes a `DataError`."""
     try:
         if path.suffix.lower() == ".gz":
             with gzip.open(path, "rb") as stream:
-                yield stream  # type: ignore[misc]  # it reads as IO[bytes] does
+                yield stream
         else:
             with open(path, "rb") as stream:
                 yield stream

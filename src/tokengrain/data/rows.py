@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokengrain.errors import DataError
 from tokengrain.files import fingerprint
 
 
-class Rows:
+class Rows(ABC):
     """Rows from one source: iterating gives `(row number, fields)`, as often as you like.
 
     Attributes:
@@ -31,8 +32,9 @@ class Rows:
         self._fingerprint_of = fingerprint_of
         self._fingerprint: str | None = None
 
+    @abstractmethod
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        raise NotImplementedError
+        """From the first row on."""
 
     def place(self, number: int) -> tuple[str, str]:
         """(file, row and line in that file) of row `number`, as text."""

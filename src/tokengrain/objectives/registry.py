@@ -63,6 +63,8 @@ class Objective:
         roles: how token credit can enter, names of `tokengrain.objectives.roles`; None: by the quantities that
             the loss takes.
         no_credit: why it takes none, where `roles` is empty.
+        unless_zero: quantity -> the hyper-parameter at whose 0 alone the loss can do without it, where the signature
+            has it as optional.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Objective:
     reads: Callable[[Segments, Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None
     roles: tuple[str, ...] | None = None
     no_credit: str = ""
+    unless_zero: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantities(self) -> frozenset[str]:
@@ -106,8 +109,7 @@ class Objective:
         required = {q for q in self.quantities if parameters[q].default is inspect.Parameter.empty}
         if "ref_logps" in self.quantities and hyper.get("reference_free") is False:
             required.add("ref_logps")  # optional in the signature only for reference_free=True
-        if self.loss is rrpo_loss and hyper["alpha"]:
-            required.add("kl")  # optional in the signature only for alpha=0
+        required |= {quantity for quantity, name in self.unless_zero.items() if hyper[name]}
         if self.online and "ref_logps" in self.quantities and hyper.get("beta", 0) > 0:
             required.add("ref_logps")  # its KL term
         return frozenset(required)
@@ -216,7 +218,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("tgdpo", tgdpo_loss, "2506.14574"),
         Objective("treg", treg_loss, "2412.02685"),
         Objective("treg_simpo", treg_simpo_loss, "2412.02685"),
-        Objective("rrpo", rrpo_loss, "2504.12083", reads=_rrpo_reads),
+        Objective("rrpo", rrpo_loss, "2504.12083", reads=_rrpo_reads, unless_zero={"kl": "alpha"}),
         Objective("sepo", sepo_loss, "2408.13518", reads=_sepo_reads),
         Objective(
             "aligndistil",

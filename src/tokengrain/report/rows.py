@@ -143,13 +143,15 @@ def _from_file(
     """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
     from tokengrain.data import load_rows
     from tokengrain.data.columns import with_columns
+    from tokengrain.data.rows import StoredRows
     from tokengrain.worlds import is_world, load_world
 
     source, settings = str(path), settings or {}
     split = settings.get("split")
     data = load_rows(load_world(source).pairs("train")) if is_world(source) else load_rows(source, split=split)
     data = with_columns(data, settings["columns"]) if settings.get("columns") else data
-    total = len(data)  # type: ignore[arg-type]  # not a stream
+    assert isinstance(data, StoredRows)  # not a stream
+    total = len(data)
     numbers = list(range(min(count, total))) if rows is None else list(rows)
     for number in numbers:
         if not 0 <= number < total:

@@ -99,7 +99,7 @@ class HFContinuous:
                     continuous_batching_config=batching,
                 )
             # The engine has no error of its own: these are what it raises for models and devices that it lacks.
-            except (ValueError, NotImplementedError, ImportError, RuntimeError, AttributeError) as error:
+            except (ValueError, ImportError, RuntimeError, AttributeError) as error:
                 raise RolloutError(
                     f"continuous batching does not run here ({type(error).__name__}: {error}); expected a model "
                     "and device that transformers' generate_batch supports, or the sampler 'hf'"

@@ -104,14 +104,14 @@ def _is_installed(lm: nn.Module) -> bool:
     return False
 
 
-def _dispatcher(cls: type) -> Callable[..., Any]:
+def _dispatcher(cls: Any) -> Callable[..., Any]:
     # Pickle finds a bound method by its function's name, hence "forward".
     def forward(self: nn.Module, *args: Any, token_batch: Any = None, **kwargs: Any) -> Any:
         if token_batch is None:
             return original_forward(self)(*args, **kwargs)
         return run(self, token_batch, original_forward(self))
 
-    forward.__doc__ = cls.forward.__doc__  # type: ignore[attr-defined]  # `cls` is any model's
+    forward.__doc__ = cls.forward.__doc__
     # Trainer and generate look at the signature to see which arguments a model takes.
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # functions may have one
     setattr(forward, MARK, True)

@@ -6,7 +6,7 @@ trainer.train()
 Importing this package imports transformers.
 """
 
-from tokengrain.training.callbacks import read_log
+from tokengrain.files import read_log
 from tokengrain.training.checkpoints import last_complete_checkpoint
 from tokengrain.training.config import PreferenceConfig
 from tokengrain.training.trainer import PreferenceTrainer

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokengrain.errors import RunError
-from tokengrain.files import write_text
+from tokengrain.files import read_log, write_text
 
 if TYPE_CHECKING:
     from tokengrain.training.trainer import PreferenceTrainer
@@ -18,18 +17,6 @@ if TYPE_CHECKING:
 LOG_FILE = "log.jsonl"
 RUN_SUMMARY = "train_runtime"
 """Key of the entry that transformers logs when training has ended."""
-
-
-def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Entries of a `log.jsonl`; a last line that was cut off by a kill is left out."""
-    file = Path(path)
-    entries = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
 
 
 def append_text(path: Path, text: str) -> None:

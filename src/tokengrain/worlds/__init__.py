@@ -92,9 +92,9 @@ def _revision(options: dict[str, Any]) -> World:
     return RevisionWorld(_read("revision", RevisionOptions, options, numbers))
 
 
-def _read(world: str, build: Callable[..., Any], options: dict[str, Any], types: dict[str, type]) -> Any:
+def _read(world: str, build: Any, options: dict[str, Any], types: dict[str, type]) -> Any:
     """Options of an address as the world's dataclass; those not in `types` are text."""
-    known = [f.name for f in fields(build)]  # type: ignore[arg-type]  # a dataclass
+    known = [f.name for f in fields(build)]
     read: dict[str, Any] = {}
     for key, text in options.items():
         if key not in known:

@@ -8,20 +8,16 @@ from typing import Any
 
 from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.claims.published import DAPO, DCPO
-from tokengrain.bench.online_training import train_online
+from tokengrain.bench.online_training import TrainingSizes, train_online
 from tokengrain.objectives import make_objective
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(TrainingSizes):
     """The world and the length of training; `samples` are per held-out prompt."""
 
     size: str = "full"
     levels: str = "1-3"
-    rollouts: int = 40
-    prompts: int = 32
-    generations: int = 8
-    minibatches: int = 8
     held_out: int = 60
     samples: int = 16
     learning_rate: float = 1e-4  # falls to 0: at a constant 1e-4 it stops learning half-way, at 3e-4 it unlearns
@@ -51,11 +47,7 @@ def run(context: Context, arm: Arm) -> Measures:
         make_objective(settings["objective"], **settings.get("hyper", {})),
         settings["credit"],
         context.seed,
-        rollouts=scale.rollouts,
-        prompts=scale.prompts,
-        generations=scale.generations,
-        minibatches=scale.minibatches,
-        learning_rate=scale.learning_rate,
+        **scale.training,
         lr_scheduler_type="linear",
         normaliser=settings.get("normaliser", "mean"),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokengrain.bench.claims.chasing_task import LONGEST, PROMPT, VOCABULARY, Chasing, checks_of, is_right
 from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
 from tokengrain.bench.claims.tiny_lm import copy_of, sft, tiny_llama
-from tokengrain.bench.online_training import train_online
+from tokengrain.bench.online_training import TrainingSizes, train_online
 from tokengrain.evaluation import spearman
 from tokengrain.objectives import make_objective
 
@@ -21,15 +21,13 @@ EASY, HARD = 2, 5
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(TrainingSizes):
     """Length of the two trainings; `samples` are per prompt."""
 
     sft_steps: int = 800
     sft_batch: int = 64
     sft_rate: float = 2e-3
     rollouts: int = 100
-    prompts: int = 32
-    generations: int = 8
     minibatches: int = 4
     learning_rate: float = 3e-5  # at 1e-4 nine of ten samples are right after a quarter
     samples: int = 32
@@ -62,11 +60,7 @@ def run(context: Context, arm: Arm) -> Measures:
         arm.settings["credit"],
         context.seed,
         model=copy_of(context.start),
-        rollouts=scale.rollouts,
-        prompts=scale.prompts,
-        generations=scale.generations,
-        minibatches=scale.minibatches,
-        learning_rate=scale.learning_rate,
+        **scale.training,
     )
     return {**evaluated(context, done.model), "counted": done.late("aepo/hwe")}
 

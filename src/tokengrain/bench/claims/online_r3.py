@@ -7,6 +7,7 @@ with the right value; every style shifts all of them a little. Specification: dr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,17 @@ def rewards(logps: Tensor, power: float) -> Tensor:
     return r3_rewards(logps.flatten(), segments, group, power=power).rewards.view(prompts, size)
 
 
+def r3_of_chains(marker: str, power: float) -> list[dict[str, Any]]:
+    """Credit steps: R3 after sampled chains that end with a marker, against the group's mean.
+
+    Without the length term, which is about answers.
+    """
+    reward = {"name": "r3", "tokenizer": None, "marker": marker, "length_weight": 0.0, "power": power}
+    return [reward, {"name": "group", "eps": 1e-4}]
+
+
 KINDS = {"mean": 0.0, "R3": 1.0, "R3, variance": 2.0}
+POWERS = tuple(Arm(kind, "dro", {"power": power}) for kind, power in KINDS.items())
 ARMS = tuple(
     Arm(f"{kind}, {length} tokens", "dro", {"power": power, "length": length})
     for length in LENGTHS

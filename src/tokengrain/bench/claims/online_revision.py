@@ -9,24 +9,23 @@ from typing import Any
 import torch
 
 from tokengrain.bench.claims.framework import Arm, Group, Measures, Source
-from tokengrain.bench.online_training import train_online
+from tokengrain.bench.claims.online_r3 import POWERS, r3_of_chains
+from tokengrain.bench.online_training import TrainingSizes, train_online
 from tokengrain.objectives import make_objective
 
 REACHED = 0.5
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(TrainingSizes):
     """The world and the length of training; `samples` are per held-out prompt."""
 
     options: str = "filler=12&style=0.4&totals=last"
     plain: str = "filler=12&style=0&totals=last"  # no word depends on the chain
     rollouts: int = 30
     prompts: int = 16
-    generations: int = 8
     minibatches: int = 4
     samples: int = 16
-    learning_rate: float = 3e-4
 
 
 @dataclass
@@ -85,18 +84,13 @@ def run(context: Context, arm: Arm) -> Measures:
 
     scale, world = context.scale, context.world
     sampling = world.sampling(context.seed)  # only the chain: of the answer nothing is rewarded
-    reward = {"name": "r3", "tokenizer": None, "marker": ">", "length_weight": 0.0, **arm.settings}
     done = train_online(
         world,
         make_objective("grpo"),
-        [reward, {"name": "group", "eps": 1e-4}],
+        r3_of_chains(">", **arm.settings),
         context.seed,
         rewards=RewardFunction(world.reward, name="world", weight=0.0),  # for the log alone
-        rollouts=scale.rollouts,
-        prompts=scale.prompts,
-        generations=scale.generations,
-        minibatches=scale.minibatches,
-        learning_rate=scale.learning_rate,
+        **scale.training,
         max_new_tokens=sampling.max_new_tokens,
         stop_ids=list(sampling.stop_ids),
     )
@@ -109,13 +103,6 @@ def run(context: Context, arm: Arm) -> Measures:
         "found": context.found,
         "found_plain": context.found_plain,
     }
-
-
-ARMS = (
-    Arm("mean", "dro", {"power": 0.0}),
-    Arm("R3", "dro", {"power": 1.0}),
-    Arm("R3, variance", "dro", {"power": 2.0}),
-)
 
 
 SOURCE = Source("dro", "dro.md 7, another task there; arXiv 2506.13351")
@@ -169,7 +156,7 @@ GROUP = Group(
         "total's, among prompts with right and wrong chains; also with style 0, where no word depends on the chain."
     ),
     scales=(Scale(), Scale(options="", plain="", rollouts=2, prompts=4, generations=4, minibatches=2, samples=4)),
-    arms=ARMS,
+    arms=POWERS,
     claims=CLAIMS,
     prepare=prepare,
     run=run,

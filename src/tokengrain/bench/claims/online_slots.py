@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.bench.claims.framework import Arm, Group, Measures
-from tokengrain.bench.claims.online_r3 import KINDS, SOURCE
+from tokengrain.bench.claims.online_r3 import POWERS, SOURCE, r3_of_chains
 from tokengrain.bench.claims.slots_task import (
     CHAIN,
     LENGTH,
@@ -28,7 +28,7 @@ from tokengrain.bench.claims.slots_task import (
     texts,
 )
 from tokengrain.bench.claims.tiny_lm import copy_of, logps_of, sample, sft, tiny_llama, token_batch
-from tokengrain.bench.online_training import train_online
+from tokengrain.bench.online_training import TrainingSizes, train_online
 from tokengrain.credit.r3 import variability
 from tokengrain.objectives import make_objective
 
@@ -36,7 +36,7 @@ HALFWAY, REACHED = 0.6, 0.9
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(TrainingSizes):
     """Length of the two trainings; `held_out` prompts to measure on."""
 
     lookup_steps: int = 800
@@ -48,9 +48,7 @@ class Scale:
     held_out: int = 400
     rollouts: int = 60
     prompts: int = 16
-    generations: int = 8
     minibatches: int = 4
-    learning_rate: float = 3e-4
 
 
 @dataclass
@@ -103,20 +101,14 @@ def run(context: Context, arm: Arm) -> Measures:
     from tokengrain.rewards import RewardFunction
 
     scale = context.scale
-    # The length term is about answers, and only chains are sampled.
-    reward = {"name": "r3", "tokenizer": None, "marker": MARKER, "length_weight": 0.0, **arm.settings}
     done = train_online(
         context.task,
         make_objective("grpo"),
-        [reward, {"name": "group", "eps": 1e-4}],
+        r3_of_chains(MARKER, **arm.settings),
         context.seed,
         model=copy_of(context.start),
         rewards=RewardFunction(context.task.reward, name="chain", weight=0.0),  # for the log alone
-        rollouts=scale.rollouts,
-        prompts=scale.prompts,
-        generations=scale.generations,
-        minibatches=scale.minibatches,
-        learning_rate=scale.learning_rate,
+        **scale.training,
         stop=[MARKER],
     )
     right = done.curve("reward/correct")
@@ -135,9 +127,6 @@ def run(context: Context, arm: Arm) -> Measures:
 def _right(model: Any, prompts: Tensor, values: Tensor) -> float:
     """Mean probability of the right value."""
     return float(model(input_ids=prompts).logits[:, -1].softmax(-1).gather(1, values[:, None]).mean())
-
-
-ARMS = tuple(Arm(kind, "dro", {"power": power}) for kind, power in KINDS.items())
 
 
 CLAIMS = (
@@ -204,7 +193,7 @@ GROUP = Group(
             minibatches=2,
         ),
     ),
-    arms=ARMS,
+    arms=POWERS,
     claims=CLAIMS,
     prepare=prepare,
     run=run,

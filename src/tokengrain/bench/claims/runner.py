@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokengrain.bench.claims.framework import Finding, Group, judge
-from tokengrain.bench.log import append_line, read_log, repair_log
+from tokengrain.bench.log import append_line, repair_log
 from tokengrain.errors import RecipeError
+from tokengrain.files import read_log
 
 LOG = "runs.jsonl"
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengrain.files import write_text
+from tokengrain.files import read_log, write_text
 from tokengrain.report.samples import token_texts
-from tokengrain.training.callbacks import append_text, read_log
+from tokengrain.training.callbacks import append_text
 from tokengrain.training.online.step import RolloutStep
 from tokengrain.training.steps import MicroRecord
 
