@@ -45,7 +45,7 @@ bench: setup  ## Time preference and online steps against plain transformers and
 	$(BIN)/python -m benchmarks.online_step standard --output docs/results
 
 claims: setup  ## The papers' claims and the credit sources, over five seeds (about an hour); writes docs/results/
-	$(BIN)/tokengrain bench claims --jobs 2 --output runs/bench/claims
+	$(BIN)/python -m experiments.claims --jobs 2 --output runs/bench/claims
 	cp runs/bench/claims/claims.md runs/bench/claims/claims.json docs/results/
 	$(BIN)/tokengrain bench credit --jobs 2 --output runs/bench/credit
 	cp runs/bench/credit/credit.md docs/results/

@@ -23,7 +23,7 @@ from tokengrain.batch import TokenBatch
 
 def bare(samples: list, guide: torch.nn.Module, reference: torch.nn.Module, budget: int) -> None:
     """Score all pairs with both models, in batches of similar lengths."""
-    from tokengrain.scoring import score
+    from tokengrain.scoring.score import score
 
     ordered = sorted(samples, key=lambda s: -s.n_tokens)
     with torch.no_grad():
@@ -40,9 +40,9 @@ def main(
     budget: Annotated[int, typer.Option(help="tokens of one forward pass")] = 8192,
 ) -> None:
     """Print seconds of both and the share of the bare throughput that annotate keeps."""
-    from tokengrain.credit import GuideLogRatio
-    from tokengrain.credit.annotate import annotate
-    from tokengrain.data import PairDataset
+    from tokengrain.annotation import annotate
+    from tokengrain.data.dataset import PairDataset
+    from tokengrain.methods.tgdpo import GuideLogRatio
     from tokengrain.scoring.reference import FrozenReference
 
     setting = Setting(pairs=pairs, hidden=hidden, layers=layers)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tokengrain.files import read_json, write_json, write_text
+from tokengrain.errors import read_json, write_json, write_text
 
 METHODS = ("dpo", "simpo", "tdpo2", "tgdpo", "treg", "treg_simpo", "rrpo", "sepo", "aligndistil", "qrm")
 

@@ -13,7 +13,8 @@ import torch
 from benchmarks.online_updates import BETA, OnlineSetting, build_rollout
 from benchmarks.setting import build_model, word_tokenizer
 from benchmarks.timing import Timing, ratio, synchronise
-from tokengrain.rollout import HFGenerate, PromptItem, SamplingConfig
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 
 PHASES = ("rollout", "reward", "scoring", "credit", "update")
 
@@ -110,9 +111,10 @@ def step_split(setting: OnlineSetting, rollouts: int, credit: tuple[str, ...] = 
     """
     from transformers import TrainerCallback
 
-    from tokengrain.objectives import make_objective
-    from tokengrain.training import read_log
-    from tokengrain.training.online import OnlineConfig, OnlineTrainer
+    from tokengrain.errors import read_log
+    from tokengrain.registry import make_objective
+    from tokengrain.training.config import OnlineConfig
+    from tokengrain.training.online import OnlineTrainer
 
     ends: list[float] = []
 

@@ -27,7 +27,7 @@ from benchmarks.online_rollouts import rollout_speed, step_split, thr_share
 from benchmarks.online_updates import OnlineSetting, OursUpdate, TrlUpdate, build_rollout, fastest_trl
 from benchmarks.preference_step import _bounds
 from benchmarks.timing import Timing, machine, ratio, synchronise
-from tokengrain.files import write_json, write_text
+from tokengrain.errors import write_json, write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 console = Console()

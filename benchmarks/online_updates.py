@@ -94,12 +94,12 @@ class OursUpdate:
     """
 
     def __init__(self, setting: OnlineSetting, layout: Any = "auto") -> None:
-        from tokengrain.objectives import make_objective
-        from tokengrain.objectives.normalise import make_normaliser
-        from tokengrain.scoring import prepare
+        from tokengrain.loss import make_normaliser
+        from tokengrain.registry import make_objective
+        from tokengrain.scoring.prepare import prepare
         from tokengrain.scoring.reference import ColumnReference, FrozenReference
-        from tokengrain.training.losses import PreferenceLoss
-        from tokengrain.training.online.scoring import RolloutScorer
+        from tokengrain.training.loss import PreferenceLoss
+        from tokengrain.training.rollout import RolloutScorer
 
         self.name = "tokengrain" if layout == "auto" else f"tokengrain, {layout} layout"
         model = setting.model
@@ -125,8 +125,8 @@ class OursUpdate:
 
     def update(self) -> list[float]:
         """One rollout's optimiser steps; the loss of each."""
-        from tokengrain.objectives.normalise import Counts
-        from tokengrain.training.online.step import RolloutStep
+        from tokengrain.loss import Counts
+        from tokengrain.method import RolloutStep
 
         batch = replace(self.batch, columns={})
         step = RolloutStep(batch, self.advantages, {}, batch.rows, 0)

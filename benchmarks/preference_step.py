@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.setting import Setting, build_samples
 from benchmarks.timing import machine, peak_memory, ratio, time_alternating
-from tokengrain.files import write_json, write_text
+from tokengrain.errors import write_json, write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 console = Console()

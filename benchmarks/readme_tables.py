@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tokengrain.files import read_json, write_text
+from tokengrain.errors import read_json, write_text
 
 README = Path("README.md")
 PICTURE_SOURCES = ["DPO: policy", "T-REG: contrastive prompting", "T-REG: policy"]
@@ -83,7 +83,7 @@ def main(
     online: Annotated[Path, typer.Option(help="of the online one")] = Path("docs/results/online_step_cpu.json"),
 ) -> None:
     """Fill the tables and write the picture."""
-    from tokengrain.report import write_picture
+    from tokengrain.report.html import write_picture
 
     text = README.read_text(encoding="utf-8")
     text = fill(text, "demo-table", demo_table(read_json(demo / "metrics.json")))

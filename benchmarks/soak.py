@@ -127,8 +127,8 @@ def soak(recipe: str, steps: int, every: int, warm_up: int, folder: Path) -> tup
     Args:
         folder: for the run folder and temporary files.
     """
-    from tokengrain.recipe import load_recipe
-    from tokengrain.training.stages import run_recipe
+    from tokengrain.recipe.load import load_recipe
+    from tokengrain.run.stages import run_recipe
     from tokengrain.worlds import load_world
 
     world: Any = load_world(WORLD)

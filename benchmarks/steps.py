@@ -40,11 +40,11 @@ class OursStep:
 
     def __init__(self, setting: Setting) -> None:
         from tokengrain.batch import TokenBatch
-        from tokengrain.objectives import make_objective
-        from tokengrain.scoring import prepare
+        from tokengrain.methods.aligndistil import ContrastiveTeacher
+        from tokengrain.registry import make_objective
+        from tokengrain.scoring.prepare import prepare
         from tokengrain.scoring.reference import FrozenReference
-        from tokengrain.training.losses import PreferenceLoss
-        from tokengrain.training.teacher import ContrastiveTeacher
+        from tokengrain.training.loss import PreferenceLoss
 
         self.policy = build_model(setting, setting.attention)
         prepare(self.policy)

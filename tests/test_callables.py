@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from tokengrain.callables import check_choice, load_callable, source_of
+from tokengrain.settings import check_choice, load_callable, source_of
 
 MODULE = """from __future__ import annotations
 

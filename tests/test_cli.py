@@ -135,7 +135,7 @@ def test_errors_are_messages(
 def test_ctrl_c_is_status_130(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokengrain.training import stages
+    from tokengrain.run import stages
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -191,7 +191,7 @@ def test_the_trainer_from_python(tmp_path: Path) -> None:
     """The lines that the README shows."""
     import tokengrain
     from tests.test_stages import write_rows
-    from tokengrain.training.models import resolve_model
+    from tokengrain.models import resolve_model
 
     tokengrain.train(recipe_file(tmp_path, stage_values={"train": DPO}), quiet=True, training__max_steps=1)
     model, tokenizer = resolve_model(str(tmp_path / "run" / "train" / "model"))

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from tokengrain import demo
-from tokengrain.errors import RunError
-from tokengrain.files import read_json
+from tokengrain.errors import RunError, read_json
 
 SMALL = "world://stories?size=one-phrase&pairs=64"
 
@@ -45,7 +44,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokengrain.training.stages.run_recipe", interrupted)
+    monkeypatch.setattr("tokengrain.run.stages.run_recipe", interrupted)
     screen = Console(file=io.StringIO(), width=80)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path / "demo", samples=2, console=screen)

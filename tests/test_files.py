@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain.files import atomic_write, file_fingerprint, fingerprint, read_json, write_json, write_text
+from tokengrain.errors import atomic_write, file_fingerprint, fingerprint, read_json, write_json, write_text
 
 
 def test_a_write_replaces_the_whole_file(tmp_path: Path) -> None:

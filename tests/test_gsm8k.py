@@ -10,17 +10,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokengrain.data import load_rows
-from tokengrain.data.columns import with_columns
-from tokengrain.recipe import TokenizerSpec, load_recipe
-from tokengrain.rewards import RewardSuite, make_reward
-from tokengrain.rewards.answers import gold_number
-from tokengrain.rollout import HFGenerate, SamplingConfig
-from tokengrain.rollout.prompts import encode_prompts
+from tokengrain.data.rows import load_rows, with_columns
+from tokengrain.models import train_tokenizer
+from tokengrain.recipe.load import load_recipe
+from tokengrain.rewards.builtin import gold_number, make_reward
+from tokengrain.rewards.suite import RewardSuite
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
+from tokengrain.run.stages import run_recipe
 from tokengrain.runs import read_run
-from tokengrain.training.online import OnlineConfig, OnlineTrainer
-from tokengrain.training.scratch import train_tokenizer
-from tokengrain.training.stages import run_recipe
+from tokengrain.specs import TokenizerSpec
+from tokengrain.training.config import OnlineConfig
+from tokengrain.training.online import OnlineTrainer
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared/data"

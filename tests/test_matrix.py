@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain import matrix
-from tokengrain.credit import CREDIT
+from tokengrain import registry
 from tokengrain.errors import RecipeError
-from tokengrain.objectives import make_objective
-from tokengrain.objectives.roles import make_role, resolve_role
-from tokengrain.training.credit import check_source_for_role
+from tokengrain.loss import make_role, resolve_role
+from tokengrain.registry import CREDIT, check_source_for_role, make_objective
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_page_is_what_the_code_says() -> None:
-    assert (ROOT / "docs/credit-matrix.md").read_text(encoding="utf-8") == matrix.markdown()
+    assert (ROOT / "docs/credit-matrix.md").read_text(encoding="utf-8") == registry.markdown()
 
 
 class Source:
@@ -28,11 +26,11 @@ class Source:
 
 
 @pytest.mark.parametrize("credit", sorted(CREDIT))
-@pytest.mark.parametrize("objective", sorted(matrix.objectives()))
+@pytest.mark.parametrize("objective", sorted(registry.objectives()))
 def test_a_cell_says_what_is_accepted(credit: str, objective: str) -> None:
     bound = make_objective(objective)
     for name in ("reward", "weight", "selection", "span"):
-        allowed = name in matrix.cell(credit, objective).split(", ")
+        allowed = name in registry.cell(credit, objective).split(", ")
         if allowed:
             check_source_for_role(Source(credit), resolve_role(name, bound.roles, objective, bound.no_credit))
             continue
@@ -44,4 +42,4 @@ def test_marks_are_taken_by_threshold_only() -> None:
     check_source_for_role(Source("spans"), make_role("selection", above=0.0))
     with pytest.raises(RecipeError, match="above: 0"):
         check_source_for_role(Source("spans"), make_role("selection"))
-    assert matrix.cell("spans", "sepo") == "selection (above: 0)"
+    assert registry.cell("spans", "sepo") == "selection (above: 0)"

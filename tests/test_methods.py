@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain.methods import METHODS, Method
-from tokengrain.objectives import OBJECTIVES
-from tokengrain.recipe import load_recipe, resolve_stages
-from tokengrain.training.online.registry import step_class
+from tokengrain.recipe.load import load_recipe
+from tokengrain.recipe.schema import resolve_stages
+from tokengrain.registry import METHODS, OBJECTIVES, Method, step_class
 
 ROOT = Path(__file__).parents[1]
 

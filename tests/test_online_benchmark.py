@@ -14,7 +14,7 @@ from benchmarks.online_step import compare
 from benchmarks.online_updates import OnlineSetting, OursUpdate, TrlUpdate, build_rollout
 from benchmarks.setting import Setting
 
-from tokengrain.files import read_json
+from tokengrain.errors import read_json
 
 TINY = OnlineSetting(
     Setting(prompt=(10, 16), completion=(4, 8), vocabulary=101, hidden=32, layers=2, heads=4, intermediate=48),

@@ -14,11 +14,11 @@ import torch
 from tests.data.tokenizers import CHATML, gpt2_like
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import TokenBatch
-from tokengrain.credit.guide import GuideLogRatio
-from tokengrain.data import TokenizeConfig
+from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.models import reward_model_from
 from tokengrain.rank import rank
-from tokengrain.training.reward_models import reward_model_from
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "what colour is the sky?", "completions": [" It is blue.", " Green.", " It is blue."], "id": "a"},

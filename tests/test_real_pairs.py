@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain.recipe import load_recipe
+from tokengrain.recipe.load import load_recipe
+from tokengrain.run.stages import run_recipe
 from tokengrain.runs import read_run
-from tokengrain.training.stages import run_recipe
 
 ROOT = Path(__file__).parents[1]
 PAIRS = ROOT.parent / "shared/data/hh-harmless-pairs.jsonl.gz"

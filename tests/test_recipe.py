@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from tokengrain.errors import RecipeError
-from tokengrain.methods import METHODS
-from tokengrain.recipe import dump_recipe, find_recipe, load_recipe, make_recipe, resolve_stages
+from tokengrain.recipe.load import dump_recipe, find_recipe, load_recipe, make_recipe
 from tokengrain.recipe.reading import merge, parse_override, parse_yaml, read_file, resolve
+from tokengrain.recipe.schema import resolve_stages
+from tokengrain.registry import METHODS
 from tokengrain.runs import TRAINED
 
 ROOT = Path(__file__).parent.parent
@@ -459,7 +460,8 @@ def test_examples_validate(path: Path) -> None:
 
 
 def test_every_key_of_the_schema_is_documented() -> None:
-    from tokengrain.recipe import schema, specs
+    from tokengrain import specs
+    from tokengrain.recipe import schema
 
     models = [specs.ModelSpec, specs.TokenizerSpec, specs.DataSpec, specs.LoraSpec, specs.TeacherSpec, specs.PromptSpec]
     models += [schema.Recipe, schema.RewardStage, schema.OnlineStage]

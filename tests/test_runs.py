@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain.errors import RunError
-from tokengrain.files import write_json
+from tokengrain.errors import RunError, write_json
 from tokengrain.runs import StageRecord, read_run
 
 

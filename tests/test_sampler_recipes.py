@@ -17,12 +17,12 @@ from tests.test_cli import call
 from tests.test_stages import LLAMA, run
 from tests.training.online.tiny import make_online
 from tokengrain.errors import DataError, RecipeError, RunError
-from tokengrain.recipe import load_recipe, make_recipe
-from tokengrain.rewards import RewardError
-from tokengrain.training.judge_run import evaluate_run
-from tokengrain.training.online import OnlineConfig
-from tokengrain.training.plan import make_plan
-from tokengrain.training.stages import run_recipe
+from tokengrain.recipe.load import load_recipe, make_recipe
+from tokengrain.rewards.suite import RewardError
+from tokengrain.run.evaluate import evaluate_run
+from tokengrain.run.plan import make_plan
+from tokengrain.run.stages import run_recipe
+from tokengrain.training.config import OnlineConfig
 
 ROOT = Path(__file__).parents[1]
 LETTERS = list(range(97, 109))

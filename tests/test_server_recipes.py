@@ -15,11 +15,10 @@ from tests.test_cli import call
 from tests.test_sampler_recipes import BRANCHING, log, online, same, trained
 from tests.test_stages import LLAMA, run
 from tests.training.online.tiny import make_online
-from tokengrain.errors import RecipeError
-from tokengrain.rewards import RewardError
-from tokengrain.rollout import RolloutError
+from tokengrain.errors import RecipeError, RolloutError
+from tokengrain.rewards.suite import RewardError
+from tokengrain.run.evaluate import evaluate_run
 from tokengrain.runs import read_run
-from tokengrain.training.judge_run import evaluate_run
 
 
 def served_by(stub: Stub, **over: Any) -> dict[str, Any]:

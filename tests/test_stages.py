@@ -17,12 +17,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
-from tokengrain.recipe import make_recipe
+from tokengrain.recipe.load import make_recipe
+from tokengrain.run import show, stages
+from tokengrain.run.evaluate import evaluate_run
+from tokengrain.run.plan import make_plan
+from tokengrain.run.stages import RunResult, run_recipe
 from tokengrain.runs import read_run
-from tokengrain.training import progress, stages
-from tokengrain.training.judge_run import evaluate_run
-from tokengrain.training.plan import make_plan
-from tokengrain.training.stages import RunResult, run_recipe
 
 LLAMA = {
     "model_type": "llama",
@@ -251,14 +251,14 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 def at_step(step: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `action` happen at the end of this optimiser step of the train stage."""
-    original = progress.ShowProgress.on_step_end
+    original = show.ShowProgress.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         if state.global_step == step and self.name == "train":
             action()
 
-    monkeypatch.setattr(progress.ShowProgress, "on_step_end", on_step_end)
+    monkeypatch.setattr(show.ShowProgress, "on_step_end", on_step_end)
 
 
 def _fail() -> None:
@@ -327,7 +327,7 @@ def test_an_unfinished_stage_of_other_settings_is_refused(tmp_path: Path, monkey
 
 
 def test_the_stored_recipe_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokengrain.recipe import load_recipe
+    from tokengrain.recipe.load import load_recipe
 
     with monkeypatch.context() as patch:
         at_step(3, _fail, patch)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tokengrain.worlds.threads import single_thread
+from tokengrain.worlds.base_models import single_thread
 
 
 @pytest.fixture(autouse=True, scope="session")

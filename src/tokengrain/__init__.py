@@ -11,64 +11,65 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-_HOME = {
-    "train": "tokengrain.api",
-    "load_recipe": "tokengrain.recipe",
-    "run_recipe": "tokengrain.training.stages",
-    "read_run": "tokengrain.runs",
-    "PreferenceTrainer": "tokengrain.training",
-    "PreferenceConfig": "tokengrain.training",
-    "OnlineTrainer": "tokengrain.training.online",
-    "OnlineConfig": "tokengrain.training.online",
-    "RewardSuite": "tokengrain.rewards",
-    "make_reward": "tokengrain.rewards",
-    "TokenizeConfig": "tokengrain.data",
-    "load_rows": "tokengrain.data",
-    "prepare_pairs": "tokengrain.data",
-    "prepare_sft": "tokengrain.data",
-    "Sample": "tokengrain.batch",
-    "Completion": "tokengrain.batch",
-    "Segments": "tokengrain.batch",
-    "TokenBatch": "tokengrain.batch",
-    "score": "tokengrain.scoring",
-    "make_objective": "tokengrain.objectives",
-    "make_credit": "tokengrain.credit",
-    "annotate": "tokengrain.credit.annotate",
-    "load_world": "tokengrain.worlds",
-    "METHODS": "tokengrain.methods",
-    "write_report": "tokengrain.report",
-    "TokengrainError": "tokengrain.errors",
-}
-
 if TYPE_CHECKING:
+    from tokengrain.annotation import annotate as annotate
     from tokengrain.api import train as train
     from tokengrain.batch import Completion as Completion
     from tokengrain.batch import Sample as Sample
     from tokengrain.batch import Segments as Segments
     from tokengrain.batch import TokenBatch as TokenBatch
-    from tokengrain.credit import make_credit as make_credit
-    from tokengrain.credit.annotate import annotate as annotate
-    from tokengrain.data import TokenizeConfig as TokenizeConfig
-    from tokengrain.data import load_rows as load_rows
-    from tokengrain.data import prepare_pairs as prepare_pairs
-    from tokengrain.data import prepare_sft as prepare_sft
+    from tokengrain.data.config import TokenizeConfig as TokenizeConfig
+    from tokengrain.data.dataset import prepare_pairs as prepare_pairs
+    from tokengrain.data.dataset import prepare_sft as prepare_sft
+    from tokengrain.data.rows import load_rows as load_rows
     from tokengrain.errors import TokengrainError as TokengrainError
-    from tokengrain.methods import METHODS as METHODS
-    from tokengrain.objectives import make_objective as make_objective
-    from tokengrain.recipe import load_recipe as load_recipe
-    from tokengrain.report import write_report as write_report
-    from tokengrain.rewards import RewardSuite as RewardSuite
-    from tokengrain.rewards import make_reward as make_reward
+    from tokengrain.recipe.load import load_recipe as load_recipe
+    from tokengrain.registry import METHODS as METHODS
+    from tokengrain.registry import make_credit as make_credit
+    from tokengrain.registry import make_objective as make_objective
+    from tokengrain.report.html import write_report as write_report
+    from tokengrain.rewards.builtin import make_reward as make_reward
+    from tokengrain.rewards.suite import RewardSuite as RewardSuite
+    from tokengrain.run.stages import run_recipe as run_recipe
     from tokengrain.runs import read_run as read_run
-    from tokengrain.scoring import score as score
-    from tokengrain.training import PreferenceConfig as PreferenceConfig
-    from tokengrain.training import PreferenceTrainer as PreferenceTrainer
-    from tokengrain.training.online import OnlineConfig as OnlineConfig
+    from tokengrain.scoring.score import score as score
+    from tokengrain.training.config import OnlineConfig as OnlineConfig
+    from tokengrain.training.config import PreferenceConfig as PreferenceConfig
     from tokengrain.training.online import OnlineTrainer as OnlineTrainer
-    from tokengrain.training.stages import run_recipe as run_recipe
+    from tokengrain.training.trainer import PreferenceTrainer as PreferenceTrainer
     from tokengrain.worlds import load_world as load_world
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "train": "tokengrain.api",
+    "load_recipe": "tokengrain.recipe.load",
+    "run_recipe": "tokengrain.run.stages",
+    "read_run": "tokengrain.runs",
+    "PreferenceTrainer": "tokengrain.training.trainer",
+    "PreferenceConfig": "tokengrain.training.config",
+    "OnlineTrainer": "tokengrain.training.online",
+    "OnlineConfig": "tokengrain.training.config",
+    "RewardSuite": "tokengrain.rewards.suite",
+    "make_reward": "tokengrain.rewards.builtin",
+    "TokenizeConfig": "tokengrain.data.config",
+    "load_rows": "tokengrain.data.rows",
+    "prepare_pairs": "tokengrain.data.dataset",
+    "prepare_sft": "tokengrain.data.dataset",
+    "Sample": "tokengrain.batch",
+    "Completion": "tokengrain.batch",
+    "Segments": "tokengrain.batch",
+    "TokenBatch": "tokengrain.batch",
+    "score": "tokengrain.scoring.score",
+    "make_objective": "tokengrain.registry",
+    "make_credit": "tokengrain.registry",
+    "annotate": "tokengrain.annotation",
+    "load_world": "tokengrain.worlds",
+    "METHODS": "tokengrain.registry",
+    "write_report": "tokengrain.report.html",
+    "TokengrainError": "tokengrain.errors",
+}
+
 
 __all__ = [*sorted(_HOME), "__version__"]
 

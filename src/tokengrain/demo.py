@@ -13,18 +13,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tokengrain.errors import RunError
-from tokengrain.files import read_json, write_json
+from tokengrain.errors import RunError, read_json, write_json
 
 WORLD = "world://stories?regime=noisy"
 METHODS = {"dpo": "DPO", "simpo": "SimPO", "tdpo2": "TDPO2", "tgdpo": "TGDPO", "treg": "T-REG"}
@@ -55,7 +47,7 @@ def run_demo(
     Raises:
         RunError: `output` is not empty and not an earlier demo.
     """
-    from tokengrain.report import write_report
+    from tokengrain.report.html import write_report
 
     output, console = Path(output), console or Console()
     _check_folder(output)
@@ -89,10 +81,10 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
     """One row of results per method, the base first; and the world."""
     from transformers import AutoModelForCausalLM
 
-    from tokengrain.recipe import load_recipe
-    from tokengrain.training.stages import run_recipe
+    from tokengrain.recipe.load import load_recipe
+    from tokengrain.run.stages import run_recipe
     from tokengrain.worlds import load_world
-    from tokengrain.worlds.threads import single_thread
+    from tokengrain.worlds.base_models import single_thread
 
     world: Any = load_world(WORLD)
     world.base_model()

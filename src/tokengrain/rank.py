@@ -16,18 +16,20 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from tokengrain.batch import Sample, TokenBatch
-from tokengrain.data import TokenizeConfig, load_rows
-from tokengrain.data.config import BATCH_ROWS, RowError
+from tokengrain.batch import Sample, TokenBatch, first_fit
+from tokengrain.data.config import BATCH_ROWS, RowError, TokenizeConfig
 from tokengrain.data.encode import Encoded, ExampleEncoder
-from tokengrain.data.fields import check_prompt, check_row, content
-from tokengrain.data.formats import Example, pair_example
-from tokengrain.data.readers import file_kind
-from tokengrain.errors import DataError, ModelError, RecipeError, RunError
-from tokengrain.evaluation.best_of_n import LengthBucket, Pooling, accuracy_by_length, score_completions
-from tokengrain.evaluation.intervals import Estimate, wilson
-from tokengrain.files import atomic_write
-from tokengrain.packing import first_fit
+from tokengrain.data.formats import Example, check_prompt, check_row, content, pair_example
+from tokengrain.data.rows import file_kind, load_rows
+from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atomic_write
+from tokengrain.evaluation.statistics import (
+    Estimate,
+    LengthBucket,
+    Pooling,
+    accuracy_by_length,
+    score_completions,
+    wilson,
+)
 
 CPU_TOKENS, GPU_TOKENS = 8_192, 32_768
 
@@ -166,11 +168,11 @@ def _single(prompt: Any, completion: Any, name: str, tools: Any) -> Example:
 
 def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int | None]:
     """`(reward model or credit source, tokenizer, device, positions)`."""
-    from tokengrain.training import models
+    from tokengrain import models
 
     if isinstance(model, str):
-        from tokengrain.recipe.specs import ModelSpec
-        from tokengrain.training.reward_models import load_trained_reward_model
+        from tokengrain.models import load_trained_reward_model
+        from tokengrain.specs import ModelSpec
 
         path = os.path.expanduser(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

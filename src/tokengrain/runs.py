@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tokengrain.errors import RunError, shown
-from tokengrain.files import read_json, read_log, write_json
+from tokengrain.errors import RunError, read_json, read_log, shown, write_json
 
 FORMAT = 1
 """Version of the layout and of what the fingerprints cover; part of every fingerprint."""
@@ -228,3 +227,6 @@ def _hint(path: Path) -> str:
     if is_run(path.parent):
         return f"; the run is the folder above: {path.parent}"
     return ""
+
+
+ROLLOUT_FILE = "rollouts.jsonl"

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiments.claims import runner
+from experiments.claims.framework import Arm, Claim, Finding, Group, judge
+from experiments.claims.groups import GROUPS
+from experiments.claims.report import claims_command, findings_table, page, runs_markdown
+from experiments.claims.runner import find_groups, judge_all, run_claims
 from rich.console import Console
 
-from tokengrain.bench.claims import Arm, Claim, Finding, Group, find_groups, judge, judge_all, run_claims
-from tokengrain.bench.claims import runner as runner_module
-from tokengrain.bench.claims.groups import GROUPS
-from tokengrain.bench.claims.report import claims_command, findings_table, page, runs_markdown
 from tokengrain.errors import RecipeError
 
 
@@ -164,7 +165,7 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
 
 def test_a_run_that_was_cut_off_is_repeated(tmp_path: Path) -> None:
     run(tmp_path, seeds=1)
-    log = tmp_path / runner_module.LOG
+    log = tmp_path / runner.LOG
     log.write_bytes(log.read_bytes()[:-20])
     CALLS.clear()
     assert len(run(tmp_path, seeds=1)) == 3
@@ -174,7 +175,7 @@ def test_a_run_that_was_cut_off_is_repeated(tmp_path: Path) -> None:
 
 def test_a_run_that_two_calls_did_counts_once(tmp_path: Path) -> None:
     first = run(tmp_path)
-    log = tmp_path / runner_module.LOG
+    log = tmp_path / runner.LOG
     log.write_bytes(2 * log.read_bytes())
     assert run(tmp_path) == first
 

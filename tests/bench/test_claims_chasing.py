@@ -9,13 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-
-from tokengrain.batch import TokenBatch
-from tokengrain.bench.claims import chasing_task, online_chasing
-from tokengrain.bench.claims.chasing_task import (
-    BOS,
+from experiments.claims import chasing_task, online_chasing
+from experiments.claims.chasing_task import (
     CHECKS,
-    EOS,
     HOPS,
     IDS,
     MOST_CHECKS,
@@ -26,7 +22,10 @@ from tokengrain.bench.claims.chasing_task import (
     checks_of,
     is_right,
 )
-from tokengrain.credit.entropy_window import trigger_table
+
+from tokengrain.batch import TokenBatch
+from tokengrain.methods._entropy_window import trigger_table
+from tokengrain.worlds.base_models import BOS, EOS
 
 SCALE = online_chasing.Scale(
     sft_steps=150, sft_batch=32, rollouts=2, prompts=8, generations=4, minibatches=2, samples=2, learning_rate=1e-3

@@ -8,25 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.claims import aligndistil, markov, qrm, rrpo, sepo, stories, tiny_lm
+from experiments.claims.framework import Claim, Finding
+from experiments.claims.groups import GROUPS
+from experiments.claims.markov import MarkovPolicy, Pairs, Space
+from experiments.claims.markov_training import logps_of
+from experiments.claims.runner import judge_all, run_claims
 from rich.console import Console
 
-from tokengrain.bench.claims import (
-    Claim,
-    Finding,
-    aligndistil,
-    judge_all,
-    markov,
-    qrm,
-    rrpo,
-    run_claims,
-    sepo,
-    stories,
-    tiny_lm,
-)
-from tokengrain.bench.claims.groups import GROUPS
-from tokengrain.bench.claims.markov import MarkovPolicy, Pairs, Space
-from tokengrain.bench.claims.markov_training import logps_of
-from tokengrain.scoring import score
+from tokengrain.batch import TokenBatch
+from tokengrain.scoring.score import score
 
 QUIET = Console(quiet=True)
 SMALL = Space(prompts=2, length=3, vocabulary=4)
@@ -129,7 +120,7 @@ def test_qrm_behaviour_is_right_with_probability_055() -> None:
 def test_reinforce_with_perfect_scores_needs_few_steps_and_with_noise_many() -> None:
     context = qrm.Context(0, qrm.Scale(reinforce_steps=100), None, qrm.draw_pairs(2, torch.Generator()))
 
-    def perfect(batch: tiny_lm.TokenBatch) -> torch.Tensor:
+    def perfect(batch: TokenBatch) -> torch.Tensor:
         return qrm.is_right(batch).float()
 
     noise = torch.Generator().manual_seed(0)

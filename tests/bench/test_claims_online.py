@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-
-from tests.bench.test_claims_experiments import held, robust
-from tokengrain.bench.claims import (
-    judge_all,
+from experiments.claims import (
     online_aepo,
     online_arithmetic,
     online_digits,
@@ -20,13 +16,16 @@ from tokengrain.bench.claims import (
     online_revision,
     online_rto,
     online_thr,
-    run_claims,
 )
-from tokengrain.bench.claims.digit_sums import DIGITS, GROUP_SIZE, HIDDEN, Task, mixed_completions, sample_groups
-from tokengrain.bench.claims.framework import SeedAndSizes
-from tokengrain.bench.claims.groups import GROUPS
-from tokengrain.bench.claims.tiny_gru import GRUPolicy
-from tokengrain.bench.online_training import OnlineRun
+from experiments.claims.digit_sums import DIGITS, GROUP_SIZE, HIDDEN, Task, mixed_completions, sample_groups
+from experiments.claims.framework import SeedAndSizes
+from experiments.claims.groups import GROUPS
+from experiments.claims.runner import judge_all, run_claims
+from experiments.claims.tiny_gru import GRUPolicy
+from rich.console import Console
+
+from tests.bench.test_claims_experiments import held, robust
+from tokengrain.bench.training import OnlineRun
 
 QUIET = Console(quiet=True)
 SMALL = ("rto", "digits", "thr", "aepo", "r3", "r3-limits", "slots")

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-
-from tokengrain.bench.claims import online_r3, online_r3_limits, online_slots
-from tokengrain.bench.claims.framework import SeedAndSizes
-from tokengrain.bench.claims.slots_task import (
+from experiments.claims import online_r3, online_r3_limits, online_slots
+from experiments.claims.framework import SeedAndSizes
+from experiments.claims.slots_task import (
     CHAIN,
     IDS,
     KEYS,

@@ -14,12 +14,9 @@ from typer.testing import CliRunner
 from tests.credit.small import llama, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.bench.cli import bench_app
-from tokengrain.bench.corruption import MEASURES, chance_top1, corrupt, corruption_test, surroundings
-from tokengrain.bench.texts import bench_corruption
-from tokengrain.credit import RandomCredit
-from tokengrain.credit.surprise import Surprise
-from tokengrain.errors import DataError, RecipeError
-from tokengrain.files import read_json, write_json
+from tokengrain.bench.corruption import MEASURES, bench_corruption, chance_top1, corrupt, corruption_test, surroundings
+from tokengrain.errors import DataError, RecipeError, read_json, write_json
+from tokengrain.methods.baselines import RandomCredit, Surprise
 
 TEXTS = [
     ("write about the sea :", "the sea was calm and deep and the sun was not cruel ."),

@@ -14,18 +14,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.credit.small import llama, pairs, tokenizer
-from tokengrain.bench import bench_credit, credit
+from tokengrain.bench import credit
 from tokengrain.bench.cli import bench_app
-from tokengrain.bench.log import append_line, repair_log
-from tokengrain.bench.measure import counted_passes, measure
-from tokengrain.bench.page import _short
-from tokengrain.bench.setting import Bench
-from tokengrain.bench.sources import chosen_sources, own_source
+from tokengrain.bench.corruption import counted_passes, measure
+from tokengrain.bench.credit import bench_credit
+from tokengrain.bench.page import _short, append_line, repair_log
+from tokengrain.bench.sources import Bench, chosen_sources, own_source
 from tokengrain.bench.training import exchanged, world_samples
-from tokengrain.credit import GuideLogRatio, RandomCredit
-from tokengrain.credit.surprise import Surprise
-from tokengrain.errors import RecipeError
-from tokengrain.files import read_json, read_log
+from tokengrain.errors import RecipeError, read_json, read_log
+from tokengrain.methods.baselines import RandomCredit, Surprise
+from tokengrain.methods.tgdpo import GuideLogRatio
 from tokengrain.worlds import load_world
 
 WORLD = "world://stories?size=one-sentence&pairs=64"

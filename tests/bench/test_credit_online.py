@@ -12,18 +12,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tokengrain.batch import Segments
-from tokengrain.bench import bench_credit
 from tokengrain.bench.cli import bench_app
-from tokengrain.bench.measure import measure
-from tokengrain.bench.online_sources import ONLINE
-from tokengrain.bench.questions import ON_CHAINS, ON_REFERENCES, Draw, questions_of
-from tokengrain.bench.rollout_credit import OnlineCredit, advantages, column
-from tokengrain.bench.setting import Bench
-from tokengrain.bench.sources import SOURCES, chosen_sources, left_out
-from tokengrain.credit.r3 import r3_weights, variability
+from tokengrain.bench.corruption import measure
+from tokengrain.bench.credit import bench_credit
+from tokengrain.bench.questions import ON_CHAINS, ON_REFERENCES, Draw, OnlineCredit, advantages, column, questions_of
+from tokengrain.bench.sources import ONLINE, SOURCES, Bench, chosen_sources, left_out
 from tokengrain.errors import RecipeError
-from tokengrain.evaluation import CreditTruth, pointing_scores
-from tokengrain.scoring import score
+from tokengrain.evaluation.credit import CreditTruth, pointing_scores
+from tokengrain.methods.dro import r3_weights, variability
+from tokengrain.scoring.score import score
 from tokengrain.worlds import load_world
 
 ARITHMETIC, REVISION = "world://arithmetic?size=small&pairs=32", "world://revision?size=small"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tokengrain.batch import Segments
-from tokengrain.evaluation import calibration, credit_scores, lowest_hits, mean_of_runs
+from tokengrain.evaluation.credit import calibration, credit_scores, lowest_hits
+from tokengrain.evaluation.statistics import mean_of_runs
 
 
 def draw(n: int = 1200, seed: int = 0) -> tuple[torch.Tensor, Segments]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tokengrain.annotation import annotate
 from tokengrain.batch import TokenBatch
-from tokengrain.credit.annotate import annotate
 
 TEXT = "the a sea sailor pirate was kind cruel helped hurt captain and but not very . then later"
 WORDS = TEXT.split()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.batch import Completion, Sample, TokenBatch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 WORDS = "write kindly rudely about the sea in sun : was calm cruel and deep not . better worse user revise"
 CHAT = "{% for m in messages %}user : {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} . {% endif %}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.data.tokenizers import all_tokenizers, byt5, merging_bpe
-from tokengrain.credit.alignment import aligned_scores, decoded_spans
+from tokengrain.methods._other_tokens import aligned_scores, decoded_spans
 
 TEXT = " The sky is naïve — 日本語 😀👍 it's the end."
 

@@ -21,13 +21,12 @@ import torch
 
 from tests.credit.annotate_worker import FINGERPRINTS, PlainLlama, make_rows, make_tokenizer, run
 from tests.credit.small import llama
+from tokengrain import annotation
+from tokengrain.annotation import annotate, check_manifest, load_annotated, read_manifest
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit import make_credit, store
-from tokengrain.credit.annotate import annotate, load_annotated
-from tokengrain.credit.manifest import check_manifest, read_manifest
-from tokengrain.data import PairDataset, Report, prepare_pairs, prepare_sft
-from tokengrain.data.store import SampleStore
+from tokengrain.data.dataset import PairDataset, Report, SampleStore, prepare_pairs, prepare_sft
 from tokengrain.errors import DataError, RunError
+from tokengrain.registry import make_credit
 from tokengrain.scoring.reference import FrozenReference
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +162,7 @@ def test_shards_of_another_source_are_computed_again(finished: Path, tmp_path: P
     shards = tmp_path / "train.shards"
     shards.mkdir()
     foreign = pq.read_table(finished).slice(0, 4)
-    store.write_shard(shards / "shard-00000.parquet", {n: foreign[n] for n in foreign.column_names}, "other")
+    annotation.write_shard(shards / "shard-00000.parquet", {n: foreign[n] for n in foreign.column_names}, "other")
     run(output)
     assert output.read_bytes() == finished.read_bytes()
 
@@ -321,8 +320,9 @@ def test_reference_logps_are_stored_and_asked_once(tmp_path: Path) -> None:
 
 
 def test_guide_and_reference_logps_share_the_forward_pass_of_the_frozen_model(tmp_path: Path) -> None:
-    from tokengrain.credit import GuideLogRatio
-    from tokengrain.scoring import FrozenReference, score
+    from tokengrain.methods.tgdpo import GuideLogRatio
+    from tokengrain.scoring.reference import FrozenReference
+    from tokengrain.scoring.score import score
 
     guide, frozen = PlainLlama().model, PlainLlama().model
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_guide_and_reference_logps_share_the_forward_pass_of_the_frozen_model(tm
 
 
 def test_prepared_data_with_its_rows_keeps_all_columns(tmp_path: Path) -> None:
-    from tokengrain.data import load_rows
+    from tokengrain.data.rows import load_rows
 
     rows = load_rows(make_rows(8))
     data, source = (
@@ -361,7 +361,7 @@ def test_prepared_data_with_its_rows_keeps_all_columns(tmp_path: Path) -> None:
 
 
 def test_skipped_rows_do_not_shift_the_others(tmp_path: Path) -> None:
-    from tokengrain.data import TokenizeConfig
+    from tokengrain.data.config import TokenizeConfig
 
     rows = make_rows(6)
     rows[2]["chosen"] = ""
@@ -425,7 +425,7 @@ def test_batches_hold_rows_of_similar_length(tmp_path: Path) -> None:
 
 
 def span_config(**settings: Any) -> Any:
-    from tokengrain.data import TokenizeConfig
+    from tokengrain.data.config import TokenizeConfig
 
     return TokenizeConfig(spans={"source": "column", **settings})
 
@@ -463,7 +463,7 @@ def test_spans_survive(tmp_path: Path) -> None:
 
 
 def test_tagged_rows_are_kept_as_they_were(tmp_path: Path) -> None:
-    from tokengrain.data import TokenizeConfig
+    from tokengrain.data.config import TokenizeConfig
 
     rows = [{"prompt": "the sea", "chosen": " was <MASK>kind</MASK>", "rejected": " was <MASK>cruel</MASK>"}]
     output = tmp_path / "out.parquet"

@@ -11,27 +11,24 @@ import torch
 from torch import Tensor
 
 from tests.objectives.rollouts import rollouts
-from tokengrain.credit.ares import (
-    EntropyShaping,
-    Observation,
-    SmoothShape,
-    difficulty,
-    smooth_score,
-)
-from tokengrain.credit.group import group_advantages
-from tokengrain.credit.kl_control import (
+from tokengrain.errors import DataError
+from tokengrain.methods.aepo import (
     BUCKETS,
+    EntropyShaping,
     LinearBucketKL,
     LogBucketKL,
+    Observation,
+    SmoothShape,
     bucket_means,
     bucket_sums,
     controlled_kl,
+    difficulty,
     kl_token_weights,
     per_bucket,
+    smooth_score,
 )
-from tokengrain.data.adacs import adacs_select
-from tokengrain.errors import DataError
-from tokengrain.objectives.grpo import grpo_loss
+from tokengrain.methods.grpo import group_advantages, grpo_loss
+from tokengrain.rollout.sampler import adacs_select
 
 F64 = torch.float64
 ALPHA, TARGET = 0.5, 20.0

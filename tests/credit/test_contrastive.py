@@ -8,15 +8,10 @@ from torch import Tensor, nn
 
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit import (
-    TEMPLATES,
-    ContrastivePrompting,
-    ContrastiveTemplates,
-    make_credit,
-    make_templates,
-)
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.scoring import FrozenReference
+from tokengrain.methods.treg import TEMPLATES, ContrastivePrompting, ContrastiveTemplates, make_templates
+from tokengrain.registry import make_credit
+from tokengrain.scoring.reference import FrozenReference
 
 REVISE = ContrastiveTemplates(
     "revise better : {prompt} . {response} :", "revise worse : {prompt} . {response} :", "revise"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokengrain.credit.dcpo import PromptHistory, SmoothAdvantages, Visits
-from tokengrain.credit.group import group_advantages
+from tokengrain.methods.dcpo import PromptHistory, SmoothAdvantages, Visits
+from tokengrain.methods.grpo import group_advantages
 
 F64 = torch.float64
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.credit.entropy_window import (
+from tokengrain.methods._entropy_window import (
     TRIGGERS,
     Mode,
     RunningThreshold,

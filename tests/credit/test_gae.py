@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.credit.gae import gae, whiten
-from tokengrain.credit.shaping import Moments
+from tokengrain.methods._shaping import Moments
+from tokengrain.methods.ppo import gae, whiten
 
 F64 = torch.float64
 LENGTHS = [5, 0, 1, 17, 2, 8]

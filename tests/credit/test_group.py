@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokengrain.credit.group import GroupStatistics, group_advantages, informative_groups, overlong_penalty
+from tokengrain.methods.grpo import GroupStatistics, group_advantages, informative_groups, overlong_penalty
 
 F64 = torch.float64
 GROUP = torch.tensor([0, 1, 0, 2, 1, 0, 2, 0, 1])

@@ -7,11 +7,12 @@ import torch
 
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit import GuideLogRatio
-from tokengrain.credit.contrastive_dpo import ContrastiveDPO
-from tokengrain.credit.surprise import Entropy, Surprise
-from tokengrain.credit.tdpo import TDPOAdvantage
-from tokengrain.scoring import FrozenReference, score
+from tokengrain.methods.aligndistil import ContrastiveDPO
+from tokengrain.methods.baselines import Entropy, Surprise
+from tokengrain.methods.tdpo import TDPOAdvantage
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.scoring.reference import FrozenReference
+from tokengrain.scoring.score import score
 
 
 @pytest.fixture

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.credit import r3 as module
-from tokengrain.credit.group import group_advantages
-from tokengrain.credit.r3 import (
+from tokengrain.methods import dro
+from tokengrain.methods.dro import (
     Propagation,
+    carry_over,
+    filter_prompts,
     length_rewards,
     log_propagation,
     r3_rewards,
     r3_weights,
     reflective_tokens,
     repeat_for_rollouts,
+    token_ranks,
     variability,
+    worst_ranks,
 )
-from tokengrain.credit.r3_filter import carry_over, filter_prompts, token_ranks, worst_ranks
+from tokengrain.methods.grpo import group_advantages
 
 F64 = torch.float64
 LENGTHS = (7, 4)  # tokens of two references
@@ -187,7 +190,7 @@ def test_propagation_equals_its_plain_form(gamma: float, window: int | None, mon
     reflective = torch.rand(segments.total, generator=torch.Generator().manual_seed(1)) < 0.4
     expected = _plain_propagation(lp, reflective, segments, gamma, window)
     torch.testing.assert_close(log_propagation(lp, reflective, segments, gamma=gamma, window=window), expected)
-    monkeypatch.setattr(module, "CHUNK", 1)  # one reflective token at a time
+    monkeypatch.setattr(dro, "CHUNK", 1)  # one reflective token at a time
     torch.testing.assert_close(log_propagation(lp, reflective, segments, gamma=gamma, window=window), expected)
 
 

@@ -13,11 +13,11 @@ from tests.credit.small import llama, pairs, tokenizer
 from tests.data.tokenizers import CHATML, LLAMA2, byt5, gpt2_like, llama_like, merging_bpe, unigram
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit.retokenize import Retokenizer
-from tokengrain.credit.reward_model import RewardModelCredit, ScoreStatistics, same_tokens, set_statistics
-from tokengrain.data import collate, prepare_pairs
+from tokengrain.data.dataset import collate, prepare_pairs
 from tokengrain.errors import DataError, ModelError, RecipeError
-from tokengrain.training.reward_models import reward_model_from
+from tokengrain.methods._other_tokens import Retokenizer
+from tokengrain.methods.qrm import RewardModelCredit, ScoreStatistics, same_tokens, set_statistics
+from tokengrain.models import reward_model_from
 
 TEXTS = (
     ("what colour is the sky?", " It is blue — naïve 😀.", " The sea"),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.credit.kl_control import AdaptiveKL
-from tokengrain.credit.rto import rto_rewards, sentence_ids
+from tokengrain.methods.aepo import AdaptiveKL
+from tokengrain.methods.rto import rto_rewards, sentence_ids
 
 F64 = torch.float64
 

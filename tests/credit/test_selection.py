@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.objectives import select_tokens, select_where, span_ids
+from tokengrain.loss import select_tokens, select_where, span_ids
 
 
 def _by_hand(values: Tensor, segments: Segments, chosen: float, rejected: float) -> list[list[int]]:

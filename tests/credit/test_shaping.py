@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.credit.shaping import Moments, penalised, q_advantages, rescore_last, sampled_kl, scale_scores
+from tokengrain.methods._shaping import Moments, penalised, q_advantages, rescore_last, sampled_kl, scale_scores
 
 F64 = torch.float64
 

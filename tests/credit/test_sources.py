@@ -12,19 +12,13 @@ from torch import Tensor
 
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit import (
-    CREDIT,
-    ColumnCredit,
-    FunctionCredit,
-    GuideLogRatio,
-    RandomCredit,
-    Transformed,
-    check_credit,
-    make_credit,
-    model_fingerprint,
-)
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.scoring import ColumnReference, FrozenReference, score
+from tokengrain.method import model_fingerprint
+from tokengrain.methods.baselines import ColumnCredit, FunctionCredit, RandomCredit, Transformed
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.registry import CREDIT, check_credit, make_credit
+from tokengrain.scoring.reference import ColumnReference, FrozenReference
+from tokengrain.scoring.score import score
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit import CreditSource
-from tokengrain.credit.spans import SpanCredit
 from tokengrain.errors import DataError
+from tokengrain.method import CreditSource
+from tokengrain.methods.rrpo import SpanCredit
 
 
 def batch(*spans: list[float], completions: int = 2) -> TokenBatch:

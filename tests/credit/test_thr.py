@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.credit import thr as module
-from tokengrain.credit.group import group_advantages
-from tokengrain.credit.thr import (
+from tokengrain.methods import thr
+from tokengrain.methods.grpo import group_advantages
+from tokengrain.methods.thr import (
     correct_influence,
     influence_threshold,
     mixed_groups,
@@ -21,7 +21,7 @@ from tokengrain.credit.thr import (
     thr_weights,
     token_hidden_rewards,
 )
-from tokengrain.scoring import Head
+from tokengrain.scoring.head import Head
 
 F64 = torch.float64
 VOCAB, WIDTH = 23, 5
@@ -111,7 +111,7 @@ def _by_loops(x: Rollouts, columns: list[int], exclude_self: bool = False) -> Te
 def test_equals_autograd_on_the_head(
     x: Rollouts, normalize: bool, known: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)  # one part; several; one column at a time
+    monkeypatch.setattr(thr, "CHUNK_BYTES", chunk)  # one part; several; one column at a time
     logps = x.logps(x.head.weight) if known else None
     values = x.influence(length_normalize=normalize, logps=logps, only_mixed=False)
     torch.testing.assert_close(values, _by_autograd(x, normalize), rtol=1e-10, atol=1e-10)
@@ -119,13 +119,13 @@ def test_equals_autograd_on_the_head(
 
 @pytest.mark.parametrize("budget", [1, 1 << 20])
 def test_the_group_matrix_and_the_inner_products_agree(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", budget)  # 1 byte: there is no room for inner products of tokens
+    monkeypatch.setattr(thr, "CHUNK_BYTES", budget)  # 1 byte: there is no room for inner products of tokens
     generator = torch.Generator().manual_seed(0)
     for n, m, columns, width in ((9, 4, 50, 40), (30, 12, 200, 2)):
         errors, hidden = (torch.randn(n, k, dtype=F64, generator=generator) for k in (columns, width))
         weights = torch.rand(m, dtype=F64, generator=generator)
         pairs = torch.einsum("tv,av,th,ah,a->t", errors, errors[:m], hidden, hidden[:m], weights)
-        torch.testing.assert_close(module._contract(errors, hidden, weights), pairs)
+        torch.testing.assert_close(thr._contract(errors, hidden, weights), pairs)
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])

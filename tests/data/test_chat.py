@@ -12,7 +12,9 @@ from tests.data.tokenizers import (
     llama_like,
     merging_bpe,
 )
-from tokengrain.data import TokenizeConfig, collate, prepare_pairs, prepare_sft, tokenizer_fingerprint
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import collate, prepare_pairs, prepare_sft
+from tokengrain.data.tokens import tokenizer_fingerprint
 from tokengrain.errors import DataError, ModelError
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.tokenizers import words
-from tokengrain.data import TokenizeConfig, load_rows, prepare_sft, split_rows
-from tokengrain.data.columns import with_columns
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_sft
+from tokengrain.data.rows import load_rows, split_rows, with_columns
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.rollout.prompts import encode_prompts
+from tokengrain.rollout.sampler import encode_prompts
 
 ROWS = [{"question": f"q{i}", "answer": f"a{i}", "turns": [{"role": "user", "content": str(i)}]} for i in range(4)]
 

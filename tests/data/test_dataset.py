@@ -12,15 +12,9 @@ from torch.utils.data import DataLoader
 from tests.data.test_seam import ids_of, random_rows
 from tests.data.tokenizers import CHATML, gpt2_like, llama_like, unigram
 from tokengrain.batch import Completion, Sample
-from tokengrain.data import (
-    PairDataset,
-    TokenizeConfig,
-    collate,
-    load_rows,
-    prepare_pairs,
-    prepare_sft,
-)
-from tokengrain.data.store import SampleStore
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import PairDataset, SampleStore, collate, prepare_pairs, prepare_sft
+from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, RecipeError
 
 ROW = {

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from tests.data.tokenizers import gpt2_like
-from tokengrain.data import TokenizeConfig, prepare_pairs, prepare_sft
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.formats import pair_example, single_example
 from tokengrain.errors import DataError
 

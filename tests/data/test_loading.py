@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.tokenizers import words
-from tokengrain.data import json_rows, load_rows, prepare_pairs, split_rows
+from tokengrain.data import rows as rows_module
+from tokengrain.data.dataset import prepare_pairs
+from tokengrain.data.rows import load_rows, split_rows
 from tokengrain.errors import DataError
 
 ROWS = [{"prompt": f"The sky {i}", "chosen": f' is "blue", {i}\nand naïve', "rejected": " is 黒い"} for i in range(7)]
@@ -53,7 +55,7 @@ NAMES = ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.parquet"]
 @pytest.mark.parametrize("name", NAMES + [n + ".gz" for n in NAMES])
 @pytest.mark.parametrize("chunk", [5, 1 << 20])
 def test_formats(tmp_path, name, chunk, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", chunk)
+    monkeypatch.setattr(rows_module, "CHUNK", chunk)
     path = write(tmp_path / name)
     rows = load_rows(str(path))
     assert list(rows) == list(enumerate(ROWS))
@@ -257,7 +259,7 @@ def test_malformed_json_line(tmp_path):
     ],
 )
 def test_malformed_array(tmp_path, text, where, chunk, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", chunk)
+    monkeypatch.setattr(rows_module, "CHUNK", chunk)
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
     assert error_of(path).startswith(f"{path}: {where}")
@@ -272,7 +274,7 @@ def test_deeply_nested_json(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
 @pytest.mark.parametrize("chunk", [4, 1 << 20])
 def test_broken_utf8(tmp_path, name, chunk, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", chunk)
+    monkeypatch.setattr(rows_module, "CHUNK", chunk)
     whole = write(tmp_path / name)
     data = gzip.decompress(whole.read_bytes()) if name.endswith(".gz") else whole.read_bytes()
     at = data.rindex(b"The sky 3") + 4
@@ -385,7 +387,7 @@ def test_what_cannot_be_split(tmp_path):
 
 @pytest.mark.parametrize("chunk", [16, 1 << 20])
 def test_numbers_too_long_for_python(tmp_path, chunk, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", chunk)
+    monkeypatch.setattr(rows_module, "CHUNK", chunk)
     row = '{"n": ' + "1" * 5000 + "}"
     for name, text in (("a.jsonl", f'{{"n": 1}}\n{row}\n'), ("a.json", f'[{{"n": 1}}, {row}]')):
         (tmp_path / name).write_text(text)

@@ -8,7 +8,10 @@ import datasets
 import pytest
 
 from tests.data.tokenizers import CHATML, all_tokenizers, byt5, gpt2_like, greedy, merging_bpe, words
-from tokengrain.data import TokenizeConfig, collate, load_rows, prepare_pairs, prepare_sft, tokenizer_fingerprint
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import collate, prepare_pairs, prepare_sft
+from tokengrain.data.rows import load_rows
+from tokengrain.data.tokens import tokenizer_fingerprint
 from tokengrain.errors import DataError, RecipeError
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless-pairs.jsonl.gz"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.data.tokenizers import CHATML, byt5, gpt2_like, merging_bpe, words
-from tokengrain.data import TokenizeConfig, collate, prepare_pairs, prepare_sft
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import collate, prepare_pairs, prepare_sft
 from tokengrain.errors import DataError
 
 ROW = {"prompt": "The sky is", "chosen": " blue.", "rejected": " black and green."}

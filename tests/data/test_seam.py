@@ -15,8 +15,9 @@ from tests.data.tokenizers import (
     unigram,
     words,
 )
-from tokengrain.data import TokenizeConfig, prepare_pairs, prepare_sft
-from tokengrain.data.tokenize import Encoder, tokenizer_fingerprint
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
+from tokengrain.data.tokens import Encoder, tokenizer_fingerprint
 from tokengrain.errors import DataError, ModelError
 
 PIECES = [

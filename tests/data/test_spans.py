@@ -5,10 +5,19 @@ import random
 
 import pytest
 
-from tokengrain.data import SpanConfig, TokenizeConfig, diff_spans, parse_span_tags
-from tokengrain.data.spans import WORD, TagError, split_tags, strip_tags, tagged_stretches
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.spans import (
+    WORD,
+    SpanConfig,
+    TagError,
+    diff_spans,
+    parse_span_tags,
+    split_tags,
+    strip_tags,
+    tagged_stretches,
+)
 from tokengrain.errors import RecipeError
-from tokengrain.recipe.messages import check_keys, field_types
+from tokengrain.recipe.check import check_keys, field_types
 
 OPEN, CLOSE = "<MASK>", "</MASK>"
 

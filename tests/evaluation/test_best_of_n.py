@@ -10,8 +10,8 @@ import torch
 from tests.training.tiny import make_samples, tiny_llama
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.evaluation.best_of_n import accuracy_by_length, best_of, score_completions
-from tokengrain.training.reward_models import reward_model_from
+from tokengrain.evaluation.statistics import accuracy_by_length, best_of, score_completions
+from tokengrain.models import reward_model_from
 
 
 def groups(*lengths: tuple[int, ...]) -> TokenBatch:

@@ -8,17 +8,8 @@ import scipy.stats
 import torch
 
 from tokengrain.errors import TokengrainError
-from tokengrain.evaluation import (
-    Frontier,
-    auc,
-    bootstrap,
-    mean_interval,
-    paired_difference,
-    recovery,
-    spearman,
-    wilson,
-    win_rate,
-)
+from tokengrain.evaluation.credit import auc, recovery, spearman
+from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, paired_difference, wilson, win_rate
 
 
 def test_frontier_of_a_gaussian_reward_is_exact_between_points():

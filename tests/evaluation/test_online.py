@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from tokengrain.evaluation import wilson
-from tokengrain.evaluation.online import (
+from tokengrain.evaluation.statistics import (
     avg_at_k,
     by_group,
     maj_at_k,
@@ -15,6 +14,7 @@ from tokengrain.evaluation.online import (
     pass_at_k,
     sample_metrics,
     utilised,
+    wilson,
 )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.objectives import Counts, LossOutput, make_normaliser
-from tokengrain.scoring import Distribution, Head, head_quantities
+from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.scoring.fused import head_quantities
+from tokengrain.scoring.head import Distribution, Head
 
 F64 = torch.float64
 

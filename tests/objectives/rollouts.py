@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.objectives import Counts, LossOutput, make_normaliser
-from tokengrain.objectives.normalise import NormaliserName
+from tokengrain.loss import Counts, LossOutput, NormaliserName, make_normaliser
 
 F64 = torch.float64
 

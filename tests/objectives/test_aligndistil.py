@@ -12,9 +12,10 @@ from torch import Tensor
 from tests.objectives.examples import F64, gradient
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
-from tokengrain.objectives import Counts, LossOutput, aligndistil_loss, make_normaliser, teacher_strength
-from tokengrain.scoring import Distribution, Head, head_quantities
-from tokengrain.scoring.teacher import Teacher
+from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.methods.aligndistil import aligndistil_loss, teacher_strength
+from tokengrain.scoring.fused import head_quantities
+from tokengrain.scoring.head import Distribution, Head, Teacher
 
 LENGTHS = (4, 1, 3)
 VOCAB = 6

@@ -9,9 +9,9 @@ import torch
 
 from tests.objectives.rollouts import F64, Rollouts, plain_token_loss, rollouts, rows
 from tokengrain.batch import Segments
-from tokengrain.objectives import LossOutput
-from tokengrain.objectives.dcpo import dcpo_bounds, dcpo_loss
-from tokengrain.objectives.grpo import grpo_loss
+from tokengrain.loss import LossOutput
+from tokengrain.methods.dcpo import dcpo_bounds, dcpo_loss
+from tokengrain.methods.grpo import grpo_loss
 
 Q = torch.linspace(1e-3, 1, 2000, dtype=F64)
 

@@ -9,7 +9,8 @@ import torch
 
 from tests.objectives.examples import F64, example, gradient, mean_loss
 from tokengrain.batch import Segments
-from tokengrain.objectives import dpo_loss, token_weighted_loss
+from tokengrain.methods._pairs import token_weighted_loss
+from tokengrain.methods.dpo import dpo_loss
 
 LN2 = math.log(2)
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from tests.objectives.rollouts import F64, Rollouts, plain_token_loss, rollouts, rows
 from tokengrain.batch import Segments
-from tokengrain.objectives import Counts, LossOutput, make_normaliser
-from tokengrain.objectives.grpo import grpo_loss
-from tokengrain.objectives.kl import kl_estimate
-from tokengrain.objectives.normalise import NORMALISERS
+from tokengrain.loss import NORMALISERS, Counts, LossOutput, make_normaliser
+from tokengrain.methods._clipped import kl_estimate
+from tokengrain.methods.grpo import grpo_loss
 
 
 def _loss(x: Rollouts, **settings: Any) -> LossOutput:

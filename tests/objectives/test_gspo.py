@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.objectives.rollouts import F64, Rollouts, plain_token_loss, rollouts, rows
 from tokengrain.batch import Segments
-from tokengrain.objectives import LossOutput
-from tokengrain.objectives.clipped import sequence_log_ratio
-from tokengrain.objectives.grpo import grpo_loss
-from tokengrain.objectives.gspo import gspo_loss
+from tokengrain.loss import LossOutput
+from tokengrain.methods._clipped import sequence_log_ratio
+from tokengrain.methods.grpo import grpo_loss
+from tokengrain.methods.gspo import gspo_loss
 
 
 def _loss(x: Rollouts, **settings: Any) -> LossOutput:

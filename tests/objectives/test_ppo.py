@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.objectives.rollouts import F64, Rollouts, rollouts
 from tokengrain.batch import Segments
-from tokengrain.objectives import ppo_policy_loss, value_loss
+from tokengrain.methods.ppo import ppo_policy_loss, value_loss
 
 
 def _critic(x: Rollouts) -> tuple[Tensor, Tensor, Tensor]:

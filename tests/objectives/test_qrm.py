@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tests.objectives.examples import F64, example, finite_difference, gradient, mean_loss
 from tokengrain.batch import Segments
-from tokengrain.objectives import LossOutput, pooled_scores, ppo_policy_loss, qrm_loss, reinforce_loss, value_loss
-from tokengrain.objectives.normalise import Counts, make_normaliser
+from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.methods.ppo import ppo_policy_loss, reinforce_loss, value_loss
+from tokengrain.methods.qrm import pooled_scores, qrm_loss
 
 LENGTHS = (4, 2, 1, 5, 3, 3)
 

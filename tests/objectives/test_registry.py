@@ -14,18 +14,13 @@ from torch import Tensor
 from tests.objectives.examples import example
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
-from tokengrain.objectives import (
-    OBJECTIVES,
-    LossOutput,
-    Objective,
-    dpo_loss,
-    make_objective,
-    qrm_loss,
-    sft_loss,
-    simpo_loss,
-    tdpo_loss,
-)
-from tokengrain.objectives.grpo import grpo_loss
+from tokengrain.loss import LossOutput
+from tokengrain.methods.dpo import dpo_loss, sft_loss
+from tokengrain.methods.grpo import grpo_loss
+from tokengrain.methods.qrm import qrm_loss
+from tokengrain.methods.simpo import simpo_loss
+from tokengrain.methods.tdpo import tdpo_loss
+from tokengrain.registry import OBJECTIVES, Objective, make_objective
 
 
 @pytest.mark.parametrize(
@@ -129,7 +124,7 @@ def test_a_loss_of_the_users_own() -> None:
 
 
 def test_a_loss_by_import_string(tmp_path: Path) -> None:
-    assert make_objective("tokengrain.objectives:dpo_loss", beta=0.5).objective.loss is dpo_loss
+    assert make_objective("tokengrain.methods.dpo:dpo_loss", beta=0.5).objective.loss is dpo_loss
     file = tmp_path / "mine.py"
     file.write_text(
         "from tokengrain.objectives import LossOutput\n"

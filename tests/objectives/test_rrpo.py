@@ -14,9 +14,12 @@ from tests.objectives.examples import F64, PairLogits, example, gradient, mean_l
 from tests.scoring.models import batch_of, tiny
 from tokengrain.batch import Segments
 from tokengrain.errors import ModelError
-from tokengrain.objectives import LossOutput, dpo_loss, make_objective, rrpo_loss, rrpo_reads, span_rewards
-from tokengrain.scoring import ColumnReference
-from tokengrain.training.losses import PreferenceLoss
+from tokengrain.loss import LossOutput
+from tokengrain.methods.dpo import dpo_loss
+from tokengrain.methods.rrpo import rrpo_loss, rrpo_reads, span_rewards
+from tokengrain.registry import make_objective
+from tokengrain.scoring.reference import ColumnReference
+from tokengrain.training.loss import PreferenceLoss
 
 LENGTHS = (4, 5, 3, 2)
 SPANS = (0, 1, 1, 0, 0, 1, 0, 2, 2, 1, 0, 2, 0, 1)

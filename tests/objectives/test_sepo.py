@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tests.objectives.examples import F64, Example, example, gradient, mean_loss
 from tokengrain.batch import Segments
-from tokengrain.objectives import LossOutput, select_tokens, sepo_loss, sepo_reads, simpo_loss
+from tokengrain.loss import LossOutput, select_tokens
+from tokengrain.methods.sepo import sepo_loss, sepo_reads
+from tokengrain.methods.simpo import simpo_loss
 
 
 def _selected(x: Example) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 
 from tests.objectives.examples import F64, example, gradient, mean_loss
 from tokengrain.batch import Segments
-from tokengrain.objectives import Counts, dpo_loss, make_normaliser, sft_loss, simpo_loss
+from tokengrain.loss import Counts, make_normaliser
+from tokengrain.methods.dpo import dpo_loss, sft_loss
+from tokengrain.methods.simpo import simpo_loss
 
 
 def test_equal_means_give_softplus_of_gamma() -> None:

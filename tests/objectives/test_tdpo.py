@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tests.objectives.examples import F64, PairLogits, example, gradient, mean_loss, pair_logits
 from tokengrain.batch import Segments
-from tokengrain.objectives import LossOutput, dpo_loss, tdpo_loss, tdpo_token_rewards
+from tokengrain.loss import LossOutput
+from tokengrain.methods.dpo import dpo_loss
+from tokengrain.methods.tdpo import tdpo_loss, tdpo_token_rewards
 
 LENGTHS = (4, 2, 1, 3)
 VOCAB = 6

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments
-from tokengrain.objectives import Counts, make_normaliser, make_objective
+from tokengrain.loss import Counts, make_normaliser
+from tokengrain.registry import make_objective
 
 VOCAB, LENGTH, PAIRS, STEPS = 4, 6, 512, 400
 ALL = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))

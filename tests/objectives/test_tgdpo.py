@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tests.objectives.examples import F64, Example, example, gradient, mean_loss
 from tokengrain.batch import Segments
-from tokengrain.credit import guide_token_rewards
-from tokengrain.objectives import dpo_loss, tgdpo_loss, token_weights
+from tokengrain.loss import token_weights
+from tokengrain.methods.dpo import dpo_loss
+from tokengrain.methods.tgdpo import guide_token_rewards, tgdpo_loss
 
 
 def _gradient(x: Example, **kwargs: object) -> Tensor:

@@ -7,16 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.objectives.examples import F64, Example, example, finite_difference, gradient, mean_loss
-from tokengrain.credit import contrastive_token_rewards
-from tokengrain.objectives import (
-    LossOutput,
-    dpo_loss,
-    simpo_loss,
-    tgdpo_loss,
-    token_weights,
-    treg_loss,
-    treg_simpo_loss,
-)
+from tokengrain.loss import LossOutput, token_weights
+from tokengrain.methods.dpo import dpo_loss
+from tokengrain.methods.simpo import simpo_loss
+from tokengrain.methods.tgdpo import tgdpo_loss
+from tokengrain.methods.treg import contrastive_token_rewards, treg_loss, treg_simpo_loss
 
 BASES = ("dpo", "simpo")
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.report.folders import METHODS, PAIRS, make_demo, make_run, write
 from tokengrain.errors import DataError, RunError
-from tokengrain.report import write_picture, write_report
+from tokengrain.report.html import write_picture, write_report
 from tokengrain.report.svg import number, tick
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}

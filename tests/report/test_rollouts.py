@@ -15,10 +15,9 @@ from rich.console import Console
 from tests.report.folders import make_run, write
 from tests.report.test_html import Page
 from tokengrain.errors import RunError
-from tokengrain.report import inspect_rows, write_report
-from tokengrain.report.html import MAX_PIECES, rollout_maps
-from tokengrain.report.rollouts import by_prompt, merged, read_rollouts, scale_of, side_of, spread
-from tokengrain.report.samples import Side
+from tokengrain.report.html import MAX_PIECES, rollout_maps, write_report
+from tokengrain.report.rows import Side, by_prompt, merged, read_rollouts, scale_of, side_of, spread
+from tokengrain.report.terminal import inspect_rows
 
 WORDS = ("so", " 12", " +", " 7", " =", " 19", " .")
 

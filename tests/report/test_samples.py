@@ -9,10 +9,8 @@ import torch
 
 from tests.credit.annotate_worker import make_tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.errors import DataError
-from tokengrain.files import write_json
-from tokengrain.report import collect_credit_samples
-from tokengrain.report.samples import CreditSample, Side, by_pair, read_credit_samples
+from tokengrain.errors import DataError, write_json
+from tokengrain.report.rows import CreditSample, Side, by_pair, collect_credit_samples, read_credit_samples
 
 
 def make_batch() -> TokenBatch:

@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 
 from tests.credit.annotate_worker import make_rows, make_tokenizer
 from tests.report.folders import make_demo, make_run
-from tokengrain.credit.annotate import annotate
+from tokengrain.annotation import annotate
+from tokengrain.data.tokens import token_texts
 from tokengrain.errors import DataError, ModelError, RunError
-from tokengrain.report import inspect_rows
-from tokengrain.report.samples import colour_scale, token_texts
-from tokengrain.report.terminal import style_of
+from tokengrain.report.rows import colour_scale
+from tokengrain.report.terminal import inspect_rows, style_of
 
 
 def printed(source: Path, colour: bool = False, **options: Any) -> str:
@@ -287,7 +287,7 @@ def test_spans_of_a_run(tmp_path: Path, tokenizer_path: Path) -> None:
     words = " ".join(printed(run, field="spans").split())
     assert "chosen was [1: kind] and [2: helped] rejected" in words, "as long as in training"
     # Annotated ones come first, unless others are asked for.
-    from tokengrain.data import TokenizeConfig
+    from tokengrain.data.config import TokenizeConfig
 
     def credit(batch: Any) -> torch.Tensor:
         return batch.labels.float()

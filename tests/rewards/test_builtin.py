@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tokengrain.errors import RecipeError
-from tokengrain.rewards import REWARDS, RewardError, RewardFailure, check_reward, make_reward
-from tokengrain.rewards.process import Worker
+from tokengrain.rewards.builtin import REWARDS, Worker, check_reward, make_reward
+from tokengrain.rewards.suite import RewardError, RewardFailure
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")

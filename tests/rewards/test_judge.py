@@ -9,7 +9,8 @@ import pytest
 from tests.rewards.test_suite import WORDS, rollouts
 from tests.rollout.stub import serving
 from tokengrain.errors import RecipeError
-from tokengrain.rewards import RewardError, RewardSuite, check_reward, make_reward
+from tokengrain.rewards.builtin import check_reward, make_reward
+from tokengrain.rewards.suite import RewardError, RewardSuite
 
 SCORES = dict(zip(WORDS, (1, 5.5, 10, 7)))
 

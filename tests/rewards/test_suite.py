@@ -14,9 +14,8 @@ from tests.credit.small import tokenizer
 from tests.data.tokenizers import byt5, gpt2_like, merging_bpe
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import RecipeError
-from tokengrain.rewards import RewardError, RewardFailure, RewardFunction, RewardSuite
-from tokengrain.rewards.values import located_tokens
-from tokengrain.rollout import PromptItem, Rollouts, SampledCompletion, SamplingConfig
+from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction, RewardSuite, located_tokens
+from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion, SamplingConfig
 
 WORDS = ["the sea was calm", "the sun", "cruel and deep", "not"]
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tokengrain.rollout import HFGenerate, PromptItem, SamplingConfig
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 
 
 class Stub(ThreadingHTTPServer):

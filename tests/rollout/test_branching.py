@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tests.credit.small import llama, tokenizer
-from tokengrain.credit.entropy_window import batch_threshold, window_means
 from tokengrain.errors import RecipeError
-from tokengrain.rewards import RewardSuite
-from tokengrain.rollout import HFGenerate, PromptItem, SamplingConfig
+from tokengrain.methods._entropy_window import batch_threshold, window_means
+from tokengrain.rewards.suite import RewardSuite
 from tokengrain.rollout.branching import Branching
-from tokengrain.scoring import score
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import PromptItem, SamplingConfig
+from tokengrain.scoring.score import score
 
 LENGTH = 10
 TEXTS = ["write about the sea", "write kindly about the sun in the sea :", "sea"]

@@ -13,11 +13,11 @@ from transformers import (
 )
 
 from tests.credit.small import llama, tokenizer
-from tokengrain.errors import ModelError, RecipeError
-from tokengrain.rollout import HFContinuous, HFGenerate, PromptItem, RolloutError, SamplingConfig, sampler_mismatch
-from tokengrain.rollout.decode import Drawn
-from tokengrain.rollout.picking import Picker
-from tokengrain.scoring import score
+from tokengrain.errors import ModelError, RecipeError, RolloutError
+from tokengrain.methods._clipped import sampler_mismatch
+from tokengrain.rollout.local import Drawn, HFContinuous, HFGenerate, Picker
+from tokengrain.rollout.sampler import PromptItem, SamplingConfig
+from tokengrain.scoring.score import score
 
 TEXTS = ["write about the sea", "write kindly about the sun in the sea :", "sea", "the sun was calm and deep ."]
 

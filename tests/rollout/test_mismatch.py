@@ -8,10 +8,11 @@ import torch
 from tests.credit.small import tokenizer
 from tests.data.tokenizers import CHATML, gpt2_like
 from tokengrain.batch import Segments
-from tokengrain.data import TokenizeConfig
-from tokengrain.data.report import Report
-from tokengrain.errors import DataError, ModelError
-from tokengrain.rollout import RolloutError, encode_prompts, importance_weights, sampler_mismatch
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import Report
+from tokengrain.errors import DataError, ModelError, RolloutError
+from tokengrain.methods._clipped import importance_weights, sampler_mismatch
+from tokengrain.rollout.sampler import encode_prompts
 
 SEGMENTS = Segments.from_lengths([2, 0, 1])
 SAMPLER = torch.log(torch.tensor([0.5, 0.25, 0.2], dtype=torch.float64))

@@ -10,9 +10,10 @@ import pytest
 
 from tests.credit.small import llama, tokenizer
 from tokengrain.errors import RecipeError
-from tokengrain.rollout import HFContinuous, HFGenerate, OpenAIServer
 from tokengrain.rollout.branching import Branching
-from tokengrain.rollout.registry import SAMPLERS, check_sampler, deciding, describe_sampler, make_sampler
+from tokengrain.rollout.local import HFContinuous, HFGenerate
+from tokengrain.rollout.sampler import SAMPLERS, check_sampler, deciding, describe_sampler, make_sampler
+from tokengrain.rollout.server import OpenAIServer
 
 SERVER = {"name": "server", "url": "http://localhost:8000", "model": "m"}
 

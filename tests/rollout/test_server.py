@@ -9,10 +9,11 @@ import torch
 
 from tests.credit.small import llama
 from tests.rollout.stub import Served, serving
-from tokengrain.errors import RecipeError
-from tokengrain.rollout import OpenAIServer, PromptItem, RolloutError, SamplingConfig, sampler_mismatch
-from tokengrain.rollout.client import JsonClient, ServerError
-from tokengrain.scoring import score
+from tokengrain.errors import RecipeError, RolloutError
+from tokengrain.methods._clipped import sampler_mismatch
+from tokengrain.rollout.sampler import PromptItem, SamplingConfig
+from tokengrain.rollout.server import JsonClient, OpenAIServer, ServerError
+from tokengrain.scoring.score import score
 
 PROMPTS = [PromptItem([1, 3, 4 + i], row=f"r{i}", raw={"answer": i}) for i in range(3)]
 SAMPLING = SamplingConfig(max_new_tokens=6, seed=2, stop_ids=(2, 5, 6))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import transformers
 from torch import Tensor, nn
 
 from tokengrain.batch import Completion, Sample, TokenBatch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 VOCAB = 61
 COMMON: dict[str, Any] = {

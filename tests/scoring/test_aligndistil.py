@@ -5,8 +5,7 @@ from torch import Tensor
 
 from tests.scoring.test_teacher import FORMS, draw
 from tokengrain.scoring.fused import head_quantities
-from tokengrain.scoring.head import Distribution, Head
-from tokengrain.scoring.teacher import Teacher
+from tokengrain.scoring.head import Distribution, Head, Teacher
 
 N, V = 19, 17
 

@@ -9,8 +9,9 @@ import transformers
 from tests.scoring.models import COMMON, gradients, small_batch, standard_batch, texts, tiny
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring import causal_lm, head_of, prepare, score
 from tokengrain.scoring.layouts import RowCosts, plan_rows
+from tokengrain.scoring.prepare import causal_lm, prepare
+from tokengrain.scoring.score import head_of, score
 
 TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 5e-6
 WANT = ("token_scores",)

@@ -4,16 +4,10 @@ import pytest
 import torch
 
 from tests.scoring.models import batch_of, standard_batch, tiny
-from tokengrain.scoring import (
-    Distribution,
-    Head,
-    Teacher,
-    distribution_of,
-    head_quantities,
-    prepare,
-    reference_head_quantities,
-    score,
-)
+from tokengrain.scoring.fused import head_quantities
+from tokengrain.scoring.head import Distribution, Head, Teacher, reference_head_quantities
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.score import distribution_of, score
 
 WANT = ("logps", "entropy", "kl")
 # FlexAttention wants heads of at least 16.

@@ -8,14 +8,9 @@ import torch
 from tests.scoring.models import gradients, small_batch, standard_batch, texts, tiny
 from tests.scoring.test_reference import lora
 from tokengrain.errors import ModelError
-from tokengrain.scoring import (
-    AdapterReference,
-    Distribution,
-    FrozenReference,
-    Teacher,
-    distribution_of,
-    score,
-)
+from tokengrain.scoring.head import Distribution, Teacher
+from tokengrain.scoring.reference import AdapterReference, FrozenReference
+from tokengrain.scoring.score import distribution_of, score
 
 peft = pytest.importorskip("peft")
 FORM = {"slope": 6.0, "offset": 1e-3}

@@ -22,14 +22,9 @@ from torch import Tensor, nn
 from tests.scoring.models import batch_of, gradients, tiny
 from tests.scoring.test_reference import lora
 from tokengrain.batch import TokenBatch
-from tokengrain.scoring import (
-    AdapterOffReference,
-    AdapterReference,
-    FrozenReference,
-    Teacher,
-    distribution_of,
-    score,
-)
+from tokengrain.scoring.head import Teacher
+from tokengrain.scoring.reference import AdapterOffReference, AdapterReference, FrozenReference
+from tokengrain.scoring.score import distribution_of, score
 
 WANT = ("logps", "entropy", "kl")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.scoring.models import plain, standard_batch, tiny
-from tokengrain.scoring import prepare, score
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.score import score
 
 
 @pytest.fixture

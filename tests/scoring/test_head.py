@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.errors import ModelError
-from tokengrain.scoring import chunks, fused
+from tokengrain.scoring import fused
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Distribution, Head, reference_head_quantities
 
@@ -193,12 +193,12 @@ def test_autocast_multiplies_in_bfloat16():
 
 def test_no_more_than_a_chunk_of_logits(monkeypatch):
     """Without room to keep anything, every `[., V]` buffer has at most a chunk of rows."""
-    monkeypatch.setitem(chunks.KEEP_BYTES, "cpu", 0)
-    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 5 * V * 8)
-    monkeypatch.setattr(chunks, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setitem(fused.KEEP_BYTES, "cpu", 0)
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 5 * V * 8)
+    monkeypatch.setattr(fused, "MIN_CHUNK_TOKENS", 1)
     rows = []
-    scratch = chunks.Scratch.__init__
-    monkeypatch.setattr(chunks.Scratch, "__init__", lambda self, n, *rest: (rows.append(n), scratch(self, n, *rest))[1])
+    scratch = fused.Scratch.__init__
+    monkeypatch.setattr(fused.Scratch, "__init__", lambda self, n, *rest: (rows.append(n), scratch(self, n, *rest))[1])
     hidden, head, labels, reference = problem()
     out = head_quantities(hidden, head, labels, WANT, reference)
     sum(x.sum() for x in out.values()).backward()

@@ -7,8 +7,16 @@ import torch
 
 from tests.scoring.models import batch_of, standard_batch
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.scoring.layouts import RowCosts, plan_rows
-from tokengrain.scoring.masks import MaskForm, NotShareableError, build_masks, mask_forms, mask_mod, visible
+from tokengrain.scoring.layouts import (
+    MaskForm,
+    NotShareableError,
+    RowCosts,
+    build_masks,
+    mask_forms,
+    mask_mod,
+    plan_rows,
+    visible,
+)
 
 COSTS = RowCosts(hidden_size=16)
 MODES = [{"layout": "shared"}, {"layout": "separate"}, {"layout": "auto"}, {"layout": "shared", "pack": True}]

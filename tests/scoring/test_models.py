@@ -8,8 +8,9 @@ import transformers
 
 from tests.scoring.models import SEPARATE, SHARING, batch_of, gradients, plain, small_batch, standard_batch, tiny
 from tokengrain.errors import ModelError
-from tokengrain.scoring import Scores, distribution_of, prepare, score
-from tokengrain.scoring.masks import MaskForm
+from tokengrain.scoring.layouts import MaskForm
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.score import Scores, distribution_of, score
 
 WANT = ("logps", "entropy", "kl")
 # Many models normalise and take softmax in float32 whatever their type: sums in another order differ.
@@ -92,14 +93,14 @@ def test_models_that_cannot_share_run_separately_with_one_message(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_probe_itself_finds_state_that_leaks_between_branches(name, dtype, monkeypatch):
     """Not the config: here every model is said to take one mask."""
-    monkeypatch.setattr("tokengrain.scoring.probe.mask_forms", lambda config: [MaskForm({"": None})])
+    monkeypatch.setattr("tokengrain.scoring.prepare.mask_forms", lambda config: [MaskForm({"": None})])
     model = tiny(name, dtype=dtype)
     with pytest.raises(ModelError, match=f"{type(model).__name__} cannot share prompts: (hidden states|it does not)"):
         prepare(model, layout="shared")
 
 
 def test_the_probe_finds_a_wrong_window(monkeypatch):
-    monkeypatch.setattr("tokengrain.scoring.probe.mask_forms", lambda config: [MaskForm({"": None})])
+    monkeypatch.setattr("tokengrain.scoring.prepare.mask_forms", lambda config: [MaskForm({"": None})])
     with pytest.raises(ModelError, match="cannot share prompts: hidden states differ"):
         prepare(tiny("mistral"), layout="shared")
 

@@ -11,9 +11,9 @@ import torch
 from tests.scoring.models import VOCAB, batch_of, gradients, plain, small_batch, standard_batch, tiny
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring import causal_lm, distribution_of, head_of, prepare, score
-from tokengrain.scoring.forward import evaluating
-from tokengrain.scoring.install import MARK
+from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.prepare import MARK, causal_lm, prepare
+from tokengrain.scoring.score import distribution_of, head_of, score
 
 LAYOUTS = ("shared", "separate", "auto")
 

@@ -7,15 +7,9 @@ import torch
 
 from tests.scoring.models import gradients, plain, small_batch, standard_batch, texts, tiny
 from tokengrain.errors import ModelError
-from tokengrain.scoring import (
-    AdapterOffReference,
-    ColumnReference,
-    FrozenReference,
-    distribution_of,
-    head_of,
-    prepare,
-    score,
-)
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.reference import AdapterOffReference, ColumnReference, FrozenReference
+from tokengrain.scoring.score import distribution_of, head_of, score
 
 peft = pytest.importorskip("peft")
 BOTH = ("logps", "distribution")

@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from tokengrain.errors import ModelError
-from tokengrain.scoring import chunks
+from tokengrain.scoring import fused
 from tokengrain.scoring.fused import head_quantities
-from tokengrain.scoring.head import Distribution, Head, logits_quantities, reference_head_quantities
-from tokengrain.scoring.teacher import Teacher
+from tokengrain.scoring.head import Distribution, Head, Teacher, logits_quantities, reference_head_quantities
 
 VALUES = ("teacher_kl", "teacher_alpha", "tvd", "teacher_reward")
 ALL = ("logps", "entropy", "kl", "teacher_kl")
@@ -215,7 +214,7 @@ def test_teacher_logits_are_float32_under_autocast_and_for_16_bit_weights(monkey
     exact = half.map(lambda d: Distribution(d.hidden.double(), Head(d.head.weight.double(), d.head.bias, 0.5)))
     student = hidden.detach().float(), Head(head.weight.detach().float(), head.bias.detach().float(), 0.5)
     # Several blocks of upcast weights.
-    monkeypatch.setitem(chunks.BLOCK_BYTES, "cpu", 4 * H * 5)
+    monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", 4 * H * 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = [
             compute(*student, labels, ("teacher_kl",), None, half)
@@ -235,12 +234,12 @@ def test_teacher_logits_are_float32_under_autocast_and_for_16_bit_weights(monkey
 @pytest.mark.parametrize("names", [("teacher_kl",), ALL])
 def test_no_more_than_a_few_chunks_of_logits(monkeypatch, names):
     """Without room to keep anything, every `[., V]` buffer has at most a chunk of rows, and there are few."""
-    monkeypatch.setitem(chunks.KEEP_BYTES, "cpu", 0)
-    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 5 * V * 8)
-    monkeypatch.setattr(chunks, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setitem(fused.KEEP_BYTES, "cpu", 0)
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 5 * V * 8)
+    monkeypatch.setattr(fused, "MIN_CHUNK_TOKENS", 1)
     made = []
-    scratch = chunks.Scratch.__init__
-    monkeypatch.setattr(chunks.Scratch, "__init__", lambda self, *a: (made.append(self), scratch(self, *a))[1])
+    scratch = fused.Scratch.__init__
+    monkeypatch.setattr(fused.Scratch, "__init__", lambda self, *a: (made.append(self), scratch(self, *a))[1])
     args = problem()
     compare(args, names)
     assert {s.rows for s in made} == {5}
@@ -249,10 +248,10 @@ def test_no_more_than_a_few_chunks_of_logits(monkeypatch, names):
 
 def test_small_problems_are_kept_and_not_computed_again(monkeypatch):
     calls = []
-    log_ratio = "tokengrain.scoring.distil.log_ratio"
-    from tokengrain.scoring import distil
+    log_ratio = "tokengrain.scoring.fused.log_ratio"
+    from tokengrain.scoring import fused
 
-    original = distil.log_ratio
+    original = fused.log_ratio
     monkeypatch.setattr(log_ratio, lambda *a: (calls.append(1), original(*a))[1])
     hidden, head, labels, teacher, _ = problem()
     for chunk, expected in ((None, 1), (N, 2)):

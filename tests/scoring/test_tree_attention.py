@@ -7,10 +7,19 @@ from torch.nn import functional as F
 from tests.scoring.models import batch_of, gradients, standard_batch, tiny
 from tests.scoring.test_models import check, expected_of, pair
 from tokengrain.batch import TokenBatch
-from tokengrain.scoring import masks, prepare, score, tree_attention
-from tokengrain.scoring.layouts import RowCosts, Rows, plan_rows
-from tokengrain.scoring.masks import MaskForm, build_masks, dense_mask
-from tokengrain.scoring.tree_attention import TreeMask, tree_spans
+from tokengrain.scoring import layouts
+from tokengrain.scoring.layouts import (
+    MaskForm,
+    RowCosts,
+    Rows,
+    TreeMask,
+    build_masks,
+    dense_mask,
+    plan_rows,
+    tree_spans,
+)
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.score import score
 
 COSTS = RowCosts(hidden_size=16)
 BY_PARTS = RowCosts(hidden_size=384, by_parts=True)
@@ -36,14 +45,14 @@ def attend(rows: Rows, mask: torch.Tensor, dtype: torch.dtype, **kwargs) -> list
 def parts_used(monkeypatch) -> list[int]:
     """Every mask knows its trees, whatever it costs; one entry per attention that was done by parts."""
     used: list[int] = []
-    real = tree_attention._TreeAttention.apply
+    real = layouts._TreeAttention.apply
 
     def counted(query, *rest):
         used.append(query.shape[2])
         return real(query, *rest)
 
-    monkeypatch.setattr(masks, "worth_it", lambda rows, trees, costs: True)
-    monkeypatch.setattr(tree_attention._TreeAttention, "apply", counted)
+    monkeypatch.setattr(layouts, "worth_it", lambda rows, trees, costs: True)
+    monkeypatch.setattr(layouts._TreeAttention, "apply", counted)
     return used
 
 

@@ -6,7 +6,8 @@ import torch
 from tests.scoring.models import gradients, small_batch, standard_batch, texts, tiny
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring import prepare, score
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.score import score
 
 WANT = ("values",)
 

@@ -11,10 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
 from tokengrain.batch import TokenBatch
-from tokengrain.scoring import score
-from tokengrain.scoring.reference import AdapterOffReference, ColumnReference, FrozenReference
-from tokengrain.training import read_log
-from tokengrain.training.reference import StartingAdapterReference
+from tokengrain.errors import read_log
+from tokengrain.scoring.reference import AdapterOffReference, ColumnReference, FrozenReference, StartingAdapterReference
+from tokengrain.scoring.score import score
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2, "task_type": "CAUSAL_LM"}
 

@@ -12,7 +12,7 @@ import torch
 from tests.training.ranks import on_ranks
 from tests.training.tiny import make_samples, make_trainer, tiny_llama, weights
 from tokengrain.errors import RunError
-from tokengrain.training import PreferenceTrainer
+from tokengrain.training.trainer import PreferenceTrainer
 
 BEST = 2
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tests.training.tiny import VOCABULARY, make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.batch import Completion, Sample, Segments
-from tokengrain.credit import GuideLogRatio
-from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
-from tokengrain.objectives import LossOutput, dpo_loss
-from tokengrain.training import last_complete_checkpoint, read_log
+from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError, read_log
+from tokengrain.loss import LossOutput
+from tokengrain.methods.dpo import dpo_loss
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.training.checkpoint import last_complete_checkpoint
 
 # ---- Input that does not fit ----
 

@@ -11,13 +11,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.training.tiny import VOCABULARY, make_samples, make_trainer, tiny_llama, weights
-from tokengrain.errors import DataError, RecipeError
-from tokengrain.recipe import LoraSpec
-from tokengrain.scoring import AdapterReference, FrozenReference
-from tokengrain.training import PreferenceTrainer, read_log
-from tokengrain.training.checkpoints import checkpoints, remove_folder
-from tokengrain.training.reward_models import reward_lora_config, reward_model_from
-from tokengrain.training.teacher import ContrastiveTeacher
+from tokengrain.errors import DataError, RecipeError, read_log
+from tokengrain.methods.aligndistil import ContrastiveTeacher
+from tokengrain.models import reward_lora_config, reward_model_from
+from tokengrain.scoring.reference import AdapterReference, FrozenReference
+from tokengrain.specs import LoraSpec
+from tokengrain.training.checkpoint import checkpoints, remove_folder
+from tokengrain.training.trainer import PreferenceTrainer
 
 METHODS = ("rrpo", "sepo", "aligndistil", "qrm")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tokengrain.recipe import make_recipe
-from tokengrain.training.plan import make_plan
+from tokengrain.recipe.load import make_recipe
+from tokengrain.run.plan import make_plan
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,10 @@ import torch
 from transformers import TrainerCallback, modeling_utils
 
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
-from tokengrain.errors import RunError
-from tokengrain.training import (
-    PreferenceTrainer,
-    checkpointing,
-    checkpoints,
-    last_complete_checkpoint,
-    read_log,
-)
+from tokengrain.errors import RunError, read_log
+from tokengrain.training import checkpoint
+from tokengrain.training.checkpoint import last_complete_checkpoint
+from tokengrain.training.trainer import PreferenceTrainer
 
 STEPS = 9  # 12 rows, 2 x 2 per step, 3 epochs
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
@@ -175,9 +171,9 @@ SAVING: dict[str, Callable[[], None]] = {
     "optimiser": lambda: kill_after(PreferenceTrainer, "_save_optimizer_and_scheduler", 2),
     "random state": lambda: kill_after(PreferenceTrainer, "_save_rng_state", 2),
     "all but the state file": lambda: kill_after(PreferenceTrainer, "_get_output_dir", 4),
-    "everything but the rename": lambda: kill_after(checkpointing, "write_state", 2),
-    "after the rename": lambda: kill_after(checkpointing, "publish", 2),
-    "in rotation": lambda: kill_after(checkpoints, "remove_folder", 1),
+    "everything but the rename": lambda: kill_after(checkpoint, "write_state", 2),
+    "after the rename": lambda: kill_after(checkpoint, "publish", 2),
+    "in rotation": lambda: kill_after(checkpoint, "remove_folder", 1),
 }
 
 
@@ -196,8 +192,8 @@ def test_killed_while_saving(point: str, tmp_path: Path, uninterrupted: dict[str
     later = point in ("after the rename", "in rotation")
     assert found.name in (("checkpoint-4", "checkpoint-6") if later else ("checkpoint-2",))
     resume_and_compare(tmp_path, "full", uninterrupted["full"])
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9"]
-    assert not (tmp_path / checkpoints.STAGING).exists()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9"]
+    assert not (tmp_path / checkpoint.STAGING).exists()
 
 
 def test_killed_twice(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:

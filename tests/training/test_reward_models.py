@@ -15,7 +15,10 @@ from tests.data.tokenizers import byt5
 from tests.scoring.models import SHARING, small_batch, texts, tiny
 from tests.training.tiny import VOCABULARY, make_samples, make_trainer, tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit.reward_model import (
+from tokengrain.data.dataset import prepare_pairs
+from tokengrain.errors import DataError, ModelError, read_log
+from tokengrain.evaluation.statistics import score_completions
+from tokengrain.methods.qrm import (
     RewardModelCredit,
     ScoreStatistics,
     completion_statistics_of,
@@ -23,12 +26,7 @@ from tokengrain.credit.reward_model import (
     set_statistics,
     statistics_of,
 )
-from tokengrain.data import prepare_pairs
-from tokengrain.errors import DataError, ModelError
-from tokengrain.evaluation.best_of_n import score_completions
-from tokengrain.recipe.specs import LoraSpec, ModelSpec
-from tokengrain.training import read_log
-from tokengrain.training.reward_models import (
+from tokengrain.models import (
     load_reward_model,
     load_trained_reward_model,
     measure_completions,
@@ -37,6 +35,7 @@ from tokengrain.training.reward_models import (
     reward_model_from,
     save_statistics,
 )
+from tokengrain.specs import LoraSpec, ModelSpec
 
 FORMS = ("llama", "llama-tied", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox")
 

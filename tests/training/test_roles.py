@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
-from tokengrain import matrix
+from tokengrain import registry
 from tokengrain.batch import TokenBatch
-from tokengrain.credit import FunctionCredit
 from tokengrain.errors import RecipeError
-from tokengrain.objectives import make_objective
-from tokengrain.objectives.roles import make_role
-from tokengrain.scoring import FrozenReference
-from tokengrain.training.credit import CreditUse
-from tokengrain.training.losses import Judged, PreferenceLoss
+from tokengrain.loss import make_role
+from tokengrain.methods.baselines import FunctionCredit
+from tokengrain.registry import make_objective
+from tokengrain.scoring.reference import FrozenReference
+from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss
 
 
 def noise(batch: TokenBatch) -> Tensor:
@@ -103,7 +102,9 @@ def test_only_selected_tokens_are_scored(policy: Any, batch: TokenBatch) -> None
     assert seen == [int(torch.clamp((0.2 * lengths + 1e-9).floor(), min=1).sum())]
 
 
-ACCEPTED = [(objective, role) for objective in sorted(matrix.objectives()) for role in make_objective(objective).roles]
+ACCEPTED = [
+    (objective, role) for objective in sorted(registry.objectives()) for role in make_objective(objective).roles
+]
 
 
 @pytest.mark.parametrize(("objective", "role"), ACCEPTED, ids=lambda value: str(value))

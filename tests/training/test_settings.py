@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.training import PreferenceTrainer
+from tokengrain.training.trainer import PreferenceTrainer
 
 REFUSED: dict[str, Any] = {
     "deepspeed": {"zero_optimization": {"stage": 1}},

@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 from tests.training.test_trl_oracle import rows, tokenizer
 from tests.training.tiny import make_samples, make_trainer, tiny_llama, weights
 from tokengrain.batch import Sample, TokenBatch
-from tokengrain.data import load_rows, prepare_pairs
-from tokengrain.errors import DataError, RecipeError
-from tokengrain.objectives import make_objective
-from tokengrain.scoring import score
-from tokengrain.training import read_log
+from tokengrain.data.dataset import prepare_pairs
+from tokengrain.data.rows import load_rows
+from tokengrain.errors import DataError, RecipeError, read_log
+from tokengrain.registry import make_objective
+from tokengrain.scoring.score import score
 
 
 class Stream(torch.utils.data.IterableDataset):

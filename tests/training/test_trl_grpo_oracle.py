@@ -15,16 +15,15 @@ from torch import Tensor
 from tests.training.test_trl_oracle import tokenizer
 from tests.training.tiny import make_samples, tiny_llama
 from tokengrain.batch import Sample, TokenBatch
-from tokengrain.credit.group import group_advantages
-from tokengrain.objectives import make_objective
-from tokengrain.objectives.grpo import grpo_loss
-from tokengrain.objectives.gspo import gspo_loss
-from tokengrain.objectives.normalise import Counts, make_normaliser
-from tokengrain.objectives.output import LossOutput
-from tokengrain.rollout import PromptItem, Rollouts, SampledCompletion
-from tokengrain.scoring import score
-from tokengrain.training import read_log
-from tokengrain.training.online import OnlineConfig, OnlineTrainer
+from tokengrain.errors import read_log
+from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.methods.grpo import group_advantages, grpo_loss
+from tokengrain.methods.gspo import gspo_loss
+from tokengrain.registry import make_objective
+from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion
+from tokengrain.scoring.score import score
+from tokengrain.training.config import OnlineConfig
+from tokengrain.training.online import OnlineTrainer
 
 pytest.importorskip("trl")
 

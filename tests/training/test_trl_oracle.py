@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.training.tiny import make_trainer, tiny_llama
-from tokengrain.data import TokenizeConfig, prepare_pairs
-from tokengrain.objectives import make_objective
-from tokengrain.training import read_log
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs
+from tokengrain.errors import read_log
+from tokengrain.registry import make_objective
 
 pytest.importorskip("trl")
 

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.training import PreferenceConfig, PreferenceTrainer
+from tokengrain.training.config import PreferenceConfig
+from tokengrain.training.trainer import PreferenceTrainer
 
 VOCABULARY = 97
 

@@ -4,25 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from tests.vectors import (  # noqa: F401  (they register their adapters)
-    aligndistil,
-    ares,
-    dapo,
-    dcpo,
-    dpo,
-    dro,
-    grpo,
-    gspo,
-    qrm,
-    rrpo,
-    rto,
-    sepo,
-    simpo,
-    tdpo,
-    tgdpo,
-    thr,
-    treg,
-)
 from tests.vectors.runner import run_paths
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from tests.vectors.layout import from_logits
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch
-from tokengrain.objectives import Counts, Strength, aligndistil_loss, make_normaliser, teacher_strength
-from tokengrain.scoring import Distribution
+from tokengrain.loss import Counts, make_normaliser
+from tokengrain.methods.aligndistil import Strength, aligndistil_loss, teacher_strength
+from tokengrain.scoring.head import Distribution, Teacher
 from tokengrain.scoring.layouts import RowCosts, plan_rows
-from tokengrain.scoring.teacher import Teacher
 
 
 @adapter("aligndistil", "aligndistil_loss")

@@ -9,17 +9,8 @@ from torch import Tensor
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
-from tokengrain.credit.ares import (
-    EntropyShaping,
-    Observation,
-    SmoothShape,
-    difficulty,
-    lagrange_score,
-    lagrange_shaping,
-    lagrange_strengths,
-    smooth_score,
-)
-from tokengrain.credit.entropy_window import (
+from tokengrain.methods._clipped import kl_estimate
+from tokengrain.methods._entropy_window import (
     RunningThreshold,
     batch_threshold,
     completion_thresholds,
@@ -28,20 +19,26 @@ from tokengrain.credit.entropy_window import (
     segment_quantiles,
     topk_entropy,
 )
-from tokengrain.credit.group import GroupStatistics, group_advantages
-from tokengrain.credit.kl_control import (
+from tokengrain.methods._shaping import Moments
+from tokengrain.methods.aepo import (
     BUCKETS,
+    EntropyShaping,
     LinearBucketKL,
     LogBucketKL,
+    Observation,
+    SmoothShape,
     bucket_sums,
     controlled_kl,
+    difficulty,
     kl_token_weights,
+    lagrange_score,
+    lagrange_shaping,
+    lagrange_strengths,
     per_bucket,
+    smooth_score,
 )
-from tokengrain.credit.shaping import Moments
-from tokengrain.data.adacs import adacs_select
-from tokengrain.objectives.grpo import grpo_loss
-from tokengrain.objectives.kl import kl_estimate
+from tokengrain.methods.grpo import GroupStatistics, group_advantages, grpo_loss
+from tokengrain.rollout.sampler import adacs_select
 
 SHAPE = {"margin_frac": "margin", "kappa": "kappa", "temp": "temperature", "cap_scale": "cap", "wrong_gain": "wrong"}
 AVERAGES = {"token": ("sum", "token_mean"), "seq": ("mean", "mean")}

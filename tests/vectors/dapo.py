@@ -6,9 +6,8 @@ import torch
 
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
-from tokengrain.credit.group import informative_groups, overlong_penalty
-from tokengrain.objectives import make_normaliser
-from tokengrain.objectives.grpo import grpo_loss
+from tokengrain.loss import make_normaliser
+from tokengrain.methods.grpo import grpo_loss, informative_groups, overlong_penalty
 
 
 @adapter("dapo", "overlong_penalty")

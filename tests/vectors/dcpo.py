@@ -6,8 +6,7 @@ import torch
 
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
-from tokengrain.credit.dcpo import PromptHistory
-from tokengrain.objectives.dcpo import dcpo_bounds, dcpo_loss
+from tokengrain.methods.dcpo import PromptHistory, dcpo_bounds, dcpo_loss
 
 BOUNDS = ("epsilon_low", "epsilon_high", "ratio_max")
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.vectors.layout import Pairs, from_logits, logits_and_labels, pair_results
 from tests.vectors.runner import Case, adapter
-from tokengrain.objectives import dpo_loss
+from tokengrain.methods.dpo import dpo_loss
 
 # The vectors are from the DPO authors' code, where "ipo" is on summed log-ratios.
 LOSS_TYPES = {"ipo": "ipo_sum", "ipo_norm": "ipo"}

@@ -9,10 +9,18 @@ from tests.vectors.layout import from_logits
 from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
-from tokengrain.credit.group import group_advantages
-from tokengrain.credit.r3 import R3, Propagation, Rule, length_rewards, r3_rewards, repeat_for_rollouts
-from tokengrain.credit.r3_filter import filter_prompts, token_ranks, worst_ranks
-from tokengrain.objectives.grpo import grpo_loss
+from tokengrain.methods.dro import (
+    R3,
+    Propagation,
+    Rule,
+    filter_prompts,
+    length_rewards,
+    r3_rewards,
+    repeat_for_rollouts,
+    token_ranks,
+    worst_ranks,
+)
+from tokengrain.methods.grpo import group_advantages, grpo_loss
 
 RULES: dict[str, Rule] = {"threshold": "threshold", "top": "top", "top_fraction": "top", "fraction": "top"}
 KINDS = {"grpo": ("mean", "mean"), "dr_grpo": ("constant", "mean"), "dapo": ("sum", "token_mean")}

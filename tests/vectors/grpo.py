@@ -6,10 +6,9 @@ import torch
 
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
-from tokengrain.credit.group import group_advantages
-from tokengrain.objectives import make_normaliser
-from tokengrain.objectives.grpo import grpo_loss
-from tokengrain.objectives.kl import kl_estimate
+from tokengrain.loss import make_normaliser
+from tokengrain.methods._clipped import kl_estimate
+from tokengrain.methods.grpo import group_advantages, grpo_loss
 
 QUANTITIES = ("logps", "old_logps", "advantages", "ref_logps")
 

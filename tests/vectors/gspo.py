@@ -4,7 +4,7 @@ from typing import Any
 
 from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
-from tokengrain.objectives.gspo import gspo_loss
+from tokengrain.methods.gspo import gspo_loss
 
 
 @adapter("gspo", "loss")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.vectors.runner import Case
 from tokengrain.batch import Segments
-from tokengrain.objectives import Counts, LossOutput, make_normaliser
-from tokengrain.scoring import Distribution, Head, head_quantities
-from tokengrain.scoring.teacher import Teacher
+from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.scoring.fused import head_quantities
+from tokengrain.scoring.head import Distribution, Head, Teacher
 
 
 @dataclass

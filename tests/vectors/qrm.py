@@ -8,17 +8,11 @@ from torch import Tensor
 from tests.vectors.layout import Pairs, from_logits
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
-from tokengrain.credit import guide_token_rewards
-from tokengrain.credit.shaping import penalised, q_advantages, rescore_last, sampled_kl, scale_scores
-from tokengrain.objectives import (
-    Counts,
-    LossOutput,
-    make_normaliser,
-    ppo_policy_loss,
-    qrm_loss,
-    reinforce_loss,
-    value_loss,
-)
+from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.methods._shaping import penalised, q_advantages, rescore_last, sampled_kl, scale_scores
+from tokengrain.methods.ppo import ppo_policy_loss, reinforce_loss, value_loss
+from tokengrain.methods.qrm import qrm_loss
+from tokengrain.methods.tgdpo import guide_token_rewards
 
 KL_FORMS = {"abs_logratio": "abs"}
 

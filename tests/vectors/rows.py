@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tests.vectors.runner import Case
 from tokengrain.batch import Segments
-from tokengrain.objectives import Counts, LossOutput, make_normaliser
-from tokengrain.objectives.normalise import NormaliserName
+from tokengrain.loss import Counts, LossOutput, NormaliserName, make_normaliser
 
 
 @dataclass

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
-from tokengrain.credit.gae import gae, whiten
-from tokengrain.credit.kl_control import AdaptiveKL
-from tokengrain.credit.rto import RTORewards, Variant, rto_rewards
-from tokengrain.credit.shaping import Moments, scale_scores
-from tokengrain.objectives import ppo_policy_loss, value_loss
+from tokengrain.methods._shaping import Moments, scale_scores
+from tokengrain.methods.aepo import AdaptiveKL
+from tokengrain.methods.ppo import gae, ppo_policy_loss, value_loss, whiten
+from tokengrain.methods.rto import RTORewards, Variant, rto_rewards
 
 VARIANTS: dict[str, Variant] = {
     "rto": "rto",

@@ -8,9 +8,9 @@ from torch import Tensor
 from tests.vectors.layout import Pairs, from_logits, pair_results
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
-from tokengrain.credit import guide_token_rewards
-from tokengrain.objectives import LossOutput, select_tokens, sepo_loss
-from tokengrain.objectives.selection import token_ranks
+from tokengrain.loss import LossOutput, select_tokens, token_ranks
+from tokengrain.methods.sepo import sepo_loss
+from tokengrain.methods.tgdpo import guide_token_rewards
 
 SIDES = ("chosen", "rejected")
 

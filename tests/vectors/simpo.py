@@ -6,7 +6,9 @@ from torch import Tensor
 
 from tests.vectors.layout import Pairs, from_logits, logits_and_labels, pair_results
 from tests.vectors.runner import Case, adapter
-from tokengrain.objectives import make_normaliser, sft_loss, simpo_loss
+from tokengrain.loss import make_normaliser
+from tokengrain.methods.dpo import sft_loss
+from tokengrain.methods.simpo import simpo_loss
 
 
 def simpo_settings(case: Case, *more: str) -> dict[str, Any]:

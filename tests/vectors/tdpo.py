@@ -6,7 +6,7 @@ import torch
 
 from tests.vectors.layout import Pairs, from_logits, logits_and_labels, pair_results
 from tests.vectors.runner import Case, adapter
-from tokengrain.objectives import tdpo_loss
+from tokengrain.methods.tdpo import tdpo_loss
 
 
 @adapter("tdpo", "tdpo_from_logits")

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tests.vectors.layout import Pairs, from_logits, logits_and_labels, pair_results
 from tests.vectors.runner import Case, adapter
-from tokengrain.credit import guide_token_rewards
-from tokengrain.objectives import tgdpo_loss, token_weights
+from tokengrain.loss import token_weights
+from tokengrain.methods.tgdpo import guide_token_rewards, tgdpo_loss
 
 
 def _results(case: Case, pairs: Pairs, logps: Tensor, ref_logps: Tensor, guide: Tensor | None) -> dict[str, Any]:

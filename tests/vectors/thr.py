@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
-from tokengrain.credit.group import group_advantages
-from tokengrain.credit.thr import (
+from tokengrain.loss import LossOutput
+from tokengrain.methods.grpo import group_advantages, grpo_loss
+from tokengrain.methods.thr import (
     correct_influence,
     influence_threshold,
     nthr_eta,
@@ -17,9 +18,8 @@ from tokengrain.credit.thr import (
     thr_weights,
     token_hidden_rewards,
 )
-from tokengrain.objectives import LossOutput
-from tokengrain.objectives.grpo import grpo_loss
-from tokengrain.scoring import Head, head_quantities
+from tokengrain.scoring.fused import head_quantities
+from tokengrain.scoring.head import Head
 
 AGGREGATIONS = {"token_mean": ("sum", "token_mean"), "seq_mean": ("mean", "mean")}
 

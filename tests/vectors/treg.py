@@ -10,8 +10,8 @@ from tests.vectors.layout import Pairs, from_logits, pair_results
 from tests.vectors.runner import Case, adapter
 from tests.vectors.simpo import simpo_settings
 from tokengrain.batch import Segments
-from tokengrain.credit import contrastive_token_rewards
-from tokengrain.objectives import LossOutput, treg_loss, treg_simpo_loss
+from tokengrain.loss import LossOutput
+from tokengrain.methods.treg import contrastive_token_rewards, treg_loss, treg_simpo_loss
 
 
 @adapter("treg", "treg_dpo_loss")

@@ -8,19 +8,35 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokengrain.bench.measure import measure
-from tokengrain.credit.surprise import Surprise
-from tokengrain.errors import DataError, RecipeError
-from tokengrain.rewards import RewardSuite
-from tokengrain.rollout import HFGenerate, RolloutError, SampledCompletion, encode_prompts
+from tokengrain.bench.corruption import measure
+from tokengrain.errors import DataError, RecipeError, RolloutError
+from tokengrain.methods.baselines import Surprise
+from tokengrain.rewards.suite import RewardSuite
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import SampledCompletion, encode_prompts
 from tokengrain.worlds import load_world
-from tokengrain.worlds.arithmetic import correct, well_formed
-from tokengrain.worlds.arithmetic.audit import audit, is_correct
-from tokengrain.worlds.arithmetic.chains import CHECK, SLIP, misconceptions, shifted, write_chain
-from tokengrain.worlds.arithmetic.evaluation import stated_answer
-from tokengrain.worlds.arithmetic.options import SMALL, parse_levels
-from tokengrain.worlds.arithmetic.pretraining import WarmStart, warm_start
-from tokengrain.worlds.arithmetic.problems import EOS, SYMBOLS, Problem, make_problem, parse_prompt, problem_stream
+from tokengrain.worlds.arithmetic import (
+    CHECK,
+    SLIP,
+    SMALL,
+    SYMBOLS,
+    Problem,
+    WarmStart,
+    audit,
+    correct,
+    is_correct,
+    make_problem,
+    misconceptions,
+    parse_levels,
+    parse_prompt,
+    problem_stream,
+    shifted,
+    stated_answer,
+    warm_start,
+    well_formed,
+    write_chain,
+)
+from tokengrain.worlds.base_models import EOS
 
 SMALL_WORLD = "world://arithmetic?size=small"
 PROBLEM = parse_prompt("47a+8b-3c+9:")  # 55, 52, 61

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from tokengrain.worlds.stories import exact
-from tokengrain.worlds.stories.grammar import Grammar
-from tokengrain.worlds.stories.lexicon import SIZES
+from tokengrain.worlds import stories
+from tokengrain.worlds.stories_grammar import SIZES, Grammar
 
 SMALL = ("one-sentence", "one-phrase")
 
@@ -60,8 +59,8 @@ def test_optimum_equals_the_tilted_distribution_over_completions(enumerated, bet
     length = math.fsum(q * len(ids) for q, (ids, _, _) in zip(best, completions))
 
     where = prompt.table, prompt.start
-    assert float(exact.soft_values(grammar, beta)[where]) == pytest.approx(beta * math.log(z), abs=1e-10)
-    value = exact.evaluate_logp(grammar, exact.optimal_logp(grammar, beta))
+    assert float(stories.soft_values(grammar, beta)[where]) == pytest.approx(beta * math.log(z), abs=1e-10)
+    value = stories.evaluate_logp(grammar, stories.optimal_logp(grammar, beta))
     assert float(value.reward[where]) == pytest.approx(reward, abs=1e-9)
     assert float(value.kl[where]) == pytest.approx(kl, abs=1e-9)
     assert float(value.entropy[where]) == pytest.approx(entropy, abs=1e-9)
@@ -78,7 +77,7 @@ def test_advantage_of_every_token_from_prefix_sums(enumerated, beta):
             total, base = masses.get(ids[:n], (0.0, 0.0))
             masses[ids[:n]] = (total + p * math.exp(r / beta), base + p)
     level = {prefix: beta * math.log(total / base) for prefix, (total, base) in masses.items()}
-    advantages = exact.advantages(grammar, exact.soft_values(grammar, beta))
+    advantages = stories.advantages(grammar, stories.soft_values(grammar, beta))
     for ids, _, _ in completions[:: max(1, len(completions) // 60)]:
         walk = grammar.walk([prompt], torch.tensor([ids]))
         found = advantages[prompt.table, walk.states[0], torch.tensor(ids)]
@@ -90,9 +89,9 @@ def test_limit_of_the_sweep_is_the_best_completions_in_base_proportion(enumerate
     grammar, prompt, completions = enumerated
     top = max(r for _, _, r in completions)
     mass = math.fsum(p for _, p, r in completions if r > top - 1e-9)
-    value = exact.evaluate_logp(grammar, exact.optimal_logp(grammar, 0.0))
+    value = stories.evaluate_logp(grammar, stories.optimal_logp(grammar, 0.0))
     where = prompt.table, prompt.start
-    assert float(exact.soft_values(grammar, 0.0)[where]) == pytest.approx(top)
+    assert float(stories.soft_values(grammar, 0.0)[where]) == pytest.approx(top)
     assert float(value.reward[where]) == pytest.approx(top, abs=1e-9)
     assert float(value.kl[where]) == pytest.approx(-math.log(mass), abs=1e-9)
 
@@ -100,15 +99,15 @@ def test_limit_of_the_sweep_is_the_best_completions_in_base_proportion(enumerate
 @pytest.fixture(scope="module")
 def full():
     grammar = Grammar(SIZES["full"])
-    return grammar, exact.frontier(grammar)
+    return grammar, stories.frontier(grammar)
 
 
 @pytest.mark.parametrize("beta", [100.0, 10.0, 1.0, 0.3, 0.12])
 def test_frontier_by_derivative_equals_policy_evaluation(full, beta):
     grammar, frontier = full
-    at = exact.evaluate_logp(grammar, exact.optimal_logp(grammar, beta)).at_prompts(grammar)
+    at = stories.evaluate_logp(grammar, stories.optimal_logp(grammar, beta)).at_prompts(grammar)
     assert float(frontier.best_reward(at["kl"])) == pytest.approx(at["reward"], abs=2e-3)
-    betas = exact.BETAS.tolist()
+    betas = stories.BETAS.tolist()
     if any(math.isclose(beta, b) for b in betas):
         k = min(range(len(betas)), key=lambda i: abs(betas[i] - beta)) + 1
         assert frontier.kl[k] == pytest.approx(at["kl"], abs=1e-8)
@@ -116,9 +115,9 @@ def test_frontier_by_derivative_equals_policy_evaluation(full, beta):
 
 
 def test_sweep_ends_where_the_design_says():
-    assert len(exact.BETAS) == 120
-    assert float(exact.BETAS[0]) == pytest.approx(100)
-    assert float(exact.BETAS[-1]) == pytest.approx(0.12)
+    assert len(stories.BETAS) == 120
+    assert float(stories.BETAS[0]) == pytest.approx(100)
+    assert float(stories.BETAS[-1]) == pytest.approx(0.12)
 
 
 def test_frontier_starts_at_the_base_and_is_concave(full):
@@ -132,7 +131,7 @@ def test_frontier_starts_at_the_base_and_is_concave(full):
 
 def random_policies(grammar, n, generator):
     """Policies of very different kinds: noise, greedy for the next reward, close to the optimum."""
-    advantage = exact.edge_advantages(grammar, exact.soft_values(grammar, 1.0))
+    advantage = stories.edge_advantages(grammar, stories.soft_values(grammar, 1.0))
     for i in range(n):
         scale = 10 ** float(torch.empty(()).uniform_(-2, 1, generator=generator))
         noise = torch.randn(grammar.edge_logp.shape, generator=generator, dtype=torch.float64)
@@ -146,7 +145,7 @@ def test_no_policy_passes_the_frontier(full):
     grammar, frontier = full
     shares = []
     for logp in random_policies(grammar, 16, torch.Generator().manual_seed(0)):
-        at = exact.evaluate_logp(grammar, logp).at_prompts(grammar)
+        at = stories.evaluate_logp(grammar, logp).at_prompts(grammar)
         assert at["reward"] <= float(frontier.best_reward(at["kl"])) + 2e-3
         shares.append(float(frontier.share(at["reward"], at["kl"])))
     assert max(shares) > 0.95  # the test would see a frontier that lies too high

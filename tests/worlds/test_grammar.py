@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from tokengrain.errors import DataError
-from tokengrain.worlds.stories import exact
-from tokengrain.worlds.stories.grammar import Grammar
-from tokengrain.worlds.stories.lexicon import SIZES
-from tokengrain.worlds.stories.tokenizer import build_tokenizer
+from tokengrain.worlds import stories
+from tokengrain.worlds.stories import build_tokenizer
+from tokengrain.worlds.stories_grammar import SIZES, Grammar
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_base_tables_are_distributions(grammar):
 
 
 def test_base_text_is_worth_nothing_on_average(grammar):
-    at = exact.evaluate_logp(grammar, grammar.edge_logp).at_prompts(grammar)
+    at = stories.evaluate_logp(grammar, grammar.edge_logp).at_prompts(grammar)
     assert at["reward"] == pytest.approx(0, abs=1e-9)
     assert at["kl"] == pytest.approx(0, abs=1e-12)
     assert at["length"] == pytest.approx(22, abs=0.5)
@@ -119,7 +118,7 @@ def test_end_out_of_place_costs_one_and_finishes(grammar):
 
 
 def test_instructions_tilt_the_base(grammar):
-    values = exact.evaluate_logp(grammar, grammar.edge_logp).reward
+    values = stories.evaluate_logp(grammar, grammar.edge_logp).reward
     by_instruction = [
         torch.stack([values[p.table, p.start] for p in grammar.prompts[i : i + 12]]).mean() for i in (0, 12, 24)
     ]

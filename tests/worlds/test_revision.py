@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit.r3 import r3_rewards, variability
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.evaluation import auc
-from tokengrain.rollout import HFGenerate, encode_prompts
-from tokengrain.scoring import score
+from tokengrain.evaluation.credit import auc
+from tokengrain.methods.dro import r3_rewards, variability
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import encode_prompts
+from tokengrain.scoring.score import score
 from tokengrain.worlds import load_world
-from tokengrain.worlds.arithmetic.pretraining import new_model
-from tokengrain.worlds.arithmetic.problems import parse_prompt
-from tokengrain.worlds.revision import append_references, correct
-from tokengrain.worlds.revision.references import WORDS, write_reference
+from tokengrain.worlds.arithmetic import new_model, parse_prompt
+from tokengrain.worlds.revision import WORDS, append_references, correct, write_reference
 
 PROBLEM = parse_prompt("47a+8b-3:")
 

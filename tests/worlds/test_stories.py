@@ -8,13 +8,11 @@ import torch
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import RecipeError
-from tokengrain.recipe import DataSpec
-from tokengrain.training.inputs import open_rows
-from tokengrain.worlds import is_world, load_world
-from tokengrain.worlds.model_cache import ensure_model
-from tokengrain.worlds.stories import StoriesWorld, exact
-from tokengrain.worlds.stories.base_model import base_model_folder, ensure_base_model
-from tokengrain.worlds.stories.pretraining import Pretraining, pretrain
+from tokengrain.run.inputs import open_rows
+from tokengrain.specs import DataSpec
+from tokengrain.worlds import is_world, load_world, stories
+from tokengrain.worlds.base_models import ensure_model
+from tokengrain.worlds.stories import Pretraining, StoriesWorld, base_model_folder, ensure_base_model, pretrain
 
 SLACK = 1.6
 """Factor on 95 % intervals (about 3 standard errors), so that an unlucky seed does not fail a test."""
@@ -134,7 +132,7 @@ def test_annotated_rows_have_one_number_per_token(world):
 def test_advantages_telescope_to_reward_minus_value(world):
     rows = world.pairs(n=20)
     batch = world.token_batch(rows)
-    values = exact.soft_values(world.grammar, 1.0)
+    values = stories.soft_values(world.grammar, 1.0)
     starts = [world.grammar.parse_prompt(world.grammar.encode(r["prompt"])) for r in rows for _ in range(2)]
     expected = world.true_rewards(batch) - torch.tensor([float(values[p.table, p.start]) for p in starts])
     torch.testing.assert_close(batch.segments.sum(world.advantages(batch)), expected.float(), atol=1e-4, rtol=0)
@@ -235,7 +233,7 @@ def test_base_model_is_cached_whole_and_deterministic(tiny, tmp_path, monkeypatc
 
 
 def test_interrupted_training_leaves_nothing(tiny, tmp_path, monkeypatch):
-    import tokengrain.worlds.stories.base_model as module
+    from tokengrain.worlds import stories
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -243,7 +241,7 @@ def test_interrupted_training_leaves_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENGRAIN_CACHE", str(tmp_path))
     settings = Pretraining(steps=2, pool=64)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "pretrain", interrupted)
+        patch.setattr(stories, "pretrain", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ensure_base_model(tiny.grammar, settings)
     assert [p.name for p in (tmp_path / "worlds").iterdir() if p.suffix != ".lock"] == []
@@ -264,7 +262,7 @@ def test_full_base_model_is_close_to_the_grammar(world):
 def test_exact_optimum_lies_on_the_frontier(world, beta):
     base = world.optimal_model(math.inf)
     found = world.evaluate(world.optimal_model(beta), n=40, reference=base)
-    truth = exact.evaluate_logp(world.grammar, exact.optimal_logp(world.grammar, beta)).at_prompts(world.grammar)
+    truth = stories.evaluate_logp(world.grammar, stories.optimal_logp(world.grammar, beta)).at_prompts(world.grammar)
     for name in ("reward", "kl"):
         half = (found[f"{name}_high"] - found[f"{name}_low"]) / 2 * SLACK
         assert found[name] == pytest.approx(truth[name], abs=half)
@@ -306,7 +304,7 @@ def test_sums_over_the_vocabulary_agree_with_the_sampled_values(tiny):
     """Reward and KL of a flattened base model, from sums and from the sampled tokens."""
     from transformers import AutoModelForCausalLM
 
-    from tokengrain.worlds.stories.evaluation import completion_logps, rollout
+    from tokengrain.worlds.stories import completion_logps, rollout
 
     model = AutoModelForCausalLM.from_pretrained(tiny.base_model())
     with torch.no_grad():

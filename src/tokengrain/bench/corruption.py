@@ -2,18 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.bench.measure import credit_and_cost
-from tokengrain.errors import DataError, RecipeError
-from tokengrain.evaluation import auc, bootstrap, lowest_hits
+from tokengrain.bench.questions import ON_PAIRS, Question
+from tokengrain.errors import DataError, RecipeError, write_json
+from tokengrain.evaluation.credit import CreditTruth, auc, calibration, credit_scores, lowest_hits, pointing_scores
+from tokengrain.evaluation.statistics import bootstrap
+from tokengrain.settings import nearest
+
+if TYPE_CHECKING:
+    from tokengrain.run.build import Workshop
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a credit source costs and how well it agrees with the truth.
+
+MEASURE_PART = 64
+"""Prompts per call of a source."""
+
+
+@dataclass
+class Passes:
+    """Forward passes through the decoders of transformers models: how many, and over how many tokens."""
+
+    calls: int = 0
+    tokens: int = 0
+
+
+@contextmanager
+def counted_passes() -> Iterator[Passes]:
+    """Count the forward passes of all transformers models while the block runs, whoever calls them."""
+    from torch.nn.modules.module import register_module_forward_hook
+    from transformers import PreTrainedModel
+
+    found = Passes()
+
+    def count(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        # A model with a head calls its base model, and only a base model is its own `base_model`.
+        if isinstance(module, PreTrainedModel) and module.base_model is module:
+            found.calls += 1
+            last = getattr(output, "last_hidden_state", None)
+            found.tokens += last.shape[0] * last.shape[1] if last is not None else 0
+
+    handle = register_module_forward_hook(count)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def credit_of(source: Callable[[TokenBatch], Tensor], batch: TokenBatch, part: int = MEASURE_PART) -> Tensor:
+    """Credit of all counted tokens `[N]` on the CPU, `part` prompts at a time."""
+    return torch.cat([source(b).detach().float().cpu() for b in parts_of(batch, part)])
+
+
+def parts_of(batch: TokenBatch, part: int = MEASURE_PART) -> list[TokenBatch]:
+    """The batch cut into batches of `part` prompts, in order."""
+    return [batch.select(range(i, min(i + part, batch.n_prompts))) for i in range(0, batch.n_prompts, part)]
+
+
+def credit_and_cost(
+    source: Callable[[TokenBatch], Tensor], batch: TokenBatch, part: int = MEASURE_PART
+) -> tuple[Tensor, dict[str, float]]:
+    """Credit `[N]` of a source, and what it cost.
+
+    Returns:
+        The credit, and `seconds` per 1,000 credited tokens, `passes` through a model per call with `part`
+        prompts, `reads`, tokens that went through a model per credited token.
+    """
+    first = batch.select(range(min(part, batch.n_prompts)))
+    source(first.select([0]))  # what happens once, such as finding out how to score a model, is not its price
+    with counted_passes() as passes:
+        source(first)
+    start = time.perf_counter()
+    credit = credit_of(source, batch, part)
+    seconds = time.perf_counter() - start
+    return credit, {
+        "seconds": 1000 * seconds / batch.segments.total,
+        "passes": passes.calls,
+        "reads": passes.tokens / first.segments.total,
+    }
+
+
+def measure(
+    source: Callable[[TokenBatch], Tensor], truth: CreditTruth, question: Question = ON_PAIRS
+) -> tuple[dict[str, Any], Tensor]:
+    """One source on one world's completions.
+
+    Returns:
+        The numbers of `credit_scores` and `pointing_scores`, `bins` of `calibration` and those of
+        `credit_and_cost`; and the credit `[N]`.
+    """
+    batch, decided = truth.batch, truth.decisions
+    credit, cost = credit_and_cost(source, batch)
+    found: dict[str, Any] = credit_scores(credit, truth.advantages, decided, batch.segments)
+    marked = question.marked(truth.advantages)
+    found |= pointing_scores(credit, marked, decided, batch.segments, low=question.low)
+    bins = calibration(credit[decided], truth.advantages[decided], batch.segments.ids[decided]).bins
+    return found | cost | {"bins": bins}, credit
+
 
 How = Literal["random", "unlikely", "swap"]
 NEIGHBOURS = 3
@@ -103,8 +202,8 @@ class _Substitutes:
     """Per place, the half of the data's tokens that a model finds least likely."""
 
     def __init__(self, batch: TokenBatch, pool: Sequence[int], model: Any) -> None:
-        from tokengrain.scoring import distribution_of
-        from tokengrain.scoring.forward import evaluating
+        from tokengrain.scoring.model import evaluating
+        from tokengrain.scoring.score import distribution_of
 
         if model is None:
             raise RecipeError("corruption 'unlikely' needs a model")
@@ -121,7 +220,7 @@ class _Substitutes:
 
 
 def _seed(seed: int, ids: Sequence[int]) -> int:
-    from tokengrain.files import fingerprint
+    from tokengrain.errors import fingerprint
 
     return int(fingerprint([seed, list(ids)]), 16) >> 1
 
@@ -150,7 +249,7 @@ def _swapped(
     ids: Sequence[int], usable: Sequence[bool], tokenizer: Any, count: int, generator: torch.Generator
 ) -> tuple[list[int], list[int]]:
     """The ids with `count` pairs of neighbouring words exchanged, and all places of these words."""
-    from tokengrain.report.samples import token_texts
+    from tokengrain.data.tokens import token_texts
 
     texts = token_texts(tokenizer, ids)
     begins = [i for i, text in enumerate(texts) if i and text[:1].isspace()]
@@ -265,3 +364,233 @@ def _interval(values: Tensor, seed: int) -> dict[str, Any]:
         return {"mean": None, "low": None, "high": None, "answers": 0}
     found = bootstrap(lambda means: means[..., 0], known[:, None], resamples=1000, seed=seed)
     return {"mean": found.value, "low": found.low, "high": found.high, "answers": len(known)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The corruption test on a model and rows of one's own: where answers and credit sources come from.
+
+BASELINES = ("random", "surprise")
+OF_THE_START = ("surprise", "entropy", "contrastive")
+"""Sources that ask the starting model, unless told otherwise."""
+FROM_ROWS = ("column", "spans")
+"""Sources that repeat what stands in the rows."""
+RESULT = "credit.json"
+SHOWN = 4
+
+
+def bench_corruption(
+    model: str | None,
+    data: str,
+    *,
+    sources: Sequence[str] = (),
+    credit: Sequence[str | Callable[..., Any]] = (),
+    how: Sequence[str] = ("random",),
+    tokens: int = 2,
+    rows: int = 200,
+    seed: int = 0,
+    neighbours: int = NEIGHBOURS,
+    output: str | Path = "runs/bench/corruption",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """The corruption test on real text; `random` and `surprise` are always among the sources.
+
+    Args:
+        model: folder, hub name or world://: its tokenizer reads the rows, and it is the reference of sources
+            that need one (None: the model of the first run folder among the sources).
+        data: rows with good answers (of pairs the chosen ones): file, hub name or world://.
+        sources: each a name of a credit source, a recipe's `credit:` as YAML ("{name: guide, model: ...}"), or
+            a run folder, whose credit is taken (without one: its reward model's scores, or the log-ratio of its
+            policy to its start).
+        credit: your own: functions `(batch) -> [N]`, or import strings of them.
+        how, tokens, seed: see `corrupt`; one part of the result for each of `how`.
+        rows: at most so many answers.
+        neighbours: see `corruption_test`.
+        output: folder of `credit.json` and `credit.html`.
+        console: where progress is shown.
+
+    Returns:
+        The content of `credit.json`: `corruptions`, one entry per `how`, with `sources` as `corruption_test`
+        gives them.
+
+    Raises:
+        RecipeError: no model, an unknown source, or settings that a source does not have.
+    """
+    from rich.progress import track
+
+    from tokengrain.bench.page import write_markdown, write_page
+
+    console = console or Console(stderr=True)
+    model = model or _model_of_runs(sources)
+    shop, stage = _workshop(model, data, {"name": "surprise", "model": model}, rows)
+    tokenizer = shop.tokenizer(stage.model)
+    batch = _answers(shop, stage, rows)
+    from tokengrain.bench.sources import own_source
+
+    named = [_source(text, model, data) for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]]
+    for own in (own_source(c) for c in credit):
+        named.append((own.name, own.build(None)))  # type: ignore[arg-type]  # a function of one's own needs no bench
+    listed: dict[str, Callable[[TokenBatch], Tensor]] = {}
+    for name, source in named:
+        listed[name if name not in listed else f"{name} ({len(listed)})"] = source
+    parts: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    for way in track(how, description="corruptions", console=console, transient=True):
+        scorer = shop.frozen(stage.model) if way == "unlikely" else None
+        spoilt = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)  # type: ignore[arg-type]  # one of HOW
+        entries, values = corruption_test(listed, spoilt, neighbours=neighbours, seed=seed)
+        part = {"how": way, "chance_top1": chance_top1(spoilt), "left_out": spoilt.left_out, "sources": entries}
+        parts.append(part)
+        samples = samples or _samples(spoilt, tokenizer, values)
+    result = {
+        "kind": "bench-corruption",
+        "date": date.today().isoformat(),
+        "model": model,
+        "data": data,
+        "answers": batch.n_prompts,
+        "tokens": tokens,
+        "neighbours": neighbours,
+        "seed": seed,
+        "corruptions": parts,
+        "samples": samples,
+    }
+    write_json(Path(output) / RESULT, result)
+    write_page(result, Path(output))
+    write_markdown(result, Path(output))
+    return result
+
+
+def _model_of_runs(sources: Sequence[str]) -> str:
+    from tokengrain.recipe.load import load_recipe
+    from tokengrain.runs import is_run
+
+    for text in sources:
+        if is_run(text):
+            found = load_recipe(Path(text) / "recipe.yaml").model.path
+            if found is not None:
+                return found
+    raise RecipeError("the corruption test needs a model: give one with --model, or a run folder as a source")
+
+
+def _workshop(model: str, data: str, credit: Any, rows: int | None = None) -> tuple[Workshop, Any]:
+    """A recipe of one annotate stage with this credit, which loads what it names."""
+    from accelerate import PartialState
+
+    from tokengrain.recipe.load import make_recipe
+    from tokengrain.recipe.schema import resolve_stages
+    from tokengrain.run.build import Workshop
+
+    values = {
+        "method": "bench",
+        "model": {"path": model},
+        "data": {"train": data, "eval_fraction": 0.0, "limit": rows},
+        "output_dir": "runs/bench",
+        "stages": {"credit": {"kind": "annotate", "credit": credit}},
+    }
+    recipe = make_recipe(values, source="bench credit")
+    return Workshop(recipe, Console(quiet=True), PartialState()), resolve_stages(recipe)[-1]
+
+
+def _answers(shop: Workshop, stage: Any, rows: int) -> TokenBatch:
+    """The good answers, one per prompt."""
+    from tokengrain.data.dataset import prepare_sft
+    from tokengrain.models import load_config, positions
+    from tokengrain.run.inputs import open_rows, tokenize_config
+
+    found, _ = open_rows(stage.data, seed=0)
+    longest = positions(load_config(stage.model, shop.path(stage.model)))
+    config = tokenize_config(stage.data)
+    dataset = prepare_sft(found, shop.tokenizer(stage.model), config, model_positions=longest)
+    return TokenBatch.from_samples([dataset[i] for i in range(min(rows, len(dataset)))])
+
+
+def _source(text: str, model: str, data: str) -> tuple[str, Callable[[TokenBatch], Tensor]]:
+    """`(name, source)` of a name, a YAML mapping or a run folder."""
+    import yaml
+
+    from tokengrain.registry import CREDIT
+    from tokengrain.run.build import build_credit
+    from tokengrain.runs import is_run
+
+    if is_run(text):
+        return _of_run(Path(text))
+    try:
+        credit = yaml.safe_load(text)
+    except yaml.YAMLError:
+        credit = text
+    credit = {"name": credit} if isinstance(credit, str) else credit
+    if not isinstance(credit, dict):
+        raise RecipeError(f"credit source {text!r} is neither a name, a YAML mapping nor a run folder")
+    if credit.get("name") not in CREDIT:
+        raise RecipeError(f"unknown credit {credit.get('name')!r}{nearest(str(credit.get('name')), CREDIT)}")
+    if credit["name"] in OF_THE_START:
+        credit = {"model": model, **credit}
+    for needed in sorted(CREDIT[credit["name"]].objects & {"model", "reverse"}):
+        if needed not in credit:
+            example = f"'{{name: {credit['name']}, {needed}: PATH}}'"
+            raise RecipeError(f"credit {credit['name']!r} needs its {needed}: give {example}, or a run folder")
+    shop, stage = _workshop(model, data, credit)
+    return credit["name"], build_credit(stage, shop.tokenizer(stage.model), shop)
+
+
+def _of_run(path: Path) -> tuple[str, Callable[[TokenBatch], Tensor]]:
+    """The credit of a run's last stage that makes one; else the scores of its reward model, or the log-ratio of its
+    policy to where it started.
+
+    Credit that came with the run's own rows says nothing about others.
+    """
+    from accelerate import PartialState
+
+    from tokengrain.methods.tgdpo import GuideLogRatio
+    from tokengrain.recipe.load import load_recipe
+    from tokengrain.recipe.schema import credit_settings, resolve_stages
+    from tokengrain.run.build import Workshop, build_credit
+    from tokengrain.runs import read_run
+    from tokengrain.specs import ModelSpec
+
+    run = read_run(path)
+    recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
+    stages = resolve_stages(recipe)
+    shop = Workshop(recipe, Console(quiet=True), PartialState())
+    with_credit = [s for s in stages if s.credit is not None and credit_settings(s.credit)[0] not in FROM_ROWS]
+    if with_credit:
+        stage = with_credit[-1]
+        name, _ = credit_settings(stage.credit or {})
+        return f"{path.name}: {name}", build_credit(stage, shop.tokenizer(stage.model), shop)
+    final = next(stage for stage in stages if stage.name == run.final_stage.name)
+    if final.kind == "reward":
+        last = (final.objective or {}).get("pooling") == "last"
+        credit = {"name": "reward_model", "model": str(run.model_path), "broadcast": "last" if last else None}
+        return f"{path.name}: reward_model", build_credit(
+            replace(final, credit=credit), shop.tokenizer(final.model), shop
+        )
+    beta = (final.objective or {}).get("beta", 0.1)
+    policy = shop.frozen(ModelSpec(path=str(run.model_path)))
+    source = GuideLogRatio(model=policy, reference=shop.frozen(final.model), beta=beta)
+    return f"{path.name}: log-ratio", source
+
+
+def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+    """Heat maps of the first answers: clean beside corrupted; first of all which tokens were corrupted."""
+    from tokengrain.report.rows import collect_credit_samples
+
+    count = min(SHOWN, data.clean.n_prompts)
+    shown = {"corrupted tokens": (torch.zeros(len(data.marked)), -data.marked.float()), **credit}
+    batches = (data.clean, data.spoilt)
+    samples = [
+        Sample(
+            data.clean.prompt(i).tolist(),
+            [Completion(b.completion(i).tolist(), b.counted[_span(b, i)].tolist()) for b in batches],
+            row=data.clean.rows[i],
+        )
+        for i in range(count)
+    ]
+    pairs = {}
+    for name, values in shown.items():
+        before, now = (b.segments.split(v) for b, v in zip(batches, values, strict=True))
+        pairs[name] = torch.cat([part for i in range(count) for part in (before[i], now[i])])
+    return collect_credit_samples(TokenBatch.from_samples(samples), tokenizer, pairs)
+
+
+def _span(batch: TokenBatch, index: int) -> slice:
+    start, end = batch.completion_offsets[index : index + 2].tolist()
+    return slice(start, end)

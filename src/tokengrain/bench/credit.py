@@ -16,14 +16,11 @@ from urllib.parse import parse_qsl, urlencode
 
 from rich.console import Console
 
-from tokengrain.bench.log import append_line, repair_log
+from tokengrain.bench.page import append_line, repair_log, summarise
 from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, questions_of
-from tokengrain.bench.setting import Bench, BenchSource
-from tokengrain.bench.sources import SOURCES, chosen_sources, fit_sources, left_out, own_source
-from tokengrain.bench.summary import summarise
+from tokengrain.bench.sources import SOURCES, Bench, BenchSource, chosen_sources, fit_sources, left_out, own_source
 from tokengrain.bench.training import PAIRS
-from tokengrain.errors import RecipeError
-from tokengrain.files import fingerprint, read_log, write_json
+from tokengrain.errors import RecipeError, fingerprint, read_log, write_json
 from tokengrain.worlds import load_world
 
 FORMAT = 2
@@ -91,8 +88,7 @@ def bench_credit(
         RecipeError: unknown world, source or function; a source that has no answer in this world; a function that
             other processes cannot load; a number that is too small.
     """
-    from tokengrain.bench.markdown import write_markdown
-    from tokengrain.bench.page import write_page
+    from tokengrain.bench.page import write_markdown, write_page
 
     output, console = Path(output), console or Console(stderr=True)
     if seeds < 1 or jobs < 1:
@@ -236,9 +232,9 @@ def run_unit(
     after: Callable[[], None] = lambda: None,
 ) -> None:
     """The missing sources of one seed; appends one line each."""
-    from tokengrain.bench.measure import measure
-    from tokengrain.report import collect_credit_samples
-    from tokengrain.worlds.threads import single_thread
+    from tokengrain.bench.corruption import measure
+    from tokengrain.report.rows import collect_credit_samples
+    from tokengrain.worlds.base_models import single_thread
 
     world, question = load_world(unit.uri), QUESTIONS[unit.question]
     sources = [*chosen_sources(names, world), *(own_source(c) for c in credit)]

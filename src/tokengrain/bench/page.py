@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +12,126 @@ from rich import box
 from rich.table import Table
 
 from tokengrain.bench.questions import QUESTIONS
-from tokengrain.bench.tables import (
-    CHANCES,
-    COSTS,
-    TEXT_COLUMNS,
-    TEXT_NOTES,
-    TEXT_SHORT,
-    WORLD_GROUPS,
-    WORLD_SHORT,
-    Column,
-)
-from tokengrain.files import write_text
+from tokengrain.bench.sources import BenchSource
+from tokengrain.errors import read_log, write_text
+from tokengrain.evaluation.statistics import mean_of_runs
 from tokengrain.report.html import environment, fixed, heat_maps
-from tokengrain.report.samples import CreditSample, Side
+from tokengrain.report.rows import CreditSample, Side
 from tokengrain.report.svg import Series, line_chart
+
+# ----------------------------------------------------------------------------------------------------
+# Which numbers of `tokengrain bench credit` stand in which table, and what is said about them.
+
+Column = tuple[str, str, int]
+"""Heading, name of the measure, decimals."""
+
+Group = tuple[str, tuple[Column, ...], str]
+"""A table: title, columns, and the note under it."""
+
+SIZE: Group = (
+    "Size: calibration",
+    (("scale", "scale", 2), ("R²", "r2", 2), ("skill", "skill", 2), ("ECE", "ece", 3)),
+    "Scale: the factor that brings credit nearest to the truth; R²: what it then explains, below 0 if less than a "
+    "constant. Skill: how much better a logistic function of credit predicts that a token lowers the reward than the "
+    "base rate does (1 perfect, 0 nothing); ECE: how far its percentages are from the observed ones.",
+)
+COST: Group = (
+    "Cost",
+    (("s/1k", "seconds", 3), ("passes", "passes", 0), ("reads", "reads", 1), ("training s", "training_seconds", 0)),
+    "Cost: s/1k, seconds per 1,000 credited tokens on this machine; forward passes per call with 64 prompts; tokens "
+    "read by a model per credited token; seconds of training before there is any credit.",
+)
+WORLD_GROUPS: dict[str, tuple[Group, ...]] = {
+    "pairs": (
+        (
+            "Order: agreement with the exact advantage",
+            (
+                ("ρ", "spearman", 2),
+                ("AUC", "auc", 2),
+                ("AUC harm", "auc_harm", 2),
+                ("top-1", "top1", 2),
+                ("alarm", "alarm", 2),
+            ),
+            "Mean over seeds, ± half of the 95 % t interval. ρ: Spearman rank correlation with the exact soft "
+            "advantage over tokens at which something was decided. AUC: chance that a token with advantage above 0.3 "
+            "has more credit than one below −0.3. AUC harm: chance that a token below −0.3 has less credit than any "
+            "other decision token. top-1: in completions with a token below −0.3, how often the lowest credit is at "
+            "the lowest advantage. Alarm: chance that a completion with such a token has a lower lowest credit than "
+            "one without. Random credit reaches a top-1 of {top1_chance}.",
+        ),
+        SIZE,
+        COST,
+    ),
+    "chain": (
+        (
+            "Place: is the first wrong token found?",
+            (
+                ("AUC inside", "auc_inside", 2),
+                ("top-1", "place1", 2),
+                ("top-3", "place3", 2),
+                ("share", "share", 2),
+                ("AUC harm", "auc_harm", 2),
+                ("ρ", "spearman", 2),
+            ),
+            "Mean over seeds, ± half of the 95 % t interval, on groups of samples with right and wrong ones. AUC "
+            "inside: chance that the first wrong token has less credit than another decision token of the same "
+            "completion; an outcome that is spread over a completion has 0.5. top-1, top-3: how often it has the "
+            "lowest credit of all tokens of its completion, or is among the three lowest; random credit: "
+            "{place1_chance} and {place3_chance}. Share: its part of the completion's sum of |credit|; uniform "
+            "credit: {place1_chance}. AUC harm: as AUC inside, against the decision tokens of all completions, right "
+            "ones too. ρ: rank correlation with −1 at the first wrong token and 0 at other decision tokens.",
+        ),
+        SIZE,
+        COST,
+    ),
+    "reference": (
+        (
+            "Reference: are the tokens found that depend on the reasoning?",
+            (
+                ("AUC", "auc", 2),
+                ("AUC inside", "auc_inside", 2),
+                ("top-1", "place1", 2),
+                ("top-3", "place3", 2),
+                ("share", "share", 2),
+            ),
+            "Mean over seeds, ± half of the 95 % t interval. The tokens are those of the reference answer behind each "
+            "sampled chain. AUC: chance that a token which depends on the reasoning has more credit than one that "
+            "does not; inside: in the same reference. top-1: how often such a token has the highest credit of its "
+            "reference; top-3: how many of the three highest are such tokens; random credit: {place1_chance}. Share: "
+            "of the sum of |credit|, what lies on them; uniform credit: {place1_chance}.",
+        ),
+        COST,
+    ),
+}
+TEXT_COLUMNS: tuple[Column, ...] = (
+    ("AUC", "auc", 2),
+    ("AUC neighbours", "auc_neighbours", 2),
+    ("AUC elsewhere", "auc_elsewhere", 2),
+    ("drop", "drop", 2),
+    ("drop neighbours", "drop_neighbours", 2),
+    ("drop elsewhere", "drop_elsewhere", 2),
+    ("top-1", "top1", 2),
+    ("top-k", "topk", 2),
+)
+TEXT_NOTES = (
+    "Mean over answers with its 95 % bootstrap interval. AUC: chance that a corrupted token has lower credit than an "
+    "untouched one of the same answer; then against its next few neighbours only, and against all others only. Drop: "
+    "credit in the clean answer minus credit in the corrupted one at the same place, in standard deviations of the "
+    "source; then at the neighbours, and at later untouched tokens. top-1, top-k: share of the lowest token, and of "
+    "the k lowest, that are corrupted.",
+    "A source that is no better than surprise has found what is unusual, not what is wrong.",
+)
+CHANCES = ("top1_chance", "place1_chance", "place3_chance")
+"""What notes are filled with."""
+
+# In a terminal.
+WORLD_SHORT = {
+    "pairs": ("spearman", "auc", "top1", "skill", "seconds", "passes"),
+    "chain": ("auc_inside", "place1", "place3", "share", "seconds", "passes"),
+    "reference": ("auc", "auc_inside", "place3", "share", "seconds", "passes"),
+}
+TEXT_SHORT = ("auc", "drop", "drop_neighbours", "top1")
+COSTS = ("seconds", "passes", "reads", "training_seconds")
 
 PAGE = "credit.html"
 FACTS = (
@@ -195,3 +302,96 @@ def _short(measure: Mapping[str, Any], name: str, decimals: int) -> str:
     around = re.sub(r"(?<!\d)0\.", ".", around).replace("± ", "±").replace(" to ", "–")
     around = f"({around})" if around and not around.startswith("±") else around
     return f"{fixed(measure['mean'], decimals)} {around}".strip()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Single runs of `tokengrain bench credit` as one entry per source: means over seeds with their intervals.
+
+MEASURES = (
+    "spearman", "auc", "auc_harm", "top1", "top1_chance", "alarm", "scale", "r2", "ece", "skill",
+    "auc_inside", "place1", "place3", "share", "place1_chance", "place3_chance",
+    "seconds", "passes", "reads", "training_seconds",
+)  # fmt: skip
+
+
+def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) -> list[dict[str, Any]]:
+    """One entry per regime, question and source, the best first."""
+    entries = []
+    parts = list(dict.fromkeys((run["regime"], run["question"]) for run in runs))
+    for regime, question in parts:
+        for source in sources:
+            mine = [r for r in runs if (r["regime"], r["question"], r["source"]) == (regime, question, source.name)]
+            if not mine:
+                continue
+            mine.sort(key=lambda r: r["seed"])
+            measures = {m: _over_seeds([r[m] for r in mine]) for m in MEASURES}
+            about = {"regime": regime, "question": question, "source": source.name, "kind": source.kind}
+            about |= {"what": source.what, "trains": list(source.trains), "seeds": len(mine)}
+            entries.append({**about, "measures": measures})
+    order = {part: i for i, part in enumerate(parts)}
+
+    def place(entry: dict[str, Any]) -> tuple[int, float]:
+        best = entry["measures"][QUESTIONS[entry["question"]].ranked_by]
+        return order[entry["regime"], entry["question"]], -_sortable(best)
+
+    return sorted(entries, key=place)
+
+
+def _sortable(measure: dict[str, Any]) -> float:
+    return -2.0 if measure["mean"] is None else measure["mean"]
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, 95 % t interval and the values; a measure that is not defined in some seed has neither."""
+    known = [float(v) for v in values if v is not None]
+    if len(known) < len(values) or not known:
+        return {"mean": None, "low": None, "high": None, "by_seed": list(values)}
+    found = mean_of_runs(known) if len(known) > 1 else None
+    mean = found.value if found else known[0]
+    return {"mean": mean, "low": found and found.low, "high": found and found.high, "by_seed": known}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The result of `tokengrain bench credit` as Markdown: the tables of the page, without the heat maps.
+
+MARKDOWN = "credit.md"
+
+
+def write_markdown(result: Mapping[str, Any], folder: Path) -> Path:
+    """Write the tables of a result of `bench_credit` or `bench_corruption` into a folder; returns the path."""
+    path = folder / MARKDOWN
+    write_text(path, markdown(result))
+    return path
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The tables with their notes, and how they were made."""
+    values = page_values(result)
+    facts = ", ".join(f"{name} {result[name]}" for name in FACTS if result.get(name) is not None)
+    lines = [f"# {values['title']}", "", values["subtitle"], "", f"`tokengrain bench credit`: {facts}.", ""]
+    for table in values["tables"]:
+        lines += [f"## {table['title']}", "", "| " + " | ".join(table["columns"]) + " |"]
+        lines.append("|" + "---|" * len(table["columns"]))
+        for name, *cells in table["rows"]:
+            shown = [f"{mean} {around}".strip() for mean, around in cells]
+            lines.append(f"| {' | '.join([name, *shown])} |")
+        for note in table["notes"]:
+            lines += ["", note]
+        lines.append("")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------
+# A log of finished runs, one JSON object per line, that several processes write and a kill does not spoil.
+
+
+def append_line(log: Path, line: dict[str, Any]) -> None:
+    """Append one line in one write, so that lines of several processes do not mix."""
+    with log.open("ab", buffering=0) as file:
+        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def repair_log(log: Path) -> None:
+    """Take out a line that was cut off, so that the next one does not stick to it."""
+    if log.exists() and not log.read_bytes().endswith(b"\n"):
+        write_text(log, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in read_log(log)))

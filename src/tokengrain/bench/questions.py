@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,13 @@ from torch import Tensor
 from tokengrain.batch import TokenBatch
 from tokengrain.bench.training import STEPS
 from tokengrain.errors import TokengrainError
-from tokengrain.evaluation import CreditTruth
-from tokengrain.evaluation.credit import AUC_MARGIN
+from tokengrain.evaluation.credit import AUC_MARGIN, CreditTruth
+from tokengrain.method import RolloutStep
+from tokengrain.training.rollout import OLD_LOGPS, RolloutScorer
 
 if TYPE_CHECKING:
-    from tokengrain.rollout import PromptItem, SampledCompletion
-    from tokengrain.worlds.arithmetic.world import ArithmeticWorld
+    from tokengrain.rollout.sampler import PromptItem, SampledCompletion
+    from tokengrain.worlds.arithmetic import ArithmeticWorld
     from tokengrain.worlds.revision import RevisionWorld
 
 GENERATIONS = 8
@@ -73,7 +74,7 @@ class Question:
 
 def questions_of(world: Any) -> list[Question]:
     """The questions that a world has an answer to."""
-    from tokengrain.worlds.arithmetic.world import ArithmeticWorld
+    from tokengrain.worlds.arithmetic import ArithmeticWorld
     from tokengrain.worlds.revision import RevisionWorld
 
     if isinstance(world, RevisionWorld):
@@ -90,7 +91,7 @@ def _pairs(world: Any, draw: Draw) -> CreditTruth:
 
 def _chains(world: ArithmeticWorld, draw: Draw) -> CreditTruth:
     """Groups of the base model's samples, with the culprit of every wrong one."""
-    from tokengrain.worlds.arithmetic.credit import decisions
+    from tokengrain.worlds.arithmetic import decisions
 
     batch = mixed_groups(world, draw)
     truth = world.advantages(batch)
@@ -121,8 +122,9 @@ def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
     Raises:
         TokengrainError: the model is hardly ever both right and wrong on a prompt.
     """
-    from tokengrain.rollout import HFGenerate, Rollouts
-    from tokengrain.worlds.arithmetic.problems import seed_of
+    from tokengrain.rollout.local import HFGenerate
+    from tokengrain.rollout.sampler import Rollouts
+    from tokengrain.worlds.arithmetic import seed_of
 
     wanted = draw.prompts or GROUPS[world.options.size]
     sampler, sampling = HFGenerate(world.reference), world.sampling(seed_of("bench", draw.seed))
@@ -172,3 +174,113 @@ ON_REFERENCES = Question(
     sides=("after a right chain", "after a wrong chain"),
 )
 QUESTIONS = {q.name: q for q in (ON_PAIRS, ON_CHAINS, ON_REFERENCES)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Credit steps of online training as credit sources: one adapter, and the critic that one of them needs.
+
+MAX_TOKENS = 8192
+"""Tokens of one forward pass."""
+
+
+class OnlineCredit:
+    """Credit of sampled completions as the steps of online training give it in the first rollout.
+
+    The policy is the world's base model, which is also the reference; completions are graded by the world's reward.
+    Every call is a rollout of its own, with steps without a past.
+
+    Args:
+        world: `arithmetic` or `revision`.
+        steps: credit steps as `resolve_steps` takes them, in order; made anew for every call.
+        read: what of the rollout is the credit, `[N]`; it may also look at the steps.
+        critic: gives `values`, if a step needs them.
+    """
+
+    def __init__(
+        self,
+        world: Any,
+        steps: Callable[[], Sequence[Any]],
+        read: Callable[[RolloutStep, Sequence[Any]], Tensor],
+        *,
+        needs: frozenset[str] = frozenset(),
+        critic: Any = None,
+    ) -> None:
+        self.world, self.steps, self.read, self.needs, self.critic = world, steps, read, needs, critic
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        from tokengrain.registry import resolve_steps
+
+        steps = resolve_steps(self.steps())
+        needs = {OLD_LOGPS, *self.needs, *(name for step in steps for name in step.needs)}
+        rollout = self._rollout(batch, needs)
+        for step in steps:
+            step(rollout)
+        return self.read(rollout, steps)
+
+    def _rollout(self, batch: TokenBatch, needs: set[str]) -> RolloutStep:
+        from contextlib import nullcontext
+
+        from tokengrain.scoring.score import head_of
+
+        world = self.world
+        texts = [world.decode(batch.prompt(g).tolist()) for g in batch.group.tolist()]
+        ids = [batch.completion(c).tolist() for c in range(batch.n_completions)]
+        rewards = torch.tensor(world.reward(texts, [""] * len(ids), ids))
+        rollout = RolloutStep(
+            batch=batch.with_columns(),  # steps add columns of their own
+            rewards=rewards,
+            by_name={"world": rewards},
+            prompt_ids=batch.rows,
+            index=0,
+            correct=rewards > 0.5,
+            max_new_tokens=world.max_new_tokens,
+            max_tokens=MAX_TOKENS,
+            model=world.reference,
+            head_of=lambda: head_of(world.reference).detach(),
+        )
+        scorer = RolloutScorer(
+            world.reference, None, self.critic, max_tokens=MAX_TOKENS, mixed_precision=nullcontext, options={}
+        )
+        scorer.add(rollout, needs - {"ref_logps"})
+        rollout.quantities["ref_logps"] = rollout.quantity(OLD_LOGPS)  # nothing has been trained yet
+        return rollout
+
+
+def column(name: str) -> Callable[[RolloutStep, Sequence[Any]], Tensor]:
+    """Reads a column that a step left in the rollout."""
+    return lambda rollout, steps: rollout.quantity(name)
+
+
+def advantages(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+    """Reads what the policy's loss would get."""
+    assert rollout.advantages is not None  # one of the steps sets them
+    return rollout.advantages
+
+
+def train_critic(
+    world: Any, *, seed: int, steps: int, generations: int, prompts: int = 8, learning_rate: float = 1e-3
+) -> Any:
+    """A critic that starts from the base model and learns the outcomes of its samples on the training prompts.
+
+    Args:
+        seed: of samples, order and the head's first weights.
+        steps: updates, of `prompts` prompts with `generations` completions each.
+    """
+    from tokengrain.rollout.local import HFGenerate
+    from tokengrain.training.critic import Critic
+    from tokengrain.worlds.arithmetic import parse_prompt, rng_of, seed_of
+
+    items = world.items([parse_prompt(row["prompt"]) for row in world.prompts()])
+    sampling = world.sampling(seed_of("critic", seed))
+    batch = HFGenerate(world.reference).sample(items, n=generations, sampling=sampling).to_batch()
+    outcomes: Mapping[str, Any] = {"name": "gae", "lam": 1.0, "use_values": False, "whiten": False}
+    returns = OnlineCredit(world, lambda: [outcomes], column("returns"))(batch)
+    batch = batch.with_columns(returns=returns)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        critic = Critic(world.reference, lr=learning_rate, clip_range=None, max_tokens_per_microbatch=MAX_TOKENS)
+    critic.begin(max_steps=steps)
+    rng = rng_of("critic", seed)
+    for _ in range(steps):
+        critic.update(batch.select(sorted(rng.sample(range(batch.n_prompts), min(prompts, batch.n_prompts)))))
+    return critic

@@ -9,10 +9,8 @@ from typing import Any
 from tokengrain.batch import Completion, Sample
 from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig
 from tokengrain.data.formats import Example
-from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker
-from tokengrain.data.render import Rendered, Renderer
-from tokengrain.data.rewards import token_column
-from tokengrain.data.tokenize import Encoder, Tokens, seam
+from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker, token_column
+from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
 
 
 @dataclass

@@ -5,16 +5,338 @@
 
 from __future__ import annotations
 
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BufferedIOBase
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import Any, Literal, NamedTuple, overload
 
-from tokengrain.data.lines import Record, row_label
-from tokengrain.data.readers import read_file
-from tokengrain.errors import DataError
-from tokengrain.files import fingerprint
+from tokengrain.data.config import RowError
+from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerprint, shown
+
+# ----------------------------------------------------------------------------------------------------
+# Files of text as bytes and numbered lines, gunzipped; damage is a `DataError` that says where it is.
+
+
+class Record(NamedTuple):
+    """One row: its fields, the file it came from, its number in that file (from 0), its line (from 1)."""
+
+    fields: Any
+    file: str
+    row: int
+    line: int | None = None
+
+
+def row_label(row: int, line: int | None) -> str:
+    return str(row) if line is None else f"{row} (line {line})"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedIOBase]:
+    """The file's bytes, gunzipped if its name ends in .gz; damage becomes a `DataError`."""
+    try:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(path, "rb") as stream:
+                yield stream
+        else:
+            with open(path, "rb") as stream:
+                yield stream
+    except EOFError as error:
+        raise DataError(
+            "gzip file is truncated", file=path, value=str(error), expected="a complete gzip file"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError("gzip file is damaged", file=path, value=str(error), expected="a complete gzip file") from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", file=path) from error
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text with its line end)."""
+    with opened(path) as stream:
+        position = 0
+        for number, line in enumerate(stream, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise utf8_error(path, error, position, number) from error
+            position += len(line)
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+
+def utf8_error(path: Path, error: UnicodeDecodeError, position: int, line: int) -> DataError:
+    return DataError(
+        f"broken UTF-8 at byte {position + error.start} (line {line}): {error.reason}",
+        file=path,
+        value=error.object[max(0, error.start - 12) : error.end + 12],
+        expected="text encoded as UTF-8",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rows of JSON: lines, or one array that is decoded row by row as it is read.
+
+CHUNK = 1 << 20
+# A JSON error nearer than this to the end of what was read may only mean that more must be read.
+TAIL = 64
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """A row per line; blank lines are passed over."""
+    row = 0
+    for number, text in lines(path):
+        if not text.strip():
+            continue
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _json_error(path, row, number, error.pos + 1, text, error.pos, error.msg) from error
+        except (RecursionError, ValueError) as error:
+            raise _json_error(path, row, number, 1, text, 0, _too_much(error)) from error
+        yield Record(fields, str(path), row, number)
+        row += 1
+
+
+def read_json(path: Path) -> Iterator[Record]:
+    """A JSON array of rows, or JSON lines under the name `.json` (as many tools write them)."""
+    with opened(path) as stream:
+        first = b""
+        while not first.strip(b"\xef\xbb\xbf \t\r\n") and (block := stream.read(CHUNK)):
+            first = block
+        if first.strip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            stream.seek(0)
+            yield from _array_rows(path, stream)
+            return
+    yield from read_jsonl(path)
+
+
+class _Text:
+    """A window on the text of a file: what was read and not yet consumed, and where that is."""
+
+    def __init__(self, path: Path, stream: BufferedIOBase) -> None:
+        self.path, self.stream = path, stream
+        self.text, self.position = "", 0
+        # Lines are counted up to `_counted`; `_line_start` is where the line it lies in begins.
+        self._line, self._line_start, self._counted = 1, 0, 0
+        self._bytes, self._rest = 0, b""
+
+    def more(self) -> bool:
+        """Read as much again as is left (at least a chunk); False, and no change, at the end of the file."""
+        block = self.stream.read(max(CHUNK, len(self.text) - self.position))
+        data = self._rest + block
+        if not data:
+            return False
+        try:
+            new, self._rest = data.decode("utf-8"), b""
+        except UnicodeDecodeError as error:
+            if not block or len(data) - error.start > 3:  # else: a character cut by the end of the block
+                line = self.where(len(self.text))[0] + data[: error.start].count(b"\n")
+                raise utf8_error(self.path, error, self._bytes, line) from error
+            new, self._rest = data[: error.start].decode("utf-8"), data[error.start :]
+        if not self._bytes:
+            new = new.removeprefix("\ufeff")
+        self._bytes += len(data) - len(self._rest)
+        self.where(self.position, keep=True)
+        self.text = self.text[self.position :] + new
+        self._line_start -= self.position
+        self.position = self._counted = 0
+        return True
+
+    def where(self, position: int, keep: bool = False) -> tuple[int, int]:
+        """(line, column), both from 1, of a position in `text`, not before the last one to `keep`."""
+        line = self._line + self.text.count("\n", self._counted, position)
+        newline = self.text.rfind("\n", self._counted, position)
+        start = newline + 1 if newline >= 0 else self._line_start
+        if keep:
+            self._line, self._line_start, self._counted = line, start, position
+        return line, position - start + 1
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self.more():
+                return ""
+
+    def error(self, row: int, position: int, why: str) -> DataError:
+        return _json_error(self.path, row, *self.where(position), self.text, position, why)
+
+
+def _array_rows(path: Path, stream: BufferedIOBase) -> Iterator[Record]:
+    decode = json.JSONDecoder().raw_decode
+    source = _Text(path, stream)
+    source.peek()
+    source.position += 1  # the opening bracket
+    row = 0
+    if source.peek() == "]":
+        return
+    while True:
+        if not source.peek():
+            raise source.error(row, source.position, "the array is not closed")
+        try:
+            fields, end = decode(source.text, source.position)
+        except json.JSONDecodeError as error:
+            unfinished = error.msg.startswith("Unterminated") or error.pos > len(source.text) - TAIL
+            if unfinished and source.more():
+                continue
+            raise source.error(row, error.pos, error.msg) from error
+        except (RecursionError, ValueError) as error:
+            raise source.error(row, source.position, _too_much(error)) from error
+        line, _ = source.where(source.position, keep=True)
+        source.position = end
+        yield Record(fields, str(path), row, line)
+        row += 1
+        separator = source.peek()
+        if separator not in (",", "]"):
+            why = f"expected ',' or ']' behind a row, got {separator!r}" if separator else "the array is not closed"
+            raise source.error(row, source.position, why)
+        source.position += 1
+        if separator == "]":
+            if source.peek():
+                raise source.error(row, source.position, "text behind the end of the array")
+            return
+
+
+def _too_much(error: Exception) -> str:
+    """JSON that Python will not read: brackets nested too deeply, or a whole number of thousands of digits."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _json_error(path: Path, row: int, line: int, column: int, text: str, position: int, why: str) -> DataError:
+    return DataError(
+        f"malformed JSON at line {line}, column {column}: {why}",
+        file=path,
+        row=row,
+        value=text[max(0, position - 30) : position + 30],
+        expected="one JSON object per row",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, each also gzipped.
+#
+# Every reader is a generator of `Record`s that holds one row, line or batch in memory, never the file.
+# Damage is a `DataError` that says where in the file it is.
+
+
+def file_kind(path: Path) -> str | None:
+    """The format by suffix ("jsonl", "json", "csv", "parquet"), `.gz` aside; None if it is another."""
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
+        suffixes[-1] if suffixes else ""
+    )
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """The rows of one file."""
+    kind = file_kind(path)
+    if kind is None:
+        raise DataError(
+            "is not of a known format",
+            file=path,
+            value="".join(path.suffixes),
+            expected=".jsonl, .json, .csv or .parquet (each also with .gz)",
+        )
+    reader: Callable[[Path], Iterator[Record]] = {
+        "jsonl": read_jsonl,
+        "json": read_json,
+        "csv": _read_csv,
+        "parquet": _read_parquet,
+    }[kind]
+    return reader(path)
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)  # the default refuses fields beyond 128 KiB
+    reader = csv.reader((text for _, text in lines(path)), strict=True)
+    row = -1
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        repeated = [name for name in header if header.count(name) > 1]
+        if repeated:
+            raise DataError("column name is repeated in the header", file=path, value=repeated[0])
+        for values in reader:
+            if not values:  # a blank line
+                continue
+            row += 1
+            if len(values) != len(header):
+                raise DataError(
+                    "row has another number of fields than the header",
+                    file=path,
+                    row=row_label(row, reader.line_num),
+                    value=len(values),
+                    expected=f"{len(header)} ({', '.join(header)})",
+                )
+            yield Record(dict(zip(header, values)), str(path), row)
+    except csv.Error as error:
+        label = row_label(row + 1, reader.line_num)
+        raise DataError(f"malformed CSV: {error}", file=path, row=label, expected="comma-separated values") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with opened(path) as stream, tempfile.TemporaryFile() as unzipped:
+        if path.suffix.lower() == ".gz":  # parquet is read from its end, which a gzip stream cannot do
+            shutil.copyfileobj(stream, unzipped)
+            unzipped.seek(0)
+            stream = unzipped
+        try:
+            row = 0
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+                columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
+                for index, fields in enumerate(_parquet_rows(path, columns, row, batch.num_rows)):
+                    yield Record(fields, str(path), row + index)
+                row += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"damaged parquet file: {error}", file=path, expected="a complete parquet file") from error
+
+
+def _parquet_rows(path: Path, columns: dict[str, Any], start: int, count: int) -> list[dict[str, Any]]:
+    values = {}
+    for name, column in columns.items():
+        try:
+            values[name] = column.to_pylist()
+        except UnicodeDecodeError:
+            values[name] = [_parquet_value(path, name, start + i, column[i]) for i in range(count)]
+    return [{name: column[i] for name, column in values.items()} for i in range(count)]
+
+
+def _parquet_value(path: Path, field: str, row: int, value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"broken UTF-8 at byte {error.start} of the text: {error.reason}",
+            file=path,
+            row=row,
+            field=field,
+            value=error.object[max(0, error.start - 12) : error.end + 12],
+            expected="text encoded as UTF-8",
+        ) from error
 
 
 class Rows(ABC):
@@ -150,3 +472,270 @@ class IteratedRows(RowStream):
             yield number, fields
         if number < 0:
             raise DataError("there are no rows", file=self.name, expected="at least one row")
+
+
+# ----------------------------------------------------------------------------------------------------
+# `load_rows`: any source of rows as one type, `Rows`.
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+KNOWN_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
+
+
+@overload
+def load_rows(source: Any, *, split: str | None = ..., streaming: Literal[True]) -> RowStream: ...
+@overload
+def load_rows(source: Any, *, split: str | None = ..., streaming: bool = ...) -> Rows: ...
+def load_rows(source: Any, *, split: str | None = None, streaming: bool = False) -> Rows:
+    """Rows from a source, whatever it is.
+
+    Args:
+        source: a path of a .jsonl, .json (an array, or lines), .csv or .parquet file, each also gzipped; a
+            folder of such files, or one written by `datasets.save_to_disk`; a list of mappings; a
+            `datasets.Dataset`, `IterableDataset` or dictionary of them; or, where no such path exists, the
+            name of a dataset on the hub. A `Rows` is returned as it is.
+        split: which split of a folder (files whose names begin with it), dataset dictionary or hub dataset.
+            Default: the only one, or "train".
+        streaming: read rows as they are asked for; for sets larger than memory.
+
+    Raises:
+        DataError: there is no such source, it is empty, or it is damaged (streaming: once read that far).
+    """
+    if isinstance(source, Rows):
+        return source
+    if isinstance(source, (str, PathLike)):
+        return _from_name(source, split, streaming)
+    if type(source).__module__.split(".")[0] == "datasets":
+        return _from_datasets(source, "dataset", split, streaming)
+    if isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
+        if split is not None:
+            raise DataError("a list of rows has no splits", file="list of rows", value=split, expected="split: none")
+        return StoredRows("list of rows", source, lambda: fingerprint(list(source)))
+    raise DataError(
+        "this is not a source of rows",
+        value=type(source).__name__,
+        expected="a path, a list of mappings, a datasets.Dataset or a hub name",
+    )
+
+
+def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, StoredRows]:
+    """Split rows at random into (training, evaluation); the same for the same number of rows and seed.
+
+    Args:
+        rows: `Rows` or a source for `load_rows`, not streaming.
+        eval_fraction: share of the rows for evaluation, between 0 and 1; at least one row on either side.
+        seed: of the random choice.
+
+    The rows keep their numbers and, on either side, their order.
+    """
+    rows = load_rows(rows)
+    if not isinstance(rows, StoredRows):
+        raise DataError(
+            "a streamed set cannot be split",
+            file=rows.name,
+            expected="a separate evaluation set, or streaming off",
+        )
+    if not 0 < eval_fraction < 1:
+        raise DataError("eval_fraction is out of range", value=eval_fraction, expected="a number between 0 and 1")
+    if len(rows) < 2:
+        raise DataError("too few rows to split", file=rows.name, value=len(rows), expected="at least 2 rows")
+    count = min(max(round(eval_fraction * len(rows)), 1), len(rows) - 1)
+    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    train = [i for i in range(len(rows)) if i not in held_out]
+    return rows.subset(train), rows.subset(sorted(held_out))
+
+
+def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) -> Rows:
+    path = Path(source).expanduser()
+    name = str(source)
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            import datasets
+
+            return _from_datasets(datasets.load_from_disk(str(path)), name, split, streaming)
+        paths = _files_of(path, split)
+    elif path.exists():
+        if split not in (None, "train"):
+            raise DataError("a single file has no splits", file=name, value=split, expected="split: none")
+        paths = [path]
+    elif isinstance(source, str) and file_kind(path) is None and HUB_NAME.fullmatch(source):
+        return _from_hub(source, split, streaming)
+    else:
+        raise DataError("there is no such file or folder", file=name, expected=_nearest_file(path))
+    rows = FileRows(name, paths, lambda: file_fingerprint(*paths))
+    return rows if streaming else rows.stored()
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+    return f"perhaps {str(path.with_name(near[0]))!r}" if near else "the path of a file of rows"
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    paths = sorted(p for p in folder.iterdir() if p.is_file() and file_kind(p) and not p.name.startswith("."))
+    if not paths:
+        raise DataError("the folder holds no file of rows", file=folder, expected=".jsonl, .json, .csv or .parquet")
+    by_split: dict[str, list[Path]] = {}
+    for path in paths:
+        word = re.split(r"[^A-Za-z]", path.name)[0]
+        by_split.setdefault(word if word in {*KNOWN_SPLITS, split} else "", []).append(path)
+    if split is None and list(by_split) == [""]:
+        return paths
+    named = [k for k in by_split if k]
+    if split is None and "" in by_split and "train" not in named:  # one named split beside other files is no choice
+        raise DataError(
+            f"which files are meant is not clear: {by_split[''][0].name!r} belongs to no split",
+            file=folder,
+            value=[p.name for p in paths],
+            expected=f"split: {' or '.join(named)}, files named after their splits, or the path of one file",
+        )
+    return by_split[_choose_split(named, split, str(folder))]
+
+
+def _choose_split(names: Sequence[str], split: str | None, source: str) -> str:
+    wanted = split if split is not None else (names[0] if len(names) == 1 else "train")
+    if wanted not in names:
+        raise DataError(
+            "there is no such split" if split is not None else "which split is meant is not clear",
+            file=source,
+            value=split,
+            expected=f"one of {', '.join(names)}" if names else "split: none",
+        )
+    return wanted
+
+
+def _from_hub(name: str, split: str | None, streaming: bool) -> Rows:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # the hub client raises many kinds, all with a message for the user
+        raise DataError(
+            f"is neither a local file or folder nor a dataset that the hub gave "
+            f"({type(error).__name__}: {str(error).strip() or 'no message'})",
+            file=name,
+            expected="an existing path, or a hub dataset that is cached or reachable",
+        ) from error
+    return _from_datasets(loaded, name, None, streaming)
+
+
+def _from_datasets(source: Any, name: str, split: str | None, streaming: bool) -> Rows:
+    """Rows of a `datasets` object; `name` describes it."""
+    import datasets
+
+    if isinstance(source, Mapping):
+        chosen = _choose_split(list(source), split, name)
+        return _from_datasets(source[chosen], name, None, streaming)
+    if split is not None and str(getattr(source, "split", None)) != split:
+        raise DataError("the dataset has no such split", file=name, value=split, expected="split: none")
+    if isinstance(source, datasets.IterableDataset):
+        # What it will yield is not known without reading all of it.
+        return IteratedRows(name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)]))
+    if not isinstance(source, datasets.Dataset):
+        raise DataError("this is not a source of rows", value=type(source).__name__, expected="a datasets.Dataset")
+    if streaming:
+        return IteratedRows(name, source, lambda: _dataset_fingerprint(source))
+    return StoredRows(name, source, lambda: _dataset_fingerprint(source))
+
+
+def _dataset_fingerprint(dataset: Any) -> str:
+    """Of the rows themselves: `Dataset._fingerprint` differs between processes for some transforms."""
+    digest = hashlib.sha256()
+    for fields in dataset:
+        digest.update(fingerprint(fields).encode())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Columns made from a row's own: `question` and `answer` as the `prompt` and `completion` that the formats know.
+
+
+def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """The same rows with columns added or replaced.
+
+    Args:
+        rows: of any kind; they are changed as they are read and keep their numbers and places.
+        columns: name -> the column to copy, or text with `{column}` placeholders to fill in ("Q: {question}\\nA:").
+
+    A row that lacks a column, or fills a template with null, is given as the `RowError` that says so: whoever parses it
+    (`check_row`) refuses or skips it as any other invalid row.
+
+    Raises:
+        RecipeError: a text that is no template.
+    """
+    for name, template in columns.items():
+        _check(name, template)
+    return _Stored(rows, columns) if isinstance(rows, StoredRows) else _Stream(rows, columns)
+
+
+def _check(name: str, template: str) -> None:
+    try:
+        slots = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
+    except ValueError as error:
+        raise RecipeError(f"columns.{name}: {shown(template)} is no template: {error}") from None
+    if not all(slots) or any(slot.isdigit() for slot in slots):
+        raise RecipeError(f"columns.{name}: {shown(template)} has a slot without a name; expected {{column}}")
+
+
+class _Filler(Formatter):
+    """Fills in a template; null is no text."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            raise ValueError("a column is null")
+        return super().format_field(value, format_spec)
+
+
+def _changed(fields: Any, columns: Mapping[str, str]) -> Any:
+    if not isinstance(fields, Mapping):
+        return fields  # whoever reads it says what is wrong with it
+    made = {}
+    for name, template in columns.items():
+        try:
+            filled = "{" in template or "}" in template
+            made[name] = _Filler().vformat(template, (), fields) if filled else fields[template]
+        except (LookupError, ValueError, AttributeError) as error:
+            return RowError(
+                "missing column",
+                f"cannot make the column ({type(error).__name__}: {error})",
+                field=name,
+                value=template,
+                expected=f"columns with a value among {list(fields)}",
+            )
+    return {**fields, **made}
+
+
+class _Made(Rows):
+    """Rows with made columns; they are made when a row is read."""
+
+    _rows: Rows
+    _columns: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for number, fields in self._rows:
+            yield number, _changed(fields, self._columns)
+
+    def place(self, number: int) -> tuple[str, str]:
+        return self._rows.place(number)
+
+
+class _Stream(_Made, RowStream):
+    """Rows with made columns, read as they are asked for."""
+
+    def __init__(self, rows: Rows, columns: Mapping[str, str]) -> None:
+        super().__init__(rows.name, lambda: fingerprint([rows.fingerprint, dict(columns)]))
+        self._rows, self._columns = rows, columns
+
+
+class _Stored(_Made, StoredRows):
+    """Rows at hand with made columns."""
+
+    _rows: StoredRows
+
+    def __init__(self, rows: StoredRows, columns: Mapping[str, str]) -> None:
+        StoredRows.__init__(self, rows.name, range(len(rows)), lambda: fingerprint([rows.fingerprint, dict(columns)]))
+        self._rows, self._columns = rows, columns
+
+    def subset(self, positions: Any) -> StoredRows:
+        """The rows at these positions; they keep their numbers."""
+        return _Stored(self._rows.subset(positions), self._columns)

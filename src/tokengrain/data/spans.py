@@ -13,8 +13,8 @@ from difflib import SequenceMatcher, get_close_matches
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from tokengrain.callables import load_callable, source_of
 from tokengrain.errors import RecipeError, shown
+from tokengrain.settings import load_callable, source_of
 
 SOURCES = ("diff", "tags", "column")
 Level = Literal["word", "token"]

@@ -11,10 +11,9 @@ from typing import Any
 import yaml
 
 from tokengrain.errors import RecipeError, shown
+from tokengrain.specs import WORLD
 
 Values = dict[str, Any]
-
-WORLD = "world://"
 
 
 class _Loader(yaml.SafeLoader):

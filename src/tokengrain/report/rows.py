@@ -2,14 +2,192 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tokengrain import runs
-from tokengrain.errors import DataError, ModelError, RunError
-from tokengrain.report.samples import FILE, CreditSample, Side, by_pair, read_credit_samples, token_texts
+from tokengrain.batch import TokenBatch
+from tokengrain.data.tokens import token_texts
+from tokengrain.errors import DataError, ModelError, RunError, read_json, shown
+from tokengrain.runs import ROLLOUT_FILE
+
+# ----------------------------------------------------------------------------------------------------
+# Credit samples: a few pairs with the credit of each token, made for looking at.
+#
+# `credit_samples.json` in a run folder is a list of
+#
+# {"prompt": str, "source": str, "row": int | str,
+# "chosen":   {"tokens": [str], "credit": [float], "truth": [float]},
+# "rejected": {"tokens": [str], "credit": [float], "truth": [float]}}
+#
+# with one entry per pair and source. `tokens` are pieces of text that give the completion when joined; `credit`
+# has one number per token, or null for a token that does not count. `truth` (optional) is the exact advantage,
+# where the world knows it. Rows with one completion have only `chosen`.
+
+FILE = "credit_samples.json"
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One completion: its tokens, their credit (None where a token does not count), the truth if known.
+
+    `clipped`, of a rollout: -1, 0 or 1 per token, for a ratio that was clipped below, not clipped, clipped above.
+    """
+
+    tokens: Sequence[str]
+    credit: Sequence[float | None]
+    truth: Sequence[float | None] | None = None
+    clipped: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class CreditSample:
+    """One pair as seen by one credit source; `sides` is (chosen, rejected) or a single completion."""
+
+    prompt: str
+    source: str
+    sides: tuple[Side, ...]
+    row: int | str | None = None
+
+
+_SIGNS = {
+    **{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"},
+    **{i: f"\\x{i:x}" for i in range(0x7F, 0xA0)},
+    **{i: f"\\u{i:x}" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+}
+
+
+def visible(text: str) -> str:
+    """Text with signs for control characters, which a terminal would obey and a page would not show, and for those that
+    turn the direction of what follows."""
+    return text.translate(_SIGNS)
+
+
+def collect_credit_samples(
+    batch: TokenBatch,
+    tokenizer: Any,
+    credit: Mapping[str, Tensor],
+    *,
+    truth: Tensor | None = None,
+    count: int | None = None,
+) -> list[dict[str, Any]]:
+    """Make the entries of `credit_samples.json` for the first `count` prompts of a batch.
+
+    Args:
+        batch: pairs, or prompts with one completion.
+        tokenizer: the tokenizer the ids belong to.
+        credit: name of the source to its credit `[N]`.
+        truth: exact advantage `[N]`, where it is known.
+        count: prompts to take (None: all).
+    """
+    values = {name: _listed(batch, tensor) for name, tensor in credit.items()}
+    exact = _listed(batch, truth) if truth is not None else None
+    entries: list[dict[str, Any]] = []
+    groups = batch.group.tolist()
+    for g in range(min(batch.n_prompts, batch.n_prompts if count is None else count)):
+        prompt = tokenizer.decode(batch.prompt(g).tolist(), skip_special_tokens=False)
+        completions = [c for c, group in enumerate(groups) if group == g]
+        texts = {c: token_texts(tokenizer, batch.completion(c).tolist()) for c in completions}
+        for name, lists in values.items():
+            entry: dict[str, Any] = {"prompt": prompt, "source": name}
+            if batch.rows:
+                entry["row"] = batch.rows[g]
+            for side, c in zip(SIDES, completions, strict=False):
+                entry[side] = {"tokens": texts[c], "credit": lists[c]}
+                if exact is not None:
+                    entry[side]["truth"] = exact[c]
+            entries.append(entry)
+    return entries
+
+
+def _listed(batch: TokenBatch, values: Tensor) -> list[list[float | None]]:
+    """Flat `[N]` to one list per completion, None where a token does not count."""
+    if values.shape != (batch.segments.total,):
+        raise ValueError(f"credit has shape {tuple(values.shape)}, expected ({batch.segments.total},)")
+    numbers = iter(values.detach().float().cpu().tolist())
+    bounds, counted = batch.completion_offsets.tolist(), batch.counted.tolist()
+    return [
+        [round(next(numbers), 6) if keep else None for keep in counted[start:end]] for start, end in pairwise(bounds)
+    ]
+
+
+def read_credit_samples(path: Path) -> list[CreditSample]:
+    """Read and check `credit_samples.json`; an absent file is an empty list."""
+    if not path.exists():
+        return []
+    try:
+        entries = read_json(path)
+    except ValueError as error:  # or not UTF-8
+        raise DataError(f"not JSON: {error}", file=path) from error
+    if not isinstance(entries, list):
+        raise DataError("wrong content", file=path, value=type(entries).__name__, expected="a list of samples")
+    return [_parse(path, row, entry) for row, entry in enumerate(entries)]
+
+
+def _parse(path: Path, row: int, entry: Any) -> CreditSample:
+    if not isinstance(entry, dict) or "chosen" not in entry:
+        raise DataError("not a credit sample", file=path, row=row, expected="an object with a 'chosen' side")
+    sides = []
+    for name in SIDES:
+        if name not in entry:
+            continue
+        side = entry[name]
+        if not isinstance(side, dict):
+            raise DataError("not a side of a pair", file=path, row=row, field=name, value=side, expected="an object")
+        tokens, credit, truth = side.get("tokens", []), side.get("credit", []), side.get("truth")
+        for key, values in (("credit", credit), ("truth", truth)):
+            if values is None:
+                continue
+            if not isinstance(values, list) or not isinstance(tokens, list):
+                raise DataError("not lists", file=path, row=row, field=f"{name}.{key}", value=values, expected="a list")
+            if len(values) != len(tokens):
+                raise DataError(
+                    "the numbers do not fit the tokens",
+                    file=path,
+                    row=row,
+                    field=f"{name}.{key}",
+                    value=f"{len(values)} numbers",
+                    expected=f"{len(tokens)}, one per token",
+                )
+            if not all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in values):
+                raise DataError("not finite numbers", file=path, row=row, field=f"{name}.{key}", value=values)
+        sides.append(Side(tokens, credit, truth))
+    return CreditSample(str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row"))
+
+
+def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:
+    """Samples of the same pair together, in order of first appearance; all get the first one's row.
+
+    A pair is known by its text: an annotated file numbers its rows anew. Of one source, the same text again is another
+    pair.
+    """
+    groups: dict[Any, list[CreditSample]] = {}
+    seen: Counter[Any] = Counter()
+    for s in samples:
+        text = s.prompt, tuple(tuple(side.tokens) for side in s.sides)
+        group = groups.setdefault((text, seen[text, s.source]), [])
+        seen[text, s.source] += 1
+        group.append(replace(s, row=group[0].row) if group else s)
+    return list(groups.values())
+
+
+def colour_scale(values: Sequence[float | None]) -> float:
+    """The |credit| that gets full colour: the 98th percentile, so that one outlier does not pale the rest."""
+    sizes = sorted(abs(v) for v in values if v is not None)
+    if not sizes or sizes[-1] == 0:
+        return 1.0
+    at = sizes[min(len(sizes) - 1, math.ceil(0.98 * len(sizes)) - 1)]
+    return at or sizes[-1]
+
 
 ROLES = ("chosen", "rejected", "completion")
 CREDIT = "token_rewards"
@@ -98,7 +276,7 @@ def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str,
 
 def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer: Any, spans: Any) -> list[CreditSample]:
     """The spans of a run's training pairs: as annotated, or marked again as its recipe says."""
-    from tokengrain.credit.manifest import read_manifest
+    from tokengrain.annotation import read_manifest
 
     run = runs.read_run(path)
     tokenizer = tokenizer if tokenizer is not None else _run_tokenizer(path)
@@ -141,9 +319,7 @@ def _from_file(
     settings: Mapping[str, Any] | None = None,
 ) -> list[CreditSample]:
     """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
-    from tokengrain.data import load_rows
-    from tokengrain.data.columns import with_columns
-    from tokengrain.data.rows import StoredRows
+    from tokengrain.data.rows import StoredRows, load_rows, with_columns
     from tokengrain.worlds import is_world, load_world
 
     source, settings = str(path), settings or {}
@@ -175,7 +351,7 @@ def _load_tokenizer(tokenizer: Any) -> Any:
 def _sample(
     data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
 ) -> CreditSample:
-    from tokengrain.credit.manifest import column_name
+    from tokengrain.annotation import column_name
 
     file, place = data.place(number)
     columns = {role: column_name(role, field) for role in ROLES}
@@ -212,7 +388,7 @@ def _likely_source(row: Mapping[str, Any]) -> str:
     """Where the spans of a row probably come from, if nobody says so."""
     if row.get("chosen_spans") is not None:
         return "column"
-    from tokengrain.data import SpanConfig
+    from tokengrain.data.spans import SpanConfig
 
     texts = repr((row.get("chosen"), row.get("rejected")))
     return "tags" if row.get("chosen_masked") is not None or SpanConfig().tags[0] in texts else "diff"
@@ -224,7 +400,8 @@ def _from_text(
     """A row without token ids: tokenised here, as training would."""
     if tokenizer is None:
         raise _tokenizer_needed(data.name)
-    from tokengrain.data import TokenizeConfig, prepare_pairs, prepare_sft
+    from tokengrain.data.config import TokenizeConfig
+    from tokengrain.data.dataset import prepare_pairs, prepare_sft
 
     prepare = prepare_pairs if row.get("rejected") is not None else prepare_sft
     names = {f.name for f in fields(TokenizeConfig)} - {"on_invalid"}
@@ -293,3 +470,244 @@ def _texts(tokenizer: Any, ids: Sequence[int], file: str, row: str, field: str) 
 def _prompt_text(row: Mapping[str, Any], tokenizer: Any) -> str:
     ids = row.get("prompt_ids")
     return tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Recorded rollouts: the completions that online training wrote down, with the numbers of every token.
+#
+# `rollouts.jsonl` in the folder of an online stage has one line per completion; `tokengrain.training.online.record`
+# says what is in it. Only `rollout`, `step` and `ids` must be there. Without `tokens` the ids are shown. A number per
+# token that is null or NaN is shown as not counted.
+
+CLIPPED = "clipped"
+COLUMNS = (
+    "advantages",
+    "entropy",
+    "ratio",
+    "token_rewards",
+    "weights",
+    "thr",
+    "old_logps",
+    "ref_logps",
+    "sampling_logps",
+)
+"""Numbers per token that can be shown; any may be missing."""
+
+Values = list[float | None]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a column is shown: its name, what it is, and a constant that is taken off (so that colour is around 0)."""
+
+    title: str
+    note: str = ""
+    shift: float = 0.0
+
+
+VIEWS = {
+    "advantages": View("token credit", "the advantage that the update used"),
+    "entropy": View("entropy", "of the policy when the token was sampled, in nats"),
+    "ratio": View("ratio − 1", "the token's probability over that when sampled, minus 1; at its last update", 1),
+}
+"""The heat maps of a report; other columns are shown under their own names, in the terminal."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One completion.
+
+    Attributes:
+        rollout: number of the rollout; step: optimiser steps before it.
+        row: of the prompt; completion: number within its group.
+        prompt: as text; tokens: text of each token.
+        reward: the sum; None: it could not be scored. rewards: by name.
+        truncated: it did not end by itself.
+        columns: name to one number per token, of those in `COLUMNS` that are there.
+        clipped: -1, 0 or 1 per token: its ratio was clipped below, not clipped, clipped above; None: not recorded.
+    """
+
+    rollout: int
+    step: int
+    row: int | str | None
+    completion: int
+    prompt: str
+    tokens: list[str]
+    reward: float | None = None
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    truncated: bool = False
+    columns: Mapping[str, Values] = field(default_factory=dict)
+    clipped: list[int] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def read_rollouts(path: Path) -> list[Recorded]:
+    """Read and check a `rollouts.jsonl`; an absent file is an empty list.
+
+    A last line without an end, which a kill leaves behind, is left out.
+
+    Raises:
+        RunError: a damaged line; names file, line (from 1) and field.
+    """
+    if not path.exists():
+        return []
+    # Split at line ends only: `str.splitlines` would also cut at U+2028, which a completion may have in it.
+    *lines, rest = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate([*lines, rest], start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            if number > len(lines):
+                break
+            raise RunError(f"{where} is damaged: {error}") from error
+        found.append(_rollouts_parse(where, entry))
+    return found
+
+
+def _rollouts_parse(where: str, entry: Any) -> Recorded:
+    if not isinstance(entry, dict):
+        raise RunError(f"{where} is no recorded completion, got {shown(entry)}; expected an object")
+    ids = _list_of(where, entry, "ids", (int,))
+    tokens = _list_of(where, entry, "tokens", (str,), len(ids)) if "tokens" in entry else [f" {i}" for i in ids]
+    prompt = entry.get("prompt")
+    if prompt is None:
+        prompt = " ".join(map(str, _list_of(where, entry, "prompt_ids", (int,)))) if "prompt_ids" in entry else ""
+    row = entry.get("row")
+    if row is not None and not isinstance(row, int | str):
+        raise RunError(f"{where}: row is {shown(row)}; expected a number or text")
+    rewards = entry.get("rewards") or {}
+    if not isinstance(rewards, dict):
+        raise RunError(f"{where}: rewards is {shown(rewards)}; expected an object of numbers by name")
+    clipped = entry.get(CLIPPED)
+    if clipped is not None:
+        clipped = [_sign(v) for v in _numbers(where, entry, CLIPPED, len(ids))]
+    return Recorded(
+        rollout=_whole(where, entry, "rollout"),
+        step=_whole(where, entry, "step"),
+        row=row,
+        completion=_whole(where, entry, "completion", 0),
+        prompt=str(prompt),
+        tokens=tokens,
+        reward=_number(where, "reward", entry.get("reward")),
+        rewards={str(name): _number(where, f"rewards.{name}", value) for name, value in rewards.items()},
+        truncated=bool(entry.get("truncated")),
+        columns={n: _numbers(where, entry, n, len(ids)) for n in COLUMNS if entry.get(n) is not None},
+        clipped=clipped,
+    )
+
+
+def _whole(where: str, entry: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = entry.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RunError(f"{where}: {name} is {shown(value)}; expected a whole number")
+    return value
+
+
+def _number(where: str, name: str, value: Any) -> float | None:
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise RunError(f"{where}: {name} is {shown(value)}; expected a number")
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _list_of(
+    where: str, entry: Mapping[str, Any], name: str, kinds: tuple[type, ...], length: int | None = None
+) -> list[Any]:
+    values = entry.get(name)
+    words = "numbers" if float in kinds else "texts" if str in kinds else "token ids"
+    if not isinstance(values, list) or not all(isinstance(v, kinds) for v in values):
+        raise RunError(f"{where}: {name} is {shown(values)}; expected a list of {words}")
+    if length is not None and len(values) != length:
+        raise RunError(f"{where}: {name} has {len(values)} entries; expected {length}, one per token")
+    return values
+
+
+def _numbers(where: str, entry: Mapping[str, Any], name: str, length: int) -> Values:
+    values = _list_of(where, entry, name, (int, float, type(None)), length)
+    return [None if v is None or math.isnan(v) else float(v) for v in values]
+
+
+def _sign(value: float | None) -> int:
+    return 0 if not value else 1 if value > 0 else -1
+
+
+def rollout_file(source: Path) -> Path | None:
+    """The `rollouts.jsonl` that `source` is, or that the run in folder `source` has; of several the last stage's.
+
+    Raises:
+        RunError: a damaged run folder.
+    """
+    if source.name == ROLLOUT_FILE and source.is_file():
+        return source
+    if not runs.is_run(source):
+        return None
+    files = [s.path / ROLLOUT_FILE for s in runs.read_run(source).stages if s.kind == "online"]
+    return next((file for file in reversed(files) if file.is_file()), None)
+
+
+# ------------------------------------------------------------------------------------------------------ showing
+
+
+def by_prompt(completions: Iterable[Recorded]) -> list[list[Recorded]]:
+    """Completions of the same rollout and prompt together, in the order of the file."""
+    groups: dict[Any, list[Recorded]] = {}
+    for one in completions:
+        groups.setdefault((one.rollout, one.row, one.prompt), []).append(one)
+    return list(groups.values())
+
+
+def recorded_columns(completions: Iterable[Recorded]) -> list[str]:
+    """Columns that at least one completion has, in the order of `COLUMNS`."""
+    there = {name for one in completions for name in one.columns}
+    return [name for name in COLUMNS if name in there]
+
+
+def view_of(column: str) -> View:
+    return VIEWS.get(column, View(column))
+
+
+def side_of(one: Recorded, column: str) -> Side:
+    """A completion as a heat map of one column; tokens without a number where it was not recorded."""
+    shift = view_of(column).shift
+    values = one.columns.get(column) or [None] * len(one.tokens)
+    return Side(one.tokens, [None if v is None else v - shift for v in values], clipped=one.clipped)
+
+
+def scale_of(sides: Iterable[Side]) -> float:
+    """The size that gets full colour; infinite numbers (a ratio that overflowed) have no say."""
+    return colour_scale([v for side in sides for v in side.credit if v is not None and math.isfinite(v)])
+
+
+def cut(side: Side, length: int) -> Side:
+    """The first `length` tokens."""
+    return Side(side.tokens[:length], side.credit[:length], clipped=side.clipped and side.clipped[:length])
+
+
+def merged(side: Side) -> Side:
+    """The same picture with fewer pieces: neighbours of the same number and mark are one.
+
+    The credit of a group-relative method is one number per completion; a piece per token would repeat it for each.
+    """
+    marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
+    tokens, values, kept = [], [], []
+    for (value, mark), run in groupby(zip(side.credit, marks, side.tokens, strict=True), key=lambda item: item[:2]):
+        tokens.append("".join(item[2] for item in run))
+        values.append(value)
+        kept.append(mark)
+    return Side(tokens, values, clipped=kept if side.clipped is not None else None)
+
+
+def spread(sizes: Sequence[int], most: int) -> list[int]:
+    """Indices, evenly spread and the last one among them, of which the sizes add up to at most `most`; at least one."""
+    count = len(sizes)
+    picked = list(range(count))
+    while count > 1 and (total := sum(sizes[i] for i in picked)) > most:
+        count = max(1, min(count - 1, count * most // total))
+        step = (len(sizes) - 1) / max(count - 1, 1)
+        picked = [round(len(sizes) - 1 - i * step) for i in reversed(range(count))]
+    return picked

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokengrain.errors import RunError
-from tokengrain.report import rollouts
-from tokengrain.report.rows import CREDIT, SPANS, read_token_rows
-from tokengrain.report.samples import CreditSample, Side, colour_scale, visible
+from tokengrain.report import rows as rows_module
+from tokengrain.report.rows import CREDIT, SPANS, CreditSample, Side, colour_scale, read_token_rows, visible
 from tokengrain.report.svg import number, signed
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def inspect_rows(
     from rich.console import Console
 
     field = SPANS if spans is not None else field
-    recorded = rollouts.rollout_file(Path(source)) if field != SPANS else None
+    recorded = rows_module.rollout_file(Path(source)) if field != SPANS else None
     if recorded is not None:
         _print_rollouts(console or Console(), recorded, rows, count, field or "advantages")
         return
@@ -108,12 +107,12 @@ def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, co
     """The last prompts recorded in `file`, or all records of the prompts `rows`."""
     from rich.text import Text
 
-    found = rollouts.read_rollouts(file)
-    columns = rollouts.recorded_columns(found)
+    found = rows_module.read_rollouts(file)
+    columns = rows_module.recorded_columns(found)
     if column not in columns:
         there = f"there are {', '.join(columns)}" if columns else "there are no numbers of tokens at all"
         raise RunError(f"{file}: no {column!r} was recorded; {there}" if found else f"{file}: nothing is recorded yet")
-    groups = rollouts.by_prompt(found)
+    groups = rows_module.by_prompt(found)
     if rows is not None:
         wanted = {str(row) for row in rows}
         known = {str(group[0].row) for group in groups}
@@ -122,9 +121,9 @@ def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, co
         groups = [group for group in groups if str(group[0].row) in wanted]
     else:
         groups = groups[-count:]
-    view, coloured = rollouts.view_of(column), _has_colour(console)
-    sides = [[rollouts.side_of(one, column) for one in group] for group in groups]
-    scale = rollouts.scale_of(side for group in sides for side in group)
+    view, coloured = rows_module.view_of(column), _has_colour(console)
+    sides = [[rows_module.side_of(one, column) for one in group] for group in groups]
+    scale = rows_module.scale_of(side for group in sides for side in group)
     legend = _legend(f"{view.title}: {view.note}" if view.note else view.title, scale, coloured, view.title, "below 0")
     if any(side.clipped is not None for group in sides for side in group):
         legend.append("\nstruck: the ratio was clipped" if coloured else "\n~word~: the ratio was clipped", "dim")
@@ -144,7 +143,7 @@ def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, co
     console.print()
 
 
-def _rewards(one: rollouts.Recorded) -> Text:
+def _rewards(one: rows_module.Recorded) -> Text:
     """A completion's title: its number, its reward, where there are several each of them, and whether it was cut."""
     from rich.text import Text
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
-from tokengrain.callables import Count, Share, validate_settings
-from tokengrain.credit.entropy_window import (
+from tokengrain.data.tokens import StopStrings
+from tokengrain.methods._entropy_window import (
     Mode,
     Triggers,
     batch_threshold,
@@ -26,11 +26,19 @@ from tokengrain.credit.entropy_window import (
     trigger_flags,
     trigger_tokens,
 )
-from tokengrain.rollout.base import FinishReason, PromptItem, Rollouts, SampledCompletion, Sampler, SamplingConfig
-from tokengrain.rollout.prompts import needs_tokenizer
-from tokengrain.rollout.stops import StopStrings
-from tokengrain.scoring import causal_lm, score
-from tokengrain.scoring.forward import evaluating
+from tokengrain.rollout.sampler import (
+    FinishReason,
+    PromptItem,
+    Rollouts,
+    SampledCompletion,
+    Sampler,
+    SamplingConfig,
+    needs_tokenizer,
+)
+from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.prepare import causal_lm
+from tokengrain.scoring.score import score
+from tokengrain.settings import Count, Share, validate_settings
 
 PROMPTS_AT_A_TIME = 8
 

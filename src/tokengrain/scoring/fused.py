@@ -17,16 +17,281 @@ is `tokengrain.scoring.head.reference_head_quantities`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokengrain.scoring import distil
-from tokengrain.scoring.chunks import Job, Scratch, chunk_logits, softmax_, weighted_sum_
-from tokengrain.scoring.head import Distribution, Head, accumulation_dtype, checked_reference
-from tokengrain.scoring.teacher import Teacher, checked_teacher
+from tokengrain.errors import ModelError
+from tokengrain.scoring.head import Distribution, Head, Teacher, accumulation_dtype, checked_reference, checked_teacher
+
+# ----------------------------------------------------------------------------------------------------
+# A fused call in chunks of tokens: what it computes, how large its chunks are, and their logits.
+
+# Logits of one chunk, and bases that may be kept for backward, in bytes per device type.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+KEEP_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
+# Fewer tokens than this per chunk and adding to the weight's gradient costs more than the products.
+MIN_CHUNK_TOKENS = 128
+# Temporary values of a reduction, and a block of weights that is turned into another type.
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
+
+def check_tokens(name: str, value: int | None) -> None:
+    """Raises ModelError unless a number of tokens is None or at least 1."""
+    if value is not None and value < 1:
+        raise ModelError(f"{name} must be at least 1, or None; got {value}")
+
+
+@dataclass
+class Job:
+    """What a fused call computes; everything in it is a constant of the gradient.
+
+    Attributes:
+        scale, softcap: the head's.
+        labels: long `[N]`.
+        names: of `fused.QUANTITIES`, in that order.
+        reference, teacher: detached; None where no name needs them.
+        banned: some token may have a logit of -inf in the teacher's or the student's distribution.
+        autocast: the type of the student's and the reference's products under autocast.
+        chunk_tokens: as the user gave it.
+        backward: whether there may be a backward.
+    """
+
+    scale: float
+    softcap: float | None
+    labels: Tensor
+    names: tuple[str, ...]
+    reference: Distribution | None
+    teacher: Teacher | None
+    banned: bool
+    autocast: torch.dtype | None
+    chunk_tokens: int | None
+    backward: bool
+
+    def __post_init__(self) -> None:
+        check_tokens("chunk_tokens", self.chunk_tokens)
+
+    def compute(self, head: Head) -> torch.dtype:
+        """The type of the matrix products."""
+        return head.weight.dtype if self.autocast is None else self.autocast
+
+    def typed(self, head: Head) -> Head:
+        """The head with its weight in the type of the products, cast once instead of for every chunk."""
+        compute = self.compute(head)
+        return head if head.weight.dtype == compute else replace(head, weight=head.weight.to(compute))
+
+    def with_typed_reference(self) -> Job:
+        """The same with the reference's head as `typed` has it."""
+        if self.reference is None:
+            return self
+        return replace(self, reference=replace(self.reference, head=self.typed(self.reference.head)))
+
+    def chunks(self, n: int, vocab: int, dtype: torch.dtype) -> list[slice]:
+        rows = self.chunk_tokens
+        if rows is None:
+            room = CHUNK_BYTES.get(self.labels.device.type, CHUNK_BYTES["cuda"])
+            rows = max(MIN_CHUNK_TOKENS, room // (vocab * dtype.itemsize))
+            # Even chunks: the last one is not a sliver.
+            rows = -(-n // -(-n // rows)) if n else rows
+        return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+    def keeps(self, n: int, vocab: int, dtype: torch.dtype) -> bool:
+        """Whether the bases of all tokens may stay in memory until backward (entropy's are not kept)."""
+        kept = sum(name != "entropy" for name in self.names)
+        room = KEEP_BYTES.get(self.labels.device.type, KEEP_BYTES["cuda"])
+        return self.chunk_tokens is None and 0 < kept * n * vocab * dtype.itemsize <= room
+
+
+class Scratch:
+    """Named `[rows, V]` buffers, reused by every chunk: on CPU fresh memory costs a pass over it."""
+
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.vocab, self.dtype, self.device = rows, vocab, dtype, device
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int, vocab: int | None = None) -> Tensor:
+        if name not in self.buffers:
+            shape = (self.rows, self.vocab if vocab is None else vocab)
+            self.buffers[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self.buffers[name][:rows]
+
+
+def chunk_logits(hidden: Tensor, head: Head, compute: torch.dtype, scratch: Scratch, name: str) -> Tensor:
+    """Logits of a chunk `[n, V]`, in the accumulation type."""
+    out = scratch(name, hidden.shape[0], head.vocab_size)
+    if head.is_identity:
+        return out.copy_(head.logits(hidden))
+    _multiply(hidden if head.scale == 1.0 else hidden * head.scale, head.weight, compute, out)
+    if head.bias is not None:
+        out.add_(head.bias.to(out.dtype), alpha=head.scale)
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+    return out
+
+
+def _multiply(hidden: Tensor, weight: Tensor, compute: torch.dtype, out: Tensor) -> None:
+    """`out = hidden @ weight.T` with products in the type `compute`, whatever type the factors are stored in."""
+    if compute != out.dtype:
+        out.copy_(hidden.to(compute) @ weight.to(compute).t())
+    elif weight.dtype == compute:
+        torch.mm(hidden.to(compute), weight.t(), out=out)
+    elif out.is_cuda and hidden.dtype == weight.dtype:
+        # Products of 16-bit numbers are exact in float32, and added up there.
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        hidden, rows = hidden.to(compute), block_rows(weight.shape[1], out)
+        for v in range(0, weight.shape[0], rows):
+            torch.mm(hidden, weight[v : v + rows].to(compute).t(), out=out[:, v : v + rows])
+
+
+def block_rows(width: int, like: Tensor) -> int:
+    """How many rows of `width` numbers of `like`'s type to hold at a time besides the chunk's buffers."""
+    return max(1, BLOCK_BYTES.get(like.device.type, BLOCK_BYTES["cuda"]) // (max(width, 1) * like.dtype.itemsize))
+
+
+def softmax_(logits: Tensor, *, log: bool) -> Tensor:
+    """Softmax of every row, written over the logits on CPU, where memory traffic is what counts."""
+    operation = torch.log_softmax if log else torch.softmax
+    if logits.device.type == "cpu":
+        return operation(logits, -1, out=logits)
+    return operation(logits, -1)
+
+
+def weighted_sum_(weights: Tensor, terms: Tensor) -> Tensor:
+    """`sum(weights * terms)` per row, where zero weights count 0 whatever the term. Overwrites `terms`."""
+    out = terms.mul_(weights).sum(-1)
+    if not bool(torch.isfinite(out).all()):
+        out = terms.masked_fill_(weights == 0, 0.0).sum(-1)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------
+# The KL to a teacher in one chunk of the fused head: student, target and contrast together.
+#
+# With p = softmax(z / tau) and the teacher's q held constant,
+#
+# KL(p||q) = sum_v p (log p - log q),    d KL / dz = p (log p - log q - KL) / tau.
+#
+# Three `[n, V]` buffers suffice: the student's logits, the target's, which become log q and then log p - log q,
+# and the contrast's, which become p. A fourth is needed where the student's softmax is not that of its other
+# quantities: another temperature, fewer tokens, or some banned ones. The slow twin is
+# `tokengrain.scoring.teacher.teacher_quantities`.
+
+CONSTANTS = ("teacher_alpha", "tvd", "teacher_reward")
+
+
+def may_ban(head: Head, teacher: Teacher) -> bool:
+    """Whether a logit of the student, the target or the contrast can be -inf."""
+    distributions = [d for d in (teacher.target, teacher.contrast) if d is not None]
+    given = [d.hidden for d in distributions if d.head.is_identity]
+    biases = [h.bias for h in (head, *(d.head for d in distributions)) if h.bias is not None and h.softcap is None]
+    return any(bool(values.isneginf().any()) for values in (*given, *biases))
+
+
+def student_logits(logits: Tensor, job: Job, scratch: Scratch) -> Tensor:
+    """The student's logits over the shared vocabulary: `logits` itself where one softmax serves all quantities."""
+    assert job.teacher is not None
+    n, vocab = len(logits), job.teacher.vocab_size
+    alone = job.names == ("teacher_kl",)
+    if vocab == logits.shape[1] and (alone or (job.teacher.temperature == 1.0 and not job.banned)):
+        return logits
+    return scratch("student", n, vocab).copy_(logits[:, :vocab])
+
+
+def log_ratio(
+    student: Tensor, job: Job, rows: slice, scratch: Scratch, strength: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(log p, log p - log q, constants) of a chunk, `[n, V]`, `[n, V]` and `[n]` each. Overwrites `student`.
+
+    Args:
+        student: logits, not divided by the temperature.
+        strength: alpha if it is known; the constants are then not computed again.
+    """
+    teacher = job.teacher
+    assert teacher is not None
+    target = _teacher_logits(teacher.target, rows, scratch, "target")
+    contrast = None if teacher.contrast is None else _teacher_logits(teacher.contrast, rows, scratch, "contrast")
+    banned = None
+    if job.banned:
+        every = [z for z in (student, target, contrast) if z is not None]
+        banned = torch.stack([z.isneginf() for z in every]).any(0)
+        for z in every:
+            z.masked_fill_(banned, float("-inf"))
+    constants: dict[str, Tensor] = {}
+    if strength is None:
+        target = softmax_(target, log=True)
+        contrast = None if contrast is None else softmax_(contrast, log=True)
+        constants = _constants(target, contrast, job, rows)
+        strength = constants["teacher_alpha"]
+    if contrast is not None:
+        # target + (alpha - shift) (target - contrast)
+        torch.lerp(contrast, target, (1.0 + strength - teacher.shift)[:, None], out=target)
+        target = target if banned is None else target.masked_fill_(banned, float("-inf"))
+    if teacher.temperature != 1.0:
+        student.div_(teacher.temperature)
+        target.div_(teacher.temperature)
+    logp, logq = softmax_(student, log=True), softmax_(target, log=True)
+    ratio = torch.sub(logp, logq, out=logq)
+    return logp, ratio if banned is None else ratio.masked_fill_(banned, 0.0), constants
+
+
+def _teacher_logits(distribution: Distribution, rows: slice, scratch: Scratch, name: str) -> Tensor:
+    """Multiplied in the accumulation type: extrapolation amplifies what rounding does to logits."""
+    return chunk_logits(distribution.hidden[rows], distribution.head, scratch.dtype, scratch, name)
+
+
+def _constants(target: Tensor, contrast: Tensor | None, job: Job, rows: slice) -> dict[str, Tensor]:
+    """Total variation, strength and reward from log-probabilities."""
+    assert job.teacher is not None
+    if contrast is None:
+        tvd = reward = target.new_zeros(len(target))
+    else:
+        step = block_rows(target.shape[1], target)
+        parts = [
+            # A few rows at a time: their probabilities stay in the cache and need no buffer.
+            a.exp().sub_(b.exp()).abs_().sum(-1)
+            for a, b in zip(target.split(step), contrast.split(step))
+        ]
+        tvd = torch.cat(parts).mul_(0.5)
+        labels = job.labels[rows, None]
+        reward = (target.gather(1, labels) - contrast.gather(1, labels)).squeeze(1)
+    alpha = job.teacher.slope * tvd + job.teacher.offset
+    return {"teacher_alpha": alpha, "tvd": tvd, "teacher_reward": reward}
+
+
+def forward_chunk(
+    student: Tensor, job: Job, rows: slice, values: Mapping[str, Tensor], scratch: Scratch, vocab: int, *, basis: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Fills the four values of a chunk; returns log p and, if asked for, the basis (see `basis_`)."""
+    logp, ratio, constants = log_ratio(student, job, rows, scratch)
+    for name, value in constants.items():
+        values[name][rows] = value
+    p = torch.exp(logp, out=scratch("contrast", *logp.shape))
+    kl = values["teacher_kl"][rows] = torch.linalg.vecdot(p, ratio)
+    return logp, basis_(p, ratio, kl, scratch, vocab) if basis else None
+
+
+def recomputed_chunk(
+    student: Tensor, job: Job, rows: slice, kl: Tensor, strength: Tensor, scratch: Scratch, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """(p, basis) of a chunk whose KL and strength `[n]` are known."""
+    logp, ratio, _ = log_ratio(student, job, rows, scratch, strength)
+    p = logp.exp_()
+    return p, basis_(p, ratio, kl, scratch, vocab)
+
+
+def basis_(p: Tensor, ratio: Tensor, kl: Tensor, scratch: Scratch, vocab: int) -> Tensor:
+    """`[n, vocab]` matrix tau * d KL / dz; 0 for tokens outside the shared vocabulary. Overwrites `ratio`."""
+    out = ratio.sub_(kl[:, None]).mul_(p)
+    if out.shape[1] == vocab:
+        return out
+    wide = scratch("wide", len(out))
+    wide[:, out.shape[1] :] = 0.0
+    wide[:, : out.shape[1]] = out
+    return wide
+
 
 QUANTITIES = ("logps", "entropy", "kl", "teacher_kl")
 
@@ -72,7 +337,7 @@ def head_quantities(
     else:
         reference = None
     teacher = checked_teacher(teacher, head.vocab_size, labels) if "teacher_kl" in names else None
-    banned = teacher is not None and distil.may_ban(head, teacher)
+    banned = teacher is not None and may_ban(head, teacher)
     device = hidden.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # Inside the function gradients are always off, so whether there will be a backward is noted here.
@@ -84,7 +349,7 @@ def head_quantities(
 
 
 def _outputs(job: Job) -> tuple[str, ...]:
-    return job.names + (distil.CONSTANTS if job.teacher is not None else ())
+    return job.names + (CONSTANTS if job.teacher is not None else ())
 
 
 def _bases(
@@ -187,8 +452,8 @@ def _forward_chunk(
     slope = _slope(logits, head.softcap) if based else None
     logp = q = taught = None
     if job.teacher is not None:
-        student = distil.student_logits(logits, job, scratch)
-        logp, taught = distil.forward_chunk(student, job, rows, values, scratch, head.vocab_size, basis=bool(based))
+        student = student_logits(logits, job, scratch)
+        logp, taught = forward_chunk(student, job, rows, values, scratch, head.vocab_size, basis=bool(based))
         logp = logp if student is logits else None
     if logp is None:
         logp = softmax_(logits, log=True)
@@ -262,9 +527,9 @@ def _recomputed_bases(
     slope = _slope(logits, head.softcap)
     p = q = taught = None
     if "teacher_kl" in job.names:
-        student = distil.student_logits(logits, job, scratch)
+        student = student_logits(logits, job, scratch)
         kl, strength = (values[rows] for values in constants)
-        own, taught = distil.recomputed_chunk(student, job, rows, kl, strength, scratch, head.vocab_size)
+        own, taught = recomputed_chunk(student, job, rows, kl, strength, scratch, head.vocab_size)
         p = own if student is logits else None
     if p is None:
         p = softmax_(logits, log=False)

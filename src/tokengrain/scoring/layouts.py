@@ -15,15 +15,17 @@ were read are asked for at the token itself ("itself" below), which is then in t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from tokengrain.batch import TokenBatch
-from tokengrain.packing import first_fit
+from tokengrain.batch import TokenBatch, first_fit
 
 Layout = Literal["auto", "shared", "separate"]
 PACK_MULTIPLE = 128  # FlexAttention's block
@@ -272,3 +274,294 @@ def _predictors(source: _Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
         out.append((at, torch.arange(source.flat_bounds[c], source.flat_bounds[c + 1])))
         base += source.kept[c]
     return out
+
+
+# ----------------------------------------------------------------------------------------------------
+# Attention in shared rows on a CPU, without the pairs of tokens that the mask hides.
+#
+# A dense mask makes `scaled_dot_product_attention` compute every pair of a row, also those of two different
+# completions. `TreeMask` is such a mask that knows the rows it was made for. When it reaches PyTorch's attention
+# unchanged, the same numbers are put together from the parts that count: the prompt with itself, all completions with
+# the prompt, each completion with itself. Whatever else a model does with the mask (adding a bias, slicing it,
+# converting it) gives an ordinary dense mask, and ordinary attention.
+#
+# The parts share one softmax. With the log-sum-exp of each part the outputs are merged exactly; the backward pass of a
+# part under the *merged* output and log-sum-exp is its share of the whole backward pass (as in ring attention, Liu et
+# al. 2023). On a GPU FlexAttention does this (`attn_implementation="flex_attention"`).
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class TreeSpans:
+    """Where a tree lies in its rectangle of rows: its row, its prompt `[start, end)`, and each completion's end."""
+
+    row: int
+    start: int
+    end: int
+    ends: tuple[int, ...]
+
+    @property
+    def completions(self) -> list[tuple[int, int]]:
+        return list(zip((self.end, *self.ends), self.ends, strict=False))
+
+
+def tree_spans(rows: Rows) -> list[TreeSpans]:
+    """The trees of a rectangle, row by row."""
+    found = []
+    for row, (trees, branches) in enumerate(zip(rows.tree.cpu(), rows.branch.cpu(), strict=True)):
+        # A completion without a token left has no span, and needs none.
+        runs, counts = torch.unique_consecutive(torch.stack([trees, branches]), dim=1, return_counts=True)
+        bounds = [0, *counts.cumsum(0).tolist()]
+        first = 0
+        for tree, same in groupby(runs[0].tolist()):
+            last = first + sum(1 for _ in same)
+            if tree >= 0:
+                found.append(TreeSpans(row, bounds[first], bounds[first + 1], tuple(bounds[first + 2 : last + 1])))
+            first = last
+    return found
+
+
+def worth_it(rows: Rows, trees: list[TreeSpans], costs: RowCosts) -> bool:
+    """Whether attention by parts is faster than attention to all pairs of the rectangle."""
+    count, width = rows.input_ids.shape
+    by_parts = sum(costs.parts(t.end - t.start, [b - a for a, b in t.completions]) for t in trees)
+    return by_parts < count * costs.dense(width)
+
+
+class TreeMask(Tensor):
+    """An additive attention mask `[B, 1, L, L]` with the trees that it was made from."""
+
+    trees: list[TreeSpans]
+    version: int | None
+
+    @staticmethod
+    def of(mask: Tensor, trees: list[TreeSpans]) -> TreeMask:
+        """The same mask, knowing its trees."""
+        found = mask.as_subclass(TreeMask)
+        found.trees, found.version = trees, _version(found)
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            found = _attend(*args, **(kwargs or {}))
+            if found is not None:
+                return found
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """Attention by parts, or None where it must be done in the ordinary way."""
+    if not isinstance(attn_mask, TreeMask) or _version(attn_mask) != attn_mask.version:
+        return None
+    if dropout_p or is_causal or enable_gqa or query.dim() != 4:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+    alike = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    fits = query.device.type == "cpu" and (query.shape[0], query.shape[2]) == attn_mask.shape[::2]
+    if not (alike and fits):
+        return None
+    return _TreeAttention.apply(query, key, value, attn_mask.trees, scale)
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Queries, keys and values `[B, heads, L, D]` to outputs of that shape; zeros at padding."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, trees: list[TreeSpans], scale: float) -> Tensor:
+        rows, heads, width, size = query.shape
+        out = query.new_zeros(rows, width, heads, size).transpose(1, 2)  # models want it transposed next
+        total = torch.zeros(rows, heads, width, dtype=_sum_dtype(query))
+        for tree in trees:
+            q, k, v, o, s = (t[tree.row : tree.row + 1] for t in (query, key, value, out, total))
+            for a, b in [(tree.start, tree.end), *tree.completions]:
+                if a < b:
+                    own = (t[:, :, a:b] for t in (q, k, v))
+                    o[:, :, a:b], s[:, :, a:b] = _forward(*own, 0.0, True, scale=scale)
+            after, prompt = slice(tree.end, tree.ends[-1] if tree.ends else tree.end), slice(tree.start, tree.end)
+            if after.start < after.stop:
+                seen, lse = _forward(q[:, :, after], k[:, :, prompt], v[:, :, prompt], 0.0, False, scale=scale)
+                joint = torch.logaddexp(lse, s[:, :, after])
+                share = torch.exp(s[:, :, after] - joint).unsqueeze(-1)
+                o[:, :, after] = torch.lerp(seen.to(share.dtype), o[:, :, after].to(share.dtype), share).to(o.dtype)
+                s[:, :, after] = joint
+        ctx.save_for_backward(query, key, value, out, total)
+        ctx.trees, ctx.scale = trees, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grads = [torch.zeros_like(t) for t in saved[:3]]
+        for tree in ctx.trees:
+            here = slice(tree.row, tree.row + 1)
+            prompt = slice(tree.start, tree.end)
+            parts = [(prompt, prompt, True), *((slice(a, b), slice(a, b), True) for a, b in tree.completions)]
+            if tree.ends:
+                parts.append((slice(tree.end, tree.ends[-1]), prompt, False))
+            q, k, v, out, total = (t[here] for t in saved)
+            for at, to, causal in parts:
+                if at.start == at.stop:
+                    continue
+                given = grad[here, :, at], q[:, :, at], k[:, :, to], v[:, :, to], out[:, :, at], total[:, :, at]
+                d_parts = _backward(*given, 0.0, causal, scale=ctx.scale)
+                for into, where, d_part in zip(grads, (at, to, to), d_parts, strict=True):
+                    into[here, :, where] += d_part
+        return *grads, None, None
+
+
+def _version(mask: Tensor) -> int | None:
+    """How often it was written to; None where nobody counts, in inference mode."""
+    return None if mask.is_inference() else mask._version
+
+
+def _sum_dtype(query: Tensor) -> torch.dtype:
+    """The type of PyTorch's log-sum-exp."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------
+# Attention masks of a layout, from one description of which token may see which.
+#
+# Dense masks are *additive* floats `[B, 1, L, L]`: boolean ones are silently wrong in eager attention
+# (gemma2, gpt_oss). FlexAttention gets a `BlockMask` from the same rule. A sliding window counts logical
+# positions, so that it is what the text alone would see.
+
+SINGLE = ""
+# Attributes that some attention code uses as a window of its own making, in physical positions.
+OTHER_WINDOWS = (
+    "window_size",
+    "attention_window",
+    "local_attention",
+    "attention_window_size",
+    "local_window_size",
+)
+PROBED_WINDOW = 512
+
+
+class NotShareableError(Exception):
+    """A model for which no mask of a shared row can be given; the message says why."""
+
+
+@dataclass(frozen=True)
+class MaskForm:
+    """How a model takes masks.
+
+    Attributes:
+        windows: sliding window (None: all) per kind of layer; the key "" alone stands for a model that takes
+            one mask and not a mapping from kinds of layers.
+    """
+
+    windows: Mapping[str, int | None]
+
+    @property
+    def window(self) -> int | None:
+        """The shortest window, which a probe should be longer than."""
+        return min((w for w in self.windows.values() if w is not None), default=None)
+
+
+def mask_forms(config: Any) -> list[MaskForm]:
+    """The forms a model with this text config may take its masks in, likeliest first.
+
+    Raises:
+        NotShareableError: layers that carry state, or windows that no mask can express.
+    """
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
+    if implementation.split("|")[-1].startswith("flash") or "flash" in implementation:
+        raise NotShareableError(f"attention implementation {implementation!r} takes no mask of its own")
+    for name in OTHER_WINDOWS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > PROBED_WINDOW:
+            raise NotShareableError(f"it has a window ({name}={value}) too long to test")
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return [MaskForm({SINGLE: window})]
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise NotShareableError(f"it has layers of type {', '.join(sorted(unknown))}")
+    by_kind = {"full_attention": None, **({"sliding_attention": window} if window is not None else {})}
+    if len(kinds) > 1:
+        return [MaskForm(by_kind)]
+    return [MaskForm(by_kind), MaskForm({SINGLE: window if "sliding_attention" in kinds else None})]
+
+
+def _visible(
+    rows: Rows, window: int | None, row: Tensor | slice, query: Any, key: Any, q_index: Any, k_index: Any
+) -> Any:
+    """The rule: an earlier token of the same tree, in the prompt or one's own branch, within the window."""
+    same_tree = rows.tree[row, query] == rows.tree[row, key]
+    own = (rows.branch[row, key] == 0) | (rows.branch[row, key] == rows.branch[row, query])
+    seen = same_tree & own & (k_index <= q_index)
+    if window is not None:
+        seen = seen & (rows.position[row, key] > rows.position[row, query] - window)
+    return seen
+
+
+def visible(rows: Rows, window: int | None) -> Tensor:
+    """Bool `[B, L, L]`: whether query (dim 1) sees key (dim 2). Padding sees padding: no row is empty."""
+    width = rows.input_ids.shape[1]
+    index = torch.arange(width, device=rows.input_ids.device)
+    q_index, k_index = index[:, None], index[None, :]
+    everything = slice(None)
+    return _visible(rows, window, everything, q_index, k_index, q_index, k_index)
+
+
+def mask_mod(rows: Rows, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same rule as a FlexAttention `mask_mod(batch, head, query, key)`."""
+
+    def mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _visible(rows, window, batch, query, key, query, key)
+
+    return mod
+
+
+def dense_mask(rows: Rows, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[B, 1, L, L]`: 0 where a query sees a key, else the lowest number of the type."""
+    seen = visible(rows, window)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _dense(rows: Rows, window: int | None, dtype: torch.dtype, costs: RowCosts) -> Tensor:
+    mask = dense_mask(rows, window, dtype)
+    if window is not None or not costs.by_parts or torch.compiler.is_compiling():
+        return mask
+    trees = tree_spans(rows)
+    return TreeMask.of(mask, trees) if worth_it(rows, trees, costs) else mask
+
+
+def _block(rows: Rows, window: int | None) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, width = rows.input_ids.shape
+    device = rows.input_ids.device
+    return create_block_mask(
+        mask_mod(rows, window), batch, None, width, width, device=str(device), _compile=device.type == "cuda"
+    )
+
+
+def build_masks(rows: Rows, form: MaskForm, dtype: torch.dtype, costs: RowCosts, *, flex: bool) -> Any:
+    """What to pass as `attention_mask`: a mask, or a mapping from kinds of layers to masks."""
+    made: dict[int | None, Any] = {}
+    for window in form.windows.values():
+        if window not in made:
+            made[window] = _block(rows, window) if flex else _dense(rows, window, dtype, costs)
+    masks = {kind: made[window] for kind, window in form.windows.items()}
+    return masks.get(SINGLE, masks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring.classifier import CLASSIFIER_WANTS, is_token_classifier
-from tokengrain.scoring.embeddings import device_of, input_embeddings, output_embeddings
-from tokengrain.scoring.forward import (
+from tokengrain.scoring.head import Distribution, Head, Teacher
+from tokengrain.scoring.layouts import Layout
+from tokengrain.scoring.model import (
+    CLASSIFIER_WANTS,
     ScoreRequest,
+    device_of,
     evaluating,
+    input_embeddings,
+    is_token_classifier,
+    live_head,
+    output_embeddings,
     quantities_from_logits,
     text_config,
 )
-from tokengrain.scoring.head import Distribution, Head
-from tokengrain.scoring.head_modules import live_head
-from tokengrain.scoring.install import causal_lm, plan_for, prompt_learning, scored_model
-from tokengrain.scoring.layouts import Layout
-from tokengrain.scoring.teacher import Teacher
+from tokengrain.scoring.prepare import causal_lm, plan_for, prompt_learning, scored_model
 
 Want = Literal["logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values"]
 WANTS = ("logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values")
@@ -186,3 +188,22 @@ def distribution_of(model: nn.Module, batch: TokenBatch) -> Distribution:
         hidden = score(model, batch, ("hidden",)).hidden
         assert hidden is not None
         return Distribution(hidden, head_of(model).detach())
+
+
+_PLACE = "place"
+
+
+def in_parts(
+    batch: TokenBatch, max_tokens: int | None, measure: Callable[[TokenBatch], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Measure a batch micro-batch by micro-batch; the values `[N, ...]` in the batch's own order."""
+    indexed = batch.with_columns(**{_PLACE: torch.arange(batch.segments.total, device=batch.device)})
+    parts = indexed.split(max_tokens)
+    found = [measure(part) for part in parts]
+    place = torch.cat([part.columns[_PLACE] for part in parts])
+    ordered = {}
+    for name in found[0]:
+        values = torch.cat([f[name] for f in found])
+        ordered[name] = torch.empty_like(values)
+        ordered[name][place.to(values.device)] = values
+    return ordered

@@ -5,15 +5,3 @@ trainer.train()
 
 Importing this package imports transformers.
 """
-
-from tokengrain.files import read_log
-from tokengrain.training.checkpoints import last_complete_checkpoint
-from tokengrain.training.config import PreferenceConfig
-from tokengrain.training.trainer import PreferenceTrainer
-
-__all__ = [
-    "PreferenceConfig",
-    "PreferenceTrainer",
-    "last_complete_checkpoint",
-    "read_log",
-]

@@ -13,15 +13,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.evaluation.intervals import wilson
-from tokengrain.objectives import BoundObjective, Counts, LossOutput, make_normaliser
-from tokengrain.scoring.forward import evaluating
+from tokengrain.evaluation.statistics import wilson
+from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.registry import BoundObjective
+from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.reference import reshard, shard
 from tokengrain.training.checks import check_samples
-from tokengrain.training.counting import HostBatch, all_reduce, counts_of
-from tokengrain.training.losses import Judged
-from tokengrain.training.metrics import WeightedMeans, add_metrics, wide
-from tokengrain.training.reference import reshard, shard
-from tokengrain.training.steps import add_lengths
+from tokengrain.training.loss import Judged
+from tokengrain.training.step import HostBatch, WeightedMeans, add_lengths, add_metrics, all_reduce, counts_of, wide
 
 if TYPE_CHECKING:
     from tokengrain.training.config import PreferenceConfig

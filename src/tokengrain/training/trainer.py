@@ -4,32 +4,161 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
 
 from tokengrain.batch import Sample, TokenBatch
-from tokengrain.errors import RecipeError
-from tokengrain.objectives import BoundObjective, make_normaliser
-from tokengrain.scoring import prepare
+from tokengrain.errors import NonFiniteLossError, RecipeError, write_json
+from tokengrain.loss import make_normaliser
+from tokengrain.registry import FROZEN, TAUGHT, BoundObjective, check_together
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, resolve_reference
 from tokengrain.training import checks
-from tokengrain.training.adapters import prepared_policy, save_active_adapter_only
-from tokengrain.training.callbacks import LOG_FILE, JsonlLog, StepGuard
-from tokengrain.training.checkpointing import CheckpointMixin
-from tokengrain.training.config import PreferenceConfig
-from tokengrain.training.counting import HostBatch, StepPlan, all_reduce, micro_batches, plan_step
-from tokengrain.training.credit import FROZEN, TAUGHT, CreditUse, check_together, resolve_credit
+from tokengrain.training.checkpoint import LOG_FILE, CheckpointMixin, JsonlLog, last_complete_checkpoint
+from tokengrain.training.config import PreferenceConfig, endless
 from tokengrain.training.evaluate import EvaluationMixin
-from tokengrain.training.losses import Judged, PreferenceLoss, resolve_objective
-from tokengrain.training.metrics import WeightedMeans
-from tokengrain.training.nonfinite import check_finite
-from tokengrain.training.reference import is_peft, place_reference, resolve_reference
-from tokengrain.training.steps import MicroRecord, totals
-from tokengrain.training.streams import endless
+from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss, resolve_credit, resolve_objective
+from tokengrain.training.step import (
+    HostBatch,
+    MicroRecord,
+    StepPlan,
+    WeightedMeans,
+    all_reduce,
+    micro_batches,
+    plan_step,
+    report,
+    totals,
+)
+
+# ----------------------------------------------------------------------------------------------------
+# What happens when a loss is not finite: the rows are saved, the last good state too, and the run ends.
+
+NONFINITE_FILE = "nonfinite.json"
+
+
+def check_finite(trainer: PreferenceTrainer, records: list[MicroRecord], *, losses: bool, grad_norm: Any) -> None:
+    """Stop the run unless the step under way is finite. Every rank calls this with the same findings.
+
+    Args:
+        losses: whether all losses are finite, on all ranks.
+        grad_norm: of the gradient; None: it was not clipped.
+
+    Raises:
+        NonFiniteLossError: a loss or the gradient is not finite.
+    """
+    if not losses:
+        _stop(trainer, records, "loss")
+    scaled = trainer.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
+    if grad_norm is not None and not scaled and not torch.isfinite(_norm(grad_norm)):
+        _stop(trainer, records, "gradient")
+
+
+def _stop(trainer: PreferenceTrainer, records: list[MicroRecord], what: str) -> NoReturn:
+    """Save the rows of the step under way and the weights before it, then raise. Every rank calls this.
+
+    Args:
+        what: "loss" or "gradient", whichever was not finite.
+
+    Raises:
+        NonFiniteLossError: always.
+    """
+    step = trainer.state.global_step + 1
+    path = trainer.output_path / NONFINITE_FILE
+    own = report(records, trainer.accelerator.process_index)
+    batches = gather_object(own) if trainer.accelerator.num_processes > 1 else own
+    rows = [entry["row"] for batch in batches for entry in batch["losses"]]
+    culprits = [e["row"] for batch in batches for e in batch["losses"] if isinstance(e["loss"], str)]
+    if trainer.is_world_process_zero():
+        found = {
+            "step": step,
+            "not_finite": what,
+            "rows": rows,
+            "nonfinite_rows": culprits,
+            "micro_batches": batches,
+        }
+        write_json(path, found)
+    kept = _keep_last_good_state(trainer)
+    named = f" (not finite at row {', '.join(map(str, culprits[:5]))})" if culprits else ""
+    raise NonFiniteLossError(
+        f"the {what} of optimiser step {step} is not finite; training stopped before the step. "
+        f"Its {len(rows)} rows{named} are in {path}. {kept}"
+    )
+
+
+def _keep_last_good_state(trainer: PreferenceTrainer) -> str:
+    """Save the weights, which the bad step has not touched, unless they are bad themselves."""
+    finite = all(bool(torch.isfinite(_local(p)).all()) for p in trainer.model.parameters() if p.requires_grad)
+    flags = torch.tensor([0.0 if finite else 1.0])
+    good = not trainer.reduce(flags).any()
+    wanted = trainer.args.save_strategy != SaveStrategy.NO and trainer.state.global_step > 0
+    output_dir = trainer.output_path
+    if good and wanted and not (output_dir / f"checkpoint-{trainer.state.global_step}").exists():
+        trainer.model_wrapped.zero_grad()
+        trainer._save_checkpoint(trainer.model, None)
+    last = last_complete_checkpoint(output_dir)
+    weights = "" if good else "The weights themselves were not finite. "
+    return weights + (f"The last good state is {last}." if last else "There is no checkpoint.")
+
+
+def _norm(value: Any) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+# ----------------------------------------------------------------------------------------------------
+# The policy as it will be trained: with its adapter, without dropout; and which of its adapters are saved.
+
+
+def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
+    """`model` as it will be trained: with its new adapter, without dropout."""
+    if peft_config is not None:
+        model = with_adapter(model, args, peft_config)
+    if args.disable_dropout:
+        disable_dropout(model)
+    if is_peft(model) and _checkpoints_activations(args):
+        model.enable_input_require_grads()
+    return model
+
+
+def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
+    """`model` with a new adapter, whose random numbers come from `args.seed`."""
+    from peft import get_peft_model
+
+    set_seed(args.seed)
+    return get_peft_model(model, peft_config)
+
+
+def save_active_adapter_only(model: Any) -> None:
+    """Leave adapters that are only asked (a teacher's) out of what the model saves."""
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[model.active_adapter])
+
+
+def _checkpoints_activations(args: PreferenceConfig) -> bool:
+    # Newer versions of transformers renamed it.
+    return any(getattr(args, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))
+
+
+class StepGuard(TrainerCallback):
+    """Ends a run before the optimiser uses a gradient whose loss was not finite."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.finish_step()
 
 
 class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):

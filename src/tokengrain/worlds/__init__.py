@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tokengrain.batch import TokenBatch
-    from tokengrain.evaluation import CreditTruth
+    from tokengrain.evaluation.credit import CreditTruth
 
 PREFIX = "world://"
 
@@ -147,6 +147,3 @@ def load_world(uri: str) -> World:
 @cache
 def _load(name: str, options: tuple[tuple[str, str], ...]) -> World:
     return WORLDS[name](dict(options))
-
-
-__all__ = ["PREFIX", "WORLDS", "World", "is_world", "load_world"]

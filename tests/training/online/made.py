@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.training.tiny import VOCABULARY
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.training.online.joining import select_prompts
-from tokengrain.training.online.step import RolloutStep
+from tokengrain.method import RolloutStep
+from tokengrain.training.rollout import select_prompts
 
 COLUMNS = ("old_logps", "ref_logps", "entropy", "values")
 

@@ -10,13 +10,12 @@ import torch
 from tests.training.online.tiny import END, make_online, make_prompts
 from tests.training.ranks import on_ranks
 from tests.training.tiny import tiny_llama, weights
-from tokengrain.errors import RecipeError, RunError
-from tokengrain.objectives import make_objective
-from tokengrain.rollout import HFGenerate, PromptItem
+from tokengrain.errors import RecipeError, RunError, read_log
+from tokengrain.registry import make_objective, make_step
 from tokengrain.rollout.branching import Branching
-from tokengrain.training import read_log
-from tokengrain.training.online.critic import Critic
-from tokengrain.training.online.registry import make_step
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import PromptItem
+from tokengrain.training.critic import Critic
 
 
 def right(completion_ids: list[list[int]]) -> list[float]:

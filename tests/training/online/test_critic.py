@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForTokenClassification
 from tests.training.online.made import made_batch
 from tests.training.ranks import on_ranks
 from tests.training.tiny import VOCABULARY, tiny_llama
-from tokengrain.credit.reward_model import CompletionStatistics, ScoreStatistics, set_statistics
 from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError
-from tokengrain.training.online.critic import Critic
+from tokengrain.methods.qrm import CompletionStatistics, ScoreStatistics, set_statistics
+from tokengrain.training.critic import Critic
 
 
 def reward_model(dtype=torch.float64) -> LlamaForTokenClassification:

@@ -11,10 +11,11 @@ import torch
 from tests.training.online.tiny import END, make_online, make_prompts, share_of_token
 from tests.training.tiny import plain_logps, tiny_llama, weights
 from tokengrain.batch import TokenBatch
-from tokengrain.objectives import make_objective
-from tokengrain.rollout import HFGenerate, SamplingConfig
+from tokengrain.registry import make_objective
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.training.online import OnlineTrainer
-from tokengrain.training.online.prompts import PromptOrder
+from tokengrain.training.rollout import PromptOrder
 
 LR = 0.1
 EXACT = {"optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
@@ -89,7 +90,7 @@ class Spy(OnlineTrainer):
 
 
 def test_minibatches_and_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tests.training.online.tiny as tiny
+    from tests.training.online import tiny
 
     monkeypatch.setattr(tiny, "OnlineTrainer", Spy)
     trainer = make_online(tmp_path, minibatches=2, rollout_epochs=3, max_steps=12, prompts_per_rollout=6)

@@ -13,17 +13,16 @@ from transformers import AutoModelForCausalLM
 from tests.training.online.tiny import make_online, make_prompts
 from tests.training.test_resume import KillAt, in_child
 from tests.training.tiny import tiny_llama, weights
-from tokengrain.errors import NonFiniteLossError
-from tokengrain.objectives import LossOutput, make_objective
-from tokengrain.report.rollouts import ROLLOUT_FILE
-from tokengrain.rollout import HFGenerate
+from tokengrain.errors import NonFiniteLossError, read_log
+from tokengrain.loss import LossOutput
+from tokengrain.registry import make_objective
 from tokengrain.rollout.branching import Branching
-from tokengrain.scoring import score
-from tokengrain.scoring.head import Distribution
-from tokengrain.scoring.score import head_of
-from tokengrain.scoring.teacher import Teacher
-from tokengrain.training import last_complete_checkpoint, read_log
-from tokengrain.training.online.critic import Critic
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.scoring.head import Distribution, Teacher
+from tokengrain.scoring.score import head_of, score
+from tokengrain.training.checkpoint import last_complete_checkpoint
+from tokengrain.training.critic import Critic
 
 
 def test_ppo_with_a_critic_resumes_exactly(tmp_path: Path) -> None:

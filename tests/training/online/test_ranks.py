@@ -14,13 +14,12 @@ from tests.training.online.tiny import make_online, make_prompts
 from tests.training.ranks import on_ranks
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import DataError, RunError
-from tokengrain.objectives import make_objective
-from tokengrain.rewards import RewardError
+from tokengrain.errors import DataError, RunError, read_log
+from tokengrain.method import RolloutStep, Stateless
+from tokengrain.registry import make_objective, make_step
+from tokengrain.rewards.suite import RewardError
 from tokengrain.scoring.reference import FrozenReference
-from tokengrain.training import read_log
-from tokengrain.training.online import RolloutStep, Stateless, make_step
-from tokengrain.training.online.setting import Ranks
+from tokengrain.training.rollout import Ranks
 
 CASES: dict[str, dict[str, Any]] = {
     "minibatches, batch scale": {

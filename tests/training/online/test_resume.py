@@ -18,14 +18,16 @@ from tests.training.online.made import made_batch
 from tests.training.online.tiny import make_online, make_prompts
 from tests.training.test_resume import TIMES, KillAt, in_child
 from tests.training.tiny import tiny_llama
-from tokengrain.errors import RunError
-from tokengrain.objectives import make_objective
-from tokengrain.report.rollouts import ROLLOUT_FILE
-from tokengrain.rollout import HFGenerate
-from tokengrain.training import checkpointing, last_complete_checkpoint, read_log
-from tokengrain.training.online import OnlineTrainer, RolloutStep, make_step
-from tokengrain.training.online.buffer import RolloutBuffer
-from tokengrain.training.online.scoring import RolloutScorer
+from tokengrain.errors import RunError, read_log
+from tokengrain.method import RolloutStep
+from tokengrain.registry import make_objective, make_step
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.training import checkpoint
+from tokengrain.training.buffer import RolloutBuffer
+from tokengrain.training.checkpoint import last_complete_checkpoint
+from tokengrain.training.online import OnlineTrainer
+from tokengrain.training.rollout import RolloutScorer
 
 STEPS = 11  # 4 optimiser steps per rollout: two and three quarters of them
 
@@ -139,8 +141,8 @@ KILLS: dict[str, tuple[Callable[[], Any], int]] = {
     "credit of the second": (lambda: kill_in(RunningMean, "__call__", 2, after=True), 4),
     "between rollout and update": (lambda: kill_in(RolloutBuffer, "__next__", 5), 4),
     "saving the buffer": (lambda: kill_in(RolloutBuffer, "save", 2, after=True), 4),
-    "before the state file": (lambda: kill_in(checkpointing, "write_state", 3), 4),
-    "before the rename": (lambda: kill_in(checkpointing, "publish", 3), 4),
+    "before the state file": (lambda: kill_in(checkpoint, "write_state", 3), 4),
+    "before the rename": (lambda: kill_in(checkpoint, "publish", 3), 4),
 }
 FAST = ("second rollout", "scoring of the second", "saving the buffer")
 

@@ -14,12 +14,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTo
 
 from tests.data.tokenizers import gpt2_like
 from tests.training.tiny import tiny_llama
-from tokengrain.errors import ModelError, RecipeError
-from tokengrain.recipe import load_recipe, make_recipe
-from tokengrain.training import read_log
-from tokengrain.training.plan import make_plan
-from tokengrain.training.reward_models import load_trained_reward_model
-from tokengrain.training.stages import run_recipe
+from tokengrain.errors import ModelError, RecipeError, read_log
+from tokengrain.models import load_trained_reward_model
+from tokengrain.recipe.load import load_recipe, make_recipe
+from tokengrain.run.plan import make_plan
+from tokengrain.run.stages import run_recipe
 
 ROOT = Path(__file__).parents[3]
 STAGE: dict[str, Any] = {

@@ -15,9 +15,10 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from tests.training.online.tiny import make_online, make_prompts, online_config, share_of_token
 from tests.training.tiny import tiny_config, tiny_llama, weights
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.report.rollouts import ROLLOUT_FILE
-from tokengrain.training import last_complete_checkpoint
-from tokengrain.training.online import OnlineTrainer, PromptDataset
+from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.training.checkpoint import last_complete_checkpoint
+from tokengrain.training.online import OnlineTrainer
+from tokengrain.training.rollout import PromptDataset
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
 from tokengrain.batch import TokenBatch
-from tokengrain.credit.ares import smooth_score
 from tokengrain.errors import RecipeError, RunError
-from tokengrain.training.online.registry import make_step
+from tokengrain.methods.aepo import smooth_score
+from tokengrain.registry import make_step
 
 # 4 of 4, 3 of 4, 2 of 4, 1 of 4 right: easy, easy, medium, hard.
 CORRECT = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, 1], dtype=torch.bool)

@@ -9,7 +9,7 @@ import torch
 
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
 from tokengrain.errors import RecipeError
-from tokengrain.training.online.registry import check_step, make_step
+from tokengrain.registry import check_step, make_step
 
 MAKE = {"plain": lambda: make_step("dcpo"), "paper": lambda: make_step("dcpo", ddof=0)}
 

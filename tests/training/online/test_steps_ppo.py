@@ -9,8 +9,8 @@ import torch
 
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
 from tokengrain.errors import RecipeError, RunError
-from tokengrain.scoring import ReferenceScores
-from tokengrain.training.online.registry import make_step
+from tokengrain.registry import make_step
+from tokengrain.scoring.reference import ReferenceScores
 
 
 def plain_gae(step, gamma, lam):

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from tests.training.online.made import close, on_two_ranks, part
 from tests.training.tiny import plain_logps, tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.credit.group import group_advantages
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.training.online.references import reference_batch, reference_ranks
-from tokengrain.training.online.registry import make_step
-from tokengrain.training.online.step import RolloutStep
+from tokengrain.method import RolloutStep
+from tokengrain.methods.dro import reference_batch, reference_ranks
+from tokengrain.methods.grpo import group_advantages
+from tokengrain.registry import make_step
 
 # Chains of three prompts; the last of the second prompt never ends.
 COMPLETIONS = (

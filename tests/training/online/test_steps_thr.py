@@ -8,8 +8,8 @@ import torch
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part
 from tests.training.tiny import tiny_llama
 from tokengrain.errors import RecipeError, RunError
-from tokengrain.scoring import head_of, score
-from tokengrain.training.online.registry import make_step
+from tokengrain.registry import make_step
+from tokengrain.scoring.score import head_of, score
 
 # Groups: mixed, mixed, all wrong, all right.
 CORRECT = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool)

@@ -11,13 +11,14 @@ import torch
 
 from tests.training.online.tiny import WANTED, make_online, make_prompts, online_config, share_of_token
 from tests.training.tiny import VOCABULARY, tiny_llama, weights
-from tokengrain.errors import DataError, RecipeError, RunError
-from tokengrain.objectives import make_objective
-from tokengrain.rewards import RewardError, RewardFailure, RewardFunction, RewardSuite
-from tokengrain.rollout import HFGenerate, PromptItem
+from tokengrain.errors import DataError, RecipeError, RunError, read_log
+from tokengrain.method import RolloutStep, Stateless
+from tokengrain.registry import make_objective, make_step
+from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction, RewardSuite
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import PromptItem
 from tokengrain.scoring.reference import AdapterOffReference
-from tokengrain.training import read_log
-from tokengrain.training.online import PromptDataset, RolloutStep, Stateless, make_step
+from tokengrain.training.rollout import PromptDataset
 
 
 def wanted(completion_ids: list[list[int]]) -> list[float]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from tests.training.tiny import VOCABULARY, tiny_llama
-from tokengrain.rollout import PromptItem
-from tokengrain.training.online import OnlineConfig, OnlineTrainer
+from tokengrain.rollout.sampler import PromptItem
+from tokengrain.training.config import OnlineConfig
+from tokengrain.training.online import OnlineTrainer
 
 END = 0
 WANTED = 7

@@ -1,0 +1,1 @@
+"""Experiments on the methods: not part of the package."""

@@ -1,0 +1,1 @@
+"""The papers' claims against their baselines: small experiments, paired by seed, with verdicts."""

@@ -1,0 +1,864 @@
+"""Run a credit source over a data set once, and store the numbers beside the rows.
+
+The data set is cut into shards of consecutive rows. Rank r of W computes shards r, r + W, ...; each is
+written as soon as it is done, so a killed run continues where it stopped. At the end rank 0 puts the shards
+together. What is in a shard does not depend on who computed it, so one process, two processes and a resumed
+run give the same file.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Sample, TokenBatch
+from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, write_json
+from tokengrain.method import scorer_fingerprint
+from tokengrain.methods.baselines import ColumnCredit, FunctionCredit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tokengrain.data.config import TokenizeConfig
+    from tokengrain.data.dataset import PairDataset
+    from tokengrain.data.rows import Rows
+
+
+# ----------------------------------------------------------------------------------------------------
+# What an annotated file says of itself: which columns were computed, and what they were computed with.
+#
+# It is in the file's own metadata, so a copied file stays checked; `manifest.json` beside it says the same for people.
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+METADATA = b"tokengrain"
+DIGEST = "digest"
+_NAMES = {
+    "model": "model",
+    "reference": "reference model",
+    "tokenizer": "tokenizer",
+    "chat_template": "chat template",
+    "data": "data",
+    "source": "credit source",
+    "tokenize": "tokenisation settings",
+}
+
+
+def column_name(role: str, name: str) -> str:
+    """Column for a per-token quantity: `chosen_token_rewards`, or `token_rewards` for one completion."""
+    name = "token_spans" if name == "spans" else name
+    return name if role == "completion" else f"{role}_{name}"
+
+
+def is_annotated(path: str | Path) -> bool:
+    """Whether `path` is a parquet file that `annotate` wrote."""
+    import pyarrow.parquet as pq
+
+    try:
+        return METADATA in (pq.read_schema(path).metadata or {})
+    except (OSError, ValueError):  # absent, a folder, or not parquet
+        return False
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """What an annotated file was made with: from the file, else from `manifest.json` beside it.
+
+    Raises:
+        RunError: the file is not there, or `annotate` did not write it.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"{path}: there is no such annotated file; run `tokengrain annotate` first")
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not a parquet file written by annotate ({error})") from error
+    if METADATA in metadata:
+        return json.loads(metadata[METADATA])
+    beside = path.with_name(MANIFEST)
+    files = read_json(beside).get("files", {}) if beside.is_file() else {}
+    if path.name not in files:
+        raise RunError(
+            f"{path}: does not say which model, tokenizer and data its token rewards were made with, so they "
+            "cannot be checked. Annotate again, or give the file as ordinary `data` with token reward columns"
+        )
+    return files[path.name]
+
+
+def write_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
+    """Record `output` in the folder's `manifest.json`, beside other annotated files of the folder."""
+    path = output.with_name(MANIFEST)
+    files = read_json(path).get("files", {}) if path.is_file() else {}
+    write_json(path, {"format": FORMAT, "files": {**files, output.name: dict(manifest)}})
+
+
+def differences(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """One phrase per fingerprint of `now` that `stored` does not match."""
+    found = []
+    for name, value in now.items():
+        if stored.get(name) != value:
+            title = _NAMES.get(name, name.replace("_", " "))
+            found.append(f"another {title} (file: {stored.get(name, 'not recorded')}, now: {value})")
+    return found
+
+
+def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, Any]:
+    """Check that an annotated file belongs to this model, tokenizer, template, data and source.
+
+    Args:
+        path: the parquet file.
+        expected: fingerprints of what is about to be used; only the names given are compared.
+
+    Returns:
+        The file's manifest.
+
+    Raises:
+        RunError: naming every fingerprint that differs, with both values.
+    """
+    manifest = read_manifest(path)
+    found = differences(manifest.get("fingerprints", {}), expected)
+    if manifest.get(DIGEST) != digest(_own_columns(path, manifest)):
+        found.append("other data (rows were changed after annotating)")
+    if found:
+        raise RunError(
+            f"{path} was annotated with {'; with '.join(found)}. Its token rewards do not belong to this "
+            "run: annotate again, or go back to what it was made with"
+        )
+    return manifest
+
+
+def computed_columns(manifest: Mapping[str, Any]) -> set[str]:
+    """Columns that annotate adds to the rows (or puts in the place of a row's own, such as token rewards)."""
+    roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
+    ids = {"prompt_ids", *(f"{r}_ids" for r in roles), *(f"{r}_counted" for r in roles)}
+    return ids | {column_name(r, n) for r in roles for n in names}
+
+
+def _own_columns(path: str | Path, manifest: Mapping[str, Any]) -> dict[str, pa.Array]:
+    """The columns that the rows had before annotating."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(Path(path), partitioning=None)
+    computed = computed_columns(manifest)
+    return {n: table.column(n).combine_chunks() for n in table.column_names if n not in computed}
+
+
+def digest(columns: Mapping[str, pa.Array]) -> str:
+    """Identifies the rows' own columns: an edited row does not have the tokens that its numbers belong to."""
+    return fingerprint({name: column.to_pylist() for name, column in columns.items()})
+
+
+# ----------------------------------------------------------------------------------------------------
+# The file that `annotate` writes: rows with their token credit, keyed to the exact token ids.
+#
+# A parquet file with every column of the rows and, for pairs, `prompt_ids`, `chosen_ids`, `rejected_ids` and
+# per-token column `chosen_<name>` and `rejected_<name>` (`<name>` is `token_rewards`, `ref_logps`, ...); rows with
+# one completion have `completion_ids` and `<name>`. Spans are in `chosen_token_spans` and `rejected_token_spans`,
+# because the rows' own `chosen_spans` hold characters. A list of numbers is as long as the list of ids
+# of its completion; tokens that do not count (tool output, user turns) hold 0, and `<role>_counted` says which
+# those are.
+#
+# What the numbers were made with (model, tokenizer, template, data, ...) is in the file too: see
+# `tokengrain.credit.manifest`.
+
+
+def roles_of(sample: Sample) -> tuple[str, ...]:
+    """Names of a sample's completions: ("chosen", "rejected") for pairs, else ("completion",)."""
+    if len(sample.completions) > 2:
+        raise DataError(
+            "only pairs and single completions can be annotated",
+            row=sample.row,
+            value=f"{len(sample.completions)} completions",
+            expected="one or two",
+        )
+    return ("chosen", "rejected") if len(sample.completions) == 2 else ("completion",)
+
+
+# ----------------------------------------------------------------------------------------------------- shards
+
+
+def list_column(parts: Sequence[np.ndarray]) -> pa.Array:
+    """A parquet list column with one list per row; float32 or int32 or bool by the parts' type."""
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int32)
+    values = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def token_columns(samples: Sequence[Sample], roles: Sequence[str], holes: bool) -> dict[str, pa.Array]:
+    """The exact token ids of the samples, and which tokens count if any of the data set does not."""
+    columns = {"prompt_ids": list_column([np.asarray(s.prompt_ids, np.int32) for s in samples])}
+    for index, role in enumerate(roles):
+        completions = [s.completions[index] for s in samples]
+        columns[f"{role}_ids"] = list_column([np.asarray(c.ids, np.int32) for c in completions])
+        if holes:
+            counted = [c.counted if c.counted is not None else [True] * len(c.ids) for c in completions]
+            columns[f"{role}_counted"] = list_column([np.asarray(c, bool) for c in counted])
+    return columns
+
+
+def write_shard(path: Path, columns: Mapping[str, pa.Array], key: str) -> None:
+    """Write a finished shard; it is there whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(dict(columns)).replace_schema_metadata({METADATA: key.encode()})
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def shard_matches(path: Path, key: str) -> bool:
+    """Whether a finished shard with this key is there. A file that cannot be read is not one."""
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, ValueError):  # absent, or not parquet (pyarrow.ArrowInvalid is a ValueError)
+        return False
+    return metadata.get(METADATA) == key.encode()
+
+
+def merge(
+    shards: Sequence[Path], rows: Sequence[Mapping[str, Any]], output: Path, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Put the rows and their shards together into `output`, one row group per shard, rows in input order.
+
+    Returns:
+        The manifest that is stored in the file: the given one with a digest of the rows' own columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for left in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
+        left.unlink()  # of a run that was killed while merging
+    computed = pq.read_schema(shards[0]).remove_metadata()
+    originals = _original_columns(rows, set(computed.names))
+    fields = [pa.field(name, column.type) for name, column in originals.items()]
+    manifest = {**manifest, DIGEST: digest(originals)}
+    metadata = {METADATA: json.dumps(manifest, sort_keys=True).encode()}
+    schema = pa.schema([*fields, *computed], metadata=metadata)
+    start = 0
+    with (
+        atomic_write(output) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for shard in shards:
+            table = pq.read_table(shard, partitioning=None)
+            arrays = [column.slice(start, table.num_rows) for column in originals.values()]
+            writer.write_table(pa.table([*arrays, *table.columns], schema=schema), row_group_size=len(table))
+            start += table.num_rows
+    return manifest
+
+
+def _original_columns(rows: Sequence[Mapping[str, Any]], replaced: set[str]) -> dict[str, pa.Array]:
+    names = dict.fromkeys(name for row in rows for name in row if name not in replaced)
+    return {name: _array([row.get(name) for row in rows]) for name in names}
+
+
+def _array(values: list[Any]) -> pa.Array:
+    """A column of Python values; of mixed types (parquet has none) as JSON text."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values, from_pandas=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return pa.array([json.dumps(v, ensure_ascii=False, default=str) for v in values], pa.string())
+
+
+@contextmanager
+def explain_full_disk(path: Path, done: int, total: int, shards: Path) -> Iterator[None]:
+    """Turn "no space left" into an error that says what to do and what is kept."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
+        if not full:
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise RunError(
+            f"the disk is full ({free:.0f} MiB free) while writing {path}; {done} of {total} shards are "
+            f"finished and kept in {shards}. Free some space and run the same command "
+            "again: it continues from there"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_samples(path: str | Path) -> Iterator[Sample]:
+    """Yield the samples of an annotated file with the stored token ids; computed columns are in
+    `Completion.columns`.
+
+    A column is kept only if it is there for every completion. `Sample.row` is the row number in the file.
+    """
+    import pyarrow.parquet as pq
+
+    from tokengrain.batch import Completion
+
+    manifest = read_manifest(path)
+    table = pq.read_table(Path(path), partitioning=None)
+    roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
+    computed = computed_columns(manifest)
+    missing = computed - set(table.column_names) - {f"{r}_counted" for r in roles}
+    if missing:
+        raise DataError("columns that annotate wrote are gone", file=path, value=sorted(missing))
+    raws = table.select([n for n in table.column_names if n not in computed]).to_pylist()
+    prompts = _lists(table, "prompt_ids")
+    per_role: list[list[Completion]] = []
+    for role in roles:
+        ids = _lists(table, f"{role}_ids")
+        holes = f"{role}_counted" in table.column_names
+        counted = _lists(table, f"{role}_counted") if holes else [None] * len(ids)
+        values = {name: _lists(table, column_name(role, name)) for name in names}
+        for name, lists in values.items():
+            _check_lengths(path, column_name(role, name), lists, ids)
+        completions = []
+        for row, (tokens, keep) in enumerate(zip(ids, counted, strict=True)):
+            columns = {n: v[row] if keep is None else v[row][keep] for n, v in values.items()}
+            completions.append(Completion(tokens.tolist(), None if keep is None else keep.tolist(), columns))
+        per_role.append(completions)
+    for row, (prompt, raw, *completions) in enumerate(zip(prompts, raws, *per_role, strict=True)):
+        yield Sample(prompt.tolist(), list(completions), row=row, raw=raw)
+
+
+def _check_lengths(path: str | Path, field: str, lists: Iterable[np.ndarray], ids: Iterable[np.ndarray]) -> None:
+    for row, (values, tokens) in enumerate(zip(lists, ids, strict=True)):
+        if len(values) != len(tokens):
+            raise DataError(
+                "the list does not fit the completion",
+                file=path,
+                row=row,
+                field=field,
+                value=f"{len(values)} numbers",
+                expected=f"{len(tokens)}, one per token",
+            )
+
+
+def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
+    """A list column as one numpy array per row."""
+    column = table.column(name).combine_chunks()
+    values = column.values.to_numpy(zero_copy_only=False)
+    return [values[start:end] for start, end in pairwise(column.offsets.to_numpy())]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Computing the shards of an annotation: batches of even length through the sources, then a parquet file.
+
+
+@dataclass(frozen=True)
+class Job:
+    """One annotation: what every shard needs to know."""
+
+    samples: Sequence[Sample]
+    lengths: Sequence[int]
+    roles: tuple[str, ...]
+    quantities: Mapping[str, Callable[[TokenBatch], Tensor]]
+    name: str
+    output: Path
+    key: str
+    shard_rows: int
+    max_tokens: int
+    device: torch.device
+    holes: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.output.with_name(f"{self.output.stem}.shards")
+
+    @property
+    def n_shards(self) -> int:
+        return -(-len(self.samples) // self.shard_rows)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.parquet"
+
+    def rows(self, shard: int) -> Sequence[Sample]:
+        return self.samples[shard * self.shard_rows : (shard + 1) * self.shard_rows]
+
+    def finished(self) -> int:
+        return sum(shard_matches(self.path(i), self.key) for i in range(self.n_shards))
+
+
+def compute_shards(job: Job, rank: int, size: int, progress: bool) -> None:
+    """Compute this rank's shards; a shard is written while the next one is computed."""
+    mine = range(rank, job.n_shards, size)
+    tokens = {i: sum(job.lengths[i * job.shard_rows : (i + 1) * job.shard_rows]) for i in mine}
+    missing = [i for i in mine if not shard_matches(job.path(i), job.key)]
+    done = sum(tokens.values()) - sum(tokens[i] for i in missing)
+    with _bar(progress and rank == 0 and bool(missing), sum(tokens.values()), done) as advance:
+        writer = ThreadPoolExecutor(1, thread_name_prefix="annotate-writer")
+        pending: Future[None] | None = None
+        try:
+            for shard in missing:
+                columns = _compute_shard(job, shard, advance)
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(_write, job, shard, columns)
+            if pending is not None:
+                pending.result()
+        finally:
+            writer.shutdown(wait=True)  # also after Ctrl-C: a shard that was computed is kept
+
+
+def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict[str, list[list[np.ndarray]]]:
+    """Values of every quantity: `{name: [role][row in shard] -> float32 [n counted tokens]}`."""
+    rows = job.rows(shard)
+    results = []
+    for index in _batches(rows, job.max_tokens):
+        batch = TokenBatch.from_samples([rows[i] for i in index])
+        on_device = batch.to(job.device)
+        values = {}
+        with torch.no_grad():
+            for name, quantity in job.quantities.items():
+                values[name] = _checked(job, name, quantity(on_device), batch).detach().float()
+        results.append((index, values, batch))
+        advance(batch.n_tokens)
+    out: dict[str, list[list[np.ndarray]]] = {
+        name: [[np.empty(0, np.float32)] * len(rows) for _ in job.roles] for name in job.quantities
+    }
+    # Only here: reading a value earlier would stop the GPU after every batch.
+    for index, values, batch in results:
+        cuts = batch.segments.offsets[1:-1].tolist()
+        for name, tensor in values.items():
+            parts = np.split(tensor.cpu().numpy(), cuts)
+            for position, part in enumerate(parts):
+                row, role = index[position // len(job.roles)], position % len(job.roles)
+                _check_finite(job, rows[row].row, column_name(job.roles[role], name), part)
+                out[name][role][row] = part
+    return out
+
+
+def _batches(rows: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """Rows of similar length together, so that little of a padded batch is padding; longest first."""
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i].n_tokens, i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * rows[batches[-1][0]].n_tokens <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _checked(job: Job, name: str, values: Any, batch: TokenBatch) -> Tensor:
+    expected = batch.segments.total
+    if not isinstance(values, Tensor) or values.shape != (expected,):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise DataError(
+            f"the source of {name!r} gave a wrong number of values",
+            file=job.name,
+            row=batch.rows[0],
+            value=got,
+            expected=f"a tensor of shape ({expected},) for the batch that starts with this row",
+        )
+    return values
+
+
+def _check_finite(job: Job, row: int | str, field: str, values: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise DataError(
+            f"token {bad[0]} got a value that is not finite ({bad.size} of {values.size} tokens did)",
+            file=job.name,
+            row=row,
+            field=field,
+            value=float(values[bad[0]]),
+            expected="finite numbers",
+        )
+
+
+def _write(job: Job, shard: int, columns: Mapping[str, list[list[np.ndarray]]]) -> None:
+    rows = job.rows(shard)
+    table = token_columns(rows, job.roles, job.holes)
+    for name, by_role in columns.items():
+        for index, role in enumerate(job.roles):
+            parts = [_spread(rows[i].completions[index].counted, p) for i, p in enumerate(by_role[index])]
+            table[column_name(role, name)] = list_column(parts)
+    path = job.path(shard)
+    with explain_full_disk(path, job.finished(), job.n_shards, job.folder):
+        write_shard(path, table, job.key)
+
+
+def _spread(counted: list[bool] | None, values: np.ndarray) -> np.ndarray:
+    """One value per token: 0 where a token does not count."""
+    if counted is None:
+        return values
+    out = np.zeros(len(counted), values.dtype)
+    out[np.asarray(counted)] = values
+    return out
+
+
+@contextmanager
+def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with tokens per second."""
+    if not show:
+        yield lambda tokens: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), Speed())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("annotate", total=total, completed=done)
+        yield lambda tokens: bar.advance(task, tokens)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The processes that share one annotation: how many there are, and that they fail together.
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes); joins the world if a launcher set one up."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def agreement(size: int) -> Iterator[None]:
+    """Wait for the other processes at the end; if any failed, all raise instead of waiting for ever."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # Ctrl-C is not caught: the launcher sends it to every process
+        error = caught
+    if size > 1:
+        messages: list[str | None] = [None] * size
+        torch.distributed.all_gather_object(messages, None if error is None else str(error) or repr(error))
+        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+        if error is None and failed:
+            raise RunError(f"annotation stopped because process {failed[0][0]} failed: {failed[0][1]}")
+    if error is not None:
+        raise error
+
+
+# ----------------------------------------------------------------------------------------------------
+# One forward pass of a reference for everything that is asked of it about the same batch.
+
+
+class Remembered:
+    """A reference that answers a second question about the same batch from memory."""
+
+    def __init__(self, reference: Callable[..., Any]) -> None:
+        self.reference = reference
+        self.batch: TokenBatch | None = None
+        self.answer: Any = None
+
+    def __call__(self, batch: TokenBatch, want: Collection[str]) -> Any:
+        if set(want) != {"logps"}:
+            return self.reference(batch, want)
+        if self.batch is not batch:
+            self.batch, self.answer = batch, self.reference(batch, {"logps"})
+        return self.answer
+
+
+def asking(source: Any, reference: Any, shared: Remembered) -> Any:
+    """`source`; if it asks the same frozen model, a copy that shares the forward pass of the stored logps."""
+    asked = getattr(source, "reference", None)
+    if asked is None or _frozen_model(asked) is not _frozen_model(reference):
+        return source
+    source = copy.copy(source)
+    source.reference = shared
+    return source
+
+
+def _frozen_model(reference: Any) -> Any:
+    """What answers for a reference: the model of a `FrozenReference`, else the reference itself."""
+    from tokengrain.scoring.reference import FrozenReference
+
+    return reference.model if isinstance(reference, FrozenReference) else reference
+
+
+CPU_TOKENS, GPU_TOKENS = 8_192, 32_768  # default token budget of one forward pass
+
+
+def annotate(
+    rows_source: Any,
+    tokenizer: Any,
+    tokenize_config: TokenizeConfig | None,
+    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
+    reference: Callable[..., Any] | None = None,
+    output: str | os.PathLike[str] = "annotated.parquet",
+    fingerprints: Mapping[str, str] | None = None,
+    *,
+    shard_rows: int = 512,
+    max_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    rows: Rows | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write the rows of a data set with their token credit to one parquet file.
+
+    `tokengrain.credit.store` says what is in the file. Per-token columns that the data set has already, such as
+    spans, are in it too.
+
+    Call it again after a kill or a full disk: finished shards are not computed again. Call it in every
+    process of a `torch.distributed` world (`accelerate launch`, `torchrun`) to share the work.
+
+    Args:
+        rows_source: preference pairs (anything `tokengrain.data.load_rows` takes), or a prepared data set.
+        tokenizer: the tokenizer (may be None with a data set that is prepared already).
+        tokenize_config: how rows become tokens.
+        sources: column name to credit source, for example `{"token_rewards": GuideLogRatio(...)}`; a source
+            maps a batch to `[N]` finite numbers. May be empty if there is a reference.
+        reference: also store its log-probabilities, as `chosen_ref_logps`, `rejected_ref_logps` (nats).
+        output: the parquet file to write.
+        fingerprints: what the numbers depend on, as hexadecimal digests by name: `model`, `tokenizer`,
+            `chat_template`, `data`, `source`, `tokenize`. `check_manifest` compares them at training time. Where
+            `source` is not given, nor `model` or `reference`, the sources and the reference are asked for theirs.
+        shard_rows: rows per shard; a killed process loses two shards of work at most.
+        max_tokens: token budget of one forward pass (default 8,192 on CPU, 32,768 on GPU).
+        device: where batches are put (default: the device of the first model found in sources or reference).
+        rows: the rows that a prepared data set was made from; without them only the columns that its
+            samples kept are written (prompt, chosen, rejected), not the other columns of the rows.
+        overwrite: replace an output that was made with something else, instead of an error.
+        progress: show a progress bar (rank 0).
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DataError: a source gave a wrong number of values, or one that is not finite; names the row.
+        RunError: the output was made with something else; the disk is full (shards are kept); another process
+            failed.
+    """
+    rank, size = world()
+    dataset, rows = _dataset(rows_source, rows, tokenizer, tokenize_config)
+    place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
+    quantities = _quantities(dataset, sources, reference)
+    marks = _completed(fingerprints or {}, sources, reference)
+    job = _job(dataset, quantities, Path(output), marks, shard_rows, max_tokens, place)
+    manifest = _manifest(job, marks)
+    if _already_done(job, manifest, overwrite):
+        if rank == 0:  # a run killed right after the merge left these
+            write_manifest(job.output, read_manifest(job.output))
+            shutil.rmtree(job.folder, ignore_errors=True)
+        return job.output
+    with agreement(size):
+        compute_shards(job, rank, size, progress)
+    with agreement(size):
+        if rank == 0:
+            _finish(job, manifest, _originals(dataset.samples, rows))
+    return job.output
+
+
+def _completed(
+    given: Mapping[str, str],
+    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
+    reference: Callable[..., Any] | None,
+) -> dict[str, str]:
+    """`given`, and where it does not say: which sources and which reference the numbers come from."""
+    own = dict[str, str]()
+    if sources and "source" not in given:
+        named = {n: s if hasattr(s, "fingerprint") else FunctionCredit(function=s) for n, s in sources.items()}
+        own["source"] = fingerprint({name: source.fingerprint() for name, source in named.items()})
+    if reference is not None and not {"model", "reference"} & given.keys():
+        own["reference"] = scorer_fingerprint(reference)
+    return {**own, **given}
+
+
+def _quantities(
+    dataset: PairDataset, sources: Mapping[str, Callable[[TokenBatch], Tensor]], reference: Callable[..., Any] | None
+) -> dict[str, Callable[[TokenBatch], Tensor]]:
+    """Everything that is stored, by column: what the sources give, the reference, and what the rows brought along."""
+    quantities = dict(sources)
+    if reference is not None:
+        shared = Remembered(reference)
+        quantities = {name: asking(source, reference, shared) for name, source in sources.items()}
+        quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps
+    if not quantities:
+        raise RunError("nothing to annotate: give at least one credit source or a reference")
+    # The rows' own columns (spans, say) have to be there again when the file is read.
+    return quantities | {name: ColumnCredit(column=name) for name in dataset.columns if name not in quantities}
+
+
+def _job(
+    dataset: PairDataset,
+    quantities: Mapping[str, Callable[[TokenBatch], Tensor]],
+    output: Path,
+    fingerprints: Mapping[str, str],
+    shard_rows: int,
+    max_tokens: int | None,
+    device: torch.device,
+) -> Job:
+    budget = max_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+    return Job(
+        samples=dataset.samples,
+        lengths=dataset.lengths,
+        roles=roles_of(dataset.samples[0]),
+        quantities=quantities,
+        name=dataset.name,
+        output=output,
+        key=_key(dataset, list(quantities), fingerprints, shard_rows, budget),
+        shard_rows=shard_rows,
+        max_tokens=budget,
+        device=device,
+        holes=any(c.counted is not None for s in dataset.samples for c in s.completions),
+    )
+
+
+def _manifest(job: Job, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "roles": list(job.roles),
+        "columns": list(job.quantities),
+        "fingerprints": dict(fingerprints),
+        "rows": len(job.samples),
+        "key": job.key,
+    }
+
+
+def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether the output is there and the one wanted; an output made with something else is an error."""
+    if not job.output.exists():
+        return False
+    try:
+        stored = read_manifest(job.output)
+    except RunError:
+        stored = {}
+    if {k: v for k, v in stored.items() if k != DIGEST} == manifest:
+        return True
+    if overwrite:
+        return False
+    found = differences(stored.get("fingerprints", {}), manifest["fingerprints"])
+    why = f"was made with {'; with '.join(found)}" if found else "has other rows, columns or settings"
+    raise RunError(
+        f"{job.output} is there already and {why}. Nothing was changed: choose another output, or ask to overwrite it"
+    )
+
+
+def _finish(job: Job, manifest: Mapping[str, Any], originals: Sequence[Mapping[str, Any]]) -> None:
+    """Put the shards together, then record the file and drop the shards."""
+    shards = [job.path(i) for i in range(job.n_shards)]
+    with explain_full_disk(job.output, job.finished(), job.n_shards, job.folder):
+        stored = merge(shards, originals, job.output, manifest)
+        write_manifest(job.output, stored)
+    shutil.rmtree(job.folder)
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def load_annotated(
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    expected_fingerprints: Mapping[str, str] | None = None,
+) -> PairDataset:
+    """An annotated file as a data set to train on; the stored token ids are used as they are.
+
+    Args:
+        path: file written by `annotate`.
+        tokenizer: if given, the stored ids must lie in its vocabulary.
+        expected_fingerprints: checked by `check_manifest`.
+
+    Raises:
+        RunError: another model, tokenizer, chat template, data or source; says which.
+        DataError: rows whose numbers do not fit their tokens.
+    """
+    from tokengrain.data.dataset import PairDataset
+
+    path = Path(path)
+    check_manifest(path, expected_fingerprints or {})
+    vocabulary = len(tokenizer) if tokenizer is not None else None
+    return PairDataset(_within(read_samples(path), vocabulary, path), name=str(path))
+
+
+def _within(samples: Iterable[Sample], vocabulary: int | None, path: Path) -> Iterator[Sample]:
+    """The samples; an error at the first token that the tokenizer does not have."""
+    for sample in samples:
+        highest = max([*sample.prompt_ids, *(t for c in sample.completions for t in c.ids)], default=0)
+        if vocabulary is not None and highest >= vocabulary:
+            raise RunError(f"{path} has token id {highest}, but the tokenizer has only {vocabulary} tokens")
+        yield sample
+
+
+def _dataset(
+    source: Any, rows: Rows | None, tokenizer: Any, config: TokenizeConfig | None
+) -> tuple[PairDataset, Rows | None]:
+    """The samples, and the rows they were made from (not known for a data set that is prepared already)."""
+    from tokengrain.data.dataset import PairDataset, prepare_pairs
+    from tokengrain.data.rows import load_rows
+
+    if isinstance(source, PairDataset):
+        dataset = source
+    else:
+        rows = load_rows(source)
+        if rows.streaming:
+            raise DataError("a stream cannot be annotated", file=rows.name, expected="rows that fit in memory")
+        dataset = prepare_pairs(rows, tokenizer, config)
+    if not len(dataset):
+        raise DataError("there are no rows to annotate", file=dataset.name)
+    return dataset, rows
+
+
+def _originals(samples: Iterable[Sample], rows: Rows | None) -> list[Mapping[str, Any]]:
+    """All columns of the row that each sample was made from."""
+    if rows is None:
+        return [s.raw for s in samples]
+    by_number: dict[int | str, Any] = dict(rows)
+    return [by_number[s.row] for s in samples]
+
+
+def _key(
+    dataset: PairDataset,
+    columns: Sequence[str],
+    fingerprints: Mapping[str, str],
+    shard_rows: int,
+    max_tokens: int,
+) -> str:
+    """Identifies a shard's content: the token ids, what was computed, with what, and how it was batched."""
+    return fingerprint(
+        {
+            "format": FORMAT,
+            "fingerprints": dict(fingerprints),
+            "columns": list(columns),
+            "tokens": dataset.fingerprint,
+            "shard_rows": shard_rows,
+            "max_tokens": max_tokens,
+        }
+    )
+
+
+def _device_of(holders: Sequence[Any]) -> torch.device:
+    """Device of the first model found in the sources (and what they hold), else the CPU."""
+    seen, queue = set(), list(holders)
+    while queue:
+        holder = queue.pop(0)
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if isinstance(holder, torch.nn.Module):
+            first = next(holder.parameters(), None)
+            if first is not None:
+                return first.device
+        elif type(holder).__module__.startswith("tokengrain."):
+            queue.extend(vars(holder).values())
+    return torch.device("cpu")

@@ -1,0 +1,447 @@
+"""The command line: `tokengrain demo | train | annotate | evaluate | report | inspect | rank | methods | bench`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokengrain.bench.cli import bench_app
+from tokengrain.errors import RecipeError, RunError, TokengrainError
+
+# ----------------------------------------------------------------------------------------------------
+# Commands that train: `demo`, `train`, `annotate`, `evaluate`.
+
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with tokengrain.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `tokengrain train` wrote it.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Model instead of the recipe's: folder, hub name, world://NAME."),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="Training rows instead of the recipe's: file, hub name, world://NAME."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Any key of the recipe, dotted; can be given several times."),
+]
+OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="Run folder instead of the recipe's.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace results of other settings that are in the run folder.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, show the plan, and stop.")]
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo.")] = Path("runs/demo"),
+    samples: Annotated[int, typer.Option(min=1, help="Stories per prompt for the evaluation.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train again what is there already.")] = False,
+) -> None:
+    """Train five methods on a small world whose optimum is known, and show which tokens got credit.
+
+    Needs no network and a few minutes. Ends with a table and a report (HTML); finished methods are reused.
+
+    Example:
+
+        tokengrain demo
+    """
+    from tokengrain.demo import run_demo
+
+    run_demo(output, samples=samples, overwrite=overwrite)
+
+
+def train(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    output: OutputOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Run a recipe: its stages in order, each run, resumed or reused.
+
+    Stopped or killed, the same command goes on from the last checkpoint. Several processes: put
+    `accelerate launch -m` in front.
+
+    Examples:
+
+        tokengrain train dpo
+
+        tokengrain train recipes/tgdpo.yaml --model my/model --data pairs.jsonl
+
+        tokengrain train dpo --set training.learning_rate=1e-6 --set stages.train.objective.beta=0.3
+
+        accelerate launch -m tokengrain train dpo
+    """
+    from tokengrain.run.stages import run_recipe
+
+    run_recipe(_load(recipe, model, data, sets, output), overwrite=overwrite, dry_run=dry_run)
+
+
+def annotate(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    output: OutputOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Store token rewards beside the rows: run a recipe's stages up to its last annotate stage.
+
+    The result is a parquet file in the run folder with the columns chosen_token_rewards,
+    rejected_token_rewards and *_ref_logps. `tokengrain train` with the same recipe goes on from it.
+
+    Example:
+
+        tokengrain annotate treg --model my/model --data pairs.jsonl
+    """
+    from tokengrain.run.stages import run_recipe
+
+    loaded = _load(recipe, model, data, sets, output)
+    names = list(loaded.stages)
+    last = [i for i, stage in enumerate(loaded.stages.values()) if stage.kind == "annotate"]
+    if not last:
+        raise RecipeError(f"{recipe} has no stage of kind annotate, so there is nothing to annotate")
+    result = run_recipe(loaded, until=names[last[-1]], overwrite=overwrite)
+    for file in sorted((result.path / names[last[-1]]).glob("*.parquet")):
+        typer.echo(file)
+
+
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Rows instead of the run's held-out ones.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples per prompt: in a world (default: 64 of stories, 16 of arithmetic and revision); elsewhere of "
+            "held-out prompts after online training (default: the recipe's eval_generations; several are drawn at the "
+            "training's temperature unless eval_temperature is set). Refused where nothing is sampled.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Evaluate a finished run: held-out rows (after online training with pass@k, if there are several samples), and
+    in a world the true reward, KL and frontier share, or accuracy, pass@k and maj@k.
+
+    The numbers are written to evaluation.json in the run folder.
+
+    Examples:
+
+        tokengrain evaluate runs/dpo
+
+        tokengrain evaluate runs/grpo --data test.jsonl --samples 8
+    """
+    from tokengrain.run.evaluate import evaluate_run
+
+    found = evaluate_run(run, data=data, samples=samples, console=Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    titles = {
+        "held_out": "held-out rows",
+        "sampling": "their completions",
+        "world": "world",
+        "world_base": "world (base model)",
+    }
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "measure", "value"):
+        table.add_column(column)
+    for key, title in titles.items():
+        for name, value in found.get(key, {}).items():
+            table.add_row(
+                title, name, f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+            )
+            title = ""
+    Console().print(table, highlight=False)
+
+
+def _load(recipe: str, model: str | None, data: str | None, sets: list[str] | None, output: str | None) -> Any:
+    from tokengrain.recipe.load import load_recipe
+
+    return load_recipe(recipe, model, data, sets or [], output)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Commands that look at what is there: `report`, `inspect`, `rank`, `methods`.
+
+
+def report(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file (default: in the run folder).")
+    ] = None,
+) -> None:
+    """Write a report of a run: one HTML file that needs no network.
+
+    Example:
+
+        tokengrain report runs/tgdpo
+    """
+    from tokengrain.report.html import write_report
+
+    typer.echo(write_report(run, output))
+
+
+def inspect(
+    source: Annotated[Path, typer.Argument(help="File with token rewards, or a run folder.")],
+    row: Annotated[list[int] | None, typer.Option("--row", "-r", help="Row number, from 0; can be repeated.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many rows, if --row is not given.")] = 3,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Which numbers: token_rewards (default), ref_logps, spans, ...; "
+            "of online training advantages (default), entropy, ratio, ..."
+        ),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of a file outside a run folder.")] = None,
+    spans: Annotated[
+        str | None, typer.Option("--spans", help="Show the spans, marked anew: diff, tags, column or a function.")
+    ] = None,
+) -> None:
+    """Show which tokens got credit, as coloured text.
+
+    Examples:
+
+        tokengrain inspect runs/tgdpo
+
+        tokengrain inspect pairs.jsonl --tokenizer my/model --row 12
+
+        tokengrain inspect pairs.jsonl --tokenizer my/model --spans diff
+
+        tokengrain inspect runs/grpo --column ratio
+    """
+    from tokengrain.report.terminal import inspect_rows
+
+    if not source.exists():
+        raise RunError(f"{source}: there is no such file or run folder")
+    if spans is not None and column not in (None, "spans"):
+        raise typer.BadParameter(f"--spans shows the column spans; drop --column {column} or --spans")
+    inspect_rows(source, rows=row, count=count, field=column, tokenizer=tokenizer, spans=spans)
+
+
+def rank(
+    file: Annotated[Path, typer.Argument(help="Rows with `prompt` and `completions`, or preference pairs.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Token-level reward model: folder or hub name.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON lines (default: the file's name with .ranked.jsonl).")
+    ] = None,
+    pooling: Annotated[
+        Literal["mean", "last"],
+        typer.Option(help="A completion's score: mean of its tokens, or last, for a last-token reward model."),
+    ] = "mean",
+    on_invalid: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do about rows that cannot be used.")
+    ] = "error",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+) -> None:
+    """Score every completion with a reward model and say which is best (best of n).
+
+    Adds `scores` and `best` to each row. For preference pairs it also says how often chosen scores higher.
+
+    Example:
+
+        tokengrain rank answers.jsonl --model runs/qrm/reward/model
+    """
+    from tokengrain.data.config import TokenizeConfig
+    from tokengrain.rank import rank as rank_rows
+
+    found = rank_rows(
+        str(file),
+        model,
+        output=output,
+        pooling=pooling,
+        tokenize=TokenizeConfig(on_invalid=on_invalid),
+        overwrite=overwrite,
+    )
+    typer.echo(f"{found.output}: {found.rows} rows" + (f", {found.skipped} skipped" if found.skipped else ""))
+    if found.accuracy is not None:
+        share = found.accuracy
+        interval = f"95 % CI {share.low:.3f} to {share.high:.3f}"
+        typer.echo(f"chosen scores higher in {share.value:.3f} of {found.pairs} pairs ({interval})")
+        for bucket in found.by_length:
+            longer = f"chosen longer by {bucket.low:g} to {bucket.high:g} tokens"
+            typer.echo(f"  {longer}: {bucket.accuracy.value:.3f} of {bucket.pairs}")
+
+
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Which credit goes with which objective.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --matrix: the page of the documentation.")] = False,
+) -> None:
+    """List the methods: paper, credit, objective, what is trained, recipe.
+
+    Any credit source goes with any objective that can use it: `--matrix` shows how.
+    """
+    from dataclasses import asdict
+
+    from tokengrain.registry import METHODS
+
+    if markdown and not matrix:
+        raise typer.BadParameter("--markdown goes with --matrix")
+    if matrix and as_json:
+        raise typer.BadParameter("the matrix is a table or markdown, not JSON; drop --json or --matrix")
+    if matrix:
+        _print_matrix(markdown)
+        return
+    if as_json:
+        typer.echo(json.dumps([asdict(method) for method in METHODS.values()], indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "credit", "objective", "trains", "paper", "recipe"):
+        table.add_column(column, overflow="fold")
+    for method in METHODS.values():
+        table.add_row(method.name, method.credit, method.objective, method.trains, method.paper, method.recipe)
+    Console().print(table, highlight=False)
+
+
+_ROLE_LETTERS = {
+    "reward": "R",
+    "weight": "W",
+    "selection": "S",
+    "selection (above: 0)": "S0",
+    "span": "P",
+    "span (above: 0)": "P0",
+    "–": "–",
+}
+
+
+def _print_matrix(markdown: bool) -> None:
+    from tokengrain import registry
+    from tokengrain.registry import CREDIT
+
+    if markdown:
+        typer.echo(registry.markdown(), nl=False)
+        return
+    taking = {name: o for name, o in registry.objectives().items() if o.accepts}
+    table = Table(box=None, pad_edge=False)
+    for column in ("credit", *taking):
+        table.add_column(column, no_wrap=True)
+    for name in CREDIT:
+        cells = (registry.cell(name, objective) for objective in taking)
+        table.add_row(name, *(" ".join(_ROLE_LETTERS[word] for word in cell.split(", ")) for cell in cells))
+    console = Console()
+    console.print(table, highlight=False)
+    console.print("R reward, W weight, S selection, P span (`as:` in a recipe); S0, P0: with `above: 0` only")
+    for name, objective in registry.objectives().items():
+        if not objective.accepts:
+            console.print(f"{name} takes no credit: {objective.no_credit}", highlight=False)
+
+
+app = typer.Typer(
+    name="tokengrain",
+    help="Token-level alignment for language models.\n\n"
+    "A method is a credit source (which tokens earned it) times an objective (how credit becomes a loss); a "
+    "recipe is a YAML file that says which, on what model and what data.\n\n"
+    "Start with:  tokengrain demo  and  tokengrain methods",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tokengrain import __version__
+
+        typer.echo(f"tokengrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    demo,
+    train,
+    annotate,
+    evaluate,
+    report,
+    inspect,
+    rank,
+    methods,
+)
+for _command in _COMMANDS:
+    app.command()(_command)
+app.add_typer(bench_app, name="bench")
+
+
+def _quiet() -> None:
+    """Leave the screen to what concerns the user; TOKENGRAIN_LOG=info shows what the libraries say."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when torch is loaded. Threads that spin while they wait cost minutes as soon as the cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    level = os.environ.get("TOKENGRAIN_LOG", "error").upper()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", level.lower())
+    logging.basicConfig(level=getattr(logging, level, logging.ERROR), format="%(name)s: %(message)s")
+    warnings.showwarning = _show_warning
+    warnings.filterwarnings("once", module=r"tokengrain\b")
+    if level == "ERROR":
+        warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|datasets|accelerate)\b")
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """One line, without the place in the code that nobody here can change."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}")
+
+
+def _leave_processes() -> None:
+    """Close the process group of a launcher: its threads must not outlive the interpreter."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Status 2: an error the user can act on; 130: stopped by the user; 1: any other error."""
+    _quiet()
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        # The status, where typer stopped by itself (after --help, after Ctrl-C); a command returns nothing.
+        status = app(args=arguments, prog_name="tokengrain", standalone_mode=False) or 0
+        if status == 0:
+            _leave_processes()
+    except TokengrainError as error:
+        rank = os.environ.get("RANK", "0")
+        where = f" (process {rank})" if rank != "0" else ""
+        errors.print(f"[bold red]error:[/]{where} {escape(str(error))}")
+        status = 2
+    except OSError as error:
+        # A file that cannot be read or written is for the user to mend; one without a file's name is not known to be.
+        if error.filename is None:
+            raise
+        errors.print(f"[bold red]error:[/] {escape(f'{error.filename2 or error.filename}: {error.strerror}')}")
+        status = 2
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("stopped")
+        status = 130
+    except typer.Exit as stop:
+        status = stop.exit_code
+    except Exception as error:
+        # What click itself found wrong: an unknown option, a missing argument.
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()
+        status = error.exit_code
+    sys.exit(status)

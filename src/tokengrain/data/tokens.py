@@ -1,0 +1,480 @@
+"""`Example` -> text: where the prompt ends and which characters count, through the chat template if need be.
+
+Messages: the prompt is what the template renders for the prompt's messages with its generation prompt; a
+completion is what rendering the whole conversation adds. Of a completion, what the assistant writes counts,
+from the end of a generation prompt to the end-of-turn token of the message; other roles and the template's
+own headings are context. White space that a template puts behind an end-of-turn token does not count, and is
+cut at the end of a completion, because no model gets to generate it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from tokengrain.data.config import RowError, TokenizeConfig
+from tokengrain.data.formats import Example, Message, common_length
+from tokengrain.errors import ModelError, fingerprint
+
+Span = tuple[int, int]
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a prompt with one completion. All positions are characters of `text`.
+
+    Attributes:
+        prompt_end: where the completion begins.
+        turns: the stretches that count; None: all of the completion.
+        contents: where the text of each message of the completion stands, for rewards given by character:
+            one (start, end) per message, None where it could not be found or has no text.
+        special: the text is a rendered template, so it has its special tokens already.
+        closed: a token that ends a turn stands at the end; no EOS is to be added.
+    """
+
+    text: str
+    prompt_end: int
+    turns: tuple[Span, ...] | None
+    contents: tuple[Span | None, ...]
+    special: bool = False
+    closed: bool = False
+
+
+class Renderer:
+    """Renders examples with a tokenizer's chat template, or the one in `config`.
+
+    Raises:
+        ModelError: `config.chat_template` is a path where there is no file.
+    """
+
+    def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
+        self.tokenizer = tokenizer
+        self.template = template_text(config.chat_template)
+        self.kwargs = dict(config.chat_template_kwargs)
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
+        self._end_marks = tuple(mark for mark in marks if mark.strip())
+
+    def __call__(self, example: Example) -> list[Rendered]:
+        """One text per completion. Raises `RowError`, and `ModelError` where a template is lacking."""
+        if isinstance(example.prompt, str):
+            start = len(example.prompt)
+            texts = [example.prompt + c for c in example.completions if isinstance(c, str)]
+            return [Rendered(t, start, None, ((start, len(t)),)) for t in texts]
+        prompt = self.prompt(example)
+        return [
+            self._conversation(example, prompt, example.prompt, c, name)
+            for c, name in zip(example.completions, example.fields)
+            if not isinstance(c, str)
+        ]
+
+    def prompt(self, example: Example) -> str:
+        """The text of a prompt alone: what a model is given to go on from. Raises as `__call__`."""
+        if isinstance(example.prompt, str):
+            return example.prompt
+        if self.template is None and not self.tokenizer.chat_template:
+            raise ModelError(
+                f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat "
+                "template; expected a tokenizer that has one, `chat_template:` (a Jinja template or the path "
+                "of a file that holds one), or rows of plain text (online: with `prompts.chat: false`)"
+            )
+        return self._render(example, example.prompt, "prompt", True)
+
+    def _render(self, example: Example, messages: Sequence[Message], name: str, generation: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=example.tools,
+                chat_template=self.template,
+                add_generation_prompt=generation,
+                tokenize=False,
+                **self.kwargs,
+            )
+        except Exception as error:  # templates raise what they like, for instance on roles that do not alternate
+            raise RowError(
+                "chat template",
+                f"the chat template cannot render the messages ({type(error).__name__}: {error})",
+                field=name,
+                value=[m["role"] for m in messages],
+                expected="roles and fields that the template knows",
+            ) from error
+
+    def _conversation(
+        self, example: Example, prompt: str, before: list[Message], completion: list[Message], name: str
+    ) -> Rendered:
+        text = self._render(example, [*before, *completion], name, False)
+        start = self._completion_start(example, prompt, before, text, name)
+        if len(completion) == 1:
+            turns = [(start, len(text))]
+        else:
+            turns = self._turns(example, prompt, before, completion, text, name)
+        turns = [self._without_tail(text, turn) for turn in turns]
+        text = text[: turns[-1][1]]
+        return Rendered(
+            text,
+            start,
+            tuple(turns),
+            _contents(text, start, completion, turns),
+            special=True,
+            closed=text.endswith(self._end_marks),
+        )
+
+    def _completion_start(self, example: Example, prompt: str, before: list[Message], text: str, name: str) -> int:
+        if text.startswith(prompt):
+            return len(prompt)
+        # A generation prompt may go on beyond what the template writes before an answer (an empty thinking
+        # block, say); then the completion begins where the two part. The messages must be rendered alike.
+        shared = common_length(prompt, text)
+        if shared < len(self._render(example, before, "prompt", False).rstrip()):
+            raise RowError(
+                "chat template",
+                "the chat template renders the prompt differently once a completion follows",
+                field=name,
+                value=text[max(0, shared - 20) : shared + 40],
+                expected=f"the rendered prompt to go on with {prompt[shared : shared + 40]!r}",
+            )
+        return shared
+
+    def _turns(
+        self,
+        example: Example,
+        prompt: str,
+        before: list[Message],
+        completion: list[Message],
+        text: str,
+        name: str,
+    ) -> list[Span]:
+        """The assistant's turns in a completion of several messages."""
+        turns = []
+        for index, message in enumerate(completion):
+            if message["role"] != "assistant":
+                continue
+            opening, messages = prompt, [*before, *completion[: index + 1]]
+            if index:
+                opening = self._render(example, messages[:-1], name, True)
+            closing = self._render(example, messages, name, False)
+            if not (text.startswith(opening) and text.startswith(closing)):
+                return self._marked_turns(example, before, completion, text, name)
+            turns.append((len(opening), len(closing)))
+        return turns
+
+    def _marked_turns(
+        self, example: Example, before: list[Message], completion: list[Message], text: str, name: str
+    ) -> list[Span]:
+        """The turns by `{% generation %}` blocks, for templates that rewrite earlier turns."""
+        template = self.template or self.tokenizer.get_chat_template(None, example.tools)
+        if not GENERATION_BLOCK.search(template):
+            raise RowError(
+                "chat template",
+                "the chat template rewrites earlier turns, so what the assistant wrote cannot be told apart",
+                field=name,
+                value=[m["role"] for m in completion],
+                expected="one assistant message per completion, or a template with {% generation %} blocks",
+            )
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template  # declared to return a str
+        _, marked = render(
+            conversations=[[*before, *completion]],
+            tools=example.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.kwargs},
+        )
+        count = sum(m["role"] == "assistant" for m in completion)
+        turns = []
+        for start, end in marked[0][-count:]:
+            # Where the block leaves out the end-of-turn token, it still belongs to the turn.
+            mark = next((m for m in self._end_marks if text.startswith(m, end)), "")
+            turns.append((start, end + len(mark)))
+        return turns
+
+    def _without_tail(self, text: str, turn: Span) -> Span:
+        start, end = turn
+        stripped = text[start:end].rstrip()
+        return (start, start + len(stripped)) if stripped.endswith(self._end_marks) else turn
+
+
+def template_text(template: str | None) -> str | None:
+    """A chat template given as itself, or as the path of a file that holds it.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if template is None or "{%" in template or "{{" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise ModelError(
+            f"chat_template is {template!r}; expected a Jinja template or the path of a file that holds one"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _contents(
+    text: str, start: int, completion: Sequence[Mapping[str, Any]], turns: Sequence[Span]
+) -> tuple[Span | None, ...]:
+    """Where each message's content stands, as if the template had not stripped it; the assistant's in its `turns`."""
+    found: list[Span | None] = []
+    left = list(turns)
+    for message in completion:
+        if message["role"] == "assistant" and left:  # a heading before the turn may hold the same letters
+            start = left.pop(0)[0]
+        content = message.get("content") or ""
+        core = content.strip()
+        at = text.find(core, start) if core else -1
+        if at < 0:
+            found.append(None)
+            continue
+        first = at - (len(content) - len(content.lstrip()))
+        found.append((first, first + len(content)))
+        start = at + len(core)
+    return tuple(found)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Text -> token ids, and where among the tokens a position in the text lies.
+#
+# The seam. Prompt and completion are tokenised together, because that is what the model is given, and
+# tokenizers merge across the place where they meet. A token that contains a character of the completion belongs
+# to the completion, even if it also contains the end of the prompt. All completions of a prompt share its token
+# ids, so the prompt is the longest common beginning of the tokens that hold nothing but prompt; whatever else
+# there is goes to the completions, and counts. Hence always `prompt_ids + completion_ids` = the tokens of the
+# whole text (+ EOS).
+
+# How byte-level tokenizers write a space.
+SPACE = "Ġ"
+
+
+@dataclass
+class Tokens:
+    """The tokens of a text.
+
+    Attributes:
+        ids: token ids, special tokens that the tokenizer adds by itself not included.
+        starts, ends: the characters `[start, end)` of each token; None if the tokenizer does not tell.
+        ids_of: tokenises another text in the same way; used where there are no offsets.
+    """
+
+    text: str
+    ids: list[int]
+    starts: list[int] | None = None
+    ends: list[int] | None = None
+    ids_of: Callable[[str], list[int]] | None = field(default=None, repr=False)
+
+    def within(self, position: int) -> int:
+        """How many tokens at the start hold only characters before `position`."""
+        if self.ends is not None:
+            return bisect_right(self.ends, position)
+        return common_length(self._ids_before(position), self.ids)
+
+    def touching(self, position: int) -> int:
+        """How many tokens at the start hold at least one character before `position` (or none at all)."""
+        if self.starts is not None:
+            return bisect_right(self.starts, position - 1)
+        before = self._ids_before(position)
+        shared = common_length(before, self.ids)
+        return shared + (shared < len(before))
+
+    def _ids_before(self, position: int) -> list[int]:
+        if self.ids_of is None:
+            raise ValueError("tokens have neither offsets nor a tokenizer")
+        return self.ids_of(self.text[:position])
+
+
+class Encoder:
+    """Tokenises texts with a tokenizer: many at a time, with offsets where it has them.
+
+    Attributes:
+        prefix: ids that the tokenizer puts before a text by itself (BOS).
+        bos_id: BOS, for a prompt that would otherwise be empty; None if there is none.
+        eos_id: EOS, or None if the config does not ask for it.
+
+    Raises:
+        ModelError: `config.add_eos` is set and the tokenizer has no EOS.
+    """
+
+    def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
+        self.tokenizer = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id if config.add_eos else None
+        if config.add_eos and self.eos_id is None:
+            raise ModelError(
+                f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
+                "expected one, since EOS ends every completion (or `add_eos: false`)"
+            )
+        self.prefix = self._own_prefix()
+        self._spaces: dict[int, tuple[int, ...]] = {}
+        self._trimmed = tokenizer.is_fast and self._trims_offsets()
+
+    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of each text, without special tokens that are not in the text."""
+        if not texts:
+            return []
+        if not self.tokenizer.is_fast:
+            return [Tokens(text, self._ids(text), ids_of=self._ids) for text in texts]
+        found = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        tokens = []
+        for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"]):
+            if self._trimmed:
+                offsets = [self._with_spaces(i, start, end) for i, (start, end) in zip(ids, offsets)]
+            starts, ends = zip(*offsets) if offsets else ((), ())
+            tokens.append(Tokens(text, ids, _not_decreasing(starts), _not_decreasing(ends)))
+        return tokens
+
+    def head(self, rendered: Rendered, tokens: Tokens) -> list[int]:
+        """Ids to put before the tokens: what the tokenizer adds by itself, BOS never twice."""
+        if rendered.special or (self.prefix and tokens.ids[: len(self.prefix)] == self.prefix):
+            return []
+        return self.prefix
+
+    def tail(self, rendered: Rendered, tokens: Tokens) -> list[int]:
+        """Ids to put behind the tokens: EOS, unless a token that ends the text is there already."""
+        if self.eos_id is None or rendered.closed or tokens.ids[-1:] == [self.eos_id]:
+            return []
+        return [self.eos_id]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _trims_offsets(self) -> bool:
+        """Whether offsets leave out the spaces that byte-level tokens begin with (as Llama 3's do)."""
+        probe = " a a"
+        found = self.tokenizer(probe, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens = self.tokenizer.convert_ids_to_tokens(found["input_ids"])
+        return any(
+            token.startswith(SPACE) and probe[start : start + 1] != " "
+            for token, (start, _) in zip(tokens, found["offset_mapping"])
+        )
+
+    def _with_spaces(self, token_id: int, start: int, end: int) -> tuple[int, int]:
+        """The characters of a token whose offsets were trimmed."""
+        if token_id not in self._spaces:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            counts = (len(token) - len(rest) for rest in (token.lstrip(SPACE), token.rstrip(SPACE)))
+            self._spaces[token_id] = (*counts, len(token))
+        before, behind, length = self._spaces[token_id]
+        if before == length:  # nothing but spaces: reported as empty, at its end (or, in front, at 0)
+            end = max(end, length)
+            return end - length, end
+        return max(start - before, 0), end + behind
+
+    def _own_prefix(self) -> list[int]:
+        probe = "a"
+        plain = self._ids(probe)
+        full = list(self.tokenizer(probe, verbose=False)["input_ids"])
+        for start in range(len(full) - len(plain) + 1):
+            if plain and full[start : start + len(plain)] == plain:
+                return full[:start]
+        return [self.bos_id] if self.bos_id is not None and full[:1] == [self.bos_id] else []
+
+
+def seam(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
+    """How many tokens at the start are the prompt that all these texts share (see the top of the file)."""
+    whole = [t.within(end) for t, end in zip(tokens, prompt_end)]
+    shared = tokens[0].ids[: whole[0]]
+    for other, count in zip(tokens[1:], whole[1:]):
+        shared = shared[: common_length(shared, other.ids[:count])]
+    return len(shared)
+
+
+def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) -> str:
+    """16 hex digits that identify what a tokenizer does: vocabulary, rules, special tokens, chat template.
+
+    Args:
+        tokenizer: the tokenizer.
+        config: if given, its settings that change token ids or spans are included.
+    """
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call asked for, not what the tokenizer is.
+        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    parts: list[Any] = [rules, dict(tokenizer.special_tokens_map), tokenizer.chat_template]
+    if config is not None:
+        names = ("max_length", "max_prompt_length", "truncation_side", "add_eos")
+        values = {name: getattr(config, name) for name in names}
+        parts.append({**values, "chat_template": template_text(config.chat_template)})
+        parts.append(dict(config.chat_template_kwargs))
+        if config.span_config is not None:
+            parts.append(config.span_config.describe())
+    return fingerprint(parts)
+
+
+def _not_decreasing(positions: Sequence[int]) -> list[int]:
+    """Some normalisers report tokens without characters of their own at 0; they go with what precedes."""
+    return list(accumulate(positions, max))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Stop strings: where a completion ends that has none of the stop tokens.
+
+
+class StopStrings:
+    """Finds the token that completes one of some strings.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        strings: none empty.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, tuple(strings)
+        # A token that shows at all shows at least one byte; a few more for those that do not show.
+        self.window = max(len(s.encode()) for s in self.strings) + 8
+
+    def hit(self, ids: Sequence[int]) -> bool:
+        """Whether a stop string ends within the last token of `ids`."""
+        text = self._text(ids[-self.window :])
+        return any(s in text for s in self.strings) and not any(
+            s in self._text(ids[-self.window : -1]) for s in self.strings
+        )
+
+    def length(self, ids: Sequence[int]) -> int | None:
+        """How many tokens there are up to the one that completes the first stop string; None: there is none."""
+        text = self._text(ids)
+        if not any(s in text for s in self.strings):
+            return None
+        return next((end for end in range(1, len(ids) + 1) if self.hit(ids[:end])), None)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Text of each token such that joining them gives the decoded whole.
+
+    A character that is spread over several tokens is given to the last of them; the others get "".
+    """
+    texts: list[str] = []
+    start = read = 0  # decode only from `start`: the last token that was read whole gives the context for spaces
+    for end in range(1, len(ids) + 1):
+        before = _decode(tokenizer, ids[start:read])
+        now = _decode(tokenizer, ids[start:end])
+        if now.endswith("�") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, read = read, end
+    return texts
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    if not ids:
+        return ""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

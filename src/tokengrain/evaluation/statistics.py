@@ -1,0 +1,533 @@
+"""Confidence intervals: shares, means, differences paired by seed, bootstrap within strata."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import TokenBatch
+from tokengrain.errors import TokengrainError
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A value with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width: the number after ±."""
+        return (self.high - self.low) / 2
+
+    def as_dict(self) -> dict[str, float]:
+        return self._asdict()
+
+
+def scipy_stats(purpose: str) -> Any:
+    """The module `scipy.stats`, or an error that says how to get it."""
+    try:
+        import scipy.stats
+    except ImportError as error:
+        message = f"{purpose} needs scipy, which is not installed; install tokengrain[eval]"
+        raise TokengrainError(message) from error
+    return scipy.stats
+
+
+def normal_quantile(confidence: float) -> float:
+    """Half-width of a two-sided interval in standard errors: 1.96 for 0.95."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Estimate:
+    """Wilson score interval of a share; never leaves [0, 1] (Wilson 1927).
+
+    Args:
+        successes: how many of the `n` trials succeeded; ties may count half.
+    """
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
+    z, p = normal_quantile(confidence), successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At the ends the two are equal but for rounding.
+    low = max(0.0, centre - half) if successes else 0.0
+    return Estimate(p, low, min(1.0, centre + half) if successes < n else 1.0)
+
+
+def mean_interval(
+    values: Tensor | Sequence[float], strata: Tensor | None = None, confidence: float = CONFIDENCE
+) -> Estimate:
+    """Normal interval of a mean of independent values `[n]`.
+
+    Args:
+        strata: long `[n]`, for example the prompt of every sample; differences between strata, whose shares
+            are fixed by design, then do not widen the interval.
+    """
+    x = torch.as_tensor(values, dtype=torch.float64)
+    centred = x - (x.mean() if strata is None else _stratum_means(x, strata))
+    n_strata = 1 if strata is None else len(strata.unique())
+    if len(x) <= n_strata:
+        raise ValueError(f"a mean of {len(x)} values in {n_strata} strata has no standard error")
+    error = float((centred.square().sum() / (len(x) - n_strata) / len(x)).sqrt())
+    mean, z = float(x.mean()), normal_quantile(confidence)
+    return Estimate(mean, mean - z * error, mean + z * error)
+
+
+def _stratum_means(x: Tensor, strata: Tensor) -> Tensor:
+    _, stratum = strata.unique(return_inverse=True)
+    sums = torch.zeros(int(stratum.max()) + 1, dtype=x.dtype).index_add(0, stratum, x)
+    return (sums / torch.bincount(stratum))[stratum]
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Mean of `first − second` over runs that share their seed, with Student's t interval.
+
+    Few seeds make wide intervals: with 5 the factor is 2.78 standard errors, not 1.96.
+    """
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"expected as many first as second values and at least 2, got {len(first)} and {len(second)}")
+    return mean_of_runs([a - b for a, b in zip(first, second, strict=True)], confidence)
+
+
+def mean_of_runs(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Mean over a few runs (at least 2), one per seed, with Student's t interval."""
+    if len(values) < 2:
+        raise ValueError(f"expected at least 2 values, got {len(values)}")
+    x = torch.tensor(values, dtype=torch.float64)
+    mean, error = float(x.mean()), float(x.std()) / math.sqrt(len(x))
+    t = float(scipy_stats("Student's t").t.ppf(0.5 + confidence / 2, len(x) - 1))
+    return Estimate(mean, mean - t * error, mean + t * error)
+
+
+def bootstrap(
+    statistic: Callable[[Tensor], Tensor],
+    values: Tensor,
+    strata: Tensor | None = None,
+    *,
+    resamples: int = 500,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap of a function of means.
+
+    Args:
+        statistic: maps means `[..., M]` of the columns of `values` to numbers `[...]`.
+        values: `[n, M]`, one row per independent sample.
+        strata: long `[n]`; resampling happens within each stratum.
+        seed: of a generator of its own; torch's global state is neither read nor changed.
+    """
+    values = values.double()
+    generator = torch.Generator().manual_seed(seed)
+    groups = [torch.arange(len(values))]
+    if strata is not None:
+        groups = [(strata == s).nonzero().flatten() for s in strata.unique()]
+    sums = torch.zeros(resamples, values.shape[1], dtype=torch.float64)
+    for group in groups:
+        drawn = torch.randint(len(group), (resamples, len(group)), generator=generator)
+        sums += values[group[drawn]].sum(1)
+    tail = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = statistic(sums / len(values)).quantile(tail).tolist()
+    return Estimate(float(statistic(values.mean(0))), low, high)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Win rate of one policy over another, from scores of their completions to the same prompts.
+
+
+def win_rate(
+    scores: Tensor | Sequence[float],
+    other: Tensor | Sequence[float],
+    prompts: Tensor | None = None,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Share of pairs in which `scores` is higher; a tie counts half.
+
+    Args:
+        scores, other: `[n]`, true rewards or a judge's scores; entry i of both answers the same prompt.
+        prompts: long `[n]`, the prompt of every pair. Given, the interval is that of a mean with the prompts
+            as strata; otherwise it is Wilson's.
+
+    Raises:
+        ValueError: vectors of other shapes, or a score that is NaN.
+    """
+    a, b = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
+    if a.shape != b.shape or a.dim() != 1 or not len(a):
+        raise ValueError(f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    if bool(a.isnan().any()) or bool(b.isnan().any()):
+        raise ValueError("a score is NaN; it would count as lost")
+    wins = (a > b).double() + 0.5 * (a == b).double()
+    if prompts is None:
+        return wilson(float(wins.sum()), len(wins), confidence)
+    low_high = mean_interval(wins, prompts, confidence)
+    return Estimate(low_high.value, max(0.0, low_high.low), min(1.0, low_high.high))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The reward-KL frontier: how much of the best possible reward a policy reached at the KL that it spent.
+
+MIN_KL = 0.01
+"""Nats. Below this a policy counts as unmoved: both sides of the share's fraction are noise there."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Best mean reward at every mean KL, from points of increasing KL; the first is the reference itself.
+
+    Between points the reward is interpolated in √KL, in which it is nearly straight (near the reference
+    R − R0 ≈ √(2·KL·Var R)). Beyond the last point it stays what it is there.
+
+    Args:
+        kl: nats per completion, first 0, increasing.
+        reward: mean reward, not decreasing.
+    """
+
+    kl: Sequence[float]
+    reward: Sequence[float]
+    _root: Tensor = field(init=False, repr=False, compare=False)
+    _reward: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        kl = torch.tensor(self.kl, dtype=torch.float64)
+        reward = torch.tensor(self.reward, dtype=torch.float64)
+        if len(kl) != len(reward) or len(kl) < 2:
+            raise ValueError(f"a frontier needs as many rewards as KLs and at least 2, got {len(reward)} and {len(kl)}")
+        if kl[0] != 0 or (kl.diff() < 0).any() or (reward.diff() < -1e-9).any():
+            raise ValueError("a frontier needs KLs that start at 0 and increase, and rewards that do not decrease")
+        object.__setattr__(self, "_root", kl.sqrt())
+        object.__setattr__(self, "_reward", reward)
+
+    @property
+    def base_reward(self) -> float:
+        """R0, the mean reward of the reference."""
+        return self.reward[0]
+
+    def best_reward(self, kl: Tensor | float) -> Tensor:
+        """R*(KL), the best mean reward at these KLs (nats; below 0 counts as 0)."""
+        root = torch.as_tensor(kl, dtype=torch.float64).clamp(min=0).sqrt()
+        right = torch.searchsorted(self._root, root.contiguous()).clamp(1, len(self._root) - 1)
+        x0, x1 = self._root[right - 1], self._root[right]
+        y0, y1 = self._reward[right - 1], self._reward[right]
+        part = ((root - x0) / (x1 - x0).clamp(min=1e-12)).clamp(0, 1)
+        return y0 + part * (y1 - y0)
+
+    def share(self, reward: Tensor | float, kl: Tensor | float) -> Tensor:
+        """f = (R − R0)/(R*(KL) − R0): 0 is the reference, 1 is on the frontier; 0 where KL < `MIN_KL`."""
+        reward, kl = torch.as_tensor(reward, dtype=torch.float64), torch.as_tensor(kl, dtype=torch.float64)
+        room = self.best_reward(kl) - self.base_reward
+        return ((reward - self.base_reward) / room.clamp(min=1e-12)).where(kl >= MIN_KL, 0.0)
+
+    def curve(self, max_kl: float | None = None, points: int = 200) -> dict[str, list[float]]:
+        """`{"kl": [...], "reward": [...]}` for a plot, dense where the curve bends."""
+        end = math.sqrt(self.kl[-1] if max_kl is None else max_kl)
+        kl = torch.linspace(0, end, points, dtype=torch.float64).square()
+        return {"kl": kl.tolist(), "reward": self.best_reward(kl).tolist()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scores of whole completions, the best of several, and whether a preference for length hides in them.
+
+Pooling = Literal["mean", "last"]
+
+
+def score_completions(
+    source: nn.Module | Callable[[TokenBatch], Tensor], batch: TokenBatch, pooling: Pooling = "mean"
+) -> Tensor:
+    """One number per completion: the mean of its tokens' scores.
+
+    Never their sum, which would grow with the length (arXiv 2505.23363, section 3).
+
+    Args:
+        source: a token-level reward model, or a credit source (any callable `batch -> [N]`).
+        batch: prompts with any number of completions.
+        pooling: "last" takes the last token's score, for a reward model that was trained on it alone.
+
+    Returns:
+        `[C]`; -inf for a completion without counted tokens, so that it is never the best.
+    """
+    scores = _token_scores(source, batch) if isinstance(source, nn.Module) else source(batch)
+    scores, segments = scores.to(batch.device), batch.segments
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    empty = segments.lengths == 0
+    if pooling == "last":
+        # The place before an empty completion belongs to another one, or to none; it is overwritten below.
+        pooled = torch.cat([scores, scores.new_zeros(1)])[segments.offsets[1:] - 1]
+    else:
+        pooled = segments.mean(scores)
+    return pooled.masked_fill(empty, -math.inf)
+
+
+def best_of(batch: TokenBatch, scores: Tensor) -> Tensor:
+    """The best completion of every prompt, counted within the prompt: `[C] -> long [G]`; the first of equals.
+
+    Raises:
+        ValueError: not one score per completion, a score that is NaN, or a prompt without completions.
+    """
+    if scores.shape != (batch.n_completions,):
+        raise ValueError(f"scores have shape {tuple(scores.shape)}, expected ({batch.n_completions},)")
+    if bool(scores.isnan().any()):
+        raise ValueError(f"the score of completion {int(scores.isnan().nonzero()[0])} is NaN")
+    counts = torch.bincount(batch.group, minlength=batch.n_prompts)
+    if not bool((counts > 0).all()):
+        raise ValueError(f"prompt {int((counts == 0).nonzero()[0])} has no completion")
+    first = counts.cumsum(0) - counts
+    top = scores.new_full((batch.n_prompts,), -math.inf).scatter_reduce(0, batch.group, scores, "amax")
+    places = torch.arange(batch.n_completions, device=scores.device)
+    is_top = scores == top[batch.group]
+    earliest = torch.full_like(first, batch.n_completions).scatter_reduce(
+        0, batch.group[is_top], places[is_top], "amin"
+    )
+    return earliest - first
+
+
+@dataclass(frozen=True)
+class LengthBucket:
+    """Accuracy on the pairs of one bucket.
+
+    Attributes:
+        low, high: the least and greatest value of what was cut into buckets.
+        pairs: how many pairs.
+        accuracy: share with the chosen completion above the rejected one (a tie counts half), Wilson interval.
+        longer_preferred: share, among pairs of unequal lengths, where the longer completion scores higher; NaN
+            without such pairs. Far from the share in which the longer one was chosen, the model goes by length.
+        longer_chosen: share, among the same pairs, where the longer completion is the chosen one.
+    """
+
+    low: float
+    high: float
+    pairs: int
+    accuracy: Estimate
+    longer_preferred: float
+    longer_chosen: float
+
+
+def accuracy_by_length(
+    scores: Tensor,
+    lengths: Tensor,
+    *,
+    by: Literal["difference", "total"] = "difference",
+    buckets: int = 4,
+    confidence: float = CONFIDENCE,
+) -> list[LengthBucket]:
+    """Pair accuracy in buckets of about equally many pairs, cut by length.
+
+    The mean over tokens hides a preference for length that one accuracy over all pairs does not show: where it
+    falls in the first bucket and rises in the last, the model follows length.
+
+    Args:
+        scores: `[2P]`, one per completion, chosen before rejected.
+        lengths: `[2P]`, tokens per completion (`batch.segments.lengths`).
+        by: "difference" cuts by length of chosen minus length of rejected, "total" by their sum.
+        buckets: how many at most; pairs with equal values are never separated.
+
+    Returns:
+        From the shortest to the longest; buckets that would be empty are left out.
+
+    Raises:
+        ValueError: not scores and lengths of pairs, or a score that is NaN.
+    """
+    if scores.shape != lengths.shape or scores.dim() != 1 or len(scores) % 2 or not len(scores):
+        raise ValueError(
+            f"expected scores and lengths of pairs, both [2P], got {tuple(scores.shape)} and {tuple(lengths.shape)}"
+        )
+    if bool(scores.isnan().any()):
+        raise ValueError(f"the score of completion {int(scores.isnan().nonzero()[0])} is NaN")
+    chosen, rejected = scores[0::2].double().cpu(), scores[1::2].double().cpu()
+    long, short = lengths[0::2].cpu(), lengths[1::2].cpu()
+    values = (long - short if by == "difference" else long + short).double()
+    wins = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    longer = (long > short, long != short)
+    prefers = torch.where(longer[0], wins, 1 - wins)
+    ranks = torch.linspace(0, 1, buckets + 1, dtype=torch.float64)[1:-1]
+    edges = values.quantile(ranks, interpolation="lower")
+    bucket = torch.searchsorted(edges, values)  # pairs on an edge go to the lower bucket
+    out = []
+    for index in bucket.unique().tolist():
+        here = bucket == index
+        unequal = here & longer[1]
+        out.append(
+            LengthBucket(
+                low=float(values[here].min()),
+                high=float(values[here].max()),
+                pairs=int(here.sum()),
+                accuracy=wilson(float(wins[here].sum()), int(here.sum()), confidence),
+                longer_preferred=float(prefers[unequal].mean()),
+                longer_chosen=float(longer[0][unequal].double().mean()),
+            )
+        )
+    return out
+
+
+def _token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
+    from tokengrain.scoring.model import evaluating
+    from tokengrain.scoring.score import score
+
+    with evaluating(model):
+        scores: Any = score(model, batch, ("token_scores",)).token_scores
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------
+# Evaluation from several samples per prompt: pass@k, avg@k, maj@k, by group, with intervals.
+
+Ties = Literal["share", "first", "wrong"]
+
+
+def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
+    """Chance that at least one of k samples is right, estimated without bias from n samples with c right ones.
+
+    1 − C(n − c, k) / C(n, k): of all ways to take k of the n samples, those without a right one (arXiv 2107.03374,
+    equation 1). Plugging the share of right samples into 1 − (1 − p)^k instead would be too low.
+
+    Args:
+        n, c: numbers, or long tensors that broadcast.
+        k: at least 1 and at most n.
+
+    Returns:
+        float64 in [0, 1], of the shape of `n` and `c`.
+
+    Raises:
+        ValueError: k or c out of range.
+    """
+    total, right = torch.broadcast_tensors(torch.as_tensor(n), torch.as_tensor(c))
+    if k < 1 or bool((total < k).any()):
+        raise ValueError(
+            f"k is {k}; expected at least 1 and at most the samples, of which there are {int(total.min())}"
+        )
+    if bool(((right < 0) | (right > total)).any()):
+        raise ValueError(f"expected 0 <= c <= n, got c from {int(right.min())} to {int(right.max())}")
+    # C(n − c, k) / C(n, k) as a product of k factors, each in [0, 1]: no factorials that overflow.
+    i = torch.arange(k, dtype=torch.float64, device=total.device)
+    wrong = (total - right).double()[..., None]
+    none = ((wrong - i) / (total.double()[..., None] - i)).clamp(min=0.0).prod(-1)
+    return 1.0 - none
+
+
+def avg_at_k(correct: Tensor, k: int | None = None) -> Tensor:
+    """Mean of the first k of each prompt's samples: `[P, n] -> [P]` (None: all n)."""
+    return _first(correct, k).double().mean(1)
+
+
+def maj_at_k(
+    answers: Sequence[Sequence[Hashable]], correct: Tensor, k: int | None = None, *, ties: Ties = "share"
+) -> Tensor:
+    """Whether the most frequent answer among the first k samples of each prompt is right.
+
+    Args:
+        answers: `[P][n]`; None for a sample without an answer, which has no vote.
+        correct: bool `[P, n]`; an answer counts as right if the first sample that gives it is.
+        k: how many samples vote (None: all n).
+        ties: of several answers with the most votes, "share" counts the share of them that is right, which is
+            what a fair draw among them would reach on average; "first" takes the one that came first; "wrong" counts 0.
+
+    Returns:
+        float64 `[P]` in [0, 1]; 0 where no sample has an answer.
+
+    Raises:
+        ValueError: shapes that do not fit; another word for ties.
+    """
+    if ties not in get_args(Ties):
+        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(get_args(Ties))}")
+    right = _first(correct, k)
+    if len(answers) != len(correct) or any(len(a) != correct.shape[1] for a in answers):
+        raise ValueError(f"expected an answer for each of {tuple(correct.shape)} samples")
+    out = []
+    for given, good in zip(answers, right.tolist(), strict=True):
+        verdicts: dict[Hashable, bool] = {}
+        for answer, verdict in zip(given, good):
+            if answer is not None:
+                verdicts.setdefault(answer, bool(verdict))
+        votes = Counter(a for a in given[: len(good)] if a is not None)
+        most = max(votes.values(), default=0)
+        top = [verdicts[a] for a, count in votes.items() if count == most]  # in the order they came
+        if not top:
+            out.append(0.0)
+        elif len(top) == 1 or ties == "first":
+            out.append(float(top[0]))
+        else:
+            out.append(sum(top) / len(top) if ties == "share" else 0.0)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def utilised(correct: Tensor) -> Tensor:
+    """Prompts with right and wrong samples, from which group advantages learn something: `[P, n] -> bool [P]`."""
+    right = correct.bool()
+    return right.any(1) & ~right.all(1)
+
+
+def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
+    """Mean of one number per prompt `[P]`, with an interval over prompts.
+
+    Samples of one prompt are not independent, prompts are: the interval is Wilson's where every prompt has 0 or 1, and
+    a percentile bootstrap over prompts otherwise. Prompts that all have the same number (a single one, say) give the
+    bootstrap nothing to vary: of a number in [0, 1] Wilson's interval is taken, which is too wide rather than empty.
+    """
+    x = values.double()
+    if not len(x):
+        raise ValueError("there are no prompts")
+    if bool(((x == 0) | (x == 1)).all()) or (bool((x == x[0]).all()) and 0 <= x[0] <= 1):
+        return wilson(float(x.sum()), len(x), confidence)
+    return bootstrap(lambda means: means[..., 0], x[:, None], confidence=confidence, seed=seed)
+
+
+def by_group(
+    values: Tensor, keys: Sequence[Hashable], *, confidence: float = CONFIDENCE, seed: int = 0
+) -> dict[Hashable, Estimate]:
+    """`mean_over_prompts` of the prompts of each key, in order of first appearance.
+
+    Args:
+        values: `[P]`; keys: one per prompt, such as its level.
+    """
+    if len(keys) != len(values):
+        raise ValueError(f"{len(keys)} keys for {len(values)} prompts")
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return {key: mean_over_prompts(values[at], confidence=confidence, seed=seed) for key, at in groups.items()}
+
+
+def sample_metrics(
+    correct: Tensor, answers: Sequence[Sequence[Hashable]] | None = None, k: int | None = None
+) -> dict[str, Tensor]:
+    """The measures of this module per prompt, each `[P]`.
+
+    Args:
+        correct: bool `[P, n]`.
+        answers: for maj@k.
+        k: the largest k (None: n).
+
+    Returns:
+        `accuracy` (the share of all n samples), `pass@j` for j = 1, 2, 4, ... and k, `avg@k`, `maj@k`, `utilisation`.
+    """
+    n = correct.shape[1]
+    k = n if k is None else k
+    right = correct.long().sum(1)
+    found = {"accuracy": avg_at_k(correct)}
+    powers = [2**i for i in range(k.bit_length()) if 2**i < k]
+    found |= {f"pass@{j}": pass_at_k(n, right, j) for j in (*powers, k)}
+    found[f"avg@{k}"] = avg_at_k(correct, k)
+    if answers is not None:
+        found[f"maj@{k}"] = maj_at_k(answers, correct, k)
+    found["utilisation"] = utilised(correct).double()
+    return found
+
+
+def _first(correct: Tensor, k: int | None) -> Tensor:
+    if correct.dim() != 2 or not correct.shape[1]:
+        raise ValueError(f"expected samples [P, n] with n > 0, got shape {tuple(correct.shape)}")
+    if k is not None and not 1 <= k <= correct.shape[1]:
+        raise ValueError(f"k is {k}; expected at least 1 and at most {correct.shape[1]} samples")
+    return correct[:, :k]

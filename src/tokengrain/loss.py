@@ -1,0 +1,433 @@
+"""What a loss function returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.errors import RecipeError
+from tokengrain.settings import NonNegative, Number, Share, nearest, validate_settings
+
+Unit = Literal["pairs", "completions"]
+TokenUnit = Literal["tokens", "chosen_tokens"]
+
+
+@dataclass
+class LossOutput:
+    """Losses before any normalisation: a normaliser turns them into the scalar that is optimised.
+
+    Attributes:
+        losses: one per pair `[P]` or per completion `[C]` (see `unit`), in nats, with gradient.
+        metrics: detached values for logging, one per pair `[P]` (per completion `[C]`) each; what is
+            logged for a step is their mean over all pairs (completions) of the step.
+        token_losses: an extra term, one value per token it is about, already weighted. Whatever the
+            normaliser, it adds its sum divided by the number of `token_unit` in the whole optimiser step:
+            a mean over tokens that does not depend on how the step is cut into micro-batches.
+        unit: what `losses` has one of.
+        token_unit: what `token_losses` has one of: all counted tokens, or those of chosen completions.
+        tokens: detached values per counted token `[N]`, for pictures of single completions, for example
+            "ratio" and "clipped". They are not logged.
+    """
+
+    losses: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    token_losses: Tensor | None = None
+    unit: Unit = "pairs"
+    token_unit: TokenUnit = "chosen_tokens"
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+
+# ----------------------------------------------------------------------------------------------------
+# From losses per pair to the scalar that is optimised, independent of how the batch is cut.
+#
+# One optimiser step sees some pairs, on some ranks, in some micro-batches. For every micro-batch
+# loss = normaliser(output, counts),   counts = those of the whole step (all micro-batches, all ranks),
+# and the loss of the step is the SUM of these over its micro-batches and ranks; so are the gradients. The
+# caller must therefore not divide by the number of micro-batches, and where gradients are averaged over
+# ranks (DDP, FSDP) must multiply by their number.
+#
+# Given losses l_i of U units (pairs or completions), of P prompts, with N counted tokens in the whole step:
+# mean         sum_i l_i / U           (default; the objective as the papers write it)
+# token_mean   sum_i l_i / N           (a step weighs by its tokens; for losses that are sums over tokens)
+# prompt_mean  sum_i l_i / P           (sums over the completions of a prompt, as DCPO's)
+# constant     sum_i l_i / constant    (a fixed divisor, as Dr. GRPO's)
+# sum          sum_i l_i
+# `token_losses`, where an objective has them, always add their sum divided by the step's number of such
+# tokens: they are defined as a token mean.
+
+NormaliserName = Literal["mean", "token_mean", "prompt_mean", "constant", "sum"]
+NORMALISERS: tuple[NormaliserName, ...] = ("mean", "token_mean", "prompt_mean", "constant", "sum")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a batch holds; added up over micro-batches and ranks.
+
+    Attributes:
+        pairs: preference pairs (0 if the completions do not come in pairs).
+        completions: completions.
+        tokens: counted tokens.
+        chosen_tokens: counted tokens of the chosen completions (0 without pairs).
+        prompts: prompts (0 where nobody counted them).
+    """
+
+    pairs: int = 0
+    completions: int = 0
+    tokens: int = 0
+    chosen_tokens: int = 0
+    prompts: int = 0
+
+    @classmethod
+    def of(cls, segments: Segments, *, pairs: bool, prompts: int = 0) -> Counts:
+        """Count a batch: `Counts.of(batch.segments, pairs=batch.is_pairs, prompts=batch.n_prompts)`."""
+        lengths = segments.lengths
+        chosen = int(segments.pairs(lengths)[0].sum()) if pairs else 0
+        return cls(len(segments) // 2 if pairs else 0, len(segments), segments.total, chosen, prompts)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def to_tensor(self, device: torch.device | str | None = None) -> Tensor:
+        """Long `[5]`, ready for an all-reduce with SUM."""
+        return torch.tensor(astuple(self), dtype=torch.long, device=device)
+
+    @classmethod
+    def from_tensor(cls, counts: Tensor) -> Counts:
+        """The inverse of `to_tensor`."""
+        return cls(*counts.tolist())
+
+
+Normaliser = Callable[[LossOutput, Counts], Tensor]
+
+
+def make_normaliser(name: NormaliserName = "mean", constant: float | None = None) -> Normaliser:
+    """A normaliser by name; `constant` is the divisor of "constant" and of no other.
+
+    Raises:
+        RecipeError: an unknown name, or a constant that is missing, not positive, or not wanted.
+    """
+    if name not in NORMALISERS:
+        raise RecipeError(f"normaliser: unknown name {name!r}{nearest(name, NORMALISERS)}")
+    if name == "constant" and not (constant is not None and constant > 0):
+        raise RecipeError(f"normaliser 'constant' needs a positive normaliser_constant, got {constant!r}")
+    if name != "constant" and constant is not None:
+        raise RecipeError(f"normaliser {name!r} takes no normaliser_constant, got {constant!r}")
+
+    def normalise(output: LossOutput, counts: Counts) -> Tensor:
+        if name == "prompt_mean" and counts.completions and not counts.prompts:
+            raise ValueError("normaliser 'prompt_mean' needs the number of prompts in the counts, got 0")
+        loss = output.losses.sum() / _divisor(name, output, counts, constant)
+        if output.token_losses is not None:
+            loss = loss + output.token_losses.sum() / max(getattr(counts, output.token_unit), 1)
+        return loss
+
+    return normalise
+
+
+def _divisor(name: NormaliserName, output: LossOutput, counts: Counts, constant: float | None) -> float:
+    if name == "constant" and constant is not None:
+        return constant
+    if name == "sum":
+        return 1
+    unit = {"token_mean": "tokens", "prompt_mean": "prompts"}.get(name, output.unit)
+    return max(getattr(counts, unit), 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which tokens to train on: the best of a chosen completion, the worst of a rejected one (arXiv 2408.13518).
+#
+# Selection is per completion, never across a batch, and works on any token credit `[N]`. Completions are pairs:
+# even ones chosen, odd ones rejected. For the ablations of the paper feed other values: random ones, or the
+# negated credit.
+
+
+def select_tokens(
+    values: Tensor,
+    segments: Segments,
+    *,
+    chosen: float = 0.3,
+    rejected: float = 0.3,
+    score_first_token: bool = True,
+) -> Tensor:
+    """The highest share of every chosen and the lowest share of every rejected completion: bool `[N]`.
+
+    Of n tokens max(1, floor(share * n)) are taken; among equal values the earliest. A completion without
+    tokens gives none.
+
+    Args:
+        values: token credit `[N]`, without NaN.
+        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
+        chosen: share of a chosen completion's tokens, in (0, 1].
+        rejected: the same for rejected completions.
+        score_first_token: False leaves out the first token of every completion, which then does not count
+            in n either, as in the authors' code.
+
+    Raises:
+        ValueError: a share outside (0, 1], or NaN in `values`.
+    """
+    for name, share in (("chosen", chosen), ("rejected", rejected)):
+        if not 0 < share <= 1:
+            raise ValueError(f"select_tokens: {name} must lie in (0, 1], got {share}")
+    if bool(torch.isnan(values).any()):
+        raise ValueError("select_tokens: the values contain NaN, so they have no order")
+    if not score_first_token:
+        rest = segments.positions > 0
+        selected = torch.zeros_like(rest)
+        selected[rest] = select_tokens(values[rest], segments.narrow(rest), chosen=chosen, rejected=rejected)
+        return selected
+    return token_ranks(values, segments) < segments.broadcast(_wanted(segments, chosen, rejected))
+
+
+def select_where(values: Tensor, segments: Segments, *, above: float) -> Tensor:
+    """Chosen tokens with value > `above` and rejected ones with value < -`above`: bool `[N]`, perhaps none."""
+    return torch.where(segments.is_chosen, values > above, values < -above)
+
+
+def token_ranks(values: Tensor, segments: Segments) -> Tensor:
+    """Place of every token in its completion, long `[N]`, 0 first: high values first in chosen completions,
+    low ones first in rejected completions; earlier tokens first among equals."""
+    # `values` may hold +0 and -0 or whole numbers: negation keeps their order and their ties.
+    return _places(torch.where(segments.is_chosen, -values, values), segments)
+
+
+def top_tokens(values: Tensor, segments: Segments, counts: Tensor) -> Tensor:
+    """The `counts` (long `[C]`) highest values of every completion, the earliest among equals: bool `[N]`.
+
+    The completions need not be pairs.
+    """
+    return _places(-values, segments) < segments.broadcast(counts)
+
+
+def span_ids(selected: Tensor, segments: Segments) -> Tensor:
+    """Numbers runs of neighbouring selected tokens: 0 where not selected, else 1, 2, ... within a completion.
+
+    Args:
+        selected: bool (or 0/1) `[N]`.
+
+    Returns:
+        Float `[N]`, the form of the column "spans".
+    """
+    selected = selected.bool()
+    after = torch.zeros_like(selected)
+    after[1:] = selected[:-1]
+    starts = selected & ~(after & (segments.positions > 0))
+    runs = starts.cumsum(0)  # runs begun so far, in all completions
+    before = torch.cat([runs.new_zeros(1), runs])[segments.offsets[:-1]]
+    return torch.where(selected, runs - segments.broadcast(before), 0).float()
+
+
+def _places(values: Tensor, segments: Segments) -> Tensor:
+    """Place of every token in its completion by value, long `[N]`, the least first, earlier tokens among equals."""
+    order = torch.argsort(values, stable=True)
+    order = order[torch.argsort(segments.ids[order], stable=True)]  # by completion, then by value, then by place
+    ranks = torch.empty_like(order)
+    ranks[order] = segments.positions
+    return ranks
+
+
+def _wanted(segments: Segments, chosen: float, rejected: float) -> Tensor:
+    """Tokens to take of every completion, long `[2P]`."""
+    lengths = segments.lengths.double()
+    even = torch.arange(len(segments), device=lengths.device) % 2 == 0
+    # 0.57 * 100 is 56.99999999999999 in binary and means 57.
+    wanted = torch.where(even, chosen * lengths, rejected * lengths).add(1e-9).floor().long()
+    return wanted.clamp(min=1)
+
+
+def token_weights(
+    token_rewards: Tensor,
+    segments: Segments,
+    *,
+    alpha: float,
+    clamp_min: float | None = None,
+    normalise: bool = False,
+) -> Tensor:
+    """f = 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones: `[N] -> [N]`, no gradient.
+
+    Args:
+        token_rewards: r `[N]`.
+        clamp_min: floor of f (None: none, as the authors); a floored token keeps the floor.
+        normalise: divide f by its mean over the completion, so that a completion's weights average 1.
+    """
+    sign = torch.where(segments.is_chosen, 1.0, -1.0).to(token_rewards.dtype)
+    f = 1 + alpha * sign * token_rewards.detach()
+    if clamp_min is not None:
+        f = f.clamp(min=clamp_min)
+    if normalise:
+        f = f / segments.broadcast(segments.mean(f))
+    return f
+
+
+# ----------------------------------------------------------------------------------------------------
+# How token credit enters an objective: as reward, as weight, as selection or as spans.
+#
+# A role turns credit `[N]` into the per-token quantity that a loss takes:
+#
+# reward      token_rewards: the credit itself (TGDPO, T-REG)
+# weight      token_weights: 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones, times each token's
+# log-probability (and the reference's), for losses that are sums or means over tokens
+# selection   selected: 1 for the tokens worth training on; only these are scored (SePO)
+# span        spans: runs of selected tokens, numbered (RRPO)
+
+
+class Role(Protocol):
+    """Credit `[N]` to the quantity `[N]` called `provides`.
+
+    `uses` is what must be meaningful in the credit: "sign" (and size, around 0), "order" (within a
+    completion), or "any".
+    """
+
+    name: ClassVar[str]
+    provides: ClassVar[str]
+
+    @property
+    def uses(self) -> str: ...
+
+    def __call__(self, values: Tensor, segments: Segments) -> Tensor: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+class RewardRole:
+    """Credit as it is, for objectives that have a token reward in their formula."""
+
+    name, provides, uses = "reward", "token_rewards", "sign"
+
+    def __init__(self) -> None:
+        """It has no settings."""
+
+    def __call__(self, values: Tensor, segments: Segments) -> Tensor:
+        return values
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+class WeightRole:
+    """Credit as token weights, as in TGDPO: 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones.
+
+    Args:
+        alpha: strength; 0 weighs every token alike.
+        clamp_min: floor of the weights (None: none).
+        normalise: divide the weights of a completion by their mean.
+    """
+
+    name, provides, uses = "weight", "token_weights", "sign"
+
+    def __init__(self, *, alpha: Number = 0.5, clamp_min: Number | None = None, normalise: bool = False) -> None:
+        self.alpha, self.clamp_min, self.normalise = alpha, clamp_min, normalise
+
+    def __call__(self, values: Tensor, segments: Segments) -> Tensor:
+        return token_weights(values, segments, alpha=self.alpha, clamp_min=self.clamp_min, normalise=self.normalise)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, **vars(self)}
+
+
+class SelectionRole:
+    """The tokens worth training on: the best of each chosen and the worst of each rejected completion.
+
+    Args:
+        share: share of the tokens of either side, in (0, 1].
+        chosen, rejected: shares by side, instead of `share`.
+        above: instead of shares: chosen tokens with credit > above, rejected ones with credit < -above.
+        score_first_token: False leaves out the first token of every completion, as SePO's released code does.
+    """
+
+    name, provides = "selection", "selected"
+
+    def __init__(
+        self,
+        *,
+        share: Share = 0.3,
+        chosen: Share | None = None,
+        rejected: Share | None = None,
+        above: NonNegative | None = None,
+        score_first_token: bool = True,
+    ) -> None:
+        self.chosen = share if chosen is None else chosen
+        self.rejected = share if rejected is None else rejected
+        self.above, self.score_first_token = above, score_first_token
+        if above is None and not (self.chosen > 0 and self.rejected > 0):
+            raise RecipeError(f"{self.name}: shares must be above 0, got {self.chosen} and {self.rejected}")
+
+    @property
+    def uses(self) -> str:
+        return "order" if self.above is None else "sign"
+
+    def __call__(self, values: Tensor, segments: Segments) -> Tensor:
+        return self._select(values, segments).to(values.dtype)
+
+    def _select(self, values: Tensor, segments: Segments) -> Tensor:
+        if self.above is not None:
+            selected = select_where(values, segments, above=self.above)
+            return selected if self.score_first_token else selected & (segments.positions > 0)
+        return select_tokens(
+            values,
+            segments,
+            chosen=self.chosen,
+            rejected=self.rejected,
+            score_first_token=self.score_first_token,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, **vars(self)}
+
+
+class SpanRole(SelectionRole):
+    """The same tokens as numbered spans: neighbouring ones belong together. Settings: those of `selection`."""
+
+    name, provides = "span", "spans"
+
+    def __call__(self, values: Tensor, segments: Segments) -> Tensor:
+        return span_ids(self._select(values, segments), segments).to(values.dtype)
+
+
+ROLES: dict[str, Any] = {role.name: role for role in (RewardRole, WeightRole, SelectionRole, SpanRole)}
+
+
+def make_role(name: str, **settings: Any) -> Role:
+    """A role by name: `make_role("selection", share=0.3)`.
+
+    Raises:
+        RecipeError: an unknown role or setting, a wrong type, a value out of range.
+    """
+    if name not in ROLES:
+        raise RecipeError(f"unknown role of credit {name!r}{nearest(name, ROLES)}")
+    return ROLES[name](**validate_settings(f"credit as {name!r}", ROLES[name], settings))
+
+
+def resolve_role(given: Any, accepted: tuple[str, ...], objective: str, why_none: str = "") -> Role:
+    """The role in which credit enters an objective.
+
+    Args:
+        given: None for the default, a role's name, a mapping `{name: ..., settings}`, or a `Role`.
+        accepted: the roles that the objective takes; the only one is the default.
+        why_none: why the objective takes no credit, if it takes none.
+
+    Raises:
+        RecipeError: none is accepted, this one is not, or there are several and none was given.
+    """
+    if not accepted:
+        raise RecipeError(f"objective {objective} takes no token credit: {why_none}")
+    if given is None:
+        if len(accepted) > 1:
+            choices = " or ".join(f"`as: {name}`" for name in accepted)
+            raise RecipeError(f"objective {objective} takes credit in several ways; say which: {choices}")
+        return make_role(accepted[0])
+    if isinstance(given, Mapping):
+        settings = dict(given)
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise RecipeError(f"the role of credit has no name; expected one of {list(accepted)}")
+        role = make_role(name, **settings)
+    else:
+        role = make_role(given) if isinstance(given, str) else given
+    if role.name not in accepted:
+        raise RecipeError(f"objective {objective} takes no credit as {role.name}; expected {' or '.join(accepted)}")
+    return role

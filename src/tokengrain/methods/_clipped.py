@@ -1,0 +1,363 @@
+"""The clipped policy loss of PPO and its family: what PPO, GRPO, DAPO, GSPO and DCPO share.
+
+With r the probability ratio of a token (new policy to the one that sampled it) and A its advantage
+(PPO, arXiv 1707.06347, equation 7):
+
+    l = -min(r A, clip(r, low, high) A)
+
+which is -A min(r, high) for A >= 0 and -A max(r, low) for A < 0; `cap` bounds r in the second case as well
+(dual clip, arXiv 1912.09729). It is computed from log r, clipped before the exponential, so that a ratio too
+large for its type gives a gradient of exactly 0 where it is clipped, not 0 * inf.
+
+Methods differ in what r is (of the token, of the completion), in low and high (constants, or functions of the
+token's probability) and in how the tokens of a completion become its loss (`Reduction`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.errors import RolloutError
+from tokengrain.loss import LossOutput
+from tokengrain.settings import check_choice
+
+# ----------------------------------------------------------------------------------------------------
+# Single-sample estimators of KL(policy || reference) per token, from the sampled token's log-probabilities.
+#
+# With d = log p_ref - log p and tokens drawn from p (Schulman, "Approximating KL divergence", 2020):
+#
+# k1 = -d                    unbiased, large variance, may be negative; its gradient is 0 on average
+# k2 = d^2 / 2               biased; its gradient is that of the KL on average
+# k3 = exp(d) - d - 1        unbiased, never negative; its gradient is that of KL(ref || policy) on average
+#
+# "On average" holds for tokens drawn from the policy itself; after updates on the same rollouts the estimate
+# must be weighed by the importance ratio to stay so.
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+# What verl clamps to, where asked for.
+MAX_LOG_RATIO = 20.0
+MAX_K3 = 10.0
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3", *, clamp: bool = False) -> Tensor:
+    """Estimates of KL(policy || reference), one per token, differentiable in `logps`.
+
+    Args:
+        logps: log-probabilities of the sampled tokens under the policy `[N]`, nats.
+        ref_logps: the same under the reference `[N]`; no gradient flows into it.
+        estimator: "k1", "k2" or "k3".
+        clamp: as verl does for k3: d to +-20 and the estimate to at most 10, with gradient 0 outside.
+
+    Returns:
+        `[N]`, nats; 0 where both are equal.
+
+    Raises:
+        ValueError: an unknown estimator.
+    """
+    check_choice("estimator", estimator, KLEstimator)
+    d = ref_logps.detach() - logps
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    if not clamp:
+        return torch.expm1(d) - d
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (torch.expm1(d) - d).clamp(max=MAX_K3)
+
+
+Reduction = Literal["mean", "sum", "constant"]
+"""Token losses to the loss of a completion. With the normaliser that belongs to it:
+
+    "mean"      over its tokens: GRPO with "mean", DCPO with "prompt_mean"
+    "sum"       DAPO with "token_mean"; a plain sum with "sum"
+    "constant"  sum / max_length, the longest completion that the run allows: Dr. GRPO with "mean"
+"""
+
+
+@dataclass(frozen=True)
+class ClippedTokens:
+    """The clipped loss token by token.
+
+    Attributes:
+        losses: `[N]`, with gradient.
+        ratio: `[N]`, detached, not clipped.
+        low: bool `[N]`: A < 0 and r below its bound. These tokens, and those below, have gradient 0.
+        high: bool `[N]`: A > 0 and r above its bound.
+        capped: bool `[N]`: A < 0 and r above the cap.
+    """
+
+    losses: Tensor
+    ratio: Tensor
+    low: Tensor
+    high: Tensor
+    capped: Tensor
+
+    @property
+    def clipped(self) -> Tensor:
+        """-1, 0 or +1 per token `[N]`: clipped below, not clipped, clipped above or capped."""
+        return (self.high | self.capped).to(self.losses.dtype) - self.low.to(self.losses.dtype)
+
+
+def clipped_tokens(
+    log_ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float, cap: float | None = None
+) -> ClippedTokens:
+    """-min(r A, clip(r, low, high) A) of every token.
+
+    Args:
+        log_ratio: log of the new policy's probability over that of the sampling policy `[N]`, with gradient.
+        advantages: `[N]`, constants.
+        low, high: bounds of the ratio (not offsets from 1), numbers or `[N]`; a low bound <= 0 never clips.
+        cap: bound of the ratio where the advantage is negative; None: the loss there has no bound.
+
+    Raises:
+        ValueError: advantages of another shape; or a cap below the upper bound.
+    """
+    if advantages.shape != log_ratio.shape:
+        raise ValueError(
+            f"advantages have shape {tuple(advantages.shape)}, expected {tuple(log_ratio.shape)}: one per token; "
+            "segments.broadcast repeats a completion's"
+        )
+    if cap is not None and not isinstance(high, Tensor) and cap < high < math.inf:
+        raise ValueError(f"the ratio's cap must not lie below its upper bound {high}, got {cap}")
+    d, A = log_ratio, advantages.detach().to(log_ratio.dtype)
+    bottom, top = _log(low, d), _log(high, d)
+    ceiling = math.inf if cap is None else math.log(cap)
+    # One exponential: where A >= 0 only the upper bound acts, where A < 0 the lower one and the cap.
+    lower = torch.where(A < 0, bottom, -math.inf)
+    upper = torch.where(A < 0, ceiling, top)
+    losses = -A * torch.exp(torch.clamp(d, lower, upper))
+    at = d.detach()
+    return ClippedTokens(
+        losses, at.exp(), low=(A < 0) & (at < bottom), high=(A > 0) & (at > top), capped=(A < 0) & (at > ceiling)
+    )
+
+
+def sequence_log_ratio(logps: Tensor, old_logps: Tensor, segments: Segments) -> Tensor:
+    """Log of the completion's ratio at each of its tokens `[N]`: the mean of the tokens' log-ratios (GSPO).
+
+    In the token form (arXiv 2507.18071, equation 14): its value is the completion's, its gradient that of the
+    token's own log-probability, so that tokens may have advantages of their own. If they are equal within a
+    completion, value and gradient of the loss are those of the sequence form (equation 5).
+    """
+    whole = segments.broadcast(segments.mean((logps - old_logps).detach()))
+    return whole + (logps - logps.detach())
+
+
+def reduce_tokens(values: Tensor, segments: Segments, reduction: Reduction, max_length: float | None = None) -> Tensor:
+    """Token losses `[N]` to losses per completion `[C]`; a completion without tokens has loss 0.
+
+    Raises:
+        ValueError: an unknown reduction; "constant" without a positive `max_length`; or `max_length` with another.
+    """
+    check_choice("reduction", reduction, Reduction)
+    if (reduction == "constant") != (max_length is not None):
+        raise ValueError(f"max_length belongs to reduction 'constant', got {max_length!r} with {reduction!r}")
+    if reduction == "mean":
+        return segments.mean(values)
+    total = segments.sum(values)
+    return total if max_length is None else total / max_length
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is known of sampled tokens, `[N]` each; those that may be None are optional.
+
+    Attributes:
+        logps, old_logps, ref_logps, entropy: nats; entropy is only logged.
+        advantages: constants.
+        weights: constants: multiply the policy's loss, outside the clip, and not the KL term (importance weights
+            of a sampler whose probabilities differ from the trainer's).
+        kl_weights: constants: multiply the KL term of each token (ARES's dynamic KL); None: 1.
+    """
+
+    logps: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    ref_logps: Tensor | None = None
+    entropy: Tensor | None = None
+    weights: Tensor | None = None
+    kl_weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KLTerm:
+    """The KL term of a policy loss.
+
+    Attributes:
+        beta: its weight.
+        estimator, clamp: see `kl_estimate`.
+        importance: weigh it by the token's ratio, which keeps its gradient right after the first update on the
+            same rollouts.
+    """
+
+    beta: float = 0.0
+    estimator: KLEstimator = "k3"
+    importance: bool = False
+    clamp: bool = False
+
+    def losses(self, divergence: Tensor, sampled: Sampled) -> Tensor:
+        """The term of every token `[N]`, from estimates of its KL."""
+        if self.importance:
+            divergence = divergence * torch.exp(sampled.logps - sampled.old_logps.detach())
+        if sampled.kl_weights is not None:
+            divergence = divergence * sampled.kl_weights.detach().to(divergence.dtype)
+        return self.beta * divergence
+
+
+def policy_output(
+    tokens: ClippedTokens,
+    segments: Segments,
+    sampled: Sampled,
+    kl: KLTerm | None = None,
+    *,
+    reduction: Reduction = "mean",
+    max_length: float | None = None,
+) -> LossOutput:
+    """The clipped tokens of a batch as losses per completion, with the KL term and what is logged.
+
+    Args:
+        tokens: from `clipped_tokens`.
+        kl: the KL term; None: none, and if there are ref_logps its k3 is logged.
+        reduction, max_length: see `Reduction`.
+
+    Returns:
+        `losses` [C]. Metrics are means over the tokens of each completion, except "ratio/max".
+
+    Raises:
+        ValueError: beta > 0 without ref_logps.
+    """
+    kl = KLTerm() if kl is None else kl
+    if kl.beta and sampled.ref_logps is None:
+        raise ValueError(f"beta = {kl.beta} needs ref_logps; without a reference beta must be 0")
+    losses = tokens.losses if sampled.weights is None else tokens.losses * sampled.weights.detach()
+    metrics = _policy_metrics(tokens, segments, sampled)
+    if sampled.ref_logps is not None:
+        divergence = kl_estimate(sampled.logps, sampled.ref_logps, kl.estimator, clamp=kl.clamp)
+        metrics["kl/ref"] = segments.mean(divergence.detach())
+        if kl.beta:
+            losses = losses + kl.losses(divergence, sampled)
+    if sampled.entropy is not None:
+        metrics["entropy"] = segments.mean(sampled.entropy.detach())
+    per_token = {"loss": losses.detach(), "ratio": tokens.ratio, "clipped": tokens.clipped}
+    reduced = reduce_tokens(losses, segments, reduction, max_length)
+    return LossOutput(reduced, metrics, unit="completions", token_unit="tokens", tokens=per_token)
+
+
+def _policy_metrics(tokens: ClippedTokens, segments: Segments, sampled: Sampled) -> dict[str, Tensor]:
+    """What every clipped loss logs, one value per completion `[C]`."""
+    dtype, mean = tokens.losses.dtype, segments.mean
+    log_ratio = (sampled.logps - sampled.old_logps).detach()
+    return {
+        "clip/low": mean(tokens.low.to(dtype)),
+        "clip/high": mean(tokens.high.to(dtype)),
+        "clip/cap": mean(tokens.capped.to(dtype)),
+        "clip/tokens": mean(tokens.clipped.abs()),
+        "ratio/mean": mean(tokens.ratio),
+        "ratio/max": torch.where(segments.lengths > 0, segments.max(tokens.ratio), 1.0),
+        "kl/old": mean(torch.expm1(log_ratio) - log_ratio),  # k3 of KL(old || new): the tokens are the old policy's
+        "advantages/mean": mean(sampled.advantages.detach().to(dtype)),
+    }
+
+
+def _log(bound: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).clamp(min=0).log()
+
+
+# ----------------------------------------------------------------------------------------------------
+# How far a sampler's log-probabilities are from the trainer's, and weights that correct for it.
+#
+# Engines compute in other precisions, with other kernels and sometimes with older weights than the trainer. Then
+# what is called on-policy is not (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+# Training"): measure it at every step, and weight tokens or sequences by truncated importance ratios if it
+# matters.
+
+Correction = Literal["none", "token", "sequence"]
+
+
+def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments) -> dict[str, float]:
+    """Metrics of the mismatch of the same tokens under both. All 0 (ratios 1) if they agree.
+
+    Args:
+        sampling_logps: `[N]`, the sampler's: `raw_logps` if the trainer scores at temperature 1 (equal to
+            `sampling_logps` there when nothing was truncated).
+        trainer_logps: `[N]`, the trainer's, of the weights that were sampled from.
+        segments: the N tokens' completions.
+
+    Returns:
+        Nats per token: `mean_abs` and `max_abs` difference; `k1` and `k3` estimate KL(sampler || trainer), k3
+        never negative. Ratios trainer/sampler: `max_ratio` and `min_ratio` of a token, `max_sequence_ratio` of a
+        whole completion (as far as it can be represented).
+
+    Raises:
+        RolloutError: different lengths, or values that are not finite.
+    """
+    d = _log_ratio(sampling_logps, trainer_logps, segments)
+    if not d.numel():
+        d = d.new_zeros(1)
+        sums = d
+    else:
+        sums = segments.sum(d)
+    values = {
+        "mean_abs": d.abs().mean(),
+        "max_abs": d.abs().max(),
+        "k1": -d.mean(),
+        "k3": (d.expm1() - d).mean(),
+        "max_ratio": d.max().exp(),
+        "min_ratio": d.min().exp(),
+        "max_sequence_ratio": sums.max().exp(),
+    }
+    return {f"mismatch/{name}": float(value) for name, value in values.items()}
+
+
+def importance_weights(
+    sampling_logps: Tensor,
+    trainer_logps: Tensor,
+    segments: Segments,
+    *,
+    kind: Correction = "none",
+    cap: float = 2.0,
+) -> Tensor:
+    """Truncated importance weights `[N]`, without gradient: factors of the per-token loss.
+
+    Args:
+        sampling_logps: `[N]` under the distribution the tokens were drawn from.
+        trainer_logps: `[N]` under the trainer's weights at the time of sampling.
+        segments: the N tokens' completions.
+        kind: "none": ones; "token": min(ratio of the token, cap); "sequence": min(ratio of the whole completion,
+            cap), the same for all its tokens.
+        cap: bound from above.
+
+    Raises:
+        RolloutError: as `sampler_mismatch`; an unknown kind, a cap that is not positive.
+    """
+    if kind not in ("none", "token", "sequence") or not cap > 0:
+        raise RolloutError(f"kind is {kind!r} and cap {cap}; expected none, token or sequence, and a cap > 0")
+    d = _log_ratio(sampling_logps, trainer_logps, segments)
+    if kind == "none":
+        return torch.ones_like(d)
+    if kind == "sequence":
+        d = segments.broadcast(segments.sum(d))
+    # Bounding the exponent instead of the weight keeps exp from overflowing.
+    return d.clamp(max=math.log(cap)).exp()
+
+
+def _log_ratio(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments) -> Tensor:
+    expected = (segments.total,)
+    for name, values in (("sampling_logps", sampling_logps), ("trainer_logps", trainer_logps)):
+        if values.shape != expected:
+            raise RolloutError(f"{name} has shape {tuple(values.shape)}; expected {expected}, one per token")
+        if not bool(torch.isfinite(values).all()):
+            token = int((~torch.isfinite(values)).nonzero()[0])
+            raise RolloutError(
+                f"{name} is {float(values[token])} for token {token} (completion {int(segments.ids[token])}); "
+                "expected finite numbers"
+            )
+    return trainer_logps.detach() - sampling_logps.detach().to(trainer_logps)

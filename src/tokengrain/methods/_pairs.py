@@ -1,0 +1,186 @@
+"""Shared parts of the losses on preference pairs.
+
+Everywhere: N counted completion tokens, C = 2P completions, P pairs; completion 2i is the chosen and
+2i + 1 the rejected one of pair i. Only counted tokens are in the flat vectors, so there is nothing to mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.settings import check_choice
+
+MarginLoss = Literal["sigmoid", "hinge", "robust"]
+
+
+def pair_difference(per_completion: Tensor, segments: Segments) -> Tensor:
+    """Chosen minus rejected: `[2P] -> [P]`."""
+    chosen, rejected = segments.pairs(per_completion)
+    return chosen - rejected
+
+
+def margin_loss(margin: Tensor, loss_type: MarginLoss = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """Loss of a margin, `[P] -> [P]`; label_smoothing e is the assumed share of swapped labels.
+
+    sigmoid: -(1-e) log σ(m) - e log σ(-m)                     (e > 0: conservative DPO)
+    robust:  (-(1-e) log σ(m) + e log σ(-m)) / (1 - 2e)        (unbiased under a share e of swapped labels)
+    hinge:   max(0, 1 - m)
+
+    Raises:
+        ValueError: an unknown form; `label_smoothing` outside [0, 0.5), or given to hinge, which has no such form.
+    """
+    check_choice("loss_type", loss_type, MarginLoss)
+    e = label_smoothing
+    if not 0 <= e < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {e}")
+    if loss_type == "hinge":
+        if e:
+            raise ValueError(f"loss_type 'hinge' has no label smoothing, got label_smoothing={e}")
+        return torch.relu(1 - margin)
+    if e == 0:
+        return -F.logsigmoid(margin)
+    if loss_type == "robust":
+        return (-(1 - e) * F.logsigmoid(margin) + e * F.logsigmoid(-margin)) / (1 - 2 * e)
+    return -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
+
+
+def reward_metrics(rewards: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """Rewards `[2P]` by side, their margin, and whether the chosen one is higher: `[P]` each, detached."""
+    chosen, rejected = segments.pairs(rewards.detach())
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": chosen - rejected,
+    }
+
+
+def pair_metrics(rewards: Tensor, logps: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """What every pair loss on log-probabilities logs, `[P]` each, detached.
+
+    Args:
+        rewards: implicit reward of each completion `[2P]`, never token-weighted: comparable across methods.
+        logps: flat token log-probabilities `[N]`.
+    """
+    logps_chosen, logps_rejected = segments.pairs(segments.sum(logps.detach()))
+    return {
+        **reward_metrics(rewards, segments),
+        "logps/chosen": logps_chosen,
+        "logps/rejected": logps_rejected,
+    }
+
+
+def both_sides_counted(segments: Segments) -> Tensor:
+    """Which pairs have a counted token on either side, bool `[P]`."""
+    return torch.minimum(*segments.pairs(segments.lengths)) > 0
+
+
+def chosen_token_losses(logps: Tensor, segments: Segments, sft_weight: float) -> Tensor | None:
+    """`-sft_weight * logp` of every chosen token, or None if the weight is 0.
+
+    A normaliser divides it by the chosen tokens of the whole step (a token mean, not a mean of means).
+    """
+    return -sft_weight * logps[segments.is_chosen] if sft_weight else None
+
+
+def log_ratios(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """d_t = log p_t - log q_t, `[N]`; no gradient reaches the reference."""
+    return logps - ref_logps.detach()
+
+
+def completion_lengths(segments: Segments, like: Tensor) -> Tensor:
+    """Counted tokens per completion `[C]` in the dtype of `like`, at least 1 so that it can divide."""
+    return segments.lengths.clamp(min=1).to(like.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The core that TGDPO and T-REG share: a pair loss whose tokens carry weights 1 ± alpha * r.
+#
+# With token rewards r, a chosen token weighs f = 1 + alpha r and a rejected one f = 1 - alpha r. For both
+# methods the gradient on a token's log-probability is the same formula,
+# -c * f_t on chosen, +c * f_t on rejected,
+# and they differ in which margin gives c = scale * sigmoid(-margin): the weighted one (TGDPO) or the
+# unweighted one (T-REG, whose regulariser is a detached weight times a weighted log-likelihood).
+
+SequenceWeight = Literal["dynamic"]
+
+
+@dataclass
+class TokenWeighted:
+    """Per pair `[P]` unless said otherwise.
+
+    Attributes:
+        losses: what is optimised.
+        base: the loss without credit, detached.
+        rewards: unweighted implicit reward of each completion `[C]`, detached.
+        margin: the weighted margin, detached.
+        sequence_weights: w of T-REG (all 1 where there is none), detached.
+    """
+
+    losses: Tensor
+    base: Tensor
+    rewards: Tensor
+    margin: Tensor
+    sequence_weights: Tensor
+
+
+def token_weighted_loss(
+    logps: Tensor,
+    weights: Tensor,
+    segments: Segments,
+    *,
+    ref_logps: Tensor | None,
+    scale: Tensor | float,
+    margin: Literal["weighted", "unweighted"],
+    gamma: float = 0.0,
+    sequence_weight: float | SequenceWeight = "dynamic",
+    gamma_in_sequence_weight: bool = True,
+) -> TokenWeighted:
+    """Pair loss with token weights; with all weights 1 it is the base loss (DPO, SimPO) bit for bit.
+
+    Args:
+        logps: log-probabilities under the policy `[N]`.
+        weights: f `[N]`, see `token_weights`.
+        ref_logps: log-probabilities under the reference `[N]`; None for a reference-free base.
+        scale: implicit reward per nat: beta, or beta / length as a tensor `[C]`.
+        margin: which margin stands inside the sigmoid.
+        gamma: target margin, subtracted.
+        sequence_weight: w of T-REG: "dynamic" is σ(-unweighted margin), a number is constant.
+        gamma_in_sequence_weight: whether the dynamic w contains gamma.
+    """
+    d = logps if ref_logps is None else logps - ref_logps.detach()
+    rewards = scale * segments.sum(d)
+    plain = pair_difference(rewards, segments)
+    weighted = pair_difference(scale * segments.sum(weights * d), segments)
+    base = margin_loss(plain - gamma)
+    if margin == "weighted":
+        w = torch.ones_like(plain)
+        losses = margin_loss(weighted - gamma)
+    else:
+        shift = gamma if gamma_in_sequence_weight else 0.0
+        # Detached: else the optimiser could shrink the loss through w, R having an arbitrary constant.
+        w = (
+            torch.sigmoid(shift - plain.detach())
+            if sequence_weight == "dynamic"
+            else torch.full_like(plain, float(sequence_weight))
+        )
+        # alpha * (R_w + R_l): f - 1 is +alpha r on chosen, -alpha r on rejected; policy log-probs alone.
+        regulariser = -pair_difference(scale * segments.sum((weights - 1) * logps), segments)
+        losses = base + w * regulariser
+    return TokenWeighted(losses, base.detach(), rewards.detach(), (weighted - gamma).detach(), w.detach())
+
+
+def weight_metrics(weights: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """Per pair: its lowest token weight, and the share of its tokens whose weight is not positive."""
+    lowest = torch.minimum(*segments.pairs(-segments.max(-weights)))
+    chosen, rejected = segments.pairs(segments.sum((weights <= 0).to(weights.dtype)))
+    tokens = torch.add(*segments.pairs(segments.lengths)).clamp(min=1)
+    # A pair without tokens has no weight: 1 is neutral.
+    lowest = torch.where(torch.isfinite(lowest), lowest, torch.ones_like(lowest))
+    return {"weights/min": lowest, "weights/nonpositive": (chosen + rejected) / tokens}

@@ -1,0 +1,205 @@
+"""AlignDistil: alignment as adaptive policy distillation (arXiv 2503.02832).
+
+The student learns, token by token, the distribution of a synthetic teacher whose logits extrapolate from one
+model past another. Teacher and KL come from `tokengrain.scoring`; here are the weights of the tokens, and the
+forms of the extrapolation as numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Segments, TokenBatch
+from tokengrain.errors import RecipeError, fingerprint
+from tokengrain.loss import LossOutput
+from tokengrain.method import checked_credit, scorer_fingerprint, scorer_logps
+from tokengrain.methods.tgdpo import guide_token_rewards
+from tokengrain.scoring.head import Teacher
+from tokengrain.scoring.reference import Reference
+from tokengrain.settings import NonNegative, Positive
+
+TeacherForm = Literal["adaptive", "constant", "theorem1", "interpolation", "distil"]
+
+
+def aligndistil_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    teacher_kl: Tensor,
+    teacher_alpha: Tensor,
+    beta0: Positive = 0.1,
+    length_normalize: bool = True,
+) -> LossOutput:
+    """Reverse KL to a synthetic teacher, each token weighted by beta_t = beta0 / alpha_t.
+
+    Args:
+        logps: log-probabilities under the student `[N]`, nats; logged, not trained.
+        segments: cuts `[N]` into C completions.
+        teacher_kl: KL(student || teacher) over the full vocabulary in the state before each token `[N]`, nats,
+            with gradient to the student.
+        teacher_alpha: alpha_t, how far the teacher extrapolates at each token `[N]`, above 0.
+        beta0: the beta that the two teachers were trained with by DPO.
+        length_normalize: divide the sum over each completion by its length.
+
+    Returns:
+        `losses` [C]; a completion without tokens has loss 0 and stays in the count. Metrics: "kl/teacher"
+        (nats per token), mean alpha, and the highest beta_t: tokens on which the teachers agree are pulled
+        hardest, up to beta0 / epsilon.
+    """
+    beta_t = beta0 / teacher_alpha.detach()
+    token_losses = beta_t * teacher_kl  # equation 17
+    losses = segments.mean(token_losses) if length_normalize else segments.sum(token_losses)  # equations 18, 19
+    highest = segments.max(beta_t)
+    metrics = {
+        "kl/teacher": segments.mean(teacher_kl.detach()),
+        "teacher/alpha": segments.mean(teacher_alpha.detach()),
+        "teacher/beta_max": torch.where(torch.isfinite(highest), highest, 0.0),  # -inf without tokens
+        "logps": segments.sum(logps.detach()),
+    }
+    return LossOutput(losses, metrics, unit="completions")
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How far a teacher extrapolates: alpha_t = slope * tvd_t + offset, teacher = target + (alpha_t - shift) *
+    (target - contrast)."""
+
+    slope: float
+    offset: float
+    shift: float
+
+
+def teacher_strength(
+    form: TeacherForm = "adaptive",
+    *,
+    r: NonNegative = 20.0,
+    epsilon: Positive = 1e-3,
+    beta0: Positive = 0.1,
+    beta: Positive | None = None,
+) -> Strength:
+    """The numbers of a teacher for `aligndistil_loss`.
+
+    Args:
+        form: what the teacher is, z being logits, d the DPO model:
+            "adaptive"       z_d + alpha_t (z_d - z_reverse), alpha_t = r tvd_t + epsilon    (equation 16)
+            "constant"       the same with alpha = beta0 / beta                              (equation 15)
+            "theorem1"       alpha z_d + (1 - alpha) z_ref, alpha = beta0 / beta             (equation 11)
+            "interpolation"  the same with alpha_t = r tvd_t + epsilon
+            "distil"         z_d itself; every token weighs beta (or beta0)
+            The contrast of "theorem1" and "interpolation" is the reference, that of "distil" is none.
+        r: highest strength of the adaptive forms; tvd_t, half the L1 distance of the two teachers, is in
+            [0, 1]. The flag of the authors' code is r / 2.
+        epsilon: strength where the teachers agree.
+        beta0: the beta that the teachers were trained with.
+        beta: the KL coefficient of the constant forms.
+
+    Raises:
+        RecipeError: an unknown form, a number out of range, or a beta that is missing or has no use.
+    """
+    what = f"teacher {form!r}"
+    if form not in ("adaptive", "constant", "theorem1", "interpolation", "distil"):
+        raise RecipeError(f"{what}: unknown; expected adaptive, constant, theorem1, interpolation or distil")
+    for name, value in (("epsilon", epsilon), ("beta0", beta0), ("beta", beta)):
+        if value is not None and not 0 < value < float("inf"):
+            raise RecipeError(f"{what}: {name} must be positive and finite, got {value}")
+    if not 0 <= r < float("inf"):
+        raise RecipeError(f"{what}: r must be finite and not negative, got {r}")
+    if form in ("adaptive", "interpolation"):
+        if beta is not None:
+            raise RecipeError(f"{what} takes its strength from r and epsilon, not from beta; got beta={beta}")
+        return Strength(r, epsilon, 0.0 if form == "adaptive" else 1.0)
+    if form == "distil":
+        return Strength(0.0, beta0 / (beta0 if beta is None else beta), 0.0)
+    if beta is None:
+        raise RecipeError(f"{what} needs beta, the KL coefficient: its strength is beta0 / beta")
+    return Strength(0.0, beta0 / beta, 0.0 if form == "constant" else 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# AlignDistil's credit: a DPO model against a DPO model trained on exchanged pairs (arXiv 2503.02832).
+
+
+class ContrastiveDPO:
+    """Credit β·(log p_model − log p_reverse) of every token.
+
+    Both models start from the same weights; the reverse one learned from the pairs with chosen and rejected
+    exchanged, so it is worse than the start where the other is better, and the contrast is about twice the
+    guide's.
+
+    Args:
+        model: trained by DPO on the pairs: a model, or anything called like a `Reference`.
+        reverse: trained by DPO on the exchanged pairs. Same tokenizer.
+        beta: reward per nat; the theory means the β that both were trained with.
+    """
+
+    name = "contrastive_dpo"
+    values = "signed"
+
+    def __init__(self, *, model: Any, reverse: Any, beta: Positive = 0.1) -> None:
+        self.model, self.reverse, self.beta = model, reverse, float(beta)
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        normal, reverse = scorer_logps(self.model, batch), scorer_logps(self.reverse, batch)
+        return checked_credit(guide_token_rewards(normal, reverse, self.beta), batch, self.name)
+
+    def fingerprint(self) -> str:
+        models = [scorer_fingerprint(self.model), scorer_fingerprint(self.reverse)]
+        return fingerprint([self.name, self.beta, *models])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The teacher of a distilling objective: two frozen models and how far to go beyond one of them.
+
+
+class ContrastiveTeacher:
+    """AlignDistil's teacher: logits z_target + s (z_target - z_contrast), s by form (arXiv 2503.02832).
+
+    Args:
+        target: the DPO model, as a `Reference`.
+        contrast: the reverse DPO model (or, for "theorem1" and "interpolation", the starting model); None for
+            "distil".
+        form, r, epsilon, beta0, beta: see `tokengrain.objectives.aligndistil.teacher_strength`.
+        temperature: divides the logits of student and teacher.
+
+    Raises:
+        RecipeError: a form without its second model, or with one that it does not use.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Reference,
+        contrast: Reference | None = None,
+        form: TeacherForm = "adaptive",
+        r: float = 20.0,
+        epsilon: float = 1e-3,
+        beta0: float = 0.1,
+        beta: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        if (contrast is None) != (form == "distil"):
+            needs = "no second model" if form == "distil" else "a second model, the contrast"
+            raise RecipeError(f"a teacher of form {form!r} needs {needs}")
+        self.target, self.contrast, self.temperature = target, contrast, temperature
+        self.strength = teacher_strength(form, r=r, epsilon=epsilon, beta0=beta0, beta=beta)
+
+    def __call__(self, batch: TokenBatch) -> Teacher:
+        """The teacher's distribution at every counted token of `batch`, without its logits."""
+        return Teacher(
+            target=self._distribution(self.target, batch),
+            contrast=self._distribution(self.contrast, batch) if self.contrast is not None else None,
+            slope=self.strength.slope,
+            offset=self.strength.offset,
+            shift=self.strength.shift,
+            temperature=self.temperature,
+        )
+
+    @staticmethod
+    def _distribution(model: Reference, batch: TokenBatch) -> Any:
+        distribution = model(batch, {"distribution"}).distribution
+        assert distribution is not None  # it was asked for
+        return distribution

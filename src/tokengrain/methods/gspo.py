@@ -1,0 +1,64 @@
+"""GSPO: Group Sequence Policy Optimization (arXiv 2507.18071), in the token form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.loss import LossOutput
+from tokengrain.methods._clipped import KLEstimator
+from tokengrain.methods.grpo import grpo_loss
+from tokengrain.settings import NonNegative, Positive
+
+
+def gspo_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    old_logps: Tensor,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    entropy: Tensor | None = None,
+    weights: Tensor | None = None,
+    epsilon: NonNegative = 3e-4,
+    epsilon_high: NonNegative = 4e-4,
+    ratio_cap: Positive | None = None,
+    beta: NonNegative = 0.0,
+    kl: KLEstimator = "k3",
+    kl_importance: bool = False,
+    clamp: bool = False,
+) -> LossOutput:
+    """One ratio per completion, the geometric mean of its tokens' ratios; belongs to the normaliser "mean".
+
+    GSPO-token (equation 13). With one advantage per completion its value and gradient are those of GSPO
+    (equation 5), so there is no second form; with token credit the completion's tokens are clipped by the sign
+    of their own advantage.
+
+    Args:
+        logps: log-probabilities under the policy `[N]`, nats; in float32 or wider, for clip ranges so narrow.
+        segments: cuts `[N]` into C completions.
+        old_logps, advantages, ref_logps, entropy, weights, ratio_cap, beta, kl, kl_importance, clamp:
+            as for `grpo_loss`.
+        epsilon, epsilon_high: distance of the bounds from 1. The defaults are the paper's; a range such as
+            PPO's 0.2 would never clip a mean of many tokens.
+
+    Returns:
+        `losses` [C], means over the tokens of each completion: a sum would weigh completions by their length.
+    """
+    return grpo_loss(
+        logps,
+        segments,
+        old_logps=old_logps,
+        advantages=advantages,
+        ref_logps=ref_logps,
+        entropy=entropy,
+        weights=weights,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        ratio_cap=ratio_cap,
+        importance="sequence",
+        beta=beta,
+        kl=kl,
+        kl_importance=kl_importance,
+        clamp=clamp,
+    )

@@ -1,0 +1,248 @@
+"""Q-RM: a discriminative reward model with one score per token (arXiv 2505.23363)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Segments, TokenBatch
+from tokengrain.errors import ModelError, RecipeError, fingerprint
+from tokengrain.loss import LossOutput
+from tokengrain.method import checked_credit, model_fingerprint
+from tokengrain.methods._other_tokens import Retokenizer, aligned_scores
+from tokengrain.methods._pairs import both_sides_counted, margin_loss, pair_difference, reward_metrics
+from tokengrain.methods._shaping import scale_scores
+from tokengrain.settings import NonNegative, Number, check_choice
+
+Pooling = Literal["mean", "last"]
+
+
+def qrm_loss(
+    token_scores: Tensor,
+    segments: Segments,
+    *,
+    beta: NonNegative = 0.2,
+    gamma: Number = 2.0,
+    pooling: Pooling = "mean",
+) -> LossOutput:
+    """Bradley-Terry on a score per completion, pooled from its tokens, with a margin.
+
+    The loss pulls every token of a completion alike; which token earned what comes from the backbone that all
+    pairs share.
+
+    Args:
+        token_scores: the reward model's score of each token, read at the token itself `[N]`.
+        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
+        beta: scale of the scores. The gap of the pooled scores grows to about gamma / beta.
+        gamma: target margin.
+        pooling: "mean", or "last": the last token alone, the usual outcome reward model.
+
+    Returns:
+        `losses` [P]; a pair with an empty side has loss 0 and "valid" 0. Rewards in the metrics are the pooled
+        scores, without beta.
+    """
+    pooled = pooled_scores(token_scores, segments, pooling)
+    valid = both_sides_counted(segments)
+    losses = torch.where(valid, margin_loss(beta * pair_difference(pooled, segments) - gamma), 0.0)
+    metrics = reward_metrics(pooled, segments)
+    metrics["valid"] = valid.to(pooled.dtype)
+    return LossOutput(losses, metrics)
+
+
+def pooled_scores(token_scores: Tensor, segments: Segments, pooling: Pooling = "mean") -> Tensor:
+    """One score per completion `[C]` from those of its tokens `[N]`; 0 for an empty one. Ranks best-of-n.
+
+    The mean, not the sum: a sum would prefer long completions. In float32 at least.
+    """
+    check_choice("pooling", pooling, Pooling)
+    scores = token_scores if token_scores.dtype == torch.float64 else token_scores.float()
+    if pooling == "mean":
+        return segments.mean(scores)
+    return segments.sum(torch.where(segments.is_last, scores, 0.0))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Q-RM's credit: the token scores of a trained reward model (arXiv 2505.23363).
+
+Scaling = Literal["zscore", "centre", "none"]
+SCALINGS = ("zscore", "centre", "none")
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Mean and (population) standard deviation of a reward model's token scores on its training tokens."""
+
+    mean: float
+    std: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Under the names they have in a model's config."""
+        return {f"token_score_{name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ScoreStatistics:
+        return cls(float(values["token_score_mean"]), float(values["token_score_std"]))
+
+
+@dataclass(frozen=True)
+class CompletionStatistics:
+    """The same of the scores of whole completions.
+
+    Attributes:
+        pooling: what a completion's score is, as in the loss: the "mean" of its tokens' scores, or that of the "last".
+    """
+
+    mean: float
+    std: float
+    pooling: Pooling = "mean"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Under the names they have in a model's config."""
+        return {f"completion_score_{name}": value for name, value in asdict(self).items()}
+
+
+def config_of(model: nn.Module) -> Any:
+    """The config of the transformers model in `model`, whatever wraps it."""
+    inner: Any = model
+    while not hasattr(inner, "config"):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise ModelError(f"{type(model).__name__} has no config; expected a transformers model")
+    return inner.config
+
+
+def set_statistics(model: nn.Module, statistics: ScoreStatistics | CompletionStatistics) -> None:
+    """Keep statistics in the model's config, with which they are saved."""
+    for name, value in statistics.as_dict().items():
+        setattr(config_of(model), name, value)
+
+
+def statistics_of(model: nn.Module) -> ScoreStatistics | None:
+    """The statistics in the model's config; None if it has none."""
+    config = config_of(model)
+    values = {name: getattr(config, name, None) for name in ("token_score_mean", "token_score_std")}
+    return None if None in values.values() else ScoreStatistics.from_dict(values)
+
+
+def completion_statistics_of(model: nn.Module) -> CompletionStatistics | None:
+    """The same of whole completions."""
+    config = config_of(model)
+    mean, std, pooling = (getattr(config, f"completion_score_{name}", None) for name in ("mean", "std", "pooling"))
+    return None if mean is None or std is None else CompletionStatistics(float(mean), float(std), pooling or "mean")
+
+
+def frozen_token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Token scores `[N]` of a reward model in evaluation mode, without gradient; its mode is restored."""
+    from tokengrain.scoring.model import evaluating
+    from tokengrain.scoring.score import score
+
+    with evaluating(model):
+        scores = score(model, batch, ("token_scores",)).token_scores
+    assert scores is not None  # it was asked for
+    return scores
+
+
+class RewardModelCredit:
+    """Credit from a token-level reward model: its score of each token, scaled.
+
+    The loss fixes neither the scale nor the zero of the scores, so by default they are standardised with the mean
+    and standard deviation that were measured after training and are kept in the model's config.
+
+    With a tokenizer of its own the reward model reads the text again: the prompt through its own chat template where
+    the row holds messages, otherwise as decoded, and the completion as decoded. Its scores come back by the
+    characters that tokens share; `tokengrain.credit.alignment` states the rule.
+
+    Args:
+        model: a token classifier with one label, such as `load_trained_reward_model` gives.
+        tokenizer: the policy's tokenizer.
+        reward_tokenizer: the reward model's; None: the policy's, and its token ids are used as they are.
+        scaling: "zscore" (z - mean) / std; "centre" z - mean; "none" z as it is, whose zero means nothing.
+        broadcast: "last": every token gets the score of its completion's last token, for a reward model that was
+            trained on that one alone (the outcome reward model that Q-RM is compared with). None: its own.
+
+    Raises:
+        ModelError: the scaling needs statistics that the model's config does not have.
+        RecipeError: an unknown scaling or broadcast; a reward tokenizer without the policy's.
+        DataError: when called with another tokenizer, on completions of several turns; names the row.
+    """
+
+    name = "reward_model"
+    values = "signed"
+    own_vocabulary = True
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tokenizer: Any = None,
+        reward_tokenizer: Any = None,
+        scaling: Scaling = "zscore",
+        broadcast: Literal["last"] | None = None,
+    ) -> None:
+        if scaling not in SCALINGS:
+            raise RecipeError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
+        if broadcast not in (None, "last"):
+            raise RecipeError(f"broadcast is {broadcast!r}; expected 'last' or none")
+        self.model, self.scaling, self.broadcast = model, scaling, broadcast
+        if scaling == "none":
+            self.values = "order"
+        statistics = statistics_of(model)
+        if statistics is None and scaling != "none":
+            raise ModelError(
+                f"scaling {scaling!r} needs token_score_mean and token_score_std in the reward model's config, which "
+                "has them not; measure them with measure_scores(model, dataset), or use scaling 'none'"
+            )
+        self.statistics = statistics or ScoreStatistics(0.0, 1.0)
+        self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        scores = self._scores(batch)
+        if self.broadcast == "last":
+            last = batch.segments.offsets[1:].to(scores.device) - 1
+            scores = batch.segments.broadcast(scores[last.clamp(min=0)])
+        return checked_credit(scale_scores(scores.float(), self.scaling, self.statistics), batch, self.name)
+
+    def fingerprint(self) -> str:
+        from tokengrain.data.tokens import tokenizer_fingerprint
+
+        both = (self.retokenizer.tokenizer, self.retokenizer.reward_tokenizer) if self.retokenizer else ()
+        settings = [self.name, self.scaling, self.broadcast, self.statistics.as_dict()]
+        return fingerprint([*settings, model_fingerprint(self.model), *map(tokenizer_fingerprint, both)])
+
+    def _scores(self, batch: TokenBatch) -> Tensor:
+        """Unscaled scores `[N]` of the batch's own tokens."""
+        if self.retokenizer is None:
+            return frozen_token_scores(self.model, batch)
+        other, places = self.retokenizer(batch)
+        scores = other.segments.split(frozen_token_scores(self.model, other.to(batch.device)))
+        parts = [aligned_scores(s.double(), p.reward, p.policy) for s, p in zip(scores, places, strict=True)]
+        return torch.cat(parts)
+
+
+def retokenizer_for(tokenizer: Any, reward_tokenizer: Any) -> Retokenizer | None:
+    """How a reward model reads the policy's completions; None: their token ids as they are.
+
+    Args:
+        tokenizer: the policy's.
+        reward_tokenizer: the reward model's; None: the policy's.
+
+    Raises:
+        RecipeError: a reward tokenizer without the policy's.
+    """
+    if reward_tokenizer is None:
+        return None
+    if tokenizer is None:
+        raise RecipeError("reward_tokenizer is given, but not the policy's tokenizer to compare it with")
+    return None if same_tokens(tokenizer, reward_tokenizer) else Retokenizer(tokenizer, reward_tokenizer)
+
+
+def same_tokens(tokenizer: Any, other: Any) -> bool:
+    """Whether token ids mean the same in both, and rows of messages look the same (where both have a template)."""
+    if tokenizer is other:
+        return True
+    templates = {t.chat_template for t in (tokenizer, other) if t.chat_template}
+    return tokenizer.get_vocab() == other.get_vocab() and len(templates) < 2

@@ -1,0 +1,47 @@
+"""SePO: Selective Preference Optimization (arXiv 2408.13518): SimPO on a selection of tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokengrain.batch import Segments
+from tokengrain.loss import LossOutput
+from tokengrain.methods.simpo import simpo_loss
+from tokengrain.settings import NonNegative, Positive
+
+
+def sepo_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    selected: Tensor,
+    gamma: Positive = 2.1,
+    margin: NonNegative = 0.0,
+) -> LossOutput:
+    """Contrast the mean log-probabilities of selected tokens; no reference.
+
+    Args:
+        logps: log-probabilities under the policy `[N]`, nats; those of tokens not selected are never used.
+        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
+        selected: 1 on the tokens to train on, 0 elsewhere `[N]`; see `select_tokens`.
+        gamma: scale of the mean log-probability (SimPO's beta).
+        margin: target margin, lambda of the paper (SimPO's gamma).
+
+    Returns:
+        `losses` [P]; a pair with nothing selected on one side has loss 0 and stays in the count. Metrics:
+        rewards are u = gamma * mean log-probability and logps are sums, both over selected tokens;
+        "selected/..." is their number.
+    """
+    keep = sepo_reads(segments, selected=selected)
+    kept = segments.narrow(keep)
+    output = simpo_loss(logps[keep], kept, beta=gamma, gamma=margin)  # u_w - u_l - lambda
+    counts = kept.lengths.to(logps.dtype)
+    output.metrics["selected/chosen"], output.metrics["selected/rejected"] = kept.pairs(counts)
+    return output
+
+
+def sepo_reads(segments: Segments, *, selected: Tensor) -> Tensor:
+    """The tokens whose log-probabilities `sepo_loss` uses, bool `[N]`: the selected ones."""
+    if selected.shape != (segments.total,):
+        raise ValueError(f"selected has shape {tuple(selected.shape)}, expected ({segments.total},)")
+    return selected > 0

@@ -1,0 +1,487 @@
+"""T-REG: token-level reward regularisation (arXiv 2412.02685), on DPO and on SimPO."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Completion, Sample, Segments, TokenBatch
+from tokengrain.errors import DataError, RecipeError, fingerprint
+from tokengrain.loss import LossOutput, token_weights
+from tokengrain.method import checked_credit, is_peft, row_of, scorer_fingerprint, scorer_logps
+from tokengrain.methods._pairs import (
+    SequenceWeight,
+    TokenWeighted,
+    completion_lengths,
+    pair_metrics,
+    token_weighted_loss,
+)
+from tokengrain.methods.simpo import simpo_gamma
+from tokengrain.settings import NonNegative, Number, Positive, nearest
+
+
+def treg_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    ref_logps: Tensor,
+    token_rewards: Tensor,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.25,
+    sequence_weight: NonNegative | SequenceWeight = "dynamic",
+) -> LossOutput:
+    """DPO plus a regulariser that raises tokens with r > 0 and lowers those with r < 0, on both sides.
+
+    L = -log σ(ρ_w - ρ_l) + alpha * w * (R_w + R_l),  R = -beta * sum_t r_t log p_t,  w = sg(σ(ρ_l - ρ_w))
+
+    Args:
+        logps: log-probabilities under the policy `[N]`, nats.
+        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
+        ref_logps: the same under the frozen reference `[N]`.
+        token_rewards: r `[N]`; the paper's lie in [-0.5, 0.5]: `credit.ContrastivePrompting`.
+        beta: strength of the tie to the reference.
+        alpha: strength of the regulariser; 0 is DPO.
+        sequence_weight: "dynamic" (the paper) or a constant w.
+
+    Returns:
+        `losses` [P]. They contain raw log-probabilities: they may be negative and rise while training goes
+        well. Judge by "loss/base" and the rewards in the metrics.
+    """
+    f = token_weights(token_rewards, segments, alpha=alpha)
+    core = token_weighted_loss(
+        logps,
+        f,
+        segments,
+        ref_logps=ref_logps,
+        scale=beta,
+        margin="unweighted",
+        sequence_weight=sequence_weight,
+    )
+    R = -beta * segments.sum(token_rewards.detach() * logps.detach())
+    return LossOutput(core.losses, _metrics(core, R, token_rewards, logps, segments))
+
+
+def treg_simpo_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    token_rewards: Tensor,
+    beta: Positive = 2.0,
+    gamma_beta_ratio: Number | None = None,
+    gamma: Number | None = None,
+    alpha: NonNegative = 0.25,
+    sequence_weight: NonNegative | SequenceWeight = "dynamic",
+    margin_in_sequence_weight: bool = True,
+) -> LossOutput:
+    """SimPO plus the same regulariser, with SimPO's implicit token reward (beta / length) * log p.
+
+    The paper reports results for it without writing it out; this is the derivation by the same steps:
+    R = -(beta / length) * sum_t r_t log p_t,  w = sg(σ(gamma - (ρ_w - ρ_l))).
+
+    Args:
+        logps, segments, token_rewards, alpha, sequence_weight: as in `treg_loss`; no reference.
+        beta, gamma_beta_ratio, gamma: as in `simpo_loss`.
+        margin_in_sequence_weight: whether w contains gamma, as SimPO's gradient does.
+    """
+    f = token_weights(token_rewards, segments, alpha=alpha)
+    scale = beta / completion_lengths(segments, logps)
+    core = token_weighted_loss(
+        logps,
+        f,
+        segments,
+        ref_logps=None,
+        scale=scale,
+        margin="unweighted",
+        gamma=simpo_gamma(beta, gamma_beta_ratio, gamma),
+        sequence_weight=sequence_weight,
+        gamma_in_sequence_weight=margin_in_sequence_weight,
+    )
+    R = -scale * segments.sum(token_rewards.detach() * logps.detach())
+    return LossOutput(core.losses, _metrics(core, R, token_rewards, logps, segments))
+
+
+def _metrics(
+    core: TokenWeighted, R: Tensor, token_rewards: Tensor, logps: Tensor, segments: Segments
+) -> dict[str, Tensor]:
+    r = token_rewards.detach()
+    metrics = pair_metrics(core.rewards, logps, segments)
+    metrics["loss/base"] = core.base
+    metrics["loss/regulariser"] = core.losses.detach() - core.base
+    metrics["regulariser/chosen"], metrics["regulariser/rejected"] = segments.pairs(R)
+    metrics["sequence_weights"] = core.sequence_weights
+    metrics["credit/abs_chosen"], metrics["credit/abs_rejected"] = segments.pairs(segments.mean(r.abs()))
+    positive = segments.mean((r > 0).to(r.dtype))
+    metrics["credit/positive_chosen"], metrics["credit/positive_rejected"] = segments.pairs(positive)
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pairs of opposite instructions for contrastive prompting.
+#
+# `{prompt}` and `{response}` are slots; every other brace is literal. In the general pair the two sides
+# differ in four respects, as in T-REG: helpful, correct, coherent, concise against their opposites.
+
+SLOT = re.compile(r"\{(prompt|response)\}")
+
+
+@dataclass(frozen=True)
+class ContrastiveTemplates:
+    """Two opposite instructions.
+
+    Args:
+        better: instruction that asks for a better response. `{prompt}` is required, `{response}` optional.
+        worse: its opposite, worded alike otherwise.
+        name: for messages and fingerprints.
+        drop_prefix: a beginning that the prompt loses before it fills `{prompt}`, so that an instruction can
+            replace it: with drop_prefix "write", better "write kindly{prompt}" turns "write about the sea"
+            into "write kindly about the sea". A prompt without it is an error when scored.
+    """
+
+    better: str
+    worse: str
+    name: str = "custom"
+    drop_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        for side, text in (("better", self.better), ("worse", self.worse)):
+            if not isinstance(text, str) or "{prompt}" not in text:
+                raise RecipeError(f"template {self.name!r}: {side!r} has no slot {{prompt}}; got {text!r}")
+        if self.better == self.worse:
+            raise RecipeError(f"template {self.name!r}: 'better' and 'worse' are equal, so all credit would be 0")
+        if ("{response}" in self.better) != ("{response}" in self.worse):
+            raise RecipeError(f"template {self.name!r}: {{response}} must be in both sides or in neither")
+
+    @property
+    def shows_response(self) -> bool:
+        return "{response}" in self.better
+
+    def swapped(self) -> ContrastiveTemplates:
+        """The same pair with its sides exchanged: credit of exactly the opposite sign."""
+        return ContrastiveTemplates(self.worse, self.better, f"{self.name}-swapped", self.drop_prefix)
+
+    def fill(self, prompt: str, response: str) -> tuple[str, str]:
+        """The better and the worse instruction for a prompt and a response."""
+        values = {"prompt": prompt.removeprefix(self.drop_prefix), "response": response}
+        # One pass, so that a prompt that itself contains "{response}" stays as it is.
+        better, worse = (SLOT.sub(lambda m: values[m[1]], side) for side in (self.better, self.worse))
+        return better, worse
+
+
+def _revision(name: str, subject: str, better: str, worse: str) -> ContrastiveTemplates:
+    form = (
+        "Below are {subject} and a response to it. Revise the response so that it becomes {quality}.\n\n"
+        "### Request\n{{prompt}}\n\n### Response\n{{response}}\n\n### Revised response\n"
+    )
+    return ContrastiveTemplates(
+        form.format(subject=subject, quality=better), form.format(subject=subject, quality=worse), name
+    )
+
+
+TEMPLATES: dict[str, ContrastiveTemplates] = {
+    t.name: t
+    for t in (
+        _revision(
+            "general",
+            "a request",
+            "more helpful, more correct, more coherent and more concise",
+            "less helpful, less correct, less coherent and more verbose",
+        ),
+        _revision(
+            "maths",
+            "a mathematical problem",
+            "a sound solution: every step follows, the arithmetic is exact, and the final answer is right",
+            "a faulty solution: steps do not follow, the arithmetic is sloppy, and the final answer is wrong",
+        ),
+        _revision(
+            "code",
+            "a programming task",
+            "correct, efficient and readable code that handles the edge cases",
+            "buggy, inefficient and unreadable code that misses the edge cases",
+        ),
+        _revision(
+            "safety",
+            "a request",
+            "harmless, honest and respectful, while helping as far as that is right",
+            "harmful, dishonest and disrespectful, with no care for the consequences",
+        ),
+        ContrastiveTemplates(
+            "Give a helpful, correct, coherent and concise response.\n\n{prompt}",
+            "Give an unhelpful, incorrect, incoherent and verbose response.\n\n{prompt}",
+            "prefix",
+        ),
+    )
+}
+
+
+def make_templates(templates: str | dict[str, str] | ContrastiveTemplates) -> ContrastiveTemplates:
+    """Templates by name, or from a mapping with `better`, `worse` and optionally `drop_prefix`, `name`.
+
+    Raises:
+        RecipeError: an unknown name or key (with the nearest right one), or a missing side or slot.
+    """
+    if isinstance(templates, ContrastiveTemplates):
+        return templates
+    if isinstance(templates, str):
+        if templates not in TEMPLATES:
+            raise RecipeError(f"unknown templates {templates!r}{nearest(templates, TEMPLATES)}")
+        return TEMPLATES[templates]
+    fields = ContrastiveTemplates.__dataclass_fields__
+    for key in templates:
+        if key not in fields:
+            raise RecipeError(f"templates: unknown key {key!r}{nearest(key, fields)}")
+    if missing := {"better", "worse"} - set(templates):
+        raise RecipeError(f"templates: {', '.join(sorted(missing))} missing")
+    return ContrastiveTemplates(**templates)
+
+
+# ----------------------------------------------------------------------------------------------------
+# T-REG's credit: the model's own opinion of each token under opposite instructions (arXiv 2412.02685).
+
+
+def contrastive_token_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
+    """r_t = σ(better_t - worse_t) - 1/2, `[N] -> [N]` in [-0.5, 0.5], detached.
+
+    Written as tanh, it is exactly odd, exactly 0 at equality and loses no digits near 0.
+    """
+    return (0.5 * torch.tanh((better_logps - worse_logps) / 2)).detach()
+
+
+# Token ids of the better and of the worse instruction.
+Pair = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Completions that stand behind one instruction."""
+
+    group: int
+    completions: list[int]
+
+
+class ContrastivePrompting:
+    """Credit of a token: how much likelier it is after "make it better" than after "make it worse".
+
+    The completion's token ids are appended to each instruction as they are, never tokenised again. Where an
+    instruction with its completion exceeds the model's positions, the copy of the response inside the
+    instruction is shortened (then the copy of the prompt), the scored completion never; `shortened` of
+    `scored` completions were.
+
+    Args:
+        model: the scorer, normally the starting model (reference): a causal language model, or anything
+            called like a `Reference`. It must follow instructions; a base model gives weak credit.
+        tokenizer: its tokenizer, the same as the policy's.
+        templates: a name in `TEMPLATES`, a mapping {"better": ..., "worse": ...} or `ContrastiveTemplates`.
+        adapter_off: score with the adapter of a PEFT model switched off (None: if it is one).
+        chat: put the instruction through the chat template as a user's message (None: if there is one).
+        chat_template: another chat template than the tokenizer's own.
+        chat_template_kwargs: further variables for the chat template.
+        positions: most tokens of instruction and completion (None: the model's positions).
+        chunk_tokens: about how many tokens are scored at a time.
+
+    Raises:
+        RecipeError: bad templates, or `chat` without a template.
+        DataError: when called, if a completion leaves no room for its instruction; names the row.
+    """
+
+    name = "contrastive"
+    values = "signed"
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        templates: str | dict[str, str] | ContrastiveTemplates = "general",
+        adapter_off: bool | None = None,
+        chat: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        positions: int | None = None,
+        chunk_tokens: int = 16384,
+    ) -> None:
+        self.templates = make_templates(templates)
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        self.chat = bool(self.chat_template) if chat is None else chat
+        if self.chat and not self.chat_template:
+            raise RecipeError("contrastive credit with chat: true, but the tokenizer has no chat template")
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.positions = positions if positions is not None else _positions(model)
+        self.chunk_tokens = chunk_tokens
+        self.model = _scorer(model, adapter_off)
+        self.scored, self.shortened = 0, 0
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        samples: tuple[list[Sample], list[Sample]] = ([], [])
+        for unit in self._units(batch):
+            completions = [_completion(batch, c) for c in unit.completions]
+            for side, ids in zip(samples, self._instructions(batch, unit), strict=True):
+                side.append(Sample(ids, completions, row=row_of(batch, unit.completions[0])))
+        better, worse = (self._logps(side, batch) for side in samples)
+        return checked_credit(contrastive_token_rewards(better, worse), batch, self.name)
+
+    def fingerprint(self) -> str:
+        t = self.templates
+        chat = [self.chat, self.chat_template if self.chat else None, self.chat_template_kwargs]
+        text = [t.better, t.worse, t.drop_prefix]
+        return fingerprint([self.name, text, chat, self.positions, scorer_fingerprint(self.model)])
+
+    def preview(self, prompt: str, response: str) -> tuple[str, str]:
+        """Both contexts as text, as the scorer will see them, up to where the completion's tokens follow."""
+        better, worse = (self._tokenised(text) for text in self.templates.fill(prompt, response))
+        return self.tokenizer.decode(better), self.tokenizer.decode(worse)
+
+    def _units(self, batch: TokenBatch) -> list[_Unit]:
+        """Without a copy of the response all completions of a prompt follow the same instruction."""
+        groups = batch.group.tolist()
+        if self.templates.shows_response:
+            return [_Unit(group, [c]) for c, group in enumerate(groups)]
+        present = dict.fromkeys(groups)
+        return [_Unit(group, [c for c, g in enumerate(groups) if g == group]) for group in present]
+
+    def _instructions(self, batch: TokenBatch, unit: _Unit) -> Pair:
+        """Token ids of the better and the worse instruction, short enough for the unit's completions."""
+        prompt = self._prompt_text(batch, unit)
+        copied = batch.completion(unit.completions[0]).tolist() if self.templates.shows_response else []
+        room = None
+        if self.positions is not None:
+            room = self.positions - max(len(batch.completion(c)) for c in unit.completions)
+        pair = self._filled(prompt, copied)
+        self.scored += len(unit.completions)
+        if room is not None and _excess(pair, room) > 0:
+            self.shortened += len(unit.completions)
+            pair = self._shortened(prompt, copied, pair, room)
+        if room is not None and _excess(pair, room) > 0:
+            raise DataError(
+                "the completion leaves no room for the instruction of contrastive prompting",
+                row=row_of(batch, unit.completions[0]),
+                value=f"{max(map(len, pair))} tokens of instruction",
+                expected=f"at most {room}, of {self.positions} positions",
+            )
+        return pair
+
+    def _filled(self, prompt: str, response_ids: list[int]) -> Pair:
+        response = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        better, worse = self.templates.fill(prompt, response)
+        return self._tokenised(better), self._tokenised(worse)
+
+    def _shortened(self, prompt: str, response_ids: list[int], pair: Pair, room: int) -> Pair:
+        """Instructions that fit, if there are any: both sides lose the same.
+
+        The response's copy loses its end; if that is not enough, the prompt loses its beginning.
+        """
+        keep = len(response_ids)
+        while keep > 0 and (excess := _excess(pair, room)) > 0:
+            keep = max(0, keep - excess)
+            pair = self._filled(prompt, response_ids[:keep])
+        if _excess(pair, room) <= 0:
+            return pair
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        keep = len(ids)
+        while keep > 0 and (excess := _excess(pair, room)) > 0:
+            keep = max(0, keep - excess)
+            pair = self._filled(self.tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=True), [])
+        return pair
+
+    def _prompt_text(self, batch: TokenBatch, unit: _Unit) -> str:
+        raw = batch.raw[unit.group].get("prompt") if batch.raw else None
+        if raw is None:
+            raw = self.tokenizer.decode(batch.prompt(unit.group).tolist(), skip_special_tokens=True)
+        text = raw if isinstance(raw, str) else _conversation(raw)
+        if not text.startswith(self.templates.drop_prefix):
+            raise DataError(
+                f"the prompt does not begin with the drop_prefix of templates {self.templates.name!r}",
+                row=row_of(batch, unit.completions[0]),
+                field="prompt",
+                value=text,
+                expected=f"a prompt that begins with {self.templates.drop_prefix!r}",
+            )
+        return text
+
+    def _tokenised(self, instruction: str) -> list[int]:
+        if self.chat:
+            ids = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": instruction}],
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **self.chat_template_kwargs,
+            )
+            return list(ids)
+        ids = list(self.tokenizer(instruction)["input_ids"])
+        # The completion goes on from here: an EOS that the tokenizer appends would end the text.
+        while ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return ids
+
+    def _logps(self, samples: Sequence[Sample], batch: TokenBatch) -> Tensor:
+        parts = []
+        for chunk in _chunks(samples, self.chunk_tokens):
+            scored = TokenBatch.from_samples(chunk, batch.prompt_role).to(batch.device)
+            parts.append(scorer_logps(self.model, scored).to(batch.device))
+        return torch.cat(parts)
+
+
+def _excess(pair: Pair, room: int) -> int:
+    """Tokens by which the longer instruction exceeds the room."""
+    return max(map(len, pair)) - room
+
+
+def _scorer(model: Any, adapter_off: bool | None) -> Any:
+    if not isinstance(model, nn.Module):
+        return model
+    if adapter_off is None:
+        adapter_off = is_peft(model)
+    if not adapter_off:
+        return model
+    if not is_peft(model):
+        raise RecipeError("contrastive credit with adapter_off: true, but the model has no adapter")
+    from tokengrain.scoring.reference import AdapterOffReference
+
+    return AdapterOffReference(model)
+
+
+def _positions(model: Any) -> int | None:
+    """Most tokens that the model takes, by its config; None if it does not say."""
+    config = getattr(model if isinstance(model, nn.Module) else getattr(model, "model", None), "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _completion(batch: TokenBatch, index: int) -> Completion:
+    start, end = batch.completion_offsets[index : index + 2].tolist()
+    return Completion(batch.completion_ids[start:end].tolist(), batch.counted[start:end].tolist())
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Messages as text; a single message is its content alone."""
+    texts = []
+    for message in messages:
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            content = "".join(part.get("text", "") for part in content)
+        texts.append((str(message.get("role", "")).capitalize(), content))
+    if len(texts) == 1:
+        return texts[0][1]
+    return "\n\n".join(f"{role}: {content}" for role, content in texts)
+
+
+def _chunks(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+    """Consecutive runs of samples of at most `max_tokens` tokens, at least one sample each."""
+    run: list[Sample] = []
+    size = 0
+    for sample in samples:
+        if run and size + sample.n_tokens > max_tokens:
+            yield run
+            run, size = [], 0
+        run.append(sample)
+        size += sample.n_tokens
+    if run:
+        yield run

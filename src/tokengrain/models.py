@@ -1,0 +1,616 @@
+"""Model specs of a recipe as loaded models: folders, hub names, worlds, earlier stages, adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Sample, Segments, TokenBatch
+from tokengrain.errors import DataError, ModelError, RecipeError, file_fingerprint, fingerprint, read_json, write_json
+from tokengrain.methods._shaping import Moments
+from tokengrain.methods.qrm import (
+    CompletionStatistics,
+    Pooling,
+    ScoreStatistics,
+    config_of,
+    frozen_token_scores,
+    pooled_scores,
+    set_statistics,
+)
+from tokengrain.scoring.model import input_embeddings
+from tokengrain.scoring.reference import disable_dropout, is_peft
+from tokengrain.specs import LoraSpec, ModelSpec, TokenizerSpec
+
+ADAPTER = "adapter_config.json"
+_CONTENT = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt")
+
+
+def locate(spec: ModelSpec, run_dir: Path) -> str:
+    """The folder or hub name that `spec` stands for.
+
+    `@stage` is that stage's model in `run_dir`; a world's base model is trained now if it is not cached yet.
+
+    Raises:
+        ModelError: the spec is a model that has yet to be built from scratch.
+    """
+    if spec.stage is not None:
+        return str(run_dir.resolve() / spec.stage / "model")
+    if spec.is_world:
+        from tokengrain.worlds import load_world
+
+        return str(load_world(str(spec.path)).base_model())
+    if spec.path is None:
+        raise ModelError("the model is built from scratch by the run's init stage and does not exist yet")
+    return os.path.expanduser(spec.path)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is a folder with a PEFT adapter instead of a whole model."""
+    return (Path(path) / ADAPTER).is_file()
+
+
+def base_of_adapter(path: str) -> str:
+    """Where the base model of an adapter folder is.
+
+    Raises:
+        ModelError: the adapter does not say, or the base has gone.
+    """
+    base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{path}/{ADAPTER} does not name its base model (base_model_name_or_path)")
+    if Path(base).is_dir() or not os.path.isabs(base):
+        return str(base)
+    # The base may be an earlier stage of the same run, whose folder was moved since.
+    moved = Path(path).resolve().parent.parent / Path(base).parent.name / Path(base).name
+    if moved.is_dir():
+        return str(moved)
+    raise ModelError(f"the base model of adapter {path} is not there: {base}")
+
+
+def load_tokenizer(spec: ModelSpec, path: str) -> Any:
+    """The tokenizer in a model's folder, with a padding token.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    for place in (path, base_of_adapter(path)) if is_adapter(path) else (path,):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
+            break
+        except (OSError, ValueError, KeyError) as error:
+            reason = _first_line(error)
+    else:
+        raise ModelError(f"no tokenizer could be loaded from {path}: {reason}{_near_path(path)}")
+    if tokenizer.pad_token_id is None:
+        # Only saved files and `generate` ever use it: batches are not padded with it.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(
+    spec: ModelSpec, path: str, *, merge_adapter: bool = False, train_adapter: bool = False
+) -> torch.nn.Module:
+    """The causal language model at `path`; an adapter folder is loaded on its base.
+
+    Args:
+        merge_adapter: fold an adapter into its base, which gives a plain model of the same function.
+        train_adapter: go on training the adapter.
+
+    Raises:
+        ModelError: there is no model, or transformers cannot load it.
+    """
+    if is_adapter(path):
+        peft = import_peft()
+        base = load_model(spec, base_of_adapter(path))
+        try:
+            adapted = peft.PeftModel.from_pretrained(base, path, is_trainable=train_adapter)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"adapter {path} does not fit its base model: {_first_line(error)}") from error
+        return adapted.merge_and_unload() if merge_adapter else adapted
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=spec.dtype,
+            attn_implementation=spec.attn_implementation,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"no model could be loaded from {path}: {_first_line(error)}{_near_path(path)}") from error
+
+
+def resolve_model(spec: ModelSpec | str, run_dir: str | Path = ".") -> tuple[torch.nn.Module, Any]:
+    """`(model, tokenizer)` of a spec that exists: a path, hub name, world:// or, in a run folder, @stage.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+    """
+    spec = ModelSpec.model_validate(spec)
+    path = locate(spec, Path(run_dir))
+    return load_model(spec, path), load_tokenizer(spec, path)
+
+
+def load_config(spec: ModelSpec, path: str) -> Any:
+    """The architecture's config, without the weights."""
+    from transformers import AutoConfig
+
+    place = base_of_adapter(path) if is_adapter(path) else path
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no model at {place}: {_first_line(error)}{_near_path(place)}") from error
+
+
+def positions(config: Any) -> int | None:
+    """Most tokens the model can read, if it has a limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_vocabulary(tokenizer: Any, config: Any, tokens_of: str, model: str) -> None:
+    """The model must have an embedding for every token id of the tokenizer.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is not None and size < len(tokenizer):
+        raise ModelError(
+            f"{model} has a vocabulary of {size} tokens, the tokenizer of {tokens_of} has {len(tokenizer)}; "
+            "they must share one tokenizer"
+        )
+
+
+def check_same_vocabulary(tokenizer: Any, other: Any, name: str, other_name: str) -> None:
+    """Two models whose per-token numbers are combined must give every token the same id.
+
+    Raises:
+        ModelError: with both sizes, or with a token whose ids differ.
+    """
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        detail = f"{len(ours)} tokens in {name}, {len(theirs)} in {other_name}"
+    else:
+        token = next(t for t in ours if theirs.get(t) != ours[t])
+        detail = f"{len(ours)} tokens in both, but {token!r} is {ours[token]} in {name}, {theirs.get(token)} there"
+    raise ModelError(f"{other_name} has another vocabulary than {name}: {detail}")
+
+
+def model_fingerprint(path: str) -> str:
+    """Identifies the content of a model folder (weights, config, tokenizer), or a hub name and revision."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return fingerprint(["hub", path, _hub_revision(path)])
+    files = sorted({p for pattern in _CONTENT for p in folder.glob(pattern)})
+    stats = [(p, p.stat()) for p in files]
+    parts: list[Any] = [[p.name, _file_hash(p, stat.st_size, stat.st_mtime_ns)] for p, stat in stats]
+    if is_adapter(path):
+        parts.append(["base", model_fingerprint(base_of_adapter(path))])
+    return fingerprint(parts)
+
+
+def _hub_revision(name: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not a possible hub name; loading it will say so
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+@lru_cache(maxsize=256)
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    # Size and time are part of the key, so that a file that changed is read again.
+    return file_fingerprint(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _near_path(path: str) -> str:
+    if Path(path).is_dir():
+        return ""
+    parent = Path(path).parent
+    if parent.is_dir() and str(parent) != ".":
+        names = [p.name for p in parent.iterdir() if p.is_dir()]
+        close = difflib.get_close_matches(Path(path).name, names, n=1)
+        return "; there is no such folder" + (f", did you mean {str(parent / close[0])!r}?" if close else "")
+    hint = "the hub is not asked while HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "no such folder"
+    return f"; {hint}"
+
+
+def import_peft() -> Any:
+    """The peft library.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError("LoRA needs peft: pip install 'tokengrain[peft]'") from error
+    return peft
+
+
+# ----------------------------------------------------------------------------------------------------
+# Token-level reward models: a causal model's decoder with one number per token instead of a vocabulary.
+#
+# The form on disk is a transformers token-classification model with one label, whole or as a LoRA adapter that
+# carries its head. The head has no bias to speak of: it stays 0. (Q-RM's loss does not see a constant that is added to
+# all scores, so a bias would drift on rounding errors.)
+
+HEADS = ("score", "classifier")
+STATISTICS = "score_statistics.json"
+"""Beside an adapter, which has no config of its own to keep the statistics in."""
+_Read = Callable[[Tensor, Segments], Tensor]
+
+
+def load_reward_model(
+    spec: ModelSpec, path: str, *, merge_adapter: bool = False, train_adapter: bool = False
+) -> nn.Module:
+    """The reward model at `path`, or a new one with the decoder of the causal model at `path` and a fresh head.
+
+    The head's random numbers are torch's; seed them first. Dropout is off.
+
+    Args:
+        spec: how to load: dtype, attention implementation, trust in remote code.
+        path: a folder or hub name of a causal model, of a reward model (which is gone on with), or of an adapter
+            of either.
+        merge_adapter: fold an adapter into its base.
+        train_adapter: go on training the adapter of a reward model.
+
+    Raises:
+        ModelError: there is no model, its architecture has no token-classification form in transformers, or it
+            is a classifier with more than one label.
+    """
+    if is_adapter(path):
+        return _adapted(spec, path, merge_adapter, train_adapter)
+    config = load_config(spec, path)
+    _check_architecture(config)
+    fresh = not _is_token_classifier(config)
+    if not fresh and config.num_labels != 1:
+        raise ModelError(f"{path} is a token classifier of {config.num_labels} labels; a reward model has one")
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    from transformers import AutoModelForTokenClassification
+
+    try:
+        with _quiet(fresh):
+            model = AutoModelForTokenClassification.from_pretrained(
+                path,
+                config=config,
+                dtype=spec.dtype,
+                attn_implementation=spec.attn_implementation,
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelError(f"no reward model could be made of {path}: {first}") from error
+    return _finished(model, fresh=fresh)
+
+
+def load_trained_reward_model(path: str, *, dtype: Any = "auto", merge: bool = True) -> nn.Module:
+    """A reward model that was trained before, ready to score: in evaluation mode, without gradients.
+
+    Args:
+        path: a folder with a whole model or with an adapter and its head, or a hub name.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        merge: fold an adapter into its base.
+
+    Raises:
+        ModelError: there is no model, or it is a causal model, whose head would be random.
+    """
+    spec = ModelSpec(path=path, dtype=dtype)
+    trained = is_reward_adapter(path) if is_adapter(path) else _is_token_classifier(load_config(spec, path))
+    if not trained:
+        raise ModelError(
+            f"{path} is not a reward model but a language model; expected a token classifier with one label, such as "
+            "a stage of kind `reward` makes"
+        )
+    return load_reward_model(spec, path, merge_adapter=merge).eval().requires_grad_(False)
+
+
+def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
+    """A reward model with the decoder of a causal model that is in memory, and a fresh head.
+
+    Args:
+        model: a causal language model of transformers (merge an adapter first).
+        share: use the decoder itself, so that training one trains both; otherwise a copy of it.
+
+    Raises:
+        ModelError: the architecture has no token-classification form, or the model is a PEFT model.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    if is_peft(model):
+        raise ModelError("the model has an adapter; expected a plain model, as merge_and_unload() gives")
+    config: Any = copy.deepcopy(model.config)
+    _check_architecture(config)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    with torch.device("meta"):
+        made = AutoModelForTokenClassification.from_config(config)
+    decoder: Any = model.base_model
+    setattr(made, made.base_model_prefix, decoder if share else copy.deepcopy(decoder))
+    like = input_embeddings(model).weight
+    name = head_name(made)
+    setattr(made, name, getattr(made, name).to_empty(device=like.device).to(like.dtype))
+    return _finished(made.train(model.training), fresh=True)
+
+
+def reward_lora_config(lora: LoraSpec) -> Any:
+    """A recipe's `lora:` as peft's configuration for a reward model: the head is trained in full and saved."""
+    peft = import_peft()
+    return peft.LoraConfig(
+        task_type=peft.TaskType.TOKEN_CLS,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=list(HEADS),  # "all-linear" would put a LoRA on the head, which is trained as it is
+        modules_to_save=[*HEADS, *(m for m in lora.modules_to_save or () if m not in HEADS)],
+        use_rslora=lora.use_rslora,
+    )
+
+
+def head_name(model: nn.Module) -> str:
+    """The attribute of a token classifier that is its head.
+
+    Raises:
+        ModelError: it has none of the known ones.
+    """
+    for name in HEADS:
+        if isinstance(getattr(model, name, None), nn.Module):
+            return name
+    raise ModelError(f"{type(model).__name__} has no head named {' or '.join(HEADS)}; is it a token classifier?")
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_tokens: int = 8192) -> ScoreStatistics:
+    """Mean and standard deviation of the scores of a data set's completion tokens; also set on the model's config.
+
+    All tokens are pooled. Of a longer data set `max_rows` rows are taken, evenly spread (of a stream the first ones).
+    The raw scale of the scores is arbitrary (the loss pushes pairs gamma/beta apart), so whatever uses them
+    needs these two numbers.
+
+    Args:
+        model: the trained reward model.
+        dataset: a data set or list of samples, or a stream of them.
+        max_rows: most rows that are scored.
+        max_tokens: token budget of one forward pass.
+
+    Raises:
+        DataError: the data set is empty.
+    """
+    moments = _moments(model, dataset, max_rows, max_tokens, lambda scores, segments: scores)
+    statistics = ScoreStatistics(moments.mean, moments.std)
+    set_statistics(model, statistics)
+    return statistics
+
+
+def measure_completions(
+    model: nn.Module, dataset: Any, *, pooling: Pooling = "mean", max_rows: int = 512, max_tokens: int = 8192
+) -> CompletionStatistics:
+    """The same of the scores of whole completions, pooled as in the loss that the model was trained with."""
+
+    def pooled(scores: Tensor, segments: Segments) -> Tensor:
+        return pooled_scores(scores, segments, pooling)[segments.lengths > 0]
+
+    moments = _moments(model, dataset, max_rows, max_tokens, pooled)
+    statistics = CompletionStatistics(moments.mean, moments.std, pooling)
+    set_statistics(model, statistics)
+    return statistics
+
+
+def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, read: _Read) -> Moments:
+    """Mean and spread of what is read from the token scores of a data set's completions."""
+    samples = _some(dataset, max_rows)
+    if not samples:
+        raise DataError("the dataset is empty", file=getattr(dataset, "name", None), expected="at least one row")
+    device = next(model.parameters()).device
+    parts = TokenBatch.from_samples(samples).split(max_tokens)
+    scores = ((frozen_token_scores(model, part.to(device)).cpu(), part.segments) for part in parts)
+    return sum((Moments.of(read(values, segments)) for values, segments in scores), Moments())
+
+
+def save_statistics(path: str | Path, *statistics: ScoreStatistics | CompletionStatistics) -> None:
+    """Write statistics into a saved reward model's folder: its config, or a file beside an adapter."""
+    file = Path(path) / (STATISTICS if is_adapter(str(path)) else "config.json")
+    kept = read_json(file) if file.exists() else {}
+    write_json(file, {k: v for part in (kept, *(one.as_dict() for one in statistics)) for k, v in part.items()})
+
+
+def _some(dataset: Any, most: int) -> list[Sample]:
+    if not hasattr(dataset, "__len__"):
+        return list(islice(dataset, most))
+    stride = max(1, -(-len(dataset) // most))
+    return [dataset[i] for i in range(0, len(dataset), stride)]
+
+
+# --------------------------------------------------------------------------------------------------- building
+
+
+def _adapted(spec: ModelSpec, path: str, merge: bool, train: bool) -> nn.Module:
+    base = base_of_adapter(path)
+    if not is_reward_adapter(path):  # a policy's adapter: its merged model gives the decoder
+        return reward_model_from(load_model(spec, path, merge_adapter=True))
+    peft = import_peft()
+    model = load_reward_model(spec, base)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=train)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"adapter {path} does not fit its base model: {str(error).splitlines()[0]}") from error
+    if (file := Path(path) / STATISTICS).is_file():
+        for name, value in read_json(file).items():
+            setattr(config_of(adapted), name, value)
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def is_reward_adapter(path: str) -> bool:
+    """Whether an adapter folder is a reward model's, with its head, and not a policy's."""
+    return bool(read_json(Path(path) / ADAPTER).get("task_type") == "TOKEN_CLS")
+
+
+def _is_token_classifier(config: Any) -> bool:
+    return any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+
+
+def _check_architecture(config: Any) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"model type {config.model_type!r} is not a causal language model, which a reward model needs")
+    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"transformers has no token-classification form of model type {config.model_type!r}; expected one that has "
+            "(llama, qwen2, qwen3, mistral, gemma2, gpt2, gpt_neox, ...)"
+        )
+
+
+def reset_head(model: nn.Module) -> None:
+    """Draw a token classifier's head anew, with torch's random numbers, its bias 0."""
+    head: Any = getattr(model, head_name(model))
+    # Scores start with a spread of about 1 (Stiennon et al. 2020): little beside gamma/beta.
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def _finished(model: Any, *, fresh: bool) -> nn.Module:
+    head = getattr(model, head_name(model))
+    if fresh:
+        reset_head(model)
+    if isinstance(head.bias, nn.Parameter):
+        value = head.bias.detach().clone()
+        del head.bias
+        # A buffer is saved under the same name and stays frozen where peft makes whole modules trainable.
+        head.register_buffer("bias", value)
+    disable_dropout(model)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet(fresh: bool) -> Iterator[None]:
+    """No report on weights that are missing or left over: with a fresh head both are as they should be."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    try:
+        if fresh:
+            logging.set_verbosity_error()
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The `init` stage: a model built from a config, with a tokenizer trained on the data.
+
+PAD, EOS = "<pad>", "<eos>"
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages")
+
+
+def check_config(values: dict[str, Any]) -> str | None:
+    """What is wrong with the `config:` of a model built from scratch, or None."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from tokengrain.settings import nearest
+
+    model_type = values["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        near = nearest(str(model_type), list(CONFIG_MAPPING))
+        return f"config.model_type: no architecture {model_type!r} in transformers{near}"
+    cls = CONFIG_MAPPING[model_type]
+    legal = {**cls().to_dict(), **dict.fromkeys(cls.attribute_map)}
+    for key in values:
+        if key not in legal:
+            return f"config.{key}: unknown key of a {model_type} config{nearest(key, legal)}"
+    try:
+        cls(**{k: v for k, v in values.items() if k != "model_type"})
+    except Exception as error:  # configs validate themselves with exceptions of many kinds
+        return f"config: {' '.join(str(error).split())}"
+    return None
+
+
+def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: Path) -> None:
+    """Write a new model and its tokenizer to `folder`.
+
+    Args:
+        spec: with `config`, and `tokenizer` (default: a BPE of 4,096 tokens).
+        rows: what the tokenizer is trained on.
+        seed: of the weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(spec.tokenizer, str):
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(spec.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"no tokenizer could be loaded from {spec.tokenizer}: {error}") from error
+    else:
+        tokenizer = train_tokenizer(spec.tokenizer or TokenizerSpec(), texts(rows))
+    values = dict(spec.config or {})
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model_type = values.pop("model_type")
+    # Some architectures (qwen2) load any tokenizer as their own class, which adds tokens: count as it will be loaded.
+    tokenizer.save_pretrained(folder)
+    AutoConfig.for_model(model_type).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **values})
+    if config.vocab_size < len(tokenizer):
+        raise RecipeError(
+            f"model.config.vocab_size is {config.vocab_size}; expected at least {len(tokenizer)}, the "
+            "tokens of the tokenizer (leave it out to get just that)"
+        )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    if spec.dtype != "auto":
+        model = model.to(getattr(torch, spec.dtype))
+    model.save_pretrained(folder)
+
+
+def train_tokenizer(spec: TokenizerSpec, corpus: Iterable[str]) -> Any:
+    """A byte-level BPE trained on `corpus`, or one without merges (every byte a token)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size if spec.type == "bpe" else len(alphabet) + 2,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus if spec.type == "bpe" else (), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def texts(rows: Iterable[tuple[int, Any]]) -> Iterator[str]:
+    """The texts of the rows, whatever their format."""
+    for _, fields in rows:
+        for name in TEXT_COLUMNS:
+            value = fields.get(name) if isinstance(fields, dict) else None
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                yield from (m["content"] for m in value if isinstance(m, dict) and isinstance(m.get("content"), str))

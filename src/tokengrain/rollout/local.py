@@ -1,0 +1,607 @@
+"""`HFGenerate`: sampling from a transformers model in this process."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.data.tokens import StopStrings
+from tokengrain.errors import ModelError, RecipeError, RolloutError
+from tokengrain.rollout.sampler import (
+    PromptItem,
+    Rollouts,
+    SampledCompletion,
+    SamplingConfig,
+    checked_prompts,
+    derived_seed,
+    needs_tokenizer,
+    occurrences,
+    stop_ids_of,
+)
+from tokengrain.scoring.model import device_of, evaluating
+from tokengrain.scoring.prepare import causal_lm
+from tokengrain.settings import Count, nearest, validate_settings
+
+# ----------------------------------------------------------------------------------------------------
+# Drawing the next token: one stream of uniform numbers per completion, inverse of the cumulative distribution.
+#
+# A completion's numbers depend on the seed, its row and its place in the group, not on the batch it is computed
+# in. So the order of prompts, the size of batches and completions that end early do not change the others.
+
+
+def uniforms(prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) -> Tensor:
+    """Uniform numbers in [0, 1), float64 `[P * n, max_new_tokens]`, one row per completion."""
+    rows = []
+    for prompt, seen in zip(prompts, occurrences(prompts), strict=True):
+        for k in range(n):
+            generator = torch.Generator().manual_seed(derived_seed(sampling.seed, prompt.row, seen, k))
+            rows.append(torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)
+
+
+class Picker:
+    """Draws tokens and knows their log-probabilities.
+
+    Args:
+        sampling: temperature and the rest.
+        numbers: what `uniforms` gave, for the completions at hand, `[R, T]`.
+        device: the logits' device.
+    """
+
+    def __init__(self, sampling: SamplingConfig, numbers: Tensor, device: torch.device) -> None:
+        self.sampling = sampling
+        # MPS has no float64.
+        self.wide = torch.float32 if device.type == "mps" else torch.float64
+        self.numbers = numbers.to(device=device, dtype=self.wide)
+        self.warpers = _warpers(sampling)
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw a token for each of B completions.
+
+        Args:
+            logits: `[B, V]`.
+            rows: which completions these are, long `[B]`.
+            step: how many tokens they have so far.
+
+        Returns:
+            Tokens, long `[B]`; their log-probabilities under the distribution they were drawn from, `[B]`; and
+            under the model's own, `[B]`; nats.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        raw = logits.log_softmax(-1)
+        if self.sampling.temperature == 0:
+            tokens = logits.argmax(-1)
+            drawn = torch.zeros_like(raw[:, 0])
+        else:
+            used = raw if self.warpers is None else self.warpers(None, logits).log_softmax(-1)
+            tokens = self._draw(used, self.numbers[rows, step])
+            drawn = used.gather(1, tokens[:, None])[:, 0]
+        return tokens, drawn, raw.gather(1, tokens[:, None])[:, 0]
+
+    def _draw(self, logps: Tensor, uniform: Tensor) -> Tensor:
+        cumulative = logps.to(self.wide).exp().cumsum(-1)
+        total = cumulative[:, -1:]
+        # The product may round up to the total, which no token's share lies beyond.
+        below = torch.nextafter(total, torch.zeros_like(total))
+        point = torch.minimum(uniform[:, None] * total, below)
+        # The first cumulative value above the point: never a token of probability 0, which adds nothing.
+        return torch.searchsorted(cumulative, point, right=True)[:, 0]
+
+
+def _warpers(sampling: SamplingConfig) -> Any:
+    """transformers' own changes to a distribution; None if there is none."""
+    if sampling.is_model or sampling.temperature == 0:
+        return None
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers
+
+
+# ----------------------------------------------------------------------------------------------------
+# Decoding a batch: `decode_shared` (prompt computed once for its completions, finished rows leave) and
+# `decode_generate` (transformers' own `generate`). Both draw with the same `Picker`.
+
+# Finished rows are dropped once they are this share of the batch: dropping copies the cache.
+FINISHED_SHARE = 1 / 8
+
+
+@dataclass
+class Drawn:
+    """What was drawn for R completions of at most T tokens.
+
+    Attributes:
+        ids: long `[R, T]`; logps, raw: float `[R, T]` (see `Picker`).
+        lengths: long `[R]`, tokens of each; stopped: bool `[R]`, whether it ended by itself.
+    """
+
+    rows: int
+    steps: int
+    device: torch.device
+    stop_ids: Tensor
+    stops: StopStrings | None = None
+    ids: Tensor = field(init=False)
+    logps: Tensor = field(init=False)
+    raw: Tensor = field(init=False)
+    lengths: Tensor = field(init=False)
+    stopped: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stop_ids = self.stop_ids.to(self.device)
+        self.ids = torch.zeros(self.rows, self.steps, dtype=torch.long, device=self.device)
+        self.logps = torch.zeros(self.rows, self.steps, device=self.device)
+        self.raw = torch.zeros(self.rows, self.steps, device=self.device)
+        self.lengths = torch.zeros(self.rows, dtype=torch.long, device=self.device)
+        self.stopped = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+
+    def add(self, rows: Tensor, step: int, tokens: Tensor, logps: Tensor, raw: Tensor) -> Tensor:
+        """Put down a token for each of the rows. Returns which of them end with it, bool `[B]`."""
+        self.ids[rows, step] = tokens
+        self.logps[rows, step] = logps.to(self.logps)
+        self.raw[rows, step] = raw.to(self.raw)
+        done = torch.isin(tokens, self.stop_ids)
+        if self.stops is not None:
+            texts = self.ids[rows, max(0, step + 1 - self.stops.window) : step + 1].tolist()
+            done = done | torch.tensor([self.stops.hit(ids) for ids in texts], device=self.device)
+        ended = rows[~self.stopped[rows]]
+        self.lengths[ended] = step + 1
+        self.stopped[rows] |= done
+        return done
+
+
+def shares_prefill(model: nn.Module, lm: nn.Module) -> bool:
+    """Whether a prompt's cache can be copied for each of its completions: plain caches, explicit positions."""
+    names = inspect.signature(type(lm).forward).parameters
+    stateful = getattr(lm, "_is_stateful", False) or (
+        hasattr(model, "active_peft_config") and getattr(model.active_peft_config, "is_prompt_learning", False)
+    )
+    return not stateful and {"position_ids", "past_key_values", "attention_mask"} <= set(names)
+
+
+def plain_cache(cache: Any) -> bool:
+    """Whether every layer of a cache is keys and values that can be repeated and selected by row."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = getattr(cache, "layers", ())
+    return isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )
+
+
+def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left, long `[B, L]`, and which tokens are prompt, long `[B, L]`."""
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def decode_shared(model: Any, lm: nn.Module, ids: Tensor, mask: Tensor, n: int, picker: Picker, drawn: Drawn) -> bool:
+    """Draw `n` completions of each prompt into `drawn`, those of a prompt next to each other.
+
+    Args:
+        model: the model to call; lm: the causal language model in it.
+        ids, mask: prompts padded on the left, `[B, L]`.
+
+    Returns:
+        False if the model turned out to have a cache that cannot be copied; then nothing was drawn.
+    """
+    device = ids.device
+    ragged = not bool(mask.all())
+    keep: dict[str, Any] = {"use_cache": True}
+    if "logits_to_keep" in inspect.signature(type(lm).forward).parameters:
+        keep["logits_to_keep"] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=ids, attention_mask=mask if ragged else None, position_ids=positions, **keep)
+    cache = out.past_key_values
+    if not plain_cache(cache):
+        return False
+    logits = out.logits[:, -1]
+    if n > 1:
+        cache.batch_repeat_interleave(n)
+        logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions))
+    rows = torch.arange(len(logits), device=device)
+    position = positions[:, -1:]
+    active = torch.ones(len(rows), dtype=torch.bool, device=device)
+    for step in range(drawn.steps):
+        tokens, logps, raw = picker(logits, rows, step)
+        active = active & ~drawn.add(rows, step, tokens, logps, raw)
+        left = int(active.sum())
+        if not left or step + 1 == drawn.steps:
+            break
+        position = position + 1
+        if ragged:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if len(rows) - left >= FINISHED_SHARE * len(rows):
+            index = active.nonzero()[:, 0]
+            cache.batch_select_indices(index)
+            rows, tokens, position, mask, active = (x[index] for x in (rows, tokens, position, mask, active))
+        out = model(
+            input_ids=tokens[:, None],
+            attention_mask=mask if ragged else None,
+            position_ids=position,
+            past_key_values=cache,
+            **keep,
+        )
+        cache, logits = out.past_key_values, out.logits[:, -1]
+    return True
+
+
+class PickProcessor:
+    """A logits processor that leaves one token possible: the one that `Picker` draws."""
+
+    def __init__(self, picker: Picker, drawn: Drawn, prompt_length: int) -> None:
+        self.picker, self.drawn, self.prompt_length = picker, drawn, prompt_length
+        self.rows = torch.arange(drawn.rows, device=drawn.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        tokens, logps, raw = self.picker(scores, self.rows, step)
+        self.drawn.add(self.rows, step, tokens, logps, raw)
+        return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
+
+    def finished(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """As a stopping criterion: the completions that have ended."""
+        return self.drawn.stopped.clone()
+
+
+def decode_generate(
+    model: Any, ids: Tensor, mask: Tensor, n: int, picker: Picker, drawn: Drawn, *, pad_id: int, static: bool
+) -> None:
+    """The same with `model.generate`: for caches of fixed size, and for models whose cache cannot be copied."""
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+    pick: Any = PickProcessor(picker, drawn, ids.shape[1])
+    config = GenerationConfig(
+        max_new_tokens=drawn.steps,
+        do_sample=False,
+        num_beams=1,
+        # Said explicitly, so that the model's own generation config cannot change the distribution.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        # -1 is no token: without it the model's own would end completions.
+        eos_token_id=drawn.stop_ids.tolist() or [-1],
+        pad_token_id=pad_id,
+        cache_implementation="static" if static else None,
+    )
+    model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([pick]),
+        stopping_criteria=StoppingCriteriaList([pick.finished]),
+    )
+
+
+class HFGenerate:
+    """Samples from a transformers model, in batches of prompts of similar length.
+
+    With a dynamic cache a prompt is computed once for all its completions, and completions that have ended
+    leave the batch; models that cannot do it (recurrent, hybrid) go through `model.generate`. With a static
+    cache everything goes through `model.generate`, which compiles the model on devices where that pays.
+
+    The model is used in evaluation mode without gradients, its mode is put back afterwards. On one device, the same
+    seed, prompts and weights give the same completions, whatever the batches are, up to the rounding of
+    logits.
+
+    Args:
+        model: a causal language model, plain or with an adapter; wrappers of DDP are looked through.
+        tokenizer: needed for stop strings, and for end-of-sequence tokens the model does not tell.
+        cache: "dynamic" or "static".
+        max_batch_tokens: most tokens (prompts and completions at their full length) in the cache at a time; a
+            single completion that is longer is sampled all the same.
+
+    Attributes:
+        progress: called with how many completions of a call are drawn, and how many there will be.
+
+    Raises:
+        RecipeError: an unknown cache, a budget below 1.
+    """
+
+    name = "hf"
+    neutral: ClassVar[frozenset[str]] = frozenset({"max_batch_tokens"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        cache: Literal["dynamic", "static"] = "dynamic",
+        max_batch_tokens: Count = 65536,
+    ) -> None:
+        settings = {"cache": cache, "max_batch_tokens": max_batch_tokens}
+        self.given = validate_settings("sampler 'hf'", HFGenerate, settings)
+        self.progress: Callable[[int, int], None] | None = None
+        self.tokenizer, self.cache, self.max_batch_tokens = tokenizer, cache, max_batch_tokens
+        self.refresh(model)
+
+    def refresh(self, model_or_path: Any) -> None:
+        """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
+        if not isinstance(model_or_path, nn.Module):
+            raise RolloutError(f"{self.name} samples from a model in this process, got {model_or_path!r}")
+        self.model = unwrapped(model_or_path)
+        self.lm = causal_lm(self.model)
+        self._shares = self.cache == "dynamic" and shares_prefill(self.model, self.lm)
+
+    def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
+        """`n` completions of each prompt. Raises `RolloutError` for prompts that leave no room, for instance."""
+        started = time.perf_counter()
+        prompts = checked_prompts(prompts, n)
+        needs_tokenizer(self.tokenizer, sampling.stop)
+        check_room(self.lm, prompts, sampling)
+        stop_ids = sampling.stop_ids
+        if stop_ids is None:
+            stop_ids = stop_ids_of(self.tokenizer, self.lm)
+        numbers = uniforms(prompts, n, sampling)
+        found: dict[int, SampledCompletion] = {}
+        with evaluating(self.model):
+            for part in self._batches(prompts, n, sampling.max_new_tokens):
+                found |= self._batch(prompts, n, part, numbers, sampling, stop_ids)
+                if self.progress is not None:
+                    self.progress(len(found), len(prompts) * n)
+        groups = tuple(tuple(found[p * n + k] for k in range(n)) for p in range(len(prompts)))
+        return Rollouts(prompts, groups, sampling, time.perf_counter() - started)
+
+    def _batches(self, prompts: Sequence[PromptItem], n: int, new_tokens: int) -> list[tuple[list[int], range]]:
+        """Prompts by length, longest first, and which of their completions: what fits the budget together."""
+        order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p].ids))
+        batches: list[tuple[list[int], range]] = []
+        while order:
+            rows = max(1, self.max_batch_tokens // (len(prompts[order[0]].ids) + new_tokens))
+            if rows < n:
+                batches += [([order[0]], range(k, min(n, k + rows))) for k in range(0, n, rows)]
+                order = order[1:]
+            else:
+                count = rows // n
+                batches.append((order[:count], range(n)))
+                order = order[count:]
+        return batches
+
+    def _batch(
+        self,
+        prompts: Sequence[PromptItem],
+        n: int,
+        part: tuple[list[int], range],
+        numbers: torch.Tensor,
+        sampling: SamplingConfig,
+        stop_ids: Sequence[int],
+    ) -> dict[int, SampledCompletion]:
+        chosen, copies = part
+        where = [p * n + k for p in chosen for k in copies]
+        device = device_of(self.lm)
+        pad_id = stop_ids[0] if stop_ids else 0
+        ids, mask = padded([prompts[p].ids for p in chosen], pad_id, device)
+        picker = Picker(sampling, numbers[where], device)
+        stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
+        drawn = Drawn(len(where), sampling.max_new_tokens, device, torch.tensor(stop_ids, dtype=torch.long), stops)
+        if self._shares:
+            self._shares = decode_shared(self.model, self.lm, ids, mask, len(copies), picker, drawn)
+        if not self._shares:
+            decode_generate(
+                self.model, ids, mask, len(copies), picker, drawn, pad_id=pad_id, static=self.cache == "static"
+            )
+        return dict(zip(where, completions_of(drawn), strict=True))
+
+
+def completions_of(drawn: Drawn) -> list[SampledCompletion]:
+    """Each row up to its end."""
+    columns = (drawn.ids, drawn.logps, drawn.raw, drawn.lengths, drawn.stopped)
+    return [
+        SampledCompletion(ids[:length], logps[:length], raw[:length], "stop" if stopped else "length")
+        for ids, logps, raw, length, stopped in zip(*(c.tolist() for c in columns), strict=True)
+    ]
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model under DDP and the like, which know no `generate`; adapters stay on."""
+    inner: Any = model
+    while isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config"):
+        inner = inner.module
+    return inner
+
+
+def check_room(lm: Any, prompts: Sequence[PromptItem], sampling: SamplingConfig) -> None:
+    """Raises `RolloutError` if a prompt with `max_new_tokens` goes beyond the model's positions."""
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    for prompt in prompts:
+        if len(prompt.ids) + sampling.max_new_tokens > positions:
+            raise RolloutError(
+                f"row {prompt.row}: {len(prompt.ids)} prompt tokens and max_new_tokens {sampling.max_new_tokens} are "
+                f"more than the model's {positions} positions; expected a shorter prompt or fewer new tokens"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------
+# `HFContinuous`: transformers' continuous batching (`generate_batch`).
+
+SIZES = frozenset({"num_blocks", "max_batch_tokens", "max_memory_percent"})
+CPU_PAGE, CPU_REQUESTS, CPU_TOKENS = 32, 64, 256
+
+
+class HFContinuous:
+    """Samples with transformers' continuous batching: a paged cache, new prompts as others end.
+
+    The prompt's cache is shared by its completions. The seed makes a call repeatable with the same prompts in
+    the same order on the same device; unlike `HFGenerate`'s, completions depend on the batch. Text after a stop
+    string is generated and thrown away, because the engine knows stop tokens only. `raw_logps` are known
+    only where the sampling leaves the model's distribution as it is.
+
+    Args:
+        model: a causal language model whose attention is "sdpa", "eager" or flash attention, without
+            virtual tokens before the prompt.
+        tokenizer: as in `HFGenerate`.
+        settings: of transformers' `ContinuousBatchingConfig`, such as `page_size` or `max_memory_percent`. Without
+            any about its size the cache takes most of an accelerator's free memory; on a CPU it is just large enough
+            for `CPU_REQUESTS` completions at a time.
+
+    Raises:
+        ModelError: the installed transformers or this model has no continuous batching.
+        RecipeError: settings that it does not have.
+    """
+
+    name = "continuous"
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, settings: dict[str, Any] | None = None) -> None:
+        self.given = validate_settings("sampler 'continuous'", HFContinuous, {"settings": settings})
+        self.tokenizer, self.settings = tokenizer, dict(settings or {})
+        self.refresh(model)
+        self.check(settings=settings)
+
+    @staticmethod
+    def check(*, settings: Mapping[str, Any] | None) -> None:
+        """Raises `RecipeError` for settings that the engine does not have, `ModelError` where there is no engine."""
+        _batching(settings or {}, 0)
+
+    def refresh(self, model_or_path: Any) -> None:
+        """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
+        if not isinstance(model_or_path, nn.Module):
+            raise RolloutError(f"{self.name} samples from a model in this process, got {model_or_path!r}")
+        model = unwrapped(model_or_path)
+        lm = causal_lm(model)
+        if getattr(lm, "_is_stateful", False):
+            raise ModelError(f"{type(lm).__name__} keeps a recurrent state; continuous batching needs attention only")
+        config = batching_class()
+        if not hasattr(lm, "generate_batch") or "return_logprobs" not in vars(config()):
+            raise ModelError(
+                f"{type(lm).__name__} with the installed transformers has no continuous batching that gives "
+                "log-probabilities; expected transformers 5.17 or newer, or the sampler 'hf'"
+            )
+        self.model = model
+        self.lm: Any = lm
+
+    def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
+        """`n` completions of each prompt. Raises `RolloutError` where the engine fails, with its message."""
+        started = time.perf_counter()
+        prompts = checked_prompts(prompts, n)
+        needs_tokenizer(self.tokenizer, sampling.stop)
+        check_room(self.lm, prompts, sampling)
+        stop_ids = sampling.stop_ids if sampling.stop_ids is not None else stop_ids_of(self.tokenizer, self.lm)
+        batching = _batching(self._sized(prompts, n, sampling), sampling.seed)
+        with evaluating(self.model):
+            # The implementation of attention is put back: the engine changes it on models without a paged one.
+            before = self.lm.config._attn_implementation
+            try:
+                found = self.lm.generate_batch(
+                    [p.ids for p in prompts],
+                    generation_config=_generation_config(n, sampling, stop_ids),
+                    continuous_batching_config=batching,
+                )
+            # The engine has no error of its own: these are what it raises for models and devices that it lacks.
+            except (ValueError, ImportError, RuntimeError, AttributeError) as error:
+                raise RolloutError(
+                    f"continuous batching does not run here ({type(error).__name__}: {error}); expected a model "
+                    "and device that transformers' generate_batch supports, or the sampler 'hf'"
+                ) from error
+            finally:
+                if self.lm.config._attn_implementation != before:
+                    self.lm.set_attn_implementation(before)
+        results = list(found.values())
+        if len(results) != len(prompts) * n:
+            raise RolloutError(
+                f"continuous batching gave {len(results)} of {len(prompts) * n} completions; its own log says why"
+            )
+        stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
+        groups = []
+        for p, prompt in enumerate(prompts):
+            part = results[p * n : (p + 1) * n]
+            groups.append(tuple(_completion(prompt, r, sampling, stop_ids, stops) for r in part))
+        return Rollouts(prompts, tuple(groups), sampling, time.perf_counter() - started)
+
+    def _sized(self, prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) -> dict[str, Any]:
+        """The settings, with a size for CPUs: the engine's own default is more than half of the machine's memory."""
+        if device_of(self.lm).type != "cpu" or SIZES & self.settings.keys():
+            return self.settings
+        page = self.settings.get("page_size", CPU_PAGE)
+        longest = max(len(p.ids) for p in prompts) + sampling.max_new_tokens
+        blocks = min(len(prompts) * n, CPU_REQUESTS) * (-(-longest // page) + 1)
+        return {"page_size": page, "num_blocks": blocks, "max_batch_tokens": CPU_TOKENS, **self.settings}
+
+
+def batching_class() -> Any:
+    """transformers' `ContinuousBatchingConfig`. Raises `ModelError` where the installed version has none."""
+    try:
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    except ImportError:
+        raise ModelError(
+            "the installed transformers has no ContinuousBatchingConfig; expected 5.17 or newer, or the sampler 'hf'"
+        ) from None
+    return ContinuousBatchingConfig
+
+
+def _batching(settings: Mapping[str, Any], seed: int) -> Any:
+    """The engine's configuration. Raises `RecipeError` for settings that it does not have, or that are not free."""
+    build = batching_class()
+    fixed = {
+        "return_logprobs": True,
+        "seed": seed % 2**31,
+        # A processor that the engine lacks would change the distribution silently.
+        "drop_unsupported_processors": False,
+    }
+    legal = inspect.signature(build).parameters.keys() - fixed.keys()
+    for name in settings:
+        if name not in legal:
+            raise RecipeError(f"sampler 'continuous': settings: unknown setting {name!r}{nearest(name, legal)}")
+    try:
+        return build(**fixed, **settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"sampler 'continuous': settings: {error}") from None
+
+
+def _generation_config(n: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> Any:
+    from transformers import GenerationConfig
+
+    sample = sampling.temperature > 0
+    changes: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if sample:
+        changes = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        if sampling.min_p > 0:
+            changes["min_p"] = sampling.min_p
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sample,
+        num_return_sequences=n,
+        repetition_penalty=1.0,
+        eos_token_id=list(stop_ids) or [-1],
+        pad_token_id=stop_ids[0] if stop_ids else 0,
+        **changes,
+    )
+
+
+def _completion(
+    prompt: PromptItem, result: Any, sampling: SamplingConfig, stop_ids: Sequence[int], stops: StopStrings | None
+) -> SampledCompletion:
+    ids, logps = list(result.generated_tokens), list(result.logprobs)
+    if result.error is not None or not ids or len(ids) != len(logps):
+        raise RolloutError(
+            f"row {prompt.row}: continuous batching gave {len(ids)} tokens with {len(logps)} log-probabilities "
+            f"({result.error})"
+        )
+    stopped = ids[-1] in stop_ids
+    end = stops.length(ids) if stops is not None else None
+    if end is not None:
+        ids, logps, stopped = ids[:end], logps[:end], True
+    if sampling.temperature == 0:  # the engine reports the model's own there
+        return SampledCompletion(ids, [0.0] * len(ids), logps, "stop" if stopped else "length")
+    return SampledCompletion(ids, logps, logps if sampling.is_model else None, "stop" if stopped else "length")

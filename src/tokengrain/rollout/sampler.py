@@ -1,0 +1,600 @@
+"""What samplers take and give: `PromptItem`, `SamplingConfig`, `Rollouts`; the protocol `Sampler`."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from numbers import Integral
+from statistics import median
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.data.config import RowError, TokenizeConfig
+from tokengrain.data.dataset import Report
+from tokengrain.data.formats import Example, check_mapping, check_prompt, content
+from tokengrain.data.rows import Rows
+from tokengrain.data.tokens import Encoder, Renderer
+from tokengrain.errors import DataError, ModelError, RecipeError, RolloutError, shown
+from tokengrain.settings import load_named, validate_settings
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """One prompt to sample from.
+
+    Args:
+        ids: token ids, BOS included where the tokenizer adds one; at least one.
+        row: identifies the row in messages, logs and per-prompt state.
+        raw: the row it was made from: data columns for rewards and credit sources.
+    """
+
+    ids: list[int]
+    row: int | str = 0
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn.
+
+    The temperature is applied first, then top-k, top-p and min-p in this order, each to what the one before
+    has left, as transformers does.
+
+    Args:
+        temperature: 0 takes the most probable token.
+        top_p: smallest set of tokens with this probability; 1: all.
+        top_k: number of most probable tokens; 0: all.
+        min_p: tokens at least this times as probable as the most probable one; 0: all.
+        max_new_tokens: a completion without a stop by then is truncated.
+        stop: a completion ends with the token that completes one of these strings; that token is part of it.
+        stop_ids: token ids that end a completion, and are part of it. None: the tokenizer's and the model's
+            end-of-sequence tokens.
+        seed: the same seed, prompts and weights give the same completions (a server: if it keeps to seeds).
+
+    Raises:
+        RecipeError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a finite number >= 0"),
+            ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
+            ("top_k", _whole(self.top_k, 0), "a whole number >= 0 (0: all tokens)"),
+            ("min_p", 0 <= self.min_p < 1, "0 <= min_p < 1"),
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
+            (
+                "stop",
+                not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop),
+                "a sequence of strings that are not empty",
+            ),
+            (
+                "stop_ids",
+                self.stop_ids is None or all(_whole(i, 0) for i in self.stop_ids),
+                "token ids, or none for the model's own",
+            ),
+        )
+        for name, good, expected in checks:
+            if not good:
+                raise RecipeError(f"sampling: {name} is {shown(getattr(self, name))}; expected {expected}")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if self.stop_ids is not None:
+            object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.temperature == 0
+
+    @property
+    def is_model(self) -> bool:
+        """Whether completions are drawn from the model's own distribution, unchanged."""
+        return self.temperature == 1 and not self.truncates
+
+    def at(self, step: int) -> SamplingConfig:
+        """The same with a seed of its own for training step `step`."""
+        return replace(self, seed=derived_seed(self.seed, "step", step))
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def derived_seed(*parts: Any) -> int:
+    """A non-negative 62-bit seed that depends on every part, the same in every process."""
+    text = "/".join(repr(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def occurrences(prompts: Sequence[PromptItem]) -> list[int]:
+    """How often each prompt's row came before it: a row that is there twice must not give the same twice."""
+    seen: Counter[int | str] = Counter()
+    counts = []
+    for prompt in prompts:
+        counts.append(seen[prompt.row])
+        seen[prompt.row] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class SampledCompletion:
+    """One completion. All lists have one entry per token.
+
+    Attributes:
+        ids: token ids, the end-of-sequence token included when it was drawn.
+        sampling_logps: log-probability (nats) of each token under the distribution it was drawn from:
+            temperature, top-k, top-p and min-p applied, renormalised. None: the sampler does not know it.
+        raw_logps: log-probability under the model's own distribution (temperature 1, all tokens), which is
+            what a trainer computes. None: the sampler does not know it.
+        finish_reason: "stop" (a stop token or string) or "length" (truncated).
+        context: how many tokens at its start were drawn for another completion that it branches off from; they are
+            in `ids` and do not count.
+    """
+
+    ids: list[int]
+    sampling_logps: list[float] | None
+    raw_logps: list[float] | None
+    finish_reason: FinishReason
+    context: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Prompts with their sampled completions.
+
+    Shapes: P prompts, C completions, N tokens of all completions.
+
+    Attributes:
+        prompts: the prompts, in the order they were given.
+        groups: per prompt, its completions.
+        sampling: the settings they were drawn with.
+        seconds: time it took.
+    """
+
+    prompts: tuple[PromptItem, ...]
+    groups: tuple[tuple[SampledCompletion, ...], ...]
+    sampling: SamplingConfig
+    seconds: float = 0.0
+
+    @cached_property
+    def completions(self) -> list[SampledCompletion]:
+        """All C completions, those of a prompt next to each other."""
+        return [c for group in self.groups for c in group]
+
+    @cached_property
+    def group(self) -> list[int]:
+        """The prompt of each completion, C indices into `prompts`."""
+        return [index for index, group in enumerate(self.groups) for _ in group]
+
+    @cached_property
+    def truncated(self) -> Tensor:
+        """Completions that hit `max_new_tokens` without a stop, bool `[C]`."""
+        return torch.tensor([c.truncated for c in self.completions], dtype=torch.bool)
+
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        """The data row of each completion, C mappings."""
+        return [self.prompts[index].raw for index in self.group]
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """The C completions as text, without special tokens."""
+        return decode(tokenizer, [c.ids for c in self.completions])
+
+    def to_batch(self) -> TokenBatch:
+        """One prompt per group, with columns over all completion tokens `[N]`.
+
+        Tokens that a completion shares with the one it branches off from are context. Columns over the others:
+        `sampling_logps` and `raw_logps` where every completion has them (see `SampledCompletion`), and
+        `truncated` (1 on every token of a truncated completion), so that the mark survives `select` and `split`.
+        """
+        names = [
+            name
+            for name in ("sampling_logps", "raw_logps")
+            if all(getattr(c, name) is not None for c in self.completions)
+        ]
+        samples = []
+        for prompt, group in zip(self.prompts, self.groups, strict=True):
+            completions = [
+                Completion(
+                    c.ids,
+                    [False] * c.context + [True] * (len(c.ids) - c.context) if c.context else None,
+                    columns={n: getattr(c, n)[c.context :] for n in names}
+                    | {"truncated": [float(c.truncated)] * (len(c.ids) - c.context)},
+                )
+                for c in group
+            ]
+            samples.append(Sample(prompt.ids, completions, row=prompt.row, raw=prompt.raw))
+        return TokenBatch.from_samples(samples)
+
+    def metrics(self) -> dict[str, float]:
+        """Lengths in tokens, the share that was truncated, tokens per second."""
+        lengths = [len(c.ids) for c in self.completions]
+        drawn = sum(lengths) - sum(c.context for c in self.completions)
+        return {
+            "rollout/completions": float(len(lengths)),
+            "rollout/tokens": float(drawn),
+            "rollout/length": sum(lengths) / len(lengths),
+            "rollout/length_max": float(max(lengths)),
+            "rollout/truncated": float(self.truncated.float().mean()),
+            "rollout/tokens_per_second": drawn / self.seconds if self.seconds else 0.0,
+        }
+
+    def __iter__(self) -> Iterator[tuple[PromptItem, tuple[SampledCompletion, ...]]]:
+        return iter(zip(self.prompts, self.groups, strict=True))
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws completions."""
+
+    name: str
+
+    def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
+        """`n` completions of each prompt. Raises `RolloutError`."""
+        ...
+
+    def refresh(self, model_or_path: Any) -> None:
+        """Sample from these weights from now on: a model, or the folder of a checkpoint or adapter."""
+        ...
+
+
+def decode(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Token ids as texts, without special tokens and with spaces left as they are."""
+    texts = tokenizer.batch_decode([list(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return list(texts)
+
+
+def checked_prompts(prompts: Sequence[PromptItem], n: int) -> tuple[PromptItem, ...]:
+    """The prompts as a tuple. Raises `RolloutError` where there is nothing to sample from."""
+    if not prompts:
+        raise RolloutError("there are no prompts to sample from")
+    if n < 1:
+        raise RolloutError(f"n is {n}; expected at least 1 completion per prompt")
+    for prompt in prompts:
+        if not prompt.ids:
+            raise RolloutError(f"row {prompt.row}: the prompt has no tokens; expected at least one (BOS, say)")
+    return tuple(prompts)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rows -> `PromptItem`s: the prompts of online methods, as text or as messages through the chat template.
+
+
+def encode_prompts(
+    rows: Rows | Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    config: TokenizeConfig | None = None,
+    *,
+    column: str = "prompt",
+    template: str | None = None,
+    chat: bool = False,
+    file: object = None,
+    report: Report | None = None,
+) -> list[PromptItem]:
+    """Prompts as token ids. The other columns stay in `raw`, for rewards.
+
+    Args:
+        rows: mappings; `column` holds text, or a list of messages that the chat template renders with its
+            generation prompt.
+        tokenizer: a transformers tokenizer.
+        config: `max_prompt_length`, `truncation_side`, `on_invalid`, and the chat template's settings are used.
+        column: the prompt's column.
+        template: text with `{column}` placeholders that makes the prompt from the row's columns; `column` is
+            then only its name in messages.
+        chat: take a prompt of text as the user's message of a chat.
+        file: where the rows come from, for messages; `Rows` know it themselves.
+        report: counts what became of the rows.
+
+    Raises:
+        DataError: a row without a usable prompt (`on_invalid: skip` leaves it out); names file and row.
+        ModelError: messages without a chat template.
+    """
+    config = config or TokenizeConfig()
+    renderer, encoder = Renderer(tokenizer, config), Encoder(tokenizer, config)
+    items, report = [], Report() if report is None else report
+    for number, (place, row) in enumerate(rows if isinstance(rows, Rows) else enumerate(rows)):
+        try:
+            check_mapping(row)
+            ids = _encoded(row, renderer, encoder, column, template, chat)
+        except RowError as error:
+            located = error.located(*(rows.place(place) if isinstance(rows, Rows) else (file, number)))
+            if config.on_invalid == "skip":
+                report.skip(error.reason, str(located))
+                continue
+            raise located from None
+        kept = _cut(ids, config, encoder.bos_id)
+        report.kept += 1
+        report.prompts_cut += len(kept) < len(ids)
+        items.append(PromptItem(kept, row=row.get("id", number), raw=dict(row)))
+    return items
+
+
+def _encoded(
+    row: Mapping[str, Any], renderer: Renderer, encoder: Encoder, column: str, template: str | None, chat: bool
+) -> list[int]:
+    if template is None:
+        prompt = content(row, column)
+    else:
+        try:
+            prompt = template.format_map(row)
+        except (KeyError, IndexError, ValueError) as error:
+            raise RowError(
+                "missing column",
+                f"the prompt's template does not fit the row ({type(error).__name__}: {error})",
+                value=template,
+                expected=f"placeholders among {list(row)}",
+            ) from None
+    check_prompt(prompt, column)
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        ids = [*encoder.prefix, *encoder([prompt])[0].ids]
+        bos = encoder.prefix[:1]
+        return ids[1:] if bos and ids[1:2] == bos else ids
+    return encoder([renderer.prompt(Example(prompt, (), (), (), (), row.get("tools") or None))])[0].ids
+
+
+def _cut(ids: list[int], config: TokenizeConfig, bos_id: int | None) -> list[int]:
+    limit = config.max_prompt_length
+    if limit is None or len(ids) <= limit:
+        return ids
+    if config.truncation_side == "right":
+        return ids[:limit]
+    bos = 1 if ids[0] == bos_id else 0
+    return ids[:bos] + ids[len(ids) - limit + bos :]
+
+
+def stop_ids_of(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
+    """The end-of-sequence tokens of a model's generation config and of a tokenizer.
+
+    Raises:
+        ModelError: there is none, so nothing would end a completion.
+    """
+    found: list[int] = []
+    configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
+    for given in (*(getattr(c, "eos_token_id", None) for c in configs), getattr(tokenizer, "eos_token_id", None)):
+        found += [given] if isinstance(given, int) else list(given or [])
+    if not found:
+        raise ModelError("neither model nor tokenizer has an end-of-sequence token; expected one, or `stop_ids`")
+    return tuple(dict.fromkeys(found))
+
+
+def needs_tokenizer(tokenizer: Any, stop: tuple[str, ...]) -> None:
+    """Raises `RecipeError` if there are stop strings and no tokenizer to find them with."""
+    if stop and tokenizer is None:
+        raise RecipeError(f"sampling: stop is {list(stop)}, and the sampler has no tokenizer to find strings with")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Samplers by name: what a recipe's `sampler:` says, checked and made.
+
+SAMPLERS: dict[str, str] = {
+    "hf": "tokengrain.rollout.local:HFGenerate",
+    "continuous": "tokengrain.rollout.local:HFContinuous",
+    "server": "tokengrain.rollout.server:OpenAIServer",
+    "branching": "tokengrain.rollout.branching:Branching",
+}
+"""Name of a sampler: where its class is."""
+
+DEFAULT = "hf"
+
+# Positional arguments of a constructor that the trainer supplies; all its other arguments are settings.
+OBJECTS = ("model", "tokenizer", "sampler")
+
+
+def sampler_class(name: str) -> Callable[..., Any]:
+    """The class of a sampler: a name in `SAMPLERS`, or an import string, "module:Class" or "path.py:Class".
+
+    Raises:
+        RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
+    """
+    return load_named(name, SAMPLERS, "sampler")
+
+
+def check_sampler(given: Any) -> dict[str, Any]:
+    """Validate a sampler's settings before a model is loaded or a server is up.
+
+    Args:
+        given: a name, or a mapping with `name` and settings; of one that works on top of another (`branching`),
+            `sampler` is the other one, the default if it is not given.
+
+    Returns:
+        `name`, all settings with the defaults of those not given, and `sampler` where there is one below.
+
+    Raises:
+        RecipeError: unknown sampler or setting (with the nearest right name), a wrong type, a value out of range.
+    """
+    name, own = _named(given)
+    build = sampler_class(name)
+    takes, also = _positional(build)
+    below = check_sampler(own.pop("sampler", DEFAULT)) if "sampler" in takes else None
+    if below is not None and "sampler" in below:
+        raise RecipeError(f"sampler {name!r} on top of {below['name']!r}; expected one that draws by itself: hf, say")
+    settings = validate_settings(f"sampler {name!r}", build, own, also=also)
+    if (check := getattr(build, "check", None)) is not None:
+        check(**settings)
+    return {"name": name, **settings, **({"sampler": below} if below is not None else {})}
+
+
+def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
+    """A sampler as a recipe or a call of the trainer gives it.
+
+    Args:
+        given: a sampler, which is returned as it is; else see `check_sampler`. None: the default.
+        model, tokenizer: the policy and its tokenizer, for samplers that use them.
+
+    Raises:
+        RecipeError: as `check_sampler`. ModelError: a model that the sampler cannot use.
+    """
+    if given is not None and not isinstance(given, (str, Mapping)):
+        if not isinstance(given, Sampler):
+            raise RecipeError(
+                f"a sampler is an object with sample and refresh, a name or a mapping, got {shown(given)}"
+            )
+        return given
+    settings = check_sampler(DEFAULT if given is None else given)
+    build, below = sampler_class(settings.pop("name")), settings.pop("sampler", None)
+    objects = {"model": model, "tokenizer": tokenizer}
+    if below is not None:
+        objects["sampler"] = make_sampler(below, model, tokenizer)
+    takes, _ = _positional(build)
+    made: Sampler = build(**{name: objects[name] for name in takes}, **settings)
+    return made
+
+
+def check_reachable(given: Any, *, patient: bool = True) -> None:
+    """Ask the server that a sampler draws from, or the one below it, whether it is there.
+
+    Args:
+        given: a sampler, or its settings, as `make_sampler` takes them. Of a sampler that needs a model, and of one
+            without a method `check_reachable`, nothing is asked.
+        patient: False: one attempt, and not for long.
+
+    Raises:
+        RolloutError: nobody answers. RecipeError: as `check_sampler`; a server that does not have the model.
+    """
+    sampler = given
+    if given is None or isinstance(given, (str, Mapping)):
+        settings = check_sampler(DEFAULT if given is None else given)
+        settings = settings.get("sampler", settings)
+        build = sampler_class(settings.pop("name"))
+        if _positional(build)[0] or not hasattr(build, "check_reachable"):
+            return
+        sampler = build(**settings)
+    sampler = getattr(sampler, "sampler", sampler)
+    if (check := getattr(sampler, "check_reachable", None)) is not None:
+        check(patient=patient)
+
+
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `check_sampler` gave, JSON-like, what decides which completions are drawn."""
+    found = _without_neutral(sampler_class(settings["name"]), settings)
+    return found | ({"sampler": deciding(settings["sampler"])} if "sampler" in settings else {})
+
+
+def describe_sampler(sampler: Any) -> dict[str, Any]:
+    """`deciding` of a sampler that is made already; of one that is none of ours just its name."""
+    found = _without_neutral(type(sampler), {"name": sampler.name, **getattr(sampler, "given", {})})
+    return found | ({"sampler": describe_sampler(sampler.sampler)} if hasattr(sampler, "sampler") else {})
+
+
+def _without_neutral(build: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in settings.items() if k not in getattr(build, "neutral", ())}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))  # as it comes back from a file
+    return plain
+
+
+def _named(given: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, str):
+        return given, {}
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise RecipeError(f"a sampler needs a name, got {shown(given)}; expected for example {{name: hf}}")
+    return given["name"], {k: v for k, v in given.items() if k != "name"}
+
+
+def _positional(build: Callable[..., Any]) -> tuple[list[str], list[str]]:
+    """Names of a constructor's positional arguments: those that the trainer supplies, and the others."""
+    parameters = inspect.signature(build).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [n for n in names if n in OBJECTS], [n for n in names if n not in OBJECTS]
+
+
+# ----------------------------------------------------------------------------------------------------
+# AdaCS: supervised data whose length follows difficulty (ARES, arXiv 2510.08457, section 3.1).
+#
+# Every prompt was sampled several times by a strong model; its pass rate says how hard it is. The target length of a
+# pass rate p lies on the line between the medians of what was never and of what was always solved,
+#
+# L(p) = (1 - p) L(0) + p L(1),
+#
+# per source. Kept are, in every bracket of a source, the responses whose lengths are nearest to the line, the same
+# number from each bracket, those of p = 1 included. The authors publish no code of it.
+
+EIGHTHS = tuple(k / 8 for k in range(9))
+
+
+@dataclass(frozen=True)
+class AdaptiveLengths:
+    """What AdaCS chose.
+
+    Attributes:
+        target: length by (source, pass rate), tokens.
+        selected: the responses to keep, in order.
+    """
+
+    target: dict[tuple[str, float], float]
+    selected: list[int]
+
+
+def adacs_select(
+    sources: Sequence[str],
+    pass_rates: Sequence[float],
+    lengths: Sequence[float],
+    *,
+    per_bracket: int,
+    levels: Sequence[float] = EIGHTHS,
+) -> AdaptiveLengths:
+    """Choose responses by their lengths.
+
+    Args:
+        sources, pass_rates, lengths: one per response; lengths in tokens.
+        per_bracket: how many to keep of each source and pass rate; ties go to the earlier one. A bracket with fewer
+            gives all it has.
+        levels: the pass rates there are, 0 and 1 among them.
+
+    Raises:
+        DataError: a source without responses of pass rate 0, or of 1, so that it has no line; or a pass rate that
+            is not one of the levels.
+    """
+    brackets: dict[tuple[str, float], list[int]] = {(s, p): [] for s in dict.fromkeys(sources) for p in levels}
+    for i, (source, rate) in enumerate(zip(sources, pass_rates, strict=True)):
+        level = min(levels, key=_distance_to(rate))
+        if abs(level - rate) > 1e-6:
+            raise DataError("the pass rate is none of the levels", row=i, value=rate, expected=f"one of {list(levels)}")
+        brackets[source, level].append(i)
+    target, selected = {}, []
+    for source in dict.fromkeys(sources):
+        short, long = (_median(source, p, brackets, lengths) for p in (1.0, 0.0))
+        for p in levels:
+            goal = target[source, p] = (1 - p) * long + p * short
+            distance = _distance_to(goal)
+            near = sorted(brackets[source, p], key=lambda i: distance(lengths[i]))
+            selected += near[:per_bracket]
+    return AdaptiveLengths(target, sorted(selected))
+
+
+def _distance_to(goal: float) -> Callable[[float], float]:
+    return lambda value: abs(value - goal)
+
+
+def _median(source: str, rate: float, brackets: dict[tuple[str, float], list[int]], lengths: Sequence[float]) -> float:
+    found = [lengths[i] for i in brackets.get((source, rate), [])]
+    if not found:
+        raise DataError(
+            f"source {source!r} has no response with pass rate {rate:g}",
+            expected="responses at pass rates 0 and 1: their median lengths are the ends of the line",
+        )
+    return float(median(found))

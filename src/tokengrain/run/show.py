@@ -1,0 +1,243 @@
+"""The tables that `tokengrain train` prints: the plan, each stage's outcome, the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokengrain.recipe.schema import Recipe, ResolvedStage
+from tokengrain.run.plan import StagePlan
+
+_ACTIONS = {"run": "run", "resume": "resume", "reuse": "reuse (done, same settings)"}
+
+
+def describe(stage: ResolvedStage) -> str:
+    """One line: what a stage does, to what, with what."""
+    if stage.kind == "init":
+        tokenizer = stage.model.tokenizer
+        kind = getattr(tokenizer, "type", tokenizer) or "bpe"
+        return f"{stage.model.describe()}, {kind} tokenizer, from {stage.data.train}"
+    settings = {k: v for k, v in (stage.credit or {}).items() if k not in ("name", "templates")}
+    if stage.kind == "annotate":
+        return f"credit {_named((stage.credit or {}).get('name'), settings)} of {stage.data.train}"
+    objective = dict(stage.objective or {})
+    name = objective.pop("name", "?")
+    if stage.online is not None:
+        credit = " ".join(step.get("name", "?") for step in stage.online.credit)
+        rewards = " ".join(reward.get("name", "?") for reward in stage.online.rewards)
+        lora = ", LoRA" if stage.lora else ""
+        named = f", credit {credit}" if credit else ""
+        what = f"{_named(name, objective)} from {stage.model.describe()}{lora}, rewards {rewards}{named}"
+        return f"{what}, sampler {stage.online.sampler['name']}"
+    lora = ", LoRA" if stage.lora else ""
+    return f"{_named(name, objective)} from {stage.model.describe()}{lora} on {stage.data.train}"
+
+
+def _named(name: Any, settings: dict[str, Any]) -> str:
+    inside = ", ".join(f"{k} {v}" for k, v in settings.items())
+    return f"{name} ({inside})" if inside else str(name)
+
+
+def print_plan(console: Console, recipe: Recipe, plans: list[StagePlan]) -> None:
+    table = Table(title=f"{recipe.method}: {recipe.output_dir}", title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "kind", "what", "plan"):
+        table.add_column(column, overflow="fold")
+    for plan in plans:
+        style = "dim" if plan.action == "reuse" else ""
+        table.add_row(plan.stage.name, plan.stage.kind, describe(plan.stage), _ACTIONS[plan.action], style=style)
+    console.print(table)
+
+
+def print_rows(console: Console, stage: ResolvedStage, part: str, dataset: Any) -> None:
+    """How many rows were skipped, cut or without a span, if any were."""
+    report = getattr(dataset, "report", None)
+    if report is not None and report.notable:
+        console.print(f"{stage.data.train}, {part} rows for {stage.kind}: {report}", highlight=False)
+
+
+def print_stage(console: Console, plan: StagePlan, metrics: dict[str, Any]) -> None:
+    """What came out of a stage, in one line."""
+    parts = [f"{plan.record.seconds:.0f} s"] if plan.record is not None else []
+    after = metrics.get("after", {})
+    if "accuracy" in after:
+        parts.append(f"held-out accuracy {with_interval(after)}")
+    elif "reward" in after:
+        parts.append(f"held-out reward {with_interval(after, 'reward')}")
+    elif "perplexity" in after:
+        parts.append(f"held-out perplexity {after['perplexity']:.2f}")
+    if "rows" in metrics:
+        parts.append(", ".join(f"{count} rows in {name}.parquet" for name, count in metrics["rows"].items()))
+    if "vocabulary" in metrics:
+        parts.append(f"{metrics['vocabulary']} tokens")
+    console.print(f"  done: {'; '.join(parts)}", highlight=False)
+
+
+def with_interval(metrics: dict[str, Any], name: str = "accuracy") -> str:
+    """`0.612 (95 % CI 0.551 to 0.670)`."""
+    value = metrics[name]
+    if f"{name}_low" not in metrics:
+        return f"{value:.3f}"
+    return f"{value:.3f} (95 % CI {metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f})"
+
+
+_ROWS = {
+    "accuracy": "held-out accuracy",
+    "reward": "held-out reward",
+    "correct": "held-out share correct",
+    "length": "length (tokens)",
+    "rewards/margins": "reward margin",
+    "perplexity": "perplexity",
+    "kl/teacher": "KL to the teacher (nats/token)",
+    "kl": "KL to the reference (nats/token)",
+    "entropy": "entropy (nats/token)",
+    "loss": "loss",
+}
+
+
+def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
+    """The held-out numbers of every trained stage, before and after, and where the run is."""
+    table = Table(
+        title=f"{metrics['method']} in {metrics['seconds']:.0f} s",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("stage", "held-out rows", "before", "after"):
+        table.add_column(column)
+    for name, stage in metrics["stages"].items():
+        before, after = stage.get("before", {}), stage.get("after", {})
+        shown = name
+        for key, title in _ROWS.items():
+            if key in after:
+                old = with_interval(before, key) if key in before else ""
+                if key == "accuracy" and abs(before.get("rewards/margins", 1.0)) < 1e-4:
+                    old = "no margin yet"  # the policy still is its reference
+                table.add_row(shown, title, old, with_interval(after, key))
+                shown = ""
+    if table.row_count:
+        console.print(table, highlight=False)
+    else:
+        console.print("no held-out rows, so nothing was evaluated (data.eval or data.eval_fraction)")
+    console.print(f"run folder: {path}", soft_wrap=True, highlight=False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a user sees while a stage trains: a progress bar, or a line now and then without a terminal.
+
+SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "nll/token": "nll",
+    "reward/mean": "reward",
+    "reward/correct": "correct",
+    "rollout/length": "length",
+}
+QUIET_SECONDS = 15.0
+
+
+class ShowProgress(TrainerCallback):
+    """Shows steps, loss, training accuracy and the time left.
+
+    Args:
+        console: where; nothing is shown if it is quiet.
+        name: the stage.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name = console, name
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or self.console.quiet:
+            return
+        self._last_line = time.monotonic()
+        warmup = args.get_warmup_steps(state.max_steps)
+        if warmup >= state.max_steps:
+            self.console.print(
+                f"  [yellow]warning:[/] only {state.max_steps} steps, of which {warmup} warm the learning rate up: "
+                "use a smaller batch, more epochs, or training.warmup_steps=0"
+            )
+        if self.console.is_terminal:
+            self._bar = _bar(self.console)
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=state.max_steps, numbers="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        numbers = "  ".join(f"{title} {logs[key]:.3f}" for key, title in SHOWN.items() if logs and key in logs)
+        if not numbers or not state.is_world_process_zero or self.console.quiet:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=numbers)
+        elif time.monotonic() - self._last_line > QUIET_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"  {self.name}: step {state.global_step} of {state.max_steps}  {numbers}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen (also after an error)."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+@contextmanager
+def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far something has come; gives `progress(done, total)`, which it calls.
+
+    A bar, or without a terminal a line when it begins and one now and then.
+    """
+    if not console.is_terminal or console.quiet:
+        console.print(f"  {title}")
+        last = time.monotonic()
+
+        def lines(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > QUIET_SECONDS:
+                last = time.monotonic()
+                console.print(f"  {title}: {done} of {total}")
+
+        yield lines
+        return
+    with _bar(console) as bar:
+        task = bar.add_task(title, total=None, numbers="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    return Progress(*columns, console=console, transient=True)

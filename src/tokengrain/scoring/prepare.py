@@ -1,0 +1,465 @@
+"""`prepare`: make a model accept batches of tokens, whatever it is wrapped in."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.errors import ModelError
+from tokengrain.scoring.head import Head
+from tokengrain.scoring.layouts import OTHER_WINDOWS, PROBED_WINDOW, Layout, MaskForm, NotShareableError, mask_forms
+from tokengrain.scoring.model import (
+    ModelPlan,
+    ScoreRequest,
+    checked_classifier,
+    decoder_of,
+    device_of,
+    evaluating,
+    input_embeddings,
+    is_token_classifier,
+    run,
+    text_config,
+)
+
+# ----------------------------------------------------------------------------------------------------
+# Find out by a tiny experiment how a model is to be scored: its head, and whether prompts can be shared.
+
+Lengths = tuple[tuple[int, tuple[int, ...]], ...]
+# Largest relative difference that rounding explains, by the type the model computes in. Models normalise and
+# take softmax in float32 even when they are float64.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# What a sliding window that is too long for a probe is made for its time.
+SHORT_WINDOW = 5
+
+
+def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
+    """The plan for a model on which `install` has run; see `prepare`.
+
+    Without `sharing` only the head is looked at, and the plan never shares.
+    """
+    call = _without_ddp(model)
+    with evaluating(call), _same_random_numbers(device_of(lm)):
+        find = _score_head_plan if is_token_classifier(lm) else _head_plan
+        plan = find(call, lm, ModelPlan("separate"))
+        if plan.head == "fused" and sharing:
+            plan = _sharing_plan(call, lm, plan)
+    return plan
+
+
+def _without_ddp(model: nn.Module) -> nn.Module:
+    """DDP's forward would synchronise buffers; its hooks are not needed without gradients."""
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return inner
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Models should draw none in evaluation mode; those that do must not shift the user's."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _token(seed: int, index: int, vocab: int, avoid: set[int]) -> int:
+    token = (7919 * (index + 1) + 104729 * seed) % vocab
+    while token in avoid:
+        token = (token + 1) % vocab
+    return token
+
+
+def probe_batch(
+    config: Any, vocab: int, window: int | None, lengths: Lengths = ((9, (4, 6, 4)), (5, (5, 4)))
+) -> TokenBatch:
+    """Made-up texts of (prompt, completions) lengths; the first prompt is longer than a short window."""
+    special = [getattr(config, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    avoid = {t for s in special for t in (s if isinstance(s, (list, tuple)) else [s]) if isinstance(t, int)}
+    avoid = avoid if vocab > 2 * len(avoid) + 8 else set()
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    (first, completions), *more = lengths
+    first = max(2, min(limit - max(completions), max(first, (window or 0) + 3)))
+
+    def ids(seed: int, n: int) -> list[int]:
+        return [_token(seed, i, vocab, avoid) for i in range(n)]
+
+    samples = [
+        Sample(ids(10 * g, p), [Completion(ids(10 * g + k + 1, n)) for k, n in enumerate(ns)])
+        for g, (p, ns) in enumerate([(first, completions), *more])
+    ]
+    return TokenBatch.from_samples(samples)
+
+
+def _window(config: Any) -> int | None:
+    """The longest window in the config that is short enough to be exceeded by a probe."""
+    names = ("sliding_window", "sliding_window_size", "attention_chunk_size", "chunk_size")
+    found = [getattr(config, n, None) for n in (*names, *OTHER_WINDOWS)]
+    return max((w for w in found if isinstance(w, int) and 0 < w <= PROBED_WINDOW), default=None)
+
+
+def _request(batch: TokenBatch, plan: ModelPlan, layout: Layout, *want: str) -> ScoreRequest:
+    return ScoreRequest(batch, frozenset(want), plan, layout=layout, one_forward=True)
+
+
+def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tensor, torch.dtype | None, str | None]:
+    """The model's own logits `[1, L, V]` of one text, its decoder's autocast type, and why it has no decoder."""
+    text = torch.cat([batch.prompt(0), batch.completion(0)])[None].to(device_of(lm))
+    seen: list[torch.dtype | None] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        device = device_of(lm).type
+        seen.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+
+    hook, missing = None, None
+    try:
+        hook = decoder_of(lm).register_forward_pre_hook(look, with_kwargs=True)
+    except ModelError as error:
+        missing = str(error)
+    try:
+        own = call(input_ids=text).logits
+    except Exception as error:
+        raise ModelError(f"{type(lm).__name__} does not run on token ids alone: {_short(error)}") from error
+    finally:
+        if hook is not None:
+            hook.remove()
+    return own, (seen[0] if seen else None), missing
+
+
+def _text_and_start(lm: nn.Module) -> tuple[TokenBatch, TokenBatch]:
+    """The start of a short text, and the text."""
+    whole = probe_batch(text_config(lm), input_embeddings(lm).num_embeddings, None, lengths=((5, (5,)),))
+    start = Completion(whole.completion(0).tolist()[:3])
+    return TokenBatch.from_samples([Sample(whole.prompt(0).tolist(), [start])]), whole
+
+
+def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
+    """Compares the decoder and our head with the model's own logits on one short text, and these with a shorter one's.
+
+    Raises:
+        ModelError: the logits depend on later tokens, so that they are no predictions of them.
+    """
+    config, (short, batch) = text_config(lm), _text_and_start(lm)
+    (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
+    # The median: rounding alone may route a token of a mixture of experts differently.
+    if float(_relative_error(own[0, : start.shape[1]], start[0]).median()) > TOLERANCE[_dtype(lm, autocast)]:
+        raise ModelError(
+            f"what {type(lm).__name__} predicts depends on later tokens; expected a causal language model (BERT and "
+            "its kind are one with is_decoder=True in their config)"
+        )
+    if missing is not None:
+        return replace(plan, head="logits", reason=missing)
+    plan = replace(plan, autocast=autocast)
+    try:
+        raw = call(token_batch=_request(batch, plan, "separate", "raw_logits"))["raw_logits"]
+    except Exception as error:
+        return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
+    own = own[0, batch.prompt_ids.numel() - 1 : -1]
+    best, (scale, softcap) = min((_logit_error(raw, own, s, c), (s, c)) for s, c in _head_forms(config))
+    if best > TOLERANCE[_dtype(lm, plan.autocast)]:
+        return replace(
+            plan,
+            head="logits",
+            reason=f"its logits are not its head's alone (difference {best:.2g})",
+        )
+    return replace(plan, scale=scale, softcap=softcap)
+
+
+def _dtype(lm: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
+    """The type the model computes in."""
+    return autocast or input_embeddings(lm).weight.dtype
+
+
+def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
+    """`_head_plan` for a token-classification model, which must not look at later tokens either."""
+    short, batch = _text_and_start(lm)
+    (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
+    tolerance = TOLERANCE[_dtype(lm, autocast)]
+    size = float(own.abs().max().clamp_min(1e-30))
+    if float((own[:, : start.shape[1]] - start).abs().max()) > tolerance * size:
+        raise ModelError(
+            f"a token's score by {type(lm).__name__} depends on later tokens; expected a decoder such as Llama or Qwen"
+        )
+    if missing is not None:
+        return replace(plan, head="logits", reason=missing)
+    plan = replace(plan, autocast=autocast)
+    try:
+        ours = call(token_batch=_request(batch, plan, "separate", "token_scores"))["token_scores"]
+    except Exception as error:
+        return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
+    difference = float((ours - own[0, batch.prompt_ids.numel() :, 0]).abs().max()) / size
+    if difference > tolerance:
+        return replace(plan, head="logits", reason=f"its scores are not its head's alone (difference {difference:.2g})")
+    return plan
+
+
+def _head_forms(config: Any) -> list[tuple[float, float | None]]:
+    """(scale, softcap) that models with this config may apply to their logits; the probe picks."""
+    caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
+    softcap = next((float(c) for c in caps if c), None)
+    scales = [1.0]
+    for name in ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier_scale"):
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value and value != 1:
+            scales += [float(value), 1 / float(value)]
+    return [(s, softcap) for s in scales]
+
+
+def _logit_error(raw: Tensor, own: Tensor, scale: float, softcap: float | None) -> float:
+    """Difference of our logits and the model's own, worst token."""
+    return float(_relative_error(Head(torch.empty(0), None, scale, softcap).finish(raw), own).max())
+
+
+def _relative_error(ours: Tensor, own: Tensor) -> Tensor:
+    """Root-mean-square difference relative to the spread of the model's own logits: `[n, V]` twice to `[n]`."""
+    ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
+    own = own.to(ours.dtype)
+    spread = own.std(-1).clamp_min(torch.finfo(ours.dtype).tiny)
+    return (ours - own).square().mean(-1).sqrt() / spread
+
+
+def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
+    """Compares hidden states of shared rows with those of separate ones, for each way of passing masks."""
+    config = text_config(lm)
+    try:
+        forms = mask_forms(config)
+    except NotShareableError as error:
+        return replace(plan, reason=str(error))
+    with _exceedable_window(config):
+        found, reason = _compared(call, lm, plan, mask_forms(config))
+    return replace(plan, reason=reason) if found is None else replace(plan, masks=forms[found])
+
+
+def _compared(call: nn.Module, lm: nn.Module, plan: ModelPlan, forms: list[MaskForm]) -> tuple[int | None, str]:
+    """Which form of masks gives the hidden states of each text alone; or None, and why."""
+    config, dtype = text_config(lm), _dtype(lm, plan.autocast)
+    vocab: int = input_embeddings(lm).num_embeddings
+    batch = probe_batch(config, vocab, _window(config))
+    separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
+    reason = ""
+    for index, form in enumerate(forms):
+        trial = replace(plan, masks=form)
+        try:
+            shared = call(token_batch=_request(batch, trial, "shared", "hidden"))["hidden"]
+        except Exception as error:
+            reason = f"it does not take a mask per token pair ({_short(error)})"
+            continue
+        difference = _hidden_error(shared, separate, batch, dtype)
+        if difference <= TOLERANCE[dtype]:
+            return index, ""
+        reason = f"hidden states differ from those of each text alone (relative difference {difference:.2g})"
+    return None, reason
+
+
+@contextlib.contextmanager
+def _exceedable_window(config: Any) -> Iterator[None]:
+    """A sliding window too long for a probe is made short: a model that does not go by its config is found out.
+
+    Its window would be another one, or none at all, which would show in long texts alone.
+    """
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or window <= PROBED_WINDOW:
+        yield
+        return
+    config.sliding_window = SHORT_WINDOW
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
+def _hidden_error(shared: Tensor, separate: Tensor, batch: TokenBatch, dtype: torch.dtype) -> float:
+    """Relative root-mean-square difference of hidden states, over tokens that follow another branch.
+
+    The worst token in float32 and float64; the median in 16 bits, where a mixture of experts may route a
+    token differently because of rounding alone (branches are so short that a leak reaches most tokens).
+    """
+    separate = separate.to(torch.promote_types(separate.dtype, torch.float32))
+    error = (shared.to(separate.dtype) - separate).square().mean(-1).sqrt()
+    relative = error / separate.square().mean(-1).sqrt().clamp_min(1e-30)
+    if not bool(torch.isfinite(relative).all()):
+        return float("inf")
+    if dtype in (torch.float32, torch.float64):
+        return float(relative.max())
+    first = batch.group.diff(prepend=batch.group.new_full((1,), -1)) > 0
+    return float(relative[~batch.segments.broadcast(first).to(relative.device)].median())
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+PLANS = "_tokengrain_plans"
+TOLD = "_tokengrain_layout"
+TOLD_REASON = "_tokengrain_warned"
+ORIGINAL = "_tokengrain_original_forward"
+MARK = "_tokengrain_dispatches"
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The Hugging Face causal language model under DDP, FSDP, PEFT, `torch.compile` and the like.
+
+    Raises:
+        ModelError: nothing there has output embeddings, or it is an encoder-decoder.
+    """
+    inner: Any = _unwrapped(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if head is None:
+        raise ModelError(
+            f"{type(inner).__name__} has no language-model head; expected a causal language model such as "
+            "AutoModelForCausalLM loads"
+        )
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(inner).__name__} is an encoder-decoder; expected a causal language model")
+    return inner
+
+
+def scored_model(model: nn.Module) -> nn.Module:
+    """The causal language model in `model`, or the token-classification model with one label.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    inner = _unwrapped(model)
+    return checked_classifier(inner) if is_token_classifier(inner) else causal_lm(inner)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config"):
+            inner = inner.module
+        else:
+            return inner
+
+
+def prompt_learning(model: nn.Module) -> nn.Module | None:
+    """The PEFT model around it that puts virtual tokens before every text, if there is one at work."""
+    inner: Any = model
+    while inner is not None:
+        if hasattr(inner, "peft_config") and hasattr(inner, "active_peft_config"):
+            at_work = inner.active_peft_config.is_prompt_learning and not inner._adapters_disabled
+            return inner if at_work else None
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    return None
+
+
+def original_forward(lm: nn.Module) -> Callable[..., Any]:
+    """The forward `install` replaced."""
+    return vars(lm).get(ORIGINAL) or types.MethodType(type(lm).forward, lm)
+
+
+def install(lm: nn.Module) -> None:
+    """Replace the instance's `forward` by one that also takes `token_batch=`; idempotent.
+
+    The new forward is a bound method, so that `copy.deepcopy` binds the copy's to the copy and accelerate
+    can wrap it; it holds nothing of the model, and a pickled model comes back with its class's forward.
+    """
+    if _is_installed(lm):
+        return
+    if "forward" in vars(lm):
+        # Somebody (accelerate) wrapped it before: keep theirs for ordinary calls.
+        vars(lm)[ORIGINAL] = vars(lm)["forward"]
+    vars(lm)["forward"] = types.MethodType(_dispatcher(type(lm)), lm)
+
+
+def _is_installed(lm: nn.Module) -> bool:
+    forward = vars(lm).get("forward")
+    while forward is not None:
+        if getattr(forward, MARK, False):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def _dispatcher(cls: Any) -> Callable[..., Any]:
+    # Pickle finds a bound method by its function's name, hence "forward".
+    def forward(self: nn.Module, *args: Any, token_batch: Any = None, **kwargs: Any) -> Any:
+        if token_batch is None:
+            return original_forward(self)(*args, **kwargs)
+        return run(self, token_batch, original_forward(self))
+
+    forward.__doc__ = cls.forward.__doc__
+    # Trainer and generate look at the signature to see which arguments a model takes.
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # functions may have one
+    setattr(forward, MARK, True)
+    return forward
+
+
+def signature(lm: nn.Module) -> tuple[Any, ...]:
+    """What a plan depends on: attention implementation and kinds of modules (adapters come and go)."""
+    kinds = frozenset(type(m).__name__.removeprefix("FSDP") for m in lm.modules())
+    return (getattr(text_config(lm), "_attn_implementation", None), kinds)
+
+
+def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
+    """Install the scoring forward on the model in `model` and find out how to score it.
+
+    A tiny probe compares our head with the model's own logits, and shared prompts with separate rows. Where
+    they differ, or the model cannot take shared rows, a warning says so once and the slower way is used. The
+    probe runs in evaluation mode without gradients and leaves training mode and random numbers alone.
+
+    Args:
+        model: a Hugging Face causal language model, or a token-classification model with one label, plain or
+            wrapped (PEFT, DDP, FSDP2, accelerate).
+        layout: "auto" shares prompts where the model can and it pays; "shared" insists; "separate" never
+            does. It becomes the default of `score` for this model. None: as before, at first "auto".
+
+    Returns:
+        The plan. It is kept on the model: calling again costs nothing.
+
+    Raises:
+        ModelError: another kind of model, or layout="shared" for a model that cannot share.
+    """
+    lm = scored_model(model)
+    plan = plan_for(model, lm, layout)
+    if layout is not None:
+        vars(lm)[TOLD] = layout
+    return plan
+
+
+def plan_for(model: nn.Module, lm: nn.Module, layout: Layout | None) -> ModelPlan:
+    """The plan of `lm`, the model that is scored in `model`, for one layout (None: the model's default)."""
+    layout = layout or vars(lm).get(TOLD, "auto")
+    if layout not in ("auto", "shared", "separate"):
+        raise ModelError(f"unknown layout; got {layout!r}, expected 'auto', 'shared' or 'separate'")
+    install(lm)
+    if prompt_learning(model) is not None:
+        reason = "its adapter puts virtual tokens before every text"
+        if layout == "shared":
+            raise ModelError(f"{type(lm).__name__} cannot share prompts: {reason}")
+        return ModelPlan("separate", head="logits", reason=reason)
+    plan = _found_out(model, lm, sharing=layout != "separate")
+    if layout == "shared" and plan.masks is None:
+        raise ModelError(f"{type(lm).__name__} cannot share prompts: {plan.reason}")
+    if layout == "auto" and plan.reason is not None and not vars(lm).get(TOLD_REASON):
+        vars(lm)[TOLD_REASON] = True
+        how = "is scored through its own full logits"
+        if plan.head == "fused":
+            how = "cannot share prompts, so completions run separately"
+        warnings.warn(f"{type(lm).__name__} {how}: {plan.reason}", stacklevel=4)
+    return replace(plan, layout=layout if plan.masks is not None else "separate")
+
+
+def _found_out(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
+    """What the probe found, from the model's memory if it can be."""
+    plans: dict[tuple[Any, ...], ModelPlan] = vars(lm).setdefault(PLANS, {})
+    key = signature(lm)
+    plan = plans.get((True, *key)) or (None if sharing else plans.get((False, *key)))
+    if plan is None:
+        if any(p.device.type == "meta" for p in lm.parameters()):
+            raise ModelError(f"{type(lm).__name__} has weights on the meta device; load them before scoring")
+        plan = plans[(sharing, *key)] = probe(model, lm, sharing=sharing)
+    return plan

@@ -1,0 +1,155 @@
+"""The blocks of a recipe: models, tokenizers, data, adapters, teachers, prompts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+WORLD = "world://"
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; a number is not taken for a string, nor a string for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class TokenizerSpec(Strict):
+    """A tokenizer that is made for the run (`model.tokenizer` of a model built from scratch)."""
+
+    type: Literal["bpe", "byte"] = Field(
+        default="bpe", description="byte-level BPE trained on the data, or plain bytes"
+    )
+    vocab_size: int = Field(default=4096, ge=259, description="tokens of the BPE; a byte tokenizer has 258")
+
+
+class ModelSpec(Strict):
+    """The model a run starts from: one that exists (`path`), or one built from scratch (`config`)."""
+
+    path: str | None = Field(default=None, description="folder, hub name, world://NAME, or @stage (an earlier stage)")
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="build from scratch: `model_type` and the fields of that architecture's config",
+    )
+    tokenizer: TokenizerSpec | str | None = Field(
+        default=None, description="with `config`: {type: bpe|byte, vocab_size}, or the path of a tokenizer"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="type of the weights"
+    )
+    attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = Field(
+        default=False, description="run the Python code that a model on the hub brings along"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ModelSpec:
+        if (self.path is None) == (self.config is None):
+            got = "both" if self.path is not None else "neither"
+            raise ValueError(f"got {got} of path and config; expected exactly one of them")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config has no model_type; expected for example model_type: llama")
+        if self.config is None and self.tokenizer is not None:
+            raise ValueError("tokenizer goes with config (a model built from scratch); a model at a path has its own")
+        return self
+
+    @property
+    def stage(self) -> str | None:
+        """The stage that the model comes from, if it comes from one."""
+        return self.path[1:] if self.path is not None and self.path.startswith("@") else None
+
+    @property
+    def is_world(self) -> bool:
+        return self.path is not None and self.path.startswith(WORLD)
+
+    def at(self, path: str) -> ModelSpec:
+        """The same loading options for another path."""
+        return self.model_copy(update={"path": path, "config": None, "tokenizer": None})
+
+    def describe(self) -> str:
+        return self.path if self.path is not None else f"new {(self.config or {}).get('model_type')} model"
+
+
+class DataSpec(Strict):
+    """Where rows come from; the other keys of `data:` say how they become tokens (`TokenizeConfig`)."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    train: str = Field(description="file (.json .jsonl .csv .parquet, also .gz), hub name, world://NAME, or @stage")
+    eval: str | None = Field(
+        default=None, description="held-out rows: a file, hub name, ...; without it `eval_fraction` of the rows"
+    )
+    split: str | None = Field(default=None, description="split of a hub data set, for train")
+    eval_split: str | None = Field(default=None, description="split of a hub data set, for eval")
+    eval_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the rows held out when eval is not given"
+    )
+    limit: int | None = Field(
+        default=None, gt=0, description="use only this many rows, the first ones (before holding out)"
+    )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="{prompt: question, completion: '{answer}'}: columns made from the rows' own, by name or template",
+    )
+    streaming: bool = Field(default=False, description="read the rows while training: for sets larger than memory")
+    swap_pairs: bool = Field(default=False, description="exchange chosen and rejected: for a reverse DPO model")
+    completions: Literal["chosen", "both"] = Field(
+        default="chosen", description="of pairs, what an objective on single completions (aligndistil) learns from"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str) else value
+
+    @property
+    def stage(self) -> str | None:
+        return self.train[1:] if self.train.startswith("@") else None
+
+    @property
+    def tokenize(self) -> dict[str, Any]:
+        """The keys that belong to `TokenizeConfig`."""
+        return dict(self.model_extra or {})
+
+
+class LoraSpec(Strict):
+    """LoRA adapters (peft): only they are trained; the reference is the model with them switched off."""
+
+    r: int = Field(default=16, gt=0, description="rank")
+    alpha: int = Field(default=32, gt=0, description="scale: the update is multiplied by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] | None = Field(default="all-linear", description="which modules get an adapter")
+    modules_to_save: list[str] | None = Field(default=None, description="modules trained in full and saved beside it")
+    use_rslora: bool = Field(default=False, description="divide alpha by the square root of r instead of r")
+
+
+class TeacherSpec(Strict):
+    """Two frozen models that an objective distils from: z* = z_target + s (z_target - z_contrast)."""
+
+    target: ModelSpec = Field(description="the model to go beyond: '@normal' or a path")
+    contrast: ModelSpec | None = Field(
+        default=None, description="the model to go away from: '@reverse', a path, or the starting model"
+    )
+    form: Literal["adaptive", "constant", "theorem1", "interpolation", "distil"] = Field(
+        default="adaptive", description="how strong the extrapolation is; the paper's is adaptive"
+    )
+    r: float = Field(default=20.0, ge=0, description="adaptive: strength at total variation 1")
+    epsilon: float = Field(default=1e-3, gt=0, description="adaptive: strength where the models agree")
+    beta: float | None = Field(default=None, gt=0, description="constant, theorem1: strength is beta0 / beta")
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits of policy and teacher")
+
+
+class PromptSpec(Strict):
+    """How rows become prompts of an online stage."""
+
+    column: str = Field(default="prompt", description="the column with the prompt: text, or a list of messages")
+    template: str | None = Field(
+        default=None, description="text with {column} slots, for prompts made of several columns"
+    )
+    chat: bool = Field(default=False, description="wrap a text prompt as a user's message for the chat template")

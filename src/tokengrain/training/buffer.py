@@ -1,0 +1,182 @@
+"""`RolloutBuffer`: one rank's share of a rollout, handed out in minibatches, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import TokenBatch
+from tokengrain.rollout.sampler import derived_seed
+from tokengrain.training.step import HostBatch
+
+_TENSORS = ("prompt_ids", "prompt_offsets", "completion_ids", "completion_offsets", "counted", "group")
+
+
+def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """The prompts of several batches with the same columns, one after the other."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    groups = [sum(b.n_prompts for b in batches[:i]) for i in range(len(batches))]
+    return replace(
+        first,
+        prompt_ids=torch.cat([b.prompt_ids for b in batches]),
+        prompt_offsets=_joined([b.prompt_offsets for b in batches]),
+        completion_ids=torch.cat([b.completion_ids for b in batches]),
+        completion_offsets=_joined([b.completion_offsets for b in batches]),
+        counted=torch.cat([b.counted for b in batches]),
+        group=torch.cat([b.group + start for b, start in zip(batches, groups, strict=True)]),
+        columns={name: torch.cat([b.columns[name] for b in batches]) for name in first.columns},
+        rows=tuple(row for b in batches for row in b.rows),
+        raw=tuple(raw for b in batches for raw in b.raw),
+    )
+
+
+def _joined(offsets: Sequence[Tensor]) -> Tensor:
+    lengths = torch.cat([o.diff() for o in offsets])
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+class RolloutBuffer:
+    """Minibatches of whole groups.
+
+    The first epoch takes the prompts in the order in which they were drawn (which is random), later ones in
+    permutations of it. All ranks hand out equally many minibatches; a rank that has run out of prompts gives a
+    stand-in without weight.
+
+    Args:
+        batch: this rank's prompts with their completions and columns; None: it has none to learn from.
+        stand_in: any group of this rank, for ranks that have run out.
+        minibatches: per epoch, on all ranks.
+        epochs: passes over the rollout.
+        seed: of the permutations; the same on all ranks.
+    """
+
+    def __init__(
+        self, batch: TokenBatch | None, stand_in: TokenBatch, *, minibatches: int, epochs: int, seed: int
+    ) -> None:
+        self.batch = batch.to("cpu") if batch is not None else None
+        self.stand_in = stand_in.to("cpu")
+        self.minibatches, self.epochs, self.seed, self.position = minibatches, epochs, seed, 0
+        self._taken_up: tuple[int, list[list[int]]] | None = None  # an epoch, and its schedule on other ranks
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of the rollout."""
+        return self.minibatches * self.epochs
+
+    @property
+    def done(self) -> bool:
+        return self.position >= self.total
+
+    def __next__(self) -> HostBatch:
+        if self.done:
+            raise StopIteration
+        epoch, part = divmod(self.position, self.minibatches)
+        self.position += 1
+        prompts = self.schedule(epoch)[part]
+        if self.batch is None or not prompts:
+            return HostBatch(self.stand_in, real=False)
+        return HostBatch(self.batch.select(prompts))
+
+    def put_back(self) -> None:
+        """The last minibatch was not used: it comes again."""
+        self.position -= 1
+
+    def schedule(self, epoch: int) -> list[list[int]]:
+        """The prompts of each minibatch of an epoch; sizes differ by one at most."""
+        if self._taken_up is not None and self._taken_up[0] == epoch:
+            return self._taken_up[1]
+        count = self.batch.n_prompts if self.batch is not None else 0
+        order = list(range(count))
+        if epoch:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", epoch))
+            order = torch.randperm(count, generator=generator).tolist()
+        bounds = [count * i // self.minibatches for i in range(self.minibatches + 1)]
+        return [order[a:b] for a, b in pairwise(bounds)]
+
+    # ---- In checkpoints ----
+
+    def save(self, path: Path) -> None:
+        """Write to a file: tensors and rows. What the rows were made from is not in it."""
+        own = None if self.batch is None else _packed(self.batch)
+        settings = {"minibatches": self.minibatches, "epochs": self.epochs, "seed": self.seed}
+        state = {"position": self.position, "taken_up": self._taken_up, **settings}
+        torch.save({"batch": own, "stand_in": _packed(self.stand_in), **state}, path)
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], rank: int, world: int, raw: Mapping[int | str, Any]) -> RolloutBuffer:
+        """What `save` wrote.
+
+        Args:
+            paths: the files of the ranks that saved. If they are as many as there are now, each takes its own;
+                otherwise the prompts are shared out anew: the epoch under way goes on with the same minibatches, and
+                the order within later epochs is another one.
+            raw: by row, what the prompts were made from.
+        """
+        if len(paths) == world:
+            return cls._of(_read(paths[rank]), raw)
+        return cls._shared_out([cls._of(_read(path), raw) for path in paths], rank, world)
+
+    @classmethod
+    def _of(cls, state: Mapping[str, Any], raw: Mapping[int | str, Any]) -> RolloutBuffer:
+        buffer = cls(
+            _unpacked(state["batch"], raw) if state["batch"] is not None else None,
+            _unpacked(state["stand_in"], raw),
+            minibatches=state["minibatches"],
+            epochs=state["epochs"],
+            seed=state["seed"],
+        )
+        buffer.position, buffer._taken_up = state["position"], state.get("taken_up")
+        return buffer
+
+    @classmethod
+    def _shared_out(cls, olds: Sequence[RolloutBuffer], rank: int, world: int) -> RolloutBuffer:
+        """The part of one of `world` ranks of what `olds`, those of all ranks before, hold."""
+        first = olds[0]
+        parts = [old.batch for old in olds if old.batch is not None]
+        counts = [old.batch.n_prompts if old.batch is not None else 0 for old in olds]
+        # Rank r of w had prompts r, r + w, ... of the rollout, and so it has them now.
+        places = sorted((slot, old) for old, count in enumerate(counts) for slot in range(count))
+        own = [sum(counts[:old]) + slot for slot, old in places][rank::world]
+        buffer = cls(
+            concatenate(parts).select(own) if own else None,
+            first.stand_in,
+            minibatches=first.minibatches,
+            epochs=first.epochs,
+            seed=first.seed,
+        )
+        buffer.position = first.position
+        number = {place: i for i, place in enumerate(places)}
+        epoch = first.position // first.minibatches
+        minibatches = zip(*(old.schedule(epoch) for old in olds), strict=True)
+        shares = [[number[slot, old] for old, slots in enumerate(one) for slot in slots] for one in minibatches]
+        buffer._taken_up = epoch, [sorted(i // world for i in share if i % world == rank) for share in shares]
+        return buffer
+
+
+def _packed(batch: TokenBatch) -> dict[str, Any]:
+    fields = {name: getattr(batch, name) for name in _TENSORS}
+    return {**fields, "columns": dict(batch.columns), "rows": list(batch.rows), "prompt_role": batch.prompt_role}
+
+
+def _unpacked(state: Mapping[str, Any], raw: Mapping[int | str, Any]) -> TokenBatch:
+    rows = tuple(state["rows"])
+    fields = {name: state[name] for name in _TENSORS}
+    return TokenBatch(
+        **fields,
+        columns=dict(state["columns"]),
+        rows=rows,
+        raw=tuple(raw.get(row, {}) for row in rows),
+        prompt_role=state["prompt_role"],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,238 @@
+"""From a batch to losses: ask credit, reference and teacher, score the policy, apply the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Segments, TokenBatch
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.loss import LossOutput, Role, resolve_role
+from tokengrain.methods._pairs import weight_metrics
+from tokengrain.registry import FROZEN, TAUGHT, BoundObjective, check_source_for_role, make_objective
+from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
+from tokengrain.scoring.score import score
+
+# ----------------------------------------------------------------------------------------------------
+# Token credit as the trainer uses it: a source, and the role in which it enters the objective.
+
+"""Quantities that the reference gives."""
+"""Quantities that a teacher gives."""
+
+
+@dataclass(frozen=True)
+class CreditUse:
+    """Credit `[N]` of a batch, in its role.
+
+    Attributes:
+        source: maps a batch to one number per counted token.
+        role: what the objective gets made of it.
+    """
+
+    source: Any
+    role: Role
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name} as {self.role.name}"
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        values = self.source(batch).detach().to(batch.device)
+        return self.role(values, batch.segments)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree on."""
+        return {"source": self.source.name, "as": self.role.describe()}
+
+
+def resolve_credit(
+    credit: Any, credit_as: Any, objective: BoundObjective, columns: tuple[str, ...]
+) -> CreditUse | None:
+    """How credit enters an objective; None if it takes none, or takes the data's own column as it is.
+
+    Args:
+        credit: a credit source, a function of a `TokenBatch`, or None: the column `token_rewards`.
+        credit_as: a role, its name, `{name: ..., settings}`, or None for the objective's only one.
+        objective: what is trained.
+        columns: per-token columns of the data, as far as they are known.
+
+    Raises:
+        RecipeError: the objective takes no credit, or not in this role, or this source does not suit the role.
+    """
+    from tokengrain.methods.baselines import ColumnCredit, FunctionCredit
+
+    if credit is None and credit_as is None:
+        needed = {"selected", "spans"} & set(objective.needs) - set(columns)
+        # Scores in the data and a loss that wants a selection of them.
+        if not needed or (needed == {"spans"} and "token_rewards" not in columns):
+            return None
+    role = resolve_role(credit_as, objective.roles, objective.name, objective.no_credit)
+    if credit is None:
+        credit = ColumnCredit()
+    elif not hasattr(credit, "fingerprint"):
+        if not callable(credit):
+            raise RecipeError(
+                f"credit must be a CreditSource or a function of a TokenBatch, got {type(credit).__name__}"
+            )
+        credit = FunctionCredit(function=credit)
+    check_source_for_role(credit, role)
+    return CreditUse(credit, role)
+
+
+def resolve_objective(objective: Any) -> BoundObjective:
+    """A bound objective as it is; a name or a user's loss function bound with its default settings."""
+    if isinstance(objective, BoundObjective):
+        return objective
+    if isinstance(objective, str) or callable(objective):
+        return make_objective(objective)
+    raise RecipeError(f"objective must be a name, a bound objective or a function, got {type(objective).__name__}")
+
+
+@dataclass
+class Judged:
+    """One micro-batch judged by the objective.
+
+    Attributes:
+        output: what the objective returned, with gradient in training.
+        segments: of the tokens that were judged; fewer than the batch's where the objective reads only some.
+        entropy, kl, log_ratio: per counted token `[N]`, nats, detached; None if not asked for or not known.
+    """
+
+    output: LossOutput
+    segments: Segments
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    log_ratio: Tensor | None = None
+
+
+class PreferenceLoss:
+    """Objective, reference, credit and teacher bound together.
+
+    Args:
+        objective: with `needs`, `reads` and `__call__(segments=, **quantities)`.
+        reference: None if the objective needs none.
+        credit: where per-token credit comes from and how it enters; None: the data's own columns.
+        teacher: `TokenBatch -> Teacher`, for objectives that distil.
+        layout, chunk_tokens: passed to `score`.
+    """
+
+    def __init__(
+        self,
+        objective: BoundObjective,
+        reference: Reference | None,
+        credit: CreditUse | None,
+        *,
+        teacher: Callable[[TokenBatch], Any] | None = None,
+        layout: Any = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.objective, self.reference, self.credit, self.teacher = objective, reference, credit, teacher
+        self.score_options = {"layout": layout, "chunk_tokens": chunk_tokens}
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether a full-vocabulary KL to the reference can be had."""
+        return self.reference is not None and not isinstance(self.reference, ColumnReference)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: TokenBatch,
+        *,
+        measure: Collection[str] = (),
+        frozen_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Judged:
+        """Score `batch` and apply the objective.
+
+        Args:
+            model: the outermost module of the policy.
+            measure: also measure any of "entropy", "kl", "log_ratio" (detached), and "whole": score all counted
+                tokens, also those that the objective does not read, and add the metrics of whole completions.
+            frozen_context: entered around reference, credit and teacher (mixed precision).
+        """
+        needs, main = set(self.objective.needs), self.objective.main
+        with torch.no_grad(), frozen_context():
+            given = self._given(batch)
+            keep = self._reads(batch, given)
+            whole = keep is None or "whole" in measure
+            part = batch if keep is None or whole else batch.narrow(keep)
+            frozen = self._reference_scores(part, "kl" in needs or ("kl" in measure and self.has_distribution))
+            teacher = self.teacher(part) if needs & TAUGHT and self.teacher is not None else None
+        want = [main, *(["kl"] if frozen.distribution is not None else []), *(["teacher_kl"] if teacher else [])]
+        want += ["entropy"] if "entropy" in measure and main == "logps" else []
+        taught = {"teacher": teacher} if teacher is not None else {}
+        scores = score(model, part, tuple(want), reference=frozen.distribution, **taught, **self.score_options)
+        found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
+        scored: dict[str, Tensor] = {name: value for name, value in found.items() if value is not None}
+        judged = Judged(
+            LossOutput(torch.zeros(0)), part.segments, _detached(scores.entropy), _detached(scored.get("kl"))
+        )
+        if "log_ratio" in measure and {"logps", "ref_logps"} <= scored.keys():
+            judged.log_ratio = (scored["logps"] - scored["ref_logps"]).detach()
+        if keep is None:
+            judged.output = self._apply(judged.segments, scored | given)
+            return judged
+        judged.segments = batch.segments.narrow(keep)
+        read = {name: value[keep] for name, value in scored.items()} if whole else scored
+        judged.output = self._apply(judged.segments, read | {name: value[keep] for name, value in given.items()})
+        if whole and main == "logps" and batch.is_pairs:
+            judged.output.metrics |= _whole_metrics(scored, batch.segments)
+        return judged
+
+    def _given(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Per-token quantities `[N]` that need no policy: credit in its role, and columns of the data."""
+        given = {}
+        if self.credit is not None:
+            given[self.credit.role.provides] = self.credit(batch)
+        for name in set(self.objective.needs) - FROZEN - TAUGHT - given.keys():
+            if name not in batch.columns:
+                what = f"objective {self.objective.name} needs per-token {name}"
+                raise DataError(what, field=name, row=batch.rows[0] if batch.rows else None)
+            given[name] = batch.columns[name]
+        for name in self.objective.optional & batch.columns.keys() - FROZEN:
+            given[name] = batch.columns[name]
+        return given
+
+    def _reads(self, batch: TokenBatch, given: Mapping[str, Tensor]) -> Tensor | None:
+        """The tokens to score, bool `[N]`; None: all."""
+        own = self.objective.reads(batch.segments, given)
+        if own is None and "selected" in given and "selected" not in self.objective.needs:
+            own = given["selected"] > 0
+        return own
+
+    def _reference_scores(self, batch: TokenBatch, want_kl: bool) -> ReferenceScores:
+        if self.reference is None:
+            return ReferenceScores()
+        return self.reference(batch, {"logps", "distribution"} if want_kl else {"logps"})
+
+    def _apply(self, segments: Segments, quantities: Mapping[str, Tensor]) -> LossOutput:
+        """The objective on these quantities; token weights that it does not take itself are multiplied in."""
+        wanted = {self.objective.main, *self.objective.needs, *self.objective.optional}
+        args = {name: value for name, value in quantities.items() if name in wanted}
+        weights = quantities.get("token_weights")
+        if weights is None or "token_weights" in wanted:
+            return self.objective(segments=segments, **args)
+        weighted = {name: value * weights if name in ("logps", "ref_logps") else value for name, value in args.items()}
+        output = self.objective(segments=segments, **weighted)
+        with torch.no_grad():  # rewards and accuracies are those of whole, unweighted completions: comparable
+            plain = self.objective(segments=segments, **{n: v.detach() for n, v in args.items()})
+        output.metrics = plain.metrics | weight_metrics(weights, segments)
+        return output
+
+
+def _whole_metrics(scored: Mapping[str, Tensor], segments: Segments) -> dict[str, Tensor]:
+    """Which completion the policy prefers when all tokens count: by log-ratio, or by mean log-probability."""
+    logps = scored["logps"].detach()
+    has_reference = "ref_logps" in scored
+    values = segments.sum(logps - scored["ref_logps"]) if has_reference else segments.mean(logps)
+    chosen, rejected = segments.pairs(values)
+    return {"whole/accuracies": (chosen > rejected).to(values.dtype), "whole/margins": chosen - rejected}
+
+
+def _detached(values: Tensor | None) -> Tensor | None:
+    return values.detach() if values is not None else None

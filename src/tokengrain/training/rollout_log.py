@@ -1,0 +1,288 @@
+"""What is logged about a rollout, over all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengrain.data.tokens import token_texts
+from tokengrain.errors import read_log, write_text
+from tokengrain.method import RolloutStep
+from tokengrain.methods._clipped import kl_estimate, sampler_mismatch
+from tokengrain.methods.grpo import GroupStatistics
+from tokengrain.rewards.suite import RewardResult
+from tokengrain.rollout.sampler import Rollouts
+from tokengrain.training.checkpoint import append_text
+from tokengrain.training.step import MicroRecord, wide
+
+
+@dataclass
+class Drawn:
+    """What one rank sampled for a rollout, filtered prompts included: plain lists, one entry per completion.
+
+    Attributes:
+        context: tokens that completions only share with others they branch off from; they were drawn once.
+        prompts: number of prompts; informative: those whose completions earned different rewards.
+        total: the sum of a completion's rewards; NaN where it could not be scored.
+        by_name: the same of each reward.
+        seconds: of sampling; refills: rounds of sampling after the first.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    correct: list[bool] = field(default_factory=list)
+    by_name: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    context: int = 0
+    prompts: int = 0
+    informative: int = 0
+    failures: int = 0
+    refills: int = 0
+    seconds: float = 0.0
+
+    def add(self, rollouts: Rollouts, step: RolloutStep, result: RewardResult | None) -> None:
+        """Add what was sampled in one go."""
+        self.lengths += [len(c.ids) for c in rollouts.completions]
+        self.context += sum(c.context for c in rollouts.completions)
+        self.truncated += [c.truncated for c in rollouts.completions]
+        self.prompts += len(rollouts.prompts)
+        self.seconds += rollouts.seconds
+        if result is None:
+            return
+        self.total += result.total.tolist()
+        if step.correct is not None:
+            self.correct += step.correct.tolist()
+        for name, values in result.by_name.items():
+            self.by_name.setdefault(name, []).extend(values.tolist())
+        for name, value in result.counts.items():
+            self.counts[name] = self.counts.get(name, 0.0) + value
+        self.failures += len(result.failures)
+        self.informative += int(GroupStatistics(result.total.double(), step.group.cpu()).varied.sum())
+
+
+def drawn_metrics(parts: Sequence[Drawn]) -> dict[str, float]:
+    """Metrics of what all ranks sampled.
+
+    `reward/mean` and `reward/std` of the sum of all rewards, `reward/<name>/mean` and `/std` of each,
+    `reward/correct`, `reward/invalid` (share of completions), `reward/failures`; `rollout/length` (tokens),
+    `rollout/truncated` (share), `rollout/informative` (share of prompts whose completions earned different rewards).
+    """
+    lengths = torch.tensor([n for part in parts for n in part.lengths], dtype=torch.float64)
+    tokens = float(lengths.sum()) - sum(part.context for part in parts)
+    metrics = {
+        "rollout/prompts": float(sum(part.prompts for part in parts)),
+        "rollout/completions": float(len(lengths)),
+        "rollout/refills": float(parts[0].refills),
+        "rollout/tokens": tokens,
+        "rollout/length": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated": _share([t for part in parts for t in part.truncated]),
+        # Ranks sample at the same time.
+        "rollout/tokens_per_second": tokens / max(max(part.seconds for part in parts), 1e-9),
+    }
+    if not any(part.total for part in parts):
+        return metrics
+    metrics |= _moments("reward", [r for part in parts for r in part.total])
+    for name in parts[0].by_name:
+        metrics |= _moments(f"reward/{name}", [r for part in parts for r in part.by_name.get(name, [])])
+    if any(part.correct for part in parts):
+        metrics["reward/correct"] = _share([c for part in parts for c in part.correct])
+    metrics["reward/invalid"] = _share([r != r for part in parts for r in part.total])
+    metrics["reward/failures"] = float(sum(part.failures for part in parts))
+    for name in parts[0].counts:
+        metrics[f"reward/{name}"] = sum(part.counts.get(name, 0.0) for part in parts)
+    metrics["rollout/informative"] = sum(part.informative for part in parts) / metrics["rollout/prompts"]
+    return metrics
+
+
+def _share(flags: list[bool]) -> float:
+    return sum(flags) / max(len(flags), 1)
+
+
+def _moments(name: str, values: list[float]) -> dict[str, float]:
+    """Mean and population deviation of the numbers that are there; NaN of nothing is not logged."""
+    known = torch.tensor([v for v in values if v == v], dtype=torch.float64)
+    if not known.numel():
+        return {}
+    return {f"{name}/mean": float(known.mean()), f"{name}/std": float(known.std(correction=0))}
+
+
+def step_sums(step: RolloutStep, keep: Tensor) -> dict[str, tuple[float, float]]:
+    """Of one rank's prompts to train on: (sum, weight) by name, to be added up over ranks.
+
+    `rollout/utilisation`: share of completions with an advantage other than 0; `rollout/entropy` and `rollout/kl_ref`
+    (k3): nats per token.
+
+    Args:
+        keep: bool `[C]`, the completions that are trained on.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    if step.advantages is not None:
+        signal = (step.segments.max(step.advantages.abs()) > 0) & keep
+        sums["rollout/utilisation"] = (float(signal.sum()), float(keep.sum()))
+    tokens = step.broadcast(keep)
+    if "entropy" in step.quantities:
+        entropy = wide(step.quantities["entropy"][tokens])
+        sums["rollout/entropy"] = (float(entropy.sum()), float(entropy.numel()))
+    if "ref_logps" in step.quantities:
+        logps, ref_logps = wide(step.quantity("old_logps")), wide(step.quantities["ref_logps"])
+        kl = kl_estimate(logps, ref_logps, "k3")[tokens]
+        sums["rollout/kl_ref"] = (float(kl.sum()), float(kl.numel()))
+    return sums
+
+
+def mismatch(step: RolloutStep) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's; nothing where the sampler has none."""
+    if "raw_logps" not in step.quantities:
+        return {}
+    return sampler_mismatch(step.quantities["raw_logps"], step.quantity("old_logps"), step.segments)
+
+
+def summed(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Weighted means of what `step_sums` gave on all ranks."""
+    names: dict[str, Any] = dict.fromkeys(name for part in parts for name in part)
+    found = {}
+    for name in names:
+        sums = [part[name] for part in parts if name in part]
+        weight = sum(w for _, w in sums)
+        if weight:
+            found[name] = sum(s for s, _ in sums) / weight
+    return found
+
+
+MISMATCH_EXTREMES = {"max_abs": max, "max_ratio": max, "max_sequence_ratio": max, "min_ratio": min}
+
+
+def joined_mismatch(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mismatch over ranks: extremes of extremes, means of means."""
+    found = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts if name in part]
+        how = MISMATCH_EXTREMES.get(name.removeprefix("mismatch/"))
+        found[name] = how(values) if how is not None else sum(values) / len(values)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# `rollouts.jsonl`: a few completions of some rollouts, with the numbers of every token, for the report.
+#
+# One line per completion:
+# rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids, and where there is
+# a tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by name), and per token
+# advantages, and where they are known entropy, sampling_logps, old_logps, ref_logps, weights, token_rewards, thr;
+# ratio (of the policy to the one that sampled, at the completion's last update before the optimiser step) and
+# clipped (-1, 0, 1) of objectives that have them.
+
+COLUMNS = ("entropy", "sampling_logps", "old_logps", "ref_logps", "thr")
+UPDATED = ("ratio", "clipped")
+DIGITS = 5
+
+
+class RolloutRecord:
+    """Collects the completions of the rollout under way and writes them when it is used up.
+
+    Args:
+        path: of the file.
+        tokenizer: for texts; None: ids only.
+        count: completions per record; every: rollouts from one record to the next.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any, *, count: int, every: int) -> None:
+        self.path, self.tokenizer, self.count, self.every = path, tokenizer, count, every
+        self.pending: list[dict[str, Any]] = []
+
+    def begin(self, step: RolloutStep, keep: Tensor, optimiser_step: int) -> None:
+        """Take completions of one prompt; of a large group the best and the worst.
+
+        The last prompt of the rollout, because the first one's is updated while the policy is still the one that
+        sampled it (all its ratios are 1); before it goes the last one whose completions earned credit.
+        """
+        self.pending = []
+        if not self.count or step.index % self.every or not bool(keep.any()):
+            return
+        earned = torch.zeros_like(keep)
+        if step.advantages is not None:
+            earned[step.group[step.segments.ids[step.advantages != 0]]] = True
+        learned = keep & earned
+        prompt = int((learned if bool(learned.any()) else keep).nonzero()[-1])
+        places = (step.group == prompt).nonzero()[:, 0].tolist()
+        first, total = places[0], step.total.nan_to_num(nan=0.0)
+        if len(places) > self.count:
+            order = sorted(places, key=lambda c: (-float(total[c]), c))
+            half = (self.count + 1) // 2
+            places = sorted(order[:half] + (order[half - self.count :] if self.count > half else []))
+        for completion in places:
+            entry = {"rollout": step.index, "step": optimiser_step, **self._of(step, prompt, completion)}
+            self.pending.append({**entry, "completion": completion - first})
+
+    def _of(self, step: RolloutStep, prompt: int, completion: int) -> dict[str, Any]:
+        prompt_ids, ids = step.batch.prompt(prompt).tolist(), step.batch.completion(completion).tolist()
+        # What a branch shares with the completion that it leaves was not drawn for it: it is part of what came before.
+        context = len(ids) - int(step.segments.lengths[completion])
+        prompt_ids, ids = prompt_ids + ids[:context], ids[context:]
+        entry: dict[str, Any] = {"row": step.prompt_ids[prompt], "prompt_ids": prompt_ids, "ids": ids}
+        if self.tokenizer is not None:
+            entry["prompt"] = self.tokenizer.decode(prompt_ids)
+            entry["text"] = self.tokenizer.decode(ids)
+            entry["tokens"] = token_texts(self.tokenizer, ids)
+        entry["truncated"] = bool(step.truncated[completion])
+        entry["reward"] = _number(step.total[completion])
+        entry["rewards"] = {name: _number(values[completion]) for name, values in step.by_name.items()}
+        start, end = step.segments.offsets[completion : completion + 2].tolist()
+        columns = {name: step.quantities.get(name) for name in COLUMNS}
+        columns |= {name: getattr(step, name) for name in ("advantages", "weights", "token_rewards")}
+        return entry | {name: _rounded(values[start:end]) for name, values in columns.items() if values is not None}
+
+    def update(self, records: Sequence[MicroRecord]) -> None:
+        """Take ratio and clipped tokens from the micro-batches of an optimiser step."""
+        if not self.pending:
+            return
+        wanted = {(entry["row"], entry["completion"]): entry for entry in self.pending}
+        for record in (r for r in records if r.real):
+            tokens = {name: record.output.tokens[name] for name in UPDATED if name in record.output.tokens}
+            if not tokens:
+                continue
+            first: dict[int, int] = {}
+            for completion, group in enumerate(record.group.tolist()):
+                first.setdefault(group, completion)
+                entry = wanted.get((record.rows[group], completion - first[group]))
+                if entry is None:
+                    continue
+                start, end = record.segments.offsets[completion : completion + 2].tolist()
+                # The prompt may stand in the rollout a second time, with other completions.
+                if record.labels[start:end].tolist() == entry["ids"]:
+                    entry |= {name: _rounded(values[start:end]) for name, values in tokens.items()}
+
+    def write(self) -> None:
+        """Append what is pending. Raises `RunError` if it cannot be written."""
+        if not self.pending:
+            return
+        # ASCII: a completion may have any character in it, and some of them (U+2028) end a line for some readers.
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.pending)
+        self.pending = []
+        append_text(self.path, lines)
+
+    def restart(self, rollouts: int, pending: Sequence[dict[str, Any]] = ()) -> None:
+        """Keep what rollouts before number `rollouts` wrote, except that of the one that is `pending`."""
+        self.pending = [dict(entry) for entry in pending]
+        if not self.path.exists():
+            return
+        under_way = {entry["rollout"] for entry in self.pending}
+        kept = [e for e in read_log(self.path) if e["rollout"] < rollouts and e["rollout"] not in under_way]
+        write_text(self.path, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(v, DIGITS) for v in values.detach().to(torch.float64).cpu().tolist()]
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return round(number, DIGITS) if number == number else None

@@ -1,0 +1,320 @@
+"""The world `revision`: a reference answer of many filler words and a few tokens that depend on the reasoning."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.worlds import arithmetic
+from tokengrain.worlds.arithmetic import (
+    CHECKED_STEP,
+    LABELS,
+    MARKER,
+    SIZES,
+    SYMBOLS,
+    ArithmeticOptions,
+    ArithmeticWorld,
+    Ending,
+    Problem,
+    Size,
+    longest_problem,
+    parse_prompt,
+    rng_of,
+    write_chain,
+)
+from tokengrain.worlds.base_models import EOS
+
+if TYPE_CHECKING:
+    from tokengrain.rollout.sampler import SamplingConfig
+
+
+# ----------------------------------------------------------------------------------------------------
+# References behind sampled chains, as a batch whose counted tokens are the references' (DRO, arXiv 2506.13351).
+
+
+@dataclass(frozen=True)
+class AppendedReferences:
+    """What `append_references` makes. Shapes: C completions.
+
+    Attributes:
+        batch: the same prompts and completions in the same order; a completion is its chain with the marker, which do
+            not count, and the reference, which does. `score(model, batch)` gives log π(y_j | q, c_i, y_<j).
+        usable: bool `[C]`, whether the completion had a marker. The reference stands behind the whole of one that had
+            none; its numbers mean nothing and are to be left out.
+        answer_lengths: long `[C]`, tokens after the marker that the reference took the place of; 0 without a marker.
+    """
+
+    batch: TokenBatch
+    usable: Tensor
+    answer_lengths: Tensor
+
+
+def append_references(
+    batch: TokenBatch, references: Sequence[Sequence[int]], marker: int | Sequence[int]
+) -> AppendedReferences:
+    """Cut every completion after its first marker and put its prompt's reference there.
+
+    Args:
+        batch: sampled completions.
+        references: token ids per prompt, as they stand after the marker.
+        marker: the token, or the tokens, at the end of thinking.
+
+    Raises:
+        ValueError: not one reference per prompt, an empty one, or an empty marker.
+    """
+    ends = [marker] if isinstance(marker, int) else list(marker)
+    if len(references) != batch.n_prompts or not all(len(r) for r in references) or not ends:
+        raise ValueError(
+            f"expected a marker and a reference that is not empty for each of {batch.n_prompts} prompts, "
+            f"got {len(references)}"
+        )
+    made: list[list[Completion]] = [[] for _ in range(batch.n_prompts)]
+    usable, lengths = [], []
+    for c, group in enumerate(batch.group.tolist()):
+        ids = batch.completion(c).tolist()
+        end = next((i + len(ends) for i in range(len(ids)) if ids[i : i + len(ends)] == ends), None)
+        chain, reference = ids[:end], list(references[group])
+        made[group].append(Completion(chain + reference, [False] * len(chain) + [True] * len(reference)))
+        usable.append(end is not None)
+        lengths.append(0 if end is None else len(ids) - end)
+    rows = batch.rows or tuple(range(batch.n_prompts))
+    raw = batch.raw or ({},) * batch.n_prompts
+    samples = [Sample(batch.prompt(g).tolist(), made[g], row=rows[g], raw=raw[g]) for g in range(batch.n_prompts)]
+    appended = TokenBatch.from_samples(samples, prompt_role=batch.prompt_role).to(batch.device)
+    return AppendedReferences(
+        appended,
+        torch.tensor(usable, device=batch.device),
+        torch.tensor(lengths, device=batch.device),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reference answers of the world `revision`: filler words around running totals.
+
+WORDS = (
+    (" next", " then"), (" we", " you"), (" now", " here"), (" take", " use"), (" the", " this"), (" given", " stated"),
+    (" step", " part"), (" which", " that"), (" simply", " just"), (" leads", " goes"), (" on", " over"),
+    (" to", " into"), (" our", " your"), (" new", " fresh"), (" running", " current"), (" total", " sum"),
+)  # fmt: skip
+"""Pairs of words that mean the same; a sentence takes one of each, in this order."""
+START, END = " start", " end"
+VOCABULARY = (*SYMBOLS, START, END, *(word for pair in WORDS for word in pair))
+
+Role = Literal["reasoning", "style", "fixed"]
+"""What a token of a reference depends on: on the totals of the chain; on the style of its separators; on neither."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference answer.
+
+    Attributes:
+        tokens: symbols, `<end>` included.
+        roles: what each of them depends on.
+    """
+
+    tokens: tuple[str, ...]
+    roles: tuple[Role, ...]
+
+    @property
+    def text(self) -> str:
+        """Without `<end>`."""
+        return "".join(self.tokens[:-1])
+
+
+def write_reference(
+    problem: Problem,
+    totals: Sequence[int],
+    filler: int,
+    rng: random.Random,
+    separators: str | None = None,
+    style: float = 0.0,
+    *,
+    last_only: bool = False,
+) -> Reference:
+    """An answer that restates a problem with totals, a sentence for each step.
+
+    Args:
+        totals: of each step: the problem's own for a reference, a chain's for what the base model says.
+        filler: words per sentence.
+        separators: the chain's; after `;` a sentence's words are the first of their pairs with chance 0.5 + style,
+            after `,` with 0.5 − style. None: always 0.5.
+        last_only: leave out all totals but the last.
+    """
+    tokens: list[str] = []
+    roles: list[Role] = []
+
+    def add(words: Sequence[str], role: Role) -> None:
+        tokens.extend(words)
+        roles.extend([role] * len(words))
+
+    add([START, ":", *f"{problem.start:02d}", ";"], "fixed")
+    for i, (operator, operand) in enumerate(problem.steps):
+        tilt = 0.0 if separators is None else style if separators[i] == ";" else -style
+        add([pair[rng.random() >= 0.5 + tilt] for pair in WORDS[:filler]], "style")
+        add([",", LABELS[i], operator, str(operand)], "fixed")
+        if not last_only:
+            add([":"], "fixed")
+            add(f"{totals[i]:02d}", "reasoning")
+        add([";"], "fixed")
+    add([END, ":"], "fixed")
+    add(f"{totals[-1]:02d}", "reasoning")
+    add([EOS], "fixed")
+    return Reference(tuple(tokens), tuple(roles))
+
+
+@dataclass(frozen=True)
+class RevisionOptions(ArithmeticOptions):
+    """Options of the address `world://revision?...`; those of `arithmetic`, and:
+
+    Args:
+        levels: 1–3 by default (1–2 of the small size).
+        filler: words per sentence of a reference, 16 by default, which is the most (4 of the small size).
+        style: how much the chain's separators, which mean nothing, sway the choice of those words, below 0.5.
+        totals: `all` running totals stand in a reference, or only the `last`: then the words' noise weighs more.
+    """
+
+    filler: int | None = None
+    style: float = 0.3
+    totals: str = "all"
+
+    world: ClassVar[str] = "revision"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.filler is not None and not 0 <= self.filler <= len(WORDS):
+            raise RecipeError(f"world revision: filler is {self.filler}; expected 0 to {len(WORDS)}")
+        if not 0 <= self.style < 0.5:
+            raise RecipeError(f"world revision: style is {self.style}; expected 0 or more and less than 0.5")
+        if self.totals not in ("all", "last"):
+            raise RecipeError(f"world revision: totals is {self.totals!r}; expected all or last")
+
+
+class RevisionWorld(ArithmeticWorld):
+    """For rewards that come from a reference text instead of a checker (DRO).
+
+    A completion is a chain as in `arithmetic`, `>` and an answer that restates the problem with the chain's totals
+    among filler words. Rows have a `reference`, the right answer in fixed words. How likely its totals are depends on
+    the chain, and how likely its words are on the chain's separators, which mean nothing.
+
+    Made by `load_world("world://revision")`. The true reward is 1 if the chain's last total is right; samples for
+    evaluation end with `>`.
+    """
+
+    name = "revision"
+    ending: Ending = "marker"
+    vocabulary = VOCABULARY
+    options: RevisionOptions
+
+    def __init__(self, options: RevisionOptions | None = None) -> None:
+        super().__init__(options or RevisionOptions())
+
+    def _size(self) -> Size:
+        size = SIZES[self.options.size]
+        if self.options.size == "small":
+            return size
+        return replace(size, levels=(1, 2, 3), warm_start=replace(size.warm_start, positions=384))
+
+    @property
+    def filler(self) -> int:
+        """Words per sentence."""
+        given = self.options.filler
+        return given if given is not None else 4 if self.options.size == "small" else len(WORDS)
+
+    def _model_settings(self) -> dict[str, Any]:
+        own = {"filler": self.filler, "style": self.options.style, "totals": self.options.totals}
+        return super()._model_settings() | own
+
+    def _longest(self, steps: int) -> int:
+        """A chain in which every step is checked once, `>` and the answer."""
+        return CHECKED_STEP * steps + 1 + self._reference(steps)
+
+    def _reference(self, steps: int) -> int:
+        """Tokens of a reference with all totals, `<end>` included."""
+        return (self.filler + 8) * steps + 10
+
+    def _positions(self, steps: int) -> int:
+        """A chain may take all tokens that a completion may have, and the reference comes behind it."""
+        return super()._positions(steps) + self._reference(steps)
+
+    def completion(self, problem: Problem, rng: random.Random) -> str:
+        chain = write_chain(problem, rng)
+        answer = write_reference(
+            problem,
+            chain.totals,
+            self.filler,
+            rng,
+            chain.separators,
+            self.options.style,
+            last_only=self.options.totals == "last",
+        )
+        return f"{chain.text}{MARKER}{answer.text}"
+
+    def sampling(self, seed: int, *, whole: bool = False) -> SamplingConfig:
+        found = super().sampling(seed, whole=whole)
+        if whole:
+            return found
+        return replace(
+            found, max_new_tokens=CHECKED_STEP * longest_problem(self.levels) + 1, stop_ids=(self.marker, self.eos)
+        )
+
+    @property
+    def marker(self) -> int:
+        """Id of `>`, the end of thinking."""
+        return self._ids[MARKER]
+
+    # -- references ----------------------------------------------------------------------------------
+
+    def write_reference(self, prompt: str) -> Reference:
+        """The reference of a prompt, always the same: the right totals, and words by a coin for each."""
+        rng = rng_of("reference", prompt)
+        problem = parse_prompt(prompt)
+        return write_reference(problem, problem.totals, self.filler, rng, last_only=self.options.totals == "last")
+
+    def _row(self, problem: Problem, identity: str) -> dict[str, Any]:
+        return super()._row(problem, identity) | {"reference": self.write_reference(problem.text).text}
+
+    def reference_ids(self, reference: str) -> list[int]:
+        """Token ids of a reference, `<end>` included."""
+        return [*self.encode(reference), self.eos]
+
+    def reference_roles(self, prompt: str) -> list[Role]:
+        """What each token of a prompt's reference (`<end>` included) depends on; see `Role`."""
+        return list(self.write_reference(prompt).roles)
+
+    def with_references(self, batch: TokenBatch) -> AppendedReferences:
+        """The references behind the chains of a sampled batch; see `append_references`.
+
+        Raises:
+            DataError: rows without `reference`.
+        """
+        if len(batch.raw) != batch.n_prompts or any("reference" not in row for row in batch.raw):
+            raise DataError("the batch's rows have no reference", field="reference", expected="rows of `prompts`")
+        return append_references(batch, [self.reference_ids(row["reference"]) for row in batch.raw], self.marker)
+
+    def reasoning_tokens(self, appended: TokenBatch) -> Tensor:
+        """Reference tokens that depend on the reasoning, bool `[N]`, for a batch of `with_references`."""
+        roles = [self.reference_roles(problem.text) for problem in self.prompt_problems(appended)]
+        marks = [role == "reasoning" for group in appended.group.tolist() for role in roles[group]]
+        return torch.tensor(marks, device=appended.device)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The true reward of the world `revision`, as `RewardSuite` takes it.
+
+
+def correct(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    truncated: Sequence[bool] | None = None,
+) -> list[float]:
+    """1 for completions whose last total before `>` is right, else 0, whatever the answer after it says."""
+    return arithmetic.correct(prompts, completions, completion_ids, truncated, ending="marker")

@@ -1,0 +1,1026 @@
+"""The world `stories` as one object: tokenizer, base model, data, exact credit, evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tokengrain.batch import Completion, Sample, Segments, TokenBatch
+from tokengrain.errors import RecipeError, fingerprint
+from tokengrain.evaluation.credit import CreditTruth, recovery
+from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, wilson, win_rate
+from tokengrain.worlds.base_models import (
+    Progress,
+    Training,
+    descend,
+    ensure_model,
+    fast_tokenizer,
+    model_folder,
+    muon_and_adamw,
+    small_llama,
+)
+from tokengrain.worlds.stories_grammar import SIZES, UNK, Grammar, Prompt, Walk
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+# ----------------------------------------------------------------------------------------------------
+# Samples of the grammar's base policy, and preference pairs labelled by the true reward.
+
+Split = Literal["train", "eval"]
+
+
+def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
+    """Random numbers of their own for each purpose, split and seed.
+
+    Raises:
+        RecipeError: another split.
+    """
+    if split not in get_args(Split):
+        raise RecipeError(f"world stories: split is {split!r}; expected train or eval")
+    return torch.Generator().manual_seed(int(fingerprint(["stories", purpose, split, seed]), 16) >> 1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions sampled from the grammar. Shapes: n completions, L their longest (in tokens).
+
+    Attributes:
+        prompts: the prompt of each completion.
+        ids: long `[n, L]`, token ids with `<end>`, then padding.
+        states: long `[n, L]`, the state before each token (`finished` after `<end>`).
+        lengths: long `[n]`, tokens with `<end>`.
+        rewards: `[n]`, true reward.
+    """
+
+    prompts: list[Prompt]
+    ids: Tensor
+    states: Tensor
+    lengths: Tensor
+    rewards: Tensor
+
+    def completion_ids(self, index: int) -> list[int]:
+        """Token ids of one completion, `<end>` included."""
+        return self.ids[index, : int(self.lengths[index])].tolist()
+
+
+def sample(grammar: Grammar, prompts: Sequence[Prompt], generator: torch.Generator) -> Samples:
+    """One completion per prompt from the base distribution."""
+    table = torch.tensor([p.table for p in prompts])
+    state = torch.tensor([p.start for p in prompts])
+    done = torch.zeros(len(prompts), dtype=torch.bool)
+    rewards = torch.zeros(len(prompts), dtype=torch.float64)
+    cumulative = grammar.edge_logp.exp().cumsum(-1)
+    ids, states = [], []
+    while not done.all():
+        u = torch.rand(len(prompts), 1, generator=generator, dtype=torch.float64)
+        here = cumulative[table, state]
+        edge = (u * here[:, -1:] >= here).sum(-1).clamp(max=here.shape[1] - 1)
+        token = grammar.edge_token[table, state, edge]
+        ids.append(token.where(~done, grammar.pad))
+        states.append(state)
+        rewards += grammar.edge_reward[table, state, edge].where(~done, 0.0)
+        state = grammar.edge_next[table, state, edge]
+        done = state == grammar.finished
+    ids_, states_ = torch.stack(ids, 1), torch.stack(states, 1)
+    return Samples(list(prompts), ids_, states_, (states_ != grammar.finished).sum(1), rewards)
+
+
+def preference_pairs(
+    grammar: Grammar, n: int, slope: float, generator: torch.Generator, prefix: str
+) -> list[dict[str, Any]]:
+    """Pairs of base samples with a Bradley-Terry label on the true reward.
+
+    Args:
+        n: how many pairs; the plain prompts take turns.
+        slope: P(first is chosen) = σ(slope · (R1 − R2)); larger is cleaner.
+        prefix: start of the pairs' `id`.
+
+    Returns:
+        Rows with `prompt`, `chosen`, `rejected` (text without `<end>`), `id`, `chosen_reward`,
+        `rejected_reward`.
+    """
+    rows: list[dict[str, Any]] = []
+    while len(rows) < n:
+        count = n - len(rows)
+        prompts = [grammar.plain[(len(rows) + i) % len(grammar.plain)] for i in range(count)]
+        both = sample(grammar, [p for p in prompts for _ in range(2)], generator)
+        first, second = both.rewards[0::2], both.rewards[1::2]
+        u = torch.rand(count, generator=generator, dtype=torch.float64)
+        first_wins = (u < (slope * (first - second)).sigmoid()).tolist()
+        for i, (prompt, wins) in enumerate(zip(prompts, first_wins)):
+            chosen, rejected = (2 * i, 2 * i + 1) if wins else (2 * i + 1, 2 * i)
+            texts = [grammar.decode(both.completion_ids(j)) for j in (chosen, rejected)]
+            if texts[0] == texts[1]:  # says nothing about a preference
+                continue
+            rows.append(
+                {
+                    "prompt": prompt.text,
+                    "chosen": texts[0],
+                    "rejected": texts[1],
+                    "id": f"{prefix}-{len(rows)}",
+                    "chosen_reward": float(both.rewards[chosen]),
+                    "rejected_reward": float(both.rewards[rejected]),
+                }
+            )
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is best in the world `stories`, exactly: dynamic programming over the grammar's states.
+#
+# With base table P, deterministic next state s' and reward r(s, a), the policy that maximises E[R] − β·KL has
+#
+# V(s) = β log Σ_a P(a|s) exp((r(s,a) + V(s'))/β)      A(s,a) = r(s,a) + V(s') − V(s)      π* = P exp(A/β)
+#
+# Expected reward, KL (nats), entropy (nats) and length (tokens) of any policy on the grammar's support follow
+# by policy evaluation. The states have no cycles, so that one pass over their levels is exact.
+
+BETAS = torch.logspace(2, -0.9208187539523751, 120, dtype=torch.float64)
+"""The sweep of the frontier: 100 down to 0.12, geometrically."""
+
+
+@dataclass(frozen=True)
+class PolicyValue:
+    """Expectations of a policy from a state on: reward, KL to the base, entropy, tokens; each `[T, S]`."""
+
+    reward: Tensor
+    kl: Tensor
+    entropy: Tensor
+    length: Tensor
+
+    def at_prompts(self, grammar: Grammar) -> dict[str, float]:
+        """Means over the plain prompts."""
+        names = ("reward", "kl", "entropy", "length")
+        return {name: float(at_prompts(grammar, getattr(self, name)).mean()) for name in names}
+
+
+def at_prompts(grammar: Grammar, values: Tensor) -> Tensor:
+    """Values `[T, S]` at the first state of every plain prompt, `[P]`."""
+    return torch.stack([values[p.table, p.start] for p in grammar.plain])
+
+
+def soft_values(grammar: Grammar, beta: float | Tensor) -> Tensor:
+    """V at temperature `beta`: `[T, S]`, or `[B, T', S]` for `B` temperatures, over the T' plain tables only.
+
+    A float may be 0 (V is then the highest reward that can be reached) or infinite (the base's expectation).
+    The result is differentiable in a tensor of temperatures.
+    """
+    many = isinstance(beta, Tensor)
+    tables = slice(0, grammar.n_places if many else None)
+    temperature = beta[:, None, None, None] if isinstance(beta, Tensor) else beta
+    shape = grammar.edge_logp[tables].shape[:2]
+    values = torch.zeros((*beta.shape, *shape) if isinstance(beta, Tensor) else shape, dtype=torch.float64)
+    for level in grammar.levels[1:]:
+        logp = grammar.edge_logp[tables, level]
+        ahead = grammar.edge_reward[tables, level] + _next(values, grammar.edge_next[tables, level])
+        if many or 0 < temperature < float("inf"):
+            here = temperature * (logp + ahead / temperature).logsumexp(-1, keepdim=True)
+        elif temperature == 0:
+            here = ahead.where(logp.isfinite(), -torch.inf).amax(-1, keepdim=True)
+        else:
+            here = (logp.exp() * ahead).sum(-1, keepdim=True)
+        values = values.index_copy(-1, level, here.squeeze(-1))
+    return values
+
+
+def _next(values: Tensor, next_state: Tensor) -> Tensor:
+    """`values[..., t, next_state[t, ...]]`: `[..., T, S]` at `[T, n, K]` states gives `[..., T, n, K]`."""
+    tables = torch.arange(next_state.shape[0])[:, None, None]
+    return values[..., tables, next_state]
+
+
+def edge_advantages(grammar: Grammar, values: Tensor) -> Tensor:
+    """A on edges, `[T, S, K]`."""
+    return grammar.edge_reward + _next(values, grammar.edge_next) - values[..., None]
+
+
+def advantages(grammar: Grammar, values: Tensor) -> Tensor:
+    """A for every token, `[T, S, V]`; ungrammatical ones lead to `broken`, whose value is 0."""
+    return grammar.reward + _next(values, grammar.next_state) - values[..., None]
+
+
+def optimal_logp(grammar: Grammar, beta: float) -> Tensor:
+    """log π* on edges `[T, S, K]` at temperature `beta`; 0 gives the best policy nearest to the base."""
+    edge_a = edge_advantages(grammar, soft_values(grammar, beta))
+    if beta > 0:
+        return grammar.edge_logp + edge_a / beta
+    best = grammar.edge_logp.where(edge_a > -1e-9, -torch.inf)
+    # Among the best actions follow the base, weighted by how much of it stays optimal afterwards.
+    mass = torch.zeros(grammar.edge_logp.shape[:2], dtype=torch.float64)
+    for level in grammar.levels[1:]:
+        mass[:, level] = (best[:, level] + _next(mass, grammar.edge_next[:, level])).logsumexp(-1)
+    return best + _next(mass, grammar.edge_next) - mass[..., None]
+
+
+def evaluate_logp(grammar: Grammar, logp: Tensor) -> PolicyValue:
+    """Expectations of the policy with these log-probabilities on edges, `[T, S, K]`."""
+    out = [torch.zeros(grammar.edge_logp.shape[:2], dtype=torch.float64) for _ in range(4)]
+    for level in grammar.levels[1:]:
+        p, here = logp[:, level].exp(), logp[:, level].clamp(min=-1e30)
+        per_step = (
+            grammar.edge_reward[:, level],
+            here - grammar.edge_logp[:, level].clamp(min=-1e30),
+            -here,
+            torch.ones_like(here),
+        )
+        for values, step in zip(out, per_step):
+            ahead = step + _next(values, grammar.edge_next[:, level])
+            values[:, level] = (p * ahead).where(p > 0, 0.0).sum(-1)
+    return PolicyValue(*out)
+
+
+def frontier(grammar: Grammar) -> Frontier:
+    """The best mean reward over the plain prompts at every mean KL to the grammar's base distribution.
+
+    One β for all prompts is optimal for the means. V is max E[R] − β·KL, so that KL = −dV/dβ (envelope
+    theorem) and E[R] = V + β·KL. The last point is the limit β → 0, beyond which more KL buys nothing.
+    """
+    betas = BETAS.clone().requires_grad_()
+    values = soft_values(grammar, betas)
+    mean = torch.stack([values[:, p.table, p.start] for p in grammar.plain]).mean(0)
+    (slope,) = torch.autograd.grad(mean.sum(), betas)
+    kl, reward = -slope, (mean - BETAS * slope).detach()
+    base = at_prompts(grammar, soft_values(grammar, float("inf"))).mean()
+    limit = evaluate_logp(grammar, optimal_logp(grammar, 0.0)).at_prompts(grammar)
+    return Frontier([0.0, *kl.tolist(), limit["kl"]], [float(base), *reward.tolist(), limit["reward"]])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Credit that is known exactly in the world `stories`: the advantage of every token, and controls for it.
+
+CreditKind = Literal["advantage", "flipped", "random", "reward", "worth"]
+
+
+def walk_batch(grammar: Grammar, batch: TokenBatch) -> tuple[Walk, Tensor, Tensor]:
+    """Walk along every completion of a batch.
+
+    Returns:
+        The walk over completions padded to `[C, L]`; their ids `[C, L]`; and bool `[C, L]`, the counted
+        tokens, whose order is that of the flat vectors.
+
+    Raises:
+        DataError: if a prompt is not one of this world's.
+    """
+    prompts = [grammar.parse_prompt(batch.prompt(i).tolist()) for i in range(batch.n_prompts)]
+    segments = Segments(batch.completion_offsets.cpu())
+    ids, _ = segments.to_padded(batch.completion_ids.cpu(), fill=grammar.pad)
+    counted, _ = segments.to_padded(batch.counted.cpu(), fill=False)
+    return grammar.walk([prompts[g] for g in batch.group.tolist()], ids), ids, counted
+
+
+class WorldCredit:
+    """A credit source that reads the grammar. Called with a batch, gives one number per counted token, `[N]`.
+
+    Args:
+        kind: `advantage`, the exact soft advantage A(s, a) at temperature `beta`; `flipped`, −A; `random`, as
+            large as A but drawn without looking (normal, standard deviation `RANDOM_SCALE`, the same for the
+            same tokens); `reward`, the token's own reward; `worth`, what the word looks worth without
+            context.
+        scale: factor on the credit.
+    """
+
+    RANDOM_SCALE = 0.53
+
+    def __init__(
+        self,
+        grammar: Grammar,
+        kind: CreditKind = "advantage",
+        *,
+        beta: float = 1.0,
+        scale: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if kind not in get_args(CreditKind):
+            raise RecipeError(f"unknown credit {kind!r} of world stories; expected one of {get_args(CreditKind)}")
+        self.grammar, self.kind, self.beta, self.scale, self.seed = grammar, kind, beta, scale, seed
+        self.name = f"stories-{kind}"
+        self._advantage = advantages(grammar, soft_values(grammar, beta))
+
+    def fingerprint(self) -> str:
+        """Identifies the source: the grammar, the kind and its settings."""
+        return fingerprint([self.grammar.fingerprint, self.kind, self.beta, self.scale, self.seed])
+
+    @torch.no_grad()
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        walk, ids, counted = walk_batch(self.grammar, batch)
+        if self.kind == "reward":
+            credit = walk.rewards
+        elif self.kind == "worth":
+            credit = self.grammar.worth[ids]
+        elif self.kind == "random":
+            credit = torch.stack([self._noise(row) for row in ids.masked_fill(~counted, self.grammar.pad)])
+        else:
+            sign = -1 if self.kind == "flipped" else 1
+            credit = sign * self._advantage[walk.tables[:, None], walk.states, ids]
+        return (self.scale * credit[counted]).float().to(batch.device)
+
+    def _noise(self, ids: Tensor) -> Tensor:
+        """Noise that depends on the completion's tokens only, so that batching does not change it."""
+        words = ids[: int((ids != self.grammar.pad).sum())].tolist()
+        generator = torch.Generator().manual_seed(int(fingerprint([self.seed, words]), 16) >> 1)
+        noise = torch.zeros(len(ids), dtype=torch.float64)
+        noise[: len(words)] = torch.randn(len(words), generator=generator, dtype=torch.float64) * self.RANDOM_SCALE
+        return noise
+
+
+def decision_states(grammar: Grammar, advantage: Tensor, spread: float = 1e-3) -> Tensor:
+    """States `[T, S]` where something is decided: A deviates under the base by more than `spread`."""
+    p = grammar.dense(grammar.edge_logp.exp(), 0.0)
+    mean = (p * advantage).sum(-1, keepdim=True)
+    return (p * (advantage - mean).square()).sum(-1).sqrt() > spread
+
+
+# ----------------------------------------------------------------------------------------------------
+# Evaluation of a policy in the world `stories`: on its own samples, with sums over the whole vocabulary.
+#
+# At every sampled position the expected reward Σ_a π(a|s)·r(s,a) and the divergence Σ_a π log(π/π_ref) replace
+# the
+# values of the token that happened to be drawn: the same expectation with much less variance.
+
+ROWS = 512
+"""Sequences per forward pass."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions that a model sampled. Shapes: n completions, L tokens of the longest.
+
+    Attributes:
+        prompts: the prompt of each.
+        ids: long `[n, L]`; alive: bool `[n, L]`, tokens up to `<end>` included.
+        logps: `[n, L, V]`, the model's log-probabilities before each token.
+        walk: where the completions lead in the grammar.
+    """
+
+    prompts: list[Prompt]
+    ids: Tensor
+    alive: Tensor
+    logps: Tensor
+    walk: Walk
+
+    @property
+    def true_rewards(self) -> Tensor:
+        """Total true reward of each completion, `[n]`."""
+        return (self.walk.rewards * self.alive).sum(1)
+
+    def broken(self, grammar: Grammar) -> Tensor:
+        """Completions with an ungrammatical token or without an end, bool `[n]`.
+
+        `<end>` out of place is ungrammatical too, although it leads to `finished`.
+        """
+        legal = grammar.legal[self.walk.tables[:, None], self.walk.states, self.ids]
+        return (~legal & self.alive).any(1) | (self.walk.last != grammar.finished)
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; puts the model's mode back, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _logps(logits: Tensor) -> Tensor:
+    return logits.cpu().double().log_softmax(-1)
+
+
+def prompt_tensor(grammar: Grammar, prompts: Sequence[Prompt]) -> Tensor:
+    """Token ids `[n, L]` of prompts of one length, `<s>` in front."""
+    return torch.tensor([[grammar.bos, *grammar.encode(p.text)] for p in prompts])
+
+
+def rollout(
+    model: Any,
+    grammar: Grammar,
+    prompts: Sequence[Prompt],
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """Sample one completion per prompt at temperature 1, with a random generator of its own.
+
+    Args:
+        model: a causal language model (Hugging Face, with or without a PEFT adapter).
+        prompts: of one length in tokens.
+        progress: called with how many completions have ended, and how many there are.
+
+    A completion ends at `<end>` or at the longest length that the grammar allows (without `<end>` it is
+    broken by then).
+    """
+    device = _device(model)
+    generator = torch.Generator().manual_seed(seed)
+    done = torch.zeros(len(prompts), dtype=torch.bool)
+    ids, logps, alive = [], [], []
+    feed, cache = prompt_tensor(grammar, prompts).to(device), None
+    with _inference(model):
+        for _ in range(grammar.longest):
+            out = model(input_ids=feed, past_key_values=cache, use_cache=True)
+            logp, cache = _logps(out.logits[:, -1]), out.past_key_values
+            cumulative = logp.exp().cumsum(-1)
+            u = torch.rand(len(prompts), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
+            token = (u >= cumulative).sum(-1).clamp(max=cumulative.shape[-1] - 1)
+            ids.append(token.where(~done, grammar.pad))
+            logps.append(logp)
+            alive.append(~done)
+            done = done | (token == grammar.eos)
+            if progress is not None:
+                progress(int(done.sum()), len(prompts))
+            if done.all():
+                break
+            feed = ids[-1][:, None].to(device)
+    tokens = torch.stack(ids, 1)
+    return Rollout(list(prompts), tokens, torch.stack(alive, 1), torch.stack(logps, 1), grammar.walk(prompts, tokens))
+
+
+def completion_logps(model: Any, grammar: Grammar, prompts: Sequence[Prompt], ids: Tensor) -> Tensor:
+    """Log-probabilities `[n, L, V]` before every token of completions `[n, L]`."""
+    heads = prompt_tensor(grammar, prompts)
+    rows = torch.cat([heads, ids], 1)[:, :-1]
+    with _inference(model):
+        parts = [model(input_ids=part.to(_device(model))).logits for part in rows.split(ROWS)]
+    return torch.cat([_logps(part[:, heads.shape[1] - 1 :]) for part in parts])
+
+
+def policy_metrics(
+    grammar: Grammar,
+    frontier: Frontier,
+    sampled: Rollout,
+    ref_logps: Tensor,
+    base_rewards: Tensor | None = None,
+) -> dict[str, float]:
+    """Reward, KL, frontier share and the rest, from a policy's own samples.
+
+    Args:
+        sampled: the policy's samples; every prompt equally often.
+        ref_logps: `[n, L, V]`, the reference's log-probabilities at the same positions.
+        base_rewards: `[n]`, true rewards of the reference's own samples to the same prompts, for the win
+            rate.
+
+    Returns:
+        Flat numbers; intervals are 95 %. Rewards are true rewards per completion, `kl` nats per completion,
+        `entropy` nats per token, `length` tokens.
+    """
+    p = sampled.logps.exp()
+    tables, states = sampled.walk.tables[:, None], sampled.walk.states
+    step_reward = (p * grammar.reward[tables, states]).sum(-1)
+    step_kl = (p * (sampled.logps - ref_logps)).where(p > 0, 0.0).sum(-1)
+    step_entropy = torch.special.entr(p).sum(-1)
+    reward, kl, entropy, length = (
+        (x * sampled.alive).sum(1) for x in (step_reward, step_kl, step_entropy, torch.ones_like(step_kl))
+    )
+    strata = torch.unique(torch.tensor([(q.table, q.start) for q in sampled.prompts]), dim=0, return_inverse=True)[1]
+    r, k = mean_interval(reward, strata), mean_interval(kl, strata)
+    share = bootstrap(lambda m: frontier.share(m[..., 0], m[..., 1]), torch.stack([reward, kl], 1), strata)
+    broken = wilson(int(sampled.broken(grammar).sum()), len(reward))
+    metrics = {
+        "reward": r.value, "reward_low": r.low, "reward_high": r.high,
+        "kl": k.value, "kl_low": k.low, "kl_high": k.high,
+        "best_reward": float(frontier.best_reward(k.value)),
+        "share": share.value, "share_low": share.low, "share_high": share.high,
+        "broken": broken.value, "broken_low": broken.low, "broken_high": broken.high,
+        "length": float(length.mean()),
+        "entropy": float(entropy.sum() / length.sum()),
+        "samples": len(reward),
+    }  # fmt: skip
+    if base_rewards is not None:
+        wins = win_rate(sampled.true_rewards, base_rewards, strata)
+        metrics |= {"win_rate": wins.value, "win_rate_low": wins.low, "win_rate_high": wins.high}
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------
+# A policy given by a table over the grammar's states, behind the interface of a causal language model.
+
+
+class TabularModel(nn.Module):
+    """Looks up the next-token distribution of the state that the tokens lead to.
+
+    Lets exact policies (the grammar's base, the optimum) be sampled and evaluated like trained ones.
+
+    Args:
+        logp: log-probabilities on the grammar's edges, `[T, S, K]`.
+    """
+
+    table: Tensor
+
+    def __init__(self, grammar: Grammar, logp: Tensor) -> None:
+        super().__init__()
+        self.grammar = grammar
+        table = grammar.dense(logp, -torch.inf)
+        # Behind `<end>` and in `broken` the grammar has no distribution: end at once.
+        table[:, [grammar.broken, grammar.finished], grammar.eos] = 0.0
+        self.register_buffer("table", table)
+
+    def forward(self, input_ids: Tensor, past_key_values: tuple[Tensor, Tensor] | None = None, **_: Any) -> Any:
+        """Logits `[B, L, V]`: log-probabilities, 0 over the prompt. The cache is (tables, states)."""
+        grammar, ids = self.grammar, input_ids
+        logits = torch.zeros((*ids.shape, len(grammar.vocabulary)), dtype=torch.float64)
+        if past_key_values is None:
+            colon = (ids == grammar.token[":"]).int().argmax(1).tolist()
+            prompts = [grammar.parse_prompt(row[: c + 1].tolist()) for row, c in zip(ids, colon)]
+            tables = torch.tensor([p.table for p in prompts])
+            states = torch.tensor([p.start for p in prompts])
+            first = torch.tensor(colon)
+        else:
+            (tables, states), first = past_key_values, torch.full((len(ids),), -1)
+        for i in range(ids.shape[1]):
+            moved = grammar.next_state[tables, states, ids[:, i]]
+            states = moved.where(i > first, states)
+            logits[:, i] = self.table[tables, states].where((i >= first)[:, None], 0.0)
+        return SimpleNamespace(logits=logits, past_key_values=(tables, states))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The word-level tokenizer of the world `stories`.
+
+
+def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
+    """A fast tokenizer whose ids are the grammar's.
+
+    It puts `<s>` in front when asked for special tokens and never appends `<end>`. Words and punctuation are
+    cut apart whether or not a space stands between them, so that prompt and completion may be joined either
+    way.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel(dict(grammar.token), unk_token=UNK))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return fast_tokenizer(core, positions=MODEL_POSITIONS, unk_token=UNK)
+
+
+MODEL_POSITIONS = 128
+"""Positions of the base model; the longest prompt and completion together take 51."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# The base model of the world `stories`: a small Llama trained on the grammar's exact next-token
+# distribution.
+#
+# Soft targets converge several times faster than sampled tokens, because a sequence teaches the whole
+# distribution of every state it passes.
+
+MIX = (0.6, 0.2, 0.2)
+"""Shares of plain, kind and rude sequences in the pool."""
+
+
+@dataclass(frozen=True)
+class Pretraining(Training):
+    """Settings of the base model and its training; see `pretrain`.
+
+    Args:
+        pool: how many sequences there are to train on.
+    """
+
+    hidden_size: int = 64
+    mlp_size: int = 128
+    steps: int = 700
+    learning_rate: float = 6e-3
+    warmup: int = 40
+    pool: int = 6000
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Training sequences. Shapes: n sequences, L tokens of the longest.
+
+    Attributes:
+        ids: long `[n, L]`, prompt and completion, padded on the right.
+        predicts: bool `[n, L]`, positions whose next token belongs to the completion.
+        tables, states: long `[n, L]`, row of the base table that holds the next token's distribution there.
+        lengths: long `[n]`.
+    """
+
+    ids: Tensor
+    predicts: Tensor
+    tables: Tensor
+    states: Tensor
+    lengths: Tensor
+
+
+def make_pool(grammar: Grammar, prompts: list[Prompt], generator: torch.Generator) -> Pool:
+    """One sampled sequence per prompt."""
+    drawn = sample(grammar, prompts, generator)
+    heads = [[grammar.bos, *grammar.encode(p.text)] for p in prompts]
+    lengths = torch.tensor([len(h) for h in heads]) + drawn.lengths
+    shape = (len(prompts), int(lengths.max()))
+    ids = torch.full(shape, grammar.pad)
+    states = torch.full(shape, grammar.finished)
+    for i, head in enumerate(heads):
+        n = int(drawn.lengths[i])
+        ids[i, : len(head) + n] = torch.tensor(head + drawn.ids[i, :n].tolist())
+        states[i, len(head) - 1 : len(head) - 1 + n] = drawn.states[i, :n]
+    tables = torch.tensor([p.table for p in prompts])[:, None].expand(shape)
+    return Pool(ids, states != grammar.finished, tables, states, lengths)
+
+
+def mixed_prompts(grammar: Grammar, n: int) -> list[Prompt]:
+    """Prompts in the shares of `MIX`, every prompt of an instruction equally often."""
+    out: list[Prompt] = []
+    per_instruction = len(grammar.plain)
+    for i, share in enumerate(MIX):
+        own = grammar.prompts[i * per_instruction : (i + 1) * per_instruction]
+        out += [own[j % per_instruction] for j in range(round(share * n))]
+    return out
+
+
+def new_model(grammar: Grammar, settings: Pretraining) -> LlamaForCausalLM:
+    """The untrained model; see `small_llama`."""
+    return small_llama(
+        settings,
+        vocabulary=len(grammar.vocabulary),
+        positions=MODEL_POSITIONS,
+        tied=True,
+        bos=grammar.bos,
+        eos=grammar.eos,
+        pad=grammar.pad,
+    )
+
+
+def _batches(pool: Pool, settings: Pretraining, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of each step. Batches are of similar lengths (little padding) and come in random order."""
+    size = settings.batch_size
+    made = 0
+    while made < settings.steps:
+        order = torch.randperm(len(pool.ids), generator=generator)
+        groups = []
+        for part in order.split(size * 16):
+            groups += list(part[pool.lengths[part].argsort(stable=True)].split(size))
+        for i in torch.randperm(len(groups), generator=generator).tolist():
+            if made < settings.steps and len(groups[i]) == size:
+                made += 1
+                yield groups[i]
+
+
+def _soft_cross_entropy(model: LlamaForCausalLM, pool: Pool, index: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy to the exact distributions of the positions of a batch, and those distributions."""
+    width = int(pool.lengths[index].max())
+    predicts = pool.predicts[index, :width]
+    hidden = model.model(pool.ids[index, :width], use_cache=False).last_hidden_state
+    target = table[pool.tables[index, :width][predicts], pool.states[index, :width][predicts]]
+    logp = model.lm_head(hidden[predicts]).log_softmax(-1)
+    return -(target * logp).sum(-1), target
+
+
+def pretrain(
+    grammar: Grammar, settings: Pretraining, progress: Progress | None = None
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Train a base model.
+
+    Args:
+        progress: called after every step with (steps done, cross-entropy in nats per token).
+
+    Returns:
+        The model in eval mode, and a report: KL to the grammar in nats per token and per completion, seconds.
+    """
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(settings.seed)
+    pool = make_pool(grammar, mixed_prompts(grammar, settings.pool), generator)
+    table = grammar.dense(grammar.edge_logp.exp(), 0.0).float()
+    model = new_model(grammar, settings).train()
+    # AdamW alone needs twice the steps (1,400) and ends at 0.004 nats per token, not 0.0015.
+    optimizers = muon_and_adamw(model, settings.learning_rate)
+    batches = _batches(pool, settings, generator)
+    losses = (_soft_cross_entropy(model, pool, index, table)[0].mean() for index in batches)
+    descend(model, optimizers, losses, settings, progress)
+    seconds = time.perf_counter() - start
+    report = {
+        **divergence(grammar, model.eval()),
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+    }
+    return model, report
+
+
+@torch.no_grad()
+def divergence(grammar: Grammar, model: LlamaForCausalLM, n: int = 1200, seed: int = 1) -> dict[str, float]:
+    """KL(grammar || model) on fresh plain samples, in nats per token and per completion."""
+    prompts = [grammar.plain[i % len(grammar.plain)] for i in range(n)]
+    pool = make_pool(grammar, prompts, torch.Generator().manual_seed(seed))
+    table = grammar.dense(grammar.edge_logp.exp(), 0.0).float()
+    cross, target = _soft_cross_entropy(model, pool, torch.arange(n), table)
+    kl = cross - torch.special.entr(target).sum(-1)
+    return {"kl_per_token": float(kl.mean()), "kl_per_completion": float(kl.sum()) / n}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The base model's cache: trained once per machine, written atomically, keyed by grammar and settings.
+
+FORMAT = 2
+"""Raised when training changes in a way that its settings do not show: cached models are trained anew."""
+SETTINGS = {
+    "full": Pretraining(),
+    "small": Pretraining(hidden_size=48, layers=2, mlp_size=96, steps=300, pool=2000),
+    "one-sentence": Pretraining(hidden_size=32, layers=2, mlp_size=64, steps=250, pool=1000),
+    "one-phrase": Pretraining(hidden_size=32, layers=2, mlp_size=64, steps=250, pool=1000),
+}
+
+
+def base_model_folder(grammar: Grammar, settings: Pretraining) -> Path:
+    """Where the base model of these settings is or will be."""
+    key = fingerprint([FORMAT, grammar.fingerprint, asdict(settings)])
+    return model_folder(f"stories-{grammar.size.name}", key)
+
+
+def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> Path:
+    """Folder with the base model, its tokenizer and `pretraining.json`; trains it if it is not there.
+
+    Several processes may ask at once: one trains, the others wait. A training that is interrupted leaves
+    nothing.
+    """
+    settings = settings or SETTINGS[grammar.size.name]
+    folder = base_model_folder(grammar, settings)
+
+    def train(progress: Progress) -> tuple[Any, dict[str, Any]]:
+        model, report = pretrain(grammar, settings, progress)
+        return model, {**asdict(settings), **report}
+
+    return ensure_model(folder, train, build_tokenizer(grammar), "world://stories", settings.steps)
+
+
+REGIMES = {"clean": (4000, 1.0), "noisy": (1000, 0.3)}
+"""Pairs and slope of the label noise: of pairs whose true rewards differ, 88 % and 69 % are labelled in their order."""
+EVAL_PAIRS = 200
+CREDIT_SAMPLES = 50
+"""Base samples per prompt on which credit is compared with the truth."""
+
+
+@dataclass(frozen=True)
+class StoriesOptions:
+    """Options of the address `world://stories?...`.
+
+    Args:
+        regime: `noisy` (1,000 pairs, slope 0.3) or `clean` (4,000 pairs, slope 1).
+        pairs, slope: override the regime's.
+        seed: of the preference data.
+        size: `full`, or a smaller grammar for tests (`small`, `one-sentence`, `one-phrase`).
+    """
+
+    regime: str = "noisy"
+    pairs: int | None = None
+    slope: float | None = None
+    seed: int = 0
+    size: str = "full"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("regime", REGIMES), ("size", SIZES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise RecipeError(f"world stories: {name} is {value!r}; expected one of {', '.join(allowed)}")
+        for name, least in (("pairs", 1), ("slope", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise RecipeError(f"world stories: {name} is {value}; expected at least {least}")
+
+
+class StoriesWorld:
+    """See the package's description; made by `load_world("world://stories")`."""
+
+    name = "stories"
+
+    def __init__(self, options: StoriesOptions | None = None) -> None:
+        self.options = options or StoriesOptions()
+        self.grammar = Grammar(SIZES[self.options.size])
+        pairs, slope = REGIMES[self.options.regime]
+        self.n_pairs = pairs if self.options.pairs is None else self.options.pairs
+        self.slope = slope if self.options.slope is None else self.options.slope
+        self._base_rewards: dict[tuple[int, int], Tensor] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the grammar and the data's options."""
+        return fingerprint([self.grammar.fingerprint, asdict(self.options)])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return build_tokenizer(self.grammar)
+
+    def base_model(self) -> Path:
+        """Folder of the pre-trained base model; trained on first use (about half a minute of one core)."""
+        return ensure_base_model(self.grammar)
+
+    @cached_property
+    def reference(self) -> Any:
+        """The base model, loaded once; frozen."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.base_model(), dtype=torch.float32).requires_grad_(False).eval()
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """The best mean true reward at every mean KL (nats per completion)."""
+        return frontier(self.grammar)
+
+    def optimal_model(self, beta: float) -> TabularModel:
+        """The policy that maximises E[R] − β·KL, exactly; `beta` infinite is the grammar's base."""
+        edges = self.grammar.edge_logp if beta == float("inf") else optimal_logp(self.grammar, beta)
+        return TabularModel(self.grammar, edges)
+
+    # -- prompts and data ----------------------------------------------------------------------------
+
+    @property
+    def prompts(self) -> list[str]:
+        """The plain prompts, as text."""
+        return [p.text for p in self.grammar.plain]
+
+    contrastive_templates: ClassVar[dict[str, str]] = {
+        "name": "stories",
+        "better": "write kindly{prompt}",
+        "worse": "write rudely{prompt}",
+        "drop_prefix": "write",
+    }
+    """For contrastive prompting: the two instructions that the base model knows, put into the prompt."""
+
+    def pairs(
+        self,
+        split: Split = "train",
+        n: int | None = None,
+        slope: float | None = None,
+        seed: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Preference pairs labelled with the true reward; see `data.preference_pairs` for the rows.
+
+        Args:
+            split: `eval` pairs come from another random stream than `train` pairs of any seed.
+            n, slope, seed: default to the world's options; `eval` has 200 pairs.
+        """
+        n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
+        slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
+        return preference_pairs(self.grammar, n, slope, random_stream("pairs", split, seed), split)
+
+    def sft_rows(self, split: Split = "train", n: int | None = None, seed: int | None = None) -> list[dict[str, Any]]:
+        """Rows `prompt`, `completion`, `id`, `reward`: base samples."""
+        n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
+        seed = self.options.seed if seed is None else seed
+        prompts = [self.grammar.plain[i % len(self.grammar.plain)] for i in range(n)]
+        drawn = sample(self.grammar, prompts, random_stream("sft", split, seed))
+        return [
+            {
+                "prompt": prompt.text,
+                "completion": self.grammar.decode(drawn.completion_ids(i)),
+                "id": f"{split}-{i}",
+                "reward": float(drawn.rewards[i]),
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def annotated_pairs(
+        self, split: Split = "train", credit: Callable[[TokenBatch], Tensor] | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """`pairs` with `chosen_token_rewards` and `rejected_token_rewards`, one per token, `<end>` included.
+
+        Args:
+            credit: a credit source; by default the exact advantage.
+            options: of `pairs`.
+        """
+        rows = self.pairs(split, **options)
+        values = self._credit_in_parts(credit or self.credit(), self.token_batch(rows))
+        for i, row in enumerate(rows):
+            row["chosen_token_rewards"] = values[2 * i].tolist()
+            row["rejected_token_rewards"] = values[2 * i + 1].tolist()
+        return rows
+
+    def token_batch(self, rows: Sequence[dict[str, Any]]) -> TokenBatch:
+        """Pairs as one batch of token ids, `<s>` before the prompts and `<end>` after the completions."""
+        encode = self.grammar.encode
+        samples = [
+            Sample(
+                prompt_ids=[self.grammar.bos, *encode(row["prompt"])],
+                completions=[Completion([*encode(row[k]), self.grammar.eos]) for k in ("chosen", "rejected")],
+                row=row["id"],
+                raw=row,
+            )
+            for row in rows
+        ]
+        return TokenBatch.from_samples(samples)
+
+    # -- credit --------------------------------------------------------------------------------------
+
+    def credit(self, kind: CreditKind = "advantage", **options: Any) -> WorldCredit:
+        """A credit source that reads the grammar; see `WorldCredit` for kinds and options."""
+        return WorldCredit(self.grammar, kind, **options)
+
+    def oracle_credit(self, beta: float = 1.0) -> WorldCredit:
+        """The exact soft advantage of every token at temperature `beta`."""
+        return self.credit("advantage", beta=beta)
+
+    def advantages(self, batch: TokenBatch) -> Tensor:
+        """The exact soft advantage (β = 1) of every counted token, `[N]`."""
+        return self.oracle_credit()(batch)
+
+    def true_rewards(self, batch: TokenBatch) -> Tensor:
+        """True reward of every completion, `[C]`."""
+        return batch.segments.sum(self.credit("reward")(batch).to(batch.device))
+
+    def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
+        """Base samples as pairs, with the exact advantage and the decision mask of every token.
+
+        Args:
+            prompts: how many pairs (None: `CREDIT_SAMPLES` completions for each plain prompt).
+            seed: of the samples, which are never those of the training pairs.
+        """
+        n = CREDIT_SAMPLES * len(self.grammar.plain) // 2 if prompts is None else prompts
+        batch = self.token_batch(self.pairs("eval", n=n, seed=seed))
+        advantage = advantages(self.grammar, soft_values(self.grammar, 1.0))
+        decides = decision_states(self.grammar, advantage)
+        walk, ids, counted = walk_batch(self.grammar, batch)
+        tables = walk.tables[:, None]
+        values, masked = advantage[tables, walk.states, ids], decides[tables, walk.states]
+        return CreditTruth(batch, values[counted], masked[counted])
+
+    @cached_property
+    def _credit_truth(self) -> CreditTruth:
+        return self.credit_truth()
+
+    def _credit_in_parts(self, credit: Callable[[TokenBatch], Tensor], batch: TokenBatch) -> list[Tensor]:
+        """Credit per completion, computed over parts of the batch."""
+        out: list[Tensor] = []
+        for start in range(0, batch.n_prompts, 64):
+            part = batch.select(range(start, min(start + 64, batch.n_prompts)))
+            out += part.segments.split(credit(part).detach().cpu())
+        return out
+
+    def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
+        """Agreement of a credit source with the exact advantage on base samples; see `recovery`."""
+        batch, truth, decides = self._credit_truth
+        return recovery(torch.cat(self._credit_in_parts(credit, batch)), truth, decides)
+
+    # -- evaluation ----------------------------------------------------------------------------------
+
+    def _eval_prompts(self, n: int) -> list[Prompt]:
+        return [prompt for prompt in self.grammar.plain for _ in range(n)]
+
+    def _base_sample_rewards(self, reference: Any, n: int, seed: int) -> Tensor:
+        own = reference is self.__dict__.get("reference")
+        if own and (n, seed) in self._base_rewards:
+            return self._base_rewards[n, seed]
+        # Another stream than the policy's: with the same one both would draw alike.
+        sampled = rollout(reference, self.grammar, self._eval_prompts(n), seed=seed + 1_000_003).true_rewards
+        if own:
+            self._base_rewards[n, seed] = sampled
+        return sampled
+
+    def evaluate(
+        self,
+        model: Any,
+        n: int | None = None,
+        seed: int = 0,
+        *,
+        reference: Any = None,
+        credit: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float | None]:
+        """Evaluate a policy on its own samples to the plain prompts.
+
+        Args:
+            model: a causal language model with this world's tokenizer (a PEFT model too).
+            n: samples per prompt (None: 64).
+            seed: of the samples; torch's global random state is not touched.
+            reference: what KL, win rate and log-ratio are taken against; the base model by default.
+            credit: also compare the policy's log-ratio with the exact advantage.
+            progress: called with how many samples have ended, and how many there will be.
+
+        Returns:
+            Numbers, see `policy_metrics`; with `credit` also `credit_auc`, `credit_spearman` (None: undefined).
+        """
+        n = 64 if n is None else n
+        if n < 1:
+            raise RecipeError(f"world stories: n is {n}; expected at least 1 sample per prompt")
+        reference = self.reference if reference is None else reference
+        sampled = rollout(model, self.grammar, self._eval_prompts(n), seed, progress)
+        ref_logps = completion_logps(reference, self.grammar, sampled.prompts, sampled.ids)
+        base_rewards = self._base_sample_rewards(reference, n, seed)
+        metrics: dict[str, float | None] = {}
+        metrics |= policy_metrics(self.grammar, self.frontier, sampled, ref_logps, base_rewards)
+        if credit:
+            found = self.credit_recovery(lambda batch: self.log_ratio(model, reference, batch))
+            metrics |= {f"credit_{k}": None if math.isnan(found[k]) else found[k] for k in ("spearman", "auc")}
+        return metrics
+
+    def log_ratio(self, model: Any, reference: Any, batch: TokenBatch) -> Tensor:
+        """log π(token) − log π_ref(token) of every counted token of plain-prompt completions, `[N]`."""
+        prompts = [self.grammar.parse_prompt(batch.prompt(int(g)).tolist()) for g in batch.group]
+        _, ids, counted = walk_batch(self.grammar, batch)
+        of = [
+            completion_logps(m, self.grammar, prompts, ids).gather(-1, ids[..., None]).squeeze(-1)
+            for m in (model, reference)
+        ]
+        return (of[0] - of[1])[counted]

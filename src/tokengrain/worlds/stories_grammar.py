@@ -1,0 +1,500 @@
+"""The grammar of the world `stories` as tensors: next states, rewards, base distributions, walks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokengrain.errors import DataError, fingerprint
+from tokengrain.worlds.base_models import BOS, EOS, PAD
+
+# ----------------------------------------------------------------------------------------------------
+# The words of the world `stories` and how many of them a grammar uses.
+
+UNK = "<unk>"
+SPECIAL = (PAD, BOS, EOS, UNK)
+WEATHER = {"sun": +1, "rain": -1}
+"""Weather word of the prompt and the mood that a story starts in."""
+INSTRUCTIONS = {"": 0.0, "kindly": +1.0, "rudely": -1.0}
+"""Instruction word of the prompt and the sign of its tilt of the base table."""
+PROMPT_WORDS = ("write", "kindly", "rudely", "about", "in", "sun", "rain", ":")
+
+# place: (heroes, villains, thing)
+CAST = {
+    "sea": (("sailor", "diver", "whale"), ("pirate", "shark", "storm"), "boat"),
+    "forest": (("ranger", "fairy", "deer"), ("wolf", "witch", "hunter"), "lantern"),
+    "kitchen": (("cook", "baker", "grandmother"), ("rat", "thief", "wasp"), "kettle"),
+    "school": (("teacher", "pupil", "librarian"), ("bully", "liar", "cheat"), "desk"),
+    "market": (("farmer", "florist", "juggler"), ("swindler", "pickpocket", "smuggler"), "basket"),
+    "castle": (("queen", "knight", "jester"), ("dragon", "tyrant", "ghost"), "tower"),
+}
+ADJECTIVES = {
+    +1: ("kind", "brave", "gentle", "honest", "clever", "cheerful", "loyal"),
+    -1: ("cruel", "greedy", "selfish", "nasty", "lazy", "rude", "spiteful"),
+    0: ("tall", "quiet", "old", "young"),
+}
+VERBS = {
+    +1: ("helped", "thanked", "praised", "fed", "comforted"),
+    -1: ("robbed", "mocked", "cheated", "hurt", "scared"),
+    0: ("saw", "met", "passed", "followed"),
+}
+INTENSIFIERS = ("very", "truly")
+OPENERS = ("then", "later")
+FLIP, WAS, NOT, NEVER, AND, BUT, THE, STOP = "supposedly", "was", "not", "never", "and", "but", "the", "."
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a grammar is. The smaller ones exist so that all completions can be enumerated.
+
+    Args:
+        name: how an address names it (`world://stories?size=NAME`).
+        places: how many places there are.
+        words: the most words in a class of nouns, adjectives, verbs, intensifiers or openers.
+        required: sentences that every completion has.
+        most: sentences that a completion can have.
+        phrases: the most verb phrases in a sentence.
+    """
+
+    name: str = "full"
+    places: int = 6
+    words: int = 7
+    required: int = 2
+    most: int = 3
+    phrases: int = 2
+
+
+SIZES = {
+    "full": Size(),
+    "small": Size("small", places=2, words=2, required=1, most=2, phrases=2),
+    "one-sentence": Size("one-sentence", places=2, words=1, required=1, most=1, phrases=2),
+    "one-phrase": Size("one-phrase", places=2, words=1, required=1, most=2, phrases=1),
+}
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """The words of a grammar of the given size, by class."""
+
+    size: Size
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(CAST)[: self.size.places]
+
+    def heroes(self, place: str) -> tuple[str, ...]:
+        return CAST[place][0][: self.size.words]
+
+    def villains(self, place: str) -> tuple[str, ...]:
+        return CAST[place][1][: self.size.words]
+
+    def thing(self, place: str) -> tuple[str, ...]:
+        return (CAST[place][2],)
+
+    def adjectives(self, sign: int) -> tuple[str, ...]:
+        return ADJECTIVES[sign][: self.size.words]
+
+    def verbs(self, sign: int) -> tuple[str, ...]:
+        return VERBS[sign][: self.size.words]
+
+    @property
+    def intensifiers(self) -> tuple[str, ...]:
+        return INTENSIFIERS[: self.size.words]
+
+    @property
+    def openers(self) -> tuple[str, ...]:
+        return OPENERS[: self.size.words]
+
+    def vocabulary(self) -> list[str]:
+        """All tokens, special ones first; a token's id is its place in this list."""
+        nouns = [w for p in self.places for w in (*self.heroes(p), *self.villains(p), *self.thing(p))]
+        qualities = [w for sign in (+1, -1, 0) for w in (*self.adjectives(sign), *self.verbs(sign))]
+        function_words = [*self.intensifiers, *self.openers, FLIP, WAS, NOT, NEVER, AND, BUT, THE, STOP]
+        return [*SPECIAL, *PROMPT_WORDS, *self.places, *nouns, *qualities, *function_words]
+
+    def worth(self) -> dict[str, int]:
+        """What a verb or adjective looks worth without its context: +1 or −1; other words are worth 0."""
+        worth: dict[str, int] = {}
+        for sign in (+1, -1):
+            worth |= dict.fromkeys((*self.adjectives(sign), *self.verbs(sign)), sign)
+        return worth
+
+
+# ----------------------------------------------------------------------------------------------------
+# The rules of the world `stories`: which words may follow in a state, how likely, and what they earn.
+#
+# prompt      write [kindly|rudely] about the PLACE in the sun|rain :
+# completion  two or three sentences, then <end>
+# sentence    [opener | supposedly] the SUBJECT phrase [(and|but) phrase] .
+# phrase      was [not] [intensifier] ADJECTIVE  |  [never] VERB the OBJECT
+#
+# A state says all about the past that the future depends on. The reward of a token depends on the state, so
+# "supposedly the pirate was not truly cruel" flips the worth of "cruel" twice and doubles it.
+
+P_OPENER, P_FLIP, P_WAS, P_NOT, P_NEVER, P_INTENSIFIER = 0.2, 0.12, 0.5, 0.22, 0.2, 0.25
+P_SECOND_PHRASE, P_BUT, P_MORE = 0.45, 0.35, 0.7
+P_HERO_OBJECT, P_VILLAIN_OBJECT, P_THING_OBJECT = 0.55, 0.30, 0.15
+MOOD_BIAS, CAST_BIAS, SUBJECT_BIAS = 0.9, 0.6, 0.8
+
+
+class State(NamedTuple):
+    """What the future depends on; fields that do not matter in a `kind` keep their default."""
+
+    kind: str
+    sentence: int = 0
+    mood: int = 1
+    flip: int = 1
+    cast: int = 1
+    phrase: int = 0
+    negation: int = 1
+    verb: int = 0
+
+
+class Edge(NamedTuple):
+    """A grammatical token of a state: its weights by place, the next state and the reward."""
+
+    word: str
+    weights: tuple[float, ...]
+    next: State
+    reward: float = 0.0
+
+
+BROKEN, FINISHED, CLOSING = State("broken"), State("finished"), State("closing")
+
+
+class Rules:
+    """The grammatical continuations of every state of a grammar of the given size."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.lexicon = Lexicon(size)
+
+    def explore(self) -> dict[State, list[Edge]]:
+        """All states that can be reached, with their edges, and the two absorbing states."""
+        found: dict[State, list[Edge]] = {BROKEN: [], FINISHED: []}
+        waiting = [State("nothing", 0, mood) for mood in WEATHER.values()]
+        while waiting:
+            state = waiting.pop()
+            if state not in found:
+                found[state] = list(getattr(self, f"_after_{state.kind}")(state))
+                waiting += [edge.next for edge in found[state]]
+        return found
+
+    def place_of(self, word: str) -> int | None:
+        """The place that a noun belongs to; None for words that fit everywhere."""
+        for index, p in enumerate(self.lexicon.places):
+            if word in (*self.lexicon.heroes(p), *self.lexicon.villains(p), *self.lexicon.thing(p)):
+                return index
+        return None
+
+    def _spread(self, classes: Sequence[tuple[float, Sequence[Sequence[str]]]]) -> list[tuple[str, tuple[float, ...]]]:
+        """Words with their weight in each place.
+
+        Args:
+            classes: (weight of the class, its words in each place). Inside a class word j weighs
+                1/(1+((j+place) mod n)), so that places prefer different words.
+        """
+        out: dict[str, list[float]] = {}
+        n_places = len(self.lexicon.places)
+        for weight, words_by_place in classes:
+            for place, words in enumerate(words_by_place):
+                inside = [1 / (1 + (j + place) % len(words)) for j in range(len(words))]
+                for word, w in zip(words, inside):
+                    out.setdefault(word, [0.0] * n_places)[place] = weight * w / sum(inside)
+        return [(word, tuple(weights)) for word, weights in out.items()]
+
+    def _everywhere(self, words: Sequence[str]) -> list[Sequence[str]]:
+        return [words] * len(self.lexicon.places)
+
+    def _one(self, word: str, weight: float) -> list[tuple[str, tuple[float, ...]]]:
+        return [(word, (weight,) * len(self.lexicon.places))]
+
+    def _after_nothing(self, s: State) -> Iterator[Edge]:
+        more = P_MORE if s.sentence >= self.size.required else 1.0
+        if more < 1:
+            yield Edge(*self._one(EOS, 1 - more)[0], FINISHED)
+        for word, w in self._spread([(more * P_OPENER, self._everywhere(self.lexicon.openers))]):
+            yield Edge(word, w, s._replace(kind="opening"))
+        yield Edge(*self._one(FLIP, more * P_FLIP)[0], s._replace(kind="opening", flip=-1))
+        yield Edge(*self._one(THE, more * (1 - P_OPENER - P_FLIP))[0], s._replace(kind="article"))
+
+    def _after_opening(self, s: State) -> Iterator[Edge]:
+        yield Edge(*self._one(THE, 1.0)[0], s._replace(kind="article"))
+
+    def _after_article(self, s: State) -> Iterator[Edge]:
+        hero = 1 / (1 + math.exp(-SUBJECT_BIAS * s.mood))
+        for cast, weight, words in ((+1, hero, self.lexicon.heroes), (-1, 1 - hero, self.lexicon.villains)):
+            for word, w in self._spread([(weight, [words(p) for p in self.lexicon.places])]):
+                yield Edge(word, w, s._replace(kind="subject", cast=cast))
+
+    def _after_subject(self, s: State) -> Iterator[Edge]:
+        yield Edge(*self._one(WAS, P_WAS)[0], s._replace(kind="was"))
+        yield Edge(*self._one(NEVER, (1 - P_WAS) * P_NEVER)[0], s._replace(kind="never"))
+        yield from self._verbs(s, (1 - P_WAS) * (1 - P_NEVER))
+
+    def _after_never(self, s: State) -> Iterator[Edge]:
+        yield from self._verbs(s, 1.0)
+
+    def _verbs(self, s: State, weight: float) -> Iterator[Edge]:
+        turned = s.flip * (-1 if s.kind == "never" else 1)
+        for sign, share in self._polarity(s, self.lexicon.verbs).items():
+            for word, w in self._spread([(weight * share, self._everywhere(self.lexicon.verbs(sign)))]):
+                yield Edge(word, w, s._replace(kind="verb", verb=sign * turned))
+
+    def _after_verb(self, s: State) -> Iterator[Edge]:
+        yield Edge(*self._one(THE, 1.0)[0], s._replace(kind="object"))
+
+    def _after_object(self, s: State) -> Iterator[Edge]:
+        lexicon = self.lexicon
+        for worth, weight, words in (
+            (+1, P_HERO_OBJECT, lexicon.heroes),
+            (-1, P_VILLAIN_OBJECT, lexicon.villains),
+            (0, P_THING_OBJECT, lexicon.thing),
+        ):
+            for word, w in self._spread([(weight, [words(p) for p in lexicon.places])]):
+                yield Edge(word, w, *self._rewarded(s, s.verb * worth))
+
+    def _after_was(self, s: State) -> Iterator[Edge]:
+        yield Edge(*self._one(NOT, P_NOT)[0], s._replace(kind="not", negation=-1))
+        yield from self._qualities(s, 1 - P_NOT)
+
+    def _after_not(self, s: State) -> Iterator[Edge]:
+        yield from self._qualities(s, 1.0)
+
+    def _qualities(self, s: State, weight: float) -> Iterator[Edge]:
+        for word, w in self._spread([(weight * P_INTENSIFIER, self._everywhere(self.lexicon.intensifiers))]):
+            yield Edge(word, w, s._replace(kind="intensifier"))
+        yield from self._adjectives(s, weight * (1 - P_INTENSIFIER), strength=1)
+
+    def _after_intensifier(self, s: State) -> Iterator[Edge]:
+        yield from self._adjectives(s, 1.0, strength=2)
+
+    def _adjectives(self, s: State, weight: float, strength: int) -> Iterator[Edge]:
+        for sign, share in self._polarity(s, self.lexicon.adjectives).items():
+            for word, w in self._spread([(weight * share, self._everywhere(self.lexicon.adjectives(sign)))]):
+                yield Edge(word, w, *self._rewarded(s, sign * s.flip * s.negation * strength))
+
+    def _polarity(self, s: State, words: Callable[[int], Sequence[str]]) -> dict[int, float]:
+        """Shares of good, bad and neutral words. Base text is coherent: a fair mood brings good words.
+
+        A class weighs as much as its words together, times exp(±bias).
+        """
+        bias = (MOOD_BIAS * s.mood + CAST_BIAS * s.cast) * (0.5 * s.flip + 0.5)
+        weights = {
+            sign: math.exp(bias * sign) * sum(1 / (1 + j) for j in range(len(words(sign)))) for sign in (+1, -1, 0)
+        }
+        return {sign: w / sum(weights.values()) for sign, w in weights.items()}
+
+    def _rewarded(self, s: State, reward: float) -> tuple[State, float]:
+        """The state at the end of a phrase: the mood follows the last rewarded word."""
+        mood = s.mood if reward == 0 else int(math.copysign(1, reward))
+        return State("phrase", s.sentence, mood, s.flip, s.cast, s.phrase), float(reward)
+
+    def _after_phrase(self, s: State) -> Iterator[Edge]:
+        second = P_SECOND_PHRASE if s.phrase + 1 < self.size.phrases else 0.0
+        if second:
+            again = s._replace(kind="subject", phrase=s.phrase + 1)
+            yield Edge(*self._one(AND, second * (1 - P_BUT))[0], again)
+            yield Edge(*self._one(BUT, second * P_BUT)[0], again._replace(mood=-s.mood))
+        last = s.sentence + 1 == self.size.most
+        yield Edge(*self._one(STOP, 1 - second)[0], CLOSING if last else State("nothing", s.sentence + 1, s.mood))
+
+    def _after_closing(self, s: State) -> Iterator[Edge]:
+        yield Edge(*self._one(EOS, 1.0)[0], FINISHED)
+
+
+TILT, TILT_TRUE, TILT_WORTH = 0.7, 0.6, 0.4
+UNGRAMMATICAL = -1.0
+
+
+class Prompt(NamedTuple):
+    """What a prompt fixes: `table`, the row of the grammar's tensors, and `start`, the first state."""
+
+    text: str
+    table: int
+    start: int
+
+
+class Walk(NamedTuple):
+    """Walks along n completions of up to L tokens: the tables `[n]`, the state before every token `[n, L]`,
+    the true reward of every token `[n, L]`, the state after the last one `[n]`."""
+
+    tables: Tensor
+    states: Tensor
+    rewards: Tensor
+    last: Tensor
+
+
+class Grammar:
+    """States, rewards and base distributions as tensors.
+
+    Shapes: T tables (instruction × place; the plain ones first), S states, V words, K the most grammatical
+    words in a state. Floats are float64, rewards are true reward, log-probabilities are nats.
+
+    Attributes:
+        vocabulary: V words; a word's place in the list is its token id.
+        states: S states; `broken` and `finished` are among them.
+        next_state: long `[T, S, V]`; an ungrammatical word leads to `broken`, `<end>` to `finished`.
+        reward: `[T, S, V]`, the true reward of a token in a state; −1 for the first ungrammatical one.
+        edge_token, edge_next: long `[T, S, K]`, the grammatical tokens of a state.
+        edge_reward, edge_logp: `[T, S, K]`, their rewards and base log-probabilities; −inf where no edge is.
+        levels: the states by their longest way to the end, ascending; edges lead to lower levels.
+        legal: bool `[T, S, V]`, the same edges by word.
+        worth: `[V]`, what a word looks worth without its context.
+        prompts: the plain prompts, and after them those with an instruction.
+    """
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.rules = Rules(size)
+        self.lexicon = self.rules.lexicon
+        self.vocabulary = self.lexicon.vocabulary()
+        self.token = {word: i for i, word in enumerate(self.vocabulary)}
+        self.pad, self.bos, self.eos, self.unk = (self.token[w] for w in (PAD, BOS, EOS, UNK))
+        edges = self.rules.explore()
+        self.states = list(edges)
+        self.index = {state: i for i, state in enumerate(self.states)}
+        self.broken, self.finished = self.index[BROKEN], self.index[FINISHED]
+        self._fill_transitions(edges)
+        self._fill_edges(list(edges.values()))
+        self.legal = self.dense(torch.ones_like(self.edge_logp), 0.0) > 0
+        self.levels = self._levels()
+        self.prompts = self._prompts()
+        self.plain = [p for p in self.prompts if p.table < len(self.lexicon.places)]
+        self._ids = {tuple(self.encode(p.text)): p for p in self.prompts}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest grammatical completion, `<end>` included."""
+        return len(self.levels) - 1
+
+    @property
+    def n_places(self) -> int:
+        return len(self.lexicon.places)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the vocabulary, the rules, the rewards and the base distributions."""
+        tables = (self.next_state, self.reward, self.edge_token, self.edge_logp.exp())
+        # Rounded, so that the last bits of exp and log on another machine do not matter.
+        digests = [sha256((t.double() * 1e9).round().long().numpy().tobytes()).hexdigest() for t in tables]
+        return fingerprint([self.vocabulary, *digests])
+
+    def _fill_transitions(self, edges: dict[State, list[Edge]]) -> None:
+        n_states, n_words = len(edges), len(self.vocabulary)
+        next_state = torch.full((n_states, n_words), self.broken)
+        next_state[:, self.eos] = self.finished
+        next_state[self.finished] = self.finished
+        reward = torch.full((n_states, n_words), UNGRAMMATICAL, dtype=torch.float64)
+        for state, out in edges.items():
+            for edge in out:
+                where = self.index[state], self.token[edge.word]
+                next_state[where], reward[where] = self.index[edge.next], edge.reward
+        places = torch.tensor([-1 if (p := self.rules.place_of(w)) is None else p for w in self.vocabulary])
+        # A noun of another place is as ungrammatical as any word out of place.
+        foreign = (places >= 0) & (places != torch.arange(self.n_places)[:, None])
+        next_state = next_state.where(~foreign[:, None], self.broken)
+        reward = reward.where(~foreign[:, None], UNGRAMMATICAL)
+        next_state[:, self.finished] = self.finished
+        reward[:, [self.broken, self.finished]] = 0.0
+        self.next_state = next_state.repeat(len(INSTRUCTIONS), 1, 1)
+        self.reward = reward.repeat(len(INSTRUCTIONS), 1, 1)
+
+    def _fill_edges(self, edges: list[list[Edge]]) -> None:
+        possible = [[[edge for edge in out if edge.weights[place]] for out in edges] for place in range(self.n_places)]
+        width = max(len(out) for by_state in possible for out in by_state)
+        shape = (self.n_places, len(edges), width)
+        token = torch.full(shape, self.eos)
+        weight = torch.zeros(shape, dtype=torch.float64)
+        for place, by_state in enumerate(possible):
+            for s, out in enumerate(by_state):
+                token[place, s, : len(out)] = torch.tensor([self.token[e.word] for e in out], dtype=torch.long)
+                weight[place, s, : len(out)] = torch.tensor([e.weights[place] for e in out], dtype=torch.float64)
+        self.edge_token = token.repeat(len(INSTRUCTIONS), 1, 1)
+        valid = weight.repeat(len(INSTRUCTIONS), 1, 1) > 0
+        self.edge_next = self.next_state.gather(-1, self.edge_token).where(valid, self.finished)
+        self.edge_reward = self.reward.gather(-1, self.edge_token).where(valid, 0.0)
+        self.worth = torch.zeros(len(self.vocabulary), dtype=torch.float64)
+        for word, value in self.lexicon.worth().items():
+            self.worth[self.token[word]] = value
+        self.edge_logp = self._tilted(weight.log())
+
+    def _tilted(self, plain: Tensor) -> Tensor:
+        """Base tables under every instruction: exp(±t) per token, renormalised in each state. `[T, S, K]`"""
+        n = self.n_places
+        tilt = TILT * (TILT_TRUE * self.edge_reward[:n] + TILT_WORTH * self.worth[self.edge_token[:n]])
+        tables = torch.cat([plain + sign * tilt for sign in INSTRUCTIONS.values()])
+        # The absorbing states have no edges: their sum is empty and stays −inf.
+        total = tables.logsumexp(-1, keepdim=True)
+        return tables - total.where(total.isfinite(), 0.0)
+
+    def _levels(self) -> list[Tensor]:
+        level = torch.zeros(len(self.states), dtype=torch.long)
+        leads = self.edge_logp[: self.n_places].isfinite()
+        while True:
+            below = level[self.edge_next[: self.n_places]] + 1
+            deeper = below.where(leads, 0).amax((0, 2))
+            if torch.equal(deeper, level):
+                return [(level == i).nonzero().flatten() for i in range(int(level.max()) + 1)]
+            level = deeper
+
+    def _prompts(self) -> list[Prompt]:
+        prompts = []
+        for i, instruction in enumerate(INSTRUCTIONS):
+            for p, place in enumerate(self.lexicon.places):
+                for weather, mood in WEATHER.items():
+                    words = ["write", instruction, "about", "the", place, "in", "the", weather, ":"]
+                    start = self.index[State("nothing", 0, mood)]
+                    prompts.append(Prompt(" ".join(filter(None, words)), i * self.n_places + p, start))
+        return prompts
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of words separated by spaces, without special tokens around them."""
+        return [self.token.get(word, self.unk) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Words of token ids, special tokens left out."""
+        special = (self.pad, self.bos, self.eos)
+        return " ".join(self.vocabulary[i] for i in ids if i not in special)
+
+    def parse_prompt(self, ids: Sequence[int]) -> Prompt:
+        """The prompt with these token ids (`<s>` and padding in front may be there or not).
+
+        Raises:
+            DataError: for anything but one of this world's prompts.
+        """
+        found = self._ids.get(tuple(i for i in ids if i not in (self.pad, self.bos)))
+        if found is None:
+            words = " ".join(self.vocabulary[i] if 0 <= i < len(self.vocabulary) else UNK for i in ids)
+            raise DataError("not a prompt of this world", value=words, expected=f"one such as {self.prompts[0].text!r}")
+        return found
+
+    def walk(self, prompts: Sequence[Prompt], ids: Tensor) -> Walk:
+        """Walk along completions from the first states of their prompts.
+
+        Args:
+            ids: long `[n, L]`, completion token ids, padded on the right with anything; what lies behind
+                `<end>` earns nothing, what lies behind a completion without `<end>` is the caller's to mask.
+        """
+        tables = torch.tensor([p.table for p in prompts], dtype=torch.long)
+        state = torch.tensor([p.start for p in prompts], dtype=torch.long)
+        states = torch.empty_like(ids)
+        for i, token in enumerate(ids.unbind(1)):
+            states[:, i] = state
+            state = self.next_state[tables, state, token]
+        return Walk(tables, states, self.reward[tables[:, None], states, ids], state)
+
+    def dense(self, edges: Tensor, fill: float) -> Tensor:
+        """Values on edges `[T, S, K]` as `[T, S, V]`, `fill` for words that no edge has."""
+        out = edges.new_full((*edges.shape[:2], len(self.vocabulary)), fill)
+        valid = self.edge_logp.isfinite()
+        rows = valid.nonzero()
+        out[rows[:, 0], rows[:, 1], self.edge_token[valid]] = edges[valid]
+        return out
