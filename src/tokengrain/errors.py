@@ -81,6 +81,16 @@ class NonFiniteLossError(TokengrainError):
     """The loss became NaN or infinite; training stopped and the rows of the batch were saved."""
 
 
+class RolloutError(TokengrainError):
+    """Completions that could not be sampled: a server that fails, an unfit model, an answer that is no answer."""
+
+
+def require(condition: object, error: type[TokengrainError], message: str, **details: Any) -> None:
+    """Raise `error(message, **details)` unless the condition holds. Not for hot loops: the message is always built."""
+    if not condition:
+        raise error(message, **details)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Writing files so that a half-written one never passes for a whole one, and fingerprints of content.
 
@@ -148,7 +158,3 @@ def file_fingerprint(*paths: str | os.PathLike[str]) -> str:
                 digest.update(block)
         digest.update(b"\0")
     return digest.hexdigest()[:16]
-
-
-class RolloutError(TokengrainError):
-    """Completions that could not be sampled: a server that fails, an unfit model, an answer that is no answer."""
