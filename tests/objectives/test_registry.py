@@ -127,7 +127,7 @@ def test_a_loss_by_import_string(tmp_path: Path) -> None:
     assert make_objective("tokengrain.methods.dpo:dpo_loss", beta=0.5).objective.loss is dpo_loss
     file = tmp_path / "mine.py"
     file.write_text(
-        "from tokengrain.objectives import LossOutput\n"
+        "from tokengrain.loss import LossOutput\n"
         "def loss(logps, segments, *, power: int = 2):\n"
         "    return LossOutput(segments.pairs(segments.sum(logps))[0] ** power)\n"
     )

@@ -96,7 +96,7 @@ def test_only_what_decides_the_samples_identifies_one() -> None:
 def test_a_sampler_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from tokengrain.rollout import HFGenerate\n"
+        "from tokengrain.rollout.local import HFGenerate\n"
         "class Twice(HFGenerate):\n"
         "    name = 'twice'\n"
         "    def __init__(self, model, *, times: int = 2):\n"
