@@ -21,7 +21,7 @@ def _loaded(code: str) -> set[str]:
     [
         "import tokengrain",
         "from tokengrain import TokenBatch, Sample, Completion, Segments, TokengrainError",
-        "import tokengrain.objectives, tokengrain.errors, tokengrain.batch",
+        "import tokengrain.methods.dpo, tokengrain.errors, tokengrain.batch",
         "from tokengrain import make_objective; make_objective('dpo', beta=0.3)",
         "from tokengrain import METHODS",
         "import tokengrain.cli",

@@ -138,7 +138,7 @@ def test_a_loss_by_import_string(tmp_path: Path) -> None:
         (f"{file}:los", "no callable 'los'; did you mean 'loss'"),
         (f"{tmp_path}/none.py:loss", "no file"),
         ("no.such.module:loss", "no module 'no.such.module'"),
-        ("tokengrain.objectives:", "not of the form"),
+        ("tokengrain.methods.dpo:", "not of the form"),
     ):
         with pytest.raises(RecipeError, match=message):
             make_objective(reference)
@@ -146,7 +146,7 @@ def test_a_loss_by_import_string(tmp_path: Path) -> None:
 
 def test_importing_objectives_is_light() -> None:
     code = (
-        "import sys, tokengrain.objectives; "
+        "import sys, tokengrain.methods.dpo; "
         "print([m for m in ('transformers', 'datasets', 'peft', 'matplotlib') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
