@@ -279,11 +279,11 @@ def main() -> int:
         names = given.recipes.split(",") if given.recipes else [*sorted(p.stem for p in RECIPES.glob("*.yaml")), DEMO]
         print(f"tokengrain of {SOURCE}")
         given.out.write_text(json.dumps(freeze(names, given.jobs), indent=1) + "\n", encoding="utf-8")
-    new = read_json(given.out)
+    new = json.loads(given.out.read_text(encoding="utf-8"))
     failed = [name for name in names if name not in new]
     if given.against is None:
         return 1 if failed else 0
-    old = read_json(given.against)
+    old = json.loads(given.against.read_text(encoding="utf-8"))
     differences = compare(new, old)
     print("\n".join(differences))
     shared = [name for name in new if name in old]
