@@ -44,7 +44,7 @@ EVALUATED = {"dpo": 2, "grpo": 2, "dro": 2}
 """Recipes whose run is also judged by `tokengrain evaluate`, one of each world, with so many samples per prompt."""
 
 VOLATILE = ("seconds", "runtime", "per_second", "output_dir", "versions", "version", "date", "machine")
-"""A key that is one of these, or ends with `_` or `/` and one of these, says nothing about the numbers."""
+"""A key that is one of these, begins with one and `/`, or ends with `_` and one, says nothing about the numbers."""
 
 
 # ---- Running ----
@@ -193,7 +193,7 @@ def without_volatile(value: Any, hidden: str = "") -> Any:
 
 
 def is_volatile(key: str) -> bool:
-    return key.startswith("time/") or any(key == end or key.endswith((f"_{end}", f"/{end}")) for end in VOLATILE)
+    return any(key == name or key.startswith(f"{name}/") or key.endswith(f"_{name}") for name in VOLATILE)
 
 
 # ---- Comparing ----
@@ -279,11 +279,11 @@ def main() -> int:
         names = given.recipes.split(",") if given.recipes else [*sorted(p.stem for p in RECIPES.glob("*.yaml")), DEMO]
         print(f"tokengrain of {SOURCE}")
         given.out.write_text(json.dumps(freeze(names, given.jobs), indent=1) + "\n", encoding="utf-8")
-    new = json.loads(given.out.read_text(encoding="utf-8"))
+    new = without_volatile(json.loads(given.out.read_text(encoding="utf-8")))
     failed = [name for name in names if name not in new]
     if given.against is None:
         return 1 if failed else 0
-    old = json.loads(given.against.read_text(encoding="utf-8"))
+    old = without_volatile(json.loads(given.against.read_text(encoding="utf-8")))
     differences = compare(new, old)
     print("\n".join(differences))
     shared = [name for name in new if name in old]
