@@ -1,6 +1,6 @@
-"""Fill the README's tables and picture from a finished demo and the benchmarks' JSON.
+"""Fill the tables of docs/speed.md and docs/results/demo.md, and the README's picture, from finished runs.
 
-python -m benchmarks.readme_tables --demo runs/demo
+python -m benchmarks.doc_tables --demo runs/demo
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import typer
 
 from tokengrain.errors import read_json, write_text
 
-README = Path("README.md")
+SPEED, DEMO = Path("docs/speed.md"), Path("docs/results/demo.md")
 PICTURE_SOURCES = ["DPO: policy", "T-REG: contrastive prompting", "T-REG: policy"]
 
 
@@ -32,9 +32,7 @@ def demo_table(metrics: dict[str, Any]) -> str:
             f"| {wins:.0f} % ({low:.0f}–{high:.0f}) | {credit} | {r['seconds']:.0f} |"
         )
     made = f"`make demo`, {metrics['date']}, {metrics['machine']}, torch {metrics['versions']['torch']}."
-    return "\n".join(
-        [*lines, "", f"{made} One seed; over five seeds: [docs/results/stories.md](docs/results/stories.md)."]
-    )
+    return "\n".join([*lines, "", f"{made} One seed; over five seeds: [the world `stories`](stories.md)."])
 
 
 def speed_table(report: dict[str, Any]) -> str:
@@ -47,7 +45,7 @@ def speed_table(report: dict[str, Any]) -> str:
             )
     for row in report["memory"]:
         lines.append(f"| memory: {row['setting']} | plain transformers | {row['share']:.2f} of its peak |")
-    return "\n".join([*lines, "", f"{when(report)} [All numbers](docs/results/preference_step_cpu.md)."])
+    return "\n".join([*lines, "", f"{when(report)} [All numbers](results/preference_step_cpu.md)."])
 
 
 def when(report: dict[str, Any]) -> str:
@@ -65,16 +63,17 @@ def online_table(report: dict[str, Any]) -> str:
             for peer, ratio in found.items() if phase == "update" else [(result["sides"][1]["name"], found)]:
                 spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
                 lines.append(f"| {phase} | {result['setting']} | {peer} | {spread} |")
-    return "\n".join([*lines, "", f"{when(report)} [All numbers](docs/results/online_step_cpu.md)."])
+    return "\n".join([*lines, "", f"{when(report)} [All numbers](results/online_step_cpu.md)."])
 
 
-def fill(text: str, name: str, table: str) -> str:
-    """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
+def fill(page: Path, name: str, table: str) -> None:
+    """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->` of a page."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    text = page.read_text(encoding="utf-8")
     filled, found = re.subn(pattern, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
     if not found:
-        raise SystemExit(f"{README} has no markers for {name}")
-    return filled
+        raise SystemExit(f"{page} has no markers for {name}")
+    write_text(page, filled)
 
 
 def main(
@@ -85,11 +84,9 @@ def main(
     """Fill the tables and write the picture."""
     from tokengrain.report.html import write_picture
 
-    text = README.read_text(encoding="utf-8")
-    text = fill(text, "demo-table", demo_table(read_json(demo / "metrics.json")))
-    text = fill(text, "speed-table", speed_table(read_json(speed)))
-    text = fill(text, "online-table", online_table(read_json(online)))
-    write_text(README, text)
+    fill(DEMO, "demo-table", demo_table(read_json(demo / "metrics.json")))
+    fill(SPEED, "speed-table", speed_table(read_json(speed)))
+    fill(SPEED, "online-table", online_table(read_json(online)))
     write_picture(demo, "docs/images/demo.svg", sources=PICTURE_SOURCES)
 
 
