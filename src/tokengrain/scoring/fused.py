@@ -2,7 +2,7 @@
 
 Hidden states are projected in chunks of tokens; no more than a chunk of logits is alive. Backward computes
 the chunk again and applies closed-form gradients (z are the logits, p and q the softmax of the model and of
-the reference, e the one-hot label, H the entropy; the KL to a teacher is in `tokengrain.scoring.distil`):
+the reference, e the one-hot label, H the entropy; the KL to a teacher stands at the end of the file):
 
     d logp / dz    = e - p
     d KL(q||p)/ dz = p - q
@@ -23,11 +23,275 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengrain.errors import ModelError
+from tokengrain.errors import ModelError, require
 from tokengrain.scoring.head import Distribution, Head, Teacher, accumulation_dtype, checked_reference, checked_teacher
 
-# ----------------------------------------------------------------------------------------------------
-# A fused call in chunks of tokens: what it computes, how large its chunks are, and their logits.
+QUANTITIES = ("logps", "entropy", "kl", "teacher_kl")
+
+
+def head_quantities(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    want: Collection[str],
+    reference: Distribution | None = None,
+    teacher: Teacher | None = None,
+    *,
+    chunk_tokens: int | None = None,
+) -> dict[str, Tensor]:
+    """Per-token quantities of the head's distribution, differentiable in `hidden`, weight and bias.
+
+    Args:
+        hidden: `[N, H]` last hidden states at the positions that predict the labels.
+        head: the head.
+        labels: long `[N]`, token ids.
+        want: of "logps" (log-probability of the label, nats), "entropy" (nats), "kl" (forward KL of the
+            reference to the model over the whole vocabulary, KL(q||p), nats) and "teacher_kl" (reverse KL of
+            the model to the teacher, KL(p||q), nats, and with it the teacher's constants).
+        reference: q of "kl", needed for it; it gets no gradient.
+        teacher: q of "teacher_kl", needed for it; it gets no gradient.
+        chunk_tokens: tokens projected at a time; None chooses by memory, and may keep what backward needs
+            when all of it is small.
+
+    Returns:
+        `{name: [N]}` in float32 (float64 for float64 hidden states). "teacher_kl" brings without gradient
+        "teacher_alpha", "tvd" (see `Teacher`) and "teacher_reward", log target - log contrast at the label.
+
+    Raises:
+        ModelError: "kl" without a reference, or with one of another vocabulary or number of tokens;
+            "teacher_kl" without a teacher, with one of another number of tokens, or a label it does not have.
+    """
+    names = tuple(name for name in QUANTITIES if name in want)
+    if not names:
+        return {}
+    if "kl" in names:
+        reference = checked_reference(reference, head.vocab_size, hidden.shape[0])
+        reference = reference.detach()
+    else:
+        reference = None
+    teacher = checked_teacher(teacher, head.vocab_size, labels) if "teacher_kl" in names else None
+    banned = teacher is not None and may_ban(head, teacher)
+    device = hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # Inside the function gradients are always off, so whether there will be a backward is noted here.
+    backward = torch.is_grad_enabled()
+    job = Job(head.scale, head.softcap, labels, names, reference, teacher, banned, autocast, chunk_tokens, backward)
+    with torch.autocast(device, enabled=False):
+        values = _HeadQuantities.apply(hidden, head.weight, head.bias, job)
+    return dict(zip(_outputs(job), values))
+
+
+def _outputs(job: Job) -> tuple[str, ...]:
+    return job.names + (CONSTANTS if job.teacher is not None else ())
+
+
+class _HeadQuantities(torch.autograd.Function):
+    """(hidden, weight, bias, job) -> one `[N]` tensor per output of the job."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
+        head = Head(weight, bias, job.scale, job.softcap)
+        n, vocab, dtype = hidden.shape[0], weight.shape[0], accumulation_dtype(hidden.dtype)
+        backward, (wants_hidden, *wants_head) = job.backward and any(ctx.needs_input_grad), ctx.needs_input_grad[:3]
+        keep = backward and job.keeps(n, vocab, dtype)
+        project = backward and not keep and wants_hidden and not any(wants_head)
+        chunks = [slice(0, n)] if keep else job.chunks(n, vocab, dtype)
+        scratch = Scratch(max((c.stop - c.start for c in chunks), default=0), vocab, dtype, hidden.device)
+        values = {name: hidden.new_empty(n, dtype=dtype) for name in _outputs(job)}
+        based = tuple(name for name in job.names if project or (keep and name != "entropy"))
+        kept: dict[str, Tensor] = {}
+        # The casts live as long as this call: `ctx` has the weights as they are stored.
+        ready, typed = job.with_typed_reference(), job.typed(head)
+        if project:
+            compute = job.compute(head)
+            kept = {name: hidden.new_empty(hidden.shape, dtype=compute) for name in based}
+        for rows in chunks:
+            bases = _forward_chunk(hidden, typed, ready, rows, values, based, scratch)
+            if project:
+                for name, basis in bases.items():
+                    torch.mm(basis.to(compute), typed.weight, out=kept[name][rows])
+            else:
+                kept.update(bases)
+        ctx.save_for_backward(hidden, weight, bias, *kept.values())
+        ctx.job, ctx.kept_names, ctx.projected = job, tuple(kept), project
+        ctx.constants = () if job.teacher is None else (values["teacher_kl"].clone(), values["teacher_alpha"].clone())
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(values[name] for name in _outputs(job)[len(job.names) :]))
+        return tuple(values.values())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *rest = ctx.saved_tensors
+        kept = dict(zip(ctx.kept_names, rest))
+        factors = _factors({name: g for name, g in zip(ctx.job.names, grads) if g is not None}, ctx.job)
+        if not factors:
+            return None, None, None, None
+        job: Job = replace(ctx.job, names=tuple(factors))
+        if ctx.projected:
+            d_hidden = sum(kept[name] * (factor * job.scale)[:, None] for name, factor in factors.items())
+            return d_hidden.to(hidden.dtype), None, None, None
+        head = Head(weight, bias, job.scale, job.softcap)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return (*_backward(hidden, head, job, factors, kept, ctx), None)
+
+
+def _forward_chunk(
+    hidden: Tensor,
+    head: Head,
+    job: Job,
+    rows: slice,
+    values: dict[str, Tensor],
+    based: tuple[str, ...],
+    scratch: Scratch,
+) -> dict[str, Tensor]:
+    """Fills `values[name][rows]`; returns the bases of the names in `based`."""
+    n, labels = rows.stop - rows.start, job.labels[rows]
+    logits = chunk_logits(hidden[rows], head, job.compute(head), scratch, "p")
+    slope = _slope(logits, head.softcap) if based else None
+    logp = q = taught = None
+    if job.teacher is not None:
+        student = student_logits(logits, job, scratch)
+        logp, ratio, found = log_ratio(student, job, rows, scratch)
+        for name, value in found.items():
+            values[name][rows] = value
+        p = torch.exp(logp, out=scratch("contrast", *logp.shape))
+        kl = values["teacher_kl"][rows] = torch.linalg.vecdot(p, ratio)
+        taught = basis_(p, ratio, kl, scratch, head.vocab_size) if based else None
+        logp = logp if student is logits else None
+    if logp is None:
+        logp = softmax_(logits, log=True)
+    if "logps" in values:
+        values["logps"][rows] = logp.gather(1, labels[:, None]).squeeze(1)
+    if "kl" in values:
+        assert job.reference is not None
+        logq = _reference_softmax(job.reference, rows, job, scratch, log=True)
+        q = scratch("q", n)
+        torch.exp(logq, out=q)
+        values["kl"][rows] = weighted_sum_(q, logq.sub_(logp))
+    if "entropy" in values:
+        p = torch.exp(logp, out=scratch("entropy", n))
+        values["entropy"][rows] = -weighted_sum_(p, logp.clone() if based else logp)
+    if not based:
+        return {}
+    # Probabilities, over their logarithms, if any of the bases needs them.
+    p = logp if based == ("teacher_kl",) else logp.exp_()
+    return _bases(based, p, q, taught, labels, slope)
+
+
+def _reference_softmax(reference: Distribution, rows: slice, job: Job, scratch: Scratch, *, log: bool) -> Tensor:
+    compute = job.compute(reference.head)
+    return softmax_(chunk_logits(reference.hidden[rows], reference.head, compute, scratch, "log q"), log=log)
+
+
+def _backward(
+    hidden: Tensor, head: Head, job: Job, factors: dict[str, Tensor], kept: dict[str, Tensor], ctx: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias."""
+    (n, _), vocab, dtype = hidden.shape, head.vocab_size, accumulation_dtype(hidden.dtype)
+    use_kept = bool(kept) and set(job.names) <= set(kept)
+    chunks = [slice(0, n)] if use_kept else job.chunks(n, vocab, dtype)
+    scratch = Scratch(max((c.stop - c.start for c in chunks), default=0), vocab, dtype, hidden.device)
+    compute, typed = job.compute(head), job.typed(head)
+    ready = job if use_kept else job.with_typed_reference()
+    needed = ctx.needs_input_grad
+    d_hidden = torch.empty_like(hidden) if needed[0] else None
+    # Low-precision weights: many chunks are added up in float32.
+    exact = compute == head.weight.dtype and (len(chunks) == 1 or dtype == head.weight.dtype)
+    sum_dtype = head.weight.dtype if exact else dtype
+    d_weight = torch.zeros(head.weight.shape, dtype=sum_dtype, device=hidden.device) if needed[1] else None
+    d_bias = torch.zeros(vocab, dtype=dtype, device=hidden.device) if needed[2] else None
+    for rows in chunks:
+        bases = kept if use_kept else _recomputed_bases(hidden, typed, ready, rows, scratch, ctx.constants)
+        basis, factor = _combined(bases, {name: f[rows] for name, f in factors.items()}, scratch, use_kept)
+        scaled = basis.to(compute)
+        if d_hidden is not None:
+            d_hidden[rows] = (scaled @ typed.weight) * (factor * job.scale)[:, None]
+        if d_weight is not None:
+            weighted = (hidden[rows] * (factor * job.scale)[:, None]).to(compute)
+            if exact:
+                d_weight.addmm_(scaled.t(), weighted)
+            else:
+                d_weight.add_(scaled.t() @ weighted)
+        if d_bias is not None:
+            d_bias.addmv_(basis.t(), factor * job.scale)
+    if d_weight is not None:
+        d_weight = d_weight.to(head.weight.dtype)
+    return d_hidden, d_weight, None if d_bias is None else d_bias.to(head.bias.dtype)  # type: ignore[union-attr]  # then there is a bias
+
+
+def _recomputed_bases(
+    hidden: Tensor, head: Head, job: Job, rows: slice, scratch: Scratch, constants: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """The bases of a chunk again; `constants` are the teacher's KL and strength of all tokens."""
+    logits = chunk_logits(hidden[rows], head, job.compute(head), scratch, "p")
+    slope = _slope(logits, head.softcap)
+    p = q = taught = None
+    if "teacher_kl" in job.names:
+        student = student_logits(logits, job, scratch)
+        kl, strength = (values[rows] for values in constants)
+        logp, ratio, _ = log_ratio(student, job, rows, scratch, strength)
+        own = logp.exp_()
+        taught = basis_(own, ratio, kl, scratch, head.vocab_size)
+        p = own if student is logits else None
+    if p is None:
+        p = softmax_(logits, log=False)
+    if "kl" in job.names:
+        assert job.reference is not None
+        q = _reference_softmax(job.reference, rows, job, scratch, log=False)
+    return _bases(job.names, p, q, taught, job.labels[rows], slope)
+
+
+def _combined(
+    bases: dict[str, Tensor], factors: dict[str, Tensor], scratch: Scratch, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """(D, f) with dz = f * D. One basis needs no pass over `[n, V]`: its factor goes into small matrices."""
+    (name, factor), *more = factors.items()
+    basis = bases[name]
+    if not more:
+        return basis, factor
+    # Kept bases must survive: backward may run again on a retained graph.
+    total = torch.mul(basis, factor[:, None], out=scratch("sum", len(factor)) if keep else basis)
+    for name, factor in more:
+        total.addcmul_(bases[name], factor[:, None])
+    return total, torch.ones_like(factor)
+
+
+def _bases(
+    names: Collection[str], p: Tensor, q: Tensor | None, taught: Tensor | None, labels: Tensor, slope: Tensor | None
+) -> dict[str, Tensor]:
+    """`[n, V]` matrices D such that dz = factor * D, factor as in `_factors`. Overwrites p, q and taught."""
+    out = {}
+    if "kl" in names:
+        assert q is not None
+        out["kl"] = torch.sub(p, q, out=q)
+    if "teacher_kl" in names:
+        assert taught is not None
+        out["teacher_kl"] = taught
+    if "entropy" in names:
+        p_logp = torch.xlogy(p, p)
+        out["entropy"] = p_logp.addcmul_(p, p_logp.sum(-1, keepdim=True), value=-1.0)
+    if "logps" in names:
+        out["logps"] = p.scatter_add_(1, labels[:, None], p.new_full((len(labels), 1), -1.0))
+    if slope is not None:
+        for basis in out.values():
+            basis.mul_(slope)
+    return out
+
+
+def _factors(grads: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
+    """Upstream gradients `[n]` with the sign and scale of each basis."""
+    tempered = 1.0 if job.teacher is None else 1.0 / job.teacher.temperature
+    by = {"logps": -1.0, "entropy": -1.0, "kl": 1.0, "teacher_kl": tempered}
+    return {name: grad * by[name] for name, grad in grads.items()}
+
+
+def _slope(capped: Tensor, softcap: float | None) -> Tensor | None:
+    """Derivative of the soft cap, 1 - tanh^2, from capped logits."""
+    return None if softcap is None else (capped / softcap).square_().neg_().add_(1.0)
+
+
+# ---- A call in chunks of tokens: what it computes, how large its chunks are, and their logits.
 
 # Logits of one chunk, and bases that may be kept for backward, in bytes per device type.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
@@ -38,10 +302,14 @@ MIN_CHUNK_TOKENS = 128
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 
+def room(table: dict[str, int], device: torch.device) -> int:
+    """The entry of a device's type; unknown types count as GPUs."""
+    return table.get(device.type, table["cuda"])
+
+
 def check_tokens(name: str, value: int | None) -> None:
     """Raises ModelError unless a number of tokens is None or at least 1."""
-    if value is not None and value < 1:
-        raise ModelError(f"{name} must be at least 1, or None; got {value}")
+    require(value is None or value >= 1, ModelError, f"{name} must be at least 1, or None; got {value}")
 
 
 @dataclass
@@ -91,8 +359,7 @@ class Job:
     def chunks(self, n: int, vocab: int, dtype: torch.dtype) -> list[slice]:
         rows = self.chunk_tokens
         if rows is None:
-            room = CHUNK_BYTES.get(self.labels.device.type, CHUNK_BYTES["cuda"])
-            rows = max(MIN_CHUNK_TOKENS, room // (vocab * dtype.itemsize))
+            rows = max(MIN_CHUNK_TOKENS, room(CHUNK_BYTES, self.labels.device) // (vocab * dtype.itemsize))
             # Even chunks: the last one is not a sliver.
             rows = -(-n // -(-n // rows)) if n else rows
         return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
@@ -100,8 +367,8 @@ class Job:
     def keeps(self, n: int, vocab: int, dtype: torch.dtype) -> bool:
         """Whether the bases of all tokens may stay in memory until backward (entropy's are not kept)."""
         kept = sum(name != "entropy" for name in self.names)
-        room = KEEP_BYTES.get(self.labels.device.type, KEEP_BYTES["cuda"])
-        return self.chunk_tokens is None and 0 < kept * n * vocab * dtype.itemsize <= room
+        size = kept * n * vocab * dtype.itemsize
+        return self.chunk_tokens is None and 0 < size <= room(KEEP_BYTES, self.labels.device)
 
 
 class Scratch:
@@ -148,7 +415,7 @@ def _multiply(hidden: Tensor, weight: Tensor, compute: torch.dtype, out: Tensor)
 
 def block_rows(width: int, like: Tensor) -> int:
     """How many rows of `width` numbers of `like`'s type to hold at a time besides the chunk's buffers."""
-    return max(1, BLOCK_BYTES.get(like.device.type, BLOCK_BYTES["cuda"]) // (max(width, 1) * like.dtype.itemsize))
+    return max(1, room(BLOCK_BYTES, like.device) // (max(width, 1) * like.dtype.itemsize))
 
 
 def softmax_(logits: Tensor, *, log: bool) -> Tensor:
@@ -167,17 +434,16 @@ def weighted_sum_(weights: Tensor, terms: Tensor) -> Tensor:
     return out
 
 
-# ----------------------------------------------------------------------------------------------------
-# The KL to a teacher in one chunk of the fused head: student, target and contrast together.
+# ---- The KL to a teacher in one chunk of the fused head: student, target and contrast together.
 #
 # With p = softmax(z / tau) and the teacher's q held constant,
 #
-# KL(p||q) = sum_v p (log p - log q),    d KL / dz = p (log p - log q - KL) / tau.
+#     KL(p||q) = sum_v p (log p - log q),    d KL / dz = p (log p - log q - KL) / tau.
 #
 # Three `[n, V]` buffers suffice: the student's logits, the target's, which become log q and then log p - log q,
 # and the contrast's, which become p. A fourth is needed where the student's softmax is not that of its other
 # quantities: another temperature, fewer tokens, or some banned ones. The slow twin is
-# `tokengrain.scoring.teacher.teacher_quantities`.
+# `tokengrain.scoring.head.teacher_quantities`.
 
 CONSTANTS = ("teacher_alpha", "tvd", "teacher_reward")
 
@@ -261,27 +527,6 @@ def _constants(target: Tensor, contrast: Tensor | None, job: Job, rows: slice) -
     return {"teacher_alpha": alpha, "tvd": tvd, "teacher_reward": reward}
 
 
-def forward_chunk(
-    student: Tensor, job: Job, rows: slice, values: Mapping[str, Tensor], scratch: Scratch, vocab: int, *, basis: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Fills the four values of a chunk; returns log p and, if asked for, the basis (see `basis_`)."""
-    logp, ratio, constants = log_ratio(student, job, rows, scratch)
-    for name, value in constants.items():
-        values[name][rows] = value
-    p = torch.exp(logp, out=scratch("contrast", *logp.shape))
-    kl = values["teacher_kl"][rows] = torch.linalg.vecdot(p, ratio)
-    return logp, basis_(p, ratio, kl, scratch, vocab) if basis else None
-
-
-def recomputed_chunk(
-    student: Tensor, job: Job, rows: slice, kl: Tensor, strength: Tensor, scratch: Scratch, vocab: int
-) -> tuple[Tensor, Tensor]:
-    """(p, basis) of a chunk whose KL and strength `[n]` are known."""
-    logp, ratio, _ = log_ratio(student, job, rows, scratch, strength)
-    p = logp.exp_()
-    return p, basis_(p, ratio, kl, scratch, vocab)
-
-
 def basis_(p: Tensor, ratio: Tensor, kl: Tensor, scratch: Scratch, vocab: int) -> Tensor:
     """`[n, vocab]` matrix tau * d KL / dz; 0 for tokens outside the shared vocabulary. Overwrites `ratio`."""
     out = ratio.sub_(kl[:, None]).mul_(p)
@@ -291,264 +536,3 @@ def basis_(p: Tensor, ratio: Tensor, kl: Tensor, scratch: Scratch, vocab: int) -
     wide[:, out.shape[1] :] = 0.0
     wide[:, : out.shape[1]] = out
     return wide
-
-
-QUANTITIES = ("logps", "entropy", "kl", "teacher_kl")
-
-
-def head_quantities(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    want: Collection[str],
-    reference: Distribution | None = None,
-    teacher: Teacher | None = None,
-    *,
-    chunk_tokens: int | None = None,
-) -> dict[str, Tensor]:
-    """Per-token quantities of the head's distribution, differentiable in `hidden`, weight and bias.
-
-    Args:
-        hidden: `[N, H]` last hidden states at the positions that predict the labels.
-        head: the head.
-        labels: long `[N]`, token ids.
-        want: of "logps" (log-probability of the label, nats), "entropy" (nats), "kl" (forward KL of the
-            reference to the model over the whole vocabulary, KL(q||p), nats) and "teacher_kl" (reverse KL of
-            the model to the teacher, KL(p||q), nats, and with it the teacher's constants).
-        reference: q of "kl", needed for it; it gets no gradient.
-        teacher: q of "teacher_kl", needed for it; it gets no gradient.
-        chunk_tokens: tokens projected at a time; None chooses by memory, and may keep what backward needs
-            when all of it is small.
-
-    Returns:
-        `{name: [N]}` in float32 (float64 for float64 hidden states). "teacher_kl" brings without gradient
-        "teacher_alpha", "tvd" (see `Teacher`) and "teacher_reward", log target - log contrast at the label.
-
-    Raises:
-        ModelError: "kl" without a reference, or with one of another vocabulary or number of tokens;
-            "teacher_kl" without a teacher, with one of another number of tokens, or a label it does not have.
-    """
-    names = tuple(name for name in QUANTITIES if name in want)
-    if not names:
-        return {}
-    if "kl" in names:
-        reference = checked_reference(reference, head.vocab_size, hidden.shape[0])
-        reference = reference.detach()
-    else:
-        reference = None
-    teacher = checked_teacher(teacher, head.vocab_size, labels) if "teacher_kl" in names else None
-    banned = teacher is not None and may_ban(head, teacher)
-    device = hidden.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    # Inside the function gradients are always off, so whether there will be a backward is noted here.
-    backward = torch.is_grad_enabled()
-    job = Job(head.scale, head.softcap, labels, names, reference, teacher, banned, autocast, chunk_tokens, backward)
-    with torch.autocast(device, enabled=False):
-        values = _HeadQuantities.apply(hidden, head.weight, head.bias, job)
-    return dict(zip(_outputs(job), values))
-
-
-def _outputs(job: Job) -> tuple[str, ...]:
-    return job.names + (CONSTANTS if job.teacher is not None else ())
-
-
-def _bases(
-    names: Collection[str], p: Tensor, q: Tensor | None, taught: Tensor | None, labels: Tensor, slope: Tensor | None
-) -> dict[str, Tensor]:
-    """`[n, V]` matrices D such that dz = factor * D, factor as in `_factors`. Overwrites p, q and taught."""
-    out = {}
-    if "kl" in names:
-        assert q is not None
-        out["kl"] = torch.sub(p, q, out=q)
-    if "teacher_kl" in names:
-        assert taught is not None
-        out["teacher_kl"] = taught
-    if "entropy" in names:
-        p_logp = torch.xlogy(p, p)
-        out["entropy"] = p_logp.addcmul_(p, p_logp.sum(-1, keepdim=True), value=-1.0)
-    if "logps" in names:
-        out["logps"] = p.scatter_add_(1, labels[:, None], p.new_full((len(labels), 1), -1.0))
-    if slope is not None:
-        for basis in out.values():
-            basis.mul_(slope)
-    return out
-
-
-def _factors(grads: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
-    """Upstream gradients `[n]` with the sign and scale of each basis."""
-    tempered = 1.0 if job.teacher is None else 1.0 / job.teacher.temperature
-    by = {"logps": -1.0, "entropy": -1.0, "kl": 1.0, "teacher_kl": tempered}
-    return {name: grad * by[name] for name, grad in grads.items()}
-
-
-def _slope(capped: Tensor, softcap: float | None) -> Tensor | None:
-    """Derivative of the soft cap, 1 - tanh^2, from capped logits."""
-    return None if softcap is None else (capped / softcap).square_().neg_().add_(1.0)
-
-
-class _HeadQuantities(torch.autograd.Function):
-    """(hidden, weight, bias, job) -> one `[N]` tensor per output of the job."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
-        head = Head(weight, bias, job.scale, job.softcap)
-        n, vocab, dtype = hidden.shape[0], weight.shape[0], accumulation_dtype(hidden.dtype)
-        backward, (wants_hidden, *wants_head) = job.backward and any(ctx.needs_input_grad), ctx.needs_input_grad[:3]
-        keep = backward and job.keeps(n, vocab, dtype)
-        project = backward and not keep and wants_hidden and not any(wants_head)
-        chunks = [slice(0, n)] if keep else job.chunks(n, vocab, dtype)
-        scratch = Scratch(max((c.stop - c.start for c in chunks), default=0), vocab, dtype, hidden.device)
-        values = {name: hidden.new_empty(n, dtype=dtype) for name in _outputs(job)}
-        based = tuple(name for name in job.names if project or (keep and name != "entropy"))
-        kept: dict[str, Tensor] = {}
-        # The casts live as long as this call: `ctx` has the weights as they are stored.
-        ready, typed = job.with_typed_reference(), job.typed(head)
-        if project:
-            compute = job.compute(head)
-            kept = {name: hidden.new_empty(hidden.shape, dtype=compute) for name in based}
-        for rows in chunks:
-            bases = _forward_chunk(hidden, typed, ready, rows, values, based, scratch)
-            if project:
-                for name, basis in bases.items():
-                    torch.mm(basis.to(compute), typed.weight, out=kept[name][rows])
-            else:
-                kept.update(bases)
-        ctx.save_for_backward(hidden, weight, bias, *kept.values())
-        ctx.job, ctx.kept_names, ctx.projected = job, tuple(kept), project
-        ctx.constants = () if job.teacher is None else (values["teacher_kl"].clone(), values["teacher_alpha"].clone())
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(values[name] for name in _outputs(job)[len(job.names) :]))
-        return tuple(values.values())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *rest = ctx.saved_tensors
-        kept = dict(zip(ctx.kept_names, rest))
-        factors = _factors({name: g for name, g in zip(ctx.job.names, grads) if g is not None}, ctx.job)
-        if not factors:
-            return None, None, None, None
-        job: Job = replace(ctx.job, names=tuple(factors))
-        if ctx.projected:
-            d_hidden = sum(kept[name] * (factor * job.scale)[:, None] for name, factor in factors.items())
-            return d_hidden.to(hidden.dtype), None, None, None
-        head = Head(weight, bias, job.scale, job.softcap)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return (*_backward(hidden, head, job, factors, kept, ctx), None)
-
-
-def _forward_chunk(
-    hidden: Tensor,
-    head: Head,
-    job: Job,
-    rows: slice,
-    values: dict[str, Tensor],
-    based: Collection[str],
-    scratch: Scratch,
-) -> dict[str, Tensor]:
-    """Fills `values[name][rows]`; returns the bases of the names in `based`."""
-    n, labels = rows.stop - rows.start, job.labels[rows]
-    logits = chunk_logits(hidden[rows], head, job.compute(head), scratch, "p")
-    slope = _slope(logits, head.softcap) if based else None
-    logp = q = taught = None
-    if job.teacher is not None:
-        student = student_logits(logits, job, scratch)
-        logp, taught = forward_chunk(student, job, rows, values, scratch, head.vocab_size, basis=bool(based))
-        logp = logp if student is logits else None
-    if logp is None:
-        logp = softmax_(logits, log=True)
-    if "logps" in values:
-        values["logps"][rows] = logp.gather(1, labels[:, None]).squeeze(1)
-    if "kl" in values:
-        assert job.reference is not None
-        logq = _reference_softmax(job.reference, rows, job, scratch, log=True)
-        q = scratch("q", n)
-        torch.exp(logq, out=q)
-        values["kl"][rows] = weighted_sum_(q, logq.sub_(logp))
-    if "entropy" in values:
-        p = torch.exp(logp, out=scratch("entropy", n))
-        values["entropy"][rows] = -weighted_sum_(p, logp.clone() if based else logp)
-    if not based:
-        return {}
-    return _bases(based, _exp_(logp, based), q, taught, labels, slope)
-
-
-def _exp_(logp: Tensor, names: Collection[str]) -> Tensor:
-    """Probabilities, written over their logarithms, if any of the bases needs them."""
-    return logp if tuple(names) == ("teacher_kl",) else logp.exp_()
-
-
-def _reference_softmax(reference: Distribution, rows: slice, job: Job, scratch: Scratch, *, log: bool) -> Tensor:
-    compute = job.compute(reference.head)
-    return softmax_(chunk_logits(reference.hidden[rows], reference.head, compute, scratch, "log q"), log=log)
-
-
-def _backward(
-    hidden: Tensor, head: Head, job: Job, factors: dict[str, Tensor], kept: dict[str, Tensor], ctx: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias."""
-    (n, _), vocab, dtype = hidden.shape, head.vocab_size, accumulation_dtype(hidden.dtype)
-    use_kept = bool(kept) and set(job.names) <= set(kept)
-    chunks = [slice(0, n)] if use_kept else job.chunks(n, vocab, dtype)
-    scratch = Scratch(max((c.stop - c.start for c in chunks), default=0), vocab, dtype, hidden.device)
-    compute, typed = job.compute(head), job.typed(head)
-    ready = job if use_kept else job.with_typed_reference()
-    needed = ctx.needs_input_grad
-    d_hidden = torch.empty_like(hidden) if needed[0] else None
-    # Low-precision weights: many chunks are added up in float32.
-    exact = compute == head.weight.dtype and (len(chunks) == 1 or dtype == head.weight.dtype)
-    sum_dtype = head.weight.dtype if exact else dtype
-    d_weight = torch.zeros(head.weight.shape, dtype=sum_dtype, device=hidden.device) if needed[1] else None
-    d_bias = torch.zeros(vocab, dtype=dtype, device=hidden.device) if needed[2] else None
-    for rows in chunks:
-        bases = kept if use_kept else _recomputed_bases(hidden, typed, ready, rows, scratch, ctx.constants)
-        basis, factor = _combined(bases, {name: f[rows] for name, f in factors.items()}, scratch, use_kept)
-        scaled = basis.to(compute)
-        if d_hidden is not None:
-            d_hidden[rows] = (scaled @ typed.weight) * (factor * job.scale)[:, None]
-        if d_weight is not None:
-            weighted = (hidden[rows] * (factor * job.scale)[:, None]).to(compute)
-            if exact:
-                d_weight.addmm_(scaled.t(), weighted)
-            else:
-                d_weight.add_(scaled.t() @ weighted)
-        if d_bias is not None:
-            d_bias.addmv_(basis.t(), factor * job.scale)
-    if d_weight is not None:
-        d_weight = d_weight.to(head.weight.dtype)
-    return d_hidden, d_weight, None if d_bias is None else d_bias.to(head.bias.dtype)  # type: ignore[union-attr]  # then there is a bias
-
-
-def _recomputed_bases(
-    hidden: Tensor, head: Head, job: Job, rows: slice, scratch: Scratch, constants: tuple[Tensor, ...]
-) -> dict[str, Tensor]:
-    """The bases of a chunk again; `constants` are the teacher's KL and strength of all tokens."""
-    logits = chunk_logits(hidden[rows], head, job.compute(head), scratch, "p")
-    slope = _slope(logits, head.softcap)
-    p = q = taught = None
-    if "teacher_kl" in job.names:
-        student = student_logits(logits, job, scratch)
-        kl, strength = (values[rows] for values in constants)
-        own, taught = recomputed_chunk(student, job, rows, kl, strength, scratch, head.vocab_size)
-        p = own if student is logits else None
-    if p is None:
-        p = softmax_(logits, log=False)
-    if "kl" in job.names:
-        assert job.reference is not None
-        q = _reference_softmax(job.reference, rows, job, scratch, log=False)
-    return _bases(job.names, p, q, taught, job.labels[rows], slope)
-
-
-def _combined(
-    bases: dict[str, Tensor], factors: dict[str, Tensor], scratch: Scratch, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """(D, f) with dz = f * D. One basis needs no pass over `[n, V]`: its factor goes into small matrices."""
-    (name, factor), *more = factors.items()
-    basis = bases[name]
-    if not more:
-        return basis, factor
-    # Kept bases must survive: backward may run again on a retained graph.
-    total = torch.mul(basis, factor[:, None], out=scratch("sum", len(factor)) if keep else basis)
-    for name, factor in more:
-        total.addcmul_(bases[name], factor[:, None])
-    return total, torch.ones_like(factor)

@@ -6,7 +6,7 @@ A *tree* is a prompt with some of its completions; a row holds one tree (or seve
     separate  prompt | completion 1                          one row per completion, plain causal text
 
 Position ids restart at the prompt's end for every completion, and a completion attends to its prompt and
-itself (`tokengrain.scoring.masks`). The token at offset t of a completion is predicted by the token before
+itself (`visible`). The token at offset t of a completion is predicted by the token before
 it: the prompt's last token for t = 0, whichever completion it is. This module is the only place that knows.
 Tokens after the last counted one predict nothing that counts and are left out of the rows. Scores of tokens that
 were read are asked for at the token itself ("itself" below), which is then in the rows too.
@@ -130,17 +130,13 @@ class _Source:
         self.completions: list[list[int]] = [[] for _ in range(batch.n_prompts)]
         for completion, prompt in enumerate(batch.group.tolist()):
             self.completions[prompt].append(completion)
-        self.kept = self._kept()
-        for prompt in range(batch.n_prompts):
-            if self.prompt_length(prompt) == 0 and self.completions[prompt]:
+        # Tokens of each completion that predict a counted one (or are one): up to the last counted.
+        last = torch.where(self.counted, torch.arange(len(self.counted)) + int(itself), -1)
+        self.kept = [max(int(last[a:b].max()) - a, 0) if b > a else 0 for a, b in zip(self.bounds, self.bounds[1:])]
+        for prompt, completions in enumerate(self.completions):
+            if completions and self.prompt_length(prompt) == 0:
                 row = batch.rows[prompt] if batch.rows else prompt
                 raise ValueError(f"row {row}: the prompt is empty, so nothing predicts the first token")
-
-    def _kept(self) -> list[int]:
-        """Tokens of each completion that predict a counted one (or are one): up to the last counted."""
-        offsets = torch.arange(len(self.counted)) + int(self.itself)
-        last = torch.where(self.counted, offsets, -1)
-        return [max(int(last[a:b].max()) - a, 0) if b > a else 0 for a, b in zip(self.bounds, self.bounds[1:])]
 
     def prompt_length(self, prompt: int) -> int:
         return self.prompt_bounds[prompt + 1] - self.prompt_bounds[prompt]
@@ -177,8 +173,8 @@ def plan_rows(
     source = _Source(batch, itself)
     trees = [t for g in range(batch.n_prompts) for t in _trees(source, g, layout, costs)]
     if pack:
-        limit = None if one_forward else max_row_tokens
-        return [_build(source, [row], PACK_MULTIPLE) for row in _packed(trees, limit)]
+        packed = first_fit([t.length for t in trees], None if one_forward else max_row_tokens)
+        return [_build(source, [[trees[i] for i in row]], PACK_MULTIPLE) for row in packed]
     if one_forward:
         return [_build(source, [[t] for t in trees])] if trees else []
     chunks = []
@@ -199,11 +195,6 @@ def _trees(source: _Source, prompt: int, layout: Layout, costs: RowCosts) -> lis
         if cost <= costs.tree(source.prompt_length(prompt), [source.kept[c] for c in completions]):
             return separate
     return [shared]
-
-
-def _packed(trees: Sequence[_Tree], limit: int | None) -> list[list[_Tree]]:
-    """Trees in as few rows as fit the limit."""
-    return [[trees[i] for i in row] for row in first_fit([t.length for t in trees], limit)]
 
 
 def _buckets(trees: Sequence[_Tree], costs: RowCosts, causal: bool, max_row_tokens: int | None) -> list[list[_Tree]]:
@@ -266,8 +257,7 @@ def _tree_tensors(source: _Source, tree: _Tree) -> tuple[Tensor, Tensor, Tensor]
 
 def _predictors(source: _Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
     """For each completion: positions in the tree that predict its counted tokens (or are them), and flat indices."""
-    prompt = source.prompt_length(tree.prompt)
-    out, base = [], prompt
+    out, base = [], (prompt := source.prompt_length(tree.prompt))
     for c in tree.completions:
         offsets = source.counted[source.bounds[c] : source.bounds[c + 1]].nonzero().squeeze(1)
         at = base + offsets if source.itself else torch.where(offsets == 0, prompt - 1, base + offsets - 1)
@@ -276,8 +266,128 @@ def _predictors(source: _Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
     return out
 
 
-# ----------------------------------------------------------------------------------------------------
-# Attention in shared rows on a CPU, without the pairs of tokens that the mask hides.
+# ---- Attention masks of a layout, from one description of which token may see which.
+#
+# Dense masks are *additive* floats `[B, 1, L, L]`: boolean ones are silently wrong in eager attention
+# (gemma2, gpt_oss). FlexAttention gets a `BlockMask` from the same rule. A sliding window counts logical
+# positions, so that it is what the text alone would see.
+
+SINGLE = ""
+# Attributes that some attention code uses as a window of its own making, in physical positions.
+OTHER_WINDOWS = ("window_size", "attention_window", "local_attention", "attention_window_size", "local_window_size")
+PROBED_WINDOW = 512
+
+
+class NotShareableError(Exception):
+    """No mask of a shared row can be given for the model; the message says why."""
+
+
+@dataclass(frozen=True)
+class MaskForm:
+    """How a model takes masks.
+
+    Attributes:
+        windows: sliding window (None: all) per kind of layer; the key "" alone stands for a model that takes
+            one mask and not a mapping from kinds of layers.
+    """
+
+    windows: Mapping[str, int | None]
+
+    @property
+    def window(self) -> int | None:
+        """The shortest window, which a probe should be longer than."""
+        return min((w for w in self.windows.values() if w is not None), default=None)
+
+
+def mask_forms(config: Any) -> list[MaskForm]:
+    """The forms a model with this text config may take its masks in, likeliest first.
+
+    Raises:
+        NotShareableError: layers that carry state, or windows that no mask can express.
+    """
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
+    if "flash" in implementation:
+        raise NotShareableError(f"attention implementation {implementation!r} takes no mask of its own")
+    for name in OTHER_WINDOWS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > PROBED_WINDOW:
+            raise NotShareableError(f"it has a window ({name}={value}) too long to test")
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return [MaskForm({SINGLE: window})]
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise NotShareableError(f"it has layers of type {', '.join(sorted(unknown))}")
+    by_kind = {"full_attention": None, **({"sliding_attention": window} if window is not None else {})}
+    if len(kinds) > 1:
+        return [MaskForm(by_kind)]
+    return [MaskForm(by_kind), MaskForm({SINGLE: window if "sliding_attention" in kinds else None})]
+
+
+def _visible(rows: Rows, window: int | None, row: Tensor | slice, query: Any, key: Any) -> Any:
+    """The rule: an earlier token of the same tree, in the prompt or one's own branch, within the window."""
+    same_tree = rows.tree[row, query] == rows.tree[row, key]
+    own = (rows.branch[row, key] == 0) | (rows.branch[row, key] == rows.branch[row, query])
+    seen = same_tree & own & (key <= query)
+    if window is not None:
+        seen = seen & (rows.position[row, key] > rows.position[row, query] - window)
+    return seen
+
+
+def visible(rows: Rows, window: int | None) -> Tensor:
+    """Bool `[B, L, L]`: whether query (dim 1) sees key (dim 2). Padding sees padding: no row is empty."""
+    index = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
+    return _visible(rows, window, slice(None), index[:, None], index[None, :])
+
+
+def mask_mod(rows: Rows, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same rule as a FlexAttention `mask_mod(batch, head, query, key)`."""
+
+    def mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _visible(rows, window, batch, query, key)
+
+    return mod
+
+
+def dense_mask(rows: Rows, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[B, 1, L, L]`: 0 where a query sees a key, else the lowest number of the type."""
+    seen = visible(rows, window)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _dense(rows: Rows, window: int | None, dtype: torch.dtype, costs: RowCosts) -> Tensor:
+    mask = dense_mask(rows, window, dtype)
+    if window is not None or not costs.by_parts or torch.compiler.is_compiling():
+        return mask
+    trees = tree_spans(rows)
+    return TreeMask.of(mask, trees) if worth_it(rows, trees, costs) else mask
+
+
+def _block(rows: Rows, window: int | None) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, width = rows.input_ids.shape
+    device = rows.input_ids.device
+    return create_block_mask(
+        mask_mod(rows, window), batch, None, width, width, device=str(device), _compile=device.type == "cuda"
+    )
+
+
+def build_masks(rows: Rows, form: MaskForm, dtype: torch.dtype, costs: RowCosts, *, flex: bool) -> Any:
+    """What to pass as `attention_mask`: a mask, or a mapping from kinds of layers to masks."""
+    made: dict[int | None, Any] = {}
+    for window in form.windows.values():
+        if window not in made:
+            made[window] = _block(rows, window) if flex else _dense(rows, window, dtype, costs)
+    masks = {kind: made[window] for kind, window in form.windows.items()}
+    return masks.get(SINGLE, masks)
+
+
+# ---- Attention in shared rows on a CPU, without the pairs of tokens that the mask hides.
 #
 # A dense mask makes `scaled_dot_product_attention` compute every pair of a row, also those of two different
 # completions. `TreeMask` is such a mask that knows the rows it was made for. When it reaches PyTorch's attention
@@ -432,136 +542,3 @@ def _version(mask: Tensor) -> int | None:
 def _sum_dtype(query: Tensor) -> torch.dtype:
     """The type of PyTorch's log-sum-exp."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-# ----------------------------------------------------------------------------------------------------
-# Attention masks of a layout, from one description of which token may see which.
-#
-# Dense masks are *additive* floats `[B, 1, L, L]`: boolean ones are silently wrong in eager attention
-# (gemma2, gpt_oss). FlexAttention gets a `BlockMask` from the same rule. A sliding window counts logical
-# positions, so that it is what the text alone would see.
-
-SINGLE = ""
-# Attributes that some attention code uses as a window of its own making, in physical positions.
-OTHER_WINDOWS = (
-    "window_size",
-    "attention_window",
-    "local_attention",
-    "attention_window_size",
-    "local_window_size",
-)
-PROBED_WINDOW = 512
-
-
-class NotShareableError(Exception):
-    """A model for which no mask of a shared row can be given; the message says why."""
-
-
-@dataclass(frozen=True)
-class MaskForm:
-    """How a model takes masks.
-
-    Attributes:
-        windows: sliding window (None: all) per kind of layer; the key "" alone stands for a model that takes
-            one mask and not a mapping from kinds of layers.
-    """
-
-    windows: Mapping[str, int | None]
-
-    @property
-    def window(self) -> int | None:
-        """The shortest window, which a probe should be longer than."""
-        return min((w for w in self.windows.values() if w is not None), default=None)
-
-
-def mask_forms(config: Any) -> list[MaskForm]:
-    """The forms a model with this text config may take its masks in, likeliest first.
-
-    Raises:
-        NotShareableError: layers that carry state, or windows that no mask can express.
-    """
-    implementation = getattr(config, "_attn_implementation", None) or "eager"
-    if implementation.split("|")[-1].startswith("flash") or "flash" in implementation:
-        raise NotShareableError(f"attention implementation {implementation!r} takes no mask of its own")
-    for name in OTHER_WINDOWS:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > PROBED_WINDOW:
-            raise NotShareableError(f"it has a window ({name}={value}) too long to test")
-    window = getattr(config, "sliding_window", None)
-    if not isinstance(window, int) or not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        return [MaskForm({SINGLE: window})]
-    unknown = kinds - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise NotShareableError(f"it has layers of type {', '.join(sorted(unknown))}")
-    by_kind = {"full_attention": None, **({"sliding_attention": window} if window is not None else {})}
-    if len(kinds) > 1:
-        return [MaskForm(by_kind)]
-    return [MaskForm(by_kind), MaskForm({SINGLE: window if "sliding_attention" in kinds else None})]
-
-
-def _visible(
-    rows: Rows, window: int | None, row: Tensor | slice, query: Any, key: Any, q_index: Any, k_index: Any
-) -> Any:
-    """The rule: an earlier token of the same tree, in the prompt or one's own branch, within the window."""
-    same_tree = rows.tree[row, query] == rows.tree[row, key]
-    own = (rows.branch[row, key] == 0) | (rows.branch[row, key] == rows.branch[row, query])
-    seen = same_tree & own & (k_index <= q_index)
-    if window is not None:
-        seen = seen & (rows.position[row, key] > rows.position[row, query] - window)
-    return seen
-
-
-def visible(rows: Rows, window: int | None) -> Tensor:
-    """Bool `[B, L, L]`: whether query (dim 1) sees key (dim 2). Padding sees padding: no row is empty."""
-    width = rows.input_ids.shape[1]
-    index = torch.arange(width, device=rows.input_ids.device)
-    q_index, k_index = index[:, None], index[None, :]
-    everything = slice(None)
-    return _visible(rows, window, everything, q_index, k_index, q_index, k_index)
-
-
-def mask_mod(rows: Rows, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same rule as a FlexAttention `mask_mod(batch, head, query, key)`."""
-
-    def mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _visible(rows, window, batch, query, key, query, key)
-
-    return mod
-
-
-def dense_mask(rows: Rows, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[B, 1, L, L]`: 0 where a query sees a key, else the lowest number of the type."""
-    seen = visible(rows, window)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
-
-
-def _dense(rows: Rows, window: int | None, dtype: torch.dtype, costs: RowCosts) -> Tensor:
-    mask = dense_mask(rows, window, dtype)
-    if window is not None or not costs.by_parts or torch.compiler.is_compiling():
-        return mask
-    trees = tree_spans(rows)
-    return TreeMask.of(mask, trees) if worth_it(rows, trees, costs) else mask
-
-
-def _block(rows: Rows, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    batch, width = rows.input_ids.shape
-    device = rows.input_ids.device
-    return create_block_mask(
-        mask_mod(rows, window), batch, None, width, width, device=str(device), _compile=device.type == "cuda"
-    )
-
-
-def build_masks(rows: Rows, form: MaskForm, dtype: torch.dtype, costs: RowCosts, *, flex: bool) -> Any:
-    """What to pass as `attention_mask`: a mask, or a mapping from kinds of layers to masks."""
-    made: dict[int | None, Any] = {}
-    for window in form.windows.values():
-        if window not in made:
-            made[window] = _block(rows, window) if flex else _dense(rows, window, dtype, costs)
-    masks = {kind: made[window] for kind, window in form.windows.items()}
-    return masks.get(SINGLE, masks)
