@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -14,10 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from tokengrain.batch import Sample, Segments, TokenBatch
-from tokengrain.errors import DataError, ModelError, RecipeError, file_fingerprint, fingerprint, read_json, write_json
+from tokengrain.errors import (
+    DataError,
+    ModelError,
+    RecipeError,
+    file_fingerprint,
+    fingerprint,
+    read_json,
+    require,
+    write_json,
+)
 from tokengrain.methods._shaping import Moments
 from tokengrain.methods.qrm import (
     CompletionStatistics,
@@ -28,8 +49,9 @@ from tokengrain.methods.qrm import (
     pooled_scores,
     set_statistics,
 )
-from tokengrain.scoring.model import input_embeddings
+from tokengrain.scoring.model import HEADS, TOKEN_CLASSIFIER, head_name, input_embeddings
 from tokengrain.scoring.reference import disable_dropout, is_peft
+from tokengrain.settings import nearest
 from tokengrain.specs import LoraSpec, ModelSpec, TokenizerSpec
 
 ADAPTER = "adapter_config.json"
@@ -50,9 +72,9 @@ def locate(spec: ModelSpec, run_dir: Path) -> str:
         from tokengrain.worlds import load_world
 
         return str(load_world(str(spec.path)).base_model())
-    if spec.path is None:
-        raise ModelError("the model is built from scratch by the run's init stage and does not exist yet")
-    return os.path.expanduser(spec.path)
+    missing = "the model is built from scratch by the run's init stage and does not exist yet"
+    require(spec.path is not None, ModelError, missing)
+    return os.path.expanduser(str(spec.path))
 
 
 def is_adapter(path: str) -> bool:
@@ -66,16 +88,14 @@ def base_of_adapter(path: str) -> str:
     Raises:
         ModelError: the adapter does not say, or the base has gone.
     """
-    base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{path}/{ADAPTER} does not name its base model (base_model_name_or_path)")
+    base = read_json(Path(path) / ADAPTER).get("base_model_name_or_path")
+    require(base, ModelError, f"{path}/{ADAPTER} does not name its base model (base_model_name_or_path)")
     if Path(base).is_dir() or not os.path.isabs(base):
         return str(base)
     # The base may be an earlier stage of the same run, whose folder was moved since.
     moved = Path(path).resolve().parent.parent / Path(base).parent.name / Path(base).name
-    if moved.is_dir():
-        return str(moved)
-    raise ModelError(f"the base model of adapter {path} is not there: {base}")
+    require(moved.is_dir(), ModelError, f"the base model of adapter {path} is not there: {base}")
+    return str(moved)
 
 
 def load_tokenizer(spec: ModelSpec, path: str) -> Any:
@@ -84,8 +104,6 @@ def load_tokenizer(spec: ModelSpec, path: str) -> Any:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     for place in (path, base_of_adapter(path)) if is_adapter(path) else (path,):
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
@@ -107,30 +125,38 @@ def load_model(
 
     Args:
         merge_adapter: fold an adapter into its base, which gives a plain model of the same function.
-        train_adapter: go on training the adapter.
+        train_adapter: continue training the adapter.
 
     Raises:
         ModelError: there is no model, or transformers cannot load it.
     """
     if is_adapter(path):
-        peft = import_peft()
         base = load_model(spec, base_of_adapter(path))
-        try:
-            adapted = peft.PeftModel.from_pretrained(base, path, is_trainable=train_adapter)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"adapter {path} does not fit its base model: {_first_line(error)}") from error
-        return adapted.merge_and_unload() if merge_adapter else adapted
-    from transformers import AutoModelForCausalLM
+        return _with_adapter(base, path, merge_adapter, train_adapter)
+    with library_errors(f"no model could be loaded from {path}", path):
+        return AutoModelForCausalLM.from_pretrained(path, **_how(spec))
 
+
+def _with_adapter(base: nn.Module, path: str, merge: bool, train: bool) -> Any:
+    """The adapter at `path` on its base, or folded into it."""
+    with library_errors(f"adapter {path} does not fit its base model"):
+        adapted = import_peft().PeftModel.from_pretrained(base, path, is_trainable=train)
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def _how(spec: ModelSpec) -> dict[str, Any]:
+    """How transformers should load the weights."""
+    names = ("dtype", "attn_implementation", "trust_remote_code")
+    return {name: getattr(spec, name) for name in names}
+
+
+@contextlib.contextmanager
+def library_errors(what: str, path: str | None = None) -> Iterator[None]:
+    """What transformers and peft raise on bad files, as a ModelError that begins with `what`."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=spec.dtype,
-            attn_implementation=spec.attn_implementation,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"no model could be loaded from {path}: {_first_line(error)}{_near_path(path)}") from error
+        raise ModelError(f"{what}: {_first_line(error)}{_near_path(path) if path else ''}") from error
 
 
 def resolve_model(spec: ModelSpec | str, run_dir: str | Path = ".") -> tuple[torch.nn.Module, Any]:
@@ -146,13 +172,9 @@ def resolve_model(spec: ModelSpec | str, run_dir: str | Path = ".") -> tuple[tor
 
 def load_config(spec: ModelSpec, path: str) -> Any:
     """The architecture's config, without the weights."""
-    from transformers import AutoConfig
-
     place = base_of_adapter(path) if is_adapter(path) else path
-    try:
+    with library_errors(f"no model at {place}", place):
         return AutoConfig.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no model at {place}: {_first_line(error)}{_near_path(place)}") from error
 
 
 def positions(config: Any) -> int | None:
@@ -167,11 +189,8 @@ def check_vocabulary(tokenizer: Any, config: Any, tokens_of: str, model: str) ->
         ModelError: with both sizes.
     """
     size = getattr(config.get_text_config(), "vocab_size", None)
-    if size is not None and size < len(tokenizer):
-        raise ModelError(
-            f"{model} has a vocabulary of {size} tokens, the tokenizer of {tokens_of} has {len(tokenizer)}; "
-            "they must share one tokenizer"
-        )
+    message = f"{model} has a vocabulary of {size} tokens, the tokenizer of {tokens_of} has {len(tokenizer)}; "
+    require(size is None or size >= len(tokenizer), ModelError, message + "they must share one tokenizer")
 
 
 def check_same_vocabulary(tokenizer: Any, other: Any, name: str, other_name: str) -> None:
@@ -205,8 +224,6 @@ def model_fingerprint(path: str) -> str:
 
 
 def _hub_revision(name: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
     try:
         found = try_to_load_from_cache(name, "config.json")
     except ValueError:  # not a possible hub name; loading it will say so
@@ -249,14 +266,12 @@ def import_peft() -> Any:
     return peft
 
 
-# ----------------------------------------------------------------------------------------------------
-# Token-level reward models: a causal model's decoder with one number per token instead of a vocabulary.
+# ---- Token-level reward models: a causal model's decoder with one number per token instead of a vocabulary.
 #
 # The form on disk is a transformers token-classification model with one label, whole or as a LoRA adapter that
 # carries its head. The head has no bias to speak of: it stays 0. (Q-RM's loss does not see a constant that is added to
 # all scores, so a bias would drift on rounding errors.)
 
-HEADS = ("score", "classifier")
 STATISTICS = "score_statistics.json"
 """Beside an adapter, which has no config of its own to keep the statistics in."""
 _Read = Callable[[Tensor, Segments], Tensor]
@@ -271,10 +286,10 @@ def load_reward_model(
 
     Args:
         spec: how to load: dtype, attention implementation, trust in remote code.
-        path: a folder or hub name of a causal model, of a reward model (which is gone on with), or of an adapter
+        path: a folder or hub name of a causal model, of a reward model (training continues), or of an adapter
             of either.
         merge_adapter: fold an adapter into its base.
-        train_adapter: go on training the adapter of a reward model.
+        train_adapter: continue training the adapter of a reward model.
 
     Raises:
         ModelError: there is no model, its architecture has no token-classification form in transformers, or it
@@ -284,24 +299,12 @@ def load_reward_model(
         return _adapted(spec, path, merge_adapter, train_adapter)
     config = load_config(spec, path)
     _check_architecture(config)
-    fresh = not _is_token_classifier(config)
-    if not fresh and config.num_labels != 1:
-        raise ModelError(f"{path} is a token classifier of {config.num_labels} labels; a reward model has one")
+    fresh, labels = not is_classifier_config(config), config.num_labels
+    one = fresh or labels == 1
+    require(one, ModelError, f"{path} is a token classifier of {labels} labels; a reward model has one")
     config.num_labels, config.classifier_dropout = 1, 0.0
-    from transformers import AutoModelForTokenClassification
-
-    try:
-        with _quiet(fresh):
-            model = AutoModelForTokenClassification.from_pretrained(
-                path,
-                config=config,
-                dtype=spec.dtype,
-                attn_implementation=spec.attn_implementation,
-                trust_remote_code=spec.trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ModelError(f"no reward model could be made of {path}: {first}") from error
+    with library_errors(f"no reward model could be made of {path}"), _quiet(fresh):
+        model = AutoModelForTokenClassification.from_pretrained(path, config=config, **_how(spec))
     return _finished(model, fresh=fresh)
 
 
@@ -317,12 +320,9 @@ def load_trained_reward_model(path: str, *, dtype: Any = "auto", merge: bool = T
         ModelError: there is no model, or it is a causal model, whose head would be random.
     """
     spec = ModelSpec(path=path, dtype=dtype)
-    trained = is_reward_adapter(path) if is_adapter(path) else _is_token_classifier(load_config(spec, path))
-    if not trained:
-        raise ModelError(
-            f"{path} is not a reward model but a language model; expected a token classifier with one label, such as "
-            "a stage of kind `reward` makes"
-        )
+    trained = is_reward_adapter(path) if is_adapter(path) else is_classifier_config(load_config(spec, path))
+    message = f"{path} is not a reward model but a language model; expected a token classifier with one label, such as "
+    require(trained, ModelError, message + "a stage of kind `reward` makes")
     return load_reward_model(spec, path, merge_adapter=merge).eval().requires_grad_(False)
 
 
@@ -336,10 +336,8 @@ def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
     Raises:
         ModelError: the architecture has no token-classification form, or the model is a PEFT model.
     """
-    from transformers import AutoModelForTokenClassification
-
-    if is_peft(model):
-        raise ModelError("the model has an adapter; expected a plain model, as merge_and_unload() gives")
+    message = "the model has an adapter; expected a plain model, as merge_and_unload() gives"
+    require(not is_peft(model), ModelError, message)
     config: Any = copy.deepcopy(model.config)
     _check_architecture(config)
     config.num_labels, config.classifier_dropout = 1, 0.0
@@ -366,21 +364,6 @@ def reward_lora_config(lora: LoraSpec) -> Any:
         modules_to_save=[*HEADS, *(m for m in lora.modules_to_save or () if m not in HEADS)],
         use_rslora=lora.use_rslora,
     )
-
-
-def head_name(model: nn.Module) -> str:
-    """The attribute of a token classifier that is its head.
-
-    Raises:
-        ModelError: it has none of the known ones.
-    """
-    for name in HEADS:
-        if isinstance(getattr(model, name, None), nn.Module):
-            return name
-    raise ModelError(f"{type(model).__name__} has no head named {' or '.join(HEADS)}; is it a token classifier?")
-
-
-# ------------------------------------------------------------------------------------------------- statistics
 
 
 def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_tokens: int = 8192) -> ScoreStatistics:
@@ -422,8 +405,8 @@ def measure_completions(
 def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, read: _Read) -> Moments:
     """Mean and spread of what is read from the token scores of a data set's completions."""
     samples = _some(dataset, max_rows)
-    if not samples:
-        raise DataError("the dataset is empty", file=getattr(dataset, "name", None), expected="at least one row")
+    name = getattr(dataset, "name", None)
+    require(samples, DataError, "the dataset is empty", file=name, expected="at least one row")
     device = next(model.parameters()).device
     parts = TokenBatch.from_samples(samples).split(max_tokens)
     scores = ((frozen_token_scores(model, part.to(device)).cpu(), part.segments) for part in parts)
@@ -444,23 +427,14 @@ def _some(dataset: Any, most: int) -> list[Sample]:
     return [dataset[i] for i in range(0, len(dataset), stride)]
 
 
-# --------------------------------------------------------------------------------------------------- building
-
-
 def _adapted(spec: ModelSpec, path: str, merge: bool, train: bool) -> nn.Module:
-    base = base_of_adapter(path)
     if not is_reward_adapter(path):  # a policy's adapter: its merged model gives the decoder
         return reward_model_from(load_model(spec, path, merge_adapter=True))
-    peft = import_peft()
-    model = load_reward_model(spec, base)
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=train)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"adapter {path} does not fit its base model: {str(error).splitlines()[0]}") from error
+    adapted = _with_adapter(load_reward_model(spec, base_of_adapter(path)), path, merge, train)
     if (file := Path(path) / STATISTICS).is_file():
         for name, value in read_json(file).items():
             setattr(config_of(adapted), name, value)
-    return adapted.merge_and_unload() if merge else adapted
+    return adapted
 
 
 def is_reward_adapter(path: str) -> bool:
@@ -468,20 +442,18 @@ def is_reward_adapter(path: str) -> bool:
     return bool(read_json(Path(path) / ADAPTER).get("task_type") == "TOKEN_CLS")
 
 
-def _is_token_classifier(config: Any) -> bool:
-    return any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+def is_classifier_config(config: Any, kind: str = TOKEN_CLASSIFIER) -> bool:
+    """Whether it is the config of a token classifier (or of another kind of architecture)."""
+    return any(name.endswith(kind) for name in config.architectures or ())
 
 
 def _check_architecture(config: Any) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
-
-    if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"model type {config.model_type!r} is not a causal language model, which a reward model needs")
-    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        raise ModelError(
-            f"transformers has no token-classification form of model type {config.model_type!r}; expected one that has "
-            "(llama, qwen2, qwen3, mistral, gemma2, gpt2, gpt_neox, ...)"
-        )
+    causal = not getattr(config, "is_encoder_decoder", False) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = repr(config.model_type)
+    require(causal, ModelError, f"model type {kind} is not a causal language model, which a reward model needs")
+    message = f"transformers has no token-classification form of model type {kind}; expected one that has "
+    known = type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    require(known, ModelError, message + "(llama, qwen2, qwen3, mistral, gemma2, gpt2, gpt_neox, ...)")
 
 
 def reset_head(model: nn.Module) -> None:
@@ -509,8 +481,6 @@ def _finished(model: Any, *, fresh: bool) -> nn.Module:
 @contextlib.contextmanager
 def _quiet(fresh: bool) -> Iterator[None]:
     """No report on weights that are missing or left over: with a fresh head both are as they should be."""
-    from transformers.utils import logging
-
     before = logging.get_verbosity()
     try:
         if fresh:
@@ -520,8 +490,7 @@ def _quiet(fresh: bool) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The `init` stage: a model built from a config, with a tokenizer trained on the data.
+# ---- The `init` stage: a model built from a config, with a tokenizer trained on the data.
 
 PAD, EOS = "<pad>", "<eos>"
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages")
@@ -529,10 +498,6 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages"
 
 def check_config(values: dict[str, Any]) -> str | None:
     """What is wrong with the `config:` of a model built from scratch, or None."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from tokengrain.settings import nearest
-
     model_type = values["model_type"]
     if model_type not in CONFIG_MAPPING:
         near = nearest(str(model_type), list(CONFIG_MAPPING))
@@ -557,13 +522,9 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
         rows: what the tokenizer is trained on.
         seed: of the weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     if isinstance(spec.tokenizer, str):
-        try:
+        with library_errors(f"no tokenizer could be loaded from {spec.tokenizer}"):
             tokenizer: Any = AutoTokenizer.from_pretrained(spec.tokenizer)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no tokenizer could be loaded from {spec.tokenizer}: {error}") from error
     else:
         tokenizer = train_tokenizer(spec.tokenizer or TokenizerSpec(), texts(rows))
     values = dict(spec.config or {})
@@ -574,11 +535,9 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
     AutoConfig.for_model(model_type).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **values})
-    if config.vocab_size < len(tokenizer):
-        raise RecipeError(
-            f"model.config.vocab_size is {config.vocab_size}; expected at least {len(tokenizer)}, the "
-            "tokens of the tokenizer (leave it out to get just that)"
-        )
+    message = f"model.config.vocab_size is {config.vocab_size}; expected at least {len(tokenizer)}, the "
+    message += "tokens of the tokenizer (leave it out to get just that)"
+    require(config.vocab_size >= len(tokenizer), RecipeError, message)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     if spec.dtype != "auto":
@@ -588,9 +547,6 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
 
 def train_tokenizer(spec: TokenizerSpec, corpus: Iterable[str]) -> Any:
     """A byte-level BPE trained on `corpus`, or one without merges (every byte a token)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

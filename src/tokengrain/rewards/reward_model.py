@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.errors import ModelError, RecipeError
+from tokengrain.errors import ModelError, RecipeError, require
 from tokengrain.methods._shaping import scale_scores
 from tokengrain.methods.qrm import (
     Pooling,
@@ -20,11 +21,20 @@ from tokengrain.methods.qrm import (
     pooled_scores,
     retokenizer_for,
 )
-from tokengrain.models import is_adapter, is_reward_adapter, load_config, load_trained_reward_model
+from tokengrain.models import (
+    is_adapter,
+    is_classifier_config,
+    is_reward_adapter,
+    library_errors,
+    load_config,
+    load_trained_reward_model,
+)
 from tokengrain.rewards.suite import RewardError
-from tokengrain.scoring.model import SUFFIX, device_of, evaluating, input_embeddings, is_token_classifier
+from tokengrain.scoring.model import device_of, evaluating, input_embeddings, is_token_classifier
 from tokengrain.settings import Count
 from tokengrain.specs import ModelSpec
+
+SEQUENCE = "ForSequenceClassification"  # how transformers' names of these models end
 
 
 class RewardModel:
@@ -35,10 +45,10 @@ class RewardModel:
     Completions of alike length are scored together, on the model's device, without gradient.
 
     Args:
-        model: as `tokengrain.training.completion_models.load_completion_model` gives it.
+        model: as `load_completion_model` gives it.
         tokenizer: the policy's.
         reward_tokenizer: the model's; None: the policy's. Where the two differ the model reads the text again, see
-            `tokengrain.credit.retokenize`.
+            `tokengrain.methods.qrm.retokenizer_for`.
         chat: with a tokenizer of its own, a prompt of text is the user's message of a chat. (Messages always are.)
         pooling: of a token classifier: "mean" of its tokens' scores, or that of the "last"; None: as its config says.
         scaling: "zscore" by the mean and deviation of completions in the model's config, "centre", or "none".
@@ -66,11 +76,11 @@ class RewardModel:
         _check_model(model)
         self.statistics = completion_statistics_of(model)
         self.pooling = self._pooling(pooling)
-        if self.statistics is None and scaling != "none":
-            raise ModelError(
-                f"reward 'reward_model': scaling {scaling!r} needs completion_score_mean and completion_score_std in "
-                "the reward model's config, which has them not; expected scaling: none (and the credit step normalize)"
-            )
+        message = f"reward 'reward_model': scaling {scaling!r} needs completion_score_mean and completion_score_std in "
+        message += (
+            "the reward model's config, which has them not; expected scaling: none (and the credit step normalize)"
+        )
+        require(self.statistics is not None or scaling == "none", ModelError, message)
         self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)
 
     def __call__(
@@ -81,8 +91,7 @@ class RewardModel:
         Raises:
             RewardError: an empty completion; tokens or positions that the model does not have.
         """
-        if any(not ids for ids in completion_ids):
-            raise RewardError("the completion is empty; expected at least one token")
+        require(all(completion_ids), RewardError, "the completion is empty; expected at least one token")
         batch = TokenBatch.from_samples(list(self._samples(prompts, prompt_ids, completion_ids)))
         if self.retokenizer is not None:
             batch, _ = self.retokenizer(batch)
@@ -94,22 +103,16 @@ class RewardModel:
     def _pooling(self, given: Pooling | None) -> Pooling | None:
         """None for a sequence classifier."""
         if not is_token_classifier(self.model):
-            if given is not None:
-                raise RecipeError(
-                    f"reward 'reward_model': pooling is {given!r}, but a sequence classifier pools itself"
-                )
+            message = f"reward 'reward_model': pooling is {given!r}, but a sequence classifier pools itself"
+            require(given is None, RecipeError, message)
             return None
         known = self.statistics.pooling if self.statistics is not None else None
-        if given is None and known is None:
-            raise ModelError(
-                "reward 'reward_model': the reward model's config does not say how its loss pooled "
-                "(completion_score_pooling); expected the setting pooling: mean or last"
-            )
-        if given is not None and known not in (None, given) and self.scaling != "none":
-            raise RecipeError(
-                f"reward 'reward_model': pooling is {given!r}, and the statistics for scaling {self.scaling!r} are "
-                f"those of {known!r}; expected pooling: {known}, or scaling: none"
-            )
+        message = "reward 'reward_model': the reward model's config does not say how its loss pooled "
+        message += "(completion_score_pooling); expected the setting pooling: mean or last"
+        require(given or known, ModelError, message)
+        message = f"reward 'reward_model': pooling is {given!r}, and the statistics for scaling {self.scaling!r} are "
+        message += f"those of {known!r}; expected pooling: {known}, or scaling: none"
+        require(given is None or known in (None, given) or self.scaling == "none", RecipeError, message)
         return given or known
 
     def _samples(
@@ -169,40 +172,26 @@ def _alike(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise RecipeError(
-            f"reward 'reward_model': model is {type(model).__name__}; expected a loaded one, such as "
-            "tokengrain.training.completion_models.load_completion_model(path) gives"
-        )
-    sequence = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
-    if not sequence and not is_token_classifier(model):
-        raise ModelError(
-            f"reward 'reward_model': the model is a {type(model).__name__}; expected a token classifier or a sequence "
-            "classifier with one label"
-        )
-    if (labels := config_of(model).num_labels) != 1:
-        raise ModelError(f"reward 'reward_model': {type(model).__name__} has {labels} labels; expected one")
+    what, name = "reward 'reward_model'", type(model).__name__
+    message = f"{what}: model is {name}; expected a loaded one, such as "
+    message += "tokengrain.rewards.reward_model.load_completion_model(path) gives"
+    require(isinstance(model, nn.Module), RecipeError, message)
+    known = is_token_classifier(model) or any(cls.__name__.endswith(SEQUENCE) for cls in type(model).__mro__)
+    message = f"{what}: the model is a {name}; expected a token classifier or a sequence classifier with one label"
+    require(known, ModelError, message)
+    labels = config_of(model).num_labels
+    require(labels == 1, ModelError, f"{what}: {name} has {labels} labels; expected one")
 
 
 def _check_fits(model: nn.Module, batch: TokenBatch) -> None:
     known = getattr(input_embeddings(model), "num_embeddings", None)
     largest = int(torch.cat([batch.prompt_ids, batch.completion_ids]).max())
-    if known is not None and largest >= known:
-        raise RewardError(
-            f"token id {largest} is outside the reward model's vocabulary of {known}; expected a reward_tokenizer"
-        )
+    message = f"token id {largest} is outside the reward model's vocabulary of {known}; expected a reward_tokenizer"
+    require(known is None or largest < known, RewardError, message)
     limit = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
     longest = int((batch.prompt_offsets.diff()[batch.group] + batch.completion_offsets.diff()).max())
-    if limit is not None and longest > limit:
-        raise RewardError(
-            f"prompt and completion are {longest} tokens; expected at most {limit}, the model's positions"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------
-# Models that judge whole completions, for the reward `reward_model`.
-
-SEQUENCE = "ForSequenceClassification"
+    message = f"prompt and completion are {longest} tokens; expected at most {limit}, the model's positions"
+    require(limit is None or longest <= limit, RewardError, message)
 
 
 def load_completion_model(path: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> nn.Module:
@@ -212,7 +201,7 @@ def load_completion_model(path: str, *, dtype: Any = "auto", trust_remote_code: 
         path: a folder or hub name: what a stage of kind `reward` made (an adapter too), or any sequence classifier of
             transformers with one label.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-        trust_remote_code: run the Python code that a sequence classifier on the hub brings along.
+        trust_remote_code: run the Python code that a sequence classifier on the hub includes.
 
     Raises:
         ModelError: there is no model, it is of another kind, or it has several labels.
@@ -220,15 +209,10 @@ def load_completion_model(path: str, *, dtype: Any = "auto", trust_remote_code: 
     spec = ModelSpec(path=path, dtype=dtype, trust_remote_code=trust_remote_code)
     if check_completion_model(spec, path) == "tokens":
         return load_trained_reward_model(path, dtype=dtype)
-    from transformers import AutoModelForSequenceClassification
-
-    try:
+    with library_errors(f"no sequence classifier could be loaded from {path}"):
         model = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ModelError(f"no sequence classifier could be loaded from {path}: {first}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -239,17 +223,14 @@ def check_completion_model(spec: ModelSpec, path: str) -> Literal["tokens", "seq
         ModelError: there is no model, it is of another kind, or it has several labels.
     """
     config = load_config(spec, path)
-    kinds = tuple(config.architectures or ())
-    if is_adapter(path):
-        tokens, sequence = is_reward_adapter(path), False
-    else:
-        tokens, sequence = (any(name.endswith(end) for name in kinds) for end in (SUFFIX, SEQUENCE))
-    if not tokens and not sequence:
-        kind = "an adapter of no reward model" if is_adapter(path) else " or ".join(kinds) or "of an unknown kind"
-        raise ModelError(
-            f"{path} is {kind}; expected a reward model: a token classifier with one label, such as a stage of kind "
-            "`reward` makes, or a sequence classifier with one label"
-        )
-    if not is_adapter(path) and config.num_labels != 1:
-        raise ModelError(f"{path} is a classifier of {config.num_labels} labels; a reward model has one")
+    adapter = is_adapter(path)
+    tokens = is_reward_adapter(path) if adapter else is_classifier_config(config)
+    sequence = not adapter and is_classifier_config(config, SEQUENCE)
+    kind = (
+        "an adapter of no reward model" if adapter else " or ".join(config.architectures or ()) or "of an unknown kind"
+    )
+    message = f"{path} is {kind}; expected a reward model: a token classifier with one label, such as a stage of kind "
+    require(tokens or sequence, ModelError, message + "`reward` makes, or a sequence classifier with one label")
+    labels = config.num_labels
+    require(adapter or labels == 1, ModelError, f"{path} is a classifier of {labels} labels; a reward model has one")
     return "tokens" if tokens else "sequence"

@@ -1,8 +1,7 @@
 """What runs inside the model's forward: rows through the decoder, then the head on what counts.
 
-`prepare` makes a model's `forward` accept `token_batch=ScoreRequest(...)` and hand it to
-`run`. Being inside `forward`, the hooks of DDP, FSDP2 and accelerate have fired and gradients flow through
-the returned dict.
+`prepare` makes a model's `forward` accept `token_batch=ScoreRequest(...)` and hand it to `run`. Being inside
+`forward`, the hooks of DDP, FSDP2 and accelerate have fired and gradients flow through the returned dict.
 """
 
 from __future__ import annotations
@@ -17,126 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import ModelError
-from tokengrain.scoring.fused import CHUNK_BYTES, check_tokens, head_quantities
+from tokengrain.errors import ModelError, require
+from tokengrain.scoring.fused import CHUNK_BYTES, check_tokens, head_quantities, room
 from tokengrain.scoring.head import Distribution, Head, Teacher, accumulation_dtype, logits_quantities
 from tokengrain.scoring.layouts import Layout, MaskForm, RowCosts, Rows, build_masks, plan_rows
 
-# ----------------------------------------------------------------------------------------------------
-# Token-classification models with one label: a score for every token.
-#
-# A reward model is read at the token itself ("token_scores"); a critic before the action, at the position that
-# predicts the token ("values").
-
-SUFFIX = "ForTokenClassification"
-# What transformers calls the head.
-HEADS = ("score", "classifier")
-# What they give.
-CLASSIFIER_WANTS = ("token_scores", "values")
-
-
-def is_token_classifier(model: nn.Module) -> bool:
-    """Whether it is one of transformers' `*ForTokenClassification` models, or derived from one."""
-    return any(cls.__name__.endswith(SUFFIX) for cls in type(model).__mro__)
-
-
-def checked_classifier(model: nn.Module) -> nn.Module:
-    """The model, if it has one label and a head that can be found; else ModelError."""
-    config: Any = model.config
-    if config.num_labels != 1:
-        raise ModelError(
-            f"{type(model).__name__} has {config.num_labels} labels; expected one, as "
-            "AutoModelForTokenClassification.from_pretrained(..., num_labels=1) gives it"
-        )
-    score_head(model)
-    return model
-
-
-def score_head(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states `[..., H]` into scores `[..., 1]`, with whatever PEFT put around it."""
-    for name in HEADS:
-        module = getattr(model, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise ModelError(f"{type(model).__name__} has no head that is known; expected one of {list(HEADS)}")
-
-
-def scores_of_hidden(model: nn.Module, hidden: Tensor) -> Tensor:
-    """`[n, H] -> [n]`, in float32 (float64 for a float64 model), with the model's dropout if it is training."""
-    dropout = getattr(model, "dropout", None)
-    if isinstance(dropout, nn.Module):
-        hidden = dropout(hidden)
-    return scores_of_logits(score_head(model)(hidden))
-
-
-def scores_of_logits(logits: Tensor) -> Tensor:
-    """`[n, 1] -> [n]`."""
-    return logits[:, 0].to(accumulation_dtype(logits.dtype))
-
-
-# ----------------------------------------------------------------------------------------------------
-# The first and the last layer of a Hugging Face model, which PyTorch's types know nothing of.
-
-
-def input_embeddings(lm: nn.Module) -> Any:
-    """The module that turns token ids into vectors; its `weight` is `[V, H]`."""
-    model: Any = lm
-    return model.get_input_embeddings()
-
-
-def output_embeddings(lm: nn.Module) -> Any:
-    """The module that turns hidden states `[..., H]` into logits `[..., V]`, with whatever PEFT put around it."""
-    model: Any = lm
-    return model.get_output_embeddings()
-
-
-def device_of(lm: nn.Module) -> torch.device:
-    """Where token ids go: the device of the input embeddings."""
-    return input_embeddings(lm).weight.device
-
-
-# ----------------------------------------------------------------------------------------------------
-# The head of a live model: its weight, looked up through adapters and shards.
-
-
-def live_head(lm: nn.Module, scale: float, softcap: float | None) -> Head | None:
-    """The head with its live weight, or None if its module is more than a matrix (adapters, quantisation)."""
-    linear = plain_linear(output_embeddings(lm))
-    if linear is None:
-        return None
-    bias = None if linear.bias is None else _whole(linear.bias)
-    return Head(_whole(linear.weight), bias, scale, softcap)
-
-
-def plain_linear(module: Any) -> nn.Linear | None:
-    """The `nn.Linear` that `module` amounts to at the moment, looking through PEFT's wrappers."""
-    if getattr(module, "disable_adapters", False) and not getattr(module, "merged", False):
-        # PEFT: a tuner layer keeps its `base_layer`, a trained copy its `original_module`.
-        return plain_linear(getattr(module, "base_layer", None) or getattr(module, "original_module", None))
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        return plain_linear(module.modules_to_save[module.active_adapters[0]]) if module.active_adapters else None
-    forward = getattr(type(module), "forward", None)
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward and "forward" not in vars(module):
-        return module
-    return None
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """A sharded parameter gathered; its gradient is averaged over ranks, as FSDP does with all the others."""
-    from torch.distributed.tensor import DTensor, Partial
-
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
-def raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits before scaling and capping, `[N, V]`; for the probe."""
-    linear = plain_linear(output_embeddings(lm))
-    if linear is None:
-        return output_embeddings(lm)(hidden)
-    bias = None if linear.bias is None else _whole(linear.bias)
-    return nn.functional.linear(hidden.to(linear.weight.dtype), _whole(linear.weight), bias)
+TOKEN_CLASSIFIER = "ForTokenClassification"  # how transformers' names of these models end
+HEADS = ("score", "classifier")  # what transformers calls their head
+CLASSIFIER_WANTS = ("token_scores", "values")  # what they give
 
 
 @dataclass(frozen=True)
@@ -180,18 +67,14 @@ class ScoreRequest:
         check_tokens("chunk_tokens", self.chunk_tokens)
 
 
-def text_config(lm: nn.Module) -> Any:
-    """The part of a model's config that describes its language model."""
-    config: Any = lm.config
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
 def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -> dict[str, Tensor]:
     """The quantities of a request, flat `[N]` (or `[N, H]`), in the order of the batch's flat vectors."""
-    with _autocast(device_of(lm).type, request.plan.autocast):
+    device, dtype = device_of(lm), request.plan.autocast
+    own = dtype is not None and not torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, dtype=dtype) if own else contextlib.nullcontext():
         if request.plan.head == "logits":
             return quantities_from_logits(lm, request, lambda ids, mask: own_forward(input_ids=ids).logits)
-        hidden, labels = _hidden(lm, request), request.batch.labels.to(device_of(lm))
+        hidden, labels = _hidden(lm, request), request.batch.labels.to(device)
         out = {"hidden": hidden} if "hidden" in request.want else {}
         if "raw_logits" in request.want:
             out["raw_logits"] = raw_logits(lm, hidden)
@@ -200,26 +83,18 @@ def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -
         return out | _head_quantities(lm, request, hidden, labels)
 
 
-def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    if dtype is None or torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, dtype=dtype)
-
-
 def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
     """The rectangles of a request, checked against the model's positions and vocabulary, on its device."""
     _check_fits(lm, request.batch)
     config, device, plan = text_config(lm), device_of(lm), request.plan
     layout: Layout = request.layout if plan.masks is not None else "separate"
-    costs = _costs(config, device, plan)
-    pack = plan.masks is not None and uses_flex(config) and request.layout != "separate"
     rows = plan_rows(
         request.batch,
         layout,
-        costs,
+        _costs(config, device, plan),
         max_row_tokens=request.max_row_tokens,
         one_forward=request.one_forward,
-        pack=pack,
+        pack=uses_flex(config) and layout != "separate",
         itself=is_token_classifier(lm) and "values" not in request.want,
     )
     return [r.to(device) for r in rows]
@@ -228,14 +103,11 @@ def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
 def _costs(config: Any, device: torch.device, plan: ModelPlan) -> RowCosts:
     plain = plan.masks is not None and plan.masks.window is None
     by_parts = plain and device.type == "cpu" and getattr(config, "_attn_implementation", None) == "sdpa"
-    return RowCosts(_size(config), _overhead_tokens(config, device), by_parts)
+    size = getattr(config, "hidden_size", 1024)
+    return RowCosts(size, _overhead_tokens(config, device, size), by_parts)
 
 
-def _size(config: Any) -> int:
-    return getattr(config, "hidden_size", 1024)
-
-
-def _overhead_tokens(config: Any, device: torch.device) -> int:
+def _overhead_tokens(config: Any, device: torch.device, size: int) -> int:
     """How many tokens cost as much as one more pass through the decoder.
 
     Measured on one CPU core: each pass launches its operations (worth the more tokens the smaller the model) and,
@@ -246,7 +118,7 @@ def _overhead_tokens(config: Any, device: torch.device) -> int:
     if device.type != "cpu":
         return 1024
     layers = getattr(config, "num_hidden_layers", 24)
-    return 32 + 400_000 // _size(config) ** 2 + 4 * config.vocab_size // (_size(config) * layers)
+    return 32 + 400_000 // size**2 + 4 * config.vocab_size // (size * layers)
 
 
 def uses_flex(config: Any) -> bool:
@@ -276,17 +148,6 @@ def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
                 f"a {name} has token id {low if low < 0 else high}; expected at least 0 and less than {vocab}, the "
                 f"vocabulary of {type(lm).__name__}: is this its tokenizer?"
             )
-
-
-def decoder_of(lm: nn.Module) -> nn.Module:
-    """The model without its head."""
-    model: Any = lm
-    decoder = getattr(model, "base_model", model)
-    if decoder is model and hasattr(model, "get_decoder"):
-        decoder = model.get_decoder()
-    if decoder is lm or not isinstance(decoder, nn.Module):
-        raise ModelError(f"{type(lm).__name__} has no decoder that can run without its head")
-    return decoder
 
 
 def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
@@ -329,8 +190,7 @@ def _module_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, lab
     def chunk(span: slice) -> dict[str, Tensor]:
         return logits_quantities(finish(module(hidden[span])), labels[span], names, *_given_at(request, span))
 
-    room = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    rows = request.chunk_tokens or max(1, room // (4 * text_config(lm).vocab_size))
+    rows = request.chunk_tokens or max(1, room(CHUNK_BYTES, hidden.device) // (4 * text_config(lm).vocab_size))
     outs: list[dict[str, Tensor]] = []
     for start in range(0, max(len(labels), 1), rows):
         span = slice(start, start + rows)
@@ -352,9 +212,8 @@ def quantities_from_logits(
     `own_logits(input_ids [B, L], attention_mask [B, L]) -> [B, >= L, V]`; what precedes the last L positions
     (the virtual tokens of prompt learning) is dropped.
     """
-    if "hidden" in request.want:
-        name, reason = type(lm).__name__, request.plan.reason
-        raise ModelError(f"the last hidden states of {name} are not available: {reason}")
+    message = f"the last hidden states of {type(lm).__name__} are not available: {request.plan.reason}"
+    require("hidden" not in request.want, ModelError, message)
     labels = request.batch.labels.to(device_of(lm))
     outs, targets = [], []
     for rows in rows_of(lm, request):
@@ -368,6 +227,43 @@ def quantities_from_logits(
     return {name: _in_order([o[name] for o in outs], targets) for name in outs[0]}
 
 
+# ---- The parts of a Hugging Face model, which PyTorch's types know nothing of, through adapters and shards.
+
+
+def input_embeddings(lm: nn.Module) -> Any:
+    """The module that turns token ids into vectors; its `weight` is `[V, H]`."""
+    model: Any = lm
+    return model.get_input_embeddings()
+
+
+def output_embeddings(lm: nn.Module) -> Any:
+    """The module that turns hidden states `[..., H]` into logits `[..., V]`, with whatever PEFT put around it."""
+    model: Any = lm
+    return model.get_output_embeddings()
+
+
+def device_of(lm: nn.Module) -> torch.device:
+    """Where token ids go: the device of the input embeddings."""
+    return input_embeddings(lm).weight.device
+
+
+def text_config(lm: nn.Module) -> Any:
+    """The part of a model's config that describes its language model."""
+    config: Any = lm.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def decoder_of(lm: nn.Module) -> nn.Module:
+    """The model without its head."""
+    model: Any = lm
+    decoder = getattr(model, "base_model", model)
+    if decoder is model and hasattr(model, "get_decoder"):
+        decoder = model.get_decoder()
+    found = decoder is not lm and isinstance(decoder, nn.Module)
+    require(found, ModelError, f"{type(lm).__name__} has no decoder that can run without its head")
+    return decoder
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's mode is put back, on errors too."""
@@ -379,3 +275,91 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def live_head(lm: nn.Module, scale: float, softcap: float | None) -> Head | None:
+    """The head with its live weight, or None if its module is more than a matrix (adapters, quantisation)."""
+    linear = plain_linear(output_embeddings(lm))
+    if linear is None:
+        return None
+    bias = None if linear.bias is None else _whole(linear.bias)
+    return Head(_whole(linear.weight), bias, scale, softcap)
+
+
+def plain_linear(module: Any) -> nn.Linear | None:
+    """The `nn.Linear` that `module` amounts to at the moment, looking through PEFT's wrappers."""
+    if getattr(module, "disable_adapters", False) and not getattr(module, "merged", False):
+        # PEFT: a tuner layer keeps its `base_layer`, a trained copy its `original_module`.
+        return plain_linear(getattr(module, "base_layer", None) or getattr(module, "original_module", None))
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        return plain_linear(module.modules_to_save[module.active_adapters[0]]) if module.active_adapters else None
+    forward = getattr(type(module), "forward", None)
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward and "forward" not in vars(module):
+        return module
+    return None
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A sharded parameter gathered; its gradient is averaged over ranks, as FSDP does with all the others."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits before scaling and capping, `[N, V]`; for the probe."""
+    linear = plain_linear(output_embeddings(lm))
+    if linear is None:
+        return output_embeddings(lm)(hidden)
+    bias = None if linear.bias is None else _whole(linear.bias)
+    return nn.functional.linear(hidden.to(linear.weight.dtype), _whole(linear.weight), bias)
+
+
+# ---- Token-classification models with one label: a score for every token.
+#
+# A reward model is read at the token itself ("token_scores"); a critic before the action, at the position that
+# predicts the token ("values").
+
+
+def is_token_classifier(model: nn.Module) -> bool:
+    """Whether it is one of transformers' `*ForTokenClassification` models, or derived from one."""
+    return any(cls.__name__.endswith(TOKEN_CLASSIFIER) for cls in type(model).__mro__)
+
+
+def checked_classifier(model: nn.Module) -> nn.Module:
+    """The model, if it has one label and a head that can be found; else ModelError."""
+    config: Any = model.config
+    require(
+        config.num_labels == 1,
+        ModelError,
+        f"{type(model).__name__} has {config.num_labels} labels; expected one, as "
+        "AutoModelForTokenClassification.from_pretrained(..., num_labels=1) gives it",
+    )
+    head_name(model)
+    return model
+
+
+def head_name(model: nn.Module) -> str:
+    """The attribute of a token classifier that is its head: `[..., H]` to `[..., 1]`, maybe with PEFT around it.
+
+    Raises:
+        ModelError: it has none of the known ones.
+    """
+    found = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
+    require(found, ModelError, f"{type(model).__name__} has no head that is known; expected one of {list(HEADS)}")
+    return found[0]
+
+
+def scores_of_hidden(model: nn.Module, hidden: Tensor) -> Tensor:
+    """`[n, H] -> [n]`, in float32 (float64 for a float64 model), with the model's dropout if it is training."""
+    dropout = getattr(model, "dropout", None)
+    if isinstance(dropout, nn.Module):
+        hidden = dropout(hidden)
+    return scores_of_logits(getattr(model, head_name(model))(hidden))
+
+
+def scores_of_logits(logits: Tensor) -> Tensor:
+    """`[n, 1] -> [n]`."""
+    return logits[:, 0].to(accumulation_dtype(logits.dtype))

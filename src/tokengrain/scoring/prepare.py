@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.errors import ModelError
+from tokengrain.errors import ModelError, require
 from tokengrain.scoring.head import Head
 from tokengrain.scoring.layouts import OTHER_WINDOWS, PROBED_WINDOW, Layout, MaskForm, NotShareableError, mask_forms
 from tokengrain.scoring.model import (
@@ -30,8 +30,172 @@ from tokengrain.scoring.model import (
     text_config,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# Find out by a tiny experiment how a model is to be scored: its head, and whether prompts can be shared.
+PLANS = "_tokengrain_plans"
+TOLD = "_tokengrain_layout"
+TOLD_REASON = "_tokengrain_warned"
+ORIGINAL = "_tokengrain_original_forward"
+MARK = "_tokengrain_dispatches"
+
+
+def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
+    """Install the scoring forward on the model in `model` and find out how to score it.
+
+    A tiny probe compares our head with the model's own logits, and shared prompts with separate rows. Where
+    they differ, or the model cannot take shared rows, a warning says so once and the slower way is used. The
+    probe runs in evaluation mode without gradients and leaves training mode and random numbers alone.
+
+    Args:
+        model: a Hugging Face causal language model, or a token-classification model with one label, plain or
+            wrapped (PEFT, DDP, FSDP2, accelerate).
+        layout: "auto" shares prompts where the model can and it pays; "shared" insists; "separate" never
+            does. It becomes the default of `score` for this model. None: as before, at first "auto".
+
+    Returns:
+        The plan. It is kept on the model: calling again costs nothing.
+
+    Raises:
+        ModelError: another kind of model, or layout="shared" for a model that cannot share.
+    """
+    lm = scored_model(model)
+    plan = plan_for(model, lm, layout)
+    if layout is not None:
+        vars(lm)[TOLD] = layout
+    return plan
+
+
+def plan_for(model: nn.Module, lm: nn.Module, layout: Layout | None) -> ModelPlan:
+    """The plan of `lm`, the model that is scored in `model`, for one layout (None: the model's default)."""
+    layout = layout or vars(lm).get(TOLD, "auto")
+    known = layout in ("auto", "shared", "separate")
+    require(known, ModelError, f"unknown layout; got {layout!r}, expected 'auto', 'shared' or 'separate'")
+    install(lm)
+    virtual = prompt_learning(model) is not None
+    if virtual:
+        plan = ModelPlan("separate", head="logits", reason="its adapter puts virtual tokens before every text")
+    else:
+        plan = _found_out(model, lm, sharing=layout != "separate")
+    can = layout != "shared" or plan.masks is not None
+    require(can, ModelError, f"{type(lm).__name__} cannot share prompts: {plan.reason}")
+    if layout == "auto" and not virtual and plan.reason is not None and not vars(lm).get(TOLD_REASON):
+        vars(lm)[TOLD_REASON] = True
+        how = "is scored through its own full logits"
+        if plan.head == "fused":
+            how = "cannot share prompts, so completions run separately"
+        warnings.warn(f"{type(lm).__name__} {how}: {plan.reason}", stacklevel=4)
+    return replace(plan, layout=layout if plan.masks is not None else "separate")
+
+
+def _found_out(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
+    """What the probe found, from the model's memory if it can be."""
+    plans: dict[tuple[Any, ...], ModelPlan] = vars(lm).setdefault(PLANS, {})
+    key = signature(lm)
+    plan = plans.get((True, *key)) or (None if sharing else plans.get((False, *key)))
+    if plan is None:
+        meta = any(p.device.type == "meta" for p in lm.parameters())
+        require(not meta, ModelError, f"{type(lm).__name__} has weights on the meta device; load them before scoring")
+        plan = plans[(sharing, *key)] = probe(model, lm, sharing=sharing)
+    return plan
+
+
+def signature(lm: nn.Module) -> tuple[Any, ...]:
+    """What a plan depends on: attention implementation and kinds of modules (adapters come and go)."""
+    kinds = frozenset(type(m).__name__.removeprefix("FSDP") for m in lm.modules())
+    return (getattr(text_config(lm), "_attn_implementation", None), kinds)
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The Hugging Face causal language model under DDP, FSDP, PEFT, `torch.compile` and the like.
+
+    Raises:
+        ModelError: nothing there has output embeddings, or it is an encoder-decoder.
+    """
+    inner: Any = _unwrapped(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    name, expected = type(inner).__name__, "expected a causal language model"
+    message = f"{name} has no language-model head; {expected} such as AutoModelForCausalLM loads"
+    require(head is not None, ModelError, message)
+    encoder = getattr(inner.config, "is_encoder_decoder", False)
+    require(not encoder, ModelError, f"{name} is an encoder-decoder; {expected}")
+    return inner
+
+
+def scored_model(model: nn.Module) -> nn.Module:
+    """The causal language model in `model`, or the token-classification model with one label.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    inner = _unwrapped(model)
+    return checked_classifier(inner) if is_token_classifier(inner) else causal_lm(inner)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config"):
+            inner = inner.module
+        else:
+            return inner
+
+
+def prompt_learning(model: nn.Module) -> nn.Module | None:
+    """The PEFT model around it that puts virtual tokens before every text, if there is one at work."""
+    inner: Any = model
+    while inner is not None:
+        if hasattr(inner, "peft_config") and hasattr(inner, "active_peft_config"):
+            at_work = inner.active_peft_config.is_prompt_learning and not inner._adapters_disabled
+            return inner if at_work else None
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    return None
+
+
+def original_forward(lm: nn.Module) -> Callable[..., Any]:
+    """The forward `install` replaced."""
+    return vars(lm).get(ORIGINAL) or types.MethodType(type(lm).forward, lm)
+
+
+def install(lm: nn.Module) -> None:
+    """Replace the instance's `forward` by one that also takes `token_batch=`; idempotent.
+
+    The new forward is a bound method, so that `copy.deepcopy` binds the copy's to the copy and accelerate
+    can wrap it; it holds nothing of the model, and a pickled model comes back with its class's forward.
+    """
+    if _is_installed(lm):
+        return
+    if "forward" in vars(lm):
+        # Somebody (accelerate) wrapped it before: keep theirs for ordinary calls.
+        vars(lm)[ORIGINAL] = vars(lm)["forward"]
+    vars(lm)["forward"] = types.MethodType(_dispatcher(type(lm)), lm)
+
+
+def _is_installed(lm: nn.Module) -> bool:
+    forward = vars(lm).get("forward")
+    while forward is not None:
+        if getattr(forward, MARK, False):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def _dispatcher(cls: Any) -> Callable[..., Any]:
+    # Pickle finds a bound method by its function's name, hence "forward".
+    def forward(self: nn.Module, *args: Any, token_batch: Any = None, **kwargs: Any) -> Any:
+        if token_batch is None:
+            return original_forward(self)(*args, **kwargs)
+        return run(self, token_batch, original_forward(self))
+
+    forward.__doc__ = cls.forward.__doc__
+    # Trainer and generate look at the signature to see which arguments a model takes.
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # functions may have one
+    setattr(forward, MARK, True)
+    return forward
+
+
+# ---- Find out by a tiny experiment how a model is to be scored: its head, and whether prompts can be shared.
 
 Lengths = tuple[tuple[int, tuple[int, ...]], ...]
 # Largest relative difference that rounding explains, by the type the model computes in. Models normalise and
@@ -145,30 +309,33 @@ def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     Raises:
         ModelError: the logits depend on later tokens, so that they are no predictions of them.
     """
-    config, (short, batch) = text_config(lm), _text_and_start(lm)
+    short, batch = _text_and_start(lm)
     (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
     # The median: rounding alone may route a token of a mixture of experts differently.
-    if float(_relative_error(own[0, : start.shape[1]], start[0]).median()) > TOLERANCE[_dtype(lm, autocast)]:
-        raise ModelError(
-            f"what {type(lm).__name__} predicts depends on later tokens; expected a causal language model (BERT and "
-            "its kind are one with is_decoder=True in their config)"
-        )
-    if missing is not None:
-        return replace(plan, head="logits", reason=missing)
-    plan = replace(plan, autocast=autocast)
-    try:
-        raw = call(token_batch=_request(batch, plan, "separate", "raw_logits"))["raw_logits"]
-    except Exception as error:
-        return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
+    leak = float(_relative_error(own[0, : start.shape[1]], start[0]).median())
+    message = f"what {type(lm).__name__} predicts depends on later tokens; expected a causal language model (BERT and "
+    message += "its kind are one with is_decoder=True in their config)"
+    require(not leak > TOLERANCE[_dtype(lm, autocast)], ModelError, message)
+    plan, raw = _run_alone(call, batch, replace(plan, autocast=autocast), "raw_logits", missing)
+    if raw is None:
+        return plan
     own = own[0, batch.prompt_ids.numel() - 1 : -1]
-    best, (scale, softcap) = min((_logit_error(raw, own, s, c), (s, c)) for s, c in _head_forms(config))
-    if best > TOLERANCE[_dtype(lm, plan.autocast)]:
-        return replace(
-            plan,
-            head="logits",
-            reason=f"its logits are not its head's alone (difference {best:.2g})",
-        )
+    best, (scale, softcap) = min((_logit_error(raw, own, s, c), (s, c)) for s, c in _head_forms(text_config(lm)))
+    if best > TOLERANCE[_dtype(lm, autocast)]:
+        return replace(plan, head="logits", reason=f"its logits are not its head's alone (difference {best:.2g})")
     return replace(plan, scale=scale, softcap=softcap)
+
+
+def _run_alone(
+    call: nn.Module, batch: TokenBatch, plan: ModelPlan, want: str, missing: str | None
+) -> tuple[ModelPlan, Tensor | None]:
+    """What the decoder and our head give; None, and the plan to use the model's own logits, if it does not run."""
+    if missing is None:
+        try:
+            return plan, call(token_batch=_request(batch, plan, "separate", want))[want]
+        except Exception as error:
+            missing = f"its decoder does not run alone: {_short(error)}"
+    return replace(plan, head="logits", reason=missing), None
 
 
 def _dtype(lm: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
@@ -180,19 +347,15 @@ def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPl
     """`_head_plan` for a token-classification model, which must not look at later tokens either."""
     short, batch = _text_and_start(lm)
     (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
-    tolerance = TOLERANCE[_dtype(lm, autocast)]
-    size = float(own.abs().max().clamp_min(1e-30))
-    if float((own[:, : start.shape[1]] - start).abs().max()) > tolerance * size:
-        raise ModelError(
-            f"a token's score by {type(lm).__name__} depends on later tokens; expected a decoder such as Llama or Qwen"
-        )
-    if missing is not None:
-        return replace(plan, head="logits", reason=missing)
-    plan = replace(plan, autocast=autocast)
-    try:
-        ours = call(token_batch=_request(batch, plan, "separate", "token_scores"))["token_scores"]
-    except Exception as error:
-        return replace(plan, head="logits", reason=f"its decoder does not run alone: {_short(error)}")
+    tolerance, size = TOLERANCE[_dtype(lm, autocast)], float(own.abs().max().clamp_min(1e-30))
+    leak = float((own[:, : start.shape[1]] - start).abs().max())
+    message = (
+        f"a token's score by {type(lm).__name__} depends on later tokens; expected a decoder such as Llama or Qwen"
+    )
+    require(not leak > tolerance * size, ModelError, message)
+    plan, ours = _run_alone(call, batch, replace(plan, autocast=autocast), "token_scores", missing)
+    if ours is None:
+        return plan
     difference = float((ours - own[0, batch.prompt_ids.numel() :, 0]).abs().max()) / size
     if difference > tolerance:
         return replace(plan, head="logits", reason=f"its scores are not its head's alone (difference {difference:.2g})")
@@ -232,7 +395,7 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     except NotShareableError as error:
         return replace(plan, reason=str(error))
     with _exceedable_window(config):
-        found, reason = _compared(call, lm, plan, mask_forms(config))
+        found, reason = _compared(call, lm, plan, mask_forms(config))  # the short window's forms
     return replace(plan, reason=reason) if found is None else replace(plan, masks=forms[found])
 
 
@@ -295,171 +458,3 @@ def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 160 else text[:159] + "…"
-
-
-PLANS = "_tokengrain_plans"
-TOLD = "_tokengrain_layout"
-TOLD_REASON = "_tokengrain_warned"
-ORIGINAL = "_tokengrain_original_forward"
-MARK = "_tokengrain_dispatches"
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The Hugging Face causal language model under DDP, FSDP, PEFT, `torch.compile` and the like.
-
-    Raises:
-        ModelError: nothing there has output embeddings, or it is an encoder-decoder.
-    """
-    inner: Any = _unwrapped(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is None:
-        raise ModelError(
-            f"{type(inner).__name__} has no language-model head; expected a causal language model such as "
-            "AutoModelForCausalLM loads"
-        )
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(inner).__name__} is an encoder-decoder; expected a causal language model")
-    return inner
-
-
-def scored_model(model: nn.Module) -> nn.Module:
-    """The causal language model in `model`, or the token-classification model with one label.
-
-    Raises:
-        ModelError: it is neither.
-    """
-    inner = _unwrapped(model)
-    return checked_classifier(inner) if is_token_classifier(inner) else causal_lm(inner)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        elif isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config"):
-            inner = inner.module
-        else:
-            return inner
-
-
-def prompt_learning(model: nn.Module) -> nn.Module | None:
-    """The PEFT model around it that puts virtual tokens before every text, if there is one at work."""
-    inner: Any = model
-    while inner is not None:
-        if hasattr(inner, "peft_config") and hasattr(inner, "active_peft_config"):
-            at_work = inner.active_peft_config.is_prompt_learning and not inner._adapters_disabled
-            return inner if at_work else None
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    return None
-
-
-def original_forward(lm: nn.Module) -> Callable[..., Any]:
-    """The forward `install` replaced."""
-    return vars(lm).get(ORIGINAL) or types.MethodType(type(lm).forward, lm)
-
-
-def install(lm: nn.Module) -> None:
-    """Replace the instance's `forward` by one that also takes `token_batch=`; idempotent.
-
-    The new forward is a bound method, so that `copy.deepcopy` binds the copy's to the copy and accelerate
-    can wrap it; it holds nothing of the model, and a pickled model comes back with its class's forward.
-    """
-    if _is_installed(lm):
-        return
-    if "forward" in vars(lm):
-        # Somebody (accelerate) wrapped it before: keep theirs for ordinary calls.
-        vars(lm)[ORIGINAL] = vars(lm)["forward"]
-    vars(lm)["forward"] = types.MethodType(_dispatcher(type(lm)), lm)
-
-
-def _is_installed(lm: nn.Module) -> bool:
-    forward = vars(lm).get("forward")
-    while forward is not None:
-        if getattr(forward, MARK, False):
-            return True
-        forward = getattr(forward, "__wrapped__", None)
-    return False
-
-
-def _dispatcher(cls: Any) -> Callable[..., Any]:
-    # Pickle finds a bound method by its function's name, hence "forward".
-    def forward(self: nn.Module, *args: Any, token_batch: Any = None, **kwargs: Any) -> Any:
-        if token_batch is None:
-            return original_forward(self)(*args, **kwargs)
-        return run(self, token_batch, original_forward(self))
-
-    forward.__doc__ = cls.forward.__doc__
-    # Trainer and generate look at the signature to see which arguments a model takes.
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # functions may have one
-    setattr(forward, MARK, True)
-    return forward
-
-
-def signature(lm: nn.Module) -> tuple[Any, ...]:
-    """What a plan depends on: attention implementation and kinds of modules (adapters come and go)."""
-    kinds = frozenset(type(m).__name__.removeprefix("FSDP") for m in lm.modules())
-    return (getattr(text_config(lm), "_attn_implementation", None), kinds)
-
-
-def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
-    """Install the scoring forward on the model in `model` and find out how to score it.
-
-    A tiny probe compares our head with the model's own logits, and shared prompts with separate rows. Where
-    they differ, or the model cannot take shared rows, a warning says so once and the slower way is used. The
-    probe runs in evaluation mode without gradients and leaves training mode and random numbers alone.
-
-    Args:
-        model: a Hugging Face causal language model, or a token-classification model with one label, plain or
-            wrapped (PEFT, DDP, FSDP2, accelerate).
-        layout: "auto" shares prompts where the model can and it pays; "shared" insists; "separate" never
-            does. It becomes the default of `score` for this model. None: as before, at first "auto".
-
-    Returns:
-        The plan. It is kept on the model: calling again costs nothing.
-
-    Raises:
-        ModelError: another kind of model, or layout="shared" for a model that cannot share.
-    """
-    lm = scored_model(model)
-    plan = plan_for(model, lm, layout)
-    if layout is not None:
-        vars(lm)[TOLD] = layout
-    return plan
-
-
-def plan_for(model: nn.Module, lm: nn.Module, layout: Layout | None) -> ModelPlan:
-    """The plan of `lm`, the model that is scored in `model`, for one layout (None: the model's default)."""
-    layout = layout or vars(lm).get(TOLD, "auto")
-    if layout not in ("auto", "shared", "separate"):
-        raise ModelError(f"unknown layout; got {layout!r}, expected 'auto', 'shared' or 'separate'")
-    install(lm)
-    if prompt_learning(model) is not None:
-        reason = "its adapter puts virtual tokens before every text"
-        if layout == "shared":
-            raise ModelError(f"{type(lm).__name__} cannot share prompts: {reason}")
-        return ModelPlan("separate", head="logits", reason=reason)
-    plan = _found_out(model, lm, sharing=layout != "separate")
-    if layout == "shared" and plan.masks is None:
-        raise ModelError(f"{type(lm).__name__} cannot share prompts: {plan.reason}")
-    if layout == "auto" and plan.reason is not None and not vars(lm).get(TOLD_REASON):
-        vars(lm)[TOLD_REASON] = True
-        how = "is scored through its own full logits"
-        if plan.head == "fused":
-            how = "cannot share prompts, so completions run separately"
-        warnings.warn(f"{type(lm).__name__} {how}: {plan.reason}", stacklevel=4)
-    return replace(plan, layout=layout if plan.masks is not None else "separate")
-
-
-def _found_out(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
-    """What the probe found, from the model's memory if it can be."""
-    plans: dict[tuple[Any, ...], ModelPlan] = vars(lm).setdefault(PLANS, {})
-    key = signature(lm)
-    plan = plans.get((True, *key)) or (None if sharing else plans.get((False, *key)))
-    if plan is None:
-        if any(p.device.type == "meta" for p in lm.parameters()):
-            raise ModelError(f"{type(lm).__name__} has weights on the meta device; load them before scoring")
-        plan = plans[(sharing, *key)] = probe(model, lm, sharing=sharing)
-    return plan

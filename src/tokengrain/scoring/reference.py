@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import ModelError
+from tokengrain.errors import ModelError, require
 from tokengrain.scoring.head import Distribution, Head
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.prepare import prepare
@@ -97,8 +96,7 @@ class AdapterReference:
     def __init__(self, model: nn.Module, adapter: str) -> None:
         self.model, self.adapter = model, adapter
         names = list(_peft_of(model).peft_config)
-        if adapter not in names:
-            raise ModelError(f"unknown adapter; got {adapter!r}, expected one of {names}")
+        require(adapter in names, ModelError, f"unknown adapter; got {adapter!r}, expected one of {names}")
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
         peft = _peft_of(self.model)
@@ -132,18 +130,14 @@ class ColumnReference:
 
     @staticmethod
     def _column(batch: TokenBatch, name: str) -> Tensor:
-        if name not in batch.columns:
-            raise ModelError(
-                f"the data have no column {name!r} to take the reference from; got {sorted(batch.columns)}, "
-                "expected it in every completion"
-            )
+        message = f"the data have no column {name!r} to take the reference from; got {sorted(batch.columns)}, "
+        require(name in batch.columns, ModelError, message + "expected it in every completion")
         return batch.columns[name].detach()
 
 
 def _check(want: Collection[str]) -> None:
     unknown = sorted(set(want) - set(WANTED))
-    if unknown:
-        raise ModelError(f"unknown reference quantity; got {unknown}, expected some of {list(WANTED)}")
+    require(not unknown, ModelError, f"unknown reference quantity; got {unknown}, expected some of {list(WANTED)}")
 
 
 def _score_frozen(model: nn.Module, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
@@ -162,12 +156,11 @@ def _peft_of(model: nn.Module) -> Any:
     inner: Any = model
     while inner is not None and not hasattr(inner, "disable_adapter"):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    if inner is None:
-        raise ModelError(f"{type(model).__name__} has no adapter to switch; expected a PEFT model")
+    require(inner is not None, ModelError, f"{type(model).__name__} has no adapter to switch; expected a PEFT model")
     return inner
 
 
-@contextlib.contextmanager
+@contextmanager
 def _gradients_required_as_before(peft: Any) -> Iterator[None]:
     """Afterwards, what required gradients before does so again, and nothing else: PEFT's switches change it."""
     before = [(p, p.requires_grad) for p in peft.parameters()]
@@ -179,11 +172,12 @@ def _gradients_required_as_before(peft: Any) -> Iterator[None]:
                 parameter.requires_grad_(required)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _adapter_on(peft: Any, adapter: str) -> Iterator[None]:
     """Another adapter active. Every layer remembers its own active one, and gets that back."""
-    if any(vars(m).get("merged_adapters") for m in peft.modules()):
-        raise ModelError("its adapters are merged into the weights, so another cannot be used; unmerge them first")
+    merged = any(vars(m).get("merged_adapters") for m in peft.modules())
+    message = "its adapters are merged into the weights, so another cannot be used; unmerge them first"
+    require(not merged, ModelError, message)
     names = ("active_adapter", "_active_adapter")
     before = [(m, name, vars(m)[name]) for m in peft.modules() for name in names if name in vars(m)]
     try:
@@ -194,8 +188,7 @@ def _adapter_on(peft: Any, adapter: str) -> Iterator[None]:
             setattr(module, name, active)
 
 
-# ----------------------------------------------------------------------------------------------------
-# What the policy is compared with: choosing the reference, and switching dropout off.
+# ---- What the policy is compared with: choosing the reference, and switching dropout off.
 
 ADAPTER_OFF = "adapter_off"
 """In place of a reference: the policy without its adapter, whatever `ref_logps` the data have."""
@@ -218,19 +211,8 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def frozen_copy(model: nn.Module) -> FrozenReference:
-    """A reference made of a copy of `model`'s present weights."""
-    return FrozenReference(disabled(copy.deepcopy(model)))
-
-
-def disabled(model: nn.Module) -> nn.Module:
-    """`model` with dropout off, in eval mode, without gradients."""
-    disable_dropout(model)
-    return model.eval().requires_grad_(False)
-
-
 class StartingAdapterReference:
-    """The policy as it was when training started, for training that goes on with a trained adapter.
+    """The policy as it was when training started, for training that resumes from a trained adapter.
 
     Holds a copy of the adapter's weights only; a call puts them in place of the present ones and restores
     those afterwards, bit for bit, also when the call fails.
@@ -242,11 +224,7 @@ class StartingAdapterReference:
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
         with evaluating(self.model), self._swapped():
-            scores = score(self.model, batch, ("logps", "hidden") if "distribution" in want else ("logps",))
-            out = ReferenceScores(logps=scores.logps)
-            if scores.hidden is not None:
-                out.distribution = Distribution(scores.hidden, head_of(self.model).detach())
-        return out
+            return _score_frozen(self.model, batch, want)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
@@ -301,7 +279,12 @@ def default_reference(model: nn.Module, needs: Collection[str], has_column: bool
         return ColumnReference()
     if is_peft(model):
         return AdapterOffReference(model) if adapter_is_neutral(model) else StartingAdapterReference(model)
-    return frozen_copy(model)
+    return _without_dropout(copy.deepcopy(model))
+
+
+def _without_dropout(model: nn.Module) -> FrozenReference:
+    disable_dropout(model)
+    return FrozenReference(model)
 
 
 def resolve_reference(reference: Any, model: nn.Module, needs: Collection[str], has_column: bool) -> Reference | None:
@@ -311,12 +294,12 @@ def resolve_reference(reference: Any, model: nn.Module, needs: Collection[str], 
     if reference is None:
         return default_reference(model, needs, has_column)
     if isinstance(reference, nn.Module):
-        if reference is model:
-            raise ModelError("the reference is the policy itself; pass a copy, or None for the default")
-        return FrozenReference(disabled(reference))
-    if not callable(reference):
-        raise ModelError(f"reference must be a model, a Reference or None, got {type(reference).__name__}")
-    return reference
+        itself = reference is model
+        require(not itself, ModelError, "the reference is the policy itself; pass a copy, or None for the default")
+        return _without_dropout(reference)
+    given = type(reference).__name__
+    require(callable(reference), ModelError, f"reference must be a model, a Reference or None, got {given}")
+    return cast(Reference, reference)
 
 
 def place_reference(reference: Reference | None, accelerator: Accelerator, layout: Any) -> None:

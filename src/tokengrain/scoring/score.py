@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import ModelError
+from tokengrain.errors import ModelError, require
 from tokengrain.scoring.head import Distribution, Head, Teacher
 from tokengrain.scoring.layouts import Layout
 from tokengrain.scoring.model import (
@@ -80,7 +80,7 @@ def score(
         want: of "logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values".
         reference: the reference's distribution at the same tokens, needed for "kl".
         teacher: two frozen distributions at the same tokens, needed for "teacher_kl".
-        layout: "shared", "separate" or "auto"; None: what `prepare` was told ("auto" if nothing).
+        layout: "shared", "separate" or "auto"; None: what `prepare` set ("auto" if nothing).
         max_row_tokens: bound on rows * length of one forward pass through the decoder. Sharded models (FSDP)
             always run exactly one, since all ranks must run equally many.
         chunk_tokens: tokens projected onto the vocabulary at a time; None chooses by memory.
@@ -95,8 +95,7 @@ def score(
     if isinstance(want, str):
         want = (want,)
     unknown = sorted(set(want) - set(WANTS))
-    if unknown:
-        raise ModelError(f"unknown quantity; got {unknown}, expected some of {list(WANTS)}")
+    require(not unknown, ModelError, f"unknown quantity; got {unknown}, expected some of {list(WANTS)}")
     lm = scored_model(model)
     _check_kind(lm, want)
     plan = plan_for(model, lm, layout)
@@ -120,22 +119,22 @@ def score(
 
 
 def _check_kind(lm: nn.Module, want: Collection[str]) -> None:
-    name = type(lm).__name__
-    if not is_token_classifier(lm):
-        if asked := [w for w in CLASSIFIER_WANTS if w in want]:
-            raise ModelError(
-                f"{name} predicts tokens and does not score them; {asked[0]!r} needs a token-classification "
-                "model, such as AutoModelForTokenClassification.from_pretrained(..., num_labels=1) loads"
-            )
-        return
+    name, wrong = type(lm).__name__, None
+    asked = [w for w in CLASSIFIER_WANTS if w in want]
     others = sorted(set(want) - set(CLASSIFIER_WANTS))
-    if others:
-        raise ModelError(
+    if asked and not is_token_classifier(lm):
+        wrong = (
+            f"{name} predicts tokens and does not score them; {asked[0]!r} needs a token-classification "
+            "model, such as AutoModelForTokenClassification.from_pretrained(..., num_labels=1) loads"
+        )
+    elif others and is_token_classifier(lm):
+        wrong = (
             f"{name} scores tokens and does not predict them, so it has no {others}; expected "
             "want=('token_scores',), or a causal language model"
         )
-    if len(set(want)) > 1:
-        raise ModelError("'token_scores' are read at the token and 'values' before it; ask for one at a time")
+    elif len(asked) > 1:
+        wrong = "'token_scores' are read at the token and 'values' before it; ask for one at a time"
+    require(wrong is None, ModelError, str(wrong))
 
 
 def _moved(distribution: Distribution, device: torch.device) -> Distribution:
@@ -162,8 +161,8 @@ def head_of(model: nn.Module) -> Head:
     """
     lm = causal_lm(model)
     plan = plan_for(model, lm, None)
-    if plan.head != "fused":
-        raise ModelError(f"the head of {type(lm).__name__} cannot be taken apart: {plan.reason}")
+    message = f"the head of {type(lm).__name__} cannot be taken apart: {plan.reason}"
+    require(plan.head == "fused", ModelError, message)
     head = live_head(lm, plan.scale, plan.softcap)
     if head is not None:
         return head
