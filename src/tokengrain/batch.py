@@ -19,9 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# ----------------------------------------------------------------------------------------------------
-# `Segments`: cuts a flat per-token vector into its completions; sums, means and maxima per completion.
-
 
 def offsets_of(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Where segments of these lengths begin and end in a flat vector, long `[C + 1]`."""
@@ -131,8 +128,7 @@ class Segments:
         return values[mask], Segments(offsets)
 
     def _checked(self, values: Tensor) -> Tensor:
-        if values.shape[0] != self.total:
-            raise ValueError(f"flat vector has {values.shape[0]} tokens, expected {self.total}")
+        _check_length("flat vector", values, self.total)
         return values
 
 
@@ -141,8 +137,12 @@ def _widened(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
-# ----------------------------------------------------------------------------------------------------
-# Putting things of known sizes into bins: micro-batches of a batch, prompts of a row.
+def _check_length(what: str, values: Any, expected: int, unit: str = "tokens", of: str = "") -> None:
+    if (got := len(values)) != expected:
+        raise ValueError(f"{what} has {got} {unit}, expected {expected}{of}")
+
+
+# ---- Putting things of known sizes into bins: micro-batches of a batch, prompts of a row.
 
 
 def first_fit(sizes: Sequence[int], max_tokens: int | None) -> list[list[int]]:
@@ -257,11 +257,8 @@ class TokenBatch:
         if not samples:
             raise ValueError("a TokenBatch needs at least one sample, got none")
         completions = [c for s in samples for c in s.completions]
-        names = {name for c in completions for name in c.columns}
-        columns = {}
-        for name in sorted(names):
-            parts = [_column(s.row, c, name) for s in samples for c in s.completions]
-            columns[name] = torch.cat(parts)
+        names = sorted({name for c in completions for name in c.columns})
+        columns = {n: torch.cat([_column(s.row, c, n) for s in samples for c in s.completions]) for n in names}
         counted = [_counted(s.row, c) for s in samples for c in s.completions]
         return cls(
             prompt_ids=torch.tensor([t for s in samples for t in s.prompt_ids], dtype=torch.long),
@@ -321,24 +318,14 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in (
-                "prompt_ids",
-                "prompt_offsets",
-                "completion_ids",
-                "completion_offsets",
-                "counted",
-                "group",
-            )
-        }
+        names = ("prompt_ids", "prompt_offsets", "completion_ids", "completion_offsets", "counted", "group")
+        moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
 
     def with_columns(self, **columns: Tensor) -> TokenBatch:
         """The same batch with per-token columns added or replaced; each `[N]` or `[N, ...]`."""
         for name, values in columns.items():
-            if values.shape[0] != self.segments.total:
-                raise ValueError(f"column {name!r} has {values.shape[0]} tokens, expected {self.segments.total}")
+            _check_length(f"column {name!r}", values, self.segments.total)
         return replace(self, columns={**self.columns, **columns})
 
     def narrow(self, keep: Tensor) -> TokenBatch:
@@ -354,29 +341,24 @@ class TokenBatch:
 
     def select(self, prompts: Sequence[int]) -> TokenBatch:
         """The batch of these prompts with all their completions, in the order given."""
-        wanted = torch.tensor(list(prompts), dtype=torch.long, device=self.device)
+        prompts = list(prompts)
         by_group: list[list[int]] = [[] for _ in range(self.n_prompts)]
         for index, group in enumerate(self.group.tolist()):
             by_group[group].append(index)
-        chosen = [c for g in wanted.tolist() for c in by_group[g]]
+        chosen = [c for g in prompts for c in by_group[g]]
         tokens = _gather_index(self.completion_offsets, chosen)
         flat = _gather_index(self.segments.offsets, chosen)
-        prompt_lengths = self.prompt_offsets.diff()[wanted].tolist()
-        lengths = self.completion_offsets.diff()[chosen].tolist()
-        sizes = [len(by_group[g]) for g in wanted.tolist()]
         return replace(
             self,
-            prompt_ids=self.prompt_ids[_gather_index(self.prompt_offsets, wanted.tolist())],
-            prompt_offsets=offsets_of(prompt_lengths, self.device),
+            prompt_ids=self.prompt_ids[_gather_index(self.prompt_offsets, prompts)],
+            prompt_offsets=offsets_of(self.prompt_offsets.diff()[prompts].tolist(), self.device),
             completion_ids=self.completion_ids[tokens],
-            completion_offsets=offsets_of(lengths, self.device),
+            completion_offsets=offsets_of(self.completion_offsets.diff()[chosen].tolist(), self.device),
             counted=self.counted[tokens],
-            group=torch.repeat_interleave(
-                torch.arange(len(sizes), device=self.device), torch.tensor(sizes, device=self.device)
-            ),
+            group=torch.tensor([i for i, g in enumerate(prompts) for _ in by_group[g]], device=self.device).long(),
             columns={k: v[flat] for k, v in self.columns.items()},
-            rows=tuple(self.rows[g] for g in wanted.tolist()) if self.rows else (),
-            raw=tuple(self.raw[g] for g in wanted.tolist()) if self.raw else (),
+            rows=tuple(self.rows[g] for g in prompts) if self.rows else (),
+            raw=tuple(self.raw[g] for g in prompts) if self.raw else (),
         )
 
     def split(self, max_tokens: int | None, parts: int = 1) -> list[TokenBatch]:
@@ -408,11 +390,8 @@ class TokenBatch:
 def _counted(row: int | str, completion: Completion) -> list[bool]:
     if completion.counted is None:
         return [True] * len(completion.ids)
-    if len(completion.counted) != len(completion.ids):
-        raise ValueError(
-            f"row {row}: `counted` has {len(completion.counted)} entries, expected {len(completion.ids)} "
-            "(one per completion token)"
-        )
+    expected, of = len(completion.ids), " (one per completion token)"
+    _check_length(f"row {row}: `counted`", completion.counted, expected, "entries", of)
     return completion.counted
 
 
@@ -420,13 +399,9 @@ def _column(row: int | str, completion: Completion, name: str) -> Tensor:
     if name not in completion.columns:
         raise ValueError(f"row {row}: column {name!r} is missing in one completion and present in others")
     values = torch.as_tensor(completion.columns[name])
-    values = values if values.is_floating_point() else values.float()
-    if values.shape[0] != completion.n_counted:
-        raise ValueError(
-            f"row {row}: column {name!r} has {values.shape[0]} values, expected {completion.n_counted} "
-            "(one per completion token that counts)"
-        )
-    return values
+    of = " (one per completion token that counts)"
+    _check_length(f"row {row}: column {name!r}", values, completion.n_counted, "values", of)
+    return values if values.is_floating_point() else values.float()
 
 
 def _gather_index(offsets: Tensor, segments: Iterable[int]) -> Tensor:

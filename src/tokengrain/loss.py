@@ -1,4 +1,4 @@
-"""What a loss function returns."""
+"""What a loss returns, how it is normalised, and how token credit enters it: as reward, weight, selection or spans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError
+from tokengrain.errors import RecipeError, require
 from tokengrain.settings import NonNegative, Number, Share, nearest, validate_settings
 
 Unit = Literal["pairs", "completions"]
@@ -42,21 +42,24 @@ class LossOutput:
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
-# ----------------------------------------------------------------------------------------------------
-# From losses per pair to the scalar that is optimised, independent of how the batch is cut.
+# ---- From losses per pair to the scalar that is optimised, independent of how the batch is cut.
 #
 # One optimiser step sees some pairs, on some ranks, in some micro-batches. For every micro-batch
-# loss = normaliser(output, counts),   counts = those of the whole step (all micro-batches, all ranks),
+#
+#     loss = normaliser(output, counts),   counts = those of the whole step (all micro-batches, all ranks),
+#
 # and the loss of the step is the SUM of these over its micro-batches and ranks; so are the gradients. The
 # caller must therefore not divide by the number of micro-batches, and where gradients are averaged over
 # ranks (DDP, FSDP) must multiply by their number.
 #
 # Given losses l_i of U units (pairs or completions), of P prompts, with N counted tokens in the whole step:
-# mean         sum_i l_i / U           (default; the objective as the papers write it)
-# token_mean   sum_i l_i / N           (a step weighs by its tokens; for losses that are sums over tokens)
-# prompt_mean  sum_i l_i / P           (sums over the completions of a prompt, as DCPO's)
-# constant     sum_i l_i / constant    (a fixed divisor, as Dr. GRPO's)
-# sum          sum_i l_i
+#
+#     mean         sum_i l_i / U           (default; the objective as the papers write it)
+#     token_mean   sum_i l_i / N           (a step weighs by its tokens; for losses that are sums over tokens)
+#     prompt_mean  sum_i l_i / P           (sums over the completions of a prompt, as DCPO's)
+#     constant     sum_i l_i / constant    (a fixed divisor, as Dr. GRPO's)
+#     sum          sum_i l_i
+#
 # `token_losses`, where an objective has them, always add their sum divided by the step's number of such
 # tokens: they are defined as a token mean.
 
@@ -111,17 +114,20 @@ def make_normaliser(name: NormaliserName = "mean", constant: float | None = None
     Raises:
         RecipeError: an unknown name, or a constant that is missing, not positive, or not wanted.
     """
-    if name not in NORMALISERS:
-        raise RecipeError(f"normaliser: unknown name {name!r}{nearest(name, NORMALISERS)}")
-    if name == "constant" and not (constant is not None and constant > 0):
-        raise RecipeError(f"normaliser 'constant' needs a positive normaliser_constant, got {constant!r}")
-    if name != "constant" and constant is not None:
-        raise RecipeError(f"normaliser {name!r} takes no normaliser_constant, got {constant!r}")
+    known, got = name in NORMALISERS, f"got {constant!r}"
+    require(known, RecipeError, f"normaliser: unknown name {name!r}{nearest(name, NORMALISERS)}")
+    if name == "constant":
+        positive = constant is not None and constant > 0
+        require(positive, RecipeError, f"normaliser 'constant' needs a positive normaliser_constant, {got}")
+    else:
+        require(constant is None, RecipeError, f"normaliser {name!r} takes no normaliser_constant, {got}")
 
     def normalise(output: LossOutput, counts: Counts) -> Tensor:
         if name == "prompt_mean" and counts.completions and not counts.prompts:
             raise ValueError("normaliser 'prompt_mean' needs the number of prompts in the counts, got 0")
-        loss = output.losses.sum() / _divisor(name, output, counts, constant)
+        unit = {"token_mean": "tokens", "prompt_mean": "prompts"}.get(name, output.unit)
+        divisor = constant or (1 if name == "sum" else max(getattr(counts, unit), 1))
+        loss = output.losses.sum() / divisor
         if output.token_losses is not None:
             loss = loss + output.token_losses.sum() / max(getattr(counts, output.token_unit), 1)
         return loss
@@ -129,17 +135,7 @@ def make_normaliser(name: NormaliserName = "mean", constant: float | None = None
     return normalise
 
 
-def _divisor(name: NormaliserName, output: LossOutput, counts: Counts, constant: float | None) -> float:
-    if name == "constant" and constant is not None:
-        return constant
-    if name == "sum":
-        return 1
-    unit = {"token_mean": "tokens", "prompt_mean": "prompts"}.get(name, output.unit)
-    return max(getattr(counts, unit), 1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which tokens to train on: the best of a chosen completion, the worst of a rejected one (arXiv 2408.13518).
+# ---- Which tokens to train on: the best of a chosen completion, the worst of a rejected one (arXiv 2408.13518).
 #
 # Selection is per completion, never across a batch, and works on any token credit `[N]`. Completions are pairs:
 # even ones chosen, odd ones rejected. For the ablations of the paper feed other values: random ones, or the
@@ -263,16 +259,15 @@ def token_weights(
     return f
 
 
-# ----------------------------------------------------------------------------------------------------
-# How token credit enters an objective: as reward, as weight, as selection or as spans.
+# ---- How token credit enters an objective: as reward, as weight, as selection or as spans.
 #
 # A role turns credit `[N]` into the per-token quantity that a loss takes:
 #
-# reward      token_rewards: the credit itself (TGDPO, T-REG)
-# weight      token_weights: 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones, times each token's
-# log-probability (and the reference's), for losses that are sums or means over tokens
-# selection   selected: 1 for the tokens worth training on; only these are scored (SePO)
-# span        spans: runs of selected tokens, numbered (RRPO)
+#     reward      token_rewards: the credit itself (TGDPO, T-REG)
+#     weight      token_weights: 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones, times each token's
+#                 log-probability (and the reference's), for losses that are sums or means over tokens
+#     selection   selected: 1 for the tokens worth training on; only these are scored (SePO)
+#     span        spans: runs of selected tokens, numbered (RRPO)
 
 
 class Role(Protocol):
@@ -353,8 +348,8 @@ class SelectionRole:
         self.chosen = share if chosen is None else chosen
         self.rejected = share if rejected is None else rejected
         self.above, self.score_first_token = above, score_first_token
-        if above is None and not (self.chosen > 0 and self.rejected > 0):
-            raise RecipeError(f"{self.name}: shares must be above 0, got {self.chosen} and {self.rejected}")
+        fine = above is not None or (self.chosen > 0 and self.rejected > 0)
+        require(fine, RecipeError, f"{self.name}: shares must be above 0, got {self.chosen} and {self.rejected}")
 
     @property
     def uses(self) -> str:
@@ -367,13 +362,8 @@ class SelectionRole:
         if self.above is not None:
             selected = select_where(values, segments, above=self.above)
             return selected if self.score_first_token else selected & (segments.positions > 0)
-        return select_tokens(
-            values,
-            segments,
-            chosen=self.chosen,
-            rejected=self.rejected,
-            score_first_token=self.score_first_token,
-        )
+        settings = {name: getattr(self, name) for name in ("chosen", "rejected", "score_first_token")}
+        return select_tokens(values, segments, **settings)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, **vars(self)}
@@ -397,8 +387,7 @@ def make_role(name: str, **settings: Any) -> Role:
     Raises:
         RecipeError: an unknown role or setting, a wrong type, a value out of range.
     """
-    if name not in ROLES:
-        raise RecipeError(f"unknown role of credit {name!r}{nearest(name, ROLES)}")
+    require(name in ROLES, RecipeError, f"unknown role of credit {name!r}{nearest(name, ROLES)}")
     return ROLES[name](**validate_settings(f"credit as {name!r}", ROLES[name], settings))
 
 
@@ -413,21 +402,18 @@ def resolve_role(given: Any, accepted: tuple[str, ...], objective: str, why_none
     Raises:
         RecipeError: none is accepted, this one is not, or there are several and none was given.
     """
-    if not accepted:
-        raise RecipeError(f"objective {objective} takes no token credit: {why_none}")
+    require(accepted, RecipeError, f"objective {objective} takes no token credit: {why_none}")
     if given is None:
-        if len(accepted) > 1:
-            choices = " or ".join(f"`as: {name}`" for name in accepted)
-            raise RecipeError(f"objective {objective} takes credit in several ways; say which: {choices}")
+        choices = " or ".join(f"`as: {name}`" for name in accepted)
+        message = f"objective {objective} takes credit in several ways; say which: {choices}"
+        require(len(accepted) == 1, RecipeError, message)
         return make_role(accepted[0])
     if isinstance(given, Mapping):
-        settings = dict(given)
-        name = settings.pop("name", None)
-        if not isinstance(name, str):
-            raise RecipeError(f"the role of credit has no name; expected one of {list(accepted)}")
-        role = make_role(name, **settings)
+        named = isinstance(given.get("name"), str)
+        require(named, RecipeError, f"the role of credit has no name; expected one of {list(accepted)}")
+        role = make_role(**given)
     else:
         role = make_role(given) if isinstance(given, str) else given
-    if role.name not in accepted:
-        raise RecipeError(f"objective {objective} takes no credit as {role.name}; expected {' or '.join(accepted)}")
+    message = f"objective {objective} takes no credit as {role.name}; expected {' or '.join(accepted)}"
+    require(role.name in accepted, RecipeError, message)
     return role
