@@ -1,4 +1,8 @@
-"""`RewardSuite`: several reward functions with weights over a batch of completions."""
+"""`RewardSuite`: several reward functions with weights over a batch of completions.
+
+Read top to bottom: a function with its settings, what scoring gives, the suite, how functions are called (time limits,
+async functions, whose fault a failure is), and how what they give becomes numbers.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,17 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.data.config import RowError
 from tokengrain.data.marking import token_column
 from tokengrain.data.tokens import Rendered, Tokens
-from tokengrain.errors import RecipeError, TokengrainError, shown
+from tokengrain.errors import RecipeError, TokengrainError, require, shown
 from tokengrain.rollout.sampler import Rollouts, decode
-from tokengrain.settings import Number, Positive, validate_settings
+from tokengrain.settings import Number, Positive, keyword_types, validate_settings
 
-# ----------------------------------------------------------------------------------------------------
-# One reward function with its weight and what to do when it fails; what scoring gives.
+logger = logging.getLogger(__name__)
 
 OnError = Literal["error", "skip", "value"]
 OnNone = Literal["error", "skip", "value", "ignore"]
+RESERVED = ("prompts", "prompt_ids", "prompt_ends", "completions", "completion_ids", "truncated")
+# Tokens at the end of a prompt that `prompt_ends` shows: enough for a tag that a chat template opens.
+PROMPT_END = 16
 
 
 class RewardError(TokengrainError):
@@ -57,12 +63,12 @@ class RewardFunction:
     """A reward function with its settings.
 
     Args:
-        function: `function(prompts=[...], completions=[...], **columns)`, one entry per completion in each list;
-            prompts as they stand in the rows, completions as text, the rows' other columns, and where it asks
-            for them by name `prompt_ids`, `completion_ids` (lists of token ids) and `truncated` (bools). It takes
-            what its signature names. It returns a list with an entry per completion: a number; or one number per
-            token; or spans of characters {"start", "end", "reward"} (every token that shares a character with one
-            has its reward). It may be async.
+        function: `function(prompts=[...], completions=[...], **columns)`, one entry per completion in each list. It
+            takes what its signature names: prompts as they stand in the rows, completions as text, the rows' other
+            columns, `prompt_ids` and `completion_ids` (token ids), `prompt_ends` (the prompts' last tokens as text,
+            special ones included) and `truncated` (bools). It returns a list with an entry per completion: a number;
+            one number per token; or spans of characters {"start", "end", "reward"} (every token that shares a
+            character with one has its reward). It may be async.
         name: in logs and messages; no two of a suite may be equal.
         weight: factor in the total.
         timeout: seconds one call may take; None: no limit, and the function runs in the calling thread. A
@@ -73,6 +79,8 @@ class RewardFunction:
         error_value: the reward of a completion whose reward failed, before the weight.
         on_none: the same for a None; "ignore" leaves the function out of this completion's total, for
             rewards that apply to some rows only. None: as `on_error`.
+        special_tokens: whether completions keep their special tokens, but the end-of-sequence and padding ones.
+        messages: completions are lists with one assistant message, as TRL gives them for chats.
 
     Raises:
         RecipeError: a wrong type, a value out of range.
@@ -88,22 +96,17 @@ class RewardFunction:
         on_error: OnError = "error",
         error_value: Number = 0.0,
         on_none: OnNone | None = None,
+        special_tokens: bool = False,
+        messages: bool = False,
     ) -> None:
-        self.function = function
-        self.name: str = (
-            name or getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__
-        )
-        given = {
-            "name": name,
-            "weight": weight,
-            "timeout": timeout,
-            "on_error": on_error,
-            "error_value": error_value,
-            "on_none": on_none,
-        }
-        checked = validate_settings(f"reward {self.name!r}", RewardFunction, given)
+        given = locals()
+        named = (name, getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__)
+        self.function, self.name = function, str(next(filter(None, named)))
+        own = {k: given[k] for k in keyword_types(RewardFunction)}
+        checked = validate_settings(f"reward {self.name!r}", RewardFunction, own)
         self.weight, self.timeout, self.error_value = (checked[k] for k in ("weight", "timeout", "error_value"))
         self.on_error, self.on_none = checked["on_error"], checked["on_none"] or checked["on_error"]
+        self.special_tokens, self.messages = special_tokens, messages
         self.parameters = inspect.signature(function).parameters
         called = function if inspect.isroutine(function) else type(function).__call__
         # The function itself as well: it may be a partial of an async one.
@@ -117,10 +120,8 @@ class RewardFunction:
         """
         named = [p for p in self.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         missing = [p.name for p in named if p.default is p.empty and p.name not in available]
-        if missing:
-            raise RewardError(
-                f"reward {self.name!r} needs {', '.join(missing)}; the rows have {', '.join(sorted(available))}"
-            )
+        what = f"reward {self.name!r} needs {', '.join(missing)}; the rows have {', '.join(sorted(available))}"
+        require(not missing, RewardError, what)
         if any(p.kind is p.VAR_KEYWORD for p in self.parameters.values()):
             return dict(available)
         return {p.name: available[p.name] for p in named if p.name in available}
@@ -137,8 +138,8 @@ class RewardResult:
             are not valid; None if no function gave any.
         by_name: per function, its own value `[C]` without the weight (of token rewards: their sum); NaN where it
             failed and was skipped, or does not apply.
-        valid: bool `[C]`: False where a reward failed and `on_error` is "skip". Leave these out of group
-            statistics, with advantage 0.
+        valid: bool `[C]`: False where a reward failed and `on_error` is "skip", or where no reward applies. Leave
+            these out of group statistics, with advantage 0.
         failures: what failed and was not raised.
         counts: further numbers that functions report, such as time-outs of the math checker.
     """
@@ -150,6 +151,18 @@ class RewardResult:
     valid: Tensor
     failures: tuple[RewardFailure, ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
+
+    def correct(self, name: str | None = None) -> Tensor:
+        """Whether each completion is right, float `[C]`: its reward `name` is above 0.5; NaN where that is not known.
+
+        Args:
+            name: the reward that decides; None: of each completion the first one that applies to it.
+        """
+        named = list(self.by_name.values()) if name is None else [self.by_name[name]]
+        value = named[0]
+        for other in named[1:]:
+            value = value.where(value.isfinite(), other)
+        return (value > 0.5).float().where(value.isfinite(), math.nan)
 
     def metrics(self) -> dict[str, float]:
         """Means and standard deviations over the completions that have the reward; failures."""
@@ -164,236 +177,7 @@ class RewardResult:
         return metrics | {f"reward/{name}": value for name, value in self.counts.items()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# Calling reward functions: time limits, async functions, and which completion a failure belongs to.
-
-
-def call_all(functions: Sequence[RewardFunction], columns: Mapping[str, Sequence[Any]]) -> list[list[Any]]:
-    """Every function's list with an entry per completion; where it failed a `RewardFailure` stands.
-
-    Async functions run at the same time as each other and as the others, which run one after the other.
-
-    Raises:
-        RewardError: a function needs a column that the rows do not have.
-    """
-    arguments = [f.arguments(columns) for f in functions]
-    count = len(columns["completions"])
-    waiting = [i for i, f in enumerate(functions) if f.is_async]
-    results: list[list[Any]] = [[] for _ in functions]
-
-    async def together() -> list[list[Any]]:
-        return await asyncio.gather(*(_call_async(functions[i], arguments[i], count) for i in waiting))
-
-    background = _Thread(lambda: asyncio.run(together())) if waiting else None
-    for i, function in enumerate(functions):
-        if not function.is_async:
-            results[i] = _call(function, arguments[i], count)
-    if background is not None:
-        try:
-            found = background.result(_patience([functions[i] for i in waiting]))
-        except _StillRunningError:  # it blocks the event loop, so that nobody could cancel it
-            found = [[RewardFailure(_hung(functions[i]))] * count for i in waiting]
-        for i, result in zip(waiting, found, strict=True):
-            results[i] = result
-    return results
-
-
-def _patience(functions: Sequence[RewardFunction]) -> float | None:
-    """Seconds to wait for async functions: each may be called for all completions and then for single ones."""
-    limits = [f.timeout for f in functions]
-    return None if None in limits else 2 * max(t for t in limits if t is not None) + 1
-
-
-def _call(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[Any]:
-    try:
-        return _listed(_limited(function, arguments), count)
-    except _StillRunningError:
-        return [RewardFailure(_hung(function))] * count
-    except Exception as error:
-        if count == 1:
-            return [RewardFailure(_raised(error))]
-        # One at a time tells whose fault it is, and saves the others.
-        parts = [_call(function, _only(arguments, i), 1) for i in range(count)]
-        if any(isinstance(part[0], RewardFailure) for part in parts):
-            return [part[0] for part in parts]
-        return [RewardFailure(f"{_raised(error)}, for all completions together but for none of them alone")] * count
-
-
-async def _call_async(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[Any]:
-    limit = asyncio.timeout(function.timeout)
-    try:
-        async with limit:
-            value = await function.function(**arguments)
-        return _listed(value, count)
-    except Exception as error:
-        if limit.expired():  # a TimeoutError may also be the function's own
-            return [RewardFailure(_hung(function))] * count
-        if count == 1:
-            return [RewardFailure(_raised(error))]
-        parts = await asyncio.gather(*(_call_async(function, _only(arguments, i), 1) for i in range(count)))
-        if any(isinstance(part[0], RewardFailure) for part in parts):
-            return [part[0] for part in parts]
-        return [RewardFailure(f"{_raised(error)}, for all completions together but for none of them alone")] * count
-
-
-def _limited(function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
-    if function.timeout is None:
-        return function.function(**arguments)
-    return _Thread(lambda: function.function(**arguments)).result(function.timeout)
-
-
-class _StillRunningError(Exception):
-    pass
-
-
-class _Thread:
-    """A call in a thread that does not keep the process alive."""
-
-    def __init__(self, call: Any) -> None:
-        self._call, self._value = call, None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._call()
-        except BaseException as error:  # raised again where the result is asked for
-            self._error = error
-
-    def result(self, timeout: float | None) -> Any:
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            raise _StillRunningError
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def _listed(value: Any, count: int) -> list[Any]:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise RewardError(f"gave {shown(value)}; expected a list with an entry per completion")
-    if len(value) != count:
-        raise RewardError(f"gave {len(value)} entries for {count} completions")
-    return list(value)
-
-
-def _only(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    return {name: values[index : index + 1] for name, values in arguments.items()}
-
-
-def _raised(error: Exception) -> str:
-    return str(error) if isinstance(error, RewardError) else f"raised {type(error).__name__}: {error}"
-
-
-def _hung(function: RewardFunction) -> str:
-    return f"did not return within {function.timeout:g} s"
-
-
-# ----------------------------------------------------------------------------------------------------
-# One completion's reward as the function gave it -> a number, or a number per counted token.
-
-
-@dataclass(frozen=True)
-class Value:
-    """A reward that is in order: a number for the completion, or one per counted token."""
-
-    number: float | None = None
-    tokens: list[float] | None = None
-
-    @property
-    def sum(self) -> float:
-        return self.number if self.number is not None else math.fsum(self.tokens or ())
-
-
-def read_value(
-    given: Any, ids: Sequence[int], counted: Sequence[int], text: str, tokens: Callable[[], Tokens]
-) -> Value:
-    """What a reward function gave for one completion.
-
-    Args:
-        given: a number, numbers per counted token, or spans of characters of `text`.
-        ids: the completion's token ids; counted: index into `ids` of those that count.
-        tokens: gives the completion's tokens with their characters in `text`; called for spans only.
-
-    Raises:
-        RewardError: anything else; not finite; a wrong length; spans out of range or overlapping.
-    """
-    if hasattr(given, "tolist"):
-        given = given.tolist()
-    if isinstance(given, Real):
-        try:
-            number = float(given)
-        except OverflowError:  # a whole number beyond what floats reach
-            number = math.inf
-        if not math.isfinite(number):
-            raise RewardError(f"gave {number}; expected a finite number")
-        return Value(number=number)
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        raise RewardError(f"gave {shown(given)}; expected a number, a number per token, or spans of characters")
-    if not given:  # no spans
-        return Value(tokens=[0.0] * len(counted))
-    rendered = Rendered(text, 0, None, ((0, len(text)),))
-    # Positions are needed for spans only; numbers are checked for type, finiteness and length.
-    found = tokens() if isinstance(given[0], Mapping) else Tokens(text, list(ids))
-    try:
-        values = token_column(
-            "token_rewards", given, "reward", rendered=rendered, tokens=found, counted=counted, kept=len(counted)
-        )
-    except RowError as error:
-        raise RewardError(f"gave rewards that do not fit: {error}") from None
-    return Value(tokens=values)
-
-
-def located_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> Tokens:
-    """The tokens of a sampled completion and the characters of its decoded text that each stands for.
-
-    Sampled ids need not be what the tokenizer makes of the text, so positions come from decoding. A token within a
-    character of several tokens stands for the whole character; one that does not show (EOS) for none.
-
-    Raises:
-        RewardError: the tokens' texts do not add up to the text.
-    """
-    specials = set(tokenizer.all_special_ids)
-
-    def shown_text(part: Sequence[int]) -> str:
-        return str(tokenizer.decode([i for i in part if i not in specials], clean_up_tokenization_spaces=False))
-
-    starts, ends, position = [], [], 0
-    # A few tokens before the new one give it its context; the new ones are kept until they are whole characters.
-    context, first = 0, 0
-    for index in range(len(ids)):
-        before, now = shown_text(ids[context:first]), shown_text(ids[context : index + 1])
-        # The first bytes of a character decode to a mark, or (ByT5) to nothing.
-        partial = now.endswith("�") or (now == before and ids[index] not in specials)
-        if partial and index + 1 < len(ids):
-            continue
-        width = len(now) - len(before)
-        starts += [position] * (index + 1 - first)
-        position += width
-        ends += [position] * (index + 1 - first)
-        context, first = first, index + 1
-    if position != len(text):
-        return _located_by_prefixes(shown_text, ids, text)
-    return Tokens(text, list(ids), starts, ends)
-
-
-def _located_by_prefixes(shown_text: Callable[[Sequence[int]], str], ids: Sequence[int], text: str) -> Tokens:
-    """The same by decoding every beginning: slow, and right for any tokenizer whose beginnings decode alike."""
-    ends: list[int] = []
-    for index in range(len(ids)):
-        now = shown_text(ids[: index + 1])
-        common = next((i for i, (a, b) in enumerate(zip(now, text)) if a != b), min(len(now), len(text)))
-        ends.append(max(common, ends[-1] if ends else 0))
-    if ends and ends[-1] != len(text):
-        raise RewardError("the completion's tokens do not add up to its text, so spans cannot be placed")
-    return Tokens(text, list(ids), [0, *ends[:-1]], ends)
-
-
-logger = logging.getLogger(__name__)
-RESERVED = ("prompts", "prompt_ids", "completions", "completion_ids", "truncated")
+# ---- The suite ----
 
 
 @dataclass(frozen=True)
@@ -431,11 +215,16 @@ class RewardSuite:
     def __init__(self, functions: Sequence[RewardFunction | Callable[..., Any]], *, tokenizer: Any = None) -> None:
         self.functions = [f if isinstance(f, RewardFunction) else RewardFunction(f) for f in functions]
         self.tokenizer = tokenizer
-        if not self.functions:
-            raise RecipeError("a reward suite needs at least one reward function")
-        double = [name for name, count in Counter(f.name for f in self.functions).items() if count > 1]
-        if double:
-            raise RecipeError(f"two rewards have the name {double[0]!r}; give one of them another `name`")
+        require(self.functions, RecipeError, "a reward suite needs at least one reward function")
+        name, count = Counter(f.name for f in self.functions).most_common(1)[0]
+        require(count == 1, RecipeError, f"two rewards have the name {name!r}; give one of them another `name`")
+        tags = set(tokenizer.all_special_tokens) - _ends(tokenizer, "token") if tokenizer is not None else ()
+        for function in self.functions:
+            pattern = getattr(function.function, "pattern", None)
+            hidden = [t for t in sorted(tags) if t in str(getattr(pattern, "pattern", pattern))]
+            if hidden and not function.special_tokens:
+                what = "%s are special tokens, which completions are shown without; set special_tokens: true"
+                logger.warning(f"reward %r looks for %s: {what}", function.name, hidden, ", ".join(hidden))
 
     def score(
         self,
@@ -454,76 +243,76 @@ class RewardSuite:
             RewardError: a failure of a function with `on_error: error`; a column it needs is not there.
         """
         work = _from_rollouts(rollouts) if isinstance(rollouts, Rollouts) else _from_batch(rollouts)
-        count = len(work.ids)
-        if texts is None:
-            if self.tokenizer is None:
-                raise RewardError("there are no texts; expected `texts`, or a suite with a tokenizer")
-            texts = decode(self.tokenizer, work.ids)
-        raws = work.raws if rows is None else rows
-        if len(texts) != count or len(raws) != count:
-            raise RewardError(f"{len(texts)} texts and {len(raws)} rows for {count} completions")
-        columns = self._columns(work, texts, raws)
-        answers = call_all(self.functions, columns)
-        located: dict[int, Tokens] = {}
-
-        def tokens_of(index: int) -> Tokens:
-            if self.tokenizer is None:
-                raise RewardError("gave spans, which need a suite with a tokenizer to place them")
-            if index not in located:
-                located[index] = located_tokens(self.tokenizer, work.ids[index], texts[index])
-            return located[index]
-
+        count, raws = len(work.ids), work.raws if rows is None else rows
+        what = "there are no texts; expected `texts`, or a suite with a tokenizer"
+        require(texts is not None or self.tokenizer is not None, RewardError, what)
+        plain = decode(self.tokenizer, work.ids) if texts is None else texts
+        what = f"{len(plain)} texts and {len(raws)} rows for {count} completions"
+        require(len(plain) == count and len(raws) == count, RewardError, what)
+        columns = self._columns(work, raws)
+        shown_texts = [self._special(work.ids) if f.special_tokens else plain for f in self.functions]
+        answers = call_all(
+            self.functions,
+            [
+                {**columns, "completions": _messages(t) if f.messages else list(t)}
+                for f, t in zip(self.functions, shown_texts)
+            ],
+        )
         judged = [
-            [self._judge(function, answer[i], i, work, texts[i], tokens_of) for i in range(count)]
-            for function, answer in zip(self.functions, answers, strict=True)
+            [self._judge(function, answer[i], i, work, seen[i]) for i in range(count)]
+            for function, answer, seen in zip(self.functions, answers, shown_texts, strict=True)
         ]
         return self._combined(judged, work)
 
-    def _columns(
-        self, work: _Completions, texts: Sequence[str], raws: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Sequence[Any]]:
+    def _special(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Texts with special tokens, but those that end or fill up."""
+        require(self.tokenizer is not None, RewardError, "special_tokens needs a suite with a tokenizer")
+        ends = _ends(self.tokenizer, "token_id")
+        return [self.tokenizer.decode([i for i in part if i not in ends], **_AS_IS) for part in ids]
+
+    def _columns(self, work: _Completions, raws: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
         names = sorted({name for raw in raws for name in raw} - {"prompt"})
-        taken = [name for name in names if name in RESERVED]
-        if taken:
-            raise RewardError(f"the rows have a column {taken[0]!r}, a name that rewards use; rename it")
+        taken = next((name for name in names if name in RESERVED), None)
+        require(taken is None, RewardError, f"the rows have a column {taken!r}, a name that rewards use; rename it")
+        tok = self.tokenizer
+        prompts: Sequence[Any] = [None] * len(raws)
         if all("prompt" in raw for raw in raws):
             prompts = [raw["prompt"] for raw in raws]
-        else:
-            prompts = decode(self.tokenizer, work.prompts) if self.tokenizer is not None else [None] * len(texts)
+        elif tok is not None:
+            prompts = decode(tok, work.prompts)
+        ends = {tuple(p[-PROMPT_END:]) for p in work.prompts} if tok is not None else ()
+        end_texts = {ids: tok.decode(list(ids), **_AS_IS) for ids in ends}
         return {
             "prompts": prompts,
             "prompt_ids": work.prompts,
-            "completions": list(texts),
+            "prompt_ends": [end_texts.get(tuple(p[-PROMPT_END:]), "") for p in work.prompts],
             "completion_ids": work.ids,
             "truncated": work.truncated,
             # A column that only some rows have is None in the others.
             **{name: [raw.get(name) for raw in raws] for name in names},
         }
 
-    def _judge(
-        self,
-        function: RewardFunction,
-        given: Any,
-        index: int,
-        work: _Completions,
-        text: str,
-        tokens_of: Callable[[int], Tokens],
-    ) -> _Judged:
+    def _judge(self, function: RewardFunction, given: Any, index: int, work: _Completions, text: str) -> _Judged:
         policy: str = function.on_error
+        if given is None and function.on_none == "ignore":
+            return _Judged(None)
         if given is None:
             policy, failure = function.on_none, RewardFailure("gave None")
-            if policy == "ignore":
-                return _Judged(None)
         elif isinstance(given, RewardFailure):
             failure = given
         else:
+            ids = work.ids[index]
+
+            def tokens() -> Tokens:
+                require(self.tokenizer is not None, RewardError, "gave spans, which need a suite with a tokenizer")
+                return located_tokens(self.tokenizer, ids, text, special=function.special_tokens)
+
             try:
-                return _Judged(read_value(given, work.ids[index], work.counted[index], text, lambda: tokens_of(index)))
+                return _Judged(read_value(given, ids, work.counted[index], text, tokens))
             except RewardError as error:
                 failure = RewardFailure(str(error))
         failure = replace(failure, name=function.name, row=work.rows[index], completion=index)
-        if policy == "error":
-            raise RewardError(f"{failure}; completion: {text[:80]!r}")
+        require(policy != "error", RewardError, f"{failure}; completion: {text[:80]!r}")
         logger.warning("%s (%s)", failure, "left out" if policy == "skip" else f"taken as {function.error_value:g}")
         if policy == "skip":
             return _Judged(None, failure, valid=False)
@@ -534,7 +323,10 @@ class RewardSuite:
         count = len(work.ids)
         outcome = torch.zeros(count, dtype=torch.float64)
         tokens = torch.zeros(segments.total, dtype=torch.float64)
-        valid = torch.tensor([all(column[i].valid for column in judged) for i in range(count)], dtype=torch.bool)
+        # Where no reward applies there is none: not 0, which would be a reward like another.
+        each = list(zip(*judged, strict=True))
+        known = [all(j.valid for j in one) and any(j.value is not None for j in one) for one in each]
+        valid = torch.tensor(known, dtype=torch.bool)
         by_name, dense, offsets = {}, False, segments.offsets.tolist()
         for function, column in zip(self.functions, judged, strict=True):
             own = torch.full((count,), math.nan, dtype=torch.float64)
@@ -550,7 +342,9 @@ class RewardSuite:
         tokens = tokens * segments.broadcast(valid.double())
         outcome = outcome.where(valid, math.nan)
         counts = {
-            f"{f.name}/{what}": float(number) for f in self.functions for what, number in _counts(f.function).items()
+            f"{f.name}/{what}": float(number)
+            for f in self.functions
+            for what, number in getattr(f.function, "counts", {}).items()
         }
         return RewardResult(
             total=(outcome + segments.sum(tokens)).float(),
@@ -563,19 +357,23 @@ class RewardSuite:
         )
 
 
-def _counts(function: Any) -> Mapping[str, float]:
-    """What a function has counted in its last call, by its attribute `counts`."""
-    counts = getattr(function, "counts", None)
-    return counts if isinstance(counts, Mapping) else {}
+_AS_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+
+
+def _ends(tokenizer: Any, what: str) -> set[Any]:
+    """End-of-sequence and padding, each a "token" or a "token_id"."""
+    return {getattr(tokenizer, f"{kind}_{what}", None) for kind in ("eos", "pad")}
+
+
+def _messages(texts: Sequence[str]) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def _from_rollouts(rollouts: Rollouts) -> _Completions:
     prompts = [rollouts.prompts[g] for g in rollouts.group]
-    ids = [c.ids for c in rollouts.completions]
-    contexts = [c.context for c in rollouts.completions]
     return _Completions(
-        ids=ids,
-        counted=[list(range(start, len(i))) for start, i in zip(contexts, ids, strict=True)],
+        ids=[c.ids for c in rollouts.completions],
+        counted=[list(range(c.context, len(c.ids))) for c in rollouts.completions],
         rows=[p.row for p in prompts],
         raws=rollouts.rows,
         prompts=[p.ids for p in prompts],
@@ -589,12 +387,230 @@ def _from_batch(batch: TokenBatch) -> _Completions:
     ids = [i.tolist() for i in Segments(batch.completion_offsets).split(batch.completion_ids)]
     counted = [c.nonzero()[:, 0].tolist() for c in Segments(batch.completion_offsets).split(batch.counted)]
     marks = batch.columns.get("truncated")
-    truncated = [False] * len(ids) if marks is None else (batch.segments.max(marks) > 0).tolist()
     return _Completions(
         ids=ids,
         counted=counted,
         rows=[batch.rows[g] if batch.rows else g for g in groups],
         raws=[batch.raw[g] if batch.raw else {} for g in groups],
         prompts=[prompts[g] for g in groups],
-        truncated=truncated,
+        truncated=[False] * len(ids) if marks is None else (batch.segments.max(marks) > 0).tolist(),
     )
+
+
+# ---- Calling the functions ----
+
+
+def call_all(functions: Sequence[RewardFunction], columns: Sequence[Mapping[str, Sequence[Any]]]) -> list[list[Any]]:
+    """Every function's list with an entry per completion; where it failed a `RewardFailure` stands.
+
+    Async functions run at the same time as each other and as the others, which run one after the other.
+
+    Args:
+        columns: what each function may be given.
+
+    Raises:
+        RewardError: a function needs a column that the rows do not have.
+    """
+    arguments = [f.arguments(available) for f, available in zip(functions, columns, strict=True)]
+    count = len(columns[0]["completions"])
+    waiting = [i for i, f in enumerate(functions) if f.is_async]
+    results: list[list[Any]] = [[] for _ in functions]
+
+    async def together() -> list[list[Any]]:
+        return await asyncio.gather(*(_call_async(functions[i], arguments[i], count) for i in waiting))
+
+    background = _Thread(lambda: asyncio.run(together())) if waiting else None
+    for i, function in enumerate(functions):
+        if not function.is_async:
+            results[i] = _call(function, arguments[i], count)
+    if background is not None:
+        # Each may be called for all completions and then for single ones.
+        limits = [functions[i].timeout for i in waiting]
+        try:
+            found = background.result(None if None in limits else 2 * max(filter(None, limits)) + 1)
+        except _StillRunningError:  # it blocks the event loop, so that nobody could cancel it
+            found = [[_hung(functions[i])] * count for i in waiting]
+        for i, result in zip(waiting, found, strict=True):
+            results[i] = result
+    return results
+
+
+def _call(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[Any]:
+    try:
+        if function.timeout is None:
+            return _listed(function.function(**arguments), count)
+        return _listed(_Thread(lambda: function.function(**arguments)).result(function.timeout), count)
+    except _StillRunningError:
+        return [_hung(function)] * count
+    except Exception as error:  # whatever a user's function raises
+        parts = [_call(function, _only(arguments, i), 1) for i in range(count)] if count > 1 else []
+        return _blamed(error, parts)
+
+
+async def _call_async(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[Any]:
+    limit = asyncio.timeout(function.timeout)
+    try:
+        async with limit:
+            value = await function.function(**arguments)
+        return _listed(value, count)
+    except Exception as error:
+        if limit.expired():  # a TimeoutError may also be the function's own
+            return [_hung(function)] * count
+        alone = [_call_async(function, _only(arguments, i), 1) for i in range(count)] if count > 1 else []
+        return _blamed(error, await asyncio.gather(*alone))
+
+
+def _blamed(error: Exception, parts: Sequence[list[Any]]) -> list[Any]:
+    """What a call that raised gives: one completion at a time tells whose fault it is, and saves the others."""
+    what = str(error) if isinstance(error, RewardError) else f"raised {type(error).__name__}: {error}"
+    if isinstance(error, TypeError) and "string indices" in what:
+        what += " (of a function that takes messages, as TRL's do for chats? Set messages: true)"
+    if not parts:
+        return [RewardFailure(what)]
+    if any(isinstance(part[0], RewardFailure) for part in parts):
+        return [part[0] for part in parts]
+    return [RewardFailure(f"{what}, for all completions together but for none of them alone")] * len(parts)
+
+
+class _StillRunningError(Exception):
+    pass
+
+
+class _Thread:
+    """A call in a thread that does not keep the process alive."""
+
+    def __init__(self, call: Any) -> None:
+        self._call, self._value = call, None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # raised again where the result is asked for
+            self._error = error
+
+    def result(self, timeout: float | None) -> Any:
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise _StillRunningError
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _listed(value: Any, count: int) -> list[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    require(is_list, RewardError, f"gave {shown(value)}; expected a list with an entry per completion")
+    require(len(value) == count, RewardError, f"gave {len(value)} entries for {count} completions")
+    return list(value)
+
+
+def _only(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {name: values[index : index + 1] for name, values in arguments.items()}
+
+
+def _hung(function: RewardFunction) -> RewardFailure:
+    return RewardFailure(f"did not return within {function.timeout:g} s")
+
+
+# ---- One completion's reward as the function gave it -> a number, or a number per counted token ----
+
+
+@dataclass(frozen=True)
+class Value:
+    """A reward that is in order: a number for the completion, or one per counted token."""
+
+    number: float | None = None
+    tokens: list[float] | None = None
+
+    @property
+    def sum(self) -> float:
+        return self.number if self.number is not None else math.fsum(self.tokens or ())
+
+
+def read_value(
+    given: Any, ids: Sequence[int], counted: Sequence[int], text: str, tokens: Callable[[], Tokens]
+) -> Value:
+    """What a reward function gave for one completion.
+
+    Args:
+        given: a number, numbers per counted token, or spans of characters of `text`.
+        ids: the completion's token ids; counted: index into `ids` of those that count.
+        tokens: gives the completion's tokens with their characters in `text`; called for spans only.
+
+    Raises:
+        RewardError: anything else; not finite; a wrong length; spans out of range or overlapping.
+    """
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, Real):
+        try:
+            number = float(given)
+        except OverflowError:  # a whole number beyond what floats reach
+            number = math.inf
+        require(math.isfinite(number), RewardError, f"gave {number}; expected a finite number")
+        return Value(number=number)
+    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    what = f"gave {shown(given)}; expected a number, a number per token, or spans of characters"
+    require(is_list, RewardError, what)
+    if not given:  # no spans
+        return Value(tokens=[0.0] * len(counted))
+    rendered = Rendered(text, 0, None, ((0, len(text)),))
+    found = tokens() if isinstance(given[0], Mapping) else Tokens(text, list(ids))
+    try:
+        values = token_column(
+            "token_rewards", given, "reward", rendered=rendered, tokens=found, counted=counted, kept=len(counted)
+        )
+    except RowError as error:
+        raise RewardError(f"gave rewards that do not fit: {error}") from None
+    return Value(tokens=values)
+
+
+def located_tokens(tokenizer: Any, ids: Sequence[int], text: str, *, special: bool = False) -> Tokens:
+    """The tokens of a sampled completion and the characters of its decoded text that each stands for.
+
+    Sampled ids need not be what the tokenizer makes of the text, so positions come from decoding. A token within a
+    character of several tokens stands for the whole character; one that does not show (EOS) for none.
+
+    Args:
+        special: whether the text has the special tokens, but those that end or fill up.
+
+    Raises:
+        RewardError: the tokens' texts do not add up to the text.
+    """
+    hidden = _ends(tokenizer, "token_id") if special else set(tokenizer.all_special_ids)
+
+    def shown_text(part: Sequence[int]) -> str:
+        return str(tokenizer.decode([i for i in part if i not in hidden], **_AS_IS))
+
+    starts, ends, position = [], [], 0
+    # A few tokens before the new one give it its context; the new ones are kept until they are whole characters.
+    context, first = 0, 0
+    for index in range(len(ids)):
+        before, now = shown_text(ids[context:first]), shown_text(ids[context : index + 1])
+        # The first bytes of a character decode to a mark, or (ByT5) to nothing.
+        partial = now.endswith("�") or (now == before and ids[index] not in hidden)
+        if partial and index + 1 < len(ids):
+            continue
+        width = len(now) - len(before)
+        starts += [position] * (index + 1 - first)
+        position += width
+        ends += [position] * (index + 1 - first)
+        context, first = first, index + 1
+    if position != len(text):
+        return _located_by_prefixes(shown_text, ids, text)
+    return Tokens(text, list(ids), starts, ends)
+
+
+def _located_by_prefixes(shown_text: Callable[[Sequence[int]], str], ids: Sequence[int], text: str) -> Tokens:
+    """The same by decoding every beginning: slow, and right for any tokenizer whose beginnings decode alike."""
+    ends: list[int] = []
+    for index in range(len(ids)):
+        now = shown_text(ids[: index + 1])
+        common = next((i for i, (a, b) in enumerate(zip(now, text)) if a != b), min(len(now), len(text)))
+        ends.append(max(common, ends[-1] if ends else 0))
+    what = "the completion's tokens do not add up to its text, so spans cannot be placed"
+    require(not ends or ends[-1] == len(text), RewardError, what)
+    return Tokens(text, list(ids), [0, *ends[:-1]], ends)

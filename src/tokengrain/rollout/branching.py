@@ -38,7 +38,7 @@ from tokengrain.rollout.sampler import (
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.prepare import causal_lm
 from tokengrain.scoring.score import score
-from tokengrain.settings import Count, Share, validate_settings
+from tokengrain.settings import Count, Share, keyword_types, validate_settings
 
 PROMPTS_AT_A_TIME = 8
 
@@ -63,7 +63,7 @@ class Branching:
         sampler: draws completions and continuations.
         model: gives the entropies: nats of its own distribution (temperature 1, all tokens).
         tokenizer: needed for triggers and stop strings.
-        window, quantile, mode: which windows are high, see `tokengrain.credit.entropy_window`; the threshold is that
+        window, quantile, mode: which windows are high, see `tokengrain.methods._entropy_window`; the threshold is that
             of the completions at hand, of this process alone.
         triggers: words at which a completion may be left: "english", a list, or None: every token.
         per_completion, per_prompt: most branches; of a prompt those of the highest entropy.
@@ -87,15 +87,9 @@ class Branching:
         per_completion: Count = 1,
         per_prompt: Count = 4,
     ) -> None:
-        given = {
-            "window": window,
-            "quantile": quantile,
-            "mode": mode,
-            "triggers": triggers,
-            "per_completion": per_completion,
-            "per_prompt": per_prompt,
-        }
-        self.given = validate_settings("sampler 'branching'", Branching, given)
+        given = locals()
+        self.given = {name: given[name] for name in keyword_types(Branching)}
+        validate_settings("sampler 'branching'", Branching, self.given)
         self.sampler, self.model, self.tokenizer = sampler, model, tokenizer
         self.window, self.quantile, self.mode = window, quantile, mode
         self.triggers = trigger_tokens(tokenizer, triggers, "sampler 'branching'")

@@ -1,4 +1,7 @@
-"""`HFGenerate`: sampling from a transformers model in this process."""
+"""Sampling from a transformers model in this process: `HFGenerate`, and `HFContinuous` with continuous batching.
+
+Read top to bottom: how a token is drawn, how a batch is decoded with it, and the two samplers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.data.tokens import StopStrings
-from tokengrain.errors import ModelError, RecipeError, RolloutError
+from tokengrain.errors import ModelError, RecipeError, RolloutError, require
 from tokengrain.rollout.sampler import (
     PromptItem,
     Rollouts,
@@ -28,15 +31,15 @@ from tokengrain.scoring.model import device_of, evaluating
 from tokengrain.scoring.prepare import causal_lm
 from tokengrain.settings import Count, nearest, validate_settings
 
-# ----------------------------------------------------------------------------------------------------
-# Drawing the next token: one stream of uniform numbers per completion, inverse of the cumulative distribution.
-#
-# A completion's numbers depend on the seed, its row and its place in the group, not on the batch it is computed
-# in. So the order of prompts, the size of batches and completions that end early do not change the others.
+# ---- Drawing the next token ----
 
 
 def uniforms(prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) -> Tensor:
-    """Uniform numbers in [0, 1), float64 `[P * n, max_new_tokens]`, one row per completion."""
+    """Uniform numbers in [0, 1), float64 `[P * n, max_new_tokens]`, one row per completion.
+
+    A completion's numbers depend on the seed, its row and its place in the group, not on the batch it is computed
+    in. So the order of prompts, the size of batches and completions that end early do not change the others.
+    """
     rows = []
     for prompt, seen in zip(prompts, occurrences(prompts), strict=True):
         for k in range(n):
@@ -46,7 +49,7 @@ def uniforms(prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) ->
 
 
 class Picker:
-    """Draws tokens and knows their log-probabilities.
+    """Draws tokens by the inverse of the cumulative distribution, and knows their log-probabilities.
 
     Args:
         sampling: temperature and the rest.
@@ -116,9 +119,7 @@ def _warpers(sampling: SamplingConfig) -> Any:
     return warpers
 
 
-# ----------------------------------------------------------------------------------------------------
-# Decoding a batch: `decode_shared` (prompt computed once for its completions, finished rows leave) and
-# `decode_generate` (transformers' own `generate`). Both draw with the same `Picker`.
+# ---- Decoding a batch ----
 
 # Finished rows are dropped once they are this share of the batch: dropping copies the cache.
 FINISHED_SHARE = 1 / 8
@@ -266,7 +267,7 @@ class PickProcessor:
 def decode_generate(
     model: Any, ids: Tensor, mask: Tensor, n: int, picker: Picker, drawn: Drawn, *, pad_id: int, static: bool
 ) -> None:
-    """The same with `model.generate`: for caches of fixed size, and for models whose cache cannot be copied."""
+    """The same draws with `model.generate`: for caches of fixed size, and for models whose cache cannot be copied."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -275,7 +276,7 @@ def decode_generate(
         max_new_tokens=drawn.steps,
         do_sample=False,
         num_beams=1,
-        # Said explicitly, so that the model's own generation config cannot change the distribution.
+        # Explicit, so that the model's own generation config cannot change the distribution.
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         min_new_tokens=0,
@@ -291,6 +292,29 @@ def decode_generate(
         logits_processor=LogitsProcessorList([pick]),
         stopping_criteria=StoppingCriteriaList([pick.finished]),
     )
+
+
+# ---- The samplers ----
+
+
+def module_of(model_or_path: Any, name: str) -> Any:
+    """The model under DDP and the like, which know no `generate`; adapters stay on. Raises `RolloutError`."""
+    model, what = model_or_path, f"{name} samples from a model in this process, got {model_or_path!r}"
+    require(isinstance(model, nn.Module), RolloutError, what)
+    while isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config"):
+        model = model.module
+    return model
+
+
+def check_room(lm: Any, prompts: Sequence[PromptItem], sampling: SamplingConfig) -> None:
+    """Raises `RolloutError` if a prompt with `max_new_tokens` goes beyond the model's positions."""
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(prompts, key=lambda p: len(p.ids))
+    what = (
+        f"row {longest.row}: {len(longest.ids)} prompt tokens and max_new_tokens {sampling.max_new_tokens} are "
+        f"more than the model's {positions} positions; expected a shorter prompt or fewer new tokens"
+    )
+    require(positions is None or len(longest.ids) + sampling.max_new_tokens <= positions, RolloutError, what)
 
 
 class HFGenerate:
@@ -329,17 +353,15 @@ class HFGenerate:
         cache: Literal["dynamic", "static"] = "dynamic",
         max_batch_tokens: Count = 65536,
     ) -> None:
-        settings = {"cache": cache, "max_batch_tokens": max_batch_tokens}
-        self.given = validate_settings("sampler 'hf'", HFGenerate, settings)
+        self.given: dict[str, Any] = {"cache": cache, "max_batch_tokens": max_batch_tokens}
+        validate_settings("sampler 'hf'", HFGenerate, self.given)
         self.progress: Callable[[int, int], None] | None = None
         self.tokenizer, self.cache, self.max_batch_tokens = tokenizer, cache, max_batch_tokens
         self.refresh(model)
 
     def refresh(self, model_or_path: Any) -> None:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
-        if not isinstance(model_or_path, nn.Module):
-            raise RolloutError(f"{self.name} samples from a model in this process, got {model_or_path!r}")
-        self.model = unwrapped(model_or_path)
+        self.model = module_of(model_or_path, self.name)
         self.lm = causal_lm(self.model)
         self._shares = self.cache == "dynamic" and shares_prefill(self.model, self.lm)
 
@@ -349,9 +371,7 @@ class HFGenerate:
         prompts = checked_prompts(prompts, n)
         needs_tokenizer(self.tokenizer, sampling.stop)
         check_room(self.lm, prompts, sampling)
-        stop_ids = sampling.stop_ids
-        if stop_ids is None:
-            stop_ids = stop_ids_of(self.tokenizer, self.lm)
+        stop_ids = sampling.stop_ids if sampling.stop_ids is not None else stop_ids_of(self.tokenizer, self.lm)
         numbers = uniforms(prompts, n, sampling)
         found: dict[int, SampledCompletion] = {}
         with evaluating(self.model):
@@ -412,30 +432,6 @@ def completions_of(drawn: Drawn) -> list[SampledCompletion]:
     ]
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """The model under DDP and the like, which know no `generate`; adapters stay on."""
-    inner: Any = model
-    while isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config"):
-        inner = inner.module
-    return inner
-
-
-def check_room(lm: Any, prompts: Sequence[PromptItem], sampling: SamplingConfig) -> None:
-    """Raises `RolloutError` if a prompt with `max_new_tokens` goes beyond the model's positions."""
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return
-    for prompt in prompts:
-        if len(prompt.ids) + sampling.max_new_tokens > positions:
-            raise RolloutError(
-                f"row {prompt.row}: {len(prompt.ids)} prompt tokens and max_new_tokens {sampling.max_new_tokens} are "
-                f"more than the model's {positions} positions; expected a shorter prompt or fewer new tokens"
-            )
-
-
-# ----------------------------------------------------------------------------------------------------
-# `HFContinuous`: transformers' continuous batching (`generate_batch`).
-
 SIZES = frozenset({"num_blocks", "max_batch_tokens", "max_memory_percent"})
 CPU_PAGE, CPU_REQUESTS, CPU_TOKENS = 32, 64, 256
 
@@ -476,20 +472,14 @@ class HFContinuous:
 
     def refresh(self, model_or_path: Any) -> None:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
-        if not isinstance(model_or_path, nn.Module):
-            raise RolloutError(f"{self.name} samples from a model in this process, got {model_or_path!r}")
-        model = unwrapped(model_or_path)
-        lm = causal_lm(model)
-        if getattr(lm, "_is_stateful", False):
-            raise ModelError(f"{type(lm).__name__} keeps a recurrent state; continuous batching needs attention only")
-        config = batching_class()
-        if not hasattr(lm, "generate_batch") or "return_logprobs" not in vars(config()):
-            raise ModelError(
-                f"{type(lm).__name__} with the installed transformers has no continuous batching that gives "
-                "log-probabilities; expected transformers 5.17 or newer, or the sampler 'hf'"
-            )
-        self.model = model
-        self.lm: Any = lm
+        model = module_of(model_or_path, self.name)
+        lm: Any = causal_lm(model)
+        name, able = type(lm).__name__, hasattr(lm, "generate_batch") and "return_logprobs" in vars(batching_class()())
+        stateful = getattr(lm, "_is_stateful", False)
+        require(not stateful, ModelError, f"{name} keeps a recurrent state; continuous batching needs attention only")
+        what = f"{name} with the installed transformers has no continuous batching that gives log-probabilities"
+        require(able, ModelError, f"{what}; expected transformers 5.17 or newer, or the sampler 'hf'")
+        self.model, self.lm = model, lm
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
         """`n` completions of each prompt. Raises `RolloutError` where the engine fails, with its message."""
@@ -518,10 +508,8 @@ class HFContinuous:
                 if self.lm.config._attn_implementation != before:
                     self.lm.set_attn_implementation(before)
         results = list(found.values())
-        if len(results) != len(prompts) * n:
-            raise RolloutError(
-                f"continuous batching gave {len(results)} of {len(prompts) * n} completions; its own log says why"
-            )
+        what = f"continuous batching gave {len(results)} of {len(prompts) * n} completions; its own log says why"
+        require(len(results) == len(prompts) * n, RolloutError, what)
         stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         groups = []
         for p, prompt in enumerate(prompts):
@@ -559,14 +547,13 @@ def _batching(settings: Mapping[str, Any], seed: int) -> Any:
         # A processor that the engine lacks would change the distribution silently.
         "drop_unsupported_processors": False,
     }
-    legal = inspect.signature(build).parameters.keys() - fixed.keys()
+    legal, what = inspect.signature(build).parameters.keys() - fixed.keys(), "sampler 'continuous': settings:"
     for name in settings:
-        if name not in legal:
-            raise RecipeError(f"sampler 'continuous': settings: unknown setting {name!r}{nearest(name, legal)}")
+        require(name in legal, RecipeError, f"{what} unknown setting {name!r}{nearest(name, legal)}")
     try:
         return build(**fixed, **settings)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"sampler 'continuous': settings: {error}") from None
+        raise RecipeError(f"{what} {error}") from None
 
 
 def _generation_config(n: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> Any:
@@ -593,11 +580,9 @@ def _completion(
     prompt: PromptItem, result: Any, sampling: SamplingConfig, stop_ids: Sequence[int], stops: StopStrings | None
 ) -> SampledCompletion:
     ids, logps = list(result.generated_tokens), list(result.logprobs)
-    if result.error is not None or not ids or len(ids) != len(logps):
-        raise RolloutError(
-            f"row {prompt.row}: continuous batching gave {len(ids)} tokens with {len(logps)} log-probabilities "
-            f"({result.error})"
-        )
+    given = f"{len(ids)} tokens with {len(logps)} log-probabilities ({result.error})"
+    good = result.error is None and ids and len(ids) == len(logps)
+    require(good, RolloutError, f"row {prompt.row}: continuous batching gave {given}")
     stopped = ids[-1] in stop_ids
     end = stops.length(ids) if stops is not None else None
     if end is not None:

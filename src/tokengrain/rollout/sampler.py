@@ -1,4 +1,4 @@
-"""What samplers take and give: `PromptItem`, `SamplingConfig`, `Rollouts`; the protocol `Sampler`."""
+"""What samplers take and give (`PromptItem`, `SamplingConfig`, `Rollouts`), prompts from rows, samplers by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokengrain.data.dataset import Report
 from tokengrain.data.formats import Example, check_mapping, check_prompt, content
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import Encoder, Renderer
-from tokengrain.errors import DataError, ModelError, RecipeError, RolloutError, shown
+from tokengrain.errors import DataError, ModelError, RecipeError, RolloutError, require, shown
 from tokengrain.settings import load_named, validate_settings
 
 FinishReason = Literal["stop", "length"]
@@ -71,8 +71,8 @@ class SamplingConfig:
     top_k: int = 0
     min_p: float = 0.0
     max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] | None = None
+    stop: Sequence[str] = ()
+    stop_ids: Sequence[int] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,20 +82,11 @@ class SamplingConfig:
             ("top_k", _whole(self.top_k, 0), "a whole number >= 0 (0: all tokens)"),
             ("min_p", 0 <= self.min_p < 1, "0 <= min_p < 1"),
             ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
-            (
-                "stop",
-                not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop),
-                "a sequence of strings that are not empty",
-            ),
-            (
-                "stop_ids",
-                self.stop_ids is None or all(_whole(i, 0) for i in self.stop_ids),
-                "token ids, or none for the model's own",
-            ),
+            ("stop", _each(self.stop, lambda s: isinstance(s, str) and s), "a list of texts that are not empty"),
+            ("stop_ids", _each(self.stop_ids or (), lambda i: _whole(i, 0)), "token ids, or none for the model's own"),
         )
         for name, good, expected in checks:
-            if not good:
-                raise RecipeError(f"sampling: {name} is {shown(getattr(self, name))}; expected {expected}")
+            require(good, RecipeError, f"sampling: {name} is {shown(getattr(self, name))}; expected {expected}")
         object.__setattr__(self, "stop", tuple(self.stop))
         if self.stop_ids is not None:
             object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
@@ -117,6 +108,10 @@ class SamplingConfig:
 
 def _whole(value: object, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _each(values: object, good: Callable[[Any], object]) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str) and all(map(good, values))
 
 
 def derived_seed(*parts: Any) -> int:
@@ -269,18 +264,14 @@ def decode(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
 
 def checked_prompts(prompts: Sequence[PromptItem], n: int) -> tuple[PromptItem, ...]:
     """The prompts as a tuple. Raises `RolloutError` where there is nothing to sample from."""
-    if not prompts:
-        raise RolloutError("there are no prompts to sample from")
-    if n < 1:
-        raise RolloutError(f"n is {n}; expected at least 1 completion per prompt")
-    for prompt in prompts:
-        if not prompt.ids:
-            raise RolloutError(f"row {prompt.row}: the prompt has no tokens; expected at least one (BOS, say)")
+    require(prompts, RolloutError, "there are no prompts to sample from")
+    require(n >= 1, RolloutError, f"n is {n}; expected at least 1 completion per prompt")
+    empty = next((p.row for p in prompts if not p.ids), None)
+    require(empty is None, RolloutError, f"row {empty}: the prompt has no tokens; expected at least one (BOS, say)")
     return tuple(prompts)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rows -> `PromptItem`s: the prompts of online methods, as text or as messages through the chat template.
+# ---- Rows -> prompts, as text or as messages through the chat template ----
 
 
 def encode_prompts(
@@ -377,19 +368,18 @@ def stop_ids_of(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
     configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
     for given in (*(getattr(c, "eos_token_id", None) for c in configs), getattr(tokenizer, "eos_token_id", None)):
         found += [given] if isinstance(given, int) else list(given or [])
-    if not found:
-        raise ModelError("neither model nor tokenizer has an end-of-sequence token; expected one, or `stop_ids`")
+    what = "neither model nor tokenizer has an end-of-sequence token; expected one, or `stop_ids`"
+    require(found, ModelError, what)
     return tuple(dict.fromkeys(found))
 
 
-def needs_tokenizer(tokenizer: Any, stop: tuple[str, ...]) -> None:
+def needs_tokenizer(tokenizer: Any, stop: Sequence[str]) -> None:
     """Raises `RecipeError` if there are stop strings and no tokenizer to find them with."""
-    if stop and tokenizer is None:
-        raise RecipeError(f"sampling: stop is {list(stop)}, and the sampler has no tokenizer to find strings with")
+    what = f"sampling: stop is {list(stop)}, and the sampler has no tokenizer to find strings with"
+    require(not stop or tokenizer is not None, RecipeError, what)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Samplers by name: what a recipe's `sampler:` says, checked and made.
+# ---- Samplers by name: what a recipe's `sampler:` says, checked and made ----
 
 SAMPLERS: dict[str, str] = {
     "hf": "tokengrain.rollout.local:HFGenerate",
@@ -431,8 +421,9 @@ def check_sampler(given: Any) -> dict[str, Any]:
     build = sampler_class(name)
     takes, also = _positional(build)
     below = check_sampler(own.pop("sampler", DEFAULT)) if "sampler" in takes else None
-    if below is not None and "sampler" in below:
-        raise RecipeError(f"sampler {name!r} on top of {below['name']!r}; expected one that draws by itself: hf, say")
+    if below is not None:
+        what = f"sampler {name!r} on top of {below['name']!r}; expected one that draws by itself: hf, say"
+        require("sampler" not in below, RecipeError, what)
     settings = validate_settings(f"sampler {name!r}", build, own, also=also)
     if (check := getattr(build, "check", None)) is not None:
         check(**settings)
@@ -440,7 +431,7 @@ def check_sampler(given: Any) -> dict[str, Any]:
 
 
 def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
-    """A sampler as a recipe or a call of the trainer gives it.
+    """The sampler that a recipe or a call of the trainer names.
 
     Args:
         given: a sampler, which is returned as it is; else see `check_sampler`. None: the default.
@@ -449,12 +440,10 @@ def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
     Raises:
         RecipeError: as `check_sampler`. ModelError: a model that the sampler cannot use.
     """
-    if given is not None and not isinstance(given, (str, Mapping)):
-        if not isinstance(given, Sampler):
-            raise RecipeError(
-                f"a sampler is an object with sample and refresh, a name or a mapping, got {shown(given)}"
-            )
+    if isinstance(given, Sampler):
         return given
+    what = f"a sampler is an object with sample and refresh, a name or a mapping, got {shown(given)}"
+    require(given is None or isinstance(given, (str, Mapping)), RecipeError, what)
     settings = check_sampler(DEFAULT if given is None else given)
     build, below = sampler_class(settings.pop("name")), settings.pop("sampler", None)
     objects = {"model": model, "tokenizer": tokenizer}
@@ -510,8 +499,8 @@ def _without_neutral(build: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _named(given: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(given, str):
         return given, {}
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise RecipeError(f"a sampler needs a name, got {shown(given)}; expected for example {{name: hf}}")
+    named = isinstance(given, Mapping) and isinstance(given.get("name"), str)
+    require(named, RecipeError, f"a sampler needs a name, got {shown(given)}; expected for example {{name: hf}}")
     return given["name"], {k: v for k, v in given.items() if k != "name"}
 
 
@@ -522,8 +511,9 @@ def _positional(build: Callable[..., Any]) -> tuple[list[str], list[str]]:
     return [n for n in names if n in OBJECTS], [n for n in names if n not in OBJECTS]
 
 
-# ----------------------------------------------------------------------------------------------------
-# AdaCS: supervised data whose length follows difficulty (ARES, arXiv 2510.08457, section 3.1).
+# ---- AdaCS ----
+#
+# Supervised data whose length follows difficulty (ARES, arXiv 2510.08457, section 3.1).
 #
 # Every prompt was sampled several times by a strong model; its pass rate says how hard it is. The target length of a
 # pass rate p lies on the line between the medians of what was never and of what was always solved,
@@ -571,9 +561,9 @@ def adacs_select(
     """
     brackets: dict[tuple[str, float], list[int]] = {(s, p): [] for s in dict.fromkeys(sources) for p in levels}
     for i, (source, rate) in enumerate(zip(sources, pass_rates, strict=True)):
-        level = min(levels, key=_distance_to(rate))
-        if abs(level - rate) > 1e-6:
-            raise DataError("the pass rate is none of the levels", row=i, value=rate, expected=f"one of {list(levels)}")
+        level, one = min(levels, key=_distance_to(rate)), f"one of {list(levels)}"
+        fits = abs(level - rate) <= 1e-6
+        require(fits, DataError, "the pass rate is none of the levels", row=i, value=rate, expected=one)
         brackets[source, level].append(i)
     target, selected = {}, []
     for source in dict.fromkeys(sources):
@@ -592,9 +582,6 @@ def _distance_to(goal: float) -> Callable[[float], float]:
 
 def _median(source: str, rate: float, brackets: dict[tuple[str, float], list[int]], lengths: Sequence[float]) -> float:
     found = [lengths[i] for i in brackets.get((source, rate), [])]
-    if not found:
-        raise DataError(
-            f"source {source!r} has no response with pass rate {rate:g}",
-            expected="responses at pass rates 0 and 1: their median lengths are the ends of the line",
-        )
+    expected = "responses at pass rates 0 and 1: their median lengths are the ends of the line"
+    require(found, DataError, f"source {source!r} has no response with pass rate {rate:g}", expected=expected)
     return float(median(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -324,24 +324,16 @@ class OnlineConfig(PreferenceConfig):
             top_k=self.top_k,
             min_p=self.min_p,
             max_new_tokens=self.max_new_tokens,
-            stop=tuple(self.stop),
-            stop_ids=None if self.stop_ids is None else tuple(self.stop_ids),
+            stop=self.stop,
+            stop_ids=self.stop_ids,
             seed=self.seed,
         )
 
     def eval_sampling(self) -> SamplingConfig:
         """How evaluation samples: every time with the same seed."""
-        greedy = self.eval_temperature == 0
-        return SamplingConfig(
-            temperature=self.eval_temperature,
-            top_p=1.0 if greedy else self.top_p,
-            top_k=0 if greedy else self.top_k,
-            min_p=0.0 if greedy else self.min_p,
-            max_new_tokens=self.max_new_tokens,
-            stop=tuple(self.stop),
-            stop_ids=None if self.stop_ids is None else tuple(self.stop_ids),
-            seed=derived_seed(self.seed, "evaluation"),
-        )
+        everything: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0} if self.eval_temperature == 0 else {}
+        seed = derived_seed(self.seed, "evaluation")
+        return replace(self.sampling(), temperature=self.eval_temperature, seed=seed, **everything)
 
 
 _LEAST = {
