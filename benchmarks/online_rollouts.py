@@ -112,7 +112,7 @@ def step_split(setting: OnlineSetting, rollouts: int, credit: tuple[str, ...] = 
     from transformers import TrainerCallback
 
     from tokengrain.errors import read_log
-    from tokengrain.registry import make_objective
+    from tokengrain.method import make_objective
     from tokengrain.training.config import OnlineConfig
     from tokengrain.training.online import OnlineTrainer
 

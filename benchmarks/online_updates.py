@@ -95,7 +95,7 @@ class OursUpdate:
 
     def __init__(self, setting: OnlineSetting, layout: Any = "auto") -> None:
         from tokengrain.loss import make_normaliser
-        from tokengrain.registry import make_objective
+        from tokengrain.method import make_objective
         from tokengrain.scoring.prepare import prepare
         from tokengrain.scoring.reference import ColumnReference, FrozenReference
         from tokengrain.training.loss import PreferenceLoss

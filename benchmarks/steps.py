@@ -40,8 +40,8 @@ class OursStep:
 
     def __init__(self, setting: Setting) -> None:
         from tokengrain.batch import TokenBatch
+        from tokengrain.method import make_objective
         from tokengrain.methods.aligndistil import ContrastiveTeacher
-        from tokengrain.registry import make_objective
         from tokengrain.scoring.prepare import prepare
         from tokengrain.scoring.reference import FrozenReference
         from tokengrain.training.loss import PreferenceLoss

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain import registry
+from tokengrain import tables
 from tokengrain.errors import RecipeError
 from tokengrain.loss import make_role, resolve_role
-from tokengrain.registry import CREDIT, check_source_for_role, make_objective
+from tokengrain.method import CREDIT, check_source_for_role, make_objective
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_page_is_what_the_code_says() -> None:
-    assert (ROOT / "docs/credit-matrix.md").read_text(encoding="utf-8") == registry.markdown()
+    assert (ROOT / "docs/credit-matrix.md").read_text(encoding="utf-8") == tables.markdown()
 
 
 class Source:
@@ -26,11 +26,11 @@ class Source:
 
 
 @pytest.mark.parametrize("credit", sorted(CREDIT))
-@pytest.mark.parametrize("objective", sorted(registry.objectives()))
+@pytest.mark.parametrize("objective", sorted(tables.objectives()))
 def test_a_cell_says_what_is_accepted(credit: str, objective: str) -> None:
     bound = make_objective(objective)
     for name in ("reward", "weight", "selection", "span"):
-        allowed = name in registry.cell(credit, objective).split(", ")
+        allowed = name in tables.cell(credit, objective).split(", ")
         if allowed:
             check_source_for_role(Source(credit), resolve_role(name, bound.roles, objective, bound.no_credit))
             continue
@@ -42,4 +42,4 @@ def test_marks_are_taken_by_threshold_only() -> None:
     check_source_for_role(Source("spans"), make_role("selection", above=0.0))
     with pytest.raises(RecipeError, match="above: 0"):
         check_source_for_role(Source("spans"), make_role("selection"))
-    assert registry.cell("spans", "sepo") == "selection (above: 0)"
+    assert tables.cell("spans", "sepo") == "selection (above: 0)"

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from tokengrain.errors import RecipeError
+from tokengrain.method import METHODS
 from tokengrain.recipe.load import dump_recipe, find_recipe, load_recipe, make_recipe
 from tokengrain.recipe.reading import merge, parse_override, parse_yaml, read_file, resolve
 from tokengrain.recipe.schema import resolve_stages
-from tokengrain.registry import METHODS
 from tokengrain.runs import TRAINED
 
 ROOT = Path(__file__).parent.parent

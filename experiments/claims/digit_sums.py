@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from experiments.claims.tiny_gru import GRUPolicy, equal_segments
 from tokengrain.batch import Segments
 from tokengrain.loss import Counts, NormaliserName, make_normaliser
-from tokengrain.registry import BoundObjective
+from tokengrain.method import BoundObjective
 
 DIGITS, LENGTH, HIDDEN = 10, 4, 48
 MODULI = (2, 5, 10, 20)

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.published import DAPO, DCPO
 from tokengrain.bench.training import TrainingSizes, train_online
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.tiny_lm import copy_of, sft, tiny_llama
 from tokengrain.bench.training import TrainingSizes, train_online
 from tokengrain.evaluation.credit import spearman
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 
 EASY, HARD = 2, 5
 """Most hops of a prompt that counts as easy here, fewest of a hard one."""

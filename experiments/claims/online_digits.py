@@ -12,9 +12,9 @@ from experiments.claims.digit_sums import DIGITS, GROUP_SIZE, HIDDEN, Groups, Ta
 from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.published import DAPO, DCPO
 from experiments.claims.tiny_gru import GRUPolicy
+from tokengrain.method import make_objective
 from tokengrain.methods.dcpo import PromptHistory
 from tokengrain.methods.grpo import group_advantages, informative_groups
-from tokengrain.registry import make_objective
 
 RATE = 3e-3
 MOST_ROUNDS = 10

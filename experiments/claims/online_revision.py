@@ -11,7 +11,7 @@ import torch
 from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.online_r3 import POWERS, r3_of_chains
 from tokengrain.bench.training import TrainingSizes, train_online
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 
 REACHED = 0.5
 

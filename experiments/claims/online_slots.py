@@ -29,8 +29,8 @@ from experiments.claims.slots_task import (
 )
 from experiments.claims.tiny_lm import copy_of, logps_of, sample, sft, tiny_llama, token_batch
 from tokengrain.bench.training import TrainingSizes, train_online
+from tokengrain.method import make_objective
 from tokengrain.methods.dro import variability
-from tokengrain.registry import make_objective
 
 HALFWAY, REACHED = 0.6, 0.9
 

@@ -22,9 +22,9 @@ from experiments.claims.digit_sums import (
 )
 from experiments.claims.framework import Arm, Claim, Group, Measures, Source
 from experiments.claims.tiny_gru import GRUPolicy
+from tokengrain.method import make_objective
 from tokengrain.methods.grpo import group_advantages
 from tokengrain.methods.thr import correct_influence, influence_threshold, thr_weights, token_hidden_rewards
-from tokengrain.registry import make_objective
 
 RATE, SCRATCH_RATE = 1e-3, 3e-3
 

@@ -53,7 +53,7 @@ class Context:
     def train(self, objective: str, hyper: Mapping[str, Any], **options: Any) -> Any:
         """A model after training from the base; options: of `train_on`."""
         from tokengrain.bench.training import train_on
-        from tokengrain.registry import make_objective
+        from tokengrain.method import make_objective
 
         rows = options.pop("rows", self.rows)
         sizes = {"steps": self.scale.steps, "pairs": self.scale.pairs}
@@ -84,7 +84,8 @@ def run(context: Context, arm: Arm) -> Measures:
 
 def credit_source(name: str, context: Context) -> Any:
     """Where an arm's token credit comes from."""
-    from tokengrain.methods.baselines import RandomCredit, Transformed
+    from tokengrain.method import Transformed
+    from tokengrain.methods.baselines import RandomCredit
     from tokengrain.methods.tgdpo import GuideLogRatio
     from tokengrain.methods.treg import ContrastivePrompting
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from tokengrain.data.dataset import prepare_sft as prepare_sft
     from tokengrain.data.rows import load_rows as load_rows
     from tokengrain.errors import TokengrainError as TokengrainError
+    from tokengrain.method import METHODS as METHODS
+    from tokengrain.method import make_credit as make_credit
+    from tokengrain.method import make_objective as make_objective
     from tokengrain.recipe.load import load_recipe as load_recipe
-    from tokengrain.registry import METHODS as METHODS
-    from tokengrain.registry import make_credit as make_credit
-    from tokengrain.registry import make_objective as make_objective
     from tokengrain.report.html import write_report as write_report
     from tokengrain.rewards.builtin import make_reward as make_reward
     from tokengrain.rewards.suite import RewardSuite as RewardSuite
@@ -61,11 +61,11 @@ _HOME = {
     "Segments": "tokengrain.batch",
     "TokenBatch": "tokengrain.batch",
     "score": "tokengrain.scoring.score",
-    "make_objective": "tokengrain.registry",
-    "make_credit": "tokengrain.registry",
+    "make_objective": "tokengrain.method",
+    "make_credit": "tokengrain.method",
     "annotate": "tokengrain.annotation",
     "load_world": "tokengrain.worlds",
-    "METHODS": "tokengrain.registry",
+    "METHODS": "tokengrain.method",
     "write_report": "tokengrain.report.html",
     "TokengrainError": "tokengrain.errors",
 }

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, write_json
-from tokengrain.method import scorer_fingerprint
 from tokengrain.methods.baselines import ColumnCredit, FunctionCredit
+from tokengrain.scoring.reference import scorer_fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa

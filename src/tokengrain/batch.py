@@ -410,3 +410,9 @@ def _gather_index(offsets: Tensor, segments: Iterable[int]) -> Tensor:
     ranges = [torch.arange(bounds[s], bounds[s + 1]) for s in segments]
     index = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
     return index.to(offsets.device)
+
+
+def row_of(batch: TokenBatch, completion: int) -> int | str:
+    """The row that a completion belongs to."""
+    group = int(batch.group[completion])
+    return batch.rows[group] if batch.rows else group

@@ -287,7 +287,7 @@ def methods(
     """
     from dataclasses import asdict
 
-    from tokengrain.registry import METHODS
+    from tokengrain.method import METHODS
 
     if markdown and not matrix:
         raise typer.BadParameter("--markdown goes with --matrix")
@@ -319,25 +319,25 @@ _ROLE_LETTERS = {
 
 
 def _print_matrix(markdown: bool) -> None:
-    from tokengrain import registry
-    from tokengrain.registry import CREDIT
+    from tokengrain import tables
+    from tokengrain.method import CREDIT
 
     if markdown:
-        typer.echo(registry.markdown(), nl=False)
+        typer.echo(tables.markdown(), nl=False)
         return
-    taking = {name: o for name, o in registry.objectives().items() if o.accepts}
+    taking = {name: o for name, o in tables.objectives().items() if o.accepts}
     table = Table(box=None, pad_edge=False)
     for column in ("credit", *taking):
         table.add_column(column, no_wrap=True)
     for name in CREDIT:
-        cells = (registry.cell(name, objective) for objective in taking)
+        cells = (tables.cell(name, objective) for objective in taking)
         table.add_row(name, *(" ".join(_ROLE_LETTERS[word] for word in cell.split(", ")) for cell in cells))
     console = Console()
     console.print(table, highlight=False)
     console.print("R reward, W weight, S selection, P span (`as:` in a recipe); S0, P0: with `above: 0` only")
-    for name, objective in registry.objectives().items():
+    for name, objective in tables.objectives().items():
         if not objective.accepts:
-            console.print(f"{name} takes no credit: {objective.no_credit}", highlight=False)
+            console.print(f"{name} takes no credit: {objective.takes_no_credit}", highlight=False)
 
 
 app = typer.Typer(

@@ -1,29 +1,540 @@
-"""What a credit source is, and what sources share."""
+"""The contract. A method is at most three functions and a card; this file gives them names and finds them.
+
+    @objective         (logps [N], segments, *, <Tensor quantities>, <settings>) -> LossOutput
+    @credit            (batch, *, <objects>, <settings>) -> [N]
+    @rollout_credit    (step, *, <objects>, <settings>): changes step.rewards, .token_rewards, .advantages, .weights
+
+Keyword-only arguments annotated `Tensor` are quantities that the trainer computes; those named in `OBJECTS` are
+models and tokenizers that the recipe names; all others are settings, checked against their annotation. A class works
+in place of a function: its constructor takes the objects and settings, its `__call__` the rest.
+
+Methods are found by being there: files in `methods/`, modules that installed packages name in the entry-point group
+`tokengrain.methods`, and a user's own by an import string, "my.py:loss".
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import importlib
+import inspect
+import pkgutil
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import DataError, RunError, fingerprint
-from tokengrain.methods._shaping import Moments
+from tokengrain.batch import Segments, TokenBatch, row_of
+from tokengrain.data.tokens import tokenizer_fingerprint
+from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, shown
+from tokengrain.loss import ROLES, LossOutput, Role, Unit
 from tokengrain.scoring.head import Head
+from tokengrain.scoring.reference import scorer_fingerprint
+from tokengrain.settings import (
+    Number,
+    Positive,
+    is_tensor_type,
+    keyword_types,
+    load_callable,
+    nearest,
+    source_of,
+    validate_settings,
+)
+
+OBJECTS = ("model", "reference", "reverse", "tokenizer", "reward_tokenizer", "critic", "source")
+"""Arguments that a recipe's runner supplies; every other keyword-only argument is a setting."""
+
+FROZEN = frozenset({"ref_logps", "kl"})
+"""Quantities that the reference gives."""
+
+TAUGHT = frozenset({"teacher_kl", "teacher_alpha", "teacher_reward", "tvd"})
+"""Quantities that a teacher gives."""
+
+ENTRY_POINTS = "tokengrain.methods"
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+Values = Literal["signed", "order", "marks", "any"]
+Phase = Literal["filter", "rewards", "advantages", "after"]
+PHASES: tuple[Phase, ...] = ("filter", "rewards", "advantages", "after")
+
+NEEDS = frozenset({"ref_logps", "entropy", "hidden", "values"})
+"""What a rollout credit can ask for, beside `old_logps`, which are always there once a rollout is scored."""
+
+Names = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
+"""Names, or a function of the settings that gives them."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the tables say about a published method. README, docs and `tokengrain methods` are written from it.
+
+    Attributes:
+        name: its name in recipes (`method:`) and on the command line.
+        title: what it is called in tables and reports.
+        idea: the idea in about five words.
+        paper_title, arxiv, venue: where it was published.
+        trains: what is trained, and on what.
+        credit: what says which tokens earned the reward, in words.
+        objective: name of its objective; "": its own name.
+        page: path of its documentation from the project's root, or the page's name alone; "": its own name.
+        recipe, paper: made from these.
+    """
+
+    name: str
+    title: str
+    idea: str
+    paper_title: str
+    arxiv: str
+    venue: str
+    trains: str = "policy, offline pairs"
+    credit: str = "none (every token alike)"
+    objective: str = ""
+    page: str = ""
+    recipe: str = field(init=False)
+    paper: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        page = self.page or self.name
+        derived = {
+            "objective": self.objective or self.name,
+            "recipe": f"recipes/{self.name}.yaml",
+            "page": page if "/" in page else f"docs/methods/{page}.md",
+            "paper": f"arXiv {self.arxiv}, {self.venue}",
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The decorators.
+
+
+def objective(
+    name: str,
+    *,
+    unit: Unit = "pairs",
+    main: Literal["logps", "token_scores"] = "logps",
+    reads: Callable[[Segments, Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None,
+    roles: tuple[str, ...] | None = None,
+    no_credit: str = "",
+    unless_zero: Mapping[str, str] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+) -> Callable[[F], F]:
+    """Register a loss function; the arguments are those of `Objective`."""
+
+    def register(function: F) -> F:
+        part = Objective(name, function, unit, main, reads, roles, no_credit, unless_zero or {}, fixed or {})
+        OBJECTIVES.add(name, part, function)
+        return function
+
+    return register
+
+
+def credit(
+    name: str,
+    *,
+    values: Values | Callable[[Mapping[str, Any]], Values] = "any",
+    column: str | Callable[[Mapping[str, Any]], str] = "",
+    reward_model: bool = False,
+    judges_itself: bool = False,
+    code: tuple[str, ...] = (),
+    check: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Callable[[F], F]:
+    """Register a credit source; the arguments are those of `CreditKind`."""
+
+    def register(function: F) -> F:
+        kind = CreditKind(name, function, check, values, column, reward_model, judges_itself, code)
+        if inspect.isclass(function):
+            _give(function, name=name, values=kind.values)
+        CREDIT.add(name, kind, function)
+        return function
+
+    return register
+
+
+def rollout_credit(
+    name: str,
+    *,
+    phase: Phase,
+    needs: Names = (),
+    provides: Names = (),
+    group: bool = False,
+    refill: bool | Callable[[Mapping[str, Any]], bool] = False,
+    check: Callable[[Mapping[str, Any]], Any] | None = None,
+    limit: Callable[[float, Mapping[str, Any]], Any] | None = None,
+) -> Callable[[F], F]:
+    """Register a credit of online training; the arguments are those of `RolloutCreditKind`.
+
+    A class gets `name`, `phase`, `needs`, `provides`, `needs_group` and `refill` as attributes, and the methods of
+    one without state, unless it has its own.
+    """
+
+    def register(function: F) -> F:
+        kind = RolloutCreditKind(name, function, check, phase, needs, provides, group, refill, limit)
+        if inspect.isclass(function):
+            own = {k: v for k, v in kind.attributes({}).items() if not callable(getattr(kind, k, None))}
+            _give(function, **own)
+            _give(function, state_dict=Stateless.state_dict, load_state_dict=Stateless.load_state_dict)
+        ROLLOUT_CREDIT.add(name, kind, function)
+        return function
+
+    return register
+
+
+def _give(cls: Any, **attributes: Any) -> None:
+    for name, value in attributes.items():
+        if not hasattr(cls, name):
+            setattr(cls, name, value)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The registry: one look-up for every kind of name.
+
+
+class Registry(Mapping[str, T]):
+    """What is registered under a name; iterates in order of names, or of `order`.
+
+    The first question loads the methods, see `load_methods`.
+
+    Args:
+        what: what the names are of, for messages.
+        own: makes an entry of a user's callable: `own(name, function)`; None: there are none of a user's own.
+        order: sorts the entries.
+    """
+
+    def __init__(
+        self, what: str, own: Callable[[str, Any], T] | None = None, order: Callable[[T], Any] | None = None
+    ) -> None:
+        self.what, self._own, self._order = what, own, order
+        self._entries: dict[str, T] = {}
+        self._homes: dict[str, tuple[str, str]] = {}
+
+    def add(self, name: str, entry: T, home: Any) -> None:
+        """Register `entry`, which stands in `home`, a function, a class or a module.
+
+        Raises:
+            RecipeError: another module has the name; a module that is run again replaces its own entry.
+        """
+        place = (getattr(home, "__module__", home.__name__), getattr(home, "__qualname__", ""))
+        if self._homes.setdefault(name, place) != place:
+            modules = " and by ".join(dict.fromkeys((self._homes[name][0], place[0])))
+            raise RecipeError(f"{self.what} {name!r} is registered twice, by {modules}; rename one of them")
+        self._entries[name] = entry
+
+    def find(self, name: Any) -> T:
+        """The entry of a name, of a registered function, or of a user's own function or import string of one.
+
+        Raises:
+            RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
+        """
+        function = name
+        if isinstance(name, str):
+            if name in self:
+                return self._entries[name]
+            if self._own is None or ":" not in name:
+                raise RecipeError(f"unknown {self.what} {name!r}{nearest(name, self)}{_broken_methods()}")
+            function = load_callable(name)
+        for entry in self._entries.values():
+            part: Any = entry
+            if part.function is function and not getattr(part, "fixed", None):
+                return replace(part, name=name) if isinstance(name, str) else entry
+        assert self._own is not None  # only parts of a method are looked up by function
+        label = name if isinstance(name, str) else getattr(function, "__name__", type(function).__name__)
+        return self._own(label, function)
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            load_methods()
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        load_methods()
+        key = self._order
+        return iter(sorted(self._entries, key=(lambda n: (key(self._entries[n]), n)) if key is not None else None))
+
+    def __len__(self) -> int:
+        load_methods()
+        return len(self._entries)
+
+
+BROKEN: dict[str, Exception] = {}
+"""Modules of methods that could not be imported, and why."""
+
+_state = {"loaded": False}
+
+
+def load_methods() -> None:
+    """Import the files of `methods/` and the modules of installed packages, once.
+
+    One that fails is left out, with a warning that names it and its error.
+    """
+    if _state["loaded"]:
+        return
+    _state["loaded"] = True
+    files = pkgutil.iter_modules(importlib.import_module("tokengrain.methods").__path__, "tokengrain.methods.")
+    names = [file.name for file in files if not file.name.rpartition(".")[2].startswith("_")]
+    for module in [*names, *(entry.module for entry in entry_points(group=ENTRY_POINTS))]:
+        try:
+            found = importlib.import_module(module)
+            for card in vars(found).values():
+                if isinstance(card, Card):
+                    METHODS.add(card.name, card, found)
+        except Exception as error:
+            BROKEN[module] = error
+            warnings.warn(f"methods of {module} are left out: {_said(error)}", stacklevel=3)
+
+
+def _broken_methods() -> str:
+    return "".join(f"; {module} could not be imported: {_said(error)}" for module, error in BROKEN.items())
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function of a method, under its name.
+
+    Attributes:
+        name: in recipes.
+        function: a function, or a class whose constructor takes the settings.
+    """
+
+    what: ClassVar[str]
+
+    name: str
+    function: Callable[..., Any]
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a user's or another package's, so that its source counts in fingerprints."""
+        return not getattr(self.function, "__module__", "").startswith("tokengrain.")
+
+    @property
+    def summary(self) -> str:
+        """The first line of its documentation, for listings."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0].rstrip(".")
+
+    def source(self) -> dict[str, str]:
+        """What fingerprints must know beside the settings."""
+        return {"source": fingerprint(source_of(self.function))} if self.own else {}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Objectives.
+
+
+@dataclass(frozen=True)
+class Objective(Part):
+    """A loss function with what a trainer must know about it.
+
+    Attributes:
+        function: `loss(logps [N], segments, *, <quantities and hyper-parameters>) -> LossOutput`. Keyword-only
+            arguments annotated `Tensor` (or `Tensor | None`) are per-token quantities `[N]`; the others are
+            hyper-parameters.
+        unit: "pairs" if every prompt must have a chosen and a rejected completion, else "completions".
+        main: what stands in the place of logps: the policy's log-probabilities, or a reward model's scores.
+        reads: `reads(segments, quantities, hyper) -> bool [N]`: the tokens that the loss looks at; others need
+            not be scored. None: all.
+        roles: how token credit can enter, names of `tokengrain.loss.ROLES`; None: by the quantities that the loss
+            takes.
+        no_credit: why it takes none, where `roles` is empty.
+        unless_zero: quantity -> the hyper-parameter at whose 0 alone the loss can do without it, where the signature
+            has it as optional.
+        fixed: hyper-parameters that the name itself fixes (`tdpo1` is `tdpo` with variant="tdpo1").
+    """
+
+    what: ClassVar[str] = "objective"
+
+    unit: Unit = "pairs"
+    main: Literal["logps", "token_scores"] = "logps"
+    reads: Callable[[Segments, Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None
+    roles: tuple[str, ...] | None = None
+    no_credit: str = ""
+    unless_zero: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantities(self) -> frozenset[str]:
+        """Per-token quantities that the loss accepts, beside logps."""
+        return frozenset(k for k, v in keyword_types(self.function).items() if is_tensor_type(v))
+
+    @property
+    def online(self) -> bool:
+        """Whether it learns from the advantages of sampled completions."""
+        return "advantages" in self.quantities
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Quantities that a rollout may bring and the loss can do without; offline, what is not needed is not read."""
+        return self.quantities - self._required if self.online else frozenset()
+
+    @property
+    def _required(self) -> frozenset[str]:
+        return self.quantities & required_arguments(self.function)
+
+    @property
+    def takes_no_credit(self) -> str:
+        """Why it takes no token credit, if it takes none."""
+        if self.no_credit or not self.online:
+            return self.no_credit
+        return "its credit is the advantages of a rollout, made by the credit of online training"
+
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """The roles in which it takes token credit."""
+        if self.roles is not None or self.online:
+            return self.roles or ()
+        own = tuple(name for name, role in ROLES.items() if role.provides in self.quantities)
+        return own or (("weight", "selection") if self.unit == "pairs" and self.main == "logps" else ())
+
+    def needs(self, hyper: Mapping[str, Any]) -> frozenset[str]:
+        """Quantities that the loss cannot do without, given its hyper-parameters."""
+        required = set(self._required)
+        if "ref_logps" in self.quantities and hyper.get("reference_free") is False:
+            required.add("ref_logps")  # optional in the signature only for reference_free=True
+        required |= {quantity for quantity, name in self.unless_zero.items() if hyper[name]}
+        if self.online and "ref_logps" in self.quantities and hyper.get("beta", 0) > 0:
+            required.add("ref_logps")  # its KL term
+        return frozenset(required)
+
+    def bind(self, **hyper: Any) -> BoundObjective:
+        """Fix and validate the hyper-parameters.
+
+        Raises:
+            RecipeError: unknown name, wrong type, out of range, or a combination that the loss refuses.
+        """
+        what = f"objective {self.name!r}"
+        for name, value in self.fixed.items():
+            if hyper.get(name, value) != value:
+                raise RecipeError(f"{what}: {name} = {hyper[name]!r}, but the name means {value!r}")
+        settings = validate_settings(what, self.function, {**hyper, **self.fixed}, excluded=self.quantities)
+        return BoundObjective(self, settings)
+
+
+@dataclass(frozen=True)
+class BoundObjective:
+    """An objective with its hyper-parameters: `bound(segments=..., logps=..., ...) -> LossOutput`."""
+
+    objective: Objective
+    hyper: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.objective.name
+
+    @property
+    def unit(self) -> Unit:
+        """What it needs: "pairs" or any "completions"."""
+        return self.objective.unit
+
+    @property
+    def main(self) -> str:
+        """What the policy (or reward model) is scored for: "logps" or "token_scores"."""
+        return self.objective.main
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles in which it takes token credit."""
+        return self.objective.accepts
+
+    @property
+    def no_credit(self) -> str:
+        """Why it takes no token credit, if it takes none."""
+        return self.objective.takes_no_credit
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Quantities that a call must bring: "ref_logps", "kl", "token_rewards", ... or a user's own names."""
+        return self.objective.needs(self.hyper)
+
+    @property
+    def online(self) -> bool:
+        """Whether it learns from the advantages of sampled completions."""
+        return self.objective.online
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Quantities that a call may bring beside those that it needs."""
+        return self.objective.optional - self.needs
+
+    def reads(self, segments: Segments, quantities: Mapping[str, Tensor]) -> Tensor | None:
+        """The tokens that the loss looks at, bool `[N]`, known before anything is scored; None: all."""
+        reads = self.objective.reads
+        return None if reads is None else reads(segments, quantities, self.hyper)
+
+    def __call__(self, *, segments: Segments, **quantities: Tensor | None) -> LossOutput:
+        """Losses of a batch; see the loss function for the quantities, all flat `[N]`. `main` is one of them.
+
+        Raises:
+            ValueError: a needed quantity is missing.
+            TypeError: a quantity that the loss does not know.
+        """
+        missing = sorted(q for q in {self.main, *self.needs} if quantities.get(q) is None)
+        if missing:
+            raise ValueError(f"objective {self.name!r} needs {', '.join(missing)}, got {sorted(quantities)}")
+        main = quantities.pop(self.main)
+        output: LossOutput = self.objective.function(main, segments, **quantities, **self.hyper)
+        return output
+
+    def describe(self) -> dict[str, Any]:
+        """Name and hyper-parameters, for fingerprints and logs; of a user's own function also its source."""
+        return {"name": self.name, **self.hyper, **self.objective.source()}
+
+
+def make_objective(name: str | Callable[..., LossOutput], *, unit: Unit = "pairs", **hyper: Any) -> BoundObjective:
+    """An objective with validated hyper-parameters.
+
+    Args:
+        name: a name in `OBJECTIVES`, a loss function of the same form, or an import string of one
+            ("module:function", "path.py:function").
+        unit: of a user's loss function without the decorator: whether it needs "pairs".
+        hyper: its hyper-parameters; those not given keep the defaults of the signature.
+
+    Raises:
+        RecipeError: unknown objective or hyper-parameter (with the nearest right name), a wrong type, a value
+            out of range, or a contradiction.
+    """
+    found = OBJECTIVES.find(name)
+    registered = any(part.function is found.function for part in OBJECTIVES.values())
+    bound = (found if registered else replace(found, unit=unit)).bind(**hyper)
+    if not found.own:
+        _rehearse(bound)
+    return bound
+
+
+def _rehearse(bound: BoundObjective) -> None:
+    """Call the loss once on a pair of single tokens: contradictions that it refuses show before training."""
+    zeros = torch.zeros(2)
+    try:
+        bound(segments=Segments.from_lengths([1, 1]), **dict.fromkeys({bound.main, *bound.needs}, zeros))
+    except ValueError as error:
+        raise RecipeError(f"objective {bound.name!r}: {error}") from None
+
+
+def required_arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """The arguments of a function, or of a class, that have no default."""
+    parameters = inspect.signature(function).parameters
+    return frozenset(name for name, p in parameters.items() if p.default is inspect.Parameter.empty)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Credit: one number per counted token of a batch.
 
 
 @runtime_checkable
 class CreditSource(Protocol):
     """Turns a batch into one number per counted completion token.
 
-    Any callable `(batch) -> Tensor [N]` works as one; `name` and `fingerprint` serve annotation files. A class
-    may say what its numbers mean in a class attribute `values`: "signed" (sign and size, around 0), "order" (only
+    A class may say what its numbers mean in an attribute `values`: "signed" (sign and size, around 0), "order" (only
     their order within a completion), "marks" (0 but at marked tokens) or "any" (up to the user; the default).
     """
 
@@ -36,6 +547,188 @@ class CreditSource(Protocol):
     def fingerprint(self) -> str:
         """Identifies the numbers it gives: its settings and the weights of the models it asks."""
         ...
+
+
+@dataclass(frozen=True)
+class _Settable(Part):
+    """A part that takes objects and settings.
+
+    Attributes:
+        check: called with all settings; raises what types alone cannot say.
+    """
+
+    check: Callable[[Mapping[str, Any]], Any] | None = None
+
+    @property
+    def objects(self) -> frozenset[str]:
+        """Which of `OBJECTS` it takes."""
+        return frozenset(OBJECTS) & frozenset(inspect.signature(self.function).parameters)
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Those of them that it cannot do without."""
+        return self.objects & required_arguments(self.function)
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings, checked, defaults included, before anything is loaded.
+
+        Raises:
+            RecipeError: an unknown setting (with the nearest right name), a wrong type, a value out of range, or what
+                the part itself refuses.
+        """
+        checked = validate_settings(f"credit {self.name!r}", self.function, given, excluded=OBJECTS)
+        if self.check is not None:
+            self.check(checked)
+        return checked
+
+    def arguments(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`(objects, settings)` of what was given together.
+
+        Raises:
+            RecipeError: as `settings`; or an object that is missing or not taken.
+        """
+        objects = {k: v for k, v in given.items() if k in OBJECTS}
+        settings = self.settings({k: v for k, v in given.items() if k not in OBJECTS})
+        if extra := sorted(set(objects) - self.objects):
+            raise RecipeError(f"credit {self.name!r} takes no {', '.join(extra)}")
+        if missing := sorted(o for o in self.needed if objects.get(o) is None):
+            raise RecipeError(f"credit {self.name!r} needs {', '.join(missing)}")
+        return objects, settings
+
+    def _of(self, given: Any, settings: Mapping[str, Any]) -> Any:
+        """What a registration says, where it is a function of the settings: with the defaults for those not given."""
+        if not callable(given):
+            return given
+        parameters = inspect.signature(self.function).parameters
+        defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+        return given({**defaults, **settings})
+
+
+@dataclass(frozen=True)
+class CreditKind(_Settable):
+    """A kind of credit source: `credit(batch, *, <objects>, <settings>) -> [N]`.
+
+    Attributes:
+        meaning: what its numbers mean, see `CreditSource`; or a function of the settings that says so.
+        column: the column of the data that it reads; or a function of the settings that names it.
+        reward_model: its model is a token-level reward model, not a language model.
+        judges_itself: its model is the one that training starts from, unless another is named.
+        code: settings that are import strings of code, whose source counts in fingerprints.
+    """
+
+    what: ClassVar[str] = "credit"
+
+    meaning: Values | Callable[[Mapping[str, Any]], Values] = "any"
+    column: str | Callable[[Mapping[str, Any]], str] = ""
+    reward_model: bool = False
+    judges_itself: bool = False
+    code: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> str:
+        """What its numbers mean with the default settings."""
+        return self.values_with({})
+
+    def values_with(self, settings: Mapping[str, Any]) -> str:
+        """What its numbers mean with these settings."""
+        return str(self._of(self.meaning, settings))
+
+    def column_with(self, settings: Mapping[str, Any]) -> str:
+        """The column of the data that it reads with these settings; "" if it reads none."""
+        return str(self._of(self.column, settings))
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As for every part; `scale` and `clip` are settings of every source."""
+        shared = {k: v for k, v in given.items() if k in keyword_types(Transformed)}
+        checked = super().settings({k: v for k, v in given.items() if k not in shared})
+        return checked | validate_settings(f"credit {self.name!r}", Transformed, shared)
+
+    def describe(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Name and settings, for fingerprints; of a user's own function also its source."""
+        code = {f"{key}_source": fingerprint(source_of(load_callable(given[key]))) for key in self.code if key in given}
+        return {"name": self.name, **self.settings(given), **self.source(), **code}
+
+    def make(self, **given: Any) -> CreditSource:
+        """A credit source; see `make_credit`."""
+        objects, settings = self.arguments(given)
+        shared = {k: settings.pop(k) for k in keyword_types(Transformed)}
+        if inspect.isclass(self.function):
+            source: Any = self.function(**objects, **settings)
+        else:
+            source = BoundCredit(self, objects, settings)
+        return cast(CreditSource, source) if shared == {"scale": 1.0, "clip": None} else Transformed(source, **shared)
+
+
+class BoundCredit:
+    """A credit function with its models and settings."""
+
+    def __init__(self, kind: CreditKind, objects: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self.kind, self.objects, self.settings = kind, dict(objects), dict(settings)
+        self.name, self.values = kind.name, kind.values_with(settings)
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        return checked_credit(self.kind.function(batch, **self.objects, **self.settings), batch, self.name)
+
+    def fingerprint(self) -> str:
+        objects = {name: _object_fingerprint(value) for name, value in self.objects.items()}
+        return fingerprint([self.name, self.settings, objects, self.kind.source()])
+
+
+def _object_fingerprint(thing: Any) -> str:
+    return tokenizer_fingerprint(thing) if hasattr(thing, "get_vocab") else scorer_fingerprint(thing)
+
+
+class Transformed:
+    """Another source's credit, scaled and then clipped; `scale=-1` is the control that must do harm.
+
+    Args:
+        source: the credit source.
+        scale: factor.
+        clip: bound of the absolute value after scaling (None: no bound).
+    """
+
+    def __init__(self, source: CreditSource, *, scale: Number = 1.0, clip: Positive | None = None) -> None:
+        self.source, self.scale, self.clip = source, scale, clip
+        self.name = source.name
+        self.values = getattr(source, "values", "any")
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        values = self.scale * self.source(batch)
+        return values if self.clip is None else values.clamp(-self.clip, self.clip)
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.source.fingerprint(), self.scale, self.clip])
+
+
+def make_credit(name: str | Callable[..., Any], **arguments: Any) -> CreditSource:
+    """A credit source by name: `make_credit("guide", model=guide, reference=reference, beta=0.3)`.
+
+    Args:
+        name: a name in `CREDIT`, a function `(batch) -> [N]`, or an import string of one.
+        arguments: its objects (model, reference, tokenizer) and settings; `scale` and `clip` transform any
+            source's credit.
+
+    Raises:
+        RecipeError: unknown source or setting (with the nearest right name), a wrong type, a value out of range; or
+            an object that is missing or not taken.
+    """
+    return CREDIT.find(name).make(**arguments)
+
+
+def as_credit(given: Any) -> CreditSource:
+    """A credit source as it is; or from a function, a name, an import string, or a mapping with `name`.
+
+    Raises:
+        RecipeError: something else, or what `make_credit` refuses.
+    """
+    if callable(given) and hasattr(given, "fingerprint"):
+        return cast(CreditSource, given)
+    if isinstance(given, Mapping) and isinstance(given.get("name"), str):
+        return make_credit(**given)
+    if isinstance(given, str) or callable(given):
+        return make_credit(given)
+    kind = type(given).__name__
+    raise RecipeError(f"credit must be a CreditSource, a name or a function of a TokenBatch, got {kind}")
 
 
 def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str) -> Tensor:
@@ -73,71 +766,6 @@ def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str)
     return flat
 
 
-def row_of(batch: TokenBatch, completion: int) -> int | str:
-    """The row that a completion belongs to."""
-    group = int(batch.group[completion])
-    return batch.rows[group] if batch.rows else group
-
-
-def is_peft(model: nn.Module) -> bool:
-    """Whether there is a PEFT model, whose adapter can be switched off, in `model` or its wrapper."""
-    inner: Any = model
-    while inner is not None and not hasattr(inner, "disable_adapter"):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    return hasattr(inner, "peft_config")
-
-
-def frozen_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Log-probabilities `[N]` under `model` in evaluation mode, without gradient; its mode is restored."""
-    from tokengrain.scoring.model import evaluating
-    from tokengrain.scoring.score import score
-
-    with evaluating(model):
-        return _wanted(score(model, batch, ("logps",)).logps)
-
-
-def scorer_logps(scorer: Any, batch: TokenBatch) -> Tensor:
-    """Log-probabilities `[N]` under a model, or under a `Reference` (called with what is wanted)."""
-    if isinstance(scorer, nn.Module):
-        return frozen_logps(scorer, batch)
-    return _wanted(scorer(batch, {"logps"}).logps)
-
-
-def scorer_fingerprint(scorer: Any) -> str:
-    """Identifies a model's weights and config, or a reference by its class and its model's weights."""
-    if isinstance(scorer, nn.Module):
-        return model_fingerprint(scorer)
-    kind = type(scorer).__name__
-    model = getattr(scorer, "model", None)
-    # What an adapter that is switched off holds does not change the numbers.
-    content = model_fingerprint(model, adapter=kind != "AdapterOffReference") if model is not None else ""
-    return fingerprint([kind, content])
-
-
-def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
-    """16 hex digits over names, types and every byte of the weights, and over the config.
-
-    Args:
-        adapter: whether LoRA weights count.
-    """
-    digest = hashlib.blake2b()
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_json_string"):
-        digest.update(config.to_json_string(use_diff=True).encode())
-    for name, value in sorted(model.state_dict().items()):
-        if "lora_" in name and not adapter:
-            continue
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _wanted(logps: Tensor | None) -> Tensor:
-    assert logps is not None  # it was asked for
-    return logps
-
-
 def _joined(values: Sequence[Any], batch: TokenBatch, name: str) -> Tensor:
     """One sequence per completion, as a flat tensor."""
     expected = batch.segments.lengths.tolist()
@@ -172,15 +800,7 @@ def _place(batch: TokenBatch, completion: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------
-# `RolloutStep`: one rollout as credit steps see and change it; `CreditStep`, the protocol; what a critic must do.
-
-Phase = Literal["filter", "rewards", "advantages", "after"]
-PHASES: tuple[Phase, ...] = ("filter", "rewards", "advantages", "after")
-
-NEEDS = frozenset({"ref_logps", "entropy", "hidden", "values"})
-"""What a credit step can ask for, beside `old_logps`, which are always there once a rollout is scored."""
-
-T = TypeVar("T")
+# Rollout credit: what online training makes of a rollout's rewards.
 
 
 def _alone(values: Any) -> list[Any]:
@@ -371,44 +991,168 @@ class CriticLike(Protocol):
         ...
 
 
-# ----------------------------------------------------------------------------------------------------
-# What credit steps share: one rank's share among all ranks, and the reward of a token.
+@dataclass(frozen=True)
+class RolloutCreditKind(_Settable):
+    """A credit of online training: `credit(step, *, <objects>, <settings>)`.
+
+    Attributes:
+        phase: see `CreditStep`.
+        needs: what must be scored, of `NEEDS`.
+        provides: columns it adds; "weights" if it sets them, "rewards" if it makes rewards.
+        group: a prompt must have two completions.
+        refill: of a filter: replace what it drops.
+        limit: `limit(max_new_tokens, settings)`, called before anything is sampled; may raise.
+    """
+
+    what: ClassVar[str] = "online credit"
+
+    phase: Phase | None = None
+    needs: Names = ()
+    provides: Names = ()
+    group: bool = False
+    refill: bool | Callable[[Mapping[str, Any]], bool] = False
+    limit: Callable[[float, Mapping[str, Any]], Any] | None = None
+
+    def attributes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the trainer asks of a credit with these settings."""
+        return {
+            "name": self.name,
+            "phase": self.phase or getattr(self.function, "phase", None),
+            "needs": frozenset(self._of(self.needs, settings)),
+            "provides": frozenset(self._of(self.provides, settings)),
+            "needs_group": self.group,
+            "refill": bool(self._of(self.refill, settings)),
+        }
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As for every part; a class of ours that takes no objects is also built, and may refuse its settings."""
+        checked = super().settings(given)
+        if inspect.isclass(self.function) and not self.own and not self.objects:
+            self.function(**checked)
+        return checked
+
+    def make(self, **given: Any) -> CreditStep:
+        """A rollout credit; see `make_rollout_credit`."""
+        objects, settings = self.arguments(given)
+        if not inspect.isclass(self.function):
+            return BoundRolloutCredit(self, objects, settings)
+        made: Any = self.function(**objects, **settings)
+        with suppress(AttributeError):  # what a checkpoint must agree on; a class need not keep its settings as given
+            made.given = settings
+        return cast(CreditStep, made)
 
 
-def shares(step: RolloutStep, mine: Any) -> tuple[list[Any], int]:
-    """What every rank gave, in the order of ranks, and which of them is this rank's.
+class BoundRolloutCredit(Stateless):
+    """A rollout credit's function with its models and settings."""
+
+    name: str
+    phase: Phase
+
+    def __init__(self, kind: RolloutCreditKind, objects: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self.kind, self.objects, self.given = kind, dict(objects), dict(settings)
+        vars(self).update(kind.attributes(settings))
+
+    def __call__(self, step: RolloutStep) -> None:
+        self.kind.function(step, **self.objects, **self.given)
+
+    def check_limit(self, max_new_tokens: float) -> None:
+        if self.kind.limit is not None:
+            self.kind.limit(max_new_tokens, self.given)
+
+
+def make_rollout_credit(name: str | Callable[..., Any], /, **arguments: Any) -> CreditStep:
+    """A credit of online training by name: `make_rollout_credit("group", scale="none")`.
 
     Args:
-        mine: compared by equality, so without NaN. Where two ranks gave the same either will do.
+        name: a name in `ROLLOUT_CREDIT`, a function or class with the decorator, or an import string of one.
+        arguments: its settings, and the objects that it takes (see `OBJECTS`).
+
+    Raises:
+        RecipeError: unknown name or setting (with the nearest right one), a wrong type, a value out of range; or an
+            object that is missing or not taken.
     """
-    parts = step.gather(mine)
-    return parts, parts.index(mine)
+    return ROLLOUT_CREDIT.find(name).make(**arguments)
 
 
-def pooled_moments(step: RolloutStep, values: Tensor) -> Moments:
-    """Mean and spread of the values of all ranks."""
-    return sum(step.gather(Moments.of(values)), Moments())
+def resolve_rollout_credit(credit: Any) -> list[CreditStep]:
+    """Rollout credits as they are given to the trainer, in the order of their phases.
 
+    Args:
+        credit: None, one credit or a list of them; each is an object, a name, or a mapping with `name`.
 
-def scored(step: RolloutStep) -> Tensor:
-    """Completions that have a reward and belong to a prompt that is trained on, bool `[C]`."""
-    known = ~torch.isnan(step.rewards)
-    return known if step.keep is None else known & step.keep[step.group]
-
-
-def token_level(step: RolloutStep) -> Tensor:
-    """The reward of every token `[N]`: what was given per token, and the outcome on the last one.
-
-    0 on all tokens of a completion that could not be scored.
+    Raises:
+        RecipeError: something else, an unknown phase or need, or two that set advantages.
     """
-    outcome = torch.where(scored(step), step.rewards, 0.0)
-    rewards = torch.where(step.segments.is_last, step.broadcast(outcome), 0.0)
-    if step.token_rewards is not None:
-        rewards = rewards + step.token_rewards
-    return torch.where(step.broadcast(scored(step)), rewards, 0.0)
+    if credit is None:
+        return []
+    given = [credit] if isinstance(credit, (str, Mapping)) or not isinstance(credit, Sequence) else list(credit)
+    steps = [_as_rollout_credit(one) for one in given]
+    for step in steps:
+        if step.phase not in PHASES:
+            raise RecipeError(f"credit {step.name!r}: phase is {step.phase!r}; expected one of {', '.join(PHASES)}")
+        if unknown := sorted(set(step.needs) - NEEDS):
+            raise RecipeError(f"credit {step.name!r} needs {', '.join(unknown)}; expected some of {sorted(NEEDS)}")
+    setters = [step.name for step in steps if step.phase == "advantages"]
+    if len(setters) > 1:
+        raise RecipeError(f"credit {setters[0]!r} and {setters[1]!r} both set the advantages; expected one of them")
+    return sorted(steps, key=lambda step: PHASES.index(step.phase))
 
 
-def mean(values: Tensor) -> float:
-    """Mean of the numbers in `values`, NaN left out; 0 of nothing."""
-    known = values[~torch.isnan(values)] if values.is_floating_point() else values
-    return float(known.double().mean()) if known.numel() else 0.0
+def _as_rollout_credit(one: Any) -> CreditStep:
+    if callable(one) and hasattr(one, "phase") and hasattr(one, "needs") and not inspect.isclass(one):
+        return cast(CreditStep, one)
+    if isinstance(one, Mapping):
+        if not isinstance(one.get("name"), str):
+            raise RecipeError(f"a rollout credit needs a name, got {shown(dict(one))}")
+        return make_rollout_credit(one["name"], **{k: v for k, v in one.items() if k != "name"})
+    if isinstance(one, str) or callable(one):
+        return make_rollout_credit(one)
+    raise RecipeError(f"a rollout credit is an object with a phase, a name or a mapping, got {type(one).__name__}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# What goes together.
+
+
+def why_not(values: str, uses: str) -> str:
+    """Why numbers that mean `values` (see `CreditSource`) do not suit a role that uses `uses`; "" if they do."""
+    if uses == "sign" and values == "order":
+        return (
+            "only the order of its numbers within a completion means something, not their sign; use it as "
+            "selection or as span, by share"
+        )
+    if uses == "order" and values == "marks":
+        return "it marks tokens and does not rank them; set `above: 0` to take what it marks"
+    return ""
+
+
+def check_source_for_role(source: Any, role: Role) -> None:
+    """Raises `RecipeError`, with what to do instead, if a source's values do not mean what the role uses."""
+    reason = why_not(getattr(source, "values", "any"), role.uses)
+    if reason:
+        raise RecipeError(f"credit {source.name!r} as {role.name}: {reason}")
+
+
+def check_together(objective: BoundObjective, role: Role | None, teacher: Any) -> None:
+    """Raises `RecipeError` if these do not go together.
+
+    Args:
+        role: how credit enters the objective, if it does.
+        teacher: what it distils from, or its description in a recipe.
+    """
+    taught = bool(TAUGHT & set(objective.needs))
+    if taught and teacher is None:
+        raise RecipeError(f"objective {objective.name} needs a teacher, got none")
+    if teacher is not None and not taught:
+        raise RecipeError(f"objective {objective.name} does not distil; teacher must be None")
+    if role is not None and role.name == "selection" and objective.hyper.get("sft_weight"):
+        raise RecipeError(
+            f"objective {objective.name}: sft_weight is about all chosen tokens, and only selected ones are scored; "
+            "set sft_weight: 0"
+        )
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective", Objective)
+CREDIT: Registry[CreditKind] = Registry("credit", CreditKind)
+ROLLOUT_CREDIT: Registry[RolloutCreditKind] = Registry("online credit", RolloutCreditKind)
+METHODS: Registry[Card] = Registry("method", order=lambda card: (OBJECTIVES[card.objective].online, card.arxiv))

@@ -26,7 +26,7 @@ from tokengrain.annotation import annotate, check_manifest, load_annotated, read
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.dataset import PairDataset, Report, SampleStore, prepare_pairs, prepare_sft
 from tokengrain.errors import DataError, RunError
-from tokengrain.registry import make_credit
+from tokengrain.method import make_credit
 from tokengrain.scoring.reference import FrozenReference
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
+from tokengrain.method import make_credit
 from tokengrain.methods.treg import TEMPLATES, ContrastivePrompting, ContrastiveTemplates, make_templates
-from tokengrain.registry import make_credit
 from tokengrain.scoring.reference import FrozenReference
 
 REVISE = ContrastiveTemplates(

@@ -13,11 +13,10 @@ from torch import Tensor
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.method import model_fingerprint
-from tokengrain.methods.baselines import ColumnCredit, FunctionCredit, RandomCredit, Transformed
+from tokengrain.method import CREDIT, Transformed, make_credit
+from tokengrain.methods.baselines import ColumnCredit, FunctionCredit, RandomCredit
 from tokengrain.methods.tgdpo import GuideLogRatio
-from tokengrain.registry import CREDIT, check_credit, make_credit
-from tokengrain.scoring.reference import ColumnReference, FrozenReference
+from tokengrain.scoring.reference import ColumnReference, FrozenReference, model_fingerprint
 from tokengrain.scoring.score import score
 
 
@@ -189,7 +188,7 @@ class TestRegistry:
         self, name: str, settings: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(RecipeError, match=message):
-            check_credit(name, settings)
+            CREDIT.find(name).settings(settings)
 
     def test_objects(self) -> None:
         assert CREDIT["guide"].objects == {"model", "reference"}
@@ -199,4 +198,4 @@ class TestRegistry:
             make_credit("guide", model=llama())
         with pytest.raises(RecipeError, match="credit 'column' takes no model"):
             make_credit("column", model=llama())
-        assert check_credit("guide", {"beta": 1}) == {"beta": 1.0, "scale": 1.0, "clip": None}
+        assert CREDIT["guide"].settings({"beta": 1}) == {"beta": 1.0, "scale": 1.0, "clip": None}

@@ -11,8 +11,8 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
 from tokengrain.loss import NORMALISERS, Counts, LossOutput, make_normaliser
-from tokengrain.registry import OBJECTIVES, BoundObjective
-from tokengrain.registry import make_objective as make
+from tokengrain.method import OBJECTIVES, BoundObjective
+from tokengrain.method import make_objective as make
 
 F64 = torch.float64
 LENGTHS = [(4, 2), (1, 6), (3, 3), (7, 1), (2, 5)]

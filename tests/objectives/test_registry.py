@@ -15,12 +15,12 @@ from tests.objectives.examples import example
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
 from tokengrain.loss import LossOutput
+from tokengrain.method import OBJECTIVES, Objective, make_objective
 from tokengrain.methods.dpo import dpo_loss, sft_loss
 from tokengrain.methods.grpo import grpo_loss
 from tokengrain.methods.qrm import qrm_loss
 from tokengrain.methods.simpo import simpo_loss
 from tokengrain.methods.tdpo import tdpo_loss
-from tokengrain.registry import OBJECTIVES, Objective, make_objective
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_loss_of_the_users_own() -> None:
 
 
 def test_a_loss_by_import_string(tmp_path: Path) -> None:
-    assert make_objective("tokengrain.methods.dpo:dpo_loss", beta=0.5).objective.loss is dpo_loss
+    assert make_objective("tokengrain.methods.dpo:dpo_loss", beta=0.5).objective.function is dpo_loss
     file = tmp_path / "mine.py"
     file.write_text(
         "from tokengrain.loss import LossOutput\n"
@@ -138,7 +138,7 @@ def test_a_loss_by_import_string(tmp_path: Path) -> None:
         (f"{file}:los", "no callable 'los'; did you mean 'loss'"),
         (f"{tmp_path}/none.py:loss", "no file"),
         ("no.such.module:loss", "no module 'no.such.module'"),
-        ("tokengrain.methods.dpo:", "not of the form"),
+        ("tokengrain.loss:", "not of the form"),
     ):
         with pytest.raises(RecipeError, match=message):
             make_objective(reference)
@@ -146,7 +146,7 @@ def test_a_loss_by_import_string(tmp_path: Path) -> None:
 
 def test_importing_objectives_is_light() -> None:
     code = (
-        "import sys, tokengrain.methods.dpo; "
+        "import sys, tokengrain.loss; "
         "print([m for m in ('transformers', 'datasets', 'peft', 'matplotlib') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,9 +15,9 @@ from tests.scoring.models import batch_of, tiny
 from tokengrain.batch import Segments
 from tokengrain.errors import ModelError
 from tokengrain.loss import LossOutput
+from tokengrain.method import make_objective
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.methods.rrpo import rrpo_loss, rrpo_reads, span_rewards
-from tokengrain.registry import make_objective
 from tokengrain.scoring.reference import ColumnReference
 from tokengrain.training.loss import PreferenceLoss
 

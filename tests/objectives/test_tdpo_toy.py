@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokengrain.batch import Segments
 from tokengrain.loss import Counts, make_normaliser
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 
 VOCAB, LENGTH, PAIRS, STEPS = 4, 6, 512, 400
 ALL = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))

@@ -11,7 +11,7 @@ import torch
 
 from tests.training.tiny import make_samples, make_trainer, plain_logps, tiny_llama
 from tokengrain.batch import TokenBatch
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 from tokengrain.scoring.reference import FrozenReference
 
 CUTS: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ import torch
 
 from tests.training.tiny import make_samples, make_trainer, tiny_llama, weights
 from tokengrain.errors import read_log
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 
 CUTS: list[dict[str, Any]] = [
     {"max_tokens_per_microbatch": 60},

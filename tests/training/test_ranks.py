@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from tests.training.ranks import on_ranks, sharding_on_cpu
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
 from tokengrain.errors import NonFiniteLossError, read_log
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 from tokengrain.training.checkpoint import last_complete_checkpoint
 
 FSDP = {

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
-from tokengrain import registry
+from tokengrain import tables
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import RecipeError
 from tokengrain.loss import make_role
+from tokengrain.method import make_objective
 from tokengrain.methods.baselines import FunctionCredit
-from tokengrain.registry import make_objective
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss
 
@@ -102,9 +102,7 @@ def test_only_selected_tokens_are_scored(policy: Any, batch: TokenBatch) -> None
     assert seen == [int(torch.clamp((0.2 * lengths + 1e-9).floor(), min=1).sum())]
 
 
-ACCEPTED = [
-    (objective, role) for objective in sorted(registry.objectives()) for role in make_objective(objective).roles
-]
+ACCEPTED = [(objective, role) for objective in sorted(tables.objectives()) for role in make_objective(objective).roles]
 
 
 @pytest.mark.parametrize(("objective", "role"), ACCEPTED, ids=lambda value: str(value))

@@ -17,7 +17,7 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, RecipeError, read_log
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 from tokengrain.scoring.score import score
 
 

@@ -17,9 +17,9 @@ from tests.training.tiny import make_samples, tiny_llama
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import read_log
 from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.method import make_objective
 from tokengrain.methods.grpo import group_advantages, grpo_loss
 from tokengrain.methods.gspo import gspo_loss
-from tokengrain.registry import make_objective
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion
 from tokengrain.scoring.score import score
 from tokengrain.training.config import OnlineConfig

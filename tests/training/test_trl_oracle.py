@@ -12,7 +12,7 @@ from tests.training.tiny import make_trainer, tiny_llama
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.errors import read_log
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 
 pytest.importorskip("trl")
 

@@ -20,7 +20,6 @@ from tokengrain.bench.questions import ON_PAIRS, Question
 from tokengrain.errors import DataError, RecipeError, write_json
 from tokengrain.evaluation.credit import CreditTruth, auc, calibration, credit_scores, lowest_hits, pointing_scores
 from tokengrain.evaluation.statistics import bootstrap
-from tokengrain.settings import nearest
 
 if TYPE_CHECKING:
     from tokengrain.run.build import Workshop
@@ -507,7 +506,7 @@ def _source(text: str, model: str, data: str) -> tuple[str, Callable[[TokenBatch
     """`(name, source)` of a name, a YAML mapping or a run folder."""
     import yaml
 
-    from tokengrain.registry import CREDIT
+    from tokengrain.method import CREDIT
     from tokengrain.run.build import build_credit
     from tokengrain.runs import is_run
 
@@ -520,11 +519,10 @@ def _source(text: str, model: str, data: str) -> tuple[str, Callable[[TokenBatch
     credit = {"name": credit} if isinstance(credit, str) else credit
     if not isinstance(credit, dict):
         raise RecipeError(f"credit source {text!r} is neither a name, a YAML mapping nor a run folder")
-    if credit.get("name") not in CREDIT:
-        raise RecipeError(f"unknown credit {credit.get('name')!r}{nearest(str(credit.get('name')), CREDIT)}")
+    kind = CREDIT.find(str(credit.get("name")))
     if credit["name"] in OF_THE_START:
         credit = {"model": model, **credit}
-    for needed in sorted(CREDIT[credit["name"]].objects & {"model", "reverse"}):
+    for needed in sorted(kind.objects & {"model", "reverse"}):
         if needed not in credit:
             example = f"'{{name: {credit['name']}, {needed}: PATH}}'"
             raise RecipeError(f"credit {credit['name']!r} needs its {needed}: give {example}, or a run folder")

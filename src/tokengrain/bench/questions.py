@@ -191,7 +191,7 @@ class OnlineCredit:
 
     Args:
         world: `arithmetic` or `revision`.
-        steps: credit steps as `resolve_steps` takes them, in order; made anew for every call.
+        steps: credit steps as `resolve_rollout_credit` takes them, in order; made anew for every call.
         read: what of the rollout is the credit, `[N]`; it may also look at the steps.
         critic: gives `values`, if a step needs them.
     """
@@ -208,9 +208,9 @@ class OnlineCredit:
         self.world, self.steps, self.read, self.needs, self.critic = world, steps, read, needs, critic
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        from tokengrain.registry import resolve_steps
+        from tokengrain.method import resolve_rollout_credit
 
-        steps = resolve_steps(self.steps())
+        steps = resolve_rollout_credit(self.steps())
         needs = {OLD_LOGPS, *self.needs, *(name for step in steps for name in step.needs)}
         rollout = self._rollout(batch, needs)
         for step in steps:

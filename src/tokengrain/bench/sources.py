@@ -69,7 +69,7 @@ class Bench:
 
     def train(self, objective: str, rows: Any = None, *, model: Any = None, **hyper: Any) -> Any:
         """A short training of the world's base model (or of `model`) on this seed's pairs (or on `rows`)."""
-        from tokengrain.registry import make_objective
+        from tokengrain.method import make_objective
 
         bound, rows = make_objective(objective, **hyper), self.rows if rows is None else rows
         found = train_on(self.world, bound, rows, self.seed, model=model, steps=self.steps, pairs=self.pairs)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.batch import Completion, Sample, TokenBatch, row_of
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.formats import Example
 from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
 from tokengrain.errors import DataError, ModelError
-from tokengrain.method import row_of
 
 # ----------------------------------------------------------------------------------------------------
 # Token scores across tokenizers: from the tokens of one to those of another, by the characters they share.

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError
-from tokengrain.method import Phase, RolloutStep, mean, scored
+from tokengrain.method import Card, RolloutStep, rollout_credit
 from tokengrain.methods._entropy_window import (
     HighEntropy,
     Mode,
@@ -41,9 +41,22 @@ from tokengrain.methods._entropy_window import (
     trigger_flags,
     trigger_tokens,
 )
+from tokengrain.methods._rollout import mean, scored
 from tokengrain.methods._shaping import Moments, sampled_kl
 from tokengrain.methods.grpo import GroupStatistics
 from tokengrain.settings import NonNegative, Positive, Share
+
+CARD = Card(
+    "aepo",
+    "AEPO (ARES)",
+    "explores uncertain tokens of hard prompts",
+    "ARES: Multimodal Adaptive Reasoning via Difficulty-Aware Token-Level Entropy Shaping",
+    "2510.08457",
+    "ICLR 2026",
+    trains="policy, online",
+    credit="uncertain tokens, by the prompt's difficulty",
+    objective="grpo",
+)
 
 # ----------------------------------------------------------------------------------------------------
 # Weights of a KL term that follow the KL that is measured: one number, or one per difficulty bucket.
@@ -456,6 +469,7 @@ class EntropyShaping:
 KLControl = Literal["log_ema", "multiplicative", "none"]
 
 
+@rollout_credit("aepo", phase="rewards", group=True)
 class AEPO:
     """Adds the entropy reward to the outcome, and weighs the KL term of the loss by difficulty.
 
@@ -484,10 +498,6 @@ class AEPO:
     Raises:
         RecipeError: triggers without a tokenizer, or none of them in its vocabulary; thresholds out of order.
     """
-
-    name = "aepo"
-    phase: Phase = "rewards"
-    needs_group = True
 
     def __init__(
         self,

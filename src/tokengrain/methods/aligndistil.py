@@ -7,7 +7,7 @@ forms of the extrapolation as numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,15 +16,34 @@ from torch import Tensor
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import RecipeError, fingerprint
 from tokengrain.loss import LossOutput
-from tokengrain.method import checked_credit, scorer_fingerprint, scorer_logps
+from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods.tgdpo import guide_token_rewards
 from tokengrain.scoring.head import Teacher
-from tokengrain.scoring.reference import Reference
+from tokengrain.scoring.reference import Reference, scorer_fingerprint, scorer_logps
 from tokengrain.settings import NonNegative, Positive
+
+CARD = Card(
+    "aligndistil",
+    "AlignDistil",
+    "distils DPO against reverse DPO",
+    "AlignDistil: Token-Level Language Model Alignment as Adaptive Policy Distillation",
+    "2503.02832",
+    "ACL 2025",
+    trains="two teachers, then policy, offline pairs",
+    credit="a DPO model against a reverse DPO model, whole vocabulary",
+)
+ONLINE = replace(
+    CARD,
+    name="aligndistil_online",
+    title="AlignDistil (on-policy)",
+    idea="the same on the policy's samples",
+    trains="two teachers on pairs, then policy, online",
+)
 
 TeacherForm = Literal["adaptive", "constant", "theorem1", "interpolation", "distil"]
 
 
+@objective("aligndistil", unit="completions", roles=(), no_credit="its credit is the difference of its two teachers")
 def aligndistil_loss(
     logps: Tensor,
     segments: Segments,
@@ -123,6 +142,7 @@ def teacher_strength(
 # AlignDistil's credit: a DPO model against a DPO model trained on exchanged pairs (arXiv 2503.02832).
 
 
+@credit("contrastive_dpo", values="signed")
 class ContrastiveDPO:
     """Credit β·(log p_model − log p_reverse) of every token.
 
@@ -137,7 +157,6 @@ class ContrastiveDPO:
     """
 
     name = "contrastive_dpo"
-    values = "signed"
 
     def __init__(self, *, model: Any, reverse: Any, beta: Positive = 0.1) -> None:
         self.model, self.reverse, self.beta = model, reverse, float(beta)

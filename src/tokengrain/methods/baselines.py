@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RecipeError, fingerprint
-from tokengrain.method import CreditSource, checked_credit, scorer_fingerprint, scorer_logps
-from tokengrain.settings import Number, Positive, load_callable, source_of
+from tokengrain.method import checked_credit, credit
+from tokengrain.scoring.reference import scorer_fingerprint, scorer_logps
+from tokengrain.settings import Number, load_callable, source_of
 
 
+@credit("column", column=lambda settings: settings["column"])
 class ColumnCredit:
     """Credit that came with the data: `chosen_token_rewards`, `rejected_token_rewards`, or another column.
 
@@ -45,6 +47,7 @@ class ColumnCredit:
         return fingerprint([self.name, self.column])
 
 
+@credit("function", code=("function",))
 class FunctionCredit:
     """Credit from a function of the user's.
 
@@ -68,6 +71,7 @@ class FunctionCredit:
         return fingerprint([self.name, self._source])
 
 
+@credit("random")
 class RandomCredit:
     """Uniform numbers, a control: guidance that knows nothing must change nothing.
 
@@ -101,28 +105,6 @@ class RandomCredit:
         return fingerprint([self.name, self.low, self.high, self.seed])
 
 
-class Transformed:
-    """Another source's credit, scaled and then clipped; `scale=-1` is the control that must do harm.
-
-    Args:
-        source: the credit source.
-        scale: factor.
-        clip: bound of the absolute value after scaling (None: no bound).
-    """
-
-    def __init__(self, source: CreditSource, *, scale: Number = 1.0, clip: Positive | None = None) -> None:
-        self.source, self.scale, self.clip = source, scale, clip
-        self.name = source.name
-        self.values = getattr(source, "values", "any")
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        values = self.scale * self.source(batch)
-        return values if self.clip is None else values.clamp(-self.clip, self.clip)
-
-    def fingerprint(self) -> str:
-        return fingerprint([self.source.fingerprint(), self.scale, self.clip])
-
-
 # ----------------------------------------------------------------------------------------------------
 # Credit from a model's own uncertainty: baselines that have seen no preference.
 
@@ -151,6 +133,7 @@ class _OfModel(ABC):
         return fingerprint([self.name, scorer_fingerprint(self.model)])
 
 
+@credit("surprise", values="order", judges_itself=True)
 class Surprise(_OfModel):
     """Log-probability of every token: what the model finds improbable counts as bad.
 
@@ -166,6 +149,7 @@ class Surprise(_OfModel):
         return scorer_logps(self.model, batch)
 
 
+@credit("entropy", values="order", judges_itself=True)
 class Entropy(_OfModel):
     """Entropy, in nats, of the distribution that every token was drawn from: large where much was open.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
 from tokengrain.loss import LossOutput
-from tokengrain.method import Phase, RolloutStep, mean, scored, shares
+from tokengrain.method import Card, RolloutStep, objective, rollout_credit
 from tokengrain.methods._clipped import (
     MAX_LOG_RATIO,
     KLEstimator,
@@ -27,8 +27,20 @@ from tokengrain.methods._clipped import (
     clipped_tokens,
     policy_output,
 )
+from tokengrain.methods._rollout import mean, scored, shares
 from tokengrain.methods.grpo import GroupStatistics
 from tokengrain.settings import NonNegative, Positive
+
+CARD = Card(
+    "dcpo",
+    "DCPO",
+    "clips by probability, remembers rewards",
+    "DCPO: Dynamic Clipping Policy Optimization",
+    "2509.02333",
+    "2025",
+    trains="policy, online",
+    credit="all rewards that the prompt has had so far",
+)
 
 # exp(80) is finite in float32; a token this improbable has the limits of both bounds.
 MAX_NEGATIVE_LOGP = 80.0
@@ -58,6 +70,7 @@ def dcpo_bounds(
     return low, high.clamp(max=ratio_max)
 
 
+@objective("dcpo", unit="completions")
 def dcpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -245,6 +258,7 @@ def _columns(visits: list[Visits]) -> tuple[list[float], list[float]]:
 # The credit step of DCPO (arXiv 2509.02333): advantages against everything that a prompt has earned so far.
 
 
+@rollout_credit("dcpo", phase="advantages")
 class DCPOAdvantages:
     """Smooth advantage standardisation, one advantage per completion.
 
@@ -262,10 +276,6 @@ class DCPOAdvantages:
     Raises:
         RecipeError: solved "zero" without max_reward; a window below 1.
     """
-
-    name = "dcpo"
-    phase: Phase = "advantages"
-    needs: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput
+from tokengrain.method import Card, objective
 from tokengrain.methods._pairs import (
     MarginLoss,
     chosen_token_losses,
@@ -20,9 +21,19 @@ from tokengrain.methods._pairs import (
 )
 from tokengrain.settings import NonNegative, Positive, Share, Smoothing, check_choice
 
+CARD = Card(
+    "dpo",
+    "DPO",
+    "preferred over rejected, near the reference",
+    "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+    "2305.18290",
+    "NeurIPS 2023",
+)
+
 DPOLoss = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "ipo_sum"]
 
 
+@objective("dpo")
 def dpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -91,6 +102,7 @@ def _shared_length_weights(segments: Segments, ld_alpha: float, like: Tensor) ->
 Per = Literal["token", "sequence"]
 
 
+@objective("sft", unit="completions", roles=(), no_credit="it learns from every token of its data")
 def sft_loss(logps: Tensor, segments: Segments, *, per: Per = "token") -> LossOutput:
     """Cross-entropy, for any number of completions per prompt.
 

@@ -27,10 +27,24 @@ from tokengrain.batch import Completion, Sample, Segments, TokenBatch
 from tokengrain.data.tokens import StopStrings
 from tokengrain.errors import DataError, ModelError, RecipeError
 from tokengrain.loss import top_tokens
-from tokengrain.method import Phase, RolloutStep, Stateless, mean, scorer_logps, shares
+from tokengrain.method import Card, RolloutStep, rollout_credit
+from tokengrain.methods._rollout import mean, shares
 from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.reference import scorer_logps
 from tokengrain.scoring.score import head_of, in_parts, score
 from tokengrain.settings import NonNegative, Number, Positive, Share
+
+CARD = Card(
+    "dro",
+    "DRO",
+    "reasoning that predicts the reference",
+    "Direct Reasoning Optimization: LLMs Can Reward And Refine Their Own Reasoning for Open-Ended Tasks",
+    "2506.13351",
+    "2025",
+    trains="policy, online",
+    credit="likelihood of the reference's tokens that depend on the reasoning",
+    objective="grpo",
+)
 
 Normalise = Literal["sum", "mean", "none"]
 Rule = Literal["threshold", "top"]
@@ -518,7 +532,8 @@ def reference_ranks(model: nn.Module, batch: TokenBatch, max_tokens: int | None 
 Baseline = Literal["none", "empty", "replaced"]
 
 
-class R3Rewards(Stateless):
+@rollout_credit("r3", phase="rewards", group=True)
+class R3Rewards:
     """The reasoning reflection reward of each completion, from its chain and the row's reference answer.
 
     A completion is its chain of thought, up to and with `marker`, and an answer. The reference is scored in place of
@@ -549,10 +564,6 @@ class R3Rewards(Stateless):
     Raises:
         RecipeError: a baseline with propagation, or scorer "reference" without one.
     """
-
-    name = "r3"
-    phase: Phase = "rewards"
-    needs_group = True
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RunError
 from tokengrain.loss import LossOutput
-from tokengrain.method import Phase, RolloutStep, Stateless, scored
+from tokengrain.method import Card, RolloutStep, objective, rollout_credit
 from tokengrain.methods._clipped import (
     MAX_LOG_RATIO,
     KLEstimator,
@@ -32,11 +32,47 @@ from tokengrain.methods._clipped import (
     policy_output,
     sequence_log_ratio,
 )
+from tokengrain.methods._rollout import scored
 from tokengrain.settings import NonNegative, Positive, Share, check_choice
+
+GRPO = Card(
+    "grpo",
+    "GRPO",
+    "answers compared within their group",
+    "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    "2402.03300",
+    "2024",
+    trains="policy, online",
+    credit="the group's mean (every token of a completion alike)",
+)
+DRGRPO = Card(
+    "drgrpo",
+    "Dr. GRPO",
+    "GRPO without its length bias",
+    "Understanding R1-Zero-Like Training: A Critical Perspective",
+    "2503.20783",
+    "COLM 2025",
+    trains="policy, online",
+    credit="the group's mean (every token of a completion alike)",
+    objective="grpo",
+    page="grpo",
+)
+DAPO = Card(
+    "dapo",
+    "DAPO",
+    "clips higher, skips unanimous groups",
+    "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+    "2503.14476",
+    "2025",
+    trains="policy, online",
+    credit="the group's mean, of groups that differ; length penalty",
+    objective="grpo",
+)
 
 Importance = Literal["token", "sequence"]
 
 
+@objective("grpo", unit="completions")
 def grpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -252,7 +288,8 @@ def _counted(step: RolloutStep) -> Tensor:
     return torch.where(scored(step), step.total, torch.nan)
 
 
-class GroupAdvantages(Stateless):
+@rollout_credit("group", phase="advantages", group=True)
+class GroupAdvantages:
     """The same advantage for all tokens of a completion: its reward against those of its group.
 
     GRPO, DAPO: scale "group"; Dr. GRPO: "none"; RLOO: baseline "leave_one_out" with scale "none". Token rewards
@@ -262,10 +299,6 @@ class GroupAdvantages(Stateless):
         scale, baseline, eps, ddof: see `group_advantages`; scale "batch" divides by the deviation of all rewards of
             the rollout, on all ranks.
     """
-
-    name = "group"
-    phase: Phase = "advantages"
-    needs_group = True
 
     def __init__(
         self,
@@ -290,15 +323,13 @@ class GroupAdvantages(Stateless):
         step.advantages = step.broadcast(advantages)
 
 
-class Broadcast(Stateless):
+@rollout_credit("broadcast", phase="advantages")
+class Broadcast:
     """The reward itself as the advantage of all tokens of a completion; 0 where it could not be scored.
 
     Args:
         baseline: "batch": minus the mean reward of the rollout, on all ranks; "none": as it is.
     """
-
-    name = "broadcast"
-    phase: Phase = "advantages"
 
     def __init__(self, *, baseline: Literal["none", "batch"] = "none") -> None:
         self.baseline = baseline
@@ -310,7 +341,8 @@ class Broadcast(Stateless):
         step.advantages = step.broadcast(torch.nan_to_num(rewards, nan=0.0))
 
 
-class StepsGroupImportance(Stateless):
+@rollout_credit("importance", phase="after", provides={"weights"})
+class StepsGroupImportance:
     """Weighs tokens by how much more probable they are to the trainer than to the sampler, truncated.
 
     Args:
@@ -319,10 +351,6 @@ class StepsGroupImportance(Stateless):
         against: "raw": the sampler's probabilities at temperature 1: corrects for what the engine computes
             differently; "sampling": those that tokens were drawn from: also for temperature, top-k, top-p, min-p.
     """
-
-    name = "importance"
-    phase: Phase = "after"
-    provides = frozenset({"weights"})
 
     def __init__(
         self,
@@ -344,11 +372,9 @@ class StepsGroupImportance(Stateless):
         step.weights = weights if step.weights is None else step.weights * weights
 
 
-class MaskTruncated(Stateless):
+@rollout_credit("mask_truncated", phase="after")
+class MaskTruncated:
     """DAPO's overlong filtering: truncated completions get advantage 0, as they were cut off and not finished."""
-
-    name = "mask_truncated"
-    phase: Phase = "after"
 
     def __call__(self, step: RolloutStep) -> None:
         if step.advantages is None:
@@ -360,7 +386,8 @@ class MaskTruncated(Stateless):
 # Filters: which prompts of a rollout are trained on.
 
 
-class FilterGroups(Stateless):
+@rollout_credit("filter_groups", phase="filter")
+class FilterGroups:
     """Leaves out prompts whose completions teach nothing: DAPO's dynamic sampling (arXiv 2503.14476).
 
     Args:
@@ -370,9 +397,6 @@ class FilterGroups(Stateless):
         low, high: also leave out prompts whose mean of the metric is not in between, low and high included;
             None: no such bound.
     """
-
-    name = "filter_groups"
-    phase: Phase = "filter"
 
     def __init__(
         self,

@@ -6,11 +6,24 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput
+from tokengrain.method import Card, objective
 from tokengrain.methods._clipped import KLEstimator
 from tokengrain.methods.grpo import grpo_loss
 from tokengrain.settings import NonNegative, Positive
 
+CARD = Card(
+    "gspo",
+    "GSPO",
+    "one ratio for each completion",
+    "Group Sequence Policy Optimization",
+    "2507.18071",
+    "2025",
+    trains="policy, online",
+    credit="the group's mean (every token of a completion alike)",
+)
 
+
+@objective("gspo", unit="completions")
 def gspo_loss(
     logps: Tensor,
     segments: Segments,

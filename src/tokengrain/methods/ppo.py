@@ -18,8 +18,9 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError
 from tokengrain.loss import LossOutput
-from tokengrain.method import Phase, RolloutStep, Stateless, mean, pooled_moments, scored, token_level
+from tokengrain.method import Card, RolloutStep, objective, rollout_credit
 from tokengrain.methods._clipped import Reduction, Sampled, clipped_tokens, policy_output, reduce_tokens
+from tokengrain.methods._rollout import mean, pooled_moments, scored, token_level
 from tokengrain.methods._shaping import (
     Moments,
     SampledKL,
@@ -33,7 +34,20 @@ from tokengrain.methods._shaping import (
 from tokengrain.methods.aepo import AdaptiveKL
 from tokengrain.settings import NonNegative, Number, Positive, Share
 
+CARD = Card(
+    "ppo",
+    "PPO",
+    "a critic says what to expect",
+    "Proximal Policy Optimization Algorithms",
+    "1707.06347",
+    "2017",
+    trains="policy and critic, online",
+    credit="advantage estimation with a critic",
+    page="rto",
+)
 
+
+@objective("ppo", unit="completions")
 def ppo_policy_loss(
     logps: Tensor,
     segments: Segments,
@@ -118,6 +132,7 @@ def value_loss(
 # REINFORCE with one weight per token.
 
 
+@objective("reinforce", unit="completions")
 def reinforce_loss(
     logps: Tensor,
     segments: Segments,
@@ -228,7 +243,8 @@ def _discounted_sums(x: Tensor, factor: float) -> Tensor:
 # A completion that could not be scored (NaN) has advantage 0 and teaches the critic nothing.
 
 
-class GAE(Stateless):
+@rollout_credit("gae", phase="advantages", provides={"returns"})
+class GAE:
     """Generalised advantage estimation (arXiv 1506.02438) of the tokens' rewards; the critic's targets.
 
     Args:
@@ -240,10 +256,6 @@ class GAE(Stateless):
     Raises:
         RecipeError: lam < 1 without a critic, where it would only hide rewards that lie far ahead.
     """
-
-    name = "gae"
-    phase: Phase = "advantages"
-    provides = frozenset({"returns"})
 
     def __init__(self, *, gamma: Share = 1.0, lam: Share = 0.95, whiten: bool = True, use_values: bool = True) -> None:
         if lam < 1 and not use_values:
@@ -274,7 +286,8 @@ def explained_variance(step: RolloutStep, values: Tensor, returns: Tensor) -> fl
     return 1 - (left / total) ** 2 if total > 0 else 0.0
 
 
-class Reinforce(Stateless):
+@rollout_credit("reinforce", phase="advantages")
+class Reinforce:
     """Rewards as they are for advantages: REINFORCE, and PPO on a Q-function (Q-RM, arXiv 2505.23363).
 
     Nothing is discounted and no reward moves to earlier tokens. For rewards that arrive late use `gae` with lam 1.
@@ -287,9 +300,6 @@ class Reinforce(Stateless):
         value_coef, value_scaling: A = reward - value_coef * V, V scaled over the rollout; 0.01 and "std" in Q-RM's
             PPO. Above 0 it needs a critic, whose targets are the rewards.
     """
-
-    name = "reinforce"
-    phase: Phase = "advantages"
 
     def __init__(
         self,
@@ -336,6 +346,7 @@ class Reinforce(Stateless):
         return spread if tokens is None else tokens + spread
 
 
+@rollout_credit("normalize", phase="rewards")
 class Normalize:
     """Puts rewards on a scale: (reward - mean) / deviation.
 
@@ -350,10 +361,6 @@ class Normalize:
     Raises:
         RecipeError: one of mean and std without the other.
     """
-
-    name = "normalize"
-    phase: Phase = "rewards"
-    needs: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -398,6 +405,7 @@ class Normalize:
         self.moments = Moments(int(state["count"]), float(state["mean"]), float(state["squares"]))
 
 
+@rollout_credit("kl_penalty", phase="rewards", needs={"ref_logps"})
 class KLPenalty:
     """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593).
 
@@ -407,10 +415,6 @@ class KLPenalty:
         target: the coefficient adapts to hold this mean KL, nats per token; None: it is fixed.
         horizon: completions over which it adapts.
     """
-
-    name = "kl_penalty"
-    phase: Phase = "rewards"
-    needs = frozenset({"ref_logps"})
 
     def __init__(
         self,

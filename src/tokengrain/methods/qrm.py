@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,15 +12,42 @@ from torch import Tensor, nn
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import ModelError, RecipeError, fingerprint
 from tokengrain.loss import LossOutput
-from tokengrain.method import checked_credit, model_fingerprint
+from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._other_tokens import Retokenizer, aligned_scores
 from tokengrain.methods._pairs import both_sides_counted, margin_loss, pair_difference, reward_metrics
 from tokengrain.methods._shaping import scale_scores
+from tokengrain.scoring.reference import model_fingerprint
 from tokengrain.settings import NonNegative, Number, check_choice
+
+CARD = Card(
+    "qrm",
+    "Q-RM",
+    "a reward model scoring every token",
+    "Discriminative Policy Optimization for Token-Level Reward Models",
+    "2505.23363",
+    "ICML 2025",
+    trains="token-level reward model, offline pairs",
+    credit="none while training; the reward model then is a credit source",
+)
+REINFORCE = replace(
+    CARD,
+    name="qrm_reinforce",
+    title="Q-RM (REINFORCE)",
+    idea="token scores used as advantages",
+    trains="reward model on pairs, then policy, online",
+    credit="scores of a token-level reward model",
+    objective="reinforce",
+)
 
 Pooling = Literal["mean", "last"]
 
 
+@objective(
+    "qrm",
+    main="token_scores",
+    roles=(),
+    no_credit="it trains a reward model, which is a credit source (reward_model) afterwards",
+)
 def qrm_loss(
     token_scores: Tensor,
     segments: Segments,
@@ -146,6 +173,11 @@ def frozen_token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
     return scores
 
 
+@credit(
+    "reward_model",
+    values=lambda settings: "order" if settings["scaling"] == "none" else "signed",
+    reward_model=True,
+)
 class RewardModelCredit:
     """Credit from a token-level reward model: its score of each token, scaled.
 

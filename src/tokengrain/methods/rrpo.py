@@ -5,14 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokengrain.batch import Segments, TokenBatch
+from tokengrain.batch import Segments, TokenBatch, row_of
 from tokengrain.errors import DataError, fingerprint
 from tokengrain.loss import LossOutput
-from tokengrain.method import checked_credit, row_of
+from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
 from tokengrain.settings import NonNegative, Positive
 
+CARD = Card(
+    "rrpo",
+    "RRPO",
+    "ranks only the spans that differ",
+    "Self-alignment of Large Video Language Models with Refined Regularized Preference Optimization",
+    "2504.12083",
+    "NeurIPS 2025",
+    credit="spans in which chosen and rejected differ",
+)
 
+
+@objective(
+    "rrpo",
+    reads=lambda segments, given, hyper: rrpo_reads(segments, spans=given["spans"], alpha=hyper["alpha"]),
+    unless_zero={"kl": "alpha"},
+)
 def rrpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -96,6 +111,7 @@ def _span_counts(spans: Tensor, segments: Segments) -> Tensor:
 # Spans as credit: the tokens in which chosen and rejected differ earned the preference (RRPO's view).
 
 
+@credit("spans", values="marks", column="spans")
 class SpanCredit:
     """+1 for the tokens of the chosen completion that are in a span, -1 for those of the rejected one, else 0.
 
@@ -106,7 +122,6 @@ class SpanCredit:
     """
 
     name = "spans"
-    values = "marks"
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         if "spans" not in batch.columns:

@@ -26,12 +26,26 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
-from tokengrain.method import Phase, RolloutStep, mean, scored, scorer_logps
+from tokengrain.method import Card, RolloutStep, rollout_credit
+from tokengrain.methods._rollout import mean, scored
 from tokengrain.methods._shaping import penalised, sampled_kl
 from tokengrain.methods.ppo import KLCoefficient
 from tokengrain.methods.tgdpo import guide_token_rewards
+from tokengrain.scoring.reference import scorer_logps
 from tokengrain.scoring.score import in_parts
 from tokengrain.settings import NonNegative, Positive
+
+CARD = Card(
+    "rto",
+    "RTO",
+    "PPO on DPO's token rewards",
+    "DPO Meets PPO: Reinforced Token Optimization for RLHF",
+    "2404.18922",
+    "ICML 2025",
+    trains="guide on pairs, then policy and critic, online",
+    credit="log-ratio of a DPO-trained guide, through a critic",
+    objective="ppo",
+)
 
 Variant = Literal["rto", "semi", "delayed", "shaping", "ppo"]
 
@@ -163,6 +177,7 @@ def _at_ends(values: Tensor, ends: Tensor) -> Tensor:
 # The credit step of RTO (arXiv 2404.18922): a DPO policy's log-ratio as reward of each token.
 
 
+@rollout_credit("rto", phase="rewards", needs={"ref_logps"})
 class RTO:
     """Rewards of RTO: the DPO log-ratio and the KL penalty per token, the outcome as sentence reward on the last one.
 
@@ -186,10 +201,6 @@ class RTO:
     Raises:
         RecipeError: no guide, or variant "semi" without a tokenizer.
     """
-
-    name = "rto"
-    phase: Phase = "rewards"
-    needs = frozenset({"ref_logps"})
 
     def __init__(
         self,

@@ -6,10 +6,23 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput
+from tokengrain.method import Card, objective
 from tokengrain.methods.simpo import simpo_loss
 from tokengrain.settings import NonNegative, Positive
 
+CARD = Card(
+    "sepo",
+    "SePO",
+    "trains only the telling tokens",
+    "Selective Preference Optimization via Token-Level Reward Function Estimation",
+    "2408.13518",
+    "EMNLP 2025",
+    trains="oracle, then policy, offline pairs",
+    credit="log-ratio of a DPO-trained oracle; its best and worst tokens are selected",
+)
 
+
+@objective("sepo", reads=lambda segments, given, hyper: sepo_reads(segments, selected=given["selected"]))
 def sepo_loss(
     logps: Tensor,
     segments: Segments,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput
+from tokengrain.method import Card, objective
 from tokengrain.methods._pairs import (
     both_sides_counted,
     chosen_token_losses,
@@ -18,9 +19,19 @@ from tokengrain.methods._pairs import (
 )
 from tokengrain.settings import NonNegative, Number, Positive, Smoothing
 
+CARD = Card(
+    "simpo",
+    "SimPO",
+    "mean log-probability with a margin",
+    "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+    "2405.14734",
+    "NeurIPS 2024",
+)
+
 DEFAULT_GAMMA_BETA_RATIO = 0.25
 
 
+@objective("simpo")
 def simpo_loss(
     logps: Tensor,
     segments: Segments,

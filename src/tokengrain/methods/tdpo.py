@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -9,13 +10,32 @@ from torch import Tensor, nn
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import fingerprint
 from tokengrain.loss import LossOutput
-from tokengrain.method import checked_credit, scorer_fingerprint
+from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
+from tokengrain.scoring.reference import scorer_fingerprint
 from tokengrain.settings import NonNegative, Positive, check_choice
+
+TDPO1 = Card(
+    "tdpo1",
+    "TDPO1",
+    "DPO minus the KL difference",
+    "Token-level Direct Preference Optimization",
+    "2404.11999",
+    "ICML 2024",
+    credit="forward KL per token, whole vocabulary",
+    page="tdpo",
+)
+TDPO2 = replace(TDPO1, name="tdpo2", title="TDPO2", idea="holds back the rejected side's KL", objective="tdpo2")
 
 Variant = Literal["tdpo1", "tdpo2"]
 
 
+_OWN_CREDIT = "its credit is the KL divergence that it measures itself"
+
+
+@objective("tdpo1", fixed={"variant": "tdpo1"}, roles=(), no_credit=_OWN_CREDIT)
+@objective("tdpo2", fixed={"variant": "tdpo2"}, roles=(), no_credit=_OWN_CREDIT)
+@objective("tdpo", roles=(), no_credit=_OWN_CREDIT)
 def tdpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -74,6 +94,7 @@ def tdpo_token_rewards(logps: Tensor, ref_logps: Tensor, kl: Tensor, beta: float
 # TDPO's credit: the advantage of every token in a model that was trained with TDPO (arXiv 2404.11999).
 
 
+@credit("tdpo", values="signed")
 class TDPOAdvantage:
     """Credit β·(log p − log q + KL(q‖p)), p the trained model, q the reference, over the full vocabulary.
 
@@ -87,7 +108,6 @@ class TDPOAdvantage:
     """
 
     name = "tdpo"
-    values = "signed"
 
     def __init__(self, *, model: Any, reference: Any, beta: Positive = 0.1) -> None:
         from tokengrain.scoring.reference import FrozenReference

@@ -10,11 +10,24 @@ from torch import Tensor
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import fingerprint
 from tokengrain.loss import LossOutput, token_weights
-from tokengrain.method import checked_credit, scorer_fingerprint, scorer_logps
+from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._pairs import pair_metrics, token_weighted_loss, weight_metrics
+from tokengrain.scoring.reference import scorer_fingerprint, scorer_logps
 from tokengrain.settings import Number, Positive
 
+CARD = Card(
+    "tgdpo",
+    "TGDPO",
+    "DPO weighted by a guide's rewards",
+    "TGDPO: Harnessing Token-Level Reward Guidance for Enhancing Direct Preference Optimization",
+    "2506.14574",
+    "ICML 2025",
+    trains="guide, then policy, offline pairs",
+    credit="log-ratio of a DPO- or SimPO-trained guide",
+)
 
+
+@objective("tgdpo")
 def tgdpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -72,6 +85,7 @@ def guide_token_rewards(guide_logps: Tensor, ref_logps: Tensor, beta: float) -> 
     return (beta * (guide_logps - ref_logps)).detach()
 
 
+@credit("guide", values="signed")
 class GuideLogRatio:
     """Credit from a guide trained with DPO or SimPO, against the reference it started from.
 
@@ -83,7 +97,6 @@ class GuideLogRatio:
     """
 
     name = "guide"
-    values = "signed"
 
     def __init__(self, *, model: Any, reference: Any, beta: Positive = 0.1) -> None:
         self.model, self.reference, self.beta = model, reference, float(beta)

@@ -26,10 +26,23 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.errors import RunError
-from tokengrain.method import Phase, RolloutStep, Stateless, mean
+from tokengrain.method import Card, Phase, RolloutStep, Stateless, rollout_credit
+from tokengrain.methods._rollout import mean
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Head, accumulation_dtype
 from tokengrain.settings import Bounds, Number, Share
+
+CARD = Card(
+    "thr",
+    "THR",
+    "tokens that help correct answers",
+    "Token Hidden Reward: Steering Exploration-Exploitation in Group Relative Deep Reinforcement Learning",
+    "2510.03669",
+    "ICLR 2026",
+    trains="policy, online",
+    credit="influence of a token on the group's correct completions",
+    objective="grpo",
+)
 
 # Prediction errors [tokens of a group, columns], and inner products of tokens, alive at once, in bytes.
 CHUNK_BYTES = 256 << 20
@@ -308,6 +321,7 @@ class _Influence(Stateless):
         step.advantages = step.advantages * weights.to(step.advantages)
 
 
+@rollout_credit("thr", phase="after", needs={"hidden"}, group=True)
 class THR(_Influence):
     """Keeps the tokens that matter to the correct completions of their group, and steers by the sign of how.
 
@@ -369,6 +383,7 @@ class THR(_Influence):
             step.metrics["thr/entropy_overlap"] = overlap(values[inside].abs(), step.quantities["entropy"][inside])
 
 
+@rollout_credit("nthr", phase="after", needs={"hidden"}, group=True)
 class NTHR(_Influence):
     """Takes penalties off tokens of incorrect completions that the correct ones share: eta times the advantage.
 

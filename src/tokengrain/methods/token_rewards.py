@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from tokengrain.errors import RecipeError
-from tokengrain.method import Phase, RolloutStep, Stateless, checked_credit
+from tokengrain.method import RolloutStep, checked_credit, make_credit, rollout_credit
 from tokengrain.methods.baselines import FunctionCredit
 from tokengrain.methods.grpo import overlong_penalty
-from tokengrain.registry import make_credit
 from tokengrain.settings import NonNegative, Number, Positive
 
 
-class Overlong(Stateless):
+@rollout_credit("overlong", phase="rewards")
+class Overlong:
     """DAPO's soft overlong punishment, added to the outcome of a completion (arXiv 2503.14476).
 
     Args:
@@ -24,9 +24,6 @@ class Overlong(Stateless):
     Raises:
         RecipeError: a buffer that is longer than max_length.
     """
-
-    name = "overlong"
-    phase: Phase = "rewards"
 
     def __init__(self, *, buffer: Positive, factor: NonNegative = 1.0, max_length: Positive | None = None) -> None:
         self.buffer, self.factor, self.max_length = buffer, factor, max_length
@@ -47,7 +44,8 @@ class Overlong(Stateless):
         step.rewards = step.rewards + penalty
 
 
-class TokenRewards(Stateless):
+@rollout_credit("token_rewards", phase="rewards", provides={"rewards"})
+class TokenRewards:
     """Rewards per token from a credit source (see `tokengrain.credit`).
 
     Args:
@@ -57,10 +55,6 @@ class TokenRewards(Stateless):
         combine: "add" to the token rewards there are, or "replace" them.
         outcome: False: the rewards per completion are set to 0, so that the token rewards are all there is.
     """
-
-    name = "token_rewards"
-    phase: Phase = "rewards"
-    provides = frozenset({"rewards"})
 
     def __init__(
         self,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokengrain.batch import Completion, Sample, Segments, TokenBatch
+from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of
 from tokengrain.errors import DataError, RecipeError, fingerprint
 from tokengrain.loss import LossOutput, token_weights
-from tokengrain.method import checked_credit, is_peft, row_of, scorer_fingerprint, scorer_logps
+from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._pairs import (
     SequenceWeight,
     TokenWeighted,
@@ -22,9 +22,24 @@ from tokengrain.methods._pairs import (
     token_weighted_loss,
 )
 from tokengrain.methods.simpo import simpo_gamma
+from tokengrain.scoring.reference import has_adapter, scorer_fingerprint, scorer_logps
 from tokengrain.settings import NonNegative, Number, Positive, nearest
 
+TREG = Card(
+    "treg",
+    "T-REG (DPO)",
+    "the model criticises its own tokens",
+    "T-REG: Preference Optimization with Token-Level Reward Regularization",
+    "2412.02685",
+    "ACL 2025",
+    credit="contrastive prompting of the model itself",
+)
+TREG_SIMPO = replace(
+    TREG, name="treg_simpo", title="T-REG (SimPO)", idea="the same without a reference", objective="treg_simpo"
+)
 
+
+@objective("treg")
 def treg_loss(
     logps: Tensor,
     segments: Segments,
@@ -66,6 +81,7 @@ def treg_loss(
     return LossOutput(core.losses, _metrics(core, R, token_rewards, logps, segments))
 
 
+@objective("treg_simpo")
 def treg_simpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -263,6 +279,9 @@ class _Unit:
     completions: list[int]
 
 
+@credit(
+    "contrastive", values="signed", judges_itself=True, check=lambda settings: make_templates(settings["templates"])
+)
 class ContrastivePrompting:
     """Credit of a token: how much likelier it is after "make it better" than after "make it worse".
 
@@ -289,7 +308,6 @@ class ContrastivePrompting:
     """
 
     name = "contrastive"
-    values = "signed"
 
     def __init__(
         self,
@@ -437,10 +455,10 @@ def _scorer(model: Any, adapter_off: bool | None) -> Any:
     if not isinstance(model, nn.Module):
         return model
     if adapter_off is None:
-        adapter_off = is_peft(model)
+        adapter_off = has_adapter(model)
     if not adapter_off:
         return model
-    if not is_peft(model):
+    if not has_adapter(model):
         raise RecipeError("contrastive credit with adapter_off: true, but the model has no adapter")
     from tokengrain.scoring.reference import AdapterOffReference
 

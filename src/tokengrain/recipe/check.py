@@ -56,7 +56,7 @@ def check_online(stage: ResolvedStage, where: str) -> Iterator[str]:
 
 
 def _online_checks_check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
-    from tokengrain.registry import TAUGHT, check_together, make_objective
+    from tokengrain.method import TAUGHT, check_together, make_objective
 
     try:
         objective = make_objective(**(stage.objective or {}))
@@ -109,16 +109,16 @@ def _settings(where: str, what: str, takes: Any, given: dict[str, Any]) -> Itera
 
 def _makes_rewards(step: dict[str, Any]) -> bool:
     """Whether a credit step may bring rewards of its own, as token_rewards and r3 do; the trainer asks the same."""
-    from tokengrain.registry import step_class
+    from tokengrain.method import ROLLOUT_CREDIT
 
     try:
-        return getattr(step_class(str(step.get("name"))), "phase", None) == "rewards"
+        return ROLLOUT_CREDIT.find(str(step.get("name"))).attributes({})["phase"] == "rewards"
     except RecipeError:
         return False  # said elsewhere
 
 
 def _online_checks_check_credit(stage: ResolvedStage, own: OnlineStage, where: str) -> Iterator[str]:
-    from tokengrain.registry import check_step, step_class, step_objects
+    from tokengrain.method import ROLLOUT_CREDIT
 
     phases: list[tuple[str, Any]] = []
     for index, step in enumerate(own.credit):
@@ -127,9 +127,10 @@ def _online_checks_check_credit(stage: ResolvedStage, own: OnlineStage, where: s
         try:
             if not isinstance(name, str):
                 raise RecipeError("name is missing; expected for example {name: group}")
-            check_step(name, settings)
-            phases.append((name, getattr(step_class(name), "phase", None)))
-            takes = step_objects(name)
+            kind = ROLLOUT_CREDIT.find(name)
+            kind.settings(settings)
+            phases.append((name, kind.attributes({})["phase"]))
+            takes = kind.objects
         except RecipeError as error:
             yield f"{here}: {error}"
             continue
@@ -144,12 +145,12 @@ def _online_checks_check_credit(stage: ResolvedStage, own: OnlineStage, where: s
 
 
 def _check_source(source: dict[str, Any], where: str) -> Iterator[str]:
+    from tokengrain.method import CREDIT
     from tokengrain.recipe.schema import credit_settings
-    from tokengrain.registry import check_credit
 
     try:
         name, settings = credit_settings(source)
-        check_credit(name, settings)
+        CREDIT.find(name).settings(settings)
     except RecipeError as error:
         yield f"{where}: {error}"
 
@@ -570,19 +571,19 @@ def _check_streaming(stage: ResolvedStage, where: str) -> Iterator[str]:
 
 
 def _check_credit(stage: ResolvedStage, where: str) -> Iterator[str]:
+    from tokengrain.method import CREDIT
     from tokengrain.recipe.schema import credit_settings
-    from tokengrain.registry import CREDIT, check_credit
 
     try:
         name, settings = credit_settings(stage.credit or {})
-        check_credit(name, settings)
+        kind, given = CREDIT.find(name), stage.credit_models
+        kind.settings(settings)
     except RecipeError as error:
         yield f"{where}.credit: {error}"
         return
-    kind, given = CREDIT[name], stage.credit_models
     for wanted in ("model", "reverse"):
         # The starting model judges itself.
-        optional = name in ("contrastive", "surprise", "entropy") and wanted == "model"
+        optional = kind.judges_itself and wanted == "model"
         if wanted in kind.objects and wanted not in given and not optional:
             yield f"{where}.credit.{wanted}: missing; expected '@STAGE' or a path"
     for extra in sorted(set(given) - kind.objects):
@@ -590,7 +591,7 @@ def _check_credit(stage: ResolvedStage, where: str) -> Iterator[str]:
 
 
 def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
-    from tokengrain.registry import FROZEN, check_together, make_objective
+    from tokengrain.method import FROZEN, check_together, make_objective
 
     hyper = dict(stage.objective or {})
     name = hyper.pop("name", None)
@@ -629,11 +630,13 @@ def _check_objective(stage: ResolvedStage, where: str) -> Iterator[str]:
 def _check_role(stage: ResolvedStage, objective: Any, where: str) -> Iterator[str]:
     """Credit must suit the objective, in its role; and come from one place."""
     from tokengrain.loss import resolve_role
+    from tokengrain.method import CREDIT, check_together, why_not
     from tokengrain.recipe.schema import credit_role, credit_settings
-    from tokengrain.registry import CREDIT, check_together, why_not
 
     try:
-        name, _ = credit_settings(stage.credit or {})
+        name, settings = credit_settings(stage.credit or {})
+        kind = CREDIT.find(name)
+        kind.settings(settings)
     except RecipeError:
         return  # said elsewhere
     try:
@@ -642,11 +645,9 @@ def _check_role(stage: ResolvedStage, objective: Any, where: str) -> Iterator[st
     except RecipeError as error:
         yield f"{where}.credit: {error}"
         return
-    if name not in CREDIT:
-        return  # said elsewhere
-    if stage.data.stage is not None and name not in ("column", "spans"):
+    if stage.data.stage is not None and not kind.column_with(settings):
         yield f"{where}.credit: the data '@{stage.data.stage}' bring token rewards already; drop one"
-    if reason := why_not(CREDIT[name].values, role.uses):
+    if reason := why_not(kind.values_with(settings), role.uses):
         yield f"{where}.credit: {name} as {role.name}: {reason}"
 
 

@@ -362,10 +362,10 @@ def credit_role(stage: ResolvedStage) -> Any:
 
 def reads_reward_model(stage: ResolvedStage) -> bool:
     """Whether the stage's credit comes from a token-level reward model."""
-    from tokengrain.registry import CREDIT
+    from tokengrain.method import CREDIT
 
-    kind = CREDIT.get((stage.credit or {}).get("name", ""))
-    return kind is not None and kind.reward_model
+    name = (stage.credit or {}).get("name")
+    return isinstance(name, str) and CREDIT.find(name).reward_model
 
 
 def is_reward_model(stage: ResolvedStage, role: str) -> bool:
@@ -374,11 +374,11 @@ def is_reward_model(stage: ResolvedStage, role: str) -> bool:
     Args:
         role: key of `stage.models`, such as "credit.model", "rewards[0].model" or "credit[1].source.model".
     """
-    from tokengrain.registry import CREDIT
+    from tokengrain.method import CREDIT
 
     if role.startswith("credit."):
         return reads_reward_model(stage)
     step, _, rest = role.removeprefix("credit[").partition("].")
     if stage.online is not None and role.startswith("credit[") and rest.startswith("source."):
-        return CREDIT[stage.online.credit[int(step)]["source"]["name"]].reward_model
+        return CREDIT.find(stage.online.credit[int(step)]["source"]["name"]).reward_model
     return role.startswith("rewards[")

@@ -263,7 +263,7 @@ def _single(run: runs.Run) -> Contents:
 
 
 def _method_title(name: str) -> str:
-    from tokengrain.registry import METHODS
+    from tokengrain.method import METHODS
 
     return METHODS[name].title if name in METHODS else name
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from tokengrain import models
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
 from tokengrain.errors import fingerprint
+from tokengrain.method import CREDIT, FROZEN, ROLLOUT_CREDIT, TAUGHT, BoundObjective, make_objective
 from tokengrain.recipe.check import WORLD_REWARD
 from tokengrain.recipe.schema import CREDIT_MODELS, Recipe, ResolvedStage, credit_settings, training_keys
-from tokengrain.registry import FROZEN, TAUGHT, BoundObjective, make_objective
 from tokengrain.run import inputs, show
 from tokengrain.run.plan import StagePlan
 from tokengrain.scoring.reference import is_peft
@@ -159,21 +159,21 @@ def make_source(credit: Mapping[str, Any], start: ModelSpec, tokenizer: Any, sho
     Args:
         start: the model that the stage starts from.
     """
-    from tokengrain.registry import CREDIT, make_credit
 
     name, settings = credit_settings(credit)
     given = {k: ModelSpec.model_validate(credit[k]) for k in CREDIT_MODELS if credit.get(k) is not None}
     objects: dict[str, Any] = {}
-    for wanted in CREDIT[name].objects:
+    kind = CREDIT.find(name)
+    for wanted in kind.objects:
         if wanted == "tokenizer":
             objects[wanted] = tokenizer
         elif wanted == "reward_tokenizer":
             objects[wanted] = shop.tokenizer(given["model"], own_template=True)
-        elif CREDIT[name].reward_model:
+        elif kind.reward_model:
             objects[wanted] = shop.reward_model(given[wanted])
         else:
             objects[wanted] = shop.frozen(given.get(wanted, start))
-    return make_credit(name, **objects, **settings)
+    return kind.make(**objects, **settings)
 
 
 def build_reference(stage: ResolvedStage, shop: Workshop) -> Any:
@@ -317,13 +317,12 @@ def world_reward(stage: ResolvedStage, settings: dict[str, Any]) -> Any:
 
 def build_steps(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> list[Any]:
     """The stage's credit steps, with the models that they ask."""
-    from tokengrain.registry import make_step, step_objects
 
     assert stage.online is not None
     steps = []
     for given in stage.online.credit:
         arguments = {k: v for k, v in given.items() if k not in ("name", "source", *CREDIT_MODELS)}
-        takes = step_objects(given["name"])
+        takes = ROLLOUT_CREDIT.find(given["name"]).objects
         for key in CREDIT_MODELS:
             if given.get(key) is not None:
                 arguments[key] = shop.frozen(ModelSpec.model_validate(given[key]))
@@ -333,7 +332,7 @@ def build_steps(stage: ResolvedStage, tokenizer: Any, shop: Workshop) -> list[An
         if source is not None:
             mapping = {"name": source} if isinstance(source, str) else source
             arguments["source"] = make_source(mapping, stage.model, tokenizer, shop)
-        steps.append(make_step(given["name"], **arguments))
+        steps.append(ROLLOUT_CREDIT.find(given["name"]).make(**arguments))
     return steps
 
 
@@ -361,8 +360,7 @@ def columns_needed(objective: BoundObjective, stage: ResolvedStage, present: Col
     """
     if stage.credit is not None:
         name, settings = credit_settings(stage.credit)
-        from_data = {"column": settings.get("column", "token_rewards"), "spans": "spans"}
-        return {from_data[name]} if name in from_data else set()
+        return {CREDIT.find(name).column_with(settings)} - {""}
     needed = set(objective.needs) - FROZEN - TAUGHT
     if "selected" in needed - set(present) or ("spans" in needed - set(present) and "token_rewards" in present):
         return needed - {"selected", "spans"} | {"token_rewards"}

@@ -11,8 +11,8 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import PairDataset, Report, prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows, load_rows, split_rows, with_columns
 from tokengrain.errors import DataError, RecipeError, fingerprint
+from tokengrain.method import make_objective
 from tokengrain.recipe.schema import ResolvedStage
-from tokengrain.registry import make_objective
 from tokengrain.specs import DataSpec, PromptSpec
 from tokengrain.worlds import is_world, load_world
 

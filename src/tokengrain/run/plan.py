@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tokengrain.data.tokens import template_text
 from tokengrain.errors import RunError, fingerprint, shown
-from tokengrain.methods.baselines import FunctionCredit
+from tokengrain.method import CREDIT
 from tokengrain.models import locate, model_fingerprint
 from tokengrain.recipe.schema import (
     ROLE,
@@ -19,7 +19,6 @@ from tokengrain.recipe.schema import (
     online_models,
     resolve_stages,
 )
-from tokengrain.registry import check_credit
 from tokengrain.rollout.sampler import check_sampler, deciding
 from tokengrain.run.inputs import data_fingerprint, tokenize_config
 from tokengrain.runs import FORMAT, StageRecord, is_run, read_run, read_stage
@@ -205,7 +204,7 @@ def _data_settings(stage: ResolvedStage, seed: int, above: dict[str, str]) -> di
 
 
 def _objective_settings(stage: ResolvedStage) -> dict[str, Any]:
-    from tokengrain.registry import make_objective
+    from tokengrain.method import make_objective
 
     return make_objective(**(stage.objective or {})).describe()
 
@@ -216,10 +215,7 @@ def _credit_settings(stage: ResolvedStage, run_dir: Path, above: dict[str, str])
     content = {k: _model_settings(model, run_dir, above) for k, model in stage.credit_models.items()}
     name, settings = credit_settings(stage.credit)
     role = {ROLE: credit_role(stage)} if credit_role(stage) is not None else {}
-    values = {"name": name, **check_credit(name, settings), **content, **role}
-    if name == "function":  # another body is another source
-        values["source"] = FunctionCredit(function=settings["function"]).fingerprint()
-    return values
+    return {**CREDIT.find(name).describe(settings), **content, **role}
 
 
 # ----------------------------------------------------------------------------------------- the folder's owner

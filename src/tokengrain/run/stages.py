@@ -22,8 +22,8 @@ from tokengrain.annotation import annotate, check_manifest, is_annotated, load_a
 from tokengrain.batch import TokenBatch
 from tokengrain.data.tokens import tokenizer_fingerprint
 from tokengrain.errors import ModelError, RecipeError, RolloutError, fingerprint, read_json, write_json
+from tokengrain.method import FROZEN, make_objective
 from tokengrain.recipe.schema import Recipe, ResolvedStage, credit_role, is_reward_model, resolve_stages, training_keys
-from tokengrain.registry import FROZEN, make_objective
 from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rollout.sampler import check_reachable
 from tokengrain.run import inputs, show
@@ -584,7 +584,7 @@ def _existing_ancestor(shop: Workshop, stage: ResolvedStage) -> ResolvedStage:
 
 def _check_rows(shop: Workshop, stage: ResolvedStage) -> None:
     """Tokenise the stage's rows now, with the tokenizer of the model that its own model will come from."""
-    from tokengrain.registry import make_objective
+    from tokengrain.method import make_objective
 
     like = _existing_ancestor(shop, stage).model
     for dataset in shop.datasets(stage, like=like):

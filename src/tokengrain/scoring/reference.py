@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import ModelError, require
+from tokengrain.errors import ModelError, fingerprint, require
 from tokengrain.scoring.head import Distribution, Head
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.prepare import prepare
@@ -335,3 +337,63 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Whoever gives log-probabilities, a model or a reference: what it says, and what identifies it.
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is a PEFT model, whose adapter can be switched off, in `model` or its wrapper."""
+    inner: Any = model
+    while inner is not None and not hasattr(inner, "disable_adapter"):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    return hasattr(inner, "peft_config")
+
+
+def frozen_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Log-probabilities `[N]` under `model` in evaluation mode, without gradient; its mode is restored."""
+    with evaluating(model):
+        return _wanted(score(model, batch, ("logps",)).logps)
+
+
+def scorer_logps(scorer: Any, batch: TokenBatch) -> Tensor:
+    """Log-probabilities `[N]` under a model, or under a `Reference` (called with what is wanted)."""
+    if isinstance(scorer, nn.Module):
+        return frozen_logps(scorer, batch)
+    return _wanted(scorer(batch, {"logps"}).logps)
+
+
+def scorer_fingerprint(scorer: Any) -> str:
+    """Identifies a model's weights and config, or a reference by its class and its model's weights."""
+    if isinstance(scorer, nn.Module):
+        return model_fingerprint(scorer)
+    kind = type(scorer).__name__
+    model = getattr(scorer, "model", None)
+    # What an adapter that is switched off holds does not change the numbers.
+    content = model_fingerprint(model, adapter=kind != "AdapterOffReference") if model is not None else ""
+    return fingerprint([kind, content])
+
+
+def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
+    """16 hex digits over names, types and every byte of the weights, and over the config.
+
+    Args:
+        adapter: whether LoRA weights count.
+    """
+    digest = hashlib.blake2b()
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_json_string"):
+        digest.update(config.to_json_string(use_diff=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if "lora_" in name and not adapter:
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _wanted(logps: Tensor | None) -> Tensor:
+    assert logps is not None  # it was asked for
+    return logps

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from tokengrain.errors import RunError, fingerprint, read_json, read_log, write_json, write_text
 
 if TYPE_CHECKING:
-    from tokengrain.registry import BoundObjective
+    from tokengrain.method import BoundObjective
     from tokengrain.training.config import PreferenceConfig
     from tokengrain.training.step import WeightedMeans
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, ModelError, RecipeError
-from tokengrain.registry import BoundObjective
+from tokengrain.method import BoundObjective
 
 HINTS = {
     "token_rewards": ", or a credit source",

@@ -15,7 +15,7 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.evaluation.statistics import wilson
 from tokengrain.loss import Counts, LossOutput, make_normaliser
-from tokengrain.registry import BoundObjective
+from tokengrain.method import BoundObjective
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.reference import reshard, shard
 from tokengrain.training.checks import check_samples

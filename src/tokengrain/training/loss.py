@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.loss import LossOutput, Role, resolve_role
+from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_source_for_role, make_objective
 from tokengrain.methods._pairs import weight_metrics
-from tokengrain.registry import FROZEN, TAUGHT, BoundObjective, check_source_for_role, make_objective
 from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
 from tokengrain.scoring.score import score
 

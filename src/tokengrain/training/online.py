@@ -21,8 +21,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import DataError, RecipeError, RunError
 from tokengrain.evaluation.statistics import mean_interval, mean_over_prompts, pass_at_k
-from tokengrain.method import CreditStep, CriticLike, RolloutStep
-from tokengrain.registry import FROZEN, TAUGHT, BoundObjective, make_step, resolve_steps
+from tokengrain.method import (
+    FROZEN,
+    TAUGHT,
+    BoundObjective,
+    CreditStep,
+    CriticLike,
+    RolloutStep,
+    make_rollout_credit,
+    resolve_rollout_credit,
+)
 from tokengrain.rewards.builtin import make_reward
 from tokengrain.rewards.suite import RewardSuite
 from tokengrain.rollout.sampler import PromptItem, Sampler, check_reachable, describe_sampler, make_sampler
@@ -522,9 +530,9 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         args = own_settings(args, kwargs)
         bound: BoundObjective = resolve_objective(objective)
         check_objective(bound)
-        self.steps = resolve_steps(credit)
+        self.steps = resolve_rollout_credit(credit)
         if ADVANTAGES in bound.needs and not any(s.phase == "advantages" for s in self.steps):
-            self.steps = resolve_steps([*self.steps, make_step("group")])
+            self.steps = resolve_rollout_credit([*self.steps, make_rollout_credit("group")])
         check_steps(bound, self.steps, args, critic=critic)
         self._needs = needed(bound, self.steps)
         self._described_steps = [described(step) for step in self.steps]

@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import NonFiniteLossError, RecipeError, write_json
 from tokengrain.loss import make_normaliser
-from tokengrain.registry import FROZEN, TAUGHT, BoundObjective, check_together
+from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, resolve_reference
 from tokengrain.training import checks

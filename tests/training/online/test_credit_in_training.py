@@ -11,7 +11,7 @@ from tests.training.online.tiny import END, make_online, make_prompts
 from tests.training.ranks import on_ranks
 from tests.training.tiny import tiny_llama, weights
 from tokengrain.errors import RecipeError, RunError, read_log
-from tokengrain.registry import make_objective, make_step
+from tokengrain.method import make_objective, make_rollout_credit
 from tokengrain.rollout.branching import Branching
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem
@@ -40,7 +40,7 @@ def rto(folder, steps: int = 6, resume: bool = False, beta1: float = 0.1, **sett
         rewards=right,
         credit=[
             {"name": "normalize"},
-            make_step("rto", model=tiny_llama(seed=5).eval(), beta1=beta1, kl_target=0.01),
+            make_rollout_credit("rto", model=tiny_llama(seed=5).eval(), beta1=beta1, kl_target=0.01),
             {"name": "gae"},
         ],
         critic=Critic(policy, lr=1e-2, schedule="cosine", warmup_steps=1),
@@ -121,7 +121,7 @@ def test_r3_learns_from_references(tmp_path):
             return {"input_ids": [5] * len(text)}
 
     prompts = [PromptItem(p.ids, row=p.row, raw={"reference": [3, 4 + i]}) for i, p in enumerate(make_prompts(10))]
-    credit = make_step("r3", tokenizer=Digits(), marker="#", end=False, truncated="keep", filter_drop=0.25)
+    credit = make_rollout_credit("r3", tokenizer=Digits(), marker="#", end=False, truncated="keep", filter_drop=0.25)
     trainer = make_online(tmp_path, rewards=None, credit=credit, train_dataset=prompts, num_generations=5, max_steps=2)
     trainer.train()
     found = last(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from tests.training.online.tiny import END, make_online, make_prompts, share_of_token
 from tests.training.tiny import plain_logps, tiny_llama, weights
 from tokengrain.batch import TokenBatch
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.training.online import OnlineTrainer

@@ -15,7 +15,7 @@ from tests.training.test_resume import KillAt, in_child
 from tests.training.tiny import tiny_llama, weights
 from tokengrain.errors import NonFiniteLossError, read_log
 from tokengrain.loss import LossOutput
-from tokengrain.registry import make_objective
+from tokengrain.method import make_objective
 from tokengrain.rollout.branching import Branching
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.runs import ROLLOUT_FILE

@@ -15,8 +15,7 @@ from tests.training.ranks import on_ranks
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RunError, read_log
-from tokengrain.method import RolloutStep, Stateless
-from tokengrain.registry import make_objective, make_step
+from tokengrain.method import RolloutStep, Stateless, make_objective, make_rollout_credit
 from tokengrain.rewards.suite import RewardError
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.rollout import Ranks
@@ -29,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
         "normaliser": "token_mean",
     },
     "filter that leaves ranks without prompts": {
-        "credit": [make_step("filter_groups", metric="share_of_token", refill=False, high=0.3), "group"],
+        "credit": [make_rollout_credit("filter_groups", metric="share_of_token", refill=False, high=0.3), "group"],
         "max_steps": 3,
     },
 }

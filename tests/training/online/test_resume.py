@@ -19,8 +19,7 @@ from tests.training.online.tiny import make_online, make_prompts
 from tests.training.test_resume import TIMES, KillAt, in_child
 from tests.training.tiny import tiny_llama
 from tokengrain.errors import RunError, read_log
-from tokengrain.method import RolloutStep
-from tokengrain.registry import make_objective, make_step
+from tokengrain.method import RolloutStep, make_objective, make_rollout_credit
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.training import checkpoint
@@ -198,7 +197,7 @@ def test_killed_twice_with_filter_and_adapter(tmp_path: Path) -> None:
             callbacks,
             peft_config=config,
             disable_dropout=False,
-            credit=[make_step("filter_groups", metric="share_of_token", high=0.4), "group"],
+            credit=[make_rollout_credit("filter_groups", metric="share_of_token", high=0.4), "group"],
             max_steps=8,
             eval_strategy="no",
         )

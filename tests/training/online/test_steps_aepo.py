@@ -10,8 +10,8 @@ import torch
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import RecipeError, RunError
+from tokengrain.method import make_rollout_credit
 from tokengrain.methods.aepo import smooth_score
-from tokengrain.registry import make_step
 
 # 4 of 4, 3 of 4, 2 of 4, 1 of 4 right: easy, easy, medium, hard.
 CORRECT = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
@@ -47,7 +47,7 @@ SETTINGS = {"triggers": None, "window": 2, "quantile": 0.7, "decay": 0.5, "kl": 
 
 
 def test_the_first_rollout_is_not_counted_and_the_second_with_its_threshold():
-    credit = make_step("aepo", **SETTINGS)
+    credit = make_rollout_credit("aepo", **SETTINGS)
     first = rollout()
     credit(first)
     assert torch.equal(first.rewards, CORRECT.float())
@@ -73,7 +73,7 @@ def test_the_first_rollout_is_not_counted_and_the_second_with_its_threshold():
 
 
 def test_state_survives_a_resume_and_another_order_of_prompts():
-    make = lambda: make_step("aepo", **{**SETTINGS, "kl": "log_ema"})  # noqa: E731
+    make = lambda: make_rollout_credit("aepo", **{**SETTINGS, "kl": "log_ema"})  # noqa: E731
     credit = make()
     for seed in (0, 1):
         credit(rollout(seed))
@@ -87,7 +87,7 @@ def test_state_survives_a_resume_and_another_order_of_prompts():
 
 @pytest.mark.parametrize("mode", ["code", "paper", "token_semantic"])
 def test_two_ranks_are_one(mode):
-    make = lambda: make_step("aepo", **{**SETTINGS, "mode": mode, "kl": "multiplicative", "rho": 0.5})  # noqa: E731
+    make = lambda: make_rollout_credit("aepo", **{**SETTINGS, "mode": mode, "kl": "multiplicative", "rho": 0.5})  # noqa: E731
     one, credits = make(), [make(), make()]
     for seed in range(3):
         left = iter(credits)
@@ -108,7 +108,7 @@ def test_kl_weights_follow_the_kl_by_difficulty():
     step = rollout()
     lift = torch.tensor([0.0, 0.0, 0.5, 3.0])[step.group][step.segments.ids]
     step.quantities["ref_logps"] = step.quantity("old_logps") - lift
-    make_step("aepo", **{**SETTINGS, "kl": "multiplicative", "kl_target": 0.1, "kl_step": 0.1})(step)
+    make_rollout_credit("aepo", **{**SETTINGS, "kl": "multiplicative", "kl_target": 0.1, "kl_step": 0.1})(step)
     k3 = {name: math.exp(-d) + d - 1 for name, d in (("easy", 0.0), ("medium", 0.5), ("hard", 3.0))}
     for place, name in enumerate(BUCKETS):
         weight = 1 + 0.1 * (k3[name] / 0.1 - 1)
@@ -119,7 +119,7 @@ def test_kl_weights_follow_the_kl_by_difficulty():
 
 def test_paper_mode_relaxes_the_kl_where_windows_fire():
     step = rollout()
-    make_step("aepo", mode="paper", window=1, kl="log_ema", kl_interval=100)(step)
+    make_rollout_credit("aepo", mode="paper", window=1, kl="log_ema", kl_interval=100)(step)
     entropy = step.quantity("entropy")
     tau = torch.stack([h.quantile(0.95) for h in step.segments.split(entropy)]).mean()
     fires = entropy >= tau
@@ -136,7 +136,7 @@ def test_triggers_are_words_of_the_vocabulary():
         def convert_ids_to_tokens(self, ids):
             return ["\u0120Wait" if i % 5 == 0 else f"w{i}" for i in ids]
 
-    credit = make_step("aepo", **{**SETTINGS, "triggers": ["wait"]}, tokenizer=Words())
+    credit = make_rollout_credit("aepo", **{**SETTINGS, "triggers": ["wait"]}, tokenizer=Words())
     credit(rollout())
     step = rollout(1)
     credit(step)
@@ -145,26 +145,28 @@ def test_triggers_are_words_of_the_vocabulary():
     assert (step.batch.labels[marked] % 5 == 0).all()
     assert (step.batch.labels[marked] < 90).all()
     with pytest.raises(RecipeError, match="none of the 1 trigger words is a token"):
-        make_step("aepo", triggers=["however"], tokenizer=Words())
+        make_rollout_credit("aepo", triggers=["however"], tokenizer=Words())
     with pytest.raises(RecipeError, match="needs a tokenizer"):
-        make_step("aepo")
+        make_rollout_credit("aepo")
 
 
 def test_what_was_not_scored_stays_out():
     step = rollout(rewards=torch.where(torch.arange(16) == 3, torch.nan, CORRECT.float()))
-    make_step("aepo", mode="paper", kl="none", window=1)(step)
+    make_rollout_credit("aepo", mode="paper", kl="none", window=1)(step)
     assert torch.isnan(step.rewards).nonzero().flatten().tolist() == [3]
     assert step.metrics["aepo/easy"] == 0.5
 
 
 def test_refusals():
     with pytest.raises(RecipeError, match="expected medium < easy"):
-        make_step("aepo", triggers=None, easy=0.2)
+        make_rollout_credit("aepo", triggers=None, easy=0.2)
     with pytest.raises(RunError, match="what is correct"):
-        make_step("aepo", triggers=None)(rollout(correct=None))
+        make_rollout_credit("aepo", triggers=None)(rollout(correct=None))
     with pytest.raises(RunError, match="another setting of `kl`"):
-        reloaded(make_step("aepo", triggers=None), lambda: make_step("aepo", triggers=None, kl="none"))
-    assert make_step("aepo", triggers=None).needs == {"entropy", "ref_logps"}
-    assert make_step("aepo", triggers=None, kl="none").needs == {"entropy"}
+        reloaded(
+            make_rollout_credit("aepo", triggers=None), lambda: make_rollout_credit("aepo", triggers=None, kl="none")
+        )
+    assert make_rollout_credit("aepo", triggers=None).needs == {"entropy", "ref_logps"}
+    assert make_rollout_credit("aepo", triggers=None, kl="none").needs == {"entropy"}
     with pytest.warns(UserWarning, match="plain accuracy"):
-        make_step("aepo", triggers=None, shape="lagrange")
+        make_rollout_credit("aepo", triggers=None, shape="lagrange")

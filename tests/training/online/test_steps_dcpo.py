@@ -9,9 +9,9 @@ import torch
 
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
 from tokengrain.errors import RecipeError
-from tokengrain.registry import check_step, make_step
+from tokengrain.method import ROLLOUT_CREDIT, make_rollout_credit
 
-MAKE = {"plain": lambda: make_step("dcpo"), "paper": lambda: make_step("dcpo", ddof=0)}
+MAKE = {"plain": lambda: make_rollout_credit("dcpo"), "paper": lambda: make_rollout_credit("dcpo", ddof=0)}
 
 
 def outcomes(seed: int) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_a_prompt_on_both_ranks_is_one_visit():
 def test_solved_prompts_can_be_left_alone():
     batch = made_batch()
     rewards = torch.tensor([1.0, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 0])
-    credit = make_step("dcpo", solved="zero", max_reward=1)
+    credit = make_rollout_credit("dcpo", solved="zero", max_reward=1)
     credit.history.record({"row 0": type(credit.history["x"])(3, 1.0, 0.2)})  # a deviation left from shaping
     step = made_step(batch, rewards=rewards)
     credit(step)
@@ -103,7 +103,7 @@ def test_solved_prompts_can_be_left_alone():
 
 
 def test_rewards_that_floats_hold_approximately_are_solved_too():
-    credit = make_step("dcpo", solved="zero", max_reward=0.7, normalize_by_std=False)
+    credit = make_rollout_credit("dcpo", solved="zero", max_reward=0.7, normalize_by_std=False)
     credit.history.record({"row 0": type(credit.history["x"])(3, 0.7 - 1e-7, 0.2)})
     step = made_step(made_batch(), rewards=torch.full((12,), 0.7))
     credit(step)
@@ -113,10 +113,10 @@ def test_rewards_that_floats_hold_approximately_are_solved_too():
 
 def test_refusals():
     with pytest.raises(RecipeError, match="needs max_reward"):
-        make_step("dcpo", solved="zero")
+        make_rollout_credit("dcpo", solved="zero")
     with pytest.raises(RecipeError, match="window is 0"):
-        make_step("dcpo", window=0)
+        make_rollout_credit("dcpo", window=0)
     with pytest.raises(RecipeError, match="window is 0"):  # when a recipe is read
-        check_step("dcpo", {"window": 0})
+        ROLLOUT_CREDIT["dcpo"].settings({"window": 0})
     with pytest.raises(RecipeError, match="did you mean 'window'"):
-        make_step("dcpo", windows=2)
+        make_rollout_credit("dcpo", windows=2)

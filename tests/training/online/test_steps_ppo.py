@@ -9,7 +9,7 @@ import torch
 
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
 from tokengrain.errors import RecipeError, RunError
-from tokengrain.registry import make_step
+from tokengrain.method import make_rollout_credit
 from tokengrain.scoring.reference import ReferenceScores
 
 
@@ -32,7 +32,7 @@ def plain_gae(step, gamma, lam):
 def test_gae_is_the_recursion_on_token_rewards_and_outcome():
     batch = made_batch()
     step = made_step(batch, token_rewards=torch.randn(batch.segments.total))
-    make_step("gae", gamma=0.9, lam=0.7, whiten=False)(step)
+    make_rollout_credit("gae", gamma=0.9, lam=0.7, whiten=False)(step)
     advantages, returns = plain_gae(step, 0.9, 0.7)
     close(step.advantages, advantages)
     close(step.quantities["returns"], returns)
@@ -43,7 +43,7 @@ def test_gae_is_the_recursion_on_token_rewards_and_outcome():
 def test_gae_whitens_over_what_is_scored_and_leaves_out_the_rest():
     step = made_step()
     step.rewards[2] = math.nan
-    make_step("gae")(step)
+    make_rollout_credit("gae")(step)
     out = step.segments.ids == 2
     assert not step.advantages[out].any()
     assert torch.equal(step.quantities["returns"][out], step.quantity("values")[out])
@@ -56,15 +56,15 @@ def test_gae_whitens_over_what_is_scored_and_leaves_out_the_rest():
 
 def test_gae_without_a_critic_is_the_reward_to_come():
     step = made_step(token_rewards=None)
-    make_step("gae", lam=1, use_values=False, whiten=False)(step)
+    make_rollout_credit("gae", lam=1, use_values=False, whiten=False)(step)
     assert torch.equal(step.advantages, step.broadcast(step.rewards))
     assert torch.equal(step.quantities["returns"], step.advantages)
 
 
 def test_gae_on_two_ranks_is_that_of_one():
     step = made_step()
-    shares, _ = on_two_ranks(step, lambda: make_step("gae"))
-    make_step("gae")(step)
+    shares, _ = on_two_ranks(step, lambda: make_rollout_credit("gae"))
+    make_rollout_credit("gae")(step)
     for rank, share in enumerate(shares):
         own = part(step, range(rank, 4, 2))
         close(share.advantages, own.advantages)
@@ -73,15 +73,15 @@ def test_gae_on_two_ranks_is_that_of_one():
 
 def test_gae_refusals():
     with pytest.raises(RecipeError, match=r"lam is 0\.95, which needs a critic"):
-        make_step("gae", use_values=False)
+        make_rollout_credit("gae", use_values=False)
     with pytest.raises(RecipeError, match=r"lam = 1\.5"):
-        make_step("gae", lam=1.5)
+        make_rollout_credit("gae", lam=1.5)
     step = made_step()
     del step.quantities["values"]
     with pytest.raises(RunError, match="has no 'values'"):
-        make_step("gae")(step)
-    assert make_step("gae").needs == {"values"}
-    assert make_step("gae", lam=1, use_values=False).needs == frozenset()
+        make_rollout_credit("gae")(step)
+    assert make_rollout_credit("gae").needs == {"values"}
+    assert make_rollout_credit("gae", lam=1, use_values=False).needs == frozenset()
 
 
 def test_reinforce_with_a_q_function():
@@ -89,12 +89,12 @@ def test_reinforce_with_a_q_function():
     batch = made_batch()
     z = torch.randn(batch.segments.total) * 20 + 3
     step = made_step(batch, token_rewards=z, rewards=torch.zeros(batch.n_completions))
-    make_step("reinforce", scaling="std", rescore_last=True)(step)
+    make_rollout_credit("reinforce", scaling="std", rescore_last=True)(step)
     for got, scores in zip(step.segments.split(step.advantages), step.segments.split(z / z.std(unbiased=False))):
         close(got[:-1], scores[:-1])
         close(got[-1], scores.mean())
     step = made_step(batch, token_rewards=z, rewards=torch.zeros(batch.n_completions))
-    credit = make_step("reinforce", scaling="zscore", value_coef=0.01)
+    credit = make_rollout_credit("reinforce", scaling="zscore", value_coef=0.01)
     credit(step)
     expected, v = (z - z.mean()) / z.std(unbiased=False), step.quantity("values")
     close(step.quantities["returns"], expected)
@@ -106,34 +106,34 @@ def test_reinforce_with_a_q_function():
 def test_reinforce_with_outcomes():
     step = made_step()
     step.rewards[0] = math.nan
-    make_step("reinforce")(step)
+    make_rollout_credit("reinforce")(step)
     expected = torch.where(torch.isnan(step.rewards), 0.0, step.rewards)
     assert torch.equal(step.advantages, step.broadcast(expected))
-    make_step("reinforce", outcome="last")(step)
+    make_rollout_credit("reinforce", outcome="last")(step)
     assert torch.equal(step.segments.sum(step.advantages), expected)
     assert torch.equal(step.advantages != 0, step.segments.is_last & (step.broadcast(expected) != 0))
     tokens = torch.randn(step.segments.total)
     step.token_rewards = tokens
-    make_step("reinforce")(step)
+    make_rollout_credit("reinforce")(step)
     known = step.segments.ids != 0
     close(step.advantages[known], (tokens + step.broadcast(expected))[known])
     assert not step.advantages[~known].any()
     step.token_rewards = None
     with pytest.raises(RunError, match="no reward was given per token"):
-        make_step("reinforce", outcome="ignore")(step)
+        make_rollout_credit("reinforce", outcome="ignore")(step)
 
 
 def test_reinforce_on_two_ranks_is_that_of_one():
     batch = made_batch()
     step = made_step(batch, token_rewards=torch.randn(batch.segments.total))
-    shares, _ = on_two_ranks(step, lambda: make_step("reinforce", scaling="zscore", value_coef=0.5))
-    make_step("reinforce", scaling="zscore", value_coef=0.5)(step)
+    shares, _ = on_two_ranks(step, lambda: make_rollout_credit("reinforce", scaling="zscore", value_coef=0.5))
+    make_rollout_credit("reinforce", scaling="zscore", value_coef=0.5)(step)
     for rank, share in enumerate(shares):
         close(share.advantages, part(step, range(rank, 4, 2)).advantages)
 
 
 def test_normalize_remembers_what_it_has_seen():
-    make = lambda: make_step("normalize")  # noqa: E731
+    make = lambda: make_rollout_credit("normalize")  # noqa: E731
     credit = make()
     first, second = (torch.randn(12) * 3 + 1 for _ in range(2))
     credit(made_step(rewards=first))
@@ -149,19 +149,19 @@ def test_normalize_by_rollout_by_constants_and_of_tokens():
     batch = made_batch()
     tokens = torch.randn(batch.segments.total) + 2
     step = made_step(batch, token_rewards=tokens)
-    make_step("normalize", of="tokens", over="rollout", scaling="std")(step)
+    make_rollout_credit("normalize", of="tokens", over="rollout", scaling="std")(step)
     close(step.token_rewards, tokens / tokens.std(unbiased=False))
     step = made_step(rewards=torch.arange(12.0))
-    make_step("normalize", mean=2, std=4, clip=1.5)(step)
+    make_rollout_credit("normalize", mean=2, std=4, clip=1.5)(step)
     close(step.rewards, ((torch.arange(12.0) - 2) / 4).clamp(-1.5, 1.5))
     with pytest.raises(RecipeError, match="expected both or neither"):
-        make_step("normalize", mean=2)
+        make_rollout_credit("normalize", mean=2)
     with pytest.raises(RunError, match="no reward was given per token"):
-        make_step("normalize", of="tokens")(made_step())
+        make_rollout_credit("normalize", of="tokens")(made_step())
 
 
 def test_kl_penalty_adapts_and_its_state_is_equal_on_all_ranks():
-    make = lambda: make_step("kl_penalty", coef=0.2, target=0.05, horizon=50)  # noqa: E731
+    make = lambda: make_rollout_credit("kl_penalty", coef=0.2, target=0.05, horizon=50)  # noqa: E731
     step = made_step()
     shares, credits = on_two_ranks(step, make)
     alone = make()
@@ -176,7 +176,7 @@ def test_kl_penalty_adapts_and_its_state_is_equal_on_all_ranks():
     again = made_step(token_rewards=torch.ones(step.segments.total))
     reloaded(alone, make)(again)
     close(again.token_rewards, 1 - alone.state_dict()["coef"] * k1)
-    fixed = make_step("kl_penalty", form="abs", coef=0.5)
+    fixed = make_rollout_credit("kl_penalty", form="abs", coef=0.5)
     step = made_step()
     fixed(step)
     close(step.token_rewards, -0.5 * k1.abs())
@@ -202,7 +202,9 @@ def test_rto_is_equation_4_7():
     before = torch.randn(step.segments.total)
     step.token_rewards = before
     outcome = step.rewards.clone()
-    make_step("rto", model=guide, reference=base, beta1=0.3, beta2=0.02, beta3=2, clip=0.2, sentence_clip=4)(step)
+    make_rollout_credit("rto", model=guide, reference=base, beta1=0.3, beta2=0.02, beta3=2, clip=0.2, sentence_clip=4)(
+        step
+    )
     d = (0.3 * -0.02 * step.batch.labels.float()).clamp(-0.2, 0.2)
     assert 0 < float((d.abs() == 0.2).float().mean()) < 1
     k = step.quantity("old_logps") - step.quantity("ref_logps")
@@ -216,7 +218,7 @@ def test_rto_variants_keep_their_totals():
     totals = {}
     for variant in ("rto", "delayed", "shaping", "ppo"):
         step = made_step()
-        make_step("rto", model=Columns(0.03), variant=variant, clip=None)(step)
+        make_rollout_credit("rto", model=Columns(0.03), variant=variant, clip=None)(step)
         totals[variant] = step.total
     close(totals["rto"], totals["delayed"])
     close(totals["shaping"], totals["ppo"])
@@ -229,31 +231,31 @@ def test_rto_semi_stands_at_the_ends_of_sentences():
             return ["." if i[0] % 3 == 0 else "x" for i in ids]
 
     step = made_step()
-    make_step("rto", model=Columns(0.03), variant="semi", clip=None, beta2=0, tokenizer=Dots())(step)
+    make_rollout_credit("rto", model=Columns(0.03), variant="semi", clip=None, beta2=0, tokenizer=Dots())(step)
     ends = (step.batch.labels % 3 == 0) | step.segments.is_last
     assert torch.equal(step.token_rewards != 0, ends)
     whole = made_step()
-    make_step("rto", model=Columns(0.03), clip=None, beta2=0)(whole)
+    make_rollout_credit("rto", model=Columns(0.03), clip=None, beta2=0)(whole)
     close(step.total, whole.total)
 
 
 def test_rto_asks_models_within_the_token_budget():
     whole, parts = made_step(), made_step(max_tokens=20)
     guide = Columns(0.03)
-    make_step("rto", model=guide)(whole)
+    make_rollout_credit("rto", model=guide)(whole)
     assert guide.calls == 1
-    make_step("rto", model=guide)(parts)
+    make_rollout_credit("rto", model=guide)(parts)
     assert guide.calls > 2
     assert torch.equal(whole.token_rewards, parts.token_rewards)
 
 
 def test_rto_refusals_and_state():
     with pytest.raises(RecipeError, match="needs a guide"):
-        make_step("rto")
+        make_rollout_credit("rto")
     with pytest.raises(RecipeError, match="needs a tokenizer"):
-        make_step("rto", model=Columns(0.1), variant="semi")
-    make_step("rto", variant="ppo")(made_step())
-    make = lambda: make_step("rto", model=Columns(0.03), beta2=0.1, kl_target=0.5, kl_horizon=20)  # noqa: E731
+        make_rollout_credit("rto", model=Columns(0.1), variant="semi")
+    make_rollout_credit("rto", variant="ppo")(made_step())
+    make = lambda: make_rollout_credit("rto", model=Columns(0.03), beta2=0.1, kl_target=0.5, kl_horizon=20)  # noqa: E731
     credit = make()
     credit(made_step())
     assert credit.state_dict()["coef"] != 0.1
@@ -263,8 +265,8 @@ def test_rto_refusals_and_state():
 def test_prompts_that_a_filter_dropped_take_no_part():
     step, without = made_step(), part(made_step(), [0, 1, 3])
     step.drop(torch.tensor([True, True, False, True]))
-    make_step("gae")(step)
-    make_step("gae")(without)
+    make_rollout_credit("gae")(step)
+    make_rollout_credit("gae")(without)
     dropped = step.group[step.segments.ids] == 2
     close(step.advantages[~dropped], without.advantages)
     assert not step.advantages[dropped].any()

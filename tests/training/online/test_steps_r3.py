@@ -13,10 +13,9 @@ from tests.training.online.made import close, on_two_ranks, part
 from tests.training.tiny import plain_logps, tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.method import RolloutStep
+from tokengrain.method import RolloutStep, make_rollout_credit
 from tokengrain.methods.dro import reference_batch, reference_ranks
 from tokengrain.methods.grpo import group_advantages
-from tokengrain.registry import make_step
 
 # Chains of three prompts; the last of the second prompt never ends.
 COMPLETIONS = (
@@ -95,7 +94,7 @@ PLAIN = {"baseline": "none", "length_weight": 0.0, "marker": "#"}
 def test_rewards_are_the_weighted_log_probabilities_after_each_chain(model, tokenizer, power, max_tokens):
     step = rollout(model, tokenizer)
     step.max_tokens = max_tokens
-    make_step("r3", tokenizer=tokenizer, power=power, **PLAIN)(step)
+    make_rollout_credit("r3", tokenizer=tokenizer, power=power, **PLAIN)(step)
     found = plain(model, tokenizer)
     torch.testing.assert_close(step.rewards, r3(found, lambda s: s**power), equal_nan=True)
     assert step.metrics["r3/usable"] == pytest.approx(8 / 9)
@@ -105,7 +104,7 @@ def test_rewards_are_the_weighted_log_probabilities_after_each_chain(model, toke
 def test_propagation_takes_doubt_along(model, tokenizer):
     step = rollout(model, tokenizer)
     settings = {"gamma": 0.4, "rule": "top", "share": 0.5, "span": 2}
-    make_step("r3", tokenizer=tokenizer, propagation=True, **settings, **PLAIN)(step)
+    make_rollout_credit("r3", tokenizer=tokenizer, propagation=True, **settings, **PLAIN)(step)
     found = plain(model, tokenizer)
     spread = []
     for g, rows in enumerate(found):
@@ -129,7 +128,7 @@ def test_a_baseline_that_the_group_shares_changes_no_advantage_and_its_own_does(
     found, advantages = plain(model, tokenizer), {}
     for baseline in ("none", "empty", "replaced"):
         step = rollout(model, tokenizer)
-        make_step("r3", tokenizer=tokenizer, **{**PLAIN, "baseline": baseline})(step)
+        make_rollout_credit("r3", tokenizer=tokenizer, **{**PLAIN, "baseline": baseline})(step)
         advantages[baseline] = group_advantages(step.rewards, step.group)
         if baseline in masks:
             masked = plain(model, tokenizer, masks[baseline])
@@ -142,7 +141,7 @@ def test_a_baseline_that_the_group_shares_changes_no_advantage_and_its_own_does(
 def test_the_answer_should_be_as_long_as_the_reference(model, tokenizer):
     step = rollout(model, tokenizer)
     step.rewards += 5
-    make_step("r3", tokenizer=tokenizer, weight=0, marker="#", length_weight=2, length_slope=0.5)(step)
+    make_rollout_credit("r3", tokenizer=tokenizer, weight=0, marker="#", length_weight=2, length_slope=0.5)(step)
     answers = torch.tensor([4, 3, 2, 3, 3, 4, 2, 3, 4.0])  # with the end token
     references = torch.tensor([4.0, 5, 2]).repeat_interleave(3)
     expected = 5 + 2 * (1 - 0.5 * (references - answers).abs() / references)
@@ -150,7 +149,9 @@ def test_the_answer_should_be_as_long_as_the_reference(model, tokenizer):
     torch.testing.assert_close(step.rewards, expected.double(), equal_nan=True)
     other = rollout(model, tokenizer)
     other.rewards += 5
-    make_step("r3", tokenizer=tokenizer, weight=0, marker="#", length_weight=2, combine="replace", end=False)(other)
+    make_rollout_credit("r3", tokenizer=tokenizer, weight=0, marker="#", length_weight=2, combine="replace", end=False)(
+        other
+    )
     expected = 2 * (1 - 0.5 * (references - answers).abs() / (references - 1))
     known = torch.arange(9) != 5
     torch.testing.assert_close(other.rewards[known], expected.double()[known])
@@ -166,8 +167,8 @@ def test_filters_look_at_all_ranks(model, tokenizer):
     limit = sorted(best)[1]  # one prompt is out of reach
     assert sorted(best)[2] > limit
     settings = {**PLAIN, "filter_top_k": limit, "filter_rho": 0.01, "filter_drop": 0.5}
-    shares, _ = on_two_ranks(step, lambda: make_step("r3", tokenizer=tokenizer, **settings))
-    make_step("r3", tokenizer=tokenizer, **settings)(step)
+    shares, _ = on_two_ranks(step, lambda: make_rollout_credit("r3", tokenizer=tokenizer, **settings))
+    make_rollout_credit("r3", tokenizer=tokenizer, **settings)(step)
     assert step.metrics["r3/reachable"] == pytest.approx(2 / 3)
     found = [torch.stack(rows[:2] if g == 1 else rows) for g, rows in enumerate(plain(model, tokenizer))]
     spread = [float(lp.std(0, unbiased=False).max()) for lp in found]
@@ -189,17 +190,17 @@ def test_ranks_count_larger_logits(model, tokenizer):
 def test_frozen_model_as_scorer(model, tokenizer):
     other = tiny_llama(seed=4, dtype=torch.float64, vocab_size=12, initializer_range=0.6).eval()
     step, expected = rollout(model, tokenizer), rollout(other, tokenizer)
-    make_step("r3", tokenizer=tokenizer, scorer="reference", reference=other, **PLAIN)(step)
-    make_step("r3", tokenizer=tokenizer, **PLAIN)(expected)
+    make_rollout_credit("r3", tokenizer=tokenizer, scorer="reference", reference=other, **PLAIN)(step)
+    make_rollout_credit("r3", tokenizer=tokenizer, **PLAIN)(expected)
     torch.testing.assert_close(step.rewards, expected.rewards, equal_nan=True)
 
 
 def test_refusals(model, tokenizer):
     with pytest.raises(RecipeError, match="expected one of them"):
-        make_step("r3", tokenizer=tokenizer, propagation=True, baseline="empty")
+        make_rollout_credit("r3", tokenizer=tokenizer, propagation=True, baseline="empty")
     with pytest.raises(RecipeError, match="there is no reference model"):
-        make_step("r3", tokenizer=tokenizer, scorer="reference")
+        make_rollout_credit("r3", tokenizer=tokenizer, scorer="reference")
     with pytest.raises(RecipeError, match="needs tokenizer"):
-        make_step("r3")
+        make_rollout_credit("r3")
     with pytest.raises(DataError, match=r"row 1: field 'reference': no reference answer; got ''"):
-        make_step("r3", tokenizer=tokenizer, **PLAIN)(rollout(model, tokenizer, references=("dec", "", "e")))
+        make_rollout_credit("r3", tokenizer=tokenizer, **PLAIN)(rollout(model, tokenizer, references=("dec", "", "e")))

@@ -8,7 +8,7 @@ import torch
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part
 from tests.training.tiny import tiny_llama
 from tokengrain.errors import RecipeError, RunError
-from tokengrain.registry import make_step
+from tokengrain.method import make_rollout_credit
 from tokengrain.scoring.score import head_of, score
 
 # Groups: mixed, mixed, all wrong, all right.
@@ -54,7 +54,7 @@ def tokens(step, completion: int) -> list[int]:
 def test_thr_weighs_advantages_by_the_sign_of_influence(model):
     step = rollout(model)
     before = step.advantages.clone()
-    make_step("thr", p=0.3, restricted=False)(step)
+    make_rollout_credit("thr", p=0.3, restricted=False)(step)
     right = CORRECT[step.segments.ids]
     thr = influence(model, step, 1) * torch.where(right, 1.0, -1.0)
     mixed = step.segments.ids < 6
@@ -73,18 +73,18 @@ def test_thr_weighs_advantages_by_the_sign_of_influence(model):
 def test_thr_without_mask_and_steering_changes_nothing(model):
     step = rollout(model)
     before = step.advantages.clone()
-    make_step("thr", p=0, mask=False)(step)
+    make_rollout_credit("thr", p=0, mask=False)(step)
     assert torch.equal(step.advantages, before)
     up, down = rollout(model), rollout(model)
-    make_step("thr", p=0.4, mask=False)(up)
-    make_step("thr", p=-0.4, mask=False)(down)
+    make_rollout_credit("thr", p=0.4, mask=False)(up)
+    make_rollout_credit("thr", p=-0.4, mask=False)(down)
     close(up.advantages + down.advantages, 2 * before, 1e-12)
     assert not torch.allclose(up.advantages, before)
 
 
 def test_nthr_eases_penalties_of_incorrect_completions_only(model):
     step = rollout(model, advantages=torch.ones(made_batch().segments.total, dtype=torch.float64))
-    make_step("nthr", beta=-0.02, restricted=False)(step)
+    make_rollout_credit("nthr", beta=-0.02, restricted=False)(step)
     values = influence(model, step, 0)
     expected = torch.ones_like(values)
     for g in (0, 1):
@@ -98,19 +98,19 @@ def test_nthr_eases_penalties_of_incorrect_completions_only(model):
 
 def test_restricted_and_ranks(model):
     step = rollout(model)
-    shares, _ = on_two_ranks(step, lambda: make_step("thr"))
-    make_step("thr")(step)
+    shares, _ = on_two_ranks(step, lambda: make_rollout_credit("thr"))
+    make_rollout_credit("thr")(step)
     for rank, share in enumerate(shares):
         close(share.advantages, part(step, range(rank, 4, 2)).advantages, 1e-10)
 
 
 def test_refusals(model):
     with pytest.raises(RecipeError, match=r"p = 1\.5"):
-        make_step("thr", p=1.5)
+        make_rollout_credit("thr", p=1.5)
     for missing, message in (("correct", "rewards that say what is correct"), ("advantages", "needs advantages")):
         with pytest.raises(RunError, match=message):
-            make_step("thr")(rollout(model, **{missing: None}))
+            make_rollout_credit("thr")(rollout(model, **{missing: None}))
     step = made_step(advantages=torch.zeros(made_batch().segments.total))
     with pytest.raises(RunError, match="has no 'hidden'"):
-        make_step("nthr")(step)
-    assert make_step("nthr").needs == {"hidden"}
+        make_rollout_credit("nthr")(step)
+    assert make_rollout_credit("nthr").needs == {"hidden"}

@@ -12,8 +12,7 @@ import torch
 from tests.training.online.tiny import WANTED, make_online, make_prompts, online_config, share_of_token
 from tests.training.tiny import VOCABULARY, tiny_llama, weights
 from tokengrain.errors import DataError, RecipeError, RunError, read_log
-from tokengrain.method import RolloutStep, Stateless
-from tokengrain.registry import make_objective, make_step
+from tokengrain.method import RolloutStep, Stateless, make_objective, make_rollout_credit
 from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction, RewardSuite
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem
@@ -64,7 +63,7 @@ def odd_rows(number: list[int], completion_ids: list[list[int]]) -> list[float]:
 
 
 def test_filtered_prompts_are_replaced(tmp_path: Path) -> None:
-    credit = [make_step("filter_groups", metric="reward"), "group"]
+    credit = [make_rollout_credit("filter_groups", metric="reward"), "group"]
     trainer = make_online(
         tmp_path, rewards=odd_rows, credit=credit, train_dataset=make_prompts(40), prompts_per_rollout=8, max_steps=3
     )
@@ -83,7 +82,7 @@ def test_filtered_prompts_are_replaced(tmp_path: Path) -> None:
 
 
 def test_without_refill_the_rollout_is_smaller(tmp_path: Path) -> None:
-    credit = [make_step("filter_groups", metric="reward", refill=False), "group"]
+    credit = [make_rollout_credit("filter_groups", metric="reward", refill=False), "group"]
     trainer = make_online(
         tmp_path, rewards=odd_rows, credit=credit, prompts_per_rollout=10, minibatches=10, max_steps=5
     )
