@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tokengrain import tables
 from tokengrain.errors import RecipeError
 from tokengrain.loss import make_role, resolve_role
 from tokengrain.method import CREDIT, check_source_for_role, make_objective
-
-ROOT = Path(__file__).parents[1]
-
-
-def test_the_page_is_what_the_code_says() -> None:
-    assert (ROOT / "docs/credit-matrix.md").read_text(encoding="utf-8") == tables.markdown()
 
 
 class Source:

@@ -323,7 +323,7 @@ def _print_matrix(markdown: bool) -> None:
     from tokengrain.method import CREDIT
 
     if markdown:
-        typer.echo(tables.markdown(), nl=False)
+        typer.echo(tables.matrix_page(), nl=False)
         return
     taking = {name: o for name, o in tables.objectives().items() if o.accepts}
     table = Table(box=None, pad_edge=False)

@@ -1,9 +1,65 @@
-"""The tables of the documentation, written from what the methods say about themselves."""
+"""The tables of README and documentation, written from what the methods say about themselves.
+
+`python -m tokengrain.tables` (`make docs-tables`) writes them into their pages, between lines `<!-- name:begin -->` and
+`<!-- name:end -->`; a test compares the pages with the code.
+"""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from tokengrain.errors import RunError, require, write_text
 from tokengrain.loss import ROLES, SelectionRole, make_role
-from tokengrain.method import CREDIT, OBJECTIVES, Objective, why_not
+from tokengrain.method import CREDIT, METHODS, OBJECTIVES, Objective, why_not
+
+
+def methods_table() -> str:
+    """Every method: what it is, the idea, its recipe."""
+    rows = [f"| [{m.title}]({m.page}) | {m.idea} | [{m.name}]({m.recipe}) |" for m in METHODS.values()]
+    return "\n".join(["| method | idea | recipe |", "|---|---|---|", *rows])
+
+
+def papers_table() -> str:
+    """The same with credit and paper, for the documentation."""
+    head = ["| method | credit | objective | trains | paper |", "|---|---|---|---|---|"]
+    rows = [
+        f"| [{m.title}]({m.page.removeprefix('docs/')}) | {m.credit} | `{m.objective}` | {m.trains} | "
+        f"[{m.paper_title}](https://arxiv.org/abs/{m.arxiv}), {m.venue} |"
+        for m in METHODS.values()
+    ]
+    return "\n".join(head + rows)
+
+
+BLOCKS = {"README.md": {"methods": methods_table}, "docs/index.md": {"papers": papers_table}}
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Every page with a generated part, and what should stand in it."""
+    found = {root / "docs/credit-matrix.md": matrix_page()}
+    for page, blocks in BLOCKS.items():
+        text = (root / page).read_text(encoding="utf-8")
+        for name, table in blocks.items():
+            text = _with_block(text, name, table())
+        found[root / page] = text
+    return found
+
+
+def _with_block(text: str, name: str, table: str) -> str:
+    before, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
+    _, end, after = rest.partition(f"<!-- {name}:end -->")
+    require(begin and end, RunError, f"the page has no place for the table {name!r}; expected {name}:begin and :end")
+    return f"{before}{begin}{table}\n{end}{after}"
+
+
+def main(root: Path) -> None:
+    """Write the generated pages."""
+    for path, text in pages(root).items():
+        write_text(path, text)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which credit source goes with which objective, in which role: computed from the code that refuses the others.
 
 
 def objectives() -> dict[str, Objective]:
@@ -29,13 +85,13 @@ def cell(credit: str, objective: str) -> str:
     return ", ".join(found) or "–"
 
 
-def markdown() -> str:
+def matrix_page() -> str:
     """The table and the reasons, as a page of the documentation."""
     columns = [name for name, objective in objectives().items() if objective.accepts]
     lines = [
         "# Any credit with any objective",
         "",
-        "<!-- Written by `tokengrain methods --matrix --markdown`; a test compares it with the code. -->",
+        "<!-- Written by `make docs-tables`; a test compares it with the code. -->",
         "",
         "Rows are credit sources (`credit: {name: ...}`), columns are objectives, and a cell says how the credit can "
         "enter (`as: ...`; where there is one way only it need not be said). `tokengrain methods --matrix` prints the "
@@ -74,3 +130,7 @@ def markdown() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))

@@ -364,8 +364,8 @@ def reads_reward_model(stage: ResolvedStage) -> bool:
     """Whether the stage's credit comes from a token-level reward model."""
     from tokengrain.method import CREDIT
 
-    name = (stage.credit or {}).get("name")
-    return isinstance(name, str) and CREDIT.find(name).reward_model
+    name = str((stage.credit or {}).get("name"))
+    return (name in CREDIT or ":" in name) and CREDIT.find(name).reward_model  # an unknown name is said elsewhere
 
 
 def is_reward_model(stage: ResolvedStage, role: str) -> bool:
