@@ -15,28 +15,25 @@ from tokengrain.rewards.suite import RewardSuite
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import SampledCompletion, encode_prompts
 from tokengrain.worlds import load_world
-from tokengrain.worlds.arithmetic import (
+from tokengrain.worlds.arithmetic import SMALL, WarmStart, parse_levels, warm_start
+from tokengrain.worlds.base_models import EOS
+from tokengrain.worlds.chains import (
     CHECK,
     SLIP,
-    SMALL,
     SYMBOLS,
     Problem,
-    WarmStart,
     audit,
     correct,
     is_correct,
     make_problem,
     misconceptions,
-    parse_levels,
     parse_prompt,
     problem_stream,
     shifted,
     stated_answer,
-    warm_start,
     well_formed,
     write_chain,
 )
-from tokengrain.worlds.base_models import EOS
 
 SMALL_WORLD = "world://arithmetic?size=small"
 PROBLEM = parse_prompt("47a+8b-3c+9:")  # 55, 52, 61
@@ -66,7 +63,7 @@ def found(world):
         ("world://arithmetic?levels=0-3", "levels from 1 to 7"),
         ("world://arithmetic?levels=3-8", "levels from 1 to 7"),
         ("world://arithmetic?levels=hard", "expected levels such as 1-6"),
-        ("world://arithmetic?size=huge", "size is 'huge'; expected one of full, small"),
+        ("world://arithmetic?size=huge", "size is 'huge'; expected full or small"),
         ("world://arithmetic?prompts=0", "prompts is 0; expected at least 1"),
         ("world://arithmetic?seed=x", "seed is 'x'; expected int"),
     ],

@@ -14,7 +14,8 @@ from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import encode_prompts
 from tokengrain.scoring.score import score
 from tokengrain.worlds import load_world
-from tokengrain.worlds.arithmetic import new_model, parse_prompt
+from tokengrain.worlds.arithmetic import new_model
+from tokengrain.worlds.chains import parse_prompt
 from tokengrain.worlds.revision import WORDS, append_references, correct, write_reference
 
 PROBLEM = parse_prompt("47a+8b-3:")

@@ -37,7 +37,7 @@ def tiny() -> StoriesWorld:
     [
         ("world://storys", "unknown world 'storys'; did you mean 'stories'"),
         ("world://stories?regimes=noisy", "unknown option 'regimes'; did you mean 'regime'"),
-        ("world://stories?regime=loud", "regime is 'loud'; expected one of clean, noisy"),
+        ("world://stories?regime=loud", "regime is 'loud'; expected clean or noisy"),
         ("world://stories?pairs=many", "pairs is 'many'; expected int"),
         ("world://stories?pairs=0", "pairs is 0; expected at least 1"),
         ("world://stories?slope=-1", "slope is -1"),
@@ -160,7 +160,7 @@ def test_kinds_of_credit(world):
     # Worse than the truth and better than nothing; close to what the prototype measured (.56/.81, .12/.57).
     assert found["reward"]["spearman"] == pytest.approx(0.56, abs=0.05)
     assert found["worth"]["auc"] == pytest.approx(0.57, abs=0.03)
-    with pytest.raises(RecipeError, match="unknown credit"):
+    with pytest.raises(RecipeError, match="credit is .advantages.; expected one of advantage"):
         world.credit("advantages")
 
 

@@ -91,11 +91,9 @@ def _pairs(world: Any, draw: Draw) -> CreditTruth:
 
 def _chains(world: ArithmeticWorld, draw: Draw) -> CreditTruth:
     """Groups of the base model's samples, with the culprit of every wrong one."""
-    from tokengrain.worlds.arithmetic import decisions
-
     batch = mixed_groups(world, draw)
     truth = world.advantages(batch)
-    return CreditTruth(batch, truth, decisions(world, batch) | (truth < 0))
+    return CreditTruth(batch, truth, world.decisions(batch) | (truth < 0))
 
 
 def _references(world: RevisionWorld, draw: Draw) -> CreditTruth:
@@ -124,7 +122,7 @@ def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
     """
     from tokengrain.rollout.local import HFGenerate
     from tokengrain.rollout.sampler import Rollouts
-    from tokengrain.worlds.arithmetic import seed_of
+    from tokengrain.worlds.chains import seed_of
 
     wanted = draw.prompts or GROUPS[world.options.size]
     sampler, sampling = HFGenerate(world.reference), world.sampling(seed_of("bench", draw.seed))
@@ -268,7 +266,7 @@ def train_critic(
     """
     from tokengrain.rollout.local import HFGenerate
     from tokengrain.training.critic import Critic
-    from tokengrain.worlds.arithmetic import parse_prompt, rng_of, seed_of
+    from tokengrain.worlds.chains import parse_prompt, rng_of, seed_of
 
     items = world.items([parse_prompt(row["prompt"]) for row in world.prompts()])
     sampling = world.sampling(seed_of("critic", seed))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NoReturn, Protocol, get_args, get_type_hints
 from urllib.parse import parse_qsl
 
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from tokengrain.batch import TokenBatch
 from tokengrain.errors import RecipeError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
-
-    from tokengrain.batch import TokenBatch
-    from tokengrain.evaluation.credit import CreditTruth
+from tokengrain.evaluation.credit import CreditTruth
+from tokengrain.worlds.arithmetic import ArithmeticOptions, ArithmeticWorld
+from tokengrain.worlds.revision import RevisionOptions, RevisionWorld
+from tokengrain.worlds.stories import StoriesOptions, StoriesWorld
 
 PREFIX = "world://"
 
@@ -73,49 +73,12 @@ class World(Protocol):
         ...
 
 
-def _stories(options: dict[str, Any]) -> World:
-    from tokengrain.worlds.stories import StoriesOptions, StoriesWorld
-
-    return StoriesWorld(_read("stories", StoriesOptions, options, {"pairs": int, "slope": float, "seed": int}))
-
-
-def _arithmetic(options: dict[str, Any]) -> World:
-    from tokengrain.worlds.arithmetic import ArithmeticOptions, ArithmeticWorld
-
-    return ArithmeticWorld(_read("arithmetic", ArithmeticOptions, options, {"prompts": int, "pairs": int, "seed": int}))
-
-
-def _revision(options: dict[str, Any]) -> World:
-    from tokengrain.worlds.revision import RevisionOptions, RevisionWorld
-
-    numbers = {"prompts": int, "pairs": int, "seed": int, "filler": int, "style": float}
-    return RevisionWorld(_read("revision", RevisionOptions, options, numbers))
-
-
-def _read(world: str, build: Any, options: dict[str, Any], types: dict[str, type]) -> Any:
-    """Options of an address as the world's dataclass; those not in `types` are text."""
-    known = [f.name for f in fields(build)]
-    read: dict[str, Any] = {}
-    for key, text in options.items():
-        if key not in known:
-            raise RecipeError(f"world {world}: unknown option {key!r}{_nearest(key, known)}")
-        try:
-            read[key] = types.get(key, str)(text)
-        except ValueError:
-            raise RecipeError(f"world {world}: {key} is {text!r}; expected {types[key].__name__}") from None
-    return build(**read)
-
-
-WORLDS: dict[str, Callable[[dict[str, Any]], World]] = {
-    "stories": _stories,
-    "arithmetic": _arithmetic,
-    "revision": _revision,
+WORLDS: dict[str, tuple[Callable[[Any], World], Any]] = {
+    "stories": (StoriesWorld, StoriesOptions),
+    "arithmetic": (ArithmeticWorld, ArithmeticOptions),
+    "revision": (RevisionWorld, RevisionOptions),
 }
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+"""Each world with the dataclass of its address's options."""
 
 
 def is_world(source: object) -> bool:
@@ -133,17 +96,38 @@ def load_world(uri: str) -> World:
         raise RecipeError(f"got {uri!r}; expected the address of a world, such as 'world://stories'")
     name, _, query = uri.removeprefix(PREFIX).partition("?")
     if name not in WORLDS:
-        raise RecipeError(f"unknown world {name!r}{_nearest(name, list(WORLDS))}")
+        raise RecipeError(f"unknown world {name!r}{_nearest(name, WORLDS)}")
     try:
         options = sorted(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
-        raise RecipeError(f"world {name}: cannot read options {query!r}; expected name=value&name=value") from None
+        _refuse(name, f"cannot read options {query!r}; expected name=value&name=value")
     keys = [key for key, _ in options]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise RecipeError(f"world {name}: option {twice[0]!r} is given more than once in {uri!r}")
+        _refuse(name, f"option {twice[0]!r} is given more than once in {uri!r}")
     return _load(name, tuple(options))
 
 
 @cache
 def _load(name: str, options: tuple[tuple[str, str], ...]) -> World:
-    return WORLDS[name](dict(options))
+    """Convert the options to the types of the world's dataclass and build the world."""
+    build, wanted = WORLDS[name]
+    known = {key: kind for key, kind in get_type_hints(wanted).items() if key != "world"}
+    read: dict[str, Any] = {}
+    for key, text in options:
+        if key not in known:
+            _refuse(name, f"unknown option {key!r}{_nearest(key, known)}")
+        kind = (get_args(known[key]) or (known[key],))[0]  # `int` of `int | None`
+        try:
+            read[key] = kind(text)
+        except ValueError:
+            _refuse(name, f"{key} is {text!r}; expected {kind.__name__}")
+    return build(wanted(**read))
+
+
+def _refuse(world: str, reason: str) -> NoReturn:
+    raise RecipeError(f"world {world}: {reason}") from None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known := list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""The cache of the worlds' base models: each is trained once per machine and written atomically."""
+"""Base models of the worlds: small Llamas, trained once per machine and kept in a cache."""
 
 from __future__ import annotations
 
@@ -6,106 +6,61 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from tokenizers import processors
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tokengrain.errors import write_json
+from tokengrain.errors import RecipeError, write_json
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-
-# ----------------------------------------------------------------------------------------------------
-# Running tiny models on one thread.
+PAD, BOS, EOS = "<pad>", "<s>", "<end>"
 
 
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """One torch thread while the block runs.
-
-    The worlds' models are too small to gain from more, and sums in another order give other weights: on one thread
-    a machine's results do not depend on how many cores it has.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def check_option(world: str, name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise a RecipeError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        expected = " or ".join(allowed) if len(allowed) == 2 else f"one of {', '.join(allowed)}"
+        raise RecipeError(f"world {world}: {name} is {value!r}; expected {expected}")
 
 
-Progress = Callable[[int, float], None]
-"""Called after every step with (steps done, cross-entropy in nats per token)."""
+def check_least(world: str, options: object, least: Mapping[str, float]) -> None:
+    """Raise a RecipeError if an option is below its least value; None, the world's default, is allowed."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:
+            raise RecipeError(f"world {world}: {name} is {value}; expected at least {bound}")
 
 
-def cache_folder() -> Path:
-    """`$TOKENGRAIN_CACHE`, or `~/.cache/tokengrain`."""
-    return Path(os.environ.get("TOKENGRAIN_CACHE") or Path.home() / ".cache" / "tokengrain").expanduser()
-
-
-def model_folder(name: str, key: str) -> Path:
-    """Where the base model of a world with these settings is or will be."""
-    return cache_folder() / "worlds" / f"{name}-{key}"
-
-
-def ensure_model(
-    folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
-) -> Path:
-    """Folder with a base model, its tokenizer and `pretraining.json`; trains it, on one thread, if it is not there.
-
-    Several processes may ask at once: one trains, the others wait. A training that is interrupted leaves nothing.
+def fast_tokenizer(core: Any, *, positions: int, **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the library `tokenizers` for transformers; it puts `<s>` in front and never appends `<end>`.
 
     Args:
-        folder: of `model_folder`.
-        train: gives the model and a report; called only if the folder is missing.
-        title, steps: for the progress bar.
+        positions: of the model.
+        special: other special tokens, as transformers names them (`unk_token`).
     """
-    from filelock import FileLock
-
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            _train_into(folder, train, tokenizer, title, steps)
-    return folder
-
-
-def _train_into(
-    folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
-) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as ProgressBar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with single_thread(), ProgressBar(*columns, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
-        model, report = train(lambda step, _: bar.update(task, completed=step))
-    # Only now, so that a kill in the minutes before leaves nothing.
-    temporary = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / "pretraining.json", report)
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-# ----------------------------------------------------------------------------------------------------
-# What the training of the worlds' base models shares: a small Llama, and descent with linear decay.
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=positions,
+        **special,
+    )
 
 
 @dataclass(frozen=True)
@@ -128,6 +83,10 @@ class Training:
     seed: int = 0
 
 
+Progress = Callable[[int, float], None]
+"""Called after every step with (steps done, cross-entropy in nats per token)."""
+
+
 def small_llama(
     settings: Training, *, vocabulary: int, positions: int, tied: bool, bos: int, eos: int, pad: int
 ) -> LlamaForCausalLM:
@@ -138,8 +97,6 @@ def small_llama(
         tied: whether the head's weights are the embeddings'.
         bos, eos, pad: ids of the special tokens.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=settings.hidden_size,
@@ -155,6 +112,19 @@ def small_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return LlamaForCausalLM(config).float()
+
+
+def muon_and_adamw(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, an output head of its own, and norms."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (matrices if inside else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def descend(
@@ -189,49 +159,70 @@ def descend(
     return found
 
 
-# ----------------------------------------------------------------------------------------------------
-# What the worlds' tokenizers share: special tokens, and how transformers takes them.
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One torch thread while the block runs.
 
-PAD, BOS, EOS = "<pad>", "<s>", "<end>"
+    The worlds' models are too small to gain from more, and sums in another order give other weights: on one thread
+    a machine's results do not depend on how many cores it has.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def fast_tokenizer(core: Any, *, positions: int, **special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of the library `tokenizers` for transformers; it puts `<s>` in front and never appends `<end>`.
+def cache_folder() -> Path:
+    """`$TOKENGRAIN_CACHE`, or `~/.cache/tokengrain`."""
+    return Path(os.environ.get("TOKENGRAIN_CACHE") or Path.home() / ".cache" / "tokengrain").expanduser()
+
+
+def model_folder(name: str, key: str) -> Path:
+    """Where the base model of a world with these settings is or will be."""
+    return cache_folder() / "worlds" / f"{name}-{key}"
+
+
+def ensure_model(
+    folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
+) -> Path:
+    """Folder with a base model, its tokenizer and `pretraining.json`; trains it on one thread if it is missing.
+
+    Of several processes that ask at once, one trains and the others wait. An interrupted training leaves nothing.
 
     Args:
-        positions: of the model.
-        special: other special tokens, as transformers names them (`unk_token`).
+        folder: of `model_folder`.
+        train: gives the model and a report; called only if the folder is missing.
+        title, steps: for the progress bar.
     """
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=positions,
-        **special,
-    )
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            _train_into(folder, train, tokenizer, title, steps)
+    return folder
 
 
-# ----------------------------------------------------------------------------------------------------
-# The optimisers that the worlds' small models learn fastest with.
-
-
-def muon_and_adamw(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, an output head of its own, and norms."""
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (matrices if inside else others).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+def _train_into(
+    folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
+) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with single_thread(), ProgressBar(*columns, console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
+        model, report = train(lambda step, _: bar.update(task, completed=step))
+    # Only now, so that a kill in the minutes before leaves nothing.
+    temporary = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "pretraining.json", report)
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

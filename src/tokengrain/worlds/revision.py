@@ -5,38 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.errors import DataError, RecipeError
-from tokengrain.worlds import arithmetic
+from tokengrain.errors import DataError, RecipeError, require
+from tokengrain.rollout.sampler import SamplingConfig
+from tokengrain.worlds import chains
 from tokengrain.worlds.arithmetic import (
     CHECKED_STEP,
-    LABELS,
-    MARKER,
     SIZES,
-    SYMBOLS,
     ArithmeticOptions,
     ArithmeticWorld,
-    Ending,
-    Problem,
     Size,
     longest_problem,
-    parse_prompt,
-    rng_of,
-    write_chain,
 )
-from tokengrain.worlds.base_models import EOS
-
-if TYPE_CHECKING:
-    from tokengrain.rollout.sampler import SamplingConfig
-
-
-# ----------------------------------------------------------------------------------------------------
-# References behind sampled chains, as a batch whose counted tokens are the references' (DRO, arXiv 2506.13351).
+from tokengrain.worlds.base_models import EOS, check_option
+from tokengrain.worlds.chains import LABELS, MARKER, SYMBOLS, Ending, Problem, parse_prompt, rng_of, write_chain
 
 
 @dataclass(frozen=True)
@@ -94,9 +81,6 @@ def append_references(
         torch.tensor(lengths, device=batch.device),
     )
 
-
-# ----------------------------------------------------------------------------------------------------
-# Reference answers of the world `revision`: filler words around running totals.
 
 WORDS = (
     (" next", " then"), (" we", " you"), (" now", " here"), (" take", " use"), (" the", " this"), (" given", " stated"),
@@ -189,12 +173,11 @@ class RevisionOptions(ArithmeticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.filler is not None and not 0 <= self.filler <= len(WORDS):
-            raise RecipeError(f"world revision: filler is {self.filler}; expected 0 to {len(WORDS)}")
-        if not 0 <= self.style < 0.5:
-            raise RecipeError(f"world revision: style is {self.style}; expected 0 or more and less than 0.5")
-        if self.totals not in ("all", "last"):
-            raise RecipeError(f"world revision: totals is {self.totals!r}; expected all or last")
+        fits = self.filler is None or 0 <= self.filler <= len(WORDS)
+        require(fits, RecipeError, f"world revision: filler is {self.filler}; expected 0 to {len(WORDS)}")
+        message = f"world revision: style is {self.style}; expected 0 or more and less than 0.5"
+        require(0 <= self.style < 0.5, RecipeError, message)
+        check_option("revision", "totals", self.totals, ("all", "last"))
 
 
 class RevisionWorld(ArithmeticWorld):
@@ -270,8 +253,6 @@ class RevisionWorld(ArithmeticWorld):
         """Id of `>`, the end of thinking."""
         return self._ids[MARKER]
 
-    # -- references ----------------------------------------------------------------------------------
-
     def write_reference(self, prompt: str) -> Reference:
         """The reference of a prompt, always the same: the right totals, and words by a coin for each."""
         rng = rng_of("reference", prompt)
@@ -295,8 +276,9 @@ class RevisionWorld(ArithmeticWorld):
         Raises:
             DataError: rows without `reference`.
         """
-        if len(batch.raw) != batch.n_prompts or any("reference" not in row for row in batch.raw):
-            raise DataError("the batch's rows have no reference", field="reference", expected="rows of `prompts`")
+        there = len(batch.raw) == batch.n_prompts and all("reference" in row for row in batch.raw)
+        message = "the batch's rows have no reference"
+        require(there, DataError, message, field="reference", expected="rows of `prompts`")
         return append_references(batch, [self.reference_ids(row["reference"]) for row in batch.raw], self.marker)
 
     def reasoning_tokens(self, appended: TokenBatch) -> Tensor:
@@ -306,10 +288,6 @@ class RevisionWorld(ArithmeticWorld):
         return torch.tensor(marks, device=appended.device)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The true reward of the world `revision`, as `RewardSuite` takes it.
-
-
 def correct(
     prompts: Sequence[str],
     completions: Sequence[str],
@@ -317,4 +295,4 @@ def correct(
     truncated: Sequence[bool] | None = None,
 ) -> list[float]:
     """1 for completions whose last total before `>` is right, else 0, whatever the answer after it says."""
-    return arithmetic.correct(prompts, completions, completion_ids, truncated, ending="marker")
+    return chains.correct(prompts, completions, completion_ids, truncated, ending="marker")

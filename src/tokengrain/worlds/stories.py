@@ -1,27 +1,31 @@
-"""The world `stories` as one object: tokenizer, base model, data, exact credit, evaluation."""
+"""The world `stories`: samples and pairs, the exact optimum and credit, evaluation of policies, the base model."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch
-from tokengrain.errors import RecipeError, fingerprint
+from tokengrain.errors import RecipeError, fingerprint, require
 from tokengrain.evaluation.credit import CreditTruth, recovery
 from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, wilson, win_rate
+from tokengrain.scoring.model import evaluating
 from tokengrain.worlds.base_models import (
     Progress,
     Training,
+    check_least,
+    check_option,
     descend,
     ensure_model,
     fast_tokenizer,
@@ -30,13 +34,6 @@ from tokengrain.worlds.base_models import (
     small_llama,
 )
 from tokengrain.worlds.stories_grammar import SIZES, UNK, Grammar, Prompt, Walk
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-
-# ----------------------------------------------------------------------------------------------------
-# Samples of the grammar's base policy, and preference pairs labelled by the true reward.
 
 Split = Literal["train", "eval"]
 
@@ -47,9 +44,11 @@ def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
     Raises:
         RecipeError: another split.
     """
-    if split not in get_args(Split):
-        raise RecipeError(f"world stories: split is {split!r}; expected train or eval")
+    check_option("stories", "split", split, get_args(Split))
     return torch.Generator().manual_seed(int(fingerprint(["stories", purpose, split, seed]), 16) >> 1)
+
+
+# Samples of the grammar's base policy, and preference pairs labelled by the true reward.
 
 
 @dataclass(frozen=True)
@@ -137,15 +136,14 @@ def preference_pairs(
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------
-# What is best in the world `stories`, exactly: dynamic programming over the grammar's states.
+# What is best, exactly: dynamic programming over the grammar's states.
 #
 # With base table P, deterministic next state s' and reward r(s, a), the policy that maximises E[R] − β·KL has
 #
-# V(s) = β log Σ_a P(a|s) exp((r(s,a) + V(s'))/β)      A(s,a) = r(s,a) + V(s') − V(s)      π* = P exp(A/β)
+#     V(s) = β log Σ_a P(a|s) exp((r(s,a) + V(s'))/β)      A(s,a) = r(s,a) + V(s') − V(s)      π* = P exp(A/β)
 #
-# Expected reward, KL (nats), entropy (nats) and length (tokens) of any policy on the grammar's support follow
-# by policy evaluation. The states have no cycles, so that one pass over their levels is exact.
+# Expected reward, KL and entropy (nats) and length (tokens) of any policy on the grammar's support follow by policy
+# evaluation. The states have no cycles, so one pass over their levels is exact.
 
 BETAS = torch.logspace(2, -0.9208187539523751, 120, dtype=torch.float64)
 """The sweep of the frontier: 100 down to 0.12, geometrically."""
@@ -257,8 +255,7 @@ def frontier(grammar: Grammar) -> Frontier:
     return Frontier([0.0, *kl.tolist(), limit["kl"]], [float(base), *reward.tolist(), limit["reward"]])
 
 
-# ----------------------------------------------------------------------------------------------------
-# Credit that is known exactly in the world `stories`: the advantage of every token, and controls for it.
+# Credit that is known exactly: the advantage of every token, and controls for it.
 
 CreditKind = Literal["advantage", "flipped", "random", "reward", "worth"]
 
@@ -302,8 +299,7 @@ class WorldCredit:
         scale: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if kind not in get_args(CreditKind):
-            raise RecipeError(f"unknown credit {kind!r} of world stories; expected one of {get_args(CreditKind)}")
+        check_option("stories", "credit", kind, get_args(CreditKind))
         self.grammar, self.kind, self.beta, self.scale, self.seed = grammar, kind, beta, scale, seed
         self.name = f"stories-{kind}"
         self._advantage = advantages(grammar, soft_values(grammar, beta))
@@ -342,12 +338,10 @@ def decision_states(grammar: Grammar, advantage: Tensor, spread: float = 1e-3) -
     return (p * (advantage - mean).square()).sum(-1).sqrt() > spread
 
 
-# ----------------------------------------------------------------------------------------------------
-# Evaluation of a policy in the world `stories`: on its own samples, with sums over the whole vocabulary.
+# Evaluation of a policy on its own samples.
 #
-# At every sampled position the expected reward Σ_a π(a|s)·r(s,a) and the divergence Σ_a π log(π/π_ref) replace
-# the
-# values of the token that happened to be drawn: the same expectation with much less variance.
+# At every sampled position the expected reward Σ_a π(a|s)·r(s,a) and the divergence Σ_a π log(π/π_ref) replace the
+# values of the token that was drawn: the same expectation with much less variance.
 
 ROWS = 512
 """Sequences per forward pass."""
@@ -382,19 +376,6 @@ class Rollout:
         """
         legal = grammar.legal[self.walk.tables[:, None], self.walk.states, self.ids]
         return (~legal & self.alive).any(1) | (self.walk.last != grammar.finished)
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; puts the model's mode back, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -432,7 +413,7 @@ def rollout(
     done = torch.zeros(len(prompts), dtype=torch.bool)
     ids, logps, alive = [], [], []
     feed, cache = prompt_tensor(grammar, prompts).to(device), None
-    with _inference(model):
+    with evaluating(model):
         for _ in range(grammar.longest):
             out = model(input_ids=feed, past_key_values=cache, use_cache=True)
             logp, cache = _logps(out.logits[:, -1]), out.past_key_values
@@ -456,7 +437,7 @@ def completion_logps(model: Any, grammar: Grammar, prompts: Sequence[Prompt], id
     """Log-probabilities `[n, L, V]` before every token of completions `[n, L]`."""
     heads = prompt_tensor(grammar, prompts)
     rows = torch.cat([heads, ids], 1)[:, :-1]
-    with _inference(model):
+    with evaluating(model):
         parts = [model(input_ids=part.to(_device(model))).logits for part in rows.split(ROWS)]
     return torch.cat([_logps(part[:, heads.shape[1] - 1 :]) for part in parts])
 
@@ -508,10 +489,6 @@ def policy_metrics(
     return metrics
 
 
-# ----------------------------------------------------------------------------------------------------
-# A policy given by a table over the grammar's states, behind the interface of a causal language model.
-
-
 class TabularModel(nn.Module):
     """Looks up the next-token distribution of the state that the tokens lead to.
 
@@ -550,8 +527,13 @@ class TabularModel(nn.Module):
         return SimpleNamespace(logits=logits, past_key_values=(tables, states))
 
 
-# ----------------------------------------------------------------------------------------------------
-# The word-level tokenizer of the world `stories`.
+# The base model: a small Llama trained on the exact next-token distributions of the grammar.
+#
+# Soft targets converge several times faster than sampled tokens: a sequence teaches the whole distribution of every
+# state that it passes.
+
+MODEL_POSITIONS = 128
+"""Positions of the base model; the longest prompt and completion together take 51."""
 
 
 def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
@@ -561,23 +543,10 @@ def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
     cut apart whether or not a space stands between them, so that prompt and completion may be joined either
     way.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     core = Tokenizer(models.WordLevel(dict(grammar.token), unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return fast_tokenizer(core, positions=MODEL_POSITIONS, unk_token=UNK)
 
-
-MODEL_POSITIONS = 128
-"""Positions of the base model; the longest prompt and completion together take 51."""
-
-
-# ----------------------------------------------------------------------------------------------------
-# The base model of the world `stories`: a small Llama trained on the grammar's exact next-token
-# distribution.
-#
-# Soft targets converge several times faster than sampled tokens, because a sequence teaches the whole
-# distribution of every state it passes.
 
 MIX = (0.6, 0.2, 0.2)
 """Shares of plain, kind and rude sequences in the pool."""
@@ -722,11 +691,10 @@ def divergence(grammar: Grammar, model: LlamaForCausalLM, n: int = 1200, seed: i
     return {"kl_per_token": float(kl.mean()), "kl_per_completion": float(kl.sum()) / n}
 
 
-# ----------------------------------------------------------------------------------------------------
-# The base model's cache: trained once per machine, written atomically, keyed by grammar and settings.
-
 FORMAT = 2
 """Raised when training changes in a way that its settings do not show: cached models are trained anew."""
+
+
 SETTINGS = {
     "full": Pretraining(),
     "small": Pretraining(hidden_size=48, layers=2, mlp_size=96, steps=300, pool=2000),
@@ -742,11 +710,7 @@ def base_model_folder(grammar: Grammar, settings: Pretraining) -> Path:
 
 
 def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> Path:
-    """Folder with the base model, its tokenizer and `pretraining.json`; trains it if it is not there.
-
-    Several processes may ask at once: one trains, the others wait. A training that is interrupted leaves
-    nothing.
-    """
+    """Folder with the base model; trains it if it is missing; see `ensure_model`."""
     settings = settings or SETTINGS[grammar.size.name]
     folder = base_model_folder(grammar, settings)
 
@@ -757,9 +721,15 @@ def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> 
     return ensure_model(folder, train, build_tokenizer(grammar), "world://stories", settings.steps)
 
 
+# The world as one object.
+
 REGIMES = {"clean": (4000, 1.0), "noisy": (1000, 0.3)}
 """Pairs and slope of the label noise: of pairs whose true rewards differ, 88 % and 69 % are labelled in their order."""
+
+
 EVAL_PAIRS = 200
+
+
 CREDIT_SAMPLES = 50
 """Base samples per prompt on which credit is compared with the truth."""
 
@@ -782,17 +752,16 @@ class StoriesOptions:
     size: str = "full"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("regime", REGIMES), ("size", SIZES)):
-            if (value := getattr(self, name)) not in allowed:
-                raise RecipeError(f"world stories: {name} is {value!r}; expected one of {', '.join(allowed)}")
-        for name, least in (("pairs", 1), ("slope", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise RecipeError(f"world stories: {name} is {value}; expected at least {least}")
+        check_option("stories", "regime", self.regime, REGIMES)
+        check_option("stories", "size", self.size, SIZES)
+        check_least("stories", self, {"pairs": 1, "slope": 0, "seed": 0})
 
 
 class StoriesWorld:
-    """See the package's description; made by `load_world("world://stories")`."""
+    """Short stories whose true reward is known token by token, and so is the best policy at every KL.
+
+    Made by `load_world("world://stories")`.
+    """
 
     name = "stories"
 
@@ -820,8 +789,6 @@ class StoriesWorld:
     @cached_property
     def reference(self) -> Any:
         """The base model, loaded once; frozen."""
-        from transformers import AutoModelForCausalLM
-
         return AutoModelForCausalLM.from_pretrained(self.base_model(), dtype=torch.float32).requires_grad_(False).eval()
 
     @cached_property
@@ -833,8 +800,6 @@ class StoriesWorld:
         """The policy that maximises E[R] − β·KL, exactly; `beta` infinite is the grammar's base."""
         edges = self.grammar.edge_logp if beta == float("inf") else optimal_logp(self.grammar, beta)
         return TabularModel(self.grammar, edges)
-
-    # -- prompts and data ----------------------------------------------------------------------------
 
     @property
     def prompts(self) -> list[str]:
@@ -856,7 +821,7 @@ class StoriesWorld:
         slope: float | None = None,
         seed: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Preference pairs labelled with the true reward; see `data.preference_pairs` for the rows.
+        """Preference pairs labelled with the true reward; see `preference_pairs` for the rows.
 
         Args:
             split: `eval` pairs come from another random stream than `train` pairs of any seed.
@@ -912,8 +877,6 @@ class StoriesWorld:
         ]
         return TokenBatch.from_samples(samples)
 
-    # -- credit --------------------------------------------------------------------------------------
-
     def credit(self, kind: CreditKind = "advantage", **options: Any) -> WorldCredit:
         """A credit source that reads the grammar; see `WorldCredit` for kinds and options."""
         return WorldCredit(self.grammar, kind, **options)
@@ -963,8 +926,6 @@ class StoriesWorld:
         batch, truth, decides = self._credit_truth
         return recovery(torch.cat(self._credit_in_parts(credit, batch)), truth, decides)
 
-    # -- evaluation ----------------------------------------------------------------------------------
-
     def _eval_prompts(self, n: int) -> list[Prompt]:
         return [prompt for prompt in self.grammar.plain for _ in range(n)]
 
@@ -1002,8 +963,7 @@ class StoriesWorld:
             Numbers, see `policy_metrics`; with `credit` also `credit_auc`, `credit_spearman` (None: undefined).
         """
         n = 64 if n is None else n
-        if n < 1:
-            raise RecipeError(f"world stories: n is {n}; expected at least 1 sample per prompt")
+        require(n >= 1, RecipeError, f"world stories: n is {n}; expected at least 1 sample per prompt")
         reference = self.reference if reference is None else reference
         sampled = rollout(model, self.grammar, self._eval_prompts(n), seed, progress)
         ref_logps = completion_logps(reference, self.grammar, sampled.prompts, sampled.ids)

@@ -1,4 +1,4 @@
-"""The grammar of the world `stories` as tensors: next states, rewards, base distributions, walks."""
+"""The grammar of the world `stories`: its words and rules, and the same as tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor
 from tokengrain.errors import DataError, fingerprint
 from tokengrain.worlds.base_models import BOS, EOS, PAD
 
-# ----------------------------------------------------------------------------------------------------
-# The words of the world `stories` and how many of them a grammar uses.
+# The words, and how many of them a grammar uses.
 
 UNK = "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
@@ -127,8 +126,7 @@ class Lexicon:
         return worth
 
 
-# ----------------------------------------------------------------------------------------------------
-# The rules of the world `stories`: which words may follow in a state, how likely, and what they earn.
+# The rules: which words may follow in a state, how likely, and what they earn.
 #
 # prompt      write [kindly|rudely] about the PLACE in the sun|rain :
 # completion  two or three sentences, then <end>
