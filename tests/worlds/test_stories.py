@@ -160,7 +160,7 @@ def test_kinds_of_credit(world):
     # Worse than the truth and better than nothing; close to what the prototype measured (.56/.81, .12/.57).
     assert found["reward"]["spearman"] == pytest.approx(0.56, abs=0.05)
     assert found["worth"]["auc"] == pytest.approx(0.57, abs=0.03)
-    with pytest.raises(RecipeError, match="credit is .advantages.; expected one of advantage"):
+    with pytest.raises(RecipeError, match="credit is 'advantages'; expected one of advantage"):
         world.credit("advantages")
 
 
