@@ -96,7 +96,7 @@ def test_branching_on_top_of_a_server(tmp_path: Path) -> None:
 def test_a_wrong_address_is_named(tmp_path: Path) -> None:
     with serving(other_llama()) as stub:
         gone = served_by(stub, refresh="none")
-    missing = rf"sampler 'server': {re.escape(stub.url)}/v1/models: .*refused.* \(attempts: 2"
+    missing = rf"sampler 'server': {re.escape(stub.url)}/v1/models: .*[Rr]efused.* \(attempts: 2"
     with pytest.raises(RolloutError, match=missing):
         run(online(tmp_path, gone))
     assert read_run(tmp_path / "run").status == "failed"

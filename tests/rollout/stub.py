@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import threading
@@ -18,7 +19,8 @@ from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 class Stub(ThreadingHTTPServer):
     """`answer(path, body)` gives the JSON (body None: a GET).
 
-    `faults` are taken first: a status code, "hang", "garbage", "drop".
+    `faults` are taken first: a status code, "hang", "garbage", "drop", "slow", "slow headers", "endless", or
+    (status, headers, body).
     """
 
     daemon_threads = True
@@ -58,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         self._reply(fault, body)
 
     def _reply(self, fault: Any, body: Any) -> None:
-        status, content = 200, b""
+        status, content, headers = 200, b"", {}
         if fault == "hang":
             time.sleep(1.0)
         elif fault == "drop":
@@ -66,17 +68,38 @@ class Handler(BaseHTTPRequestHandler):
             return
         elif fault == "garbage":
             content = b"<html>proxy</html>"
+        elif fault in ("slow", "slow headers", "endless"):
+            self._drip(fault)
+            return
+        elif isinstance(fault, tuple):
+            status, headers, content = fault[0], fault[1], "".join(fault[2:]).encode() or b"{}"
         elif isinstance(fault, int):
             status, content = fault, json.dumps({"error": {"message": f"fault {fault}"}}).encode()
         content = content or json.dumps(self.server.answer(self.path, body)).encode()
         try:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client gave up
+
+    def _drip(self, kind: str) -> None:
+        """An answer that does not end: one byte at a time, or megabytes."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.close_connection = True
+        part, pause = (b" " * 10**6, 0.0) if kind == "endless" else (b"x: y\r\n" if "headers" in kind else b" ", 0.1)
+        with contextlib.suppress(OSError):
+            if "headers" not in kind:
+                self.end_headers()
+            self.flush_headers()
+            for _ in range(100):
+                self.wfile.write(part)
+                self.wfile.flush()
+                time.sleep(pause)
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -1,5 +1,6 @@
 """The server sampler against a stub that speaks the protocol."""
 
+import asyncio
 import json
 import re
 import time
@@ -112,7 +113,7 @@ def test_lasting_faults_are_errors(faults, message, requests):
         with pytest.raises(ServerError, match=message):
             server(stub, timeout=0.2).sample(PROMPTS[:1], n=2, sampling=SAMPLING)
         assert len(stub.requests) == requests
-    with pytest.raises(ServerError, match=r"refused|reset"):
+    with pytest.raises(ServerError, match=r"[Rr]efused|reset"):
         server(stub).sample(PROMPTS[:1], n=2, sampling=SAMPLING)
 
 
@@ -126,6 +127,14 @@ def test_lasting_faults_are_errors(faults, message, requests):
         (lambda c: c.update(logprobs=[-1.0]), "logprobs are"),
         (lambda c: c.update(finish_reason="abort"), "finish_reason is 'abort'"),
         (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, None), "not finite"),
+        (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, 0.5), "at most 0"),
+        (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, True), "not finite"),
+        (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, -(10**400)), "not finite"),
+        (lambda c: c["token_ids"].__setitem__(0, True), "token ids are"),
+        (lambda c: c["token_ids"].__setitem__(0, 2**40), "token ids are"),
+        (lambda c: (c["token_ids"].extend([7] * 6), c["logprobs"]["token_logprobs"].extend([-1.0] * 6)), "10 tokens"),
+        (lambda c: c.update(index=1), r"indices \[1, 1\]"),
+        (lambda c: c.update(index="0"), "indices"),
     ],
 )
 def test_malformed_answers(spoil, message):
@@ -273,21 +282,85 @@ def test_keys_and_addresses(monkeypatch):
 
 def test_retry_after_is_kept_to(monkeypatch):
     pauses = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    client = JsonClient("http://x", retries=1, backoff=0.01)
-    answers = iter([503, json.dumps({"ok": 1})])
 
-    def once(path, body):
-        import email.message
-        import urllib.error
+    async def sleep(seconds):
+        pauses.append(seconds)
 
-        answer = next(answers)
-        if answer == 503:
-            headers = email.message.Message()
-            headers["Retry-After"] = "7"
-            raise urllib.error.HTTPError("http://x", 503, "busy", headers, None)
-        return json.loads(answer)
+    with serving(lambda *_: {"ok": 1}) as stub:
+        stub.faults[:] = [(503, {"Retry-After": "7"}), (429, {"Retry-After": "1e9"}), (503, {"Retry-After": "Monday"})]
+        monkeypatch.setattr("tokengrain.rollout.server.asyncio.sleep", sleep)
+        client = JsonClient(stub.url, retries=3, backoff=0.01, timeout=20)
+        assert client.post("/", {}, lambda a: a) == {"ok": 1}
+    assert pauses[:2] == [7.0, 20.0]
+    assert pauses[2] < 1
 
-    monkeypatch.setattr(client, "_once", once)
-    assert client.post("/", {}, lambda a: a) == {"ok": 1}
-    assert pauses == [7.0]
+
+def test_the_key_goes_to_no_other_server_and_into_no_message(monkeypatch, caplog):
+    monkeypatch.setenv("STUB_KEY", "s3cret-key")
+    with serving(lambda *_: {"ok": 1}) as other, serving(lambda *_: {"ok": 1}) as stub:
+        client = JsonClient(stub.url, api_key_env="STUB_KEY", retries=1, backoff=0.01, timeout=5)
+        for status in (301, 302, 303, 307, 308):
+            for target in (other.url + "/x", "ftp://127.0.0.1/x", "file:///etc/passwd"):
+                stub.faults[:] = [(status, {"Location": target})]
+                with pytest.raises(ServerError, match=f"status {status}: redirects to another server"):
+                    client.post("/", {}, lambda a: a)
+        assert not other.requests
+        stub.faults[:] = [(307, {"Location": "/elsewhere"})]
+        assert client.post("/", {"a": 1}, lambda a: a) == {"ok": 1}
+        assert stub.requests[-1] == ("/elsewhere", {"a": 1})
+        stub.faults[:] = [(302, {"Location": "/"})] * 9
+        with pytest.raises(ServerError, match="status 302"):
+            client.post("/", {}, lambda a: a)
+        stub.faults[:] = [(500, {}, "no Bearer s3cret-key\x1b[31m"), (401, {}, '{"error": {"message": "s3cret-key"}}')]
+        with pytest.raises(ServerError, match=r"status 401: \[key\]") as error:
+            client.post("/", {}, lambda a: a)
+
+        def wrong(answer):
+            raise ValueError("got s3cret-key")
+
+        with pytest.raises(ServerError, match=r"got \[key\]"):
+            client.post("/", {}, wrong)
+    for text in (caplog.text, str(error.value)):
+        assert "s3cret" not in text
+        assert "\x1b" not in text
+    for key in ("", "two\nlines", "k\u00e9y"):
+        monkeypatch.setenv("STUB_KEY", key)
+        with pytest.raises(RecipeError, match="STUB_KEY"):
+            JsonClient("http://x", api_key_env="STUB_KEY")
+    for url in ("http://u:pass@x", "http://x?key=pass", "ftp://x", "file:///x", "http://"):
+        with pytest.raises(RecipeError) as refused:
+            JsonClient(url)
+        assert "pass" not in str(refused.value)
+
+
+def test_answers_are_bounded_in_time_and_size():
+    with serving(lambda *_: {"ok": 1}) as stub:
+        client = JsonClient(stub.url, retries=0, timeout=1.0)
+        for fault, message in (
+            ("slow", "no whole answer within 1 s"),
+            ("slow headers", "no whole answer within 1 s"),
+            ("endless", "more than 4194304 bytes"),
+            ((200, {"Content-Length": str(10**15)}, "{}"), "more than 4194304 bytes"),
+            ((200, {}, "[" * 100_000), "RecursionError|JSONDecodeError"),
+            ((400, {}, json.dumps({"error": {"message": "A" * 10**6}})), "status 400: A+$"),
+            ((200, {"Content-Type": "application/json"}, "\xff<html>"), "Error"),
+        ):
+            stub.faults[:] = [fault]
+            started = time.monotonic()
+            with pytest.raises(ServerError, match=message) as error:
+                client.post("/", {}, lambda a: a)
+            assert time.monotonic() - started < 4
+            assert len(str(error.value)) < 600
+
+
+def test_in_a_running_loop():
+    async def notebook():
+        with serving(completions) as stub:
+            return server(stub).sample(PROMPTS, n=2, sampling=SAMPLING)
+
+    assert len(asyncio.run(notebook()).completions) == 6
+
+
+def test_token_ids_beyond_the_vocabulary():
+    with serving(completions) as stub, pytest.raises(ServerError, match="whole numbers below 9"):
+        OpenAIServer(stub.url, range(9), model="m", retries=0).sample(PROMPTS, n=2, sampling=SAMPLING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import math
@@ -14,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -26,7 +24,7 @@ from typing import Any, Literal
 from tokengrain.errors import RecipeError, fingerprint, read_json, shown, write_json
 from tokengrain.rewards.reward_model import RewardModel
 from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction
-from tokengrain.rollout.server import JsonClient, ServerError
+from tokengrain.rollout.server import JsonClient, ServerError, gather
 from tokengrain.settings import (
     Count,
     NonNegative,
@@ -621,17 +619,9 @@ class Judge:
         self.counts = {"requests": 0, "cached": 0}
         bodies = [self._body(i, prompts, completions, columns) for i in range(len(completions))]
         keys = [fingerprint(body) for body in bodies]
-        different, stop = dict(zip(keys, bodies, strict=True)), threading.Event()
-        # Threads of its own: asyncio has as few as the machine has processors, and waits for them before it ends.
-        pool, loop = ThreadPoolExecutor(self.concurrency), asyncio.get_running_loop()
-        try:
-            scores = await asyncio.gather(
-                *(loop.run_in_executor(pool, self._score, key, body, stop) for key, body in different.items())
-            )
-        finally:
-            stop.set()  # when this is cancelled, threads at work make no further attempts
-            pool.shutdown(wait=False, cancel_futures=True)
-        by_key = dict(zip(different, scores, strict=True))
+        different = list(dict(zip(keys, bodies, strict=True)).items())
+        scores = await gather(self.client, self._score, different, self.concurrency)
+        by_key = {key: score for (key, _), score in zip(different, scores, strict=True)}
         return [by_key[key] for key in keys]
 
     def _body(
@@ -650,13 +640,15 @@ class Judge:
             "max_tokens": self.max_tokens,
         }
 
-    def _score(self, key: str, body: dict[str, Any], stop: threading.Event) -> float | RewardFailure:
+    async def _score(self, http: Any, question: tuple[str, dict[str, Any]]) -> float | RewardFailure:
+        key, body = question
         path = None if self.cache is None else self.cache / key[:2] / f"{key}.json"
         reply = _cached(path)
         asked = reply is None
         if reply is None:
             try:
-                reply = self.client.post("/v1/chat/completions", body, _reply, stop)
+                reply = await self.client.ask(http, "/v1/chat/completions", body, _reply, self.max_tokens)
+                reply = self.client.clean(reply)
             except ServerError as error:
                 return RewardFailure(f"the judge gave no answer: {error}")
             self.counts["requests"] += 1

@@ -470,7 +470,7 @@ def check_reachable(given: Any, *, patient: bool = True) -> None:
         settings = check_sampler(DEFAULT if given is None else given)
         settings = settings.get("sampler", settings)
         build = sampler_class(settings.pop("name"))
-        if _positional(build)[0] or not hasattr(build, "check_reachable"):
+        if "model" in _positional(build)[0] or not hasattr(build, "check_reachable"):
             return
         sampler = build(**settings)
     sampler = getattr(sampler, "sampler", sampler)

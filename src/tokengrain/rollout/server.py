@@ -1,26 +1,29 @@
-"""`OpenAIServer`: sampling from a server that speaks OpenAI's completions protocol (vLLM, SGLang)."""
+"""`OpenAIServer`: sampling from a server that speaks OpenAI's completions protocol (vLLM, SGLang).
+
+Read top to bottom: how a server is asked (`JsonClient`, also for judges), and the sampler. What a server says is not
+trusted: neither its size and time, nor where it points, nor what it repeats of the key.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import logging
-import math
 import os
 import random
 import secrets
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from tokengrain.errors import RecipeError, RolloutError, shown
+import httpx
+
+from tokengrain.data.marking import LOGP_ROUNDING
+from tokengrain.errors import RecipeError, RolloutError, require, shown
 from tokengrain.rollout.sampler import (
     PromptItem,
     Rollouts,
@@ -30,19 +33,22 @@ from tokengrain.rollout.sampler import (
     derived_seed,
     occurrences,
 )
-from tokengrain.settings import Count, NonNegative, Positive, Whole, nearest, validate_settings
-
-# ----------------------------------------------------------------------------------------------------
-# JSON over HTTP with timeouts, retries and bounded concurrency. Only the standard library is needed.
+from tokengrain.settings import Count, NonNegative, Positive, Whole, keyword_types, nearest, validate_settings
 
 T = TypeVar("T")
 R = TypeVar("R")
+logger = logging.getLogger(__name__)
 
 # Too many requests, server busy or broken: another attempt may succeed. Other codes are final.
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # There is a server, but no such path, or not for this.
 NO_LIST = frozenset({404, 405, 501})
-LONGEST_PAUSE = 60.0
+LONGEST_PAUSE, LONGEST_CONNECT = 60.0, 30.0
+# Bytes of an answer: at most this, and for each token that was asked for.
+MOST_BYTES, TOKEN_BYTES = 1 << 22, 512
+REDIRECTS = 3
+
+# ---- JSON over HTTP: bounded in time, size and number, with retries ----
 
 
 class ServerError(RolloutError):
@@ -52,24 +58,39 @@ class ServerError(RolloutError):
         status: the code with which it refused; None where it did not answer, or not usably.
     """
 
-    status: int | None = None
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _RefusedError(Exception):
+    """A status that is no success, a redirect elsewhere, too long an answer.
+
+    Attributes:
+        pause: seconds that the server asks to wait; None: another attempt makes no sense.
+    """
+
+    def __init__(self, reason: str, status: int | None = None, pause: float | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.pause = status, pause
 
 
 class JsonClient:
     """Posts and reads JSON, with retries.
 
     Connection errors, timeouts, the status codes in `AGAIN` and answers that are not JSON are retried, with
-    pauses that double (and the server's `Retry-After`); any other status is an error at once.
+    pauses that double (and the server's `Retry-After`); any other status is an error at once. Redirects are
+    followed within the server only, so that the key goes nowhere else; no message has the key.
 
     Args:
         url: the server's root, such as "http://localhost:8000" ("/v1" at the end is taken off).
-        timeout: seconds without an answer that end an attempt.
+        timeout: seconds that an attempt may take, from connecting to the last byte.
         retries: further attempts after the first.
         backoff: seconds of the first pause.
         api_key_env: name of the environment variable that holds the key; None: no key is sent.
 
     Raises:
-        RecipeError: not an http(s) address, or the variable is not set.
+        RecipeError: not an http(s) address, one with a password, or the variable is not set.
     """
 
     def __init__(
@@ -81,14 +102,32 @@ class JsonClient:
         backoff: float = 0.5,
         api_key_env: str | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise RecipeError(f"server address is {url!r}; expected one that begins with http:// or https://")
-        if timeout <= 0 or retries < 0 or backoff < 0:
-            raise RecipeError(f"timeout {timeout}, retries {retries}, backoff {backoff}; expected > 0, >= 0, >= 0")
-        if api_key_env is not None and api_key_env not in os.environ:
-            raise RecipeError(f"the environment variable {api_key_env!r} for the server's key is not set")
+        what = "the server's address holds a user or a query, which may be secrets; expected the key in api_key_env"
+        require("@" not in url and "?" not in url, RecipeError, what)
+        try:
+            known = httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
+        except httpx.InvalidURL:
+            known = False
+        what = f"server address is {url!r}; expected one that begins with http:// or https://"
+        require(known, RecipeError, what)
+        what = f"timeout {timeout}, retries {retries}, backoff {backoff}; expected > 0, >= 0, >= 0"
+        require(timeout > 0 and retries >= 0 and backoff >= 0, RecipeError, what)
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout, self.retries, self.backoff, self.api_key_env = timeout, retries, backoff, api_key_env
+        self._key()
+
+    def _key(self) -> str | None:
+        if self.api_key_env is None:
+            return None
+        key, what = os.environ.get(self.api_key_env, "").strip(), f"the environment variable {self.api_key_env!r}"
+        require(key, RecipeError, f"{what} for the server's key is not set")
+        require(key.isascii() and key.isprintable(), RecipeError, f"{what} is no key: it has characters beyond ASCII")
+        return key
+
+    def clean(self, text: str) -> str:
+        """The text without the key, should the server repeat it."""
+        key = self._key()
+        return text if key is None else text.replace(key, "[key]")
 
     def briefer(self, timeout: float, retries: int = 0) -> JsonClient:
         """The same client with at most this time-out, and so many retries."""
@@ -96,59 +135,157 @@ class JsonClient:
         other.timeout, other.retries = min(self.timeout, timeout), retries
         return other
 
-    def post(self, path: str, body: Any, check: Callable[[Any], T], stop: threading.Event | None = None) -> T:
-        """Post `body` to `path`; the answer goes through `check`.
+    def post(self, path: str, body: Any, check: Callable[[Any], T]) -> T:
+        """Post `body` to `path`; the answer goes through `check`. See `ask`."""
+        return finished(lambda: gather(self, lambda http, _: self.ask(http, path, body, check), [None], 1))[0]
+
+    def get(self, path: str, check: Callable[[Any], T]) -> T:
+        """The same without anything to send."""
+        return self.post(path, None, check)
+
+    async def ask(self, http: httpx.AsyncClient, path: str, body: Any, check: Callable[[Any], T], tokens: int = 0) -> T:
+        """The server's answer.
 
         Args:
+            http: the connections, see `gather`.
+            body: None: a GET.
             check: turns the decoded answer into a result; a ValueError of it counts as a malformed answer and is
                 retried.
-            stop: no further attempt once this is set.
+            tokens: that the answer may have, which bounds its size.
 
         Raises:
             ServerError: no usable answer; names the address, what was wrong last, and the attempts.
         """
-        return self._asked(path, body, check, stop)
-
-    def get(self, path: str, check: Callable[[Any], T]) -> T:
-        """The same without anything to send."""
-        return self._asked(path, None, check, None)
-
-    def _asked(self, path: str, body: Any, check: Callable[[Any], T], stop: threading.Event | None) -> T:
-        reason = ""
+        limit = MOST_BYTES + TOKEN_BYTES * tokens
         for attempt in range(self.retries + 1):
             pause = min(self.backoff * 2**attempt * random.uniform(0.5, 1.0), LONGEST_PAUSE)
             try:
-                return check(self._once(path, body))
-            except urllib.error.HTTPError as error:
-                reason = f"status {error.code}: {_message(error)}"
-                if error.code not in AGAIN:
-                    failure = ServerError(f"{self.url}{path}: {reason}")
-                    failure.status = error.code
-                    raise failure from None
-                pause = max(pause, _retry_after(error))
-            except (OSError, HTTPException, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-            if attempt == self.retries or (stop is not None and stop.is_set()):
-                break
-            logger.warning("%s%s: %s; trying again in %.1f s", self.url, path, reason, pause)
-            if stop is not None:
-                stop.wait(pause)
-            else:
-                time.sleep(pause)
+                async with asyncio.timeout(self.timeout):
+                    content = await self._once(http, path, body, limit)
+                return check(content)
+            except _RefusedError as error:
+                reason = self.clean(str(error))
+                if error.pause is None:
+                    raise ServerError(f"{self.url}{path}: {reason}", error.status) from None
+                pause = max(pause, min(error.pause, LONGEST_PAUSE, self.timeout))
+            except TimeoutError:
+                reason = f"TimeoutError: no whole answer within {self.timeout:g} s"
+            except (OSError, httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
+                reason = self.clean(_plain(_cause(error)))
+            if attempt < self.retries:
+                logger.warning("%s%s: %s; trying again in %.1f s", self.url, path, reason, pause)
+                await asyncio.sleep(pause)
         raise ServerError(f"{self.url}{path}: {reason} (attempts: {attempt + 1}, timeout {self.timeout:g} s)")
 
-    def _once(self, path: str, body: Any) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
-        content, method = (None, "GET") if body is None else (json.dumps(body).encode(), "POST")
-        request = urllib.request.Request(self.url + path, content, headers, method=method)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            found = answer.read()
+    async def _once(self, http: httpx.AsyncClient, path: str, body: Any, limit: int) -> Any:
+        key, method = self._key(), "GET" if body is None else "POST"
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        target = httpx.URL(self.url + path)
+        for _ in range(REDIRECTS + 1):
+            async with http.stream(method, target, json=body, headers=headers) as answer:
+                content = await _content(answer, limit)
+            if not answer.has_redirect_location:
+                break
+            new = target.join(answer.headers["Location"])
+            if (new.scheme, new.host, new.port) != (target.scheme, target.host, target.port):
+                where = _plain(f"{new.scheme}://{new.host}:{new.port or ''}".rstrip(":"))
+                raise _RefusedError(f"status {answer.status_code}: redirects to another server, {where}; not followed")
+            target, method = new, "GET" if answer.status_code == 303 else method
+            body = None if method == "GET" else body
+        if not answer.is_success:
+            reason = f"status {answer.status_code}: {_message(content) or answer.reason_phrase}"
+            again = _retry_after(answer) if answer.status_code in AGAIN else None
+            raise _RefusedError(reason, answer.status_code, again)
         # Some endpoints answer with plain text or with nothing.
-        if "json" not in (answer.headers.get("Content-Type") or ""):
-            return found.decode(errors="replace")
-        return json.loads(found)
+        if "json" not in answer.headers.get("Content-Type", ""):
+            return content.decode(errors="replace")
+        return json.loads(content)
+
+
+async def _content(answer: httpx.Response, limit: int) -> bytes:
+    """The body, as long as it is no longer than `limit` bytes."""
+    length, content = answer.headers.get("Content-Length", ""), bytearray()
+    too_long = length.isdecimal() and int(length[:20]) > limit
+    if not too_long:
+        async for part in answer.aiter_bytes():
+            content += part
+            if too_long := len(content) > limit:
+                break
+    if too_long:
+        raise _RefusedError(f"status {answer.status_code}: the answer has more than {limit} bytes")
+    return bytes(content)
+
+
+def _plain(text: str) -> str:
+    """Foreign text for a message: short, and without control characters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:300])
+
+
+def _cause(error: BaseException) -> str:
+    """The error in words; of one of httpx the system's own below it, which says more."""
+    if isinstance(error, BaseExceptionGroup):
+        return _cause(error.exceptions[0])
+    below = error.__cause__ or error.__context__ if type(error).__module__.startswith("http") else error.__cause__
+    if below is not None and not isinstance(error, ValueError):
+        return _cause(below)
+    said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+    return f"{type(error).__name__}: {said}"
+
+
+def _message(content: bytes) -> str:
+    """What the server says was wrong, in OpenAI's form or as it stands."""
+    text = content.decode(errors="replace")
+    try:
+        found: Any = json.loads(text)
+        found = found.get("error", found) if isinstance(found, dict) else found
+        text = str(found.get("message", found)) if isinstance(found, dict) else shown(found)
+    except (ValueError, RecursionError):
+        text = shown(text) if text else ""
+    return _plain(text)
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    try:
+        return max(float(answer.headers.get("Retry-After", 0)), 0.0)
+    except ValueError:  # a date
+        return 0.0
+
+
+async def gather(
+    client: JsonClient,
+    function: Callable[[httpx.AsyncClient, T], Coroutine[Any, Any, R]],
+    items: Sequence[T],
+    concurrency: int,
+) -> list[R]:
+    """`function(http, item)` for all items, in order; the first error stops the rest.
+
+    Args:
+        concurrency: most calls, and connections, at a time.
+    """
+    gate, wait = asyncio.Semaphore(concurrency), min(client.timeout, LONGEST_CONNECT)
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    timeout = httpx.Timeout(client.timeout, connect=wait)
+    secure = client.url.startswith("https")  # reading certificates takes a while
+    async with httpx.AsyncClient(verify=secure, limits=limits, timeout=timeout, follow_redirects=False) as http:
+
+        async def one(item: T) -> R:
+            async with gate:
+                return await function(http, item)
+
+        tasks = [asyncio.ensure_future(one(item)) for item in items]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def finished(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """The result of an asynchronous call, also where a loop is running (a notebook): then from another thread."""
+    if asyncio._get_running_loop() is None:
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(work())).result()
 
 
 def served_models(client: JsonClient) -> list[str]:
@@ -157,64 +294,22 @@ def served_models(client: JsonClient) -> list[str]:
     Raises:
         ServerError: it does not answer, or refuses.
     """
+
+    def names(answer: Any) -> list[str]:
+        try:
+            return [str(model["id"]) for model in answer["data"]]
+        except (KeyError, TypeError):
+            raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
+
     try:
-        return client.get("/v1/models", _model_names)
+        return client.get("/v1/models", names)
     except ServerError as error:
         if error.status in NO_LIST:
             return []
         raise
 
 
-def _model_names(answer: Any) -> list[str]:
-    try:
-        return [str(model["id"]) for model in answer["data"]]
-    except (KeyError, TypeError):
-        raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
-
-
-def gather(function: Callable[[T, threading.Event], R], items: Sequence[T], concurrency: int) -> list[R]:
-    """`function(item, stop)` for all items in threads, in order; the first error stops the rest.
-
-    Args:
-        concurrency: most calls at a time.
-    """
-    stop = threading.Event()
-    with ThreadPoolExecutor(max(1, min(concurrency, len(items)))) as pool:
-        futures = [pool.submit(function, item, stop) for item in items]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            stop.set()
-            for future in futures:
-                future.cancel()
-            raise
-    return [future.result() for future in futures]
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """What the server says was wrong, in OpenAI's form or as it stands."""
-    try:
-        text = error.read().decode(errors="replace")
-    except (OSError, HTTPException):
-        return str(error.reason)
-    try:
-        found: Any = json.loads(text)
-        found = found.get("error", found) if isinstance(found, dict) else found
-        return str(found.get("message", found)) if isinstance(found, dict) else shown(found)
-    except ValueError:
-        return shown(text)
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    try:
-        return min(float(error.headers.get("Retry-After") or 0), LONGEST_PAUSE)
-    except ValueError:  # a date
-        return 0.0
-
-
-logger = logging.getLogger(__name__)
+# ---- The sampler ----
 
 Flavour = Literal["vllm", "sglang"]
 LogpKind = Literal["raw", "tempered", "processed"]
@@ -227,12 +322,20 @@ class Endpoints:
 
     load_adapter: str
     unload_adapter: str
+    sleep: str
+    wake_up: str
     logps: LogpKind
 
 
 ENDPOINTS: dict[Flavour, Endpoints] = {
-    "vllm": Endpoints("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "raw"),
-    "sglang": Endpoints("/load_lora_adapter", "/unload_lora_adapter", "tempered"),
+    "vllm": Endpoints("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep?level=1", "/wake_up", "raw"),
+    "sglang": Endpoints(
+        "/load_lora_adapter",
+        "/unload_lora_adapter",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "tempered",
+    ),
 }
 
 
@@ -245,6 +348,7 @@ class OpenAIServer:
 
     Args:
         url: the server's root, for example "http://localhost:8000".
+        tokenizer: the trainer's; an answer with a token id beyond it is an error.
         model: the model's name on the server.
         flavour: "vllm" or "sglang".
         logps: which log-probabilities the server gives: of the model's own distribution ("raw", vLLM's default),
@@ -265,7 +369,7 @@ class OpenAIServer:
     """
 
     name = "server"
-    # Where the server is and how it is asked; a run may go on with another one.
+    # Where the server is and how it is asked; a run may resume with another one.
     neutral: ClassVar[frozenset[str]] = frozenset(
         {"url", "adapter_name", "timeout", "retries", "backoff", "concurrency", "api_key_env"}
     )
@@ -273,6 +377,7 @@ class OpenAIServer:
     def __init__(
         self,
         url: str,
+        tokenizer: Any = None,
         *,
         model: str,
         flavour: Flavour = "vllm",
@@ -286,25 +391,14 @@ class OpenAIServer:
         api_key_env: str | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        given = {
-            "url": url,
-            "model": model,
-            "flavour": flavour,
-            "logps": logps,
-            "refresh": refresh,
-            "adapter_name": adapter_name,
-            "timeout": timeout,
-            "retries": retries,
-            "backoff": backoff,
-            "concurrency": concurrency,
-            "api_key_env": api_key_env,
-            "extra": extra,
-        }
-        self.given = validate_settings("sampler 'server'", OpenAIServer, given, also=("url",))
+        given = locals()
+        own = {name: given[name] for name in keyword_types(OpenAIServer, ("url",))}
+        self.given = validate_settings("sampler 'server'", OpenAIServer, own, also=("url",))
         self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, api_key_env=api_key_env)
         self.base_model, self.flavour, self.how, self.adapter_name = model, flavour, refresh, adapter_name
         self.endpoints, self.concurrency, self.extra = ENDPOINTS[flavour], concurrency, dict(extra or {})
         self.logps: LogpKind = logps or self.endpoints.logps
+        self.vocabulary = 2**31 if tokenizer is None else len(tokenizer)
         self.adapter: str | None = None
         self.version, self._own = 0, secrets.token_hex(4)
 
@@ -325,9 +419,9 @@ class OpenAIServer:
             names = served_models(client)
         except ServerError as error:
             raise ServerError(f"sampler 'server': {error}; expected a running {self.flavour} server") from None
-        if self.flavour == "vllm" and names and self.base_model not in names:
-            known = nearest(self.base_model, names)
-            raise RecipeError(f"sampler 'server': {client.url} has no model {self.base_model!r}{known}")
+        known = self.flavour != "vllm" or not names or self.base_model in names
+        what = f"sampler 'server': {client.url} has no model {self.base_model!r}{nearest(self.base_model, names)}"
+        require(known, RecipeError, what)
 
     @property
     def model(self) -> str:
@@ -340,18 +434,20 @@ class OpenAIServer:
         """`n` completions of each prompt. Raises `RolloutError` (`ServerError`), naming the row."""
         started = time.perf_counter()
         prompts = checked_prompts(prompts, n)
-        work = list(zip(prompts, occurrences(prompts), strict=True))
+        work, tokens = list(zip(prompts, occurrences(prompts), strict=True)), n * sampling.max_new_tokens
 
-        def one(item: tuple[PromptItem, int], stop: threading.Event) -> tuple[SampledCompletion, ...]:
+        async def one(http: httpx.AsyncClient, item: tuple[PromptItem, int]) -> tuple[SampledCompletion, ...]:
             prompt, seen = item
             body = self._body(prompt, seen, n, sampling)
             try:
-                return self.client.post("/v1/completions", body, lambda a: self._read(a, n, sampling), stop)
+                return await self.client.ask(
+                    http, "/v1/completions", body, lambda a: self._read(a, n, sampling), tokens
+                )
             except ServerError as error:
                 raise ServerError(f"row {prompt.row}: {error}") from None
 
-        groups = tuple(gather(one, work, self.concurrency))
-        return Rollouts(prompts, groups, sampling, time.perf_counter() - started)
+        groups = finished(lambda: gather(self.client, one, work, self.concurrency))
+        return Rollouts(prompts, tuple(groups), sampling, time.perf_counter() - started)
 
     def _body(self, prompt: PromptItem, seen: int, n: int, sampling: SamplingConfig) -> dict[str, Any]:
         body = {
@@ -377,7 +473,7 @@ class OpenAIServer:
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if sampling.stop_ids is not None:
-            # The server adds its model's end-of-sequence token unless told to ignore it.
+            # The server adds its model's end-of-sequence token unless asked to ignore it.
             body |= {"stop_token_ids": list(sampling.stop_ids), "ignore_eos": True}
         return body | self.extra
 
@@ -386,61 +482,74 @@ class OpenAIServer:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != n or not all(isinstance(c, dict) for c in choices):
             raise ValueError(f"the answer has no list of {n} choices")
-        found = []
-        for choice in sorted(choices, key=lambda c: c.get("index") or 0):
-            logprobs = choice.get("logprobs") or {}
-            if not isinstance(logprobs, dict):
-                raise ValueError(f"the answer's logprobs are {logprobs!r:.80}; expected an object")
-            logps = logprobs.get("token_logprobs")
-            ids = choice.get("token_ids")
-            if ids is None:
-                ids = _ids_from_names(logprobs.get("tokens"))
-            _check(ids, logps, choice.get("finish_reason"))
-            finish: Any = choice["finish_reason"]
-            # By what the server says they are; None where that is neither.
-            raw = self.logps == "raw" or sampling.is_model or (self.logps == "tempered" and sampling.temperature == 1)
-            drawn = (
-                self.logps == "processed" or (self.logps == "tempered" and not sampling.truncates) or sampling.is_model
+        found = {}
+        # By what the server says its log-probabilities are; None where that is neither.
+        raw = self.logps == "raw" or sampling.is_model or (self.logps == "tempered" and sampling.temperature == 1)
+        drawn = self.logps == "processed" or (self.logps == "tempered" and not sampling.truncates) or sampling.is_model
+        for place, choice in enumerate(choices):
+            ids, logps, finish = self._choice(choice, sampling.max_new_tokens)
+            index = choice.get("index", place)
+            found[index if _whole(index, n) else None] = SampledCompletion(
+                ids, logps if drawn else None, logps if raw else None, finish
             )
-            found.append(SampledCompletion(ids, logps if drawn else None, logps if raw else None, finish))
-        return tuple(found)
+        if found.keys() != set(range(n)):
+            raise ValueError(f"the answer's choices have indices {shown([c.get('index') for c in choices])}")
+        return tuple(found[index] for index in range(n))
+
+    def _choice(self, choice: dict[str, Any], most: int) -> tuple[list[int], list[float], Any]:
+        """Token ids, log-probabilities and why it ended. Raises `ValueError`."""
+        logprobs: Any = choice.get("logprobs") or {}
+        ids, finish = choice.get("token_ids"), choice.get("finish_reason")
+        if not isinstance(logprobs, dict):
+            raise ValueError(f"the answer's logprobs are {shown(logprobs)}; expected an object")
+        logps: Any = logprobs.get("token_logprobs")
+        ids = _ids_from_names(logprobs.get("tokens")) if ids is None else ids
+        count = len(logps) if isinstance(logps, list) else "no"
+        if not isinstance(ids, list) or not ids or not all(_whole(i, self.vocabulary) for i in ids):
+            reason = f"token ids are {shown(ids)}; expected at least one, whole numbers below {self.vocabulary}"
+        elif len(ids) > most:
+            reason = f"completion has {len(ids)} tokens; expected at most {most}"
+        elif count != len(ids):
+            reason = f"completion has {len(ids)} token ids and {count} log-probabilities"
+        elif not all(type(v) in (int, float) and -1e6 <= v <= LOGP_ROUNDING for v in logps):
+            reason = f"log-probabilities are {shown(logps)}; some are not finite numbers, at most 0"
+        elif finish not in ("stop", "length"):
+            reason = f"finish_reason is {shown(finish)}; expected stop or length"
+        else:
+            return ids, logps, finish
+        raise ValueError(f"the answer's {reason}")
 
     def refresh(self, model_or_path: Any) -> None:
         """Load the folder of an adapter or checkpoint on the server and sample from it from now on.
 
         Raises:
-            RolloutError: not a folder, or this sampler was told not to refresh.
-            ServerError: the server refuses; it goes on with what it had.
+            RolloutError: not a folder, or this sampler is set not to refresh.
+            ServerError: the server refuses; it keeps what it had.
         """
-        path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else None
-        if path is None or not path.is_dir():
-            raise RolloutError(f"a server loads weights from a folder, got {model_or_path!r}; save the model first")
-        if self.how == "none":
-            raise RolloutError(f"{self.client.url} is not to be refreshed; expected refresh: adapter or checkpoint")
-        folder = str(path.resolve())
-        if self.how == "checkpoint":
-            self._load_checkpoint(folder)
-        else:
-            self._load_adapter(folder)
+        path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else Path()
+        what = f"a server loads weights from a folder, got {model_or_path!r}; save the model first"
+        require(path != Path() and path.is_dir(), RolloutError, what)
+        what = f"{self.client.url} is not to be refreshed; expected refresh: adapter or checkpoint"
+        require(self.how != "none", RolloutError, what)
+        load = self._load_checkpoint if self.how == "checkpoint" else self._load_adapter
+        load(str(path.resolve()))
         self.version += 1
 
     def _load_checkpoint(self, folder: str) -> None:
         if self.flavour == "sglang":
-            body = {"model_path": folder, "flush_cache": True}
-            self.client.post("/update_weights_from_disk", body, _succeeded)
+            self._do("/update_weights_from_disk", model_path=folder, flush_cache=True)
             return
-        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        self.client.post("/collective_rpc", body, _succeeded)
+        self._do("/collective_rpc", method="reload_weights", kwargs={"weights_path": folder})
         # Cached prompts were computed with the old weights.
-        self.client.post("/reset_prefix_cache", {}, _succeeded)
+        self._do("/reset_prefix_cache")
 
     def _load_adapter(self, folder: str) -> None:
         # A new name each time: the server's caches go by the name, and requests under way keep the old one.
         name, before = f"{self.adapter_name}-{self._own}-{self.version + 1}", self.adapter
-        self.client.post(self.endpoints.load_adapter, {"lora_name": name, "lora_path": folder}, _succeeded)
+        self._do(self.endpoints.load_adapter, lora_name=name, lora_path=folder)
         self.adapter = name
         if before is not None:
-            self.client.post(self.endpoints.unload_adapter, {"lora_name": before}, _succeeded)
+            self._do(self.endpoints.unload_adapter, lora_name=before)
 
     def release(self) -> None:
         """Unload the adapter, if one is loaded; a server that does not answer is left alone, with a warning."""
@@ -454,13 +563,18 @@ class OpenAIServer:
 
     def sleep(self) -> None:
         """Have the server free its device memory (vLLM: `--enable-sleep-mode` and VLLM_SERVER_DEV_MODE=1)."""
-        path = "/sleep?level=1" if self.flavour == "vllm" else "/release_memory_occupation"
-        self.client.post(path, {}, _succeeded)
+        self._do(self.endpoints.sleep)
 
     def wake_up(self) -> None:
         """The opposite of `sleep`."""
-        path = "/wake_up" if self.flavour == "vllm" else "/resume_memory_occupation"
-        self.client.post(path, {}, _succeeded)
+        self._do(self.endpoints.wake_up)
+
+    def _do(self, path: str, **body: Any) -> None:
+        self.client.post(path, body, _succeeded)
+
+
+def _whole(value: Any, below: int) -> bool:
+    return type(value) is int and 0 <= value < below
 
 
 def _ids_from_names(tokens: Any) -> list[int]:
@@ -468,18 +582,6 @@ def _ids_from_names(tokens: Any) -> list[int]:
     if not isinstance(tokens, list) or not all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
         raise ValueError("the answer has no token ids; expected a server that knows `return_token_ids`")
     return [int(t.removeprefix("token_id:")) for t in tokens]
-
-
-def _check(ids: Any, logps: Any, finish: Any) -> None:
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise ValueError(f"the answer's token ids are {ids!r:.80}; expected at least one whole number")
-    if not isinstance(logps, list) or len(logps) != len(ids):
-        count = len(logps) if isinstance(logps, list) else "no"
-        raise ValueError(f"the answer has {len(ids)} token ids and {count} log-probabilities")
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in logps):
-        raise ValueError("the answer has log-probabilities that are not finite numbers")
-    if finish not in ("stop", "length"):
-        raise ValueError(f"the answer's finish_reason is {finish!r}; expected stop or length")
 
 
 def _succeeded(answer: Any) -> None:
