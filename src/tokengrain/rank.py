@@ -16,12 +16,14 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from tokengrain import models
 from tokengrain.batch import Sample, TokenBatch, first_fit
-from tokengrain.data.config import BATCH_ROWS, RowError, TokenizeConfig
+from tokengrain.data.config import BATCH_ROWS, RowError, TokenizeConfig, check
 from tokengrain.data.encode import Encoded, ExampleEncoder
-from tokengrain.data.formats import Example, check_prompt, check_row, content, pair_example
-from tokengrain.data.rows import file_kind, load_rows
-from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atomic_write
+from tokengrain.data.folders import file_kind
+from tokengrain.data.formats import Example, canonical, check_prompt, content, for_template, pair_example
+from tokengrain.data.rows import load_rows
+from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atomic_write, require
 from tokengrain.evaluation.statistics import (
     Estimate,
     LengthBucket,
@@ -30,6 +32,7 @@ from tokengrain.evaluation.statistics import (
     score_completions,
     wilson,
 )
+from tokengrain.specs import ModelSpec
 
 CPU_TOKENS, GPU_TOKENS = 8_192, 32_768
 
@@ -92,8 +95,8 @@ def rank(
         ModelError: no such reward model.
         RecipeError, RunError: a setting that is missing or unknown; an output that exists or cannot be written.
     """
-    if pooling not in get_args(Pooling):
-        raise RecipeError(f"pooling is {pooling!r}; expected one of {', '.join(get_args(Pooling))}")
+    known = get_args(Pooling)
+    require(pooling in known, RecipeError, f"pooling is {pooling!r}; expected one of {', '.join(known)}")
     rows = load_rows(file, streaming=True)
     result = Ranking(_target(file, rows.name, output, overwrite))
     tokenize = tokenize or TokenizeConfig()
@@ -115,93 +118,72 @@ def rank(
                     lengths += [c.completions[0].n_counted for c in candidates]
             result.rows += len(ready)
             advance(len(group))
-        if not result.rows:
-            raise DataError("no row could be used", file=rows.name, value=f"{result.skipped} rows skipped")
+        skipped = f"{result.skipped} rows skipped"
+        require(result.rows, DataError, "no row could be used", file=rows.name, value=skipped)
     if scores:
         _judge_pairs(result, torch.tensor(scores, dtype=torch.float64), torch.tensor(lengths))
     return result
 
 
-def candidates_of(row: Any) -> list[Example]:
+def candidates_of(row: Any, chat: bool = False) -> list[Example]:
     """One example per completion of a row. Raises `RowError`."""
-    check_row(row)
+    row = canonical(row, chat)
     if "completions" not in row:
-        if "chosen" not in row:
-            raise RowError(
-                "missing column",
-                "the row has no completions",
-                field="completions",
-                value=list(row),
-                expected="prompt + completions (a list), or a preference pair",
-            )
+        expected = "prompt + completions (a list), or a preference pair"
+        what = "the row has no completions"
+        check("chosen" in row, "missing column", what, field="completions", value=list(row), expected=expected)
         pair = pair_example(row)
-        return [_single(pair.prompt, c, name, pair.tools) for c, name in zip(pair.completions, pair.fields)]
+        return [_single(row, pair.prompt, c, name) for c, name in zip(pair.completions, pair.fields)]
     prompt, several = content(row, "prompt"), row["completions"]
     check_prompt(prompt)
-    if not isinstance(several, Sequence) or isinstance(several, (str, bytes)) or not len(several):
-        raise RowError(
-            "wrong type",
-            "is not a list of completions",
-            field="completions",
-            value=several,
-            expected="a list of at least one string or list of messages",
-        )
+    whole = isinstance(several, Sequence) and not isinstance(several, (str, bytes)) and len(several)
+    expected = "a list of at least one string or list of messages"
+    check(whole, "wrong type", "is not a list of completions", field="completions", value=several, expected=expected)
     examples = []
     for index, value in enumerate(several):
         name = f"completions[{index}]"
         completion = content({name: value}, name)
-        if isinstance(completion, str) != isinstance(prompt, str):
-            raise RowError(
-                "mixed types",
-                "is not of the prompt's kind",
-                field=name,
-                value=value,
-                expected="prompt and completions all strings or all lists of messages",
-            )
-        examples.append(_single(prompt, completion, name, row.get("tools") or None))
+        expected = "prompt and completions all strings or all lists of messages"
+        alike = isinstance(completion, str) == isinstance(prompt, str)
+        check(alike, "mixed types", "is not of the prompt's kind", field=name, value=value, expected=expected)
+        examples.append(_single(row, prompt, completion, name))
     return examples
 
 
-def _single(prompt: Any, completion: Any, name: str, tools: Any) -> Example:
-    return Example(prompt, (completion,), (name,), token_columns=({},), prefix=("",), tools=tools)
+def _single(row: Any, prompt: Any, completion: Any, name: str) -> Example:
+    return Example(prompt, (completion,), (name,), ({},), ("",), **for_template(row))
 
 
 def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int | None]:
     """`(reward model or credit source, tokenizer, device, positions)`."""
-    from tokengrain import models
-
     if isinstance(model, str):
-        from tokengrain.models import load_trained_reward_model
-        from tokengrain.specs import ModelSpec
-
         path = os.path.expanduser(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded: Any = load_trained_reward_model(path).to(device)
+        loaded: Any = models.load_trained_reward_model(path).to(device)
         tokenizer = tokenizer or models.load_tokenizer(ModelSpec(path=path), path)
         return loaded, tokenizer, device, models.positions(loaded.config)
-    if tokenizer is None:
-        raise RecipeError("tokenizer is missing; it is needed with a model or credit source that is loaded already")
+    missing = "tokenizer is missing; it is needed with a model or credit source that is loaded already"
+    require(tokenizer is not None, RecipeError, missing)
     if isinstance(model, nn.Module):
         config: Any = getattr(model, "config", None)
         device = device or next(model.parameters()).device
         return model, tokenizer, device, models.positions(config) if config is not None else None
-    if not callable(model):
-        raise ModelError(f"model is {type(model).__name__}; expected a path, a reward model or a credit source")
+    kind = type(model).__name__
+    require(callable(model), ModelError, f"model is {kind}; expected a path, a reward model or a credit source")
     return model, tokenizer, device or "cpu", None
 
 
 def _target(file: Any, name: str, output: Any, overwrite: bool) -> Path:
     named = isinstance(file, (str, os.PathLike))
-    if output is None and not named:
-        raise RecipeError("output is missing; it is needed where the rows do not come from a file")
+    missing = "output is missing; it is needed where the rows do not come from a file"
+    require(output is not None or named, RecipeError, missing)
     stem = Path(name.removesuffix(".gz")).stem if file_kind(Path(name)) else Path(name).name
     target = Path(output) if output is not None else Path(f"{stem}.ranked.jsonl")
-    if target.suffix != ".jsonl":
-        raise RecipeError(f"output is {str(target)!r}; expected a name that ends in .jsonl")
-    if named and Path(file).exists() and target.exists() and target.samefile(file):
-        raise RecipeError(f"output {str(target)!r} is the input")
-    if target.exists() and not overwrite:
-        raise RunError(f"{target} exists; give another output, or overwrite it")
+    jsonl = target.suffix == ".jsonl"
+    require(jsonl, RecipeError, f"output is {str(target)!r}; expected a name that ends in .jsonl")
+    same = named and Path(file).exists() and target.exists() and target.samefile(file)
+    require(not same, RecipeError, f"output {str(target)!r} is the input")
+    require(overwrite or not target.exists(), RunError, f"{target} exists; give another output, or overwrite it")
     return target
 
 
@@ -220,7 +202,7 @@ def _candidates(
     errors: list[tuple[int, RowError]] = []
     for number, row in group:
         try:
-            examples.append((number, row, candidates_of(row)))
+            examples.append((number, row, candidates_of(row, tokenize.chat)))
         except RowError as error:
             errors.append((number, error))
     encoded = iter(encoder([(number, e) for number, _, several in examples for e in several]))
@@ -265,8 +247,8 @@ def _merged(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _best(values: list[float], place: tuple[str, str]) -> int:
-    if not all(map(math.isfinite, values)):
-        raise DataError("a score is not finite", file=place[0], row=place[1], value=values, expected="finite numbers")
+    finite, where = all(map(math.isfinite, values)), {"file": place[0], "row": place[1]}
+    require(finite, DataError, "a score is not finite", **where, value=values, expected="finite numbers")
     return values.index(max(values))
 
 

@@ -153,8 +153,12 @@ def test_template_that_changes_the_prompt():
 def test_generation_prompt_that_says_more_than_an_answer_begins_with():
     template = CHATML.replace("assistant\n", "assistant\n<think></think>")
     sample = prepare_pairs([PAIR], gpt2_like(template))[0]
-    assert gpt2_like().decode(sample.prompt_ids).endswith("<|im_start|>assistant\n")
+    # The prompt ends as generation would begin; an answer that begins with the same characters loses none of them.
+    assert gpt2_like().decode(sample.prompt_ids).endswith("<|im_start|>assistant\n<think></think>")
     assert gpt2_like().decode(sample.completions[0].ids) == "It is blue.<|im_end|>"
+    tagged = prepare_pairs([{**PAIR, "chosen": [assistant("<the sky>")]}], gpt2_like(template))[0]
+    assert tagged.prompt_ids == sample.prompt_ids
+    assert gpt2_like().decode(tagged.completions[0].ids) == "<the sky><|im_end|>"
 
 
 MULTI = {
@@ -188,11 +192,14 @@ def test_eos_counts_behind_several_turns():
 
 
 def test_template_that_rewrites_earlier_turns():
+    # By their headings (Qwen 3's template is of this kind), or by `{% generation %}` blocks.
+    for template in (REWRITING_PLAIN, REWRITING_MARKED):
+        tokenizer = gpt2_like(template)
+        chosen = prepare_pairs([MULTI], tokenizer)[0].completions[0]
+        assert counted_text(tokenizer, chosen) == "It is blue.<|im_end|><think></think>Green.<|im_end|>"
+    unmarked = REWRITING_PLAIN.replace("<|im_start|>{{ m['role'] }}\n", "").replace("<|im_start|>assistant\n", "")
     with pytest.raises(DataError, match=r"field 'chosen': the chat template rewrites earlier turns.*generation"):
-        prepare_pairs([MULTI], gpt2_like(REWRITING_PLAIN))
-    tokenizer = gpt2_like(REWRITING_MARKED)
-    chosen = prepare_pairs([MULTI], tokenizer)[0].completions[0]
-    assert counted_text(tokenizer, chosen) == "It is blue.<|im_end|><think></think>Green.<|im_end|>"
+        prepare_pairs([MULTI], gpt2_like(unmarked))
     # One turn needs no such marks.
     sample = prepare_pairs([PAIR], gpt2_like(REWRITING_PLAIN))[0]
     assert tokenizer.decode(sample.completions[0].ids) == "<think></think>It is blue.<|im_end|>"
@@ -235,7 +242,7 @@ BAD = {
     "completion is empty": {**PAIR, "rejected": [assistant(" ")]},
     "has no messages": {**PAIR, "rejected": []},
     "is equal to 'chosen'": {**PAIR, "rejected": PAIR["chosen"]},
-    "is messages while the prompt is text": {**PAIR, "prompt": "hello"},
+    "is messages while the prompt is text": {**PAIR, "prompt": "hello", "chosen": [user("no"), *PAIR["chosen"]]},
     "is text while the other completion is messages": {**PAIR, "chosen": "It is blue."},
     "there is no prompt": {"chosen": PAIR["chosen"], "rejected": PAIR["rejected"]},
 }

@@ -138,7 +138,7 @@ BAD = {
         "chosen",
         "is of type int; got 3; expected a string, or a list of messages",
     ),
-    "null": ({**GOOD, "prompt": None}, "prompt", "is of type NoneType; got None; expected a string"),
+    "null": ({**GOOD, "chosen": None}, "chosen", "is of type NoneType; got None; expected a string"),
     "mixed": (
         {**GOOD, "chosen": [{"role": "assistant", "content": "b"}]},
         "rejected",

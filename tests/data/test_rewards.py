@@ -168,7 +168,7 @@ def bad_rows():
         f"does not fit.*got '{n - 1} numbers'; expected {n}: one per token",
     )
     yield {"rejected_token_rewards": [0.0] * (m + 1)}, f"does not fit.*got '{m + 1} numbers'; expected {m}"
-    yield {"chosen_token_rewards": []}, "got '0 numbers'.*where spans are meant and there is none: one of reward 0"
+    yield {"chosen_token_rewards": []}, f"got '0 numbers'; expected {n}: one per token"
     yield {"chosen_token_rewards": [*good[1:], math.nan]}, f"value {n - 1} is not finite; got nan"
     yield {"chosen_token_rewards": [math.inf, *good[1:]]}, "value 0 is not finite; got inf"
     yield {"chosen_token_rewards": ["1", *good[1:]]}, "value 0 is not a number; got '1'"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tokengrain.data.spans import SpanConfig
-from tokengrain.errors import DataError, RecipeError, shown
+from tokengrain.errors import DataError, RecipeError, require, shown
 
 # Where rows are tokenised together; also how often progress is reported.
 BATCH_ROWS = 256
@@ -16,25 +16,15 @@ NO_SPAN = "no span"
 
 
 class RowError(DataError):
-    """One row that cannot be used.
+    """One row that cannot be used; `located` adds the file and the row.
 
     Args:
         reason: the kind of defect in two or three words; reports count rows by it.
-
-    The other arguments are those of `DataError`. `located` adds the file and the row afterwards, so that the
-    code that looks at a single row need not carry them along.
+        what, field, value, expected: as in `DataError`.
     """
 
-    def __init__(
-        self,
-        reason: str,
-        what: str,
-        *,
-        field: str | None = None,
-        value: Any = ...,
-        expected: str | None = None,
-    ) -> None:
-        super().__init__(what, field=field, value=value, expected=expected)
+    def __init__(self, reason: str, what: str, **details: Any) -> None:
+        super().__init__(what, **details)
         self.reason = reason
 
     def located(self, file: object, row: object, note: str = "") -> DataError:
@@ -42,6 +32,17 @@ class RowError(DataError):
         error = DataError(self.what, file=file, row=row, field=self.field, value=self.value, expected=self.expected)
         error.args = (f"{error}{note}",)
         return error
+
+
+def check(condition: object, reason: str, what: str, **details: Any) -> None:
+    """Raise `RowError(reason, what, field=, value=, expected=)` unless the condition holds."""
+    if not condition:
+        raise RowError(reason, what, **details)
+
+
+TruncationSide = Literal["left", "right"]
+OnInvalid = Literal["error", "skip"]
+OnDropped = Literal["error", "keep"]
 
 
 @dataclass(frozen=True)
@@ -66,42 +67,45 @@ class TokenizeConfig:
         spans: mark the spans in which chosen and rejected differ, as the per-token column "spans"; a
             `SpanConfig`, a mapping of its fields, or its source alone; None: no such column. Rows with one
             completion have no spans, but tags are taken out of them too.
+        chat: make messages of text rows: the prompt becomes the user's, a completion the assistant's.
+        on_dropped: "error" makes a row invalid if the chat template drops text of it (reasoning, tool calls,
+            tools, content); "keep" trains on the rest, and the report counts such rows.
     """
 
     max_length: int | None = None
     max_prompt_length: int | None = None
-    truncation_side: Literal["left", "right"] = "left"
+    truncation_side: TruncationSide = "left"
     min_completion_length: int = 1
-    on_invalid: Literal["error", "skip"] = "error"
+    on_invalid: OnInvalid = "error"
     add_eos: bool = True
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     spans: SpanConfig | str | None = None
+    chat: bool = False
+    on_dropped: OnDropped = "error"
 
     def __post_init__(self) -> None:
         if self.spans is not None:
             object.__setattr__(self, "spans", SpanConfig.of(self.spans))
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("min_completion_length", 1)):
-            value = getattr(self, name)
-            optional = name != "min_completion_length"
-            if value is None and optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise RecipeError(
-                    f"{name} is {shown(value)}; expected a whole number of at least {least}"
-                    + (", or none" if optional else "")
-                )
-        for name, choices in (("truncation_side", ("left", "right")), ("on_invalid", ("error", "skip"))):
-            if getattr(self, name) not in choices:
-                raise RecipeError(f"{name} is {shown(getattr(self, name))}; expected one of {', '.join(choices)}")
+            value, optional = getattr(self, name), name != "min_completion_length"
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            expected = f"a whole number of at least {least}" + (", or none" if optional else "")
+            require(
+                whole or (value is None and optional), RecipeError, f"{name} is {shown(value)}; expected {expected}"
+            )
+        kinds = {"truncation_side": TruncationSide, "on_invalid": OnInvalid, "on_dropped": OnDropped}
+        for name, kind in kinds.items():
+            value, choices = getattr(self, name), get_args(kind)
+            require(value in choices, RecipeError, f"{name} is {shown(value)}; expected one of {', '.join(choices)}")
         if self.max_length is not None:
             left = self.max_length - (self.max_prompt_length or 1)
-            if left < self.min_completion_length:
-                raise RecipeError(
-                    f"max_length {self.max_length} leaves {left} tokens for a completion beside "
-                    f"max_prompt_length {self.max_prompt_length}; expected at least min_completion_length = "
-                    f"{self.min_completion_length}"
-                )
+            require(
+                left >= self.min_completion_length,
+                RecipeError,
+                f"max_length {self.max_length} leaves {left} tokens for a completion beside max_prompt_length "
+                f"{self.max_prompt_length}; expected at least min_completion_length = {self.min_completion_length}",
+            )
 
     @property
     def span_config(self) -> SpanConfig | None:
@@ -110,7 +114,6 @@ class TokenizeConfig:
 
     def skips(self, error: RowError) -> bool:
         """Whether a row with this error is left out; else it is an error."""
-        spans = self.span_config
-        if spans is not None and error.reason == NO_SPAN:
-            return spans.on_none == "skip"
+        if self.span_config is not None and error.reason == NO_SPAN:
+            return self.span_config.on_none == "skip"
         return self.on_invalid == "skip"

@@ -129,6 +129,8 @@ class Report:
         first: for each reason, the message about the first such row.
         prompts_cut, completions_cut: how many were longer than the configuration allows.
         without_spans: pairs that were kept although spans were looked for and none was found.
+        dropped: rows by what the chat template left out of them (`on_dropped: keep`).
+        ended: texts that ended in a special token, such as an end-of-turn token, before EOS was added.
     """
 
     kept: int = 0
@@ -137,6 +139,8 @@ class Report:
     prompts_cut: int = 0
     completions_cut: int = 0
     without_spans: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    ended: int = 0
 
     @property
     def rows(self) -> int:
@@ -145,7 +149,7 @@ class Report:
     @property
     def notable(self) -> bool:
         """Whether there is more to say than that all rows were kept as they are."""
-        return bool(self.skipped or self.prompts_cut or self.completions_cut or self.without_spans)
+        return len(str(self).split("; ")) > 1
 
     @property
     def reasons(self) -> str:
@@ -157,6 +161,9 @@ class Report:
         self.prompts_cut += result.prompt_cut
         self.completions_cut += result.completions_cut
         self.without_spans += result.spanless
+        self.ended += result.ended
+        for name in result.dropped:
+            self.dropped[name] = self.dropped.get(name, 0) + 1
 
     def skip(self, reason: str, message: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
@@ -170,6 +177,11 @@ class Report:
             parts.append(f"cut: {self.prompts_cut} prompts, {self.completions_cut} completions")
         if self.without_spans:
             parts.append(f"{self.without_spans} pairs without a span")
+        if self.dropped:
+            lost = ", ".join(f"{name} of {count} rows" for name, count in self.dropped.items())
+            parts.append(f"the chat template drops {lost}")
+        if self.ended:
+            parts.append(f"{self.ended} texts end in a special token already; EOS was added behind it")
         return "; ".join(parts)
 
 

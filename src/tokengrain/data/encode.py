@@ -1,4 +1,4 @@
-"""`Example` -> `Sample`: render, tokenise, find the seam, add EOS, read token columns, mark spans, cut to length."""
+"""Row -> `Sample`: parse, render, tokenise, find the prompt boundary, add EOS, read columns, mark spans, cut."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokengrain.batch import Completion, Sample
-from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig
-from tokengrain.data.formats import Example
-from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker, token_column
+from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig, check
+from tokengrain.data.formats import Example, canonical
+from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker, no_spans, parsed_list, token_column
 from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
 
 
@@ -17,7 +17,8 @@ from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
 class Encoded:
     """A sample and what was cut to make it; `prefix` is that of its first completion's columns.
 
-    `spanless`: spans were looked for, and none of the sample's tokens is in one.
+    `spanless`: spans were looked for, and none of the sample's tokens is in one. `dropped`: what the chat template
+    left out. `ended`: how many texts ended in a special token already when EOS was added.
     """
 
     sample: Sample
@@ -25,6 +26,8 @@ class Encoded:
     prompt_cut: bool
     completions_cut: int
     spanless: bool = False
+    dropped: tuple[str, ...] = ()
+    ended: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class ExampleEncoder:
         work: list[_Work] = []
         for index, (number, row) in enumerate(rows):
             try:
+                row = row if isinstance(row, Example) else canonical(row, self.config.chat)
                 row, found = self.marker.read(row) if self.marker is not None else (row, {})
                 example = self.parse(row)
                 work.append(_Work(index, number, row, found, example, self.renderer(example)))
@@ -107,7 +111,12 @@ class ExampleEncoder:
         self._check_positions(example, kept_prompt, completions)
         spanless = self._mark_spans(work, completions, sides)
         sample = Sample(kept_prompt, completions, row=work.number, raw=example.raw)
-        return Encoded(sample, example.prefix[0], len(kept_prompt) < len(prompt), n_cut, spanless)
+        dropped = tuple(dict.fromkeys(name for r in rendered for name in r.dropped))
+        # The text of a rendered template, to which EOS was added behind its end-of-turn token.
+        plain = [(r, t) for r, t in zip(rendered, tokens) if not r.special and self.encoder.tail(r, t)]
+        ended = sum(r.text.rstrip().endswith(self.renderer.end_marks) for r, _ in plain)
+        cut_prompt = len(kept_prompt) < len(prompt)
+        return Encoded(sample, example.prefix[0], cut_prompt, n_cut, spanless, dropped, ended)
 
     def _mark_spans(self, work: _Work, completions: list[Completion], sides: list[Marked]) -> bool:
         """Give a pair its column of spans; whether it has none."""
@@ -117,14 +126,11 @@ class ExampleEncoder:
         for completion, column in zip(completions, columns):
             completion.columns[COLUMN] = column[: completion.n_counted]
         spanless = not any(any(c.columns[COLUMN]) for c in completions)
-        if spanless and self.marker.config.on_none != "keep":
-            raise RowError(
-                NO_SPAN,
-                "no token of either completion is in a span",
-                field=work.example.fields[0],
-                value=work.example.completions[0],
-                expected="a span at least, or `spans: {on_none: keep}` (or skip)",
-            )
+        field, value = work.example.fields[0], work.example.completions[0]
+        expected = "a span at least, or `spans: {on_none: keep}` (or skip)"
+        what = "no token of either completion is in a span"
+        kept = not spanless or self.marker.config.on_none == "keep"
+        check(kept, NO_SPAN, what, field=field, value=value, expected=expected)
         return spanless
 
     def _least_prompt(self, example: Example, tokens: list[Tokens]) -> tuple[list[int], int]:
@@ -133,13 +139,9 @@ class ExampleEncoder:
             return [self.encoder.bos_id], 0
         if not example.prompt and len(tokens[0].ids) > 1:
             return tokens[0].ids[:1], 1
-        raise RowError(
-            "empty prompt",
-            "prompt has no token of its own, and the tokenizer has no BOS to stand for it",
-            field="prompt",
-            value=example.prompt,
-            expected="a longer prompt, or a tokenizer with BOS",
-        )
+        what = "prompt has no token of its own, and the tokenizer has no BOS to stand for it"
+        expected = "a longer prompt, or a tokenizer with BOS"
+        raise RowError("empty prompt", what, field="prompt", value=example.prompt, expected=expected)
 
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
         limit = self.config.max_prompt_length
@@ -157,31 +159,33 @@ class ExampleEncoder:
         ids = tokens.ids[cut:] + self.encoder.tail(rendered, tokens)
         counted = self._counted(rendered, tokens, cut, len(ids))
         room = len(ids) if self.config.max_length is None else self.config.max_length - prompt_length
-        if room < min(len(ids), self.config.min_completion_length):
-            raise RowError(
-                "completion does not fit",
-                f"completion does not fit beside a prompt of {prompt_length} tokens",
-                field=example.fields[side],
-                value=f"{len(ids)} tokens, room for {max(room, 0)}",
-                expected=f"room for {self.config.min_completion_length} at least (max_length "
-                f"{self.config.max_length}; max_prompt_length cuts prompts)",
-            )
+        what = f"completion does not fit beside a prompt of {prompt_length} tokens"
+        expected = f"room for {self.config.min_completion_length} at least (max_length {self.config.max_length}; "
+        check(room >= min(len(ids), self.config.min_completion_length), "completion does not fit", what,
+              field=example.fields[side], value=f"{len(ids)} tokens, room for {max(room, 0)}",
+              expected=f"{expected}max_prompt_length cuts prompts)")  # fmt: skip
         kept = ids[:room]
         mask = counted[:room]
         where = [cut + i for i, counts in enumerate(counted) if counts]
-        columns = {
-            name: token_column(
-                name,
-                value,
-                example.prefix[side] + name,
-                rendered=rendered,
-                tokens=tokens,
-                counted=where,
-                kept=sum(mask),
+        columns = {}
+        for name, value in example.token_columns[side].items():
+            field = example.prefix[side] + name
+            if name == "token_rewards" and self._spanless(example, side):
+                columns[name] = [0.0] * sum(mask)
+                continue
+            columns[name] = token_column(
+                name, value, field, rendered=rendered, tokens=tokens, counted=where, kept=sum(mask)
             )
-            for name, value in example.token_columns[side].items()
-        }
         return Completion(kept, None if all(mask) else mask, columns), where, len(kept) < len(ids)
+
+    def _spanless(self, example: Example, side: int) -> bool:
+        """Whether the token rewards of this side are the empty list, beside spans or nothing on the other side."""
+        given = [
+            parsed_list("token_rewards", columns["token_rewards"], prefix + "token_rewards")
+            for columns, prefix in zip(example.token_columns, example.prefix)
+            if "token_rewards" in columns
+        ]
+        return len(given) == len(example.token_columns) and no_spans(given[side], [v for g in given for v in g])
 
     def _counted(self, rendered: Rendered, tokens: Tokens, cut: int, length: int) -> list[bool]:
         """Which of the completion's tokens count: the turns', those moved here from the prompt, EOS."""
@@ -200,42 +204,24 @@ class ExampleEncoder:
     def _check_completions(self, example: Example, completions: list[Completion], n_cut: int) -> None:
         names = [set(c.columns) for c in completions]
         for side, present in enumerate(names):
-            for name in sorted(set.union(*names) - present):
-                raise RowError(
-                    "missing column",
-                    "is missing while the other completion has its own",
-                    field=example.prefix[side] + name,
-                    expected="values for both completions or for none",
-                )
-        for side, completion in enumerate(completions):
-            if not completion.n_counted:
-                raise RowError(
-                    "completion does not fit",
-                    "no token of the completion is left to count",
-                    field=example.fields[side],
-                    value=example.completions[side],
-                    expected="at least one token",
-                )
+            lacking = sorted(set.union(*names) - present)
+            what, expected = "is missing while the other completion has its own", "values for both completions or none"
+            check(not lacking, "missing column", what, field=example.prefix[side] + "".join(lacking[:1]),
+                  expected=expected)  # fmt: skip
+        for completion, field, value in zip(completions, example.fields, example.completions):
+            what = "no token of the completion is left to count"
+            check(completion.n_counted, "completion does not fit", what, field=field, value=value,
+                  expected="at least one token")  # fmt: skip
         if len(completions) > 1 and completions[0].ids == completions[1].ids:
-            raise RowError(
-                "chosen equals rejected",
-                "is the same as 'chosen' " + ("once both are cut" if n_cut else "in the tokenizer's eyes"),
-                field=example.fields[1],
-                value=example.completions[1],
-                expected="two completions that differ"
-                + (f" within max_length {self.config.max_length}" if n_cut else ""),
-            )
+            what = "is the same as 'chosen' " + ("once both are cut" if n_cut else "in the tokenizer's eyes")
+            expected = "two completions that differ" + (f" within max_length {self.config.max_length}" * bool(n_cut))
+            value = example.completions[1]
+            raise RowError("chosen equals rejected", what, field=example.fields[1], value=value, expected=expected)
 
     def _check_positions(self, example: Example, prompt: list[int], completions: list[Completion]) -> None:
-        if self.model_positions is None:
-            return
-        for side, completion in enumerate(completions):
-            length = len(prompt) + len(completion.ids)
-            if length > self.model_positions:
-                raise RowError(
-                    "longer than the model",
-                    "prompt and completion are longer than the model's positions",
-                    field=example.fields[side],
-                    value=f"{len(prompt)} + {len(completion.ids)} = {length} tokens",
-                    expected=f"at most {self.model_positions} (max_length and max_prompt_length cut rows)",
-                )
+        for completion, field in zip(completions, example.fields):
+            length, most = len(prompt) + len(completion.ids), self.model_positions
+            what = "prompt and completion are longer than the model's positions"
+            got = f"{len(prompt)} + {len(completion.ids)} = {length} tokens"
+            check(most is None or length <= most, "longer than the model", what, field=field, value=got,
+                  expected=f"at most {most} (max_length and max_prompt_length cut rows)")  # fmt: skip

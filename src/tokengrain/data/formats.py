@@ -1,7 +1,8 @@
-"""One row in any of TRL's formats -> `Example`: a prompt and its completions, as text or as messages.
+"""One row in any format that people use -> `Example`: a prompt and its completions, as text or as messages.
 
-Preference rows (`pair_example`): `prompt`, `chosen`, `rejected`, each a string (standard) or a list of
-messages `{"role": ..., "content": ...}` (conversational). Without `prompt` it is implicit:
+`canonical` first brings other tools' columns into TRL's. Preference rows (`pair_example`) then have `prompt`,
+`chosen`, `rejected`, each a string (standard) or a list of messages `{"role": ..., "content": ...}`
+(conversational). Without `prompt` it is implicit:
 
 - messages: the messages both sides begin with;
 - dialogues "\n\nHuman: … \n\nAssistant: …" (HH): everything up to and including the last
@@ -16,14 +17,13 @@ row, whose chosen side is taken.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tokengrain.data.config import RowError
-
-# ----------------------------------------------------------------------------------------------------
-# Looking at the columns of one row: are they there, of the right type, not empty? Raises `RowError`.
+from tokengrain.data.config import RowError, check
 
 Message = dict[str, Any]
 Content = str | list[Message]
@@ -31,187 +31,11 @@ Content = str | list[Message]
 TOKEN_COLUMNS = ("token_rewards", "ref_logps")
 _OPTIONAL = tuple(prefix + name for prefix in ("", "chosen_", "rejected_") for name in TOKEN_COLUMNS)
 KNOWN_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages", "tools", *_OPTIONAL)
-
-
-def check_mapping(row: Any) -> None:
-    """Raises `RowError` if a row is no mapping; or is such an error itself (see `with_columns`)."""
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise RowError("wrong type", "the row is not an object", value=row, expected="an object with named columns")
-
-
-def check_row(row: Any) -> None:
-    """`check_mapping`, and that no column looks like a misspelt one of token numbers. Raises `RowError`."""
-    check_mapping(row)
-    for name in row:
-        if name in KNOWN_COLUMNS:
-            continue
-        near = difflib.get_close_matches(str(name), _OPTIONAL, n=1, cutoff=0.9)
-        if near and near[0] not in row:
-            raise RowError("misspelt column", "unknown column", field=str(name), expected=f"{near[0]!r}")
-
-
-def check_misspelt(row: Mapping[str, Any], name: str, cutoff: float) -> None:
-    others = [str(k) for k in row if k not in KNOWN_COLUMNS]
-    near = difflib.get_close_matches(name, others, n=1, cutoff=cutoff)
-    if near:
-        raise RowError(
-            "missing column",
-            f"column is missing; {near[0]!r} has a similar name",
-            field=name,
-            expected=repr(name),
-        )
-
-
-def content(row: Mapping[str, Any], name: str) -> Content:
-    """The text or messages in a column."""
-    if name not in row:
-        check_misspelt(row, name, 0.6)
-        raise RowError("missing column", "column is missing", field=name, expected=f"{name!r} among {list(row)}")
-    value = row[name]
-    if isinstance(value, str):
-        _check_encodable(value, name)
-        return value
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        if not value:
-            raise RowError(
-                f"empty {_kind_of(name)}",
-                "has no messages",
-                field=name,
-                value=value,
-                expected="at least one message",
-            )
-        return [_message(m, name, i) for i, m in enumerate(value)]
-    raise RowError(
-        "wrong type",
-        f"is of type {type(value).__name__}",
-        field=name,
-        value=value,
-        expected="a string, or a list of messages with role and content",
-    )
-
-
-def _message(value: Any, name: str, index: int) -> Message:
-    where = f"message {index}"
-    if not isinstance(value, Mapping):
-        raise RowError(
-            "wrong type",
-            f"{where} is not an object",
-            field=name,
-            value=value,
-            expected="an object with role and content",
-        )
-    message = {k: v for k, v in value.items() if v is not None}  # parquet gives absent keys as None
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise RowError("wrong type", f"{where} has no role", field=name, value=value, expected="a role, a string")
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return message
-    if not isinstance(content, str):
-        raise RowError(
-            "wrong type",
-            f"the content of {where} is of type {type(content).__name__}",
-            field=name,
-            value=content,
-            expected="a string",
-        )
-    _check_encodable(content, name)
-    return message
-
-
-def _check_encodable(text: str, name: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "broken text",
-            f"half of a surrogate pair at character {error.start}, which UTF-8 cannot hold",
-            field=name,
-            value=text[max(0, error.start - 20) : error.end + 20],
-            expected="valid Unicode text",
-        ) from error
-
-
-def check_equal(chosen: Content, rejected: Content) -> None:
-    if chosen == rejected and not (isinstance(chosen, str) and not chosen.strip()):  # that is an empty completion
-        raise RowError(
-            "chosen equals rejected",
-            "is equal to 'chosen'",
-            field="rejected",
-            value=rejected,
-            expected="two different completions",
-        )
-
-
-def check_prompt(prompt: Content, name: str = "prompt") -> None:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise RowError("empty prompt", "is empty", field=name, value=prompt, expected="some text")
-    elif not prompt:
-        raise RowError("empty prompt", "has no messages", field=name, value=prompt, expected="at least one message")
-    elif prompt[-1]["role"] == "assistant":
-        raise RowError(
-            "wrong roles",
-            "ends with the assistant's message",
-            field=name,
-            value=prompt[-1],
-            expected="a prompt that the assistant is to answer",
-        )
-
-
-def check_completion(completion: Content, name: str) -> None:
-    reason = "empty completion"
-    if isinstance(completion, str):
-        if not completion.strip():
-            raise RowError(reason, "completion is empty", field=name, value=completion, expected="some text")
-        return
-    if not completion:
-        raise RowError(
-            reason,
-            "no message is left beside the prompt",
-            field=name,
-            value=completion,
-            expected="an assistant's message",
-        )
-    for message in (completion[0], completion[-1]):
-        if message["role"] != "assistant":
-            raise RowError(
-                "wrong roles",
-                f"a completion begins or ends with the role {message['role']!r}",
-                field=name,
-                value=message,
-                expected="the assistant's message at the start and at the end",
-            )
-    for message in completion:
-        empty = not message.get("content", "").strip() and not message.get("tool_calls")
-        if message["role"] == "assistant" and empty:
-            raise RowError(reason, "completion is empty", field=name, value=message, expected="some text")
-
-
-def token_columns(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name: row[prefix + name] for name in TOKEN_COLUMNS if row.get(prefix + name) is not None}
-
-
-def _kind_of(name: str) -> str:
-    return "prompt" if name == "prompt" else "completion"
-
-
-# ----------------------------------------------------------------------------------------------------
-# A helper for sequences of any kind.
-
-
-def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Length of the longest beginning that two sequences (strings, lists) share."""
-    length = min(len(first), len(second))
-    if first[:length] == second[:length]:
-        return length
-    return next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
-
+COMPLETIONS = ("chosen", "rejected", "completion", "chosen_masked", "rejected_masked")
 
 HUMAN, ASSISTANT = "Human:", "\n\nAssistant:"
+# The names that ShareGPT's data and LLaMA-Factory give to roles.
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 
 
 @dataclass(frozen=True)
@@ -225,14 +49,16 @@ class Example:
         token_columns: per completion, the values of `token_rewards` and `ref_logps` as they stand in the row.
         prefix: what the columns' names begin with, per completion ("chosen_" for `chosen_token_rewards`).
         tools: tools for the chat template.
+        template_kwargs: the row's own variables for the chat template.
     """
 
     prompt: Content
-    completions: tuple[Content, ...]
-    fields: tuple[str, ...]
-    token_columns: tuple[dict[str, Any], ...]
-    prefix: tuple[str, ...]
+    completions: tuple[Content, ...] = ()
+    fields: tuple[str, ...] = ()
+    token_columns: tuple[dict[str, Any], ...] = ()
+    prefix: tuple[str, ...] = ()
     tools: list[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def raw(self) -> dict[str, Content]:
@@ -242,17 +68,15 @@ class Example:
 
 def pair_example(row: Any) -> Example:
     """The prompt, chosen and rejected completion of a preference row. Raises `RowError`."""
-    check_row(row)
+    row = canonical(row)
     chosen, rejected = content(row, "chosen"), content(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise RowError(
-            "mixed types",
-            "is text while the other completion is messages",
-            field="chosen" if isinstance(chosen, str) else "rejected",
-            value=row["chosen" if isinstance(chosen, str) else "rejected"],
-            expected="both strings or both lists of messages",
-        )
-    check_equal(chosen, rejected)
+        name = "chosen" if isinstance(chosen, str) else "rejected"
+        what, expected = "is text while the other completion is messages", "both strings or both lists of messages"
+        raise RowError("mixed types", what, field=name, value=row[name], expected=expected)
+    if chosen == rejected and not (isinstance(chosen, str) and not chosen.strip()):  # that is an empty completion
+        what, expected = "is equal to 'chosen'", "two different completions"
+        raise RowError("chosen equals rejected", what, field="rejected", value=rejected, expected=expected)
     if "prompt" in row:
         prompt, chosen, rejected = _explicit(content(row, "prompt"), chosen, rejected)
         check_prompt(prompt)
@@ -261,92 +85,354 @@ def pair_example(row: Any) -> Example:
         prompt, chosen, rejected = _split_pair(chosen, rejected)
     check_completion(chosen, "chosen")
     check_completion(rejected, "rejected")
-    return Example(
-        prompt,
-        (chosen, rejected),
-        ("chosen", "rejected"),
-        (token_columns(row, "chosen_"), token_columns(row, "rejected_")),
-        ("chosen_", "rejected_"),
-        row.get("tools") or None,
-    )
+    fields, prefix = ("chosen", "rejected"), ("chosen_", "rejected_")
+    columns = tuple(token_columns(row, p) for p in prefix)
+    return Example(prompt, (chosen, rejected), fields, columns, prefix, **for_template(row))
 
 
 def single_example(row: Any) -> Example:
     """The prompt and the only completion of a row (of a pair: chosen). Raises `RowError`."""
-    check_row(row)
+    row = canonical(row)
     present = {name for name in KNOWN_COLUMNS if row.get(name) is not None}
     if {"chosen", "rejected"} <= present:
         pair = pair_example(row)
-        return Example(pair.prompt, pair.completions[:1], ("chosen",), pair.token_columns[:1], ("chosen_",), pair.tools)
+        only = {n: getattr(pair, n)[:1] for n in ("completions", "fields", "token_columns", "prefix")}
+        return replace(pair, **only)
+    prompt: Content = ""
     if "prompt" in present:
         name = "chosen" if "chosen" in present else "completion"
-        completion, prefix = content(row, name), "chosen_" if name == "chosen" else ""
-        prompt, completion = _explicit(content(row, "prompt"), completion, field=name)
+        prompt, completion = _explicit(content(row, "prompt"), content(row, name), field=name)
         check_prompt(prompt)
     elif "messages" in present:
-        name, prefix = "messages", ""
-        prompt, completion = _split_messages(content(row, "messages"))
-        check_prompt(prompt, "messages")
+        name = "messages"
+        prompt, completion = _split_messages(content(row, name))
+        check_prompt(prompt, name)
     elif "text" in present:
-        name, prefix = "text", ""
-        prompt, completion = "", content(row, "text")
-        if not isinstance(completion, str):
-            raise RowError("wrong type", "is not text", field="text", value=completion, expected="a string")
+        name = "text"
+        completion = content(row, name)
+        check(isinstance(completion, str), "wrong type", "is not text", field=name, value=completion,
+              expected="a string")  # fmt: skip
     else:
         for wanted in ("prompt", "completion", "messages", "text"):
             check_misspelt(row, wanted, 0.75)
-        raise RowError(
-            "missing column",
-            "the row has none of the columns that hold a completion",
-            value=list(row),
-            expected="prompt + completion, messages, text, or prompt + chosen + rejected",
-        )
+        what = "the row has none of the columns that hold a completion"
+        expected = "prompt + completion, messages, text, or prompt + chosen + rejected"
+        raise RowError("missing column", what, value=list(row), expected=expected)
     check_completion(completion, name)
-    return Example(prompt, (completion,), (name,), (token_columns(row, prefix),), (prefix,), row.get("tools") or None)
+    prefix = "chosen_" if name == "chosen" else ""
+    return Example(prompt, (completion,), (name,), (token_columns(row, prefix),), (prefix,), **for_template(row))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Other tools' columns -> TRL's.
+
+
+class CanonicalRow(dict[str, Any]):
+    """A row that `canonical` made."""
+
+
+def canonical(row: Any, chat: bool = False) -> CanonicalRow:
+    """The row in TRL's columns; its other columns stay as they are.
+
+    Read are ShareGPT's `conversations` (`from`, `value`), Alpaca's `instruction`, `input`, `output`, `history`, and
+    a `system` column, which becomes the first message. A null prompt is an implicit one.
+
+    Args:
+        chat: text becomes messages: the prompt the user's, a completion the assistant's.
+
+    Raises:
+        RowError: not a mapping; a column that looks like a misspelt one; or the row is such an error itself
+            (see `with_columns`).
+    """
+    if isinstance(row, CanonicalRow):
+        return row
+    check_mapping(row)
+    for name in row:
+        near = difflib.get_close_matches(str(name), _OPTIONAL, n=1, cutoff=0.9) if name not in KNOWN_COLUMNS else []
+        if near and near[0] not in row:
+            raise RowError("misspelt column", "unknown column", field=str(name), expected=f"{near[0]!r}")
+    made = CanonicalRow((k, v) for k, v in row.items() if not (k == "prompt" and v is None))
+    absent = not any(made.get(name) is not None for name in ("prompt", "messages", "text"))
+    if absent and made.get("conversations") is not None:
+        made["prompt" if made.get("chosen") is not None else "messages"] = content(made, "conversations")
+    elif absent and isinstance(made.get("instruction"), str):
+        _from_alpaca(made)
+    if chat:
+        _as_messages(made)
+    if isinstance(made.get("system"), str) and made["system"].strip():
+        _with_system(made, made["system"])
+    return made
+
+
+def check_mapping(row: Any) -> None:
+    """Raises `RowError` if a row is no mapping, or is such an error itself (see `with_columns`)."""
+    if isinstance(row, RowError):
+        raise row
+    expected = "an object with named columns"
+    check(isinstance(row, Mapping), "wrong type", "the row is not an object", value=row, expected=expected)
+
+
+def _from_alpaca(row: dict[str, Any]) -> None:
+    before = [pair for pair in row.get("history") or () if isinstance(pair, Sequence) and len(pair) == 2]
+    turns = [m for ask, answer in before for m in (_user(ask), _assistant(answer))]
+    query = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    row["prompt"] = [*turns, _user(query)]
+    if row.get("output") is not None and row.get("completion") is None and row.get("chosen") is None:
+        row["completion"] = row["output"]
+    _as_messages(row)
+
+
+def _as_messages(row: dict[str, Any]) -> None:
+    """Make messages of a row's texts."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
+        row["prompt"], row["chosen"], row["rejected"] = _split_pair(chosen, rejected)
+    if isinstance(prompt := row.get("prompt"), str) and prompt.strip():
+        row["prompt"] = _turns(prompt)
+    for name in COMPLETIONS:
+        if isinstance(row.get(name), str):
+            row[name] = [_assistant(row[name])]
+    if isinstance(several := row.get("completions"), Sequence) and not isinstance(several, str):
+        row["completions"] = [[_assistant(c)] if isinstance(c, str) else c for c in several]
+
+
+def _turns(prompt: str) -> list[Message]:
+    """A text prompt as messages: the user's, or, of an HH dialogue, each speaker's."""
+    if not _is_dialogue(prompt):
+        return [_user(prompt)]
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", prompt.lstrip())[1:]
+    made = {"Human": _user, "Assistant": _assistant}
+    turns = [made[who](text.strip()) for who, text in zip(parts[::2], parts[1::2])]
+    return turns[:-1] if turns[-1] == _assistant("") else turns
+
+
+def _with_system(row: dict[str, Any], text: str) -> None:
+    """Put the text of a `system` column before the messages; a text row must have it in its prompt already."""
+    first = next((n for n in ("prompt", "messages", "chosen", "completion") if row.get(n) is not None), None)
+    value = row.get(first or "")
+    if first == "prompt" and isinstance(value, str) and not isinstance(row.get("chosen", row.get("completion")), str):
+        value = row["prompt"] = [_user(value)]  # text beside messages
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        texts = [str(row.get(name)) for name in ("prompt", "chosen", "text")]
+        expected = "`chat: true`, which makes messages of the row, or `columns:` that put it into the prompt"
+        what = "the column's text has no place in a row of text"
+        check(any(text.strip() in t for t in texts), "system", what, field="system", value=text, expected=expected)
+        return
+    for name in (first, "rejected") if first == "chosen" else (first,):
+        messages = content(row, str(name))
+        own = messages[0].get("content") if isinstance(messages, list) and messages[0]["role"] == "system" else None
+        expected = f"one system message, or the same; the messages have {own!r}"
+        check(own in (None, text), "system", "the row has two system messages", field="system", value=text,
+              expected=expected)  # fmt: skip
+        if own is None:
+            row[str(name)] = [{"role": "system", "content": text}, *messages]
+
+
+def _user(text: Any) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: Any) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys that hold null, at any depth.
+
+    Arrow (parquet, `datasets`) gives every object the keys of all, with null for those it lacks: they are left out
+    of any source, so that the same rows give the same tokens. Nulls in a list, or within JSON text, are kept.
+    """
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(v) for v in value]
+    return value
+
+
+def for_template(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives the chat template beside messages: `tools` and `template_kwargs` of `Example`."""
+    tools, kwargs = (_parsed(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    tools = [tools] if isinstance(tools, Mapping) else tools or None
+    if tools is not None:
+        tools = without_nulls([_parsed(tool, "tools") for tool in tools])
+    expected = "an object: variable -> value"
+    check(kwargs is None or isinstance(kwargs, Mapping), "wrong type", f"is of type {type(kwargs).__name__}",
+          field="chat_template_kwargs", value=kwargs, expected=expected)  # fmt: skip
+    return {"tools": tools, "template_kwargs": without_nulls(kwargs or {})}
+
+
+def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") -> Any:
+    """A value, or what the JSON text holds that stands for it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise RowError("wrong type", f"is no JSON: {error}", field=name, value=value, expected=expected) from error
+
+
+# ----------------------------------------------------------------------------------------------------
+# One column: is it there, of the right type, not empty?
+
+
+def content(row: Mapping[str, Any], name: str) -> Content:
+    """The text or messages in a column. Raises `RowError`."""
+    if name not in row:
+        check_misspelt(row, name, 0.6)
+        raise RowError("missing column", "column is missing", field=name, expected=f"{name!r} among {list(row)}")
+    value = row[name]
+    if isinstance(value, str):
+        _check_encodable(value, name)
+        return value
+    if isinstance(value, Mapping):  # one message
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray)):
+        expected = "a string, or a list of messages with role and content"
+        raise RowError("wrong type", f"is of type {type(value).__name__}", field=name, value=value, expected=expected)
+    kind = "prompt" if name == "prompt" else "completion"
+    check(value, f"empty {kind}", "has no messages", field=name, value=value, expected="at least one message")
+    return [_message(m, name, i) for i, m in enumerate(value)]
+
+
+def _message(value: Any, name: str, index: int) -> Message:
+    def bad(what: str, expected: str, value: Any = value) -> RowError:
+        return RowError("wrong type", what, field=name, value=value, expected=expected)
+
+    where = f"message {index}"
+    if not isinstance(value, Mapping):
+        raise bad(f"{where} is not an object", "an object with role and content")
+    message = without_nulls(value)
+    if "role" not in message and "from" in message:  # ShareGPT
+        role = message.pop("from")
+        message = {"role": ROLES.get(role, role), "content": message.pop("value", None), **message}
+        if role == "function_call":
+            calls = _parsed(message.pop("content"), name, "a function call: name and arguments")
+            calls = calls if isinstance(calls, list) else [calls]
+            message |= {"role": "assistant", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise bad(f"{where} has no role", "a role, a string")
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(call, name) for call in message["tool_calls"]]
+    text = message.get("content")
+    if text is None and message.get("tool_calls"):
+        message.pop("content", None)
+        return message
+    if isinstance(text, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in text]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts) or not parts:
+            other = next((part for part, t in zip(text, parts) if not isinstance(t, str)), text)
+            raise bad(f"the content of {where} has a part that is not text", '{"type": "text", "text": ...}', other)
+        message["content"] = text = "".join(texts)
+    if not isinstance(text, str):
+        raise bad(f"the content of {where} is of type {type(text).__name__}", "a string", text)
+    _check_encodable(text, name)
+    return message
+
+
+def _tool_call(call: Any, name: str) -> Any:
+    """A tool call whose arguments are an object, also where they are given as JSON text."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    expected = 'an object with "name" and "arguments"'
+    if not isinstance(function, Mapping):
+        raise RowError("wrong type", "a tool call is not an object", field=name, value=call, expected=expected)
+    if isinstance(function.get("arguments"), str):
+        function = {**function, "arguments": _parsed(function["arguments"], name, "arguments as an object") or {}}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _check_encodable(text: str, name: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"half of a surrogate pair at character {error.start}, which UTF-8 cannot hold"
+        around = text[max(0, error.start - 20) : error.end + 20]
+        raise RowError("broken text", what, field=name, value=around, expected="valid Unicode text") from error
+
+
+def check_misspelt(row: Mapping[str, Any], name: str, cutoff: float) -> None:
+    """Raises `RowError` if a column's name is nearly `name`."""
+    near = difflib.get_close_matches(name, [str(k) for k in row if k not in KNOWN_COLUMNS], n=1, cutoff=cutoff)
+    if near:
+        what = f"column is missing; {near[0]!r} has a similar name"
+        raise RowError("missing column", what, field=name, expected=repr(name))
+
+
+def check_prompt(prompt: Content, name: str = "prompt") -> None:
+    if isinstance(prompt, str):
+        check(prompt.strip(), "empty prompt", "is empty", field=name, value=prompt, expected="some text")
+        return
+    check(prompt, "empty prompt", "has no messages", field=name, value=prompt, expected="at least one message")
+    expected = "a prompt that the assistant is to answer"
+    what = "ends with the assistant's message"
+    check(prompt[-1]["role"] != "assistant", "wrong roles", what, field=name, value=prompt[-1], expected=expected)
+
+
+def check_completion(completion: Content, name: str) -> None:
+    def filled(there: object, what: str, value: Any, expected: str = "some text") -> None:
+        check(there, "empty completion", what, field=name, value=value, expected=expected)
+
+    if isinstance(completion, str):
+        filled(completion.strip(), "completion is empty", completion)
+        return
+    filled(completion, "no message is left beside the prompt", completion, "an assistant's message")
+    for message in (completion[0], completion[-1]):
+        what = f"a completion begins or ends with the role {message['role']!r}"
+        expected = "the assistant's message at the start and at the end"
+        check(message["role"] == "assistant", "wrong roles", what, field=name, value=message, expected=expected)
+    for message in completion:
+        there = message.get("content", "").strip() or message.get("tool_calls") or message["role"] != "assistant"
+        filled(there, "completion is empty", message)
+
+
+def token_columns(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name: row[prefix + name] for name in TOKEN_COLUMNS if row.get(prefix + name) is not None}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where the prompt ends.
+
+
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of the longest beginning that two sequences (strings, lists) share."""
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    return next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
 
 
 def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> tuple[Any, ...]:
     """Prompt and completions of one kind; completions that repeat the prompt's messages lose them."""
-    conversational = not isinstance(completions[0], str)
+    if isinstance(prompt, str) and isinstance(completions[0], str):
+        return prompt, *completions
+    if isinstance(prompt, list) and isinstance(completions[0], list):
+        repeated = all(c[: len(prompt)] == prompt for c in completions)
+        return prompt, *(c[len(prompt) :] if repeated else c for c in completions)
     if isinstance(prompt, str):
-        if not conversational:
-            return prompt, *completions
-        # Some sets give the prompt as text beside whole conversations, which then begin with it.
+        # Text beside messages: whole conversations that begin with it, or the answer to it.
         first, last = completions[0], completions[-1]
         shared = first[: common_length(first, last)] if len(completions) > 1 else first[:-1]
         if any(m["role"] == "user" and m.get("content") == prompt for m in shared if isinstance(m, dict)):
             return shared, *(c[len(shared) :] for c in completions)
-    elif conversational:
-        if all(c[: len(prompt)] == prompt for c in completions):
-            return prompt, *(c[len(prompt) :] for c in completions)
-        return prompt, *completions
-    kinds = ("messages", "text") if conversational else ("text", "messages")
-    raise RowError(
-        "mixed types",
-        f"is {kinds[0]} while the prompt is {kinds[1]}",
-        field=field,
-        value=completions[0],
-        expected="prompt and completions all strings or all lists of messages",
-    )
+        if all(c[0]["role"] == "assistant" for c in completions if isinstance(c, list)):
+            return [_user(prompt)], *completions
+    kinds = ("messages", "text") if isinstance(prompt, str) else ("text", "messages")
+    what, expected = f"is {kinds[0]} while the prompt is {kinds[1]}", "prompt and completions all strings or all lists"
+    raise RowError("mixed types", what, field=field, value=completions[0], expected=f"{expected} of messages")
 
 
-def _split_pair(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
+def _split_pair(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """The implicit prompt, and what is left of either side."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if _is_dialogue(chosen) and _is_dialogue(rejected):
-            return _split_dialogues(chosen, rejected)
-        at = _common_words(chosen, rejected)
-    else:
-        at = common_length(chosen, rejected)
+    if isinstance(chosen, str) and _is_dialogue(chosen) and _is_dialogue(rejected):
+        return _split_dialogues(chosen, rejected)
+    at = _common_words(chosen, rejected) if isinstance(chosen, str) else common_length(chosen, rejected)
     prompt, chosen, rejected = chosen[:at], chosen[at:], rejected[at:]
     if not prompt:
-        raise RowError(
-            "empty prompt",
-            "there is no prompt: no such column, and the completions do not begin alike",
-            field="prompt",
-            value={"chosen": chosen, "rejected": rejected},
-            expected="a column 'prompt', or chosen and rejected that both begin with it",
-        )
+        what = "there is no prompt: no such column, and the completions do not begin alike"
+        both, expected = {"chosen": chosen, "rejected": rejected}, "a column 'prompt', or chosen and rejected that both"
+        raise RowError("empty prompt", what, field="prompt", value=both, expected=f"{expected} begin with it")
     check_prompt(prompt)
     return prompt, chosen, rejected
 
@@ -359,25 +445,17 @@ def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
     parts = []
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         prompt, mark, completion = text.rpartition(ASSISTANT)
-        if f"\n\n{HUMAN}" in completion:
-            raise RowError(
-                "no completion",
-                "the dialogue ends with a turn of the human",
-                field=name,
-                value=completion[-60:],
-                expected="the assistant's turn at the end",
-            )
+        what, expected = "the dialogue ends with a turn of the human", "the assistant's turn at the end"
+        check(f"\n\n{HUMAN}" not in completion, "no completion", what, field=name, value=completion[-60:],
+              expected=expected)  # fmt: skip
         parts.append((prompt + mark, completion))
-    if parts[0][0] != parts[1][0]:
-        at = common_length(parts[0][0], parts[1][0])
-        raise RowError(
-            "different prompts",
-            f"the dialogues differ before their last {ASSISTANT.strip()!r}, from character {at} on",
-            field="rejected",
-            value=parts[1][0][at : at + 60],
-            expected=f"the prompt of 'chosen', {parts[0][0][at : at + 60]!r}",
-        )
-    return parts[0][0], parts[0][1], parts[1][1]
+    (first, chosen), (second, rejected) = parts
+    if first != second:
+        at = common_length(first, second)
+        what = f"the dialogues differ before their last {ASSISTANT.strip()!r}, from character {at} on"
+        expected = f"the prompt of 'chosen', {first[at : at + 60]!r}"
+        raise RowError("different prompts", what, field="rejected", value=second[at : at + 60], expected=expected)
+    return first, chosen, rejected
 
 
 def _common_words(first: str, second: str) -> int:
@@ -391,14 +469,9 @@ def _common_words(first: str, second: str) -> int:
 
 
 def _split_messages(messages: Content) -> tuple[Content, Content]:
+    expected = "a list of messages with role and content"
     if isinstance(messages, str):
-        raise RowError(
-            "wrong type",
-            "is text",
-            field="messages",
-            value=messages,
-            expected="a list of messages with role and content",
-        )
-    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        raise RowError("wrong type", "is text", field="messages", value=messages, expected=expected)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    first, last = (answers[0], answers[-1]) if answers else (len(messages), -1)
     return messages[:first], messages[first : last + 1]

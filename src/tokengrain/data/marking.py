@@ -1,8 +1,12 @@
-"""A pair's spans as the per-token column "spans": 0 for a shared token, k for one of the k-th span.
+"""Per-token columns of a row: `*_token_rewards`, `*_ref_logps`, and its spans as the column "spans".
 
-Spans are characters of the completions' texts without tags; a token is in a span if any of its characters is,
-and in the first one's if it has characters of several. What a chat template writes and EOS have no characters
-of a completion, so they are in no span.
+Per token: one number for every token of the completion that counts, in order, EOS (or the end-of-turn token)
+included, as the completion is before it is cut; or, where this configuration cuts it, as it is afterwards.
+
+Per span of characters: `{"start": .., "end": ..}`, characters `[start, end)` of the completion's text, with
+`"reward"` for token rewards. A token belongs to a span if any of its characters does, and to the first one if it
+has characters of several. All others have 0: EOS, what a chat template writes, and what it strips. In a completion
+of several messages a span also names its `"message"` (from 0), and its characters are those of that message.
 """
 
 from __future__ import annotations
@@ -18,25 +22,12 @@ from itertools import groupby, pairwise
 from numbers import Real
 from typing import Any
 
-from tokengrain.data.config import RowError
-from tokengrain.data.formats import Content, check_misspelt, content
+from tokengrain.data.config import RowError, check
+from tokengrain.data.formats import CanonicalRow, Content, check_misspelt, content
 from tokengrain.data.spans import WORD, SpanConfig, TagError, diff_spans, strip_tags, tagged_stretches
 from tokengrain.data.tokens import Rendered, Tokens
 
-# ----------------------------------------------------------------------------------------------------
-# Per-token columns of a row (`*_token_rewards`, `*_ref_logps`) -> one number per counted token.
-#
-# Given per token: one number for every token of the completion that counts, in order, EOS (or the end-of-turn
-# token) included, as the completion is before it is cut; or, where this configuration cuts it, as it is
-# afterwards.
-#
-# Given per span of characters: `{"start": .., "end": .., "reward": ..}`, characters `[start, end)` of the
-# completion's text. Every token that shares a character with a span has its reward, a token at the seam too;
-# one that shares characters with several spans has the first one's. All others, EOS among them, have 0. In a
-# completion of several messages a span also names its `"message"` (from 0), and its characters are those of
-# that message.
-
-# log-probabilities are at most 0, give or take rounding
+# Log-probabilities are at most 0, give or take rounding.
 LOGP_ROUNDING = 1e-3
 REASONS = {"token_rewards": "token rewards", "ref_logps": "reference log-probabilities", "spans": "spans"}
 EXPECTED = {
@@ -82,59 +73,51 @@ def token_column(
             for token in tokens_of(start, end, tokens, counted):
                 rewards[token] = reward
         return rewards[:kept]
-    if len(values) not in (len(counted), kept):
-        raise RowError(
-            REASONS[name],
-            "does not fit the completion's tokens",
-            field=field,
-            value=f"{len(values)} numbers",
-            expected=f"{len(counted)}: one per token of the completion that counts, EOS included"
-            + (f" (or {kept}, as it is cut)" if kept < len(counted) else "")
-            + (
-                ""
-                if values or name != "token_rewards"
-                else "; where spans are meant and there is none: one of reward 0"
-            ),
-        )
+    expected = f"{len(counted)}: one per token of the completion that counts, EOS included"
+    if kept < len(counted):
+        expected += f" (or {kept}, as it is cut)"
+    check(len(values) in (len(counted), kept), REASONS[name], "does not fit the completion's tokens", field=field,
+          value=f"{len(values)} numbers", expected=expected)  # fmt: skip
     limit = LOGP_ROUNDING if name == "ref_logps" else math.inf
     return [_number(v, f"value {i}", field, name, limit) for i, v in enumerate(values)][:kept]
+
+
+def no_spans(values: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether an empty list of token rewards means "no spans on this side": the other side's are no numbers."""
+    return not len(values) and all(isinstance(other, Mapping) for other in others)
 
 
 def parsed_list(name: str, value: Any, field: str) -> list[Any]:
     """The list that stands in a column, also as JSON text. Raises `RowError`."""
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError):  # text that is not JSON is refused below
+        with suppress(json.JSONDecodeError):  # text that is not JSON raises below
             value = json.loads(value)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise RowError(
-            REASONS[name],
-            f"is of type {type(value).__name__}",
-            field=field,
-            value=value,
-            expected=EXPECTED[name],
-        )
+        what = f"is of type {type(value).__name__}"
+        raise RowError(REASONS[name], what, field=field, value=value, expected=EXPECTED[name])
     return list(value)
 
 
 def _number(value: Any, what: str, field: str, name: str, limit: float = math.inf) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise RowError(REASONS[name], f"{what} is not a number", field=field, value=value, expected="a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise RowError(REASONS[name], f"{what} is not finite", field=field, value=value, expected="a finite number")
-    if number > limit:
-        raise RowError(
-            REASONS[name], f"{what} is not a log-probability", field=field, value=value, expected="at most 0"
-        )
-    return number
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    for holds, problem, expected in (
+        (lambda: is_number, "not a number", "a number"),
+        (lambda: math.isfinite(value), "not finite", "a finite number"),
+        (lambda: value <= limit, "not a log-probability", "at most 0"),
+    ):
+        if not holds():
+            raise RowError(REASONS[name], f"{what} is {problem}", field=field, value=value, expected=expected)
+    return float(value)
 
 
 def char_spans(
     values: Sequence[Any], field: str, name: str, rendered: Rendered, also: Sequence[str] = ()
 ) -> list[tuple[int, int, int]]:
     """Character spans of a row, checked: `(start, end, index in values)`, characters of the whole text, in order.
+
+    A span loses characters that the template stripped, and may be left without any.
 
     Args:
         values: `{"start": .., "end": ..}` each, characters of the completion's text, or of that of its `"message"`.
@@ -145,46 +128,47 @@ def char_spans(
         RowError: not a span, out of range, or two that overlap.
     """
     found = sorted((*_span(span, f"span {i}", field, name, rendered, also), i) for i, span in enumerate(values))
-    for (_, end, _), (start, _, _) in pairwise(found):
-        if start < end:
-            raise RowError(
-                REASONS[name],
-                "two spans overlap",
-                field=field,
-                value=list(values),
-                expected="spans that share no character",
-            )
-    return found
+    for (_, end, *_), (start, *_) in pairwise(found):
+        check(start >= end, REASONS[name], "two spans overlap", field=field, value=list(values),
+              expected="spans that share no character")  # fmt: skip
+    return [(max(start, low), min(end, high), i) for start, end, low, high, i in found]
 
 
 def tokens_of(start: int, end: int, tokens: Tokens, counted: Sequence[int]) -> range:
     """Which of the counted tokens share a character with `[start, end)`, as places in `counted`."""
+    if start >= end:
+        return range(0)
     first, last = tokens.within(start), tokens.touching(end)
     return range(bisect_left(counted, first), bisect_left(counted, last))
 
 
-def _span(span: Any, what: str, field: str, name: str, rendered: Rendered, also: Sequence[str]) -> tuple[int, int]:
-    def bad(why: str, expected: str) -> RowError:
-        return RowError(REASONS[name], f"{what} {why}", field=field, value=span, expected=expected)
+def _span(
+    span: Any, what: str, field: str, name: str, rendered: Rendered, also: Sequence[str]
+) -> tuple[int, int, int, int]:
+    """`(start, end)` of a span and of what the text has of its message."""
 
-    if not isinstance(span, Mapping) or not {"start", "end", *also} <= span.keys():
-        more = "".join(f', "{key}": number' for key in also)
-        raise bad("is not a span", f'{{"start": character, "end": character{more}}}')
-    texts = [i for i, content in enumerate(rendered.contents) if content is not None]
+    def need(condition: object, why: str, expected: str) -> None:
+        check(condition, REASONS[name], f"{what} {why}", field=field, value=span, expected=expected)
+
+    keys = "".join(f', "{key}": number' for key in also)
+    whole = isinstance(span, Mapping) and {"start", "end", *also} <= span.keys()
+    need(whole, "is not a span", f'{{"start": character, "end": character{keys}}}')
+    texts = [i for i, place in enumerate(rendered.contents) if place is not None]
     message = span.get("message")
-    if message is None:
-        if len(rendered.contents) > 1:
-            raise bad("does not say which message it is about", f'"message": one of {texts}')
-        message = 0
-    content = rendered.contents[message] if message in texts else None
-    if content is None:
-        raise bad("is about a message without text in the rendered completion", f'"message": one of {texts}')
-    start, end = span["start"], span["end"]
-    length = content[1] - content[0]
-    if any(isinstance(p, bool) or not isinstance(p, int) for p in (start, end)) or not 0 <= start < end <= length:
-        raise bad("is out of range", f"whole numbers 0 <= start < end <= {length}, the length of the text")
-    return content[0] + start, content[0] + end
+    one_of = f'"message": one of {texts}'
+    need(message is not None or len(rendered.contents) <= 1, "does not say which message it is about", one_of)
+    message = message or 0
+    need(message in texts, "is about a message without text in the rendered completion", one_of)
+    first, last = rendered.contents[message] or (0, 0)
+    start, end, length = span["start"], span["end"], last - first
+    numbers = not any(isinstance(p, bool) or not isinstance(p, int) for p in (start, end))
+    expected = f"whole numbers 0 <= start < end <= {length}, the length of the text"
+    need(numbers and 0 <= start < end <= length, "is out of range", expected)
+    return (first + start, first + end, *rendered.visible(message))
 
+
+# ----------------------------------------------------------------------------------------------------
+# Spans of pairs: 0 for a shared token, k for one of the k-th span. They are characters of the texts without tags.
 
 COLUMN = "spans"
 # Columns that may hold tagged texts.
@@ -223,15 +207,13 @@ class SpanMarker:
         """The row without tags, and the stretches that stood between them. Raises `RowError`."""
         if self.config.source != "tags" or not isinstance(row, Mapping):
             return row, {}
-        plain, found = dict(row), {}
+        plain, found = CanonicalRow(row), {}
         for name in TAGGED:
             if row.get(name) is not None:
                 plain[name], found[name] = self._untagged(name, content(row, name))
         for _, text in _texts(content(row, "prompt") if row.get("prompt") is not None else []):
-            if any(tag in text for tag in self.config.tags):
-                raise RowError(
-                    "span tags", "has a tag", field="prompt", value=text, expected="tags in completions only"
-                )
+            check(not any(tag in text for tag in self.config.tags), "span tags", "has a tag", field="prompt",
+                  value=text, expected="tags in completions only")  # fmt: skip
         return plain, found
 
     def __call__(self, row: Mapping[str, Any], found: Found, sides: Sequence[Marked]) -> list[list[float]]:
@@ -254,8 +236,6 @@ class SpanMarker:
             spans = [self._tagged(row, name, found, side) for name, side in zip(SIDES, sides)]
         return [_ids_of(values, field, side) for (values, field), side in zip(spans, sides)]
 
-    # ------------------------------------------------------------------------------------------------- tags
-
     def _untagged(self, name: str, value: Content) -> tuple[Content, list[dict[str, Any]]]:
         """A column's text or messages without tags, and the tagged stretches by message."""
         plain, spans = [], []
@@ -276,19 +256,14 @@ class SpanMarker:
         if row.get(f"{name}_masked") is not None:
             field = f"{name}_masked"
             spans = self._masked(field, content(row, field), whole)
-        elif row.get(f"{other}_masked") is not None:
-            raise RowError(
-                "missing column",
-                "is missing while the other completion has its own",
-                field=f"{name}_masked",
-                expected="tagged texts of both completions or of none",
-            )
+        else:
+            check(row.get(f"{other}_masked") is None, "missing column",
+                  "is missing while the other completion has its own", field=f"{name}_masked",
+                  expected="tagged texts of both completions or of none")  # fmt: skip
         # The column may begin with the prompt.
         before, key = len(whole) - len(side.content), "start" if isinstance(whole, str) else "message"
-        if any(span[key] < before for span in spans):
-            raise RowError(
-                "span tags", "has tags in the prompt", field=field, value=whole, expected="tags behind the prompt"
-            )
+        check(all(span[key] >= before for span in spans), "span tags", "has tags in the prompt", field=field,
+              value=whole, expected="tags behind the prompt")  # fmt: skip
         if isinstance(whole, str):
             return [{"start": span["start"] - before, "end": span["end"] - before} for span in spans], field
         return [span | {"message": span["message"] - before} for span in spans], field
@@ -296,10 +271,8 @@ class SpanMarker:
     def _masked(self, field: str, marked: Content, plain: Content) -> list[dict[str, Any]]:
         """Spans of a text that is given twice, once with tags."""
         texts, tagged = dict(_texts(plain)), dict(_texts(marked))
-        if list(texts) != list(tagged):
-            raise RowError(
-                "span tags", f"has other messages than {field.removesuffix('_masked')!r}", field=field, value=marked
-            )
+        what = f"has other messages than {field.removesuffix('_masked')!r}"
+        check(list(texts) == list(tagged), "span tags", what, field=field, value=marked)
         spans = []
         for number, text in tagged.items():
             stretches = self._read_tags(field, number, partial(tagged_stretches, text, texts[number]))
@@ -315,8 +288,6 @@ class SpanMarker:
             expected = f"{text}{' … '.join(self.config.tags)} around each span, not within another"
             raise RowError("span tags", f"{where}{error}", field=field, expected=expected) from error
 
-    # --------------------------------------------------------------------------------------------- function
-
     def _asked(self, row: Mapping[str, Any]) -> list[list[Any]]:
         """The user's spans of chosen and rejected, pairs (start, end) as spans."""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
@@ -324,17 +295,14 @@ class SpanMarker:
             answer = self.function(row)
         except Exception as error:  # the user's code may raise what it likes; the row belongs in the message
             raise RowError("span function", f"{name} raised {type(error).__name__}: {error}") from error
-        expected = "(chosen spans, rejected spans)"
-        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-            raise RowError("span function", f"{name} gave no two lists", value=answer, expected=expected)
+        check(isinstance(answer, (tuple, list)) and len(answer) == 2, "span function", f"{name} gave no two lists",
+              value=answer, expected="(chosen spans, rejected spans)")  # fmt: skip
         sides = []
         for side, spans in zip(SIDES, answer):
             values = parsed_list(COLUMN, spans, side)
             pairs = [isinstance(s, (tuple, list)) and len(s) == 2 for s in values]
             sides.append([{"start": s[0], "end": s[1]} if pair else s for s, pair in zip(values, pairs)])
         return sides
-
-    # ------------------------------------------------------------------------------------------------- diff
 
     def _diff(self, sides: Sequence[Marked]) -> list[list[float]]:
         units = [_words(side) if self.config.level == "word" else _tokens(side) for side in sides]
@@ -358,9 +326,6 @@ class SpanMarker:
                     _mark(column, span, side, start, end)
             columns.append(column)
         return columns
-
-
-# ----------------------------------------------------------------------------------------- texts and places
 
 
 @dataclass(frozen=True)
@@ -430,9 +395,8 @@ def _ids_of(values: Sequence[Any], field: str, side: Marked) -> list[float]:
     given = [value.get("id") for value in values]
     if any(i is not None for i in given):
         bad = next((i for i in given if isinstance(i, bool) or not isinstance(i, int) or i < 1), None)
-        if bad is not None or None in given:
-            expected = "whole numbers of at least 1 for all spans, or no ids"
-            raise RowError(REASONS[COLUMN], "a span's id is not usable", field=field, value=bad, expected=expected)
+        check(bad is None and None not in given, REASONS[COLUMN], "a span's id is not usable", field=field, value=bad,
+              expected="whole numbers of at least 1 for all spans, or no ids")  # fmt: skip
     bodies = {body.message: body for body in _bodies(side)}
     for number, (start, end, index) in enumerate(found, start=1):
         body = bodies.get(values[index].get("message") or 0)
@@ -442,7 +406,5 @@ def _ids_of(values: Sequence[Any], field: str, side: Marked) -> list[float]:
 
 
 def _mark(column: list[float], span: int, side: Marked, start: int, end: int) -> None:
-    if start >= end:
-        return
     for index in tokens_of(start, end, side.tokens, side.counted):
         column[index] = column[index] or float(span)

@@ -10,6 +10,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -27,7 +28,8 @@ from string import Formatter
 from typing import Any, Literal, NamedTuple, overload
 
 from tokengrain.data.config import RowError
-from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerprint, shown
+from tokengrain.data.folders import choose_split, file_kind, files_of, files_of_pattern
+from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerprint, require, shown
 
 # ----------------------------------------------------------------------------------------------------
 # Files of text as bytes and numbered lines, gunzipped; damage is a `DataError` that says where it is.
@@ -56,12 +58,9 @@ def opened(path: Path) -> Iterator[BufferedIOBase]:
         else:
             with open(path, "rb") as stream:
                 yield stream
-    except EOFError as error:
-        raise DataError(
-            "gzip file is truncated", file=path, value=str(error), expected="a complete gzip file"
-        ) from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError("gzip file is damaged", file=path, value=str(error), expected="a complete gzip file") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what = f"gzip file is {'truncated' if isinstance(error, EOFError) else 'damaged'}"
+        raise DataError(what, file=path, value=str(error), expected="a complete gzip file") from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", file=path) from error
 
@@ -104,10 +103,9 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             continue
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise _json_error(path, row, number, error.pos + 1, text, error.pos, error.msg) from error
         except (RecursionError, ValueError) as error:
-            raise _json_error(path, row, number, 1, text, 0, _too_much(error)) from error
+            at = getattr(error, "pos", 0)
+            raise _json_error(path, row, number, at + 1, text, at, _why(error)) from error
         yield Record(fields, str(path), row, number)
         row += 1
 
@@ -176,8 +174,9 @@ class _Text:
             if not self.more():
                 return ""
 
-    def error(self, row: int, position: int, why: str) -> DataError:
-        return _json_error(self.path, row, *self.where(position), self.text, position, why)
+    def need(self, condition: object, row: int, position: int, why: str) -> None:
+        if not condition:
+            raise _json_error(self.path, row, *self.where(position), self.text, position, why)
 
 
 def _array_rows(path: Path, stream: BufferedIOBase) -> Iterator[Record]:
@@ -189,45 +188,37 @@ def _array_rows(path: Path, stream: BufferedIOBase) -> Iterator[Record]:
     if source.peek() == "]":
         return
     while True:
-        if not source.peek():
-            raise source.error(row, source.position, "the array is not closed")
+        source.need(source.peek(), row, source.position, "the array is not closed")
         try:
             fields, end = decode(source.text, source.position)
-        except json.JSONDecodeError as error:
-            unfinished = error.msg.startswith("Unterminated") or error.pos > len(source.text) - TAIL
+        except (RecursionError, ValueError) as error:
+            at = getattr(error, "pos", None)
+            unfinished = at is not None and (_why(error).startswith("Unterminated") or at > len(source.text) - TAIL)
             if unfinished and source.more():
                 continue
-            raise source.error(row, error.pos, error.msg) from error
-        except (RecursionError, ValueError) as error:
-            raise source.error(row, source.position, _too_much(error)) from error
+            source.need(False, row, source.position if at is None else at, _why(error))
         line, _ = source.where(source.position, keep=True)
         source.position = end
         yield Record(fields, str(path), row, line)
         row += 1
         separator = source.peek()
-        if separator not in (",", "]"):
-            why = f"expected ',' or ']' behind a row, got {separator!r}" if separator else "the array is not closed"
-            raise source.error(row, source.position, why)
+        why = f"expected ',' or ']' behind a row, got {separator!r}" if separator else "the array is not closed"
+        source.need(separator and separator in ",]", row, source.position, why)
         source.position += 1
         if separator == "]":
-            if source.peek():
-                raise source.error(row, source.position, "text behind the end of the array")
+            source.need(not source.peek(), row, source.position, "text behind the end of the array")
             return
 
 
-def _too_much(error: Exception) -> str:
-    """JSON that Python will not read: brackets nested too deeply, or a whole number of thousands of digits."""
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+def _why(error: Exception) -> str:
+    """What is wrong with JSON; brackets nested too deeply and numbers of thousands of digits have no position."""
+    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
 
 
 def _json_error(path: Path, row: int, line: int, column: int, text: str, position: int, why: str) -> DataError:
-    return DataError(
-        f"malformed JSON at line {line}, column {column}: {why}",
-        file=path,
-        row=row,
-        value=text[max(0, position - 30) : position + 30],
-        expected="one JSON object per row",
-    )
+    around = text[max(0, position - 30) : position + 30]
+    what = f"malformed JSON at line {line}, column {column}: {why}"
+    return DataError(what, file=path, row=row, value=around, expected="one JSON object per row")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -237,33 +228,18 @@ def _json_error(path: Path, row: int, line: int, column: int, text: str, positio
 # Damage is a `DataError` that says where in the file it is.
 
 
-def file_kind(path: Path) -> str | None:
-    """The format by suffix ("jsonl", "json", "csv", "parquet"), `.gz` aside; None if it is another."""
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
-        suffixes[-1] if suffixes else ""
-    )
-
-
 def read_file(path: Path) -> Iterator[Record]:
     """The rows of one file."""
-    kind = file_kind(path)
-    if kind is None:
-        raise DataError(
-            "is not of a known format",
-            file=path,
-            value="".join(path.suffixes),
-            expected=".jsonl, .json, .csv or .parquet (each also with .gz)",
-        )
-    reader: Callable[[Path], Iterator[Record]] = {
+    expected = ".jsonl, .json, .csv or .parquet (each also with .gz)"
+    suffixes = "".join(path.suffixes)
+    require(file_kind(path), DataError, "is not of a known format", file=path, value=suffixes, expected=expected)
+    readers: dict[str, Callable[[Path], Iterator[Record]]] = {
         "jsonl": read_jsonl,
         "json": read_json,
         "csv": _read_csv,
         "parquet": _read_parquet,
-    }[kind]
-    return reader(path)
+    }
+    return readers[str(file_kind(path))](path)
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -275,20 +251,16 @@ def _read_csv(path: Path) -> Iterator[Record]:
         if header is None:
             return
         repeated = [name for name in header if header.count(name) > 1]
-        if repeated:
-            raise DataError("column name is repeated in the header", file=path, value=repeated[0])
+        what = "column name is repeated in the header"
+        require(not repeated, DataError, what, file=path, value="".join(repeated[:1]))
         for values in reader:
             if not values:  # a blank line
                 continue
             row += 1
             if len(values) != len(header):
-                raise DataError(
-                    "row has another number of fields than the header",
-                    file=path,
-                    row=row_label(row, reader.line_num),
-                    value=len(values),
-                    expected=f"{len(header)} ({', '.join(header)})",
-                )
+                what, where = "row has another number of fields than the header", row_label(row, reader.line_num)
+                expected = f"{len(header)} ({', '.join(header)})"
+                raise DataError(what, file=path, row=where, value=len(values), expected=expected)
             yield Record(dict(zip(header, values)), str(path), row)
     except csv.Error as error:
         label = row_label(row + 1, reader.line_num)
@@ -329,14 +301,9 @@ def _parquet_value(path: Path, field: str, row: int, value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"broken UTF-8 at byte {error.start} of the text: {error.reason}",
-            file=path,
-            row=row,
-            field=field,
-            value=error.object[max(0, error.start - 12) : error.end + 12],
-            expected="text encoded as UTF-8",
-        ) from error
+        what = f"broken UTF-8 at byte {error.start} of the text: {error.reason}"
+        around, expected = error.object[max(0, error.start - 12) : error.end + 12], "text encoded as UTF-8"
+        raise DataError(what, file=path, row=row, field=field, value=around, expected=expected) from error
 
 
 class Rows(ABC):
@@ -401,12 +368,11 @@ class StoredRows(Rows):
         name: str,
         items: Sequence[Any],
         fingerprint_of: Callable[[], str],
-        places: _Places | None = None,
+        places: _Places | _Origins | None = None,
         numbers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(name, fingerprint_of)
-        if not len(items):
-            raise DataError("there are no rows", file=name, expected="at least one row")
+        require(len(items), DataError, "there are no rows", file=name, expected="at least one row")
         self._items, self._places, self._numbers = items, places, numbers
 
     def __len__(self) -> int:
@@ -428,6 +394,35 @@ class StoredRows(Rows):
         )
 
 
+def joined(sources: Sequence[tuple[Rows, float]]) -> StoredRows:
+    """The rows of several sources, one behind the other.
+
+    Args:
+        sources: rows and their weight: how often their rows come; of a fraction, that share of them is drawn.
+    """
+    items, origin, marks = [], _Origins(), []
+    for rows, weight in sources:
+        expected = "a positive number: how often the rows come"
+        right = isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0
+        require(right, DataError, "has an unusable weight", file=rows.name, value=weight, expected=expected)
+        stored = list(rows)
+        drawn = random.Random(0).sample(range(len(stored)), round(weight % 1 * len(stored)))
+        for at in [*range(len(stored))] * int(weight) + sorted(drawn):
+            items.append(stored[at][1])
+            origin.append((rows, stored[at][0]))
+        marks.append((rows, weight))
+    name = " + ".join(rows.name for rows, _ in sources)
+    return StoredRows(name, items, lambda: fingerprint([[r.fingerprint, w] for r, w in marks]), origin)
+
+
+class _Origins(list[tuple[Rows, int]]):
+    """Of each row of several sources, the source and its number there."""
+
+    def place(self, number: int) -> tuple[str, str]:
+        rows, own = self[number]
+        return rows.place(own)
+
+
 class RowStream(Rows):
     """Rows that are read as they are asked for; their number is not known beforehand."""
 
@@ -447,8 +442,7 @@ class FileRows(RowStream):
             number += 1
             self._places.note(number, record)
             yield number, record.fields
-        if number < 0:
-            raise DataError("there are no rows", file=self.name, expected="at least one row")
+        require(number >= 0, DataError, "there are no rows", file=self.name, expected="at least one row")
 
     def place(self, number: int) -> tuple[str, str]:
         return self._places.place(number)
@@ -470,15 +464,13 @@ class IteratedRows(RowStream):
         number = -1
         for number, fields in enumerate(self._items):
             yield number, fields
-        if number < 0:
-            raise DataError("there are no rows", file=self.name, expected="at least one row")
+        require(number >= 0, DataError, "there are no rows", file=self.name, expected="at least one row")
 
 
 # ----------------------------------------------------------------------------------------------------
 # `load_rows`: any source of rows as one type, `Rows`.
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-KNOWN_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
 
 @overload
@@ -489,12 +481,12 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
     """Rows from a source, whatever it is.
 
     Args:
-        source: a path of a .jsonl, .json (an array, or lines), .csv or .parquet file, each also gzipped; a
-            folder of such files, or one written by `datasets.save_to_disk`; a list of mappings; a
-            `datasets.Dataset`, `IterableDataset` or dictionary of them; or, where no such path exists, the
-            name of a dataset on the hub. A `Rows` is returned as it is.
-        split: which split of a folder (files whose names begin with it), dataset dictionary or hub dataset.
-            Default: the only one, or "train".
+        source: a path of a .jsonl, .json (an array, or lines), .csv or .parquet file, each also gzipped, or a
+            pattern of such paths (`data/train-*.parquet`); a folder of such files (see `tokengrain.data.folders`), or
+            one written by `datasets.save_to_disk`; a list of mappings; a `datasets.Dataset`, `IterableDataset` or
+            dictionary of them; or, where no such path exists, the name of a dataset on the hub. Several: a list of
+            names, or name -> weight. A `Rows` is returned as it is.
+        split: which split of a folder, dataset dictionary or hub dataset. Default: the only one, or "train".
         streaming: read rows as they are asked for; for sets larger than memory.
 
     Raises:
@@ -506,15 +498,19 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
         return _from_name(source, split, streaming)
     if type(source).__module__.split(".")[0] == "datasets":
         return _from_datasets(source, "dataset", split, streaming)
-    if isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
-        if split is not None:
-            raise DataError("a list of rows has no splits", file="list of rows", value=split, expected="split: none")
-        return StoredRows("list of rows", source, lambda: fingerprint(list(source)))
-    raise DataError(
-        "this is not a source of rows",
-        value=type(source).__name__,
-        expected="a path, a list of mappings, a datasets.Dataset or a hub name",
-    )
+    weights = source if isinstance(source, Mapping) else {}
+    if isinstance(source, Sequence) and all(isinstance(name, (str, PathLike)) for name in source):
+        weights = dict.fromkeys(source, 1)
+    if weights and all(isinstance(weight, (int, float)) for weight in weights.values()):
+        what, expected = "several sources cannot be streamed", "streaming off, or files of one pattern"
+        require(not streaming, DataError, what, file=str(list(weights)), expected=expected)
+        return joined([(load_rows(name, split=split), weight) for name, weight in weights.items()])
+    what, expected = "this is not a source of rows", "a path, a list of mappings, a datasets.Dataset or a hub name"
+    if not isinstance(source, Sequence) or isinstance(source, (bytes, bytearray)):
+        raise DataError(what, value=type(source).__name__, expected=expected)
+    none = {"file": "list of rows", "value": split, "expected": "split: none"}
+    require(split is None, DataError, "a list of rows has no splits", **none)
+    return StoredRows("list of rows", source, lambda: fingerprint(list(source)))
 
 
 def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, StoredRows]:
@@ -529,15 +525,12 @@ def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, 
     """
     rows = load_rows(rows)
     if not isinstance(rows, StoredRows):
-        raise DataError(
-            "a streamed set cannot be split",
-            file=rows.name,
-            expected="a separate evaluation set, or streaming off",
-        )
-    if not 0 < eval_fraction < 1:
-        raise DataError("eval_fraction is out of range", value=eval_fraction, expected="a number between 0 and 1")
-    if len(rows) < 2:
-        raise DataError("too few rows to split", file=rows.name, value=len(rows), expected="at least 2 rows")
+        expected = "a separate evaluation set, or streaming off"
+        raise DataError("a streamed set cannot be split", file=rows.name, expected=expected)
+    what, expected = "eval_fraction is out of range", "a number between 0 and 1"
+    require(0 < eval_fraction < 1, DataError, what, value=eval_fraction, expected=expected)
+    few = {"file": rows.name, "value": len(rows), "expected": "at least 2 rows"}
+    require(len(rows) >= 2, DataError, "too few rows to split", **few)
     count = min(max(round(eval_fraction * len(rows)), 1), len(rows) - 1)
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
     train = [i for i in range(len(rows)) if i not in held_out]
@@ -548,15 +541,15 @@ def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) 
     path = Path(source).expanduser()
     name = str(source)
     if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            import datasets
-
-            return _from_datasets(datasets.load_from_disk(str(path)), name, split, streaming)
-        paths = _files_of(path, split)
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _from_datasets(_loaded(path), name, split, streaming)
+        paths = files_of(path, split)
     elif path.exists():
-        if split not in (None, "train"):
-            raise DataError("a single file has no splits", file=name, value=split, expected="split: none")
+        no_splits = {"file": name, "value": split, "expected": "split: none"}
+        require(split in (None, "train"), DataError, "a single file has no splits", **no_splits)
         paths = [path]
+    elif set(name) & set("*?["):
+        paths = files_of_pattern(path, split)
     elif isinstance(source, str) and file_kind(path) is None and HUB_NAME.fullmatch(source):
         return _from_hub(source, split, streaming)
     else:
@@ -565,43 +558,21 @@ def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) 
     return rows if streaming else rows.stored()
 
 
+def _loaded(path: Path) -> Any:
+    """What `save_to_disk` wrote."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # of many kinds, all with a message for the user
+        what = f"is not what datasets' save_to_disk writes ({type(error).__name__}: {error})"
+        raise DataError(what, file=path, expected="a complete folder of it, or a folder of files of rows") from error
+
+
 def _nearest_file(path: Path) -> str:
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
     return f"perhaps {str(path.with_name(near[0]))!r}" if near else "the path of a file of rows"
-
-
-def _files_of(folder: Path, split: str | None) -> list[Path]:
-    paths = sorted(p for p in folder.iterdir() if p.is_file() and file_kind(p) and not p.name.startswith("."))
-    if not paths:
-        raise DataError("the folder holds no file of rows", file=folder, expected=".jsonl, .json, .csv or .parquet")
-    by_split: dict[str, list[Path]] = {}
-    for path in paths:
-        word = re.split(r"[^A-Za-z]", path.name)[0]
-        by_split.setdefault(word if word in {*KNOWN_SPLITS, split} else "", []).append(path)
-    if split is None and list(by_split) == [""]:
-        return paths
-    named = [k for k in by_split if k]
-    if split is None and "" in by_split and "train" not in named:  # one named split beside other files is no choice
-        raise DataError(
-            f"which files are meant is not clear: {by_split[''][0].name!r} belongs to no split",
-            file=folder,
-            value=[p.name for p in paths],
-            expected=f"split: {' or '.join(named)}, files named after their splits, or the path of one file",
-        )
-    return by_split[_choose_split(named, split, str(folder))]
-
-
-def _choose_split(names: Sequence[str], split: str | None, source: str) -> str:
-    wanted = split if split is not None else (names[0] if len(names) == 1 else "train")
-    if wanted not in names:
-        raise DataError(
-            "there is no such split" if split is not None else "which split is meant is not clear",
-            file=source,
-            value=split,
-            expected=f"one of {', '.join(names)}" if names else "split: none",
-        )
-    return wanted
 
 
 def _from_hub(name: str, split: str | None, streaming: bool) -> Rows:
@@ -610,12 +581,10 @@ def _from_hub(name: str, split: str | None, streaming: bool) -> Rows:
     try:
         loaded = datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds, all with a message for the user
-        raise DataError(
-            f"is neither a local file or folder nor a dataset that the hub gave "
-            f"({type(error).__name__}: {str(error).strip() or 'no message'})",
-            file=name,
-            expected="an existing path, or a hub dataset that is cached or reachable",
-        ) from error
+        why = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        what = f"is neither a local file or folder nor a dataset that the hub gave ({why})"
+        expected = "an existing path, or a hub dataset that is cached or reachable"
+        raise DataError(what, file=name, expected=expected) from error
     return _from_datasets(loaded, name, None, streaming)
 
 
@@ -624,15 +593,15 @@ def _from_datasets(source: Any, name: str, split: str | None, streaming: bool) -
     import datasets
 
     if isinstance(source, Mapping):
-        chosen = _choose_split(list(source), split, name)
+        chosen = choose_split(list(source), split, name)
         return _from_datasets(source[chosen], name, None, streaming)
-    if split is not None and str(getattr(source, "split", None)) != split:
-        raise DataError("the dataset has no such split", file=name, value=split, expected="split: none")
+    there = split is None or str(getattr(source, "split", None)) == split
+    require(there, DataError, "the dataset has no such split", file=name, value=split, expected="split: none")
     if isinstance(source, datasets.IterableDataset):
         # What it will yield is not known without reading all of it.
         return IteratedRows(name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)]))
-    if not isinstance(source, datasets.Dataset):
-        raise DataError("this is not a source of rows", value=type(source).__name__, expected="a datasets.Dataset")
+    what, kind = "this is not a source of rows", type(source).__name__
+    require(isinstance(source, datasets.Dataset), DataError, what, value=kind, expected="a datasets.Dataset")
     if streaming:
         return IteratedRows(name, source, lambda: _dataset_fingerprint(source))
     return StoredRows(name, source, lambda: _dataset_fingerprint(source))
@@ -664,17 +633,13 @@ def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
         RecipeError: a text that is no template.
     """
     for name, template in columns.items():
-        _check(name, template)
+        try:
+            slots = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
+        except ValueError as error:
+            raise RecipeError(f"columns.{name}: {shown(template)} is no template: {error}") from None
+        what = f"columns.{name}: {shown(template)} has a slot without a name; expected {{column}}"
+        require(all(slots) and not any(slot.isdigit() for slot in slots), RecipeError, what)
     return _Stored(rows, columns) if isinstance(rows, StoredRows) else _Stream(rows, columns)
-
-
-def _check(name: str, template: str) -> None:
-    try:
-        slots = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
-    except ValueError as error:
-        raise RecipeError(f"columns.{name}: {shown(template)} is no template: {error}") from None
-    if not all(slots) or any(slot.isdigit() for slot in slots):
-        raise RecipeError(f"columns.{name}: {shown(template)} has a slot without a name; expected {{column}}")
 
 
 class _Filler(Formatter):
@@ -695,13 +660,9 @@ def _changed(fields: Any, columns: Mapping[str, str]) -> Any:
             filled = "{" in template or "}" in template
             made[name] = _Filler().vformat(template, (), fields) if filled else fields[template]
         except (LookupError, ValueError, AttributeError) as error:
-            return RowError(
-                "missing column",
-                f"cannot make the column ({type(error).__name__}: {error})",
-                field=name,
-                value=template,
-                expected=f"columns with a value among {list(fields)}",
-            )
+            what = f"cannot make the column ({type(error).__name__}: {error})"
+            expected = f"columns with a value among {list(fields)}"
+            return RowError("missing column", what, field=name, value=template, expected=expected)
     return {**fields, **made}
 
 

@@ -1,10 +1,16 @@
-"""`Example` -> text: where the prompt ends and which characters count, through the chat template if need be.
+"""`Example` -> text -> token ids: what the template writes, where the prompt ends, which characters count.
 
 Messages: the prompt is what the template renders for the prompt's messages with its generation prompt; a
 completion is what rendering the whole conversation adds. Of a completion, what the assistant writes counts,
 from the end of a generation prompt to the end-of-turn token of the message; other roles and the template's
 own headings are context. White space that a template puts behind an end-of-turn token does not count, and is
 cut at the end of a completion, because no model gets to generate it.
+
+Prompt and completion are tokenised together, because that is what the model is given, and tokenizers merge
+across the prompt boundary. A token that contains a character of the completion belongs to the completion, even
+if it also contains the end of the prompt. All completions of a prompt share its token ids, so the prompt is the
+longest common beginning of the tokens that hold nothing but prompt; whatever else there is goes to the
+completions, and counts. Hence always `prompt_ids + completion_ids` = the tokens of the whole text (+ EOS).
 """
 
 from __future__ import annotations
@@ -12,18 +18,22 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.formats import Example, Message, common_length
-from tokengrain.errors import ModelError, fingerprint
+from tokengrain.errors import ModelError, fingerprint, require
 
 Span = tuple[int, int]
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Keys of a message, beside its content, that hold text which the assistant wrote.
+WRITTEN = ("reasoning_content", "reasoning", "thinking", "tool_plan", "tool_calls", "function_call")
+DROPPED = "dropped by the template"
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class Rendered:
             one (start, end) per message, None where it could not be found or has no text.
         special: the text is a rendered template, so it has its special tokens already.
         closed: a token that ends a turn stands at the end; no EOS is to be added.
+        shown: `contents` without the white space that the template stripped; None: it stripped none.
+        dropped: what the row says and the text lacks, where that is allowed.
     """
 
     text: str
@@ -45,22 +57,33 @@ class Rendered:
     contents: tuple[Span | None, ...]
     special: bool = False
     closed: bool = False
+    shown: tuple[Span | None, ...] | None = None
+    dropped: tuple[str, ...] = ()
+
+    def visible(self, message: int) -> Span:
+        """The characters of a message's content that the text has."""
+        return (self.shown or self.contents)[message] or (0, 0)
 
 
 class Renderer:
     """Renders examples with a tokenizer's chat template, or the one in `config`.
 
+    Args:
+        now: the time that a template reads which writes the date; None: this moment. It stays the same for all
+            rows, and is restored when a run resumes.
+
     Raises:
         ModelError: `config.chat_template` is a path where there is no file.
     """
 
-    def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, config: TokenizeConfig, now: datetime | None = None) -> None:
+        self.tokenizer, self.config = tokenizer, config
         self.template = template_text(config.chat_template)
-        self.kwargs = dict(config.chat_template_kwargs)
+        self.now = now or datetime.now()
+        self.dated = "strftime_now" in str(self.template or tokenizer.chat_template)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
-        self._end_marks = tuple(mark for mark in marks if mark.strip())
+        self.end_marks = tuple(mark for mark in marks if mark.strip())
 
     def __call__(self, example: Example) -> list[Rendered]:
         """One text per completion. Raises `RowError`, and `ModelError` where a template is lacking."""
@@ -68,24 +91,49 @@ class Renderer:
             start = len(example.prompt)
             texts = [example.prompt + c for c in example.completions if isinstance(c, str)]
             return [Rendered(t, start, None, ((start, len(t)),)) for t in texts]
-        prompt = self.prompt(example)
+        prompt, dropped = self._prompt(example)
         return [
-            self._conversation(example, prompt, example.prompt, c, name)
+            self._conversation(example, prompt, example.prompt, c, name, dropped)
             for c, name in zip(example.completions, example.fields)
             if not isinstance(c, str)
         ]
 
     def prompt(self, example: Example) -> str:
         """The text of a prompt alone: what a model is given to go on from. Raises as `__call__`."""
-        if isinstance(example.prompt, str):
-            return example.prompt
-        if self.template is None and not self.tokenizer.chat_template:
-            raise ModelError(
-                f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat "
-                "template; expected a tokenizer that has one, `chat_template:` (a Jinja template or the path "
-                "of a file that holds one), or rows of plain text (online: with `prompts.chat: false`)"
-            )
-        return self._render(example, example.prompt, "prompt", True)
+        return example.prompt if isinstance(example.prompt, str) else self._prompt(example)[0]
+
+    def _prompt(self, example: Example) -> tuple[str, tuple[str, ...]]:
+        """A prompt's text, and what it lacks."""
+        require(
+            self.template is not None or self.tokenizer.chat_template,
+            ModelError,
+            f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat "
+            "template; expected a tokenizer that has one, `chat_template:` (a Jinja template or the path "
+            "of a file that holds one), or rows of plain text (online: with `prompts.chat: false`)",
+        )
+        messages = [m for m in example.prompt if isinstance(m, dict)]
+        text = self._render(example, messages, "prompt", True)
+        lacks = [("tools", "tools", name) for name in _names(example.tools) if not _has_word(text, name)]
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":  # templates leave earlier reasoning out on purpose
+                said = (message.get("content") or "").rpartition("</think>")[2]
+                message = {k: v for k, v in message.items() if k == "tool_calls"} | {"content": said}
+            lacks += [("prompt", f"message {number}: {key}", part) for key, part in _lacking(message, text)]
+        return text, self._dropped(lacks)
+
+    def _dropped(self, lacks: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
+        """Names of what the template dropped: (column, what of it, text). Raises `RowError` unless that is allowed."""
+        if lacks and self.config.on_dropped == "error":
+            field, what, text = lacks[0]
+            what = f"the chat template drops text of the row ({what})"
+            expected = "a template that renders it, or `on_dropped: keep` to train on the rest"
+            raise RowError(DROPPED, what, field=field, value=text, expected=expected)
+        return tuple(f"{field} ({what.rpartition(': ')[2]})" if what != field else field for field, what, _ in lacks)
+
+    def variables(self, example: Example) -> dict[str, Any]:
+        """Variables of the template beside messages and tools."""
+        frozen = {"strftime_now": self.now.strftime} if self.dated else {}
+        return {**frozen, **self.config.chat_template_kwargs, **example.template_kwargs}
 
     def _render(self, example: Example, messages: Sequence[Message], name: str, generation: bool) -> str:
         try:
@@ -95,52 +143,66 @@ class Renderer:
                 chat_template=self.template,
                 add_generation_prompt=generation,
                 tokenize=False,
-                **self.kwargs,
+                **self.variables(example),
             )
         except Exception as error:  # templates raise what they like, for instance on roles that do not alternate
-            raise RowError(
-                "chat template",
-                f"the chat template cannot render the messages ({type(error).__name__}: {error})",
-                field=name,
-                value=[m["role"] for m in messages],
-                expected="roles and fields that the template knows",
-            ) from error
+            what = f"the chat template cannot render the messages ({type(error).__name__}: {error})"
+            roles, expected = [m["role"] for m in messages], "roles and fields that the template knows"
+            raise RowError("chat template", what, field=name, value=roles, expected=expected) from error
 
     def _conversation(
-        self, example: Example, prompt: str, before: list[Message], completion: list[Message], name: str
+        self,
+        example: Example,
+        prompt: str,
+        before: list[Message],
+        completion: list[Message],
+        name: str,
+        dropped: tuple[str, ...],
     ) -> Rendered:
         text = self._render(example, [*before, *completion], name, False)
-        start = self._completion_start(example, prompt, before, text, name)
+        start = self._completion_start(example, prompt, before, completion, text, name)
         if len(completion) == 1:
             turns = [(start, len(text))]
         else:
-            turns = self._turns(example, prompt, before, completion, text, name)
-        turns = [self._without_tail(text, turn) for turn in turns]
+            turns = self._turns(example, prompt, before, completion, text, name, start)
+        # A generation prompt may go on beyond what the template writes before an answer; the prompt ends as it does.
+        text, moved = prompt + text[start:], len(prompt) - start
+        turns = [self._without_tail(text, (first + moved, last + moved)) for first, last in turns]
         text = text[: turns[-1][1]]
+        contents, shown = _contents(text, len(prompt), completion, turns)
+        answers, lacks = iter(turns), list[tuple[str, str, str]]()
+        for number, message in enumerate(completion):
+            within = slice(*next(answers)) if message["role"] == "assistant" else slice(len(prompt), None)
+            lacks += [(name, f"message {number}: {key}", part) for key, part in _lacking(message, text[within])]
         return Rendered(
             text,
-            start,
+            len(prompt),
             tuple(turns),
-            _contents(text, start, completion, turns),
+            contents,
             special=True,
-            closed=text.endswith(self._end_marks),
+            closed=text.endswith(self.end_marks),
+            shown=shown,
+            dropped=dropped + self._dropped(lacks),
         )
 
-    def _completion_start(self, example: Example, prompt: str, before: list[Message], text: str, name: str) -> int:
+    def _completion_start(
+        self, example: Example, prompt: str, before: list[Message], completion: list[Message], text: str, name: str
+    ) -> int:
+        """Where the completion begins in the template's text."""
         if text.startswith(prompt):
             return len(prompt)
         # A generation prompt may go on beyond what the template writes before an answer (an empty thinking
         # block, say); then the completion begins where the two part. The messages must be rendered alike.
         shared = common_length(prompt, text)
-        if shared < len(self._render(example, before, "prompt", False).rstrip()):
-            raise RowError(
-                "chat template",
-                "the chat template renders the prompt differently once a completion follows",
-                field=name,
-                value=text[max(0, shared - 20) : shared + 40],
-                expected=f"the rendered prompt to go on with {prompt[shared : shared + 40]!r}",
-            )
-        return shared
+        least = len(self._render(example, before, "prompt", False).rstrip())
+        if shared < least:
+            what = "the chat template renders the prompt differently once a completion follows"
+            expected = f"the rendered prompt to go on with {prompt[shared : shared + 40]!r}"
+            around = text[max(0, shared - 20) : shared + 40]
+            raise RowError("chat template", what, field=name, value=around, expected=expected)
+        said = (completion[0].get("content") or "").strip()  # its first characters may be those of the thinking block
+        at = text.rfind(said, least, shared + len(said)) if said else -1
+        return shared if at < 0 else at
 
     def _turns(
         self,
@@ -150,6 +212,7 @@ class Renderer:
         completion: list[Message],
         text: str,
         name: str,
+        start: int,
     ) -> list[Span]:
         """The assistant's turns in a completion of several messages."""
         turns = []
@@ -161,45 +224,62 @@ class Renderer:
                 opening = self._render(example, messages[:-1], name, True)
             closing = self._render(example, messages, name, False)
             if not (text.startswith(opening) and text.startswith(closing)):
-                return self._marked_turns(example, before, completion, text, name)
+                break
             turns.append((len(opening), len(closing)))
+        else:
+            return turns
+        # The template rewrites earlier turns: they are found by its `{% generation %}` blocks, or by their headings.
+        count = sum(m["role"] == "assistant" for m in completion)
+        template = self.template or self.tokenizer.get_chat_template(None, example.tools)
+        if GENERATION_BLOCK.search(template):
+            turns = self._marked_turns(example, [*before, *completion], template, text)[-count:]
+        else:
+            written = len(self._render(example, before, "prompt", False).rstrip())
+            turns = self._headed_turns(text, written, start, prompt)
+        if len(turns) != count:
+            what = "the chat template rewrites earlier turns, so what the assistant wrote cannot be told apart"
+            expected = "one assistant message per completion, or a template with {% generation %} blocks"
+            raise RowError("chat template", what, field=name, value=[m["role"] for m in completion], expected=expected)
         return turns
 
-    def _marked_turns(
-        self, example: Example, before: list[Message], completion: list[Message], text: str, name: str
-    ) -> list[Span]:
-        """The turns by `{% generation %}` blocks, for templates that rewrite earlier turns."""
-        template = self.template or self.tokenizer.get_chat_template(None, example.tools)
-        if not GENERATION_BLOCK.search(template):
-            raise RowError(
-                "chat template",
-                "the chat template rewrites earlier turns, so what the assistant wrote cannot be told apart",
-                field=name,
-                value=[m["role"] for m in completion],
-                expected="one assistant message per completion, or a template with {% generation %} blocks",
-            )
+    def _marked_turns(self, example: Example, messages: list[Message], template: str, text: str) -> list[Span]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template  # declared to return a str
         _, marked = render(
-            conversations=[[*before, *completion]],
+            conversations=[messages],
             tools=example.tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.kwargs},
+            **{**self.tokenizer.special_tokens_map, **self.variables(example)},
         )
-        count = sum(m["role"] == "assistant" for m in completion)
-        turns = []
-        for start, end in marked[0][-count:]:
-            # Where the block leaves out the end-of-turn token, it still belongs to the turn.
-            mark = next((m for m in self._end_marks if text.startswith(m, end)), "")
-            turns.append((start, end + len(mark)))
+        # Where the block leaves out the end-of-turn token, it still belongs to the turn.
+        ends = [next((m for m in self.end_marks if text.startswith(m, end)), "") for _, end in marked[0]]
+        return [(start, end + len(mark)) for (start, end), mark in zip(marked[0], ends)]
+
+    def _headed_turns(self, text: str, written: int, start: int, prompt: str) -> list[Span]:
+        """Turns from the heading that stands before the first one to the end-of-turn token that closes the last one.
+
+        Args:
+            written: where the prompt's messages end; start: where the first turn begins.
+        """
+        heading, whole = text[written:start].lstrip(), prompt[written:].lstrip()
+        mark = next((m for m in self.end_marks if text.rstrip().endswith(m)), None)
+        turns: list[Span] = []
+        at = text.find(heading, written) if heading.strip() and mark else -1
+        while at >= 0 and mark:
+            first = at + common_length(text[at:], whole) if turns else start
+            end = text.find(mark, first)
+            if end < 0:
+                return []
+            turns.append((first, end + len(mark)))
+            at = text.find(heading, end)
         return turns
 
     def _without_tail(self, text: str, turn: Span) -> Span:
         start, end = turn
         stripped = text[start:end].rstrip()
-        return (start, start + len(stripped)) if stripped.endswith(self._end_marks) else turn
+        return (start, start + len(stripped)) if stripped.endswith(self.end_marks) else turn
 
 
 def template_text(template: str | None) -> str | None:
@@ -211,43 +291,78 @@ def template_text(template: str | None) -> str | None:
     if template is None or "{%" in template or "{{" in template:
         return template
     path = Path(template).expanduser()
-    if not path.is_file():
-        raise ModelError(
-            f"chat_template is {template!r}; expected a Jinja template or the path of a file that holds one"
-        )
+    expected = "expected a Jinja template or the path of a file that holds one"
+    require(path.is_file(), ModelError, f"chat_template is {template!r}; {expected}")
     return path.read_text(encoding="utf-8")
 
 
 def _contents(
-    text: str, start: int, completion: Sequence[Mapping[str, Any]], turns: Sequence[Span]
-) -> tuple[Span | None, ...]:
-    """Where each message's content stands, as if the template had not stripped it; the assistant's in its `turns`."""
-    found: list[Span | None] = []
+    text: str, start: int, completion: Sequence[Message], turns: Sequence[Span]
+) -> tuple[tuple[Span | None, ...], tuple[Span | None, ...]]:
+    """Where each message's content stands, the assistant's in its `turns`: as if whole, and as the template left it."""
+    places: list[tuple[Span | None, Span | None]] = []
     left = list(turns)
     for message in completion:
+        limit = len(text)
         if message["role"] == "assistant" and left:  # a heading before the turn may hold the same letters
-            start = left.pop(0)[0]
+            start, limit = left.pop(0)
         content = message.get("content") or ""
         core = content.strip()
-        at = text.find(core, start) if core else -1
-        if at < 0:
-            found.append(None)
+        low = text.find(core, start) if core else -1
+        if low < 0:
+            places.append((None, None))
             continue
-        first = at - (len(content) - len(content.lstrip()))
-        found.append((first, first + len(content)))
-        start = at + len(core)
-    return tuple(found)
+        high, first = low + len(core), low - (len(content) - len(content.lstrip()))
+        least, start = start, high
+        while low > max(first, least) and text[low - 1] == content[low - 1 - first]:
+            low -= 1
+        while high < min(first + len(content), limit) and text[high] == content[high - first]:
+            high += 1
+        places.append(((first, first + len(content)), (low, high)))
+    return tuple(whole for whole, _ in places), tuple(shown for _, shown in places)
+
+
+def _lacking(message: Message, text: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of what the message says and the rendered text lacks; white space aside."""
+    squeezed = "".join(text.split())
+    for key in ("content", *WRITTEN):
+        for part in _texts_of(message.get(key)):
+            forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
+            if not any("".join(form.split()) in squeezed for form in forms):
+                yield key, part
+        if key == "tool_calls":
+            yield from ((key, name) for name in _names(message.get(key)) if not _has_word(text, name))
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON: keys (of tool calls, those of their arguments) and leaves."""
+    if isinstance(value, Mapping):
+        if "function" in value or "arguments" in value:
+            value = value.get("function", value).get("arguments")
+            yield from _texts_of(value)
+            return
+        for key, inner in value.items():
+            yield str(key)
+            yield from _texts_of(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts_of(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def _names(tools: Any) -> list[str]:
+    """Names of tools or tool calls."""
+    entries = [tool.get("function", tool) for tool in tools or () if isinstance(tool, Mapping)]
+    return [entry["name"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)]
+
+
+def _has_word(text: str, word: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
 # ----------------------------------------------------------------------------------------------------
 # Text -> token ids, and where among the tokens a position in the text lies.
-#
-# The seam. Prompt and completion are tokenised together, because that is what the model is given, and
-# tokenizers merge across the place where they meet. A token that contains a character of the completion belongs
-# to the completion, even if it also contains the end of the prompt. All completions of a prompt share its token
-# ids, so the prompt is the longest common beginning of the tokens that hold nothing but prompt; whatever else
-# there is goes to the completions, and counts. Hence always `prompt_ids + completion_ids` = the tokens of the
-# whole text (+ EOS).
 
 # How byte-level tokenizers write a space.
 SPACE = "Ġ"
@@ -284,8 +399,7 @@ class Tokens:
         return shared + (shared < len(before))
 
     def _ids_before(self, position: int) -> list[int]:
-        if self.ids_of is None:
-            raise ValueError("tokens have neither offsets nor a tokenizer")
+        assert self.ids_of is not None  # tokens without offsets have it
         return self.ids_of(self.text[:position])
 
 
@@ -305,11 +419,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id if config.add_eos else None
-        if config.add_eos and self.eos_id is None:
-            raise ModelError(
-                f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
-                "expected one, since EOS ends every completion (or `add_eos: false`)"
-            )
+        require(
+            not config.add_eos or self.eos_id is not None,
+            ModelError,
+            f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
+            "expected one, since EOS ends every completion (or `add_eos: false`)",
+        )
         self.prefix = self._own_prefix()
         self._spaces: dict[int, tuple[int, ...]] = {}
         self._trimmed = tokenizer.is_fast and self._trims_offsets()
@@ -384,7 +499,7 @@ class Encoder:
 
 
 def seam(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
-    """How many tokens at the start are the prompt that all these texts share (see the top of the file)."""
+    """The prompt boundary: how many tokens at the start are the prompt that all these texts share."""
     whole = [t.within(end) for t, end in zip(tokens, prompt_end)]
     shared = tokens[0].ids[: whole[0]]
     for other, count in zip(tokens[1:], whole[1:]):
@@ -409,6 +524,7 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
     if config is not None:
         names = ("max_length", "max_prompt_length", "truncation_side", "add_eos")
         values = {name: getattr(config, name) for name in names}
+        values |= {"chat": True} if config.chat else {}
         parts.append({**values, "chat_template": template_text(config.chat_template)})
         parts.append(dict(config.chat_template_kwargs))
         if config.span_config is not None:

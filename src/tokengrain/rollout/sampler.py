@@ -20,7 +20,7 @@ from torch import Tensor
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.dataset import Report
-from tokengrain.data.formats import Example, check_mapping, check_prompt, content
+from tokengrain.data.formats import Example, canonical, check_mapping, check_prompt, content, for_template
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import Encoder, Renderer
 from tokengrain.errors import DataError, ModelError, RecipeError, RolloutError, require, shown
@@ -308,7 +308,6 @@ def encode_prompts(
     items, report = [], Report() if report is None else report
     for number, (place, row) in enumerate(rows if isinstance(rows, Rows) else enumerate(rows)):
         try:
-            check_mapping(row)
             ids = _encoded(row, renderer, encoder, column, template, chat)
         except RowError as error:
             located = error.located(*(rows.place(place) if isinstance(rows, Rows) else (file, number)))
@@ -326,26 +325,25 @@ def encode_prompts(
 def _encoded(
     row: Mapping[str, Any], renderer: Renderer, encoder: Encoder, column: str, template: str | None, chat: bool
 ) -> list[int]:
-    if template is None:
-        prompt = content(row, column)
-    else:
+    check_mapping(row)
+    given: Any = row
+    if template is not None:
         try:
-            prompt = template.format_map(row)
+            given = {**row, "prompt": template.format_map(row)}
         except (KeyError, IndexError, ValueError) as error:
-            raise RowError(
-                "missing column",
-                f"the prompt's template does not fit the row ({type(error).__name__}: {error})",
-                value=template,
-                expected=f"placeholders among {list(row)}",
-            ) from None
+            what = f"the prompt's template does not fit the row ({type(error).__name__}: {error})"
+            expected = f"placeholders among {list(row)}"
+            raise RowError("missing column", what, value=template, expected=expected) from None
+    elif column != "prompt":
+        given = {**row, "prompt": content(row, column)}
+    row = canonical(given, chat)
+    prompt = content(row, "prompt")
     check_prompt(prompt, column)
-    if chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
         ids = [*encoder.prefix, *encoder([prompt])[0].ids]
         bos = encoder.prefix[:1]
         return ids[1:] if bos and ids[1:2] == bos else ids
-    return encoder([renderer.prompt(Example(prompt, (), (), (), (), row.get("tools") or None))])[0].ids
+    return encoder([renderer.prompt(Example(prompt, **for_template(row)))])[0].ids
 
 
 def _cut(ids: list[int], config: TokenizeConfig, bos_id: int | None) -> list[int]:
