@@ -18,13 +18,16 @@ import torch
 import typer
 
 from benchmarks.setting import Setting, build_model, build_samples, word_tokenizer
+from tokengrain.annotation import annotate
 from tokengrain.batch import TokenBatch
+from tokengrain.data.dataset import PairDataset
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.scoring.reference import FrozenReference
+from tokengrain.scoring.score import score
 
 
 def bare(samples: list, guide: torch.nn.Module, reference: torch.nn.Module, budget: int) -> None:
     """Score all pairs with both models, in batches of similar lengths."""
-    from tokengrain.scoring.score import score
-
     ordered = sorted(samples, key=lambda s: -s.n_tokens)
     with torch.no_grad():
         for part in TokenBatch.from_samples(ordered).split(budget):
@@ -40,11 +43,6 @@ def main(
     budget: Annotated[int, typer.Option(help="tokens of one forward pass")] = 8192,
 ) -> None:
     """Print seconds of both and the share of the bare throughput that annotate keeps."""
-    from tokengrain.annotation import annotate
-    from tokengrain.data.dataset import PairDataset
-    from tokengrain.methods.tgdpo import GuideLogRatio
-    from tokengrain.scoring.reference import FrozenReference
-
     setting = Setting(pairs=pairs, hidden=hidden, layers=layers)
     samples = build_samples(setting)
     guide, base = build_model(setting), build_model(setting.with_(seed=1))

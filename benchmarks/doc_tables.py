@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.picture import write_picture
 from tokengrain.errors import read_json, write_text
 
 SPEED, DEMO = Path("docs/speed.md"), Path("docs/results/demo.md")
@@ -82,8 +83,6 @@ def main(
     online: Annotated[Path, typer.Option(help="of the online one")] = Path("docs/results/online_step_cpu.json"),
 ) -> None:
     """Fill the tables and write the picture."""
-    from tokengrain.report.html import write_picture
-
     fill(DEMO, "demo-table", demo_table(read_json(demo / "metrics.json")))
     fill(SPEED, "speed-table", speed_table(read_json(speed)))
     fill(SPEED, "online-table", online_table(read_json(online)))

@@ -9,12 +9,17 @@ import time
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, TrainerCallback
 
 from benchmarks.online_updates import BETA, OnlineSetting, build_rollout
 from benchmarks.setting import build_model, word_tokenizer
 from benchmarks.timing import Timing, ratio, synchronise
+from tokengrain.errors import read_log
+from tokengrain.method import make_objective
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
+from tokengrain.training.config import OnlineConfig
+from tokengrain.training.online import OnlineTrainer
 
 PHASES = ("rollout", "reward", "scoring", "credit", "update")
 
@@ -49,8 +54,6 @@ class PlainRollout:
     name = "bare generate"
 
     def __init__(self, setting: OnlineSetting) -> None:
-        from transformers import GenerationConfig
-
         self.model: Any = build_model(setting.model).eval()
         self.model.generation_config.eos_token_id = None  # completions of full length, as ours
         prompts = prompts_of(setting)
@@ -109,12 +112,6 @@ def step_split(setting: OnlineSetting, rollouts: int, credit: tuple[str, ...] = 
         rollouts: after the first, which is left out.
         credit: names of credit steps.
     """
-    from transformers import TrainerCallback
-
-    from tokengrain.errors import read_log
-    from tokengrain.method import make_objective
-    from tokengrain.training.config import OnlineConfig
-    from tokengrain.training.online import OnlineTrainer
 
     ends: list[float] = []
 

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import random
 import tempfile
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from benchmarks.setting import Setting, build_model, word_tokenizer
 from benchmarks.steps import optimiser_of
 from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.loss import Counts, make_normaliser
+from tokengrain.method import RolloutStep, make_objective
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.reference import ColumnReference, FrozenReference
+from tokengrain.training.loss import PreferenceLoss
+from tokengrain.training.rollout import RolloutScorer
 
 BETA = 0.04
 TWICE = Setting(prompt=(192, 320), completion=(64, 192))
@@ -94,13 +103,6 @@ class OursUpdate:
     """
 
     def __init__(self, setting: OnlineSetting, layout: Any = "auto") -> None:
-        from tokengrain.loss import make_normaliser
-        from tokengrain.method import make_objective
-        from tokengrain.scoring.prepare import prepare
-        from tokengrain.scoring.reference import ColumnReference, FrozenReference
-        from tokengrain.training.loss import PreferenceLoss
-        from tokengrain.training.rollout import RolloutScorer
-
         self.name = "tokengrain" if layout == "auto" else f"tokengrain, {layout} layout"
         model = setting.model
         self.policy, frozen = build_model(model, model.attention), build_model(model, model.attention)
@@ -125,9 +127,6 @@ class OursUpdate:
 
     def update(self) -> list[float]:
         """One rollout's optimiser steps; the loss of each."""
-        from tokengrain.loss import Counts
-        from tokengrain.method import RolloutStep
-
         batch = replace(self.batch, columns={})
         step = RolloutStep(batch, self.advantages, {}, batch.rows, 0)
         self.scorer.add(step, {"old_logps", "ref_logps"})
@@ -153,8 +152,6 @@ class TrlUpdate:
     """
 
     def __init__(self, setting: OnlineSetting, parts: int = 1) -> None:
-        from datasets import Dataset
-        from transformers import AutoModelForCausalLM
         from trl import GRPOConfig, GRPOTrainer
 
         self.name = "TRL" if parts == 1 else f"TRL, {parts} passes per minibatch"
@@ -237,8 +234,6 @@ def trl_inputs(batch: TokenBatch, advantages: Tensor) -> dict[str, Tensor]:
 
 def fastest_trl(setting: OnlineSetting) -> TrlUpdate:
     """TRL with as many passes per minibatch as are fastest here: 1, 2, 4 or 8, one timed update each."""
-    import time
-
     best: tuple[float, TrlUpdate] | None = None
     for parts in (1, 2, 4, 8):
         if setting.per_minibatch % parts:

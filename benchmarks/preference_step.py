@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.setting import Setting, build_samples
-from benchmarks.timing import machine, peak_memory, ratio, time_alternating
+from benchmarks.steps import OursStep
+from benchmarks.timing import Timing, machine, peak_memory, ratio, synchronise, time_alternating
 from tokengrain.errors import write_json, write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
@@ -59,9 +60,6 @@ def compare_memory(setting: Setting) -> dict[str, Any]:
 
 def own_ratio(slow: Setting, fast: Setting, repeats: int) -> dict[str, Any]:
     """Time of our step in one setting over that in another, alternating."""
-    from benchmarks.steps import OursStep
-    from benchmarks.timing import Timing, synchronise
-
     steps = [OursStep(slow), OursStep(fast)]
     timings = [Timing(setting.label(), [], 0.0) for setting in (slow, fast)]
     for round_ in range(repeats + 1):

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.batch import Completion, Sample
 
@@ -52,8 +54,6 @@ def _range(bounds: tuple[int, int]) -> str:
 
 def build_model(setting: Setting, attention: str = "sdpa") -> torch.nn.Module:
     """A llama with tied embeddings and random weights, the same for the same seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=setting.vocabulary,
         hidden_size=setting.hidden,
@@ -86,9 +86,6 @@ def build_samples(setting: Setting) -> list[Sample]:
 
 def word_tokenizer(vocabulary: int) -> object:
     """A tokenizer that TRL's constructor accepts; the rows are token ids already."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -19,6 +19,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from transformers import TrainerCallback, trainer
+
+from tokengrain.recipe.load import load_recipe
+from tokengrain.run.stages import run_recipe
+from tokengrain.worlds import load_world
 
 OWN = (
     "recipe.yaml",
@@ -75,8 +80,6 @@ class Memory:
 
     def callback(self) -> Any:
         """For transformers' trainer."""
-        from transformers import TrainerCallback
-
         memory = self
 
         class Measure(TrainerCallback):
@@ -101,8 +104,6 @@ class Memory:
 @contextmanager
 def _measured(memory: Memory) -> Any:
     """Every trainer that is made meanwhile reports its steps."""
-    from transformers import trainer
-
     callback = memory.callback()
     trainer.DEFAULT_CALLBACKS.append(callback)
     try:
@@ -127,10 +128,6 @@ def soak(recipe: str, steps: int, every: int, warm_up: int, folder: Path) -> tup
     Args:
         folder: for the run folder and temporary files.
     """
-    from tokengrain.recipe.load import load_recipe
-    from tokengrain.run.stages import run_recipe
-    from tokengrain.worlds import load_world
-
     world: Any = load_world(WORLD)
     world.base_model()
     run, temporary = folder / "run", folder / "tmp"

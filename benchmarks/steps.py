@@ -11,9 +11,16 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 
 from benchmarks.setting import Setting, build_model, build_samples, word_tokenizer
+from tokengrain.batch import TokenBatch
+from tokengrain.method import make_objective
+from tokengrain.methods.aligndistil import ContrastiveTeacher
+from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.reference import FrozenReference
+from tokengrain.training.loss import PreferenceLoss
 
 LEARNING_RATE = 1e-5
 BETA, ALPHA = 0.1, 0.5
@@ -39,13 +46,6 @@ class OursStep:
     name = "tokengrain"
 
     def __init__(self, setting: Setting) -> None:
-        from tokengrain.batch import TokenBatch
-        from tokengrain.method import make_objective
-        from tokengrain.methods.aligndistil import ContrastiveTeacher
-        from tokengrain.scoring.prepare import prepare
-        from tokengrain.scoring.reference import FrozenReference
-        from tokengrain.training.loss import PreferenceLoss
-
         self.policy = build_model(setting, setting.attention)
         prepare(self.policy)
         objective = make_objective(setting.method, **HYPER[setting.method])
@@ -128,7 +128,6 @@ class TrlStep:
     name = "TRL"
 
     def __init__(self, setting: Setting) -> None:
-        from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
         if setting.method != "dpo":

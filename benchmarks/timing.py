@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from benchmarks.setting import Setting
 from benchmarks.steps import STEPS
@@ -81,8 +83,6 @@ def peak_memory(setting: Setting, name: str) -> float:
         "s = json.loads(sys.argv[1]); s['prompt'] = tuple(s['prompt']); s['completion'] = tuple(s['completion']);"
         "print('PEAK', _measure_peak(Setting(**s), sys.argv[2]))"
     )
-    import json
-
     run = subprocess.run(
         [sys.executable, "-c", code, json.dumps(asdict(setting)), name],
         capture_output=True,
@@ -146,8 +146,6 @@ def machine(module: str = "benchmarks.preference_step") -> dict[str, Any]:
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    import transformers
-
     return {
         "date": date.today().isoformat(),
         "cpu": name,

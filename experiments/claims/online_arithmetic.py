@@ -8,8 +8,9 @@ from typing import Any
 
 from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.published import DAPO, DCPO
-from tokengrain.bench.training import TrainingSizes, train_online
+from experiments.training import TrainingSizes, train_online
 from tokengrain.method import make_objective
+from tokengrain.worlds import load_world
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,6 @@ class Context:
 
 
 def prepare(seed: int, scale: Scale) -> Context:
-    from tokengrain.worlds import load_world
-
     world: Any = load_world(f"world://arithmetic?size={scale.size}&levels={scale.levels}&seed={seed}")
     world.base_model()
     return Context(seed, scale, world)

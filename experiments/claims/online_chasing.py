@@ -12,9 +12,11 @@ from torch import Tensor
 from experiments.claims.chasing_task import LONGEST, PROMPT, VOCABULARY, Chasing, checks_of, is_right
 from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.tiny_lm import copy_of, sft, tiny_llama
-from tokengrain.bench.training import TrainingSizes, train_online
+from experiments.training import TrainingSizes, train_online
 from tokengrain.evaluation.credit import spearman
 from tokengrain.method import make_objective
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
 
 EASY, HARD = 2, 5
 """Most hops of a prompt that counts as easy here, fewest of a hard one."""
@@ -67,9 +69,6 @@ def run(context: Context, arm: Arm) -> Measures:
 
 def evaluated(context: Context, model: Any) -> Measures:
     """Accuracy, lengths with their end (tokens) and checks of samples at temperature 1, on all prompts."""
-    from tokengrain.rollout.local import HFGenerate
-    from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
-
     task, n = context.task, context.scale.samples
     rows = task.prompts()
     sampling = SamplingConfig(max_new_tokens=LONGEST, seed=context.seed)

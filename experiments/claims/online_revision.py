@@ -10,8 +10,14 @@ import torch
 
 from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.online_r3 import POWERS, r3_of_chains
-from tokengrain.bench.training import TrainingSizes, train_online
+from experiments.training import TrainingSizes, train_online
 from tokengrain.method import make_objective
+from tokengrain.methods.dro import variability
+from tokengrain.rewards.suite import RewardFunction
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import encode_prompts
+from tokengrain.scoring.score import score
+from tokengrain.worlds import load_world
 
 REACHED = 0.5
 
@@ -40,8 +46,6 @@ class Context:
 
 
 def prepare(seed: int, scale: Scale) -> Context:
-    from tokengrain.worlds import load_world
-
     world, plain = (
         load_world(f"world://revision?size=small&seed={seed}&{options}".rstrip("&"))
         for options in (scale.options, scale.plain)
@@ -55,11 +59,6 @@ def _found(world: Any, scale: Scale, seed: int) -> float:
     One token each, since chains often disagree about one digit only; and over the training prompts with right and
     wrong chains: where all come to the same, no likelihood can depend on them.
     """
-    from tokengrain.methods.dro import variability
-    from tokengrain.rollout.local import HFGenerate
-    from tokengrain.rollout.sampler import encode_prompts
-    from tokengrain.scoring.score import score
-
     rows = world.prompts()
     items = encode_prompts(rows, world.tokenizer)
     rollouts = HFGenerate(world.reference).sample(items, n=scale.generations, sampling=world.sampling(seed))
@@ -81,8 +80,6 @@ def _found(world: Any, scale: Scale, seed: int) -> float:
 
 
 def run(context: Context, arm: Arm) -> Measures:
-    from tokengrain.rewards.suite import RewardFunction
-
     scale, world = context.scale, context.world
     sampling = world.sampling(context.seed)  # only the chain: of the answer nothing is rewarded
     done = train_online(

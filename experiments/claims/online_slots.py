@@ -28,9 +28,10 @@ from experiments.claims.slots_task import (
     texts,
 )
 from experiments.claims.tiny_lm import copy_of, logps_of, sample, sft, tiny_llama, token_batch
-from tokengrain.bench.training import TrainingSizes, train_online
+from experiments.training import TrainingSizes, train_online
 from tokengrain.method import make_objective
 from tokengrain.methods.dro import variability
+from tokengrain.rewards.suite import RewardFunction
 
 HALFWAY, REACHED = 0.6, 0.9
 
@@ -98,8 +99,6 @@ def found_slots(
 
 
 def run(context: Context, arm: Arm) -> Measures:
-    from tokengrain.rewards.suite import RewardFunction
-
     scale = context.scale
     done = train_online(
         context.task,

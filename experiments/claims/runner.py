@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.claims.framework import Finding, Group, judge
-from tokengrain.bench.page import append_line, repair_log
+from experiments.claims.groups import GROUPS
+from tokengrain.bench.credit import append_line, repair_log
 from tokengrain.errors import RecipeError, read_log
+from tokengrain.worlds.base_models import single_thread
 
 LOG = "runs.jsonl"
 
@@ -27,8 +30,6 @@ def find_groups(groups: Sequence[str] | None = None, methods: Sequence[str] | No
     Raises:
         RecipeError: an unknown group or method; no such claim in any of them.
     """
-    from experiments.claims.groups import GROUPS
-
     known = {"group": list(GROUPS), "method": sorted({m for g in GROUPS.values() for m in g.methods})}
     for what, names in (("group", groups), ("method", methods)):
         if unknown := [name for name in names or () if name not in known[what]]:
@@ -125,16 +126,11 @@ def _one_thread_per_process() -> Iterator[None]:
 
 
 def _run_named(name: str, seed: int, quick: bool, arms: list[str], log: Path) -> None:
-    from experiments.claims.groups import GROUPS
-
     run_seed(GROUPS[name], seed, quick, arms, log)
 
 
 def run_seed(group: Group, seed: int, quick: bool, arms: Sequence[str], log: Path) -> None:
     """Prepare a seed of a group and run these arms of it; one line in the log as each of them ends."""
-    import transformers
-
-    from tokengrain.worlds.base_models import single_thread
 
     transformers.logging.set_verbosity_error()
     with single_thread():

@@ -13,6 +13,14 @@ from typing import Any
 
 from experiments.claims.framework import Arm, Group, Measures
 from experiments.claims.stories_claims import CLAIMS_BY_REGIME
+from tokengrain.bench.sources import exchanged, train_on, world_samples
+from tokengrain.method import Transformed, make_objective
+from tokengrain.methods.aligndistil import ContrastiveTeacher
+from tokengrain.methods.baselines import RandomCredit
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.methods.treg import ContrastivePrompting
+from tokengrain.scoring.reference import FrozenReference
+from tokengrain.worlds import load_world
 
 HALF_STEP, QUARTER_STEP = 1e-4, 5e-5
 
@@ -46,24 +54,16 @@ class Context:
     @cached_property
     def reverse(self) -> Any:
         """DPO on the same pairs with chosen and rejected exchanged."""
-        from tokengrain.bench.training import exchanged
-
         return self.train("dpo", {"beta": 0.3}, rows=exchanged(self.rows))
 
     def train(self, objective: str, hyper: Mapping[str, Any], **options: Any) -> Any:
         """A model after training from the base; options: of `train_on`."""
-        from tokengrain.bench.training import train_on
-        from tokengrain.method import make_objective
-
         rows = options.pop("rows", self.rows)
         sizes = {"steps": self.scale.steps, "pairs": self.scale.pairs}
         return train_on(self.world, make_objective(objective, **hyper), rows, self.seed, **sizes, **options)
 
 
 def prepare(seed: int, scale: Scale) -> Context:
-    from tokengrain.bench.training import world_samples
-    from tokengrain.worlds import load_world
-
     world: Any = load_world(f"world://stories?regime={scale.regime}&seed={seed}&size={scale.size}")
     return Context(seed, scale, world, world_samples(world))
 
@@ -84,11 +84,6 @@ def run(context: Context, arm: Arm) -> Measures:
 
 def credit_source(name: str, context: Context) -> Any:
     """Where an arm's token credit comes from."""
-    from tokengrain.method import Transformed
-    from tokengrain.methods.baselines import RandomCredit
-    from tokengrain.methods.tgdpo import GuideLogRatio
-    from tokengrain.methods.treg import ContrastivePrompting
-
     world = context.world
     if name in ("contrastive", "swapped"):
         source = ContrastivePrompting(
@@ -106,9 +101,6 @@ def credit_source(name: str, context: Context) -> Any:
 
 
 def _teacher(context: Context, settings: Mapping[str, Any]) -> Any:
-    from tokengrain.methods.aligndistil import ContrastiveTeacher
-    from tokengrain.scoring.reference import FrozenReference
-
     contrast = None if settings["form"] == "distil" else FrozenReference(context.reverse)
     return ContrastiveTeacher(target=FrozenReference(context.guide), contrast=contrast, beta0=0.3, **settings)
 

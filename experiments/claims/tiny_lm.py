@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokengrain.batch import TokenBatch
 from tokengrain.loss import Counts, LossOutput, make_normaliser
@@ -19,8 +20,6 @@ WIDTH, LAYERS, HEADS = 48, 2, 4
 
 def tiny_llama_config(vocabulary: int, positions: int, **more: Any) -> Any:
     """Two layers of width 48, with the spread of PyTorch's usual linear layers."""
-    from transformers import LlamaConfig
-
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
@@ -44,8 +43,6 @@ def tiny_llama(vocabulary: int, positions: int, seed: int) -> Any:
     Embeddings are standard normal numbers, as PyTorch's are: with small ones the tasks are learned later and less
     cleanly, and what preference training then does to them varies more.
     """
-    from transformers import LlamaForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_llama_config(vocabulary, positions))

@@ -1,4 +1,4 @@
-"""The corruption test: what is spoilt, how credit is judged, and the command line on rows and a tiny llama."""
+"""The corruption test: what is changed, how credit is judged, and the command line on rows and a tiny llama."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ def test_only_marked_places_change(how: Any, holes: bool) -> None:
     found = corrupt(batch, tok, how=how, tokens=2, model=llama(1))
     assert found.clean.n_prompts == batch.n_prompts
     assert torch.equal(found.clean.labels, batch.labels)
-    assert torch.equal(found.clean.labels != found.spoilt.labels, found.marked)
+    assert torch.equal(found.clean.labels != found.corrupted.labels, found.marked)
     outside = ~batch.counted
-    assert torch.equal(batch.completion_ids[outside], found.spoilt.completion_ids[outside])
-    for marked, ids in zip(*(batch.segments.split(x) for x in (found.marked, found.spoilt.labels)), strict=True):
+    assert torch.equal(batch.completion_ids[outside], found.corrupted.completion_ids[outside])
+    for marked, ids in zip(*(batch.segments.split(x) for x in (found.marked, found.corrupted.labels)), strict=True):
         assert 1 <= int(marked.sum()) <= (4 if how == "swap" else 2)
         assert not marked[ids == tok.eos_token_id].any()
         assert how == "swap" or holes or not (marked[1:] & marked[:-1]).any()
-    assert all(set(raw) == {"prompt"} for raw in found.spoilt.raw)
+    assert all(set(raw) == {"prompt"} for raw in found.corrupted.raw)
     again = corrupt(batch, tok, how=how, tokens=2, model=llama(1))
-    assert torch.equal(again.spoilt.labels, found.spoilt.labels)
+    assert torch.equal(again.corrupted.labels, found.corrupted.labels)
     other = corrupt(batch, tok, how=how, tokens=2, model=llama(1), seed=1)
-    assert not torch.equal(other.spoilt.labels, found.spoilt.labels)
+    assert not torch.equal(other.corrupted.labels, found.corrupted.labels)
 
 
 def test_a_swap_exchanges_neighbours() -> None:
     batch = answers()
     found = corrupt(batch, tokenizer(), how="swap", tokens=1)
     for i in range(batch.n_prompts):
-        before, after = batch.completion(i).tolist(), found.spoilt.completion(i).tolist()
+        before, after = batch.completion(i).tolist(), found.corrupted.completion(i).tolist()
         (first, second) = [p for p in range(len(before)) if before[p] != after[p]]
         assert second == first + 1
         assert [before[first], before[second]] == [after[second], after[first]]
@@ -76,7 +76,7 @@ def test_unlikely_tokens_are_less_likely_than_random_ones() -> None:
         total = 0.0
         for seed in range(12):
             found = corrupt(batch, tokenizer(), how=how, tokens=1, seed=seed, model=model)  # type: ignore[arg-type]
-            total += float(Surprise(model=model)(found.spoilt)[found.marked].mean())
+            total += float(Surprise(model=model)(found.corrupted)[found.marked].mean())
         surprise.append(total / 12)
     assert surprise[1] < surprise[0]
 
@@ -114,9 +114,9 @@ def test_neighbours_are_reported_apart() -> None:
     near, later = surroundings(found, neighbours=1)
 
     def startled(batch: TokenBatch) -> torch.Tensor:
-        is_spoilt = not torch.equal(batch.labels, _clean_of(batch).labels)
+        is_corrupted = not torch.equal(batch.labels, _clean_of(batch).labels)
         part = _part_of(batch)
-        return torch.where(near[part], -1.0, 0.0) if is_spoilt else torch.linspace(-1, 1, len(batch.labels))
+        return torch.where(near[part], -1.0, 0.0) if is_corrupted else torch.linspace(-1, 1, len(batch.labels))
 
     def _part_of(batch: TokenBatch) -> torch.Tensor:
         rows = torch.tensor([found.clean.rows.index(r) for r in batch.rows])
@@ -142,7 +142,7 @@ def test_random_credit_does_not_fall_anywhere() -> None:
     assert entries[0]["passes"] == 0
 
 
-def test_what_cannot_be_spoilt(tmp_path: Path) -> None:
+def test_what_cannot_be_corrupted(tmp_path: Path) -> None:
     one = TokenBatch.from_samples([Sample([1], [Completion([2])])])
     with pytest.raises(DataError, match="long enough"):
         corrupt(one, tokenizer())

@@ -16,11 +16,10 @@ from typer.testing import CliRunner
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.bench import credit
 from tokengrain.bench.cli import bench_app
-from tokengrain.bench.corruption import counted_passes, measure
-from tokengrain.bench.credit import bench_credit
-from tokengrain.bench.page import _short, append_line, repair_log
-from tokengrain.bench.sources import Bench, chosen_sources, own_source
-from tokengrain.bench.training import exchanged, world_samples
+from tokengrain.bench.credit import append_line, bench_credit, repair_log
+from tokengrain.bench.page import _short
+from tokengrain.bench.questions import counted_passes, measure
+from tokengrain.bench.sources import Bench, chosen_sources, exchanged, own_source, world_samples
 from tokengrain.errors import RecipeError, read_json, read_log
 from tokengrain.methods.baselines import RandomCredit, Surprise
 from tokengrain.methods.tgdpo import GuideLogRatio
@@ -114,14 +113,14 @@ def test_finished_parts_are_not_run_again(first: tuple[Path, dict[str, Any]], mo
 
 
 def test_other_settings_and_other_code_are_other_runs(tmp_path: Path) -> None:
-    unit = credit.Unit(WORLD, "", 0, 4, 32, 30, True)
+    unit = credit.Unit(WORLD, "", "pairs", 0, 4, 30)
     source = chosen_sources(["worth"], load_world(WORLD))[0]
     file = tmp_path / "mine.py"
     keys = []
     for power in (1, 2):
         file.write_text(f"def mine(batch):\n    return batch.labels.float() ** {power}\n")
         keys.append(credit.key_of(unit, own_source(f"{file}:mine")))
-    others = [credit.Unit(WORLD, "", 0, 5, 32, 30, True), credit.Unit(WORLD, "", 0, 4, 32, None, True)]
+    others = [credit.Unit(WORLD, "", "pairs", 0, 5, 30), credit.Unit(WORLD, "", "pairs", 0, 4, None)]
     keys += [credit.key_of(u, source) for u in (unit, *others)]
     assert len(set(keys)) == 5
 

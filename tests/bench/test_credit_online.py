@@ -13,9 +13,17 @@ from typer.testing import CliRunner
 
 from tokengrain.batch import Segments
 from tokengrain.bench.cli import bench_app
-from tokengrain.bench.corruption import measure
 from tokengrain.bench.credit import bench_credit
-from tokengrain.bench.questions import ON_CHAINS, ON_REFERENCES, Draw, OnlineCredit, advantages, column, questions_of
+from tokengrain.bench.questions import (
+    ON_CHAINS,
+    ON_REFERENCES,
+    Draw,
+    OnlineCredit,
+    advantages,
+    column,
+    measure,
+    questions_of,
+)
 from tokengrain.bench.sources import ONLINE, SOURCES, Bench, chosen_sources, left_out
 from tokengrain.errors import RecipeError
 from tokengrain.evaluation.credit import CreditTruth, pointing_scores

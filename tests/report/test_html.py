@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from benchmarks.picture import write_picture
 
 from tests.report.folders import METHODS, PAIRS, make_demo, make_run, write
 from tokengrain.errors import DataError, RunError
-from tokengrain.report.html import write_picture, write_report
+from tokengrain.report.html import write_report
 from tokengrain.report.svg import number, tick
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}

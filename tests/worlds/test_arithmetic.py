@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokengrain.bench.corruption import measure
+from tokengrain.bench.questions import measure
 from tokengrain.errors import DataError, RecipeError, RolloutError
 from tokengrain.methods.baselines import Surprise
 from tokengrain.rewards.suite import RewardSuite

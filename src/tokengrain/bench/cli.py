@@ -19,8 +19,6 @@ bench_app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
 OF_WORLDS = ("world", "regime", "seeds", "steps", "prompts", "generations", "jobs")
 OF_TEXTS = ("model", "how", "tokens", "rows", "seed")
 """Options of `credit` that act only without `--data`, or only with it."""
@@ -81,7 +79,7 @@ def credit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Is the credit right? Compare credit sources with the truth, or see whether they find spoilt tokens.
+    """Is the credit right? Compare credit sources with the truth, or see whether they find corrupted tokens.
 
     In a world: token credit against the truth, over seeds. A seed takes one or two minutes of one core; finished
     parts are kept, and the same command goes on from there. In stories the truth is the exact soft advantage of every

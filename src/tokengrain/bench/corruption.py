@@ -1,117 +1,42 @@
-"""The corruption test: a few tokens of good answers are spoilt; does credit fall there, and only there?"""
+"""The corruption test: a few tokens of good answers are changed; does credit fall there, and only there?"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+import yaml
+from accelerate import PartialState
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.bench.questions import ON_PAIRS, Question
-from tokengrain.errors import DataError, RecipeError, write_json
-from tokengrain.evaluation.credit import CreditTruth, auc, calibration, credit_scores, lowest_hits, pointing_scores
+from tokengrain.bench.page import write_pages
+from tokengrain.bench.questions import Credit, credit_and_cost
+from tokengrain.bench.sources import own_source
+from tokengrain.data.dataset import prepare_sft
+from tokengrain.data.tokens import token_texts
+from tokengrain.errors import DataError, RecipeError, fingerprint, require
+from tokengrain.evaluation.credit import auc, lowest_hits
 from tokengrain.evaluation.statistics import bootstrap
-
-if TYPE_CHECKING:
-    from tokengrain.run.build import Workshop
-
-
-# ----------------------------------------------------------------------------------------------------
-# What a credit source costs and how well it agrees with the truth.
-
-MEASURE_PART = 64
-"""Prompts per call of a source."""
-
-
-@dataclass
-class Passes:
-    """Forward passes through the decoders of transformers models: how many, and over how many tokens."""
-
-    calls: int = 0
-    tokens: int = 0
-
-
-@contextmanager
-def counted_passes() -> Iterator[Passes]:
-    """Count the forward passes of all transformers models while the block runs, whoever calls them."""
-    from torch.nn.modules.module import register_module_forward_hook
-    from transformers import PreTrainedModel
-
-    found = Passes()
-
-    def count(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        # A model with a head calls its base model, and only a base model is its own `base_model`.
-        if isinstance(module, PreTrainedModel) and module.base_model is module:
-            found.calls += 1
-            last = getattr(output, "last_hidden_state", None)
-            found.tokens += last.shape[0] * last.shape[1] if last is not None else 0
-
-    handle = register_module_forward_hook(count)
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def credit_of(source: Callable[[TokenBatch], Tensor], batch: TokenBatch, part: int = MEASURE_PART) -> Tensor:
-    """Credit of all counted tokens `[N]` on the CPU, `part` prompts at a time."""
-    return torch.cat([source(b).detach().float().cpu() for b in parts_of(batch, part)])
-
-
-def parts_of(batch: TokenBatch, part: int = MEASURE_PART) -> list[TokenBatch]:
-    """The batch cut into batches of `part` prompts, in order."""
-    return [batch.select(range(i, min(i + part, batch.n_prompts))) for i in range(0, batch.n_prompts, part)]
-
-
-def credit_and_cost(
-    source: Callable[[TokenBatch], Tensor], batch: TokenBatch, part: int = MEASURE_PART
-) -> tuple[Tensor, dict[str, float]]:
-    """Credit `[N]` of a source, and what it cost.
-
-    Returns:
-        The credit, and `seconds` per 1,000 credited tokens, `passes` through a model per call with `part`
-        prompts, `reads`, tokens that went through a model per credited token.
-    """
-    first = batch.select(range(min(part, batch.n_prompts)))
-    source(first.select([0]))  # what happens once, such as finding out how to score a model, is not its price
-    with counted_passes() as passes:
-        source(first)
-    start = time.perf_counter()
-    credit = credit_of(source, batch, part)
-    seconds = time.perf_counter() - start
-    return credit, {
-        "seconds": 1000 * seconds / batch.segments.total,
-        "passes": passes.calls,
-        "reads": passes.tokens / first.segments.total,
-    }
-
-
-def measure(
-    source: Callable[[TokenBatch], Tensor], truth: CreditTruth, question: Question = ON_PAIRS
-) -> tuple[dict[str, Any], Tensor]:
-    """One source on one world's completions.
-
-    Returns:
-        The numbers of `credit_scores` and `pointing_scores`, `bins` of `calibration` and those of
-        `credit_and_cost`; and the credit `[N]`.
-    """
-    batch, decided = truth.batch, truth.decisions
-    credit, cost = credit_and_cost(source, batch)
-    found: dict[str, Any] = credit_scores(credit, truth.advantages, decided, batch.segments)
-    marked = question.marked(truth.advantages)
-    found |= pointing_scores(credit, marked, decided, batch.segments, low=question.low)
-    bins = calibration(credit[decided], truth.advantages[decided], batch.segments.ids[decided]).bins
-    return found | cost | {"bins": bins}, credit
-
+from tokengrain.method import CREDIT
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.models import load_config, positions
+from tokengrain.recipe.load import load_recipe, make_recipe
+from tokengrain.recipe.schema import credit_settings, resolve_stages
+from tokengrain.report.rows import collect_credit_samples
+from tokengrain.run.build import Workshop, build_credit
+from tokengrain.run.inputs import open_rows, tokenize_config
+from tokengrain.runs import is_run, read_run
+from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.score import distribution_of
+from tokengrain.specs import ModelSpec
 
 How = Literal["random", "unlikely", "swap"]
 NEIGHBOURS = 3
@@ -128,13 +53,13 @@ class Corrupted:
 
     Attributes:
         clean: the answers, one completion per prompt.
-        spoilt: the same with other tokens in some places; lengths are the same.
+        corrupted: the same with other tokens in some places; lengths are the same.
         marked: bool `[N]`, the places.
-        left_out: answers that were too short to spoil.
+        left_out: answers that were too short to corrupt.
     """
 
     clean: TokenBatch
-    spoilt: TokenBatch
+    corrupted: TokenBatch
     marked: Tensor
     left_out: int
 
@@ -142,7 +67,7 @@ class Corrupted:
 def corrupt(
     batch: TokenBatch, tokenizer: Any, *, how: How = "random", tokens: int = 2, seed: int = 0, model: Any = None
 ) -> Corrupted:
-    """Spoil good answers.
+    """Change a few tokens of good answers.
 
     Args:
         batch: good answers, one completion per prompt.
@@ -150,29 +75,30 @@ def corrupt(
         how: "random" puts in another token, drawn from the answers of all rows; "unlikely" one of the half of
             these that `model` finds least likely there; "swap" exchanges neighbouring words.
         tokens: how many places per answer, never next to each other (fewer where there is no room).
-        seed: of the choices; where an answer is spoilt does not depend on the other rows.
+        seed: of the choices; which places of an answer change does not depend on the other rows.
         model: for "unlikely": a causal language model.
 
     Raises:
         RecipeError: an unknown way, or "unlikely" without a model.
         DataError: no answer is long enough, or the prompts do not have one answer each.
     """
-    if how not in get_args(How) or tokens < 1:
-        raise RecipeError(f"how is {how!r}, tokens is {tokens}; expected one of {get_args(How)} and at least 1")
-    if batch.n_completions != batch.n_prompts:
-        raise DataError("the corruption test takes one answer per prompt", value=batch.n_completions)
+    message = f"how is {how!r}, tokens is {tokens}; expected one of {get_args(How)} and at least 1"
+    require(how in get_args(How) and tokens >= 1, RecipeError, message)
+    one_each = batch.n_completions == batch.n_prompts
+    require(one_each, DataError, "the corruption test takes one answer per prompt", value=batch.n_completions)
+    require(how != "unlikely" or model is not None, RecipeError, "corruption 'unlikely' needs a model")
     special = set(tokenizer.all_special_ids)
     pool = [t for t in batch.labels.tolist() if t not in special]
     pick = _Substitutes(batch, pool, model) if how == "unlikely" else None
     clean: list[Sample] = []
-    spoilt: list[Sample] = []
+    corrupted: list[Sample] = []
     marked: list[bool] = []
     for i in range(batch.n_prompts):
         ids = batch.completion(i).tolist()
         start, end = batch.completion_offsets[i : i + 2].tolist()
         counted = batch.counted[start:end].tolist()
         row = batch.rows[i] if batch.rows else i
-        generator = torch.Generator().manual_seed(_seed(seed, ids))
+        generator = torch.Generator().manual_seed(int(fingerprint([seed, ids]), 16) >> 1)
         usable = [k and t not in special for t, k in zip(ids, counted, strict=True)]
         if how == "swap":
             changed, places = _swapped(ids, usable, tokenizer, tokens, generator)
@@ -185,15 +111,13 @@ def corrupt(
                 changed[place] = _other(candidates, ids[place], generator)
         if not places or not any(k and p not in places for p, k in enumerate(counted)):
             continue
-        prompt, raw = batch.prompt(i).tolist(), dict(batch.raw[i]) if batch.raw else {}
-        # A source that reads the answer's text would see the clean one.
-        raw = {k: v for k, v in raw.items() if k == "prompt"}
-        for samples, answer in ((clean, ids), (spoilt, changed)):
-            samples.append(Sample(prompt, [Completion(answer, counted)], row=row, raw=raw))
+        # Only the prompt's text: a source that reads the answer's would see the clean one.
+        raw = {k: v for k, v in batch.raw[i].items() if k == "prompt"} if batch.raw else {}
+        for samples, answer in ((clean, ids), (corrupted, changed)):
+            samples.append(Sample(batch.prompt(i).tolist(), [Completion(answer, counted)], row=row, raw=raw))
         marked += [p in places for p, k in enumerate(counted) if k]
-    if not clean:
-        raise DataError("no answer is long enough to be spoilt", expected="answers of at least two words")
-    both = [TokenBatch.from_samples(samples) for samples in (clean, spoilt)]
+    require(clean, DataError, "no answer is long enough to be corrupted", expected="answers of at least two words")
+    both = [TokenBatch.from_samples(samples) for samples in (clean, corrupted)]
     return Corrupted(both[0], both[1], torch.tensor(marked), batch.n_prompts - len(clean))
 
 
@@ -201,11 +125,6 @@ class _Substitutes:
     """Per place, the half of the data's tokens that a model finds least likely."""
 
     def __init__(self, batch: TokenBatch, pool: Sequence[int], model: Any) -> None:
-        from tokengrain.scoring.model import evaluating
-        from tokengrain.scoring.score import distribution_of
-
-        if model is None:
-            raise RecipeError("corruption 'unlikely' needs a model")
         self.ids = torch.tensor(sorted(set(pool)))
         self.offsets = batch.segments.offsets.tolist()
         with evaluating(model):
@@ -216,12 +135,6 @@ class _Substitutes:
         at = self.offsets[row] + place
         logits = self.head.logits(self.hidden[at : at + 1])[0].cpu()
         return self.ids[logits[self.ids].argsort()[: max(2, len(self.ids) // 2)]].tolist()
-
-
-def _seed(seed: int, ids: Sequence[int]) -> int:
-    from tokengrain.errors import fingerprint
-
-    return int(fingerprint([seed, list(ids)]), 16) >> 1
 
 
 def _places(usable: Sequence[bool], count: int, generator: torch.Generator) -> list[int]:
@@ -248,8 +161,6 @@ def _swapped(
     ids: Sequence[int], usable: Sequence[bool], tokenizer: Any, count: int, generator: torch.Generator
 ) -> tuple[list[int], list[int]]:
     """The ids with `count` pairs of neighbouring words exchanged, and all places of these words."""
-    from tokengrain.data.tokens import token_texts
-
     texts = token_texts(tokenizer, ids)
     begins = [i for i, text in enumerate(texts) if i and text[:1].isspace()]
     words = [range(a, b) for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]
@@ -272,11 +183,8 @@ def _swapped(
     return changed, sorted(places)
 
 
-# --------------------------------------------------------------------------------------------------------- the test
-
-
 def corruption_test(
-    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
+    sources: Mapping[str, Credit],
     data: Corrupted,
     *,
     neighbours: int = NEIGHBOURS,
@@ -309,7 +217,7 @@ def corruption_test(
     near, later = surroundings(data, neighbours)
     for name, source in sources.items():
         before, _ = credit_and_cost(source, data.clean, PART)
-        now, cost = credit_and_cost(source, data.spoilt, PART)
+        now, cost = credit_and_cost(source, data.corrupted, PART)
         deviation = float(before.std())
         columns = _per_answer(data, before, now, near, later, deviation)
         measures = {name: _interval(values, seed) for name, values in columns.items()}
@@ -321,13 +229,13 @@ def corruption_test(
 
 def chance_top1(data: Corrupted) -> float:
     """`top1` and `topk` of credit that knows nothing: the mean share of corrupted tokens."""
-    return float(data.spoilt.segments.mean(data.marked.double()).mean())
+    return float(data.corrupted.segments.mean(data.marked.double()).mean())
 
 
 def surroundings(data: Corrupted, neighbours: int) -> tuple[Tensor, Tensor]:
     """Bool `[N]`: untouched tokens within `neighbours` after a corrupted one; other untouched ones after the first."""
     near, later = [], []
-    for marked in data.spoilt.segments.split(data.marked):
+    for marked in data.corrupted.segments.split(data.marked):
         number = torch.arange(len(marked))
         last = torch.where(marked, number, -len(marked) - neighbours).cummax(0).values
         distance = number - last
@@ -340,7 +248,7 @@ def _per_answer(
     data: Corrupted, before: Tensor, now: Tensor, near: Tensor, later: Tensor, deviation: float
 ) -> dict[str, Tensor]:
     """Each measure of every answer `[C]`; NaN where it is not defined."""
-    segments, marked = data.spoilt.segments, data.marked
+    segments, marked = data.corrupted.segments, data.marked
     out = {name: torch.full((len(segments),), float("nan"), dtype=torch.float64) for name in MEASURES}
     fall = (before - now).double() / (deviation or float("nan"))
     parts = [segments.split(x) for x in (now, marked, near, later, fall)]
@@ -365,15 +273,13 @@ def _interval(values: Tensor, seed: int) -> dict[str, Any]:
     return {"mean": found.value, "low": found.low, "high": found.high, "answers": len(known)}
 
 
-# ----------------------------------------------------------------------------------------------------
-# The corruption test on a model and rows of one's own: where answers and credit sources come from.
+# On a model and rows of one's own: where answers and credit sources come from.
 
 BASELINES = ("random", "surprise")
 OF_THE_START = ("surprise", "entropy", "contrastive")
 """Sources that ask the starting model, unless told otherwise."""
 FROM_ROWS = ("column", "spans")
 """Sources that repeat what stands in the rows."""
-RESULT = "credit.json"
 SHOWN = 4
 
 
@@ -404,7 +310,7 @@ def bench_corruption(
         how, tokens, seed: see `corrupt`; one part of the result for each of `how`.
         rows: at most so many answers.
         neighbours: see `corruption_test`.
-        output: folder of `credit.json` and `credit.html`.
+        output: folder of `credit.json`, `credit.md` and `credit.html`.
         console: where progress is shown.
 
     Returns:
@@ -414,32 +320,26 @@ def bench_corruption(
     Raises:
         RecipeError: no model, an unknown source, or settings that a source does not have.
     """
-    from rich.progress import track
-
-    from tokengrain.bench.page import write_markdown, write_page
-
     console = console or Console(stderr=True)
     model = model or _model_of_runs(sources)
     shop, stage = _workshop(model, data, {"name": "surprise", "model": model}, rows)
     tokenizer = shop.tokenizer(stage.model)
     batch = _answers(shop, stage, rows)
-    from tokengrain.bench.sources import own_source
-
     named = [_source(text, model, data) for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]]
     for own in (own_source(c) for c in credit):
         named.append((own.name, own.build(None)))  # type: ignore[arg-type]  # a function of one's own needs no bench
-    listed: dict[str, Callable[[TokenBatch], Tensor]] = {}
+    listed: dict[str, Credit] = {}
     for name, source in named:
         listed[name if name not in listed else f"{name} ({len(listed)})"] = source
     parts: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for way in track(how, description="corruptions", console=console, transient=True):
         scorer = shop.frozen(stage.model) if way == "unlikely" else None
-        spoilt = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)  # type: ignore[arg-type]  # one of HOW
-        entries, values = corruption_test(listed, spoilt, neighbours=neighbours, seed=seed)
-        part = {"how": way, "chance_top1": chance_top1(spoilt), "left_out": spoilt.left_out, "sources": entries}
+        corrupted = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)  # type: ignore[arg-type]  # one of HOW
+        entries, values = corruption_test(listed, corrupted, neighbours=neighbours, seed=seed)
+        part = {"how": way, "chance_top1": chance_top1(corrupted), "left_out": corrupted.left_out, "sources": entries}
         parts.append(part)
-        samples = samples or _samples(spoilt, tokenizer, values)
+        samples = samples or _samples(corrupted, tokenizer, values)
     result = {
         "kind": "bench-corruption",
         "date": date.today().isoformat(),
@@ -452,16 +352,11 @@ def bench_corruption(
         "corruptions": parts,
         "samples": samples,
     }
-    write_json(Path(output) / RESULT, result)
-    write_page(result, Path(output))
-    write_markdown(result, Path(output))
+    write_pages(result, Path(output))
     return result
 
 
 def _model_of_runs(sources: Sequence[str]) -> str:
-    from tokengrain.recipe.load import load_recipe
-    from tokengrain.runs import is_run
-
     for text in sources:
         if is_run(text):
             found = load_recipe(Path(text) / "recipe.yaml").model.path
@@ -472,11 +367,6 @@ def _model_of_runs(sources: Sequence[str]) -> str:
 
 def _workshop(model: str, data: str, credit: Any, rows: int | None = None) -> tuple[Workshop, Any]:
     """A recipe of one annotate stage with this credit, which loads what it names."""
-    from accelerate import PartialState
-
-    from tokengrain.recipe.load import make_recipe
-    from tokengrain.recipe.schema import resolve_stages
-    from tokengrain.run.build import Workshop
 
     values = {
         "method": "bench",
@@ -491,10 +381,6 @@ def _workshop(model: str, data: str, credit: Any, rows: int | None = None) -> tu
 
 def _answers(shop: Workshop, stage: Any, rows: int) -> TokenBatch:
     """The good answers, one per prompt."""
-    from tokengrain.data.dataset import prepare_sft
-    from tokengrain.models import load_config, positions
-    from tokengrain.run.inputs import open_rows, tokenize_config
-
     found, _ = open_rows(stage.data, seed=0)
     longest = positions(load_config(stage.model, shop.path(stage.model)))
     config = tokenize_config(stage.data)
@@ -502,13 +388,8 @@ def _answers(shop: Workshop, stage: Any, rows: int) -> TokenBatch:
     return TokenBatch.from_samples([dataset[i] for i in range(min(rows, len(dataset)))])
 
 
-def _source(text: str, model: str, data: str) -> tuple[str, Callable[[TokenBatch], Tensor]]:
+def _source(text: str, model: str, data: str) -> tuple[str, Credit]:
     """`(name, source)` of a name, a YAML mapping or a run folder."""
-    import yaml
-
-    from tokengrain.method import CREDIT
-    from tokengrain.run.build import build_credit
-    from tokengrain.runs import is_run
 
     if is_run(text):
         return _of_run(Path(text))
@@ -530,20 +411,12 @@ def _source(text: str, model: str, data: str) -> tuple[str, Callable[[TokenBatch
     return credit["name"], build_credit(stage, shop.tokenizer(stage.model), shop)
 
 
-def _of_run(path: Path) -> tuple[str, Callable[[TokenBatch], Tensor]]:
+def _of_run(path: Path) -> tuple[str, Credit]:
     """The credit of a run's last stage that makes one; else the scores of its reward model, or the log-ratio of its
     policy to where it started.
 
     Credit that came with the run's own rows says nothing about others.
     """
-    from accelerate import PartialState
-
-    from tokengrain.methods.tgdpo import GuideLogRatio
-    from tokengrain.recipe.load import load_recipe
-    from tokengrain.recipe.schema import credit_settings, resolve_stages
-    from tokengrain.run.build import Workshop, build_credit
-    from tokengrain.runs import read_run
-    from tokengrain.specs import ModelSpec
 
     run = read_run(path)
     recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
@@ -569,11 +442,9 @@ def _of_run(path: Path) -> tuple[str, Callable[[TokenBatch], Tensor]]:
 
 def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
     """Heat maps of the first answers: clean beside corrupted; first of all which tokens were corrupted."""
-    from tokengrain.report.rows import collect_credit_samples
-
     count = min(SHOWN, data.clean.n_prompts)
     shown = {"corrupted tokens": (torch.zeros(len(data.marked)), -data.marked.float()), **credit}
-    batches = (data.clean, data.spoilt)
+    batches = (data.clean, data.corrupted)
     samples = [
         Sample(
             data.clean.prompt(i).tolist(),

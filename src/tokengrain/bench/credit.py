@@ -1,12 +1,13 @@
-"""How well token credit agrees with the exact soft advantage, over seeds, sources and regimes."""
+"""How well token credit agrees with a world's exact credit, over seeds, sources and regimes."""
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import date
@@ -14,20 +15,29 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+import transformers
 from rich.console import Console
+from rich.progress import Progress
 
-from tokengrain.bench.page import append_line, repair_log, summarise
-from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, questions_of
-from tokengrain.bench.sources import SOURCES, Bench, BenchSource, chosen_sources, fit_sources, left_out, own_source
-from tokengrain.bench.training import PAIRS
-from tokengrain.errors import RecipeError, fingerprint, read_log, write_json
+from tokengrain.bench.page import write_pages
+from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, measure, questions_of
+from tokengrain.bench.sources import PAIRS, SOURCES, Bench, BenchSource, chosen_sources, left_out, own_source
+from tokengrain.errors import RecipeError, fingerprint, read_log, require, write_text
+from tokengrain.evaluation.statistics import mean_of_runs
+from tokengrain.report.rows import collect_credit_samples
 from tokengrain.worlds import load_world
+from tokengrain.worlds.base_models import single_thread
 
-FORMAT = 2
+FORMAT = 3
 """Raised when what is measured changes: earlier lines of a log are then not used again."""
-LOG, RESULT = "credit.jsonl", "credit.json"
+LOG = "credit.jsonl"
 SHOWN = 4
 """Prompts of the first seed whose credit is kept for the heat maps, with two completions each."""
+MEASURES = (
+    "spearman", "auc", "auc_harm", "top1", "top1_chance", "alarm", "scale", "r2", "ece", "skill",
+    "auc_inside", "place1", "place3", "share", "place1_chance", "place3_chance",
+    "seconds", "passes", "reads", "training_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,10 @@ class Unit:
 
     uri: str
     regime: str
+    question: str
     seed: int
     steps: int
-    pairs: int
     prompts: int | None
-    keep_samples: bool
-    question: str = "pairs"
     generations: int = GENERATIONS
     missing: tuple[str, ...] = ()
 
@@ -56,7 +64,6 @@ def bench_credit(
     jobs: int = 1,
     output: str | Path = "runs/bench/credit",
     steps: int | None = None,
-    pairs: int = PAIRS,
     prompts: int | None = None,
     generations: int = GENERATIONS,
     console: Console | None = None,
@@ -64,7 +71,7 @@ def bench_credit(
     """Compare credit sources with the exact credit of a world.
 
     Every seed has its own pairs, its own trainings and its own completions to judge. Finished (seed, source)s
-    are kept in `credit.jsonl`; calling it again does what is missing. Writes `credit.json` and `credit.html`.
+    are kept in `credit.jsonl`; a second call does what is missing. Writes `credit.json`, `credit.md` and `credit.html`.
 
     Args:
         world: address; its option `seed` is set for every run.
@@ -73,8 +80,8 @@ def bench_credit(
         seeds: how many; seeds 0, 1, ...
         regimes: values of the world's option `regime` (empty: as in the address).
         jobs: processes, one thread each.
-        output: folder of log, result and page.
-        steps, pairs: of each training (None: 120 steps, and 60 in the worlds of chains).
+        output: folder of log, result and pages.
+        steps: of each training (None: 120, and 60 in the worlds of chains).
         prompts: prompts to judge completions of, per seed (None: the world's default).
         generations: completions per prompt in the worlds of chains; elsewhere there are two.
         console: where progress is shown.
@@ -88,44 +95,38 @@ def bench_credit(
         RecipeError: unknown world, source or function; a source that has no answer in this world; a function that
             other processes cannot load; a number that is too small.
     """
-    from tokengrain.bench.page import write_markdown, write_page
-
     output, console = Path(output), console or Console(stderr=True)
-    if seeds < 1 or jobs < 1:
-        raise RecipeError(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
-    if generations < 2:
-        raise RecipeError(f"generations must be at least 2, one right and one wrong, got {generations}")
+    require(min(seeds, jobs) >= 1, RecipeError, f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
+    message = f"generations must be at least 2, one right and one wrong, got {generations}"
+    require(generations >= 2, RecipeError, message)
     first, own = load_world(world), [own_source(c) for c in credit]
     listed = [*chosen_sources(sources, first), *own]
-    if len({s.name for s in listed}) < len(listed):
-        raise RecipeError(f"two sources have one name: {', '.join(s.name for s in listed)}")
-    if jobs > 1 and any(not isinstance(c, str) for c in credit):
-        raise RecipeError("with jobs > 1 give your own source as 'module:function' or 'path.py:function'")
-    units = [
-        Unit(
-            with_options(world, regime=regime or None, seed=seed),
-            regime,
-            seed,
-            steps or question.steps,
-            pairs,
-            prompts,
-            seed == 0,
-            question.name,
-            generations,
-        )
-        for regime in (regimes or ("",))
-        for question in questions_of(first)
-        for seed in range(seeds)
-    ]
+    names = [s.name for s in listed]
+    require(len(set(names)) == len(names), RecipeError, f"two sources have one name: {', '.join(names)}")
+    message = "with jobs > 1 give your own source as 'module:function' or 'path.py:function'"
+    require(jobs == 1 or all(isinstance(c, str) for c in credit), RecipeError, message)
+
+    keys: dict[str, tuple[Unit, BenchSource]] = {}
+    for regime in regimes or ("",):
+        for question in questions_of(first):
+            for seed in range(seeds):
+                uri = with_options(world, regime=regime or None, seed=seed)
+                unit = Unit(uri, regime, question.name, seed, steps or question.steps, prompts, generations)
+                keys |= {key_of(unit, s): (unit, s) for s in listed if not s.unfit(first, question)}
     log = output / LOG
-    fit = {q.name: fit_sources(listed, first, q) for q in questions_of(first)}
-    keys = {key_of(unit, source): (unit, source) for unit in units for source in fit[unit.question]}
-    known = {line["key"]: line for line in read_log(log) if line.get("key") in keys}
-    missing = [key for key in keys if key not in known]
+    known = {line["key"] for line in read_log(log)}
+    missing: dict[Unit, list[str]] = {}
+    for key, (unit, source) in keys.items():
+        if key not in known:
+            missing.setdefault(unit, []).append(source.name)
     first.base_model()
-    run_units(_work(keys, missing), listed, list(credit), jobs, log, console, len(keys))
-    lines = {line["key"]: line for line in read_log(log) if line.get("key") in keys}
+    if missing:
+        units = [replace(unit, missing=tuple(sources)) for unit, sources in missing.items()]
+        run_units(units, [s.name for s in listed if s.kind != "own"], list(credit), jobs, log, console, len(keys))
+
+    lines = {line["key"]: line for line in read_log(log)}
     runs = [lines[key] for key in keys]
+    units = [unit for unit, _ in keys.values()]
     result = {
         "kind": "bench-credit",
         "date": date.today().isoformat(),
@@ -133,16 +134,14 @@ def bench_credit(
         "world": world,
         "seeds": seeds,
         "steps": units[0].steps,
-        "pairs": pairs,
+        "pairs": PAIRS,
         "generations": generations if units[0].question != "pairs" else None,
         "left_out": left_out(first, listed if sources is not None else [*SOURCES.values(), *own]),
         "sources": summarise(runs, listed),
         "runs": [{k: v for k, v in run.items() if k not in ("key", "samples")} for run in runs],
         "samples": [entry for run in runs for entry in run["samples"]],
     }
-    write_json(output / RESULT, result)
-    write_page(result, output)
-    write_markdown(result, output)
+    write_pages(result, output)
     return result
 
 
@@ -155,26 +154,13 @@ def with_options(uri: str, **options: Any) -> str:
 
 def key_of(unit: Unit, source: BenchSource) -> str:
     """Identifies a run: world, data, trainings, and a source of one's own by its code."""
-    settings = [unit.uri, unit.seed, unit.steps, unit.pairs, unit.prompts, unit.keep_samples]
-    settings += [unit.question, unit.generations]
-    return fingerprint([FORMAT, *settings, load_world(unit.uri).fingerprint, source.name, source.code])
-
-
-def _work(keys: dict[str, tuple[Unit, BenchSource]], missing: Iterable[str]) -> list[Unit]:
-    """The units in which something is missing, each with the names of the sources to run."""
-    wanted: dict[Unit, list[str]] = {}
-    for key in missing:
-        unit, source = keys[key]
-        wanted.setdefault(unit, []).append(source.name)
-    return [replace(unit, missing=tuple(names)) for unit, names in wanted.items()]
-
-
-# --------------------------------------------------------------------------------------------------------- running
+    settings = [unit.uri, unit.seed, unit.steps, unit.prompts, unit.question, unit.generations]
+    return fingerprint([FORMAT, PAIRS, *settings, load_world(unit.uri).fingerprint, source.name, source.code])
 
 
 def run_units(
     units: Sequence[Unit],
-    sources: Sequence[BenchSource],
+    names: Sequence[str],
     credit: list[Any],
     jobs: int,
     log: Path,
@@ -182,20 +168,14 @@ def run_units(
     total: int,
 ) -> None:
     """Run what is missing, in this process or in several, and show how far it is."""
-    from rich.progress import Progress
-
-    left = sum(len(u.missing) for u in units)
-    if not left:
-        return
     log.parent.mkdir(parents=True, exist_ok=True)
     repair_log(log)
-    had = len(read_log(log))
-    names = [s.name for s in sources if s.kind != "own"]
+    done = total - sum(len(u.missing) for u in units) - len(read_log(log))
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("sources × seeds", total=total, completed=total - left)
+        task = progress.add_task("sources × seeds", total=total)
 
         def update() -> None:
-            progress.update(task, completed=total - left + len(read_log(log)) - had)
+            progress.update(task, completed=done + len(read_log(log)))
 
         if jobs == 1:
             for unit in units:
@@ -207,8 +187,8 @@ def run_units(
             futures = {pool.submit(run_unit, unit, names, credit, log) for unit in units}
             try:
                 while futures:
-                    done, futures = wait(futures, timeout=1.0, return_when="FIRST_COMPLETED")
-                    for future in done:
+                    finished, futures = wait(futures, timeout=1.0, return_when="FIRST_COMPLETED")
+                    for future in finished:
                         future.result()
                     update()
             except BaseException:
@@ -217,8 +197,6 @@ def run_units(
 
 
 def _quiet() -> None:
-    import transformers
-
     os.environ["OMP_NUM_THREADS"] = "1"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -232,21 +210,17 @@ def run_unit(
     after: Callable[[], None] = lambda: None,
 ) -> None:
     """The missing sources of one seed; appends one line each."""
-    from tokengrain.bench.corruption import measure
-    from tokengrain.report.rows import collect_credit_samples
-    from tokengrain.worlds.base_models import single_thread
-
     world, question = load_world(unit.uri), QUESTIONS[unit.question]
     sources = [*chosen_sources(names, world), *(own_source(c) for c in credit)]
     with single_thread():
         truth = question.draw(world, Draw(unit.prompts, unit.generations, unit.seed))
-        bench = Bench(world, unit.seed, unit.steps, unit.pairs, question, unit.generations)
+        bench = Bench(world, unit.seed, unit.steps, question, unit.generations)
         for source in sources:
             if source.name not in unit.missing:
                 continue
             found, values = measure(source.build(bench), truth, question)
             samples = []
-            if unit.keep_samples:
+            if unit.seed == 0:
                 first = truth.batch.select(range(min(SHOWN, truth.batch.n_prompts)))
                 n = first.segments.total
                 samples = collect_credit_samples(
@@ -264,3 +238,45 @@ def run_unit(
             }
             append_line(log, line)
             after()
+
+
+def append_line(log: Path, line: dict[str, Any]) -> None:
+    """Append one line in one write, so that lines of several processes do not mix."""
+    with log.open("ab", buffering=0) as file:
+        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def repair_log(log: Path) -> None:
+    """Take out a line that a kill cut off, so that the next one does not stick to it."""
+    if log.exists() and not log.read_bytes().endswith(b"\n"):
+        write_text(log, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in read_log(log)))
+
+
+def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) -> list[dict[str, Any]]:
+    """Single runs as one entry per regime, question and source, the best first: means over seeds with intervals."""
+    entries = []
+    for regime, question in dict.fromkeys((run["regime"], run["question"]) for run in runs):
+        part = []
+        for source in sources:
+            mine = [r for r in runs if (r["regime"], r["question"], r["source"]) == (regime, question, source.name)]
+            if mine:
+                about = {"regime": regime, "question": question, "source": source.name, "kind": source.kind}
+                about |= {"what": source.what, "trains": list(source.trains), "seeds": len(mine)}
+                part.append({**about, "measures": {m: _over_seeds([r[m] for r in mine]) for m in MEASURES}})
+        entries += sorted(part, key=_rank)
+    return entries
+
+
+def _rank(entry: dict[str, Any]) -> float:
+    mean = entry["measures"][QUESTIONS[entry["question"]].ranked_by]["mean"]
+    return 2.0 if mean is None else -mean
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, 95 % t interval and the values; a measure that is not defined in some seed has neither."""
+    known = [float(v) for v in values if v is not None]
+    if len(known) < len(values) or not known:
+        return {"mean": None, "low": None, "high": None, "by_seed": list(values)}
+    found = mean_of_runs(known) if len(known) > 1 else None
+    mean = found.value if found else known[0]
+    return {"mean": mean, "low": found and found.low, "high": found and found.high, "by_seed": known}

@@ -1,8 +1,7 @@
-"""Results of `tokengrain bench credit` for people: tables in the terminal and one self-contained page."""
+"""Results of `tokengrain bench credit` for people: tables in the terminal, one self-contained page, and Markdown."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,22 +11,27 @@ from rich import box
 from rich.table import Table
 
 from tokengrain.bench.questions import QUESTIONS
-from tokengrain.bench.sources import BenchSource
-from tokengrain.errors import read_log, write_text
-from tokengrain.evaluation.statistics import mean_of_runs
+from tokengrain.errors import write_json, write_text
 from tokengrain.report.html import environment, fixed, heat_maps
 from tokengrain.report.rows import CreditSample, Side
 from tokengrain.report.svg import Series, line_chart
 
-# ----------------------------------------------------------------------------------------------------
-# Which numbers of `tokengrain bench credit` stand in which table, and what is said about them.
-
 Column = tuple[str, str, int]
 """Heading, name of the measure, decimals."""
-
 Group = tuple[str, tuple[Column, ...], str]
 """A table: title, columns, and the note under it."""
-
+ORDER: tuple[Column, ...] = (
+    ("ρ", "spearman", 2), ("AUC", "auc", 2), ("AUC harm", "auc_harm", 2), ("top-1", "top1", 2),
+    ("alarm", "alarm", 2),
+)  # fmt: skip
+PLACE: tuple[Column, ...] = (
+    ("AUC inside", "auc_inside", 2), ("top-1", "place1", 2), ("top-3", "place3", 2), ("share", "share", 2),
+    ("AUC harm", "auc_harm", 2), ("ρ", "spearman", 2),
+)  # fmt: skip
+REFERENCE: tuple[Column, ...] = (
+    ("AUC", "auc", 2), ("AUC inside", "auc_inside", 2), ("top-1", "place1", 2), ("top-3", "place3", 2),
+    ("share", "share", 2),
+)  # fmt: skip
 SIZE: Group = (
     "Size: calibration",
     (("scale", "scale", 2), ("R²", "r2", 2), ("skill", "skill", 2), ("ECE", "ece", 3)),
@@ -45,13 +49,7 @@ WORLD_GROUPS: dict[str, tuple[Group, ...]] = {
     "pairs": (
         (
             "Order: agreement with the exact advantage",
-            (
-                ("ρ", "spearman", 2),
-                ("AUC", "auc", 2),
-                ("AUC harm", "auc_harm", 2),
-                ("top-1", "top1", 2),
-                ("alarm", "alarm", 2),
-            ),
+            ORDER,
             "Mean over seeds, ± half of the 95 % t interval. ρ: Spearman rank correlation with the exact soft "
             "advantage over tokens at which something was decided. AUC: chance that a token with advantage above 0.3 "
             "has more credit than one below −0.3. AUC harm: chance that a token below −0.3 has less credit than any "
@@ -65,14 +63,7 @@ WORLD_GROUPS: dict[str, tuple[Group, ...]] = {
     "chain": (
         (
             "Place: is the first wrong token found?",
-            (
-                ("AUC inside", "auc_inside", 2),
-                ("top-1", "place1", 2),
-                ("top-3", "place3", 2),
-                ("share", "share", 2),
-                ("AUC harm", "auc_harm", 2),
-                ("ρ", "spearman", 2),
-            ),
+            PLACE,
             "Mean over seeds, ± half of the 95 % t interval, on groups of samples with right and wrong ones. AUC "
             "inside: chance that the first wrong token has less credit than another decision token of the same "
             "completion; an outcome that is spread over a completion has 0.5. top-1, top-3: how often it has the "
@@ -87,13 +78,7 @@ WORLD_GROUPS: dict[str, tuple[Group, ...]] = {
     "reference": (
         (
             "Reference: are the tokens found that depend on the reasoning?",
-            (
-                ("AUC", "auc", 2),
-                ("AUC inside", "auc_inside", 2),
-                ("top-1", "place1", 2),
-                ("top-3", "place3", 2),
-                ("share", "share", 2),
-            ),
+            REFERENCE,
             "Mean over seeds, ± half of the 95 % t interval. The tokens are those of the reference answer behind each "
             "sampled chain. AUC: chance that a token which depends on the reasoning has more credit than one that "
             "does not; inside: in the same reference. top-1: how often such a token has the highest credit of its "
@@ -104,15 +89,10 @@ WORLD_GROUPS: dict[str, tuple[Group, ...]] = {
     ),
 }
 TEXT_COLUMNS: tuple[Column, ...] = (
-    ("AUC", "auc", 2),
-    ("AUC neighbours", "auc_neighbours", 2),
-    ("AUC elsewhere", "auc_elsewhere", 2),
-    ("drop", "drop", 2),
-    ("drop neighbours", "drop_neighbours", 2),
-    ("drop elsewhere", "drop_elsewhere", 2),
-    ("top-1", "top1", 2),
-    ("top-k", "topk", 2),
-)
+    ("AUC", "auc", 2), ("AUC neighbours", "auc_neighbours", 2), ("AUC elsewhere", "auc_elsewhere", 2),
+    ("drop", "drop", 2), ("drop neighbours", "drop_neighbours", 2), ("drop elsewhere", "drop_elsewhere", 2),
+    ("top-1", "top1", 2), ("top-k", "topk", 2),
+)  # fmt: skip
 TEXT_NOTES = (
     "Mean over answers with its 95 % bootstrap interval. AUC: chance that a corrupted token has lower credit than an "
     "untouched one of the same answer; then against its next few neighbours only, and against all others only. Drop: "
@@ -123,65 +103,54 @@ TEXT_NOTES = (
 )
 CHANCES = ("top1_chance", "place1_chance", "place3_chance")
 """What notes are filled with."""
-
-# In a terminal.
 WORLD_SHORT = {
     "pairs": ("spearman", "auc", "top1", "skill", "seconds", "passes"),
     "chain": ("auc_inside", "place1", "place3", "share", "seconds", "passes"),
     "reference": ("auc", "auc_inside", "place3", "share", "seconds", "passes"),
 }
 TEXT_SHORT = ("auc", "drop", "drop_neighbours", "top1")
+"""What a terminal shows of it."""
 COSTS = ("seconds", "passes", "reads", "training_seconds")
-
-PAGE = "credit.html"
+PAGE, RESULT, MARKDOWN = "credit.html", "credit.json", "credit.md"
 FACTS = (
     "date", "machine", "world", "model", "data", "seeds", "steps", "pairs", "generations", "answers", "tokens", "seed"
 )  # fmt: skip
 
 
-def write_page(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write the page of a result of `bench_credit` or `bench_corruption` into a folder; returns its path."""
-    path = folder / PAGE
-    write_text(path, render_page(result))
-    return path
-
-
-def page_values(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows: title, tables with their notes, charts and heat maps."""
-    return _world(result) if result["kind"] == "bench-credit" else _texts(result)
-
-
-def render_page(result: Mapping[str, Any]) -> str:
-    """The page as text."""
-    values = page_values(result)
+def write_pages(result: Mapping[str, Any], folder: Path) -> None:
+    """Write a result of `bench_credit` or `bench_corruption` into a folder, as JSON, Markdown and one HTML page."""
+    write_json(folder / RESULT, result)
+    values = _world(result) if result["kind"] == "bench-credit" else _texts(result)
     facts = [(name, str(result[name])) for name in FACTS if result.get(name) is not None]
-    return environment().get_template("bench.html.j2").render(facts=facts, **values)
+    write_text(folder / PAGE, environment().get_template("bench.html.j2").render(facts=facts, **values))
+    lines = [f"# {values['title']}", "", values["subtitle"], ""]
+    lines += [f"`tokengrain bench credit`: {', '.join(f'{name} {value}' for name, value in facts)}.", ""]
+    for table in values["tables"]:
+        lines += [f"## {table['title']}", "", "| " + " | ".join(table["columns"]) + " |"]
+        lines.append("|" + "---|" * len(table["columns"]))
+        for name, *cells in table["rows"]:
+            lines.append(f"| {' | '.join([name, *(f'{mean} {around}'.strip() for mean, around in cells)])} |")
+        for note in table["notes"]:
+            lines += ["", note]
+        lines.append("")
+    write_text(folder / MARKDOWN, "\n".join(lines))
 
 
 def _world(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a world: tables with their notes, charts and heat maps."""
     tables = []
-    for (regime, question), mine in by_part(result["sources"]):
-        notes = [_legend(mine), *_left_out(result["left_out"], question)]
+    parts = by_part(result["sources"])
+    for (regime, question), mine in parts:
+        sources = "; ".join(f"{e['source']}: {e['what']}" for e in mine)
+        notes = [f"Sources: {sources}.", *_left_out(result["left_out"], question)]
+        chances = {m: fixed(mine[0]["measures"][m]["mean"]) for m in CHANCES}
         for i, (title, columns, note) in enumerate(WORLD_GROUPS[question]):
-            rows = [[e["source"], *_cells(e["measures"], columns)] for e in mine]
-            chances = {m: fixed(mine[0]["measures"][m]["mean"]) for m in CHANCES}
-            tables.append(
-                {
-                    "title": f"{title} · {regime}" if regime else title,
-                    "columns": ["source", *(c[0] for c in columns)],
-                    "rows": rows,
-                    "notes": [note.format(**chances), *(notes if i == 0 else [])],
-                }
-            )
-    regime, question = by_part(result["sources"])[0][0]
+            title = f"{title} · {regime}" if regime else title
+            tables.append(_table(title, columns, mine, [note.format(**chances), *(notes if i == 0 else [])]))
+    part, _ = parts[0]
+    samples, runs = ([e for e in result[k] if (e["regime"], e["question"]) == part] for k in ("samples", "runs"))
     truth = {e["source"] for e in result["sources"] if e["kind"] == "truth"}  # it is beside every source anyway
-    here = {
-        name: [e for e in result[name] if (e["regime"], e["question"]) == (regime, question)]
-        for name in ("samples", "runs")
-    }
-    pairs, scales = heat_maps([_sample(e) for e in here["samples"] if e["source"] not in truth])
-    _rename(pairs, QUESTIONS[question].sides)
-    first = [r for r in here["runs"] if r["seed"] == 0]
+    first = [r for r in runs if r["seed"] == 0]
     return {
         "title": "Is the credit right?",
         "subtitle": "Token credit against the truth, on a world where it is known.",
@@ -190,8 +159,24 @@ def _world(result: Mapping[str, Any]) -> dict[str, Any]:
         "charts_title": "How often a token with this credit lowers the reward",
         "charts_note": "Seed 0, decision tokens, by quantile of credit. Line: observed; dots: as a logistic function "
         "of credit predicts, fitted on the other half of the completions. Steep is good, flat says nothing.",
-        "pairs": pairs,
-        "scales": scales,
+        **_maps([e for e in samples if e["source"] not in truth], QUESTIONS[part[1]].sides),
+    }
+
+
+def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of the corruption test."""
+    tables = []
+    for part in result["corruptions"]:
+        notes = [*TEXT_NOTES, f"Credit that knows nothing reaches a top-1 of {fixed(part['chance_top1'])}."]
+        if part["left_out"]:
+            notes.append(f"{part['left_out']} answers were too short to corrupt.")
+        tables.append(_table(f"Corruption: {part['how']}", TEXT_COLUMNS, part["sources"], notes))
+    return {
+        "title": "Does credit fall where an answer is corrupted?",
+        "subtitle": "A few tokens of good answers were corrupted.",
+        "tables": tables,
+        "charts": [],
+        **_maps(result["samples"], ("clean", "corrupted")),
     }
 
 
@@ -211,35 +196,27 @@ def _left_out(entries: Sequence[Mapping[str, str]], question: str) -> list[str]:
     return [f"Left out: {listed}."] if reasons else []
 
 
-def _rename(pairs: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+def _table(
+    title: str, columns: Sequence[Column], entries: Sequence[Mapping[str, Any]], notes: Sequence[str]
+) -> dict[str, Any]:
+    rows = [
+        [e["source"], *((fixed(e["measures"][m]["mean"], d), spread(e["measures"][m], d)) for _, m, d in columns)]
+        for e in entries
+    ]
+    return {"title": title, "columns": ["source", *(c[0] for c in columns)], "rows": rows, "notes": notes}
+
+
+def _maps(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    samples = []
+    for entry in entries:
+        sides = [entry[name] for name in ("chosen", "rejected") if name in entry]
+        parts = tuple(Side(s["tokens"], s["credit"], s.get("truth")) for s in sides)
+        samples.append(CreditSample(entry["prompt"], entry["source"], parts, entry.get("row")))
+    pairs, scales = heat_maps(samples)
     for pair in pairs:
         for side, name in zip(pair["sides"], names, strict=True):
             side["name"] = name
-
-
-def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
-    tables = []
-    for part in result["corruptions"]:
-        rows = [[e["source"], *_cells(e["measures"], TEXT_COLUMNS)] for e in part["sources"]]
-        notes = [*TEXT_NOTES, f"Credit that knows nothing reaches a top-1 of {fixed(part['chance_top1'])}."]
-        if part["left_out"]:
-            notes.append(f"{part['left_out']} answers were too short to corrupt.")
-        columns = ["source", *(c[0] for c in TEXT_COLUMNS)]
-        tables.append({"title": f"Corruption: {part['how']}", "columns": columns, "rows": rows, "notes": notes})
-    pairs, scales = heat_maps([_sample(e) for e in result["samples"]])
-    _rename(pairs, ("clean", "corrupted"))
-    return {
-        "title": "Does credit fall where an answer is spoilt?",
-        "subtitle": "A few tokens of good answers were corrupted.",
-        "tables": tables,
-        "charts": [],
-        "pairs": pairs,
-        "scales": scales,
-    }
-
-
-def _cells(measures: Mapping[str, Any], columns: Sequence[Column]) -> list[tuple[str, str]]:
-    return [(fixed(measures[m]["mean"], d), spread(measures[m], d)) for _, m, d in columns]
+    return {"pairs": pairs, "scales": scales}
 
 
 def spread(measure: Mapping[str, Any], decimals: int) -> str:
@@ -252,39 +229,25 @@ def spread(measure: Mapping[str, Any], decimals: int) -> str:
     return f"{fixed(low, decimals)} to {fixed(high, decimals)}"
 
 
-def _legend(entries: Sequence[Mapping[str, Any]]) -> str:
-    return "Sources: " + "; ".join(f"{e['source']}: {e['what']}" for e in entries) + "."
-
-
 def _reliability(bins: Sequence[Mapping[str, float]]) -> str:
     series = [
-        Series(name, [(b["credit"], b[key]) for b in bins], 0, dashed=key == "predicted")
-        for name, key in (("observed", "observed"), ("predicted", "predicted"))
+        Series(name, [(b["credit"], b[name]) for b in bins], 0, dashed=name == "predicted")
+        for name in ("observed", "predicted")
     ]
     return line_chart("share of tokens that lower the reward", series, "credit")
 
 
-def _sample(entry: Mapping[str, Any]) -> CreditSample:
-    sides = [entry[name] for name in ("chosen", "rejected") if name in entry]
-    parts = tuple(Side(s["tokens"], s["credit"], s.get("truth")) for s in sides)
-    return CreditSample(entry["prompt"], entry["source"], parts, entry.get("row"))
-
-
-# --------------------------------------------------------------------------------------------------------- terminal
-
-
 def terminal_tables(result: Mapping[str, Any]) -> list[Table]:
     """The result as tables for a terminal; the page has all measures."""
-    parts: list[tuple[str, Sequence[Mapping[str, Any]], list[Column]]] = []
-    if result["kind"] == "bench-credit":
-        for (regime, question), entries in by_part(result["sources"]):
-            all_ = [c for group in WORLD_GROUPS[question] for c in group[1]]
-            title = " · ".join(filter(None, (QUESTIONS[question].title, regime)))
-            parts.append((title, entries, [c for c in all_ if c[1] in WORLD_SHORT[question]]))
-    else:
+    if result["kind"] == "bench-corruption":
         columns = [c for c in TEXT_COLUMNS if c[1] in TEXT_SHORT]
-        parts = [(part["how"], part["sources"], columns) for part in result["corruptions"]]
-    return [_terminal_table(*part) for part in parts]
+        return [_terminal_table(part["how"], part["sources"], columns) for part in result["corruptions"]]
+    tables = []
+    for (regime, question), entries in by_part(result["sources"]):
+        columns = [c for group in WORLD_GROUPS[question] for c in group[1] if c[1] in WORLD_SHORT[question]]
+        title = " · ".join(filter(None, ("" if question == "pairs" else question, regime)))
+        tables.append(_terminal_table(title, entries, columns))
+    return tables
 
 
 def _terminal_table(title: str, entries: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Table:
@@ -302,96 +265,3 @@ def _short(measure: Mapping[str, Any], name: str, decimals: int) -> str:
     around = re.sub(r"(?<!\d)0\.", ".", around).replace("± ", "±").replace(" to ", "–")
     around = f"({around})" if around and not around.startswith("±") else around
     return f"{fixed(measure['mean'], decimals)} {around}".strip()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Single runs of `tokengrain bench credit` as one entry per source: means over seeds with their intervals.
-
-MEASURES = (
-    "spearman", "auc", "auc_harm", "top1", "top1_chance", "alarm", "scale", "r2", "ece", "skill",
-    "auc_inside", "place1", "place3", "share", "place1_chance", "place3_chance",
-    "seconds", "passes", "reads", "training_seconds",
-)  # fmt: skip
-
-
-def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) -> list[dict[str, Any]]:
-    """One entry per regime, question and source, the best first."""
-    entries = []
-    parts = list(dict.fromkeys((run["regime"], run["question"]) for run in runs))
-    for regime, question in parts:
-        for source in sources:
-            mine = [r for r in runs if (r["regime"], r["question"], r["source"]) == (regime, question, source.name)]
-            if not mine:
-                continue
-            mine.sort(key=lambda r: r["seed"])
-            measures = {m: _over_seeds([r[m] for r in mine]) for m in MEASURES}
-            about = {"regime": regime, "question": question, "source": source.name, "kind": source.kind}
-            about |= {"what": source.what, "trains": list(source.trains), "seeds": len(mine)}
-            entries.append({**about, "measures": measures})
-    order = {part: i for i, part in enumerate(parts)}
-
-    def place(entry: dict[str, Any]) -> tuple[int, float]:
-        best = entry["measures"][QUESTIONS[entry["question"]].ranked_by]
-        return order[entry["regime"], entry["question"]], -_sortable(best)
-
-    return sorted(entries, key=place)
-
-
-def _sortable(measure: dict[str, Any]) -> float:
-    return -2.0 if measure["mean"] is None else measure["mean"]
-
-
-def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, 95 % t interval and the values; a measure that is not defined in some seed has neither."""
-    known = [float(v) for v in values if v is not None]
-    if len(known) < len(values) or not known:
-        return {"mean": None, "low": None, "high": None, "by_seed": list(values)}
-    found = mean_of_runs(known) if len(known) > 1 else None
-    mean = found.value if found else known[0]
-    return {"mean": mean, "low": found and found.low, "high": found and found.high, "by_seed": known}
-
-
-# ----------------------------------------------------------------------------------------------------
-# The result of `tokengrain bench credit` as Markdown: the tables of the page, without the heat maps.
-
-MARKDOWN = "credit.md"
-
-
-def write_markdown(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write the tables of a result of `bench_credit` or `bench_corruption` into a folder; returns the path."""
-    path = folder / MARKDOWN
-    write_text(path, markdown(result))
-    return path
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The tables with their notes, and how they were made."""
-    values = page_values(result)
-    facts = ", ".join(f"{name} {result[name]}" for name in FACTS if result.get(name) is not None)
-    lines = [f"# {values['title']}", "", values["subtitle"], "", f"`tokengrain bench credit`: {facts}.", ""]
-    for table in values["tables"]:
-        lines += [f"## {table['title']}", "", "| " + " | ".join(table["columns"]) + " |"]
-        lines.append("|" + "---|" * len(table["columns"]))
-        for name, *cells in table["rows"]:
-            shown = [f"{mean} {around}".strip() for mean, around in cells]
-            lines.append(f"| {' | '.join([name, *shown])} |")
-        for note in table["notes"]:
-            lines += ["", note]
-        lines.append("")
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------------------
-# A log of finished runs, one JSON object per line, that several processes write and a kill does not spoil.
-
-
-def append_line(log: Path, line: dict[str, Any]) -> None:
-    """Append one line in one write, so that lines of several processes do not mix."""
-    with log.open("ab", buffering=0) as file:
-        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-
-
-def repair_log(log: Path) -> None:
-    """Take out a line that was cut off, so that the next one does not stick to it."""
-    if log.exists() and not log.read_bytes().endswith(b"\n"):
-        write_text(log, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in read_log(log)))

@@ -1,28 +1,36 @@
-"""What `tokengrain bench credit` asks of credit in a world: which completions, and which tokens to point at."""
+"""What `tokengrain bench credit` asks of credit: which completions, which tokens to point at, and how it is judged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
 
 from tokengrain.batch import TokenBatch
-from tokengrain.bench.training import STEPS
 from tokengrain.errors import TokengrainError
-from tokengrain.evaluation.credit import AUC_MARGIN, CreditTruth
-from tokengrain.method import RolloutStep
+from tokengrain.evaluation.credit import AUC_MARGIN, CreditTruth, calibration, credit_scores, pointing_scores
+from tokengrain.method import RolloutStep, resolve_rollout_credit
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion
+from tokengrain.scoring.score import head_of
+from tokengrain.training.critic import Critic
 from tokengrain.training.rollout import OLD_LOGPS, RolloutScorer
+from tokengrain.worlds.arithmetic import ArithmeticWorld
+from tokengrain.worlds.chains import parse_prompt, rng_of, seed_of
+from tokengrain.worlds.revision import RevisionWorld
 
-if TYPE_CHECKING:
-    from tokengrain.rollout.sampler import PromptItem, SampledCompletion
-    from tokengrain.worlds.arithmetic import ArithmeticWorld
-    from tokengrain.worlds.revision import RevisionWorld
-
+Credit = Callable[[TokenBatch], Tensor]
+STEPS = 120
+"""Of each training, in the world `stories`."""
 GENERATIONS = 8
 """Completions per prompt, where groups are sampled."""
 GROUPS = {"full": 96, "small": 24}
@@ -31,6 +39,8 @@ CHUNK = 64
 """Prompts sampled from at a time."""
 ROUNDS = 50
 """How often as many prompts as are wanted are tried."""
+MAX_TOKENS = 8192
+"""Tokens of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +58,17 @@ class Question:
 
     Attributes:
         name: "pairs", "chain" or "reference".
-        title: of its tables; "" where a world has only one.
         draw: the completions to judge, with the truth; the tokens to point at are those of lowest or highest truth.
         exact: credit that is right by definition.
         low: whether credit should be low at these tokens; False: high.
-        steps: of each training, unless the user says otherwise; beta: of DPO, and of what is read from its models.
+        steps: of each training, unless the user sets them; beta: of DPO, and of what is read from its models.
         ranked_by: the measure that tables are sorted by.
         sides: names of the two completions of a prompt that are shown.
     """
 
     name: str
-    title: str
     draw: Callable[[Any, Draw], CreditTruth]
-    exact: Callable[[Any], Callable[[TokenBatch], Tensor]]
+    exact: Callable[[Any], Credit]
     low: bool = True
     steps: int = STEPS
     beta: float = 0.3
@@ -74,15 +82,9 @@ class Question:
 
 def questions_of(world: Any) -> list[Question]:
     """The questions that a world has an answer to."""
-    from tokengrain.worlds.arithmetic import ArithmeticWorld
-    from tokengrain.worlds.revision import RevisionWorld
-
     if isinstance(world, RevisionWorld):
         return [ON_CHAINS, ON_REFERENCES]
     return [ON_CHAINS] if isinstance(world, ArithmeticWorld) else [ON_PAIRS]
-
-
-# ---------------------------------------------------------------------------------------------------------- drawing
 
 
 def _pairs(world: Any, draw: Draw) -> CreditTruth:
@@ -103,7 +105,7 @@ def _references(world: RevisionWorld, draw: Draw) -> CreditTruth:
     return CreditTruth(batch, reasoning(world)(batch), torch.ones(batch.segments.total, dtype=torch.bool))
 
 
-def reasoning(world: RevisionWorld) -> Callable[[TokenBatch], Tensor]:
+def reasoning(world: RevisionWorld) -> Credit:
     """Credit `[N]` that knows the reference tokens which depend on the reasoning: 1, and −1 at others."""
     return lambda batch: 2.0 * world.reasoning_tokens(batch) - 1
 
@@ -111,19 +113,12 @@ def reasoning(world: RevisionWorld) -> Callable[[TokenBatch], Tensor]:
 def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
     """Groups of the base model's samples on held-out problems, with right and wrong completions in each.
 
-    Prompts of which all completions are right or all wrong are left out, as group methods do not train on them; so are
-    completions that did not come to their end. In each group the first completion is right and the second wrong.
-
-    Returns:
-        The batch, with the columns and rows that a sampler gives.
+    Group methods do not train on prompts whose completions are all right or all wrong: these are left out, and so are
+    completions that did not end. In each group the first completion is right and the second wrong.
 
     Raises:
         TokengrainError: the model is hardly ever both right and wrong on a prompt.
     """
-    from tokengrain.rollout.local import HFGenerate
-    from tokengrain.rollout.sampler import Rollouts
-    from tokengrain.worlds.chains import seed_of
-
     wanted = draw.prompts or GROUPS[world.options.size]
     sampler, sampling = HFGenerate(world.reference), world.sampling(seed_of("bench", draw.seed))
     problems = world.stream("bench", "eval", draw.seed)
@@ -136,8 +131,10 @@ def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
             ended = [c for c in group if c.ids[-1] == last]
             right = [world.audit(str(item.row), c.ids).correct for c in ended]
             if len(set(right)) == 2 and len(groups) < wanted:
+                first = [right.index(True), right.index(False)]
+                others = [i for i in range(len(ended)) if i not in first]
                 prompts.append(item)
-                groups.append(tuple(_both_first(ended, right)))
+                groups.append(tuple(ended[i] for i in first + others))
         if len(groups) == wanted:
             return Rollouts(tuple(prompts), tuple(groups), sampling).to_batch()
     raise TokengrainError(
@@ -146,14 +143,8 @@ def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
     )
 
 
-def _both_first(group: Sequence[SampledCompletion], right: Sequence[bool]) -> list[SampledCompletion]:
-    first = [right.index(True), right.index(False)]
-    return [group[i] for i in first] + [c for i, c in enumerate(group) if i not in first]
-
-
-ON_PAIRS = Question("pairs", "", _pairs, lambda world: world.advantages)
+ON_PAIRS = Question("pairs", _pairs, lambda world: world.advantages)
 ON_CHAINS = Question(
-    "chain",
     "chain",
     _chains,
     lambda world: world.advantages,
@@ -164,7 +155,6 @@ ON_CHAINS = Question(
 )
 ON_REFERENCES = Question(
     "reference",
-    "reference",
     _references,
     reasoning,
     low=False,
@@ -174,11 +164,77 @@ ON_REFERENCES = Question(
 QUESTIONS = {q.name: q for q in (ON_PAIRS, ON_CHAINS, ON_REFERENCES)}
 
 
-# ----------------------------------------------------------------------------------------------------
-# Credit steps of online training as credit sources: one adapter, and the critic that one of them needs.
+# How credit is judged: what it costs, and how well it agrees with the truth.
 
-MAX_TOKENS = 8192
-"""Tokens of one forward pass."""
+PART = 64
+"""Prompts per call of a source."""
+
+
+@dataclass
+class Passes:
+    """Forward passes through the decoders of transformers models: how many, and over how many tokens."""
+
+    calls: int = 0
+    tokens: int = 0
+
+
+@contextmanager
+def counted_passes() -> Iterator[Passes]:
+    """Count the forward passes of all transformers models while the block runs, whoever calls them."""
+    found = Passes()
+
+    def count(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        # A model with a head calls its base model, and only a base model is its own `base_model`.
+        if isinstance(module, PreTrainedModel) and module.base_model is module:
+            found.calls += 1
+            last = getattr(output, "last_hidden_state", None)
+            found.tokens += last.shape[0] * last.shape[1] if last is not None else 0
+
+    handle = register_module_forward_hook(count)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def credit_and_cost(source: Credit, batch: TokenBatch, part: int = PART) -> tuple[Tensor, dict[str, float]]:
+    """Credit `[N]` of a source on the CPU, and what it cost.
+
+    Returns:
+        The credit, and `seconds` per 1,000 credited tokens, `passes` through a model per call with `part`
+        prompts, `reads`, tokens that went through a model per credited token.
+    """
+    parts = [batch.select(range(i, min(i + part, batch.n_prompts))) for i in range(0, batch.n_prompts, part)]
+    source(parts[0].select([0]))  # what happens once, such as finding out how to score a model, is not its price
+    with counted_passes() as passes:
+        source(parts[0])
+    start = time.perf_counter()
+    credit = torch.cat([source(p).detach().float().cpu() for p in parts])
+    seconds = time.perf_counter() - start
+    return credit, {
+        "seconds": 1000 * seconds / batch.segments.total,
+        "passes": passes.calls,
+        "reads": passes.tokens / parts[0].segments.total,
+    }
+
+
+def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -> tuple[dict[str, Any], Tensor]:
+    """One source on one world's completions.
+
+    Returns:
+        The numbers of `credit_scores` and `pointing_scores`, `bins` of `calibration` and those of
+        `credit_and_cost`; and the credit `[N]`.
+    """
+    batch, decided = truth.batch, truth.decisions
+    credit, cost = credit_and_cost(source, batch)
+    found: dict[str, Any] = credit_scores(credit, truth.advantages, decided, batch.segments)
+    marked = question.marked(truth.advantages)
+    found |= pointing_scores(credit, marked, decided, batch.segments, low=question.low)
+    bins = calibration(credit[decided], truth.advantages[decided], batch.segments.ids[decided]).bins
+    return found | cost | {"bins": bins}, credit
+
+
+# Credit steps of online training as credit sources: one adapter, and the critic that one of them needs.
 
 
 class OnlineCredit:
@@ -191,6 +247,7 @@ class OnlineCredit:
         world: `arithmetic` or `revision`.
         steps: credit steps as `resolve_rollout_credit` takes them, in order; made anew for every call.
         read: what of the rollout is the credit, `[N]`; it may also look at the steps.
+        needs: quantities that `read` looks at, besides those that the steps need.
         critic: gives `values`, if a step needs them.
     """
 
@@ -206,8 +263,6 @@ class OnlineCredit:
         self.world, self.steps, self.read, self.needs, self.critic = world, steps, read, needs, critic
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        from tokengrain.method import resolve_rollout_credit
-
         steps = resolve_rollout_credit(self.steps())
         needs = {OLD_LOGPS, *self.needs, *(name for step in steps for name in step.needs)}
         rollout = self._rollout(batch, needs)
@@ -216,10 +271,6 @@ class OnlineCredit:
         return self.read(rollout, steps)
 
     def _rollout(self, batch: TokenBatch, needs: set[str]) -> RolloutStep:
-        from contextlib import nullcontext
-
-        from tokengrain.scoring.score import head_of
-
         world = self.world
         texts = [world.decode(batch.prompt(g).tolist()) for g in batch.group.tolist()]
         ids = [batch.completion(c).tolist() for c in range(batch.n_completions)]
@@ -264,14 +315,10 @@ def train_critic(
         seed: of samples, order and the head's first weights.
         steps: updates, of `prompts` prompts with `generations` completions each.
     """
-    from tokengrain.rollout.local import HFGenerate
-    from tokengrain.training.critic import Critic
-    from tokengrain.worlds.chains import parse_prompt, rng_of, seed_of
-
     items = world.items([parse_prompt(row["prompt"]) for row in world.prompts()])
     sampling = world.sampling(seed_of("critic", seed))
     batch = HFGenerate(world.reference).sample(items, n=generations, sampling=sampling).to_batch()
-    outcomes: Mapping[str, Any] = {"name": "gae", "lam": 1.0, "use_values": False, "whiten": False}
+    outcomes = {"name": "gae", "lam": 1.0, "use_values": False, "whiten": False}
     returns = OnlineCredit(world, lambda: [outcomes], column("returns"))(batch)
     batch = batch.with_columns(returns=returns)
     with torch.random.fork_rng(devices=[]):

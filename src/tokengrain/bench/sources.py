@@ -1,37 +1,111 @@
-"""What the credit sources of one seed share: the world, its data, and the models trained on it."""
+"""The credit sources that `tokengrain bench credit` compares, and the small models that some of them need."""
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tokengrain.batch import TokenBatch
+from tokengrain.batch import Sample
 from tokengrain.bench.questions import (
     GENERATIONS,
     ON_PAIRS,
+    STEPS,
+    Credit,
     OnlineCredit,
     Question,
     advantages,
     questions_of,
     train_critic,
 )
-from tokengrain.bench.training import PAIRS, STEPS, exchanged, train_on, world_samples
-from tokengrain.errors import RecipeError
-from tokengrain.method import RolloutStep
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs
+from tokengrain.data.rows import load_rows
+from tokengrain.errors import RecipeError, require
+from tokengrain.method import RolloutStep, make_objective
 from tokengrain.methods._entropy_window import measured
-from tokengrain.methods.baselines import FunctionCredit
+from tokengrain.methods.aligndistil import ContrastiveDPO
+from tokengrain.methods.baselines import Entropy, FunctionCredit, RandomCredit, Surprise
+from tokengrain.methods.qrm import RewardModelCredit
+from tokengrain.methods.tdpo import TDPOAdvantage
+from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.methods.treg import ContrastivePrompting
+from tokengrain.models import measure_scores, reward_model_from
 from tokengrain.settings import nearest
+from tokengrain.training.config import PreferenceConfig
+from tokengrain.training.trainer import PreferenceTrainer
 
-Credit = Callable[[TokenBatch], Tensor]
-Kind = Literal["truth", "control", "untrained", "trained", "own"]
-EVERY = ("pairs", "chain", "reference")
-COMPLETIONS = ("pairs", "chain")
+PAIRS = 32
+"""Rows per step of a training."""
+
+
+def world_samples(world: Any) -> list[Sample]:
+    """The training pairs of a world's seed as the trainer takes them."""
+    made = prepare_pairs(load_rows(list(world.pairs())), world.tokenizer, TokenizeConfig())
+    return [made[i] for i in range(len(made))]
+
+
+def exchanged(samples: Sequence[Sample]) -> list[Sample]:
+    """The pairs with chosen and rejected exchanged: what a reverse DPO model learns from."""
+    return [replace(s, completions=[s.completions[1], s.completions[0]]) for s in samples]
+
+
+def train_on(
+    world: Any,
+    objective: Any,
+    rows: Any,
+    seed: int,
+    *,
+    model: Any = None,
+    learning_rate: float = 2e-4,
+    steps: int = STEPS,
+    pairs: int = PAIRS,
+    **given: Any,
+) -> Any:
+    """A model after a short training, in evaluation mode.
+
+    Adam with β₂ 0.98, linear decay after 10 steps of warm-up, gradients clipped at 1: what `stories` needs.
+
+    Args:
+        world: where the starting weights and the tokenizer come from.
+        objective: as `PreferenceTrainer` takes it.
+        rows: `Sample`s or a data set of them, such as `world_samples(world)`.
+        seed: of the order of rows.
+        model: what to train (None: a fresh copy of the world's base model).
+        learning_rate: at its peak.
+        steps: optimiser steps.
+        pairs: rows per step.
+        given: further arguments of `PreferenceTrainer`: credit, credit_as, reference, teacher.
+    """
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(world.base_model())
+    with tempfile.TemporaryDirectory() as folder:
+        config = PreferenceConfig(
+            output_dir=folder,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=min(10, steps // 10),
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            max_steps=steps,
+            per_device_train_batch_size=pairs,
+            seed=seed,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = PreferenceTrainer(
+            model, config, objective=objective, train_dataset=rows, processing_class=world.tokenizer, **given
+        )
+        trainer.train()
+    return trainer.model.eval()
 
 
 @dataclass
@@ -41,7 +115,7 @@ class Bench:
     Attributes:
         world: as `load_world` gives it; its seed decides the pairs.
         seed: of the trainings, and of sources that draw numbers.
-        steps, pairs: length of each training, and rows per step.
+        steps: length of each training.
         question: what is asked; generations: completions per prompt, where groups are sampled.
         seconds: how long each training took, by name.
     """
@@ -49,7 +123,6 @@ class Bench:
     world: Any
     seed: int = 0
     steps: int = STEPS
-    pairs: int = PAIRS
     question: Question = ON_PAIRS
     generations: int = GENERATIONS
     seconds: dict[str, float] = field(default_factory=dict)
@@ -69,20 +142,12 @@ class Bench:
 
     def train(self, objective: str, rows: Any = None, *, model: Any = None, **hyper: Any) -> Any:
         """A short training of the world's base model (or of `model`) on this seed's pairs (or on `rows`)."""
-        from tokengrain.method import make_objective
-
         bound, rows = make_objective(objective, **hyper), self.rows if rows is None else rows
-        found = train_on(self.world, bound, rows, self.seed, model=model, steps=self.steps, pairs=self.pairs)
-        return found.requires_grad_(False)
+        return train_on(self.world, bound, rows, self.seed, model=model, steps=self.steps).requires_grad_(False)
 
 
 def _reward_model(bench: Bench, pooling: str) -> Any:
     """A reward model that starts from the world's base; its scale is set on the pairs it was trained on."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tokengrain.models import measure_scores, reward_model_from
-
     base = AutoModelForCausalLM.from_pretrained(bench.world.base_model())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.seed)  # of the head's first weights
@@ -100,6 +165,14 @@ TRAININGS: dict[str, Callable[[Bench], Any]] = {
     "last": lambda b: _reward_model(b, "last"),
     "critic": lambda b: train_critic(b.world, seed=b.seed, steps=b.steps, generations=b.generations),
 }
+EVERY, COMPLETIONS = ("pairs", "chain", "reference"), ("pairs", "chain")
+ON_CHAINS, ON_REFERENCES = ("chain",), ("reference",)
+NEEDED = {
+    "pairs": "pairs",
+    "chain": "groups of graded chains, as in arithmetic and revision",
+    "reference": "a reference answer, as in revision",
+}
+"""What a source is missing that answers only this question."""
 
 
 @dataclass(frozen=True)
@@ -114,42 +187,37 @@ class BenchSource:
         build: makes it for one seed.
         trains: the models of `TRAININGS` that it needs.
         questions: names of the questions that it has an answer to.
-        lacks: what a world does not have that it reads; "" if nothing.
+        reads: an attribute of the world that it reads, and which a world may lack.
         code: identifies a function of the user's.
     """
 
     name: str
-    kind: Kind
+    kind: Literal["truth", "control", "untrained", "trained", "own"]
     what: str
     build: Callable[[Bench], Credit]
     trains: tuple[str, ...] = ()
     questions: tuple[str, ...] = COMPLETIONS
-    lacks: Callable[[Any], str] = lambda world: ""
+    reads: str = ""
     code: str = ""
 
     def unfit(self, world: Any, question: Question) -> str:
         """Why it cannot be asked this; "" if it can."""
         if question.name not in self.questions:
             return f"it needs {' or '.join(NEEDED[name] for name in self.questions)}"
-        return self.lacks(world)
+        if self.reads and not hasattr(world, self.reads):
+            return f"it reads the world's {self.reads!r}, and {world.name!r} has none"
+        return ""
 
 
-NEEDED = {
-    "pairs": "pairs",
-    "chain": "groups of graded chains, as in arithmetic and revision",
-    "reference": "a reference answer, as in revision",
-}
-"""What a source is missing that answers only this question."""
-
-
-# ----------------------------------------------------------------------------------------------------
-# Credit of the online methods, as sources of `tokengrain bench credit`.
+# Credit of the online methods: their steps, and what of the rollout is read.
 
 WINDOW = 4
+GROUP = {"name": "group"}
+HWE = {"name": "aepo", "mode": "paper", "triggers": None, "kl": "none"}
 
 
 def _steps(
-    *steps: dict[str, Any], read: Callable[[RolloutStep, Sequence[Any]], Tensor] = advantages
+    *steps: Mapping[str, Any], read: Callable[[RolloutStep, Sequence[Any]], Tensor] = advantages
 ) -> Callable[[Bench], Credit]:
     return lambda bench: OnlineCredit(bench.world, lambda: steps, read)
 
@@ -166,22 +234,9 @@ def _window(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
     return -torch.nan_to_num(found, nan=0.0)
 
 
-def _window_entropy(bench: Bench) -> Credit:
-    return OnlineCredit(bench.world, lambda: (), _window, needs=frozenset({"entropy"}))
-
-
-def _rto(bench: Bench) -> Credit:
-    guide = bench.model("guide")
-    return OnlineCredit(
-        bench.world,
-        lambda: [{"name": "rto", "model": guide}],
-        lambda rollout, steps: _given(rollout.token_rewards),
-    )
-
-
-def _gae(bench: Bench) -> Credit:
-    critic = bench.model("critic")
-    return OnlineCredit(bench.world, lambda: [{"name": "gae"}], advantages, critic=critic)
+def _token_rewards(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+    assert rollout.token_rewards is not None  # the step sets them
+    return rollout.token_rewards
 
 
 def _r3(power: float) -> Callable[[Bench], Credit]:
@@ -192,73 +247,46 @@ def _r3(power: float) -> Callable[[Bench], Credit]:
     return build
 
 
-def _given(values: Tensor | None) -> Tensor:
-    assert values is not None  # the step sets them
-    return values
+def _online(name: str, what: str, build: Callable[[Bench], Credit], *trains: str) -> BenchSource:
+    return BenchSource(name, "trained" if trains else "untrained", what, build, trains, ON_CHAINS)
 
-
-GROUP = {"name": "group"}
-HWE = {"name": "aepo", "mode": "paper", "triggers": None, "kl": "none"}
-ON_CHAINS, ON_REFERENCES = ("chain",), ("reference",)
 
 ONLINE = (
-    BenchSource(
+    _online(
         "outcome",
-        "untrained",
         "the outcome's advantage in its group, the same for all tokens of a completion (GRPO)",
         _steps(GROUP),
-        questions=ON_CHAINS,
     ),
-    BenchSource(
+    _online(
         "thr",
-        "untrained",
         "hidden influence on the group's correct completions (THR), before signs and thresholds",
         _steps(GROUP, {"name": "thr"}, read=_influence),
-        questions=ON_CHAINS,
     ),
-    BenchSource(
-        "thr_advantage",
-        "untrained",
-        "the group's advantage as THR leaves it, mask and p = 0.1",
-        _steps(GROUP, {"name": "thr"}),
-        questions=ON_CHAINS,
+    _online(
+        "thr_advantage", "the group's advantage as THR leaves it, mask and p = 0.1", _steps(GROUP, {"name": "thr"})
     ),
-    BenchSource(
-        "nthr_advantage",
-        "untrained",
-        "the group's advantage as NTHR leaves it",
-        _steps(GROUP, {"name": "nthr"}),
-        questions=ON_CHAINS,
-    ),
-    BenchSource(
+    _online("nthr_advantage", "the group's advantage as NTHR leaves it", _steps(GROUP, {"name": "nthr"})),
+    _online(
         "window_entropy",
-        "untrained",
         f"minus the mean entropy of a token and the next {WINDOW - 1} (AEPO)",
-        _window_entropy,
-        questions=ON_CHAINS,
+        lambda b: OnlineCredit(b.world, lambda: (), _window, needs=frozenset({"entropy"})),
     ),
-    BenchSource(
+    _online(
         "hwe",
-        "untrained",
         "-1 on the tokens that AEPO's entropy reward counts, 0 elsewhere",
         _steps(HWE, read=lambda rollout, steps: -rollout.quantity("hwe")),
-        questions=ON_CHAINS,
     ),
-    BenchSource(
+    _online(
         "rto",
-        "trained",
         "token rewards of RTO: the guide's log-ratio, bounded",
-        _rto,
-        ("guide",),
-        questions=ON_CHAINS,
+        lambda b: _steps({"name": "rto", "model": b.model("guide")}, read=_token_rewards)(b),
+        "guide",
     ),
-    BenchSource(
+    _online(
         "gae",
-        "trained",
         "advantages of PPO, with a critic trained on outcomes of the base model",
-        _gae,
-        ("critic",),
-        questions=ON_CHAINS,
+        lambda b: OnlineCredit(b.world, lambda: [{"name": "gae"}], advantages, critic=b.model("critic")),
+        "critic",
     ),
     BenchSource(
         "r3",
@@ -267,74 +295,20 @@ ONLINE = (
         _r3(1.0),
         questions=ON_REFERENCES,
     ),
-    BenchSource(
-        "r3_variance",
-        "untrained",
-        "weights of R3 by the variance",
-        _r3(2.0),
-        questions=ON_REFERENCES,
-    ),
+    BenchSource("r3_variance", "untrained", "weights of R3 by the variance", _r3(2.0), questions=ON_REFERENCES),
 )
 
 
-# ----------------------------------------------------------------------------------------------------
-# The credit sources that `tokengrain bench credit` compares.
-
-
-def _random(bench: Bench) -> Credit:
-    from tokengrain.methods.baselines import RandomCredit
-
-    return RandomCredit(seed=bench.seed)
-
-
-def _surprise(bench: Bench) -> Credit:
-    from tokengrain.methods.baselines import Surprise
-
-    return Surprise(model=bench.world.reference)
-
-
-def _entropy(bench: Bench) -> Credit:
-    from tokengrain.methods.baselines import Entropy
-
-    return Entropy(model=bench.world.reference)
+# All sources, and which of them a world can be asked about.
 
 
 def _contrastive(bench: Bench) -> Credit:
-    from tokengrain.methods.treg import ContrastivePrompting
-
     world = bench.world
     return ContrastivePrompting(model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates)
 
 
-def _guide(bench: Bench) -> Credit:
-    from tokengrain.methods.tgdpo import GuideLogRatio
-
-    return GuideLogRatio(model=bench.model("guide"), reference=bench.world.reference, beta=bench.question.beta)
-
-
-def _contrastive_dpo(bench: Bench) -> Credit:
-    from tokengrain.methods.aligndistil import ContrastiveDPO
-
-    return ContrastiveDPO(model=bench.model("guide"), reverse=bench.model("reverse"), beta=bench.question.beta)
-
-
-def _tdpo(bench: Bench) -> Credit:
-    from tokengrain.methods.tdpo import TDPOAdvantage
-
-    return TDPOAdvantage(model=bench.model("tdpo"), reference=bench.world.reference, beta=bench.question.beta)
-
-
-def _scores(name: str) -> Callable[[Bench], Credit]:
-    def build(bench: Bench) -> Credit:
-        from tokengrain.methods.qrm import RewardModelCredit
-
-        return RewardModelCredit(model=bench.model(name))
-
-    return build
-
-
-def _needs(name: str) -> Callable[[Any], str]:
-    return lambda world: "" if hasattr(world, name) else f"it reads the world's {name!r}, and {world.name!r} has none"
+def _against_base(kind: type, name: str) -> Callable[[Bench], Credit]:
+    return lambda b: kind(model=b.model(name), reference=b.world.reference, beta=b.question.beta)
 
 
 SOURCES: dict[str, BenchSource] = {
@@ -347,44 +321,76 @@ SOURCES: dict[str, BenchSource] = {
             lambda b: b.question.exact(b.world),
             questions=EVERY,
         ),
-        BenchSource("random", "control", "uniform numbers: what chance reaches", _random, questions=EVERY),
+        BenchSource(
+            "random",
+            "control",
+            "uniform numbers: what chance reaches",
+            lambda b: RandomCredit(seed=b.seed),
+            questions=EVERY,
+        ),
         BenchSource(
             "reward",
             "control",
             "each token's own true reward, without what follows from it",
             lambda b: b.world.credit("reward"),
-            lacks=_needs("credit"),
+            reads="credit",
         ),
         BenchSource(
             "worth",
             "control",
             "what a word looks worth without its context",
             lambda b: b.world.credit("worth"),
-            lacks=_needs("credit"),
+            reads="credit",
         ),
-        BenchSource("surprise", "untrained", "log-probability under the base model", _surprise, questions=EVERY),
-        BenchSource("entropy", "untrained", "entropy of the base model's distribution", _entropy, questions=EVERY),
+        BenchSource(
+            "surprise",
+            "untrained",
+            "log-probability under the base model",
+            lambda b: Surprise(model=b.world.reference),
+            questions=EVERY,
+        ),
+        BenchSource(
+            "entropy",
+            "untrained",
+            "entropy of the base model's distribution",
+            lambda b: Entropy(model=b.world.reference),
+            questions=EVERY,
+        ),
         BenchSource(
             "contrastive",
             "untrained",
             "contrastive prompting of the base model (T-REG)",
             _contrastive,
-            lacks=_needs("contrastive_templates"),
+            reads="contrastive_templates",
         ),
-        BenchSource("guide", "trained", "log-ratio of a DPO model to the base (TGDPO)", _guide, ("guide",)),
+        BenchSource(
+            "guide",
+            "trained",
+            "log-ratio of a DPO model to the base (TGDPO)",
+            _against_base(GuideLogRatio, "guide"),
+            ("guide",),
+        ),
         BenchSource(
             "contrastive_dpo",
             "trained",
             "DPO against DPO on exchanged pairs (AlignDistil)",
-            _contrastive_dpo,
+            lambda b: ContrastiveDPO(model=b.model("guide"), reverse=b.model("reverse"), beta=b.question.beta),
             ("guide", "reverse"),
         ),
-        BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _tdpo, ("tdpo",)),
+        BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _against_base(TDPOAdvantage, "tdpo"), ("tdpo",)),
         BenchSource(
-            "qrm", "trained", "token scores of a reward model trained on pairs (Q-RM)", _scores("qrm"), ("qrm",)
+            "qrm",
+            "trained",
+            "token scores of a reward model trained on pairs (Q-RM)",
+            lambda b: RewardModelCredit(model=b.model("qrm")),
+            ("qrm",),
         ),
         BenchSource(
-            "last_token_rm", "trained", "the same model trained on its last token's score", _scores("last"), ("last",)
+            "last_token_rm",
+            "trained",
+            "the same model trained on its last token's score",
+            lambda b: RewardModelCredit(model=b.model("last")),
+            ("last",),
         ),
         *ONLINE,
     )
@@ -396,19 +402,11 @@ def own_source(reference: str | Callable[..., Any]) -> BenchSource:
 
     Args:
         reference: the function, or "module:function" or "path.py:function".
-
-    Raises:
-        RecipeError: there is no such function.
     """
     made = FunctionCredit(function=reference)
     name = reference.rpartition(":")[2] if isinstance(reference, str) else made.name.removeprefix("function ")
     what = f"yours: {reference if isinstance(reference, str) else name}"
     return BenchSource(name, "own", what, lambda bench: made, questions=EVERY, code=made.fingerprint())
-
-
-def fit_sources(sources: Sequence[BenchSource], world: Any, question: Question) -> list[BenchSource]:
-    """Those that can be asked this in this world."""
-    return [s for s in sources if not s.unfit(world, question)]
 
 
 def chosen_sources(names: Sequence[str] | None, world: Any) -> list[BenchSource]:
@@ -420,22 +418,19 @@ def chosen_sources(names: Sequence[str] | None, world: Any) -> list[BenchSource]
     questions = questions_of(world)
     if names is None:
         return [s for s in SOURCES.values() if not all(s.unfit(world, q) for q in questions)]
-    chosen = []
     for name in names:
-        if name not in SOURCES:
-            raise RecipeError(f"unknown credit source {name!r}{nearest(name, SOURCES)}")
+        require(name in SOURCES, RecipeError, f"unknown credit source {name!r}{nearest(name, SOURCES)}")
         reasons = [SOURCES[name].unfit(world, q) for q in questions]
-        if all(reasons):
-            raise RecipeError(f"credit source {name!r} cannot be judged in world {world.name!r}: {reasons[0]}")
-        chosen.append(SOURCES[name])
-    return chosen
+        message = f"credit source {name!r} cannot be judged in world {world.name!r}: {reasons[0]}"
+        require(not all(reasons), RecipeError, message)
+    return [SOURCES[name] for name in names]
 
 
 def left_out(world: Any, listed: Sequence[BenchSource]) -> list[dict[str, str]]:
     """Entries `source`, `question`, `reason`: what is not asked, and why."""
-    found = []
-    for question in questions_of(world):
-        for source in listed:
-            if reason := source.unfit(world, question):
-                found.append({"source": source.name, "question": question.name, "reason": reason})
-    return found
+    return [
+        {"source": source.name, "question": question.name, "reason": reason}
+        for question in questions_of(world)
+        for source in listed
+        if (reason := source.unfit(world, question))
+    ]

@@ -492,7 +492,6 @@ COLUMNS = (
     "sampling_logps",
 )
 """Numbers per token that can be shown; any may be missing."""
-
 Values = list[float | None]
 
 

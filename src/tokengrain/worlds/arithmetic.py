@@ -105,8 +105,6 @@ class Size:
 SMALL = WarmStart(
     hidden_size=48, layers=2, mlp_size=192, steps=250, batch_size=32, learning_rate=2e-2, warmup=30, muon=True
 )
-
-
 SIZES = {
     "full": Size((1, 2, 3, 4, 5, 6), 9, 40, 30, 1000, 400, WarmStart()),
     "small": Size((1, 2), 3, 40, 15, 200, 60, SMALL),
@@ -244,8 +242,6 @@ def build_tokenizer(vocabulary: Sequence[str], positions: int) -> PreTrainedToke
 
 FORMAT = 1
 """Raised when problems, chains or training change in a way that the settings do not show."""
-
-
 CHECKED_STEP = 9
 """Tokens of a step that is checked once: label, operator, operand, two digits, `?`, two digits, separator."""
 
@@ -259,19 +255,11 @@ def longest_problem(levels: Sequence[int]) -> int:
 
 SAMPLES = 8
 """Chains sampled for a prompt to find right and wrong ones; at most `PER_PROMPT` pairs are made of them."""
-
-
 PER_PROMPT = 4
 """Prompts sampled from at a time."""
-
-
 ROUNDS = 50
-
-
 CHUNK = 64
 """Prompts that are sampled from, or that a credit source is given, at a time."""
-
-
 Pair = tuple[Problem, list[int], list[int]]
 """A problem, and the token ids of a right and a wrong completion."""
 

@@ -90,7 +90,6 @@ WORDS = (
 """Pairs of words that mean the same; a sentence takes one of each, in this order."""
 START, END = " start", " end"
 VOCABULARY = (*SYMBOLS, START, END, *(word for pair in WORDS for word in pair))
-
 Role = Literal["reasoning", "style", "fixed"]
 """What a token of a reference depends on: on the totals of the chain; on the style of its separators; on neither."""
 

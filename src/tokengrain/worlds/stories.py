@@ -693,8 +693,6 @@ def divergence(grammar: Grammar, model: LlamaForCausalLM, n: int = 1200, seed: i
 
 FORMAT = 2
 """Raised when training changes in a way that its settings do not show: cached models are trained anew."""
-
-
 SETTINGS = {
     "full": Pretraining(),
     "small": Pretraining(hidden_size=48, layers=2, mlp_size=96, steps=300, pool=2000),
@@ -725,11 +723,7 @@ def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> 
 
 REGIMES = {"clean": (4000, 1.0), "noisy": (1000, 0.3)}
 """Pairs and slope of the label noise: of pairs whose true rewards differ, 88 % and 69 % are labelled in their order."""
-
-
 EVAL_PAIRS = 200
-
-
 CREDIT_SAMPLES = 50
 """Base samples per prompt on which credit is compared with the truth."""
 

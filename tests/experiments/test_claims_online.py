@@ -22,10 +22,10 @@ from experiments.claims.framework import SeedAndSizes
 from experiments.claims.groups import GROUPS
 from experiments.claims.runner import judge_all, run_claims
 from experiments.claims.tiny_gru import GRUPolicy
+from experiments.training import OnlineRun
 from rich.console import Console
 
-from tests.bench.test_claims_experiments import held, robust
-from tokengrain.bench.training import OnlineRun
+from tests.experiments.test_claims_experiments import held, robust
 
 QUIET = Console(quiet=True)
 SMALL = ("rto", "digits", "thr", "aepo", "r3", "r3-limits", "slots")
