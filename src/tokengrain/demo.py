@@ -15,8 +15,14 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
 from tokengrain.errors import RunError, read_json, write_json
+from tokengrain.recipe.load import load_recipe
+from tokengrain.report.html import write_report
+from tokengrain.run.stages import run_recipe
+from tokengrain.worlds import load_world
+from tokengrain.worlds.base_models import single_thread
 
 WORLD = "world://stories?regime=noisy"
 METHODS = {"dpo": "DPO", "simpo": "SimPO", "tdpo2": "TDPO2", "tgdpo": "TGDPO", "treg": "T-REG"}
@@ -47,8 +53,6 @@ def run_demo(
     Raises:
         RunError: `output` is not empty and not an earlier demo.
     """
-    from tokengrain.report.html import write_report
-
     output, console = Path(output), console or Console()
     _check_folder(output)
     console.print(
@@ -79,12 +83,6 @@ def run_demo(
 
 def _train_all(output: Path, samples: int, overwrite: bool, console: Console) -> tuple[list[dict[str, Any]], Any]:
     """One row of results per method, the base first; and the world."""
-    from transformers import AutoModelForCausalLM
-
-    from tokengrain.recipe.load import load_recipe
-    from tokengrain.run.stages import run_recipe
-    from tokengrain.worlds import load_world
-    from tokengrain.worlds.base_models import single_thread
 
     world: Any = load_world(WORLD)
     world.base_model()

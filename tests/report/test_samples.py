@@ -62,7 +62,7 @@ def test_wrong_length_is_refused() -> None:
         ("{", "not JSON"),
         ("{}", "expected a list of samples"),
         ('[{"prompt": "p"}]', "row 0: not a credit sample"),
-        ('[{"chosen": {"tokens": ["a"], "credit": [NaN]}}]', "row 0: field 'chosen.credit': not finite"),
+        ('[{"chosen": {"tokens": ["a"], "credit": [NaN]}}]', "row 0: field 'chosen.credit': token 0 has no finite"),
         ('[{"chosen": [1]}]', "field 'chosen': not a side of a pair"),
         ('[{"chosen": {"tokens": ["a"], "credit": 1}}]', "field 'chosen.credit': not lists"),
         (

@@ -1,4 +1,4 @@
-"""Reading token rewards or spans for looking at: from any file of rows that has them, or from a run folder."""
+"""Numbers per token for looking at: credit samples, rows with token rewards or spans, and recorded rollouts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from tokengrain import runs
+from tokengrain.annotation import column_name, read_manifest
 from tokengrain.batch import TokenBatch
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
+from tokengrain.data.rows import StoredRows, load_rows, with_columns
+from tokengrain.data.spans import SpanConfig
 from tokengrain.data.tokens import token_texts
-from tokengrain.errors import DataError, ModelError, RunError, read_json, shown
+from tokengrain.errors import DataError, ModelError, RunError, read_json, require, shown
 from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.worlds import is_world, load_world
 
-# ----------------------------------------------------------------------------------------------------
 # Credit samples: a few pairs with the credit of each token, made for looking at.
 #
 # `credit_samples.json` in a run folder is a list of
 #
-# {"prompt": str, "source": str, "row": int | str,
-# "chosen":   {"tokens": [str], "credit": [float], "truth": [float]},
-# "rejected": {"tokens": [str], "credit": [float], "truth": [float]}}
+#     {"prompt": str, "source": str, "row": int | str,
+#      "chosen":   {"tokens": [str], "credit": [float], "truth": [float]},
+#      "rejected": {"tokens": [str], "credit": [float], "truth": [float]}}
 #
 # with one entry per pair and source. `tokens` are pieces of text that give the completion when joined; `credit`
 # has one number per token, or null for a token that does not count. `truth` (optional) is the exact advantage,
@@ -128,40 +134,41 @@ def read_credit_samples(path: Path) -> list[CreditSample]:
         entries = read_json(path)
     except ValueError as error:  # or not UTF-8
         raise DataError(f"not JSON: {error}", file=path) from error
-    if not isinstance(entries, list):
-        raise DataError("wrong content", file=path, value=type(entries).__name__, expected="a list of samples")
+    kind = type(entries).__name__
+    require(isinstance(entries, list), DataError, "wrong content", file=path, value=kind, expected="a list of samples")
     return [_parse(path, row, entry) for row, entry in enumerate(entries)]
 
 
 def _parse(path: Path, row: int, entry: Any) -> CreditSample:
-    if not isinstance(entry, dict) or "chosen" not in entry:
-        raise DataError("not a credit sample", file=path, row=row, expected="an object with a 'chosen' side")
+    right = isinstance(entry, dict) and "chosen" in entry
+    require(right, DataError, "not a credit sample", file=path, row=row, expected="an object with a 'chosen' side")
     sides = []
     for name in SIDES:
         if name not in entry:
             continue
         side = entry[name]
-        if not isinstance(side, dict):
-            raise DataError("not a side of a pair", file=path, row=row, field=name, value=side, expected="an object")
+        place = {"file": path, "row": row}
+        right = isinstance(side, dict)
+        require(right, DataError, "not a side of a pair", **place, field=name, value=side, expected="an object")
         tokens, credit, truth = side.get("tokens", []), side.get("credit", []), side.get("truth")
         for key, values in (("credit", credit), ("truth", truth)):
-            if values is None:
-                continue
-            if not isinstance(values, list) or not isinstance(tokens, list):
-                raise DataError("not lists", file=path, row=row, field=f"{name}.{key}", value=values, expected="a list")
-            if len(values) != len(tokens):
-                raise DataError(
-                    "the numbers do not fit the tokens",
-                    file=path,
-                    row=row,
-                    field=f"{name}.{key}",
-                    value=f"{len(values)} numbers",
-                    expected=f"{len(tokens)}, one per token",
-                )
-            if not all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in values):
-                raise DataError("not finite numbers", file=path, row=row, field=f"{name}.{key}", value=values)
+            if values is not None:
+                here = {**place, "field": f"{name}.{key}"}
+                right = isinstance(values, list) and isinstance(tokens, list)
+                require(right, DataError, "not lists", **here, value=values, expected="a list")
+                _check_numbers(values, len(tokens), gaps=True, **here)
         sides.append(Side(tokens, credit, truth))
     return CreditSample(str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row"))
+
+
+def _check_numbers(values: Sequence[Any], tokens: int, *, gaps: bool, **place: Any) -> None:
+    """Raise a DataError unless there is one finite number for each token, or None where `gaps` are allowed."""
+    found, expected = f"{len(values)} numbers", f"{tokens}, one per token"
+    message = "the numbers do not fit the tokens"
+    require(len(values) == tokens, DataError, message, **place, value=found, expected=expected)
+    for i, value in enumerate(values):
+        if not (isinstance(value, int | float) and math.isfinite(value)) and not (gaps and value is None):
+            raise DataError(f"token {i} has no finite number", **place, value=value, expected="a number")
 
 
 def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:
@@ -229,8 +236,8 @@ def read_token_rows(
     if path.is_dir():
         return _from_folder(path, rows, count, field, tokenizer)
     if path.name == FILE:
-        if field != CREDIT:
-            raise DataError("there are only token rewards", file=path, value=field, expected=CREDIT)
+        message = "there are only token rewards"
+        require(field == CREDIT, DataError, message, file=path, value=field, expected=CREDIT)
         return _picked(read_credit_samples(path), rows, count, path)
     settings = {} if spans is None else {"spans": spans}
     near = tokenizer if tokenizer is not None else _near_tokenizer(path)
@@ -243,12 +250,8 @@ def _picked(samples: Sequence[CreditSample], rows: Sequence[int] | None, count: 
     names = [g[0].row if g[0].row is not None else i for i, g in enumerate(groups)]
     wanted = names[:count] if rows is None else list(rows)
     for row in wanted:
-        if row not in names:
-            raise DataError("there is no such row", file=path, row=row, expected=f"one of {names[:20]}")
+        require(row in names, DataError, "there is no such row", file=path, row=row, expected=f"one of {names[:20]}")
     return [s for name, group in zip(names, groups, strict=True) if name in wanted for s in group]
-
-
-# ------------------------------------------------------------------------------------------------ run folders
 
 
 def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any) -> list[CreditSample]:
@@ -257,27 +260,28 @@ def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str,
     run = runs.read_run(path)
     files = [file for stage in run.credit_stages for file in sorted(stage.path.glob("*.parquet"))]
     if not files:
-        if field != CREDIT:
-            raise RunError(f"{path} has no {field!r} of its rows' tokens: only an annotate stage stores such numbers")
-        if run.status != "done":
-            raise RunError(f"no token rewards yet: {runs.unfinished_message(run)}")
-        if any(stage.kind == "online" for stage in run.stages):
-            raise RunError(
-                f"{path} has no recorded rollouts: rollout_samples says how many a run of {run.method} records"
-            )
-        raise RunError(
-            f"{path} has no token rewards to show: no annotate stage stored any, and there are no log-ratios of policy "
-            "to reference either (the objective has no reference, or the rows were streamed)"
-        )
+        raise RunError(_no_numbers(run, field))
     # train.parquet before eval.parquet
     file = max(files, key=lambda f: f.stem == "train")
     return _from_file(file, rows, count, field, tokenizer if tokenizer is not None else _near_tokenizer(file))
 
 
+def _no_numbers(run: runs.Run, field: str) -> str:
+    """Why a run has no such numbers of its rows' tokens."""
+    if field != CREDIT:
+        return f"{run.path} has no {field!r} of its rows' tokens: only an annotate stage stores such numbers"
+    if run.status != "done":
+        return f"no token rewards yet: {runs.unfinished_message(run)}"
+    if any(stage.kind == "online" for stage in run.stages):
+        return f"{run.path} has no recorded rollouts: rollout_samples says how many a run of {run.method} records"
+    return (
+        f"{run.path} has no token rewards to show: no annotate stage stored any, and there are no log-ratios of policy "
+        "to reference either (the objective has no reference, or the rows were streamed)"
+    )
+
+
 def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer: Any, spans: Any) -> list[CreditSample]:
     """The spans of a run's training pairs: as annotated, or marked again as its recipe says."""
-    from tokengrain.annotation import read_manifest
-
     run = runs.read_run(path)
     tokenizer = tokenizer if tokenizer is not None else _run_tokenizer(path)
     for stage in run.credit_stages:
@@ -291,8 +295,8 @@ def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer:
         settings |= {k: v for k, v in own.items() if k == SPANS} if isinstance(own, Mapping) else {}
     if spans is not None:
         settings[SPANS] = spans
-    if not settings.get(SPANS):
-        raise RunError(f"{path}: its recipe marks no spans (data.spans); give a source with --spans, such as diff")
+    message = f"{path}: its recipe marks no spans (data.spans); give a source with --spans, such as diff"
+    require(settings.get(SPANS), RunError, message)
     return _from_file(settings["train"], rows, count, SPANS, tokenizer, settings)
 
 
@@ -307,9 +311,6 @@ def _run_tokenizer(folder: Path) -> Path | None:
     return found[0].parent if found else None
 
 
-# ------------------------------------------------------------------------------------------------------ files
-
-
 def _from_file(
     path: Path | str,
     rows: Sequence[int] | None,
@@ -319,9 +320,6 @@ def _from_file(
     settings: Mapping[str, Any] | None = None,
 ) -> list[CreditSample]:
     """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
-    from tokengrain.data.rows import StoredRows, load_rows, with_columns
-    from tokengrain.worlds import is_world, load_world
-
     source, settings = str(path), settings or {}
     split = settings.get("split")
     data = load_rows(load_world(source).pairs("train")) if is_world(source) else load_rows(source, split=split)
@@ -330,8 +328,8 @@ def _from_file(
     total = len(data)
     numbers = list(range(min(count, total))) if rows is None else list(rows)
     for number in numbers:
-        if not 0 <= number < total:
-            raise DataError("there is no such row", file=path, row=number, expected=f"0 to {total - 1}")
+        there = 0 <= number < total
+        require(there, DataError, "there is no such row", file=path, row=number, expected=f"0 to {total - 1}")
     picked = {number: row for number, row in data if number in set(numbers)}
     loaded = _load_tokenizer(tokenizer)
     return [_sample(data, number, picked[number], field, loaded, settings) for number in numbers]
@@ -340,8 +338,6 @@ def _from_file(
 def _load_tokenizer(tokenizer: Any) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer))
     except (OSError, ValueError) as error:
@@ -351,8 +347,6 @@ def _load_tokenizer(tokenizer: Any) -> Any:
 def _sample(
     data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
 ) -> CreditSample:
-    from tokengrain.annotation import column_name
-
     file, place = data.place(number)
     columns = {role: column_name(role, field) for role in ROLES}
     roles = [role for role in ROLES if row.get(columns[role]) is not None]
@@ -360,24 +354,24 @@ def _sample(
         roles = [role for role in roles if role != "completion"]
     if field == SPANS and (settings.get(SPANS) or not roles):
         return _from_text(data, number, row, field, tokenizer, {SPANS: _likely_source(row), **settings})
-    if not roles:
-        raise DataError(
-            "the row has no token rewards" if field == CREDIT else f"the row has no {field!r} of its tokens",
-            file=file,
-            row=place,
-            value=sorted(map(str, row)),
-            expected=f"{columns['chosen']!r} and {columns['rejected']!r}, or {columns['completion']!r}",
-        )
+    require(
+        roles,
+        DataError,
+        "the row has no token rewards" if field == CREDIT else f"the row has no {field!r} of its tokens",
+        file=file,
+        row=place,
+        value=sorted(map(str, row)),
+        expected=f"{columns['chosen']!r} and {columns['rejected']!r}, or {columns['completion']!r}",
+    )
     ids = {role: row.get(f"{role}_ids") for role in roles}
     spans = any(isinstance(value, Mapping) for role in roles for value in row[columns[role]])
     if spans or any(value is None for value in ids.values()):
         return _from_text(data, number, row, field, tokenizer, settings)
-    if tokenizer is None:
-        raise _tokenizer_needed(data.name)
+    _check_tokenizer(tokenizer, data.name)
     sides = []
     for role in roles:
         tokens, values = list(ids[role] or []), list(row[columns[role]])
-        _check_length(file, place, columns[role], values, tokens)
+        _check_numbers(values, len(tokens), gaps=False, file=file, row=place, field=columns[role])
         counted = row.get(f"{role}_counted")
         numbers = [v if counted is None or counted[i] else None for i, v in enumerate(values)]
         sides.append(Side(_texts(tokenizer, tokens, file, place, f"{role}_ids"), numbers))
@@ -388,8 +382,6 @@ def _likely_source(row: Mapping[str, Any]) -> str:
     """Where the spans of a row probably come from, if nobody says so."""
     if row.get("chosen_spans") is not None:
         return "column"
-    from tokengrain.data.spans import SpanConfig
-
     texts = repr((row.get("chosen"), row.get("rejected")))
     return "tags" if row.get("chosen_masked") is not None or SpanConfig().tags[0] in texts else "diff"
 
@@ -398,11 +390,7 @@ def _from_text(
     data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
 ) -> CreditSample:
     """A row without token ids: tokenised here, as training would."""
-    if tokenizer is None:
-        raise _tokenizer_needed(data.name)
-    from tokengrain.data.config import TokenizeConfig
-    from tokengrain.data.dataset import prepare_pairs, prepare_sft
-
+    _check_tokenizer(tokenizer, data.name)
     prepare = prepare_pairs if row.get("rejected") is not None else prepare_sft
     names = {f.name for f in fields(TokenizeConfig)} - {"on_invalid"}
     config = TokenizeConfig(**{name: value for name, value in settings.items() if name in names})
@@ -411,9 +399,9 @@ def _from_text(
     sample = prepare(data.subset([_position(data, number)]), tokenizer, config).samples[0]
     sides = []
     for completion in sample.completions:
-        if field not in completion.columns:
-            file, place = data.place(number)
-            raise DataError("the row has no such values", file=file, row=place, field=field)
+        file, place = data.place(number)
+        there = field in completion.columns
+        require(there, DataError, "the row has no such values", file=file, row=place, field=field)
         values = iter(float(v) for v in completion.columns[field])
         counted = completion.counted or [True] * len(completion.ids)
         credit = [next(values) if keep else None for keep in counted]
@@ -425,45 +413,19 @@ def _position(data: Any, number: int) -> int:
     return next(i for i, (n, _) in enumerate(data) if n == number)
 
 
-def _tokenizer_needed(name: str) -> ModelError:
-    return ModelError(
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    message = (
         f"{name}: a tokenizer is needed to show which words the tokens are, and this file does not lie in "
         "a run folder that has one; give it with --tokenizer PATH"
     )
-
-
-def _check_length(file: str, row: str, field: str, values: Sequence[Any], tokens: Sequence[int]) -> None:
-    if len(values) != len(tokens):
-        raise DataError(
-            "the token rewards do not fit the tokens",
-            file=file,
-            row=row,
-            field=field,
-            value=f"{len(values)} numbers",
-            expected=f"{len(tokens)}, one per token",
-        )
-    for i, value in enumerate(values):
-        if not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
-            raise DataError(
-                f"token {i} has no finite number",
-                file=file,
-                row=row,
-                field=field,
-                value=value,
-                expected="a number",
-            )
+    require(tokenizer is not None, ModelError, message)
 
 
 def _texts(tokenizer: Any, ids: Sequence[int], file: str, row: str, field: str) -> list[str]:
-    if ids and max(ids) >= len(tokenizer):
-        raise DataError(
-            "this is not the tokenizer of the file",
-            file=file,
-            row=row,
-            field=field,
-            value=f"token id {max(ids)}",
-            expected=f"ids below {len(tokenizer)}, the tokenizer's size",
-        )
+    largest, size = max(ids, default=-1), len(tokenizer)
+    message, expected = "this is not the tokenizer of the file", f"ids below {size}, the tokenizer's size"
+    place = {"file": file, "row": row, "field": field}
+    require(largest < size, DataError, message, **place, value=f"token id {largest}", expected=expected)
     return token_texts(tokenizer, ids)
 
 
@@ -472,7 +434,6 @@ def _prompt_text(row: Mapping[str, Any], tokenizer: Any) -> str:
     return tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
 
 
-# ----------------------------------------------------------------------------------------------------
 # Recorded rollouts: the completions that online training wrote down, with the numbers of every token.
 #
 # `rollouts.jsonl` in the folder of an online stage has one line per completion; `tokengrain.training.online.record`
@@ -539,9 +500,6 @@ class Recorded:
     clipped: list[int] | None = None
 
 
-# ------------------------------------------------------------------------------------------------------ reading
-
-
 def read_rollouts(path: Path) -> list[Recorded]:
     """Read and check a `rollouts.jsonl`; an absent file is an empty list.
 
@@ -565,74 +523,55 @@ def read_rollouts(path: Path) -> list[Recorded]:
             if number > len(lines):
                 break
             raise RunError(f"{where} is damaged: {error}") from error
-        found.append(_rollouts_parse(where, entry))
+        found.append(_recorded(where, entry))
     return found
 
 
-def _rollouts_parse(where: str, entry: Any) -> Recorded:
-    if not isinstance(entry, dict):
-        raise RunError(f"{where} is no recorded completion, got {shown(entry)}; expected an object")
-    ids = _list_of(where, entry, "ids", (int,))
-    tokens = _list_of(where, entry, "tokens", (str,), len(ids)) if "tokens" in entry else [f" {i}" for i in ids]
+def _recorded(where: str, entry: Any) -> Recorded:
+    message = f"{where} is no recorded completion, got {shown(entry)}; expected an object"
+    require(isinstance(entry, dict), RunError, message)
+
+    def checked(name: str, value: Any, kinds: tuple[type, ...], expected: str) -> Any:
+        right = isinstance(value, kinds) and not isinstance(value, bool)
+        require(right, RunError, f"{where}: {name} is {shown(value)}; expected {expected}")
+        return value
+
+    def number(name: str, value: Any) -> float | None:
+        checked(name, value, (int, float, type(None)), "a number")
+        return None if value is None or math.isnan(value) else float(value)
+
+    def listed(name: str, kinds: tuple[type, ...], words: str, length: int | None = None) -> list[Any]:
+        values = entry.get(name)
+        right = isinstance(values, list) and all(isinstance(v, kinds) for v in values)
+        require(right, RunError, f"{where}: {name} is {shown(values)}; expected a list of {words}")
+        n = len(values)
+        message = f"{where}: {name} has {n} entries; expected {length}, one per token"
+        require(length is None or n == length, RunError, message)
+        return values
+
+    def numbers(name: str) -> Values:
+        values = listed(name, (int, float, type(None)), "numbers", len(ids))
+        return [None if v is None or math.isnan(v) else float(v) for v in values]
+
+    ids = listed("ids", (int,), "token ids")
     prompt = entry.get("prompt")
-    if prompt is None:
-        prompt = " ".join(map(str, _list_of(where, entry, "prompt_ids", (int,)))) if "prompt_ids" in entry else ""
-    row = entry.get("row")
-    if row is not None and not isinstance(row, int | str):
-        raise RunError(f"{where}: row is {shown(row)}; expected a number or text")
-    rewards = entry.get("rewards") or {}
-    if not isinstance(rewards, dict):
-        raise RunError(f"{where}: rewards is {shown(rewards)}; expected an object of numbers by name")
-    clipped = entry.get(CLIPPED)
-    if clipped is not None:
-        clipped = [_sign(v) for v in _numbers(where, entry, CLIPPED, len(ids))]
+    if prompt is None and "prompt_ids" in entry:
+        prompt = " ".join(map(str, listed("prompt_ids", (int,), "token ids")))
+    rewards = checked("rewards", entry.get("rewards") or {}, (dict,), "an object of numbers by name")
+    clipped = numbers(CLIPPED) if entry.get(CLIPPED) is not None else None
     return Recorded(
-        rollout=_whole(where, entry, "rollout"),
-        step=_whole(where, entry, "step"),
-        row=row,
-        completion=_whole(where, entry, "completion", 0),
-        prompt=str(prompt),
-        tokens=tokens,
-        reward=_number(where, "reward", entry.get("reward")),
-        rewards={str(name): _number(where, f"rewards.{name}", value) for name, value in rewards.items()},
+        rollout=checked("rollout", entry.get("rollout"), (int,), "a whole number"),
+        step=checked("step", entry.get("step"), (int,), "a whole number"),
+        row=checked("row", entry.get("row"), (int, str, type(None)), "a number or text"),
+        completion=checked("completion", entry.get("completion", 0), (int,), "a whole number"),
+        prompt="" if prompt is None else str(prompt),
+        tokens=listed("tokens", (str,), "texts", len(ids)) if "tokens" in entry else [f" {i}" for i in ids],
+        reward=number("reward", entry.get("reward")),
+        rewards={str(name): number(f"rewards.{name}", value) for name, value in rewards.items()},
         truncated=bool(entry.get("truncated")),
-        columns={n: _numbers(where, entry, n, len(ids)) for n in COLUMNS if entry.get(n) is not None},
-        clipped=clipped,
+        columns={n: numbers(n) for n in COLUMNS if entry.get(n) is not None},
+        clipped=None if clipped is None else [(v is not None and v > 0) - (v is not None and v < 0) for v in clipped],
     )
-
-
-def _whole(where: str, entry: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = entry.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise RunError(f"{where}: {name} is {shown(value)}; expected a whole number")
-    return value
-
-
-def _number(where: str, name: str, value: Any) -> float | None:
-    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-        raise RunError(f"{where}: {name} is {shown(value)}; expected a number")
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def _list_of(
-    where: str, entry: Mapping[str, Any], name: str, kinds: tuple[type, ...], length: int | None = None
-) -> list[Any]:
-    values = entry.get(name)
-    words = "numbers" if float in kinds else "texts" if str in kinds else "token ids"
-    if not isinstance(values, list) or not all(isinstance(v, kinds) for v in values):
-        raise RunError(f"{where}: {name} is {shown(values)}; expected a list of {words}")
-    if length is not None and len(values) != length:
-        raise RunError(f"{where}: {name} has {len(values)} entries; expected {length}, one per token")
-    return values
-
-
-def _numbers(where: str, entry: Mapping[str, Any], name: str, length: int) -> Values:
-    values = _list_of(where, entry, name, (int, float, type(None)), length)
-    return [None if v is None or math.isnan(v) else float(v) for v in values]
-
-
-def _sign(value: float | None) -> int:
-    return 0 if not value else 1 if value > 0 else -1
 
 
 def rollout_file(source: Path) -> Path | None:
@@ -647,9 +586,6 @@ def rollout_file(source: Path) -> Path | None:
         return None
     files = [s.path / ROLLOUT_FILE for s in runs.read_run(source).stages if s.kind == "online"]
     return next((file for file in reversed(files) if file.is_file()), None)
-
-
-# ------------------------------------------------------------------------------------------------------ showing
 
 
 def by_prompt(completions: Iterable[Recorded]) -> list[list[Recorded]]:

@@ -6,16 +6,31 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from tokengrain.errors import RunError
-from tokengrain.report import rows as rows_module
-from tokengrain.report.rows import CREDIT, SPANS, CreditSample, Side, colour_scale, read_token_rows, visible
+from tokengrain.report.rows import (
+    CREDIT,
+    SPANS,
+    CreditSample,
+    Recorded,
+    Side,
+    by_prompt,
+    colour_scale,
+    read_rollouts,
+    read_token_rows,
+    recorded_columns,
+    rollout_file,
+    scale_of,
+    side_of,
+    view_of,
+    visible,
+)
 from tokengrain.report.svg import number, signed
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
 
 # Weak credit colours the letters, strong credit the ground, in tones that are readable on light and on dark
 # terminals. Orange is also underlined: the sign does not hang on the colour.
@@ -45,15 +60,13 @@ def inspect_rows(
 
     Of a run with an online stage, finished or not, and of its `rollouts.jsonl`: the last `count` prompts that were
     recorded (or all of `rows`), each completion with its reward. `field` is then a column of
-    `tokengrain.report.rollouts`, "advantages" by default.
+    `tokengrain.report.rows.COLUMNS`, "advantages" by default.
 
     Raises:
         RunError: no such column or row was recorded, or a line of the file is damaged.
     """
-    from rich.console import Console
-
     field = SPANS if spans is not None else field
-    recorded = rows_module.rollout_file(Path(source)) if field != SPANS else None
+    recorded = rollout_file(Path(source)) if field != SPANS else None
     if recorded is not None:
         _print_rollouts(console or Console(), recorded, rows, count, field or "advantages")
         return
@@ -81,8 +94,6 @@ def _has_colour(console: Console) -> bool:
 
 
 def _print_rows(console: Console, samples: Sequence[CreditSample], text_of: Callable[[Side], Text]) -> None:
-    from rich.text import Text
-
     for sample in samples:
         titles = ("chosen", "rejected") if len(sample.sides) == 2 else ("completion",)
         sides = [(Text(title, "bold"), text_of(side)) for title, side in zip(titles, sample.sides, strict=True)]
@@ -92,9 +103,6 @@ def _print_rows(console: Console, samples: Sequence[CreditSample], text_of: Call
 
 def _print_row(console: Console, heading: str, prompt: str, sides: Sequence[tuple[Text, Text]]) -> None:
     """A prompt and its completions, each with a title."""
-    from rich.table import Table
-    from rich.text import Text
-
     console.rule(Text(heading, "dim"), align="left", style="dim")
     table = Table.grid(padding=(0, 2))
     table.add_row(Text("prompt", "dim"), Text(visible(prompt.strip()), "dim"))
@@ -105,14 +113,12 @@ def _print_row(console: Console, heading: str, prompt: str, sides: Sequence[tupl
 
 def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, count: int, column: str) -> None:
     """The last prompts recorded in `file`, or all records of the prompts `rows`."""
-    from rich.text import Text
-
-    found = rows_module.read_rollouts(file)
-    columns = rows_module.recorded_columns(found)
+    found = read_rollouts(file)
+    columns = recorded_columns(found)
     if column not in columns:
         there = f"there are {', '.join(columns)}" if columns else "there are no numbers of tokens at all"
         raise RunError(f"{file}: no {column!r} was recorded; {there}" if found else f"{file}: nothing is recorded yet")
-    groups = rows_module.by_prompt(found)
+    groups = by_prompt(found)
     if rows is not None:
         wanted = {str(row) for row in rows}
         known = {str(group[0].row) for group in groups}
@@ -121,9 +127,9 @@ def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, co
         groups = [group for group in groups if str(group[0].row) in wanted]
     else:
         groups = groups[-count:]
-    view, coloured = rows_module.view_of(column), _has_colour(console)
-    sides = [[rows_module.side_of(one, column) for one in group] for group in groups]
-    scale = rows_module.scale_of(side for group in sides for side in group)
+    view, coloured = view_of(column), _has_colour(console)
+    sides = [[side_of(one, column) for one in group] for group in groups]
+    scale = scale_of(side for group in sides for side in group)
     legend = _legend(f"{view.title}: {view.note}" if view.note else view.title, scale, coloured, view.title, "below 0")
     if any(side.clipped is not None for group in sides for side in group):
         legend.append("\nstruck: the ratio was clipped" if coloured else "\n~word~: the ratio was clipped", "dim")
@@ -143,10 +149,8 @@ def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, co
     console.print()
 
 
-def _rewards(one: rows_module.Recorded) -> Text:
+def _rewards(one: Recorded) -> Text:
     """A completion's title: its number, its reward, where there are several each of them, and whether it was cut."""
-    from rich.text import Text
-
     out = Text.assemble((f"completion {one.completion}", "bold"), f"\nreward {number(one.reward)}")
     if len(one.rewards) > 1:
         out.append("".join(f"\n  {name} {number(value)}" for name, value in one.rewards.items()), "dim")
@@ -154,8 +158,6 @@ def _rewards(one: rows_module.Recorded) -> Text:
 
 
 def _print_spans(console: Console, samples: Sequence[CreditSample]) -> None:
-    from rich.text import Text
-
     console.print(Text.assemble((SPANS, "bold"), "\n", ("[k: …] is the k-th span of a completion", "dim")))
     _print_rows(console, samples, marked)
     lines = []
@@ -171,8 +173,6 @@ def _print_spans(console: Console, samples: Sequence[CreditSample]) -> None:
 
 def marked(side: Side) -> Text:
     """A completion as text, its spans in brackets with their numbers; in colours, if the console has any."""
-    from rich.text import Text
-
     out = Text()
     for span, run in groupby(zip(side.tokens, side.credit, strict=True), key=lambda item: item[1]):
         text = visible("".join(token for token, _ in run))
@@ -193,8 +193,6 @@ def heat(side: Side, scale: float, coloured: bool) -> Text:
 
     Tokens that were clipped are struck, or between two ~.
     """
-    from rich.text import Text
-
     out = Text()
     marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
     for token, value, mark in zip(side.tokens, side.credit, marks, strict=True):
@@ -222,8 +220,6 @@ def style_of(strength: float) -> str:
 
 
 def _legend(name: str, scale: float, coloured: bool, what: str = "credit", orange: str = "lowers") -> Text:
-    from rich.text import Text
-
     out = Text.assemble((name, "bold"), "\n")
     if not coloured:
         return out.append(f"the number behind a token is its {what}")
@@ -234,8 +230,6 @@ def _legend(name: str, scale: float, coloured: bool, what: str = "credit", orang
 
 def _summary(samples: Sequence[CreditSample], what: str = "credit") -> Text:
     """Numbers over the rows shown: share above 0, mean size, tokens with most and least credit."""
-    from rich.text import Text
-
     per_token: dict[str, list[float]] = defaultdict(list)
     for s in samples:
         for side in s.sides:
