@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.claims.framework import Arm, Group, Measures, SeedAndSizes, Source
-from tokengrain.methods.aepo import BUCKETS, EntropyShaping, Observation, difficulty
+from tokengrain.methods.aepo import AEPO, BUCKETS, Observation, difficulty
 from tokengrain.methods.grpo import group_advantages
 
 MOST, CENTRE, SPREAD = 60, 30.0, 12.0
@@ -36,7 +36,7 @@ def run(context: SeedAndSizes[Scale], arm: Arm) -> Measures:
     scale, generator = context.scale, torch.Generator().manual_seed(context.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the paper's form has no effect is what is to be seen
-        shaping = EntropyShaping(**arm.settings)
+        shaping = AEPO(triggers=None, kl="none", **arm.settings)
     logits = (-((COUNTS - CENTRE) ** 2) / (2 * SPREAD**2)).repeat(3, 1)
     for _ in range(scale.steps):
         logits = logits + scale.rate * _direction(logits, shaping, scale.prompts, generator)
@@ -46,7 +46,7 @@ def run(context: SeedAndSizes[Scale], arm: Arm) -> Measures:
     return {**found, **{f"right_{name}": value for name, value in zip(BUCKETS, right, strict=True)}}
 
 
-def _direction(logits: Tensor, shaping: EntropyShaping, prompts: int, generator: torch.Generator) -> Tensor:
+def _direction(logits: Tensor, shaping: AEPO, prompts: int, generator: torch.Generator) -> Tensor:
     """REINFORCE's gradient of one step, the mean over the completions of a bucket: `[3, 61]`."""
     policy = logits.softmax(-1)
     each = prompts * GROUP_SIZE
@@ -68,7 +68,7 @@ ARMS = (
     Arm("AEPO", "aepo", {"shape": "smooth"}),
     Arm("AEPO, order kept", "aepo", {"shape": "smooth", "preserve_order": True}),
     Arm("AEPO as in the text", "aepo", {"shape": "lagrange"}),
-    Arm("AEPO as in the text, lagged target", "aepo", {"shape": "lagrange", "targets": "lagged", "ema": 0.9}),
+    Arm("AEPO as in the text, lagged target", "aepo", {"shape": "lagrange", "targets": "lagged", "target_ema": 0.9}),
 )
 
 

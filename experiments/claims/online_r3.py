@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.claims.framework import Arm, Group, Measures, SeedAndSizes, Source
 from tokengrain.batch import Segments
-from tokengrain.methods.dro import r3_rewards
+from tokengrain.methods.dro import R3
 from tokengrain.methods.grpo import group_advantages
 
 CHOICES, GROUP_SIZE = 8, 16
@@ -106,7 +106,7 @@ def rewards(logps: Tensor, power: float) -> Tensor:
     prompts, size, length = logps.shape
     segments = Segments(torch.arange(prompts * size + 1) * length)
     group = torch.arange(prompts).repeat_interleave(size)
-    return r3_rewards(logps.flatten(), segments, group, power=power).rewards.view(prompts, size)
+    return R3(tokenizer=None, power=power).reflect(logps.flatten(), segments, group).rewards.view(prompts, size)
 
 
 def r3_of_chains(marker: str, power: float) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from experiments.claims.markov import sample as sample_chain
 from experiments.claims.markov_training import scalar, steps
 from experiments.claims.tiny_gru import GRUPolicy, equal_segments
 from tokengrain.methods.dpo import dpo_loss, sft_loss
-from tokengrain.methods.ppo import gae, ppo_policy_loss, value_loss, whiten
-from tokengrain.methods.rto import rto_rewards
+from tokengrain.methods.ppo import gae, ppo_policy_loss, value_loss, whitened
+from tokengrain.methods.rto import RTO
 
 TOKENS, LENGTH, HIDDEN = 8, 16, 48
 CHAIN_SPREAD = 0.5
@@ -135,11 +135,12 @@ class Critic(nn.Module):
 
 
 def train_ppo(context: Context, **settings: Any) -> list[float]:
-    """Mean true reward of each iteration's samples; settings: those of `rto_rewards`."""
+    """Mean true reward of each iteration's samples; settings: those of `RTO`."""
     scale, generator = context.scale, torch.Generator().manual_seed(context.seed + 1)
     policy, critic = context.start.copy(), Critic(context.seed + 2)
     actor = torch.optim.Adam(policy.parameters(), ACTOR_RATE, betas=(0.9, 0.95))
     other = torch.optim.Adam(critic.parameters(), CRITIC_RATE, betas=(0.9, 0.95))
+    credit = RTO(model=context.guide, beta2=KL_WEIGHT, **settings)
     prompts, segments, curve = no_prompts(scale.rollout), equal_segments(scale.rollout, LENGTH), []
     for _ in range(scale.iterations):
         tokens = policy.sample(prompts, LENGTH, generator)
@@ -147,17 +148,15 @@ def train_ppo(context: Context, **settings: Any) -> list[float]:
         curve.append(float(earned.mean()))
         with torch.no_grad():
             old, values = policy.logps(prompts, tokens), critic(tokens)
-            found = rto_rewards(
+            found = credit.rewards(
                 old,
                 segments,
                 ref_logps=context.start.logps(prompts, tokens),
                 sentence_rewards=(earned - context.mean) / context.std,
                 dpo_logps=context.guide.logps(prompts, tokens),
-                beta2=KL_WEIGHT,
-                **settings,
             )
         estimate = gae(found.rewards, segments, values=values, lam=LAMBDA)
-        columns = torch.stack([old, whiten(estimate.advantages), estimate.returns], -1).unflatten(0, (-1, LENGTH))
+        columns = torch.stack([old, whitened(estimate.advantages), estimate.returns], -1).unflatten(0, (-1, LENGTH))
         for index in torch.randperm(scale.rollout, generator=generator).split(scale.minibatch):
             _update(policy, critic, (actor, other), tokens[index], columns[index].flatten(0, 1))
     return curve

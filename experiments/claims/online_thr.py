@@ -86,8 +86,8 @@ def token_weights(policy: GRUPolicy, groups: Groups, p: float | None, beta: floa
         return torch.ones(segments.total)
     labels = groups.tokens.flatten()
     hidden = policy.hidden(groups.prompts, groups.tokens)
-    found = correct_influence(hidden, policy.head, labels, segments, group, correct)
-    values = token_hidden_rewards(found.values, segments, correct)
+    influence = correct_influence(hidden, policy.head, labels, segments, group, correct)
+    values = token_hidden_rewards(influence, segments, correct)
     tau = None if beta is None else influence_threshold(values, segments, group, correct, beta=beta)
     return thr_weights(values, segments, group, correct, tau, p=p)
 

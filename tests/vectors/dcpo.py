@@ -6,7 +6,7 @@ import torch
 
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
-from tokengrain.methods.dcpo import PromptHistory, dcpo_bounds, dcpo_loss
+from tokengrain.methods.dcpo import DCPO, dcpo_bounds, dcpo_loss
 
 BOUNDS = ("epsilon_low", "epsilon_high", "ratio_max")
 
@@ -21,7 +21,7 @@ def bounds(case: Case) -> dict[str, Any]:
 
 @adapter("dcpo", "sas_advantage")
 def smoothed(case: Case) -> dict[str, Any]:
-    history = PromptHistory(**case.settings("normalize_by_std", "ddof"))
+    history = DCPO(**case.settings("normalize_by_std", "ddof"))
     start = case.inputs.get("initial_state") or {}
     names = list(start)
     history.load_state_dict({"prompts": names} | {k: [start[n][k] for n in names] for k in ("count", "mean", "std")})
@@ -29,7 +29,7 @@ def smoothed(case: Case) -> dict[str, Any]:
     for step in case.inputs["steps"]:
         group, prompts = numbered(step["group_ids"])
         s = history.smooth(torch.tensor(step["rewards"], dtype=torch.float64), group, prompts)
-        history.record(s.visits)
+        history.visits |= s.visits
         steps.append(
             {
                 "advantages": s.advantages,

@@ -44,9 +44,7 @@ class Groups:
     def influence(self, **settings: Any) -> Tensor:
         flat, inputs = self.rows.flat, self.case.inputs
         head = Head(inputs["lm_head"])
-        return correct_influence(
-            flat(inputs["hidden"]), head, flat(inputs["token_ids"]), *self.where, **settings
-        ).values
+        return correct_influence(flat(inputs["hidden"]), head, flat(inputs["token_ids"]), *self.where, **settings)
 
     def thr(self, **settings: Any) -> Tensor:
         return token_hidden_rewards(self.influence(**settings), self.rows.segments, self.case.inputs["correct"])

@@ -9,7 +9,7 @@ import torch
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.evaluation.credit import auc
-from tokengrain.methods.dro import r3_rewards, variability
+from tokengrain.methods.dro import R3, variability
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import encode_prompts
 from tokengrain.scoring.score import score
@@ -193,7 +193,7 @@ def test_deviation_over_chains_finds_the_tokens_that_depend_on_them(world, score
     sigma = variability(logps, batch.segments, batch.group, usable=appended.usable)
     assert auc(sigma, reasoning) > 0.75
     assert sigma[reasoning].mean() > 2 * sigma[~reasoning].mean()
-    rewards = r3_rewards(logps, batch.segments, batch.group, usable=appended.usable).rewards
+    rewards = R3(tokenizer=None).reflect(logps, batch.segments, batch.group, usable=appended.usable).rewards
     ranked = [
         auc(rewards[here], good[here])
         for g in range(batch.n_prompts)

@@ -27,52 +27,6 @@ from tokengrain.errors import RolloutError
 from tokengrain.loss import LossOutput
 from tokengrain.settings import check_choice
 
-# ----------------------------------------------------------------------------------------------------
-# Single-sample estimators of KL(policy || reference) per token, from the sampled token's log-probabilities.
-#
-# With d = log p_ref - log p and tokens drawn from p (Schulman, "Approximating KL divergence", 2020):
-#
-# k1 = -d                    unbiased, large variance, may be negative; its gradient is 0 on average
-# k2 = d^2 / 2               biased; its gradient is that of the KL on average
-# k3 = exp(d) - d - 1        unbiased, never negative; its gradient is that of KL(ref || policy) on average
-#
-# "On average" holds for tokens drawn from the policy itself; after updates on the same rollouts the estimate
-# must be weighed by the importance ratio to stay so.
-
-KLEstimator = Literal["k1", "k2", "k3"]
-
-# What verl clamps to, where asked for.
-MAX_LOG_RATIO = 20.0
-MAX_K3 = 10.0
-
-
-def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3", *, clamp: bool = False) -> Tensor:
-    """Estimates of KL(policy || reference), one per token, differentiable in `logps`.
-
-    Args:
-        logps: log-probabilities of the sampled tokens under the policy `[N]`, nats.
-        ref_logps: the same under the reference `[N]`; no gradient flows into it.
-        estimator: "k1", "k2" or "k3".
-        clamp: as verl does for k3: d to +-20 and the estimate to at most 10, with gradient 0 outside.
-
-    Returns:
-        `[N]`, nats; 0 where both are equal.
-
-    Raises:
-        ValueError: an unknown estimator.
-    """
-    check_choice("estimator", estimator, KLEstimator)
-    d = ref_logps.detach() - logps
-    if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return d.square() / 2
-    if not clamp:
-        return torch.expm1(d) - d
-    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return (torch.expm1(d) - d).clamp(max=MAX_K3)
-
-
 Reduction = Literal["mean", "sum", "constant"]
 """Token losses to the loss of a completion. With the normaliser that belongs to it:
 
@@ -80,6 +34,12 @@ Reduction = Literal["mean", "sum", "constant"]
     "sum"       DAPO with "token_mean"; a plain sum with "sum"
     "constant"  sum / max_length, the longest completion that the run allows: Dr. GRPO with "mean"
 """
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+# What verl clamps to, where asked for.
+MAX_LOG_RATIO = 20.0
+MAX_K3 = 10.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +72,7 @@ def clipped_tokens(
     """-min(r A, clip(r, low, high) A) of every token.
 
     Args:
-        log_ratio: log of the new policy's probability over that of the sampling policy `[N]`, with gradient.
+        log_ratio: log r `[N]`, with gradient.
         advantages: `[N]`, constants.
         low, high: bounds of the ratio (not offsets from 1), numbers or `[N]`; a low bound <= 0 never clips.
         cap: bound of the ratio where the advantage is negative; None: the loss there has no bound.
@@ -128,8 +88,11 @@ def clipped_tokens(
     if cap is not None and not isinstance(high, Tensor) and cap < high < math.inf:
         raise ValueError(f"the ratio's cap must not lie below its upper bound {high}, got {cap}")
     d, A = log_ratio, advantages.detach().to(log_ratio.dtype)
-    bottom, top = _log(low, d), _log(high, d)
-    ceiling = math.inf if cap is None else math.log(cap)
+
+    def log(bound: Tensor | float) -> Tensor:
+        return torch.as_tensor(bound, dtype=d.dtype, device=d.device).clamp(min=0).log()
+
+    bottom, top, ceiling = log(low), log(high), math.inf if cap is None else math.log(cap)
     # One exponential: where A >= 0 only the upper bound acts, where A < 0 the lower one and the cap.
     lower = torch.where(A < 0, bottom, -math.inf)
     upper = torch.where(A < 0, ceiling, top)
@@ -151,11 +114,86 @@ def sequence_log_ratio(logps: Tensor, old_logps: Tensor, segments: Segments) -> 
     return whole + (logps - logps.detach())
 
 
+def policy_loss(
+    tokens: ClippedTokens,
+    logps: Tensor,
+    segments: Segments,
+    *,
+    old_logps: Tensor,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    entropy: Tensor | None = None,
+    weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    beta: float = 0.0,
+    kl: KLEstimator = "k3",
+    kl_importance: bool = False,
+    clamp: bool = False,
+    reduction: Reduction = "mean",
+    max_length: float | None = None,
+) -> LossOutput:
+    """The clipped tokens of a batch as losses per completion, with the KL term and what is logged.
+
+    Args:
+        tokens: from `clipped_tokens`.
+        logps: log-probabilities under the policy `[N]`, nats.
+        segments: cuts `[N]` into C completions.
+        old_logps: the same under the policy that sampled them `[N]`; `logps.detach()` for the first update.
+        advantages: `[N]`; a completion's advantage repeated for its tokens, or any token credit.
+        ref_logps: log-probabilities under the frozen reference `[N]`, needed if beta > 0; else the KL is only logged.
+        entropy: `[N]`, nats; only logged.
+        weights: `[N]`, multiply the policy's loss, outside the clip, and not the KL term: importance weights of a
+            sampler whose probabilities differ from the trainer's.
+        kl_weights: `[N]`, multiply the KL term of each token (ARES's dynamic KL); None: 1.
+        beta: weight of the KL term; kl: its estimator.
+        kl_importance: weigh the KL term by the token's ratio, which keeps its gradient right after the first update
+            on the same rollouts.
+        clamp: as verl does: log-ratios and KL estimates, with gradient 0 outside; see `kl_estimate`.
+        reduction: how tokens become the loss of a completion.
+        max_length: tokens, the divisor of reduction "constant".
+
+    Returns:
+        `losses` [C]. Metrics are means over the tokens of each completion, except "ratio/max".
+
+    Raises:
+        ValueError: beta > 0 without ref_logps.
+    """
+    if beta and ref_logps is None:
+        raise ValueError(f"beta = {beta} needs ref_logps; without a reference beta must be 0")
+    mean, dtype = segments.mean, tokens.losses.dtype
+    log_ratio = (logps - old_logps).detach()
+    metrics = {
+        "clip/low": mean(tokens.low.to(dtype)),
+        "clip/high": mean(tokens.high.to(dtype)),
+        "clip/cap": mean(tokens.capped.to(dtype)),
+        "clip/tokens": mean(tokens.clipped.abs()),
+        "ratio/mean": mean(tokens.ratio),
+        "ratio/max": torch.where(segments.lengths > 0, segments.max(tokens.ratio), 1.0),
+        "kl/old": mean(torch.expm1(log_ratio) - log_ratio),  # k3 of KL(old || new): the tokens are the old policy's
+        "advantages/mean": mean(advantages.detach().to(dtype)),
+    }
+    losses = tokens.losses if weights is None else tokens.losses * weights.detach()
+    if ref_logps is not None:
+        divergence = kl_estimate(logps, ref_logps, kl, clamp=clamp)
+        metrics["kl/ref"] = mean(divergence.detach())
+        if beta:
+            if kl_importance:
+                divergence = divergence * torch.exp(logps - old_logps.detach())
+            if kl_weights is not None:
+                divergence = divergence * kl_weights.detach().to(divergence.dtype)
+            losses = losses + beta * divergence
+    if entropy is not None:
+        metrics["entropy"] = mean(entropy.detach())
+    per_token = {"loss": losses.detach(), "ratio": tokens.ratio, "clipped": tokens.clipped}
+    reduced = reduce_tokens(losses, segments, reduction, max_length)
+    return LossOutput(reduced, metrics, unit="completions", token_unit="tokens", tokens=per_token)
+
+
 def reduce_tokens(values: Tensor, segments: Segments, reduction: Reduction, max_length: float | None = None) -> Tensor:
     """Token losses `[N]` to losses per completion `[C]`; a completion without tokens has loss 0.
 
     Raises:
-        ValueError: an unknown reduction; "constant" without a positive `max_length`; or `max_length` with another.
+        ValueError: an unknown reduction; "constant" without a `max_length`; or `max_length` with another.
     """
     check_choice("reduction", reduction, Reduction)
     if (reduction == "constant") != (max_length is not None):
@@ -166,120 +204,77 @@ def reduce_tokens(values: Tensor, segments: Segments, reduction: Reduction, max_
     return total if max_length is None else total / max_length
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """What is known of sampled tokens, `[N]` each; those that may be None are optional.
-
-    Attributes:
-        logps, old_logps, ref_logps, entropy: nats; entropy is only logged.
-        advantages: constants.
-        weights: constants: multiply the policy's loss, outside the clip, and not the KL term (importance weights
-            of a sampler whose probabilities differ from the trainer's).
-        kl_weights: constants: multiply the KL term of each token (ARES's dynamic KL); None: 1.
-    """
-
-    logps: Tensor
-    old_logps: Tensor
-    advantages: Tensor
-    ref_logps: Tensor | None = None
-    entropy: Tensor | None = None
-    weights: Tensor | None = None
-    kl_weights: Tensor | None = None
+# Two sets of log-probabilities of the same tokens: estimates of a divergence, and importance weights.
 
 
-@dataclass(frozen=True)
-class KLTerm:
-    """The KL term of a policy loss.
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3", *, clamp: bool = False) -> Tensor:
+    """Estimates of KL(policy || reference) `[N]`, nats, from single samples, differentiable in `logps`.
 
-    Attributes:
-        beta: its weight.
-        estimator, clamp: see `kl_estimate`.
-        importance: weigh it by the token's ratio, which keeps its gradient right after the first update on the
-            same rollouts.
-    """
+    With d = log p_ref - log p and tokens drawn from p (Schulman, "Approximating KL divergence", 2020):
 
-    beta: float = 0.0
-    estimator: KLEstimator = "k3"
-    importance: bool = False
-    clamp: bool = False
+        k1 = -d                  unbiased, large variance, may be negative; its gradient is 0 on average
+        k2 = d^2 / 2             biased; its gradient is that of the KL on average
+        k3 = exp(d) - d - 1      unbiased, never negative; its gradient is that of KL(ref || policy) on average
 
-    def losses(self, divergence: Tensor, sampled: Sampled) -> Tensor:
-        """The term of every token `[N]`, from estimates of its KL."""
-        if self.importance:
-            divergence = divergence * torch.exp(sampled.logps - sampled.old_logps.detach())
-        if sampled.kl_weights is not None:
-            divergence = divergence * sampled.kl_weights.detach().to(divergence.dtype)
-        return self.beta * divergence
-
-
-def policy_output(
-    tokens: ClippedTokens,
-    segments: Segments,
-    sampled: Sampled,
-    kl: KLTerm | None = None,
-    *,
-    reduction: Reduction = "mean",
-    max_length: float | None = None,
-) -> LossOutput:
-    """The clipped tokens of a batch as losses per completion, with the KL term and what is logged.
+    "On average" holds for tokens drawn from the policy itself; after updates on the same rollouts the estimate
+    must be weighed by the importance ratio to stay so.
 
     Args:
-        tokens: from `clipped_tokens`.
-        kl: the KL term; None: none, and if there are ref_logps its k3 is logged.
-        reduction, max_length: see `Reduction`.
-
-    Returns:
-        `losses` [C]. Metrics are means over the tokens of each completion, except "ratio/max".
+        logps: log-probabilities of the sampled tokens under the policy `[N]`, nats.
+        ref_logps: the same under the reference `[N]`; no gradient flows into it.
+        clamp: as verl does for k3: d to +-20 and the estimate to at most 10, with gradient 0 outside.
 
     Raises:
-        ValueError: beta > 0 without ref_logps.
+        ValueError: an unknown estimator.
     """
-    kl = KLTerm() if kl is None else kl
-    if kl.beta and sampled.ref_logps is None:
-        raise ValueError(f"beta = {kl.beta} needs ref_logps; without a reference beta must be 0")
-    losses = tokens.losses if sampled.weights is None else tokens.losses * sampled.weights.detach()
-    metrics = _policy_metrics(tokens, segments, sampled)
-    if sampled.ref_logps is not None:
-        divergence = kl_estimate(sampled.logps, sampled.ref_logps, kl.estimator, clamp=kl.clamp)
-        metrics["kl/ref"] = segments.mean(divergence.detach())
-        if kl.beta:
-            losses = losses + kl.losses(divergence, sampled)
-    if sampled.entropy is not None:
-        metrics["entropy"] = segments.mean(sampled.entropy.detach())
-    per_token = {"loss": losses.detach(), "ratio": tokens.ratio, "clipped": tokens.clipped}
-    reduced = reduce_tokens(losses, segments, reduction, max_length)
-    return LossOutput(reduced, metrics, unit="completions", token_unit="tokens", tokens=per_token)
+    check_choice("estimator", estimator, KLEstimator)
+    d = ref_logps.detach() - logps
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    if not clamp:
+        return torch.expm1(d) - d
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (torch.expm1(d) - d).clamp(max=MAX_K3)
 
 
-def _policy_metrics(tokens: ClippedTokens, segments: Segments, sampled: Sampled) -> dict[str, Tensor]:
-    """What every clipped loss logs, one value per completion `[C]`."""
-    dtype, mean = tokens.losses.dtype, segments.mean
-    log_ratio = (sampled.logps - sampled.old_logps).detach()
-    return {
-        "clip/low": mean(tokens.low.to(dtype)),
-        "clip/high": mean(tokens.high.to(dtype)),
-        "clip/cap": mean(tokens.capped.to(dtype)),
-        "clip/tokens": mean(tokens.clipped.abs()),
-        "ratio/mean": mean(tokens.ratio),
-        "ratio/max": torch.where(segments.lengths > 0, segments.max(tokens.ratio), 1.0),
-        "kl/old": mean(torch.expm1(log_ratio) - log_ratio),  # k3 of KL(old || new): the tokens are the old policy's
-        "advantages/mean": mean(sampled.advantages.detach().to(dtype)),
-    }
+SampledKL = KLEstimator | Literal["abs"]
 
 
-def _log(bound: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).clamp(min=0).log()
+def sampled_kl(logps: Tensor, ref_logps: Tensor, form: SampledKL = "k1") -> Tensor:
+    """`kl_estimate`, or with "abs" |log policy - log reference|, Q-RM's penalty: `[N]`, detached."""
+    if form == "abs":
+        return (logps - ref_logps).detach().abs()
+    return kl_estimate(logps.detach(), ref_logps, form)
 
 
-# ----------------------------------------------------------------------------------------------------
-# How far a sampler's log-probabilities are from the trainer's, and weights that correct for it.
-#
-# Engines compute in other precisions, with other kernels and sometimes with older weights than the trainer. Then
-# what is called on-policy is not (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-# Training"): measure it at every step, and weight tokens or sequences by truncated importance ratios if it
-# matters.
+Correction = Literal["token", "sequence"]
 
-Correction = Literal["none", "token", "sequence"]
+
+def importance_weights(
+    sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments, *, kind: Correction, cap: float
+) -> Tensor:
+    """Truncated importance weights `[N]`, without gradient: factors of the per-token loss.
+
+    Engines compute in other precisions, with other kernels and sometimes with older weights than the trainer. Then
+    what is called on-policy is not (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training").
+
+    Args:
+        sampling_logps: `[N]` under the distribution the tokens were drawn from.
+        trainer_logps: `[N]` under the trainer's weights at the time of sampling.
+        kind: "token": the ratio of the token; "sequence": of the whole completion, for all its tokens.
+        cap: bound from above.
+
+    Raises:
+        RolloutError: as `sampler_mismatch`.
+    """
+    d = _log_ratio(sampling_logps, trainer_logps, segments)
+    if kind == "sequence":
+        d = segments.broadcast(segments.sum(d))
+    # Bounding the exponent instead of the weight keeps exp from overflowing.
+    return d.clamp(max=math.log(cap)).exp()
 
 
 def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments) -> dict[str, float]:
@@ -289,7 +284,6 @@ def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Se
         sampling_logps: `[N]`, the sampler's: `raw_logps` if the trainer scores at temperature 1 (equal to
             `sampling_logps` there when nothing was truncated).
         trainer_logps: `[N]`, the trainer's, of the weights that were sampled from.
-        segments: the N tokens' completions.
 
     Returns:
         Nats per token: `mean_abs` and `max_abs` difference; `k1` and `k3` estimate KL(sampler || trainer), k3
@@ -300,11 +294,8 @@ def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Se
         RolloutError: different lengths, or values that are not finite.
     """
     d = _log_ratio(sampling_logps, trainer_logps, segments)
-    if not d.numel():
-        d = d.new_zeros(1)
-        sums = d
-    else:
-        sums = segments.sum(d)
+    d = d if d.numel() else d.new_zeros(1)
+    sums = segments.sum(d) if segments.total else d
     values = {
         "mean_abs": d.abs().mean(),
         "max_abs": d.abs().max(),
@@ -315,38 +306,6 @@ def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Se
         "max_sequence_ratio": sums.max().exp(),
     }
     return {f"mismatch/{name}": float(value) for name, value in values.items()}
-
-
-def importance_weights(
-    sampling_logps: Tensor,
-    trainer_logps: Tensor,
-    segments: Segments,
-    *,
-    kind: Correction = "none",
-    cap: float = 2.0,
-) -> Tensor:
-    """Truncated importance weights `[N]`, without gradient: factors of the per-token loss.
-
-    Args:
-        sampling_logps: `[N]` under the distribution the tokens were drawn from.
-        trainer_logps: `[N]` under the trainer's weights at the time of sampling.
-        segments: the N tokens' completions.
-        kind: "none": ones; "token": min(ratio of the token, cap); "sequence": min(ratio of the whole completion,
-            cap), the same for all its tokens.
-        cap: bound from above.
-
-    Raises:
-        RolloutError: as `sampler_mismatch`; an unknown kind, a cap that is not positive.
-    """
-    if kind not in ("none", "token", "sequence") or not cap > 0:
-        raise RolloutError(f"kind is {kind!r} and cap {cap}; expected none, token or sequence, and a cap > 0")
-    d = _log_ratio(sampling_logps, trainer_logps, segments)
-    if kind == "none":
-        return torch.ones_like(d)
-    if kind == "sequence":
-        d = segments.broadcast(segments.sum(d))
-    # Bounding the exponent instead of the weight keeps exp from overflowing.
-    return d.clamp(max=math.log(cap)).exp()
 
 
 def _log_ratio(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments) -> Tensor:

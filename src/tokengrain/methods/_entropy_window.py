@@ -17,7 +17,7 @@ a mean varies less than its parts), and the quantile of all token entropies of t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError
+from tokengrain.errors import RecipeError, require
 
 Mode = Literal["code", "paper", "token_semantic"]
 Triggers = Literal["english"] | tuple[str, ...] | None
@@ -76,12 +76,7 @@ def window_means(entropy: Tensor, segments: Segments, *, window: int = 4, own: b
     Args:
         window: tokens; the paper finds 4 to 8 best.
         own: True: the window starts at the token itself; False: at the next one.
-
-    Raises:
-        ValueError: a window below 1.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1 token, got {window}")
     entropy = entropy.detach()
     means = torch.full_like(entropy, torch.nan)
     n, skip = entropy.shape[0], 0 if own else 1
@@ -132,8 +127,6 @@ def completion_thresholds(entropy: Tensor, segments: Segments, *, window: int = 
 
 def segment_quantiles(values: Tensor, segments: Segments, quantile: float) -> Tensor:
     """Quantile of each segment with linear interpolation, `[N] -> [C]`; NaN for an empty one."""
-    if not 0 <= quantile <= 1:
-        raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
     if not segments.total:
         return values.new_full((len(segments),), torch.nan)
     ordered = segments.to_padded(values, fill=torch.inf)[0].sort(dim=1).values
@@ -146,47 +139,20 @@ def segment_quantiles(values: Tensor, segments: Segments, quantile: float) -> Te
 
 
 def high_entropy(
-    values: Tensor, segments: Segments, *, threshold: float | None, triggers: Tensor | None = None
+    values: Tensor, segments: Segments, *, threshold: float, triggers: Tensor | None = None
 ) -> HighEntropy:
     """The tokens whose entropy reaches the threshold.
 
     Args:
         values: `[N]`, from `measured`; NaN never counts.
-        threshold: tau, nats. In mode "code" that of earlier batches (`RunningThreshold.value`).
-        triggers: bool `[N]`, tokens that may count, from `trigger_table(...)[labels]`; None: every token.
-
-    Raises:
-        ValueError: no threshold yet: with none every trigger would count.
+        threshold: tau, nats. In mode "code" that of earlier batches.
+        triggers: bool `[N]`, tokens that may count; None: every token.
     """
-    if threshold is None:
-        raise ValueError("high_entropy: there is no threshold yet; take one from a batch first (RunningThreshold)")
     eligible = ~torch.isnan(values) if triggers is None else triggers.bool() & ~torch.isnan(values)
     mask = eligible & (values >= threshold)
     excess = torch.where(mask, values - threshold, 0.0)
     below = segments.sum((eligible & ~mask).long())
     return HighEntropy(mask, segments.sum(mask.long()), below, segments.sum(excess))
-
-
-@dataclass
-class RunningThreshold:
-    """tau over steps: an exponential average of the batches' thresholds, starting with the first.
-
-    Count with `value` before `update`: tau lags by a step. None: not set, and counting is refused.
-    """
-
-    decay: float = 0.99
-    value: float | None = None
-
-    def update(self, threshold: float) -> float:
-        """Take in a batch's threshold, that of all ranks."""
-        self.value = threshold if self.value is None else self.decay * self.value + (1 - self.decay) * threshold
-        return self.value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.value = state["value"]
 
 
 def normalised_token(token: str) -> str:
@@ -195,20 +161,9 @@ def normalised_token(token: str) -> str:
 
 
 def trigger_table(tokens: Sequence[str], words: Collection[str] = TRIGGERS) -> Tensor:
-    """Which tokens of a vocabulary are trigger words, bool `[V]`: `trigger_table(...)[batch.labels]` is `[N]`.
-
-    Args:
-        tokens: the vocabulary's strings by id: `tokenizer.convert_ids_to_tokens(range(len(tokenizer)))`.
-        words: lower-case.
-
-    Raises:
-        ValueError: no token is one of the words, so that nothing could ever count.
-    """
+    """Which tokens of a vocabulary, its strings by id, are one of these words, lower-case: bool `[V]`."""
     wanted = set(words)
-    table = torch.tensor([normalised_token(str(t)) in wanted for t in tokens], dtype=torch.bool)
-    if not bool(table.any()):
-        raise ValueError(f"none of the {len(wanted)} trigger words is a token of this vocabulary; give others, or none")
-    return table
+    return torch.tensor([normalised_token(str(t)) in wanted for t in tokens], dtype=torch.bool)
 
 
 def trigger_tokens(tokenizer: Any, triggers: Triggers, what: str) -> Tensor | None:
@@ -219,17 +174,20 @@ def trigger_tokens(tokenizer: Any, triggers: Triggers, what: str) -> Tensor | No
         what: names who asks in messages, for example "credit 'aepo'".
 
     Raises:
-        RecipeError: words without a tokenizer, or none of them is a token of its vocabulary.
+        RecipeError: words without a tokenizer, or none of them is a token of its vocabulary: nothing could count.
     """
     if triggers is None:
         return None
-    if tokenizer is None:
-        raise RecipeError(f"{what} needs a tokenizer to find trigger words; or set triggers: null (every token)")
+    missing = f"{what} needs a tokenizer to find trigger words; or set triggers: null (every token)"
+    require(tokenizer is not None, RecipeError, missing)
     words = TRIGGERS if triggers == "english" else tuple(triggers)
-    try:
-        return trigger_table(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), words)
-    except ValueError as error:
-        raise RecipeError(f"{what}: {error} (triggers: null lets every token count)") from None
+    table = trigger_table(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), words)
+    if not bool(table.any()):
+        raise RecipeError(
+            f"{what}: none of the {len(set(words))} trigger words is a token of this vocabulary; give others, or none "
+            "(triggers: null lets every token count)"
+        )
+    return table
 
 
 def trigger_flags(table: Tensor | None, labels: Tensor) -> Tensor | None:

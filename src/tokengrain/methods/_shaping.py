@@ -1,34 +1,75 @@
-"""From token scores to the rewards and advantages of a rollout (Q-RM, arXiv 2505.23363, sections 2.5 to 2.7).
-
-Everything here is data for the policy step: flat vectors `[N]` over the tokens of all completions of a rollout,
-without gradient. A token's score is the score of the action that produced it, so nothing is shifted. Statistics
-pool all tokens of the rollout, with the population's standard deviation.
-"""
+"""Statistics that rewards are compared with and scaled by: of groups, of everything seen, of all ranks. No gradient."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tokengrain.batch import Segments
-from tokengrain.methods._clipped import KLEstimator, kl_estimate
 
-Scaling = Literal["std", "zscore", "centre", "none"]
-SampledKL = KLEstimator | Literal["abs"]
+@dataclass(frozen=True)
+class GroupStatistics:
+    """Count, mean and standard deviation of the rewards of each group.
 
+    Args:
+        rewards: `[C]`, float; NaN where there is none.
+        group: long `[C]`, the prompt of each; rows of a group need not be neighbours. G groups, numbered from 0.
+        ddof: 1: divide squares by n - 1; 0: by n.
+    """
 
-class Spread(Protocol):
-    """What scores are scaled by: a mean and a (population) standard deviation."""
+    rewards: Tensor
+    group: Tensor
+    ddof: int = 1
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """Whether a completion has a reward, bool `[C]`."""
+        return ~torch.isnan(self.rewards)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """Scored completions per group, `[G]`, in the rewards' type."""
+        return self._sum(self.scored.to(self.rewards.dtype))
+
+    @cached_property
+    def varied(self) -> Tensor:
+        """Whether a group has two rewards that differ, bool `[G]`: exact, where a deviation would round."""
+        return self._highest > self._reduce(float("inf"), "amin")
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """`[G]`; exactly the common value where the rewards are equal; 0 for a group without rewards."""
+        mean = self._sum(torch.nan_to_num(self.rewards, nan=0.0)) / self.count.clamp(min=1)
+        return torch.where(~self.varied & (self.count > 0), self._highest, mean)
+
+    @cached_property
+    def deviations(self) -> Tensor:
+        """Reward minus the group's mean, `[C]`; exactly 0 where the group's rewards are equal, or there is none."""
+        return torch.where(self.scored, self.rewards - self.mean[self.group], 0.0)
+
+    @cached_property
+    def std(self) -> Tensor:
+        """`[G]`; 0 for equal rewards and for fewer than two of them."""
+        return (self._sum(self.deviations.square()) / (self.count - self.ddof).clamp(min=1)).sqrt()
+
+    @cached_property
+    def _highest(self) -> Tensor:
+        return self._reduce(float("-inf"), "amax")
 
     @property
-    def mean(self) -> float: ...
+    def _groups(self) -> int:
+        return int(self.group.max()) + 1 if self.group.numel() else 0
 
-    @property
-    def std(self) -> float: ...
+    def _sum(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self._groups).index_add(0, self.group, values)
+
+    def _reduce(self, start: float, how: str) -> Tensor:
+        values = torch.where(self.scored, self.rewards, start)
+        return values.new_full((self._groups,), start).scatter_reduce(0, self.group, values, how)
 
 
 @dataclass(frozen=True)
@@ -69,18 +110,21 @@ class Moments:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
-def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Spread | None = None) -> Tensor:
-    """Scores on a scale that rewards can live on: `[N] -> [N]`, detached.
+Scaling = Literal["std", "zscore", "centre", "none"]
 
-    std:    z / s              (the authors' code: they found it to work better)
-    zscore: (z - mean) / s     (the paper)
-    centre: z - mean
-    none:   z
+
+def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Any = None) -> Tensor:
+    """Scores on a scale that rewards can live on: `[N] -> [N]`, detached (Q-RM, arXiv 2505.23363).
+
+        std     z / s              (the authors' code: they found it to work better)
+        zscore  (z - mean) / s     (the paper)
+        centre  z - mean
+        none    z
 
     Scores that do not vary (s = 0, up to rounding) have no scale: "std" leaves them, "zscore" gives 0.
 
     Args:
-        moments: mean and spread to use; None: those of `values`.
+        moments: `Moments`, or anything with a `mean` and a population `std`; None: those of `values`.
     """
     values = values.detach()
     if scaling == "none":
@@ -94,38 +138,3 @@ def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Spread | Non
     if scaling == "centre":
         return centred
     return centred * 0.0 if flat else centred / moments.std  # a NaN stays one
-
-
-def sampled_kl(logps: Tensor, ref_logps: Tensor, form: SampledKL = "k1") -> Tensor:
-    """What a sampled token says about KL(policy || reference), `[N]`, detached.
-
-    "abs" is |log policy - log reference|, Q-RM's penalty; the others are those of `kl_estimate`.
-    """
-    if form == "abs":
-        return (logps - ref_logps).detach().abs()
-    return kl_estimate(logps.detach(), ref_logps, form)
-
-
-def penalised(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
-    """Rewards minus kl_coef * KL, `[N]`, detached; the KL comes after any scaling of the rewards."""
-    return (rewards - kl_coef * kl).detach()
-
-
-def rescore_last(rewards: Tensor, segments: Segments) -> Tensor:
-    """The last token of each completion gets the mean reward of the completion, its own included: `[N]`."""
-    return torch.where(segments.is_last, segments.broadcast(segments.mean(rewards)), rewards).detach()
-
-
-def q_advantages(
-    rewards: Tensor, values: Tensor | None = None, *, value_coef: float = 0.01, value_scaling: Scaling = "std"
-) -> Tensor:
-    """A = r - value_coef * V with a Q-function as reward: no GAE, no bootstrapping. `[N]`, detached.
-
-    Args:
-        rewards: scaled scores, KL subtracted; also what the critic is trained on.
-        values: V of the state before each token, None without a critic.
-        value_coef, value_scaling: 0.01 and "std" in the authors' code; 1 and "none" in the paper's Algorithm 1.
-    """
-    if values is None:
-        return rewards.detach()
-    return (rewards - value_coef * scale_scores(values, value_scaling)).detach()

@@ -1,18 +1,20 @@
-"""AEPO's reward: how many high window-entropy tokens a completion may use depends on how hard its prompt is
-(ARES, arXiv 2510.08457).
+"""AEPO (ARES, arXiv 2510.08457): how many uncertain tokens a prompt is worth, by its difficulty.
 
-Order of a step: correctness -> `difficulty` -> `EntropyShaping.observe` -> `reward` -> filter -> advantages. The
-filter must come after: the released configuration computes rewards before buckets exist, so that its shaping is
-inactive. Counts come from `tokengrain.credit.entropy_window`, the weight of the KL from `tokengrain.credit.kl_control`,
-the loss is `grpo_loss` with epsilon_high 0.3, ratio_cap 3, clamp, beta 0.01 and kl_weights.
+High window-entropy (HWE) tokens (see `_entropy_window`) are counted in each completion. A prompt is easy, medium or
+hard by the share of its completions that are correct. In easy and medium prompts many HWE tokens cost a correct
+completion reward; in hard ones they earn it some, and wrong completions too: emitting trigger words pays even when
+wrong, so log the counts.
 
-Buckets are long tensors: places in `BUCKETS`, -1 where nothing could be scored. In buckets "easy" and "medium" many
-HWE tokens cost a correct completion reward; in "hard" they earn it some, and wrong completions too: emitting trigger
-words pays even when wrong, so log the counts. What is defined twice is so in the paper and its code:
+    reward   R = correct + score(N - target of the bucket), N the HWE tokens of the completion
+    smooth   (the code, and the paper's appendix I) bounded by a cap, strength alpha, that walks slowly
+    lagrange (the paper's section 3.2.2) for wrong completions only. Its strength is (mean - target) / variance:
+             with the target of the same batch that is 0 and the reward plain accuracy, so it needs a lagged one
+    KL       each bucket's KL term weighs β_d, which follows the KL measured in it towards a target
 
-    smooth    (the code, and the paper's appendix I) bounded by a cap that walks slowly
-    lagrange  (the paper's section 3.2.2) for wrong completions only. Its strength is (mean - target) / variance:
-              with the target of the same batch that is 0 and the reward plain accuracy, so it needs a lagged one
+Objective: grpo with epsilon_high 0.3, ratio_cap 3, clamp true and beta 0.01. A filter of groups belongs on accuracy,
+before this credit, or after it: shaped rewards make every group look varied. (The released configuration computes
+rewards before buckets exist, so that its shaping is inactive.) Buckets are long tensors: places in `BUCKETS`, -1 where
+nothing could be scored.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError
 from tokengrain.method import Card, RolloutStep, rollout_credit
+from tokengrain.methods._clipped import sampled_kl
 from tokengrain.methods._entropy_window import (
     HighEntropy,
     Mode,
-    RunningThreshold,
     Triggers,
     batch_threshold,
     high_entropy,
@@ -42,9 +44,8 @@ from tokengrain.methods._entropy_window import (
     trigger_tokens,
 )
 from tokengrain.methods._rollout import mean, scored
-from tokengrain.methods._shaping import Moments, sampled_kl
-from tokengrain.methods.grpo import GroupStatistics
-from tokengrain.settings import NonNegative, Positive, Share
+from tokengrain.methods._shaping import GroupStatistics, Moments
+from tokengrain.settings import Count, NonNegative, Positive, Share
 
 CARD = Card(
     "aepo",
@@ -58,194 +59,217 @@ CARD = Card(
     objective="grpo",
 )
 
-# ----------------------------------------------------------------------------------------------------
-# Weights of a KL term that follow the KL that is measured: one number, or one per difficulty bucket.
-#
-# The weights are constants for the loss. Their state is what a run must save: `state_dict` gives plain numbers. Sums
-# over buckets (`bucket_sums`) add up over ranks; give every rank the same totals, so that weights stay equal.
-
 BUCKETS = ("easy", "medium", "hard")
 """Names of the difficulty buckets; in tensors a bucket is its place in this list, -1 where there is none."""
 
 
-def bucket_sums(values: Tensor, buckets: Tensor) -> Tensor:
-    """Sum and count of the values of each bucket: `[K], long [K] -> float64 [3, 2]`; an all-reduce adds ranks.
+@rollout_credit("aepo", phase="rewards", group=True)
+@dataclass(kw_only=True)
+class AEPO:
+    """Adds the entropy reward to the outcome, and weighs the KL term of the loss by difficulty.
 
-    A value that is NaN, or whose bucket is -1, is left out.
-    """
-    keep = ~torch.isnan(values) & (buckets >= 0)
-    pairs = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1)
-    return pairs.new_zeros(len(BUCKETS), 2).index_add(0, buckets[keep], pairs[keep])
-
-
-def bucket_means(sums: Tensor) -> dict[str, float]:
-    """The mean of every bucket that has values."""
-    return {name: s / n for name, (s, n) in zip(BUCKETS, sums.tolist(), strict=True) if n}
-
-
-def per_bucket(values: Mapping[str, float], buckets: Tensor, missing: float = math.nan) -> Tensor:
-    """A number per bucket, looked up for each item: long `[K] -> float64 [K]`; `missing` where the bucket is -1."""
-    numbers = [*(values.get(name, missing) for name in BUCKETS), missing]
-    return torch.tensor(numbers, dtype=torch.float64, device=buckets.device)[buckets]
-
-
-@dataclass
-class AdaptiveKL:
-    """One coefficient pulled towards a target KL (arXiv 1909.08593): PPO and RTO, where asked for.
+    In mode "code" the threshold lags: the first rollout has none, so nothing is counted and its rewards stay as
+    they are. The KL is that of the rollout, k3 between the policy that sampled and the reference, and its weights move
+    once per rollout (in the released code once per micro-batch). A bucket that a rollout lacks keeps its state.
 
     Args:
-        coef: the coefficient now.
-        target: nats per token, or per completion, as what is measured.
-        horizon: completions; larger is slower.
+        tokenizer: needed for triggers.
+        mode: which tokens are HWE tokens, see `_entropy_window`.
+        window: tokens.
+        quantile: of the threshold.
+        decay: of the threshold of mode "code", an exponential average of the rollouts', starting with the first.
+        triggers: words that may count in modes "code" and "token_semantic": "english", a list, or None: every token.
+        easy, medium: least shares of correct completions.
+        shape: "smooth", "lagrange" or "none" (accuracy alone).
+        targets: "batch": the rounded mean of the same rollout (the code); "lagged": the average of earlier ones,
+            and nothing is shaped in a bucket that has none.
+        target_ema: weight of the past in targets, which are noisy in buckets of few prompts; 0: the last one alone.
+        alpha_lr, alpha_max: step and bound of alpha. With targets "batch" it drifts by the residue of rounding alone.
+        strength_cap: bound of the strengths of "lagrange"; None: none.
+        preserve_order: no wrong completion outscores a correct one of its bucket, see `smooth_score`.
+        kl: what moves the weights: "log_ema" (the released code), "multiplicative" (the paper's Algorithm 1); "none":
+            no weights, and no reference is asked.
+        kl_target: nats per token; kl_interval: of "log_ema", rollouts between two moves; kl_step: of the other.
+        rho: weight of the KL of HWE tokens; None: 0.5 in mode "paper" (which gives no value), else 1.
     """
 
-    coef: float
-    target: float
-    horizon: float = 10000.0
+    tokenizer: Any = None
+    mode: Mode = "code"
+    window: Count = 4
+    quantile: Share = 0.95
+    decay: Share = 0.99
+    triggers: Triggers = "english"
+    easy: Share = 2 / 3
+    medium: Share = 1 / 3
+    shape: Literal["smooth", "lagrange", "none"] = "smooth"
+    targets: Literal["batch", "lagged"] = "batch"
+    target_ema: Share = 0.0
+    alpha_lr: NonNegative = 0.05
+    alpha_max: Positive = 2.0
+    strength_cap: Positive | None = None
+    preserve_order: bool = False
+    kl: Literal["log_ema", "multiplicative", "none"] = "log_ema"
+    kl_target: Positive = 0.01
+    kl_interval: Count = 1
+    kl_step: Positive = 0.1
+    rho: Share | None = None
 
-    def update(self, kl: float, completions: int) -> float:
-        """The coefficient after a rollout of so many completions with this mean KL.
+    # State: the threshold; per bucket the strength alpha, the target, the average that it comes from, and the strength
+    # of "lagrange"; the KL controller's own.
+    threshold: float | None = field(default=None, init=False)
+    alpha: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.5), init=False)
+    target: dict[str, float] = field(default_factory=dict, init=False)
+    average: dict[str, float] = field(default_factory=dict, init=False)
+    strength: dict[str, float] = field(default_factory=dict, init=False)
+    controller: LogBucketKL | LinearBucketKL | None = field(default=None, init=False)
 
-        In RTO that is the mean of the completions' mean k1, weighed by their lengths: the mean over all tokens.
-        """
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * completions / self.horizon
-        return self.coef
+    def __post_init__(self) -> None:
+        if not self.medium < self.easy:
+            raise RecipeError(f"credit 'aepo': easy is {self.easy} and medium {self.medium}; expected medium < easy")
+        if self.shape == "lagrange" and self.targets == "batch":
+            message = "shape 'lagrange' with targets 'batch': every strength is 0, the reward is plain accuracy"
+            warnings.warn(message, stacklevel=3)
+        self.rho = (0.5 if self.mode == "paper" else 1.0) if self.rho is None else self.rho
+        self.table = None if self.mode == "paper" else trigger_tokens(self.tokenizer, self.triggers, "credit 'aepo'")
+        if self.kl == "log_ema":
+            self.controller = LogBucketKL(target=self.kl_target, interval=self.kl_interval)
+        elif self.kl == "multiplicative":
+            self.controller = LinearBucketKL(target=self.kl_target, step=self.kl_step)
+        self.needs = frozenset({"entropy"} if self.controller is None else {"entropy", "ref_logps"})
+        self.provides = frozenset() if self.controller is None else frozenset({"kl_weights"})
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"coef": self.coef}
+    def __call__(self, step: RolloutStep) -> None:
+        if step.correct is None:
+            raise RunError("credit 'aepo' needs rewards that say what is correct; this rollout has none")
+        correct = torch.where(scored(step), step.correct.double(), torch.nan)
+        buckets = difficulty(correct, step.group, easy=self.easy, medium=self.medium)
+        found = self._counted(step)
+        if found is not None:
+            self._shape(step, correct, buckets, found)
+            step.quantities["hwe"] = found.mask.float()
+        if self.controller is not None:
+            self._weigh_kl(step, self.controller, buckets[step.group], found)
+        for place, name in enumerate(BUCKETS):
+            step.metrics[f"aepo/{name}"] = mean((buckets == place).float())
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.coef = float(state["coef"])
+    def _counted(self, step: RolloutStep) -> HighEntropy | None:
+        """The HWE tokens, with the threshold of before this rollout in mode "code"; None: there is none yet."""
+        entropy = step.quantity("entropy")
+        everyone, lengths = step.gather(entropy), step.gather(step.segments.lengths)
+        segments = Segments(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        tau = batch_threshold(everyone, segments, mode=self.mode, window=self.window, quantile=self.quantile)
+        if self.mode == "code":
+            before, self.threshold = self.threshold, running(self.threshold, tau, self.decay)
+            if before is None:
+                return None
+            tau = before
+        step.metrics["aepo/tau"] = tau
+        values = measured(entropy, step.segments, mode=self.mode, window=self.window)
+        return high_entropy(values, step.segments, threshold=tau, triggers=trigger_flags(self.table, step.batch.labels))
 
+    def _shape(self, step: RolloutStep, correct: Tensor, buckets: Tensor, found: HighEntropy) -> None:
+        # On the host, where ranks with devices of their own can add.
+        first, *others = step.gather(Observation.of(found.count.cpu(), step.group.cpu(), buckets.cpu()))
+        seen = sum(others, first)
+        self.observe(seen)
+        shaped = self.reward(correct, found.count, buckets[step.group]) - correct
+        step.rewards = step.rewards + shaped.to(step.rewards)
+        step.metrics |= {f"aepo/hwe_{name}": hwe for name, hwe in bucket_means(seen.prompts).items()}
+        step.metrics |= {f"aepo/target_{name}": target for name, target in self.target.items()}
+        step.metrics |= {f"aepo/alpha_{name}": self.alpha[name] for name in self.target}
+        step.metrics |= {
+            "aepo/hwe": mean(found.count.double()),
+            "aepo/below": mean(found.below.double()),
+            "aepo/reward_correct": mean(shaped[correct == 1]),
+            "aepo/reward_wrong": mean(shaped[correct == 0]),
+            "aepo/inversions": inversions(step.rewards, correct, step.group),
+        }
 
-@dataclass
-class LogBucketKL:
-    """One weight per bucket, moved in its logarithm by a smoothed relative error: the released code of ARES.
-
-    Args:
-        target: KL per bucket, nats per token; one number for all.
-        interval: only every so many updates move the weights. With the released 100 a weight moves by at most 1 %
-            per hundred updates; 1 follows the error at once.
-        ema: weight of the past in both averages.
-        lr, clip: size of a step, and bound of the smoothed error in it.
-        deadzone: relative errors below this move nothing.
-        low, high: bounds of the weights.
-    """
-
-    target: Mapping[str, float] | float = 0.01
-    interval: int = 100
-    ema: float = 0.97
-    lr: float = 0.05
-    clip: float = 0.2
-    deadzone: float = 0.02
-    low: float = 1e-4
-    high: float = 1e2
-    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 1.0))
-    kl: dict[str, float] = field(default_factory=dict)
-    error: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.0))
-    updates: int = 0
-
-    def update(self, sums: Tensor) -> None:
-        """Take in the completions' mean KLs: `bucket_sums(segments.mean(kl), buckets)`."""
-        self.updates += 1
-        for name, now in bucket_means(sums).items():
-            self.kl[name] = (1 - self.ema) * now + self.ema * self.kl.get(name, now)
-            error = self.kl[name] / max(_of(self.target, name), 1e-8) - 1
-            if abs(error) < self.deadzone or self.updates % self.interval:
+    def observe(self, seen: Observation) -> None:
+        """Take in a rollout, that of all ranks, before its rewards are computed."""
+        before = dict(self.average)
+        for name, now in bucket_means(seen.prompts).items():
+            self.average[name] = self.target_ema * self.average.get(name, now) + (1 - self.target_ema) * now
+            source = self.average if self.targets == "batch" else before
+            if name not in source:
                 continue
-            self.error[name] = (1 - self.ema) * error + self.ema * self.error[name]
-            step = self.lr * min(max(self.error[name], -self.clip), self.clip)
-            log = math.log(min(max(self.weights[name], self.low), self.high)) + step
-            self.weights[name] = min(max(math.exp(log), self.low), self.high)
+            # Rounded half to even, as in the released code.
+            self.target[name] = source[name] if self.shape == "lagrange" else float(round(source[name]))
+            sign = -1 if name == "hard" else 1
+            moved = self.alpha[name] + self.alpha_lr * sign * (now - self.target[name])
+            self.alpha[name] = min(max(moved, 0.0), self.alpha_max)
+        present = {name: m for name, m in seen.completions.items() if m.count}
+        self.strength = lagrange_strengths(present, self.target, cap=self.strength_cap)
+
+    def reward(self, correct: Tensor, counts: Tensor, buckets: Tensor) -> Tensor:
+        """Accuracy and shaping: one reward per completion `[C]`, in the type of `correct`.
+
+        Args:
+            correct: 0 or 1 `[C]`, NaN where there is no score.
+            counts: HWE tokens `[C]`.
+            buckets: long `[C]`: `difficulty(correct, group)[group]`.
+        """
+        if self.shape == "none":
+            return correct.detach()
+        target = per_bucket(self.target, buckets)
+        if self.shape == "smooth":
+            alpha = per_bucket(self.alpha, buckets)
+            kept = self.preserve_order
+            score = smooth_score(correct, counts, buckets, target=target, alpha=alpha, preserve_order=kept)
+        else:
+            strength = per_bucket(self.strength, buckets, missing=0.0)
+            score = lagrange_score(correct, lagrange_shaping(counts, buckets, target), strength)
+        return (correct.detach() + torch.where(torch.isnan(target), 0.0, score)).to(correct.dtype)
+
+    def _weigh_kl(
+        self, step: RolloutStep, controller: LogBucketKL | LinearBucketKL, buckets: Tensor, found: HighEntropy | None
+    ) -> None:
+        """Weights of the tokens' KL terms from the KL of this rollout, that of all ranks."""
+        relaxed = None if found is None or self.rho == 1 else found.mask
+        kl = sampled_kl(step.quantity("old_logps"), step.quantity("ref_logps"), "k3")
+        if isinstance(controller, LinearBucketKL) and relaxed is not None:
+            each = controlled_kl(kl, step.segments, relaxed)
+        else:
+            each = step.segments.mean(kl)
+        each = torch.where(step.segments.lengths > 0, each, torch.nan)
+        controller.update(step.gather(bucket_sums(each, buckets)[None]).sum(0))
+        weights = per_bucket(controller.weights, buckets, missing=1.0)
+        assert self.rho is not None  # set after construction
+        step.quantities["kl_weights"] = kl_token_weights(weights, step.segments, relaxed, self.rho).to(kl)
+        step.metrics |= {f"aepo/kl_weight_{name}": w for name, w in controller.weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "weights": dict(self.weights),
-            "kl": dict(self.kl),
-            "error": dict(self.error),
-            "updates": self.updates,
+            "threshold": {"value": self.threshold},
+            "shaping": {name: dict(getattr(self, name)) for name in ("alpha", "target", "average", "strength")},
+            "kl": self.controller.state_dict() if self.controller is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.weights, self.kl, self.error = (dict(state[k]) for k in ("weights", "kl", "error"))
-        self.updates = int(state["updates"])
+        if (state["kl"] is None) != (self.controller is None):
+            raise RunError("credit 'aepo': the checkpoint was made with another setting of `kl`")
+        self.threshold = state["threshold"]["value"]
+        for name, values in state["shaping"].items():
+            setattr(self, name, dict(values))
+        if self.controller is not None:
+            self.controller.load_state_dict(state["kl"])
 
 
-@dataclass
-class LinearBucketKL:
-    """One weight per bucket, multiplied by 1 + step * relative error: the paper's Algorithm 1 of ARES.
-
-    Args:
-        target: KL per bucket, nats per token; one number for all.
-        step: the paper's a.
-        low, high: bounds of the weights.
-    """
-
-    target: Mapping[str, float] | float = 0.01
-    step: float = 0.1
-    low: float = 1e-3
-    high: float = 10.0
-    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 1.0))
-
-    def update(self, sums: Tensor) -> None:
-        """Take in `bucket_sums(controlled_kl(...), buckets)`: tokens of flagged windows count as KL 0."""
-        for name, now in bucket_means(sums).items():
-            error = now / max(_of(self.target, name), 1e-8) - 1
-            self.weights[name] = min(max(self.weights[name] * (1 + self.step * error), self.low), self.high)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"weights": dict(self.weights)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.weights = dict(state["weights"])
+def running(before: float | None, now: float, decay: float) -> float:
+    """The running threshold after a rollout with this one; the first stands for itself."""
+    return now if before is None else decay * before + (1 - decay) * now
 
 
-def kl_token_weights(weights: Tensor, segments: Segments, relaxed: Tensor | None = None, rho: float = 0.5) -> Tensor:
-    """Weight of every token's KL: that of its completion, times rho where relaxed. `[N]`, constants.
-
-    Args:
-        weights: `[C]`, for example `per_bucket(controller.weights, buckets[group])`.
-        relaxed: bool `[N]`, tokens whose windows are flagged (`HighEntropy.mask`); None: none.
-        rho: factor of relaxed tokens, in [0, 1]; the paper gives no value.
-    """
-    if not 0 <= rho <= 1:
-        raise ValueError(f"kl_token_weights: rho must lie in [0, 1], got {rho}")
-    tokens = segments.broadcast(weights.detach())
-    return tokens if relaxed is None else torch.where(relaxed.bool(), rho * tokens, tokens)
+def inversions(rewards: Tensor, correct: Tensor, group: Tensor) -> float:
+    """Share of wrong completions whose reward exceeds that of some correct one of their group."""
+    groups = int(group.max()) + 1 if group.numel() else 0
+    right = torch.where(correct == 1, rewards, torch.inf)
+    worst = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, right.to(rewards), "amin")
+    wrong = correct == 0
+    return mean((rewards > worst[group])[wrong].float())
 
 
-def controlled_kl(kl: Tensor, segments: Segments, relaxed: Tensor) -> Tensor:
-    """Mean KL of each completion `[C]` with relaxed tokens as 0, over all its tokens: relaxation hides no drift."""
-    return segments.mean(torch.where(relaxed.bool(), 0.0, kl.detach()))
-
-
-def _of(target: Mapping[str, float] | float, name: str) -> float:
-    return target[name] if isinstance(target, Mapping) else target
-
-
-Shape = Literal["smooth", "lagrange", "none"]
-TargetFrom = Literal["batch", "lagged"]
-
-
-@dataclass(frozen=True)
-class SmoothShape:
-    """Constants of the smooth reward per bucket (easy, medium, hard), those of the released code.
-
-    Attributes:
-        margin: share of the target that is tolerated, at least `min_margin` tokens.
-        kappa: where a penalty turns from quadratic to linear, tokens.
-        temperature: how fast a bonus saturates, tokens.
-        cap: multiplies the strength alpha: the largest penalty or bonus.
-        wrong: share of the cap that a wrong completion can earn.
-    """
-
-    margin: tuple[float, float, float] = (0.15, 0.25, 0.35)
-    kappa: tuple[float, float, float] = (2.0, 3.0, 4.0)
-    temperature: tuple[float, float, float] = (2.0, 2.5, 3.0)
-    cap: tuple[float, float, float] = (1.0, 1.0, 1.2)
-    wrong: tuple[float, float, float] = (0.6, 0.8, 1.0)
-    min_margin: float = 1.0
+# Buckets. Sums over them add up over ranks; give every rank the same totals, so that weights stay equal.
 
 
 def difficulty(
@@ -275,6 +299,74 @@ def difficulty(
 
     buckets = torch.where(reaches(easy), 0, torch.where(reaches(medium), 1, 2))
     return torch.where(n > 0, buckets, -1)
+
+
+def bucket_sums(values: Tensor, buckets: Tensor) -> Tensor:
+    """Sum and count of the values of each bucket: `[K], long [K] -> float64 [3, 2]`.
+
+    A value that is NaN, or whose bucket is -1, is left out.
+    """
+    keep = ~torch.isnan(values) & (buckets >= 0)
+    pairs = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1)
+    return pairs.new_zeros(len(BUCKETS), 2).index_add(0, buckets[keep], pairs[keep])
+
+
+def bucket_means(sums: Tensor) -> dict[str, float]:
+    """The mean of every bucket that has values."""
+    return {name: s / n for name, (s, n) in zip(BUCKETS, sums.tolist(), strict=True) if n}
+
+
+def per_bucket(values: Mapping[str, float], buckets: Tensor, missing: float = math.nan) -> Tensor:
+    """A number per bucket, looked up for each item: long `[K] -> float64 [K]`; `missing` where the bucket is -1."""
+    numbers = [*(values.get(name, missing) for name in BUCKETS), missing]
+    return torch.tensor(numbers, dtype=torch.float64, device=buckets.device)[buckets]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a rollout knows of its counts; those of two ranks add up.
+
+    Attributes:
+        prompts: `[3, 2]`, sum and number of the prompts' mean counts per bucket (`bucket_sums`).
+        completions: moments of the completions' counts per bucket.
+    """
+
+    prompts: Tensor
+    completions: dict[str, Moments]
+
+    @classmethod
+    def of(cls, counts: Tensor, group: Tensor, buckets: Tensor) -> Observation:
+        """Of the HWE counts `[C]` of completions in groups `[C]`, with one bucket per group `[G]`."""
+        counts = counts.detach().double()
+        moments = {name: Moments.of(counts[buckets[group] == place]) for place, name in enumerate(BUCKETS)}
+        return cls(bucket_sums(GroupStatistics(counts, group).mean, buckets), moments)
+
+    def __add__(self, other: Observation) -> Observation:
+        both = {name: self.completions[name] + other.completions[name] for name in BUCKETS}
+        return Observation(self.prompts + other.prompts, both)
+
+
+# The two rewards.
+
+
+@dataclass(frozen=True)
+class SmoothShape:
+    """Constants of the smooth reward per bucket (easy, medium, hard), those of the released code.
+
+    Attributes:
+        margin: share of the target that is tolerated, at least `min_margin` tokens.
+        kappa: where a penalty turns from quadratic to linear, tokens.
+        temperature: how fast a bonus saturates, tokens.
+        cap: multiplies the strength alpha: the largest penalty or bonus.
+        wrong: share of the cap that a wrong completion can earn.
+    """
+
+    margin: tuple[float, float, float] = (0.15, 0.25, 0.35)
+    kappa: tuple[float, float, float] = (2.0, 3.0, 4.0)
+    temperature: tuple[float, float, float] = (2.0, 2.5, 3.0)
+    cap: tuple[float, float, float] = (1.0, 1.0, 1.2)
+    wrong: tuple[float, float, float] = (0.6, 0.8, 1.0)
+    min_margin: float = 1.0
 
 
 def smooth_score(
@@ -358,284 +450,97 @@ def lagrange_score(correct: Tensor, shaping: Tensor, strength: Tensor) -> Tensor
     return torch.where(torch.isnan(correct), torch.nan, score)
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What a step knows of its counts; those of two ranks add up.
-
-    Attributes:
-        prompts: `[3, 2]`, sum and number of the prompts' mean counts per bucket (`bucket_sums`).
-        completions: moments of the completions' counts per bucket.
-    """
-
-    prompts: Tensor
-    completions: dict[str, Moments]
-
-    @classmethod
-    def of(cls, counts: Tensor, group: Tensor, buckets: Tensor) -> Observation:
-        """Of the HWE counts `[C]` of completions in groups `[C]`, with one bucket per group `[G]`."""
-        counts = counts.detach().double()
-        moments = {name: Moments.of(counts[buckets[group] == place]) for place, name in enumerate(BUCKETS)}
-        return cls(bucket_sums(GroupStatistics(counts, group).mean, buckets), moments)
-
-    def __add__(self, other: Observation) -> Observation:
-        both = {name: self.completions[name] + other.completions[name] for name in BUCKETS}
-        return Observation(self.prompts + other.prompts, both)
+# Weights of the KL term, constants for the loss.
 
 
 @dataclass
-class EntropyShaping:
-    """Targets and strengths per bucket, the state of AEPO's reward, and the reward itself.
+class LogBucketKL:
+    """One weight per bucket, moved in its logarithm by a smoothed relative error: the released code of ARES.
 
     Args:
-        shape: "smooth", "lagrange" or "none" (accuracy alone).
-        targets: "batch": the rounded mean of the same batch (the code); "lagged": the average of earlier batches,
-            and nothing is shaped in a bucket that has none.
-        ema: weight of the past in targets, which are noisy in buckets of few prompts; 0: the last batch alone.
-        alpha_lr, alpha_max: step and bound of alpha. In "batch" mode it drifts by the residue of rounding alone.
-        strength_cap: bound of the strengths of "lagrange"; None: none.
-        preserve_order: see `smooth_score`.
+        target: KL per bucket, nats per token; one number for all.
+        interval: only every so many updates move the weights. With the released 100 a weight moves by at most 1 %
+            per hundred updates; 1 follows the error at once.
+        ema: weight of the past in both averages.
+        lr, clip: size of a step, and bound of the smoothed error in it.
+        deadzone: relative errors below this move nothing.
+        low, high: bounds of the weights.
     """
 
-    shape: Shape = "smooth"
-    targets: TargetFrom = "batch"
-    ema: float = 0.0
-    alpha_lr: float = 0.05
-    alpha_max: float = 2.0
-    strength_cap: float | None = None
-    preserve_order: bool = False
-    alpha: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.5))
-    target: dict[str, float] = field(default_factory=dict)
-    average: dict[str, float] = field(default_factory=dict)
-    strength: dict[str, float] = field(default_factory=dict)
+    target: Mapping[str, float] | float = 0.01
+    interval: int = 100
+    ema: float = 0.97
+    lr: float = 0.05
+    clip: float = 0.2
+    deadzone: float = 0.02
+    low: float = 1e-4
+    high: float = 1e2
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 1.0))
+    kl: dict[str, float] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.0))
+    updates: int = 0
 
-    def __post_init__(self) -> None:
-        if self.shape == "lagrange" and self.targets == "batch":
-            warnings.warn(
-                "shape 'lagrange' with targets 'batch': every strength is 0, the reward is plain accuracy", stacklevel=2
-            )
-
-    def observe(self, seen: Observation) -> None:
-        """Take in a step, that of all ranks, before its rewards are computed. A bucket that is absent keeps its
-        state."""
-        means = bucket_means(seen.prompts)
-        before = dict(self.average)
-        for name, seen_mean in means.items():
-            self.average[name] = self.ema * self.average.get(name, seen_mean) + (1 - self.ema) * seen_mean
-            source = self.average if self.targets == "batch" else before
-            if name not in source:
+    def update(self, sums: Tensor) -> None:
+        """Take in the completions' mean KLs: `bucket_sums(segments.mean(kl), buckets)`."""
+        self.updates += 1
+        for name, now in bucket_means(sums).items():
+            self.kl[name] = (1 - self.ema) * now + self.ema * self.kl.get(name, now)
+            error = _relative_error(self.kl[name], self.target, name)
+            if abs(error) < self.deadzone or self.updates % self.interval:
                 continue
-            # Rounded half to even, as in the released code.
-            self.target[name] = source[name] if self.shape == "lagrange" else float(round(source[name]))
-            sign = -1 if name == "hard" else 1
-            moved = self.alpha[name] + self.alpha_lr * sign * (seen_mean - self.target[name])
-            self.alpha[name] = min(max(moved, 0.0), self.alpha_max)
-        present = {name: m for name, m in seen.completions.items() if m.count}
-        self.strength = lagrange_strengths(present, self.target, cap=self.strength_cap)
-
-    def reward(self, correct: Tensor, counts: Tensor, buckets: Tensor) -> Tensor:
-        """Accuracy and shaping: one reward per completion `[C]`, in the type of `correct`.
-
-        Args:
-            correct: 0 or 1 `[C]`, NaN where there is no score.
-            counts: HWE tokens `[C]`.
-            buckets: long `[C]`: `difficulty(correct, group)[group]`.
-        """
-        if self.shape == "none":
-            return correct.detach()
-        target = per_bucket(self.target, buckets)
-        if self.shape == "smooth":
-            alpha = per_bucket(self.alpha, buckets)
-            score = smooth_score(
-                correct, counts, buckets, target=target, alpha=alpha, preserve_order=self.preserve_order
-            )
-        else:
-            strength = per_bucket(self.strength, buckets, missing=0.0)
-            score = lagrange_score(correct, lagrange_shaping(counts, buckets, target), strength)
-        shaped = torch.where(torch.isnan(target), 0.0, score)
-        return (correct.detach() + shaped).to(correct.dtype)
+            self.error[name] = (1 - self.ema) * error + self.ema * self.error[name]
+            step = self.lr * min(max(self.error[name], -self.clip), self.clip)
+            log = math.log(min(max(self.weights[name], self.low), self.high)) + step
+            self.weights[name] = min(max(math.exp(log), self.low), self.high)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON or `torch.save`."""
-        return {name: dict(getattr(self, name)) for name in ("alpha", "target", "average", "strength")}
+        averages = {"weights": dict(self.weights), "kl": dict(self.kl), "error": dict(self.error)}
+        return {**averages, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("alpha", "target", "average", "strength"):
-            setattr(self, name, dict(state[name]))
+        self.weights, self.kl, self.error = (dict(state[k]) for k in ("weights", "kl", "error"))
+        self.updates = int(state["updates"])
 
 
-# ----------------------------------------------------------------------------------------------------
-# The credit step of AEPO (ARES, arXiv 2510.08457): how many uncertain tokens a prompt is worth, by its difficulty.
-
-KLControl = Literal["log_ema", "multiplicative", "none"]
-
-
-@rollout_credit("aepo", phase="rewards", group=True)
-class AEPO:
-    """Adds the entropy reward to the outcome, and weighs the KL term of the loss by difficulty.
-
-    High window-entropy (HWE) tokens are counted in each completion; a prompt is easy, medium or hard by the share of
-    its completions that are correct. Objective: grpo with epsilon_high 0.3, ratio_cap 3, clamp true and beta 0.01.
-    A filter of groups belongs on accuracy, before this step, or after it: shaped rewards make every group look varied.
-
-    In mode "code" the threshold lags: the first rollout has none, so nothing is counted and its rewards stay as
-    they are. The KL is that of the rollout, k3 between the policy that sampled and the reference, and its weights move
-    once per rollout (in the released code once per micro-batch).
+@dataclass
+class LinearBucketKL:
+    """One weight per bucket, multiplied by 1 + step * relative error: the paper's Algorithm 1 of ARES.
 
     Args:
-        tokenizer: needed for triggers.
-        mode: which tokens are HWE tokens, see `tokengrain.credit.entropy_window`.
-        window: tokens.
-        quantile: of the threshold.
-        decay: of the running threshold of mode "code".
-        triggers: words that may count in modes "code" and "token_semantic": "english", a list, or None: every token.
-        easy, medium: least shares of correct completions.
-        shape, targets, target_ema, alpha_lr, alpha_max, strength_cap, preserve_order: see `EntropyShaping`.
-        kl: what moves the weights: "log_ema" (the released code), "multiplicative" (the paper's Algorithm 1); "none":
-            no weights, and no reference is asked.
-        kl_target: nats per token; kl_interval: of "log_ema", rollouts between two moves; kl_step: of the other.
-        rho: weight of the KL of HWE tokens, in [0, 1]; None: 0.5 in mode "paper", else 1.
-
-    Raises:
-        RecipeError: triggers without a tokenizer, or none of them in its vocabulary; thresholds out of order.
+        target: KL per bucket, nats per token; one number for all.
+        step: the paper's a.
+        low, high: bounds of the weights.
     """
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Any = None,
-        mode: Mode = "code",
-        window: int = 4,
-        quantile: Share = 0.95,
-        decay: Share = 0.99,
-        triggers: Triggers = "english",
-        easy: Share = 2 / 3,
-        medium: Share = 1 / 3,
-        shape: Shape = "smooth",
-        targets: TargetFrom = "batch",
-        target_ema: Share = 0.0,
-        alpha_lr: NonNegative = 0.05,
-        alpha_max: Positive = 2.0,
-        strength_cap: Positive | None = None,
-        preserve_order: bool = False,
-        kl: KLControl = "log_ema",
-        kl_target: Positive = 0.01,
-        kl_interval: int = 1,
-        kl_step: Positive = 0.1,
-        rho: Share | None = None,
-    ) -> None:
-        if not medium < easy:
-            raise RecipeError(f"credit 'aepo': easy is {easy} and medium {medium}; expected medium < easy")
-        if window < 1 or kl_interval < 1:
-            raise RecipeError(f"credit 'aepo': window is {window}, kl_interval {kl_interval}; expected at least 1")
-        self.mode, self.window, self.quantile, self.easy, self.medium = mode, window, quantile, easy, medium
-        self.rho = (0.5 if mode == "paper" else 1.0) if rho is None else rho
-        self.table = None if mode == "paper" else trigger_tokens(tokenizer, triggers, "credit 'aepo'")
-        self.threshold = RunningThreshold(decay)
-        self.shaping = EntropyShaping(
-            shape,
-            targets,
-            ema=target_ema,
-            alpha_lr=alpha_lr,
-            alpha_max=alpha_max,
-            strength_cap=strength_cap,
-            preserve_order=preserve_order,
-        )
-        self.controller: LogBucketKL | LinearBucketKL | None = None
-        if kl == "log_ema":
-            self.controller = LogBucketKL(target=kl_target, interval=kl_interval)
-        elif kl == "multiplicative":
-            self.controller = LinearBucketKL(target=kl_target, step=kl_step)
-        self.needs = frozenset({"entropy"} if self.controller is None else {"entropy", "ref_logps"})
-        self.provides = frozenset() if self.controller is None else frozenset({"kl_weights"})
+    target: Mapping[str, float] | float = 0.01
+    step: float = 0.1
+    low: float = 1e-3
+    high: float = 10.0
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 1.0))
 
-    def __call__(self, step: RolloutStep) -> None:
-        if step.correct is None:
-            raise RunError("credit 'aepo' needs rewards that say what is correct; this rollout has none")
-        correct = torch.where(scored(step), step.correct.double(), torch.nan)
-        buckets = difficulty(correct, step.group, easy=self.easy, medium=self.medium)
-        found = self._counted(step)
-        if found is not None:
-            self._shape(step, correct, buckets, found)
-            step.quantities["hwe"] = found.mask.float()
-        if self.controller is not None:
-            self._weigh_kl(step, buckets[step.group], found)
-        for place, name in enumerate(BUCKETS):
-            step.metrics[f"aepo/{name}"] = mean((buckets == place).float())
-
-    def _counted(self, step: RolloutStep) -> HighEntropy | None:
-        """The HWE tokens, with the threshold of before this rollout in mode "code"; None: there is none yet."""
-        entropy = step.quantity("entropy")
-        everyone = step.gather(entropy)
-        lengths = step.gather(step.segments.lengths)
-        segments = Segments(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
-        now = batch_threshold(everyone, segments, mode=self.mode, window=self.window, quantile=self.quantile)
-        tau = now
-        if self.mode == "code":
-            before = self.threshold.value
-            self.threshold.update(now)
-            if before is None:
-                return None
-            tau = before
-        step.metrics["aepo/tau"] = tau
-        values = measured(entropy, step.segments, mode=self.mode, window=self.window)
-        return high_entropy(values, step.segments, threshold=tau, triggers=trigger_flags(self.table, step.batch.labels))
-
-    def _shape(self, step: RolloutStep, correct: Tensor, buckets: Tensor, found: HighEntropy) -> None:
-        # On the host, where ranks with devices of their own can add.
-        own = Observation.of(found.count.cpu(), step.group.cpu(), buckets.cpu())
-        first, *others = step.gather(own)
-        seen = sum(others, first)
-        self.shaping.observe(seen)
-        shaped = self.shaping.reward(correct, found.count, buckets[step.group]) - correct
-        step.rewards = step.rewards + shaped.to(step.rewards)
-        for name, hwe in bucket_means(seen.prompts).items():
-            step.metrics[f"aepo/hwe_{name}"] = hwe
-        for name, target in self.shaping.target.items():
-            step.metrics |= {f"aepo/target_{name}": target, f"aepo/alpha_{name}": self.shaping.alpha[name]}
-        step.metrics |= {
-            "aepo/hwe": mean(found.count.double()),
-            "aepo/below": mean(found.below.double()),
-            "aepo/reward_correct": mean(shaped[correct == 1]),
-            "aepo/reward_wrong": mean(shaped[correct == 0]),
-            "aepo/inversions": inversions(step.rewards, correct, step.group),
-        }
-
-    def _weigh_kl(self, step: RolloutStep, buckets: Tensor, found: HighEntropy | None) -> None:
-        """Weights of the tokens' KL terms from the KL of this rollout, that of all ranks."""
-        assert self.controller is not None
-        relaxed = None if found is None or self.rho == 1 else found.mask
-        kl = sampled_kl(step.quantity("old_logps"), step.quantity("ref_logps"), "k3")
-        if isinstance(self.controller, LinearBucketKL) and relaxed is not None:
-            each = controlled_kl(kl, step.segments, relaxed)
-        else:
-            each = step.segments.mean(kl)
-        each = torch.where(step.segments.lengths > 0, each, torch.nan)
-        self.controller.update(step.gather(bucket_sums(each, buckets)[None]).sum(0))
-        weights = per_bucket(self.controller.weights, buckets, missing=1.0)
-        tokens = kl_token_weights(weights, step.segments, relaxed, self.rho)
-        step.quantities["kl_weights"] = tokens.to(kl)
-        step.metrics |= {f"aepo/kl_weight_{name}": w for name, w in self.controller.weights.items()}
+    def update(self, sums: Tensor) -> None:
+        """Take in `bucket_sums(controlled_kl(...), buckets)`: tokens of flagged windows count as KL 0."""
+        for name, now in bucket_means(sums).items():
+            moved = self.weights[name] * (1 + self.step * _relative_error(now, self.target, name))
+            self.weights[name] = min(max(moved, self.low), self.high)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "threshold": self.threshold.state_dict(),
-            "shaping": self.shaping.state_dict(),
-            "kl": self.controller.state_dict() if self.controller is not None else None,
-        }
+        return {"weights": dict(self.weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if (state["kl"] is None) != (self.controller is None):
-            raise RunError("credit 'aepo': the checkpoint was made with another setting of `kl`")
-        self.threshold.load_state_dict(state["threshold"])
-        self.shaping.load_state_dict(state["shaping"])
-        if self.controller is not None:
-            self.controller.load_state_dict(state["kl"])
+        self.weights = dict(state["weights"])
 
 
-def inversions(rewards: Tensor, correct: Tensor, group: Tensor) -> float:
-    """Share of wrong completions whose reward exceeds that of some correct one of their group."""
-    groups = int(group.max()) + 1 if group.numel() else 0
-    right = torch.where(correct == 1, rewards, torch.inf)
-    worst = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, right.to(rewards), "amin")
-    wrong = correct == 0
-    return mean((rewards > worst[group])[wrong].float())
+def _relative_error(kl: float, target: Mapping[str, float] | float, name: str) -> float:
+    return kl / max(target[name] if isinstance(target, Mapping) else target, 1e-8) - 1
+
+
+def kl_token_weights(weights: Tensor, segments: Segments, relaxed: Tensor | None = None, rho: float = 0.5) -> Tensor:
+    """Weight of every token's KL: that of its completion `[C]`, times rho where relaxed (bool `[N]`): `[N]`."""
+    tokens = segments.broadcast(weights.detach())
+    return tokens if relaxed is None else torch.where(relaxed.bool(), rho * tokens, tokens)
+
+
+def controlled_kl(kl: Tensor, segments: Segments, relaxed: Tensor) -> Tensor:
+    """Mean KL of each completion `[C]` with relaxed tokens as 0, over all its tokens: relaxation hides no drift."""
+    return segments.mean(torch.where(relaxed.bool(), 0.0, kl.detach()))

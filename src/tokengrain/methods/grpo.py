@@ -1,38 +1,42 @@
 """GRPO: Group Relative Policy Optimization (arXiv 2402.03300), and DAPO and Dr. GRPO, which are settings of it.
 
-    GRPO      reduction "mean",     normaliser "mean"
-    DAPO      reduction "sum",      normaliser "token_mean", epsilon_high 0.28          (arXiv 2503.14476)
-    Dr. GRPO  reduction "constant", normaliser "mean", advantages without scaling       (arXiv 2503.20783)
+    A_i = (R_i - mean of its group) / (deviation of its group + eps)        the same for all tokens of completion i
+    l_t = -min(r_t A, clip(r_t, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t      r_t = π(t) / π_old(t)
 
-Advantages come from `tokengrain.credit.group`.
+    GRPO      reduction "mean",     normaliser "mean"
+    DAPO      reduction "sum",      normaliser "token_mean", epsilon_high 0.28; credit filter_groups and overlong
+              (arXiv 2503.14476)
+    Dr. GRPO  reduction "constant", normaliser "mean", credit group with scale "none" (arXiv 2503.20783)
+
+A reward that is NaN belongs to a completion that could not be scored: it is left out of mean and deviation, and its
+advantage is 0.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RunError
+from tokengrain.errors import RecipeError, RunError
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, RolloutStep, objective, rollout_credit
 from tokengrain.methods._clipped import (
     MAX_LOG_RATIO,
+    Correction,
     KLEstimator,
-    KLTerm,
     Reduction,
-    Sampled,
     clipped_tokens,
     importance_weights,
-    policy_output,
+    policy_loss,
     sequence_log_ratio,
 )
 from tokengrain.methods._rollout import scored
+from tokengrain.methods._shaping import GroupStatistics
 from tokengrain.settings import NonNegative, Positive, Share, check_choice
 
 GRPO = Card(
@@ -70,6 +74,8 @@ DAPO = Card(
 )
 
 Importance = Literal["token", "sequence"]
+Scale = Literal["group", "none", "batch"]
+Baseline = Literal["mean", "leave_one_out"]
 
 
 @objective("grpo", unit="completions")
@@ -97,28 +103,12 @@ def grpo_loss(
     """The clipped policy loss on groups of sampled completions.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into C completions.
-        old_logps: the same under the policy that sampled them `[N]`; `logps.detach()` for the first update.
-        advantages: `[N]`; a completion's advantage repeated for its tokens, or any token credit.
-        ref_logps: the same under the frozen reference `[N]`, needed if beta > 0.
-        entropy: `[N]`, nats; logged if given.
-        weights: `[N]`, multiply the policy's loss outside the clip; see `Sampled`.
-        kl_weights: `[N]`, multiply the KL term of each token (ARES's dynamic KL); None: 1.
+        logps, segments, old_logps, advantages, ref_logps, entropy, weights, kl_weights, beta, kl, kl_importance,
+            clamp, reduction, max_length: see `policy_loss`.
         epsilon: the ratio is clipped below at 1 - epsilon, and above at 1 + epsilon.
         epsilon_high: if given, it is clipped above at 1 + epsilon_high (DAPO's clip-higher: 0.28).
         ratio_cap: bound of the ratio where the advantage is negative (dual clip; verl: 3 or 10).
         importance: "token": ratio of each token; "sequence": one ratio per completion, see `gspo_loss`.
-        beta: weight of the KL term; kl: its estimator; kl_importance: weigh it by the token's ratio.
-        clamp: clamp log-ratios and KL estimates as verl does, with gradient 0 outside; see `kl_estimate`.
-        reduction: how tokens become the loss of a completion, see `Reduction`.
-        max_length: tokens, the divisor of reduction "constant".
-
-    Returns:
-        `losses` [C].
-
-    Raises:
-        ValueError: a contradiction between the settings.
     """
     check_choice("importance", importance, Importance)
     old_logps = old_logps.detach()
@@ -126,86 +116,54 @@ def grpo_loss(
     if clamp:
         log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    return policy_output(
+    return policy_loss(
         clipped_tokens(log_ratio, advantages, 1 - epsilon, high, ratio_cap),
+        logps,
         segments,
-        Sampled(logps, old_logps, advantages, ref_logps, entropy, weights, kl_weights),
-        KLTerm(beta, kl, kl_importance, clamp),
+        old_logps=old_logps,
+        advantages=advantages,
+        ref_logps=ref_logps,
+        entropy=entropy,
+        weights=weights,
+        kl_weights=kl_weights,
+        beta=beta,
+        kl=kl,
+        kl_importance=kl_importance,
+        clamp=clamp,
         reduction=reduction,
         max_length=max_length,
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Advantages relative to the group: what GRPO, RLOO, Dr. GRPO and DAPO make of one reward per completion.
-#
-# Everywhere: C completions, `group` long `[C]` (the prompt of each, `TokenBatch.group`; rows of a group need not
-# be neighbours), G groups numbered from 0. A reward that is NaN belongs to a completion that could not be scored:
-# it is left out of mean and deviation, and its advantage is 0. Nothing here carries gradient.
-
-Scale = Literal["group", "none", "batch"]
-Baseline = Literal["mean", "leave_one_out"]
+# Advantages.
 
 
-@dataclass(frozen=True)
-class GroupStatistics:
-    """Count, mean and standard deviation of the rewards of each group.
+@rollout_credit("group", phase="advantages", group=True)
+def group(
+    step: RolloutStep,
+    *,
+    scale: Scale = "group",
+    baseline: Baseline = "mean",
+    eps: NonNegative = 1e-6,
+    ddof: Literal[0, 1] = 1,
+) -> None:
+    """The same advantage for all tokens of a completion: its reward against those of its group.
+
+    GRPO, DAPO: scale "group"; Dr. GRPO: "none"; RLOO: baseline "leave_one_out" with scale "none". Token rewards
+    count with their sum.
 
     Args:
-        rewards: `[C]`, float; NaN where there is none.
-        group: long `[C]`.
-        ddof: 1: divide squares by n - 1; 0: by n.
+        scale: what the difference is divided by: "group": the group's standard deviation + eps; "none"; "batch": the
+            deviation of all rewards of the rollout, on all ranks, + eps.
+        baseline: "mean" of the group, or "leave_one_out": the mean of its other completions (arXiv 2402.14740), which
+            is G / (G - 1) times the same difference.
+        eps: 1e-6 in verl, 1e-4 in TRL.
+        ddof: of the deviation; 1 as in TRL and verl.
     """
-
-    rewards: Tensor
-    group: Tensor
-    ddof: int = 1
-
-    @cached_property
-    def scored(self) -> Tensor:
-        """Whether a completion has a reward, bool `[C]`."""
-        return ~torch.isnan(self.rewards)
-
-    @cached_property
-    def count(self) -> Tensor:
-        """Scored completions per group, `[G]`, in the rewards' type."""
-        return self._sum(self.scored.to(self.rewards.dtype))
-
-    @cached_property
-    def varied(self) -> Tensor:
-        """Whether a group has two rewards that differ, bool `[G]`: exact, where a deviation would round."""
-        low = self._reduce(float("inf"), "amin")
-        high = self._reduce(float("-inf"), "amax")
-        return high > low
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """`[G]`; exactly the common value where the rewards are equal; 0 for a group without rewards."""
-        total = self._sum(torch.nan_to_num(self.rewards, nan=0.0))
-        mean = total / self.count.clamp(min=1)
-        equal = ~self.varied & (self.count > 0)
-        return torch.where(equal, self._reduce(float("-inf"), "amax"), mean)
-
-    @cached_property
-    def deviations(self) -> Tensor:
-        """Reward minus the group's mean, `[C]`; exactly 0 where the group's rewards are equal, or there is none."""
-        return torch.where(self.scored, self.rewards - self.mean[self.group], 0.0)
-
-    @cached_property
-    def std(self) -> Tensor:
-        """`[G]`; 0 for equal rewards and for fewer than two of them."""
-        return (self._sum(self.deviations.square()) / (self.count - self.ddof).clamp(min=1)).sqrt()
-
-    @property
-    def _groups(self) -> int:
-        return int(self.group.max()) + 1 if self.group.numel() else 0
-
-    def _sum(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self._groups).index_add(0, self.group, values)
-
-    def _reduce(self, start: float, how: str) -> Tensor:
-        values = torch.where(self.scored, self.rewards, start)
-        return values.new_full((self._groups,), start).scatter_reduce(0, self.group, values, how)
+    total = _counted(step)
+    everyone = step.gather(total) if scale == "batch" else None
+    settings: dict[str, Any] = {"scale": scale, "baseline": baseline, "eps": eps, "ddof": ddof}
+    step.advantages = step.broadcast(group_advantages(total, step.group, everyone=everyone, **settings))
 
 
 def group_advantages(
@@ -216,22 +174,14 @@ def group_advantages(
     baseline: Baseline = "mean",
     eps: float = 1e-6,
     ddof: int = 1,
+    everyone: Tensor | None = None,
 ) -> Tensor:
-    """One advantage per completion: reward minus its group's baseline, divided by a deviation.
+    """One advantage per completion `[C]`, exactly 0 where all rewards of a group are equal; see `group`.
 
     Args:
         rewards: `[C]`; NaN where a completion could not be scored.
-        group: long `[C]`.
-        scale: "group": divided by the group's standard deviation + eps (GRPO, arXiv 2402.03300); "none": not
-            divided (Dr. GRPO, arXiv 2503.20783); "batch": by the deviation of all rewards given + eps, which
-            must then be those of the whole step.
-        baseline: "mean" of the group, or "leave_one_out": the mean of its other completions (RLOO,
-            arXiv 2402.14740), which is G / (G - 1) times the same difference.
-        eps: added to the deviation; 1e-6 in verl, 1e-4 in TRL.
-        ddof: 1 as in TRL and verl.
-
-    Returns:
-        `[C]`; exactly 0 where all rewards of a group are equal. `segments.broadcast` repeats it for tokens.
+        group: long `[C]`, the prompt of each; rows of a group need not be neighbours.
+        everyone: the rewards whose deviation scale "batch" takes; None: `rewards`.
 
     Warns:
         UserWarning: a group has one completion: its advantage is 0.
@@ -245,42 +195,22 @@ def group_advantages(
     if scale == "group":
         return advantages / (s.std[group] + eps)
     if scale == "batch":
-        return advantages / (GroupStatistics(s.rewards, torch.zeros_like(group), ddof).std + eps)
+        pool = s.rewards if everyone is None else everyone
+        return advantages / (GroupStatistics(pool, torch.zeros_like(pool, dtype=torch.long), ddof).std + eps)
     return advantages
 
 
-def informative_groups(metric: Tensor, group: Tensor) -> Tensor:
-    """DAPO's dynamic sampling (arXiv 2503.14476): the groups whose metric is not constant, bool `[G]`.
+@rollout_credit("broadcast", phase="advantages")
+def broadcast(step: RolloutStep, *, baseline: Literal["none", "batch"] = "none") -> None:
+    """The reward itself as the advantage of all tokens of a completion; 0 where it could not be scored.
 
     Args:
-        metric: `[C]`, accuracy and not the shaped reward: a length penalty makes every group look varied.
-        group: long `[C]`.
-
-    A group of one completion is kept, as in verl. `informative_groups(...)[group]` are the completions to keep.
+        baseline: "batch": minus the mean reward of the rollout, on all ranks; "none": as it is.
     """
-    return GroupStatistics(metric.to(torch.float64), group).varied | (torch.bincount(group) == 1)
-
-
-def overlong_penalty(lengths: Tensor, *, max_length: float, buffer: float, factor: float = 1.0) -> Tensor:
-    """DAPO's soft overlong punishment (arXiv 2503.14476), `[C]`, to be added to the reward.
-
-    0 up to max_length - buffer, then falling linearly to -factor at max_length, and -factor beyond.
-
-    Args:
-        lengths: tokens of each completion (not of its prompt) `[C]`.
-        max_length, buffer: tokens.
-
-    Raises:
-        ValueError: a buffer that is not positive, or larger than max_length.
-    """
-    if not 0 < buffer <= max_length:
-        raise ValueError(f"overlong buffer must lie in (0, max_length = {max_length}], got {buffer}")
-    lengths = lengths if lengths.is_floating_point() else lengths.to(torch.get_default_dtype())
-    return factor * ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Credit steps of phase "advantages" that compare completions of a prompt, and simple ones that come after.
+    rewards = _counted(step)
+    if baseline == "batch":
+        rewards = rewards - step.gather(rewards).nanmean()
+    step.advantages = step.broadcast(torch.nan_to_num(rewards, nan=0.0))
 
 
 def _counted(step: RolloutStep) -> Tensor:
@@ -288,107 +218,19 @@ def _counted(step: RolloutStep) -> Tensor:
     return torch.where(scored(step), step.total, torch.nan)
 
 
-@rollout_credit("group", phase="advantages", group=True)
-class GroupAdvantages:
-    """The same advantage for all tokens of a completion: its reward against those of its group.
-
-    GRPO, DAPO: scale "group"; Dr. GRPO: "none"; RLOO: baseline "leave_one_out" with scale "none". Token rewards
-    count with their sum.
-
-    Args:
-        scale, baseline, eps, ddof: see `group_advantages`; scale "batch" divides by the deviation of all rewards of
-            the rollout, on all ranks.
-    """
-
-    def __init__(
-        self,
-        *,
-        scale: Scale = "group",
-        baseline: Baseline = "mean",
-        eps: NonNegative = 1e-6,
-        ddof: Literal[0, 1] = 1,
-    ) -> None:
-        self.scale, self.baseline, self.eps, self.ddof = scale, baseline, eps, ddof
-
-    def __call__(self, step: RolloutStep) -> None:
-        scale: Scale = "none" if self.scale == "batch" else self.scale
-        total = _counted(step)
-        advantages = group_advantages(
-            total, step.group, scale=scale, baseline=self.baseline, eps=self.eps, ddof=self.ddof
-        )
-        if self.scale == "batch":
-            rewards = step.gather(total)
-            one = torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
-            advantages = advantages / (GroupStatistics(rewards, one, self.ddof).std + self.eps)
-        step.advantages = step.broadcast(advantages)
+# DAPO: which prompts are trained on, and what becomes of long completions.
 
 
-@rollout_credit("broadcast", phase="advantages")
-class Broadcast:
-    """The reward itself as the advantage of all tokens of a completion; 0 where it could not be scored.
-
-    Args:
-        baseline: "batch": minus the mean reward of the rollout, on all ranks; "none": as it is.
-    """
-
-    def __init__(self, *, baseline: Literal["none", "batch"] = "none") -> None:
-        self.baseline = baseline
-
-    def __call__(self, step: RolloutStep) -> None:
-        rewards = _counted(step)
-        if self.baseline == "batch":
-            rewards = rewards - step.gather(rewards).nanmean()
-        step.advantages = step.broadcast(torch.nan_to_num(rewards, nan=0.0))
-
-
-@rollout_credit("importance", phase="after", provides={"weights"})
-class StepsGroupImportance:
-    """Weighs tokens by how much more probable they are to the trainer than to the sampler, truncated.
-
-    Args:
-        kind: "token" or "sequence", see `importance_weights`.
-        cap: largest weight.
-        against: "raw": the sampler's probabilities at temperature 1: corrects for what the engine computes
-            differently; "sampling": those that tokens were drawn from: also for temperature, top-k, top-p, min-p.
-    """
-
-    def __init__(
-        self,
-        *,
-        kind: Literal["token", "sequence"] = "token",
-        cap: Positive = 2.0,
-        against: Literal["raw", "sampling"] = "raw",
-    ) -> None:
-        self.kind, self.cap, self.against = kind, cap, against
-
-    def __call__(self, step: RolloutStep) -> None:
-        column = f"{self.against}_logps"
-        if column not in step.quantities:
-            raise RunError(f"credit 'importance': the sampler does not know {column}; expected against: another one")
-        old = step.quantity("old_logps")
-        weights = importance_weights(step.quantity(column), old, step.segments, kind=self.kind, cap=self.cap)
-        step.metrics["importance/mean"] = float(weights.mean())
-        step.metrics["importance/capped"] = float((weights >= self.cap * (1 - 1e-6)).to(weights.dtype).mean())
-        step.weights = weights if step.weights is None else step.weights * weights
-
-
-@rollout_credit("mask_truncated", phase="after")
-class MaskTruncated:
-    """DAPO's overlong filtering: truncated completions get advantage 0, as they were cut off and not finished."""
-
-    def __call__(self, step: RolloutStep) -> None:
-        if step.advantages is None:
-            raise RunError("credit 'mask_truncated' needs advantages; expected a step that sets them")
-        step.advantages = torch.where(step.broadcast(step.truncated), 0.0, step.advantages)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Filters: which prompts of a rollout are trained on.
-
-
-@rollout_credit("filter_groups", phase="filter")
-class FilterGroups:
-    """Leaves out prompts whose completions teach nothing: DAPO's dynamic sampling (arXiv 2503.14476).
+@rollout_credit("filter_groups", phase="filter", refill=lambda settings: settings["refill"])
+def filter_groups(
+    step: RolloutStep,
+    *,
+    metric: Literal["correct", "reward"] | str = "correct",
+    refill: bool = True,
+    low: Share | None = None,
+    high: Share | None = None,
+) -> None:
+    """Leaves out prompts whose completions teach nothing: DAPO's dynamic sampling.
 
     Args:
         metric: "correct": the reward that says what is correct (a shaped reward varies in every group); "reward":
@@ -397,35 +239,102 @@ class FilterGroups:
         low, high: also leave out prompts whose mean of the metric is not in between, low and high included;
             None: no such bound.
     """
+    values = _metric(step, metric)
+    keep = informative_groups(values, step.group)
+    mean = GroupStatistics(values.double(), step.group).mean
+    if low is not None:
+        keep = keep & (mean >= low)
+    if high is not None:
+        keep = keep & (mean <= high)
+    step.drop(keep)
 
-    def __init__(
-        self,
-        *,
-        metric: Literal["correct", "reward"] | str = "correct",
-        refill: bool = True,
-        low: Share | None = None,
-        high: Share | None = None,
-    ) -> None:
-        self.metric, self.refill, self.low, self.high = metric, refill, low, high
 
-    def __call__(self, step: RolloutStep) -> None:
-        metric = self._metric(step)
-        keep = informative_groups(metric, step.group)
-        mean = GroupStatistics(metric.double(), step.group).mean
-        if self.low is not None:
-            keep = keep & (mean >= self.low)
-        if self.high is not None:
-            keep = keep & (mean <= self.high)
-        step.drop(keep)
+def _metric(step: RolloutStep, name: str) -> Tensor:
+    if name == "reward":
+        return step.total
+    if name == "correct":
+        if step.correct is None:
+            raise RunError("credit 'filter_groups' by correctness needs a reward")
+        # A completion that could not be scored says nothing about its group.
+        return torch.where(step.rewards.isnan(), torch.nan, step.correct.to(step.rewards.dtype))
+    if name not in step.by_name:
+        raise RunError(f"credit 'filter_groups': no reward {name!r}; there are {', '.join(step.by_name)}")
+    return step.by_name[name]
 
-    def _metric(self, step: RolloutStep) -> Tensor:
-        if self.metric == "reward":
-            return step.total
-        if self.metric == "correct":
-            if step.correct is None:
-                raise RunError("credit 'filter_groups' by correctness needs a reward")
-            # A completion that could not be scored says nothing about its group.
-            return torch.where(step.rewards.isnan(), torch.nan, step.correct.to(step.rewards.dtype))
-        if self.metric not in step.by_name:
-            raise RunError(f"credit 'filter_groups': no reward {self.metric!r}; there are {', '.join(step.by_name)}")
-        return step.by_name[self.metric]
+
+def informative_groups(metric: Tensor, group: Tensor) -> Tensor:
+    """The groups whose metric `[C]` is not constant, bool `[G]`. A group of one completion is kept, as in verl."""
+    return GroupStatistics(metric.to(torch.float64), group).varied | (torch.bincount(group) == 1)
+
+
+def _check_overlong(settings: Mapping[str, Any], max_new_tokens: float | None = None) -> None:
+    limit = settings["max_length"] if settings["max_length"] is not None else max_new_tokens
+    if limit is not None and settings["buffer"] > limit:
+        raise RecipeError(f"credit 'overlong': buffer is {settings['buffer']:g}; expected at most {limit:g}, the limit")
+
+
+@rollout_credit(
+    "overlong", phase="rewards", check=_check_overlong, limit=lambda tokens, settings: _check_overlong(settings, tokens)
+)
+def overlong(
+    step: RolloutStep, *, buffer: Positive, factor: NonNegative = 1.0, max_length: Positive | None = None
+) -> None:
+    """DAPO's soft overlong punishment, added to the outcome of a completion.
+
+    Args:
+        buffer: tokens before the limit within which the penalty grows from 0 to `factor`; at most the limit.
+        factor: largest penalty.
+        max_length: the limit, tokens; None: the longest completion that is sampled.
+    """
+    lengths = step.segments.lengths.to(step.rewards.dtype)
+    limit = max_length if max_length is not None else step.max_new_tokens
+    penalty = overlong_penalty(lengths, max_length=limit, buffer=buffer, factor=factor)
+    step.metrics["reward/overlong"] = float(penalty.mean())
+    step.rewards = step.rewards + penalty
+
+
+def overlong_penalty(lengths: Tensor, *, max_length: float, buffer: float, factor: float = 1.0) -> Tensor:
+    """0 up to max_length - buffer, then falling linearly to -factor at max_length, and -factor beyond: `[C]`.
+
+    Args:
+        lengths: tokens of each completion (not of its prompt) `[C]`.
+    """
+    lengths = lengths if lengths.is_floating_point() else lengths.to(torch.get_default_dtype())
+    return factor * ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
+
+
+@rollout_credit("mask_truncated", phase="after")
+def mask_truncated(step: RolloutStep) -> None:
+    """DAPO's overlong filtering: truncated completions get advantage 0, as they were cut off and not finished."""
+    if step.advantages is None:
+        raise RunError("credit 'mask_truncated' needs advantages; expected a step that sets them")
+    step.advantages = torch.where(step.broadcast(step.truncated), 0.0, step.advantages)
+
+
+# For samplers whose probabilities are not the trainer's.
+
+
+@rollout_credit("importance", phase="after", provides={"weights"})
+def importance(
+    step: RolloutStep,
+    *,
+    kind: Correction = "token",
+    cap: Positive = 2.0,
+    against: Literal["raw", "sampling"] = "raw",
+) -> None:
+    """Weighs tokens by how much more probable they are to the trainer than to the sampler, truncated.
+
+    Args:
+        kind: "token": the ratio of the token; "sequence": of the whole completion, for all its tokens.
+        cap: largest weight.
+        against: "raw": the sampler's probabilities at temperature 1: corrects for what the engine computes
+            differently; "sampling": those that tokens were drawn from: also for temperature, top-k, top-p, min-p.
+    """
+    column = f"{against}_logps"
+    if column not in step.quantities:
+        raise RunError(f"credit 'importance': the sampler does not know {column}; expected against: another one")
+    old = step.quantity("old_logps")
+    weights = importance_weights(step.quantity(column), old, step.segments, kind=kind, cap=cap)
+    step.metrics["importance/mean"] = float(weights.mean())
+    step.metrics["importance/capped"] = float((weights >= cap * (1 - 1e-6)).to(weights.dtype).mean())
+    step.weights = weights if step.weights is None else step.weights * weights

@@ -1,37 +1,44 @@
-"""PPO's losses as functions of flat tensors: the clipped policy loss (arXiv 1707.06347) and the value loss.
+"""PPO (arXiv 1707.06347) and REINFORCE on rewards per token, with a critic or without.
 
-Where advantages and returns come from is the business of `tokengrain.credit.gae` and `tokengrain.credit.shaping`.
-In Q-RM the tokens of a minibatch are pooled: reduction "sum" with the normaliser "token_mean". In RTO completions
-weigh alike: reduction "mean" with the normaliser "mean".
+    r_t = token reward - coef KL_t + [t last] outcome           credit token_rewards, normalize, kl_penalty
+    δ_t = r_t + γ V_{t+1} - V_t,    A_t = δ_t + γ λ A_{t+1}     credit gae (arXiv 1506.02438); the critic learns A + V
+    A_t = r_t - value_coef V_t                                  credit reinforce: a reward that is a Q-value already
+    l_t = -min(ρ_t A_t, clip(ρ_t, 1 ± clip_range) A_t)          objective ppo, ρ_t = π(t) / π_old(t)
+    l_t = -A_t log π(t)                                         objective reinforce
+
+One time step is one counted token. Tokens that do not count (tool output, a user's turn) are not in the flat vectors,
+so nothing decays through a gap. After the last token of a completion there is no value to bootstrap from, truncated or
+not, as in the authors' code of RTO (arXiv 2404.18922). A completion that could not be scored (NaN) has advantage 0 and
+teaches the critic nothing.
+
+In Q-RM (arXiv 2505.23363) the tokens of a minibatch are pooled: reduction "sum" with the normaliser "token_mean". In
+RTO completions weigh alike: reduction "mean" with the normaliser "mean".
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError, RunError
+from tokengrain.errors import RecipeError, RunError, require
 from tokengrain.loss import LossOutput
-from tokengrain.method import Card, RolloutStep, objective, rollout_credit
-from tokengrain.methods._clipped import Reduction, Sampled, clipped_tokens, policy_output, reduce_tokens
-from tokengrain.methods._rollout import mean, pooled_moments, scored, token_level
-from tokengrain.methods._shaping import (
-    Moments,
+from tokengrain.method import Card, RolloutStep, as_credit, checked_credit, objective, rollout_credit
+from tokengrain.methods._clipped import (
+    Reduction,
     SampledKL,
-    Scaling,
-    penalised,
-    q_advantages,
-    rescore_last,
+    clipped_tokens,
+    policy_loss,
+    reduce_tokens,
     sampled_kl,
-    scale_scores,
 )
-from tokengrain.methods.aepo import AdaptiveKL
+from tokengrain.methods._rollout import mean, pooled_moments, scored, token_level
+from tokengrain.methods._shaping import Moments, Scaling, scale_scores
 from tokengrain.settings import NonNegative, Number, Positive, Share
 
 CARD = Card(
@@ -45,6 +52,8 @@ CARD = Card(
     credit="advantage estimation with a critic",
     page="rto",
 )
+
+# Losses.
 
 
 @objective("ppo", unit="completions")
@@ -62,13 +71,9 @@ def ppo_policy_loss(
     """PPO's policy loss with one advantage per token.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into C completions.
-        old_logps: the same when the completions were sampled `[N]`.
-        advantages: A `[N]`; no gradient flows into them.
+        logps, segments, old_logps, advantages, reduction, max_length: see `policy_loss`.
         clip_range: the ratio of the two policies is clipped to 1 -/+ this; None: no clipping.
         ratio_cap: bound of the ratio where the advantage is negative (dual clip); None: none.
-        reduction, max_length: how tokens become the loss of a completion, see `Reduction`.
 
     Returns:
         `losses` [C]; metrics as for GRPO, and "ratio/outside", the share of tokens whose ratio lies outside the
@@ -76,11 +81,30 @@ def ppo_policy_loss(
     """
     low, high = (0.0, math.inf) if clip_range is None else (1 - clip_range, 1 + clip_range)
     tokens = clipped_tokens(logps - old_logps.detach(), advantages, low, high, ratio_cap)
-    sampled = Sampled(logps, old_logps, advantages)
-    output = policy_output(tokens, segments, sampled, reduction=reduction, max_length=max_length)
+    given: dict[str, Any] = {"old_logps": old_logps, "advantages": advantages}
+    output = policy_loss(tokens, logps, segments, **given, reduction=reduction, max_length=max_length)
     outside = (tokens.ratio < low) | (tokens.ratio > high)
     output.metrics["ratio/outside"] = segments.mean(outside.to(logps.dtype))
     return output
+
+
+@objective("reinforce", unit="completions")
+def reinforce_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    advantages: Tensor,
+    reduction: Reduction = "sum",
+    max_length: Positive | None = None,
+) -> LossOutput:
+    """Policy gradient: -advantage * log-probability of every token.
+
+    Args:
+        logps, segments, advantages, reduction, max_length: see `policy_loss`.
+    """
+    losses = reduce_tokens(-advantages.detach() * logps, segments, reduction, max_length)
+    metrics = {"advantages/mean": segments.mean(advantages.detach()), "logps": segments.sum(logps.detach())}
+    return LossOutput(losses, metrics, unit="completions", token_unit="tokens")
 
 
 def value_loss(
@@ -104,7 +128,7 @@ def value_loss(
         clip_range: V is clipped to old_values -/+ this; where that gives the larger error the gradient is 0.
             None: no clipping.
         weight: 1 is Q-RM's, 0.5 OpenRLHF's (RTO).
-        reduction, max_length: how tokens become the loss of a completion, see `Reduction`.
+        reduction, max_length: see `policy_loss`.
 
     Returns:
         `losses` [C]; in the metrics "values/mean", "values/error" (mean squared error of V itself) and, with
@@ -113,11 +137,11 @@ def value_loss(
     Raises:
         ValueError: clip_range without old_values.
     """
-    if clip_range is not None and old_values is None:
-        raise ValueError(f"value_loss: clip_range = {clip_range} needs old_values, the critic's at sampling")
     error = (values - returns.detach()) ** 2
     metrics = {"values/mean": segments.mean(values.detach()), "values/error": segments.mean(error.detach())}
-    if clip_range is not None and old_values is not None:
+    if clip_range is not None:
+        if old_values is None:
+            raise ValueError(f"value_loss: clip_range = {clip_range} needs old_values, the critic's at sampling")
         old = old_values.detach()
         outside = (values - old).detach().abs() > clip_range
         clipped = (old + (values - old).clamp(-clip_range, clip_range) - returns.detach()) ** 2
@@ -128,52 +152,190 @@ def value_loss(
     return LossOutput(losses, metrics, unit="completions", token_unit="tokens")
 
 
-# ----------------------------------------------------------------------------------------------------
-# REINFORCE with one weight per token.
+# Rewards of a completion (`step.rewards`) and of its tokens (`step.token_rewards`).
 
 
-@objective("reinforce", unit="completions")
-def reinforce_loss(
-    logps: Tensor,
-    segments: Segments,
-    *,
-    advantages: Tensor,
-    reduction: Reduction = "sum",
-    max_length: Positive | None = None,
-) -> LossOutput:
-    """Policy gradient: -advantage * log-probability of every token.
+@rollout_credit("token_rewards", phase="rewards", provides={"rewards"})
+@dataclass(kw_only=True)
+class TokenRewards:
+    """Rewards per token from a credit source.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into C completions.
-        advantages: weight of each token `[N]`; no gradient flows into them.
-        reduction, max_length: how tokens become the loss of a completion, see `Reduction`. Q-RM pools the tokens
-            of a minibatch: "sum" with the normaliser "token_mean".
-
-    Returns:
-        `losses` [C].
+        source: a credit source, a function of a `TokenBatch`, an import string of one, or a mapping: the source's
+            `name` with its settings and objects.
+        scale: factor.
+        clip: bound of the absolute value after scaling.
+        combine: "add" to the token rewards there are, or "replace" them.
+        outcome: False: the rewards per completion are set to 0, so that the token rewards are all there is.
     """
-    losses = reduce_tokens(-advantages.detach() * logps, segments, reduction, max_length)
-    metrics = {"advantages/mean": segments.mean(advantages.detach()), "logps": segments.sum(logps.detach())}
-    return LossOutput(losses, metrics, unit="completions", token_unit="tokens")
+
+    source: Any
+    scale: Number = 1.0
+    clip: Positive | None = None
+    combine: Literal["add", "replace"] = "add"
+    outcome: bool = True
+
+    def __post_init__(self) -> None:
+        self.source = as_credit(self.source)
+
+    def __call__(self, step: RolloutStep) -> None:
+        values = self.scale * checked_credit(self.source(step.batch), step.batch, self.source.name)
+        if self.clip is not None:
+            values = values.clamp(-self.clip, self.clip)
+        # A completion without a valid outcome stays out, whatever its tokens earn.
+        values = values.to(step.rewards.dtype).masked_fill(step.broadcast(step.rewards.isnan()), 0.0)
+        step.metrics["reward/tokens"] = float(step.segments.sum(values).mean())
+        if self.combine == "add" and step.token_rewards is not None:
+            values = values + step.token_rewards
+        step.token_rewards = values
+        if not self.outcome:
+            step.rewards = step.rewards * 0.0  # NaN stays NaN
 
 
-# ----------------------------------------------------------------------------------------------------
-# Generalised advantage estimation (arXiv 1506.02438) on flat tokens, and whitening of what it gives.
-#
-# One time step is one counted token. Tokens that do not count (tool output, a user's turn) are not in the flat
-# vectors, so nothing decays through a gap. After the last token of a completion there is no value to bootstrap from,
-# truncated or not, as in the authors' code of RTO (arXiv 2404.18922).
+@rollout_credit("normalize", phase="rewards")
+@dataclass(kw_only=True)
+class Normalize:
+    """Puts rewards on a scale: (reward - mean) / deviation.
 
-
-@dataclass(frozen=True)
-class Advantages:
-    """What the policy and the critic learn from, `[N]` each, without gradient.
-
-    Attributes:
-        advantages: A, not whitened.
-        returns: A + V, the critic's target.
+    Args:
+        of: "outcome": of completions; "tokens": of tokens.
+        scaling: "zscore", "std" (not centred) or "centre" (not divided).
+        over: what mean and deviation are of: "running": everything seen so far, this rollout included, which is
+            saved with the run; "rollout": this rollout, of all ranks.
+        mean, std: fixed instead, such as those of a reward model on held-out data (RTO); both or neither.
+        clip: bound of the result's size.
     """
+
+    of: Literal["outcome", "tokens"] = "outcome"
+    scaling: Scaling = "zscore"
+    over: Literal["running", "rollout"] = "running"
+    mean: Number | None = None
+    std: Positive | None = None
+    clip: Positive | None = None
+    moments: Moments = field(default=Moments(), init=False)
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise RecipeError(f"credit 'normalize': mean is {self.mean} and std {self.std}; expected both or neither")
+
+    def __call__(self, step: RolloutStep) -> None:
+        rewards = step.rewards if self.of == "outcome" else step.token_rewards
+        if rewards is None:
+            raise RunError("credit 'normalize': no reward was given per token, and `of` is 'tokens'")
+        known = scored(step) if self.of == "outcome" else step.broadcast(scored(step))
+        if self.mean is not None and self.std is not None:
+            moments = Moments(1, self.mean, self.std**2)
+        else:
+            now = pooled_moments(step, rewards[known])
+            moments = self.moments = self.moments + now if self.over == "running" else now
+        scaled = scale_scores(rewards, self.scaling, moments)
+        if self.clip is not None:
+            scaled = scaled.clamp(-self.clip, self.clip)
+        if self.of == "outcome":
+            step.rewards = scaled
+        else:
+            step.token_rewards = scaled
+        step.metrics |= {"rewards/mean_before": moments.mean, "rewards/std_before": moments.std}
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self.moments).copy()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.moments = Moments(int(state["count"]), float(state["mean"]), float(state["squares"]))
+
+
+@rollout_credit("kl_penalty", phase="rewards", needs={"ref_logps"})
+@dataclass(kw_only=True)
+class KLPenalty:
+    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593).
+
+    It comes after any scaling of the rewards.
+
+    Args:
+        coef: reward per nat; the first one, where it adapts.
+        form: what estimates the KL of a token: "k1" (PPO, RTO), "k2", "k3" or "abs" (Q-RM); see `sampled_kl`.
+        target: the coefficient adapts to hold this mean KL, nats per token; None: it is fixed.
+        horizon: completions over which it adapts.
+    """
+
+    coef: NonNegative = 0.01
+    form: SampledKL = "k1"
+    target: Positive | None = None
+    horizon: Positive = 10000.0
+
+    def __call__(self, step: RolloutStep) -> None:
+        kl = sampled_kl(step.quantity("old_logps"), step.quantity("ref_logps"), self.form)
+        before = torch.zeros_like(kl) if step.token_rewards is None else step.token_rewards
+        step.token_rewards = (before - self.coef * kl).detach()
+        step.metrics |= {"kl_penalty/kl": mean(kl), "kl_penalty/coef": self.coef}
+        self.coef = next_coefficient(step, kl, self.coef, self.target, self.horizon)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.coef = float(state["coef"])
+
+
+def next_coefficient(step: RolloutStep, kl: Tensor, coef: float, target: float | None, horizon: float) -> float:
+    """The coefficient of the next rollout, from the KL of this one's tokens `[N]` on all ranks."""
+    if target is None:
+        return coef
+    completions = sum(step.gather(len(step.segments)))
+    return adapted(coef, pooled_moments(step, kl).mean, completions, target=target, horizon=horizon)
+
+
+def adapted(coef: float, kl: float, completions: int, *, target: float, horizon: float) -> float:
+    """A coefficient after a rollout of so many completions with this mean KL over all tokens (arXiv 1909.08593)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * completions / horizon)
+
+
+# Advantages.
+
+
+def _check_gae(settings: Mapping[str, Any]) -> None:
+    if settings["lam"] < 1 and not settings["use_values"]:
+        lam = settings["lam"]  # it would only hide rewards that lie far ahead
+        raise RecipeError(f"credit 'gae': lam is {lam}, which needs a critic's values; set lam: 1, or give a critic")
+
+
+@rollout_credit(
+    "gae",
+    phase="advantages",
+    needs=lambda settings: {"values"} if settings["use_values"] else (),
+    provides={"returns"},
+    check=_check_gae,
+)
+def gae_credit(
+    step: RolloutStep, *, gamma: Share = 1.0, lam: Share = 0.95, whiten: bool = True, use_values: bool = True
+) -> None:
+    """Generalised advantage estimation of the tokens' rewards; the critic's targets.
+
+    Args:
+        gamma: discount per token.
+        lam: weight of the next token's advantage: 0 gives the one-step error, 1 the rewards still to come, minus V.
+        whiten: mean 0 and variance 1 over all tokens of the rollout, of all ranks. Targets are not whitened.
+        use_values: False: without a critic, V = 0.
+    """
+    values = step.quantity("values") if use_values else None
+    found = gae(token_level(step), step.segments, values=values, gamma=gamma, lam=lam)
+    known = step.broadcast(scored(step))
+    still = torch.zeros_like(found.returns) if values is None else values.to(found.returns)
+    returns = torch.where(known, found.returns, still)
+    moments = pooled_moments(step, found.advantages[known])
+    advantages = whitened(found.advantages, moments) if whiten else found.advantages
+    step.advantages = torch.where(known, advantages, 0.0)
+    step.quantities["returns"] = returns
+    step.metrics |= {"gae/advantage": moments.mean, "gae/advantage_std": moments.std, "gae/return": mean(returns)}
+    if values is not None:
+        # The share of the returns' variance that the values explain: 1 is all, below 0 is worse than none.
+        total, left = (pooled_moments(step, x).std for x in (returns[known], returns[known] - still[known]))
+        step.metrics["gae/explained_variance"] = 1 - (left / total) ** 2 if total > 0 else 0.0
+
+
+class Advantages(NamedTuple):
+    """A, not whitened, and A + V, the critic's target: `[N]` each, without gradient."""
 
     advantages: Tensor
     returns: Tensor
@@ -182,25 +344,13 @@ class Advantages:
 def gae(
     rewards: Tensor, segments: Segments, *, values: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
 ) -> Advantages:
-    """A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t, per completion.
+    """A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, per completion; see `gae_credit`.
 
     Args:
         rewards: one per token `[N]`.
-        segments: cuts `[N]` into C completions.
-        values: V of the state before each token `[N]`; None: 0, without a critic (lam = 1 then gives the
-            discounted reward that is still to come).
-        gamma: discount per token, in [0, 1].
-        lam: weight of the next token's advantage, in [0, 1]: 0 gives the one-step error, 1 the return minus V.
-
-    Raises:
-        ValueError: gamma or lam outside [0, 1], or values of another shape.
+        values: V of the state before each token `[N]`; None: 0.
     """
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"gae: {name} must lie in [0, 1], got {number}")
     r = rewards.detach()
-    if values is not None and values.shape != r.shape:
-        raise ValueError(f"gae: values have shape {tuple(values.shape)}, expected {tuple(r.shape)}: one per token")
     V = torch.zeros_like(r) if values is None else values.detach()
     dtype = torch.promote_types(torch.promote_types(r.dtype, V.dtype), torch.float32)
     r, V = r.to(dtype), V.to(dtype)
@@ -211,20 +361,8 @@ def gae(
     return Advantages(advantages, advantages + V)
 
 
-def whiten(advantages: Tensor, moments: Moments | None = None, *, variance_floor: float = 1e-8) -> Tensor:
-    """Mean 0 and population variance 1 over all tokens of the rollout: `[N] -> [N]`, detached.
-
-    Args:
-        advantages: `[N]`, of the whole rollout, not of a minibatch or a completion.
-        moments: those of all ranks' tokens, which add up; None: those of `advantages`.
-        variance_floor: the least variance that is divided by, so that constant advantages give 0.
-    """
-    moments = Moments.of(advantages) if moments is None else moments
-    return (advantages.detach() - moments.mean) / max(moments.std**2, variance_floor) ** 0.5
-
-
 def _discounted_sums(x: Tensor, factor: float) -> Tensor:
-    """sum over i >= 0 of factor^i x[:, t + i] for every t: `[C, T] -> [C, T]`, zeros standing after the row.
+    """Σ over i >= 0 of factor^i x[:, t + i] for every t: `[C, T] -> [C, T]`, zeros standing after the row.
 
     Sums over 1, 2, 4, ... steps: log2(T) operations on whole rows instead of T on columns.
     """
@@ -236,58 +374,33 @@ def _discounted_sums(x: Tensor, factor: float) -> Tensor:
     return x
 
 
-# ----------------------------------------------------------------------------------------------------
-# Credit steps of PPO, RTO and REINFORCE: rewards per token, what is taken off for the KL, and advantages from them.
-#
-# The reward of a token is `step.token_rewards`; the outcome of a completion, `step.rewards`, stands on its last token.
-# A completion that could not be scored (NaN) has advantage 0 and teaches the critic nothing.
-
-
-@rollout_credit("gae", phase="advantages", provides={"returns"})
-class GAE:
-    """Generalised advantage estimation (arXiv 1506.02438) of the tokens' rewards; the critic's targets.
+def whitened(advantages: Tensor, moments: Moments | None = None, *, variance_floor: float = 1e-8) -> Tensor:
+    """Mean 0 and population variance 1 over all tokens of the rollout: `[N] -> [N]`, detached.
 
     Args:
-        gamma: discount per token.
-        lam: 0.95 in PPO and RTO; 1 gives the rewards still to come, minus V.
-        whiten: mean 0 and variance 1 over all tokens of the rollout, of all ranks. Targets are not whitened.
-        use_values: False: without a critic, V = 0.
-
-    Raises:
-        RecipeError: lam < 1 without a critic, where it would only hide rewards that lie far ahead.
+        advantages: `[N]`, of the whole rollout, not of a minibatch or a completion.
+        moments: those of all ranks' tokens, which add up; None: those of `advantages`.
+        variance_floor: the least variance that is divided by, so that constant advantages give 0.
     """
-
-    def __init__(self, *, gamma: Share = 1.0, lam: Share = 0.95, whiten: bool = True, use_values: bool = True) -> None:
-        if lam < 1 and not use_values:
-            raise RecipeError(
-                f"credit 'gae': lam is {lam}, which needs a critic's values; set lam: 1, or give a critic"
-            )
-        self.gamma, self.lam, self.whiten, self.use_values = gamma, lam, whiten, use_values
-        self.needs = frozenset({"values"}) if use_values else frozenset()
-
-    def __call__(self, step: RolloutStep) -> None:
-        values = step.quantity("values") if self.use_values else None
-        found = gae(token_level(step), step.segments, values=values, gamma=self.gamma, lam=self.lam)
-        known = step.broadcast(scored(step))
-        still = torch.zeros_like(found.returns) if values is None else values.to(found.returns)
-        returns = torch.where(known, found.returns, still)
-        moments = pooled_moments(step, found.advantages[known])
-        advantages = whiten(found.advantages, moments) if self.whiten else found.advantages
-        step.advantages = torch.where(known, advantages, 0.0)
-        step.quantities["returns"] = returns
-        step.metrics |= {"gae/advantage": moments.mean, "gae/advantage_std": moments.std, "gae/return": mean(returns)}
-        if values is not None:
-            step.metrics["gae/explained_variance"] = explained_variance(step, still[known], returns[known])
+    moments = Moments.of(advantages) if moments is None else moments
+    return (advantages.detach() - moments.mean) / max(moments.std**2, variance_floor) ** 0.5
 
 
-def explained_variance(step: RolloutStep, values: Tensor, returns: Tensor) -> float:
-    """Share of the returns' variance that the values explain, over all ranks: 1 is all, below 0 is worse than none."""
-    total, left = pooled_moments(step, returns).std, pooled_moments(step, returns - values).std
-    return 1 - (left / total) ** 2 if total > 0 else 0.0
-
-
-@rollout_credit("reinforce", phase="advantages")
-class Reinforce:
+@rollout_credit(
+    "reinforce",
+    phase="advantages",
+    needs=lambda settings: {"values"} if settings["value_coef"] else (),
+    provides=lambda settings: {"returns"} if settings["value_coef"] else (),
+)
+def reinforce(
+    step: RolloutStep,
+    *,
+    outcome: Literal["broadcast", "last", "ignore"] = "broadcast",
+    scaling: Scaling = "none",
+    rescore_last: bool = False,
+    value_coef: NonNegative = 0.0,
+    value_scaling: Scaling = "std",
+) -> None:
     """Rewards as they are for advantages: REINFORCE, and PPO on a Q-function (Q-RM, arXiv 2505.23363).
 
     Nothing is discounted and no reward moves to earlier tokens. For rewards that arrive late use `gae` with lam 1.
@@ -297,169 +410,43 @@ class Reinforce:
         scaling: of the rewards per token (where there are none, of the outcomes), over the rollout of all ranks:
             "std" in Q-RM's code, "zscore" in its paper. To scale before a KL penalty use `normalize`.
         rescore_last: the last token gets the mean reward of its completion (Q-RM's REINFORCE).
-        value_coef, value_scaling: A = reward - value_coef * V, V scaled over the rollout; 0.01 and "std" in Q-RM's
-            PPO. Above 0 it needs a critic, whose targets are the rewards.
+        value_coef: A = reward - value_coef * V; 0.01 in Q-RM's PPO, 1 in its paper. Above 0 it needs a critic, whose
+            targets are the rewards.
+        value_scaling: of V, over the rollout of all ranks; "std" in Q-RM's code, "none" in its paper.
     """
+    known = step.broadcast(scored(step))
+    rewards = torch.where(known, _rewards(step, outcome, scaling), 0.0)
+    if rescore_last:
+        rewards = rescored(rewards, step.segments)
+    advantages = rewards
+    if value_coef:
+        values = step.quantity("values").to(rewards)
+        scaled = scale_scores(values, value_scaling, pooled_moments(step, values[known]))
+        step.quantities["returns"] = torch.where(known, rewards, values)
+        advantages = (rewards - value_coef * scaled).detach()
+    step.advantages = torch.where(known, advantages, 0.0)
+    step.metrics["reinforce/advantage"] = mean(step.advantages)
 
-    def __init__(
-        self,
-        *,
-        outcome: Literal["broadcast", "last", "ignore"] = "broadcast",
-        scaling: Scaling = "none",
-        rescore_last: bool = False,
-        value_coef: NonNegative = 0.0,
-        value_scaling: Scaling = "std",
-    ) -> None:
-        self.outcome, self.scaling, self.rescore_last = outcome, scaling, rescore_last
-        self.value_coef, self.value_scaling = value_coef, value_scaling
-        self.needs = frozenset({"values"}) if value_coef else frozenset()
-        self.provides = frozenset({"returns"}) if value_coef else frozenset()
 
-    def __call__(self, step: RolloutStep) -> None:
-        known = step.broadcast(scored(step))
-        rewards = torch.where(known, self._rewards(step), 0.0)
-        if self.rescore_last:
-            rewards = rescore_last(rewards, step.segments)
-        values = None
-        if self.value_coef:
-            raw = step.quantity("values").to(rewards)
-            values = scale_scores(raw, self.value_scaling, pooled_moments(step, raw[known]))
-            step.quantities["returns"] = torch.where(known, rewards, raw)
-        advantages = q_advantages(rewards, values, value_coef=self.value_coef, value_scaling="none")
-        step.advantages = torch.where(known, advantages, 0.0)
-        step.metrics["reinforce/advantage"] = mean(step.advantages)
-
-    def _rewards(self, step: RolloutStep) -> Tensor:
-        tokens, outcome, at = step.token_rewards, torch.where(scored(step), step.rewards, 0.0), scored(step)
-        if tokens is not None:
-            tokens = scale_scores(tokens, self.scaling, pooled_moments(step, tokens[step.broadcast(at)]))
-        elif self.outcome == "ignore":
-            raise RunError("credit 'reinforce': outcome is 'ignore' and no reward was given per token")
-        else:
-            outcome = scale_scores(outcome, self.scaling, pooled_moments(step, outcome[at]))
-        if self.outcome == "ignore":
-            assert tokens is not None  # refused above
+def _rewards(step: RolloutStep, outcome: str, scaling: Scaling) -> Tensor:
+    """Per token `[N]`: what was given so, and the outcome."""
+    tokens, known = step.token_rewards, scored(step)
+    whole = torch.where(known, step.rewards, 0.0)
+    if tokens is not None:
+        tokens = scale_scores(tokens, scaling, pooled_moments(step, tokens[step.broadcast(known)]))
+        if outcome == "ignore":
             return tokens
-        spread = step.broadcast(outcome)
-        if self.outcome == "last":
-            spread = torch.where(step.segments.is_last, spread, 0.0)
-        return spread if tokens is None else tokens + spread
+    else:
+        require(
+            outcome != "ignore", RunError, "credit 'reinforce': outcome is 'ignore' and no reward was given per token"
+        )
+        whole = scale_scores(whole, scaling, pooled_moments(step, whole[known]))
+    spread = step.broadcast(whole)
+    if outcome == "last":
+        spread = torch.where(step.segments.is_last, spread, 0.0)
+    return spread if tokens is None else tokens + spread
 
 
-@rollout_credit("normalize", phase="rewards")
-class Normalize:
-    """Puts rewards on a scale: (reward - mean) / deviation.
-
-    Args:
-        of: "outcome": of completions; "tokens": of tokens.
-        scaling: "zscore", "std" (not centred) or "centre" (not divided).
-        over: what mean and deviation are of: "running": everything seen so far, this rollout included, which is
-            saved with the run; "rollout": this rollout, of all ranks.
-        mean, std: fixed instead, such as those of a reward model on held-out data (RTO); both or neither.
-        clip: bound of the result's size.
-
-    Raises:
-        RecipeError: one of mean and std without the other.
-    """
-
-    def __init__(
-        self,
-        *,
-        of: Literal["outcome", "tokens"] = "outcome",
-        scaling: Scaling = "zscore",
-        over: Literal["running", "rollout"] = "running",
-        mean: Number | None = None,
-        std: Positive | None = None,
-        clip: Positive | None = None,
-    ) -> None:
-        if (mean is None) != (std is None):
-            raise RecipeError(f"credit 'normalize': mean is {mean} and std {std}; expected both or neither")
-        self.of, self.scaling, self.over, self.clip = of, scaling, over, clip
-        self.fixed = None if mean is None or std is None else Moments(1, mean, std**2)
-        self.moments = Moments()
-
-    def __call__(self, step: RolloutStep) -> None:
-        rewards = step.rewards if self.of == "outcome" else step.token_rewards
-        if rewards is None:
-            raise RunError("credit 'normalize': no reward was given per token, and `of` is 'tokens'")
-        known = scored(step) if self.of == "outcome" else step.broadcast(scored(step))
-        moments = self.fixed
-        if moments is None:
-            now = pooled_moments(step, rewards[known])
-            self.moments = self.moments + now if self.over == "running" else now
-            moments = self.moments
-        scaled = scale_scores(rewards, self.scaling, moments)
-        if self.clip is not None:
-            scaled = scaled.clamp(-self.clip, self.clip)
-        if self.of == "outcome":
-            step.rewards = scaled
-        else:
-            step.token_rewards = scaled
-        step.metrics |= {"rewards/mean_before": moments.mean, "rewards/std_before": moments.std}
-
-    def state_dict(self) -> dict[str, Any]:
-        m = self.moments
-        return {"count": m.count, "mean": m.mean, "squares": m.squares}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.moments = Moments(int(state["count"]), float(state["mean"]), float(state["squares"]))
-
-
-@rollout_credit("kl_penalty", phase="rewards", needs={"ref_logps"})
-class KLPenalty:
-    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593).
-
-    Args:
-        coef: reward per nat; the first one, where it adapts.
-        form: what estimates the KL of a token: "k1" (PPO, RTO), "k2", "k3" or "abs" (Q-RM); see `sampled_kl`.
-        target: the coefficient adapts to hold this mean KL, nats per token; None: it is fixed.
-        horizon: completions over which it adapts.
-    """
-
-    def __init__(
-        self,
-        *,
-        coef: NonNegative = 0.01,
-        form: SampledKL = "k1",
-        target: Positive | None = None,
-        horizon: Positive = 10000.0,
-    ) -> None:
-        self.form = form
-        self.controller = KLCoefficient(coef, target, horizon)
-
-    def __call__(self, step: RolloutStep) -> None:
-        kl = sampled_kl(step.quantity("old_logps"), step.quantity("ref_logps"), self.form)
-        before = torch.zeros_like(kl) if step.token_rewards is None else step.token_rewards
-        step.token_rewards = penalised(before, kl, self.controller.coef)
-        step.metrics |= {"kl_penalty/kl": mean(kl), "kl_penalty/coef": self.controller.coef}
-        self.controller.follow(step, kl)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.controller.load_state_dict(state)
-
-
-class KLCoefficient:
-    """A coefficient that is fixed, or follows a target over all ranks' rollouts."""
-
-    def __init__(self, coef: float, target: float | None, horizon: float) -> None:
-        self.adaptive = target is not None
-        self._controller = AdaptiveKL(coef, target or 1.0, horizon)
-
-    @property
-    def coef(self) -> float:
-        return self._controller.coef
-
-    def follow(self, step: RolloutStep, kl: Tensor) -> None:
-        """Take in the KL of a rollout's tokens `[N]`; it acts from the next rollout on."""
-        if self.adaptive:
-            moments = pooled_moments(step, kl)
-            self._controller.update(moments.mean, sum(step.gather(len(step.segments))))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._controller.load_state_dict(state)
+def rescored(rewards: Tensor, segments: Segments) -> Tensor:
+    """The last token of each completion gets the mean reward of the completion, its own included: `[N]`."""
+    return torch.where(segments.is_last, segments.broadcast(segments.mean(rewards)), rewards).detach()

@@ -15,7 +15,7 @@ from tokengrain.data.tokens import token_texts
 from tokengrain.errors import read_log, write_text
 from tokengrain.method import RolloutStep
 from tokengrain.methods._clipped import kl_estimate, sampler_mismatch
-from tokengrain.methods.grpo import GroupStatistics
+from tokengrain.methods._shaping import GroupStatistics
 from tokengrain.rewards.suite import RewardResult
 from tokengrain.rollout.sampler import Rollouts
 from tokengrain.training.checkpoint import append_text

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.rollouts import F64, Rollouts, plain_token_loss, rollouts, rows
+from tests.methods.rollouts import F64, Rollouts, plain_token_loss, rollouts, rows
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput
 from tokengrain.methods._clipped import sequence_log_ratio

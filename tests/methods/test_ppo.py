@@ -1,4 +1,4 @@
-"""gae, reinforce, normalize, kl_penalty and rto: against plain loops; ranks, state, refusals."""
+"""PPO and REINFORCE: losses, GAE, whitening; the credits against plain loops, on ranks, resumed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,160 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
+from tests.methods.rollouts import F64, Rollouts, rollouts
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
+from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError
 from tokengrain.method import make_rollout_credit
-from tokengrain.scoring.reference import ReferenceScores
+from tokengrain.methods._shaping import Moments
+from tokengrain.methods.ppo import gae, ppo_policy_loss, value_loss, whitened
+
+
+def _critic(x: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    old, returns, step = (torch.randn(x.segments.total, dtype=F64, generator=generator) for _ in range(3))
+    return (old + 0.4 * step).requires_grad_(), old, returns
+
+
+def test_clipped_value_loss_is_the_larger_error() -> None:
+    x = rollouts((6, 3, 1, 8))
+    V, old, R = _critic(x)
+    output = value_loss(V, x.segments, returns=R, old_values=old, clip_range=0.2, weight=0.5, reduction="mean")
+    clipped = old + torch.clamp(V - old, -0.2, 0.2)
+    larger = torch.maximum((V - R) ** 2, (clipped - R) ** 2)
+    torch.testing.assert_close(output.losses, torch.stack([0.5 * part.mean() for part in x.segments.split(larger)]))
+    wins = ((V - old).abs() > 0.2) & ((clipped - R) ** 2 > (V - R) ** 2)
+    assert 0 < int(wins.sum()) < len(V)
+    gradient = torch.autograd.grad(output.losses.sum(), V)[0]
+    assert (gradient[wins] == 0).all()
+    plain = torch.autograd.grad(value_loss(V, x.segments, returns=R, weight=0.5, reduction="mean").losses.sum(), V)[0]
+    torch.testing.assert_close(gradient[~wins], plain[~wins])
+    torch.testing.assert_close(output.metrics["values/clipped"], x.segments.mean(wins.to(F64)))
+
+
+def test_without_a_range_old_values_do_not_matter() -> None:
+    x = rollouts()
+    V, old, R = _critic(x)
+    a, b = (value_loss(V, x.segments, returns=R, old_values=o).losses for o in (None, old))
+    assert torch.equal(a, b)
+    assert torch.equal(value_loss(V, x.segments, returns=R, old_values=V, clip_range=0.2).losses, a)
+    with pytest.raises(ValueError, match="old_values"):
+        value_loss(V, x.segments, returns=R, clip_range=0.2)
+
+
+def test_on_policy_gradient_is_the_advantage_over_length_and_completions() -> None:
+    x = rollouts()
+    output = ppo_policy_loss(x.old_logps.requires_grad_(), x.segments, old_logps=x.old_logps.detach(),
+                             advantages=x.advantages, reduction="mean")  # fmt: skip
+    gradient = torch.autograd.grad(x.normalised(output), x.old_logps)[0]
+    lengths = x.segments.broadcast(x.segments.lengths)
+    torch.testing.assert_close(gradient, -x.advantages / lengths / len(x.segments))
+
+
+def test_gradient_is_exactly_zero_where_the_clip_acts() -> None:
+    segments = Segments.from_lengths([4])
+    logps = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=F64, requires_grad=True)
+    A = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=F64)
+    output = ppo_policy_loss(logps, segments, old_logps=torch.zeros(4, dtype=F64), advantages=A, reduction="mean")
+    gradient = torch.autograd.grad(output.losses.sum(), logps)[0]
+    assert gradient[:2].tolist() == [0.0, 0.0]
+    assert (gradient[2:] != 0).all()
+
+
+LENGTHS = [5, 0, 1, 17, 2, 8]
+
+
+def _random(n: int, seed: int) -> Tensor:
+    return torch.randn(n, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def segments() -> Segments:
+    return Segments.from_lengths(LENGTHS)
+
+
+def _slow(rewards: Tensor, values: Tensor, segments: Segments, gamma: float, lam: float) -> Tensor:
+    out = []
+    for r, v in zip(segments.split(rewards), segments.split(values), strict=True):
+        running, row = 0.0, []
+        for t in reversed(range(len(r))):
+            following = v[t + 1] if t + 1 < len(r) else 0.0
+            running = r[t] + gamma * following - v[t] + gamma * lam * running
+            row.append(running)
+        out += row[::-1]
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.9, 0.7), (1.0, 0.0), (0.0, 0.5)])
+def test_equals_the_recursion(segments: Segments, gamma: float, lam: float) -> None:
+    r, v = _random(segments.total, 0), _random(segments.total, 1)
+    found = gae(r, segments, values=v, gamma=gamma, lam=lam)
+    torch.testing.assert_close(found.advantages, _slow(r, v, segments, gamma, lam), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.returns, found.advantages + v)
+
+
+def test_lambda_1_forgets_the_critic_and_lambda_0_is_the_one_step_error(segments: Segments) -> None:
+    r, v = _random(segments.total, 0), _random(segments.total, 1)
+    to_go = torch.cat([part.flip(0).cumsum(0).flip(0) for part in segments.split(r)])
+    torch.testing.assert_close(gae(r, segments, values=v, lam=1.0).returns, to_go)
+    torch.testing.assert_close(gae(r, segments, lam=1.0).advantages, to_go)
+    following = torch.cat([torch.cat([part[1:], part.new_zeros(min(len(part), 1))]) for part in segments.split(v)])
+    torch.testing.assert_close(gae(r, segments, values=v, lam=0.0).advantages, r + following - v)
+
+
+def test_completions_do_not_see_each_other() -> None:
+    both, one = Segments.from_lengths([3, 4]), Segments.from_lengths([3])
+    r, v = _random(7, 0), _random(7, 1)
+    r[3:] = torch.nan
+    torch.testing.assert_close(
+        gae(r, both, values=v).advantages[:3], gae(r[:3], one, values=v[:3]).advantages, rtol=0, atol=0
+    )
+
+
+def test_long_completions_lose_no_digits() -> None:
+    from scipy.signal import lfilter
+
+    n = 3001
+    r, segments = _random(n, 2), Segments.from_lengths([n])
+    expected = lfilter([1], [1, -0.999], r.flip(0).numpy())[::-1].copy()
+    torch.testing.assert_close(
+        gae(r, segments, lam=0.999).advantages, torch.from_numpy(expected), rtol=1e-11, atol=1e-9
+    )
+
+
+def test_types_and_gradients() -> None:
+    segments = Segments.from_lengths([4])
+    r = _random(4, 0).float().requires_grad_()
+    found = gae(r, segments, values=_random(4, 1).bfloat16().requires_grad_())
+    assert found.advantages.dtype == found.returns.dtype == torch.float32
+    assert not found.advantages.requires_grad
+    assert not found.returns.requires_grad
+    assert gae(r[:0], Segments.from_lengths([0, 0])).advantages.shape == (0,)
+
+
+def test_whitening() -> None:
+    a = 3 * _random(40, 3) + 7
+    white = whitened(a)
+    assert white.mean().item() == pytest.approx(0, abs=1e-12)
+    assert white.var(correction=0).item() == pytest.approx(1)
+    torch.testing.assert_close(whitened(2 * a - 5), white)
+    torch.testing.assert_close(
+        torch.cat([whitened(p, Moments.of(p1) + Moments.of(p2)) for p, p1, p2 in _ranks(a)]), white
+    )
+    assert torch.equal(whitened(torch.full((5,), 0.3)), torch.zeros(5))
+    assert not whitened(a.requires_grad_()).requires_grad
+
+
+def _ranks(a: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    first, second = a[:13], a[13:]
+    return [(first, first, second), (second, first, second)]
+
+
+def test_nearly_constant_advantages_are_not_blown_up() -> None:
+    a = 1e-6 * _random(10, 4)
+    torch.testing.assert_close(whitened(a), (a - a.mean()) / 1e-4)
 
 
 def plain_gae(step, gamma, lam):
@@ -76,6 +225,8 @@ def test_gae_refusals():
         make_rollout_credit("gae", use_values=False)
     with pytest.raises(RecipeError, match=r"lam = 1\.5"):
         make_rollout_credit("gae", lam=1.5)
+    with pytest.raises(RecipeError, match=r"gamma = 1\.1"):
+        make_rollout_credit("gae", gamma=1.1)
     step = made_step()
     del step.quantities["values"]
     with pytest.raises(RunError, match="has no 'values'"):
@@ -181,85 +332,6 @@ def test_kl_penalty_adapts_and_its_state_is_equal_on_all_ranks():
     fixed(step)
     close(step.token_rewards, -0.5 * k1.abs())
     assert fixed.state_dict() == {"coef": 0.5}
-
-
-class Columns:
-    """A `Reference` whose log-probabilities are a function of the token ids."""
-
-    def __init__(self, slope: float) -> None:
-        self.slope, self.calls = slope, 0
-
-    def __call__(self, batch, want):
-        self.calls += 1
-        return ReferenceScores(logps=-self.slope * batch.labels.float())
-
-
-def test_rto_is_equation_4_7():
-    step = made_step()
-    step.rewards = torch.arange(12.0) - 3
-    step.rewards[5] = math.nan
-    guide, base = Columns(0.03), Columns(0.01)
-    before = torch.randn(step.segments.total)
-    step.token_rewards = before
-    outcome = step.rewards.clone()
-    make_rollout_credit("rto", model=guide, reference=base, beta1=0.3, beta2=0.02, beta3=2, clip=0.2, sentence_clip=4)(
-        step
-    )
-    d = (0.3 * -0.02 * step.batch.labels.float()).clamp(-0.2, 0.2)
-    assert 0 < float((d.abs() == 0.2).float().mean()) < 1
-    k = step.quantity("old_logps") - step.quantity("ref_logps")
-    close(step.token_rewards, before + d - 0.02 * k)
-    known = ~outcome.isnan()
-    close(step.rewards[known], 2 * outcome[known].clamp(-4, 4))
-    assert math.isnan(step.rewards[5])
-
-
-def test_rto_variants_keep_their_totals():
-    totals = {}
-    for variant in ("rto", "delayed", "shaping", "ppo"):
-        step = made_step()
-        make_rollout_credit("rto", model=Columns(0.03), variant=variant, clip=None)(step)
-        totals[variant] = step.total
-    close(totals["rto"], totals["delayed"])
-    close(totals["shaping"], totals["ppo"])
-    assert not torch.allclose(totals["rto"], totals["ppo"], atol=1e-3)
-
-
-def test_rto_semi_stands_at_the_ends_of_sentences():
-    class Dots:
-        def batch_decode(self, ids, **_):
-            return ["." if i[0] % 3 == 0 else "x" for i in ids]
-
-    step = made_step()
-    make_rollout_credit("rto", model=Columns(0.03), variant="semi", clip=None, beta2=0, tokenizer=Dots())(step)
-    ends = (step.batch.labels % 3 == 0) | step.segments.is_last
-    assert torch.equal(step.token_rewards != 0, ends)
-    whole = made_step()
-    make_rollout_credit("rto", model=Columns(0.03), clip=None, beta2=0)(whole)
-    close(step.total, whole.total)
-
-
-def test_rto_asks_models_within_the_token_budget():
-    whole, parts = made_step(), made_step(max_tokens=20)
-    guide = Columns(0.03)
-    make_rollout_credit("rto", model=guide)(whole)
-    assert guide.calls == 1
-    make_rollout_credit("rto", model=guide)(parts)
-    assert guide.calls > 2
-    assert torch.equal(whole.token_rewards, parts.token_rewards)
-
-
-def test_rto_refusals_and_state():
-    with pytest.raises(RecipeError, match="needs a guide"):
-        make_rollout_credit("rto")
-    with pytest.raises(RecipeError, match="needs a tokenizer"):
-        make_rollout_credit("rto", model=Columns(0.1), variant="semi")
-    make_rollout_credit("rto", variant="ppo")(made_step())
-    make = lambda: make_rollout_credit("rto", model=Columns(0.03), beta2=0.1, kl_target=0.5, kl_horizon=20)  # noqa: E731
-    credit = make()
-    credit(made_step())
-    assert credit.state_dict()["coef"] != 0.1
-    assert reloaded(credit, make).state_dict() == credit.state_dict()
 
 
 def test_prompts_that_a_filter_dropped_take_no_part():

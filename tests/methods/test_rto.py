@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.training.online.made import close, made_step, reloaded
 from tokengrain.batch import Segments
-from tokengrain.methods.aepo import AdaptiveKL
-from tokengrain.methods.rto import rto_rewards, sentence_ids
+from tokengrain.errors import RecipeError
+from tokengrain.method import make_rollout_credit
+from tokengrain.methods.ppo import adapted
+from tokengrain.methods.rto import RTO, RTORewards
+from tokengrain.scoring.reference import ReferenceScores
 
 F64 = torch.float64
 
@@ -25,16 +29,22 @@ class Rollout:
     ref: Tensor
     dpo: Tensor
     sentence: Tensor
-    sentences: Tensor
+    ends: Tensor
 
     def __call__(self, **settings: Any) -> Any:
         quantities = {
             "ref_logps": self.ref,
             "dpo_logps": self.dpo,
             "sentence_rewards": self.sentence,
-            "sentences": self.sentences,
+            "ends": self.ends,
         }
-        return rto_rewards(self.policy, self.segments, **{**quantities, **settings})
+        quantities |= {name: settings.pop(name) for name in list(settings) if name in quantities}
+        return rto_rewards(self.policy, self.segments, quantities, **settings)
+
+
+def rto_rewards(logps: Tensor, segments: Segments, quantities: dict[str, Tensor], **settings: Any) -> RTORewards:
+    """The guide's log-probabilities are given, so no model is asked."""
+    return RTO(model="given", tokenizer="given", **settings).rewards(logps, segments, **quantities)
 
 
 @pytest.fixture
@@ -44,7 +54,7 @@ def x() -> Rollout:
     policy, ref, dpo = (-2 * torch.rand(11, dtype=F64, generator=generator) for _ in range(3))
     delimiter = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0]).bool()
     sentence = torch.tensor([1.0, -0.5, 0.3], dtype=F64)
-    return Rollout(segments, policy, ref, dpo, sentence, sentence_ids(delimiter, segments))
+    return Rollout(segments, policy, ref, dpo, sentence, delimiter)
 
 
 def test_equals_the_formula_token_by_token(x: Rollout) -> None:
@@ -61,7 +71,7 @@ def test_equals_the_formula_token_by_token(x: Rollout) -> None:
 
 
 def test_without_a_dense_part_it_is_ppo(x: Rollout) -> None:
-    ppo = x(variant="ppo", dpo_logps=None).rewards
+    ppo = x(variant="ppo", dpo_logps=x.dpo).rewards
     assert torch.equal(x(beta1=0.0).rewards, ppo)
     assert torch.equal(x(dpo_logps=x.ref).rewards, ppo)
     k = x.policy - x.ref
@@ -97,12 +107,6 @@ def test_where_the_variants_put_it(x: Rollout) -> None:
     assert torch.equal(dense("shaping")[others], d[others])
 
 
-def test_sentences_end_with_their_delimiter_and_with_the_completion() -> None:
-    segments = Segments.from_lengths([4, 3])
-    ids = sentence_ids(torch.tensor([0, 1, 0, 0, 0, 1, 1]), segments)
-    assert ids.tolist() == [0, 0, 1, 1, 2, 2, 3]
-
-
 def test_clipping_bounds_the_log_ratio_at_one_nat_by_default(x: Rollout) -> None:
     found = x(dpo_logps=x.ref + torch.linspace(-3, 3, 11, dtype=F64))
     torch.testing.assert_close(found.dense, 0.05 * torch.linspace(-3, 3, 11, dtype=F64).clamp(-1, 1))
@@ -116,15 +120,13 @@ def test_metrics_warn_when_the_dense_part_dominates(x: Rollout) -> None:
     assert x(beta1=1e-3).metrics["rto/dominates"].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_refusals(x: Rollout) -> None:
-    with pytest.raises(ValueError, match=r"completions \[1\] have no sentence reward"):
-        x(sentence_rewards=torch.tensor([1.0, math.nan, 0.0]))
-    with pytest.raises(ValueError, match="needs sentences"):
-        x(variant="semi", sentences=None)
-    with pytest.raises(ValueError, match="needs dpo_logps"):
-        x(dpo_logps=None)
-    with pytest.raises(ValueError, match="variant must be"):
-        x(variant="other")
+def test_bad_settings() -> None:
+    with pytest.raises(RecipeError, match="credit 'rto' needs a guide"):
+        make_rollout_credit("rto")
+    with pytest.raises(RecipeError, match="credit 'rto': variant 'semi' needs a tokenizer"):
+        make_rollout_credit("rto", model=Columns(0.1), variant="semi")
+    with pytest.raises(RecipeError, match="credit 'rto': variant = 'other'"):
+        make_rollout_credit("rto", model=Columns(0.1), variant="other")
 
 
 def test_no_gradient(x: Rollout) -> None:
@@ -132,6 +134,81 @@ def test_no_gradient(x: Rollout) -> None:
         setattr(x, name, getattr(x, name).requires_grad_())
     found = x()
     assert not any(v.requires_grad for v in (found.rewards, found.dense, found.kl, found.sentence))
+
+
+class Columns:
+    """A `Reference` whose log-probabilities are a function of the token ids."""
+
+    def __init__(self, slope: float) -> None:
+        self.slope, self.calls = slope, 0
+
+    def __call__(self, batch, want):
+        self.calls += 1
+        return ReferenceScores(logps=-self.slope * batch.labels.float())
+
+
+def test_rto_is_equation_4_7():
+    step = made_step()
+    step.rewards = torch.arange(12.0) - 3
+    step.rewards[5] = math.nan
+    guide, base = Columns(0.03), Columns(0.01)
+    before = torch.randn(step.segments.total)
+    step.token_rewards = before
+    outcome = step.rewards.clone()
+    make_rollout_credit("rto", model=guide, reference=base, beta1=0.3, beta2=0.02, beta3=2, clip=0.2, sentence_clip=4)(
+        step
+    )
+    d = (0.3 * -0.02 * step.batch.labels.float()).clamp(-0.2, 0.2)
+    assert 0 < float((d.abs() == 0.2).float().mean()) < 1
+    k = step.quantity("old_logps") - step.quantity("ref_logps")
+    close(step.token_rewards, before + d - 0.02 * k)
+    known = ~outcome.isnan()
+    close(step.rewards[known], 2 * outcome[known].clamp(-4, 4))
+    assert math.isnan(step.rewards[5])
+
+
+def test_rto_variants_keep_their_totals():
+    totals = {}
+    for variant in ("rto", "delayed", "shaping", "ppo"):
+        step = made_step()
+        make_rollout_credit("rto", model=Columns(0.03), variant=variant, clip=None)(step)
+        totals[variant] = step.total
+    close(totals["rto"], totals["delayed"])
+    close(totals["shaping"], totals["ppo"])
+    assert not torch.allclose(totals["rto"], totals["ppo"], atol=1e-3)
+
+
+def test_rto_semi_stands_at_the_ends_of_sentences():
+    class Dots:
+        def batch_decode(self, ids, **_):
+            return ["." if i[0] % 3 == 0 else "x" for i in ids]
+
+    step = made_step()
+    make_rollout_credit("rto", model=Columns(0.03), variant="semi", clip=None, beta2=0, tokenizer=Dots())(step)
+    ends = (step.batch.labels % 3 == 0) | step.segments.is_last
+    assert torch.equal(step.token_rewards != 0, ends)
+    whole = made_step()
+    make_rollout_credit("rto", model=Columns(0.03), clip=None, beta2=0)(whole)
+    close(step.total, whole.total)
+
+
+def test_rto_asks_models_within_the_token_budget():
+    whole, parts = made_step(), made_step(max_tokens=20)
+    guide = Columns(0.03)
+    make_rollout_credit("rto", model=guide)(whole)
+    assert guide.calls == 1
+    make_rollout_credit("rto", model=guide)(parts)
+    assert guide.calls > 2
+    assert torch.equal(whole.token_rewards, parts.token_rewards)
+
+
+def test_the_adapted_coefficient_is_its_state():
+    make_rollout_credit("rto", variant="ppo")(made_step())
+    make = lambda: make_rollout_credit("rto", model=Columns(0.03), beta2=0.1, kl_target=0.5, kl_horizon=20)  # noqa: E731
+    credit = make()
+    credit(made_step())
+    assert credit.state_dict()["coef"] != 0.1
+    assert reloaded(credit, make).state_dict() == credit.state_dict()
 
 
 # A world small enough to list: V symbols, T steps, every sequence.
@@ -164,7 +241,8 @@ def test_an_optimal_dpo_policy_gives_the_reward_up_to_potentials() -> None:
     beta = 0.7
     lq, ld = _token_logps(log_ref), _token_logps(log_ref + reward / beta)
     none = torch.zeros(V**T, dtype=F64)
-    r = rto_rewards(lq, segments, ref_logps=lq, dpo_logps=ld, sentence_rewards=none, beta1=beta, clip=None).rewards
+    quantities = {"ref_logps": lq, "dpo_logps": ld, "sentence_rewards": none}
+    r = rto_rewards(lq, segments, quantities, beta1=beta, clip=None).rewards
     grid_q, grid_r = log_ref.view((V,) * T), reward.view((V,) * T)
     for i, y in enumerate(SEQUENCES):
         for t in range(T):
@@ -185,16 +263,8 @@ def test_the_optimum_without_a_sentence_reward(beta1: float, beta2: float) -> No
     none = torch.zeros(V**T, dtype=F64)
 
     def totals(log_policy: Tensor) -> Tensor:
-        found = rto_rewards(
-            _token_logps(log_policy),
-            segments,
-            ref_logps=_token_logps(log_ref),
-            dpo_logps=_token_logps(log_dpo),
-            sentence_rewards=none,
-            beta1=beta1,
-            beta2=beta2,
-            clip=None,
-        )
+        quantities = {"ref_logps": _token_logps(log_ref), "dpo_logps": _token_logps(log_dpo), "sentence_rewards": none}
+        found = rto_rewards(_token_logps(log_policy), segments, quantities, beta1=beta1, beta2=beta2, clip=None)
         return segments.sum(found.rewards)
 
     best = totals(optimal)
@@ -207,9 +277,5 @@ def test_the_optimum_without_a_sentence_reward(beta1: float, beta2: float) -> No
 
 
 def test_adaptive_kl() -> None:
-    controller = AdaptiveKL(0.2, target=6.0)
-    assert controller.update(6.0, 512) == 0.2
-    assert controller.update(60.0, 1000) == pytest.approx(0.2 * 1.02)  # the error is bounded
-    resumed = AdaptiveKL(9.0, target=6.0)
-    resumed.load_state_dict(controller.state_dict())
-    assert resumed.update(1.0, 10) == controller.update(1.0, 10) < 0.2 * 1.02
+    assert adapted(0.2, 6.0, 512, target=6.0, horizon=10000.0) == 0.2
+    assert adapted(0.2, 60.0, 1000, target=6.0, horizon=10000.0) == pytest.approx(0.2 * 1.02)  # the error is bounded

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.methods._shaping import Moments, penalised, q_advantages, rescore_last, sampled_kl, scale_scores
+from tokengrain.methods._clipped import sampled_kl
+from tokengrain.methods._shaping import Moments, scale_scores
+from tokengrain.methods.ppo import rescored
 
 F64 = torch.float64
 
@@ -74,16 +76,7 @@ def test_sampled_kl_forms() -> None:
 def test_last_tokens_get_the_mean() -> None:
     segments = Segments.from_lengths([3, 0, 1, 2])
     rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 4.0, 0.0])
-    assert rescore_last(rewards, segments).tolist() == [1, 2, 3, 5, 4, 2]
-
-
-def test_advantages(z: Tensor) -> None:
-    V = torch.randn(31, dtype=F64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(q_advantages(penalised(scale_scores(z), V, 0.0), V, value_coef=0.0), scale_scores(z))
-    assert torch.equal(q_advantages(z), z)
-    torch.testing.assert_close(q_advantages(z, V), z - 0.01 * V / V.std(correction=0))
-    torch.testing.assert_close(q_advantages(z, V, value_coef=1.0, value_scaling="none"), z - V)
-    torch.testing.assert_close(penalised(z, V, 0.1), z - 0.1 * V)
+    assert rescored(rewards, segments).tolist() == [1, 2, 3, 5, 4, 2]
 
 
 def test_everything_is_data(z: Tensor) -> None:
@@ -93,7 +86,6 @@ def test_everything_is_data(z: Tensor) -> None:
         scale_scores(z),
         scale_scores(z, "none"),
         sampled_kl(z, z),
-        penalised(z, z, 1.0),
-        rescore_last(z, segments),
+        rescored(z, segments),
     ]
-    assert not any(r.requires_grad for r in [*results, q_advantages(z), q_advantages(z, z)])
+    assert not any(r.requires_grad for r in [*results])

@@ -1,4 +1,4 @@
-"""THR and NTHR against autograd on the head and against plain loops; the identities of the spec, float64."""
+"""THR and NTHR: influence against autograd on the head and plain loops; the credits on a model's own states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part
+from tests.training.tiny import tiny_llama
 from tokengrain.batch import Segments
+from tokengrain.errors import RecipeError, RunError
+from tokengrain.method import make_rollout_credit
 from tokengrain.methods import thr
 from tokengrain.methods.grpo import group_advantages
 from tokengrain.methods.thr import (
@@ -22,6 +26,7 @@ from tokengrain.methods.thr import (
     token_hidden_rewards,
 )
 from tokengrain.scoring.head import Head
+from tokengrain.scoring.score import head_of, score
 
 F64 = torch.float64
 VOCAB, WIDTH = 23, 5
@@ -40,7 +45,7 @@ class Rollouts:
 
     def influence(self, head: Head | None = None, **settings: Any) -> Tensor:
         head = self.head if head is None else head
-        return correct_influence(self.hidden, head, self.labels, *self.where, **settings).values
+        return correct_influence(self.hidden, head, self.labels, *self.where, **settings)
 
     @property
     def where(self) -> tuple[Segments, Tensor, Tensor]:
@@ -113,8 +118,9 @@ def test_equals_autograd_on_the_head(
 ) -> None:
     monkeypatch.setattr(thr, "CHUNK_BYTES", chunk)  # one part; several; one column at a time
     logps = x.logps(x.head.weight) if known else None
-    values = x.influence(length_normalize=normalize, logps=logps, only_mixed=False)
-    torch.testing.assert_close(values, _by_autograd(x, normalize), rtol=1e-10, atol=1e-10)
+    values = x.influence(length_normalize=normalize, logps=logps)
+    mixed = x.token_group < 2
+    torch.testing.assert_close(values[mixed], _by_autograd(x, normalize)[mixed], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("budget", [1, 1 << 20])
@@ -130,8 +136,9 @@ def test_the_group_matrix_and_the_inner_products_agree(budget: int, monkeypatch:
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_equals_the_definition(x: Rollouts, exclude_self: bool) -> None:
-    values = x.influence(exclude_self=exclude_self, only_mixed=False)
-    torch.testing.assert_close(values, _by_loops(x, list(range(VOCAB)), exclude_self))
+    values = x.influence(exclude_self=exclude_self)
+    mixed = x.token_group < 2
+    torch.testing.assert_close(values[mixed], _by_loops(x, list(range(VOCAB)), exclude_self)[mixed])
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -144,24 +151,14 @@ def test_restricted_is_the_definition_on_the_columns_of_the_group(x: Rollouts, k
         torch.testing.assert_close(values[own], _by_loops(x, columns)[own])
 
 
-def test_log_probabilities_come_with_it(x: Rollouts) -> None:
-    found = correct_influence(x.hidden, x.head, x.labels, *x.where)
-    torch.testing.assert_close(found.logps, x.logps(x.head.weight))
-
-
-def test_temperature_scale_and_soft_cap_change_the_distribution(x: Rollouts) -> None:
-    hot = x.influence(temperature=2.0)
-    torch.testing.assert_close(hot, x.influence(Head(x.head.weight, x.head.bias, scale=0.5)))
-    capped = Head(x.head.weight, x.head.bias, softcap=1.5)
-    found = correct_influence(x.hidden, capped, x.labels, *x.where, temperature=2.0)
-    logits = capped.logits(x.hidden) / 2
-    expected = torch.log_softmax(logits, -1).gather(1, x.labels[:, None]).squeeze(1)
-    torch.testing.assert_close(found.logps, expected)
-    e = torch.nn.functional.one_hot(x.labels, VOCAB) - torch.softmax(logits, -1)
+def test_scale_and_soft_cap_change_the_distribution(x: Rollouts) -> None:
+    head = Head(x.head.weight, x.head.bias, scale=0.5, softcap=1.5)
+    values = x.influence(head)
+    e = torch.nn.functional.one_hot(x.labels, VOCAB) - torch.softmax(head.logits(x.hidden), -1)
     own = x.token_group == 1
     anchor = own & x.correct.bool()[x.segments.ids]
     M = e[anchor].t() @ x.hidden[anchor] / 2  # the only correct completion has two tokens
-    torch.testing.assert_close(found.values[own], torch.einsum("nv,vh,nh->n", e, M, x.hidden)[own])
+    torch.testing.assert_close(values[own], torch.einsum("nv,vh,nh->n", e, M, x.hidden)[own])
 
 
 def test_unmixed_groups_are_left_out(x: Rollouts) -> None:
@@ -172,7 +169,7 @@ def test_unmixed_groups_are_left_out(x: Rollouts) -> None:
     assert (values[~unmixed] != 0).all()
     tau = influence_threshold(values, *x.where)
     assert (thr_weights(values, *x.where, tau, p=0.5)[unmixed] == 1).all()
-    everything = x.thr(only_mixed=False)
+    everything = torch.randn(len(values), dtype=F64)
     assert (thr_weights(everything, *x.where, p=0.5)[unmixed] == 1).all()
 
 
@@ -219,8 +216,6 @@ def test_weights(x: Rollouts) -> None:
     torch.testing.assert_close(up[mixed & kept], 1 + 0.3 * values[mixed & kept].sign())
     # Scaling hidden states (with the logits held fixed) scales both sides of the comparison.
     assert torch.equal(thr_weights(9 * values, *x.where, influence_threshold(9 * values, *x.where), p=0.3), up)
-    with pytest.raises(ValueError, match=r"p must lie in \[-1, 1\]"):
-        thr_weights(values, *x.where, p=1.5)
 
 
 def test_confident_and_orthogonal_tokens_have_none(x: Rollouts) -> None:
@@ -284,8 +279,113 @@ def test_nothing_carries_gradient_and_float32_is_kept(x: Rollouts) -> None:
     hidden = x.hidden.float().requires_grad_()
     head = Head(x.head.weight.float().requires_grad_(), None if x.head.bias is None else x.head.bias.float())
     found = correct_influence(hidden, head, x.labels, *x.where)
-    assert not found.values.requires_grad
-    assert found.values.dtype == torch.float32
-    torch.testing.assert_close(found.values, x.influence().float(), rtol=1e-4, atol=1e-4)
+    assert not found.requires_grad
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x.influence().float(), rtol=1e-4, atol=1e-4)
     low = correct_influence(hidden.bfloat16(), head, x.labels, *x.where)
-    assert low.values.dtype == torch.float32
+    assert low.dtype == torch.float32
+
+
+# Groups: mixed, mixed, all wrong, all right.
+CORRECT = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(dtype=torch.float64).eval()
+
+
+def rollout(model, **changes):
+    batch = made_batch()
+    with torch.no_grad():
+        scores = score(model, batch, ("logps", "hidden", "entropy"))
+    batch = batch.with_columns(old_logps=scores.logps, hidden=scores.hidden, entropy=scores.entropy)
+    advantages = torch.randn(batch.segments.total, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    settings = {"correct": CORRECT, "rewards": CORRECT.double(), "advantages": advantages, **changes}
+    return made_step(batch, head_of=lambda: head_of(model).detach(), **settings)
+
+
+def influence(model, step, power: int) -> torch.Tensor:
+    """<grad_W of sum over correct completions of (mean or sum of) log-probabilities, grad_W of each token's>, `[N]`."""
+    weight = head_of(model).weight.detach().clone().requires_grad_(True)
+    logps = (step.quantity("hidden") @ weight.t()).log_softmax(-1).gather(1, step.batch.labels[:, None])[:, 0]
+    per = [torch.autograd.grad(x, weight, retain_graph=True)[0] for x in logps]
+    out = torch.zeros_like(logps)
+    for g in range(step.batch.n_prompts):
+        members = [c for c in range(12) if step.group[c] == g]
+        right = [c for c in members if CORRECT[c]]
+        if not right or len(right) == len(members):
+            continue
+        whole = sum(sum(per[t] for t in tokens(step, c)) / len(tokens(step, c)) ** power for c in right)
+        for t in [t for c in members for t in tokens(step, c)]:
+            out[t] = (whole * per[t]).sum()
+    return out
+
+
+def tokens(step, completion: int) -> list[int]:
+    return (step.segments.ids == completion).nonzero().flatten().tolist()
+
+
+def test_thr_weighs_advantages_by_the_sign_of_influence(model):
+    step = rollout(model)
+    before = step.advantages.clone()
+    make_rollout_credit("thr", p=0.3, restricted=False)(step)
+    right = CORRECT[step.segments.ids]
+    thr = influence(model, step, 1) * torch.where(right, 1.0, -1.0)
+    mixed = step.segments.ids < 6
+    close(step.quantities["thr"][mixed], thr[mixed], 1e-8)
+    weights = torch.ones_like(before)
+    for g in (0, 1):
+        own = step.group[step.segments.ids] == g
+        tau = min(float(thr[tokens(step, c)].mean()) for c in range(12) if CORRECT[c] and step.group[c] == g)
+        weights[own] = (thr[own].abs() > tau) * (1 + 0.3 * thr[own].sign())
+    close(step.advantages, before * weights, 1e-8)
+    assert step.metrics["thr/selected"] == pytest.approx(float((weights[mixed] != 0).double().mean()))
+    assert step.metrics["thr/mixed"] == 0.5
+    assert 0 <= step.metrics["thr/entropy_overlap"] <= 1
+
+
+def test_thr_without_mask_and_steering_changes_nothing(model):
+    step = rollout(model)
+    before = step.advantages.clone()
+    make_rollout_credit("thr", p=0, mask=False)(step)
+    assert torch.equal(step.advantages, before)
+    up, down = rollout(model), rollout(model)
+    make_rollout_credit("thr", p=0.4, mask=False)(up)
+    make_rollout_credit("thr", p=-0.4, mask=False)(down)
+    close(up.advantages + down.advantages, 2 * before, 1e-12)
+    assert not torch.allclose(up.advantages, before)
+
+
+def test_nthr_eases_penalties_of_incorrect_completions_only(model):
+    step = rollout(model, advantages=torch.ones(made_batch().segments.total, dtype=torch.float64))
+    make_rollout_credit("nthr", beta=-0.02, restricted=False)(step)
+    values = influence(model, step, 0)
+    expected = torch.ones_like(values)
+    for g in (0, 1):
+        right = [c for c in range(12) if step.group[c] == g and CORRECT[c]]
+        tau = -0.02 * min(float(values[tokens(step, c)].mean()) for c in right)
+        wrong = (step.group[step.segments.ids] == g) & ~CORRECT[step.segments.ids]
+        expected[wrong & (values > tau)] = 2 * abs(0.5 - len(right) / 3)
+    close(step.advantages, expected, 1e-8)
+    assert 0 < step.metrics["nthr/penalties_eased"] < 1
+
+
+def test_restricted_and_ranks(model):
+    step = rollout(model)
+    shares, _ = on_two_ranks(step, lambda: make_rollout_credit("thr"))
+    make_rollout_credit("thr")(step)
+    for rank, share in enumerate(shares):
+        close(share.advantages, part(step, range(rank, 4, 2)).advantages, 1e-10)
+
+
+def test_refusals(model):
+    with pytest.raises(RecipeError, match=r"p = 1\.5"):
+        make_rollout_credit("thr", p=1.5)
+    for missing, message in (("correct", "rewards that say what is correct"), ("advantages", "needs advantages")):
+        with pytest.raises(RunError, match=message):
+            make_rollout_credit("thr")(rollout(model, **{missing: None}))
+    step = made_step(advantages=torch.zeros(made_batch().segments.total))
+    with pytest.raises(RunError, match="has no 'hidden'"):
+        make_rollout_credit("nthr")(step)
+    assert make_rollout_credit("nthr").needs == {"hidden"}
