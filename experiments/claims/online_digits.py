@@ -13,7 +13,7 @@ from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.published import DAPO, DCPO
 from experiments.claims.tiny_gru import GRUPolicy
 from tokengrain.method import make_objective
-from tokengrain.methods.dcpo import DCPO
+from tokengrain.methods import dcpo
 from tokengrain.methods.grpo import group_advantages, informative_groups
 
 RATE = 3e-3
@@ -49,7 +49,7 @@ def run(context: Context, arm: Arm) -> Measures:
     policy = GRUPolicy(len(task), DIGITS, HIDDEN, context.seed)
     objective = make_objective(settings["objective"], **settings.get("hyper", {}))
     trainer = Trainer(policy, objective, settings.get("normaliser", "mean"), RATE)
-    history = DCPO() if settings.get("smooth") else None
+    history = dcpo.DCPO() if settings.get("smooth") else None
     used, clipped, drawn = [], [], 0
     for _ in range(scale.steps):
         groups = _sampled(policy, task, generator, refill=settings.get("refill", False))
@@ -63,7 +63,7 @@ def run(context: Context, arm: Arm) -> Measures:
     return {"utilisation": fmean(used[half:]), "clipped": fmean(clipped), "accuracy": right, "drawn": float(drawn)}
 
 
-def _advantages(groups: Groups, history: DCPO | None) -> Tensor:
+def _advantages(groups: Groups, history: dcpo.DCPO | None) -> Tensor:
     """One per completion, standardised in its group, or smoothed over the visits of its prompt."""
     rewards = groups.correct.double()
     if history is None:

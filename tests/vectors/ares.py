@@ -11,7 +11,6 @@ from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
 from tokengrain.methods._clipped import kl_estimate
 from tokengrain.methods._entropy_window import (
-    RunningThreshold,
     batch_threshold,
     completion_thresholds,
     high_entropy,
@@ -19,10 +18,10 @@ from tokengrain.methods._entropy_window import (
     segment_quantiles,
     topk_entropy,
 )
-from tokengrain.methods._shaping import Moments
+from tokengrain.methods._shaping import GroupStatistics, Moments
 from tokengrain.methods.aepo import (
+    AEPO,
     BUCKETS,
-    EntropyShaping,
     LinearBucketKL,
     LogBucketKL,
     Observation,
@@ -35,9 +34,10 @@ from tokengrain.methods.aepo import (
     lagrange_shaping,
     lagrange_strengths,
     per_bucket,
+    running,
     smooth_score,
 )
-from tokengrain.methods.grpo import GroupStatistics, group_advantages, grpo_loss
+from tokengrain.methods.grpo import group_advantages, grpo_loss
 from tokengrain.rollout.sampler import adacs_select
 
 SHAPE = {"margin_frac": "margin", "kappa": "kappa", "temp": "temperature", "cap_scale": "cap", "wrong_gain": "wrong"}
@@ -58,33 +58,38 @@ def token_entropy(case: Case) -> dict[str, Any]:
 
 @adapter("ares", "hwe_stats_code")
 def windows_of_the_code(case: Case) -> dict[str, Any]:
-    p = case.settings("window", "percentile", "threshold_used", "ema_prev", "ema_decay")
+    """The threshold that counts is the one given, else the tracked one, else the batch's own."""
+    p = case.settings("window", "percentile", "threshold_used", "ema_prev", "ema_decay", threshold="threshold_used")
     entropy, segments = _ragged(case.inputs["entropies"])
     triggers, _ = _ragged(case.inputs["is_trigger"])
     means = measured(entropy, segments, window=p["window"])
     where = {"window": p["window"], "quantile": p["percentile"] / 100}
     tau = batch_threshold(entropy, segments, **where)
-    found = high_entropy(means, segments, threshold=p["threshold_used"], triggers=triggers)
+    before = p.get("ema_prev")
+    used = p.get("threshold_used", tau if before is None else before)
+    found = high_entropy(means, segments, threshold=used, triggers=triggers)
+    tracked = {"ema_threshold": running(before, tau, p["ema_decay"])} if "ema_decay" in p else {}
     return {
+        **tracked,
         "following_window_mean": segments.split(means),
         "seq_threshold": completion_thresholds(entropy, segments, **where),
         "batch_threshold_median": tau,
         "n_he": found.count,
         "n_trigger_below": found.below,
         "soft_cost": found.excess,
-        "ema_threshold": RunningThreshold(p["ema_decay"], p["ema_prev"]).update(tau),
     }
 
 
 @adapter("ares", "hwe_stats_paper")
 def windows_of_the_paper(case: Case) -> dict[str, Any]:
-    p = case.settings("window", "quantile")
+    p = case.settings("window", "quantile", "threshold_used", threshold="threshold_used", tau_high="threshold_used")
+    given = p.pop("threshold_used", None)
     entropy, segments = _ragged(case.inputs["entropies"])
     triggers, _ = _ragged(case.inputs["is_trigger"])
     means = measured(entropy, segments, mode="paper", window=p["window"])
     tau = batch_threshold(entropy, segments, mode="paper", **p)
     pooled = batch_threshold(entropy, segments, mode="token_semantic", **p)
-    found = high_entropy(means, segments, threshold=tau)
+    found = high_entropy(means, segments, threshold=tau if given is None else given)
     single = measured(entropy, segments, mode="token_semantic")
     return {
         "window_mean_forward": segments.split(means),
@@ -105,7 +110,8 @@ def bucket_stats(case: Case) -> dict[str, Any]:
     group, names = numbered(case.inputs["prompt_id"])
     correct, counts = case.inputs["accuracy"], case.inputs["n_he"]
     buckets = difficulty(correct, group, easy=p["easy_min"], medium=p["medium_min"])
-    state = EntropyShaping(alpha_lr=p["alpha_lr"], alpha_max=p["alpha_max"], alpha=dict(p["alpha_init"]))
+    state = AEPO(triggers=None, alpha_lr=p["alpha_lr"], alpha_max=p["alpha_max"])
+    state.alpha = dict(p["alpha_init"])
     state.observe(Observation.of(counts, group, buckets))
     rates = GroupStatistics(correct, group).mean.tolist()
     return {
@@ -163,7 +169,8 @@ def aepo_loss(case: Case) -> dict[str, Any]:
     rows, (reduction, normaliser) = Rows.of(case), AVERAGES[p["loss_avg"]]
     group, _ = numbered(case.inputs["group_id"])
     advantage = group_advantages(case.inputs["reward"], group, eps=p["adv_eps"])
-    logps, old, ref = (rows.flat(case.inputs[name]) for name in ("log_probs", "old_log_probs", "ref_log_probs"))
+    logps, ref = (rows.flat(case.inputs[name]) for name in ("log_probs", "ref_log_probs"))
+    old = rows.old(case, "old_log_probs", logps)
     weights = kl_token_weights(case.inputs["beta_per_seq"], rows.segments)
 
     def loss(advantages: Tensor, beta: float) -> Tensor:
@@ -237,9 +244,8 @@ def adaptive_lengths(case: Case) -> dict[str, Any]:
     }
 
 
-def _ragged(rows: Sequence[Sequence[float]] | Tensor) -> tuple[Tensor, Segments]:
-    listed = [torch.as_tensor(row, dtype=torch.float64) for row in rows]
-    return torch.cat(listed), Segments.from_lengths([len(row) for row in listed])
+def _ragged(rows: Sequence[Tensor] | Tensor) -> tuple[Tensor, Segments]:
+    return torch.cat(list(rows)), Segments.from_lengths([len(row) for row in rows])
 
 
 def _buckets(names: Sequence[str]) -> Tensor:

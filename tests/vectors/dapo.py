@@ -36,8 +36,8 @@ def loss(case: Case) -> dict[str, Any]:
     normalise, losses, per_token, clipped = make_normaliser("token_mean"), [], [], []
     for start, end in cuts:
         part = Rows(rows.mask[start:end])
-        vectors = {n: part.flat(case.inputs[n][start:end]) for n in ("logps", "old_logps", "advantages")}
-        output = grpo_loss(segments=part.segments, reduction="sum", **vectors, **settings)
+        taken = Case(case.name, {}, {n: x[start:end] for n, x in case.inputs.items()}, {})
+        output = grpo_loss(segments=part.segments, reduction="sum", **part.sampled(taken), **settings)
         losses.append(normalise(output, rows.counts))
         per_token.append(part.padded(output.tokens["loss"]))
         clipped.append((output.metrics["clip/low"] + output.metrics["clip/high"]) * part.segments.lengths)

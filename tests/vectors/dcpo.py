@@ -6,15 +6,17 @@ import torch
 
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
+from tokengrain.method import OBJECTIVES
 from tokengrain.methods.dcpo import DCPO, dcpo_bounds, dcpo_loss
 
 BOUNDS = ("epsilon_low", "epsilon_high", "ratio_max")
+DEFAULTS = {name: OBJECTIVES["dcpo"].bind().hyper[name] for name in BOUNDS}
 
 
 @adapter("dcpo", "clip_bounds")
 def bounds(case: Case) -> dict[str, Any]:
     old = case.inputs["old_logps"]
-    low, high = dcpo_bounds(old, **case.settings(*BOUNDS))
+    low, high = dcpo_bounds(old, **DEFAULTS | case.settings(*BOUNDS))
     q = old.exp()
     return {"ratio_low": low, "ratio_high": high, "p_min": low * q, "p_max_uncapped_at_1": high * q}
 
@@ -46,9 +48,12 @@ def smoothed(case: Case) -> dict[str, Any]:
 @adapter("dcpo", "loss")
 def loss(case: Case) -> dict[str, Any]:
     rows, settings = Rows.of(case), case.settings(*BOUNDS)
-    vectors = rows.take(case, "logps", "old_logps", "advantages")
+    vectors = rows.sampled(case)
     mean, total = (dcpo_loss(segments=rows.segments, reduction=r, **vectors, **settings) for r in ("mean", "sum"))
-    low, high = dcpo_bounds(case.inputs["old_logps"], **settings)
+    old = case.inputs.get("old_logps")
+    low, high = dcpo_bounds(
+        rows.padded(vectors["old_logps"]) if old is None or isinstance(old, list) else old, **DEFAULTS | settings
+    )
     return {
         "loss": {
             "otm_sum": rows.normalised(mean, "prompt_mean"),

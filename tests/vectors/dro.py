@@ -11,11 +11,10 @@ from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
 from tokengrain.methods.dro import (
     R3,
-    Propagation,
+    Reflection,
     Rule,
     filter_prompts,
     length_rewards,
-    r3_rewards,
     repeat_for_rollouts,
     token_ranks,
     worst_ranks,
@@ -98,14 +97,13 @@ def both_filters(case: Case) -> dict[str, Any]:
 def policy_loss(case: Case) -> dict[str, Any]:
     p, rows = dict(case.params), Rows.of(case)
     reduction, normaliser = KINDS[p["loss_type"]]
-    names = ("logprobs", "old_logprobs", "ref_logprobs", "advantages")
-    logps, old, ref, advantages = (rows.flat(case.inputs[name]) for name in names)
+    given = rows.take(case, "logprobs", "ref_logprobs", "advantages")
     output = grpo_loss(
-        logps,
+        given["logprobs"],
         rows.segments,
-        old_logps=old,
-        ref_logps=ref,
-        advantages=advantages,
+        old_logps=rows.old(case, "old_logprobs", given["logprobs"]),
+        ref_logps=given.get("ref_logprobs"),
+        advantages=given["advantages"],
         epsilon=p["eps_low"],
         epsilon_high=p["eps_high"],
         beta=p["kl_beta"],
@@ -115,7 +113,7 @@ def policy_loss(case: Case) -> dict[str, Any]:
     return {"loss": rows.normalised(output, normaliser)}
 
 
-def _r3(params: dict[str, Any], lp: Tensor, mask: Tensor, masked: Tensor | None) -> R3:
+def _r3(params: dict[str, Any], lp: Tensor, mask: Tensor, masked: Tensor | None) -> Reflection:
     p = dict(params)
     mode, ddof = p.pop("mode"), p.pop("sigma_ddof")
     chosen = {name: p.pop(name) for name in ("power", "threshold", "normalize")}
@@ -123,7 +121,7 @@ def _r3(params: dict[str, Any], lp: Tensor, mask: Tensor, masked: Tensor | None)
     whole = mask.expand_as(lp)
     logps, segments = Segments.from_padded(lp, whole)
     group = torch.zeros(rollouts, dtype=torch.long)
-    baseline, propagation = None, None
+    baseline, settings = None, {}
     if mode == "baseline":
         assert masked is not None
         if masked.dim() == 2:
@@ -133,16 +131,15 @@ def _r3(params: dict[str, Any], lp: Tensor, mask: Tensor, masked: Tensor | None)
             baseline = repeat_for_rollouts(masked[mask], reference, segments, group)
     if mode == "propagation":
         rule = RULES[p.pop("reflective_rule")]
-        propagation = Propagation(p.pop("gamma"), p.pop("window"), rule, p.pop("reflective_value"))
+        settings = {"gamma": p.pop("gamma"), "span": p.pop("window"), "share": p.pop("reflective_value"), "rule": rule}
     if p or mode not in ("plain", "baseline", "propagation"):
         raise ValueError(f"unknown mode {mode!r} or parameters {sorted(p)}")
     places = torch.arange(lp.shape[1]).expand_as(lp)[whole]
-    return r3_rewards(
-        logps, segments, group, baseline=baseline, propagation=propagation, ddof=ddof, positions=places, **chosen
-    )
+    r3 = R3(tokenizer=None, propagation=mode == "propagation", ddof=ddof, **chosen, **settings)
+    return r3.reflect(logps, segments, group, baseline=baseline, positions=places)
 
 
-def _of_tokens(found: R3, mask: Tensor, rollouts: int) -> dict[str, Any]:
+def _of_tokens(found: Reflection, mask: Tensor, rollouts: int) -> dict[str, Any]:
     def padded(flat: Tensor) -> Tensor:
         out = flat.new_zeros(rollouts, len(mask))
         out[:, mask] = flat.view(rollouts, -1)

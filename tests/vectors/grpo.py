@@ -10,8 +10,6 @@ from tokengrain.loss import make_normaliser
 from tokengrain.methods._clipped import kl_estimate
 from tokengrain.methods.grpo import group_advantages, grpo_loss
 
-QUANTITIES = ("logps", "old_logps", "advantages", "ref_logps")
-
 
 @adapter("grpo", "group_advantages")
 def advantages(case: Case) -> dict[str, Any]:
@@ -22,16 +20,18 @@ def advantages(case: Case) -> dict[str, Any]:
 @adapter("grpo", "kl_estimators")
 def kl_estimators(case: Case) -> dict[str, Any]:
     case.settings()
-    logps = case.inputs["logps"].clone().requires_grad_()
-    estimates = {k: kl_estimate(logps, case.inputs["ref_logps"], k) for k in ("k1", "k2", "k3")}
-    (grad,) = torch.autograd.grad(estimates["k3"].sum(), logps)
-    return {**estimates, "grad_k3_sum_wrt_logps": grad}
+    rows = Rows.of(case)
+    logps, ref = (rows.flat(case.inputs[name]) for name in ("logps", "ref_logps"))
+    logps = logps.detach().requires_grad_()
+    estimates = {k: kl_estimate(logps, ref, k) for k in ("k1", "k2", "k3")}
+    (estimates["grad_k3_sum_wrt_logps"],) = torch.autograd.grad(estimates["k3"].sum(), logps)
+    return {name: rows.padded(values) for name, values in estimates.items()}
 
 
 @adapter("grpo", "loss")
 def loss(case: Case) -> dict[str, Any]:
     rows = Rows.of(case)
-    vectors = rows.take(case, *QUANTITIES)
+    vectors = rows.sampled(case, "ref_logps")
     settings = case.settings(
         "beta", "epsilon_high", epsilon_low="epsilon", delta="ratio_cap", max_len_constant="max_length"
     )

@@ -11,7 +11,7 @@ from tokengrain.methods.gspo import gspo_loss
 def loss(case: Case) -> dict[str, Any]:
     """One call serves both forms: with an advantage per row they are equal in value and gradient."""
     rows = Rows.of(case)
-    vectors = rows.take(case, "logps", "old_logps", "advantages", "ref_logps")
+    vectors = rows.sampled(case, "ref_logps")
     settings = case.settings("epsilon_high", "beta", epsilon_low="epsilon")
     output = gspo_loss(segments=rows.segments, **vectors, **settings)
     plain = (

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from tests.vectors.layout import Pairs, from_logits
+from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
-from tokengrain.loss import Counts, LossOutput, make_normaliser
-from tokengrain.methods._shaping import penalised, q_advantages, rescore_last, sampled_kl, scale_scores
-from tokengrain.methods.ppo import ppo_policy_loss, reinforce_loss, value_loss
+from tokengrain.loss import Counts, make_normaliser
+from tokengrain.methods._clipped import sampled_kl
+from tokengrain.methods._shaping import scale_scores
+from tokengrain.methods.ppo import gae, ppo_policy_loss, reinforce_loss, rescored, value_loss
 from tokengrain.methods.qrm import qrm_loss
 from tokengrain.methods.tgdpo import guide_token_rewards
 
@@ -45,92 +47,90 @@ def alignment(case: Case) -> dict[str, Any]:
 
 @adapter("qrm", "rl_advantages")
 def advantages(case: Case) -> dict[str, Any]:
-    p = _rl_settings(case)
-    mask = case.inputs["mask"].bool()
-    z, V, old, ref = (case.inputs[n][mask] for n in ("token_scores", "values", "old_logprobs", "ref_logprobs"))
-    kl = sampled_kl(old, ref, KL_FORMS.get(p["kl_form"], p["kl_form"]))
-    rewards = penalised(scale_scores(z, p["normalize"]), kl, p["kl_coef"])
-    scaling = p["normalize"] if p["normalize_values"] else "none"
-    return {
-        "rewards": _padded(rewards, mask),
-        "advantages": _padded(q_advantages(rewards, V, value_coef=p["value_coef"], value_scaling=scaling), mask),
-        "returns": _padded(rewards, mask),  # the critic learns the scaled score itself
-        "values_used": _padded(scale_scores(V, scaling), mask),
-    }
+    """With Q-values A = r - c V; with rewards that are not, GAE makes the advantages of them."""
+    rows, p = Rows.of(case), _rl_settings(case)
+    given = rows.take(case, "token_scores", "values", "old_logprobs", "ref_logprobs")
+    rewards = scale_scores(given["token_scores"], p["normalize"])
+    if {"old_logprobs", "ref_logprobs"} <= set(given):
+        kl = sampled_kl(given["old_logprobs"], given["ref_logprobs"], KL_FORMS.get(p["kl_form"], p["kl_form"]))
+        rewards = rewards - p["kl_coef"] * kl
+    values = given.get("values")
+    values = torch.zeros_like(rewards) if values is None else values
+    used = scale_scores(values, _values_scaling(p))
+    found, returns = rewards - p.get("value_coef", 0.0) * used, rewards  # the critic learns the scaled score itself
+    if not p.get("reward_is_q", True):
+        used = values
+        found, returns = gae(rewards, rows.segments, values=values, gamma=p["gamma"], lam=p["lam"])
+    flat = {"rewards": rewards, "advantages": found, "returns": returns, "values_used": used}
+    return {name: rows.padded(x) for name, x in flat.items()}
 
 
 @adapter("qrm", "rl_advantages_paper")
 def advantages_of_the_paper(case: Case) -> dict[str, Any]:
-    p = _rl_settings(case)
-    mask = case.inputs["mask"].bool()
-    policy, ref = (case.inputs[f"{model}_logits"][mask] for model in ("policy", "ref"))
+    rows, p = Rows.of(case), _rl_settings(case)
+    policy, ref = (rows.flat(case.inputs[f"{model}_logits"]) for model in ("policy", "ref"))
     # `kl` is KL(second || first): the policy stands where the losses have their reference.
     kl = from_logits(ref, torch.zeros(len(ref), dtype=torch.long), ("kl",), policy)["kl"]
-    scores = scale_scores(case.inputs["token_scores"][mask], p["normalize"])
-    scaling = p["normalize"] if p["normalize_values"] else "none"
-    advantages = q_advantages(
-        penalised(scores, kl, p["kl_coef"]),
-        case.inputs["values"][mask],
-        value_coef=p["value_coef"],
-        value_scaling=scaling,
-    )
-    return {"z_std": _padded(scores, mask), "advantages": _padded(advantages, mask), "kl": _padded(kl, mask)}
+    scores = scale_scores(rows.flat(case.inputs["token_scores"]), p["normalize"])
+    values = scale_scores(rows.flat(case.inputs["values"]), _values_scaling(p))
+    found = scores - p["kl_coef"] * kl - p["value_coef"] * values
+    return {"z_std": rows.padded(scores), "advantages": rows.padded(found), "kl": rows.padded(kl)}
 
 
 @adapter("qrm", "reinforce_loss")
 def reinforce(case: Case) -> dict[str, Any]:
     p = case.settings("normalize", "rescore_eos", "reduction")
-    mask, segments, logps = _policy(case)
-    weights = scale_scores(case.inputs["token_scores"][mask], p["normalize"])
+    rows, logps = _policy(case)
+    weights = scale_scores(rows.flat(case.inputs["token_scores"]), p["normalize"])
     if p["rescore_eos"]:
-        weights = rescore_last(weights, segments)
-    loss = _token_mean(reinforce_loss(logps, segments, advantages=weights), segments)
+        weights = rescored(weights, rows.segments)
+    loss = rows.normalised(reinforce_loss(logps, rows.segments, advantages=weights), "token_mean")
     (grad,) = torch.autograd.grad(loss, logps, retain_graph=True)
-    return {"token_weights": _padded(weights, mask), "loss": loss, "grad_logprobs": _padded(grad, mask)}
+    return {"token_weights": rows.padded(weights), "loss": loss, "grad_logprobs": rows.padded(grad)}
 
 
 @adapter("qrm", "ppo_policy_loss")
 def ppo(case: Case) -> dict[str, Any]:
     p = case.settings("clip_range", "reduction")
-    mask, segments, logps = _policy(case)
-    old, advantages = (case.inputs[name][mask] for name in ("old_logprobs", "advantages"))
+    rows, logps = _policy(case)
+    old, advantages = rows.old(case, "old_logprobs", logps), rows.flat(case.inputs["advantages"])
     clip = p["clip_range"] or None  # 0 means no clipping to the authors
-    output = ppo_policy_loss(logps, segments, old_logps=old, advantages=advantages, clip_range=clip)
-    outside = output.metrics["ratio/outside"] * segments.lengths
-    return {"loss": _token_mean(output, segments), "clip_fraction": outside.sum() / segments.total}
+    output = ppo_policy_loss(logps, rows.segments, old_logps=old, advantages=advantages, clip_range=clip)
+    return {"loss": rows.normalised(output, "token_mean"), "clip_fraction": rows.share(output, "ratio/outside")}
 
 
 @adapter("qrm", "critic_loss")
 def critic(case: Case) -> dict[str, Any]:
     case.settings("reduction")
-    mask = case.inputs["mask"].bool()
-    values, segments = Segments.from_padded(case.inputs["values"], mask)
-    return {"loss": _token_mean(value_loss(values, segments, returns=case.inputs["returns"][mask]), segments)}
+    rows = Rows.of(case)
+    values, returns = (rows.flat(case.inputs[name]) for name in ("values", "returns"))
+    return {"loss": rows.normalised(value_loss(values, rows.segments, returns=returns), "token_mean")}
 
 
 @adapter("qrm", "dpo_rm_token_rewards")
 def dpo_rewards(case: Case) -> dict[str, Any]:
-    mask = case.inputs["mask"].bool()
-    policy, ref = (case.inputs[f"{model}_logprobs"][mask] for model in ("policy", "ref"))
-    return {"token_scores": _padded(guide_token_rewards(policy, ref, **case.settings("beta")), mask)}
+    rows = Rows.of(case)
+    policy, ref = (rows.flat(case.inputs[f"{model}_logprobs"]) for model in ("policy", "ref"))
+    return {"token_scores": rows.padded(guide_token_rewards(policy, ref, **case.settings("beta")))}
 
 
 def _rl_settings(case: Case) -> dict[str, Any]:
     names = ("normalize", "kl_coef", "kl_form", "value_coef", "normalize_values", "std_ddof", "std_scope")
-    settings = case.settings(*names, "reward_is_q")
-    if settings["std_ddof"] != 0 or not settings.get("reward_is_q", True):
-        raise ValueError("only population statistics, and rewards that are Q-values")
+    gae_names = {"gamma": "gamma", "lam": "lam", "lambd": "lam", "lambda": "lam", "gae_lambda": "lam"}
+    settings = case.settings(*names, "reward_is_q", **gae_names)
+    if settings.get("std_ddof", 0) != 0:
+        raise ValueError("only population statistics")
     return settings
 
 
-def _policy(case: Case) -> tuple[Tensor, Segments, Tensor]:
-    mask = case.inputs["mask"].bool()
-    logits, segments = Segments.from_padded(case.inputs["logits"], mask)
-    return mask, segments, from_logits(logits, case.inputs["actions"][mask].long(), ("logps",))["logps"]
+def _values_scaling(settings: dict[str, Any]) -> Any:
+    return settings["normalize"] if settings["normalize_values"] else "none"
 
 
-def _token_mean(output: LossOutput, segments: Segments) -> Tensor:
-    return make_normaliser("token_mean")(output, Counts.of(segments, pairs=False))
+def _policy(case: Case) -> tuple[Rows, Tensor]:
+    rows = Rows.of(case)
+    logits, actions = (rows.flat(case.inputs[name]) for name in ("logits", "actions"))
+    return rows, from_logits(logits, actions.long(), ("logps",))["logps"]
 
 
 def _padded(flat: Tensor, mask: Tensor) -> Tensor:

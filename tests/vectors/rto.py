@@ -8,11 +8,10 @@ from torch import Tensor
 from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
 from tokengrain.methods._shaping import Moments, scale_scores
-from tokengrain.methods.aepo import AdaptiveKL
-from tokengrain.methods.ppo import gae, ppo_policy_loss, value_loss, whiten
-from tokengrain.methods.rto import RTORewards, Variant, rto_rewards
+from tokengrain.methods.ppo import adapted, gae, ppo_policy_loss, value_loss, whitened
+from tokengrain.methods.rto import RTO, RTORewards
 
-VARIANTS: dict[str, Variant] = {
+VARIANTS: dict[str, Any] = {
     "rto": "rto",
     "semi_rto": "semi",
     "ddpo_delayed": "delayed",
@@ -39,11 +38,11 @@ def token_reward(case: Case) -> dict[str, Any]:
 def reward_variants(case: Case) -> dict[str, Any]:
     rows, settings = Rows.of(case), _reward_settings(case.params)
     sentences = rows.flat(case.inputs["segment_ids"])
+    ends = torch.ones_like(sentences, dtype=torch.bool)
+    ends[:-1] = sentences[1:] != sentences[:-1]
     return {
         name: rows.padded(
-            _rewards(
-                case, rows, case.inputs["sentence_reward"], variant=variant, sentences=sentences, **settings
-            ).rewards
+            _rewards(case, rows, case.inputs["sentence_reward"], variant=variant, ends=ends, **settings).rewards
         )
         for name, variant in VARIANTS.items()
     }
@@ -55,18 +54,18 @@ def advantages(case: Case) -> dict[str, Any]:
     found = gae(
         rows.flat(case.inputs["rewards"]),
         rows.segments,
-        values=rows.flat(case.inputs["values"]),
+        values=rows.take(case, "values").get("values"),
         **case.settings("gamma", "lam"),
     )
     return {"advantages": rows.padded(found.advantages), "returns": rows.padded(found.returns)}
 
 
 @adapter("rto", "whiten_advantages")
-def whitened(case: Case) -> dict[str, Any]:
+def whitening(case: Case) -> dict[str, Any]:
     rows, settings = Rows.of(case), case.settings("scope", "unbiased", var_floor="variance_floor")
     if settings.pop("unbiased") or "whole rollout" not in settings.pop("scope"):
         raise ValueError("only the population's variance over the whole rollout")
-    return {"whitened": rows.padded(whiten(rows.flat(case.inputs["advantages"]), **settings))}
+    return {"whitened": rows.padded(whitened(rows.flat(case.inputs["advantages"]), **settings))}
 
 
 @adapter("rto", "ppo_policy_loss")
@@ -76,11 +75,11 @@ def policy_loss(case: Case) -> dict[str, Any]:
     output = ppo_policy_loss(
         segments=rows.segments,
         reduction="mean",
-        **rows.take(case, "logps", "old_logps", "advantages"),
+        **rows.sampled(case),
         **settings,
     )
     clipped = output.metrics["clip/tokens"] * rows.segments.lengths
-    ratio = torch.ones_like(case.inputs["logps"])
+    ratio = torch.ones(rows.mask.shape, dtype=torch.float64)
     ratio[rows.mask] = output.tokens["ratio"]
     return {
         "loss": rows.normalised(output, "mean"),
@@ -108,14 +107,16 @@ def whole_step(case: Case) -> dict[str, Any]:
     )
     rows = Rows.of(case)
     sentence = scale_scores(case.inputs["raw_sentence_reward"], "zscore", Moments(1, mean, std**2))
-    found = _rewards(case, rows, sentence, policy="old_logps", **_reward_settings(p))
+    new_logps = rows.flat(case.inputs["new_logps"])
+    old_logps = rows.old(case, "old_logps", new_logps)
+    found = _rewards(case, rows, sentence, policy=old_logps, **_reward_settings(p))
     old_values = rows.flat(case.inputs["old_values"])
     estimate = gae(found.rewards, rows.segments, values=old_values, gamma=gamma, lam=lam)
-    white = whiten(estimate.advantages)
+    white = whitened(estimate.advantages)
     policy = ppo_policy_loss(
-        rows.flat(case.inputs["new_logps"]),
+        new_logps,
         rows.segments,
-        old_logps=rows.flat(case.inputs["old_logps"]),
+        old_logps=old_logps,
         advantages=white,
         clip_range=clip,
         reduction="mean",
@@ -146,19 +147,35 @@ def whole_step(case: Case) -> dict[str, Any]:
 def adaptive_kl(case: Case) -> dict[str, Any]:
     settings = case.settings("target", "horizon", "n_steps", init_kl_coef="coef")
     completions = settings.pop("n_steps")
-    controller = AdaptiveKL(**settings)
-    return {"kl_coef_after_each": [controller.update(kl, completions) for kl in case.inputs["current_kl"].tolist()]}
+    coef, coefs = settings.pop("coef"), []
+    for kl in case.inputs["current_kl"].tolist():
+        coef = adapted(coef, kl, completions, **settings)
+        coefs.append(coef)
+    return {"kl_coef_after_each": coefs}
 
 
-def _rewards(case: Case, rows: Rows, sentence: Tensor, *, policy: str = "policy_logps", **settings: Any) -> RTORewards:
-    logps, ref, dpo = (rows.flat(case.inputs[name]) for name in (policy, "ref_logps", "dpo_logps"))
-    return rto_rewards(logps, rows.segments, ref_logps=ref, dpo_logps=dpo, sentence_rewards=sentence, **settings)
+def _rewards(
+    case: Case,
+    rows: Rows,
+    sentence: Tensor,
+    *,
+    policy: Tensor | None = None,
+    ends: Tensor | None = None,
+    **settings: Any,
+) -> RTORewards:
+    """The guide's log-probabilities are given: no model is asked."""
+    given = rows.take(case, "policy_logps", "ref_logps", "dpo_logps")
+    logps = given["policy_logps"] if policy is None else policy
+    credit = RTO(model="given", tokenizer="given", **settings)
+    quantities = {name: given[name] for name in ("ref_logps", "dpo_logps")}
+    return credit.rewards(logps, rows.segments, **quantities, sentence_rewards=sentence, ends=ends)
 
 
 def _reward_settings(params: dict[str, Any]) -> dict[str, Any]:
     names = {"dpo_reward_clip": "clip", "sentence_reward_clip": "sentence_clip"}
     settings = {names.get(name, name): value for name, value in params.items()}
-    settings["clip"] = settings["clip"] if settings["clip"] > 0 else None  # <= 0 means no clip to the authors
+    if settings.get("clip") is not None and settings["clip"] <= 0:
+        settings["clip"] = None  # that means no clip to the authors
     return settings
 
 

@@ -9,16 +9,21 @@ a dict of losses gives a dict of gradients, and a dict that holds a "loss" gets 
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+import tests.vectors
 
 RTOL, ATOL = 1e-6, 1e-9
 CONTROL = re.compile(r"wrong_grad_(?P<input>.+?)(_if_.*)?")
@@ -28,8 +33,8 @@ CONTROL = re.compile(r"wrong_grad_(?P<input>.+?)(_if_.*)?")
 class Case:
     """One case of a file; its inputs as tensors (float64, or long where all numbers are whole).
 
-    Inputs that are not arrays of numbers (names of groups, steps with a state, rows of unequal length) stay as
-    they are.
+    Rows of unequal length are a list of tensors. Inputs that are not numbers (names of groups, steps with a state)
+    stay as they are.
     """
 
     name: str
@@ -45,12 +50,15 @@ class Case:
         wanted = {key.removeprefix("grad_") for key in keys if key.startswith("grad_")} | controls
         inputs = {}
         for name, value in data.get("inputs", {}).items():
-            if not _numbers(value) or _ragged(value):
+            if not _numbers(value):
                 inputs[name] = value
                 continue
-            whole = name.endswith(("labels", "ids"))
-            tensor = torch.tensor(np.asarray(value, dtype=np.float64), dtype=torch.long if whole else torch.float64)
-            inputs[name] = tensor.requires_grad_(name in wanted)
+            dtype = torch.long if name.endswith(("labels", "ids")) else torch.float64
+            rows = [
+                torch.tensor(np.asarray(row, dtype=np.float64), dtype=dtype).requires_grad_(name in wanted)
+                for row in (value if _ragged(value) else [value])
+            ]
+            inputs[name] = rows if _ragged(value) else rows[0]
         return cls(data["name"], dict(data.get("params", {})), inputs, expected)
 
     def settings(self, *names: str, **renamed: str) -> dict[str, Any]:
@@ -75,7 +83,15 @@ def adapter(method: str, function: str) -> Callable[[Adapter], Adapter]:
     return register
 
 
+@cache
+def _load_adapters() -> None:
+    for module in pkgutil.iter_modules(tests.vectors.__path__, "tests.vectors."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
 def adapter_for(method: str, function: str | None) -> Adapter | None:
+    _load_adapters()
     if function is None:
         return next((run for (owner, _), run in ADAPTERS.items() if owner == method), None)
     return ADAPTERS.get((method, function))
@@ -145,7 +161,8 @@ def compare(produced: Any, expected: Any) -> str | None:
     if _ragged(expected):
         if len(produced) != len(expected):
             return f"{len(produced)} rows, expected {len(expected)}"
-        rows = (compare(p, e) for p, e in zip(produced, expected, strict=True))
+        # What is produced may be padded to the longest row.
+        rows = (compare(p[: len(e)], e) for p, e in zip(produced, expected, strict=True))
         return next((f"row {i}: {difference}" for i, difference in enumerate(rows) if difference), None)
     expected = np.asarray(expected, dtype=np.float64)
     if isinstance(produced, Tensor):
@@ -181,7 +198,7 @@ def run_paths(paths: Iterable[str | Path], write: Callable[[str], None] = print)
 
 
 def _with_gradients(case: Case, produced: dict[str, Any]) -> dict[str, Any]:
-    wanted = {n: x for n, x in case.inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    wanted = {n: x for n, x in case.inputs.items() if _has_gradient(x)}
     for part in produced.values():
         if isinstance(part, dict) and "loss" in part:
             _with_gradients(case, part)
@@ -196,7 +213,14 @@ def _with_gradients(case: Case, produced: dict[str, Any]) -> dict[str, Any]:
     return produced
 
 
-def _gradient(loss: Tensor, tensor: Tensor) -> Tensor:
+def _has_gradient(value: Any) -> bool:
+    rows = value if isinstance(value, list) and value else [value]
+    return all(isinstance(row, Tensor) and row.requires_grad for row in rows)
+
+
+def _gradient(loss: Tensor, tensor: Any) -> Any:
+    if isinstance(tensor, list):
+        return [_gradient(loss, row) for row in tensor]
     (grad,) = torch.autograd.grad(loss, tensor, allow_unused=True, retain_graph=True)
     return torch.zeros_like(tensor) if grad is None else grad
 
@@ -206,7 +230,7 @@ def _numbers(value: Any) -> bool:
     list where there is no number, which is NaN."""
     if isinstance(value, list):
         return all(v is None or _numbers(v) for v in value)
-    return isinstance(value, (int, float)) or value == "-inf"
+    return isinstance(value, (int, float)) or value in ("-inf", "inf", "nan")
 
 
 def _ragged(value: Any) -> bool:

@@ -50,7 +50,13 @@ class Groups:
         return token_hidden_rewards(self.influence(**settings), self.rows.segments, self.case.inputs["correct"])
 
     def tau(self, values: Tensor, beta: float | None) -> Tensor | None:
-        return None if beta is None else influence_threshold(values, *self.where, beta=beta)
+        """By its beta; or as the case gives it, a number for all groups, by group or by the group's name."""
+        given = self.case.params.get("tau", self.case.inputs.get("tau"))
+        if given is None:
+            return None if beta is None else influence_threshold(values, *self.where, beta=beta)
+        if isinstance(given, dict):
+            given = [given[str(name)] for name in self.names]
+        return torch.as_tensor(given, dtype=values.dtype).expand(len(self.names))
 
     def advantages(self, eps: float = 1e-6) -> Tensor:
         return group_advantages(self.case.inputs["correct"], self.group, eps=eps)
@@ -74,10 +80,10 @@ class Groups:
 @adapter("thr", "thr")
 def thr(case: Case) -> dict[str, Any]:
     x = Groups.of(case)
-    settings = case.settings("p", "tau_beta", "length_normalize", "std_eps")
+    settings = case.settings("p", "tau", "tau_beta", "length_normalize", "std_eps")
     normalize = settings.get("length_normalize", True)
     values = x.thr(length_normalize=normalize)
-    tau = x.tau(values, settings["tau_beta"])
+    tau = x.tau(values, settings.get("tau_beta"))
     weights = thr_weights(values, *x.where, tau, p=settings["p"])
     restricted = x.thr(length_normalize=normalize, restricted=True)
     return {
@@ -90,9 +96,10 @@ def thr(case: Case) -> dict[str, Any]:
 
 @adapter("thr", "nthr")
 def nthr(case: Case) -> dict[str, Any]:
-    x, settings = Groups.of(case), case.settings("beta", "std_eps")
+    x, settings = Groups.of(case), case.settings("beta", "tau", "std_eps")
     score = x.influence(length_normalize=False)
-    tau = x.tau(score, settings["beta"])
+    tau = x.tau(score, settings.get("beta"))
+    assert tau is not None
     weights = nthr_weights(score, *x.where, tau)
     eta = nthr_eta(x.group, case.inputs["correct"], torch.float64)
     return {
@@ -105,18 +112,17 @@ def nthr(case: Case) -> dict[str, Any]:
 @adapter("thr", "grpo_with_thr")
 def grpo_with_thr(case: Case) -> dict[str, Any]:
     x = Groups.of(case)
-    settings = case.settings("p", "tau_beta", "aggregation", "std_eps", "epsilon_high", epsilon_low="epsilon")
+    settings = case.settings("p", "tau", "tau_beta", "aggregation", "std_eps", "epsilon_high", epsilon_low="epsilon")
     values = x.thr()
-    tau = x.tau(values, settings.pop("tau_beta"))
+    settings.pop("tau", None)
+    tau = x.tau(values, settings.pop("tau_beta", None))
     weights = thr_weights(values, *x.where, tau, p=settings.pop("p"))
     found = x.weighted(values.abs(), tau, weights, settings.pop("std_eps", 1e-6))
     reduction, normaliser = AGGREGATIONS[settings.pop("aggregation")]
 
     def loss(advantages: Tensor) -> LossOutput:
-        vectors = x.rows.take(case, "logps", "old_logps")
-        return grpo_loss(
-            segments=x.rows.segments, advantages=x.rows.flat(advantages), reduction=reduction, **vectors, **settings
-        )
+        vectors = {**x.rows.sampled(case), "advantages": x.rows.flat(advantages)}
+        return grpo_loss(segments=x.rows.segments, reduction=reduction, **vectors, **settings)
 
     return {
         "thr": x.rows.padded(values),
@@ -128,9 +134,9 @@ def grpo_with_thr(case: Case) -> dict[str, Any]:
 
 @adapter("thr", "first_order_effect")
 def first_order_effect(case: Case) -> dict[str, Any]:
-    x, settings = Groups.of(case), case.settings("p_values", "tau_beta")
+    x, settings = Groups.of(case), case.settings("p_values", "tau", "tau_beta")
     values, segments = x.thr(), x.rows.segments
-    tau, advantages = x.tau(values, settings["tau_beta"]), x.advantages()
+    tau, advantages = x.tau(values, settings.get("tau_beta")), x.advantages()
     size = segments.broadcast(advantages.abs()) * values
     slopes = [(thr_weights(values, *x.where, tau, p=p) * size).sum() for p in settings["p_values"]]
     return {"thr": x.rows.padded(values), "advantages": advantages, "slope": torch.stack(slopes)}

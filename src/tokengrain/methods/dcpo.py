@@ -224,7 +224,10 @@ class DCPO:
         s_current = (i - 1) / i * current + total / i
         s_total = current / i + (i - 1) / i * total
         chosen = torch.where(s_current.abs() < s_total.abs(), s_current, s_total)
-        return SmoothAdvantages(*(x.to(rewards.dtype) for x in (chosen, current, total, s_current, s_total)), new)
+        dtype = rewards.dtype
+        return SmoothAdvantages(
+            chosen.to(dtype), current.to(dtype), total.to(dtype), s_current.to(dtype), s_total.to(dtype), new
+        )
 
     def _divided(self, differences: Tensor, std: Tensor) -> Tensor:
         """Differences over the deviation, 0 where that is 0; no epsilon."""

@@ -117,10 +117,10 @@ def _influence(step: RolloutStep, name: str, **settings: bool) -> tuple[Tensor, 
     if step.correct is None or step.advantages is None:
         missing = "rewards that say what is correct" if step.correct is None else "advantages"
         raise RunError(f"credit {name!r} needs {missing}; this rollout has none")
-    hidden, logps = step.quantity("hidden"), step.quantity("old_logps")
-    where = step.segments, step.group, step.correct
-    values = correct_influence(hidden, step.head(), step.batch.labels, *where, logps=logps, **settings)
-    return step.correct, step.advantages, values
+    hidden, logps, labels = step.quantity("hidden"), step.quantity("old_logps"), step.batch.labels
+    segments, group, correct = step.segments, step.group, step.correct
+    values = correct_influence(hidden, step.head(), labels, segments, group, correct, logps=logps, **settings)
+    return correct, step.advantages, values
 
 
 # The influence of tokens. No pair of tokens is visited one by one: either M is built once per group and contracted
