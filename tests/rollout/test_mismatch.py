@@ -48,13 +48,12 @@ def test_k3_estimates_the_divergence():
 
 
 def test_weights():
-    weights = lambda **kw: importance_weights(SAMPLER, TRAINER, SEGMENTS, **kw).tolist()  # noqa: E731
-    assert weights() == [1, 1, 1]
+    weights = lambda kind, cap=2.0: importance_weights(SAMPLER, TRAINER, SEGMENTS, kind=kind, cap=cap).tolist()  # noqa: E731
     assert weights(kind="token") == pytest.approx([0.5, 2, 0.5])
     assert weights(kind="token", cap=10) == pytest.approx([0.5, 3, 0.5])
     assert weights(kind="sequence") == pytest.approx([1.5, 1.5, 0.5])
     assert weights(kind="sequence", cap=1.2) == pytest.approx([1.2, 1.2, 0.5])
-    far = importance_weights(SAMPLER - 1000, TRAINER.requires_grad_(), SEGMENTS, kind="sequence")
+    far = importance_weights(SAMPLER - 1000, TRAINER.requires_grad_(), SEGMENTS, kind="sequence", cap=2.0)
     assert far.tolist() == pytest.approx([2, 2, 2])
     assert not far.requires_grad
 
@@ -63,9 +62,9 @@ def test_bad_input():
     with pytest.raises(RolloutError, match="shape"):
         sampler_mismatch(SAMPLER[:2], TRAINER, SEGMENTS)
     with pytest.raises(RolloutError, match=r"nan for token 2 \(completion 2\)"):
-        importance_weights(SAMPLER, torch.tensor([0.0, 0.0, math.nan]), SEGMENTS, kind="token")
-    with pytest.raises(RolloutError, match="expected none, token or sequence"):
-        importance_weights(SAMPLER, TRAINER, SEGMENTS, kind="tis")
+        importance_weights(SAMPLER, torch.tensor([0.0, 0.0, math.nan]), SEGMENTS, kind="token", cap=2.0)
+    with pytest.raises(ValueError, match="kind must be 'token' or 'sequence', got 'tis'"):
+        importance_weights(SAMPLER, TRAINER, SEGMENTS, kind="tis", cap=2.0)
 
 
 def test_prompts_of_text():

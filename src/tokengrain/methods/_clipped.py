@@ -269,7 +269,9 @@ def importance_weights(
 
     Raises:
         RolloutError: as `sampler_mismatch`.
+        ValueError: an unknown kind.
     """
+    check_choice("kind", kind, Correction)
     d = _log_ratio(sampling_logps, trainer_logps, segments)
     if kind == "sequence":
         d = segments.broadcast(segments.sum(d))
