@@ -94,5 +94,5 @@ def test_weights_alone_are_not_gone_on_with(how: str, tmp_path: Path) -> None:
     make_trainer(tmp_path, make_samples(8), **settings, save_only_model=how == "save_only_model").train()
     (tmp_path / "checkpoint-2" / how).unlink(missing_ok=how == "save_only_model")
     trainer = make_trainer(tmp_path, make_samples(8), model=tiny_llama(), **{**settings, "max_steps": 4})
-    with pytest.raises(RunError, match=r"checkpoint-2 cannot be gone on with: .*\(was it saved with save_only_model"):
+    with pytest.raises(RunError, match=r"checkpoint-2 cannot be resumed: .*\(was it saved with save_only_model"):
         trainer.train(resume_from_checkpoint=True)

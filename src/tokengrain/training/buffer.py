@@ -64,7 +64,7 @@ class RolloutBuffer:
         self.batch = batch.to("cpu") if batch is not None else None
         self.stand_in = stand_in.to("cpu")
         self.minibatches, self.epochs, self.seed, self.position = minibatches, epochs, seed, 0
-        self._taken_up: tuple[int, list[list[int]]] | None = None  # an epoch, and its schedule on other ranks
+        self._shared: tuple[int, list[list[int]]] | None = None  # an epoch begun on other ranks, and its schedule
 
     @property
     def total(self) -> int:
@@ -91,8 +91,8 @@ class RolloutBuffer:
 
     def schedule(self, epoch: int) -> list[list[int]]:
         """The prompts of each minibatch of an epoch; sizes differ by one at most."""
-        if self._taken_up is not None and self._taken_up[0] == epoch:
-            return self._taken_up[1]
+        if self._shared is not None and self._shared[0] == epoch:
+            return self._shared[1]
         count = self.batch.n_prompts if self.batch is not None else 0
         order = list(range(count))
         if epoch:
@@ -107,7 +107,7 @@ class RolloutBuffer:
         """Write to a file: tensors and rows. What the rows were made from is not in it."""
         own = None if self.batch is None else _packed(self.batch)
         settings = {"minibatches": self.minibatches, "epochs": self.epochs, "seed": self.seed}
-        state = {"position": self.position, "taken_up": self._taken_up, **settings}
+        state = {"position": self.position, "shared": self._shared, **settings}
         torch.save({"batch": own, "stand_in": _packed(self.stand_in), **state}, path)
 
     @classmethod
@@ -116,8 +116,8 @@ class RolloutBuffer:
 
         Args:
             paths: the files of the ranks that saved. If they are as many as there are now, each takes its own;
-                otherwise the prompts are shared out anew: the epoch under way goes on with the same minibatches, and
-                the order within later epochs is another one.
+                otherwise the prompts are shared out anew: the epoch under way keeps its minibatches, and the
+                order within later epochs is another one.
             raw: by row, what the prompts were made from.
         """
         if len(paths) == world:
@@ -133,7 +133,7 @@ class RolloutBuffer:
             epochs=state["epochs"],
             seed=state["seed"],
         )
-        buffer.position, buffer._taken_up = state["position"], state.get("taken_up")
+        buffer.position, buffer._shared = state["position"], state["shared"]
         return buffer
 
     @classmethod
@@ -157,7 +157,7 @@ class RolloutBuffer:
         epoch = first.position // first.minibatches
         minibatches = zip(*(old.schedule(epoch) for old in olds), strict=True)
         shares = [[number[slot, old] for old, slots in enumerate(one) for slot in slots] for one in minibatches]
-        buffer._taken_up = epoch, [sorted(i // world for i in share if i % world == rank) for share in shares]
+        buffer._shared = epoch, [sorted(i // world for i in share if i % world == rank) for share in shares]
         return buffer
 
 

@@ -1,4 +1,4 @@
-"""`PreferenceConfig`: `transformers.TrainingArguments` with the settings of preference training."""
+"""`PreferenceConfig` and `OnlineConfig`: `transformers.TrainingArguments` with the settings of our trainers."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from tokengrain.batch import Sample
-from tokengrain.errors import DataError, RecipeError
+from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import NormaliserName
 from tokengrain.rollout.sampler import SamplingConfig, derived_seed
 from tokengrain.scoring.layouts import Layout
-
-LAYOUTS = ("auto", "shared", "separate")
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "push_to_hub": ((False,), "push the finished model folder"),
@@ -70,29 +68,21 @@ class PreferenceConfig(TrainingArguments):
         RecipeError: a value out of range, or an inherited setting that would have no effect or a wrong one.
     """
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every this many optimiser steps."})
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Trackers to report to; a local log.jsonl is always written."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Always False: rows are Samples."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always False: they stop the run."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin host memory of batches."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Passed to DistributedDataParallel."}
-    )
-    max_tokens_per_microbatch: int | None = field(
-        default=None, metadata={"help": "Most tokens in one forward pass; None: the whole device batch."}
-    )
-    normaliser: NormaliserName = field(default="mean", metadata={"help": "What the losses of a step are divided by."})
-    normaliser_constant: float | None = field(default=None, metadata={"help": "Divisor of the normaliser 'constant'."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off in the policy."})
-    layout: Layout = field(default="auto", metadata={"help": "auto, shared or separate."})
-    chunk_tokens: int | None = field(default=None, metadata={"help": "Tokens whose logits are formed at once."})
-    log_entropy: bool = field(default=False, metadata={"help": "Log the policy's entropy in training."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete an earlier run's checkpoints when starting from scratch."}
-    )
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    report_to: str | list[str] | None = "none"
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    dataloader_pin_memory: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    max_tokens_per_microbatch: int | None = None
+    normaliser: NormaliserName = "mean"
+    normaliser_constant: float | None = None
+    disable_dropout: bool = True
+    layout: Layout = "auto"
+    chunk_tokens: int | None = None
+    log_entropy: bool = False
+    overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
         self._refuse_what_cannot_work()
@@ -103,31 +93,34 @@ class PreferenceConfig(TrainingArguments):
         super().__post_init__()
 
     def _refuse_what_cannot_work(self) -> None:
-        for name, allowed in (("remove_unused_columns", False), ("logging_nan_inf_filter", False)):
-            if getattr(self, name) is not allowed:
-                raise RecipeError(f"{name} must be {allowed} in preference training, got {getattr(self, name)!r}")
-        if self.layout not in LAYOUTS:
-            raise RecipeError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if not 0 <= float(self.learning_rate) < math.inf:
-            raise RecipeError(f"learning_rate must be finite and at least 0, got {self.learning_rate!r}")
+        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
+            value = getattr(self, name)
+            require(value is False, RecipeError, f"{name} must be False in preference training, got {value!r}")
+        layouts = get_args(Layout)
+        known = self.layout in layouts
+        require(known, RecipeError, f"layout must be one of {', '.join(layouts)}, got {self.layout!r}")
+        usable = 0 <= float(self.learning_rate) < math.inf
+        require(usable, RecipeError, f"learning_rate must be finite and at least 0, got {self.learning_rate!r}")
         for name in ("max_tokens_per_microbatch", "chunk_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise RecipeError(f"{name} must be a positive integer or null, got {value!r}")
-        for name, (allowed_values, reason) in _REFUSED.items():
+            fits = value is None or _is_whole(value, 1)
+            require(fits, RecipeError, f"{name} must be a positive integer or null, got {value!r}")
+        for name, (allowed, reason) in _REFUSED.items():
             value = getattr(self, name)
-            if getattr(value, "value", value) not in allowed_values:
-                raise RecipeError(f"{name} is not supported, except {_shown(allowed_values)}, got {value!r}; {reason}")
+            shown = " and ".join(map(repr, allowed))
+            message = f"{name} is not supported, except {shown}, got {value!r}; {reason}"
+            require(getattr(value, "value", value) in allowed, RecipeError, message)
         optimiser = str(getattr(self.optim, "value", self.optim))
-        if optimiser in ("lomo", "adalomo") or optimiser.endswith("_layerwise"):
-            raise RecipeError(
-                f"optim is {optimiser!r}, which changes weights during the backward pass of a micro-batch; a step is "
-                "all of its micro-batches. Expected one that steps after them, such as adamw_torch"
-            )
+        require(
+            optimiser not in ("lomo", "adalomo") and not optimiser.endswith("_layerwise"),
+            RecipeError,
+            f"optim is {optimiser!r}, which changes weights during the backward pass of a micro-batch; a step is "
+            "all of its micro-batches. Expected one that steps after them, such as adamw_torch",
+        )
 
 
-def _shown(values: tuple[Any, ...]) -> str:
-    return " and ".join(repr(value) for value in values)
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _without_dispatch(config: Any) -> Any:
@@ -137,10 +130,6 @@ def _without_dispatch(config: Any) -> Any:
     if isinstance(config, dict):
         return {"dispatch_batches": False, **config}
     return config
-
-
-# ----------------------------------------------------------------------------------------------------
-# Streams as training data: read again from the start when they end, so that a run has one long pass.
 
 
 class RepeatedStream(IterableDataset[Sample]):
@@ -170,8 +159,7 @@ class RepeatedStream(IterableDataset[Sample]):
             for sample in self.stream:
                 empty = False
                 yield sample
-            if empty:
-                raise DataError("the stream has no rows", file=self.name, expected="at least one row")
+            require(not empty, DataError, "the stream has no rows", file=self.name, expected="at least one row")
             number += 1
 
 
@@ -184,14 +172,14 @@ def endless(dataset: Any, args: PreferenceConfig) -> Any:
     """
     if dataset is None or hasattr(dataset, "__len__"):
         return dataset
-    if args.max_steps <= 0:
-        raise RecipeError("a stream has no known length; set max_steps")
+    require(args.max_steps > 0, RecipeError, "a stream has no known length; set max_steps")
     refuse_epochs(args, "a stream is one long pass")
-    if args.dataloader_num_workers > 1:
-        raise RecipeError(
-            f"dataloader_num_workers is {args.dataloader_num_workers}; each of them would read the whole stream. "
-            "Expected 0 or 1, or rows in memory"
-        )
+    require(
+        args.dataloader_num_workers <= 1,
+        RecipeError,
+        f"dataloader_num_workers is {args.dataloader_num_workers}; each of them would read the whole stream. "
+        "Expected 0 or 1, or rows in memory",
+    )
     return RepeatedStream(dataset)
 
 
@@ -199,15 +187,31 @@ def refuse_epochs(args: PreferenceConfig, reason: str) -> None:
     """Raises `RecipeError` if something should happen at the end of every epoch, where training has but one."""
     for name in ("logging_strategy", "eval_strategy", "save_strategy"):
         value = getattr(args, name)
-        if getattr(value, "value", value) == "epoch":
-            raise RecipeError(
-                f"{name} is 'epoch', but {reason}, and an epoch never ends before the run does; expected 'steps', with "
-                f"{name.replace('strategy', 'steps')}"
-            )
+        require(
+            getattr(value, "value", value) != "epoch",
+            RecipeError,
+            f"{name} is 'epoch', but {reason}, and an epoch never ends before the run does; expected 'steps', with "
+            f"{name.replace('strategy', 'steps')}",
+        )
 
 
-# ----------------------------------------------------------------------------------------------------
-# `OnlineConfig`: the settings of `OnlineTrainer`.
+def launched_with_fsdp() -> bool:
+    """Whether `accelerate launch` was asked to shard."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+_LEAST = {
+    "prompts_per_rollout": 1,
+    "num_generations": 1,
+    "minibatches": 1,
+    "rollout_epochs": 1,
+    "max_new_tokens": 1,
+    "max_refills": 0,
+    "max_empty_rollouts": 1,
+    "eval_generations": 1,
+    "rollout_samples": 0,
+    "rollout_samples_every": 1,
+}
 
 
 @dataclass
@@ -245,60 +249,67 @@ class OnlineConfig(PreferenceConfig):
         RecipeError: as `PreferenceConfig`; what cannot work online.
     """
 
-    prompts_per_rollout: int = field(default=32, metadata={"help": "Prompts of a rollout, over all ranks."})
-    num_generations: int = field(default=8, metadata={"help": "Completions per prompt."})
-    minibatches: int = field(default=1, metadata={"help": "Optimiser steps per pass over a rollout."})
-    rollout_epochs: int = field(default=1, metadata={"help": "Passes over a rollout."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the smallest set with this probability."})
-    top_k: int = field(default=0, metadata={"help": "Sample from this many tokens; 0: all."})
-    min_p: float = field(default=0.0, metadata={"help": "Sample from tokens this times as probable as the best."})
-    stop: list[str] = field(default_factory=list, metadata={"help": "Strings that end a completion."})
-    stop_ids: list[int] | None = field(default=None, metadata={"help": "Tokens that end a completion."})
-    shuffle_prompts: bool = field(default=True, metadata={"help": "A new order of prompts in every pass."})
-    max_refills: int = field(default=10, metadata={"help": "Rounds of replacing filtered prompts, per rollout."})
-    max_empty_rollouts: int = field(default=10, metadata={"help": "Rollouts in a row with nothing to train on."})
-    correct_from: str | None = field(default=None, metadata={"help": "Reward that says what is correct."})
-    eval_generations: int = field(default=1, metadata={"help": "Completions per prompt in evaluation."})
-    eval_temperature: float = field(default=0.0, metadata={"help": "Temperature in evaluation; 0: greedy."})
-    rollout_samples: int = field(default=4, metadata={"help": "Completions recorded per rollout."})
-    rollout_samples_every: int = field(default=5, metadata={"help": "Rollouts from one record to the next."})
-    log_entropy: bool = field(default=True, metadata={"help": "Log the policy's entropy on rollouts."})
+    prompts_per_rollout: int = 32
+    num_generations: int = 8
+    minibatches: int = 1
+    rollout_epochs: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
+    stop_ids: list[int] | None = None
+    shuffle_prompts: bool = True
+    max_refills: int = 10
+    max_empty_rollouts: int = 10
+    correct_from: str | None = None
+    eval_generations: int = 1
+    eval_temperature: float = 0.0
+    rollout_samples: int = 4
+    rollout_samples_every: int = 5
+    log_entropy: bool = True
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise RecipeError(f"{name} must be a whole number, at least {least}, got {value!r}")
-        if self.gradient_accumulation_steps != 1:
-            raise RecipeError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; in online training a minibatch is "
-                "an optimiser step: set minibatches, and max_tokens_per_microbatch for memory"
-            )
-        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-            where = f"fsdp is {self.fsdp!r}" if self.fsdp else "accelerate was started with FSDP"
-            raise RecipeError(
-                f"{where}; online training does not shard the model, because every process samples with all of it. "
-                "Expected no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
-                "lora, bf16 and max_tokens_per_microbatch"
-            )
-        refuse_epochs(self, "online training is one long pass")
-        if getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy) != "random":
-            raise RecipeError(
-                f"train_sampling_strategy is {self.train_sampling_strategy!r}; online training draws prompts itself: "
-                "set shuffle_prompts"
-            )
-        if self.eval_generations > 1 and self.eval_temperature == 0:
-            raise RecipeError(
-                f"eval_generations is {self.eval_generations} and eval_temperature 0: a prompt's completions would all "
-                "be the same. Expected eval_generations 1, or a temperature above 0"
-            )
+            fits = _is_whole(value, least)
+            require(fits, RecipeError, f"{name} must be a whole number, at least {least}, got {value!r}")
+        self._refuse_what_cannot_work_online()
         self._find_best()
-        self.sampling()
+        self.sampling()  # checks the settings
         self.eval_sampling()
-        self.ignore_data_skip = True  # the loop goes on from its own state
+        self.ignore_data_skip = True  # a rollout under way is resumed from the checkpoint
         super().__post_init__()
+
+    def _refuse_what_cannot_work_online(self) -> None:
+        require(
+            self.gradient_accumulation_steps == 1,
+            RecipeError,
+            f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; in online training a minibatch is "
+            "an optimiser step: set minibatches, and max_tokens_per_microbatch for memory",
+        )
+        where = f"fsdp is {self.fsdp!r}" if self.fsdp else "accelerate was started with FSDP"
+        require(
+            not self.fsdp and not launched_with_fsdp(),
+            RecipeError,
+            f"{where}; online training does not shard the model, because every process samples with all of it. "
+            "Expected no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
+            "lora, bf16 and max_tokens_per_microbatch",
+        )
+        refuse_epochs(self, "online training is one long pass")
+        require(
+            getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy) == "random",
+            RecipeError,
+            f"train_sampling_strategy is {self.train_sampling_strategy!r}; online training draws prompts itself: "
+            "set shuffle_prompts",
+        )
+        require(
+            self.eval_generations == 1 or self.eval_temperature != 0,
+            RecipeError,
+            f"eval_generations is {self.eval_generations} and eval_temperature 0: a prompt's completions would all "
+            "be the same. Expected eval_generations 1, or a temperature above 0",
+        )
 
     def _find_best(self) -> None:
         """By reward, unless it says otherwise: evaluation by sampling has no loss."""
@@ -306,11 +317,12 @@ class OnlineConfig(PreferenceConfig):
             self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
         ):
             self.metric_for_best_model = "reward"
-        if self.metric_for_best_model in ("loss", "eval_loss"):
-            raise RecipeError(
-                f"metric_for_best_model is {self.metric_for_best_model!r}; online evaluation samples and has no loss. "
-                "Expected one of its metrics, such as reward or correct"
-            )
+        require(
+            self.metric_for_best_model not in ("loss", "eval_loss"),
+            RecipeError,
+            f"metric_for_best_model is {self.metric_for_best_model!r}; online evaluation samples and has no loss. "
+            "Expected one of its metrics, such as reward or correct",
+        )
 
     @property
     def steps_per_rollout(self) -> int:
@@ -331,20 +343,6 @@ class OnlineConfig(PreferenceConfig):
 
     def eval_sampling(self) -> SamplingConfig:
         """How evaluation samples: every time with the same seed."""
-        everything: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0} if self.eval_temperature == 0 else {}
+        greedy: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0} if self.eval_temperature == 0 else {}
         seed = derived_seed(self.seed, "evaluation")
-        return replace(self.sampling(), temperature=self.eval_temperature, seed=seed, **everything)
-
-
-_LEAST = {
-    "prompts_per_rollout": 1,
-    "num_generations": 1,
-    "minibatches": 1,
-    "rollout_epochs": 1,
-    "max_new_tokens": 1,
-    "max_refills": 0,
-    "max_empty_rollouts": 1,
-    "eval_generations": 1,
-    "rollout_samples": 0,
-    "rollout_samples_every": 1,
-}
+        return replace(self.sampling(), temperature=self.eval_temperature, seed=seed, **greedy)

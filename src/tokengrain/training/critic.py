@@ -15,10 +15,12 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError
+from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError, require
 from tokengrain.loss import Counts, LossOutput, make_normaliser
 from tokengrain.methods.ppo import value_loss
 from tokengrain.methods.qrm import completion_statistics_of, statistics_of
@@ -27,10 +29,10 @@ from tokengrain.scoring.model import evaluating, is_token_classifier
 from tokengrain.scoring.prepare import causal_lm, prepare
 from tokengrain.scoring.reference import disable_dropout, is_peft
 from tokengrain.scoring.score import in_parts, score
-from tokengrain.training.step import HostBatch, all_reduce, plan_step, wide
+from tokengrain.training.step import HostBatch, all_reduce, plan_step, several_ranks, wide
 
-# ----------------------------------------------------------------------------------------------------
-# The model that a critic starts from.
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
 
 
 def scores_tokens(model: nn.Module) -> bool:
@@ -54,8 +56,8 @@ def critic_model(source: nn.Module, *, fresh_head: bool = False) -> nn.Module:
     else:
         causal_lm(source)
         model = reward_model_from(source, share=False).requires_grad_(True)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError("nothing of the critic can be trained; expected an adapter loaded for training")
+    trained = any(p.requires_grad for p in model.parameters())
+    require(trained, ModelError, "nothing of the critic can be trained; expected an adapter loaded for training")
     disable_dropout(model)
     return model.train()
 
@@ -65,14 +67,10 @@ def _inner(model: nn.Module) -> nn.Module:
     return inner.get_base_model() if is_peft(inner) else inner
 
 
-WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
-Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
-
-
 class Critic:
     """Values of states, and how they are learnt.
 
-    The loss is `tokengrain.objectives.ppo.value_loss` over a whole minibatch, whatever the micro-batches and ranks.
+    The loss is `tokengrain.methods.ppo.value_loss` over a whole minibatch, whatever the micro-batches and ranks.
     Ranks need not run the model equally often: gradients are added up over ranks after the last micro-batch.
 
     Args:
@@ -117,12 +115,13 @@ class Critic:
         max_tokens_per_microbatch: int | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("clip_range", clip_range), ("max_grad_norm", max_grad_norm)):
-            if value is not None and not value > 0:
-                raise RecipeError(f"critic: {name} is {value}; expected a number above 0")
-        if reduction not in ("mean", "sum"):
-            raise RecipeError(f"critic: reduction is {reduction!r}; expected 'mean' or 'sum'")
-        if schedule not in get_args(Schedule):
-            raise RecipeError(f"critic: schedule is {schedule!r}; expected one of {', '.join(get_args(Schedule))}")
+            usable = value is None or value > 0
+            require(usable, RecipeError, f"critic: {name} is {value}; expected a number above 0")
+        known = reduction in ("mean", "sum")
+        require(known, RecipeError, f"critic: reduction is {reduction!r}; expected 'mean' or 'sum'")
+        schedules = get_args(Schedule)
+        what = f"critic: schedule is {schedule!r}; expected one of {', '.join(schedules)}"
+        require(schedule in schedules, RecipeError, what)
         self.settings: dict[str, Any] = {
             "lr": lr,
             "betas": list(betas),
@@ -135,8 +134,8 @@ class Critic:
             "schedule": schedule,
             "warmup_steps": warmup_steps,
         }
-        if fresh_head and is_peft(source):
-            raise RecipeError("critic: fresh_head is for a whole model; give an adapter with a head of its own")
+        whole = not fresh_head or not is_peft(source)
+        require(whole, RecipeError, "critic: fresh_head is for a whole model; give an adapter with a head of its own")
         self.model = critic_model(source, fresh_head=fresh_head)
         fresh = fresh_head or not scores_tokens(source)
         found = _statistics(self.model) if use_statistics and not fresh else None
@@ -168,18 +167,16 @@ class Critic:
         Raises:
             RecipeError: a schedule that needs the number of steps, and it is not known.
         """
-        from transformers import get_scheduler
-
         if device is not None:
             self.model.to(device)
         self.autocast = autocast
         self.max_tokens = self.max_tokens or max_tokens
-        if _several_ranks():
+        if several_ranks():
             for value in [*self.model.parameters(), *self.model.buffers()]:
                 dist.broadcast(value.detach(), 0)
         name, warmup = self.settings["schedule"], self.settings["warmup_steps"]
-        if name != "constant" and max_steps is None:
-            raise RecipeError(f"critic: schedule {name!r} needs the number of optimiser steps (max_steps)")
+        known = name == "constant" or max_steps is not None
+        require(known, RecipeError, f"critic: schedule {name!r} needs the number of optimiser steps (max_steps)")
         self._scheduler = get_scheduler(
             "constant_with_warmup" if name == "constant" else name,
             self.optimizer,
@@ -224,8 +221,8 @@ class Critic:
         names = sorted(totals)
         sums = all_reduce(torch.tensor([totals[n] for n in names], dtype=torch.float64), device).tolist()
         metrics = dict(zip(names, sums, strict=True))
-        if not math.isfinite(metrics["critic/loss"]):
-            raise NonFiniteLossError(f"the critic's loss is {metrics['critic/loss']}; rows {list(batch.rows)[:8]}")
+        loss = metrics["critic/loss"]
+        require(math.isfinite(loss), NonFiniteLossError, f"the critic's loss is {loss}; rows {list(batch.rows)[:8]}")
         self._sum_gradients()
         norm = nn.utils.clip_grad_norm_(self._trained.values(), self.max_grad_norm or math.inf)
         metrics |= {"critic/grad_norm": float(norm), "critic/lr": self.lr}
@@ -247,10 +244,8 @@ class Critic:
 
     def _output(self, values: Tensor, part: TokenBatch) -> LossOutput:
         columns = {name: part.columns[name].to(values.device) for name in ("returns", "values") if name in part.columns}
-        if "returns" not in columns:
-            raise RecipeError(
-                "the critic has nothing to learn: no `returns`; expected a credit step that gives them (gae)"
-            )
+        what = "the critic has nothing to learn: no `returns`; expected a credit step that gives them (gae)"
+        require("returns" in columns, RecipeError, what)
         segments = Segments(part.segments.offsets.to(values.device))
         return value_loss(values, segments, returns=columns["returns"], old_values=columns.get("values"), **self._loss)
 
@@ -262,7 +257,7 @@ class Critic:
         return (values - self.statistics.mean) / self.statistics.std
 
     def _sum_gradients(self) -> None:
-        if not _several_ranks():
+        if not several_ranks():
             return
         for parameter in self._trained.values():
             if parameter.grad is None:  # this rank had nothing in the minibatch
@@ -282,9 +277,7 @@ class Critic:
 
     def save(self, folder: str | Path) -> None:
         """Write what is trained, and the optimiser's state, into a folder; of several ranks the first one writes."""
-        from safetensors.torch import save_file
-
-        if _several_ranks() and dist.get_rank():
+        if several_ranks() and dist.get_rank():
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -293,27 +286,25 @@ class Critic:
         torch.save({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}, folder / OPTIMIZER)
 
     def load(self, folder: str | Path) -> None:
-        """Go on exactly where `save` was called; after `begin`.
+        """Resume exactly where `save` was called; after `begin`.
 
         Raises:
             RunError: the folder is not this critic's.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        if not (folder / WEIGHTS).is_file() or not (folder / OPTIMIZER).is_file():
-            raise RunError(f"{folder} holds no critic; expected {WEIGHTS} and {OPTIMIZER}")
+        there = (folder / WEIGHTS).is_file() and (folder / OPTIMIZER).is_file()
+        require(there, RunError, f"{folder} holds no critic; expected {WEIGHTS} and {OPTIMIZER}")
         stored, own = load_file(folder / WEIGHTS), self._trained
-        if {n: v.shape for n, v in stored.items()} != {n: p.shape for n, p in own.items()}:
-            raise RunError(f"{folder} holds another critic: the names or shapes of its weights differ")
+        same = {n: v.shape for n, v in stored.items()} == {n: p.shape for n, p in own.items()}
+        require(same, RunError, f"{folder} holds another critic: the names or shapes of its weights differ")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(stored[name])
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scheduler"] is not None:
-            if self._scheduler is None:
-                raise RunError("the critic has no schedule yet; call begin() before load()")
+            what = "the critic has no schedule yet; call begin() before load()"
+            require(self._scheduler is not None, RunError, what)
             self._scheduler.load_state_dict(state["scheduler"])
 
 
@@ -321,7 +312,3 @@ def _statistics(model: nn.Module) -> Any:
     """Of the scores of tokens; where only the last one was trained, its own."""
     whole = completion_statistics_of(model)
     return whole if whole is not None and whole.pooling == "last" else statistics_of(model)
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,33 +1,47 @@
-"""Evaluation on held-out rows: sums over the whole set, on all ranks, divided once."""
+"""Evaluation: on held-out rows with sums over the whole set, divided once; and by sampling, with intervals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.batch import Sample, TokenBatch
-from tokengrain.errors import DataError, RecipeError
-from tokengrain.evaluation.statistics import wilson
+from tokengrain.errors import DataError, require
+from tokengrain.evaluation.statistics import mean_interval, mean_over_prompts, pass_at_k, wilson
 from tokengrain.loss import Counts, LossOutput, make_normaliser
-from tokengrain.method import BoundObjective
-from tokengrain.scoring.model import evaluating
-from tokengrain.scoring.reference import reshard, shard
-from tokengrain.training.checks import check_samples
 from tokengrain.training.loss import Judged
-from tokengrain.training.step import HostBatch, WeightedMeans, add_lengths, add_metrics, all_reduce, counts_of, wide
-
-if TYPE_CHECKING:
-    from tokengrain.training.config import PreferenceConfig
+from tokengrain.training.step import HostBatch, WeightedMeans, all_reduce, counts_of, wide
 
 MEASURES = ("entropy", "kl", "log_ratio")
 WHOLE = "whole"
 """Measured as well: what the policy prefers when all tokens count, also those an objective does not read."""
+
+
+def chosen_dataset(trainer: Trainer, eval_dataset: Any) -> Any:
+    """The data that `Trainer.evaluate` was asked for: these, one of several by name, or the trainer's own.
+
+    Raises:
+        DataError: there are none.
+    """
+    own: Any = trainer.eval_dataset
+    dataset = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
+    require(dataset is not None, DataError, "evaluation needs an eval_dataset")
+    return dataset
+
+
+def loop_output(metrics: Mapping[str, float], prefix: str, count: int) -> EvalLoopOutput:
+    """What an evaluation loop returns: metrics under their prefix, of `count` samples; no predictions are kept."""
+    nothing: Any = None
+    return EvalLoopOutput(nothing, nothing, {f"{prefix}_{name}": value for name, value in metrics.items()}, count)
+
+
+# ---- On held-out rows ----
 
 
 class EvalBatches:
@@ -71,25 +85,6 @@ class EvalBatches:
         return iter(self._parts)
 
 
-def meant(trainer: Trainer, eval_dataset: Any) -> Any:
-    """The data that `Trainer.evaluate` was asked for: these, one of several by name, or the trainer's own.
-
-    Raises:
-        DataError: there are none.
-    """
-    own: Any = trainer.eval_dataset
-    dataset = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
-    if dataset is None:
-        raise DataError("evaluation needs an eval_dataset")
-    return dataset
-
-
-def evaluated(metrics: Mapping[str, float], prefix: str, count: int) -> EvalLoopOutput:
-    """What an evaluation loop returns: metrics under their prefix, of `count` samples; no predictions are kept."""
-    nothing: Any = None
-    return EvalLoopOutput(nothing, nothing, {f"{prefix}_{name}": value for name, value in metrics.items()}, count)
-
-
 class EvalSums:
     """What evaluation adds up, and the metrics made of it."""
 
@@ -100,28 +95,32 @@ class EvalSums:
         self.units: tuple[Any, Any] = ("pairs", "chosen_tokens")
 
     def add(self, batch: TokenBatch, judged: Judged, real: bool) -> None:
-        """Add a micro-batch; one that is not real adds its names without weight."""
-        out, means = judged.output, WeightedMeans()
-        add_metrics(means, out.metrics, out.losses.numel())
-        add_lengths(means, batch.segments, out.unit == "pairs")
-        for name in MEASURES:
-            values = getattr(judged, name)
-            if values is not None:
-                _add_tokens(means, name, wide(values), batch, out.unit == "pairs")
+        """Add a micro-batch; of one that is not real only its kind counts."""
+        out, pairs = judged.output, judged.output.unit == "pairs"
         self.units = (out.unit, out.token_unit)
         if not real:
-            self.means.merge(means.scaled(0.0))
             return
-        self.means.merge(means)
+        self.means.add_metrics(out.metrics, out.losses.numel())
+        self.means.add_lengths(batch.segments, pairs)
+        for name in MEASURES:
+            if (values := getattr(judged, name)) is not None:
+                self._add_tokens(name, wide(values), batch, pairs)
         self.counts = self.counts + counts_of(batch)
         extra = wide(out.token_losses).sum() if out.token_losses is not None else torch.zeros(())
         self.losses += torch.stack([wide(out.losses).sum().cpu(), extra.double().cpu()])
+
+    def _add_tokens(self, name: str, values: Tensor, batch: TokenBatch, pairs: bool) -> None:
+        """Token means of a measure: over all counted tokens, and by side for pairs."""
+        self.means.add(name, float(values.sum()), values.numel())
+        if pairs:
+            for side, mask in (("chosen", batch.segments.is_chosen), ("rejected", ~batch.segments.is_chosen)):
+                self.means.add(f"{name}_per_token/{side}", float(values[mask].sum()), int(mask.sum()))
 
     def metrics(self, normaliser: str, device: torch.device) -> dict[str, float]:
         """Metrics of the whole set: `loss`, the objective's own, accuracy with 95 % interval, measures."""
         losses = all_reduce(self.losses, device)
         counts = Counts.from_tensor(all_reduce(self.counts.to_tensor(), device))
-        means = self.means.reduced(lambda values: all_reduce(values, device))
+        means = self.means.reduced()
         # A sum over an evaluation set, or one over a constant meant for a step, says nothing: use the mean.
         name: Any = normaliser if normaliser in ("mean", "token_mean") else "mean"
         output = LossOutput(losses[:1], {}, losses[1:], *self.units)
@@ -136,91 +135,58 @@ class EvalSums:
         return found
 
 
-def _add_tokens(means: WeightedMeans, name: str, values: torch.Tensor, batch: TokenBatch, pairs: bool) -> None:
-    """Token means of a measure: over all counted tokens, and by side for pairs."""
-    means.add(name, float(values.sum()), values.numel())
-    if pairs:
-        for side, mask in (("chosen", batch.segments.is_chosen), ("rejected", ~batch.segments.is_chosen)):
-            means.add(f"{name}_per_token/{side}", float(values[mask].sum()), int(mask.sum()))
+# ---- By sampling ----
 
 
-class EvaluationMixin(Trainer):
-    """Overrides of `transformers.Trainer` that evaluate on the whole set, whatever the batches and ranks."""
+class EvalPrompts(list[Any]):
+    """This rank's share of the prompts to evaluate on; `n_samples` is the size of the whole set."""
 
-    if TYPE_CHECKING:  # what PreferenceTrainer adds
-        args: PreferenceConfig
-        objective: BoundObjective
-        model: nn.Module
+    def __init__(self, prompts: Sequence[Any], rank: int, world: int) -> None:
+        super().__init__(list(prompts)[rank::world])
+        self.n_samples = len(prompts)
 
-        def judge(self, model: nn.Module, batch: TokenBatch, **options: Any) -> Judged: ...
 
-        def _place_reference(self) -> None: ...
+def completion_metrics(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of an evaluation.
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's share of the evaluation set, in micro-batches.
+    Args:
+        entries: one per prompt, with `lengths` and `truncated` and, where there are rewards, `reward` and `by_name`
+            (lists over its completions), and `correct`.
 
-        Raises:
-            DataError: there is no such set, it is empty, or a row does not fit the model.
-        """
-        dataset = meant(self, eval_dataset)
-        samples = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
-        pairs = self.objective.unit == "pairs"
-        check_samples(samples, self.model, name=getattr(dataset, "name", "eval"), pairs=pairs)
-        return EvalBatches(
-            samples,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_tokens=self.args.max_tokens_per_microbatch,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            device=self.args.device,
-        )
+    Returns:
+        `reward` with the ends of its 95 % interval (prompts are independent, completions of a prompt are not),
+        `reward_<name>`, `length`, `truncated`, and with a reward that says what is correct `correct` with its
+        interval, and of several completions per prompt pass@k for k = 1, 2, 4, ...
+    """
+    lengths = [n for e in entries for n in e["lengths"]]
+    metrics = {
+        "length": sum(lengths) / len(lengths),
+        "truncated": sum(t for e in entries for t in e["truncated"]) / len(lengths),
+    }
+    if not any("reward" in e for e in entries):
+        return metrics
+    metrics |= _with_interval("reward", [_mean(e["reward"]) for e in entries])
+    for name in entries[0]["by_name"]:
+        metrics |= _with_interval(f"reward_{name}", [_mean(e["by_name"][name]) for e in entries], interval=False)
+    found = mean_over_prompts(torch.tensor([_mean(e["correct"]) for e in entries]))
+    metrics |= {"correct": found.value, "correct_low": found.low, "correct_high": found.high}
+    if (n := len(entries[0]["correct"])) > 1:
+        right = torch.tensor([sum(e["correct"]) for e in entries])
+        for k in (2**i for i in range(n.bit_length())):
+            metrics[f"pass@{k}"] = float(pass_at_k(n, right, k).mean())
+    return metrics
 
-    def evaluation_model(self) -> nn.Module:
-        """The policy as evaluation runs it: sharded under FSDP2, else without wrapper."""
-        if self.accelerator.is_fsdp2 and not self.accelerator._models:
-            shard(self.model, self.accelerator)  # evaluation before training; `train` finds it sharded
-        self._place_reference()
-        return self.model
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Metrics of the whole evaluation set; see `EvalSums`."""
-        self.callback_handler.eval_dataloader = dataloader
-        model = self.evaluation_model()
-        with evaluating(model):
-            sums = self._sums(dataloader)
-        if self.accelerator.is_fsdp2:
-            reshard(model)
-        metrics = sums.metrics(self.args.normaliser, self.args.device)
-        return evaluated(metrics, metric_key_prefix, dataloader.n_samples)
+def _mean(values: Sequence[float]) -> float:
+    known = [v for v in values if v == v]
+    return sum(known) / len(known) if known else math.nan
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Raises `RecipeError` if evaluation has no such metric."""
-        try:
-            return super()._determine_best_metric(metrics, trial)
-        except KeyError as error:
-            wanted, known = self.args.metric_for_best_model, ", ".join(name.removeprefix("eval_") for name in metrics)
-            raise RecipeError(f"metric_for_best_model is {wanted!r}; evaluation gives {known}") from error
 
-    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises `RecipeError`: evaluation keeps no predictions."""
-        raise RecipeError(
-            "there is no predict: evaluate(rows) gives their metrics, tokengrain.score the log-probabilities of their "
-            "tokens, and a sampler of tokengrain.rollout completions"
-        )
-
-    def _sums(self, batches: EvalBatches) -> EvalSums:
-        sums, mixed_precision = EvalSums(), self.accelerator.autocast
-        for index, host in enumerate(batches):
-            batch = host.batch.to(self.args.device)
-            with mixed_precision():
-                judged = self.judge(self.model, batch, measure=(*MEASURES, WHOLE), frozen_context=mixed_precision)
-            sums.add(batch, judged, real=index < batches.n_real)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return sums
+def _with_interval(name: str, per_prompt: Sequence[float], *, interval: bool = True) -> dict[str, float]:
+    known = [v for v in per_prompt if v == v]
+    if not known:
+        return {}
+    if len(known) < 2 or not interval:
+        return {name: sum(known) / len(known)}
+    found = mean_interval(known)
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}

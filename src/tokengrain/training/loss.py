@@ -11,18 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import DataError, RecipeError
+from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import LossOutput, Role, resolve_role
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_source_for_role, make_objective
 from tokengrain.methods._pairs import weight_metrics
+from tokengrain.methods.baselines import ColumnCredit, FunctionCredit
 from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
 from tokengrain.scoring.score import score
-
-# ----------------------------------------------------------------------------------------------------
-# Token credit as the trainer uses it: a source, and the role in which it enters the objective.
-
-"""Quantities that the reference gives."""
-"""Quantities that a teacher gives."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,6 @@ def resolve_credit(
     Raises:
         RecipeError: the objective takes no credit, or not in this role, or this source does not suit the role.
     """
-    from tokengrain.methods.baselines import ColumnCredit, FunctionCredit
-
     if credit is None and credit_as is None:
         needed = {"selected", "spans"} & set(objective.needs) - set(columns)
         # Scores in the data and a loss that wants a selection of them.
@@ -75,10 +68,10 @@ def resolve_credit(
     if credit is None:
         credit = ColumnCredit()
     elif not hasattr(credit, "fingerprint"):
-        if not callable(credit):
-            raise RecipeError(
-                f"credit must be a CreditSource or a function of a TokenBatch, got {type(credit).__name__}"
-            )
+        kind = type(credit).__name__
+        require(
+            callable(credit), RecipeError, f"credit must be a CreditSource or a function of a TokenBatch, got {kind}"
+        )
         credit = FunctionCredit(function=credit)
     check_source_for_role(credit, role)
     return CreditUse(credit, role)
@@ -88,9 +81,10 @@ def resolve_objective(objective: Any) -> BoundObjective:
     """A bound objective as it is; a name or a user's loss function bound with its default settings."""
     if isinstance(objective, BoundObjective):
         return objective
-    if isinstance(objective, str) or callable(objective):
-        return make_objective(objective)
-    raise RecipeError(f"objective must be a name, a bound objective or a function, got {type(objective).__name__}")
+    known = isinstance(objective, str) or callable(objective)
+    kind = type(objective).__name__
+    require(known, RecipeError, f"objective must be a name, a bound objective or a function, got {kind}")
+    return make_objective(objective)
 
 
 @dataclass

@@ -1,5 +1,18 @@
 """`OnlineTrainer`: `PreferenceTrainer` whose batches are rollouts of the policy itself."""
 
+# An online step, in the order in which things happen:
+#
+#   get_batch_samples   the next minibatch of the rollout under way; if that is used up,
+#     rollout             make another one:
+#       _refresh_sampler    give the sampler the present weights
+#       _sample             prompts, completions, rewards; filters, and new prompts for those that were dropped
+#       scorer.add          old log-probabilities, and what objective and credit need: reference, entropy, values
+#       _assign_credit      rewards -> advantages per token
+#       _cut                into minibatches
+#   training_step       loss of the minibatch, forward and backward (`PreferenceTrainer`)
+#   finish_step         before the optimiser: the step is finite; the critic learns
+#   after_step          after the optimiser: time, and the record of a used-up rollout
+
 from __future__ import annotations
 
 import copy
@@ -7,20 +20,18 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.errors import DataError, RecipeError, RunError
-from tokengrain.evaluation.statistics import mean_interval, mean_over_prompts, pass_at_k
+from tokengrain.errors import RecipeError, RunError, require
 from tokengrain.method import (
     FROZEN,
     TAUGHT,
@@ -32,466 +43,67 @@ from tokengrain.method import (
     resolve_rollout_credit,
 )
 from tokengrain.rewards.builtin import make_reward
-from tokengrain.rewards.suite import RewardSuite
-from tokengrain.rollout.sampler import PromptItem, Sampler, check_reachable, describe_sampler, make_sampler
+from tokengrain.rewards.suite import RewardResult, RewardSuite
+from tokengrain.rollout.sampler import (
+    PromptItem,
+    Rollouts,
+    Sampler,
+    check_reachable,
+    derived_seed,
+    describe_sampler,
+    make_sampler,
+)
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.scoring.reference import ColumnReference, is_peft, resolve_reference
 from tokengrain.scoring.score import head_of
 from tokengrain.settings import nearest
+from tokengrain.training.buffer import RolloutBuffer
 from tokengrain.training.checkpoint import no_progress_bar
-from tokengrain.training.checks import check_arguments, check_vocabulary, model_positions, models_in, vocabulary_size
 from tokengrain.training.config import OnlineConfig
-from tokengrain.training.evaluate import evaluated, meant
-from tokengrain.training.loss import resolve_objective
-from tokengrain.training.rollout import LoopParts, PromptDataset, Ranks, RolloutLoop, RolloutScorer
-from tokengrain.training.rollout_log import RolloutRecord
+from tokengrain.training.evaluate import EvalPrompts, chosen_dataset, completion_metrics, loop_output
+from tokengrain.training.loss import CreditUse, resolve_objective
+from tokengrain.training.rollout import (
+    OLD_LOGPS,
+    PromptDataset,
+    PromptOrder,
+    PromptSource,
+    Ranks,
+    RolloutScorer,
+    chosen_prompts,
+    kept,
+)
+from tokengrain.training.rollout_log import RolloutRecord, RolloutStats, rollout_metrics
 from tokengrain.training.step import HostBatch
-from tokengrain.training.trainer import PreferenceTrainer
-
-# ----------------------------------------------------------------------------------------------------
-# What an online run keeps in its checkpoints, and what makes a checkpoint this run's.
+from tokengrain.training.trainer import PreferenceTrainer, check_arguments
 
 CRITIC, BUFFER = "critic", "rollout"
-
-
-class OnlineStateMixin(PreferenceTrainer):
-    """Saves and restores the rollout loop, the critic and the record of completions."""
-
-    if TYPE_CHECKING:  # what OnlineTrainer adds
-        args: OnlineConfig
-        rewards: RewardSuite | None
-        critic: CriticLike | None
-        loop: RolloutLoop
-        record: RolloutRecord
-        sampler: Sampler
-        _described_steps: list[dict[str, Any]]
-        _minibatch: HostBatch | None
-
-    def _start_clean(self) -> None:
-        if self.loop.index:
-            raise RunError("this trainer has trained already; make a new one, or resume from its checkpoint")
-        super()._start_clean()
-        if self.is_world_process_zero():
-            self.record.restart(0)
-
-    def run_identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be this run's."""
-        args = self.args
-        return {
-            **super().run_identity(),
-            "credit": self._described_steps,
-            "rewards": [[f.name, f.weight] for f in self.rewards.functions] if self.rewards is not None else None,
-            "sampler": describe_sampler(self.sampler),
-            "sampling": json.loads(json.dumps(asdict(args.sampling()))),  # as a checkpoint has it
-            "correct_from": args.correct_from,
-            "num_generations": args.num_generations,
-            "prompts_per_rollout": args.prompts_per_rollout,
-            "rollout_epochs": args.rollout_epochs,
-            "critic": self.critic.describe() if self.critic is not None else None,
-        }
-
-    def save_extra(self, staged: Path) -> dict[str, Any]:
-        """The loop's state, this rank's part of the rollout under way, and the critic."""
-        if self._minibatch is not None and self.loop.buffer is not None:
-            self.loop.buffer.put_back()  # saved because its loss was not finite: a resumed run meets it again
-            self._minibatch = None
-        self.loop.save_buffer(staged / BUFFER)
-        if self.critic is not None and self.args.should_save:
-            self.critic.save(staged / CRITIC)
-        return {"loop": self.loop.state_dict(), "record": self.record.pending}
-
-    def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
-        """Take up what `save_extra` left."""
-        self.loop.load_state_dict(extra["loop"])
-        self.loop.load_buffer(checkpoint / BUFFER)
-        if self.critic is not None:
-            self.critic.load(checkpoint / CRITIC)
-        if self.is_world_process_zero():
-            self.record.restart(extra["loop"]["index"], extra["record"])
-
-
-def described(step: Any) -> dict[str, Any]:
-    """A step's name and its plain settings, taken before it has a state."""
-    given = getattr(step, "given", None)
-    plain = {k: v for k, v in vars(step).items() if v is None or isinstance(v, (bool, int, float, str))}
-    # As it comes back from JSON, where tuples are lists.
-    return {"name": step.name, **json.loads(json.dumps(plain if given is None else given, default=str))}
-
-
-# ----------------------------------------------------------------------------------------------------
-# Samplers that are not this process: give them the policy's present weights.
-
 SAMPLER_FOLDER = ".sampler"
-
-
-def refresh_sampler(trainer: OnlineTrainer) -> None:
-    """Save the policy (or its adapter) and have the server load it. All ranks call this.
-
-    Nothing happens for a sampler that uses the model itself, or a server that is not to be refreshed.
-
-    Raises:
-        RecipeError: the server expects an adapter and none is trained, or a checkpoint and an adapter is.
-        ServerError: the server does not load it; names its address.
-    """
-    server = _server(trainer)
-    if server is None:
-        return
-    adapter = is_peft(trainer.model)
-    if adapter != (server.how == "adapter"):
-        trained = "an adapter" if adapter else "no adapter"
-        raise RecipeError(f"sampler {server.name!r}: refresh is {server.how!r}, but {trained} is trained")
-    folder = trainer.output_path / SAMPLER_FOLDER
-    policy: Any = trainer.model
-
-    def load() -> tuple[str | None, int] | None:
-        if not trainer.is_world_process_zero():
-            return None
-        shutil.rmtree(folder, ignore_errors=True)
-        with no_progress_bar():
-            policy.save_pretrained(folder)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(folder)
-        server.refresh(folder)  # the server may read it again: it stays until the next one
-        return server.adapter, server.version
-
-    # Other ranks ask the same server, for the adapter under its new name.
-    found = next(f for f in trainer.ranks.exchange(trainer.ranks.together(load)) if f is not None)
-    server.adapter, server.version = found
-
-
-def release_sampler(trainer: OnlineTrainer) -> None:
-    """Remove what `refresh_sampler` left, here and on the server, once no more is sampled. All ranks call this."""
-    server = _server(trainer)
-    if server is None:
-        return
-    if trainer.is_world_process_zero():
-        server.release()
-        shutil.rmtree(trainer.output_path / SAMPLER_FOLDER, ignore_errors=True)
-    server.adapter = None  # the next refresh names another
-
-
-def _server(trainer: OnlineTrainer) -> Any:
-    """The sampler that has to be given weights, also under one that branches; or None."""
-    server: Any = getattr(trainer.sampler, "sampler", trainer.sampler)
-    return None if getattr(server, "how", "none") == "none" else server
-
-
-# ----------------------------------------------------------------------------------------------------
-# What must fit together before online training starts.
-
 ADVANTAGES = "advantages"
-SCORED = frozenset({"old_logps", "entropy", "values"})
+SCORED = frozenset({OLD_LOGPS, "entropy", "values"})
 """Quantities that the trainer computes for an objective, beside those of the reference."""
 
 
-def own_settings(args: OnlineConfig, given: Collection[str]) -> OnlineConfig:
-    """A copy of the settings, checked: a trainer sets in it what follows from its prompts, and another has others.
-
-    Raises:
-        RecipeError: as `check_arguments`.
-    """
-    check_arguments(args, OnlineConfig, given)
-    return copy.copy(args)
-
-
-def check_objective(objective: BoundObjective) -> None:
-    """Raises `RecipeError` if it learns from pairs, or trains something else than a policy."""
-    if objective.unit == "pairs":
-        raise RecipeError(
-            f"objective {objective.name!r} learns from pairs of a chosen and a rejected completion; online training "
-            "samples groups: use grpo, gspo, dcpo, ppo or reinforce"
-        )
-    if getattr(objective, "main", "logps") != "logps":
-        raise RecipeError(f"objective {objective.name!r} trains a reward model, not a policy that is sampled from")
-
-
-def provided(steps: Sequence[CreditStep]) -> frozenset[str]:
-    """Columns that credit steps add."""
-    return frozenset(name for step in steps for name in getattr(step, "provides", ()))
-
-
-def needed(objective: BoundObjective, steps: Sequence[CreditStep]) -> frozenset[str]:
-    """Quantities that the objective and the credit steps cannot do without."""
-    return frozenset(objective.needs).union(*(step.needs for step in steps))
-
-
-def check_steps(objective: BoundObjective, steps: Sequence[CreditStep], args: OnlineConfig, *, critic: Any) -> None:
-    """Check that steps, objective and group size go together.
-
-    Raises:
-        RecipeError: with the reason.
-    """
-    setters = [step.name for step in steps if step.phase == "advantages"]
-    takes = ADVANTAGES in objective.needs
-    if setters and not takes:
-        raise RecipeError(f"objective {objective.name!r} takes no advantages, which credit {setters[0]!r} makes")
-    if takes and not setters and ADVANTAGES not in provided(steps):
-        raise RecipeError(f"objective {objective.name!r} needs advantages; give a credit step that makes them")
-    for step in steps:
-        if (check := getattr(step, "check_limit", None)) is not None:
-            check(args.max_new_tokens)
-        if getattr(step, "needs_group", False) and args.num_generations < 2:
-            raise RecipeError(
-                f"credit {step.name!r} compares completions of a prompt; num_generations is {args.num_generations}, "
-                "expected at least 2"
-            )
-    if "values" in needed(objective, steps) and critic is None:
-        who = next((s.name for s in steps if "values" in s.needs), objective.name)
-        raise RecipeError(f"{who!r} needs values, which a critic gives; got critic=None")
-    if critic is not None and "returns" not in provided(steps):
-        raise RecipeError("a critic learns from returns, which no credit step gives; use gae, or leave the critic out")
-    if critic is not None and args.fp16:
-        raise RecipeError("a critic does not train in fp16, which needs its loss scaled; expected bf16, or neither")
-    missing = set(objective.needs) - {ADVANTAGES} - SCORED - FROZEN - TAUGHT - provided(steps)
-    if missing:
-        raise RecipeError(f"objective {objective.name!r} needs {', '.join(sorted(missing))}; no credit step gives them")
-
-
-def check_shares(args: OnlineConfig) -> None:
-    """Raises `RecipeError` unless every rank gets as many prompts in every minibatch."""
-    cuts = args.world_size * args.minibatches
-    if args.prompts_per_rollout % cuts:
-        raise RecipeError(
-            f"prompts_per_rollout is {args.prompts_per_rollout}, which {args.world_size} processes x "
-            f"{args.minibatches} minibatches do not divide; expected a multiple of {cuts}"
-        )
-
-
-def check_prompts(dataset: PromptDataset, model: nn.Module, max_new_tokens: int) -> None:
-    """Check every prompt against the model.
-
-    Raises:
-        DataError: a prompt that leaves no room for a completion, or has a token that the model does not have.
-    """
-    limit, vocabulary = model_positions(model), vocabulary_size(model)
-    for item in dataset:
-        if limit is not None and len(item.ids) + max_new_tokens > limit:
-            raise DataError(
-                "prompt and completion are longer than the model's positions",
-                file=dataset.name,
-                row=item.row,
-                value=f"{len(item.ids)} prompt tokens and max_new_tokens {max_new_tokens}",
-                expected=f"at most {limit} together; set max_prompt_length or max_new_tokens",
-            )
-        if vocabulary is not None and max(item.ids) >= vocabulary:
-            raise DataError(
-                "a token id is outside the model's vocabulary",
-                file=dataset.name,
-                row=item.row,
-                value=max(item.ids),
-                expected=f"less than {vocabulary}; is this the model's own tokenizer?",
-            )
-
-
-def resolve_rewards(
-    rewards: Any, tokenizer: Any, steps: Collection[CreditStep], objective: BoundObjective
-) -> RewardSuite | None:
-    """Rewards as they are given to the trainer.
-
-    Args:
-        rewards: a suite, one reward or a list; a reward is a `RewardFunction`, a function, a name, or a mapping with
-            `name` and settings. None: only token rewards that a credit step makes, or none at all.
-
-    Raises:
-        RecipeError: unknown reward or setting; no reward where the objective learns from one; a function that reads
-            text where there is no tokenizer.
-    """
-    if rewards is None or (isinstance(rewards, Sequence) and not isinstance(rewards, str) and not rewards):
-        if ADVANTAGES in objective.needs and not any(step.phase == "rewards" for step in steps):
-            raise RecipeError(f"objective {objective.name!r} learns from rewards, got none")
-        return None
-    if not isinstance(rewards, RewardSuite):
-        given = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
-        rewards = RewardSuite([_reward(one) for one in given], tokenizer=tokenizer)
-    if rewards.tokenizer is None:
-        rewards.tokenizer = tokenizer
-    if rewards.tokenizer is None:
-        for function in rewards.functions:
-            if {"completions", "prompts"} & function.parameters.keys():
-                raise RecipeError(f"reward {function.name!r} reads text, which needs a tokenizer (processing_class)")
-    return rewards
-
-
-def check_correct_from(args: OnlineConfig, rewards: RewardSuite | None) -> None:
-    """Raises `RecipeError` if the reward that says what is correct is not there."""
-    if args.correct_from is None:
-        return
-    names = [] if rewards is None else [f.name for f in rewards.functions]
-    if args.correct_from not in names:
-        raise RecipeError(f"correct_from is {args.correct_from!r}{nearest(args.correct_from, names)}")
-
-
-def _reward(one: Any) -> Any:
-    if isinstance(one, str):
-        return make_reward(one)
-    if isinstance(one, dict):
-        if not isinstance(one.get("name"), str):
-            raise RecipeError(f"a reward needs a name, got {one}")
-        return make_reward(one["name"], **{k: v for k, v in one.items() if k != "name"})
-    return one
-
-
-# ----------------------------------------------------------------------------------------------------
-# Evaluation of a policy on prompts: sample, reward, average with intervals.
-
-
-class EvalPrompts(Sequence[PromptItem]):
-    """This rank's share of the prompts to evaluate on; `n_samples` is the size of the whole set."""
-
-    def __init__(self, dataset: PromptDataset, rank: int, world: int) -> None:
-        self.own, self.n_samples = dataset.items[rank::world], len(dataset)
-
-    def __len__(self) -> int:
-        return len(self.own)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.own[index]
-
-
-def completion_metrics(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of an evaluation.
-
-    Args:
-        entries: one per prompt, with `lengths` and `truncated` and, where there are rewards, `reward` and `by_name`
-            (lists over its completions), and `correct`.
-
-    Returns:
-        `reward` with the ends of its 95 % interval (prompts are independent, completions of a prompt are not),
-        `reward_<name>`, `length`, `truncated`, and with a reward that says what is correct `correct` with its interval.
-    """
-    lengths = [n for e in entries for n in e["lengths"]]
-    metrics = {
-        "length": sum(lengths) / len(lengths),
-        "truncated": sum(t for e in entries for t in e["truncated"]) / len(lengths),
-    }
-    if not any("reward" in e for e in entries):
-        return metrics
-    metrics |= _with_interval("reward", [_mean(e["reward"]) for e in entries])
-    for name in entries[0]["by_name"]:
-        metrics |= _with_interval(f"reward_{name}", [_mean(e["by_name"][name]) for e in entries], interval=False)
-    found = mean_over_prompts(torch.tensor([_mean(e["correct"]) for e in entries]))
-    return metrics | {"correct": found.value, "correct_low": found.low, "correct_high": found.high}
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [v for v in values if v == v]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _with_interval(name: str, per_prompt: Sequence[float], *, interval: bool = True) -> dict[str, float]:
-    known = [v for v in per_prompt if v == v]
-    if not known:
-        return {}
-    if len(known) < 2 or not interval:
-        return {name: sum(known) / len(known)}
-    found = mean_interval(known)
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
-class OnlineEvaluationMixin(Trainer):
-    """Overrides of `transformers.Trainer` that evaluate by sampling."""
-
-    if TYPE_CHECKING:  # what OnlineTrainer adds
-        args: OnlineConfig
-        model: nn.Module
-        sampler: Sampler
-        rewards: RewardSuite | None
-        ranks: Ranks
-
-        def _prompts(self, data: Any, name: str) -> PromptDataset: ...
-
-        def _refresh_sampler(self) -> None: ...
-
-        def _release_sampler(self) -> None: ...
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's share of the evaluation prompts.
-
-        Raises:
-            DataError: there are none, or one does not fit the model.
-        """
-        prompts = self._prompts(meant(self, eval_dataset), "eval")
-        check_prompts(prompts, self.model, self.args.max_new_tokens)
-        return EvalPrompts(prompts, self.ranks.rank, self.ranks.world)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Sample completions of all evaluation prompts and average their rewards; see `completion_metrics`."""
-        self.callback_handler.eval_dataloader = dataloader
-        try:
-            self._refresh_sampler()
-            own = self.ranks.together(lambda: self._evaluated(list(dataloader)))
-            entries = [entry for part in self.ranks.exchange(own) for entry in part]
-        finally:
-            if not self.is_in_train:  # else the next rollout refreshes
-                self._release_sampler()
-        metrics = completion_metrics(entries)
-        if self.args.eval_generations > 1 and "correct" in entries[0]:
-            metrics |= _pass_at_k([e["correct"] for e in entries])
-        return evaluated(metrics, metric_key_prefix, dataloader.n_samples)
-
-    def _evaluated(self, prompts: list[PromptItem]) -> list[dict[str, Any]]:
-        """What became of each prompt; see `completion_metrics`."""
-        if not prompts:
-            return []
-        n = self.args.eval_generations
-        sampler = getattr(self.sampler, "sampler", self.sampler)  # without branches
-        with self.accelerator.autocast():
-            rollouts = sampler.sample(prompts, n=n, sampling=self.args.eval_sampling())
-        entries: list[dict[str, Any]] = [
-            {"lengths": [len(c.ids) for c in group], "truncated": [c.truncated for c in group]} for _, group in rollouts
-        ]
-        if self.rewards is None:
-            return entries
-        texts = None if self.rewards.tokenizer is not None else [""] * len(rollouts.completions)
-        result = self.rewards.score(rollouts, texts)
-        judge = result.by_name[self.args.correct_from or next(iter(result.by_name))]
-        for index, entry in enumerate(entries):
-            part = slice(index * n, (index + 1) * n)
-            entry["reward"] = result.total[part].tolist()
-            entry["by_name"] = {name: values[part].tolist() for name, values in result.by_name.items()}
-            entry["correct"] = (judge[part] > 0.5).tolist()
-        return entries
-
-
-def _pass_at_k(correct: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """pass@k of 1, 2, 4, ... completions, as far as there are so many."""
-    right = torch.tensor([sum(row) for row in correct])
-    n = len(correct[0])
-    ks = [2**i for i in range(n.bit_length()) if 2**i <= n]
-    return {f"pass@{k}": float(pass_at_k(n, right, k).mean()) for k in ks}
-
-
-_REFERENCE = frozenset({"ref_logps", "kl"})
-
-
-class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
+class OnlineTrainer(PreferenceTrainer):
     """Trains a policy on its own completions: sample, reward, score, assign credit, update, again.
 
     One rollout is used for `minibatches * rollout_epochs` optimiser steps. All completions of a prompt stay on one
     rank, all ranks take equally many steps, and everything that `PreferenceTrainer` says of losses, checkpoints and
-    resuming holds: a run killed at any point goes on exactly, state of credit steps and of the critic included.
+    resuming holds: a run killed at any point resumes exactly, state of rollout credits and of the critic included.
 
-    Written to `args.output_dir` beside the log: `rollouts.jsonl`, see `tokengrain.training.online.record`.
+    Written to `args.output_dir` beside the log: `rollouts.jsonl`, see `RolloutRecord`.
 
     Args:
         model: the policy, a causal language model of transformers or a PEFT model of one.
         args: settings.
         objective: a bound objective (`make_objective`), its name, or a loss function.
         rewards: a `RewardSuite`, a reward or a list of them: `RewardFunction`, function, name, or mapping with `name`
-            and settings. None: the rewards are those of a credit step.
-        credit: credit steps: objects, names, or mappings with `name` and settings. A step that sets advantages is
+            and settings. None: the rewards are those of a rollout credit.
+        credit: rollout credits: objects, names, or mappings with `name` and settings. One that sets advantages is
             added if the objective needs one and there is none: "group".
         sampler: where completions come from: a `Sampler`, a name, or a mapping with `name` and settings, as in a
             recipe; None: `HFGenerate` on the policy.
         reference: as for `PreferenceTrainer`; it is made, and asked, only if objective or credit needs it.
-        critic: gives values, for credit steps that need them.
+        critic: gives values, for rollout credits that need them.
         teacher: as for `PreferenceTrainer`.
         train_dataset, eval_dataset: prompts: rows (`{"prompt": ..., <columns for rewards>}`; "id" names a row),
             `PromptItem`s or a `PromptDataset`; `eval_dataset` also a mapping of several.
@@ -499,6 +111,10 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         peft_config: wrap the model in a new adapter.
         tokenize: how rows become prompts.
         kwargs: passed on to `transformers.Trainer`.
+
+    Attributes:
+        rollouts: how many were made; the one in `buffer` is number `rollouts - 1`.
+        buffer: the rollout under way; None before the first.
 
     Raises:
         ModelError, DataError: a model, prompt or vocabulary that does not fit.
@@ -527,29 +143,25 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         tokenize: TokenizeConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = own_settings(args, kwargs)
-        bound: BoundObjective = resolve_objective(objective)
-        check_objective(bound)
-        self.steps = resolve_rollout_credit(credit)
-        if ADVANTAGES in bound.needs and not any(s.phase == "advantages" for s in self.steps):
-            self.steps = resolve_rollout_credit([*self.steps, make_rollout_credit("group")])
-        check_steps(bound, self.steps, args, critic=critic)
-        self._needs = needed(bound, self.steps)
-        self._described_steps = [described(step) for step in self.steps]
+        check_arguments(args, OnlineConfig, kwargs)
+        args = copy.copy(args)  # what follows from the prompts is set in it, and another trainer has others
+        bound = resolve_objective(objective)
+        self.rollout_credits = resolve_rollout_credit(credit)
+        if ADVANTAGES in bound.needs and not any(c.phase == "advantages" for c in self.rollout_credits):
+            self.rollout_credits = resolve_rollout_credit([*self.rollout_credits, make_rollout_credit("group")])
+        check_credits(bound, self.rollout_credits, args, critic)
+        self._needs = frozenset(bound.needs).union(*(c.needs for c in self.rollout_credits))
+        self._described_credits = [described(c) for c in self.rollout_credits]
         self._tokenizer, self._tokenize, self.critic = processing_class, tokenize, critic
         self._max_new_tokens = args.max_new_tokens
-        self.rewards = resolve_rewards(rewards, processing_class, self.steps, bound)
-        check_correct_from(args, self.rewards)
+        self.rewards = resolve_rewards(rewards, processing_class)
+        self._check_rewards(bound, args)
         prompts = self._prompts(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._prompts(data, name) for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prompts(eval_dataset, "eval")
-        check_shares(args)
-        args.per_device_train_batch_size = args.prompts_per_rollout // (args.world_size * args.minibatches)
-        if args.max_steps <= 0:
-            rollouts = math.ceil(args.num_train_epochs * len(prompts) / args.prompts_per_rollout)
-            args.max_steps = rollouts * args.steps_per_rollout
+        set_lengths(args, len(prompts))
         super().__init__(
             model,
             args,
@@ -563,49 +175,41 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
             **kwargs,
         )
         self.sampler: Sampler = make_sampler(sampler, self.model, processing_class)
-        self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes, self._exchange)
+        self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.ranks.together(lambda: check_reachable(self.sampler))
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.source = PromptSource(prompts, PromptOrder(len(prompts), seed, shuffle=args.shuffle_prompts), self.ranks)
+        self.scorer = RolloutScorer(
+            self.model,
+            self.reference,
+            critic,
+            max_tokens=args.max_tokens_per_microbatch,
+            mixed_precision=self.accelerator.autocast,
+            options=self._loss.score_options,
+        )
         self.record = RolloutRecord(
             self.output_path / ROLLOUT_FILE,
             processing_class,
             count=args.rollout_samples if self.is_world_process_zero() else 0,
             every=args.rollout_samples_every,
         )
-        self.loop = RolloutLoop(self._loop_parts(prompts), self._measured, self._rolled_out)
-        self.callback_handler.callbacks.insert(0, _AfterStep(self))  # before those that log and save
-        self._critic_ready = False
+        self.rollouts = 0
+        self.buffer: RolloutBuffer | None = None
         self._minibatch: HostBatch | None = None
         self._handed_out = 0.0
+        self._critic_ready = False
 
-    def _loop_parts(self, prompts: PromptDataset) -> LoopParts:
-        options = self._loss.score_options
-        known = frozenset(getattr(self.objective, "optional", ())) | self.objective.needs
-        required = {name for name in self._needs if name in SCORED or name == "ref_logps"}
-        return LoopParts(
-            args=self.args,
-            model=self.model,
-            prompts=prompts,
-            sampler=self.sampler,
-            rewards=self.rewards,
-            steps=self.steps,
-            scorer=RolloutScorer(
-                self.model,
-                self.reference,
-                self.critic,
-                max_tokens=self.args.max_tokens_per_microbatch,
-                mixed_precision=self.accelerator.autocast,
-                options=options,
-            ),
-            wanted=known | ({"values", "returns"} if self.critic is not None else set()),
-            required=frozenset(required | ({"entropy"} if self.args.log_entropy else set())),
-            weights_taken="weights" in known,
-            refresh=self._refresh_sampler,
-            head_of=lambda: head_of(self.model).detach(),
-            device=self.args.device,
-            ranks=self.ranks,
-        )
+    def _check_rewards(self, objective: BoundObjective, args: OnlineConfig) -> None:
+        shaped = any(credit.phase == "rewards" for credit in self.rollout_credits)
+        if ADVANTAGES in objective.needs and not shaped:
+            require(
+                self.rewards is not None, RecipeError, f"objective {objective.name!r} learns from rewards, got none"
+            )
+        names = [] if self.rewards is None else [f.name for f in self.rewards.functions]
+        known = args.correct_from is None or args.correct_from in names
+        require(known, RecipeError, f"correct_from is {args.correct_from!r}{nearest(str(args.correct_from), names)}")
 
-    # ---- What PreferenceTrainer asks ----
+    # ---- What `PreferenceTrainer` asks ----
 
     @property
     def reference(self) -> Any:
@@ -614,22 +218,30 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
 
     def _resolve_reference(self, reference: Any, model: nn.Module) -> Any:
         """The live reference scores rollouts; the loss reads their column."""
-        wanted = self._needs & _REFERENCE
+        wanted = self._needs & FROZEN
         self._live_reference = resolve_reference(reference, model, wanted, False) if wanted else None
-        for other in models_in(self._live_reference):
-            check_vocabulary(model, other, "reference")
+        self._limits.check_models_in(self._live_reference, "reference")
         if "kl" in self.objective.needs:
             return self._live_reference
-        takes = "ref_logps" in self.objective.needs | getattr(self.objective, "optional", frozenset())
+        takes = "ref_logps" in self.objective.needs | self.objective.optional
         return ColumnReference() if takes and "ref_logps" in self._needs else None
 
     def _prompts(self, data: Any, name: str) -> PromptDataset:
         return PromptDataset.of(data if data is not None else [], self._tokenizer, name=name, config=self._tokenize)
 
-    def _check_data(self, model: nn.Module, credit: Any) -> None:
+    def _check_data(self, credit: CreditUse | None) -> None:
         for dataset in self._datasets.values():
             if dataset is not None:
-                check_prompts(dataset, model, self._max_new_tokens)
+                self._check_prompts(dataset)
+
+    def _check_prompts(self, prompts: PromptDataset) -> None:
+        """Raises `DataError` if a prompt leaves no room for a completion, or has a token that the model does not."""
+        most = self._max_new_tokens
+        for item in prompts:
+            shown = f"{len(item.ids)} prompt tokens and max_new_tokens {most}"
+            hint = " together; set max_prompt_length or max_new_tokens"
+            self._limits.check_length(len(item.ids) + most, shown, hint, file=prompts.name, row=item.row)
+            self._limits.check_ids(item.ids, file=prompts.name, row=item.row)
 
     def _all_have(self, column: str) -> bool:
         return False  # prompts have no tokens to have columns of
@@ -637,8 +249,23 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
     def _measured_in_training(self) -> tuple[str, ...]:
         return ()  # entropy is measured when a rollout is scored
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `PreferenceTrainer.train`."""
+        if self.critic is not None and not self._critic_ready:
+            self.critic.begin(
+                self.args.device,
+                max_steps=self.args.max_steps,
+                max_tokens=self.args.max_tokens_per_microbatch,
+                autocast=self.accelerator.autocast,
+            )
+            self._critic_ready = True
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._release_sampler()
+
     def get_train_dataloader(self) -> Any:
-        """Minibatches of rollouts, without end; see `RolloutLoop`."""
+        """What transformers iterates over: minibatches of rollouts."""
         return _Minibatches(self)
 
     # ---- One optimiser step ----
@@ -653,6 +280,46 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         self._handed_out = time.perf_counter()
         return found
 
+    def next_minibatch(self) -> HostBatch:
+        """The next minibatch, of a new rollout if the last one is used up.
+
+        Raises:
+            RunError: no rollout of the last `max_empty_rollouts` left anything to train on; anything failed on another
+                rank, whatever it was.
+            RolloutError, RewardError: sampling or a reward failed. Rollout credits raise what they raise.
+        """
+        empty = 0
+        while self.buffer is None or self.buffer.done:
+            require(
+                empty < self.args.max_empty_rollouts,
+                RunError,
+                f"nothing was left to train on in {empty} rollouts in a row ({self.source.drawn} prompts drawn "
+                "so far); loosen the filters, or look at the rewards: all of a prompt may earn the same",
+            )
+            self.buffer = self.ranks.together(self.rollout)
+            empty += 1
+        return next(self.buffer)
+
+    def rollout(self) -> RolloutBuffer | None:
+        """Make a rollout: sample, reward, score, assign credit. None: nothing of it is left to train on."""
+        self._refresh_sampler()
+        stats = RolloutStats()
+        rollout = self._sample(stats)
+        if self.ranks.largest(int(kept(rollout).sum())):
+            with stats.timed("scoring"):
+                self.scorer.add(rollout, self._quantities())
+            with stats.timed("credit"):
+                self._assign_credit(rollout)
+        keep = kept(rollout)
+        most = self.ranks.largest(int(keep.sum()))
+        for name, value in rollout_metrics(stats, rollout, keep, self.ranks.exchange).items():
+            self._window.add(name, value, 1.0)
+        self.rollouts += 1
+        if not most:
+            return None
+        self.record.begin(rollout, keep, self.state.global_step)
+        return self._cut(rollout, keep, most)
+
     def finish_step(self) -> None:
         """Called between the last backward pass of a step and the optimiser; updates the critic."""
         self.record.update(self._records)
@@ -660,52 +327,319 @@ class OnlineTrainer(OnlineEvaluationMixin, OnlineStateMixin, PreferenceTrainer):
         if self.critic is not None and self._minibatch is not None:
             batch = self._minibatch.batch.to(self.args.device)
             for name, value in self.critic.update(batch, real=self._minibatch.real).items():
-                self._measured(name, value)
+                self._window.add(name, value, 1.0)
 
     def after_step(self) -> None:
         """Called after the optimiser's step, before anything is logged or saved."""
         self._minibatch = None
-        self.state.epoch = self.loop.passes
+        self.state.epoch = self.source.passes
         # Seconds per rollout: every step is a part of one.
-        self._window.add("seconds/update", time.perf_counter() - self._handed_out, 1 / self.loop.steps_of_rollout)
-        if self.loop.buffer is not None and self.loop.buffer.done:
+        steps = self.buffer.total if self.buffer is not None else self.args.steps_per_rollout
+        self._window.add("seconds/update", time.perf_counter() - self._handed_out, 1 / steps)
+        if self.buffer is not None and self.buffer.done:
             self.record.write()
 
-    def _measured(self, name: str, value: float) -> None:
-        self._window.add(name, value, 1.0)
+    # ---- The parts of a rollout ----
 
-    def _rolled_out(self, step: RolloutStep, keep: Tensor) -> None:
-        self.record.begin(step, keep, self.state.global_step)
-        step.quantities.pop("hidden", None)  # large
+    def _sample(self, stats: RolloutStats) -> RolloutStep:
+        """This rank's share: sampled, rewarded, filtered and refilled. `keep` is set only where nothing is left.
 
-    def _exchange(self, value: Any) -> list[Any]:
-        return list(gather_object([value])) if self.accelerator.num_processes > 1 else [value]
+        Raises:
+            RolloutError, RewardError: sampling or a reward failed; `RunError`: on another rank.
+        """
+        filters = [c for c in self.rollout_credits if c.phase == "filter"]
+        refill = any(getattr(c, "refill", False) for c in filters)
+        target = count = self.args.prompts_per_rollout // self.ranks.world
+        rounds: list[RolloutStep] = []
+        sampled = found = 0.0
+        while True:
+            rollout = self._sample_round(len(rounds), count, stats)
+            with stats.timed("credit"):
+                for one in filters:
+                    self.scorer.add(rollout, one.needs)
+                    one(rollout)
+            rounds.append(rollout)
+            missing = self.ranks.largest(target - sum(int(kept(r).sum()) for r in rounds))
+            if not refill or missing <= 0 or len(rounds) > self.args.max_refills:
+                break
+            sampled += self.ranks.total(count)
+            found += self.ranks.total(int(kept(rollout).sum()))
+            # As many as are likely to give what is missing.
+            count = target if not found else min(target, -int(-missing * sampled // found))
+        stats.refills = len(rounds) - 1
+        return chosen_prompts(rounds, target) if filters else rounds[0]
+
+    def _sample_round(self, number: int, count: int, stats: RolloutStats) -> RolloutStep:
+        """Sample `count` prompts on every rank and reward the completions."""
+        items, seeds = self.source.draw(count)
+        sampling = self.args.sampling().at(self.rollouts)
+        sampling = sampling.at(number) if number else sampling
+
+        def work() -> tuple[Rollouts, RewardResult | None]:
+            with stats.timed("rollout"), self.accelerator.autocast():  # as the trainer computes
+                sampled = self.sampler.sample(seeds, n=self.args.num_generations, sampling=sampling)
+                sampled = replace(sampled, prompts=tuple(items))
+            with stats.timed("reward"):
+                return sampled, self._reward(sampled)
+
+        sampled, result = self.ranks.together(work)
+        rollout = self._rewarded(sampled, result)
+        stats.add(sampled, rollout, result)
+        return rollout
+
+    def _reward(self, sampled: Rollouts) -> RewardResult | None:
+        if self.rewards is None:
+            return None
+        texts = None if self.rewards.tokenizer is not None else [""] * len(sampled.completions)
+        return self.rewards.score(sampled, texts)
+
+    def _rewarded(self, sampled: Rollouts, result: RewardResult | None) -> RolloutStep:
+        """Completions and their rewards as rollout credits see them."""
+        device = self.args.device
+        batch = sampled.to_batch().to(device)
+        rollout = RolloutStep(
+            batch=batch,
+            rewards=torch.zeros(batch.n_completions, device=device),
+            by_name={},
+            prompt_ids=batch.rows,
+            index=self.rollouts,
+            max_new_tokens=self.args.max_new_tokens,
+            max_tokens=self.args.max_tokens_per_microbatch,
+            model=self.model,
+            head_of=lambda: head_of(self.model).detach(),
+            exchange=self.ranks.exchange,
+        )
+        if result is not None:
+            rollout.rewards = result.outcome.to(device)
+            rollout.by_name = {name: values.to(device) for name, values in result.by_name.items()}
+            judge = self.args.correct_from or next(iter(result.by_name))
+            rollout.correct = rollout.by_name[judge] > 0.5  # NaN: not correct
+            if result.token_rewards is not None:
+                rollout.token_rewards = result.token_rewards.to(device)
+        return rollout
+
+    def _quantities(self) -> set[str]:
+        """Columns to score for objective, rollout credits and log."""
+        wanted = {OLD_LOGPS} | {name for name in self._needs if name in SCORED or name == "ref_logps"}
+        wanted |= {name for credit in self.rollout_credits for name in credit.needs}
+        return wanted | ({"entropy"} if self.args.log_entropy else set())
+
+    def _assign_credit(self, rollout: RolloutStep) -> None:
+        """Rewards to advantages, token by token.
+
+        Raises:
+            RunError: an advantage that is not finite.
+        """
+        for one in self.rollout_credits:
+            if one.phase != "filter":
+                one(rollout)
+        advantages = rollout.advantages
+        if advantages is None:
+            return
+        if rollout.weights is not None and not self._takes("weights"):
+            # Outside the clip and not negative: the same as weighing the losses.
+            rollout.advantages = advantages = advantages * rollout.weights
+        shape, expected = tuple(advantages.shape), (rollout.segments.total,)
+        require(shape == expected, RunError, f"advantages have shape {shape}; expected {expected}")
+        if not bool(torch.isfinite(advantages).all()):
+            completion = int(rollout.segments.ids[(~torch.isfinite(advantages)).nonzero()[0, 0]])
+            row = rollout.prompt_ids[int(rollout.group[completion])]
+            raise RunError(f"rollout {rollout.index}: an advantage of row {row} is not a finite number")
+
+    def _takes(self, name: str) -> bool:
+        """Whether the objective has a use for this quantity."""
+        return name in self.objective.needs or name in self.objective.optional
+
+    def _cut(self, rollout: RolloutStep, keep: Tensor, most: int) -> RolloutBuffer:
+        """The prompts to train on, in minibatches; of their columns those that the updates read."""
+        read = {"values", "returns"} if self.critic is not None else set()
+        columns = {n: v for n, v in rollout.quantities.items() if n in read or self._takes(n)}
+        if rollout.advantages is not None:
+            columns["advantages"] = rollout.advantages
+        if rollout.weights is not None and self._takes("weights"):
+            columns["weights"] = rollout.weights
+        dtype = rollout.quantity(OLD_LOGPS).dtype
+        whole = replace(rollout.batch, columns={n: v.detach().to(dtype) for n, v in columns.items()})
+        prompts = keep.nonzero()[:, 0].tolist()
+        return RolloutBuffer(
+            whole.select(prompts) if prompts else None,
+            whole.select([0]),
+            minibatches=min(self.args.minibatches, most),
+            epochs=self.args.rollout_epochs,
+            seed=derived_seed(self.args.seed, "minibatches", rollout.index),
+        )
+
+    # ---- Samplers that are not this process: give them the policy's present weights ----
 
     def _refresh_sampler(self) -> None:
-        refresh_sampler(self)
+        """Save the policy (or its adapter) and have the server load it. All ranks call this.
+
+        Nothing happens for a sampler that uses the model itself, or a server that is not to be refreshed.
+
+        Raises:
+            RecipeError: the server expects an adapter and none is trained, or a checkpoint and an adapter is.
+            ServerError: the server does not load it; names its address.
+        """
+        server = self._server()
+        if server is None:
+            return
+        adapter = is_peft(self.model)
+        trained = "an adapter" if adapter else "no adapter"
+        fits = adapter == (server.how == "adapter")
+        what = f"sampler {server.name!r}: refresh is {server.how!r}, but {trained} is trained"
+        require(fits, RecipeError, what)
+
+        def load() -> tuple[str | None, int] | None:
+            if not self.is_world_process_zero():
+                return None
+            folder = self.output_path / SAMPLER_FOLDER
+            policy: Any = self.model
+            shutil.rmtree(folder, ignore_errors=True)
+            with no_progress_bar():
+                policy.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            server.refresh(folder)  # the server may read it again: it stays until the next one
+            return server.adapter, server.version
+
+        # Other ranks ask the same server, for the adapter under its new name.
+        found = next(f for f in self.ranks.exchange(self.ranks.together(load)) if f is not None)
+        server.adapter, server.version = found
 
     def _release_sampler(self) -> None:
-        release_sampler(self)
+        """Remove what `_refresh_sampler` left, here and on the server, once no more is sampled. All ranks call this."""
+        server = self._server()
+        if server is None:
+            return
+        if self.is_world_process_zero():
+            server.release()
+            shutil.rmtree(self.output_path / SAMPLER_FOLDER, ignore_errors=True)
+        server.adapter = None  # the next refresh names another
 
-    # ---- State ----
+    def _server(self) -> Any:
+        """The sampler that has to be given weights, also under one that branches; or None."""
+        server: Any = getattr(self.sampler, "sampler", self.sampler)
+        return None if getattr(server, "how", "none") == "none" else server
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `PreferenceTrainer.train`."""
-        self._begin_critic()
+    # ---- Evaluation: sample, reward, average with intervals ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This rank's share of the evaluation prompts.
+
+        Raises:
+            DataError: there are none, or one does not fit the model.
+        """
+        prompts = self._prompts(chosen_dataset(self, eval_dataset), "eval")
+        self._check_prompts(prompts)
+        return EvalPrompts(prompts, self.ranks.rank, self.ranks.world)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Sample completions of all evaluation prompts and average their rewards; see `completion_metrics`."""
+        self.callback_handler.eval_dataloader = dataloader
         try:
-            return super().train(*args, **kwargs)
+            self._refresh_sampler()
+            own = self.ranks.together(lambda: self._evaluated(dataloader))
+            entries = [entry for part in self.ranks.exchange(own) for entry in part]
         finally:
-            self._release_sampler()
+            if not self.is_in_train:  # else the next rollout refreshes
+                self._release_sampler()
+        return loop_output(completion_metrics(entries), metric_key_prefix, dataloader.n_samples)
 
-    def _begin_critic(self) -> None:
-        if self.critic is not None and not self._critic_ready:
-            self.critic.begin(
-                self.args.device,
-                max_steps=self.args.max_steps,
-                max_tokens=self.args.max_tokens_per_microbatch,
-                autocast=self.accelerator.autocast,
-            )
-            self._critic_ready = True
+    def _evaluated(self, prompts: list[PromptItem]) -> list[dict[str, Any]]:
+        """What became of each prompt; see `completion_metrics`."""
+        if not prompts:
+            return []
+        n = self.args.eval_generations
+        sampler = getattr(self.sampler, "sampler", self.sampler)  # without branches
+        with self.accelerator.autocast():
+            sampled = sampler.sample(prompts, n=n, sampling=self.args.eval_sampling())
+        entries: list[dict[str, Any]] = [
+            {"lengths": [len(c.ids) for c in group], "truncated": [c.truncated for c in group]} for _, group in sampled
+        ]
+        result = self._reward(sampled)
+        if result is None:
+            return entries
+        judge = result.by_name[self.args.correct_from or next(iter(result.by_name))]
+        for index, entry in enumerate(entries):
+            part = slice(index * n, (index + 1) * n)
+            entry["reward"] = result.total[part].tolist()
+            entry["by_name"] = {name: values[part].tolist() for name, values in result.by_name.items()}
+            entry["correct"] = (judge[part] > 0.5).tolist()
+        return entries
+
+    # ---- What is in checkpoints beside the policy: rollout credits, the rollout under way, critic and record ----
+
+    def _start_clean(self) -> None:
+        fresh = not self.rollouts
+        require(fresh, RunError, "this trainer has trained already; make a new one, or resume from its checkpoint")
+        super()._start_clean()
+        if self.is_world_process_zero():
+            self.record.restart(0)
+
+    def run_identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be this run's."""
+        args = self.args
+        return {
+            **super().run_identity(),
+            "credit": self._described_credits,
+            "rewards": [[f.name, f.weight] for f in self.rewards.functions] if self.rewards is not None else None,
+            "sampler": describe_sampler(self.sampler),
+            "sampling": json.loads(json.dumps(asdict(args.sampling()))),  # as a checkpoint has it
+            "correct_from": args.correct_from,
+            "num_generations": args.num_generations,
+            "prompts_per_rollout": args.prompts_per_rollout,
+            "rollout_epochs": args.rollout_epochs,
+            "critic": self.critic.describe() if self.critic is not None else None,
+        }
+
+    def save_extra(self, staged: Path) -> dict[str, Any]:
+        """State of the rollouts, this rank's part of the one under way, and the critic."""
+        if self._minibatch is not None and self.buffer is not None:
+            self.buffer.put_back()  # saved because its loss was not finite: a resumed run meets it again
+            self._minibatch = None
+        if self.buffer is not None and not self.buffer.done:
+            folder = staged / BUFFER
+            folder.mkdir(parents=True, exist_ok=True)
+            self.buffer.save(folder / f"rank-{self.ranks.rank}.pt")
+        if self.critic is not None and self.args.should_save:
+            self.critic.save(staged / CRITIC)
+        return {"rollouts": self.rollout_state(), "record": self.record.pending}
+
+    def rollout_state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the buffer: JSON-like, the same on all ranks."""
+        states = {key: credit.state_dict() for key, credit in self._credits_by_name().items()}
+        return {"index": self.rollouts, "drawn": self.source.drawn, "credit": {k: s for k, s in states.items() if s}}
+
+    def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
+        """Take up what `save_extra` left."""
+        state = extra["rollouts"]
+        self.rollouts, self.source.drawn, self.buffer = state["index"], state["drawn"], None
+        credits = self._credits_by_name()
+        for key, stored in state["credit"].items():
+            credits[key].load_state_dict(stored)  # the same credits: `run_identity` has them
+        paths = sorted((checkpoint / BUFFER).glob("rank-*.pt"), key=lambda p: int(p.stem.removeprefix("rank-")))
+        if paths:
+            raw = {row: item.raw for row, item in self.source.prompts.by_row.items()}
+            self.buffer = RolloutBuffer.load(paths, self.ranks.rank, self.ranks.world, raw)
+        if self.critic is not None:
+            self.critic.load(checkpoint / CRITIC)
+        if self.is_world_process_zero():
+            self.record.restart(state["index"], extra["record"])
+
+    def _credits_by_name(self) -> dict[str, CreditStep]:
+        """Rollout credits by name; a second one of a name gets a number."""
+        seen, found = Counter[str](), {}
+        for credit in self.rollout_credits:
+            seen[credit.name] += 1
+            found[credit.name if seen[credit.name] == 1 else f"{credit.name}-{seen[credit.name]}"] = credit
+        return found
 
 
 class _Minibatches:
@@ -717,14 +651,110 @@ class _Minibatches:
     def __iter__(self) -> Iterator[HostBatch]:
         trainer = self.trainer
         while trainer.state.global_step < trainer.args.max_steps:
-            yield trainer.loop.next()
+            yield trainer.next_minibatch()
 
 
-class _AfterStep(TrainerCallback):
-    """Tells the trainer that an optimiser step is done."""
+# ---- What must fit together before online training starts ----
 
-    def __init__(self, trainer: OnlineTrainer) -> None:
-        self.trainer = trainer
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.after_step()
+def set_lengths(args: OnlineConfig, prompts: int) -> None:
+    """Set the batch size and the number of steps that follow from the prompts.
+
+    Raises:
+        RecipeError: ranks and minibatches that do not get equally many prompts.
+    """
+    cuts = args.world_size * args.minibatches
+    require(
+        args.prompts_per_rollout % cuts == 0,
+        RecipeError,
+        f"prompts_per_rollout is {args.prompts_per_rollout}, which {args.world_size} processes x "
+        f"{args.minibatches} minibatches do not divide; expected a multiple of {cuts}",
+    )
+    args.per_device_train_batch_size = args.prompts_per_rollout // cuts
+    if args.max_steps <= 0:
+        args.max_steps = math.ceil(args.num_train_epochs * prompts / args.prompts_per_rollout) * args.steps_per_rollout
+
+
+def check_credits(objective: BoundObjective, credits: Sequence[CreditStep], args: OnlineConfig, critic: Any) -> None:
+    """Check that objective, rollout credits, critic and settings go together.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    name, needs = objective.name, objective.needs
+    require(
+        objective.unit != "pairs",
+        RecipeError,
+        f"objective {name!r} learns from pairs of a chosen and a rejected completion; online training "
+        "samples groups: use grpo, gspo, dcpo, ppo or reinforce",
+    )
+    what = f"objective {name!r} trains a reward model, not a policy that is sampled from"
+    require(objective.main == "logps", RecipeError, what)
+    setters = [c.name for c in credits if c.phase == "advantages"]
+    provided = frozenset(column for c in credits for column in getattr(c, "provides", ()))
+    takes = ADVANTAGES in needs
+    if setters:
+        what = f"objective {name!r} takes no advantages, which credit {setters[0]!r} makes"
+        require(takes, RecipeError, what)
+    what = f"objective {name!r} needs advantages; give a credit step that makes them"
+    require(not takes or setters or ADVANTAGES in provided, RecipeError, what)
+    for one in credits:
+        if (check := getattr(one, "check_limit", None)) is not None:
+            check(args.max_new_tokens)
+        require(
+            not getattr(one, "needs_group", False) or args.num_generations > 1,
+            RecipeError,
+            f"credit {one.name!r} compares completions of a prompt; num_generations is {args.num_generations}, "
+            "expected at least 2",
+        )
+    asking = [c.name for c in credits if "values" in c.needs] + ([name] if "values" in needs else [])
+    if asking:
+        require(critic is not None, RecipeError, f"{asking[0]!r} needs values, which a critic gives; got critic=None")
+    if critic is not None:
+        what = "a critic learns from returns, which no credit step gives; use gae, or leave the critic out"
+        require("returns" in provided, RecipeError, what)
+        what = "a critic does not train in fp16, which needs its loss scaled; expected bf16, or neither"
+        require(not args.fp16, RecipeError, what)
+    missing = ", ".join(sorted(set(needs) - {ADVANTAGES} - SCORED - FROZEN - TAUGHT - provided))
+    require(not missing, RecipeError, f"objective {name!r} needs {missing}; no credit step gives them")
+
+
+def resolve_rewards(rewards: Any, tokenizer: Any) -> RewardSuite | None:
+    """Rewards as they are given to the trainer.
+
+    Args:
+        rewards: a suite, one reward or a list; a reward is a `RewardFunction`, a function, a name, or a mapping with
+            `name` and settings. None: only token rewards that a rollout credit makes, or none at all.
+
+    Raises:
+        RecipeError: unknown reward or setting; a function that reads text where there is no tokenizer.
+    """
+    if rewards is None or (isinstance(rewards, Sequence) and not isinstance(rewards, str) and not rewards):
+        return None
+    if not isinstance(rewards, RewardSuite):
+        given = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+        rewards = RewardSuite([_reward(one) for one in given], tokenizer=tokenizer)
+    if rewards.tokenizer is None:
+        rewards.tokenizer = tokenizer
+    for function in rewards.functions if rewards.tokenizer is None else ():
+        reads_text = {"completions", "prompts"} & function.parameters.keys()
+        what = f"reward {function.name!r} reads text, which needs a tokenizer (processing_class)"
+        require(not reads_text, RecipeError, what)
+    return rewards
+
+
+def _reward(one: Any) -> Any:
+    if isinstance(one, str):
+        return make_reward(one)
+    if isinstance(one, dict):
+        require(isinstance(one.get("name"), str), RecipeError, f"a reward needs a name, got {one}")
+        return make_reward(one["name"], **{k: v for k, v in one.items() if k != "name"})
+    return one
+
+
+def described(credit: Any) -> dict[str, Any]:
+    """A rollout credit's name and its plain settings, taken before it has a state."""
+    given = getattr(credit, "given", None)
+    plain = {k: v for k, v in vars(credit).items() if v is None or isinstance(v, (bool, int, float, str))}
+    # As it comes back from JSON, where tuples are lists.
+    return {"name": credit.name, **json.loads(json.dumps(plain if given is None else given, default=str))}

@@ -1,9 +1,11 @@
-"""What is logged about a rollout, over all ranks."""
+"""What is logged about a rollout, over all ranks; and `rollouts.jsonl`, some of its completions token by token."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,20 @@ from tokengrain.rollout.sampler import Rollouts
 from tokengrain.training.checkpoint import append_text
 from tokengrain.training.step import MicroRecord, wide
 
+PHASES = ("rollout", "reward", "scoring", "credit")
+
 
 @dataclass
-class Drawn:
+class RolloutStats:
     """What one rank sampled for a rollout, filtered prompts included: plain lists, one entry per completion.
 
     Attributes:
-        context: tokens that completions only share with others they branch off from; they were drawn once.
-        prompts: number of prompts; informative: those whose completions earned different rewards.
         total: the sum of a completion's rewards; NaN where it could not be scored.
         by_name: the same of each reward.
-        seconds: of sampling; refills: rounds of sampling after the first.
+        context: tokens that completions only share with others they branch off from; they were drawn once.
+        prompts: number of prompts; informative: those whose completions earned different rewards.
+        refills: rounds of sampling after the first.
+        sampling_seconds: as the sampler measured it; seconds: of each phase.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -45,29 +50,65 @@ class Drawn:
     informative: int = 0
     failures: int = 0
     refills: int = 0
-    seconds: float = 0.0
+    sampling_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
-    def add(self, rollouts: Rollouts, step: RolloutStep, result: RewardResult | None) -> None:
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time that the block takes to a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - started
+
+    def add(self, sampled: Rollouts, rollout: RolloutStep, result: RewardResult | None) -> None:
         """Add what was sampled in one go."""
-        self.lengths += [len(c.ids) for c in rollouts.completions]
-        self.context += sum(c.context for c in rollouts.completions)
-        self.truncated += [c.truncated for c in rollouts.completions]
-        self.prompts += len(rollouts.prompts)
-        self.seconds += rollouts.seconds
+        self.lengths += [len(c.ids) for c in sampled.completions]
+        self.context += sum(c.context for c in sampled.completions)
+        self.truncated += [c.truncated for c in sampled.completions]
+        self.prompts += len(sampled.prompts)
+        self.sampling_seconds += sampled.seconds
         if result is None:
             return
         self.total += result.total.tolist()
-        if step.correct is not None:
-            self.correct += step.correct.tolist()
+        if rollout.correct is not None:
+            self.correct += rollout.correct.tolist()
         for name, values in result.by_name.items():
             self.by_name.setdefault(name, []).extend(values.tolist())
         for name, value in result.counts.items():
             self.counts[name] = self.counts.get(name, 0.0) + value
         self.failures += len(result.failures)
-        self.informative += int(GroupStatistics(result.total.double(), step.group.cpu()).varied.sum())
+        self.informative += int(GroupStatistics(result.total.double(), rollout.group.cpu()).varied.sum())
 
 
-def drawn_metrics(parts: Sequence[Drawn]) -> dict[str, float]:
+def rollout_metrics(
+    stats: RolloutStats, rollout: RolloutStep, keep: Tensor, exchange: Callable[[Any], list[Any]]
+) -> dict[str, float]:
+    """Every number of a finished rollout, the same on all ranks, which all call this.
+
+    Args:
+        keep: bool `[G]`, the prompts that are trained on.
+        exchange: gives the values of all ranks.
+    """
+    scored = "old_logps" in rollout.quantities
+    ranks = exchange(
+        {
+            "stats": stats,
+            "sums": rollout_sums(rollout, keep[rollout.group]) if scored else {},
+            "mismatch": mismatch(rollout) if scored else {},
+            "credit": {name: (value, 1.0) for name, value in rollout.metrics.items()},
+            "kept": int(keep.sum()),
+        }
+    )
+    metrics = sampled_metrics([r["stats"] for r in ranks])
+    metrics["rollout/prompts_kept"] = float(sum(r["kept"] for r in ranks))
+    metrics |= summed([r["sums"] for r in ranks]) | joined_mismatch([r["mismatch"] for r in ranks])
+    metrics |= summed([r["credit"] for r in ranks])
+    return metrics | {f"seconds/{name}": max(r["stats"].seconds[name] for r in ranks) for name in PHASES}
+
+
+def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
     """Metrics of what all ranks sampled.
 
     `reward/mean` and `reward/std` of the sum of all rewards, `reward/<name>/mean` and `/std` of each,
@@ -85,7 +126,7 @@ def drawn_metrics(parts: Sequence[Drawn]) -> dict[str, float]:
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated": _share([t for part in parts for t in part.truncated]),
         # Ranks sample at the same time.
-        "rollout/tokens_per_second": tokens / max(max(part.seconds for part in parts), 1e-9),
+        "rollout/tokens_per_second": tokens / max(max(part.sampling_seconds for part in parts), 1e-9),
     }
     if not any(part.total for part in parts):
         return metrics
@@ -114,7 +155,7 @@ def _moments(name: str, values: list[float]) -> dict[str, float]:
     return {f"{name}/mean": float(known.mean()), f"{name}/std": float(known.std(correction=0))}
 
 
-def step_sums(step: RolloutStep, keep: Tensor) -> dict[str, tuple[float, float]]:
+def rollout_sums(rollout: RolloutStep, keep: Tensor) -> dict[str, tuple[float, float]]:
     """Of one rank's prompts to train on: (sum, weight) by name, to be added up over ranks.
 
     `rollout/utilisation`: share of completions with an advantage other than 0; `rollout/entropy` and `rollout/kl_ref`
@@ -124,29 +165,29 @@ def step_sums(step: RolloutStep, keep: Tensor) -> dict[str, tuple[float, float]]
         keep: bool `[C]`, the completions that are trained on.
     """
     sums: dict[str, tuple[float, float]] = {}
-    if step.advantages is not None:
-        signal = (step.segments.max(step.advantages.abs()) > 0) & keep
+    if rollout.advantages is not None:
+        signal = (rollout.segments.max(rollout.advantages.abs()) > 0) & keep
         sums["rollout/utilisation"] = (float(signal.sum()), float(keep.sum()))
-    tokens = step.broadcast(keep)
-    if "entropy" in step.quantities:
-        entropy = wide(step.quantities["entropy"][tokens])
+    tokens = rollout.broadcast(keep)
+    if "entropy" in rollout.quantities:
+        entropy = wide(rollout.quantities["entropy"][tokens])
         sums["rollout/entropy"] = (float(entropy.sum()), float(entropy.numel()))
-    if "ref_logps" in step.quantities:
-        logps, ref_logps = wide(step.quantity("old_logps")), wide(step.quantities["ref_logps"])
+    if "ref_logps" in rollout.quantities:
+        logps, ref_logps = wide(rollout.quantity("old_logps")), wide(rollout.quantities["ref_logps"])
         kl = kl_estimate(logps, ref_logps, "k3")[tokens]
         sums["rollout/kl_ref"] = (float(kl.sum()), float(kl.numel()))
     return sums
 
 
-def mismatch(step: RolloutStep) -> dict[str, float]:
+def mismatch(rollout: RolloutStep) -> dict[str, float]:
     """How far the sampler's log-probabilities are from the trainer's; nothing where the sampler has none."""
-    if "raw_logps" not in step.quantities:
+    if "raw_logps" not in rollout.quantities:
         return {}
-    return sampler_mismatch(step.quantities["raw_logps"], step.quantity("old_logps"), step.segments)
+    return sampler_mismatch(rollout.quantities["raw_logps"], rollout.quantity("old_logps"), rollout.segments)
 
 
 def summed(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    """Weighted means of what `step_sums` gave on all ranks."""
+    """Weighted means of what `rollout_sums` gave on all ranks."""
     names: dict[str, Any] = dict.fromkeys(name for part in parts for name in part)
     found = {}
     for name in names:
@@ -170,15 +211,7 @@ def joined_mismatch(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------
-# `rollouts.jsonl`: a few completions of some rollouts, with the numbers of every token, for the report.
-#
-# One line per completion:
-# rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids, and where there is
-# a tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by name), and per token
-# advantages, and where they are known entropy, sampling_logps, old_logps, ref_logps, weights, token_rewards, thr;
-# ratio (of the policy to the one that sampled, at the completion's last update before the optimiser step) and
-# clipped (-1, 0, 1) of objectives that have them.
+# ---- `rollouts.jsonl`: a few completions of some rollouts, with the numbers of every token, for the report ----
 
 COLUMNS = ("entropy", "sampling_logps", "old_logps", "ref_logps", "thr")
 UPDATED = ("ratio", "clipped")
@@ -186,7 +219,13 @@ DIGITS = 5
 
 
 class RolloutRecord:
-    """Collects the completions of the rollout under way and writes them when it is used up.
+    """Collects completions of the rollout under way and writes them when it is used up, one line each.
+
+    A line has rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids;
+    where there is a tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by
+    name); per token advantages and, where they are known, entropy, sampling_logps, old_logps, ref_logps, weights,
+    token_rewards, thr; and of objectives that have them ratio (of the policy to the one that sampled, at the
+    completion's last update before the optimiser step) and clipped (-1, 0, 1).
 
     Args:
         path: of the file.
@@ -198,46 +237,46 @@ class RolloutRecord:
         self.path, self.tokenizer, self.count, self.every = path, tokenizer, count, every
         self.pending: list[dict[str, Any]] = []
 
-    def begin(self, step: RolloutStep, keep: Tensor, optimiser_step: int) -> None:
+    def begin(self, rollout: RolloutStep, keep: Tensor, optimiser_step: int) -> None:
         """Take completions of one prompt; of a large group the best and the worst.
 
         The last prompt of the rollout, because the first one's is updated while the policy is still the one that
         sampled it (all its ratios are 1); before it goes the last one whose completions earned credit.
         """
         self.pending = []
-        if not self.count or step.index % self.every or not bool(keep.any()):
+        if not self.count or rollout.index % self.every or not bool(keep.any()):
             return
         earned = torch.zeros_like(keep)
-        if step.advantages is not None:
-            earned[step.group[step.segments.ids[step.advantages != 0]]] = True
+        if rollout.advantages is not None:
+            earned[rollout.group[rollout.segments.ids[rollout.advantages != 0]]] = True
         learned = keep & earned
         prompt = int((learned if bool(learned.any()) else keep).nonzero()[-1])
-        places = (step.group == prompt).nonzero()[:, 0].tolist()
-        first, total = places[0], step.total.nan_to_num(nan=0.0)
+        places = (rollout.group == prompt).nonzero()[:, 0].tolist()
+        first, total = places[0], rollout.total.nan_to_num(nan=0.0)
         if len(places) > self.count:
             order = sorted(places, key=lambda c: (-float(total[c]), c))
             half = (self.count + 1) // 2
             places = sorted(order[:half] + (order[half - self.count :] if self.count > half else []))
         for completion in places:
-            entry = {"rollout": step.index, "step": optimiser_step, **self._of(step, prompt, completion)}
+            entry = {"rollout": rollout.index, "step": optimiser_step, **self._of(rollout, prompt, completion)}
             self.pending.append({**entry, "completion": completion - first})
 
-    def _of(self, step: RolloutStep, prompt: int, completion: int) -> dict[str, Any]:
-        prompt_ids, ids = step.batch.prompt(prompt).tolist(), step.batch.completion(completion).tolist()
+    def _of(self, rollout: RolloutStep, prompt: int, completion: int) -> dict[str, Any]:
+        prompt_ids, ids = rollout.batch.prompt(prompt).tolist(), rollout.batch.completion(completion).tolist()
         # What a branch shares with the completion that it leaves was not drawn for it: it is part of what came before.
-        context = len(ids) - int(step.segments.lengths[completion])
+        context = len(ids) - int(rollout.segments.lengths[completion])
         prompt_ids, ids = prompt_ids + ids[:context], ids[context:]
-        entry: dict[str, Any] = {"row": step.prompt_ids[prompt], "prompt_ids": prompt_ids, "ids": ids}
+        entry: dict[str, Any] = {"row": rollout.prompt_ids[prompt], "prompt_ids": prompt_ids, "ids": ids}
         if self.tokenizer is not None:
             entry["prompt"] = self.tokenizer.decode(prompt_ids)
             entry["text"] = self.tokenizer.decode(ids)
             entry["tokens"] = token_texts(self.tokenizer, ids)
-        entry["truncated"] = bool(step.truncated[completion])
-        entry["reward"] = _number(step.total[completion])
-        entry["rewards"] = {name: _number(values[completion]) for name, values in step.by_name.items()}
-        start, end = step.segments.offsets[completion : completion + 2].tolist()
-        columns = {name: step.quantities.get(name) for name in COLUMNS}
-        columns |= {name: getattr(step, name) for name in ("advantages", "weights", "token_rewards")}
+        entry["truncated"] = bool(rollout.truncated[completion])
+        entry["reward"] = _number(rollout.total[completion])
+        entry["rewards"] = {name: _number(values[completion]) for name, values in rollout.by_name.items()}
+        start, end = rollout.segments.offsets[completion : completion + 2].tolist()
+        columns = {name: rollout.quantities.get(name) for name in COLUMNS}
+        columns |= {name: getattr(rollout, name) for name in ("advantages", "weights", "token_rewards")}
         return entry | {name: _rounded(values[start:end]) for name, values in columns.items() if values is not None}
 
     def update(self, records: Sequence[MicroRecord]) -> None:
@@ -245,7 +284,7 @@ class RolloutRecord:
         if not self.pending:
             return
         wanted = {(entry["row"], entry["completion"]): entry for entry in self.pending}
-        for record in (r for r in records if r.real):
+        for record in records:
             tokens = {name: record.output.tokens[name] for name in UPDATED if name in record.output.tokens}
             if not tokens:
                 continue

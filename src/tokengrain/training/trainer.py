@@ -1,167 +1,90 @@
 """`PreferenceTrainer`: one thin subclass of `transformers.Trainer` for every offline method."""
 
+# Which of our methods transformers' loop calls, in the order of a run:
+#
+#   train                checks the output folder, restores what is ours of a checkpoint, and starts the loop
+#     get_batch_samples  once per optimiser step: its batches, and the counts that its loss is divided by
+#     training_step      once per batch: forward and backward, micro-batch by micro-batch
+#       compute_loss     once per micro-batch: score it, apply the objective, normalise
+#     _get_grad_norm     after the last backward pass: keeps the norm of the clipped gradient
+#     finish_step        before the optimiser: ends the run if the step is not finite, else takes up its metrics
+#     after_step         after the optimiser (for online training)
+#     log                every `logging_steps`: adds the means of the metrics since the last entry
+#     evaluation_loop    every `eval_steps`: metrics of the whole held-out set
+#     _save_checkpoint   every `save_steps`: a checkpoint that appears whole, by one rename
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from tokengrain.batch import Sample, TokenBatch
-from tokengrain.errors import NonFiniteLossError, RecipeError, write_json
+from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, read_json, require, write_json
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
+from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.prepare import prepare
-from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, resolve_reference
-from tokengrain.training import checks
-from tokengrain.training.checkpoint import LOG_FILE, CheckpointMixin, JsonlLog, last_complete_checkpoint
+from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, reshard, resolve_reference, shard
+from tokengrain.training.checkpoint import (
+    LOG_FILE,
+    STAGING,
+    STATE_FILE,
+    JsonlLog,
+    check_same_run,
+    checkpoint_to_resume,
+    checkpoints,
+    data_fingerprint,
+    has_renamed_weights,
+    last_complete_checkpoint,
+    no_progress_bar,
+    refuse_earlier_run,
+    remove_folder,
+    require_optimizer,
+    rotate,
+    staged_folder,
+)
 from tokengrain.training.config import PreferenceConfig, endless
-from tokengrain.training.evaluate import EvaluationMixin
+from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
 from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss, resolve_credit, resolve_objective
 from tokengrain.training.step import (
     HostBatch,
     MicroRecord,
     StepPlan,
     WeightedMeans,
+    all_gather,
     all_reduce,
     micro_batches,
+    nonfinite_report,
     plan_step,
-    report,
     totals,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# What happens when a loss is not finite: the rows are saved, the last good state too, and the run ends.
-
 NONFINITE_FILE = "nonfinite.json"
 
+PASSED_ON = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
+"""Arguments of `transformers.Trainer` that have their meaning here; the others would be without effect."""
 
-def check_finite(trainer: PreferenceTrainer, records: list[MicroRecord], *, losses: bool, grad_norm: Any) -> None:
-    """Stop the run unless the step under way is finite. Every rank calls this with the same findings.
-
-    Args:
-        losses: whether all losses are finite, on all ranks.
-        grad_norm: of the gradient; None: it was not clipped.
-
-    Raises:
-        NonFiniteLossError: a loss or the gradient is not finite.
-    """
-    if not losses:
-        _stop(trainer, records, "loss")
-    scaled = trainer.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
-    if grad_norm is not None and not scaled and not torch.isfinite(_norm(grad_norm)):
-        _stop(trainer, records, "gradient")
+COLUMN_HINTS = {
+    "token_rewards": ", or a credit source",
+    "spans": "; spans come from data.spans (diff, tags, column or a function), or from token credit",
+    "selected": "; or token credit to select by",
+}
 
 
-def _stop(trainer: PreferenceTrainer, records: list[MicroRecord], what: str) -> NoReturn:
-    """Save the rows of the step under way and the weights before it, then raise. Every rank calls this.
-
-    Args:
-        what: "loss" or "gradient", whichever was not finite.
-
-    Raises:
-        NonFiniteLossError: always.
-    """
-    step = trainer.state.global_step + 1
-    path = trainer.output_path / NONFINITE_FILE
-    own = report(records, trainer.accelerator.process_index)
-    batches = gather_object(own) if trainer.accelerator.num_processes > 1 else own
-    rows = [entry["row"] for batch in batches for entry in batch["losses"]]
-    culprits = [e["row"] for batch in batches for e in batch["losses"] if isinstance(e["loss"], str)]
-    if trainer.is_world_process_zero():
-        found = {
-            "step": step,
-            "not_finite": what,
-            "rows": rows,
-            "nonfinite_rows": culprits,
-            "micro_batches": batches,
-        }
-        write_json(path, found)
-    kept = _keep_last_good_state(trainer)
-    named = f" (not finite at row {', '.join(map(str, culprits[:5]))})" if culprits else ""
-    raise NonFiniteLossError(
-        f"the {what} of optimiser step {step} is not finite; training stopped before the step. "
-        f"Its {len(rows)} rows{named} are in {path}. {kept}"
-    )
-
-
-def _keep_last_good_state(trainer: PreferenceTrainer) -> str:
-    """Save the weights, which the bad step has not touched, unless they are bad themselves."""
-    finite = all(bool(torch.isfinite(_local(p)).all()) for p in trainer.model.parameters() if p.requires_grad)
-    flags = torch.tensor([0.0 if finite else 1.0])
-    good = not trainer.reduce(flags).any()
-    wanted = trainer.args.save_strategy != SaveStrategy.NO and trainer.state.global_step > 0
-    output_dir = trainer.output_path
-    if good and wanted and not (output_dir / f"checkpoint-{trainer.state.global_step}").exists():
-        trainer.model_wrapped.zero_grad()
-        trainer._save_checkpoint(trainer.model, None)
-    last = last_complete_checkpoint(output_dir)
-    weights = "" if good else "The weights themselves were not finite. "
-    return weights + (f"The last good state is {last}." if last else "There is no checkpoint.")
-
-
-def _norm(value: Any) -> torch.Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-# ----------------------------------------------------------------------------------------------------
-# The policy as it will be trained: with its adapter, without dropout; and which of its adapters are saved.
-
-
-def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
-    """`model` as it will be trained: with its new adapter, without dropout."""
-    if peft_config is not None:
-        model = with_adapter(model, args, peft_config)
-    if args.disable_dropout:
-        disable_dropout(model)
-    if is_peft(model) and _checkpoints_activations(args):
-        model.enable_input_require_grads()
-    return model
-
-
-def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
-    """`model` with a new adapter, whose random numbers come from `args.seed`."""
-    from peft import get_peft_model
-
-    set_seed(args.seed)
-    return get_peft_model(model, peft_config)
-
-
-def save_active_adapter_only(model: Any) -> None:
-    """Leave adapters that are only asked (a teacher's) out of what the model saves."""
-    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[model.active_adapter])
-
-
-def _checkpoints_activations(args: PreferenceConfig) -> bool:
-    # Newer versions of transformers renamed it.
-    return any(getattr(args, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))
-
-
-class StepGuard(TrainerCallback):
-    """Ends a run before the optimiser uses a gradient whose loss was not finite."""
-
-    def __init__(self, trainer: PreferenceTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.finish_step()
-
-
-class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
+class PreferenceTrainer(Trainer):
     """Trains a policy on `Sample`s: preference pairs, or single completions with the objective "sft".
 
     Beside what `transformers.Trainer` does: the loss of an optimiser step is normalised over all its pairs
@@ -177,7 +100,7 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         credit: gives the token credit, if the objective takes it: a credit source or any function
             `TokenBatch -> [N]`. None: the data's column `token_rewards`.
         credit_as: how it enters: "reward", "weight", "selection", "span", `{name: ..., settings}` or a role of
-            `tokengrain.objectives.roles`. None: the only way that the objective has.
+            `tokengrain.loss`. None: the only way that the objective has.
         reference: a model, a `Reference`, or None for the default: stored `ref_logps` if the data have them
             and they are enough; for an adapter the model without it (a copy of what is trained if the
             adapter was trained already or is not all that is trained); otherwise a frozen copy of the starting weights.
@@ -193,6 +116,9 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         DataError: an empty data set, rows that are not pairs, completions longer than the model's positions.
         RecipeError: settings that cannot work together.
     """
+
+    args: PreferenceConfig
+    model: nn.Module
 
     def __init__(
         self,
@@ -210,19 +136,19 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        checks.check_arguments(args, PreferenceConfig, kwargs)
+        check_arguments(args, PreferenceConfig, kwargs)
         self.objective: BoundObjective = resolve_objective(objective)
         self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)
-        self._datasets = checks.by_name(train_dataset, eval_dataset)
+        self._datasets = by_name(train_dataset, eval_dataset)
         use = resolve_credit(credit, credit_as, self.objective, self._columns())
         check_together(self.objective, use.role if use is not None else None, teacher)
-        self._check_data(model, use)
-        checks.check_tokenizer(model, processing_class)
+        self._limits = Limits(model)
+        self._check_data(use)
+        self._limits.check_tokenizer(processing_class)
         model = prepared_policy(model, args, peft_config)
         reference = self._resolve_reference(reference, model)
         for role, source in (("reference", reference), ("guide", use and use.source), ("teacher", teacher)):
-            for other in checks.models_in(source):
-                checks.check_vocabulary(model, other, role)
+            self._limits.check_models_in(source, role)
         self._loss = PreferenceLoss(
             self.objective, reference, use, teacher=teacher, layout=args.layout, chunk_tokens=args.chunk_tokens
         )
@@ -242,14 +168,20 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if args.fsdp and not self.is_fsdp_enabled:
-            raise RecipeError("fsdp is set, but accelerate does not shard on this device, as on CPU")
+        sharded = not args.fsdp or self.is_fsdp_enabled
+        require(sharded, RecipeError, "fsdp is set, but accelerate does not shard on this device, as on CPU")
         prepare(self.model, layout=args.layout)  # on its device by now, and not yet wrapped
         self._log_file = JsonlLog(self.output_path / LOG_FILE)
         self.add_callback(self._log_file)
-        self.add_callback(StepGuard(self))
+        self.callback_handler.callbacks.insert(0, StepHooks(self))  # before those that log and save
         self.remove_callback(PrinterCallback)
         self._reference_placed = False
+        self._staging: Path | None = None  # where a checkpoint is being saved
+
+    @property
+    def output_path(self) -> Path:
+        """`args.output_dir`."""
+        return Path(str(self.args.output_dir))
 
     @property
     def reference(self) -> Any:
@@ -275,16 +207,38 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
 
     # ---- Data ----
 
-    def _check_data(self, model: nn.Module, credit: CreditUse | None) -> None:
+    def _check_data(self, credit: CreditUse | None) -> None:
+        """Check the rows that are at hand; a stream is checked as it is read."""
         columns = set(self.objective.needs) - FROZEN - TAUGHT
         if credit is not None:
             columns.discard(credit.role.provides)
             if (column := getattr(credit.source, "column", None)) is not None:
                 columns.add(column)
-        checks.check_datasets(self._datasets, model, self.objective, columns)
+        for name, dataset in self._datasets.items():
+            if hasattr(dataset, "__len__"):
+                where = getattr(dataset, "name", name)
+                self._check_rows((dataset[i] for i in range(len(dataset))), where)
+                for column in sorted(columns):
+                    self._check_column(dataset, column, where)
         train = self._datasets["train"]
         self._streaming = train is not None and not hasattr(train, "__len__")
-        self._limits = (checks.model_positions(model), checks.vocabulary_size(model))
+
+    def _check_rows(self, samples: Any, where: object) -> None:
+        count = 0
+        for count, sample in enumerate(samples, 1):  # noqa: B007
+            self._limits.check_sample(sample, where, pairs=self.objective.unit == "pairs")
+        require(count, DataError, "the dataset is empty", file=where, expected="at least one row")
+
+    def _check_column(self, dataset: Any, column: str, where: object) -> None:
+        require(
+            has_column(dataset, column),
+            DataError,
+            f"objective {self.objective.name} needs per-token {column}, which the rows do not have",
+            file=where,
+            row=dataset[0].row,
+            field=f"*_{column}",
+            expected="values in every row" + COLUMN_HINTS.get(column, ""),
+        )
 
     def _columns(self) -> tuple[str, ...]:
         """Per-token columns that all data sets have, as far as it is known (a stream is not asked)."""
@@ -293,11 +247,11 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
 
     def _all_have(self, column: str) -> bool:
         given = [d for d in self._datasets.values() if d is not None]
-        return bool(given) and all(checks.has_column(d, column) for d in given)
+        return bool(given) and all(has_column(d, column) for d in given)
 
     def _collate(self, samples: list[Sample]) -> HostBatch:
         for sample in samples if self._streaming else ():
-            checks.check_sample(sample, *self._limits, name="train", pairs=self.objective.unit == "pairs")
+            self._limits.check_sample(sample, "train", pairs=self.objective.unit == "pairs")
         return HostBatch(TokenBatch.from_samples(samples))
 
     # ---- One optimiser step ----
@@ -347,8 +301,6 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
                 if real:
                     self._records.append(MicroRecord.of(part, judged, loss))
                     total += loss.detach()
-                elif not inputs.real:
-                    self._records.append(MicroRecord.of(part, judged, loss, real=False))
                 self._backward(loss if real else loss * 0.0)
         return total * self.accelerator.num_processes
 
@@ -396,26 +348,70 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             NonFiniteLossError: a loss or the gradient is not finite, on any rank.
         """
         assert self._plan is not None
-        world = self.accelerator.num_processes
         own = totals(self._records)
-        bad = float(self.reduce(own)[1])
-        check_finite(self, self._records, losses=not bad, grad_norm=self._grad_norm)
-        self._window.add("loss", float(own[0]), 1 / world)
+        if float(self._sum_over_ranks(own)[1]):
+            self._stop("loss")
+        scaled = self.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
+        if self._grad_norm is not None and not scaled and not torch.isfinite(_whole(self._grad_norm)):
+            self._stop("gradient")
+        self._window.add("loss", float(own[0]), 1 / self.accelerator.num_processes)
         for record in self._records:
             record.add_to(self._window)
         self._tokens_seen += self._plan.tokens
         self._records, self._grad_norm = [], None
 
-    def reduce(self, values: Tensor) -> Tensor:
-        """Sum over ranks, on the host."""
+    def after_step(self) -> None:
+        """Called after the optimiser's step, before anything is logged or saved."""
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return all_reduce(values, self.args.device)
+
+    # ---- A step that is not finite: its rows and the last good state are saved, and the run ends ----
+
+    def _stop(self, what: str) -> NoReturn:
+        """Save the rows of the step under way and the weights before it, then raise. Every rank calls this.
+
+        Args:
+            what: "loss" or "gradient", whichever was not finite.
+        """
+        step = self.state.global_step + 1
+        own = nonfinite_report(self._records, self.accelerator.process_index)
+        batches = [batch for rank in all_gather(own) for batch in rank]
+        entries = [entry for batch in batches for entry in batch["losses"]]
+        rows, culprits = [e["row"] for e in entries], [e["row"] for e in entries if isinstance(e["loss"], str)]
+        path = self.output_path / NONFINITE_FILE
+        if self.is_world_process_zero():
+            found = {"step": step, "not_finite": what, "rows": rows, "nonfinite_rows": culprits}
+            write_json(path, {**found, "micro_batches": batches})
+        last_state = self._keep_last_good_state()
+        named = f" (not finite at row {', '.join(map(str, culprits[:5]))})" if culprits else ""
+        raise NonFiniteLossError(
+            f"the {what} of optimiser step {step} is not finite; training stopped before the step. "
+            f"Its {len(rows)} rows{named} are in {path}. {last_state}"
+        )
+
+    def _keep_last_good_state(self) -> str:
+        """Save the weights, which the bad step has not touched, unless they are bad themselves."""
+        good, step = self._weights_are_finite(), self.state.global_step
+        wanted = self.args.save_strategy != SaveStrategy.NO and step > 0
+        if good and wanted and not (self.output_path / f"checkpoint-{step}").exists():
+            self.model_wrapped.zero_grad()
+            self._save_checkpoint(self.model, None)
+        last = last_complete_checkpoint(self.output_path)
+        weights = "" if good else "The weights themselves were not finite. "
+        return weights + (f"The last good state is {last}." if last else "There is no checkpoint.")
+
+    def _weights_are_finite(self) -> bool:
+        """Whether all trained weights are, on all ranks."""
+        finite = all(bool(torch.isfinite(_local(p)).all()) for p in self.model.parameters() if p.requires_grad)
+        return not bool(self._sum_over_ranks(torch.tensor([0.0 if finite else 1.0])).any())
 
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training entry gets the window's means, weighted over batches, micro-batches and ranks."""
         if "loss" in logs and "learning_rate" in logs:
-            window = self._window.reduced(self.reduce)
+            window = self._window.reduced()
             self._window.clear()
             logs = {**logs, **window.means(), "num_tokens": self._tokens_seen}
         super().log(logs, start_time)
@@ -423,3 +419,420 @@ class PreferenceTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """About 6 operations per parameter and token, forward and backward."""
         return 6 * sum(p.numel() for p in self.model.parameters()) * inputs.batch.n_tokens
+
+    # ---- Evaluation on the whole set, whatever the batches and ranks ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This rank's share of the evaluation set, in micro-batches.
+
+        Raises:
+            DataError: there is no such set, it is empty, or a row does not fit the model.
+        """
+        dataset = chosen_dataset(self, eval_dataset)
+        samples = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
+        self._check_rows(samples, getattr(dataset, "name", "eval"))
+        return EvalBatches(
+            samples,
+            batch_size=self.args.per_device_eval_batch_size,
+            max_tokens=self.args.max_tokens_per_microbatch,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            device=self.args.device,
+        )
+
+    def evaluation_model(self) -> nn.Module:
+        """The policy as evaluation runs it: sharded under FSDP2, else without wrapper."""
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            shard(self.model, self.accelerator)  # evaluation before training; `train` finds it sharded
+        self._place_reference()
+        return self.model
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Metrics of the whole evaluation set; see `EvalSums`."""
+        self.callback_handler.eval_dataloader = dataloader
+        model, mixed_precision, sums = self.evaluation_model(), self.accelerator.autocast, EvalSums()
+        with evaluating(model):
+            for index, host in enumerate(dataloader):
+                batch = host.batch.to(self.args.device)
+                with mixed_precision():
+                    judged = self.judge(self.model, batch, measure=(*MEASURES, WHOLE), frozen_context=mixed_precision)
+                sums.add(batch, judged, real=index < dataloader.n_real)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.accelerator.is_fsdp2:
+            reshard(model)
+        metrics = sums.metrics(self.args.normaliser, self.args.device)
+        return loop_output(metrics, metric_key_prefix, dataloader.n_samples)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Raises `RecipeError` if evaluation has no such metric."""
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            wanted, known = self.args.metric_for_best_model, ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise RecipeError(f"metric_for_best_model is {wanted!r}; evaluation gives {known}") from error
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `RecipeError`: evaluation keeps no predictions."""
+        raise RecipeError(
+            "there is no predict: evaluate(rows) gives their metrics, tokengrain.score the log-probabilities of their "
+            "tokens, and a sampler of tokengrain.rollout completions"
+        )
+
+    # ---- Starting and resuming ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: True: resume from the last complete checkpoint in `output_dir`, or start if
+                there is none. A path: resume from there. None or False: start from scratch.
+
+        Raises:
+            RunError: starting from scratch where checkpoints lie; resuming another run's checkpoint, or one of the
+                weights alone.
+            NonFiniteLossError: a loss that is not finite; the batch's rows are in `nonfinite.json`.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.output_path)
+        self._reset_step()
+        eval_on_start = self.args.eval_on_start
+        if checkpoint is None:
+            self._start_clean()
+        else:
+            self._restore(checkpoint)
+            self.args.eval_on_start = False  # the first attempt has done it
+        if self.is_world_process_zero():
+            shutil.rmtree(self.output_path / STAGING, ignore_errors=True)  # what a killed run left
+        self.accelerator.wait_for_everyone()
+        try:
+            return super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+        finally:
+            self.args.eval_on_start = eval_on_start
+
+    def _start_clean(self) -> None:
+        if not self.args.overwrite_output_dir:
+            refuse_earlier_run(self.output_path)  # on every rank: one that waits for another would hang
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            for path in checkpoints(self.output_path):
+                remove_folder(path)
+            self._log_file.restart(None)
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = read_json(checkpoint / STATE_FILE)
+        check_same_run(state["run"], self.run_identity(), checkpoint)
+        require_optimizer(checkpoint)
+        self._tokens_seen = state["tokens_seen"]
+        if self.is_world_process_zero():
+            self._window.load_state(state["window"])  # the sum over ranks
+            self._log_file.restart(state["step"])
+        self.restore_extra(checkpoint, state["extra"])
+
+    def run_identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be this run's."""
+        prompts = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return {
+            "objective": self.objective.describe(),
+            "credit": self.credit.describe() if self.credit is not None else None,
+            "normaliser": self.args.normaliser,
+            "normaliser_constant": self.args.normaliser_constant,
+            "data": data_fingerprint(self.train_dataset),
+            "prompts_per_step": prompts * self.accelerator.num_processes,
+            "seed": self.args.seed,
+            "data_seed": self.args.data_seed,
+        }
+
+    def save_extra(self, staged: Path) -> dict[str, Any]:
+        """For subclasses: write further files into the checkpoint `staged`; every rank calls this.
+
+        Returns:
+            What goes into its state file, JSON-like; the main process's counts.
+        """
+        return {}
+
+    def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
+        """For subclasses: take up what `save_extra` left; every rank calls this, before training begins."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(str(self.state.best_model_checkpoint))
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        if has_renamed_weights(Path(checkpoint), self.model):
+            # transformers renames weights when it saves some architectures (GPT-NeoX's head) and its trainer does
+            # not name them back; only `from_pretrained` does.
+            own: Any = self.model
+            with no_progress_bar():
+                loaded = type(own).from_pretrained(checkpoint, config=own.config, dtype=own.dtype)
+            own.load_state_dict(loaded.state_dict())
+
+    # ---- Saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a staging folder, sync, rename. All ranks call this.
+
+        Raises:
+            RunError: it could not be written (a full disk); earlier checkpoints are as they were.
+        """
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        main, window = self.args.should_save, self._window.reduced()
+        # Continued or resumed, the main process counts on from the sum: rounding is the same.
+        self._window.load_state(window.state() if self.is_world_process_zero() else WeightedMeans().state())
+        # Rotation has to wait until the new checkpoint is in place.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with staged_folder(
+                target, f"checkpoint {self.state.global_step}", main=main, wait=self.accelerator.wait_for_everyone
+            ) as staged:
+                self._staging = staged.parent
+                super()._save_checkpoint(model, trial)
+                extra = self.save_extra(staged)
+                self._name_best(target)
+                if main:
+                    self._write_state(staged, window, extra)
+        finally:
+            self._staging, self.args.save_total_limit = None, limit
+        if main:
+            rotate(run_dir, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _write_state(self, staged: Path, window: WeightedMeans, extra: dict[str, Any]) -> None:
+        """Write what a run needs to resume exactly, beyond what transformers saves."""
+        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again: the best checkpoint has its name now
+        state = {
+            "step": self.state.global_step,
+            "run": self.run_identity(),
+            "window": window.state(),
+            "tokens_seen": self._tokens_seen,
+            "extra": extra,
+        }
+        write_json(staged / STATE_FILE, state)
+
+    def _name_best(self, target: Path) -> None:
+        """Call the best checkpoint by the name that it has in this folder, which may have been moved or renamed.
+
+        Every rank calls this: each of them loads the best weights at the end.
+        """
+        if self.state.best_global_step:
+            here = target.parent / f"checkpoint-{self.state.best_global_step}"
+            if here == target or here.is_dir():
+                self.state.best_model_checkpoint = str(here)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights, config and tokenizer; into a folder beside the target first, so that no part of it is
+        ever taken for the whole.
+
+        Raises:
+            RunError: it could not be written; what was there before is as it was.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        target = Path(output_dir) if output_dir is not None else self.output_path
+        main, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with staged_folder(target, f"the model {target.name}", main=main, wait=wait, replace_files=True) as staged:
+            super().save_model(str(staged), _internal_call=True)
+
+
+class StepHooks(TrainerCallback):
+    """Calls the trainer's own methods before and after the optimiser's step."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finish_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.after_step()
+
+
+def _whole(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+# ---- The policy as it will be trained ----
+
+
+def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
+    """`model` as it will be trained: with its new adapter, without dropout."""
+    if peft_config is not None:
+        model = with_adapter(model, args, peft_config)
+    if args.disable_dropout:
+        disable_dropout(model)
+    # Newer versions of transformers renamed it.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    if is_peft(model) and any(getattr(args, name, None) for name in names):
+        model.enable_input_require_grads()
+    return model
+
+
+def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
+    """`model` with a new adapter, whose random numbers come from `args.seed`."""
+    from peft import get_peft_model
+
+    set_seed(args.seed)
+    return get_peft_model(model, peft_config)
+
+
+def save_active_adapter_only(model: Any) -> None:
+    """Leave adapters that are only asked (a teacher's) out of what the model saves."""
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[model.active_adapter])
+
+
+# ---- What must fit together before training starts ----
+
+
+def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
+    """Check what a trainer is made with.
+
+    Args:
+        args: its settings; kind: the class that they must have.
+        given: names of further arguments for `transformers.Trainer`.
+
+    Raises:
+        RecipeError: settings of another class; an argument that would be ignored.
+    """
+    fits = isinstance(args, kind)
+    require(fits, RecipeError, f"the trainer's settings are {type(args).__name__}; expected {kind.__name__}")
+    unknown = sorted(set(given) - set(PASSED_ON))
+    require(
+        not unknown,
+        RecipeError,
+        f"the trainer takes no {', '.join(unknown)}; expected its own arguments, or {', '.join(PASSED_ON)}, which "
+        "go to transformers. Objective and credit make the loss; evaluation has its own metrics and no predictions",
+    )
+
+
+def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
+    """Data sets by a name for messages; of several evaluation sets one may be called "train"."""
+    if not isinstance(evaluation, Mapping):
+        return {"train": train, "eval": evaluation}
+    return {"train": train, **{f"eval_{name}": dataset for name, dataset in evaluation.items()}}
+
+
+def has_column(dataset: Any, column: str) -> bool:
+    """Whether the rows of a map-style dataset carry this per-token column (its first row says).
+
+    A stream is not asked: reading its first row would use it up.
+    """
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        return False
+    return column in _as_sample(dataset[0], getattr(dataset, "name", "train")).completions[0].columns
+
+
+def _as_sample(row: Any, where: object) -> Sample:
+    if isinstance(row, Sample):
+        return row
+    expected = "a Sample, which prepare_pairs and prepare_sft of tokengrain.data make of rows of text"
+    raise DataError("a row is not tokenised", file=where, value=type(row).__name__, expected=expected)
+
+
+class Limits:
+    """What a model can read: the longest sequence in tokens, and the token ids that it knows. None: not known."""
+
+    def __init__(self, model: Any) -> None:
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if config is not None else None
+        self.positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.vocabulary = vocabulary_size(model)
+
+    def check_sample(self, sample: Any, where: object, *, pairs: bool) -> None:
+        """Check one row.
+
+        Raises:
+            DataError: it is no `Sample`, not a pair where pairs are needed, or does not fit the model.
+        """
+        count = len(_as_sample(sample, where).completions)
+        if pairs and count != 2:
+            what, expected = "a preference pair has two completions", "chosen and rejected"
+            raise DataError(what, file=where, row=sample.row, value=count, expected=expected)
+        fields = ("chosen", "rejected") if count == 2 else ("completion",) * count
+        for field, completion in zip(fields, sample.completions, strict=True):
+            length = len(sample.prompt_ids) + len(completion.ids)
+            self.check_length(length, f"{length} tokens", "; set max_length", file=where, row=sample.row, field=field)
+            self.check_ids([*completion.ids, *sample.prompt_ids], file=where, row=sample.row, field=field)
+
+    def check_length(self, length: int, shown: str, hint: str, **where: Any) -> None:
+        """Raise DataError if a sequence of prompt and completion is longer than the model's positions."""
+        if self.positions is not None and length > self.positions:
+            what = "prompt and completion are longer than the model's positions"
+            raise DataError(what, **where, value=shown, expected=f"at most {self.positions}{hint}")
+
+    def check_ids(self, ids: list[int], **where: Any) -> None:
+        """Raise DataError if there is a token id that the model does not have."""
+        largest = max(ids, default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            what = "a token id is outside the model's vocabulary"
+            expected = f"less than {self.vocabulary}; is this the model's own tokenizer?"
+            raise DataError(what, **where, value=largest, expected=expected)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise ModelError if the tokenizer can give ids that the model does not have."""
+        if self.vocabulary is not None and hasattr(tokenizer, "__len__"):
+            size = len(tokenizer)
+            what = f"the tokenizer has {size} tokens, the model a vocabulary of {self.vocabulary}"
+            require(size <= self.vocabulary, ModelError, what)
+
+    def check_models_in(self, source: Any, role: str) -> None:
+        """Raise ModelError if a model that a reference or a credit source holds has another vocabulary.
+
+        Args:
+            role: what it is, for the message: "reference", "guide".
+        """
+        for other in models_in(source):
+            theirs = vocabulary_size(other)
+            require(
+                None in (self.vocabulary, theirs) or theirs == self.vocabulary,
+                ModelError,
+                f"the {role} has a vocabulary of {theirs} tokens, the policy of {self.vocabulary}; they must be the "
+                "same",
+            )
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's output head; None if they are not known."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and getattr(head, "weight", None) is not None:
+        return int(head.weight.shape[0])
+    config = getattr(model, "config", None)
+    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+
+
+def models_in(source: Any) -> list[nn.Module]:
+    """Language models that a credit source or reference holds, directly or in one of its parts.
+
+    Not those of a source that reads the text with a tokenizer of its own (`own_vocabulary`).
+    """
+    if getattr(source, "own_vocabulary", False):
+        return []
+    found = []
+    for value in vars(source).values() if hasattr(source, "__dict__") else ():
+        if isinstance(value, nn.Module):
+            found += [value] if hasattr(value, "config") else []
+        elif type(value).__module__.startswith("tokengrain."):
+            found += models_in(value)
+    return found

@@ -63,8 +63,8 @@ def test_rto_resumes_exactly_in_the_middle_of_a_rollout(tmp_path):
     for one, other in ((whole.model, again.model), (whole.critic.model, again.critic.model)):
         for name, value in weights(one).items():
             assert torch.equal(weights(other)[name], value), name
-    assert [s.state_dict() for s in whole.steps] == [s.state_dict() for s in again.steps]
-    assert json.loads(json.dumps(whole.loop.state_dict())) == json.loads(json.dumps(again.loop.state_dict()))
+    assert [s.state_dict() for s in whole.rollout_credits] == [s.state_dict() for s in again.rollout_credits]
+    assert json.loads(json.dumps(whole.rollout_state())) == json.loads(json.dumps(again.rollout_state()))
     found = last(tmp_path / "whole")
     assert found["rto/dense"] != 0
     assert found["critic/error"] > 0
@@ -102,8 +102,8 @@ def test_aepo_weighs_the_kl(tmp_path):
     objective = make_objective("grpo", beta=0.05)
     trainer = make_online(tmp_path, objective=objective, rewards=right, credit=credit, max_steps=3)
     trainer.train()
-    assert "kl_weights" in trainer.loop.buffer.batch.columns
-    weight = trainer.loop.buffer.batch.columns["kl_weights"]
+    assert "kl_weights" in trainer.buffer.batch.columns
+    weight = trainer.buffer.batch.columns["kl_weights"]
     assert float((weight - 1).abs().max()) > 1e-3
     assert "aepo/hwe" in last(tmp_path)
 
@@ -135,7 +135,7 @@ def test_branches_are_trained_on_from_where_they_leave(tmp_path):
     sampler = Branching(HFGenerate(policy), policy, window=1, quantile=0.5, per_prompt=2)
     trainer = make_online(tmp_path, model=policy, sampler=sampler, rewards=right, credit="thr", max_steps=2)
     trainer.train()
-    batch = trainer.loop.buffer.batch
+    batch = trainer.buffer.batch
     assert batch.n_completions == 4 * (3 + 2)
     assert 0 < int((~batch.counted).sum()) < batch.counted.numel()
 
@@ -175,7 +175,7 @@ def on_rank(folder, objective: str, settings: dict, credit: list):
     trainer.train()
     models = {"policy": trainer.model} | ({"critic": trainer.critic.model} if trainer.critic is not None else {})
     found = {(k, n): p.detach().numpy().copy() for k, m in models.items() for n, p in m.named_parameters()}
-    return found, trainer.loop.state_dict()["credit"]
+    return found, trainer.rollout_state()["credit"]
 
 
 @pytest.mark.parametrize("case", ["ppo", pytest.param("aepo", marks=pytest.mark.slow)])

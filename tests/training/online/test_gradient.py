@@ -131,7 +131,7 @@ def test_columns_are_scattered_back_in_order(tmp_path: Path) -> None:
     """Micro-batches reorder prompts; scores must not."""
     model = tiny_llama(dtype=torch.float64)
     trainer = make_online(tmp_path, model=model, max_tokens_per_microbatch=20, log_entropy=False)
-    batch = trainer.loop.next().batch
+    batch = trainer.next_minibatch().batch
     expected = torch.cat(plain_logps(model, batch))
     torch.testing.assert_close(batch.columns["old_logps"], expected.detach(), rtol=1e-9, atol=1e-9)
     assert {"advantages", "old_logps"} == set(batch.columns)  # nothing that the objective does not read

@@ -45,7 +45,7 @@ def run(folder: Path, **settings: Any) -> Any:
     trainer.train()
     metrics = trainer.evaluate()
     parts = {n: p.detach().numpy().copy() for n, p in trainer.model.named_parameters()}
-    return parts, metrics, trainer.loop.state_dict(), trainer.state.epoch
+    return parts, metrics, trainer.rollout_state(), trainer.state.epoch
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -87,7 +87,7 @@ def final(folder: Path, trainer: OnlineTrainer) -> dict[str, Any]:
         "optimiser": {
             (i, k): v.clone() for i, s in trainer.optimizer.state_dict()["state"].items() for k, v in s.items()
         },
-        "loop": trainer.loop.state_dict(),
+        "loop": trainer.rollout_state(),
         "log": log,
         "record": [json.loads(line) for line in (folder / ROLLOUT_FILE).read_text().splitlines()],
     }
@@ -243,8 +243,8 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_two_ranks_is_taken_up_by_one(tmp_path: Path) -> None:
     """Buffers of all ranks, shared out anew: the same minibatches in the first epoch."""
     trainer = make_online(tmp_path, model=tiny_llama(), minibatches=2, max_steps=2)
-    trainer.loop.next()
-    whole = trainer.loop.buffer
+    trainer.next_minibatch()
+    whole = trainer.buffer
     assert whole is not None
     assert whole.batch is not None
     paths = []

@@ -59,7 +59,7 @@ def test_settings_can_be_used_again_with_other_prompts(tmp_path: Path) -> None:
 def test_the_seed_of_the_data_orders_prompts_and_nothing_else(tmp_path: Path) -> None:
     def drawn(**settings: Any) -> dict[Any, list[int]]:
         trainer = make_online(tmp_path, **settings)
-        batch = trainer.loop.next().batch
+        batch = trainer.next_minibatch().batch
         first = [batch.group.tolist().index(g) for g in range(batch.n_prompts)]
         return {row: batch.completion(c).tolist() for row, c in zip(batch.rows, first, strict=True)}
 
@@ -145,7 +145,7 @@ def test_ids_of_prompts_are_kept_in_checkpoints(tmp_path: Path) -> None:
     make_online(tmp_path, train_dataset=prompts, max_steps=3, **settings).train()
     trainer = make_online(tmp_path, train_dataset=prompts, max_steps=4, **settings)
     trainer.train(resume_from_checkpoint=True)
-    assert set(trainer.steps[0].history.visits) <= {str(i) for i in range(10)}  # type: ignore[attr-defined]
+    assert set(trainer.rollout_credits[0].history.visits) <= {str(i) for i in range(10)}  # type: ignore[attr-defined]
     for row in (None, 1.5, ("a", 1)):
         with pytest.raises(DataError, match="field 'id': a prompt's id cannot be kept in a checkpoint"):
             PromptDataset([replace(prompts[0], row=row)])  # type: ignore[arg-type]

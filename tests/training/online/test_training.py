@@ -69,13 +69,13 @@ def test_filtered_prompts_are_replaced(tmp_path: Path) -> None:
     )
     seen = []
     for _ in range(3):
-        batch = trainer.loop.next().batch
+        batch = trainer.next_minibatch().batch
         seen.append(batch.rows)
         assert len(batch.rows) == 8
         assert all(int(str(row)[1:]) % 2 for row in batch.rows)
         signal = batch.segments.max(batch.columns["advantages"].abs()).view(8, 3)
         assert bool((signal.max(1).values > 0).all())  # every group has something to say
-    assert trainer.loop.source.drawn > 24 + 12
+    assert trainer.source.drawn > 24 + 12
     assert trainer._window.means()["rollout/refills"] >= 1
     assert trainer._window.means()["rollout/prompts_kept"] == 8
     assert 0.3 < trainer._window.means()["rollout/informative"] < 0.7  # of everything that was sampled
@@ -87,7 +87,7 @@ def test_without_refill_the_rollout_is_smaller(tmp_path: Path) -> None:
         tmp_path, rewards=odd_rows, credit=credit, prompts_per_rollout=10, minibatches=10, max_steps=5
     )
     trainer.train()
-    assert trainer.loop.index == 1  # five odd rows of ten: five minibatches, not ten
+    assert trainer.rollouts == 1  # five odd rows of ten: five minibatches, not ten
     assert trainer.state.global_step == 5
 
 
@@ -104,7 +104,7 @@ def test_a_bounded_number_of_refills_and_of_empty_rollouts(tmp_path: Path) -> No
 
 def test_a_prompt_that_comes_twice_gets_other_completions(tmp_path: Path) -> None:
     trainer = make_online(tmp_path, train_dataset=make_prompts(3), prompts_per_rollout=6, max_new_tokens=8)
-    batch = trainer.loop.next().batch
+    batch = trainer.next_minibatch().batch
     assert len(batch.rows) == 6
     assert len(set(batch.rows)) == 3
     texts = [tuple(batch.completion(c).tolist()) for c in range(batch.n_completions)]
@@ -123,7 +123,7 @@ def test_a_reward_that_fails(tmp_path: Path) -> None:
         make_online(tmp_path / "error", rewards=fails, prompts_per_rollout=10).train()
     skipping = RewardFunction(fails, on_error="skip")
     trainer = make_online(tmp_path / "skip", rewards=[skipping], prompts_per_rollout=10, max_steps=1)
-    batch = trainer.loop.next().batch
+    batch = trainer.next_minibatch().batch
     assert batch.n_prompts == 10
     failed = batch.select([batch.rows.index("p5")])
     assert not bool(failed.columns["advantages"].any())
@@ -156,7 +156,7 @@ def test_token_rewards_and_overlong(tmp_path: Path) -> None:
         {"name": "broadcast"},
         Look(),
     ]
-    make_online(tmp_path, rewards=[per_token, share_of_token], credit=credit).loop.next()
+    make_online(tmp_path, rewards=[per_token, share_of_token], credit=credit).next_minibatch()
     step = found[0]
     labels = step.batch.labels
     expected = (labels < 30).float() + (labels / 50).clamp(max=1.5)
@@ -190,7 +190,7 @@ def test_importance_weights_reach_the_loss(tmp_path: Path) -> None:
 
     model = tiny_llama()
     lying = make_online(tmp_path / "a", model=model, sampler=Lying(model), credit=["group", "importance"])
-    batch = lying.loop.next().batch
+    batch = lying.next_minibatch().batch
     torch.testing.assert_close(
         batch.columns["weights"], torch.full_like(batch.columns["weights"], 0.5), rtol=1e-3, atol=0
     )
@@ -198,7 +198,7 @@ def test_importance_weights_reach_the_loss(tmp_path: Path) -> None:
     folded = make_online(
         tmp_path / "b", model=model, sampler=Lying(model), credit=["group", "importance"], objective="reinforce"
     )
-    other = folded.loop.next().batch
+    other = folded.next_minibatch().batch
     assert "weights" not in other.columns
     torch.testing.assert_close(other.columns["advantages"], batch.columns["advantages"] * 0.5, rtol=1e-3, atol=1e-6)
 
@@ -225,11 +225,11 @@ def test_adapters_are_their_own_reference(tmp_path: Path) -> None:
 def test_modes_and_columns_on_the_way(tmp_path: Path) -> None:
     trainer = make_online(tmp_path, log_entropy=True, max_steps=1)
     trainer.model.train()
-    trainer.loop.next()
+    trainer.next_minibatch()
     assert trainer.model.training
     assert all(m.training for m in trainer.model.modules())
-    assert trainer.loop.buffer is not None
-    assert set(trainer.loop.buffer.batch.columns) == {"old_logps", "advantages", "entropy"}  # type: ignore[union-attr]
+    assert trainer.buffer is not None
+    assert set(trainer.buffer.batch.columns) == {"old_logps", "advantages", "entropy"}  # type: ignore[union-attr]
     assert trainer._window.means()["rollout/entropy"] > 1
     phases = {n for n in trainer._window.means() if n.startswith("seconds/")}
     assert phases == {f"seconds/{p}" for p in ("rollout", "reward", "scoring", "credit")}
