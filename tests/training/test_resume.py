@@ -171,7 +171,7 @@ SAVING: dict[str, Callable[[], None]] = {
     "optimiser": lambda: kill_after(PreferenceTrainer, "_save_optimizer_and_scheduler", 2),
     "random state": lambda: kill_after(PreferenceTrainer, "_save_rng_state", 2),
     "all but the state file": lambda: kill_after(PreferenceTrainer, "_get_output_dir", 4),
-    "everything but the rename": lambda: kill_after(checkpoint, "write_state", 2),
+    "everything but the rename": lambda: kill_after(PreferenceTrainer, "_write_state", 2),
     "after the rename": lambda: kill_after(checkpoint, "publish", 2),
     "in rotation": lambda: kill_after(checkpoint, "remove_folder", 1),
 }

@@ -136,11 +136,11 @@ def kill_in(target: Any, name: str, calls: int, *, after: bool = False) -> None:
 KILLS: dict[str, tuple[Callable[[], Any], int]] = {
     # Sampling for an evaluation counts as well: rollout, evaluation, rollout, ...
     "second rollout": (lambda: kill_in(HFGenerate, "sample", 3, after=True), 4),
-    "scoring of the second": (lambda: kill_in(RolloutScorer, "_others", 6), 4),
+    "scoring of the second": (lambda: kill_in(RolloutScorer, "_measure", 6), 4),
     "credit of the second": (lambda: kill_in(RunningMean, "__call__", 2, after=True), 4),
     "between rollout and update": (lambda: kill_in(RolloutBuffer, "__next__", 5), 4),
     "saving the buffer": (lambda: kill_in(RolloutBuffer, "save", 2, after=True), 4),
-    "before the state file": (lambda: kill_in(checkpoint, "write_state", 3), 4),
+    "before the state file": (lambda: kill_in(OnlineTrainer, "_write_state", 3), 4),
     "before the rename": (lambda: kill_in(checkpoint, "publish", 3), 4),
 }
 FAST = ("second rollout", "scoring of the second", "saving the buffer")
