@@ -128,6 +128,113 @@ def test_folder_with_splits(tmp_path):
     assert "which split is meant is not clear" in error_of(tmp_path)
 
 
+def labels(source, split=None):
+    return sorted({row["prompt"] for _, row in load_rows(source, split=split)})
+
+
+def fill(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, [{"prompt": name.partition("-")[0].partition(".")[0], "chosen": "a", "rejected": "b"}])
+
+
+def test_splits_that_begin_alike(tmp_path):
+    kinds = ("train_prefs", "train_sft", "test_prefs", "test_sft")
+    fill(tmp_path, *(f"{kind}-0000{part}-of-00002.parquet" for kind in kinds for part in range(2)))
+    assert labels(tmp_path, "train_prefs") == ["train_prefs"]
+    assert len(load_rows(tmp_path, split="train_prefs")) == 2
+    for split in (None, "train"):
+        message = error_of(tmp_path, split=split)
+        assert f"which split is meant is not clear; got {split!r}; expected one of train_prefs, train_sft" in message
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(
+        (tmp_path / "train_sft-00000-of-00002.parquet").read_bytes()
+    )
+    assert labels(tmp_path) == labels(tmp_path, "train") == ["train_sft"], "the split of just that name"
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "found"),
+    [
+        (["my_train.jsonl", "my_test.jsonl"], None, ["my_train"]),
+        (["train0.json", "train1.json", "dev.json"], None, ["train0", "train1"]),
+        (["train.csv", "dev.csv"], "validation", ["dev"]),
+        (["part-00000.jsonl", "part-00001.jsonl"], None, ["part"]),
+        (["a.jsonl", "b.jsonl"], None, ["a", "b"]),
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], None, ["data/train"]),
+        (["train/0.jsonl", "test/0.jsonl"], None, ["train/0"]),
+        (["train/0.jsonl", "test/0.jsonl"], "test", ["test/0"]),
+        (["default/train.jsonl", "default/test.jsonl"], "test", ["default/test"]),
+    ],
+)
+def test_folders_as_datasets_reads_them(tmp_path, names, split, found):
+    fill(tmp_path, *names)
+    assert labels(tmp_path, split) == found
+
+
+def test_subfolders_that_are_no_splits_are_no_choice(tmp_path):
+    fill(tmp_path, "main/train.jsonl", "socratic/train.jsonl")
+    assert "which of the subfolders is meant is not clear; got ['main', 'socratic']" in error_of(tmp_path)
+
+
+def test_the_header_of_a_hub_clone_says_which_files(tmp_path):
+    fill(tmp_path, "main/train-00000.jsonl", "other/train.jsonl", "main/test-00000.jsonl", "main/more.jsonl")
+    files = [{"split": "train", "path": "main/train-*"}, {"split": "prefs", "path": ["main/more.jsonl"]}]
+    configs = [{"config_name": "default", "data_files": files}, {"config_name": "b", "data_files": "other/*"}]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n# Rows\n")
+    assert labels(tmp_path) == ["main/train"]
+    assert labels(tmp_path, "prefs") == ["main/more"]
+    assert "expected one of train, prefs" in error_of(tmp_path, split="test")
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "which of the subfolders" in error_of(tmp_path)
+
+
+def test_the_same_file_in_two_formats(tmp_path):
+    fill(tmp_path, "x.jsonl", "x.jsonl.gz")
+    assert "the same rows may be there twice; got ['x.jsonl', 'x.jsonl.gz']" in error_of(tmp_path)
+    (tmp_path / "x.jsonl.gz").unlink()
+    fill(tmp_path, "x.parquet")
+    assert "the same rows may be there twice" in error_of(tmp_path)
+    assert "the same rows may be there twice" in error_of(str(tmp_path / "x.*"))
+
+
+def test_patterns(tmp_path):
+    fill(tmp_path, "a/train-0.jsonl", "a/train-1.jsonl", "a/test-0.jsonl", "b/train-2.jsonl")
+    assert labels(f"{tmp_path}/a/train-*.jsonl") == ["a/train"]
+    assert len(load_rows(f"{tmp_path}/**/train-?.jsonl")) == 3
+    assert len(load_rows(f"{tmp_path}/a/*.jsonl", split="test")) == 1
+    assert "no file matches the pattern" in error_of(f"{tmp_path}/*.csv")
+
+
+def test_a_folder_with_the_registry_of_another_tool(tmp_path):
+    write(tmp_path / "mine.jsonl")
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.jsonl"}}')
+    assert [row for _, row in load_rows(tmp_path)] == ROWS
+    (tmp_path / "state.json").write_text("{}")
+    assert "is not what datasets' save_to_disk writes" in error_of(tmp_path)
+
+
+def test_several_sources_with_weights(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[:2])
+    write(tmp_path / "b.jsonl", ROWS[2:6])
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    both = load_rows([a, b])
+    assert [row for _, row in both] == ROWS[:6]
+    assert both.place(3) == (b, "1 (line 2)")
+    weighted = load_rows({a: 2, b: 0.5})
+    rows = [row for _, row in weighted]
+    assert rows[:4] == ROWS[:2] * 2
+    assert len(rows) == 6
+    assert all(row in ROWS[2:6] for row in rows[4:])
+    assert list(load_rows({a: 2, b: 0.5})) == list(weighted)
+    assert len({load_rows(source).fingerprint for source in (a, [a, b], {a: 2, b: 1}, {a: 1, b: 2})}) == 4
+    _, held_out = split_rows(both, 0.5, seed=1)
+    assert all(held_out.place(n)[0] == (a if n < 2 else b) for n, _ in held_out)
+    with pytest.raises(DataError, match="has an unusable weight; got 0"):
+        load_rows({a: 0})
+    with pytest.raises(DataError, match="several sources cannot be streamed"):
+        load_rows([a, b], streaming=True)
+
+
 def test_folder_without_rows(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     assert "the folder holds no file of rows" in error_of(tmp_path)

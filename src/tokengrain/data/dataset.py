@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice, pairwise
 from typing import Any, Protocol, cast, overload
 
@@ -18,7 +19,7 @@ from tokengrain.data.config import BATCH_ROWS, NO_SPAN, RowError, TokenizeConfig
 from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.formats import Example, pair_example, single_example
 from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
-from tokengrain.data.tokens import tokenizer_fingerprint
+from tokengrain.data.tokens import Clock, tokenizer_fingerprint
 from tokengrain.errors import DataError, fingerprint
 
 # ----------------------------------------------------------------------------------------------------
@@ -209,12 +210,22 @@ class PairDataset(Dataset[Sample]):
         samples: the samples, all with the same columns and number of completions.
         report: what became of the rows; default: all were kept.
         name: where the rows came from.
+        clock: the time that the chat template wrote into them; None: it writes none.
+        remake: the same data set at another time.
 
     Attributes:
         samples: a sequence of the samples, made when asked for.
     """
 
-    def __init__(self, samples: Iterable[Sample], report: Report | None = None, name: str = "samples") -> None:
+    def __init__(
+        self,
+        samples: Iterable[Sample],
+        report: Report | None = None,
+        name: str = "samples",
+        *,
+        clock: Clock | None = None,
+        remake: Callable[[datetime], PairDataset] | None = None,
+    ) -> None:
         if not isinstance(samples, SampleStore):
             store = SampleStore()
             for sample in samples:
@@ -222,6 +233,17 @@ class PairDataset(Dataset[Sample]):
             samples = store
         self.samples, self.name = samples, name
         self.report = report or Report(kept=len(samples))
+        self.clock, self.remake = clock, remake
+
+    def set_time(self, now: datetime) -> None:
+        """Let the chat template write this date, as when the run began that is resumed."""
+        if self.clock is not None and self.remake is not None and not self.clock.reads(now):
+            made = self.remake(now)
+            self.samples, self.report = made.samples, made.report
+            self.clock.now = now
+
+    def __getstate__(self) -> dict[str, Any]:  # for the workers of a data loader
+        return {**self.__dict__, "remake": None}
 
     @property
     def fingerprint(self) -> str:
@@ -264,6 +286,12 @@ class IterablePairDataset(IterableDataset[Sample]):
         self._encoder = encoder
         self._rank, self._world_size = 0, 1
         self._start = self._next_row = 0
+        self.clock = encoder.renderer.clock if encoder.renderer.dated else None
+
+    def set_time(self, now: datetime) -> None:
+        """Let the chat template write this date, as when the run began that is resumed."""
+        if self.clock is not None:
+            self.clock.now = now
 
     def shard(self, rank: int, world_size: int) -> IterablePairDataset:
         """The part of rank `rank` of `world_size`; not for data loaders that deal out batches themselves."""
@@ -382,10 +410,11 @@ def _prepare(
     config: TokenizeConfig | None,
     parse: Callable[[Any], Example],
     model_positions: int | None,
+    clock: Clock | None = None,
 ) -> PairDataset | IterablePairDataset:
     config = config or TokenizeConfig()
     rows = load_rows(source)
-    encoder = ExampleEncoder(tokenizer, config, parse, model_positions)
+    encoder = ExampleEncoder(tokenizer, config, parse, model_positions, clock)
     if not isinstance(rows, StoredRows):
         parts = [rows.fingerprint, tokenizer_fingerprint(tokenizer, config), parse.__name__]
         return IterablePairDataset(rows, encoder, fingerprint(parts))
@@ -406,7 +435,13 @@ def _prepare(
             report.add(result)
     if first_invalid is not None and not (config.skips(first_invalid[1]) and report.kept):
         raise all_invalid(rows, report, *first_invalid) from first_invalid[1]
-    return PairDataset(samples, report, rows.name)
+    if not encoder.renderer.dated:
+        return PairDataset(samples, report, rows.name)
+
+    def remake(now: datetime) -> PairDataset:
+        return cast(PairDataset, _prepare(rows, tokenizer, config, parse, model_positions, Clock(now)))
+
+    return PairDataset(samples, report, rows.name, clock=encoder.renderer.clock, remake=remake)
 
 
 def _encoded(rows: Iterable[tuple[int, Any]], encoder: ExampleEncoder) -> Iterator[tuple[int, Encoded | RowError]]:

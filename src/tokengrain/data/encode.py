@@ -10,7 +10,7 @@ from tokengrain.batch import Completion, Sample
 from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig, check
 from tokengrain.data.formats import Example, canonical
 from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker, no_spans, parsed_list, token_column
-from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
+from tokengrain.data.tokens import Clock, Encoder, Rendered, Renderer, Tokens, seam
 
 
 @dataclass
@@ -50,6 +50,7 @@ class ExampleEncoder:
         config: settings.
         parse: row -> `Example` (`pair_example` or `single_example`).
         model_positions: longest sequence the model takes, in tokens; None: not checked.
+        clock: the time for a template that writes the date; None: this moment.
 
     Raises:
         ModelError: EOS or the file of a chat template is wanted and not there.
@@ -62,10 +63,11 @@ class ExampleEncoder:
         config: TokenizeConfig,
         parse: Callable[[Any], Example],
         model_positions: int | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.config, self.parse, self.model_positions = config, parse, model_positions
         self.encoder = Encoder(tokenizer, config)
-        self.renderer = Renderer(tokenizer, config)
+        self.renderer = Renderer(tokenizer, config, clock)
         self.marker = SpanMarker(config.span_config) if config.span_config is not None else None
 
     def __call__(self, rows: Sequence[tuple[int, Any]]) -> list[Encoded | RowError]:

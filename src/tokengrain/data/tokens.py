@@ -19,7 +19,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
@@ -32,8 +32,16 @@ from tokengrain.errors import ModelError, fingerprint, require
 Span = tuple[int, int]
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Keys of a message, beside its content, that hold text which the assistant wrote.
-WRITTEN = ("reasoning_content", "reasoning", "thinking", "tool_plan", "tool_calls", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+WRITTEN = (*REASONING, "tool_plan", "tool_calls", "function_call")
 DROPPED = "dropped by the template"
+DATE_PARTS = tuple(f"%{flag}{letter}" for flag in ("", "-") for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVehDFTRr")
+# Put before a template that asks for the date: transformers passes templates plain data only, no function.
+DATES = (
+    "{%- macro strftime_now(format) -%}{%- set made = namespace(text=format) -%}"
+    "{%- for part, value in date_parts.items() -%}{%- set made.text = made.text.replace(part, value) -%}{%- endfor -%}"
+    "{{- made.text -}}{%- endmacro -%}{{ '' }}"
+)
 
 
 @dataclass(frozen=True)
@@ -65,22 +73,37 @@ class Rendered:
         return (self.shown or self.contents)[message] or (0, 0)
 
 
+class Clock:
+    """The time that a chat template reads (`strftime_now`): the same for all rows, and kept when a run resumes."""
+
+    def __init__(self, now: datetime | None = None) -> None:
+        self.now = now or datetime.now()
+        self.shown: tuple[str, ...] = ()  # the parts of a date that the template writes
+
+    def parts(self, names: Sequence[str] = DATE_PARTS) -> dict[str, str]:
+        return {name: self.now.strftime(name) for name in names}
+
+    def reads(self, now: datetime) -> bool:
+        """Whether the template would write the same at another time."""
+        return self.parts(self.shown) == Clock(now).parts(self.shown)
+
+
 class Renderer:
     """Renders examples with a tokenizer's chat template, or the one in `config`.
 
     Args:
-        now: the time that a template reads which writes the date; None: this moment. It stays the same for all
-            rows, and is restored when a run resumes.
+        clock: the time for a template that writes the date; None: this moment.
 
     Raises:
         ModelError: `config.chat_template` is a path where there is no file.
     """
 
-    def __init__(self, tokenizer: Any, config: TokenizeConfig, now: datetime | None = None) -> None:
+    def __init__(self, tokenizer: Any, config: TokenizeConfig, clock: Clock | None = None) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.template = template_text(config.chat_template)
-        self.now = now or datetime.now()
-        self.dated = "strftime_now" in str(self.template or tokenizer.chat_template)
+        self.clock, self.source = clock or Clock(), str(self.template or tokenizer.chat_template)
+        self.dated = "strftime_now" in self.source
+        self.clock.shown = tuple(part for part in DATE_PARTS if part in self.source)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
         self.end_marks = tuple(mark for mark in marks if mark.strip())
@@ -113,12 +136,14 @@ class Renderer:
         )
         messages = [m for m in example.prompt if isinstance(m, dict)]
         text = self._render(example, messages, "prompt", True)
-        lacks = [("tools", "tools", name) for name in _names(example.tools) if not _has_word(text, name)]
+        names = _names(example.tools)
+        ignored = example.tools and self._render(replace(example, tools=None), messages, "prompt", True) == text
+        lacks = [("tools", "tools", name) for name in names if ignored or not _has_word(text, name)]
         for number, message in enumerate(messages):
             if message["role"] == "assistant":  # templates leave earlier reasoning out on purpose
                 said = (message.get("content") or "").rpartition("</think>")[2]
                 message = {k: v for k, v in message.items() if k == "tool_calls"} | {"content": said}
-            lacks += [("prompt", f"message {number}: {key}", part) for key, part in _lacking(message, text)]
+            lacks += [("prompt", f"message {number}: {key}", part) for key, part in self._lacking(message, text)]
         return text, self._dropped(lacks)
 
     def _dropped(self, lacks: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
@@ -132,15 +157,19 @@ class Renderer:
 
     def variables(self, example: Example) -> dict[str, Any]:
         """Variables of the template beside messages and tools."""
-        frozen = {"strftime_now": self.now.strftime} if self.dated else {}
+        frozen = {"date_parts": self.clock.parts()} if self.dated else {}
         return {**frozen, **self.config.chat_template_kwargs, **example.template_kwargs}
+
+    def _template(self, example: Example) -> str:
+        template = self.template or self.tokenizer.get_chat_template(None, example.tools)
+        return DATES + template if self.dated else template
 
     def _render(self, example: Example, messages: Sequence[Message], name: str, generation: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=example.tools,
-                chat_template=self.template,
+                chat_template=self._template(example) if self.dated else self.template,
                 add_generation_prompt=generation,
                 tokenize=False,
                 **self.variables(example),
@@ -173,7 +202,7 @@ class Renderer:
         answers, lacks = iter(turns), list[tuple[str, str, str]]()
         for number, message in enumerate(completion):
             within = slice(*next(answers)) if message["role"] == "assistant" else slice(len(prompt), None)
-            lacks += [(name, f"message {number}: {key}", part) for key, part in _lacking(message, text[within])]
+            lacks += [(name, f"message {number}: {key}", part) for key, part in self._lacking(message, text[within])]
         return Rendered(
             text,
             len(prompt),
@@ -230,7 +259,7 @@ class Renderer:
             return turns
         # The template rewrites earlier turns: they are found by its `{% generation %}` blocks, or by their headings.
         count = sum(m["role"] == "assistant" for m in completion)
-        template = self.template or self.tokenizer.get_chat_template(None, example.tools)
+        template = self._template(example)
         if GENERATION_BLOCK.search(template):
             turns = self._marked_turns(example, [*before, *completion], template, text)[-count:]
         else:
@@ -276,6 +305,21 @@ class Renderer:
             at = text.find(heading, end)
         return turns
 
+    def _lacking(self, message: Message, text: str) -> Iterator[tuple[str, str]]:
+        """(key, text) of what the message says and the rendered text lacks; white space aside."""
+        squeezed = "".join(text.split())
+        for key in ("content", *WRITTEN):
+            # transformers gives templates every kind of reasoning under the names of all.
+            reads = REASONING if key in REASONING else (key,)
+            named = key == "content" or any(name in self.source for name in reads)
+            for part in _texts_of(message.get(key)):
+                forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
+                if not (named and any("".join(form.split()) in squeezed for form in forms)):
+                    yield key, part
+            if key == "tool_calls":
+                names = _names(message.get(key))
+                yield from ((key, name) for name in names if not (named and _has_word(text, name)))
+
     def _without_tail(self, text: str, turn: Span) -> Span:
         start, end = turn
         stripped = text[start:end].rstrip()
@@ -320,18 +364,6 @@ def _contents(
             high += 1
         places.append(((first, first + len(content)), (low, high)))
     return tuple(whole for whole, _ in places), tuple(shown for _, shown in places)
-
-
-def _lacking(message: Message, text: str) -> Iterator[tuple[str, str]]:
-    """(key, text) of what the message says and the rendered text lacks; white space aside."""
-    squeezed = "".join(text.split())
-    for key in ("content", *WRITTEN):
-        for part in _texts_of(message.get(key)):
-            forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-            if not any("".join(form.split()) in squeezed for form in forms):
-                yield key, part
-        if key == "tool_calls":
-            yield from ((key, name) for name in _names(message.get(key)) if not _has_word(text, name))
 
 
 def _texts_of(value: Any) -> Iterator[str]:

@@ -22,7 +22,7 @@ from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.dataset import Report
 from tokengrain.data.formats import Example, canonical, check_mapping, check_prompt, content, for_template
 from tokengrain.data.rows import Rows
-from tokengrain.data.tokens import Encoder, Renderer
+from tokengrain.data.tokens import Clock, Encoder, Renderer
 from tokengrain.errors import DataError, ModelError, RecipeError, RolloutError, require, shown
 from tokengrain.settings import load_named, validate_settings
 
@@ -284,6 +284,7 @@ def encode_prompts(
     chat: bool = False,
     file: object = None,
     report: Report | None = None,
+    clock: Clock | None = None,
 ) -> list[PromptItem]:
     """Prompts as token ids. The other columns stay in `raw`, for rewards.
 
@@ -298,13 +299,14 @@ def encode_prompts(
         chat: take a prompt of text as the user's message of a chat.
         file: where the rows come from, for messages; `Rows` know it themselves.
         report: counts what became of the rows.
+        clock: the time for a template that writes the date; None: this moment.
 
     Raises:
         DataError: a row without a usable prompt (`on_invalid: skip` leaves it out); names file and row.
         ModelError: messages without a chat template.
     """
     config = config or TokenizeConfig()
-    renderer, encoder = Renderer(tokenizer, config), Encoder(tokenizer, config)
+    renderer, encoder = Renderer(tokenizer, config, clock), Encoder(tokenizer, config)
     items, report = [], Report() if report is None else report
     for number, (place, row) in enumerate(rows if isinstance(rows, Rows) else enumerate(rows)):
         try:

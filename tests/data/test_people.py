@@ -1,0 +1,337 @@
+"""Rows as other tools write them: the same rows give the same tokens, whatever holds them."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.tokenizers import CHATML, gpt2_like
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
+from tokengrain.errors import DataError
+from tokengrain.rank import candidates_of
+from tokengrain.rollout.sampler import encode_prompts
+
+# Writes tools, reasoning and tool calls, as Qwen3's template does.
+TOOLS = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ROW = {"prompt": [user("the sky?")], "chosen": [assistant("It is blue.")], "rejected": [assistant("It is black.")]}
+
+
+def ids(row, config=None, template=CHATML, prepare=prepare_pairs):
+    sample = prepare([row], gpt2_like(template), config)[0]
+    return sample.prompt_ids, [c.ids for c in sample.completions]
+
+
+def text(row, config=None, template=CHATML, prepare=prepare_pairs):
+    prompt, completions = ids(row, config, template, prepare)
+    return gpt2_like().decode(prompt), gpt2_like().decode(completions[0])
+
+
+# ---- nulls that Arrow makes
+
+
+def call(name, **arguments):
+    return {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
+
+
+def tool(name, **properties):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+def test_the_container_of_the_rows_does_not_change_their_tokens(tmp_path):
+    first = {
+        "prompt": [user("the sky?"), call("sky", at={"sea": "green"}), {"role": "tool", "content": "blue"}],
+        "chosen": [call("night", end="it", parts=[{"a": "the"}, {"b": "sea"}])],
+        "rejected": [call("sky", at={"colour": "black"})],
+        "tools": [tool("sky", at={"type": "object"}), tool("night", end={"type": "string", "enum": ["it"]})],
+        "chat_template_kwargs": {"loud": True},
+    }
+    rows = [
+        first,
+        {**first, "chosen": first["rejected"], "rejected": first["chosen"], "chat_template_kwargs": {"low": 1}},
+    ]
+    template = TOOLS + "{% if low is defined %}low{% endif %}"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    want = None
+    for source in (rows, tmp_path / "a.jsonl", tmp_path / "a.parquet", datasets.Dataset.from_list(rows)):
+        samples = prepare_pairs(source, gpt2_like(template)).samples
+        got = [(s.prompt_ids, [c.ids for c in s.completions]) for s in samples]
+        assert got == (want := want or got)
+        prompts = [
+            item.ids for item in encode_prompts(list(dict(enumerate(samples)) and _rows(source)), gpt2_like(template))
+        ]
+        assert prompts == [prompt for prompt, _ in want]
+    assert "null" not in gpt2_like().decode(want[0][0] + want[0][1][0])
+    assert gpt2_like().decode(want[1][1][0]).endswith("low</s>")
+
+
+def _rows(source):
+    from tokengrain.data.rows import load_rows
+
+    return [row for _, row in load_rows(source)]
+
+
+def test_json_text_in_place_of_objects():
+    said = [{"role": "assistant", "tool_calls": [{"function": {"name": "sky", "arguments": '{"at":null,"n":[1]}'}}]}]
+    row = {**ROW, "chosen": said, "tools": json.dumps([tool("sky", at={})])}
+    prompt, completion = text(row, template=TOOLS)
+    assert completion == '<call>sky {"at": null, "n": [1]}</call><|im_end|>', "text keeps its nulls"
+    assert prompt == text({**row, "tools": [tool("sky", at={})]}, template=TOOLS)[0]
+    assert prompt == text({**row, "tools": [json.dumps(tool("sky", at={}))]}, template=TOOLS)[0]
+    with pytest.raises(DataError, match=r"row 0: field 'tools': is no JSON"):
+        ids({**ROW, "tools": "[{"}, template=TOOLS)
+    bad = [{**said[0], "tool_calls": [{"function": {"name": "sky", "arguments": "{"}}]}]
+    with pytest.raises(DataError, match="row 0: field 'chosen': is no JSON"):
+        ids({**ROW, "chosen": bad}, template=TOOLS)
+
+
+# ---- other columns
+
+
+ALIKE = {
+    "prompt as text": {**ROW, "prompt": "the sky?"},
+    "null prompt": {"prompt": None, **{k: ROW["prompt"] + ROW[k] for k in ("chosen", "rejected")}},
+    "one message": {**ROW, "chosen": assistant("It is blue."), "rejected": assistant("It is black.")},
+    "content parts": {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "sky?"}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "It is blue.", "image_url": None}]}],
+        "rejected": ROW["rejected"],
+    },
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "the sky?"}],
+        "chosen": {"from": "gpt", "value": "It is blue."},
+        "rejected": {"from": "gpt", "value": "It is black."},
+    },
+    "alpaca": {"instruction": "the sky?", "input": "", "chosen": "It is blue.", "rejected": "It is black."},
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_other_formats_of_the_same_pair(name):
+    assert ids(ALIKE[name]) == ids(ROW)
+
+
+def test_single_completions_of_other_formats():
+    turns = [("human", "the sky?"), ("gpt", "It is blue."), ("human", "the sea?"), ("gpt", "Green.")]
+    shared = {"conversations": [{"from": who, "value": what} for who, what in turns]}
+    own = {"messages": [user("the sky?"), assistant("It is blue."), user("the sea?"), assistant("Green.")]}
+    assert ids(shared, prepare=prepare_sft) == ids(own, prepare=prepare_sft)
+    alpaca = {"instruction": "the sea?", "input": "and the sky", "output": "Green.", "history": [["the sky?", "Blue."]]}
+    prompt = [user("the sky?"), assistant("Blue."), user("the sea?\nand the sky")]
+    want = ids({"prompt": prompt, "completion": [assistant("Green.")]}, prepare=prepare_sft)
+    assert ids(alpaca, prepare=prepare_sft) == want
+    calls = [("human", "x"), ("function_call", '{"name": "sky", "arguments": {"at": "sea"}}'), ("observation", "blue")]
+    shared = {"conversations": [{"from": who, "value": what} for who, what in [*calls, ("gpt", "It is blue.")]]}
+    _, completion = text(shared, template=TOOLS, prepare=prepare_sft)
+    assert completion.startswith('<call>sky {"at": "sea"}</call><|im_end|>\n<|im_start|>tool\nblue<|im_end|>')
+
+
+def test_a_system_column():
+    with_message = {**ROW, "prompt": [{"role": "system", "content": "Be kind."}, *ROW["prompt"]]}
+    for row in (ROW, with_message, ALIKE["prompt as text"], ALIKE["null prompt"], ALIKE["alpaca"]):
+        assert ids({**row, "system": "Be kind."}) == ids(with_message)
+    with pytest.raises(DataError, match=r"field 'system': the row has two system messages; got 'Be blue\.'"):
+        ids({**with_message, "system": "Be blue."})
+    plain = {"prompt": "the sky?", "chosen": " blue", "rejected": " black", "system": "Be kind."}
+    with pytest.raises(
+        DataError, match=r"field 'system': the column's text has no place in a row of text; .*chat: true"
+    ):
+        ids(plain)
+    assert ids({**plain, "prompt": "Be kind. the sky?"}, template=None), "columns: may have put it there"
+    assert ids({**plain, "system": None}, template=None)
+    assert text(plain, TokenizeConfig(chat=True))[0].startswith("<|im_start|>system\nBe kind.<|im_end|>")
+
+
+def test_text_rows_as_messages():
+    plain = {"prompt": "the sky?", "chosen": "It is blue.", "rejected": "It is black."}
+    chat = TokenizeConfig(chat=True)
+    assert ids(plain, chat) == ids(ROW)
+    implicit = {"chosen": "the sky? blue.", "rejected": "the sky? black."}
+    assert text(implicit, chat) == ("<|im_start|>user\nthe sky?<|im_end|>\n<|im_start|>assistant\n", " blue.<|im_end|>")
+    start = "\n\nHuman: the sky?\n\nAssistant: which?\n\nHuman: the night's\n\nAssistant:"
+    dialogue = {"chosen": f"{start} black.", "rejected": f"{start} blue."}
+    turns = [user("the sky?"), assistant("which?"), user("the night's")]
+    assert ids(dialogue, chat)[0] == ids({**ROW, "prompt": turns})[0]
+    assert encode_prompts([plain], gpt2_like(CHATML), chat=True)[0].ids == ids(ROW)[0]
+    several = {"prompt": "the sky?", "completions": ["It is blue.", "It is black."]}
+    assert [e.completions[0] for e in candidates_of(several, chat=True)] == [ROW["chosen"], ROW["rejected"]]
+    spans = TokenizeConfig(chat=True, spans="column")
+    row = {**plain, "chosen_spans": [{"start": 6, "end": 10}], "rejected_spans": []}
+    sample = prepare_pairs([row], gpt2_like(CHATML), spans)[0]
+    assert any(sample.completions[0].columns["spans"])
+    assert not any(sample.completions[1].columns["spans"])
+
+
+def test_a_rows_own_template_variables():
+    template = CHATML + "{{ ending }}"
+    config = TokenizeConfig(chat_template_kwargs={"ending": "the end"})
+    row = {**ROW, "chat_template_kwargs": {"ending": "the sea"}}
+    assert text(ROW, config, template)[1].endswith("the end</s>")
+    assert text(row, config, template)[1].endswith("the sea</s>")
+    with pytest.raises(DataError, match="field 'chat_template_kwargs': is of type list"):
+        ids({**ROW, "chat_template_kwargs": ["a"]})
+
+
+@pytest.mark.parametrize("other", [[], [{"start": 0, "end": 2, "reward": 1.0}], "[]"])
+def test_no_spans_on_this_side(other):
+    row = {"prompt": "The sky is", "chosen": " blue.", "rejected": " black."}
+    sample = prepare_pairs([{**row, "chosen_token_rewards": [], "rejected_token_rewards": other}], gpt2_like())[0]
+    assert not any(sample.completions[0].columns["token_rewards"])
+    assert any(sample.completions[1].columns["token_rewards"]) == (len(other) == 1)
+
+
+def test_images_are_not_dropped():
+    parts = [{"type": "text", "text": "the sky?"}, {"type": "image_url", "image_url": "x"}]
+    with pytest.raises(
+        DataError, match=r"field 'prompt': the content of message 0 has a part that is not text; got .*image"
+    ):
+        ids({**ROW, "prompt": [{"role": "user", "content": parts}]})
+
+
+# ---- what a template drops
+
+
+def thinks(text_, thought):
+    return {**assistant(text_), "reasoning_content": thought}
+
+
+DROPPING = {
+    "content": CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
+    "role": CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "template", "field", "what"),
+    [
+        ({"chosen": [assistant("<think>the night</think>It is blue.")]}, DROPPING["content"], "chosen", "0: content"),
+        ({"chosen": [thinks("It is blue.", "the night")]}, CHATML, "chosen", "0: reasoning_content"),
+        ({"chosen": [{**call("sky", at="sea"), "content": "blue"}]}, CHATML, "chosen", "0: tool_calls"),
+        ({"tools": [tool("sky")]}, CHATML, "tools", "tools"),
+        ({"system": "Be kind."}, DROPPING["role"], "prompt", "0: content"),
+    ],
+)
+def test_text_that_the_template_drops(change, template, field, what):
+    row = {**ROW, **change}
+    with pytest.raises(DataError, match=f"row 0: field '{field}': the chat template drops text of the row.*{what}"):
+        ids(row, template=template)
+    skipped = prepare_pairs([ROW, row], gpt2_like(template), TokenizeConfig(on_invalid="skip")).report
+    assert skipped.skipped == {"dropped by the template": 1}
+    report = prepare_pairs([ROW, row], gpt2_like(template), TokenizeConfig(on_dropped="keep")).report
+    assert list(report.dropped.values()) == [1]
+    assert report.notable
+    assert f"the chat template drops {field}" in str(report)
+    if field != "chosen":
+        with pytest.raises(DataError, match="the chat template drops"):
+            encode_prompts([row], gpt2_like(template))
+
+
+def test_what_a_template_writes_otherwise_is_not_dropped():
+    """White space, JSON's escapes, and the reasoning of earlier answers, which templates leave out on purpose."""
+    row = {
+        "prompt": [user(' the\n\n"sky"? '), thinks("blue", "gone"), user("sea?")],
+        "chosen": [thinks("It is\ngreen.", "the sea\n\nis")],
+        "rejected": [assistant("It is black.")],
+    }
+    template = CHATML.replace("m['content']", "(m['content'] | trim | tojson if loop.first else m['content'])").replace(
+        "\n{{", "\n{{ (m.reasoning_content or '').split() | join(' ') if loop.last else '' }}{{"
+    )
+    assert text(row, template=template)[1] == "the sea isIt is\ngreen.<|im_end|>"
+
+
+def test_the_prompt_ends_as_generation_begins():
+    """A template as DeepSeek-R1's, whose generation prompt opens the reasoning that it cuts out of answers."""
+    template = DROPPING["content"].replace("assistant\n{%", "assistant\n<think>{%")
+    row = {**ROW, "chosen": [assistant("<think>the sea</think>It is blue.")]}
+    with pytest.raises(DataError, match="field 'chosen': the chat template drops text"):
+        ids(row, template=template)
+    kept = text(row, TokenizeConfig(on_dropped="keep"), template)
+    assert kept == ("<|im_start|>user\nthe sky?<|im_end|>\n<|im_start|>assistant\n<think>", "It is blue.<|im_end|>")
+
+
+def test_text_that_is_a_rendered_template_already_is_counted():
+    row = {"prompt": "<|im_start|>user\nthe sky?<|im_end|>\n<|im_start|>assistant\n", "chosen": "blue<|im_end|>"}
+    dataset = prepare_pairs([{**row, "rejected": "black"}], gpt2_like())
+    assert dataset.report.ended == 1
+    assert "1 texts end in a special token already" in str(dataset.report)
+    assert gpt2_like().decode(dataset[0].completions[0].ids) == "blue<|im_end|></s>"
+    assert prepare_pairs([{**row, "rejected": "black"}], gpt2_like(), TokenizeConfig(add_eos=False)).report.ended == 0
+
+
+# ---- character spans and what a template strips
+
+
+@pytest.mark.parametrize("around", [("", ""), (" \n", " "), ("", "\n\n")])
+def test_spans_over_white_space_that_the_template_strips(around):
+    """Gemma 3 and Llama 3 trim messages; the end-of-turn token stands where the white space was."""
+    template = CHATML.replace("m['content']", "m['content'] | trim")
+    whole = around[0] + "It is blue." + around[1]
+    rewards = [{"start": 0, "end": len(around[0]) + 2, "reward": 2.0}, {"start": len(around[0]) + 6, "end": len(whole)}]
+    rewards[1]["reward"] = 1.0
+    row = {**ROW, "chosen": [assistant(whole)], "chosen_token_rewards": rewards, "rejected_token_rewards": []}
+    tokenizer = gpt2_like(template)
+    chosen = prepare_pairs([row], tokenizer)[0].completions[0]
+    found = {r: "".join(tokenizer.decode([i]) for i, x in zip(chosen.ids, chosen.columns["token_rewards"]) if x == r)
+             for r in (2.0, 1.0)}  # fmt: skip
+    assert found == {2.0: "It", 1.0: " blue."}
+    assert chosen.columns["token_rewards"][-1] == 0
+    assert tokenizer.decode(chosen.ids[-1:]) == "<|im_end|>"
+    only = {
+        **row,
+        "chosen": [assistant("It is blue.  ")],
+        "chosen_token_rewards": [{"start": 11, "end": 13, "reward": 1.0}],
+    }
+    assert not any(prepare_pairs([only], tokenizer)[0].completions[0].columns["token_rewards"])
+    # White space that the template leaves is the assistant's.
+    kept = prepare_pairs([only], gpt2_like(CHATML))[0].completions[0]
+    assert [r for r in kept.columns["token_rewards"] if r]
+    assert kept.columns["token_rewards"][-1] == 0
+
+
+# ---- dates
+
+
+def test_a_template_that_writes_the_date_writes_the_same_for_all_rows_and_again_later():
+    from datetime import datetime
+
+    template = "{{ strftime_now('%H:%M:%S.%f') }}\n" + CHATML
+    dataset = prepare_pairs([ROW] * 3, gpt2_like(template))
+    assert len({tuple(s.prompt_ids) for s in dataset}) == 1
+    other = prepare_pairs([ROW] * 3, gpt2_like(template))
+    assert other.fingerprint != dataset.fingerprint
+    assert dataset.clock is not None
+    other.set_time(dataset.clock.now)
+    assert other.fingerprint == dataset.fingerprint
+    day = prepare_pairs([ROW], gpt2_like(template.replace("%H:%M:%S.%f", "%Y")))
+    before = day.samples
+    day.set_time(datetime.now())
+    assert day.samples is before, "nothing is rendered again for the same year"
+    day.set_time(datetime(1999, 1, 1))
+    assert gpt2_like().decode(day[0].prompt_ids).startswith("1999")
+    assert prepare_pairs([ROW], gpt2_like(CHATML)).clock is None
