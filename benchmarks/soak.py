@@ -21,8 +21,8 @@ import typer
 from rich.console import Console
 from transformers import TrainerCallback, trainer
 
-from tokengrain.recipe.load import load_recipe
-from tokengrain.run.stages import run_recipe
+from tokengrain.run.load import load_recipe
+from tokengrain.run.runner import run_recipe
 from tokengrain.worlds import load_world
 
 OWN = (

@@ -140,7 +140,7 @@ def test_ctrl_c_is_status_130(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(stages._RUNNERS, "train", stop)
+    monkeypatch.setattr(stages.Train, "run", stop)
     status, out, err = call(capsys, "train", str(recipe_file(tmp_path)))
     assert status == 130
     assert "to continue: tokengrain train" in out

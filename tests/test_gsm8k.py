@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokengrain.data.rows import load_rows, with_columns
 from tokengrain.models import train_tokenizer
-from tokengrain.recipe.load import load_recipe
 from tokengrain.rewards.builtin import gold_number, make_reward
 from tokengrain.rewards.suite import RewardSuite
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
-from tokengrain.run.stages import run_recipe
+from tokengrain.run.load import load_recipe
+from tokengrain.run.runner import run_recipe
 from tokengrain.runs import read_run
 from tokengrain.specs import TokenizerSpec
 from tokengrain.training.config import OnlineConfig

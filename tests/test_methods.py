@@ -9,8 +9,8 @@ import pytest
 
 from tokengrain import tables
 from tokengrain.method import METHODS, OBJECTIVES, ROLLOUT_CREDIT, Card
-from tokengrain.recipe.load import load_recipe
-from tokengrain.recipe.schema import resolve_stages
+from tokengrain.run.load import load_recipe
+from tokengrain.run.stages import resolve_stages
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,9 +19,9 @@ def papers(method: Card) -> str:
     """What the code says about the papers behind a method: of its objective, and of the credit steps of its recipe."""
     objective = OBJECTIVES[method.objective]
     found = [str(objective.function.__doc__), str(sys.modules[objective.function.__module__].__doc__)]
-    online = resolve_stages(load_recipe(ROOT / method.recipe))[-1].online
-    if online is not None:
-        classes = [ROLLOUT_CREDIT[step["name"]].function for step in online.credit]
+    last = resolve_stages(load_recipe(ROOT / method.recipe))[-1]
+    if last.kind == "online":
+        classes = [ROLLOUT_CREDIT[step["name"]].function for step in last.own.credit]
         for thing in (*classes,):
             found += [str(thing.__doc__), str(sys.modules[thing.__module__].__doc__)]
     return "\n".join(found)

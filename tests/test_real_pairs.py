@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain.recipe.load import load_recipe
-from tokengrain.run.stages import run_recipe
+from tokengrain.run.load import load_recipe
+from tokengrain.run.runner import run_recipe
 from tokengrain.runs import read_run
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,10 @@ import yaml
 
 from tokengrain.errors import RecipeError
 from tokengrain.method import METHODS
-from tokengrain.recipe.load import dump_recipe, find_recipe, load_recipe, make_recipe
-from tokengrain.recipe.reading import merge, parse_override, parse_yaml, read_file, resolve
-from tokengrain.recipe.schema import resolve_stages
+from tokengrain.recipe.reading import find_recipe, merge, parse_override, parse_yaml, read_file, resolve
+from tokengrain.recipe.schema import dump_recipe
+from tokengrain.run.load import load_recipe, make_recipe
+from tokengrain.run.stages import resolve_stages
 from tokengrain.runs import TRAINED
 
 ROOT = Path(__file__).parent.parent

@@ -17,11 +17,10 @@ from tests.test_cli import call
 from tests.test_stages import LLAMA, run
 from tests.training.online.tiny import make_online
 from tokengrain.errors import DataError, RecipeError, RunError
-from tokengrain.recipe.load import load_recipe, make_recipe
 from tokengrain.rewards.suite import RewardError
-from tokengrain.run.evaluate import evaluate_run
-from tokengrain.run.plan import make_plan
-from tokengrain.run.stages import run_recipe
+from tokengrain.run.folder import make_plan
+from tokengrain.run.load import load_recipe, make_recipe
+from tokengrain.run.runner import evaluate_run, run_recipe
 from tokengrain.training.config import OnlineConfig
 
 ROOT = Path(__file__).parents[1]

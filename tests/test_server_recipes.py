@@ -17,7 +17,7 @@ from tests.test_stages import LLAMA, run
 from tests.training.online.tiny import make_online
 from tokengrain.errors import RecipeError, RolloutError
 from tokengrain.rewards.suite import RewardError
-from tokengrain.run.evaluate import evaluate_run
+from tokengrain.run.runner import evaluate_run
 from tokengrain.runs import read_run
 
 

@@ -17,11 +17,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
-from tokengrain.recipe.load import make_recipe
 from tokengrain.run import show, stages
-from tokengrain.run.evaluate import evaluate_run
-from tokengrain.run.plan import make_plan
-from tokengrain.run.stages import RunResult, run_recipe
+from tokengrain.run.folder import make_plan
+from tokengrain.run.load import make_recipe
+from tokengrain.run.runner import RunResult, evaluate_run, run_recipe
 from tokengrain.runs import read_run
 
 LLAMA = {
@@ -327,7 +326,7 @@ def test_an_unfinished_stage_of_other_settings_is_refused(tmp_path: Path, monkey
 
 
 def test_the_stored_recipe_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokengrain.recipe.load import load_recipe
+    from tokengrain.run.load import load_recipe
 
     with monkeypatch.context() as patch:
         at_step(3, _fail, patch)
@@ -341,7 +340,7 @@ def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setitem(stages._RUNNERS, "train", full)
+    monkeypatch.setattr(stages.Train, "run", full)
     with pytest.raises(RunError, match=r"no space left on the disk.*what was finished is kept.*tokengrain train"):
         run(values(tmp_path))
     assert [s.status for s in read_run(tmp_path / "run").stages] == ["done", "failed"]

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from tokengrain.method import METHODS as METHODS
     from tokengrain.method import make_credit as make_credit
     from tokengrain.method import make_objective as make_objective
-    from tokengrain.recipe.load import load_recipe as load_recipe
     from tokengrain.report.html import write_report as write_report
     from tokengrain.rewards.builtin import make_reward as make_reward
     from tokengrain.rewards.suite import RewardSuite as RewardSuite
-    from tokengrain.run.stages import run_recipe as run_recipe
+    from tokengrain.run.load import load_recipe as load_recipe
+    from tokengrain.run.runner import run_recipe as run_recipe
     from tokengrain.runs import read_run as read_run
     from tokengrain.scoring.score import score as score
     from tokengrain.training.config import OnlineConfig as OnlineConfig
@@ -43,8 +43,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "train": "tokengrain.api",
-    "load_recipe": "tokengrain.recipe.load",
-    "run_recipe": "tokengrain.run.stages",
+    "load_recipe": "tokengrain.run.load",
+    "run_recipe": "tokengrain.run.runner",
     "read_run": "tokengrain.runs",
     "PreferenceTrainer": "tokengrain.training.trainer",
     "PreferenceConfig": "tokengrain.training.config",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokengrain.recipe.schema import Recipe
-    from tokengrain.run.stages import RunResult
+    from tokengrain.run.runner import RunResult
 
 
 def train(
@@ -43,10 +43,10 @@ def train(
     from rich.console import Console
 
     from tokengrain.errors import RecipeError
-    from tokengrain.recipe.load import find_recipe, make_recipe
     from tokengrain.recipe.reading import read_file, resolve
     from tokengrain.recipe.schema import Recipe
-    from tokengrain.run.stages import run_recipe
+    from tokengrain.run.load import find_recipe, make_recipe
+    from tokengrain.run.runner import run_recipe
 
     if output is not None:
         overrides["output_dir"] = str(output)

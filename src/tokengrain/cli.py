@@ -85,7 +85,7 @@ def train(
 
         accelerate launch -m tokengrain train dpo
     """
-    from tokengrain.run.stages import run_recipe
+    from tokengrain.run.runner import run_recipe
 
     run_recipe(_load(recipe, model, data, sets, output), overwrite=overwrite, dry_run=dry_run)
 
@@ -107,7 +107,7 @@ def annotate(
 
         tokengrain annotate treg --model my/model --data pairs.jsonl
     """
-    from tokengrain.run.stages import run_recipe
+    from tokengrain.run.runner import run_recipe
 
     loaded = _load(recipe, model, data, sets, output)
     names = list(loaded.stages)
@@ -144,7 +144,7 @@ def evaluate(
 
         tokengrain evaluate runs/grpo --data test.jsonl --samples 8
     """
-    from tokengrain.run.evaluate import evaluate_run
+    from tokengrain.run.runner import evaluate_run
 
     found = evaluate_run(run, data=data, samples=samples, console=Console(stderr=True))
     if as_json:
@@ -169,7 +169,7 @@ def evaluate(
 
 
 def _load(recipe: str, model: str | None, data: str | None, sets: list[str] | None, output: str | None) -> Any:
-    from tokengrain.recipe.load import load_recipe
+    from tokengrain.run.load import load_recipe
 
     return load_recipe(recipe, model, data, sets or [], output)
 

@@ -18,9 +18,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from tokengrain.errors import RunError, read_json, write_json
-from tokengrain.recipe.load import load_recipe
 from tokengrain.report.html import write_report
-from tokengrain.run.stages import run_recipe
+from tokengrain.run.load import load_recipe
+from tokengrain.run.runner import run_recipe
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
 

@@ -20,6 +20,9 @@ from typing import Any, Literal
 
 from tokengrain.errors import RunError, read_json, read_log, shown, write_json
 
+NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
+"""What a stage may be called; its folder has the same name."""
+
 FORMAT = 1
 """Version of the layout and of what the fingerprints cover; part of every fingerprint."""
 

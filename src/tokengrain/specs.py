@@ -108,8 +108,15 @@ class DataSpec(Strict):
     def _from_string(cls, value: Any) -> Any:
         return {"train": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _limit_of_rows(self) -> DataSpec:
+        if self.limit is not None and self.streaming:
+            raise ValueError("data.limit does not go with data.streaming; use training.max_steps")
+        return self
+
     @property
     def stage(self) -> str | None:
+        """The stage that the rows come from, if they come from one."""
         return self.train[1:] if self.train.startswith("@") else None
 
     @property

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tokengrain.recipe.load import make_recipe
-from tokengrain.run.plan import make_plan
+from tokengrain.run.folder import make_plan
+from tokengrain.run.load import make_recipe
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import RecipeError
-from tokengrain.run.inputs import open_rows
+from tokengrain.run.build import open_rows
 from tokengrain.specs import DataSpec
 from tokengrain.worlds import is_world, load_world, stories
 from tokengrain.worlds.base_models import ensure_model

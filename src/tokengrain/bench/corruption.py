@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -28,11 +28,10 @@ from tokengrain.evaluation.statistics import bootstrap
 from tokengrain.method import CREDIT
 from tokengrain.methods.tgdpo import GuideLogRatio
 from tokengrain.models import load_config, positions
-from tokengrain.recipe.load import load_recipe, make_recipe
-from tokengrain.recipe.schema import credit_settings, resolve_stages
 from tokengrain.report.rows import collect_credit_samples
-from tokengrain.run.build import Workshop, build_credit
-from tokengrain.run.inputs import open_rows, tokenize_config
+from tokengrain.run.build import CreditSpec, RunModels, open_rows, tokenize_config
+from tokengrain.run.load import load_recipe, make_recipe
+from tokengrain.run.stages import resolve_stages
 from tokengrain.runs import is_run, read_run
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.score import distribution_of
@@ -322,7 +321,7 @@ def bench_corruption(
     """
     console = console or Console(stderr=True)
     model = model or _model_of_runs(sources)
-    shop, stage = _workshop(model, data, {"name": "surprise", "model": model}, rows)
+    shop, stage = _run_models(model, data, {"name": "surprise", "model": model}, rows)
     tokenizer = shop.tokenizer(stage.model)
     batch = _answers(shop, stage, rows)
     named = [_source(text, model, data) for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]]
@@ -365,7 +364,7 @@ def _model_of_runs(sources: Sequence[str]) -> str:
     raise RecipeError("the corruption test needs a model: give one with --model, or a run folder as a source")
 
 
-def _workshop(model: str, data: str, credit: Any, rows: int | None = None) -> tuple[Workshop, Any]:
+def _run_models(model: str, data: str, credit: Any, rows: int | None = None) -> tuple[RunModels, Any]:
     """A recipe of one annotate stage with this credit, which loads what it names."""
 
     values = {
@@ -376,10 +375,10 @@ def _workshop(model: str, data: str, credit: Any, rows: int | None = None) -> tu
         "stages": {"credit": {"kind": "annotate", "credit": credit}},
     }
     recipe = make_recipe(values, source="bench credit")
-    return Workshop(recipe, Console(quiet=True), PartialState()), resolve_stages(recipe)[-1]
+    return RunModels(recipe, Console(quiet=True), PartialState()), resolve_stages(recipe)[-1]
 
 
-def _answers(shop: Workshop, stage: Any, rows: int) -> TokenBatch:
+def _answers(shop: RunModels, stage: Any, rows: int) -> TokenBatch:
     """The good answers, one per prompt."""
     found, _ = open_rows(stage.data, seed=0)
     longest = positions(load_config(stage.model, shop.path(stage.model)))
@@ -407,8 +406,8 @@ def _source(text: str, model: str, data: str) -> tuple[str, Credit]:
         if needed not in credit:
             example = f"'{{name: {credit['name']}, {needed}: PATH}}'"
             raise RecipeError(f"credit {credit['name']!r} needs its {needed}: give {example}, or a run folder")
-    shop, stage = _workshop(model, data, credit)
-    return credit["name"], build_credit(stage, shop.tokenizer(stage.model), shop)
+    shop, stage = _run_models(model, data, credit)
+    return credit["name"], shop.credit(stage.credit or {}, stage.model)
 
 
 def _of_run(path: Path) -> tuple[str, Credit]:
@@ -421,19 +420,17 @@ def _of_run(path: Path) -> tuple[str, Credit]:
     run = read_run(path)
     recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
     stages = resolve_stages(recipe)
-    shop = Workshop(recipe, Console(quiet=True), PartialState())
-    with_credit = [s for s in stages if s.credit is not None and credit_settings(s.credit)[0] not in FROM_ROWS]
+    shop = RunModels(recipe, Console(quiet=True), PartialState())
+    with_credit = [s for s in stages if s.credit is not None and CreditSpec.of(s.credit).name not in FROM_ROWS]
     if with_credit:
         stage = with_credit[-1]
-        name, _ = credit_settings(stage.credit or {})
-        return f"{path.name}: {name}", build_credit(stage, shop.tokenizer(stage.model), shop)
+        name = CreditSpec.of(stage.credit or {}).name
+        return f"{path.name}: {name}", shop.credit(stage.credit or {}, stage.model)
     final = next(stage for stage in stages if stage.name == run.final_stage.name)
     if final.kind == "reward":
         last = (final.objective or {}).get("pooling") == "last"
         credit = {"name": "reward_model", "model": str(run.model_path), "broadcast": "last" if last else None}
-        return f"{path.name}: reward_model", build_credit(
-            replace(final, credit=credit), shop.tokenizer(final.model), shop
-        )
+        return f"{path.name}: reward_model", shop.credit(credit, final.model)
     beta = (final.objective or {}).get("beta", 0.1)
     policy = shop.frozen(ModelSpec(path=str(run.model_path)))
     source = GuideLogRatio(model=policy, reference=shop.frozen(final.model), beta=beta)

@@ -1,16 +1,33 @@
-"""A recipe's YAML as plain values: reading with line numbers, `extends`, merging, `on_world`, overrides."""
+"""A recipe: the YAML file that says what to train, on what, with which method, in which stages.
+
+    method: tgdpo
+    model: world://stories      # folder | hub name | world://NAME | {config: {...}, tokenizer: {...}}
+    data: world://stories       # file | hub name | world://NAME | {train: ..., eval: ..., max_length: ...}
+    output_dir: runs/tgdpo
+    training: {...}             # PreferenceConfig: all of transformers' TrainingArguments, and a few more
+    stages:                     # in order; `@guide` is what stage `guide` made
+      guide:  {kind: train, objective: {name: dpo, beta: 0.3}}
+      credit: {kind: annotate, credit: {name: guide, model: "@guide", beta: 0.3}}
+      train:  {kind: train, data: "@credit", objective: {name: tgdpo, beta: 0.3, alpha: 0.5}}
+    on_world: {...}             # laid over the rest while `model` is a world://
+    extends: other.yaml         # optional: start from another file
+
+Relative paths of data and models are relative to the working directory; `extends` to the recipe's own folder.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tokengrain.errors import RecipeError, shown
+from tokengrain.settings import nearest
 from tokengrain.specs import WORLD
 
 Values = dict[str, Any]
@@ -69,6 +86,28 @@ def parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {error}") from error
 
 
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe given as a path or as the name of one that comes with tokengrain ("tgdpo").
+
+    Looks at the path itself, `recipes/NAME.yaml` in the working directory, then the recipes of the package.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) > 1:
+        return path
+    for folder in recipe_folders():
+        if (found := folder / f"{name}.yaml").is_file():
+            return found
+    names = sorted({p.stem for folder in recipe_folders() for p in folder.glob("*.yaml")})
+    raise RecipeError(f"{name}: no such recipe file{nearest(str(name), names)}")
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are looked for by name: the working directory's, the installed ones, the checkout's."""
+    package = Path(__file__).resolve().parent.parent
+    folders = [Path("recipes"), package / "recipes", package.parent.parent / "recipes"]
+    return [folder for folder in folders if folder.is_dir()]
+
+
 def read_file(path: Path) -> Values:
     """Read one recipe file with everything that it extends.
 
@@ -103,8 +142,6 @@ def _read(path: Path, above: tuple[Path, ...]) -> Values:
 
 
 def _near_file(path: Path) -> str:
-    from difflib import get_close_matches
-
     if not path.parent.is_dir():
         return ""
     names = sorted(p.name for p in path.parent.glob("*.y*ml"))

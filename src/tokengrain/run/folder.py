@@ -1,4 +1,4 @@
-"""The status files of a run, written so that a true status is left behind whatever happens."""
+"""The run folder: which stages run, resume or are reused, and status files that stay true whatever happens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,113 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
-from tokengrain.errors import RunError, TokengrainError, write_json, write_text
-from tokengrain.recipe.load import dump_recipe
-from tokengrain.recipe.schema import Recipe
-from tokengrain.run.plan import StagePlan
-from tokengrain.runs import FORMAT, TRAINED, Run, StageRecord, Status, read_run, resume_command
+from tokengrain.errors import RunError, TokengrainError, fingerprint, require, shown, write_json, write_text
+from tokengrain.recipe.schema import INIT, Recipe, dump_recipe
+from tokengrain.run.stages import Stage, resolve_stages
+from tokengrain.runs import FORMAT, TRAINED, Run, StageRecord, Status, is_run, read_run, read_stage, resume_command
+
+# ---- The plan ----
+
+Action = Literal["run", "resume", "reuse"]
+
+
+@dataclass
+class StagePlan:
+    """A stage and what will be done about it.
+
+    Attributes:
+        stage: the stage with everything it inherits.
+        path: its folder.
+        settings: what decides its result: settings, and fingerprints of its inputs.
+        record: what is on disk, if it was started before with the same settings.
+        action: "run" from the start, "resume" from what is there, or "reuse" the finished result.
+    """
+
+    stage: Stage
+    path: Path
+    settings: dict[str, Any]
+    record: StageRecord | None = None
+    action: Action = "run"
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.settings)
+
+
+def make_plan(recipe: Recipe, *, overwrite: bool = False) -> list[StagePlan]:
+    """Decide for every stage whether it runs, resumes or is reused. Reads, and changes nothing.
+
+    Args:
+        overwrite: results of other settings in the run folder are to be replaced.
+
+    Raises:
+        RunError: the run folder holds something else, and `overwrite` is False; says what differs.
+    """
+    run_dir = Path(recipe.output_dir)
+    plans: list[StagePlan] = []
+    for stage in resolve_stages(recipe):
+        above = {plan.stage.name: plan.fingerprint for plan in plans}
+        plans.append(StagePlan(stage, run_dir / stage.name, stage.decides(run_dir, above)))
+    _check_folder(recipe, plans, overwrite)
+    for plan in plans:
+        record = read_stage(plan.path)
+        if record is not None and record.fingerprint == plan.fingerprint:
+            plan.record = record
+            plan.action = "reuse" if record.status == "done" else "resume"
+    return plans
+
+
+def _check_folder(recipe: Recipe, plans: list[StagePlan], overwrite: bool) -> None:
+    """The run folder must be new, or hold this run. A folder that is no run is never overwritten."""
+    run_dir = Path(recipe.output_dir)
+    if not run_dir.exists():
+        return
+    require(run_dir.is_dir(), RunError, f"output_dir {run_dir} is a file; choose a folder that does not exist yet")
+    if not is_run(run_dir):
+        what = "is not empty and not a run of tokengrain (no run.json)"
+        require(not any(run_dir.iterdir()), RunError, f"output_dir {run_dir} {what}; choose another with --output")
+        return
+    if overwrite:
+        return
+    run = read_run(run_dir)
+    advice = "choose another folder with --output, or replace what differs with --overwrite"
+    methods = f"a run of method {run.method}, this is {recipe.method}"
+    require(run.method == recipe.method, RunError, f"{run_dir} holds {methods}; {advice}")
+    by_name = {plan.stage.name: plan for plan in plans}
+    for record in run.stages:
+        what = f"{run_dir} holds another run: "
+        if record.name not in by_name:
+            raise RunError(f"{what}it has a stage {record.name!r}, this recipe has none; {advice}")
+        plan = by_name[record.name]
+        if record.fingerprint != plan.fingerprint:
+            found = "; ".join(differences(record.settings, plan.settings)[:3])
+            found = found or "made by another version of tokengrain"
+            raise RunError(f"{what}stage {record.name!r} differs: {found}; {advice}")
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two stages' settings, as `key: old there, new here`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            out += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return out
+    if old == new:
+        return []
+    if path.endswith("content"):
+        return [f"{path.rpartition('.')[0]}: other content than there"]
+    return [f"{path}: {shown(old)} there, {shown(new)} here"]
+
+
+# ---- The status files ----
 
 
 class RunFolder:
@@ -98,7 +194,7 @@ class RunFolder:
         while not base.exists():
             base = base.parent
         free = shutil.disk_usage(base).free
-        needed = max((_size(p.stage.model.path) for p in self.plans if p.stage.kind != "init"), default=0)
+        needed = max((_size(p.stage.model.path) for p in self.plans if p.stage.kind != INIT), default=0)
         if free < needed:
             raise RunError(
                 f"{base} has {free / 2**30:.1f} GiB free; the model alone takes {needed / 2**30:.1f} GiB. "
@@ -169,8 +265,6 @@ def _now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": sys.version.split()[0]}
     for name in ("tokengrain", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers"):
         with suppress(PackageNotFoundError):

@@ -1,9 +1,9 @@
-"""The tables that `tokengrain train` prints: the plan, each stage's outcome, the result."""
+"""What a user sees of a run: its plan, its progress, each stage's outcome, the result."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,59 +13,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokengrain.recipe.schema import Recipe, ResolvedStage
-from tokengrain.run.plan import StagePlan
-
 _ACTIONS = {"run": "run", "resume": "resume", "reuse": "reuse (done, same settings)"}
 
 
-def describe(stage: ResolvedStage) -> str:
-    """One line: what a stage does, to what, with what."""
-    if stage.kind == "init":
-        tokenizer = stage.model.tokenizer
-        kind = getattr(tokenizer, "type", tokenizer) or "bpe"
-        return f"{stage.model.describe()}, {kind} tokenizer, from {stage.data.train}"
-    settings = {k: v for k, v in (stage.credit or {}).items() if k not in ("name", "templates")}
-    if stage.kind == "annotate":
-        return f"credit {_named((stage.credit or {}).get('name'), settings)} of {stage.data.train}"
-    objective = dict(stage.objective or {})
-    name = objective.pop("name", "?")
-    if stage.online is not None:
-        credit = " ".join(step.get("name", "?") for step in stage.online.credit)
-        rewards = " ".join(reward.get("name", "?") for reward in stage.online.rewards)
-        lora = ", LoRA" if stage.lora else ""
-        named = f", credit {credit}" if credit else ""
-        what = f"{_named(name, objective)} from {stage.model.describe()}{lora}, rewards {rewards}{named}"
-        return f"{what}, sampler {stage.online.sampler['name']}"
-    lora = ", LoRA" if stage.lora else ""
-    return f"{_named(name, objective)} from {stage.model.describe()}{lora} on {stage.data.train}"
-
-
-def _named(name: Any, settings: dict[str, Any]) -> str:
-    inside = ", ".join(f"{k} {v}" for k, v in settings.items())
-    return f"{name} ({inside})" if inside else str(name)
-
-
-def print_plan(console: Console, recipe: Recipe, plans: list[StagePlan]) -> None:
-    table = Table(title=f"{recipe.method}: {recipe.output_dir}", title_justify="left", box=None, pad_edge=False)
+def print_plan(console: Console, title: str, stages: Iterable[tuple[str, str, str, str]]) -> None:
+    """A line per stage: its name, its kind, what it does, and whether it runs, resumes or is reused."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "kind", "what", "plan"):
         table.add_column(column, overflow="fold")
-    for plan in plans:
-        style = "dim" if plan.action == "reuse" else ""
-        table.add_row(plan.stage.name, plan.stage.kind, describe(plan.stage), _ACTIONS[plan.action], style=style)
+    for *what, action in stages:
+        table.add_row(*what, _ACTIONS[action], style="dim" if action == "reuse" else "")
     console.print(table)
 
 
-def print_rows(console: Console, stage: ResolvedStage, part: str, dataset: Any) -> None:
+def print_rows(console: Console, what: str, dataset: Any) -> None:
     """How many rows were skipped, cut or without a span, if any were."""
     report = getattr(dataset, "report", None)
     if report is not None and report.notable:
-        console.print(f"{stage.data.train}, {part} rows for {stage.kind}: {report}", highlight=False)
+        console.print(f"{what}: {report}", highlight=False)
 
 
-def print_stage(console: Console, plan: StagePlan, metrics: dict[str, Any]) -> None:
+def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> None:
     """What came out of a stage, in one line."""
-    parts = [f"{plan.record.seconds:.0f} s"] if plan.record is not None else []
+    parts = [f"{seconds:.0f} s"]
     after = metrics.get("after", {})
     if "accuracy" in after:
         parts.append(f"held-out accuracy {with_interval(after)}")
@@ -129,8 +99,7 @@ def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
     console.print(f"run folder: {path}", soft_wrap=True, highlight=False)
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a user sees while a stage trains: a progress bar, or a line now and then without a terminal.
+# ---- Progress ----
 
 SHOWN = {
     "loss": "loss",

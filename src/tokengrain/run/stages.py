@@ -1,46 +1,66 @@
-"""Running a recipe: its stages in order, each of them run, resumed or reused."""
+"""The kinds of stages, one class each: what a recipe may say, a dry build, the build, and the run.
+
+Init        a model built from scratch
+Annotate    a credit source over the data, stored
+Trained     everything that trains a model
+  Sft         supervised fine-tuning
+  Reward      a token-level reward model
+  Policy      a policy, against a reference and perhaps towards a teacher
+    Train       on preference pairs
+    Online      on completions that the policy samples itself
+"""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import threading
-import time
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import pydantic
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokengrain import models
 from tokengrain.annotation import annotate, check_manifest, is_annotated, load_annotated
 from tokengrain.batch import TokenBatch
-from tokengrain.data.tokens import tokenizer_fingerprint
-from tokengrain.errors import ModelError, RecipeError, RolloutError, fingerprint, read_json, write_json
-from tokengrain.method import FROZEN, make_objective
-from tokengrain.recipe.schema import Recipe, ResolvedStage, credit_role, is_reward_model, resolve_stages, training_keys
-from tokengrain.rewards.reward_model import check_completion_model
-from tokengrain.rollout.sampler import check_reachable
-from tokengrain.run import inputs, show
-from tokengrain.run.build import (
-    Workshop,
-    build_credit,
-    build_reference,
-    build_teacher,
-    columns_needed,
-    ready_for_teacher,
+from tokengrain.data.dataset import PairDataset, Report, prepare_pairs, prepare_sft
+from tokengrain.data.rows import Rows
+from tokengrain.data.tokens import template_text, tokenizer_fingerprint
+from tokengrain.errors import DataError, ModelError, RecipeError, fingerprint, read_json, require, write_json
+from tokengrain.loss import resolve_role
+from tokengrain.method import (
+    CREDIT,
+    FROZEN,
+    ROLLOUT_CREDIT,
+    TAUGHT,
+    BoundObjective,
+    check_together,
+    make_objective,
+    why_not,
 )
-from tokengrain.run.folder import RunFolder
-from tokengrain.run.plan import StagePlan, make_plan
-from tokengrain.run.show import ShowProgress
-from tokengrain.runs import read_run, resume_command
-from tokengrain.scoring.reference import FrozenReference
-from tokengrain.specs import LoraSpec, ModelSpec
+from tokengrain.methods.aligndistil import ContrastiveTeacher
+from tokengrain.methods.qrm import RewardModelCredit
+from tokengrain.recipe import schema
+from tokengrain.recipe.check import Mistakes, check_data, check_reference, check_shared, check_training
+from tokengrain.recipe.schema import INIT, Recipe
+from tokengrain.report.rows import FILE, collect_credit_samples
+from tokengrain.rewards.builtin import check_reward, make_reward, reward_objects
+from tokengrain.rewards.reward_model import check_completion_model
+from tokengrain.rewards.suite import RewardFunction, RewardSuite
+from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding, encode_prompts
+from tokengrain.run import show
+from tokengrain.run.build import CreditSpec, RunModels, data_fingerprint, open_rows, tokenize_config
+from tokengrain.runs import FORMAT
+from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference, FrozenReference
+from tokengrain.settings import load_callable, source_of, validate_settings
+from tokengrain.specs import DataSpec, LoraSpec, ModelSpec, TeacherSpec
 from tokengrain.training.checkpoint import (
     STAGING,
     checkpoints,
@@ -49,154 +69,684 @@ from tokengrain.training.checkpoint import (
     remove_folder,
     saving,
 )
+from tokengrain.training.config import OnlineConfig, PreferenceConfig
+from tokengrain.training.critic import Critic
+from tokengrain.training.online import OnlineTrainer
+from tokengrain.training.rollout import PromptDataset
+from tokengrain.training.trainer import PreferenceTrainer, with_adapter
+from tokengrain.worlds import is_world, load_world
 
-# ----------------------------------------------------------------------------------------------------
-# A few pairs with the credit of every token, stored in the run folder for `report` and `inspect`.
+LANGUAGE = (INIT, "sft", "train", "online")
+"""Kinds of stages that make a language model."""
 
-COUNT = 8
+WORLD_REWARD = "world"
+"""Name of the reward that a world includes."""
 
+SAMPLED_PAIRS = 8
+"""Pairs whose credit is stored in the run folder for `report` and `inspect`."""
 
-def of_credit(shop: Workshop, plan: StagePlan, files: tuple[Path, Path]) -> None:
-    """Store the token credit of the first annotated pairs, held-out ones if there are any."""
-    from tokengrain.annotation import load_annotated
+DEFAULTS: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+    "save_total_limit": 1,
+    "disable_tqdm": True,
+}
+"""Where a recipe does not say otherwise: five checkpoints a stage, the last one kept; our own progress."""
 
-    batch = _first(load_annotated(files[1] if files[1].exists() else files[0]))
-    _store(shop, plan, batch, f"credit: {(plan.stage.credit or {}).get('name')}", batch.columns["token_rewards"])
+_NEUTRAL = """
+    logging_dir logging_strategy logging_steps logging_first_step log_level log_level_replica report_to run_name
+    disable_tqdm project trackio_space_id eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+    eval_accumulation_steps save_strategy save_steps save_total_limit max_tokens_per_microbatch chunk_tokens log_entropy
+    rollout_samples rollout_samples_every eval_generations eval_temperature use_cpu dataloader_num_workers
+    dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
+"""
+NEUTRAL = frozenset(_NEUTRAL.split())
+"""Keys of `training:` that do not change what is learned; they are not part of a stage's fingerprint."""
 
-
-def of_policy(shop: Workshop, plan: StagePlan, trainer: Any) -> None:
-    """Store each token's log-ratio of the trained policy to its reference (nats). All processes take part."""
-    dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    if plan.stage.kind != "train" or trainer.reference is None or not hasattr(dataset, "__len__"):
-        return
-    batch = _first(dataset)
-    model = trainer.evaluation_model().eval()
-    with torch.no_grad():
-        judged = trainer.judge(model, batch.to(trainer.args.device), measure=("log_ratio", "whole"))
-    if shop.state.is_main_process and judged.log_ratio is not None:
-        _store(shop, plan, batch, f"log-ratio of {plan.stage.name}", judged.log_ratio.float().cpu())
-
-
-def _first(dataset: Any) -> TokenBatch:
-    return TokenBatch.from_samples([dataset[i] for i in range(min(COUNT, len(dataset)))])
-
-
-def _store(shop: Workshop, plan: StagePlan, batch: TokenBatch, source: str, values: Tensor) -> None:
-    """Put the entries of one source into the run's file, in place of earlier ones of that source."""
-    from tokengrain.report.rows import FILE, collect_credit_samples
-    from tokengrain.worlds import is_world, load_world
-
-    data = shop.recipe.data.train
-    truth = load_world(data).advantages(batch) if is_world(data) else None
-    tokenizer = shop.tokenizer(plan.stage.model)
-    path = shop.run_dir / FILE
-    kept = [entry for entry in (read_json(path) if path.exists() else []) if entry.get("source") != source]
-    write_json(path, kept + collect_credit_samples(batch, tokenizer, {source: values}, truth=truth))
+_CHOOSING = "eval_strategy eval_steps eval_delay save_strategy save_steps eval_generations eval_temperature"
+CHOOSING = frozenset(_CHOOSING.split())
+"""Of these, those that do where evaluation decides which weights are kept, or the learning rate."""
 
 
-# ----------------------------------------------------------------------------------------------------
-# The annotate stage, and the check that stored token credit belongs to what is trained with it.
+class Asked(NamedTuple):
+    """A model that a stage asks beside its own.
+
+    Attributes:
+        spec: which.
+        kinds: the kinds of stages that can make it.
+        own_text: it reads completions as text, so it may have a tokenizer of its own.
+    """
+
+    spec: ModelSpec
+    kinds: tuple[str, ...] = LANGUAGE
+    own_text: bool = False
 
 
-def run_annotation(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
-    """Write the rows with their token credit; finished shards of an earlier attempt are kept."""
-    stage = plan.stage
-    tokenizer = shop.tokenizer(stage.model)
-    reference = FrozenReference(shop.frozen(stage.model)) if stage.options["reference_logps"] else None
-    source = build_credit(stage, tokenizer, shop)
-    counts = {}
-    files = inputs.annotated_files(shop.run_dir, stage.name)
-    all_rows = inputs.open_rows(stage.data, shop.recipe.seed)
-    # As the policy will be scored: a reference in another precision is not equal to it at the start.
-    precision = torch.autocast(shop.state.device.type, torch.bfloat16, enabled=stage.options["bf16"])
-    for dataset, rows, output in zip(shop.datasets(stage), all_rows, files, strict=True):
-        if dataset is None:
-            continue
-        with precision:
-            annotate(
-                dataset,
-                tokenizer,
-                inputs.tokenize_config(stage.data),
-                {"token_rewards": source},
-                reference,
-                output,
-                {**_marks(shop, stage, plan, stage.model), "source": fingerprint(plan.settings["credit"])},
-                shard_rows=stage.options["shard_rows"],
-                max_tokens=stage.options["max_tokens"],
-                device=shop.state.device,
-                rows=rows,
-                progress=shop.state.is_main_process and not shop.console.quiet,
-            )
-        counts[output.stem] = len(dataset)
-    if shop.state.is_main_process:
-        of_credit(shop, plan, files)
-    return {"rows": counts}
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a recipe, with everything it inherits.
+
+    Attributes:
+        name: its name, and its folder's.
+        recipe: the recipe.
+        own: what the recipe says of this stage alone.
+        model: what it starts from (annotate: the model whose log-probabilities are stored).
+        data: its rows, and how they become tokens.
+        above: the stages before it, by name.
+    """
+
+    name: str
+    recipe: Recipe
+    own: Any
+    model: ModelSpec
+    data: DataSpec
+    above: Mapping[str, Stage] = field(default_factory=dict, repr=False)
+
+    kind: ClassVar[str]
+    settings: ClassVar[type[schema.StageSettings] | None] = None
+    makes: ClassVar[str] = "a language model"
+
+    # What a stage has only where its kind says so.
+    objective: ClassVar[Any] = None
+    credit: ClassVar[Any] = None
+    reference: ClassVar[Any] = None
+    training: ClassVar[Any] = {}
+
+    @property
+    def asks(self) -> dict[str, Asked]:
+        """Every other model that the stage asks, by its key in the recipe."""
+        return {}
+
+    @property
+    def inputs(self) -> list[str]:
+        """Earlier stages that this one uses."""
+        names = [self.model.stage, *(asked.spec.stage for asked in self.asks.values()), self.data.stage]
+        return list(dict.fromkeys(name for name in names if name))
+
+    @property
+    def existing(self) -> Stage:
+        """The stage, going back from this one, whose starting model exists before the run or is built first."""
+        return self if self.model.stage in (None, INIT) else self.above[str(self.model.stage)].existing
+
+    # ---- check: a dry build, without models ----
+
+    def check(self, found: Mistakes) -> None:
+        """Note what the constructors of the stage's parts refuse."""
+        where = f"stages.{self.name}"
+        check_data(self.own.data if isinstance(self.own.data, dict) else {}, f"{where}.data", found)
+        with found.at(f"{where}.credit"):  # a model that is none
+            for key, asked in {"model": Asked(self.model, self._starts), **self.asks}.items():
+                if asked.spec.stage is not None:
+                    place = f"{where}.{key}"
+                    check_reference(place, asked.spec.stage, asked.kinds, self.above, self.recipe, found)
+        if self.data.stage is not None:
+            check_reference(f"{where}.data", self.data.stage, ("annotate",), self.above, self.recipe, found)
+
+    _starts: ClassVar[tuple[str, ...]] = LANGUAGE
+
+    def blocks(self) -> dict[str, Callable[[], Any]]:
+        """Constructors of blocks that stages inherit from the recipe; they know what does not go together."""
+        return {"data": lambda: tokenize_config(self.data)}
+
+    def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
+        """Everything that decides the stage's result, as JSON-like values.
+
+        Args:
+            above: fingerprints of the stages before it.
+        """
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "seed": self.recipe.seed,
+            "model": model_content(self.model, run_dir, above),
+            "data": self._data_content(above),
+        }
+
+    def _data_content(self, above: Mapping[str, str]) -> dict[str, Any]:
+        given = self.data.tokenize.get("chat_template")
+        text = template_text(given)
+        template = {"template": fingerprint(text)} if text != given else {}  # of a file: what is in it
+        if self.data.stage is not None:
+            return {"content": above[self.data.stage], "tokenize": self.data.tokenize, **template}
+        options = self.data.model_dump(exclude={"train", "eval"}, exclude_none=True)
+        spans = tokenize_config(self.data).span_config
+        # A function of the user's counts with its source: another body marks other spans.
+        marked = {"spans": spans.describe()} if spans is not None else {}
+        return {**options, **marked, **template, "content": data_fingerprint(self.data)}
+
+    # ---- build: rows ----
+
+    def describe(self) -> str:
+        """One line: what the stage does, to what, with what."""
+        raise NotImplementedError
+
+    def rows(self) -> tuple[Rows, Rows | None]:
+        """`(training rows, held-out rows or None)`."""
+        return open_rows(self.data, self.recipe.seed)
+
+    @property
+    def row_form(self) -> Any:
+        """What its rows become; stages of one form share them."""
+        return "pairs"
+
+    def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
+        """Rows as the data set that the stage reads.
+
+        Raises:
+            DataError: the first invalid row (unless `on_invalid: skip`), or nothing left.
+        """
+        make = prepare_pairs if self.row_form == "pairs" else prepare_sft
+        dataset: Any = make(rows, tokenizer, tokenize_config(self.data), model_positions=positions)
+        if not self.data.swap_pairs:
+            return dataset
+        samples = (replace(s, completions=s.completions[::-1]) for s in dataset.samples)
+        return PairDataset(samples, dataset.report, f"{dataset.name} (swapped)")
+
+    # ---- run ----
+
+    def check_models(self, run: RunModels) -> None:
+        """Models that exist already must be loadable and share the stage's vocabulary."""
+        if self.model.stage not in (None, INIT) and not Path(run.path(self.model)).exists():
+            return  # an earlier stage will make it, from a model that is checked
+        tokenizer = run.tokenizer(self.model)
+        config = models.load_config(self.model, run.path(self.model))
+        models.check_vocabulary(tokenizer, config, str(self.model.path), str(self.model.path))
+        for role, asked in self.asks.items():
+            if asked.spec.stage is None and not asked.own_text:
+                names = f"the policy {self.model.path}", f"the {role} {asked.spec.path}"
+                models.check_same_vocabulary(tokenizer, run.tokenizer(asked.spec), *names)
+
+    def check_server(self, *, patient: bool = True) -> None:
+        """Raises `RolloutError` if the stage samples from a server that does not answer."""
+
+    def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
+        """Tokenise the rows, with the tokenizer of the model that the stage's own will come from.
+
+        Args:
+            settings: what decides the stage's result.
+        """
+        if self.data.stage is None:
+            run.datasets(self, like=self.existing.model)
+
+    def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Do it, from the start or from what is in the folder; returns its metrics."""
+        raise NotImplementedError
 
 
-def _marks(shop: Workshop, annotating: ResolvedStage, plan: StagePlan, like: ModelSpec) -> dict[str, str]:
-    """What an annotated file depends on beside its credit source, by the names its manifest uses.
+def model_content(spec: ModelSpec, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a model's numbers: how it is loaded, and a fingerprint of its content."""
+    values = spec.model_dump(exclude={"path"}, exclude_none=True)
+    if spec.stage is not None:
+        return {**values, "content": above[spec.stage]}
+    if spec.is_world:  # its base model need not be there yet
+        return {**values, "content": load_world(str(spec.path)).fingerprint}
+    if spec.path is not None:
+        return {**values, "content": models.model_fingerprint(models.locate(spec, run_dir))}
+    if isinstance(spec.tokenizer, str):
+        values["tokenizer"] = models.model_fingerprint(spec.tokenizer)
+    return values
+
+
+def in_words(name: Any, settings: Mapping[str, Any]) -> str:
+    """A name with its settings, for people."""
+    inside = ", ".join(f"{k} {v}" for k, v in settings.items() if k not in ("name", "templates"))
+    return f"{name} ({inside})" if inside else str(name)
+
+
+class Init(Stage):
+    """Builds a model from scratch, and its tokenizer."""
+
+    kind = INIT
+
+    def check(self, found: Mistakes) -> None:
+        if (wrong := models.check_config(self.model.config or {})) is not None:
+            found.lines.append(f"model.{wrong}")
+
+    def describe(self) -> str:
+        tokenizer = self.model.tokenizer
+        made = getattr(tokenizer, "type", tokenizer) or "bpe"
+        return f"{self.model.describe()}, {made} tokenizer, from {self.data.train}"
+
+    def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+        target = folder / "model"
+        if run.state.is_main_process:
+            staged = folder / STAGING / "model"
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            with saving("the new model", staged):
+                models.build(self.model, self.rows()[0], self.recipe.seed, staged)
+                publish(staged, target)
+            staged.parent.rmdir()
+        run.state.wait_for_everyone()
+        config = models.load_config(self.model, str(target))
+        return {"vocabulary": config.get_text_config().vocab_size, "model_type": config.model_type}
+
+
+# ---- Credit that a stage makes, and annotated files ----
+
+
+def _credit_asks(credit: Mapping[str, Any] | None) -> dict[str, Asked]:
+    if credit is None:
+        return {}
+    name = str(credit.get("name"))
+    judged = (name in CREDIT or ":" in name) and CREDIT.find(name).reward_model  # an unknown name is said elsewhere
+    named = {k: ModelSpec.model_validate(credit[k]) for k in CreditSpec.MODELS if credit.get(k) is not None}
+    return {f"credit.{k}": Asked(spec, ("reward",) if judged else LANGUAGE, judged) for k, spec in named.items()}
+
+
+def _check_source(credit: Mapping[str, Any], where: str, found: Mistakes) -> None:
+    """Note what the source of a `credit:` refuses, and models that are missing or not asked."""
+    with found.at(where):
+        spec = CreditSpec.of(credit)
+        kind = spec.kind
+        kind.settings(spec.settings)
+        for wanted in ("model", "reverse"):
+            optional = kind.judges_itself and wanted == "model"
+            if wanted in kind.objects and wanted not in spec.models and not optional:
+                found.add(f"{where}.{wanted}", "missing; expected '@STAGE' or a path")
+        for extra in sorted(set(spec.models) - kind.objects):
+            found.add(f"{where}.{extra}", f"credit {spec.name} asks no such model; drop it")
+
+
+def _credit_content(credit: Mapping[str, Any] | None, run_dir: Path, above: Mapping[str, str]) -> Any:
+    if credit is None:
+        return None
+    spec = CreditSpec.of(credit)
+    values = spec.kind.describe(spec.settings)
+    values |= {key: model_content(model, run_dir, above) for key, model in spec.models.items()}
+    if spec.role is not None:
+        values["as"] = spec.role
+    return values
+
+
+def annotated_files(folder: Path) -> tuple[Path, Path]:
+    """Files of an annotate stage: training rows, held-out rows (which may not exist)."""
+    return folder / "train.parquet", folder / "eval.parquet"
+
+
+def _marks(
+    run: RunModels, stage: Stage, settings: Mapping[str, Any], rows: DataSpec, like: ModelSpec
+) -> dict[str, str]:
+    """What an annotated file depends on beside its credit source, by the names that its manifest uses.
 
     Args:
-        annotating: the stage whose data are annotated.
-        plan: the stage that annotates or trains; its model is what the numbers must belong to.
-        like: a model with that stage's tokenizer.
-    """
-    tokenizer = shop.tokenizer(like)
-    tokenize = inputs.tokenize_config(plan.stage.data)
-    return {
-        "model": plan.settings["model"]["content"],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "chat_template": fingerprint([tokenize.chat_template or tokenizer.chat_template]),
-        "tokenize": fingerprint(plan.stage.data.tokenize),
-        "data": inputs.data_fingerprint(annotating.data),
-    }
-
-
-def _without_unused_model(stage: ResolvedStage, marks: dict[str, str]) -> dict[str, str]:
-    """Where the stored ref_logps are not used, the model they were made with does not matter."""
-    if stage.reference in (None, "columns"):
-        return marks
-    return {name: mark for name, mark in marks.items() if name != "model"}
-
-
-def annotated(shop: Workshop, plan: StagePlan) -> tuple[Any, Any]:
-    """The data sets that an annotate stage made, checked to belong to this stage.
-
-    Raises:
-        RunError: made with another model, tokenizer, template, data or settings; says which.
-    """
-    stage = plan.stage
-    maker = next(s for s in resolve_stages(shop.recipe) if s.name == stage.data.stage)
-    marks = _without_unused_model(stage, _marks(shop, maker, plan, stage.model))
-    tokenizer = shop.tokenizer(stage.model)
-    files = inputs.annotated_files(shop.run_dir, str(stage.data.stage))
-    train, held_out = (load_annotated(f, tokenizer, marks) if f.exists() else None for f in files)
-    if train is None:
-        raise RecipeError(f"stage {stage.data.stage!r} has written no {files[0].name}")
-    return train, held_out
-
-
-def check_given_files(shop: Workshop, plan: StagePlan, like: ModelSpec) -> None:
-    """Annotated files that a recipe gives as ordinary data must belong to its model and tokenizer too.
-
-    Args:
+        stage: the stage that annotates or trains; its model is what the numbers must belong to.
+        rows: where the annotated rows come from.
         like: a model that exists already and has the stage's tokenizer.
+    """
+    tokenizer, config = run.tokenizer(like), tokenize_config(stage.data)
+    marks = {
+        "model": settings["model"]["content"],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat_template": fingerprint([config.chat_template or tokenizer.chat_template]),
+        "tokenize": fingerprint(stage.data.tokenize),
+        "data": data_fingerprint(rows),
+    }
+    if stage.reference not in (None, "columns"):  # the stored ref_logps are not used, nor is the model that made them
+        del marks["model"]
+    return marks
+
+
+def _check_given_files(run: RunModels, stage: Stage, settings: Mapping[str, Any]) -> None:
+    """Annotated files that a recipe gives as ordinary data must belong to its model and tokenizer too.
 
     Raises:
         RunError: made with another model, tokenizer or template, or changed since; says which.
     """
-    data = plan.stage.data
-    given = [source for source in (data.train, data.eval) if source is not None and is_annotated(source)]
-    if plan.stage.kind not in ("train", "reward") or not given:
-        return
-    marks = _without_unused_model(plan.stage, _marks(shop, plan.stage, plan, like))
-    del marks["data"]  # the rows are in the file itself, with a digest
-    for source in given:
-        check_manifest(source, marks)
+    given = [source for source in (stage.data.train, stage.data.eval) if source is not None and is_annotated(source)]
+    if stage.data.stage is None and given:
+        marks = _marks(run, stage, settings, stage.data, stage.existing.model)
+        del marks["data"]  # the rows are in the file itself, with a digest
+        for source in given:
+            check_manifest(source, marks)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Ctrl-C while training: finish the step, save a checkpoint, stop.
+def _store_samples(run: RunModels, stage: Stage, batch: TokenBatch, source: str, values: Tensor) -> None:
+    """Put the entries of one source into the run's file, in place of earlier ones of that source."""
+    data = run.recipe.data.train
+    truth = load_world(data).advantages(batch) if is_world(data) else None
+    path = run.run_dir / FILE
+    kept = [entry for entry in (read_json(path) if path.exists() else []) if entry.get("source") != source]
+    made = collect_credit_samples(batch, run.tokenizer(stage.model), {source: values}, truth=truth)
+    write_json(path, kept + made)
+
+
+def _first(dataset: Any) -> TokenBatch:
+    return TokenBatch.from_samples([dataset[i] for i in range(min(SAMPLED_PAIRS, len(dataset)))])
+
+
+class Annotate(Stage):
+    """Runs a credit source over the rows and stores one number per token."""
+
+    kind = "annotate"
+    settings = schema.AnnotateStage
+    makes = "token rewards, not a model"
+
+    @property
+    def credit(self) -> dict[str, Any]:
+        return self.own.credit
+
+    @property
+    def asks(self) -> dict[str, Asked]:
+        return _credit_asks(self.credit)
+
+    @property
+    def bf16(self) -> bool:
+        """As the policy will be scored: a reference in another precision is not equal to it at the start."""
+        return bool(self.recipe.training.get("bf16", False))
+
+    def check(self, found: Mistakes) -> None:
+        super().check(found)
+        where = f"stages.{self.name}"
+        if self.data.streaming:
+            found.add(where, "a streamed data set cannot be annotated; set data.streaming: false")
+        _check_source(self.credit, f"{where}.credit", found)
+
+    def describe(self) -> str:
+        return f"credit {in_words(self.credit.get('name'), self.credit)} of {self.data.train}"
+
+    def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
+        options = {k: getattr(self.own, k) for k in ("reference_logps", "shard_rows", "max_tokens")}
+        credit = _credit_content(self.credit, run_dir, above)
+        return {**super().decides(run_dir, above), "credit": credit, **options, "bf16": self.bf16}
+
+    def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the rows with their token credit; finished shards of an earlier attempt are kept."""
+        tokenizer, files, counts = run.tokenizer(self.model), annotated_files(folder), {}
+        reference = FrozenReference(run.frozen(self.model)) if self.own.reference_logps else None
+        source = run.credit(self.credit, self.model)
+        marks = _marks(run, self, settings, self.data, self.model)
+        for dataset, rows, output in zip(run.datasets(self), self.rows(), files, strict=True):
+            if dataset is None:
+                continue
+            with torch.autocast(run.state.device.type, torch.bfloat16, enabled=self.bf16):
+                annotate(
+                    dataset,
+                    tokenizer,
+                    tokenize_config(self.data),
+                    {"token_rewards": source},
+                    reference,
+                    output,
+                    {**marks, "source": fingerprint(settings["credit"])},
+                    shard_rows=self.own.shard_rows,
+                    max_tokens=self.own.max_tokens,
+                    device=run.state.device,
+                    rows=rows,
+                    progress=run.state.is_main_process and not run.console.quiet,
+                )
+            counts[output.stem] = len(dataset)
+        if run.state.is_main_process:  # held-out pairs, if there are any
+            batch = _first(load_annotated(files[1] if files[1].exists() else files[0]))
+            name = f"credit: {self.credit.get('name')}"
+            _store_samples(run, self, batch, name, batch.columns["token_rewards"])
+        return {"rows": counts}
+
+
+# ---- Stages that train ----
+
+
+class Trained(Stage):
+    """Trains a model and saves it."""
+
+    settings: ClassVar[type[schema.StageSettings] | None] = schema.TrainedSettings
+    config: ClassVar[type[PreferenceConfig]] = PreferenceConfig
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        return self.own.objective
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        return schema.stage_lora(self.recipe.lora, self.own)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Keys of `training:`, the stage's over the recipe's."""
+        return {**self.recipe.training, **self.own.training}
+
+    def args(self, folder: Path | str) -> Any:
+        """The trainer's settings."""
+        given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **self.training}
+        return self.config(output_dir=str(folder), seed=self.recipe.seed, **given)
+
+    @cached_property
+    def bound(self) -> BoundObjective:
+        """The objective with its hyper-parameters."""
+        name = self.objective.get("name")
+        if not isinstance(name, str):
+            raise RecipeError("name is missing; `tokengrain methods` lists the objectives")
+        return make_objective(**self.objective)
+
+    # ---- check ----
+
+    def check(self, found: Mistakes) -> None:
+        super().check(found)
+        where = f"stages.{self.name}"
+        check_training(self.own.training, self.config, f"{where}.training", found)
+        if self.data.streaming:
+            if self.data.eval is None and self.data.eval_fraction > 0:
+                found.add(where, "rows cannot be held out of a stream; give data.eval, or set data.eval_fraction: 0")
+            if self.training.get("max_steps", -1) <= 0:
+                found.add(where, "a stream has no known length; set training.max_steps")
+        before = len(found.lines)
+        with found.at(f"{where}.objective"):
+            self.check_objective(self.bound)
+        if len(found.lines) == before:
+            self.check_parts(where, self.bound, found)
+
+    def check_objective(self, objective: BoundObjective) -> None:
+        """Raises `RecipeError` unless a stage of this kind can train with the objective."""
+        if objective.main == "token_scores":
+            raise RecipeError(f"{objective.name} belongs in a stage of kind reward, not {self.kind}")
+
+    def check_parts(self, where: str, objective: BoundObjective, found: Mistakes) -> None:
+        """Note what goes wrong beside the objective, or with it."""
+
+    def blocks(self) -> dict[str, Callable[[], Any]]:
+        return {**super().blocks(), "training": lambda: self.args("unused")}
+
+    def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
+        chosen = self.training.get("load_best_model_at_end")
+        chosen = chosen or self.training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+        neutral = NEUTRAL - CHOOSING if chosen else NEUTRAL
+        return {
+            **super().decides(run_dir, above),
+            "objective": self.bound.describe(),
+            "lora": self.lora.model_dump() if self.lora else None,
+            "training": {key: value for key, value in self.training.items() if key not in neutral},
+        }
+
+    # ---- build ----
+
+    @property
+    def row_form(self) -> Any:
+        return "pairs" if self.bound.unit == "pairs" or self.data.completions == "both" else "completions"
+
+    def describe(self) -> str:
+        lora = ", LoRA" if self.lora else ""
+        what = in_words(self.objective.get("name", "?"), self.objective)
+        return f"{what} from {self.model.describe()}{lora} on {self.data.train}"
+
+    def load(self, path: str, **options: Any) -> Any:
+        """The model to train."""
+        return models.load_model(self.model, path, **options)
+
+    is_adapter = staticmethod(models.is_adapter)
+
+    @staticmethod
+    def lora_config(lora: LoraSpec) -> Any:
+        """The recipe's `lora:` as peft's configuration."""
+        peft = models.import_peft()
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save,
+            use_rslora=lora.use_rslora,
+        )
+
+    def policy(self, run: RunModels, weights: str | None) -> tuple[Any, Any]:
+        """`(model, configuration of a new adapter or None)`. An adapter that exists is trained on.
+
+        Args:
+            weights: other weights than those that the stage starts from, to evaluate.
+        """
+        torch.manual_seed(self.recipe.seed)
+        path = weights or run.path(self.model)
+        if self.lora is None or weights is not None:
+            return self.load(path, merge_adapter=self.lora is None), None
+        if self.is_adapter(path):
+            _check_same_lora(self.lora, path)
+            return self.load(path, train_adapter=True), None
+        model = self.load(path)
+        if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
+            model.name_or_path = str(Path(path).resolve())
+        return model, self.lora_config(self.lora)
+
+    def datasets(self, run: RunModels, settings: Mapping[str, Any], eval_data: str | None) -> tuple[Any, Any]:
+        """`(training, held-out or None)`; `eval_data`: held-out rows from another source."""
+        train, held_out = self._annotated(run, settings) if self.data.stage is not None else run.datasets(self)
+        if eval_data is not None:
+            data = self.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
+            held_out = run.datasets(replace(self, data=data))[0]
+        return train, held_out
+
+    def _annotated(self, run: RunModels, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The data sets that an annotate stage made, checked to belong to this stage.
+
+        Raises:
+            RunError: made with another model, tokenizer, template, data or settings; says which.
+        """
+        maker = self.above[str(self.data.stage)]
+        marks = _marks(run, self, settings, maker.data, self.model)
+        files = annotated_files(run.run_dir / maker.name)
+        tokenizer = run.tokenizer(self.model)
+        require(files[0].exists(), RecipeError, f"stage {maker.name!r} has written no {files[0].name}")
+        train, held_out = (load_annotated(f, tokenizer, marks) if f.exists() else None for f in files)
+        return train, held_out
+
+    def build(
+        self,
+        run: RunModels,
+        folder: Path,
+        settings: Mapping[str, Any],
+        weights: str | None = None,
+        eval_data: str | None = None,
+    ) -> Any:
+        """The trainer.
+
+        Args:
+            folder: where it writes.
+            settings: what decides the stage's result.
+            weights: other weights for the policy than those that the stage starts from, to evaluate a finished model;
+                the reference stays what it was.
+            eval_data: held-out rows from another source.
+        """
+        train, held_out = self.datasets(run, settings, eval_data)
+        model, peft_config = self.policy(run, weights)
+        return PreferenceTrainer(
+            model,
+            self.args(folder),
+            objective=self.bound,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=run.tokenizer(self.model),
+            peft_config=peft_config,
+        )
+
+    # ---- run ----
+
+    def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Train, evaluating the held-out rows before and after; resumes from the last checkpoint.
+
+        Raises:
+            KeyboardInterrupt: the user stopped it; a checkpoint was saved.
+        """
+        main = run.state.is_main_process
+        trainer = self.build(run, folder, settings)
+        checkpoint = last_complete_checkpoint(folder)
+        metrics_file = folder / "metrics.json"
+        metrics: dict[str, Any] = read_json(metrics_file) if checkpoint and metrics_file.exists() else {}
+        has_eval = trainer.eval_dataset is not None
+        if has_eval and "before" not in metrics:
+            metrics["before"] = plain_metrics(trainer.evaluate())
+            if main:
+                write_json(metrics_file, metrics)
+        progress = show.ShowProgress(run.console, self.name)
+        trainer.add_callback(progress)
+        try:
+            with StopOnSignal(run.state.num_processes) as stop:
+                trainer.add_callback(stop)
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.close()
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
+        metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
+        if has_eval:
+            metrics["after"] = plain_metrics(trainer.evaluate())
+        metrics |= self.save(run, trainer, folder / "model")
+        if main and "save_total_limit" not in self.training:  # the finished model is what is wanted
+            for path in checkpoints(folder):
+                remove_folder(path)
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+        self.store_samples(run, trainer)
+        return metrics
+
+    def save(self, run: RunModels, trainer: Any, folder: Path) -> dict[str, Any]:
+        """Save the finished model; returns further metrics of it."""
+        trainer.save_model(str(folder))
+        return {}
+
+    def store_samples(self, run: RunModels, trainer: Any) -> None:
+        """Store what the trained model says of a few pairs, if that is credit. All processes take part."""
+
+    # ---- evaluate ----
+
+    samples_rows: ClassVar[bool] = False
+    """Whether held-out rows are prompts, which the policy completes."""
+
+    @property
+    def in_world(self) -> bool:
+        """Whether a world knows the truth about what the model samples."""
+        return is_world(self.recipe.data.train) and self.recipe.model.is_world
+
+    def held_out(self, trainer: Any, samples: int | None) -> dict[str, Any]:
+        """The objective's metrics of the held-out rows, if there are any."""
+        if trainer.eval_dataset is None:
+            return {}
+        return {"objective": trainer.objective.describe(), "held_out": plain_metrics(trainer.evaluate())}
+
+    def world_numbers(self, run: RunModels, model: Any, weights: str, samples: int | None) -> dict[str, Any]:
+        """What the world says of the model, and of the one that the run started from."""
+        if not self.in_world:
+            return {}
+        world, found = load_world(self.recipe.data.train), {}
+        for key, judged in (("world", model), ("world_base", run.frozen(self.recipe.model))):
+            title = f"samples of the {'trained' if key == 'world' else 'base'} model in the world {world.name}"
+            with show.counted(run.console, title) as progress:
+                found[key] = world.evaluate(judged, n=samples, seed=self.recipe.seed, progress=progress)
+        return found
+
+
+def _check_same_lora(lora: LoraSpec, path: str) -> None:
+    saved = read_json(Path(path) / models.ADAPTER)
+    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
+        value, there = getattr(lora, ours), saved.get(theirs)
+        require(
+            value == there,
+            ModelError,
+            f"lora.{ours} is {value}, but the stage resumes from adapter {path}, where it is {there}; give the same "
+            "value, or set lora: null to train all weights",
+        )
+
+
+def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Evaluation metrics without what only says how fast they were measured."""
+    hidden = ("_runtime", "_per_second", "epoch")
+    return {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(hidden)}
 
 
 class StopOnSignal(TrainerCallback):
@@ -236,380 +786,560 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
 
-# ----------------------------------------------------------------------------------------------------
-# Carrying out one stage: build a model, train, or annotate.
+class Sft(Trained):
+    """Supervised fine-tuning on the chosen completions (or on `prompt` and `completion`)."""
 
-# ------------------------------------------------------------------------------------------------------ build
-
-
-def run_init(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
-    """Build the model and its tokenizer."""
-    target = plan.path / "model"
-    if shop.state.is_main_process:
-        train, _ = inputs.open_rows(plan.stage.data, shop.recipe.seed)
-        staged = plan.path / STAGING / "model"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        with saving("the new model", staged):
-            models.build(plan.stage.model, train, shop.recipe.seed, staged)
-            publish(staged, target)
-        staged.parent.rmdir()
-    shop.state.wait_for_everyone()
-    config = models.load_config(plan.stage.model, str(target))
-    return {"vocabulary": config.get_text_config().vocab_size, "model_type": config.model_type}
-
-
-# ------------------------------------------------------------------------------------------------------ train
-
-
-def build_trainer(
-    shop: Workshop, plan: StagePlan, folder: Path, model_path: str | None = None, eval_data: str | None = None
-) -> Any:
-    """The trainer of a stage.
-
-    Args:
-        folder: where it writes.
-        model_path: other weights for the policy than those the stage starts from (to evaluate a finished
-            model); the reference stays what it was.
-        eval_data: held-out rows from another source.
-    """
-    from tokengrain.scoring.reference import ADAPTER_OFF
-    from tokengrain.training.config import PreferenceConfig
-    from tokengrain.training.trainer import PreferenceTrainer
-
-    stage = plan.stage
-    if stage.kind == "online":
-        return _build_online(shop, plan, folder, model_path, eval_data)
-    objective = make_objective(**(stage.objective or {}))
-    train, held_out = shop.datasets(stage) if stage.data.stage is None else annotated(shop, plan)
-    if eval_data is not None:
-        data = stage.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
-        held_out = shop.datasets(replace(stage, data=data))[0]
-        objective, stage = _for_other_rows(objective, stage, held_out)
-    tokenizer = shop.tokenizer(stage.model)
-    model, peft_config = _policy(shop, stage, model_path)
-    reference = build_reference(stage, shop)
-    if model_path is not None and reference in (None, ADAPTER_OFF) and objective.needs & FROZEN:
-        reference = shop.frozen(stage.model)
-    args = PreferenceConfig(output_dir=str(folder), seed=shop.recipe.seed, **training_keys(stage))
-    model, peft_config = ready_for_teacher(stage, model, peft_config, args)
-    return PreferenceTrainer(
-        model,
-        args,
-        objective=objective,
-        credit=build_credit(stage, tokenizer, shop),
-        credit_as=credit_role(stage),
-        reference=reference,
-        teacher=build_teacher(stage, model, shop),
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-
-
-def _build_online(shop: Workshop, plan: StagePlan, folder: Path, model_path: str | None, eval_data: str | None) -> Any:
-    from tokengrain.run.build import build_online_trainer
-
-    datasets = shop.datasets(plan.stage)
-    if eval_data is not None:
-        data = plan.stage.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
-        datasets = datasets[0], shop.datasets(replace(plan.stage, data=data))[0]
-    policy = _policy(shop, plan.stage, model_path)
-    return build_online_trainer(shop, plan, folder, *policy, datasets, finished=model_path is not None)
-
-
-def _for_other_rows(objective: Any, stage: ResolvedStage, rows: Any) -> tuple[Any, ResolvedStage]:
-    """Objective and stage for rows that it was not made for.
-
-    Credit that comes with the data is not there for other rows: then the objective's base (DPO, SimPO) judges them.
-    """
-    present = getattr(rows, "columns", ())
-    if columns_needed(objective, stage, present) <= set(present):
-        return objective, stage
-    base, keys = (
-        ("dpo", ("beta",)) if "ref_logps" in objective.needs else ("simpo", ("beta", "gamma", "gamma_beta_ratio"))
-    )
-    hyper = {} if objective.name == "sepo" else {k: objective.hyper[k] for k in keys if k in objective.hyper}
-    return make_objective(base, **hyper), replace(stage, credit=None)
-
-
-def _policy(shop: Workshop, stage: ResolvedStage, model_path: str | None) -> tuple[Any, Any]:
-    """`(model, configuration of a new adapter or None)`. An adapter that exists is trained on."""
-    import torch
-
-    torch.manual_seed(shop.recipe.seed)
-    path = model_path or shop.path(stage.model)
-    load = models.load_reward_model if stage.kind == "reward" else models.load_model
-    if stage.lora is None or model_path is not None:
-        return load(stage.model, path, merge_adapter=stage.lora is None), None
-    if models.is_adapter(path) and (stage.kind != "reward" or models.is_reward_adapter(path)):
-        _check_same_lora(stage.lora, path)
-        return load(stage.model, path, train_adapter=True), None
-    model: Any = load(stage.model, path)
-    if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
-        model.name_or_path = str(Path(path).resolve())
-    make = models.reward_lora_config if stage.kind == "reward" else lora_config
-    return model, make(stage.lora)
-
-
-def lora_config(lora: LoraSpec) -> Any:
-    """The recipe's `lora:` as peft's configuration."""
-    peft = models.import_peft()
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        use_rslora=lora.use_rslora,
-    )
-
-
-def _check_same_lora(lora: LoraSpec, path: str) -> None:
-    saved = read_json(Path(path) / models.ADAPTER)
-    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
-        if saved.get(theirs) != getattr(lora, ours):
-            raise ModelError(
-                f"lora.{ours} is {getattr(lora, ours)}, but the stage goes on with adapter {path}, where it "
-                f"is {saved.get(theirs)}; give the same value, or set lora: null to train all weights"
-            )
-
-
-def run_training(shop: Workshop, plan: StagePlan) -> dict[str, Any]:
-    """Train, evaluating the held-out rows before and after; resumes from the last checkpoint.
-
-    Raises:
-        KeyboardInterrupt: the user stopped it; a checkpoint was saved.
-    """
-    main = shop.state.is_main_process
-    trainer = build_trainer(shop, plan, plan.path)
-    checkpoint = last_complete_checkpoint(plan.path)
-    metrics_file = plan.path / "metrics.json"
-    metrics: dict[str, Any] = read_json(metrics_file) if checkpoint and metrics_file.exists() else {}
-    has_eval = trainer.eval_dataset is not None
-    if has_eval and "before" not in metrics:
-        metrics["before"] = plain_metrics(trainer.evaluate())
-        if main:
-            write_json(metrics_file, metrics)
-    progress = ShowProgress(shop.console, plan.stage.name)
-    trainer.add_callback(progress)
-    try:
-        with StopOnSignal(shop.state.num_processes) as stop:
-            trainer.add_callback(stop)
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        progress.close()
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt
-    metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
-    if has_eval:
-        metrics["after"] = plain_metrics(trainer.evaluate())
-    if plan.stage.kind == "reward":
-        statistics = _score_statistics(trainer)
-        metrics["scores"] = {name: value for one in statistics for name, value in one.as_dict().items()}
-    trainer.save_model(str(plan.path / "model"))
-    if plan.stage.kind == "reward" and main:
-        models.save_statistics(plan.path / "model", *statistics)
-    if main and "save_total_limit" not in plan.stage.training:  # the finished model is what is wanted
-        for path in checkpoints(plan.path):
-            remove_folder(path)
-        shutil.rmtree(plan.path / STAGING, ignore_errors=True)
-    of_policy(shop, plan, trainer)
-    return metrics
-
-
-def _score_statistics(trainer: Any) -> tuple[Any, Any]:
-    """Of a trained reward model's scores, of tokens and of completions."""
-    model, rows = trainer.evaluation_model(), trainer.train_dataset
-    pooling = trainer.objective.hyper["pooling"]
-    return models.measure_scores(model, rows), models.measure_completions(model, rows, pooling=pooling)
-
-
-def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Evaluation metrics without what only says how fast they were measured."""
-    hidden = ("_runtime", "_per_second", "epoch")
-    return {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(hidden)}
-
-
-_RUNNERS = {
-    "init": run_init,
-    "sft": run_training,
-    "train": run_training,
-    "reward": run_training,
-    "online": run_training,
-    "annotate": run_annotation,
-}
-
-
-@dataclass
-class RunResult:
-    """What a run produced.
-
-    Attributes:
-        path: the run folder.
-        metrics: content of its `metrics.json`.
-        reused: names of the stages whose finished result was used.
-    """
-
-    path: Path
-    metrics: dict[str, Any] = field(default_factory=dict)
-    reused: list[str] = field(default_factory=list)
+    kind = "sft"
+    settings = schema.SftStage
 
     @property
-    def model_path(self) -> Path:
-        """Folder of the trained model."""
-        return read_run(self.path).model_path
+    def objective(self) -> dict[str, Any]:
+        return {"name": "sft"}
 
 
-def run_recipe(
-    recipe: Recipe,
-    *,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    until: str | None = None,
-    console: Console | None = None,
-) -> RunResult:
-    """Run a recipe's stages in order, in one process or in all processes of a launcher.
+class Reward(Trained):
+    """Trains a token-level reward model on preference pairs."""
 
-    A finished stage with the same settings and inputs is reused, an interrupted one goes on from its last
-    checkpoint. All rows of all stages are checked before anything is trained.
+    kind = "reward"
+    settings = schema.RewardStage
+    makes = "a reward model, for a reward or credit {name: reward_model}"
+    _starts = (*LANGUAGE, "reward")
+    lora_config = staticmethod(models.reward_lora_config)
 
-    Args:
-        overwrite: replace results of other settings that are in the run folder.
-        dry_run: show the plan and stop.
-        until: the last stage to run; the run can be continued after it.
-        console: where progress is shown (default: the standard output).
+    def check_objective(self, objective: BoundObjective) -> None:
+        if objective.main != "token_scores":
+            raise RecipeError(f"{objective.name} belongs in a stage of kind train, not {self.kind}")
 
-    Raises:
-        RecipeError, DataError, ModelError: something does not fit; nothing was trained.
-        RolloutError: a server to sample from does not answer.
-        RunError: the run folder holds another run, or the disk is full.
-        NonFiniteLossError: the loss became NaN or infinite.
-        KeyboardInterrupt: stopped by the user; the state is kept.
-    """
-    from accelerate import PartialState
+    def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
+        _check_given_files(run, self, settings)
+        super().check_rows(run, settings)
 
-    state = PartialState()
-    console = console or Console()
-    if not state.is_main_process:
-        console = Console(quiet=True)
-    plans = make_plan(recipe, overwrite=overwrite)
-    wanted = plans[: 1 + [p.stage.name for p in plans].index(until)] if until is not None else plans
-    show.print_plan(console, recipe, wanted)
-    state.wait_for_everyone()
-    if dry_run:
-        _warn_of_servers(console, wanted)
-        return RunResult(Path(recipe.output_dir))
-    reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
-    shop = Workshop(recipe, console, state)
-    folder = RunFolder(recipe, plans, writes=state.is_main_process)
-    with folder.kept_in_order(console):
-        _prepare(shop, wanted, folder)
-        for plan in wanted:
-            if plan.action != "reuse":
-                _run_stage(shop, plan, folder)
-        if wanted != plans and plans[len(wanted)].record is None:
-            folder.pause()
-            state.wait_for_everyone()
-            console.print(f"to go on with training: {resume_command(read_run(folder.path))}", soft_wrap=True)
-            return RunResult(folder.path, {}, reused)
-        metrics = folder.finish()
-    state.wait_for_everyone()
-    show.print_result(console, metrics, folder.path)
-    return RunResult(folder.path, metrics, reused)
+    def load(self, path: str, **options: Any) -> Any:
+        return models.load_reward_model(self.model, path, **options)
+
+    @staticmethod
+    def is_adapter(path: str) -> bool:
+        return models.is_adapter(path) and models.is_reward_adapter(path)
+
+    def save(self, run: RunModels, trainer: Any, folder: Path) -> dict[str, Any]:
+        """Also measures and stores the distribution of scores, of tokens and of completions."""
+        model, rows = trainer.evaluation_model(), trainer.train_dataset
+        pooling = trainer.objective.hyper["pooling"]
+        statistics = models.measure_scores(model, rows), models.measure_completions(model, rows, pooling=pooling)
+        trainer.save_model(str(folder))
+        if run.state.is_main_process:
+            models.save_statistics(folder, *statistics)
+        return {"scores": {name: value for one in statistics for name, value in one.as_dict().items()}}
+
+    @property
+    def in_world(self) -> bool:
+        return False
+
+    def world_numbers(self, run: RunModels, model: Any, weights: str, samples: int | None) -> dict[str, Any]:
+        """How well the token scores agree with the exact advantage."""
+        if not is_world(self.recipe.data.train):
+            return {}
+        credit = RewardModelCredit(model=run.reward_model(self.model.at(weights)))
+        return {"world": load_world(self.recipe.data.train).credit_recovery(credit)}
 
 
-def _prepare(shop: Workshop, plans: list[StagePlan], folder: RunFolder) -> None:
-    """Everything that can fail before training does so here: models, vocabularies, rows, disk."""
-    pending = [plan for plan in plans if plan.action != "reuse"]
-    if not pending:
-        return
-    for plan in pending:
-        if plan.stage.kind == "init":
-            inputs.open_rows(plan.stage.data, shop.recipe.seed)
-            folder.begin()
-            _run_stage(shop, plan, folder)
-            plan.action = "reuse"
-    with shop.console.status("checking models and data") if shop.console.is_terminal else nullcontext():
-        for plan in pending:
-            if plan.stage.kind != "init":
-                _check_models(shop, plan.stage)
-        for plan in pending:
-            if plan.stage.kind != "init" and plan.stage.data.stage is None:
-                check_given_files(shop, plan, _existing_ancestor(shop, plan.stage).model)
-                _check_rows(shop, plan.stage)
-    folder.check_space()
-    folder.begin()
+class Policy(Trained):
+    """Trains a policy, against a reference and perhaps towards a teacher."""
+
+    @property
+    def reference(self) -> str | None:
+        return self.own.reference
+
+    @property
+    def reference_model(self) -> ModelSpec | None:
+        """The reference, if it is a model of its own."""
+        named = self.reference in (None, "copy", ADAPTER_OFF, "columns")
+        return None if named else ModelSpec.model_validate(self.reference)
+
+    @property
+    def teacher(self) -> TeacherSpec | None:
+        return self.own.teacher
+
+    @property
+    def asks(self) -> dict[str, Asked]:
+        teacher = self.teacher
+        named = {
+            "reference": self.reference_model,
+            "teacher.target": teacher.target if teacher else None,
+            "teacher.contrast": teacher.contrast if teacher else None,
+        }
+        return {key: Asked(spec) for key, spec in named.items() if spec is not None}
+
+    def check_parts(self, where: str, objective: BoundObjective, found: Mistakes) -> None:
+        if self.reference == ADAPTER_OFF and self.lora is None:
+            found.add(f"{where}.reference", "adapter_off needs lora; without it the weights change: use copy")
+        if self.teacher is not None:  # without a contrast nothing else can be wrong
+            with found.at(f"{where}.teacher{'.contrast' if self.teacher.contrast is None else ''}"):
+                self.make_teacher(self.teacher, lambda spec, name: spec)
+
+    def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
+        spec, reference = self.teacher, self.reference_model
+        values = super().decides(run_dir, above)
+        values["reference"] = model_content(reference, run_dir, above) if reference else self.reference
+        if spec is not None:
+            roles = {"target": spec.target, "contrast": spec.contrast}
+            contents = {k: model_content(m, run_dir, above) if m is not None else None for k, m in roles.items()}
+            values["teacher"] = spec.model_dump(exclude=set(roles)) | contents
+        return values
+
+    def build_reference(self, run: RunModels) -> Any:
+        """What the trainer gets as `reference`; None leaves the choice to it."""
+        if self.reference_model is not None:
+            return run.frozen(self.reference_model)
+        if self.reference == "columns":
+            return ColumnReference()
+        if self.reference == "copy":
+            return run.frozen(self.model)
+        return ADAPTER_OFF if self.reference == ADAPTER_OFF else None
+
+    def build_taught(self, run: RunModels, args: Any, weights: str | None) -> tuple[Any, Any, Any]:
+        """`(policy, configuration of a new adapter or None, teacher or None)`.
+
+        Teachers that are adapters on the policy's own base are loaded into the policy beside its adapter, which it
+        then has already: one set of weights for three models. Others are loaded in full.
+        """
+        model, peft_config = self.policy(run, weights)
+        if self.teacher is None:
+            return model, peft_config, None
+        if peft_config is not None:
+            model, peft_config = with_adapter(model, args, peft_config), None
+        return model, peft_config, self.make_teacher(self.teacher, partial(run.beside, model))
+
+    def make_teacher(self, spec: TeacherSpec, found: Callable[[ModelSpec, str], Any]) -> ContrastiveTeacher:
+        """The teacher; `found(spec, name)` gives its models."""
+        roles = {"target": spec.target, "contrast": spec.contrast}
+        return ContrastiveTeacher(
+            **{name: found(asked, name) for name, asked in roles.items() if asked is not None},
+            form=spec.form,
+            r=spec.r,
+            epsilon=spec.epsilon,
+            beta=spec.beta,
+            beta0=self.objective.get("beta0", 0.1),
+            temperature=spec.temperature,
+        )
 
 
-def _check_models(shop: Workshop, stage: ResolvedStage) -> None:
-    """Models that exist already must be loadable and share the policy's vocabulary."""
-    made_before = stage.model.stage not in (None, "init")
-    if made_before and not Path(models.locate(stage.model, shop.run_dir)).exists():
-        return  # an earlier stage will make it, from a model that is checked
-    tokenizer = shop.tokenizer(stage.model)
-    if stage.online is not None:
-        check_reachable(stage.online.sampler)
-    config = models.load_config(stage.model, shop.path(stage.model))
-    models.check_vocabulary(tokenizer, config, str(stage.model.path), str(stage.model.path))
-    for role, other in stage.models.items():
-        if role.startswith("rewards[") and other.stage is None:
-            check_completion_model(other, shop.path(other))
-        if other.stage is None and not is_reward_model(stage, role):
-            theirs = shop.tokenizer(other)
-            models.check_same_vocabulary(
-                tokenizer, theirs, f"the policy {stage.model.path}", f"the {role} {other.path}"
+class Train(Policy):
+    """Trains on preference pairs."""
+
+    kind = "train"
+    settings = schema.TrainStage
+
+    @property
+    def credit(self) -> dict[str, Any] | None:
+        return self.own.credit
+
+    @property
+    def asks(self) -> dict[str, Asked]:
+        return {**_credit_asks(self.credit), **super().asks}
+
+    def check(self, found: Mistakes) -> None:
+        if self.credit is not None:
+            _check_source(self.credit, f"stages.{self.name}.credit", found)
+        super().check(found)
+
+    def check_parts(self, where: str, objective: BoundObjective, found: Mistakes) -> None:
+        super().check_parts(where, objective, found)
+        if self.credit is None:
+            with found.at(f"{where}.teacher"):
+                check_together(objective, None, self.teacher)
+        elif not found.about(f"{where}.credit"):
+            with found.at(f"{where}.credit"):
+                self._check_credit_fits(objective, CreditSpec.of(self.credit))
+        if self.reference is not None and not objective.needs & FROZEN:
+            found.add(f"{where}.reference", f"objective {objective.name} has no reference; drop it")
+        if self.reference == "columns" and "kl" in objective.needs:
+            found.add(
+                f"{where}.reference",
+                f"objective {objective.name} needs the reference's whole distribution, which stored ref_logps do not "
+                "hold; use copy or adapter_off",
             )
 
+    def _check_credit_fits(self, objective: BoundObjective, credit: CreditSpec) -> None:
+        """Credit must suit the objective in its role, and come from one place."""
+        role = resolve_role(credit.role, objective.roles, objective.name, objective.no_credit)
+        check_together(objective, role, self.teacher)
+        if self.data.stage is not None and not credit.kind.column_with(credit.settings):
+            raise RecipeError(f"the data '@{self.data.stage}' bring token rewards already; drop one")
+        if reason := why_not(credit.kind.values_with(credit.settings), role.uses):
+            raise RecipeError(f"{credit.name} as {role.name}: {reason}")
 
-def _warn_of_servers(console: Console, plans: list[StagePlan]) -> None:
-    """Say which servers do not answer: they need not before their stage begins."""
-    for plan in plans:
-        if plan.stage.online is None or plan.action == "reuse":
-            continue
+    def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
+        return {**super().decides(run_dir, above), "credit": _credit_content(self.credit, run_dir, above)}
+
+    def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
+        """The rows must also have the per-token columns that nothing else gives."""
+        _check_given_files(run, self, settings)
+        super().check_rows(run, settings)
+        if self.data.stage is not None:
+            return
+        for part, dataset in enumerate(run.datasets(self, like=self.existing.model)):
+            if dataset is not None:
+                needed = self._columns_needed(getattr(dataset, "columns", ()))
+                stored = {"ref_logps"} if self.reference == "columns" and part == 0 else set()
+                self._require_columns(dataset, needed | stored)
+
+    def _columns_needed(self, present: Collection[str]) -> set[str]:
+        """Per-token columns that the rows must have, because nothing else gives them.
+
+        Args:
+            present: the columns that they have.
+        """
+        if self.credit is not None:
+            credit = CreditSpec.of(self.credit)
+            return {credit.kind.column_with(credit.settings)} - {""}
+        needed = set(self.bound.needs) - FROZEN - TAUGHT
+        if "selected" in needed - set(present) or ("spans" in needed - set(present) and "token_rewards" in present):
+            return needed - {"selected", "spans"} | {"token_rewards"}
+        return needed
+
+    def _require_columns(self, dataset: Any, needed: Iterable[str]) -> None:
+        missing = sorted(set(needed) - set(getattr(dataset, "columns", needed)))
+        columns = ", ".join(f"{side}_{name}" for name in missing for side in ("chosen", "rejected"))
+        expected = f"columns {columns} in the data, an annotate stage (data: '@stage'), or `credit:`"
+        if missing == ["spans"]:
+            expected = "data.spans: diff, tags, column or a function; or `credit:` to mark them by"
+        what = f"stage {self.name!r} needs {', '.join(missing)}, and nothing gives them"
+        require(not missing, DataError, what, file=self.data.train, expected=expected)
+
+    def build(
+        self,
+        run: RunModels,
+        folder: Path,
+        settings: Mapping[str, Any],
+        weights: str | None = None,
+        eval_data: str | None = None,
+    ) -> Any:
+        objective, credit = self.bound, self.credit
+        train, held_out = self.datasets(run, settings, eval_data)
+        if eval_data is not None:
+            objective, credit = self._for_rows_of(held_out)
+        args = self.args(folder)
+        model, peft_config, teacher = self.build_taught(run, args, weights)
+        reference = self.build_reference(run)
+        if weights is not None and reference in (None, ADAPTER_OFF) and objective.needs & FROZEN:
+            reference = run.frozen(self.model)
+        return PreferenceTrainer(
+            model,
+            args,
+            objective=objective,
+            credit=run.credit(credit, self.model) if credit is not None else None,
+            credit_as=(credit or {}).get("as"),
+            reference=reference,
+            teacher=teacher,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=run.tokenizer(self.model),
+            peft_config=peft_config,
+        )
+
+    def _for_rows_of(self, rows: Any) -> tuple[BoundObjective, dict[str, Any] | None]:
+        """Objective and credit for rows that the stage was not made for.
+
+        Credit that comes with the data is not there for other rows: then DPO or SimPO judges them, with the same
+        settings where the whole completion is scored.
+        """
+        objective, present = self.bound, getattr(rows, "columns", ())
+        if self._columns_needed(present) <= set(present):
+            return objective, self.credit
+        compared = "ref_logps" in objective.needs
+        keys = ("beta",) if compared else ("beta", "gamma", "gamma_beta_ratio")
+        shared = {} if "selected" in objective.needs else {k: objective.hyper[k] for k in keys if k in objective.hyper}
+        return make_objective("dpo" if compared else "simpo", **shared), None
+
+    def store_samples(self, run: RunModels, trainer: Any) -> None:
+        """Store each token's log-ratio of the trained policy to its reference (nats)."""
+        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        if trainer.reference is None or not hasattr(dataset, "__len__"):
+            return
+        batch = _first(dataset)
+        model = trainer.evaluation_model().eval()
+        with torch.no_grad():
+            judged = trainer.judge(model, batch.to(trainer.args.device), measure=("log_ratio", "whole"))
+        if run.state.is_main_process and judged.log_ratio is not None:
+            _store_samples(run, self, batch, f"log-ratio of {self.name}", judged.log_ratio.float().cpu())
+
+
+class Online(Policy):
+    """Trains on completions that the policy samples itself, scored by reward functions."""
+
+    kind = "online"
+    settings = schema.OnlineStage
+    config = OnlineConfig
+    samples_rows = True
+
+    @property
+    def asks(self) -> dict[str, Asked]:
+        found = {}
+        for index, reward in enumerate(self.own.rewards):
+            if "model" in reward_objects(str(reward.get("name"))) and reward.get("model") is not None:
+                found[f"rewards[{index}].model"] = Asked(ModelSpec.model_validate(reward["model"]), ("reward",), True)
+        either = (*LANGUAGE, "reward")
+        for index, step in enumerate(self.own.credit):
+            source = step.get("source")
+            for where, given in {"": step, ".source": source if isinstance(source, dict) else {}}.items():
+                own_text = bool(where) and any(asked.own_text for asked in _credit_asks(given).values())
+                for name, asked in _credit_asks({**given, "name": given.get("name")}).items():
+                    key = f"credit[{index}]{where}.{name.removeprefix('credit.')}"
+                    found[key] = Asked(asked.spec, either, own_text)
+        if (critic := (self.own.critic or {}).get("model")) is not None:
+            found["critic.model"] = Asked(ModelSpec.model_validate(critic), either)
+        return {**found, **super().asks}
+
+    # ---- check ----
+
+    def check_objective(self, objective: BoundObjective) -> None:
+        if "advantages" not in objective.needs and not TAUGHT & objective.needs:
+            raise RecipeError(f"{objective.name} does not learn from samples' advantages; use a stage of kind train")
+
+    def check(self, found: Mistakes) -> None:
+        super().check(found)
+        where, own = f"stages.{self.name}", self.own
+        phases = [self._check_step(step, f"{where}.credit[{i}]", found) for i, step in enumerate(own.credit)]
+        setters = [str(step["name"]) for step, phase in zip(own.credit, phases, strict=True) if phase == "advantages"]
+        if len(setters) > 1:
+            found.add(f"{where}.credit", f"{' and '.join(setters)} all set the advantages; expected one of them")
+        if self.teacher is None:  # who learns from a teacher needs no reward
+            if not own.rewards and "rewards" not in phases:
+                hint = "expected for example [{name: math}], or a step such as token_rewards"
+                found.add(f"{where}.rewards", f"missing; {hint}")
+            for index, reward in enumerate(own.rewards):
+                self._check_reward(reward, f"{where}.rewards[{index}]", found)
+        with found.at(f"{where}.sampler"):
+            self._check_refresh(check_sampler(own.sampler), f"{where}.sampler", found)
+        if own.critic is not None:
+            with found.at(f"{where}.critic"):
+                validate_settings("critic", Critic, {k: v for k, v in own.critic.items() if k != "model"})
+
+    def check_parts(self, where: str, objective: BoundObjective, found: Mistakes) -> None:
+        super().check_parts(where, objective, found)
+        with found.at(f"{where}.teacher"):
+            check_together(objective, None, self.teacher)
+        if self.reference == "columns":
+            what = "sampled completions have no stored columns; use copy, adapter_off or a model"
+            found.add(f"{where}.reference", what)
+
+    def _check_reward(self, reward: dict[str, Any], where: str, found: Mistakes) -> None:
+        name = reward.get("name")
+        asked = reward_objects(str(name)) & {"model"}
+        settings = {k: v for k, v in reward.items() if k != "name" and k not in asked}
+        if asked and reward.get("model") is None:
+            found.add(f"{where}.model", "missing; expected '@STAGE' (a stage of kind reward) or a path")
+        if not isinstance(name, str):
+            found.add(f"{where}.name", "missing")
+            return
+        with found.at(where):
+            if name != WORLD_REWARD:
+                check_reward(name, settings)
+                return
+            validate_settings("reward 'world'", RewardFunction, settings)
+            if not is_world(self.data.train):
+                raise RecipeError(
+                    "the data are no world, so there is no reward of a world; expected another one, such as [numeric] "
+                    "(given --model as well, a recipe takes its reward for real prompts)"
+                )
+
+    def _check_step(self, step: dict[str, Any], where: str, found: Mistakes) -> str | None:
+        """Note what a rollout credit refuses; returns its phase."""
+        name = step.get("name")
+        with found.at(where):
+            if not isinstance(name, str):
+                raise RecipeError("name is missing; expected for example {name: group}")
+            settings = {k: v for k, v in step.items() if k not in ("name", "source", *CreditSpec.MODELS)}
+            kind = ROLLOUT_CREDIT.find(name)
+            kind.settings(settings)
+            for key in sorted({"source", *CreditSpec.MODELS} & set(step) - kind.objects):
+                found.add(f"{where}.{key}", f"credit {name} takes no {key}; drop it")
+            if isinstance(step.get("source"), dict):
+                with found.at(f"{where}.source"):
+                    source = CreditSpec.of(step["source"])
+                    source.kind.settings(source.settings)
+            return str(kind.attributes({})["phase"])
+        return None
+
+    def _check_refresh(self, sampler: dict[str, Any], where: str, found: Mistakes) -> None:
+        """A server must be told how it gets the present weights."""
+        given = self.own.sampler
+        if "sampler" in sampler:
+            sampler, given, where = sampler["sampler"], given.get("sampler"), f"{where}.sampler"
+        fitting = "adapter" if self.lora is not None else "checkpoint"
+        if "refresh" in sampler and "refresh" not in given:
+            hint = f"expected {fitting}, or none for a server that keeps the weights it has"
+            found.add(f"{where}.refresh", f"missing; {hint}")
+        elif sampler.get("refresh", "none") not in (fitting, "none"):
+            why = "an adapter is trained" if self.lora is not None else "no adapter is trained (no lora)"
+            found.add(f"{where}.refresh", f"got {sampler['refresh']!r}, but {why}; expected {fitting}")
+
+    def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
+        own = self.own
+        values = own.model_dump(include={"rewards", "credit", "critic", "prompts"})
+        values["sampler"] = deciding(check_sampler(own.sampler))
+        named = [one["name"] for one in (*own.rewards, *own.credit, own.sampler) if ":" in one.get("name", "")]
+        # Another body is another reward.
+        functions = {name: fingerprint(source_of(load_callable(name))) for name in named}
+        asked = {k: model_content(a.spec, run_dir, above) for k, a in self.asks.items()}
+        return {**super().decides(run_dir, above), "online": values, "asked": asked, "functions": functions}
+
+    # ---- build ----
+
+    def describe(self) -> str:
+        names = {key: " ".join(one.get("name", "?") for one in getattr(self.own, key)) for key in ("rewards", "credit")}
+        what = f"{in_words(self.objective.get('name', '?'), self.objective)} from {self.model.describe()}"
+        credit = f", credit {names['credit']}" if names["credit"] else ""
+        lora = ", LoRA" if self.lora else ""
+        return f"{what}{lora}, rewards {names['rewards']}{credit}, sampler {self.own.sampler['name']}"
+
+    def rows(self) -> tuple[Rows, Rows | None]:
+        return open_rows(self.data, self.recipe.seed, prompts=True)
+
+    @property
+    def row_form(self) -> Any:
+        return self.own.prompts.model_dump()
+
+    def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
+        report, spec = Report(), self.own.prompts
+        options = {"column": spec.column, "template": spec.template, "chat": spec.chat, "report": report}
+        items = encode_prompts(rows, tokenizer, tokenize_config(self.data), **options)
+        return PromptDataset(items, name=rows.name, report=report)
+
+    def build(
+        self,
+        run: RunModels,
+        folder: Path,
+        settings: Mapping[str, Any],
+        weights: str | None = None,
+        eval_data: str | None = None,
+    ) -> Any:
+        """A finished policy is sampled from in this process, whatever the stage's sampler."""
+        train, held_out = self.datasets(run, settings, eval_data)
+        args = self.args(folder)
+        model, peft_config, teacher = self.build_taught(run, args, weights)
+        rewards = [self._reward(run, reward) for reward in self.own.rewards]
+        tokenizer = run.tokenizer(self.model)
+        return OnlineTrainer(
+            model,
+            args,
+            objective=self.bound,
+            rewards=RewardSuite(rewards, tokenizer=tokenizer) if rewards else None,
+            credit=[run.rollout_credit(step, self.model) for step in self.own.credit],
+            sampler=self.own.sampler if weights is None else None,
+            critic=self._critic(run, model),
+            reference=self.build_reference(run),
+            teacher=teacher,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    def _reward(self, run: RunModels, reward: dict[str, Any]) -> RewardFunction:
+        """A reward with the models and tokenizers that it takes beside its settings."""
+        name, settings = reward["name"], {k: v for k, v in reward.items() if k != "name"}
+        if name == WORLD_REWARD:
+            world: Any = load_world(self.data.train)
+            return RewardFunction(world.reward, **{"name": WORLD_REWARD, **settings})
+        takes = reward_objects(name)
+        if "model" in takes:
+            spec = ModelSpec.model_validate(reward["model"])
+            settings["model"] = run.completion_model(spec)
+            settings.setdefault("chat", self.own.prompts.chat)
+            if "tokenizer" in takes:
+                settings["tokenizer"] = run.tokenizer(self.model)
+            if "reward_tokenizer" in takes:
+                settings["reward_tokenizer"] = run.tokenizer(spec, own_template=True)
+        return make_reward(name, **settings)
+
+    def _critic(self, run: RunModels, policy: Any) -> Critic | None:
+        """It starts from the model that `critic:` names, else from the policy."""
+        if self.own.critic is None:
+            return None
+        settings = {k: v for k, v in self.own.critic.items() if k != "model"}
+        if self.own.critic.get("model") is None:
+            return Critic(policy, **settings)
+        spec = ModelSpec.model_validate(self.own.critic["model"])
+        source = models.load_reward_model(spec, run.path(spec), merge_adapter=True)
+        return Critic(source.to(run.state.device), **settings)
+
+    # ---- run ----
+
+    def check_models(self, run: RunModels) -> None:
+        super().check_models(run)
+        self.check_server()
+        for key, asked in self.asks.items():
+            if key.startswith("rewards[") and asked.spec.stage is None:
+                check_completion_model(asked.spec, run.path(asked.spec))
+
+    def check_server(self, *, patient: bool = True) -> None:
+        check_reachable(self.own.sampler, patient=patient)
+
+    def held_out(self, trainer: Any, samples: int | None) -> dict[str, Any]:
+        """Also says how held-out prompts are completed: `samples` times if given, unless the world samples."""
+        args = trainer.args
+        if samples is not None and not self.in_world:
+            args.eval_generations = samples
+            if samples > 1 and args.eval_temperature == 0:
+                args.eval_temperature = args.temperature
+        how = {"samples": args.eval_generations, "temperature": args.eval_temperature}
+        return {"sampling": how, **super().held_out(trainer, samples)}
+
+
+# ---- The stages of a recipe ----
+
+KINDS: dict[str, type[Stage]] = {kind.kind: kind for kind in (Init, Sft, Train, Reward, Online, Annotate)}
+
+
+class StageDataError(Exception):
+    """A stage's `data:` that does not fit; `error` names keys below `stages.<stage>.data`."""
+
+    def __init__(self, stage: str, error: pydantic.ValidationError) -> None:
+        super().__init__(f"stages.{stage}.data: {error}")
+        self.stage, self.error = stage, error
+
+
+def resolve_stages(recipe: Recipe) -> list[Stage]:
+    """The stages in order, each with everything it inherits; `init` first if the model is built from scratch.
+
+    A stage starts from its own `model`, else from the last sft stage before it, else from the recipe's model.
+    `data` and `training` of a stage are laid over the recipe's, key by key.
+    """
+    above: dict[str, Stage] = {}
+    model = recipe.model
+    if model.config is not None:
+        above[INIT] = Init(INIT, recipe, None, model, recipe.data)
+        model = model.at("@" + INIT)
+    for name, own in recipe.stages.items():
         try:
-            check_reachable(plan.stage.online.sampler, patient=False)
-        except (RolloutError, RecipeError) as error:
-            console.print(f"stage {plan.stage.name} cannot begin yet: {error}", soft_wrap=True, markup=False)
+            data = schema.stage_data(recipe.data, own.data)
+        except pydantic.ValidationError as error:
+            raise StageDataError(name, error) from None
+        above[name] = KINDS[own.kind](name, recipe, own, own.model or model, data, dict(above))
+        if own.kind == "sft":
+            model = model.at("@" + name)
+    return list(above.values())
 
 
-def _existing_ancestor(shop: Workshop, stage: ResolvedStage) -> ResolvedStage:
-    """The stage, going back from this one, whose starting model exists already."""
-    while stage.model.stage not in (None, "init"):
-        stage = next(s for s in resolve_stages(shop.recipe) if s.name == stage.model.stage)
-    return stage
-
-
-def _check_rows(shop: Workshop, stage: ResolvedStage) -> None:
-    """Tokenise the stage's rows now, with the tokenizer of the model that its own model will come from."""
-    from tokengrain.method import make_objective
-
-    like = _existing_ancestor(shop, stage).model
-    for dataset in shop.datasets(stage, like=like):
-        if dataset is not None and stage.kind == "train":
-            objective = make_objective(**(stage.objective or {}))
-            needed = columns_needed(objective, stage, getattr(dataset, "columns", ()))
-            inputs.require_columns(dataset, needed, stage)
-    if stage.reference == "columns":
-        inputs.require_columns(shop.datasets(stage, like=like)[0], {"ref_logps"}, stage)
-
-
-def _run_stage(shop: Workshop, plan: StagePlan, folder: RunFolder) -> None:
-    shop.console.print(f"[bold]{plan.stage.name}[/]  {show.describe(plan.stage)}")
-    folder.start(plan)
-    shop.state.wait_for_everyone()
-    started = time.monotonic()
-    try:
-        metrics = _RUNNERS[plan.stage.kind](shop, plan)
-        if folder.writes:
-            write_json(plan.path / "metrics.json", metrics)
-    except BaseException as error:
-        folder.stop(plan, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", started)
-        raise
-    finally:
-        shop.release()
-    folder.stop(plan, "done", started)
-    shop.state.wait_for_everyone()
-    show.print_stage(shop.console, plan, metrics)
+def check_recipe(recipe: Recipe) -> Mistakes:
+    """Every mistake that the types did not catch: a dry build of all stages."""
+    found, stages = Mistakes(), resolve_stages(recipe)
+    check_shared(recipe, found)
+    for stage in stages:
+        stage.check(found)
+    if found.lines:
+        return found
+    # What is legal key by key may still not go together. What all stages inherit is complained about once.
+    places: dict[tuple[str, str], list[str]] = {}
+    for stage in stages:
+        for block, build in stage.blocks().items():
+            refused = Mistakes()
+            with refused.at(block):
+                build()
+            for line in refused.lines:
+                places.setdefault((block, line), []).append(stage.name)
+    for (_, line), names in places.items():
+        found.lines.append(f"stages.{names[0]}.{line}" if len(names) == 1 else line)
+    return found

@@ -16,9 +16,9 @@ from tests.data.tokenizers import gpt2_like
 from tests.training.tiny import tiny_llama
 from tokengrain.errors import ModelError, RecipeError, read_log
 from tokengrain.models import load_trained_reward_model
-from tokengrain.recipe.load import load_recipe, make_recipe
-from tokengrain.run.plan import make_plan
-from tokengrain.run.stages import run_recipe
+from tokengrain.run.folder import make_plan
+from tokengrain.run.load import load_recipe, make_recipe
+from tokengrain.run.runner import run_recipe
 
 ROOT = Path(__file__).parents[3]
 STAGE: dict[str, Any] = {
