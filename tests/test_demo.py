@@ -44,7 +44,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokengrain.run.stages.run_recipe", interrupted)
+    monkeypatch.setattr("tokengrain.demo.run_recipe", interrupted)
     screen = Console(file=io.StringIO(), width=80)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path / "demo", samples=2, console=screen)

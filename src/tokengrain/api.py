@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tokengrain.recipe.schema import Recipe
-    from tokengrain.run.runner import RunResult
+from rich.console import Console
+
+from tokengrain.errors import RecipeError
+from tokengrain.recipe.reading import find_recipe, read_file, resolve
+from tokengrain.recipe.schema import Recipe
+from tokengrain.run.load import make_recipe
+from tokengrain.run.runner import RunResult, run_recipe
 
 
 def train(
@@ -40,14 +44,6 @@ def train(
     Raises:
         RecipeError, DataError, ModelError, RunError: see `run_recipe`.
     """
-    from rich.console import Console
-
-    from tokengrain.errors import RecipeError
-    from tokengrain.recipe.reading import read_file, resolve
-    from tokengrain.recipe.schema import Recipe
-    from tokengrain.run.load import find_recipe, make_recipe
-    from tokengrain.run.runner import run_recipe
-
     if output is not None:
         overrides["output_dir"] = str(output)
     if isinstance(recipe, Recipe):

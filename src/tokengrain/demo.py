@@ -83,7 +83,6 @@ def run_demo(
 
 def _train_all(output: Path, samples: int, overwrite: bool, console: Console) -> tuple[list[dict[str, Any]], Any]:
     """One row of results per method, the base first; and the world."""
-
     world: Any = load_world(WORLD)
     world.base_model()
     with single_thread(), _progress(console) as progress:
