@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, Generic, Literal, TypeVar
 
 from tokengrain.errors import fingerprint
-from tokengrain.evaluation.statistics import Estimate, paired_difference
+from tokengrain.evaluation.statistics import Estimate, mean_of_runs
 
 Expect = Literal["above", "below", "same", "within"]
 Judged = Literal["interval", "every seed", "mean"]
@@ -229,7 +229,7 @@ def judge(group: str, claim: Claim, results: Sequence[Mapping[str, Any]]) -> Fin
         values = [a / b if claim.form == "ratio" else a - b for a, b in zip(first, second, strict=True)]
         base = second
     higher = sum(a > b for a, b in zip(first, base, strict=True))
-    estimate = paired_difference(values, [0.0] * len(values)) if len(values) > 1 else None
+    estimate = mean_of_runs(values) if len(values) > 1 else None
     means = fmean(first), None if second is None else fmean(second)
     return Finding(group, claim, len(values), *means, estimate, higher, _verdict(claim, values, estimate))
 

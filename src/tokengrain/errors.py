@@ -85,7 +85,7 @@ class RolloutError(TokengrainError):
     """Completions that could not be sampled: a server that fails, an unfit model, an answer that is no answer."""
 
 
-def require(condition: object, error: type[TokengrainError], message: str, **details: Any) -> None:
+def require(condition: object, error: type[Exception], message: str, **details: Any) -> None:
     """Raise `error(message, **details)` unless the condition holds. Not for hot loops: the message is always built."""
     if not condition:
         raise error(message, **details)

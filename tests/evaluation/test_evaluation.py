@@ -9,7 +9,7 @@ import torch
 
 from tokengrain.errors import TokengrainError
 from tokengrain.evaluation.credit import auc, recovery, spearman
-from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, paired_difference, wilson, win_rate
+from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, mean_of_runs, wilson, win_rate
 
 
 def test_frontier_of_a_gaussian_reward_is_exact_between_points():
@@ -58,13 +58,13 @@ def test_mean_interval_covers_and_strata_narrow_it():
     assert max(widths) < 0.5
 
 
-def test_paired_difference_equals_scipy():
+def test_mean_of_runs_equals_scipy():
     a, b = [1.0, 2.5, 3.0, 4.5, 5.0], [0.5, 2.0, 3.5, 3.0, 4.0]
     expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
-    found = paired_difference(a, b)
+    found = mean_of_runs([x - y for x, y in zip(a, b, strict=True)])
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     with pytest.raises(ValueError, match="at least 2"):
-        paired_difference([1.0], [2.0])
+        mean_of_runs([1.0])
 
 
 def test_bootstrap_of_a_mean_agrees_with_the_normal_interval_and_is_deterministic():

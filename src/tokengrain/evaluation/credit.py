@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch
+from tokengrain.errors import require
 from tokengrain.evaluation.statistics import scipy_stats
 
 AUC_MARGIN = 0.3
 """AUC leaves out tokens whose true advantage is smaller than this: their sign matters to nobody."""
-BINS = 10
+BINS, TOP = 10, 3
 _PULL = 1e-4
 
 
@@ -231,17 +232,11 @@ def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.dim() != 1 or a.shape != b.shape:
-        raise ValueError(f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    if not a.isfinite().all() or not b.isfinite().all():
-        raise ValueError("expected finite numbers, got NaN or infinite ones")
+    message = f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    require(a.dim() == 1 and a.shape == b.shape, ValueError, message)
+    finite = a.isfinite().all() and b.isfinite().all()
+    require(finite, ValueError, "expected finite numbers, got NaN or infinite ones")
     return a.detach().cpu().double(), b.detach().cpu().double()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Whether credit points at the right tokens of a completion: for worlds that know which tokens matter.
-
-TOP = 3
 
 
 def pointing_scores(

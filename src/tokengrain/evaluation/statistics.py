@@ -1,4 +1,4 @@
-"""Confidence intervals: shares, means, differences paired by seed, bootstrap within strata."""
+"""Statistics of evaluations: intervals, win rates, the reward-KL frontier, best of n, accuracy by length, pass@k."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import TokengrainError
+from tokengrain.errors import TokengrainError, require
+from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.score import score
 
 CONFIDENCE = 0.95
 
@@ -46,8 +48,7 @@ def scipy_stats(purpose: str) -> Any:
 
 def normal_quantile(confidence: float) -> float:
     """Half-width of a two-sided interval in standard errors: 1.96 for 0.95."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
+    require(0 < confidence < 1, ValueError, f"confidence is {confidence}, expected a number between 0 and 1")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
@@ -57,8 +58,8 @@ def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Estimate
     Args:
         successes: how many of the `n` trials succeeded; ties may count half.
     """
-    if n <= 0 or not 0 <= successes <= n:
-        raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
+    message = f"expected 0 <= successes <= n and n > 0, got {successes} of {n}"
+    require(n > 0 and 0 <= successes <= n, ValueError, message)
     z, p = normal_quantile(confidence), successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -79,8 +80,8 @@ def mean_interval(
     x = torch.as_tensor(values, dtype=torch.float64)
     centred = x - (x.mean() if strata is None else _stratum_means(x, strata))
     n_strata = 1 if strata is None else len(strata.unique())
-    if len(x) <= n_strata:
-        raise ValueError(f"a mean of {len(x)} values in {n_strata} strata has no standard error")
+    message = f"a mean of {len(x)} values in {n_strata} strata has no standard error"
+    require(len(x) > n_strata, ValueError, message)
     error = float((centred.square().sum() / (len(x) - n_strata) / len(x)).sqrt())
     mean, z = float(x.mean()), normal_quantile(confidence)
     return Estimate(mean, mean - z * error, mean + z * error)
@@ -92,20 +93,9 @@ def _stratum_means(x: Tensor, strata: Tensor) -> Tensor:
     return (sums / torch.bincount(stratum))[stratum]
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """Mean of `first − second` over runs that share their seed, with Student's t interval.
-
-    Few seeds make wide intervals: with 5 the factor is 2.78 standard errors, not 1.96.
-    """
-    if len(first) != len(second) or len(first) < 2:
-        raise ValueError(f"expected as many first as second values and at least 2, got {len(first)} and {len(second)}")
-    return mean_of_runs([a - b for a, b in zip(first, second, strict=True)], confidence)
-
-
 def mean_of_runs(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Mean over a few runs (at least 2), one per seed, with Student's t interval."""
-    if len(values) < 2:
-        raise ValueError(f"expected at least 2 values, got {len(values)}")
+    require(len(values) >= 2, ValueError, f"expected at least 2 values, got {len(values)}")
     x = torch.tensor(values, dtype=torch.float64)
     mean, error = float(x.mean()), float(x.std()) / math.sqrt(len(x))
     t = float(scipy_stats("Student's t").t.ppf(0.5 + confidence / 2, len(x) - 1))
@@ -143,10 +133,6 @@ def bootstrap(
     return Estimate(float(statistic(values.mean(0))), low, high)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Win rate of one policy over another, from scores of their completions to the same prompts.
-
-
 def win_rate(
     scores: Tensor | Sequence[float],
     other: Tensor | Sequence[float],
@@ -164,19 +150,15 @@ def win_rate(
         ValueError: vectors of other shapes, or a score that is NaN.
     """
     a, b = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
-    if a.shape != b.shape or a.dim() != 1 or not len(a):
-        raise ValueError(f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    if bool(a.isnan().any()) or bool(b.isnan().any()):
-        raise ValueError("a score is NaN; it would count as lost")
+    message = f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    require(a.shape == b.shape and a.dim() == 1 and len(a), ValueError, message)
+    require(not (a.isnan() | b.isnan()).any(), ValueError, "a score is NaN; it would count as lost")
     wins = (a > b).double() + 0.5 * (a == b).double()
     if prompts is None:
         return wilson(float(wins.sum()), len(wins), confidence)
     low_high = mean_interval(wins, prompts, confidence)
     return Estimate(low_high.value, max(0.0, low_high.low), min(1.0, low_high.high))
 
-
-# ----------------------------------------------------------------------------------------------------
-# The reward-KL frontier: how much of the best possible reward a policy reached at the KL that it spent.
 
 MIN_KL = 0.01
 """Nats. Below this a policy counts as unmoved: both sides of the share's fraction are noise there."""
@@ -202,10 +184,11 @@ class Frontier:
     def __post_init__(self) -> None:
         kl = torch.tensor(self.kl, dtype=torch.float64)
         reward = torch.tensor(self.reward, dtype=torch.float64)
-        if len(kl) != len(reward) or len(kl) < 2:
-            raise ValueError(f"a frontier needs as many rewards as KLs and at least 2, got {len(reward)} and {len(kl)}")
-        if kl[0] != 0 or (kl.diff() < 0).any() or (reward.diff() < -1e-9).any():
-            raise ValueError("a frontier needs KLs that start at 0 and increase, and rewards that do not decrease")
+        message = f"a frontier needs as many rewards as KLs and at least 2, got {len(reward)} and {len(kl)}"
+        require(len(kl) == len(reward) and len(kl) >= 2, ValueError, message)
+        rising = kl[0] == 0 and (kl.diff() >= 0).all() and (reward.diff() >= -1e-9).all()
+        message = "a frontier needs KLs that start at 0 and increase, and rewards that do not decrease"
+        require(rising, ValueError, message)
         object.__setattr__(self, "_root", kl.sqrt())
         object.__setattr__(self, "_reward", reward)
 
@@ -235,9 +218,6 @@ class Frontier:
         kl = torch.linspace(0, end, points, dtype=torch.float64).square()
         return {"kl": kl.tolist(), "reward": self.best_reward(kl).tolist()}
 
-
-# ----------------------------------------------------------------------------------------------------
-# Scores of whole completions, the best of several, and whether a preference for length hides in them.
 
 Pooling = Literal["mean", "last"]
 
@@ -276,10 +256,9 @@ def best_of(batch: TokenBatch, scores: Tensor) -> Tensor:
     Raises:
         ValueError: not one score per completion, a score that is NaN, or a prompt without completions.
     """
-    if scores.shape != (batch.n_completions,):
-        raise ValueError(f"scores have shape {tuple(scores.shape)}, expected ({batch.n_completions},)")
-    if bool(scores.isnan().any()):
-        raise ValueError(f"the score of completion {int(scores.isnan().nonzero()[0])} is NaN")
+    message = f"scores have shape {tuple(scores.shape)}, expected ({batch.n_completions},)"
+    require(scores.shape == (batch.n_completions,), ValueError, message)
+    _check_no_nan(scores)
     counts = torch.bincount(batch.group, minlength=batch.n_prompts)
     if not bool((counts > 0).all()):
         raise ValueError(f"prompt {int((counts == 0).nonzero()[0])} has no completion")
@@ -291,6 +270,11 @@ def best_of(batch: TokenBatch, scores: Tensor) -> Tensor:
         0, batch.group[is_top], places[is_top], "amin"
     )
     return earliest - first
+
+
+def _check_no_nan(scores: Tensor) -> None:
+    if bool(scores.isnan().any()):
+        raise ValueError(f"the score of completion {int(scores.isnan().nonzero()[0])} is NaN")
 
 
 @dataclass(frozen=True)
@@ -339,12 +323,10 @@ def accuracy_by_length(
     Raises:
         ValueError: not scores and lengths of pairs, or a score that is NaN.
     """
-    if scores.shape != lengths.shape or scores.dim() != 1 or len(scores) % 2 or not len(scores):
-        raise ValueError(
-            f"expected scores and lengths of pairs, both [2P], got {tuple(scores.shape)} and {tuple(lengths.shape)}"
-        )
-    if bool(scores.isnan().any()):
-        raise ValueError(f"the score of completion {int(scores.isnan().nonzero()[0])} is NaN")
+    of_pairs = scores.shape == lengths.shape and scores.dim() == 1 and len(scores) and len(scores) % 2 == 0
+    message = f"expected scores and lengths of pairs, both [2P], got {tuple(scores.shape)} and {tuple(lengths.shape)}"
+    require(of_pairs, ValueError, message)
+    _check_no_nan(scores)
     chosen, rejected = scores[0::2].double().cpu(), scores[1::2].double().cpu()
     long, short = lengths[0::2].cpu(), lengths[1::2].cpu()
     values = (long - short if by == "difference" else long + short).double()
@@ -372,16 +354,10 @@ def accuracy_by_length(
 
 
 def _token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
-    from tokengrain.scoring.model import evaluating
-    from tokengrain.scoring.score import score
-
     with evaluating(model):
         scores: Any = score(model, batch, ("token_scores",)).token_scores
     return scores
 
-
-# ----------------------------------------------------------------------------------------------------
-# Evaluation from several samples per prompt: pass@k, avg@k, maj@k, by group, with intervals.
 
 Ties = Literal["share", "first", "wrong"]
 
@@ -404,9 +380,8 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     """
     total, right = torch.broadcast_tensors(torch.as_tensor(n), torch.as_tensor(c))
     if k < 1 or bool((total < k).any()):
-        raise ValueError(
-            f"k is {k}; expected at least 1 and at most the samples, of which there are {int(total.min())}"
-        )
+        least = int(total.min())
+        raise ValueError(f"k is {k}; expected at least 1 and at most the samples, of which there are {least}")
     if bool(((right < 0) | (right > total)).any()):
         raise ValueError(f"expected 0 <= c <= n, got c from {int(right.min())} to {int(right.max())}")
     # C(n − c, k) / C(n, k) as a product of k factors, each in [0, 1]: no factorials that overflow.
@@ -439,11 +414,10 @@ def maj_at_k(
     Raises:
         ValueError: shapes that do not fit; another word for ties.
     """
-    if ties not in get_args(Ties):
-        raise ValueError(f"ties is {ties!r}; expected one of {', '.join(get_args(Ties))}")
+    require(ties in get_args(Ties), ValueError, f"ties is {ties!r}; expected one of {', '.join(get_args(Ties))}")
     right = _first(correct, k)
-    if len(answers) != len(correct) or any(len(a) != correct.shape[1] for a in answers):
-        raise ValueError(f"expected an answer for each of {tuple(correct.shape)} samples")
+    complete = len(answers) == len(correct) and all(len(a) == correct.shape[1] for a in answers)
+    require(complete, ValueError, f"expected an answer for each of {tuple(correct.shape)} samples")
     out = []
     for given, good in zip(answers, right.tolist(), strict=True):
         verdicts: dict[Hashable, bool] = {}
@@ -476,8 +450,7 @@ def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: i
     bootstrap nothing to vary: of a number in [0, 1] Wilson's interval is taken, which is too wide rather than empty.
     """
     x = values.double()
-    if not len(x):
-        raise ValueError("there are no prompts")
+    require(len(x), ValueError, "there are no prompts")
     if bool(((x == 0) | (x == 1)).all()) or (bool((x == x[0]).all()) and 0 <= x[0] <= 1):
         return wilson(float(x.sum()), len(x), confidence)
     return bootstrap(lambda means: means[..., 0], x[:, None], confidence=confidence, seed=seed)
@@ -491,8 +464,7 @@ def by_group(
     Args:
         values: `[P]`; keys: one per prompt, such as its level.
     """
-    if len(keys) != len(values):
-        raise ValueError(f"{len(keys)} keys for {len(values)} prompts")
+    require(len(keys) == len(values), ValueError, f"{len(keys)} keys for {len(values)} prompts")
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
@@ -526,8 +498,8 @@ def sample_metrics(
 
 
 def _first(correct: Tensor, k: int | None) -> Tensor:
-    if correct.dim() != 2 or not correct.shape[1]:
-        raise ValueError(f"expected samples [P, n] with n > 0, got shape {tuple(correct.shape)}")
-    if k is not None and not 1 <= k <= correct.shape[1]:
-        raise ValueError(f"k is {k}; expected at least 1 and at most {correct.shape[1]} samples")
+    message = f"expected samples [P, n] with n > 0, got shape {tuple(correct.shape)}"
+    require(correct.dim() == 2 and correct.shape[1], ValueError, message)
+    message = f"k is {k}; expected at least 1 and at most {correct.shape[1]} samples"
+    require(k is None or 1 <= k <= correct.shape[1], ValueError, message)
     return correct[:, :k]
