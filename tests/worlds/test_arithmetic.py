@@ -257,7 +257,7 @@ def test_rewards_from_ids_and_from_texts():
     texts = ["a+855;b-352,c+961;>61", "a+855;b-352,c+961;>62", "nothing"]
     prompts = [PROBLEM.text] * 3
     assert correct(prompts, texts) == world.reward(prompts, texts, level=[3] * 3) == [1, 0, 0]
-    assert well_formed(prompts, texts) == world.format_reward(prompts, texts) == [1, 1, 0]
+    assert well_formed(prompts, texts) == [1, 1, 0]
     assert correct(prompts, texts, truncated=[True, False, False]) == [0, 0, 0]
     padded = [*world.encode("a+855;b-352,c+961;>6"), 0, *world.encode("1"), world.eos]
     assert correct(prompts[:1], texts[:1], [padded]) == [0]  # the text does not show the <pad>
@@ -302,22 +302,19 @@ def test_full_base_model_has_the_pass_rates_of_the_design():
 # -- pairs and credit -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["model", "chains"])
-def test_pairs_are_right_against_wrong(world, source):
-    rows = world.pairs(n=24, source=source)
+def test_pairs_are_right_against_wrong(world):
+    rows = world.pairs(n=24)
     assert len(rows) == len({r["id"] for r in rows}) == 24
     for row in rows:
         prompt = [row["prompt"]]
         assert world.reward(prompt, [row["chosen"]]) == [row["chosen_reward"]] == [1]
         assert world.reward(prompt, [row["rejected"]]) == [row["rejected_reward"]] == [0]
-    assert rows == world.pairs(n=24, source=source)
-    held_out = world.pairs("eval", n=8, source=source)
+    assert rows == world.pairs(n=24)
+    held_out = world.pairs("eval", n=8)
     assert all(parse_prompt(r["prompt"]).held_out for r in held_out)
     assert not any(parse_prompt(r["prompt"]).held_out for r in rows)
     with pytest.raises(RecipeError, match="slope must be None"):
         world.pairs(slope=1.0)
-    with pytest.raises(RecipeError, match="source is 'chain'; expected model or chains"):
-        world.pairs(n=1, source="chain")
 
 
 def test_a_completion_without_text_is_in_no_pair(world, monkeypatch):
@@ -331,12 +328,6 @@ def test_a_completion_without_text_is_in_no_pair(world, monkeypatch):
 
     monkeypatch.setattr(HFGenerate, "sample", with_an_empty_one)
     assert all(row["chosen"] and row["rejected"] for row in world.pairs(n=24, seed=77))
-
-
-def test_sft_rows_carry_their_reward(world):
-    rows = world.sft_rows(n=40)
-    assert {r["reward"] for r in rows} == {0, 1}
-    assert world.reward([r["prompt"] for r in rows], [r["completion"] for r in rows]) == [r["reward"] for r in rows]
 
 
 def test_credit_truth_marks_one_token_of_each_wrong_chain(world):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests.worlds.tabular import optimal_model
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import RecipeError
 from tokengrain.run.build import open_rows
@@ -53,9 +54,8 @@ def test_bad_addresses(uri, message):
 
 
 def test_what_there_is_not_is_refused_by_name(tiny):
-    for rows in (tiny.pairs, tiny.sft_rows, tiny.annotated_pairs):
-        with pytest.raises(RecipeError, match="split is 'val'; expected train or eval"):
-            rows("val")
+    with pytest.raises(RecipeError, match="split is 'val'; expected train or eval"):
+        tiny.pairs("val")
     with pytest.raises(RecipeError, match="n is 0; expected at least 1 sample per prompt"):
         tiny.evaluate(tiny.reference, n=0)
     with pytest.raises(RecipeError, match="world stories has no prompts with checkable answers"):
@@ -104,26 +104,6 @@ def test_label_accuracy_of_the_regimes(regime, expected):
     differing = [r for r in rows if r["chosen_reward"] != r["rejected_reward"]]
     right = sum(r["chosen_reward"] > r["rejected_reward"] for r in differing)
     assert right / len(differing) == pytest.approx(expected, abs=0.025)
-
-
-def test_sft_rows_end_where_the_grammar_ends(world):
-    rows = world.sft_rows(n=24)
-    grammar = world.grammar
-    for row in rows:
-        prompt = grammar.parse_prompt(grammar.encode(row["prompt"]))
-        walk = grammar.walk([prompt], torch.tensor([[*grammar.encode(row["completion"]), grammar.eos]]))
-        assert walk.last[0] == grammar.finished
-        assert float(walk.rewards.sum()) == row["reward"]
-
-
-def test_annotated_rows_have_one_number_per_token(world):
-    rows = world.annotated_pairs(n=10)
-    for row in rows:
-        for side in ("chosen", "rejected"):
-            assert len(row[f"{side}_token_rewards"]) == len(row[side].split()) + 1
-    whole = world.advantages(world.token_batch(rows))
-    flat = [x for r in rows for side in ("chosen", "rejected") for x in r[f"{side}_token_rewards"]]
-    assert flat == whole.tolist()
 
 
 # -- credit ---------------------------------------------------------------------------------------------
@@ -260,8 +240,8 @@ def test_full_base_model_is_close_to_the_grammar(world):
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
 def test_exact_optimum_lies_on_the_frontier(world, beta):
-    base = world.optimal_model(math.inf)
-    found = world.evaluate(world.optimal_model(beta), n=40, reference=base)
+    base = optimal_model(world, math.inf)
+    found = world.evaluate(optimal_model(world, beta), n=40, reference=base)
     truth = stories.evaluate_logp(world.grammar, stories.optimal_logp(world.grammar, beta)).at_prompts(world.grammar)
     for name in ("reward", "kl"):
         half = (found[f"{name}_high"] - found[f"{name}_low"]) / 2 * SLACK
@@ -276,7 +256,7 @@ def test_exact_optimum_lies_on_the_frontier(world, beta):
 
 
 def test_base_is_the_origin(world):
-    base = world.optimal_model(math.inf)
+    base = optimal_model(world, math.inf)
     found = world.evaluate(base, n=40, reference=base)
     assert (found["kl"], found["share"]) == (0, 0)
     for name, truth in (("reward", 0), ("win_rate", 0.5)):

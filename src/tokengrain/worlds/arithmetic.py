@@ -57,7 +57,6 @@ from tokengrain.worlds.chains import (
     seed_of,
     symbols,
     upto,
-    well_formed,
     write_chain,
 )
 
@@ -432,17 +431,6 @@ class ArithmeticWorld(ChainModel):
         """1 for a completion that ends with the right answer, else 0; see `chains.correct`."""
         return correct(prompts, completions, completion_ids, truncated, ending=self.ending)
 
-    def format_reward(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        truncated: Sequence[bool] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """1 for a completion with all steps and an ending, right or wrong; see `chains.well_formed`."""
-        return well_formed(prompts, completions, completion_ids, truncated, ending=self.ending)
-
     def audit(self, prompt: str, completion_ids: Sequence[int]) -> Audit:
         """Whether a completion's reward is 1, and if not, which token is to blame.
 
@@ -459,27 +447,14 @@ class ArithmeticWorld(ChainModel):
         """Problems as a sampler takes them, each with its row."""
         return [PromptItem(self.prompt_ids(p.text), row=p.text, raw=self._row(p, p.text)) for p in drawn]
 
-    def sft_rows(self, split: Split = "train", n: int | None = None, seed: int | None = None) -> list[dict[str, Any]]:
-        """Rows `prompt`, `completion`, `id`, `reward`: chains as the base model was trained on."""
-        seed, n = self.options.seed if seed is None else seed, n or self.n_pairs
-        rng = rng_of(self.name, "sft", split, seed)
-        rows = []
-        for i, problem in enumerate(islice(self.stream("sft", split, seed), n)):
-            text = self.completion(problem, rng)
-            reward = self.reward([problem.text], [text])[0]
-            rows.append({"prompt": problem.text, "completion": text, "id": f"{split}-{i}", "reward": reward})
-        return rows
-
     def pairs(
         self,
         split: Split = "train",
         n: int | None = None,
         slope: float | None = None,
         seed: int | None = None,
-        *,
-        source: Literal["model", "chains"] = "model",
     ) -> list[dict[str, Any]]:
-        """Pairs of a right and a wrong completion of one prompt, for guides and reward models.
+        """Pairs of a right and a wrong sample of the base model, for guides and reward models.
 
         Completions that never end are left out, so that nothing is trained to stop there.
 
@@ -487,22 +462,19 @@ class ArithmeticWorld(ChainModel):
             split: `eval` pairs are about held-out problems.
             n: how many (None: the world's number; 200 held-out ones at most).
             slope: there is no label noise here; must be None.
-            source: the base model's samples, or chains of the generator that it was trained on.
 
         Returns:
             Rows `prompt`, `chosen`, `rejected`, `id`, `chosen_reward` (1), `rejected_reward` (0).
 
         Raises:
-            RecipeError: a slope, another split or another source.
+            RecipeError: a slope or another split.
         """
-        check_option(self.name, "source", source, ("model", "chains"))
         message = f"world {self.name}: pairs are right against wrong; slope must be None, got {slope}"
         require(slope is None, RecipeError, message)
         seed = self.options.seed if seed is None else seed
         n = n or (self.n_pairs if split == "train" else min(200, self.n_pairs))
-        key = (split, n, seed, source)
+        key = (split, n, seed)
         if key not in self._pairs:
-            find = self.sampled_pairs if source == "model" else self.written_pairs
             self._pairs[key] = [
                 {
                     "prompt": problem.text,
@@ -512,7 +484,7 @@ class ArithmeticWorld(ChainModel):
                     "chosen_reward": 1.0,
                     "rejected_reward": 0.0,
                 }
-                for i, (problem, chosen, rejected) in enumerate(find("pairs", split, n, seed))
+                for i, (problem, chosen, rejected) in enumerate(self.sampled_pairs("pairs", split, n, seed))
             ]
         return [dict(row) for row in self._pairs[key]]
 
@@ -543,18 +515,6 @@ class ArithmeticWorld(ChainModel):
             if len(found) >= n:
                 return found[:n]
         raise TokengrainError(f"world {self.name}: the base model's samples gave {len(found)} pairs, not {n}")
-
-    def written_pairs(self, purpose: str, split: Split, n: int, seed: int) -> list[Pair]:
-        """Pairs of the generator's chains."""
-        rng = rng_of(self.name, "written", purpose, split, seed)
-        found = []
-        for problem in islice(self.stream(purpose, split, seed), n):
-            sides: dict[bool, list[int]] = {}
-            while len(sides) < 2:
-                ids = [*self.encode(self.completion(problem, rng)), self.eos]
-                sides.setdefault(self.audit(problem.text, ids).correct, ids)
-            found.append((problem, sides[True], sides[False]))
-        return found
 
     def advantages(self, batch: TokenBatch) -> Tensor:
         """−1 at the culprit of every completion whose reward is 0, and 0 elsewhere, `[N]`.

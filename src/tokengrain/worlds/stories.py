@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -489,44 +488,6 @@ def policy_metrics(
     return metrics
 
 
-class TabularModel(nn.Module):
-    """Looks up the next-token distribution of the state that the tokens lead to.
-
-    Lets exact policies (the grammar's base, the optimum) be sampled and evaluated like trained ones.
-
-    Args:
-        logp: log-probabilities on the grammar's edges, `[T, S, K]`.
-    """
-
-    table: Tensor
-
-    def __init__(self, grammar: Grammar, logp: Tensor) -> None:
-        super().__init__()
-        self.grammar = grammar
-        table = grammar.dense(logp, -torch.inf)
-        # Behind `<end>` and in `broken` the grammar has no distribution: end at once.
-        table[:, [grammar.broken, grammar.finished], grammar.eos] = 0.0
-        self.register_buffer("table", table)
-
-    def forward(self, input_ids: Tensor, past_key_values: tuple[Tensor, Tensor] | None = None, **_: Any) -> Any:
-        """Logits `[B, L, V]`: log-probabilities, 0 over the prompt. The cache is (tables, states)."""
-        grammar, ids = self.grammar, input_ids
-        logits = torch.zeros((*ids.shape, len(grammar.vocabulary)), dtype=torch.float64)
-        if past_key_values is None:
-            colon = (ids == grammar.token[":"]).int().argmax(1).tolist()
-            prompts = [grammar.parse_prompt(row[: c + 1].tolist()) for row, c in zip(ids, colon)]
-            tables = torch.tensor([p.table for p in prompts])
-            states = torch.tensor([p.start for p in prompts])
-            first = torch.tensor(colon)
-        else:
-            (tables, states), first = past_key_values, torch.full((len(ids),), -1)
-        for i in range(ids.shape[1]):
-            moved = grammar.next_state[tables, states, ids[:, i]]
-            states = moved.where(i > first, states)
-            logits[:, i] = self.table[tables, states].where((i >= first)[:, None], 0.0)
-        return SimpleNamespace(logits=logits, past_key_values=(tables, states))
-
-
 # The base model: a small Llama trained on the exact next-token distributions of the grammar.
 #
 # Soft targets converge several times faster than sampled tokens: a sequence teaches the whole distribution of every
@@ -790,11 +751,6 @@ class StoriesWorld:
         """The best mean true reward at every mean KL (nats per completion)."""
         return frontier(self.grammar)
 
-    def optimal_model(self, beta: float) -> TabularModel:
-        """The policy that maximises E[R] − β·KL, exactly; `beta` infinite is the grammar's base."""
-        edges = self.grammar.edge_logp if beta == float("inf") else optimal_logp(self.grammar, beta)
-        return TabularModel(self.grammar, edges)
-
     @property
     def prompts(self) -> list[str]:
         """The plain prompts, as text."""
@@ -825,38 +781,6 @@ class StoriesWorld:
         slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
         return preference_pairs(self.grammar, n, slope, random_stream("pairs", split, seed), split)
 
-    def sft_rows(self, split: Split = "train", n: int | None = None, seed: int | None = None) -> list[dict[str, Any]]:
-        """Rows `prompt`, `completion`, `id`, `reward`: base samples."""
-        n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
-        seed = self.options.seed if seed is None else seed
-        prompts = [self.grammar.plain[i % len(self.grammar.plain)] for i in range(n)]
-        drawn = sample(self.grammar, prompts, random_stream("sft", split, seed))
-        return [
-            {
-                "prompt": prompt.text,
-                "completion": self.grammar.decode(drawn.completion_ids(i)),
-                "id": f"{split}-{i}",
-                "reward": float(drawn.rewards[i]),
-            }
-            for i, prompt in enumerate(prompts)
-        ]
-
-    def annotated_pairs(
-        self, split: Split = "train", credit: Callable[[TokenBatch], Tensor] | None = None, **options: Any
-    ) -> list[dict[str, Any]]:
-        """`pairs` with `chosen_token_rewards` and `rejected_token_rewards`, one per token, `<end>` included.
-
-        Args:
-            credit: a credit source; by default the exact advantage.
-            options: of `pairs`.
-        """
-        rows = self.pairs(split, **options)
-        values = self._credit_in_parts(credit or self.credit(), self.token_batch(rows))
-        for i, row in enumerate(rows):
-            row["chosen_token_rewards"] = values[2 * i].tolist()
-            row["rejected_token_rewards"] = values[2 * i + 1].tolist()
-        return rows
-
     def token_batch(self, rows: Sequence[dict[str, Any]]) -> TokenBatch:
         """Pairs as one batch of token ids, `<s>` before the prompts and `<end>` after the completions."""
         encode = self.grammar.encode
@@ -875,13 +799,9 @@ class StoriesWorld:
         """A credit source that reads the grammar; see `WorldCredit` for kinds and options."""
         return WorldCredit(self.grammar, kind, **options)
 
-    def oracle_credit(self, beta: float = 1.0) -> WorldCredit:
-        """The exact soft advantage of every token at temperature `beta`."""
-        return self.credit("advantage", beta=beta)
-
     def advantages(self, batch: TokenBatch) -> Tensor:
         """The exact soft advantage (β = 1) of every counted token, `[N]`."""
-        return self.oracle_credit()(batch)
+        return self.credit("advantage")(batch)
 
     def true_rewards(self, batch: TokenBatch) -> Tensor:
         """True reward of every completion, `[C]`."""
