@@ -145,7 +145,14 @@ def test_template_that_refuses_a_role():
 
 
 def test_template_that_changes_the_prompt():
-    template = "{{ messages | length }}" + CHATML
+    # As Mistral's, which writes the system message only while no answer follows: the prompt is what generation sees.
+    template = "{% if messages[-1]['role'] == 'user' %}Be kind.{% endif %}" + CHATML
+    sample = prepare_pairs([PAIR], gpt2_like(template))[0]
+    assert gpt2_like().decode(sample.prompt_ids).startswith("Be kind.<|im_start|>system")
+    assert gpt2_like().decode(sample.completions[0].ids) == "It is blue.<|im_end|>"
+    template = CHATML.replace("assistant\n", "assistant").replace(
+        "{{ m['content']", "{{ messages | length }}{{ m['content']"
+    )
     with pytest.raises(DataError, match="field 'chosen': the chat template renders the prompt differently"):
         prepare_pairs([PAIR], gpt2_like(template))
 

@@ -167,7 +167,7 @@ class Renderer:
     def _render(self, example: Example, messages: Sequence[Message], name: str, generation: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                [{"content": "", **m} for m in messages],  # a call of tools may have none
                 tools=example.tools,
                 chat_template=self._template(example) if self.dated else self.template,
                 add_generation_prompt=generation,
@@ -223,13 +223,19 @@ class Renderer:
         # A generation prompt may go on beyond what the template writes before an answer (an empty thinking
         # block, say); then the completion begins where the two part. The messages must be rendered alike.
         shared = common_length(prompt, text)
+        said = (completion[0].get("content") or "").strip()
         least = len(self._render(example, before, "prompt", False).rstrip())
         if shared < least:
+            # Mistral's templates write the system message before the last user's only if no answer follows.
+            at = text.rfind(said) if len(completion) == 1 else -1
+            alike = common_length(prompt[::-1], text[: max(at, 0)][::-1])
+            if alike and str(before[-1].get("content") or " ").strip() in prompt[len(prompt) - alike :]:
+                return at
             what = "the chat template renders the prompt differently once a completion follows"
             expected = f"the rendered prompt to go on with {prompt[shared : shared + 40]!r}"
             around = text[max(0, shared - 20) : shared + 40]
             raise RowError("chat template", what, field=name, value=around, expected=expected)
-        said = (completion[0].get("content") or "").strip()  # its first characters may be those of the thinking block
+        # The answer's first characters may be those of the thinking block.
         at = text.rfind(said, least, shared + len(said)) if said else -1
         return shared if at < 0 else at
 
