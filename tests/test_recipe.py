@@ -12,9 +12,11 @@ from tokengrain.errors import RecipeError
 from tokengrain.method import METHODS
 from tokengrain.recipe.reading import find_recipe, merge, parse_override, parse_yaml, read_file, resolve
 from tokengrain.recipe.schema import dump_recipe
+from tokengrain.run.build import open_rows
 from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.stages import resolve_stages
 from tokengrain.runs import TRAINED
+from tokengrain.specs import DataSpec
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
@@ -481,3 +483,13 @@ def test_recipes_explain_themselves(path: Path) -> None:
 
 def test_make_recipe_takes_plain_values() -> None:
     assert make_recipe(BASE).method == "tgdpo"
+
+
+def test_rows_of_several_files(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "x", "chosen": " {name}", "rejected": " c"}}\n')
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    for train, count in (([a, b], 2), ({a: 2.0, b: 1}, 3)):
+        rows, _ = open_rows(DataSpec(train=train, eval_fraction=0), seed=0)
+        assert len(list(rows)) == count
+        assert DataSpec(train=train).stage is None

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -64,12 +64,12 @@ def column_name(role: str, name: str) -> str:
     return name if role == "completion" else f"{role}_{name}"
 
 
-def is_annotated(path: str | Path) -> bool:
+def is_annotated(path: object) -> TypeGuard[str | Path]:
     """Whether `path` is a parquet file that `annotate` wrote."""
     import pyarrow.parquet as pq
 
     try:
-        return METADATA in (pq.read_schema(path).metadata or {})
+        return isinstance(path, (str, Path)) and METADATA in (pq.read_schema(path).metadata or {})
     except (OSError, ValueError):  # absent, a folder, or not parquet
         return False
 

@@ -81,7 +81,10 @@ class DataSpec(Strict):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    train: str = Field(description="file (.json .jsonl .csv .parquet, also .gz), hub name, world://NAME, or @stage")
+    train: str | list[str] | dict[str, float] = Field(
+        description="file (.json .jsonl .csv .parquet, also .gz), folder, pattern, hub name, world://NAME, or @stage; "
+        "several as a list, or as a mapping to weights"
+    )
     eval: str | None = Field(
         default=None, description="held-out rows: a file, hub name, ...; without it `eval_fraction` of the rows"
     )
@@ -106,7 +109,7 @@ class DataSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {"train": value} if isinstance(value, str) else value
+        return {"train": value} if isinstance(value, (str, list)) else value
 
     @model_validator(mode="after")
     def _limit_of_rows(self) -> DataSpec:
@@ -117,7 +120,7 @@ class DataSpec(Strict):
     @property
     def stage(self) -> str | None:
         """The stage that the rows come from, if they come from one."""
-        return self.train[1:] if self.train.startswith("@") else None
+        return self.train[1:] if isinstance(self.train, str) and self.train.startswith("@") else None
 
     @property
     def tokenize(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice, pairwise
 from typing import Any, Protocol, cast, overload
@@ -241,6 +241,13 @@ class PairDataset(Dataset[Sample]):
             made = self.remake(now)
             self.samples, self.report = made.samples, made.report
             self.clock.now = now
+
+    def swapped(self) -> PairDataset:
+        """The same pairs with chosen and rejected exchanged."""
+        samples = (replace(s, completions=s.completions[::-1]) for s in self.samples)
+        remake = self.remake
+        again = None if remake is None else lambda now: remake(now).swapped()
+        return PairDataset(samples, self.report, f"{self.name} (swapped)", clock=self.clock, remake=again)
 
     def __getstate__(self) -> dict[str, Any]:  # for the workers of a data loader
         return {**self.__dict__, "remake": None}

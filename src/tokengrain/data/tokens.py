@@ -103,7 +103,8 @@ class Renderer:
         self.template = template_text(config.chat_template)
         self.clock, self.source = clock or Clock(), str(self.template or tokenizer.chat_template)
         self.dated = "strftime_now" in self.source
-        self.clock.shown = tuple(part for part in DATE_PARTS if part in self.source)
+        if self.dated:
+            self.clock.shown = tuple(part for part in DATE_PARTS if part in self.source)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
         self.end_marks = tuple(mark for mark in marks if mark.strip())

@@ -50,7 +50,7 @@ def open_rows(data: DataSpec, seed: int, *, prompts: bool = False) -> tuple[Rows
     return split_rows(train, data.eval_fraction, seed)
 
 
-def _source(source: str, split: str | None, data: DataSpec, part: str, prompts: bool = False) -> Rows:
+def _source(source: Any, split: str | None, data: DataSpec, part: str, prompts: bool = False) -> Rows:
     if not is_world(source):
         rows = load_rows(source, split=split, streaming=data.streaming)
         return with_columns(rows, data.columns) if data.columns else rows

@@ -30,7 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tokengrain import models
 from tokengrain.annotation import annotate, check_manifest, is_annotated, load_annotated
 from tokengrain.batch import TokenBatch
-from tokengrain.data.dataset import PairDataset, Report, prepare_pairs, prepare_sft
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
 from tokengrain.errors import DataError, ModelError, RecipeError, fingerprint, read_json, require, write_json
@@ -54,7 +54,7 @@ from tokengrain.report.rows import FILE, collect_credit_samples
 from tokengrain.rewards.builtin import check_reward, make_reward, reward_objects
 from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rewards.suite import RewardFunction, RewardSuite
-from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding, encode_prompts
+from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding
 from tokengrain.run import show
 from tokengrain.run.build import CreditSpec, RunModels, data_fingerprint, open_rows, tokenize_config
 from tokengrain.runs import FORMAT
@@ -237,10 +237,7 @@ class Stage:
         """
         make = prepare_pairs if self.row_form == "pairs" else prepare_sft
         dataset: Any = make(rows, tokenizer, tokenize_config(self.data), model_positions=positions)
-        if not self.data.swap_pairs:
-            return dataset
-        samples = (replace(s, completions=s.completions[::-1]) for s in dataset.samples)
-        return PairDataset(samples, dataset.report, f"{dataset.name} (swapped)")
+        return dataset.swapped() if self.data.swap_pairs else dataset
 
     # ---- run ----
 
@@ -723,7 +720,7 @@ class Trained(Stage):
         """What the world says of the model, and of the one that the run started from."""
         if not self.in_world:
             return {}
-        world, found = load_world(self.recipe.data.train), {}
+        world, found = load_world(str(self.recipe.data.train)), {}
         for key, judged in (("world", model), ("world_base", run.frozen(self.recipe.model))):
             title = f"samples of the {'trained' if key == 'world' else 'base'} model in the world {world.name}"
             with show.counted(run.console, title) as progress:
@@ -1202,10 +1199,9 @@ class Online(Policy):
         return self.own.prompts.model_dump()
 
     def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
-        report, spec = Report(), self.own.prompts
-        options = {"column": spec.column, "template": spec.template, "chat": spec.chat, "report": report}
-        items = encode_prompts(rows, tokenizer, tokenize_config(self.data), **options)
-        return PromptDataset(items, name=rows.name, report=report)
+        spec = self.own.prompts
+        options: dict[str, Any] = {"column": spec.column, "template": spec.template, "chat": spec.chat}
+        return PromptDataset.from_rows(rows, tokenizer, tokenize_config(self.data), name=rows.name, **options)
 
     def build(
         self,
@@ -1241,7 +1237,7 @@ class Online(Policy):
         """A reward with the models and tokenizers that it takes beside its settings."""
         name, settings = reward["name"], {k: v for k, v in reward.items() if k != "name"}
         if name == WORLD_REWARD:
-            world: Any = load_world(self.data.train)
+            world: Any = load_world(str(self.data.train))
             return RewardFunction(world.reward, **{"name": WORLD_REWARD, **settings})
         takes = reward_objects(name)
         if "model" in takes:

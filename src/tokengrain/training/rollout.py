@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import Report
+from tokengrain.data.tokens import Clock
 from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, require
 from tokengrain.method import CriticLike, RolloutStep
 from tokengrain.rollout.sampler import PromptItem, derived_seed, encode_prompts
@@ -124,6 +126,35 @@ class PromptDataset(Sequence[PromptItem]):
         require(count == 1, DataError, what, file=name, row=row, field="id", expected="its own")
         self.by_row = {item.row: item for item in self.items}
         self.fingerprint = fingerprint([fingerprint([i.row, i.ids]) for i in self.items])
+        self.clock: Clock | None = None  # of a chat template that writes the date
+        self.remake: Callable[[datetime], PromptDataset] | None = None
+
+    def set_time(self, now: datetime) -> None:
+        """Let the chat template write this date, as when the run began that is resumed."""
+        if self.clock is not None and self.remake is not None and not self.clock.reads(now):
+            made = self.remake(now)
+            self.items, self.by_row, self.fingerprint = made.items, made.by_row, made.fingerprint
+            self.clock.now = now
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Any,
+        tokenizer: Any,
+        config: TokenizeConfig | None,
+        *,
+        name: str,
+        clock: Clock | None = None,
+        **options: Any,
+    ) -> PromptDataset:
+        """Prompts of rows; arguments and errors as `encode_prompts`."""
+        clock, report = clock or Clock(), Report()
+        items = encode_prompts(rows, tokenizer, config, clock=clock, report=report, **options)
+        made = cls(items, name=name, report=report)
+        if clock.shown:
+            made.clock = clock
+            made.remake = lambda now: cls.from_rows(rows, tokenizer, config, name=name, clock=Clock(now), **options)
+        return made
 
     @classmethod
     def of(
@@ -142,8 +173,7 @@ class PromptDataset(Sequence[PromptItem]):
             return cls(rows, name=name)
         what = "rows of text need a tokenizer (processing_class) to become prompts; or pass PromptItems"
         require(tokenizer is not None, RecipeError, what)
-        report = Report()
-        return cls(encode_prompts(rows, tokenizer, config, file=name, report=report), name=name, report=report)
+        return cls.from_rows(rows, tokenizer, config, name=name, file=name)
 
     def __len__(self) -> int:
         return len(self.items)

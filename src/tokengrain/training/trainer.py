@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -531,6 +532,10 @@ class PreferenceTrainer(Trainer):
 
     def _restore(self, checkpoint: Path) -> None:
         state = read_json(checkpoint / STATE_FILE)
+        for name, written in state.get("template_time", {}).items():
+            dataset: Any = self._datasets.get(name)
+            if hasattr(dataset, "set_time"):
+                dataset.set_time(datetime.fromisoformat(written))
         check_same_run(state["run"], self.run_identity(), checkpoint)
         require_optimizer(checkpoint)
         self._tokens_seen = state["tokens_seen"]
@@ -623,6 +628,11 @@ class PreferenceTrainer(Trainer):
             "run": self.run_identity(),
             "window": window.state(),
             "tokens_seen": self._tokens_seen,
+            "template_time": {
+                name: dataset.clock.now.isoformat()  # of a chat template that writes the date
+                for name, dataset in self._datasets.items()
+                if getattr(dataset, "clock", None) is not None
+            },
             "extra": extra,
         }
         write_json(staged / STATE_FILE, state)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, get_args, get_type_hints
+from typing import Any, NoReturn, Protocol, TypeGuard, get_args, get_type_hints
 from urllib.parse import parse_qsl
 
 from torch import Tensor
@@ -81,7 +81,7 @@ WORLDS: dict[str, tuple[Callable[[Any], World], Any]] = {
 """Each world with the dataclass of its address's options."""
 
 
-def is_world(source: object) -> bool:
+def is_world(source: object) -> TypeGuard[str]:
     """Whether `source` is a world's address."""
     return isinstance(source, str) and source.startswith(PREFIX)
 
