@@ -14,7 +14,7 @@ from tokengrain.batch import Completion, Sample, TokenBatch, row_of
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.formats import Example
 from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
-from tokengrain.errors import DataError, ModelError
+from tokengrain.errors import DataError, ModelError, RecipeError
 
 # ----------------------------------------------------------------------------------------------------
 # Token scores across tokenizers: from the tokens of one to those of another, by the characters they share.
@@ -225,3 +225,28 @@ class Retokenizer:
                 f"give the text back: got {decoded[:60]!r}; expected a part of {text.rendered.text[-80:]!r}"
             )
         return [(first + low, first + high) for low, high in spans]
+
+
+def retokenizer_for(tokenizer: Any, reward_tokenizer: Any) -> Retokenizer | None:
+    """How a reward model reads the policy's completions; None: their token ids as they are.
+
+    Args:
+        tokenizer: the policy's.
+        reward_tokenizer: the reward model's; None: the policy's.
+
+    Raises:
+        RecipeError: a reward tokenizer without the policy's.
+    """
+    if reward_tokenizer is None:
+        return None
+    if tokenizer is None:
+        raise RecipeError("reward_tokenizer is given, but not the policy's tokenizer to compare it with")
+    return None if same_tokens(tokenizer, reward_tokenizer) else Retokenizer(tokenizer, reward_tokenizer)
+
+
+def same_tokens(tokenizer: Any, other: Any) -> bool:
+    """Whether token ids mean the same in both, and rows of messages look the same (where both have a template)."""
+    if tokenizer is other:
+        return True
+    templates = {t.chat_template for t in (tokenizer, other) if t.chat_template}
+    return tokenizer.get_vocab() == other.get_vocab() and len(templates) < 2

@@ -1,8 +1,10 @@
-"""AlignDistil: alignment as adaptive policy distillation (arXiv 2503.02832).
+"""AlignDistil: alignment as adaptive policy distillation (arXiv 2503.02832, equations 11 to 19).
 
-The student learns, token by token, the distribution of a synthetic teacher whose logits extrapolate from one
-model past another. Teacher and KL come from `tokengrain.scoring`; here are the weights of the tokens, and the
-forms of the extrapolation as numbers.
+    L       = Σ_t β_t KL(π ‖ teacher_t) / length,    β_t = β0 / α_t
+    teacher = softmax(z_d + α_t (z_d - z_reverse)),  α_t = r TVD_t + ε,  TVD_t between the two models
+
+The student learns, token by token, the distribution of a synthetic teacher whose logits z extrapolate past a DPO model,
+away from one trained by DPO on exchanged pairs. Teacher and KL are computed in `tokengrain.scoring`.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import RecipeError, fingerprint
+from tokengrain.errors import RecipeError
 from tokengrain.loss import LossOutput
-from tokengrain.method import Card, checked_credit, credit, objective
-from tokengrain.methods.tgdpo import guide_token_rewards
+from tokengrain.method import Card, credit, objective
 from tokengrain.scoring.head import Teacher
-from tokengrain.scoring.reference import Reference, scorer_fingerprint, scorer_logps
+from tokengrain.scoring.reference import Reference, scorer_logps
 from tokengrain.settings import NonNegative, Positive
 
 CARD = Card(
@@ -43,6 +44,22 @@ ONLINE = replace(
 TeacherForm = Literal["adaptive", "constant", "theorem1", "interpolation", "distil"]
 
 
+@credit("contrastive_dpo", values="signed")
+def contrastive_dpo(batch: TokenBatch, *, model: Any, reverse: Any, beta: Positive = 0.1) -> Tensor:
+    """β (log p_model - log p_reverse): log-ratio of a DPO model to a reverse DPO model (AlignDistil).
+
+    Both models start from the same weights; the reverse one learned from the pairs with chosen and rejected
+    exchanged, so it is worse than the start where the other is better, and the contrast is about twice the
+    guide's.
+
+    Args:
+        model: trained by DPO on the pairs: a model, or anything called like a `Reference`.
+        reverse: trained by DPO on the exchanged pairs. Same tokenizer.
+        beta: reward per nat; the theory means the β that both were trained with.
+    """
+    return (beta * (scorer_logps(model, batch) - scorer_logps(reverse, batch))).detach()
+
+
 @objective("aligndistil", unit="completions", roles=(), no_credit="its credit is the difference of its two teachers")
 def aligndistil_loss(
     logps: Tensor,
@@ -56,8 +73,7 @@ def aligndistil_loss(
     """Reverse KL to a synthetic teacher, each token weighted by beta_t = beta0 / alpha_t.
 
     Args:
-        logps: log-probabilities under the student `[N]`, nats; logged, not trained.
-        segments: cuts `[N]` into C completions.
+        logps: logged, not trained.
         teacher_kl: KL(student || teacher) over the full vocabulary in the state before each token `[N]`, nats,
             with gradient to the student.
         teacher_alpha: alpha_t, how far the teacher extrapolates at each token `[N]`, above 0.
@@ -138,42 +154,6 @@ def teacher_strength(
     return Strength(0.0, beta0 / beta, 0.0 if form == "constant" else 1.0)
 
 
-# ----------------------------------------------------------------------------------------------------
-# AlignDistil's credit: a DPO model against a DPO model trained on exchanged pairs (arXiv 2503.02832).
-
-
-@credit("contrastive_dpo", values="signed")
-class ContrastiveDPO:
-    """Credit β·(log p_model − log p_reverse) of every token.
-
-    Both models start from the same weights; the reverse one learned from the pairs with chosen and rejected
-    exchanged, so it is worse than the start where the other is better, and the contrast is about twice the
-    guide's.
-
-    Args:
-        model: trained by DPO on the pairs: a model, or anything called like a `Reference`.
-        reverse: trained by DPO on the exchanged pairs. Same tokenizer.
-        beta: reward per nat; the theory means the β that both were trained with.
-    """
-
-    name = "contrastive_dpo"
-
-    def __init__(self, *, model: Any, reverse: Any, beta: Positive = 0.1) -> None:
-        self.model, self.reverse, self.beta = model, reverse, float(beta)
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        normal, reverse = scorer_logps(self.model, batch), scorer_logps(self.reverse, batch)
-        return checked_credit(guide_token_rewards(normal, reverse, self.beta), batch, self.name)
-
-    def fingerprint(self) -> str:
-        models = [scorer_fingerprint(self.model), scorer_fingerprint(self.reverse)]
-        return fingerprint([self.name, self.beta, *models])
-
-
-# ----------------------------------------------------------------------------------------------------
-# The teacher of a distilling objective: two frozen models and how far to go beyond one of them.
-
-
 class ContrastiveTeacher:
     """AlignDistil's teacher: logits z_target + s (z_target - z_contrast), s by form (arXiv 2503.02832).
 
@@ -181,7 +161,7 @@ class ContrastiveTeacher:
         target: the DPO model, as a `Reference`.
         contrast: the reverse DPO model (or, for "theorem1" and "interpolation", the starting model); None for
             "distil".
-        form, r, epsilon, beta0, beta: see `tokengrain.objectives.aligndistil.teacher_strength`.
+        form, r, epsilon, beta0, beta: see `teacher_strength`.
         temperature: divides the logits of student and teacher.
 
     Raises:

@@ -1,4 +1,7 @@
-"""DPO: Direct Preference Optimization (arXiv 2305.18290, equation 7) and its common variants."""
+"""DPO: Direct Preference Optimization (arXiv 2305.18290, equation 7), its common variants, and supervised fine-tuning.
+
+    L = -log σ(β (Σ_t d_t of chosen - Σ_t d_t of rejected)),    d_t = log π_t - log ref_t
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,7 @@ def dpo_loss(
     """DPO and its variants on preference pairs.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
-        ref_logps: the same under the frozen reference `[N]`; may be None only if `reference_free`.
+        ref_logps: log-probabilities under the frozen reference `[N]`; may be None only if `reference_free`.
         beta: strength of the tie to the reference.
         loss_type: "sigmoid" (the paper), "robust", "hinge", "sigmoid_norm" (each side's log-ratio divided by
             its length), "ipo" (arXiv 2310.12036, length-normalised, the form TRL and the IPO authors use)
@@ -96,19 +97,14 @@ def _shared_length_weights(segments: Segments, ld_alpha: float, like: Tensor) ->
     return torch.where(segments.positions < segments.broadcast(shared), 1.0, ld_alpha).to(like.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Supervised fine-tuning: cross-entropy on completions.
-
 Per = Literal["token", "sequence"]
 
 
 @objective("sft", unit="completions", roles=(), no_credit="it learns from every token of its data")
 def sft_loss(logps: Tensor, segments: Segments, *, per: Per = "token") -> LossOutput:
-    """Cross-entropy, for any number of completions per prompt.
+    """Supervised fine-tuning: cross-entropy, for any number of completions per prompt.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into C completions.
         per: "token": mean over all tokens of the optimiser step. "sequence": the sum over each completion,
             mean over completions, which is what the DPO and TDPO authors train their starting models with.
 

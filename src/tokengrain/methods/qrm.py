@@ -1,9 +1,12 @@
-"""Q-RM: a discriminative reward model with one score per token (arXiv 2505.23363)."""
+"""Q-RM: a discriminative reward model with one score per token (arXiv 2505.23363).
+
+    L = -log σ(β (Z_w - Z_l) - γ),    Z = mean of the token scores z_t of the completion
+    credit: (z_t - mean) / std,       mean and std measured on the training tokens after training
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,10 +16,12 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import ModelError, RecipeError, fingerprint
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, checked_credit, credit, objective
-from tokengrain.methods._other_tokens import Retokenizer, aligned_scores
+from tokengrain.data.tokens import tokenizer_fingerprint
+from tokengrain.methods._other_tokens import aligned_scores, retokenizer_for
 from tokengrain.methods._pairs import both_sides_counted, margin_loss, pair_difference, reward_metrics
 from tokengrain.methods._shaping import scale_scores
 from tokengrain.scoring.reference import model_fingerprint
+from tokengrain.scoring.token_scores import Pooling, ScoreStatistics, frozen_token_scores, pooled_scores, statistics_of
 from tokengrain.settings import NonNegative, Number, check_choice
 
 CARD = Card(
@@ -39,7 +44,6 @@ REINFORCE = replace(
     objective="reinforce",
 )
 
-Pooling = Literal["mean", "last"]
 
 
 @objective(
@@ -63,7 +67,6 @@ def qrm_loss(
 
     Args:
         token_scores: the reward model's score of each token, read at the token itself `[N]`.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
         beta: scale of the scores. The gap of the pooled scores grows to about gamma / beta.
         gamma: target margin.
         pooling: "mean", or "last": the last token alone, the usual outcome reward model.
@@ -80,97 +83,9 @@ def qrm_loss(
     return LossOutput(losses, metrics)
 
 
-def pooled_scores(token_scores: Tensor, segments: Segments, pooling: Pooling = "mean") -> Tensor:
-    """One score per completion `[C]` from those of its tokens `[N]`; 0 for an empty one. Ranks best-of-n.
-
-    The mean, not the sum: a sum would prefer long completions. In float32 at least.
-    """
-    check_choice("pooling", pooling, Pooling)
-    scores = token_scores if token_scores.dtype == torch.float64 else token_scores.float()
-    if pooling == "mean":
-        return segments.mean(scores)
-    return segments.sum(torch.where(segments.is_last, scores, 0.0))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Q-RM's credit: the token scores of a trained reward model (arXiv 2505.23363).
 
 Scaling = Literal["zscore", "centre", "none"]
 SCALINGS = ("zscore", "centre", "none")
-
-
-@dataclass(frozen=True)
-class ScoreStatistics:
-    """Mean and (population) standard deviation of a reward model's token scores on its training tokens."""
-
-    mean: float
-    std: float
-
-    def as_dict(self) -> dict[str, float]:
-        """Under the names they have in a model's config."""
-        return {f"token_score_{name}": value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ScoreStatistics:
-        return cls(float(values["token_score_mean"]), float(values["token_score_std"]))
-
-
-@dataclass(frozen=True)
-class CompletionStatistics:
-    """The same of the scores of whole completions.
-
-    Attributes:
-        pooling: what a completion's score is, as in the loss: the "mean" of its tokens' scores, or that of the "last".
-    """
-
-    mean: float
-    std: float
-    pooling: Pooling = "mean"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Under the names they have in a model's config."""
-        return {f"completion_score_{name}": value for name, value in asdict(self).items()}
-
-
-def config_of(model: nn.Module) -> Any:
-    """The config of the transformers model in `model`, whatever wraps it."""
-    inner: Any = model
-    while not hasattr(inner, "config"):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise ModelError(f"{type(model).__name__} has no config; expected a transformers model")
-    return inner.config
-
-
-def set_statistics(model: nn.Module, statistics: ScoreStatistics | CompletionStatistics) -> None:
-    """Keep statistics in the model's config, with which they are saved."""
-    for name, value in statistics.as_dict().items():
-        setattr(config_of(model), name, value)
-
-
-def statistics_of(model: nn.Module) -> ScoreStatistics | None:
-    """The statistics in the model's config; None if it has none."""
-    config = config_of(model)
-    values = {name: getattr(config, name, None) for name in ("token_score_mean", "token_score_std")}
-    return None if None in values.values() else ScoreStatistics.from_dict(values)
-
-
-def completion_statistics_of(model: nn.Module) -> CompletionStatistics | None:
-    """The same of whole completions."""
-    config = config_of(model)
-    mean, std, pooling = (getattr(config, f"completion_score_{name}", None) for name in ("mean", "std", "pooling"))
-    return None if mean is None or std is None else CompletionStatistics(float(mean), float(std), pooling or "mean")
-
-
-def frozen_token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Token scores `[N]` of a reward model in evaluation mode, without gradient; its mode is restored."""
-    from tokengrain.scoring.model import evaluating
-    from tokengrain.scoring.score import score
-
-    with evaluating(model):
-        scores = score(model, batch, ("token_scores",)).token_scores
-    assert scores is not None  # it was asked for
-    return scores
 
 
 @credit(
@@ -179,14 +94,14 @@ def frozen_token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
     reward_model=True,
 )
 class RewardModelCredit:
-    """Credit from a token-level reward model: its score of each token, scaled.
+    """Scores of a token-level reward model, scaled (Q-RM).
 
     The loss fixes neither the scale nor the zero of the scores, so by default they are standardised with the mean
     and standard deviation that were measured after training and are kept in the model's config.
 
     With a tokenizer of its own the reward model reads the text again: the prompt through its own chat template where
     the row holds messages, otherwise as decoded, and the completion as decoded. Its scores come back by the
-    characters that tokens share; `tokengrain.credit.alignment` states the rule.
+    characters that tokens share; `tokengrain.methods._other_tokens` states the rule.
 
     Args:
         model: a token classifier with one label, such as `load_trained_reward_model` gives.
@@ -202,8 +117,8 @@ class RewardModelCredit:
         DataError: when called with another tokenizer, on completions of several turns; names the row.
     """
 
-    name = "reward_model"
-    values = "signed"
+    name: str
+    values: str
     own_vocabulary = True
 
     def __init__(
@@ -239,8 +154,6 @@ class RewardModelCredit:
         return checked_credit(scale_scores(scores.float(), self.scaling, self.statistics), batch, self.name)
 
     def fingerprint(self) -> str:
-        from tokengrain.data.tokens import tokenizer_fingerprint
-
         both = (self.retokenizer.tokenizer, self.retokenizer.reward_tokenizer) if self.retokenizer else ()
         settings = [self.name, self.scaling, self.broadcast, self.statistics.as_dict()]
         return fingerprint([*settings, model_fingerprint(self.model), *map(tokenizer_fingerprint, both)])
@@ -253,28 +166,3 @@ class RewardModelCredit:
         scores = other.segments.split(frozen_token_scores(self.model, other.to(batch.device)))
         parts = [aligned_scores(s.double(), p.reward, p.policy) for s, p in zip(scores, places, strict=True)]
         return torch.cat(parts)
-
-
-def retokenizer_for(tokenizer: Any, reward_tokenizer: Any) -> Retokenizer | None:
-    """How a reward model reads the policy's completions; None: their token ids as they are.
-
-    Args:
-        tokenizer: the policy's.
-        reward_tokenizer: the reward model's; None: the policy's.
-
-    Raises:
-        RecipeError: a reward tokenizer without the policy's.
-    """
-    if reward_tokenizer is None:
-        return None
-    if tokenizer is None:
-        raise RecipeError("reward_tokenizer is given, but not the policy's tokenizer to compare it with")
-    return None if same_tokens(tokenizer, reward_tokenizer) else Retokenizer(tokenizer, reward_tokenizer)
-
-
-def same_tokens(tokenizer: Any, other: Any) -> bool:
-    """Whether token ids mean the same in both, and rows of messages look the same (where both have a template)."""
-    if tokenizer is other:
-        return True
-    templates = {t.chat_template for t in (tokenizer, other) if t.chat_template}
-    return tokenizer.get_vocab() == other.get_vocab() and len(templates) < 2

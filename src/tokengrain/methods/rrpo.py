@@ -1,4 +1,8 @@
-"""RRPO: Refined Regularized Preference Optimization (arXiv 2504.12083): span rewards and a token-wise KL."""
+"""RRPO: Refined Regularized Preference Optimization (arXiv 2504.12083): span rewards and a token-wise KL.
+
+    L = -log σ(r_w - r_l) + α Σ_t KL(ref ‖ π) of the whole chosen completion
+    r = β Σ_t (log π_t - log ref_t) over the spans in which chosen and rejected differ
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch, row_of
-from tokengrain.errors import DataError, fingerprint
+from tokengrain.errors import DataError
 from tokengrain.loss import LossOutput
-from tokengrain.method import Card, checked_credit, credit, objective
+from tokengrain.method import Card, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
 from tokengrain.settings import NonNegative, Positive
 
@@ -21,6 +25,33 @@ CARD = Card(
     "NeurIPS 2025",
     credit="spans in which chosen and rejected differ",
 )
+
+
+@credit("spans", values="marks", column="spans")
+def spans(batch: TokenBatch) -> Tensor:
+    """+1 on the spans of chosen, -1 on those of rejected completions, else 0 (RRPO).
+
+    Where the spans come from is a matter of the data (`TokenizeConfig.spans`, `data.spans` in a recipe).
+
+    Raises:
+        DataError: the data have no spans, or a prompt does not have two completions.
+    """
+    if "spans" not in batch.columns:
+        raise DataError(
+            "the data have no spans",
+            row=row_of(batch, 0),
+            value=sorted(batch.columns),
+            expected="data.spans in the recipe: diff, tags, column or a function",
+        )
+    if not batch.is_pairs:
+        raise DataError(
+            "spans as credit need pairs",
+            row=row_of(batch, 0),
+            value=f"{batch.n_completions} completions of {batch.n_prompts} prompts",
+            expected="a chosen and a rejected completion for every prompt",
+        )
+    inside = (batch.columns["spans"] > 0).float()
+    return inside.where(batch.segments.is_chosen, -inside)
 
 
 @objective(
@@ -42,9 +73,6 @@ def rrpo_loss(
     """Rank the spans in which chosen and rejected differ; keep the whole chosen completion near the reference.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
-        ref_logps: the same under the frozen reference `[N]`.
         kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`,
             nats, with gradient to the policy. Only that of chosen tokens is trained. Not needed with alpha 0.
         spans: 0 on shared text, k > 0 on the k-th differing span `[N]`. The two sides need not have equally
@@ -105,41 +133,3 @@ def _span_counts(spans: Tensor, segments: Segments) -> Tensor:
     completion = segments.ids[inside]
     distinct = torch.unique(torch.stack([completion, spans[inside].to(completion.dtype)]), dim=1)[0]
     return torch.bincount(distinct, minlength=len(segments))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Spans as credit: the tokens in which chosen and rejected differ earned the preference (RRPO's view).
-
-
-@credit("spans", values="marks", column="spans")
-class SpanCredit:
-    """+1 for the tokens of the chosen completion that are in a span, -1 for those of the rejected one, else 0.
-
-    Where the spans come from is a matter of the data (`TokenizeConfig.spans`, `data.spans` in a recipe).
-
-    Raises:
-        DataError: when called, if the data have no spans, or a prompt does not have two completions.
-    """
-
-    name = "spans"
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        if "spans" not in batch.columns:
-            raise DataError(
-                "the data have no spans",
-                row=row_of(batch, 0),
-                value=sorted(batch.columns),
-                expected="data.spans in the recipe: diff, tags, column or a function",
-            )
-        if not batch.is_pairs:
-            raise DataError(
-                "spans as credit need pairs",
-                row=row_of(batch, 0),
-                value=f"{batch.n_completions} completions of {batch.n_prompts} prompts",
-                expected="a chosen and a rejected completion for every prompt",
-            )
-        inside = (batch.columns["spans"] > 0).float()
-        return checked_credit(inside.where(batch.segments.is_chosen, -inside), batch, self.name)
-
-    def fingerprint(self) -> str:
-        return fingerprint([self.name])

@@ -1,4 +1,7 @@
-"""SimPO: Simple Preference Optimization with a reference-free reward (arXiv 2405.14734, equation 6)."""
+"""SimPO: Simple Preference Optimization with a reference-free reward (arXiv 2405.14734, equations 4 and 6).
+
+    L = -log σ(ρ_w - ρ_l - γ),    ρ = β · mean of log π_t over the completion
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,6 @@ def simpo_loss(
     """SimPO on preference pairs; no reference.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
         beta: scale of the mean log-probability.
         gamma_beta_ratio: target margin divided by beta (the authors' code).
         gamma: target margin (the paper, TRL). Give at most one of the two; neither means a ratio of 0.25,

@@ -1,18 +1,25 @@
-"""TDPO: Token-level Direct Preference Optimization (arXiv 2404.11999), variants TDPO1 and TDPO2."""
+"""TDPO: Token-level Direct Preference Optimization (arXiv 2404.11999), variants TDPO1 and TDPO2.
+
+    L  = -log σ(β (M_w - M_l - δ)),    M = Σ_t log π_t - log ref_t,    K = Σ_t KL(ref ‖ π) over the whole vocabulary
+    δ  = K_l - K_w                     TDPO1
+    δ  = α (K_l - sg(K_w))             TDPO2, sg: without gradient
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import fingerprint
 from tokengrain.loss import LossOutput
-from tokengrain.method import Card, checked_credit, credit, objective
+from tokengrain.method import Card, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
-from tokengrain.scoring.reference import scorer_fingerprint
+from tokengrain.scoring.fused import head_quantities
+from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.reference import FrozenReference
+from tokengrain.scoring.score import score
 from tokengrain.settings import NonNegative, Positive, check_choice
 
 TDPO1 = Card(
@@ -28,6 +35,37 @@ TDPO1 = Card(
 TDPO2 = replace(TDPO1, name="tdpo2", title="TDPO2", idea="holds back the rejected side's KL", objective="tdpo2")
 
 Variant = Literal["tdpo1", "tdpo2"]
+
+
+@credit("tdpo", values="signed")
+def tdpo(batch: TokenBatch, *, model: Any, reference: Any, beta: Positive = 0.1) -> Tensor:
+    """a_t = β (log p - log q + KL(q‖p)): the advantage of each token under a trained model p, with its full KL (TDPO).
+
+    The KL makes it an advantage: its mean over tokens drawn from the reference q is 0 in every state. It needs the
+    reference's whole distribution: stored `ref_logps` are not enough.
+
+    Args:
+        model: trained with TDPO (any log-ratio policy works): a model, or anything called like a `Reference`.
+        reference: the frozen starting point, a `Reference` or a model; a model stays frozen from now on.
+        beta: reward per nat.
+    """
+    asked = FrozenReference(reference) if isinstance(reference, nn.Module) else reference
+    frozen = asked(batch, {"logps", "distribution"})
+    if isinstance(model, nn.Module):
+        with evaluating(model):
+            scores = score(model, batch, ("logps", "kl"), reference=frozen.distribution)
+        logps, kl = cast(Tensor, scores.logps), cast(Tensor, scores.kl)
+    else:
+        own = model(batch, {"distribution"}).distribution
+        labels = batch.labels.to(own.hidden.device)
+        found = head_quantities(own.hidden, own.head, labels, ("logps", "kl"), frozen.distribution)
+        logps, kl = found["logps"], found["kl"]
+    return tdpo_token_rewards(logps, frozen.logps, kl, beta)
+
+
+def tdpo_token_rewards(logps: Tensor, ref_logps: Tensor, kl: Tensor, beta: float = 0.1) -> Tensor:
+    """a `[N]` from quantities `[N]`, detached."""
+    return (beta * (logps - ref_logps + kl)).detach()
 
 
 _OWN_CREDIT = "its credit is the KL divergence that it measures itself"
@@ -50,9 +88,6 @@ def tdpo_loss(
     """TDPO on preference pairs.
 
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
-        ref_logps: the same under the frozen reference `[N]`.
         kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`,
             nats, with gradient to the policy.
         beta: strength of the tie to the reference.
@@ -80,64 +115,3 @@ def tdpo_loss(
     metrics["kl/chosen"], metrics["kl/rejected"] = K_chosen.detach(), K_rejected.detach()
     metrics["kl/gap"] = (K_rejected - K_chosen).detach()
     return LossOutput(losses, metrics)
-
-
-def tdpo_token_rewards(logps: Tensor, ref_logps: Tensor, kl: Tensor, beta: float = 0.1) -> Tensor:
-    """TDPO's own token credit a_t = beta * (log p_t - log q_t + KL_t), `[N]`, detached.
-
-    It is the advantage of the token in its state; its mean over tokens drawn from the reference is 0.
-    """
-    return (beta * (logps - ref_logps + kl)).detach()
-
-
-# ----------------------------------------------------------------------------------------------------
-# TDPO's credit: the advantage of every token in a model that was trained with TDPO (arXiv 2404.11999).
-
-
-@credit("tdpo", values="signed")
-class TDPOAdvantage:
-    """Credit β·(log p − log q + KL(q‖p)), p the trained model, q the reference, over the full vocabulary.
-
-    The KL makes it an advantage: its mean over tokens drawn from the reference is 0 in every state. It needs a
-    reference whose whole distribution is at hand: stored `ref_logps` are not enough.
-
-    Args:
-        model: trained with TDPO (any log-ratio policy works): a model, or anything called like a `Reference`.
-        reference: the frozen starting point, a `Reference` or a model; a model stays frozen from now on.
-        beta: reward per nat.
-    """
-
-    name = "tdpo"
-
-    def __init__(self, *, model: Any, reference: Any, beta: Positive = 0.1) -> None:
-        from tokengrain.scoring.reference import FrozenReference
-
-        self.model, self.beta = model, float(beta)
-        self.reference = FrozenReference(reference) if isinstance(reference, nn.Module) else reference
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        reference = self.reference(batch, {"logps", "distribution"})
-        assert reference.logps is not None  # they were asked for
-        logps, kl = self._against(batch, reference.distribution)
-        return checked_credit(tdpo_token_rewards(logps, reference.logps, kl, self.beta), batch, self.name)
-
-    def _against(self, batch: TokenBatch, distribution: Any) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and KL(reference‖model), each `[N]`."""
-        from tokengrain.scoring.fused import head_quantities
-        from tokengrain.scoring.model import evaluating
-        from tokengrain.scoring.score import score
-
-        if isinstance(self.model, nn.Module):
-            with evaluating(self.model):
-                scores = score(self.model, batch, ("logps", "kl"), reference=distribution)
-            assert scores.logps is not None  # they were asked for
-            assert scores.kl is not None
-            return scores.logps, scores.kl
-        own = self.model(batch, {"distribution"}).distribution
-        labels = batch.labels.to(own.hidden.device)
-        found = head_quantities(own.hidden, own.head, labels, ("logps", "kl"), distribution)
-        return found["logps"], found["kl"]
-
-    def fingerprint(self) -> str:
-        models = [scorer_fingerprint(self.model), scorer_fingerprint(self.reference)]
-        return fingerprint([self.name, self.beta, *models])

@@ -1,11 +1,19 @@
-"""T-REG: token-level reward regularisation (arXiv 2412.02685), on DPO and on SimPO."""
+"""T-REG: token-level reward regularisation (arXiv 2412.02685), on DPO and on SimPO.
+
+    L   = -log σ(ρ_w - ρ_l) + α w (R_w + R_l),    ρ = β Σ_t log π_t - log ref_t,    R = -β Σ_t r_t log π_t
+    w   = sg(σ(ρ_l - ρ_w)),                       sg: without gradient
+    r_t = σ(log p_t after "better" - log p_t after "worse") - 1/2
+
+The credit r is the model's own opinion: how much likelier it finds a token when asked for a better response than when
+asked for a worse one. First the losses, then the pairs of opposite instructions, then the credit.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +22,7 @@ from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of
 from tokengrain.errors import DataError, RecipeError, fingerprint
 from tokengrain.loss import LossOutput, token_weights
 from tokengrain.method import Card, checked_credit, credit, objective
-from tokengrain.methods._pairs import (
-    SequenceWeight,
-    TokenWeighted,
-    completion_lengths,
-    pair_metrics,
-    token_weighted_loss,
-)
+from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
 from tokengrain.methods.simpo import simpo_gamma
 from tokengrain.scoring.reference import has_adapter, scorer_fingerprint, scorer_logps
 from tokengrain.settings import NonNegative, Number, Positive, nearest
@@ -39,6 +41,9 @@ TREG_SIMPO = replace(
 )
 
 
+SequenceWeight = Literal["dynamic"]
+
+
 @objective("treg")
 def treg_loss(
     logps: Tensor,
@@ -52,13 +57,7 @@ def treg_loss(
 ) -> LossOutput:
     """DPO plus a regulariser that raises tokens with r > 0 and lowers those with r < 0, on both sides.
 
-    L = -log σ(ρ_w - ρ_l) + alpha * w * (R_w + R_l),  R = -beta * sum_t r_t log p_t,  w = sg(σ(ρ_l - ρ_w))
-
     Args:
-        logps: log-probabilities under the policy `[N]`, nats.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
-        ref_logps: the same under the frozen reference `[N]`.
-        token_rewards: r `[N]`; the paper's lie in [-0.5, 0.5]: `credit.ContrastivePrompting`.
         beta: strength of the tie to the reference.
         alpha: strength of the regulariser; 0 is DPO.
         sequence_weight: "dynamic" (the paper) or a constant w.
@@ -67,18 +66,8 @@ def treg_loss(
         `losses` [P]. They contain raw log-probabilities: they may be negative and rise while training goes
         well. Judge by "loss/base" and the rewards in the metrics.
     """
-    f = token_weights(token_rewards, segments, alpha=alpha)
-    core = token_weighted_loss(
-        logps,
-        f,
-        segments,
-        ref_logps=ref_logps,
-        scale=beta,
-        margin="unweighted",
-        sequence_weight=sequence_weight,
-    )
-    R = -beta * segments.sum(token_rewards.detach() * logps.detach())
-    return LossOutput(core.losses, _metrics(core, R, token_rewards, logps, segments))
+    rewards = beta * segments.sum(log_ratios(logps, ref_logps))
+    return _regularised(logps, segments, token_rewards, rewards, beta, alpha=alpha, sequence_weight=sequence_weight)
 
 
 @objective("treg_simpo")
@@ -94,51 +83,68 @@ def treg_simpo_loss(
     sequence_weight: NonNegative | SequenceWeight = "dynamic",
     margin_in_sequence_weight: bool = True,
 ) -> LossOutput:
-    """SimPO plus the same regulariser, with SimPO's implicit token reward (beta / length) * log p.
+    """SimPO plus the same regulariser, with SimPO's implicit token reward (β / length) log π.
 
     The paper reports results for it without writing it out; this is the derivation by the same steps:
-    R = -(beta / length) * sum_t r_t log p_t,  w = sg(σ(gamma - (ρ_w - ρ_l))).
+    R = -(β / length) Σ_t r_t log π_t,  w = sg(σ(γ - (ρ_w - ρ_l))).
 
     Args:
-        logps, segments, token_rewards, alpha, sequence_weight: as in `treg_loss`; no reference.
+        alpha, sequence_weight: as in `treg_loss`; there is no reference.
         beta, gamma_beta_ratio, gamma: as in `simpo_loss`.
-        margin_in_sequence_weight: whether w contains gamma, as SimPO's gradient does.
+        margin_in_sequence_weight: whether w contains γ, as SimPO's gradient does.
     """
-    f = token_weights(token_rewards, segments, alpha=alpha)
     scale = beta / completion_lengths(segments, logps)
-    core = token_weighted_loss(
-        logps,
-        f,
-        segments,
-        ref_logps=None,
-        scale=scale,
-        margin="unweighted",
-        gamma=simpo_gamma(beta, gamma_beta_ratio, gamma),
-        sequence_weight=sequence_weight,
-        gamma_in_sequence_weight=margin_in_sequence_weight,
+    target = simpo_gamma(beta, gamma_beta_ratio, gamma)
+    shift = target if margin_in_sequence_weight else 0.0
+    rewards = scale * segments.sum(logps)
+    return _regularised(
+        logps, segments, token_rewards, rewards, scale, target, shift, alpha=alpha, sequence_weight=sequence_weight
     )
-    R = -scale * segments.sum(token_rewards.detach() * logps.detach())
-    return LossOutput(core.losses, _metrics(core, R, token_rewards, logps, segments))
 
 
-def _metrics(
-    core: TokenWeighted, R: Tensor, token_rewards: Tensor, logps: Tensor, segments: Segments
-) -> dict[str, Tensor]:
+def _regularised(
+    logps: Tensor,
+    segments: Segments,
+    token_rewards: Tensor,
+    rewards: Tensor,
+    scale: Tensor | float,
+    target: float = 0.0,
+    shift: float = 0.0,
+    *,
+    alpha: float,
+    sequence_weight: float | SequenceWeight,
+) -> LossOutput:
+    """-log σ(ρ_w - ρ_l - target) + α w (R_w + R_l).
+
+    Args:
+        rewards: ρ `[2P]`.
+        scale: implicit reward per nat: β, or β / length as a tensor `[2P]`.
+        shift: stands in the dynamic w.
+    """
     r = token_rewards.detach()
-    metrics = pair_metrics(core.rewards, logps, segments)
-    metrics["loss/base"] = core.base
-    metrics["loss/regulariser"] = core.losses.detach() - core.base
+    plain = pair_difference(rewards, segments)
+    base = margin_loss(plain - target)
+    if sequence_weight == "dynamic":
+        # Detached: else the optimiser could shrink the loss through w, R having an arbitrary constant.
+        w = torch.sigmoid(shift - plain.detach())
+    else:
+        w = torch.full_like(plain, float(sequence_weight))
+    # α (R_w + R_l): f - 1 is +α r on chosen tokens, -α r on rejected ones; policy log-probabilities alone.
+    f = token_weights(token_rewards, segments, alpha=alpha)
+    losses = base + w * -pair_difference(scale * segments.sum((f - 1) * logps), segments)
+
+    metrics = pair_metrics(rewards.detach(), logps, segments)
+    metrics["loss/base"] = base.detach()
+    metrics["loss/regulariser"] = losses.detach() - base.detach()
+    R = -scale * segments.sum(r * logps.detach())
     metrics["regulariser/chosen"], metrics["regulariser/rejected"] = segments.pairs(R)
-    metrics["sequence_weights"] = core.sequence_weights
+    metrics["sequence_weights"] = w
     metrics["credit/abs_chosen"], metrics["credit/abs_rejected"] = segments.pairs(segments.mean(r.abs()))
     positive = segments.mean((r > 0).to(r.dtype))
     metrics["credit/positive_chosen"], metrics["credit/positive_rejected"] = segments.pairs(positive)
-    return metrics
+    return LossOutput(losses, metrics)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Pairs of opposite instructions for contrastive prompting.
-#
 # `{prompt}` and `{response}` are slots; every other brace is literal. In the general pair the two sides
 # differ in four respects, as in T-REG: helpful, correct, coherent, concise against their opposites.
 
@@ -255,10 +261,6 @@ def make_templates(templates: str | dict[str, str] | ContrastiveTemplates) -> Co
     return ContrastiveTemplates(**templates)
 
 
-# ----------------------------------------------------------------------------------------------------
-# T-REG's credit: the model's own opinion of each token under opposite instructions (arXiv 2412.02685).
-
-
 def contrastive_token_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
     """r_t = σ(better_t - worse_t) - 1/2, `[N] -> [N]` in [-0.5, 0.5], detached.
 
@@ -283,7 +285,7 @@ class _Unit:
     "contrastive", values="signed", judges_itself=True, check=lambda settings: make_templates(settings["templates"])
 )
 class ContrastivePrompting:
-    """Credit of a token: how much likelier it is after "make it better" than after "make it worse".
+    """The model itself under two opposite instructions: how much likelier a token is after "better" than "worse" (T-REG).
 
     The completion's token ids are appended to each instruction as they are, never tokenised again. Where an
     instruction with its completion exceeds the model's positions, the copy of the response inside the
@@ -307,7 +309,7 @@ class ContrastivePrompting:
         DataError: when called, if a completion leaves no room for its instruction; names the row.
     """
 
-    name = "contrastive"
+    name: str
 
     def __init__(
         self,
