@@ -21,7 +21,7 @@ from benchmarks.setting import Setting, build_model, build_samples, word_tokeniz
 from tokengrain.annotation import annotate
 from tokengrain.batch import TokenBatch
 from tokengrain.data.dataset import PairDataset
-from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.method import make_credit
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.scoring.score import score
 
@@ -47,7 +47,7 @@ def main(
     samples = build_samples(setting)
     guide, base = build_model(setting), build_model(setting.with_(seed=1))
     dataset = PairDataset(samples)
-    source, reference = GuideLogRatio(model=guide, reference=base, beta=0.1), FrozenReference(base)
+    source, reference = make_credit("guide", model=guide, reference=base, beta=0.1), FrozenReference(base)
     shares, times = [], []
     for round_ in range(repeats + 1):
         start = time.perf_counter()

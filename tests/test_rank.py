@@ -16,7 +16,7 @@ from tests.training.tiny import tiny_llama
 from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError
-from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.method import make_credit
 from tokengrain.models import reward_model_from
 from tokengrain.rank import rank
 
@@ -106,7 +106,7 @@ def test_any_credit_source_ranks(tmp_path: Path) -> None:
     """The reward that a DPO-trained model implies, as a mean over tokens."""
     tokenizer = gpt2_like()
     models = [tiny_llama(seed, vocab_size=len(tokenizer)) for seed in (0, 1)]
-    credit = GuideLogRatio(model=models[0], reference=models[1], beta=0.1)
+    credit = make_credit("guide", model=models[0], reference=models[1], beta=0.1)
     seen: list[TokenBatch] = []
 
     def looked_at(batch: TokenBatch) -> torch.Tensor:

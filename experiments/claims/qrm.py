@@ -21,9 +21,10 @@ from tokengrain.loss import Counts, make_normaliser
 from tokengrain.methods._shaping import scale_scores
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.methods.ppo import reinforce_loss
-from tokengrain.methods.qrm import frozen_token_scores, pooled_scores, qrm_loss
+from tokengrain.methods.qrm import qrm_loss
 from tokengrain.models import reward_model_from
 from tokengrain.scoring.score import score
+from tokengrain.scoring.token_scores import frozen_token_scores, pooled_scores
 
 DIGITS, LENGTH = 10, 8
 P_RIGHT, SLOPE = 0.5, 2.0

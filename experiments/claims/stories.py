@@ -16,9 +16,9 @@ from experiments.claims.stories_claims import CLAIMS_BY_REGIME
 from tokengrain.bench.sources import exchanged, train_on, world_samples
 from tokengrain.method import Transformed, make_objective
 from tokengrain.methods.aligndistil import ContrastiveTeacher
-from tokengrain.methods.baselines import RandomCredit
-from tokengrain.methods.tgdpo import GuideLogRatio
-from tokengrain.methods.treg import ContrastivePrompting
+from tokengrain.method import make_credit
+from tokengrain.method import make_credit
+from tokengrain.method import make_credit
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.worlds import load_world
 
@@ -86,14 +86,14 @@ def credit_source(name: str, context: Context) -> Any:
     """Where an arm's token credit comes from."""
     world = context.world
     if name in ("contrastive", "swapped"):
-        source = ContrastivePrompting(
+        source = make_credit("contrastive", 
             model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates
         )
         return source if name == "contrastive" else Transformed(source, scale=-1.0)
     if name == "guide":
-        return GuideLogRatio(model=context.guide, reference=world.reference, beta=0.3)
+        return make_credit("guide", model=context.guide, reference=world.reference, beta=0.3)
     if name == "random":
-        return RandomCredit()
+        return make_credit("random")
     kinds = {"exact": "advantage", "flipped": "flipped"}
     # Advantages have the size of rewards. A quarter of them is what T-REG's ½·tanh(½·A) is for small A; clipped
     # but not scaled, they made T-REG collapse (KL above 40 nats in 2 of 2 seeds).

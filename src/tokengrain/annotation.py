@@ -8,7 +8,6 @@ run give the same file.
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import os
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, write_json
-from tokengrain.methods.baselines import ColumnCredit, FunctionCredit
+from tokengrain.method import as_credit, make_credit
 from tokengrain.scoring.reference import scorer_fingerprint
 
 if TYPE_CHECKING:
@@ -581,12 +580,10 @@ class Remembered:
 
 def asking(source: Any, reference: Any, shared: Remembered) -> Any:
     """`source`; if it asks the same frozen model, a copy that shares the forward pass of the stored logps."""
-    asked = getattr(source, "reference", None)
+    asked = getattr(source, "objects", {}).get("reference")
     if asked is None or _frozen_model(asked) is not _frozen_model(reference):
         return source
-    source = copy.copy(source)
-    source.reference = shared
-    return source
+    return source.with_objects(reference=shared)
 
 
 def _frozen_model(reference: Any) -> Any:
@@ -627,7 +624,7 @@ def annotate(
         rows_source: preference pairs (anything `tokengrain.data.load_rows` takes), or a prepared data set.
         tokenizer: the tokenizer (may be None with a data set that is prepared already).
         tokenize_config: how rows become tokens.
-        sources: column name to credit source, for example `{"token_rewards": GuideLogRatio(...)}`; a source
+        sources: column name to credit source, for example `{"token_rewards": make_credit("guide", ...)}`; a source
             maps a batch to `[N]` finite numbers. May be empty if there is a reference.
         reference: also store its log-probabilities, as `chosen_ref_logps`, `rejected_ref_logps` (nats).
         output: the parquet file to write.
@@ -678,7 +675,7 @@ def _completed(
     """`given`, and where it does not say: which sources and which reference the numbers come from."""
     own = dict[str, str]()
     if sources and "source" not in given:
-        named = {n: s if hasattr(s, "fingerprint") else FunctionCredit(function=s) for n, s in sources.items()}
+        named = {name: as_credit(source) for name, source in sources.items()}
         own["source"] = fingerprint({name: source.fingerprint() for name, source in named.items()})
     if reference is not None and not {"model", "reference"} & given.keys():
         own["reference"] = scorer_fingerprint(reference)
@@ -697,7 +694,7 @@ def _quantities(
     if not quantities:
         raise RunError("nothing to annotate: give at least one credit source or a reference")
     # The rows' own columns (spans, say) have to be there again when the file is read.
-    return quantities | {name: ColumnCredit(column=name) for name in dataset.columns if name not in quantities}
+    return quantities | {name: make_credit("column", column=name) for name in dataset.columns if name not in quantities}
 
 
 def _job(

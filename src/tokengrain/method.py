@@ -126,11 +126,14 @@ def objective(
     no_credit: str = "",
     unless_zero: Mapping[str, str] | None = None,
     fixed: Mapping[str, Any] | None = None,
+    teacher: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
     """Register a loss function; the arguments are those of `Objective`."""
 
     def register(function: F) -> F:
-        part = Objective(name, function, unit, main, reads, roles, no_credit, unless_zero or {}, fixed or {})
+        part = Objective(
+            name, function, unit, main, reads, roles, no_credit, unless_zero or {}, fixed or {}, teacher
+        )
         OBJECTIVES.add(name, part, function)
         return function
 
@@ -246,8 +249,7 @@ class Registry(Mapping[str, T]):
             if part.function is function and not getattr(part, "fixed", None):
                 return replace(part, name=name) if isinstance(name, str) else entry
         assert self._own is not None  # only parts of a method are looked up by function
-        label = name if isinstance(name, str) else getattr(function, "__name__", type(function).__name__)
-        return self._own(label, function)
+        return self._own(name if isinstance(name, str) else _name_of(function), function)
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
@@ -262,6 +264,10 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int:
         load_methods()
         return len(self._entries)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 BROKEN: dict[str, Exception] = {}
@@ -350,6 +356,7 @@ class Objective(Part):
         unless_zero: quantity -> the hyper-parameter at whose 0 alone the loss can do without it, where the signature
             has it as optional.
         fixed: hyper-parameters that the name itself fixes (`tdpo1` is `tdpo` with variant="tdpo1").
+        teacher: makes what it distils from: `teacher(*, target, contrast, <settings of a recipe's teacher>)`.
     """
 
     what: ClassVar[str] = "objective"
@@ -361,6 +368,7 @@ class Objective(Part):
     no_credit: str = ""
     unless_zero: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Callable[..., Any] | None = None
 
     @property
     def quantities(self) -> frozenset[str]:
@@ -664,14 +672,21 @@ class BoundCredit:
 
     def __init__(self, kind: CreditKind, objects: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.kind, self.objects, self.settings = kind, dict(objects), dict(settings)
-        self.name, self.values = kind.name, kind.values_with(settings)
+        self.name = f"function {_name_of(kind.function)}" if kind.own else kind.name
+        self.values = kind.values_with(settings)
+        self._source = kind.source()  # as it is now: the file may change
+        self.column, self.own_vocabulary = kind.column_with(settings) or None, kind.reward_model
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         return checked_credit(self.kind.function(batch, **self.objects, **self.settings), batch, self.name)
 
+    def with_objects(self, **objects: Any) -> BoundCredit:
+        """The same credit of other models."""
+        return BoundCredit(self.kind, {**self.objects, **objects}, self.settings)
+
     def fingerprint(self) -> str:
         objects = {name: _object_fingerprint(value) for name, value in self.objects.items()}
-        return fingerprint([self.name, self.settings, objects, self.kind.source()])
+        return fingerprint([self.name, self.settings, objects, self._source])
 
 
 def _object_fingerprint(thing: Any) -> str:

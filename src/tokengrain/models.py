@@ -40,7 +40,9 @@ from tokengrain.errors import (
     write_json,
 )
 from tokengrain.methods._shaping import Moments
-from tokengrain.methods.qrm import (
+from tokengrain.scoring.model import HEADS, TOKEN_CLASSIFIER, head_name, input_embeddings
+from tokengrain.scoring.reference import disable_dropout, is_peft
+from tokengrain.scoring.token_scores import (
     CompletionStatistics,
     Pooling,
     ScoreStatistics,
@@ -49,8 +51,6 @@ from tokengrain.methods.qrm import (
     pooled_scores,
     set_statistics,
 )
-from tokengrain.scoring.model import HEADS, TOKEN_CLASSIFIER, head_name, input_embeddings
-from tokengrain.scoring.reference import disable_dropout, is_peft
 from tokengrain.settings import nearest
 from tokengrain.specs import LoraSpec, ModelSpec, TokenizerSpec
 

@@ -80,7 +80,7 @@ def rank(
     Args:
         file: anything `tokengrain.data.load_rows` takes; files are read row by row.
         model: a reward model's folder or hub name, a loaded reward model, or a credit source (for example
-            `GuideLogRatio`: the reward that a DPO-trained model implies).
+            `guide`: the reward that a DPO-trained model implies).
         output: a .jsonl file; default: the input's name with `.ranked.jsonl`, in the working directory.
         tokenizer: needed with a loaded model or a credit source.
         tokenize: how rows become tokens; `on_invalid: skip` leaves out rows that cannot be used.

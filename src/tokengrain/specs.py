@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -153,6 +154,10 @@ class TeacherSpec(Strict):
     epsilon: float = Field(default=1e-3, gt=0, description="adaptive: strength where the models agree")
     beta: float | None = Field(default=None, gt=0, description="constant, theorem1: strength is beta0 / beta")
     temperature: float = Field(default=1.0, gt=0, description="divides the logits of policy and teacher")
+
+    def settings(self, objective: Mapping[str, Any]) -> dict[str, Any]:
+        """What a teacher takes beside its models; `beta0` is a setting of the objective."""
+        return {**self.model_dump(exclude={"target", "contrast"}), "beta0": objective.get("beta0", 0.1)}
 
 
 class PromptSpec(Strict):

@@ -16,7 +16,7 @@ from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.bench.cli import bench_app
 from tokengrain.bench.corruption import MEASURES, bench_corruption, chance_top1, corrupt, corruption_test, surroundings
 from tokengrain.errors import DataError, RecipeError, read_json, write_json
-from tokengrain.methods.baselines import RandomCredit, Surprise
+from tokengrain.method import make_credit
 
 TEXTS = [
     ("write about the sea :", "the sea was calm and deep and the sun was not cruel ."),
@@ -76,7 +76,7 @@ def test_unlikely_tokens_are_less_likely_than_random_ones() -> None:
         total = 0.0
         for seed in range(12):
             found = corrupt(batch, tokenizer(), how=how, tokens=1, seed=seed, model=model)  # type: ignore[arg-type]
-            total += float(Surprise(model=model)(found.corrupted)[found.marked].mean())
+            total += float(make_credit("surprise", model=model)(found.corrupted)[found.marked].mean())
         surprise.append(total / 12)
     assert surprise[1] < surprise[0]
 
@@ -137,7 +137,7 @@ def test_neighbours_are_reported_apart() -> None:
 
 def test_random_credit_does_not_fall_anywhere() -> None:
     found = corrupt(answers(), tokenizer(), tokens=2)
-    entries, _ = corruption_test({"random": RandomCredit()}, found)
+    entries, _ = corruption_test({"random": make_credit("random")}, found)
     assert entries[0]["measures"]["drop"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "answers": 4}
     assert entries[0]["passes"] == 0
 

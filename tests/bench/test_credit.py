@@ -21,8 +21,7 @@ from tokengrain.bench.page import _short
 from tokengrain.bench.questions import counted_passes, measure
 from tokengrain.bench.sources import Bench, chosen_sources, exchanged, own_source, world_samples
 from tokengrain.errors import RecipeError, read_json, read_log
-from tokengrain.methods.baselines import RandomCredit, Surprise
-from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.method import make_credit
 from tokengrain.worlds import load_world
 
 WORLD = "world://stories?size=one-sentence&pairs=64"
@@ -68,13 +67,13 @@ def test_passes_are_counted(first: tuple[Path, dict[str, Any]]) -> None:
 
 def test_counting_sees_models_inside_functions() -> None:
     batch, model = pairs(tokenizer()), llama(1)
-    GuideLogRatio(model=model, reference=llama(2))(batch)
+    make_credit("guide", model=model, reference=llama(2))(batch)
     with counted_passes() as passes:
-        (lambda b: GuideLogRatio(model=model, reference=llama(1))(b))(batch)
+        (lambda b: make_credit("guide", model=model, reference=llama(1))(b))(batch)
         model(batch.prompt(0)[None])
     once = passes.calls
     assert once >= 3
-    Surprise(model=model)(batch)
+    make_credit("surprise", model=model)(batch)
     assert passes.calls == once
 
 
@@ -217,7 +216,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="one name"):
         bench_credit(WORLD, sources=[], credit=[OWN, OWN], output=tmp_path, **QUICK)
     with pytest.raises(RecipeError, match="jobs > 1"):
-        bench_credit(WORLD, sources=[], credit=[RandomCredit()], output=tmp_path, jobs=2, **QUICK)
+        bench_credit(WORLD, sources=[], credit=[make_credit("random")], output=tmp_path, jobs=2, **QUICK)
 
 
 def test_a_world_without_what_a_source_reads_is_not_asked() -> None:
@@ -239,7 +238,7 @@ def test_exchanged_pairs_train_the_reverse_model() -> None:
     bench = Bench(load_world(WORLD), steps=6)
     batch = load_world(WORLD).credit_truth(30).batch  # type: ignore[attr-defined]
     reference = bench.world.reference
-    forth, back = (GuideLogRatio(model=bench.model(n), reference=reference)(batch) for n in ("guide", "reverse"))
+    forth, back = (make_credit("guide", model=bench.model(n), reference=reference)(batch) for n in ("guide", "reverse"))
     assert float(torch.corrcoef(torch.stack([forth, back]))[0, 1]) < -0.5
     assert not math.isnan(bench.seconds["guide"])
 

@@ -320,7 +320,7 @@ def test_reference_logps_are_stored_and_asked_once(tmp_path: Path) -> None:
 
 
 def test_guide_and_reference_logps_share_the_forward_pass_of_the_frozen_model(tmp_path: Path) -> None:
-    from tokengrain.methods.tgdpo import GuideLogRatio
+    from tokengrain.method import make_credit
     from tokengrain.scoring.reference import FrozenReference
     from tokengrain.scoring.score import score
 
@@ -335,7 +335,7 @@ def test_guide_and_reference_logps_share_the_forward_pass_of_the_frozen_model(tm
 
     score(frozen, TokenBatch.from_samples([prepare_pairs(make_rows(1), make_tokenizer())[0]]))  # the probe
     frozen.register_forward_hook(count)
-    source = GuideLogRatio(model=guide, reference=frozen, beta=0.5)
+    source = make_credit("guide", model=guide, reference=frozen, beta=0.5)
     path = quick(tmp_path / "out.parquet", {"token_rewards": source}, reference=FrozenReference(frozen))
     assert passes == 3  # one per shard
     samples = list(load_annotated(path).samples)

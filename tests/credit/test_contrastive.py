@@ -10,7 +10,7 @@ from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.method import make_credit
-from tokengrain.methods.treg import TEMPLATES, ContrastivePrompting, ContrastiveTemplates, make_templates
+from tokengrain.methods.treg import ContrastiveTemplates, TEMPLATES, make_templates
 from tokengrain.scoring.reference import FrozenReference
 
 REVISE = ContrastiveTemplates(
@@ -51,7 +51,7 @@ def test_equals_a_plain_computation(chunk_tokens: int, holes: bool, eos: bool) -
     model, tok = llama(), tokenizer(eos=eos)
     tok.add_eos_token = eos
     batch = pairs(tokenizer(), holes=holes)
-    source = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE, chunk_tokens=chunk_tokens)
+    source = make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE, chunk_tokens=chunk_tokens)
     credit = source(batch)
     assert not credit.requires_grad
     torch.testing.assert_close(credit, _expected(model, tok, batch, REVISE.better, REVISE.worse))
@@ -60,15 +60,15 @@ def test_equals_a_plain_computation(chunk_tokens: int, holes: bool, eos: bool) -
 
 def test_swapped_templates_negate_it_exactly_and_the_prompt_may_come_from_the_ids() -> None:
     model, tok = llama(), tokenizer()
-    a = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE)(pairs(tok))
-    b = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE.swapped())(pairs(tok, raw=False))
+    a = make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE)(pairs(tok))
+    b = make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE.swapped())(pairs(tok, raw=False))
     assert torch.equal(a, -b)
     assert a.abs().max() > 1e-3
 
 
 def test_an_instruction_may_replace_the_prompts_beginning() -> None:
     model, tok = llama(), tokenizer()
-    source = ContrastivePrompting(model=model, tokenizer=tok, templates=KIND)
+    source = make_credit("contrastive", model=model, tokenizer=tok, templates=KIND)
     batch = pairs(tok)
     better, worse = source.preview("write about the sea :", "")
     assert better == "<s> write kindly about the sea :"
@@ -90,15 +90,15 @@ def test_an_instruction_may_replace_the_prompts_beginning() -> None:
 
 def test_chat_models_get_the_instruction_as_a_message() -> None:
     model, tok = llama(), tokenizer(chat=True)
-    source = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE)
+    source = make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE)
     batch = pairs(tok)
     chat = [f"user : {side} ." for side in (REVISE.better, REVISE.worse)]
     expected = _expected(model, tokenizer(bos=False), batch, *chat)
     torch.testing.assert_close(source(batch), expected)
-    plain = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE, chat=False)
+    plain = make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE, chat=False)
     assert not torch.allclose(plain(batch), source(batch))
     with pytest.raises(RecipeError, match="no chat template"):
-        ContrastivePrompting(model=model, tokenizer=tokenizer(), templates=REVISE, chat=True)
+        make_credit("contrastive", model=model, tokenizer=tokenizer(), templates=REVISE, chat=True)
 
 
 def test_a_conversation_is_the_prompt_of_a_multi_turn_row() -> None:
@@ -109,7 +109,7 @@ def test_a_conversation_is_the_prompt_of_a_multi_turn_row() -> None:
         {"role": "user", "content": "not calm"},
     ]
     seen: list[str] = []
-    source = ContrastivePrompting(model=llama(), tokenizer=tok, templates=REVISE)
+    source = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE)
     tokenised = source._tokenised
     source._tokenised = lambda text: seen.append(text) or tokenised(text)  # type: ignore[method-assign, func-returns-value]
     source(TokenBatch.from_samples([Sample([4], [Completion([4])], raw={"prompt": turns})]))
@@ -122,7 +122,7 @@ def test_long_contexts_lose_the_copies_never_the_completion() -> None:
     tok = tokenizer()
     batch = pairs(tok)
     lengths = batch.completion_offsets.diff().tolist()  # 8, 6, 7, 10 with EOS
-    source = ContrastivePrompting(model=llama(), tokenizer=tok, templates=REVISE, positions=26)
+    source = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE, positions=26)
     seen: list[list[int]] = []
     tokenised = source._tokenised
 
@@ -143,7 +143,7 @@ def test_long_contexts_lose_the_copies_never_the_completion() -> None:
         5 + 5 + 2 + 2 * 10 - 2,
     ]
     assert source.shortened == sum(n > 26 for n in needed)
-    full = ContrastivePrompting(model=llama(), tokenizer=tok, templates=REVISE)(batch)
+    full = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE)(batch)
     for c, n in enumerate(needed):
         same = torch.equal(batch.segments.split(full)[c], batch.segments.split(credit)[c])
         assert same == (n <= 26)
@@ -152,23 +152,23 @@ def test_long_contexts_lose_the_copies_never_the_completion() -> None:
 def test_prompts_are_shortened_next_and_then_it_is_an_error() -> None:
     tok = tokenizer()
     batch = pairs(tok)
-    tight = ContrastivePrompting(model=llama(), tokenizer=tok, templates=REVISE, positions=18)
+    tight = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE, positions=18)
     tight(batch)
     assert tight.shortened == 4
-    impossible = ContrastivePrompting(model=llama(), tokenizer=tok, templates=REVISE, positions=12)
+    impossible = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE, positions=12)
     with pytest.raises(DataError, match=r"row r0: the completion leaves no room .*12 positions"):
         impossible(batch)
 
 
 def test_positions_come_from_the_models_config() -> None:
     tok = tokenizer()
-    assert ContrastivePrompting(model=llama(positions=77), tokenizer=tok).positions == 77
-    assert ContrastivePrompting(model=FrozenReference(llama(positions=33)), tokenizer=tok).positions == 33
+    assert make_credit("contrastive", model=llama(positions=77), tokenizer=tok).positions == 77
+    assert make_credit("contrastive", model=FrozenReference(llama(positions=33)), tokenizer=tok).positions == 33
 
 
 def test_the_scorer_is_left_as_it_was_and_gets_no_gradient() -> None:
     model, tok = llama().train(), tokenizer()
-    ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE)(pairs(tok))
+    make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE)(pairs(tok))
     assert model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -176,10 +176,10 @@ def test_the_scorer_is_left_as_it_was_and_gets_no_gradient() -> None:
 def test_adapter_off() -> None:
     peft = pytest.importorskip("peft")
     base, tok = llama(), tokenizer()
-    plain = ContrastivePrompting(model=llama(), tokenizer=tok, templates=REVISE)
+    plain = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE)
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    off = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE)
-    on = ContrastivePrompting(model=model, tokenizer=tok, templates=REVISE, adapter_off=False)
+    off = make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE)
+    on = make_credit("contrastive", model=model, tokenizer=tok, templates=REVISE, adapter_off=False)
     batch = pairs(tok)
     torch.testing.assert_close(off(batch), plain(batch))
     assert not torch.allclose(on(batch), plain(batch))
@@ -189,7 +189,7 @@ def test_adapter_off() -> None:
     assert off.fingerprint() == before[0]
     assert on.fingerprint() != before[1]
     with pytest.raises(RecipeError, match="has no adapter"):
-        ContrastivePrompting(model=llama(), tokenizer=tok, adapter_off=True)
+        make_credit("contrastive", model=llama(), tokenizer=tok, adapter_off=True)
 
 
 def test_fingerprints_tell_settings_and_weights_apart() -> None:
@@ -197,7 +197,7 @@ def test_fingerprints_tell_settings_and_weights_apart() -> None:
 
     def of(seed: int = 0, **kwargs: object) -> str:
         settings = {"templates": REVISE, **kwargs}
-        return ContrastivePrompting(model=llama(seed), tokenizer=tok, **settings).fingerprint()  # type: ignore[arg-type]
+        return make_credit("contrastive", model=llama(seed), tokenizer=tok, **settings).fingerprint()  # type: ignore[arg-type]
 
     assert of() == of()
     assert len({of(), of(seed=1), of(templates=REVISE.swapped()), of(positions=50)}) == 4
@@ -236,6 +236,6 @@ def test_by_name() -> None:
     tok = tokenizer()
     source = make_credit("contrastive", model=llama(), tokenizer=tok, templates=KIND, scale=-1)
     swapped = make_templates(KIND).swapped()
-    flipped = ContrastivePrompting(model=llama(), tokenizer=tok, templates=swapped)
+    flipped = make_credit("contrastive", model=llama(), tokenizer=tok, templates=swapped)
     batch = pairs(tok)
     assert torch.equal(source(batch), flipped(batch))

@@ -7,10 +7,7 @@ import torch
 
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.methods.aligndistil import ContrastiveDPO
-from tokengrain.methods.baselines import Entropy, Surprise
-from tokengrain.methods.tdpo import TDPOAdvantage
-from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.method import make_credit
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.scoring.score import score
 
@@ -22,17 +19,17 @@ def batch() -> TokenBatch:
 
 def test_contrastive_dpo_is_the_difference_of_two_guides(batch: TokenBatch) -> None:
     normal, reverse, reference = llama(1), llama(2), llama(3)
-    found = ContrastiveDPO(model=normal, reverse=FrozenReference(reverse), beta=0.3)(batch)
-    guides = [GuideLogRatio(model=m, reference=reference, beta=0.3)(batch) for m in (normal, reverse)]
+    found = make_credit("contrastive_dpo", model=normal, reverse=FrozenReference(reverse), beta=0.3)(batch)
+    guides = [make_credit("guide", model=m, reference=reference, beta=0.3)(batch) for m in (normal, reverse)]
     torch.testing.assert_close(found, guides[0] - guides[1])
     assert not found.requires_grad
-    assert torch.equal(ContrastiveDPO(model=normal, reverse=llama(1))(batch), torch.zeros_like(found))
+    assert torch.equal(make_credit("contrastive_dpo", model=normal, reverse=llama(1))(batch), torch.zeros_like(found))
 
 
 class TestTDPO:
     def test_equals_the_formula_with_all_logits(self, batch: TokenBatch) -> None:
         model, reference = llama(1), llama(2)
-        found = TDPOAdvantage(model=model, reference=reference, beta=0.2)(batch)
+        found = make_credit("tdpo", model=model, reference=reference, beta=0.2)(batch)
         assert found.shape == (batch.segments.total,)
         # By hand, for the last token of the first completion.
         ids = torch.cat([batch.prompt(0), batch.completion(0)])[None]
@@ -45,19 +42,19 @@ class TestTDPO:
         model, reference = llama(1), llama(2)
         prompt, vocabulary = [1, 5, 6], model.config.vocab_size
         every = TokenBatch.from_samples([Sample(prompt, [Completion([v]) for v in range(vocabulary)])])
-        credit = TDPOAdvantage(model=model, reference=reference)(every)
+        credit = make_credit("tdpo", model=model, reference=reference)(every)
         q = score(reference, every).logps.exp()  # type: ignore[union-attr]
         assert float((q * credit).sum()) == pytest.approx(0, abs=1e-12)
         assert float(credit.abs().max()) > 1e-3
 
     def test_models_called_like_references_give_the_same(self, batch: TokenBatch) -> None:
         model, reference = llama(1), llama(2)
-        plain = TDPOAdvantage(model=model, reference=reference)(batch)
-        wrapped = TDPOAdvantage(model=FrozenReference(model), reference=FrozenReference(reference))(batch)
+        plain = make_credit("tdpo", model=model, reference=reference)(batch)
+        wrapped = make_credit("tdpo", model=FrozenReference(model), reference=FrozenReference(reference))(batch)
         torch.testing.assert_close(wrapped, plain)
 
     def test_a_model_that_did_not_move_gives_zero(self, batch: TokenBatch) -> None:
-        credit = TDPOAdvantage(model=llama(1), reference=llama(1))(batch)
+        credit = make_credit("tdpo", model=llama(1), reference=llama(1))(batch)
         torch.testing.assert_close(credit, torch.zeros_like(credit), atol=1e-12, rtol=0)
 
 
@@ -65,22 +62,22 @@ def test_surprise_and_entropy_read_the_models_distribution(batch: TokenBatch) ->
     model = llama(4).train()
     scores = score(llama(4), batch, ("logps", "entropy"))
     for scorer in (model, FrozenReference(llama(4))):
-        torch.testing.assert_close(Surprise(model=scorer)(batch), scores.logps.detach())  # type: ignore[union-attr]
-        torch.testing.assert_close(Entropy(model=scorer)(batch), scores.entropy.detach())  # type: ignore[union-attr]
+        torch.testing.assert_close(make_credit("surprise", model=scorer)(batch), scores.logps.detach())  # type: ignore[union-attr]
+        torch.testing.assert_close(make_credit("entropy", model=scorer)(batch), scores.entropy.detach())  # type: ignore[union-attr]
     assert model.training
-    assert not Entropy(model=model)(batch).requires_grad
+    assert not make_credit("entropy", model=model)(batch).requires_grad
 
 
 def test_fingerprints_tell_settings_and_weights_apart() -> None:
     found = [
-        ContrastiveDPO(model=llama(1), reverse=llama(2)),
-        ContrastiveDPO(model=llama(1), reverse=llama(3)),
-        ContrastiveDPO(model=llama(1), reverse=llama(2), beta=0.2),
-        TDPOAdvantage(model=llama(1), reference=llama(2)),
-        TDPOAdvantage(model=llama(3), reference=llama(2)),
-        Surprise(model=llama(1)),
-        Surprise(model=llama(2)),
-        Entropy(model=llama(1)),
+        make_credit("contrastive_dpo", model=llama(1), reverse=llama(2)),
+        make_credit("contrastive_dpo", model=llama(1), reverse=llama(3)),
+        make_credit("contrastive_dpo", model=llama(1), reverse=llama(2), beta=0.2),
+        make_credit("tdpo", model=llama(1), reference=llama(2)),
+        make_credit("tdpo", model=llama(3), reference=llama(2)),
+        make_credit("surprise", model=llama(1)),
+        make_credit("surprise", model=llama(2)),
+        make_credit("entropy", model=llama(1)),
     ]
     assert len({source.fingerprint() for source in found}) == len(found)
-    assert Surprise(model=llama(1)).fingerprint() == found[5].fingerprint()
+    assert make_credit("surprise", model=llama(1)).fingerprint() == found[5].fingerprint()

@@ -15,9 +15,10 @@ from tests.training.tiny import tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.dataset import collate, prepare_pairs
 from tokengrain.errors import DataError, ModelError, RecipeError
-from tokengrain.methods._other_tokens import Retokenizer
-from tokengrain.methods.qrm import RewardModelCredit, ScoreStatistics, same_tokens, set_statistics
+from tokengrain.method import make_credit
+from tokengrain.methods._other_tokens import Retokenizer, same_tokens
 from tokengrain.models import reward_model_from
+from tokengrain.scoring.token_scores import ScoreStatistics, set_statistics
 
 TEXTS = (
     ("what colour is the sky?", " It is blue — naïve 😀.", " The sea"),
@@ -67,59 +68,59 @@ def test_scores_at_the_tokens_themselves_scaled_three_ways() -> None:
     model, batch = reward_model(), pairs(tokenizer(), holes=True)
     model.train()
     wanted = torch.cat(plain_scores(copy.deepcopy(model).eval(), batch))
-    raw = RewardModelCredit(model=model, scaling="none")(batch)
+    raw = make_credit("reward_model", model=model, scaling="none")(batch)
     torch.testing.assert_close(raw, wanted.float(), atol=1e-6, rtol=1e-5)
     assert raw.shape == (batch.segments.total,)
     assert not raw.requires_grad
     assert model.training
-    torch.testing.assert_close(RewardModelCredit(model=model)(batch), (raw - 0.3) / 2.0)
-    torch.testing.assert_close(RewardModelCredit(model=model, scaling="centre")(batch), raw - 0.3)
+    torch.testing.assert_close(make_credit("reward_model", model=model)(batch), (raw - 0.3) / 2.0)
+    torch.testing.assert_close(make_credit("reward_model", model=model, scaling="centre")(batch), raw - 0.3)
 
 
 def test_constant_scores_give_zero_and_missing_statistics_are_an_error() -> None:
     batch = pairs(tokenizer())
-    assert not RewardModelCredit(model=reward_model((0.3, 0.0)))(batch).any()
+    assert not make_credit("reward_model", model=reward_model((0.3, 0.0)))(batch).any()
     bare = reward_model(None)
     with pytest.raises(ModelError, match=r"token_score_mean.*measure_scores"):
-        RewardModelCredit(model=bare)
-    assert RewardModelCredit(model=bare, scaling="none")(batch).any()
+        make_credit("reward_model", model=bare)
+    assert make_credit("reward_model", model=bare, scaling="none")(batch).any()
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(RecipeError, match="zscore, centre, none"):
-        RewardModelCredit(model=reward_model(), scaling="std")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="'zscore', 'centre' or 'none'"):
+        make_credit("reward_model", model=reward_model(), scaling="std")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="'last'"):
-        RewardModelCredit(model=reward_model(), broadcast="first")  # type: ignore[arg-type]
+        make_credit("reward_model", model=reward_model(), broadcast="first")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="policy's tokenizer"):
-        RewardModelCredit(model=reward_model(), reward_tokenizer=tokenizer())
+        make_credit("reward_model", model=reward_model(), reward_tokenizer=tokenizer())
 
 
 def test_what_its_numbers_mean() -> None:
-    assert RewardModelCredit(model=reward_model()).values == "signed"
-    assert RewardModelCredit(model=reward_model(), scaling="none").values == "order"
+    assert make_credit("reward_model", model=reward_model()).values == "signed"
+    assert make_credit("reward_model", model=reward_model(), scaling="none").values == "order"
 
 
 def test_last_score_for_all_tokens() -> None:
     model, batch = reward_model(), pairs(tokenizer())
-    own = batch.segments.split(RewardModelCredit(model=model)(batch))
-    got = batch.segments.split(RewardModelCredit(model=model, broadcast="last")(batch))
+    own = batch.segments.split(make_credit("reward_model", model=model)(batch))
+    got = batch.segments.split(make_credit("reward_model", model=model, broadcast="last")(batch))
     for mine, all_alike in zip(own, got, strict=True):
         assert torch.equal(all_alike, mine[-1:].expand(len(mine)))
 
 
 def test_fingerprint_follows_weights_statistics_settings_and_tokenizers() -> None:
-    base = RewardModelCredit(model=reward_model()).fingerprint()
-    assert base == RewardModelCredit(model=reward_model()).fingerprint()
+    base = make_credit("reward_model", model=reward_model()).fingerprint()
+    assert base == make_credit("reward_model", model=reward_model()).fingerprint()
     other = reward_model()
     with torch.no_grad():
         other.score.weight.add_(1e-3)  # type: ignore[union-attr]
     made = {
         base,
-        RewardModelCredit(model=other).fingerprint(),
-        RewardModelCredit(model=reward_model((0.3, 2.1))).fingerprint(),
-        RewardModelCredit(model=reward_model(), scaling="centre").fingerprint(),
-        RewardModelCredit(model=reward_model(), broadcast="last").fingerprint(),
-        RewardModelCredit(model=reward_model(), tokenizer=byt5(), reward_tokenizer=tokenizer()).fingerprint(),
+        make_credit("reward_model", model=other).fingerprint(),
+        make_credit("reward_model", model=reward_model((0.3, 2.1))).fingerprint(),
+        make_credit("reward_model", model=reward_model(), scaling="centre").fingerprint(),
+        make_credit("reward_model", model=reward_model(), broadcast="last").fingerprint(),
+        make_credit("reward_model", model=reward_model(), tokenizer=byt5(), reward_tokenizer=tokenizer()).fingerprint(),
     }
     assert len(made) == 6
 
@@ -142,8 +143,8 @@ def test_reading_again_with_the_same_tokenizer_changes_nothing(make: Any) -> Non
     other, places = Retokenizer(tok, tok)(batch)
     assert other.completion_ids.tolist() == batch.completion_ids.tolist()
     assert other.prompt_ids.tolist() == batch.prompt_ids.tolist()
-    credit = RewardModelCredit(model=reading(tok))
-    again = RewardModelCredit(model=credit.model)
+    credit = make_credit("reward_model", model=reading(tok))
+    again = make_credit("reward_model", model=credit.model)
     again.retokenizer = Retokenizer(tok, tok)
     own, mapped = credit(batch), again(batch)
     # Bytes of one character get the mean of its bytes; all other tokens their own score.
@@ -158,7 +159,7 @@ def test_another_tokenizer(policy: Any, reward: Any) -> None:
     """Every character's score, averaged over a policy token, by hand."""
     tok, other = policy(), reward()
     model, batch = reading(other), batch_of(tok)
-    credit = RewardModelCredit(model=model, tokenizer=tok, reward_tokenizer=other)
+    credit = make_credit("reward_model", model=model, tokenizer=tok, reward_tokenizer=other)
     reread, places = Retokenizer(tok, other)(batch)
     scores = plain_scores(model, reread)
     got = batch.segments.split(credit(batch))
@@ -193,13 +194,13 @@ def test_half_a_character_is_judged_by_eos() -> None:
     model = reading(other)
     reread, _ = Retokenizer(tok, other)(batch)
     assert reread.completion(0).tolist() == [other.eos_token_id]
-    got = RewardModelCredit(model=model, tokenizer=tok, reward_tokenizer=other)(batch)
+    got = make_credit("reward_model", model=model, tokenizer=tok, reward_tokenizer=other)(batch)
     assert float(got[0]) == pytest.approx(float(plain_scores(model, reread)[0]), abs=1e-5)
 
 
 def test_credit_does_not_depend_on_the_batch() -> None:
     tok, other = byt5(), merging_bpe()
-    credit = RewardModelCredit(model=reading(other), tokenizer=tok, reward_tokenizer=other)
+    credit = make_credit("reward_model", model=reading(other), tokenizer=tok, reward_tokenizer=other)
     batch = batch_of(tok)
     alone = torch.cat([credit(batch.select([g])) for g in range(batch.n_prompts)])
     torch.testing.assert_close(credit(batch), alone, atol=1e-6, rtol=1e-5)

@@ -13,9 +13,7 @@ from torch import Tensor
 from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.method import CREDIT, Transformed, make_credit
-from tokengrain.methods.baselines import ColumnCredit, FunctionCredit, RandomCredit
-from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.method import CREDIT, BoundCredit, Transformed, make_credit
 from tokengrain.scoring.reference import ColumnReference, FrozenReference, model_fingerprint
 from tokengrain.scoring.score import score
 
@@ -28,25 +26,25 @@ def batch() -> TokenBatch:
 class TestGuide:
     def test_is_beta_times_the_log_ratio(self, batch: TokenBatch) -> None:
         guide, reference = llama(1), llama(2)
-        credit = GuideLogRatio(model=guide, reference=FrozenReference(reference), beta=0.3)(batch)
+        credit = make_credit("guide", model=guide, reference=FrozenReference(reference), beta=0.3)(batch)
         expected = 0.3 * (score(guide, batch).logps - score(reference, batch).logps)  # type: ignore[operator]
         torch.testing.assert_close(credit, expected.detach())
         assert not credit.requires_grad
 
     def test_guide_equal_to_reference_gives_zero(self, batch: TokenBatch) -> None:
-        credit = GuideLogRatio(model=llama(1), reference=llama(1))(batch)
+        credit = make_credit("guide", model=llama(1), reference=llama(1))(batch)
         assert torch.equal(credit, torch.zeros_like(credit))
 
     def test_cached_reference_gives_the_same(self, batch: TokenBatch) -> None:
         guide, reference = llama(1), llama(2)
-        live = GuideLogRatio(model=guide, reference=reference)(batch)
+        live = make_credit("guide", model=guide, reference=reference)(batch)
         stored = batch.with_columns(ref_logps=score(reference, batch).logps.detach())  # type: ignore[union-attr]
-        cached = GuideLogRatio(model=guide, reference=ColumnReference())(stored)
+        cached = make_credit("guide", model=guide, reference=ColumnReference())(stored)
         torch.testing.assert_close(cached, live)
 
     def test_fingerprint(self) -> None:
         def of(guide: int = 1, reference: int = 2, beta: float = 0.1) -> str:
-            return GuideLogRatio(model=llama(guide), reference=llama(reference), beta=beta).fingerprint()
+            return make_credit("guide", model=llama(guide), reference=llama(reference), beta=beta).fingerprint()
 
         assert of() == of()
         assert len({of(), of(guide=3), of(reference=3), of(beta=0.2)}) == 4
@@ -66,12 +64,12 @@ def test_model_fingerprint_sees_every_weight_and_the_config() -> None:
 class TestColumn:
     def test_reads_the_column(self, batch: TokenBatch) -> None:
         values = torch.randn(batch.segments.total)
-        assert torch.equal(ColumnCredit()(batch.with_columns(token_rewards=values)), values)
-        assert torch.equal(ColumnCredit(column="mine")(batch.with_columns(mine=values)), values)
+        assert torch.equal(make_credit("column")(batch.with_columns(token_rewards=values)), values)
+        assert torch.equal(make_credit("column", column="mine")(batch.with_columns(mine=values)), values)
 
     def test_missing_column(self, batch: TokenBatch) -> None:
         with pytest.raises(DataError, match=r"no per-token column 'token_rewards'.*chosen_token_rewards"):
-            ColumnCredit()(batch)
+            make_credit("column")(batch)
 
 
 def _per_token(batch: TokenBatch) -> Tensor:
@@ -84,10 +82,10 @@ def _per_completion(batch: TokenBatch) -> list[list[float]]:
 
 class TestFunction:
     def test_tensor_or_lists(self, batch: TokenBatch) -> None:
-        flat = FunctionCredit(function=_per_token)(batch)
+        flat = make_credit("function", function=_per_token)(batch)
         assert flat.dtype == torch.float32
         assert torch.equal(flat, torch.arange(batch.segments.total).float())
-        lists = FunctionCredit(function=_per_completion)(batch)
+        lists = make_credit("function", function=_per_completion)(batch)
         assert torch.equal(lists, batch.segments.ids.float())
 
     @pytest.mark.parametrize(
@@ -113,7 +111,7 @@ class TestFunction:
         self, batch: TokenBatch, function: Callable[[TokenBatch], Any], message: str
     ) -> None:
         with pytest.raises(DataError, match=message):
-            FunctionCredit(function=function)(batch)
+            make_credit("function", function=function)(batch)
 
     def test_import_string(self, batch: TokenBatch, tmp_path: Path) -> None:
         file = tmp_path / "mine.py"
@@ -137,18 +135,18 @@ class TestFunction:
 
 class TestRandom:
     def test_does_not_depend_on_the_batch(self, batch: TokenBatch) -> None:
-        source = RandomCredit(seed=3)
+        source = make_credit("random", seed=3)
         whole = source(batch)
         alone = source(batch.select([1]))
         assert torch.equal(batch.select([1]).segments.split(alone)[1], batch.segments.split(whole)[3])
         assert torch.equal(source(batch), whole)
-        assert not torch.equal(RandomCredit(seed=4)(batch), whole)
-        assert RandomCredit(seed=4).fingerprint() != source.fingerprint()
+        assert not torch.equal(make_credit("random", seed=4)(batch), whole)
+        assert make_credit("random", seed=4).fingerprint() != source.fingerprint()
 
     def test_bounds_and_spread(self) -> None:
         completions = [Completion([5] * 2000), Completion([5] * 2000)]
         long = TokenBatch.from_samples([Sample([1], completions)])
-        credit = RandomCredit(low=-1.0, high=3.0)(long)
+        credit = make_credit("random", low=-1.0, high=3.0)(long)
         assert -1 <= credit.min() < -0.9
         assert 2.9 < credit.max() <= 3
         assert abs(float(credit.mean()) - 1) < 0.1
@@ -156,17 +154,17 @@ class TestRandom:
 
     def test_bounds_must_be_ordered(self) -> None:
         with pytest.raises(RecipeError, match="low < high"):
-            RandomCredit(low=1.0, high=1.0)
+            make_credit("random", low=1.0, high=1.0)
 
 
 def test_transformed(batch: TokenBatch) -> None:
-    source = RandomCredit()
+    source = make_credit("random")
     plain = source(batch)
     scaled = Transformed(source, scale=-2.0, clip=0.6)
     assert torch.equal(scaled(batch), (-2 * plain).clamp(-0.6, 0.6))
     assert scaled.name == "random"
     assert scaled.fingerprint() != source.fingerprint()
-    assert isinstance(make_credit("random", scale=1.0), RandomCredit)
+    assert isinstance(make_credit("random", scale=1.0), BoundCredit)
     assert torch.equal(make_credit("random", scale=-1)(batch), -plain)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from tests.objectives.examples import F64, example, gradient, mean_loss
 from tokengrain.batch import Segments
-from tokengrain.methods._pairs import token_weighted_loss
 from tokengrain.methods.dpo import dpo_loss
+from tokengrain.methods.tgdpo import tgdpo_loss
+from tokengrain.methods.treg import treg_loss
 
 LN2 = math.log(2)
 
@@ -148,13 +149,12 @@ def test_no_gradient_reaches_the_reference_and_metrics_have_none() -> None:
     assert not any(m.requires_grad for m in output.metrics.values())
 
 
-def test_uniform_weights_in_the_token_weighted_core_are_dpo_bit_for_bit() -> None:
+def test_tgdpo_and_treg_without_credit_are_dpo_bit_for_bit() -> None:
     x = example()
-    ones = torch.ones_like(x.logps)
     plain = dpo_loss(x.logps, x.segments, ref_logps=x.ref_logps, beta=0.3).losses
-    for margin in ("weighted", "unweighted"):
-        core = token_weighted_loss(x.logps, ones, x.segments, ref_logps=x.ref_logps, scale=0.3, margin=margin)
-        assert torch.equal(core.losses, plain)
+    for loss in (tgdpo_loss, treg_loss):
+        given = {"ref_logps": x.ref_logps, "token_rewards": torch.zeros_like(x.logps), "beta": 0.3}
+        assert torch.equal(loss(x.logps, x.segments, **given).losses, plain)
 
 
 def test_smoothing_needs_a_sigmoid() -> None:

@@ -12,7 +12,8 @@ from tests.objectives.examples import F64, example, finite_difference, gradient,
 from tokengrain.batch import Segments
 from tokengrain.loss import Counts, LossOutput, make_normaliser
 from tokengrain.methods.ppo import ppo_policy_loss, reinforce_loss, value_loss
-from tokengrain.methods.qrm import pooled_scores, qrm_loss
+from tokengrain.methods.qrm import qrm_loss
+from tokengrain.scoring.token_scores import pooled_scores
 
 LENGTHS = (4, 2, 1, 5, 3, 3)
 

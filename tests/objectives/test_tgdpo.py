@@ -12,7 +12,7 @@ from tests.objectives.examples import F64, Example, example, gradient, mean_loss
 from tokengrain.batch import Segments
 from tokengrain.loss import token_weights
 from tokengrain.methods.dpo import dpo_loss
-from tokengrain.methods.tgdpo import guide_token_rewards, tgdpo_loss
+from tokengrain.methods.tgdpo import guide_rewards, tgdpo_loss
 
 
 def _gradient(x: Example, **kwargs: object) -> Tensor:
@@ -28,7 +28,7 @@ def _dpo_gradient(x: Example, beta: float) -> Tensor:
 def test_no_guidance_is_dpo_exactly(case: str) -> None:
     x = example()
     alpha = 0.0 if case == "alpha 0" else 0.5
-    r = x.token_rewards if case == "alpha 0" else guide_token_rewards(x.ref_logps, x.ref_logps, 0.1)
+    r = x.token_rewards if case == "alpha 0" else guide_rewards(x.ref_logps, x.ref_logps, 0.1)
     output = tgdpo_loss(x.logps, x.segments, ref_logps=x.ref_logps, token_rewards=r, beta=0.3, alpha=alpha)
     plain = dpo_loss(x.logps, x.segments, ref_logps=x.ref_logps, beta=0.3)
     assert torch.equal(output.losses, plain.losses)

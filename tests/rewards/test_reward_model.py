@@ -15,11 +15,11 @@ from tests.data.tokenizers import CHATML, gpt2_like, llama_like
 from tests.training.tiny import VOCABULARY, tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError, RecipeError
-from tokengrain.methods.qrm import CompletionStatistics, set_statistics
 from tokengrain.models import load_trained_reward_model, measure_completions, reward_model_from
 from tokengrain.rewards.builtin import check_reward, make_reward
 from tokengrain.rewards.reward_model import RewardModel, load_completion_model
 from tokengrain.rewards.suite import RewardError, RewardSuite
+from tokengrain.scoring.token_scores import CompletionStatistics, set_statistics
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [9, 8], [9, 8]]
 COMPLETIONS = [[1, 2, 3, 4], [11], [12, 13, 14, 15, 16, 17, 18, 0], [21, 22], [23, 24, 25, 0]]

@@ -18,8 +18,8 @@ from tests.training.tiny import VOCABULARY, make_samples, make_trainer, tiny_con
 from tokengrain.batch import Completion, Sample, Segments
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError, read_log
 from tokengrain.loss import LossOutput
+from tokengrain.method import make_credit
 from tokengrain.methods.dpo import dpo_loss
-from tokengrain.methods.tgdpo import GuideLogRatio
 from tokengrain.training.checkpoint import last_complete_checkpoint
 
 # ---- Input that does not fit ----
@@ -29,7 +29,7 @@ def test_other_vocabularies_are_named_with_both_sizes(tmp_path: Path) -> None:
     other = tiny_llama(vocab_size=50)
     with pytest.raises(ModelError, match=f"reference has a vocabulary of 50 tokens, the policy of {VOCABULARY}"):
         make_trainer(tmp_path, make_samples(2), objective="dpo", reference=other)
-    guide = GuideLogRatio(model=other, reference=tiny_llama(), beta=0.1)
+    guide = make_credit("guide", model=other, reference=tiny_llama(), beta=0.1)
     rows = make_samples(2)
     with pytest.raises(ModelError, match=f"guide has a vocabulary of 50 tokens, the policy of {VOCABULARY}"):
         make_trainer(tmp_path, rows, objective="tgdpo", credit=guide)

@@ -18,14 +18,7 @@ from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.errors import DataError, ModelError, read_log
 from tokengrain.evaluation.statistics import score_completions
-from tokengrain.methods.qrm import (
-    RewardModelCredit,
-    ScoreStatistics,
-    completion_statistics_of,
-    frozen_token_scores,
-    set_statistics,
-    statistics_of,
-)
+from tokengrain.method import make_credit
 from tokengrain.models import (
     load_reward_model,
     load_trained_reward_model,
@@ -34,6 +27,13 @@ from tokengrain.models import (
     reward_lora_config,
     reward_model_from,
     save_statistics,
+)
+from tokengrain.scoring.token_scores import (
+    ScoreStatistics,
+    completion_statistics_of,
+    frozen_token_scores,
+    set_statistics,
+    statistics_of,
 )
 from tokengrain.specs import LoraSpec, ModelSpec
 
@@ -212,7 +212,10 @@ def test_training_saving_and_loading(tmp_path: Path, lora: LoraSpec | None) -> N
     assert completion_statistics_of(loaded) == whole
     assert whole.std > 0
     torch.testing.assert_close(
-        RewardModelCredit(model=loaded)(batch), (scores - statistics.mean) / statistics.std, atol=1e-5, rtol=1e-4
+        make_credit("reward_model", model=loaded)(batch),
+        (scores - statistics.mean) / statistics.std,
+        atol=1e-5,
+        rtol=1e-4,
     )
     plain = AutoModelForTokenClassification.from_pretrained(path, num_labels=1).eval()
     torch.testing.assert_close(plain_scores(plain, batch), scores, atol=2e-5, rtol=1e-4)
@@ -294,7 +297,7 @@ def test_credit_of_a_reward_model_with_another_tokenizer_trains_a_policy(tmp_pat
     other = [*prepare_pairs(rows, theirs)]
     assert max(i for s in other for i in s.prompt_ids) >= VOCABULARY  # ids that the policy does not have
     measure_scores(reward, other)
-    credit = RewardModelCredit(model=reward, tokenizer=ours, reward_tokenizer=theirs)
+    credit = make_credit("reward_model", model=reward, tokenizer=ours, reward_tokenizer=theirs)
     trainer = make_trainer(tmp_path, samples, objective="tgdpo", credit=credit, max_steps=2)
     trainer.train()
     losses = [e["loss"] for e in read_log(tmp_path / "log.jsonl") if "loss" in e]

@@ -14,8 +14,7 @@ from tokengrain import tables
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import RecipeError
 from tokengrain.loss import make_role
-from tokengrain.method import make_objective
-from tokengrain.methods.baselines import FunctionCredit
+from tokengrain.method import make_credit, make_objective
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss
 
@@ -37,7 +36,7 @@ def batch() -> TokenBatch:
 
 def judged(policy: Any, batch: TokenBatch, objective: str, role: Any = None, measure: Any = (), **hyper: Any) -> Judged:
     reference = FrozenReference(tiny_llama(2, torch.float64))
-    use = CreditUse(FunctionCredit(function=noise), role) if role is not None else None
+    use = CreditUse(make_credit("function", function=noise), role) if role is not None else None
     return PreferenceLoss(make_objective(objective, **hyper), reference, use)(policy, batch, measure=measure)
 
 

@@ -14,7 +14,7 @@ from tokengrain.methods._clipped import sampled_kl
 from tokengrain.methods._shaping import scale_scores
 from tokengrain.methods.ppo import gae, ppo_policy_loss, reinforce_loss, rescored, value_loss
 from tokengrain.methods.qrm import qrm_loss
-from tokengrain.methods.tgdpo import guide_token_rewards
+from tokengrain.methods.tgdpo import guide_rewards
 
 KL_FORMS = {"abs_logratio": "abs"}
 
@@ -111,7 +111,7 @@ def critic(case: Case) -> dict[str, Any]:
 def dpo_rewards(case: Case) -> dict[str, Any]:
     rows = Rows.of(case)
     policy, ref = (rows.flat(case.inputs[f"{model}_logprobs"]) for model in ("policy", "ref"))
-    return {"token_scores": rows.padded(guide_token_rewards(policy, ref, **case.settings("beta")))}
+    return {"token_scores": rows.padded(guide_rewards(policy, ref, **case.settings("beta")))}
 
 
 def _rl_settings(case: Case) -> dict[str, Any]:

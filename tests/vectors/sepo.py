@@ -10,7 +10,7 @@ from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput, select_tokens, token_ranks
 from tokengrain.methods.sepo import sepo_loss
-from tokengrain.methods.tgdpo import guide_token_rewards
+from tokengrain.methods.tgdpo import guide_rewards
 
 SIDES = ("chosen", "rejected")
 
@@ -61,7 +61,7 @@ def pipeline(case: Case) -> dict[str, Any]:
     for model in ("oracle", "ref", "policy"):
         logits = pairs.flat(*(case.inputs[f"{side}_{model}_logits"][:, :-1] for side in SIDES))
         logps[model] = from_logits(logits, labels, ("logps",))["logps"]
-    scores, segments = guide_token_rewards(logps["oracle"], logps["ref"], 1.0), pairs.segments
+    scores, segments = guide_rewards(logps["oracle"], logps["ref"], 1.0), pairs.segments
     selected = select_tokens(scores, segments, **shares, score_first_token=first)
     places = _in_order(scores, segments, selected)
     output = sepo_loss(logps["policy"], segments, selected=selected, **settings)
@@ -85,7 +85,7 @@ def _log_ratios(case: Case, mask: Tensor, oracle: str, reference: str, ids: str)
     for model in (oracle, reference):
         logits, _ = Segments.from_padded(case.inputs[model][:, :-1], mask)
         logps.append(from_logits(logits, labels, ("logps",))["logps"])
-    return guide_token_rewards(logps[0], logps[1], 1.0), segments
+    return guide_rewards(logps[0], logps[1], 1.0), segments
 
 
 def _in_order(values: Tensor, segments: Segments, selected: Tensor) -> list[list[int]]:

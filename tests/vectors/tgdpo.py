@@ -7,16 +7,13 @@ from torch import Tensor
 from tests.vectors.layout import Pairs, from_logits, logits_and_labels, pair_results
 from tests.vectors.runner import Case, adapter
 from tokengrain.loss import token_weights
-from tokengrain.methods.tgdpo import guide_token_rewards, tgdpo_loss
+from tokengrain.methods.tgdpo import guide_rewards, tgdpo_loss
 
 
 def _results(case: Case, pairs: Pairs, logps: Tensor, ref_logps: Tensor, guide: Tensor | None) -> dict[str, Any]:
     settings = case.settings("beta", "alpha", "reward_beta", "weight_clamp_min")
     reward_beta = settings.pop("reward_beta", settings["beta"])
-    if guide is None:
-        rewards = pairs.take(case, "{}_token_rewards")
-    else:
-        rewards = guide_token_rewards(guide, ref_logps, reward_beta)
+    rewards = pairs.take(case, "{}_token_rewards") if guide is None else guide_rewards(guide, ref_logps, reward_beta)
     segments = pairs.segments
     output = tgdpo_loss(logps, segments, ref_logps=ref_logps, token_rewards=rewards, **settings)
     weights = token_weights(rewards, segments, alpha=settings["alpha"], clamp_min=settings.get("weight_clamp_min"))

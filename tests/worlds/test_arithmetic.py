@@ -10,7 +10,7 @@ import torch
 
 from tokengrain.bench.questions import measure
 from tokengrain.errors import DataError, RecipeError, RolloutError
-from tokengrain.methods.baselines import Surprise
+from tokengrain.method import make_credit
 from tokengrain.rewards.suite import RewardSuite
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import SampledCompletion, encode_prompts
@@ -346,11 +346,11 @@ def test_credit_recovery_knows_good_from_bad(world):
     assert (exact["spearman"], exact["auc"]) == (pytest.approx(1), 1)
     assert world.credit_recovery(lambda batch: -world.advantages(batch))["auc"] == 0
     assert world.credit_recovery(lambda batch: torch.zeros(batch.segments.total))["auc"] == 0.5
-    assert world.credit_recovery(Surprise(model=world.reference))["auc"] > 0.7
+    assert world.credit_recovery(make_credit("surprise", model=world.reference))["auc"] > 0.7
 
 
 def test_what_bench_credit_measures(world):
-    scores, _ = measure(Surprise(model=world.reference), world.credit_truth(20))
+    scores, _ = measure(make_credit("surprise", model=world.reference), world.credit_truth(20))
     assert scores["auc_harm"] > 0.7
     assert scores["top1"] > 2 * scores["top1_chance"]
     assert (scores["completions"], scores["harmed"]) == (40, 20)

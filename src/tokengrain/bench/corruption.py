@@ -26,7 +26,7 @@ from tokengrain.errors import DataError, RecipeError, fingerprint, require
 from tokengrain.evaluation.credit import auc, lowest_hits
 from tokengrain.evaluation.statistics import bootstrap
 from tokengrain.method import CREDIT
-from tokengrain.methods.tgdpo import GuideLogRatio
+from tokengrain.method import make_credit
 from tokengrain.models import load_config, positions
 from tokengrain.report.rows import collect_credit_samples
 from tokengrain.run.build import CreditSpec, RunModels, open_rows, tokenize_config
@@ -433,7 +433,7 @@ def _of_run(path: Path) -> tuple[str, Credit]:
         return f"{path.name}: reward_model", shop.credit(credit, final.model)
     beta = (final.objective or {}).get("beta", 0.1)
     policy = shop.frozen(ModelSpec(path=str(run.model_path)))
-    source = GuideLogRatio(model=policy, reference=shop.frozen(final.model), beta=beta)
+    source = make_credit("guide", model=policy, reference=shop.frozen(final.model), beta=beta)
     return f"{path.name}: log-ratio", source
 
 

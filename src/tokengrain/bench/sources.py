@@ -31,12 +31,12 @@ from tokengrain.data.rows import load_rows
 from tokengrain.errors import RecipeError, require
 from tokengrain.method import RolloutStep, make_objective
 from tokengrain.methods._entropy_window import measured
-from tokengrain.methods.aligndistil import ContrastiveDPO
-from tokengrain.methods.baselines import Entropy, FunctionCredit, RandomCredit, Surprise
-from tokengrain.methods.qrm import RewardModelCredit
-from tokengrain.methods.tdpo import TDPOAdvantage
-from tokengrain.methods.tgdpo import GuideLogRatio
-from tokengrain.methods.treg import ContrastivePrompting
+from tokengrain.method import make_credit
+from tokengrain.method import make_credit
+from tokengrain.method import make_credit
+from tokengrain.method import make_credit
+from tokengrain.method import make_credit
+from tokengrain.method import make_credit
 from tokengrain.models import measure_scores, reward_model_from
 from tokengrain.settings import nearest
 from tokengrain.training.config import PreferenceConfig
@@ -304,7 +304,7 @@ ONLINE = (
 
 def _contrastive(bench: Bench) -> Credit:
     world = bench.world
-    return ContrastivePrompting(model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates)
+    return make_credit("contrastive", model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates)
 
 
 def _against_base(kind: type, name: str) -> Callable[[Bench], Credit]:
@@ -325,7 +325,7 @@ SOURCES: dict[str, BenchSource] = {
             "random",
             "control",
             "uniform numbers: what chance reaches",
-            lambda b: RandomCredit(seed=b.seed),
+            lambda b: make_credit("random", seed=b.seed),
             questions=EVERY,
         ),
         BenchSource(
@@ -346,14 +346,14 @@ SOURCES: dict[str, BenchSource] = {
             "surprise",
             "untrained",
             "log-probability under the base model",
-            lambda b: Surprise(model=b.world.reference),
+            lambda b: make_credit("surprise", model=b.world.reference),
             questions=EVERY,
         ),
         BenchSource(
             "entropy",
             "untrained",
             "entropy of the base model's distribution",
-            lambda b: Entropy(model=b.world.reference),
+            lambda b: make_credit("entropy", model=b.world.reference),
             questions=EVERY,
         ),
         BenchSource(
@@ -374,7 +374,7 @@ SOURCES: dict[str, BenchSource] = {
             "contrastive_dpo",
             "trained",
             "DPO against DPO on exchanged pairs (AlignDistil)",
-            lambda b: ContrastiveDPO(model=b.model("guide"), reverse=b.model("reverse"), beta=b.question.beta),
+            lambda b: make_credit("contrastive_dpo", model=b.model("guide"), reverse=b.model("reverse"), beta=b.question.beta),
             ("guide", "reverse"),
         ),
         BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _against_base(TDPOAdvantage, "tdpo"), ("tdpo",)),
@@ -382,14 +382,14 @@ SOURCES: dict[str, BenchSource] = {
             "qrm",
             "trained",
             "token scores of a reward model trained on pairs (Q-RM)",
-            lambda b: RewardModelCredit(model=b.model("qrm")),
+            lambda b: make_credit("reward_model", model=b.model("qrm")),
             ("qrm",),
         ),
         BenchSource(
             "last_token_rm",
             "trained",
             "the same model trained on its last token's score",
-            lambda b: RewardModelCredit(model=b.model("last")),
+            lambda b: make_credit("reward_model", model=b.model("last")),
             ("last",),
         ),
         *ONLINE,
@@ -403,7 +403,7 @@ def own_source(reference: str | Callable[..., Any]) -> BenchSource:
     Args:
         reference: the function, or "module:function" or "path.py:function".
     """
-    made = FunctionCredit(function=reference)
+    made = make_credit("function", function=reference)
     name = reference.rpartition(":")[2] if isinstance(reference, str) else made.name.removeprefix("function ")
     what = f"yours: {reference if isinstance(reference, str) else name}"
     return BenchSource(name, "own", what, lambda bench: made, questions=EVERY, code=made.fingerprint())

@@ -60,44 +60,6 @@ def contrastive_dpo(batch: TokenBatch, *, model: Any, reverse: Any, beta: Positi
     return (beta * (scorer_logps(model, batch) - scorer_logps(reverse, batch))).detach()
 
 
-@objective("aligndistil", unit="completions", roles=(), no_credit="its credit is the difference of its two teachers")
-def aligndistil_loss(
-    logps: Tensor,
-    segments: Segments,
-    *,
-    teacher_kl: Tensor,
-    teacher_alpha: Tensor,
-    beta0: Positive = 0.1,
-    length_normalize: bool = True,
-) -> LossOutput:
-    """Reverse KL to a synthetic teacher, each token weighted by beta_t = beta0 / alpha_t.
-
-    Args:
-        logps: logged, not trained.
-        teacher_kl: KL(student || teacher) over the full vocabulary in the state before each token `[N]`, nats,
-            with gradient to the student.
-        teacher_alpha: alpha_t, how far the teacher extrapolates at each token `[N]`, above 0.
-        beta0: the beta that the two teachers were trained with by DPO.
-        length_normalize: divide the sum over each completion by its length.
-
-    Returns:
-        `losses` [C]; a completion without tokens has loss 0 and stays in the count. Metrics: "kl/teacher"
-        (nats per token), mean alpha, and the highest beta_t: tokens on which the teachers agree are pulled
-        hardest, up to beta0 / epsilon.
-    """
-    beta_t = beta0 / teacher_alpha.detach()
-    token_losses = beta_t * teacher_kl  # equation 17
-    losses = segments.mean(token_losses) if length_normalize else segments.sum(token_losses)  # equations 18, 19
-    highest = segments.max(beta_t)
-    metrics = {
-        "kl/teacher": segments.mean(teacher_kl.detach()),
-        "teacher/alpha": segments.mean(teacher_alpha.detach()),
-        "teacher/beta_max": torch.where(torch.isfinite(highest), highest, 0.0),  # -inf without tokens
-        "logps": segments.sum(logps.detach()),
-    }
-    return LossOutput(losses, metrics, unit="completions")
-
-
 @dataclass(frozen=True)
 class Strength:
     """How far a teacher extrapolates: alpha_t = slope * tvd_t + offset, teacher = target + (alpha_t - shift) *
@@ -202,3 +164,47 @@ class ContrastiveTeacher:
         distribution = model(batch, {"distribution"}).distribution
         assert distribution is not None  # it was asked for
         return distribution
+
+
+@objective(
+    "aligndistil",
+    unit="completions",
+    roles=(),
+    no_credit="its credit is the difference of its two teachers",
+    teacher=ContrastiveTeacher,
+), no_credit="its credit is the difference of its two teachers")
+def aligndistil_loss(
+    logps: Tensor,
+    segments: Segments,
+    *,
+    teacher_kl: Tensor,
+    teacher_alpha: Tensor,
+    beta0: Positive = 0.1,
+    length_normalize: bool = True,
+) -> LossOutput:
+    """Reverse KL to a synthetic teacher, each token weighted by beta_t = beta0 / alpha_t.
+
+    Args:
+        logps: logged, not trained.
+        teacher_kl: KL(student || teacher) over the full vocabulary in the state before each token `[N]`, nats,
+            with gradient to the student.
+        teacher_alpha: alpha_t, how far the teacher extrapolates at each token `[N]`, above 0.
+        beta0: the beta that the two teachers were trained with by DPO.
+        length_normalize: divide the sum over each completion by its length.
+
+    Returns:
+        `losses` [C]; a completion without tokens has loss 0 and stays in the count. Metrics: "kl/teacher"
+        (nats per token), mean alpha, and the highest beta_t: tokens on which the teachers agree are pulled
+        hardest, up to beta0 / epsilon.
+    """
+    beta_t = beta0 / teacher_alpha.detach()
+    token_losses = beta_t * teacher_kl  # equation 17
+    losses = segments.mean(token_losses) if length_normalize else segments.sum(token_losses)  # equations 18, 19
+    highest = segments.max(beta_t)
+    metrics = {
+        "kl/teacher": segments.mean(teacher_kl.detach()),
+        "teacher/alpha": segments.mean(teacher_alpha.detach()),
+        "teacher/beta_max": torch.where(torch.isfinite(highest), highest, 0.0),  # -inf without tokens
+        "logps": segments.sum(logps.detach()),
+    }
+    return LossOutput(losses, metrics, unit="completions")

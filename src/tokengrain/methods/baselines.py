@@ -81,7 +81,9 @@ def random(batch: TokenBatch, *, low: Number = -0.5, high: Number = 0.5, seed: i
         seed: another seed gives other numbers.
     """
     parts, seen = [], dict.fromkeys(range(batch.n_prompts), 0)
-    for completion, (group, length) in enumerate(zip(batch.group.tolist(), batch.segments.lengths.tolist(), strict=True)):
+    for completion, (group, length) in enumerate(
+        zip(batch.group.tolist(), batch.segments.lengths.tolist(), strict=True)
+    ):
         key = f"{seed}/{row_of(batch, completion)}/{seen[group]}".encode()
         seen[group] += 1
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))

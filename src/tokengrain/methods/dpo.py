@@ -1,6 +1,6 @@
 """DPO: Direct Preference Optimization (arXiv 2305.18290, equation 7), its common variants, and supervised fine-tuning.
 
-    L = -log σ(β (Σ_t d_t of chosen - Σ_t d_t of rejected)),    d_t = log π_t - log ref_t
+L = -log σ(β (Σ_t d_t of chosen - Σ_t d_t of rejected)),    d_t = log π_t - log ref_t
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Q-RM: a discriminative reward model with one score per token (arXiv 2505.23363).
 
-    L = -log σ(β (Z_w - Z_l) - γ),    Z = mean of the token scores z_t of the completion
-    credit: (z_t - mean) / std,       mean and std measured on the training tokens after training
+L = -log σ(β (Z_w - Z_l) - γ),    Z = mean of the token scores z_t of the completion
+credit: (z_t - mean) / std,       mean and std measured on the training tokens after training
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import ModelError, RecipeError, fingerprint
+from tokengrain.data.tokens import tokenizer_fingerprint
+from tokengrain.errors import ModelError, fingerprint
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, checked_credit, credit, objective
-from tokengrain.data.tokens import tokenizer_fingerprint
 from tokengrain.methods._other_tokens import aligned_scores, retokenizer_for
 from tokengrain.methods._pairs import both_sides_counted, margin_loss, pair_difference, reward_metrics
 from tokengrain.methods._shaping import scale_scores
 from tokengrain.scoring.reference import model_fingerprint
 from tokengrain.scoring.token_scores import Pooling, ScoreStatistics, frozen_token_scores, pooled_scores, statistics_of
-from tokengrain.settings import NonNegative, Number, check_choice
+from tokengrain.settings import NonNegative, Number
 
 CARD = Card(
     "qrm",
@@ -43,7 +43,6 @@ REINFORCE = replace(
     credit="scores of a token-level reward model",
     objective="reinforce",
 )
-
 
 
 @objective(
@@ -83,9 +82,7 @@ def qrm_loss(
     return LossOutput(losses, metrics)
 
 
-
 Scaling = Literal["zscore", "centre", "none"]
-SCALINGS = ("zscore", "centre", "none")
 
 
 @credit(
@@ -113,7 +110,7 @@ class RewardModelCredit:
 
     Raises:
         ModelError: the scaling needs statistics that the model's config does not have.
-        RecipeError: an unknown scaling or broadcast; a reward tokenizer without the policy's.
+        RecipeError: a reward tokenizer without the policy's.
         DataError: when called with another tokenizer, on completions of several turns; names the row.
     """
 
@@ -130,10 +127,6 @@ class RewardModelCredit:
         scaling: Scaling = "zscore",
         broadcast: Literal["last"] | None = None,
     ) -> None:
-        if scaling not in SCALINGS:
-            raise RecipeError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
-        if broadcast not in (None, "last"):
-            raise RecipeError(f"broadcast is {broadcast!r}; expected 'last' or none")
         self.model, self.scaling, self.broadcast = model, scaling, broadcast
         if scaling == "none":
             self.values = "order"

@@ -1,7 +1,7 @@
 """RRPO: Refined Regularized Preference Optimization (arXiv 2504.12083): span rewards and a token-wise KL.
 
-    L = -log σ(r_w - r_l) + α Σ_t KL(ref ‖ π) of the whole chosen completion
-    r = β Σ_t (log π_t - log ref_t) over the spans in which chosen and rejected differ
+L = -log σ(r_w - r_l) + α Σ_t KL(ref ‖ π) of the whole chosen completion
+r = β Σ_t (log π_t - log ref_t) over the spans in which chosen and rejected differ
 """
 
 from __future__ import annotations

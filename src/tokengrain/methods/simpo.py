@@ -1,6 +1,6 @@
 """SimPO: Simple Preference Optimization with a reference-free reward (arXiv 2405.14734, equations 4 and 6).
 
-    L = -log σ(ρ_w - ρ_l - γ),    ρ = β · mean of log π_t over the completion
+L = -log σ(ρ_w - ρ_l - γ),    ρ = β · mean of log π_t over the completion
 """
 
 from __future__ import annotations

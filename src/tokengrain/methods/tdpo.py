@@ -1,8 +1,8 @@
 """TDPO: Token-level Direct Preference Optimization (arXiv 2404.11999), variants TDPO1 and TDPO2.
 
-    L  = -log σ(β (M_w - M_l - δ)),    M = Σ_t log π_t - log ref_t,    K = Σ_t KL(ref ‖ π) over the whole vocabulary
-    δ  = K_l - K_w                     TDPO1
-    δ  = α (K_l - sg(K_w))             TDPO2, sg: without gradient
+L  = -log σ(β (M_w - M_l - δ)),    M = Σ_t log π_t - log ref_t,    K = Σ_t KL(ref ‖ π) over the whole vocabulary
+δ  = K_l - K_w                     TDPO1
+δ  = α (K_l - sg(K_w))             TDPO2, sg: without gradient
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def tdpo(batch: TokenBatch, *, model: Any, reference: Any, beta: Positive = 0.1)
         labels = batch.labels.to(own.hidden.device)
         found = head_quantities(own.hidden, own.head, labels, ("logps", "kl"), frozen.distribution)
         logps, kl = found["logps"], found["kl"]
-    return tdpo_token_rewards(logps, frozen.logps, kl, beta)
+    return tdpo_token_rewards(logps, cast(Tensor, frozen.logps), kl, beta)
 
 
 def tdpo_token_rewards(logps: Tensor, ref_logps: Tensor, kl: Tensor, beta: float = 0.1) -> Tensor:

@@ -24,7 +24,7 @@ from tokengrain.loss import LossOutput, token_weights
 from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
 from tokengrain.methods.simpo import simpo_gamma
-from tokengrain.scoring.reference import has_adapter, scorer_fingerprint, scorer_logps
+from tokengrain.scoring.reference import AdapterOffReference, has_adapter, scorer_fingerprint, scorer_logps
 from tokengrain.settings import NonNegative, Number, Positive, nearest
 
 TREG = Card(
@@ -285,7 +285,7 @@ class _Unit:
     "contrastive", values="signed", judges_itself=True, check=lambda settings: make_templates(settings["templates"])
 )
 class ContrastivePrompting:
-    """The model itself under two opposite instructions: how much likelier a token is after "better" than "worse" (T-REG).
+    """The model itself under two opposite instructions, "make it better" and "make it worse" (T-REG).
 
     The completion's token ids are appended to each instruction as they are, never tokenised again. Where an
     instruction with its completion exceeds the model's positions, the copy of the response inside the
@@ -462,8 +462,6 @@ def _scorer(model: Any, adapter_off: bool | None) -> Any:
         return model
     if not has_adapter(model):
         raise RecipeError("contrastive credit with adapter_off: true, but the model has no adapter")
-    from tokengrain.scoring.reference import AdapterOffReference
-
     return AdapterOffReference(model)
 
 

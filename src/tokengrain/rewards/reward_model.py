@@ -11,16 +11,9 @@ from transformers import AutoModelForSequenceClassification
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError, RecipeError, require
+from tokengrain.methods._other_tokens import retokenizer_for
 from tokengrain.methods._shaping import scale_scores
-from tokengrain.methods.qrm import (
-    Pooling,
-    Scaling,
-    completion_statistics_of,
-    config_of,
-    frozen_token_scores,
-    pooled_scores,
-    retokenizer_for,
-)
+from tokengrain.methods._shaping import Scaling
 from tokengrain.models import (
     is_adapter,
     is_classifier_config,
@@ -31,6 +24,13 @@ from tokengrain.models import (
 )
 from tokengrain.rewards.suite import RewardError
 from tokengrain.scoring.model import device_of, evaluating, input_embeddings, is_token_classifier
+from tokengrain.scoring.token_scores import (
+    Pooling,
+    completion_statistics_of,
+    config_of,
+    frozen_token_scores,
+    pooled_scores,
+)
 from tokengrain.settings import Count
 from tokengrain.specs import ModelSpec
 
@@ -48,7 +48,7 @@ class RewardModel:
         model: as `load_completion_model` gives it.
         tokenizer: the policy's.
         reward_tokenizer: the model's; None: the policy's. Where the two differ the model reads the text again, see
-            `tokengrain.methods.qrm.retokenizer_for`.
+            `tokengrain.methods._other_tokens.retokenizer_for`.
         chat: with a tokenizer of its own, a prompt of text is the user's message of a chat. (Messages always are.)
         pooling: of a token classifier: "mean" of its tokens' scores, or that of the "last"; None: as its config says.
         scaling: "zscore" by the mean and deviation of completions in the model's config, "centre", or "none".

@@ -23,12 +23,12 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError, require
 from tokengrain.loss import Counts, LossOutput, make_normaliser
 from tokengrain.methods.ppo import value_loss
-from tokengrain.methods.qrm import completion_statistics_of, statistics_of
 from tokengrain.models import reset_head, reward_model_from
 from tokengrain.scoring.model import evaluating, is_token_classifier
 from tokengrain.scoring.prepare import causal_lm, prepare
 from tokengrain.scoring.reference import disable_dropout, is_peft
 from tokengrain.scoring.score import in_parts, score
+from tokengrain.scoring.token_scores import completion_statistics_of, statistics_of
 from tokengrain.training.step import HostBatch, all_reduce, plan_step, several_ranks, wide
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import LossOutput, Role, resolve_role
-from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_source_for_role, make_objective
+from tokengrain.method import FROZEN, TAUGHT, BoundObjective, as_credit, check_source_for_role, make_objective
 from tokengrain.methods._pairs import weight_metrics
-from tokengrain.methods.baselines import ColumnCredit, FunctionCredit
 from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
 from tokengrain.scoring.score import score
 
@@ -65,16 +64,9 @@ def resolve_credit(
         if not needed or (needed == {"spans"} and "token_rewards" not in columns):
             return None
     role = resolve_role(credit_as, objective.roles, objective.name, objective.no_credit)
-    if credit is None:
-        credit = ColumnCredit()
-    elif not hasattr(credit, "fingerprint"):
-        kind = type(credit).__name__
-        require(
-            callable(credit), RecipeError, f"credit must be a CreditSource or a function of a TokenBatch, got {kind}"
-        )
-        credit = FunctionCredit(function=credit)
-    check_source_for_role(credit, role)
-    return CreditUse(credit, role)
+    source = as_credit("column" if credit is None else credit)
+    check_source_for_role(source, role)
+    return CreditUse(source, role)
 
 
 def resolve_objective(objective: Any) -> BoundObjective:

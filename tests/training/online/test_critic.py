@@ -12,7 +12,7 @@ from tests.training.online.made import made_batch
 from tests.training.ranks import on_ranks
 from tests.training.tiny import VOCABULARY, tiny_llama
 from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError
-from tokengrain.methods.qrm import CompletionStatistics, ScoreStatistics, set_statistics
+from tokengrain.scoring.token_scores import CompletionStatistics, ScoreStatistics, set_statistics
 from tokengrain.training.critic import Critic
 
 
