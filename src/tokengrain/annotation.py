@@ -580,10 +580,12 @@ class Remembered:
 
 def asking(source: Any, reference: Any, shared: Remembered) -> Any:
     """`source`; if it asks the same frozen model, a copy that shares the forward pass of the stored logps."""
-    asked = getattr(source, "objects", {}).get("reference")
+    asked = getattr(source, "reference", None)
     if asked is None or _frozen_model(asked) is not _frozen_model(reference):
         return source
-    return source.with_objects(reference=shared)
+    source = copy.copy(source)
+    source.reference = shared
+    return source
 
 
 def _frozen_model(reference: Any) -> Any:

@@ -668,24 +668,22 @@ class CreditKind(_Settable):
 
 
 class BoundCredit:
-    """A credit function with its models and settings."""
+    """A credit function with its settings, and its models as attributes."""
 
     def __init__(self, kind: CreditKind, objects: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        self.kind, self.objects, self.settings = kind, dict(objects), dict(settings)
+        self.kind, self.settings, self._objects = kind, dict(settings), tuple(objects)
+        vars(self).update(objects)
         self.name = f"function {_name_of(kind.function)}" if kind.own else kind.name
         self.values = kind.values_with(settings)
-        self._source = kind.source()  # as it is now: the file may change
         self.column, self.own_vocabulary = kind.column_with(settings) or None, kind.reward_model
+        self._source = kind.source()  # as it is now: the file may change
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        return checked_credit(self.kind.function(batch, **self.objects, **self.settings), batch, self.name)
-
-    def with_objects(self, **objects: Any) -> BoundCredit:
-        """The same credit of other models."""
-        return BoundCredit(self.kind, {**self.objects, **objects}, self.settings)
+        objects = {name: getattr(self, name) for name in self._objects}
+        return checked_credit(self.kind.function(batch, **objects, **self.settings), batch, self.name)
 
     def fingerprint(self) -> str:
-        objects = {name: _object_fingerprint(value) for name, value in self.objects.items()}
+        objects = {name: _object_fingerprint(getattr(self, name)) for name in self._objects}
         return fingerprint([self.name, self.settings, objects, self._source])
 
 
