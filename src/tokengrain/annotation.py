@@ -8,6 +8,7 @@ run give the same file.
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
