@@ -14,11 +14,8 @@ from typing import Any
 from experiments.claims.framework import Arm, Group, Measures
 from experiments.claims.stories_claims import CLAIMS_BY_REGIME
 from tokengrain.bench.sources import exchanged, train_on, world_samples
-from tokengrain.method import Transformed, make_objective
+from tokengrain.method import Transformed, make_credit, make_objective
 from tokengrain.methods.aligndistil import ContrastiveTeacher
-from tokengrain.method import make_credit
-from tokengrain.method import make_credit
-from tokengrain.method import make_credit
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.worlds import load_world
 
@@ -86,8 +83,8 @@ def credit_source(name: str, context: Context) -> Any:
     """Where an arm's token credit comes from."""
     world = context.world
     if name in ("contrastive", "swapped"):
-        source = make_credit("contrastive", 
-            model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates
+        source = make_credit(
+            "contrastive", model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates
         )
         return source if name == "contrastive" else Transformed(source, scale=-1.0)
     if name == "guide":

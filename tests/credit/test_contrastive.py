@@ -10,7 +10,7 @@ from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError
 from tokengrain.method import make_credit
-from tokengrain.methods.treg import ContrastiveTemplates, TEMPLATES, make_templates
+from tokengrain.methods.treg import TEMPLATES, ContrastiveTemplates, make_templates
 from tokengrain.scoring.reference import FrozenReference
 
 REVISE = ContrastiveTemplates(

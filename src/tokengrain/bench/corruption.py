@@ -25,8 +25,7 @@ from tokengrain.data.tokens import token_texts
 from tokengrain.errors import DataError, RecipeError, fingerprint, require
 from tokengrain.evaluation.credit import auc, lowest_hits
 from tokengrain.evaluation.statistics import bootstrap
-from tokengrain.method import CREDIT
-from tokengrain.method import make_credit
+from tokengrain.method import CREDIT, make_credit
 from tokengrain.models import load_config, positions
 from tokengrain.report.rows import collect_credit_samples
 from tokengrain.run.build import CreditSpec, RunModels, open_rows, tokenize_config

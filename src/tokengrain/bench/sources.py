@@ -29,14 +29,8 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import RecipeError, require
-from tokengrain.method import RolloutStep, make_objective
+from tokengrain.method import RolloutStep, make_credit, make_objective
 from tokengrain.methods._entropy_window import measured
-from tokengrain.method import make_credit
-from tokengrain.method import make_credit
-from tokengrain.method import make_credit
-from tokengrain.method import make_credit
-from tokengrain.method import make_credit
-from tokengrain.method import make_credit
 from tokengrain.models import measure_scores, reward_model_from
 from tokengrain.settings import nearest
 from tokengrain.training.config import PreferenceConfig
@@ -304,11 +298,13 @@ ONLINE = (
 
 def _contrastive(bench: Bench) -> Credit:
     world = bench.world
-    return make_credit("contrastive", model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates)
+    return make_credit(
+        "contrastive", model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates
+    )
 
 
-def _against_base(kind: type, name: str) -> Callable[[Bench], Credit]:
-    return lambda b: kind(model=b.model(name), reference=b.world.reference, beta=b.question.beta)
+def _against_base(name: str) -> Callable[[Bench], Credit]:
+    return lambda b: make_credit(name, model=b.model(name), reference=b.world.reference, beta=b.question.beta)
 
 
 SOURCES: dict[str, BenchSource] = {
@@ -367,17 +363,19 @@ SOURCES: dict[str, BenchSource] = {
             "guide",
             "trained",
             "log-ratio of a DPO model to the base (TGDPO)",
-            _against_base(GuideLogRatio, "guide"),
+            _against_base("guide"),
             ("guide",),
         ),
         BenchSource(
             "contrastive_dpo",
             "trained",
             "DPO against DPO on exchanged pairs (AlignDistil)",
-            lambda b: make_credit("contrastive_dpo", model=b.model("guide"), reverse=b.model("reverse"), beta=b.question.beta),
+            lambda b: make_credit(
+                "contrastive_dpo", model=b.model("guide"), reverse=b.model("reverse"), beta=b.question.beta
+            ),
             ("guide", "reverse"),
         ),
-        BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _against_base(TDPOAdvantage, "tdpo"), ("tdpo",)),
+        BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _against_base("tdpo"), ("tdpo",)),
         BenchSource(
             "qrm",
             "trained",
