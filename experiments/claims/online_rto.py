@@ -17,8 +17,9 @@ from experiments.claims.framework import Arm, Group, Measures, Source
 from experiments.claims.markov import sample as sample_chain
 from experiments.claims.markov_training import scalar, steps
 from experiments.claims.tiny_gru import GRUPolicy, equal_segments
+from tokengrain.methods._clipped import value_loss
 from tokengrain.methods.dpo import dpo_loss, sft_loss
-from tokengrain.methods.ppo import gae, ppo_policy_loss, value_loss, whitened
+from tokengrain.methods.ppo import gae, ppo_policy_loss, whitened
 from tokengrain.methods.rto import RTO
 
 TOKENS, LENGTH, HIDDEN = 8, 16, 48

@@ -131,9 +131,7 @@ def objective(
     """Register a loss function; the arguments are those of `Objective`."""
 
     def register(function: F) -> F:
-        part = Objective(
-            name, function, unit, main, reads, roles, no_credit, unless_zero or {}, fixed or {}, teacher
-        )
+        part = Objective(name, function, unit, main, reads, roles, no_credit, unless_zero or {}, fixed or {}, teacher)
         OBJECTIVES.add(name, part, function)
         return function
 

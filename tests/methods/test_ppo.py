@@ -13,8 +13,9 @@ from tests.training.online.made import close, made_batch, made_step, on_two_rank
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError
 from tokengrain.method import make_rollout_credit
+from tokengrain.methods._clipped import value_loss
 from tokengrain.methods._shaping import Moments
-from tokengrain.methods.ppo import gae, ppo_policy_loss, value_loss, whitened
+from tokengrain.methods.ppo import gae, ppo_policy_loss, whitened
 
 
 def _critic(x: Rollouts) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from tests.objectives.examples import F64, example, finite_difference, gradient, mean_loss
 from tokengrain.batch import Segments
 from tokengrain.loss import Counts, LossOutput, make_normaliser
-from tokengrain.methods.ppo import ppo_policy_loss, reinforce_loss, value_loss
+from tokengrain.methods._clipped import value_loss
+from tokengrain.methods.ppo import ppo_policy_loss, reinforce_loss
 from tokengrain.methods.qrm import qrm_loss
 from tokengrain.scoring.token_scores import pooled_scores
 

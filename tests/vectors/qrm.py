@@ -10,9 +10,9 @@ from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
 from tokengrain.loss import Counts, make_normaliser
-from tokengrain.methods._clipped import sampled_kl
+from tokengrain.methods._clipped import sampled_kl, value_loss
 from tokengrain.methods._shaping import scale_scores
-from tokengrain.methods.ppo import gae, ppo_policy_loss, reinforce_loss, rescored, value_loss
+from tokengrain.methods.ppo import gae, ppo_policy_loss, reinforce_loss, rescored
 from tokengrain.methods.qrm import qrm_loss
 from tokengrain.methods.tgdpo import guide_rewards
 

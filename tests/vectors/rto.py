@@ -7,8 +7,9 @@ from torch import Tensor
 
 from tests.vectors.rows import Rows
 from tests.vectors.runner import Case, adapter
+from tokengrain.methods._clipped import value_loss
 from tokengrain.methods._shaping import Moments, scale_scores
-from tokengrain.methods.ppo import adapted, gae, ppo_policy_loss, value_loss, whitened
+from tokengrain.methods.ppo import adapted, gae, ppo_policy_loss, whitened
 from tokengrain.methods.rto import RTO, RTORewards
 
 VARIANTS: dict[str, Any] = {

@@ -25,7 +25,7 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RolloutError
 from tokengrain.loss import LossOutput
-from tokengrain.settings import check_choice
+from tokengrain.settings import NonNegative, Positive, check_choice
 
 Reduction = Literal["mean", "sum", "constant"]
 """Token losses to the loss of a completion. With the normaliser that belongs to it:
@@ -322,3 +322,48 @@ def _log_ratio(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments
                 "expected finite numbers"
             )
     return trainer_logps.detach() - sampling_logps.detach().to(trainer_logps)
+
+
+def value_loss(
+    values: Tensor,
+    segments: Segments,
+    *,
+    returns: Tensor,
+    old_values: Tensor | None = None,
+    clip_range: Positive | None = None,
+    weight: NonNegative = 1.0,
+    reduction: Reduction = "sum",
+    max_length: Positive | None = None,
+) -> LossOutput:
+    """Squared error of a critic, the larger of that of V and that of V clipped to a range around its old value.
+
+    Args:
+        values: V of the state before each token `[N]`.
+        segments: cuts `[N]` into C completions.
+        returns: what V should be `[N]`; no gradient flows into them.
+        old_values: V when the completions were sampled `[N]`, needed with clip_range.
+        clip_range: V is clipped to old_values -/+ this; where that gives the larger error the gradient is 0.
+            None: no clipping.
+        weight: 1 is Q-RM's, 0.5 OpenRLHF's (RTO).
+        reduction, max_length: see `policy_loss`.
+
+    Returns:
+        `losses` [C]; in the metrics "values/mean", "values/error" (mean squared error of V itself) and, with
+        clip_range, "values/clipped" (share of tokens whose clipped error is the larger one).
+
+    Raises:
+        ValueError: clip_range without old_values.
+    """
+    error = (values - returns.detach()) ** 2
+    metrics = {"values/mean": segments.mean(values.detach()), "values/error": segments.mean(error.detach())}
+    if clip_range is not None:
+        if old_values is None:
+            raise ValueError(f"value_loss: clip_range = {clip_range} needs old_values, the critic's at sampling")
+        old = old_values.detach()
+        outside = (values - old).detach().abs() > clip_range
+        clipped = (old + (values - old).clamp(-clip_range, clip_range) - returns.detach()) ** 2
+        wins = outside & (clipped > error)  # inside they differ by rounding alone
+        metrics["values/clipped"] = segments.mean(wins.to(values.dtype))
+        error = torch.where(wins, clipped, error)
+    losses = weight * reduce_tokens(error, segments, reduction, max_length)
+    return LossOutput(losses, metrics, unit="completions", token_unit="tokens")

@@ -172,7 +172,7 @@ class ContrastiveTeacher:
     roles=(),
     no_credit="its credit is the difference of its two teachers",
     teacher=ContrastiveTeacher,
-), no_credit="its credit is the difference of its two teachers")
+)
 def aligndistil_loss(
     logps: Tensor,
     segments: Segments,

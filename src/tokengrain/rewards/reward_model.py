@@ -12,8 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError, RecipeError, require
 from tokengrain.methods._other_tokens import retokenizer_for
-from tokengrain.methods._shaping import scale_scores
-from tokengrain.methods._shaping import Scaling
+from tokengrain.methods._shaping import Scaling, scale_scores
 from tokengrain.models import (
     is_adapter,
     is_classifier_config,

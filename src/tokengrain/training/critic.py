@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError, require
 from tokengrain.loss import Counts, LossOutput, make_normaliser
-from tokengrain.methods.ppo import value_loss
+from tokengrain.methods._clipped import value_loss
 from tokengrain.models import reset_head, reward_model_from
 from tokengrain.scoring.model import evaluating, is_token_classifier
 from tokengrain.scoring.prepare import causal_lm, prepare
