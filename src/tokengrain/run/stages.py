@@ -38,15 +38,15 @@ from tokengrain.loss import resolve_role
 from tokengrain.method import (
     CREDIT,
     FROZEN,
+    OBJECTIVES,
     ROLLOUT_CREDIT,
     TAUGHT,
     BoundObjective,
     check_together,
+    make_credit,
     make_objective,
     why_not,
 )
-from tokengrain.methods.aligndistil import ContrastiveTeacher
-from tokengrain.methods.qrm import RewardModelCredit
 from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_data, check_reference, check_shared, check_training
 from tokengrain.recipe.schema import INIT, Recipe
@@ -836,7 +836,7 @@ class Reward(Trained):
         """How well the token scores agree with the exact advantage."""
         if not is_world(self.recipe.data.train):
             return {}
-        credit = RewardModelCredit(model=run.reward_model(self.model.at(weights)))
+        credit = make_credit("reward_model", model=run.reward_model(self.model.at(weights)))
         return {"world": load_world(self.recipe.data.train).credit_recovery(credit)}
 
 
@@ -907,18 +907,14 @@ class Policy(Trained):
             model, peft_config = with_adapter(model, args, peft_config), None
         return model, peft_config, self.make_teacher(self.teacher, partial(run.beside, model))
 
-    def make_teacher(self, spec: TeacherSpec, found: Callable[[ModelSpec, str], Any]) -> ContrastiveTeacher:
-        """The teacher; `found(spec, name)` gives its models."""
+    def make_teacher(self, spec: TeacherSpec, found: Callable[[ModelSpec, str], Any]) -> Any:
+        """The objective's teacher; `found(spec, name)` gives its models. None if the objective has none."""
+        build = OBJECTIVES.find(self.objective["name"]).teacher
+        if build is None:
+            return None  # said elsewhere
         roles = {"target": spec.target, "contrast": spec.contrast}
-        return ContrastiveTeacher(
-            **{name: found(asked, name) for name, asked in roles.items() if asked is not None},
-            form=spec.form,
-            r=spec.r,
-            epsilon=spec.epsilon,
-            beta=spec.beta,
-            beta0=self.objective.get("beta0", 0.1),
-            temperature=spec.temperature,
-        )
+        models = {name: found(asked, name) for name, asked in roles.items() if asked is not None}
+        return build(**models, **spec.settings(self.objective))
 
 
 class Train(Policy):
