@@ -361,6 +361,29 @@ class TokenBatch:
             raw=tuple(self.raw[g] for g in prompts) if self.raw else (),
         )
 
+    def with_endings(
+        self, starts: Sequence[Sequence[int]], endings: Sequence[Sequence[int]], group: Sequence[int] | None = None
+    ) -> TokenBatch:
+        """The same prompts with other completions: each a start, which does not count, and its prompt's ending.
+
+        The prompt is computed once for all its starts. The completions of a prompt have equally many counted tokens.
+
+        Args:
+            starts: token ids.
+            endings: G lists of token ids.
+            group: the prompt of each start, not decreasing; None: those of the batch's completions.
+        """
+        members: list[list[Completion]] = [[] for _ in endings]
+        for start, number in zip(starts, self.group.tolist() if group is None else group, strict=True):
+            ids, counted = [*start, *endings[number]], [False] * len(start) + [True] * len(endings[number])
+            members[number].append(Completion(ids, counted))
+        rows, raw = self.rows or range(len(members)), self.raw or [{}] * len(members)
+        samples = [
+            Sample(self.prompt(g).tolist(), made, row=row, raw=given)
+            for g, (made, row, given) in enumerate(zip(members, rows, raw, strict=True))
+        ]
+        return TokenBatch.from_samples(samples, self.prompt_role).to(self.device)
+
     def split(self, max_tokens: int | None, parts: int = 1) -> list[TokenBatch]:
         """Cut into micro-batches of whole prompts, each of at most `max_tokens` tokens where possible.
 

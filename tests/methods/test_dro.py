@@ -24,10 +24,8 @@ from tokengrain.methods.dro import (
     filter_prompts,
     length_rewards,
     log_propagation,
-    reference_batch,
     reference_ranks,
     reflective_tokens,
-    repeat_for_rollouts,
     token_ranks,
     variability,
     worst_ranks,
@@ -107,9 +105,9 @@ def test_permuting_rollouts_and_shifting_a_token() -> None:
 def test_a_baseline_shared_by_the_group_cancels_and_one_per_rollout_does_not() -> None:
     lp, segments, group = _example()
     plain = _r3(lp, segments, group)
-    references = Segments.from_lengths(LENGTHS)
     masked = -torch.rand(sum(LENGTHS), dtype=F64, generator=torch.Generator().manual_seed(8))
-    shared = _r3(lp, segments, group, baseline=repeat_for_rollouts(masked, references, segments, group))
+    baseline = torch.cat([masked.split(LENGTHS)[g] for g in group.tolist()])
+    shared = _r3(lp, segments, group, baseline=baseline)
     torch.testing.assert_close(shared.weights, plain.weights)
     assert not torch.allclose(shared.rewards, plain.rewards)
     torch.testing.assert_close(_advantages(shared.rewards, group), _advantages(plain.rewards, group))
@@ -263,7 +261,7 @@ def test_length_rewards() -> None:
     assert found.tolist() == pytest.approx([1.0, 0.85, 0.85, 0.5, -3.5])
 
 
-FILTER = {"rho": 0.1, "top_k": 50, "drop": 0.2}
+FILTER = {"rho": 0.1, "top_k": 50, "drop": 0.2, "ddof": 0}
 
 
 def _ranks(seed: int = 2) -> tuple[Tensor, Tensor, Segments, Tensor]:
@@ -308,14 +306,18 @@ def test_reach_grows_with_top_k_and_shrinks_with_rho() -> None:
 
 def test_the_second_stage_depends_on_the_order_of_spreads_alone() -> None:
     lp, ranks, segments, group = _ranks()
-    found = filter_prompts(lp, ranks, segments, group, rho=0.1, top_k=30, drop=0.4)
+    found = filter_prompts(lp, ranks, segments, group, rho=0.1, top_k=30, drop=0.4, ddof=0)
     survivors = found.reachable.nonzero().flatten().tolist()
     ordered = sorted(survivors, key=lambda g: -float(found.spread[g]))
     assert found.order.tolist() == ordered
     kept = ordered[: len(ordered) - math.floor(0.4 * len(ordered))]
     assert sorted(found.keep.nonzero().flatten().tolist()) == sorted(kept)
-    assert torch.equal(filter_prompts(3 * lp, ranks, segments, group, rho=0.1, top_k=30, drop=0.4).keep, found.keep)
-    equal = filter_prompts(torch.zeros_like(lp), torch.ones_like(ranks), segments, group, rho=0.1, top_k=50, drop=0.5)
+    assert torch.equal(
+        filter_prompts(3 * lp, ranks, segments, group, rho=0.1, top_k=30, drop=0.4, ddof=0).keep, found.keep
+    )
+    equal = filter_prompts(
+        torch.zeros_like(lp), torch.ones_like(ranks), segments, group, rho=0.1, top_k=50, drop=0.5, ddof=0
+    )
     assert equal.keep.tolist() == [True] * 6 + [False] * 6
     sigma = variability(lp, segments, group)
     torch.testing.assert_close(found.spread[3], sigma[segments.broadcast(group) == 3].max())
@@ -489,8 +491,8 @@ def test_filters_look_at_all_ranks(model, tokenizer):
     step = rollout(model, tokenizer)
     ids = [[*tokenizer(r, add_special_tokens=False)["input_ids"], END] for r in REFERENCES]
     chains = [tokenizer(t.split("#")[0] + "#", add_special_tokens=False)["input_ids"] for g in COMPLETIONS for t in g]
-    ranks = reference_ranks(model, reference_batch(step.batch, chains, ids), 24).double()
-    worst = [r.max() for r in reference_batch(step.batch, chains, ids).segments.split(ranks)]
+    ranks = reference_ranks(model, step.batch.with_endings(chains, ids), 24).double()
+    worst = [r.max() for r in step.batch.with_endings(chains, ids).segments.split(ranks)]
     best = [float(min(w for c, w in enumerate(worst[3 * g : 3 * g + 3]) if 3 * g + c != 5)) for g in range(3)]
     limit = sorted(best)[1]  # one prompt is out of reach
     assert sorted(best)[2] > limit
@@ -508,7 +510,7 @@ def test_filters_look_at_all_ranks(model, tokenizer):
 
 def test_ranks_count_larger_logits(model, tokenizer):
     step = rollout(model, tokenizer)
-    batch = reference_batch(step.batch, [[2]] * 9, [[3, 4], [5], [6, 7, 8]])
+    batch = step.batch.with_endings([[2]] * 9, [[3, 4], [5], [6, 7, 8]])
     found = reference_ranks(model, batch).tolist()
     text = torch.tensor([[*step.batch.prompt(0).tolist(), 2, 3, 4]])
     logits = model(input_ids=text).logits[0, -3:-1]

@@ -167,7 +167,7 @@ def test_unmixed_groups_are_left_out(x: Rollouts) -> None:
     unmixed = x.token_group >= 2
     assert (values[unmixed] == 0).all()
     assert (values[~unmixed] != 0).all()
-    tau = influence_threshold(values, *x.where)
+    tau = influence_threshold(values, *x.where, beta=1.0)
     assert (thr_weights(values, *x.where, tau, p=0.5)[unmixed] == 1).all()
     everything = torch.randn(len(values), dtype=F64)
     assert (thr_weights(everything, *x.where, p=0.5)[unmixed] == 1).all()
@@ -186,8 +186,8 @@ def test_groups_and_the_order_of_completions_do_not_matter(x: Rollouts) -> None:
         x.labels[tokens],
     )
     torch.testing.assert_close(y.thr(), values[tokens])
-    tau = influence_threshold(values, *x.where)
-    torch.testing.assert_close(influence_threshold(y.thr(), *y.where), tau)
+    tau = influence_threshold(values, *x.where, beta=1.0)
+    torch.testing.assert_close(influence_threshold(y.thr(), *y.where, beta=1.0), tau)
 
 
 def test_threshold_by_hand_and_by_quantile(x: Rollouts) -> None:
@@ -197,7 +197,7 @@ def test_threshold_by_hand_and_by_quantile(x: Rollouts) -> None:
     assert float(tau[0]) == pytest.approx(0.5 * min(float(means[0]), float(means[4])))  # row 2 has no tokens
     assert float(tau[1]) == pytest.approx(0.5 * float(means[3]))
     assert tau[2] == float("-inf")
-    half = influence_threshold(values, *x.where, quantile=0.5)
+    half = influence_threshold(values, *x.where, beta=1.0, quantile=0.5)
     for g in (0, 1):
         own = values[x.token_group == g].abs()
         assert float(half[g]) == pytest.approx(float(own.quantile(0.5)))
@@ -206,7 +206,7 @@ def test_threshold_by_hand_and_by_quantile(x: Rollouts) -> None:
 
 def test_weights(x: Rollouts) -> None:
     values = x.thr()
-    tau = influence_threshold(values, *x.where)
+    tau = influence_threshold(values, *x.where, beta=1.0)
     only = thr_weights(values, *x.where, tau)
     assert set(only.tolist()) == {0.0, 1.0}
     up, down = (thr_weights(values, *x.where, tau, p=p) for p in (0.3, -0.3))
@@ -215,7 +215,9 @@ def test_weights(x: Rollouts) -> None:
     mixed, kept = x.token_group < 2, only > 0
     torch.testing.assert_close(up[mixed & kept], 1 + 0.3 * values[mixed & kept].sign())
     # Scaling hidden states (with the logits held fixed) scales both sides of the comparison.
-    assert torch.equal(thr_weights(9 * values, *x.where, influence_threshold(9 * values, *x.where), p=0.3), up)
+    assert torch.equal(
+        thr_weights(9 * values, *x.where, influence_threshold(9 * values, *x.where, beta=1.0), p=0.3), up
+    )
 
 
 def test_confident_and_orthogonal_tokens_have_none(x: Rollouts) -> None:
@@ -263,7 +265,9 @@ def test_nthr(x: Rollouts) -> None:
         M = torch.autograd.grad(_anchored_likelihood(x, weight, g, normalize=False), weight)[0]
         assert float(score[right & (x.token_group == g)].sum()) == pytest.approx(float(M.square().sum()))
         if g == 1:  # one correct completion, of two tokens
-            assert float(influence_threshold(score, *x.where)[1]) == pytest.approx(float(M.square().sum()) / 2)
+            assert float(influence_threshold(score, *x.where, beta=1.0)[1]) == pytest.approx(
+                float(M.square().sum()) / 2
+            )
     eta = nthr_eta(x.group, x.correct, F64)
     torch.testing.assert_close(eta, torch.tensor([0.5, 1 / 3, 1.0, 1.0], dtype=F64))
     tau = influence_threshold(score, *x.where, beta=0.0)

@@ -15,7 +15,6 @@ from tokengrain.methods.dro import (
     Rule,
     filter_prompts,
     length_rewards,
-    repeat_for_rollouts,
     token_ranks,
     worst_ranks,
 )
@@ -124,11 +123,8 @@ def _r3(params: dict[str, Any], lp: Tensor, mask: Tensor, masked: Tensor | None)
     baseline, settings = None, {}
     if mode == "baseline":
         assert masked is not None
-        if masked.dim() == 2:
-            baseline = masked[whole]
-        else:
-            reference = Segments.from_lengths([int(mask.sum())])
-            baseline = repeat_for_rollouts(masked[mask], reference, segments, group)
+        # One per rollout, or one that the group shares.
+        baseline = masked[whole] if masked.dim() == 2 else masked[mask].repeat(rollouts)
     if mode == "propagation":
         rule = RULES[p.pop("reflective_rule")]
         settings = {"gamma": p.pop("gamma"), "span": p.pop("window"), "share": p.pop("reflective_value"), "rule": rule}

@@ -8,11 +8,10 @@ Reference tokens whose log-probability lp varies over the chains i of a prompt r
 σ measures variability, not relevance: with noise of heavy tails over tokens R3 is worse than the plain mean (power 0).
 Two corrections are optional: lp minus that of a masked chain (`baseline`), and for what a doubtful reflective token k
 does to those after it (`propagation`): lp_j + Σ_k log(1 - (1 - p_k) exp(-γ (j - k))). Choices that the paper leaves
-open are settings; their defaults are ours. Nothing here carries gradient.
+open are settings; their defaults are ours. The reward belongs to the completion: `group` with eps 1e-4 follows.
 
-Shapes: in flat vectors `[N]` every completion is the reference after one chain, so that the completions of a group
-have equally many tokens; `segments` cuts them into C completions, `group` `[C]` is the prompt of each. A reward belongs
-to the completion; the group's advantages of it (`group` with eps 1e-4) go to its own tokens.
+In flat vectors `[N]` every completion is the reference after one chain, so that those of a prompt have equally many
+tokens; `segments` cuts them into C completions, `group` `[C]` is the prompt of each. No gradient.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokengrain.batch import Completion, Sample, Segments, TokenBatch
+from tokengrain.batch import Segments, TokenBatch
 from tokengrain.data.tokens import StopStrings
 from tokengrain.errors import DataError, ModelError, RecipeError, require
 from tokengrain.loss import top_tokens
 from tokengrain.method import Card, RolloutStep, rollout_credit
 from tokengrain.methods._rollout import mean, shares
+from tokengrain.methods._shaping import GroupStatistics
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.reference import scorer_logps
 from tokengrain.scoring.score import head_of, in_parts, score
@@ -63,26 +63,22 @@ class R3:
     advantage 0.
 
     Args:
-        tokenizer: of the policy.
-        reference: the frozen model, for scorer "reference".
-        scorer: which model scores: "policy" or "reference".
+        tokenizer: of the policy; reference: the frozen model, for scorer "reference"; scorer: which model scores.
         marker: text that ends the chain.
         column: the row's reference answer: text, or a list of token ids that is taken as it is.
         separator: text between chain and answer; end: the answer ends with the end-of-sequence token.
         truncated: "keep" uses completions that were cut after their chain had ended.
-        baseline: subtract the reference's log-probabilities with the chain masked: "empty", by the marker alone,
-            which is the same for the whole group and changes nothing but the logs as long as rewards are compared
-            within the group; "replaced", token by token by a placeholder, which differs between completions; "none".
-            None: "empty", or "none" with propagation.
+        baseline: subtract the reference's log-probabilities with the chain masked: "empty", by the marker alone, the
+            same for the whole group, so that as long as rewards are compared within it only the logs change;
+            "replaced", token by token by a placeholder, which differs between completions; "none". None: "empty", or
+            "none" with propagation.
         propagation: correct for what a doubtful token does to later ones (then without a baseline).
-        gamma: how fast that fades, per token; 0: never.
-        span: tokens within which it acts; None: all.
+        gamma: how fast that fades, per token; 0: never. span: tokens within which it acts; None: all.
         rule, share: the reflective tokens, from which it starts: "top": the share of largest σ, rounded up, the
             earliest among equals; "threshold": σ >= share.
         power: 1: weights go with the deviation, 2: with the variance, 0: the plain mean.
-        threshold: the deviation below which a token has weight 0, nats.
+        threshold: the deviation below which a token has weight 0, nats; ddof: of the deviation.
         normalize: "sum": weights add up to 1 (R3 is a mean, nats per token), "mean": to their number, "none".
-        ddof: of the deviation.
         floor: least log-probability, since one at -50 swamps all others; None: none.
         min_sigma: a completion whose largest σ is below it has no reward: what varies is noise.
         weight: factor of R3; length_weight: of the reward for an answer as long as the reference,
@@ -129,38 +125,38 @@ class R3:
             raise RecipeError(f"credit 'r3': baseline is {self.baseline!r} and propagation true; expected one of them")
         needs_reference = self.scorer == "reference" and self.reference is None
         require(not needs_reference, RecipeError, "credit 'r3': scorer is 'reference', and there is no reference model")
-        require(
-            self.marker, RecipeError, "credit 'r3': marker is empty; expected the text that ends a chain of thought"
-        )
+        require(self.marker, RecipeError, "credit 'r3': marker is empty; expected the text that ends a chain")
         if self.rule == "top" and self.share > 1:
             raise RecipeError(f"credit 'r3': share is {self.share} of the tokens; expected at most 1")
 
     def __call__(self, step: RolloutStep) -> None:
         if not step.batch.n_completions:
             return
-        found = chains_of(step.batch, self.tokenizer, self.marker)
-        usable = torch.tensor([c is not None for c in found], device=step.batch.device)
+        stops = StopStrings(self.tokenizer, [self.marker])
+        completions = [step.batch.completion(c).tolist() for c in range(step.batch.n_completions)]
+        ends = [stops.length(ids) for ids in completions]  # of the chains, None where there is no marker
+        chains = [ids[: end or 0] for ids, end in zip(completions, ends, strict=True)]
+        usable = torch.tensor([end is not None for end in ends], device=step.batch.device)
         if self.truncated == "drop":
             usable = usable & ~step.truncated
-        chains = [c or [] for c in found]
         references = references_of(step.batch, self.tokenizer, self.column, self.separator, self.end)
-        scored = reference_batch(step.batch, chains, references)
+        scored = step.batch.with_endings(chains, references)
         logps = self._logps(step, scored)
         baseline = self._masked(step, chains, references, scored)
         r3 = self.last = self.reflect(logps, scored.segments, scored.group, usable=usable, baseline=baseline)
-        lengths = self._length_rewards(step, chains, scored)
+        answers = step.batch.completion_offsets.diff() - torch.tensor([len(c) for c in chains], device=scored.device)
+        if not self.end:
+            answers = answers - (~step.truncated).long()  # the end token is no part of the reference
+        answers, expected = (n.to(step.rewards) for n in (answers, scored.segments.lengths))
+        lengths = length_rewards(answers, expected, slope=self.length_slope)
         before = step.rewards if self.combine == "add" else torch.zeros_like(step.rewards)
         step.rewards = before + (self.weight * r3.rewards + self.length_weight * lengths).to(step.rewards)
         if self.filter_top_k is not None or self.filter_drop:
             self._filter(step, scored, logps, usable)
-        step.metrics |= {name: mean(values) for name, values in r3.metrics.items()}
-        step.metrics |= {
-            "r3/reward": mean(r3.rewards),
-            "r3/usable": mean(usable.float()),
-            "r3/length": mean(lengths[usable]),
-        }
+        measures = {**r3.metrics, "r3/reward": r3.rewards, "r3/usable": usable.float(), "r3/length": lengths[usable]}
         if r3.log_propagation is not None:
-            step.metrics["r3/propagation"] = mean(r3.log_propagation)
+            measures["r3/propagation"] = r3.log_propagation
+        step.metrics |= {name: mean(values) for name, values in measures.items()}
 
     def reflect(
         self,
@@ -222,21 +218,15 @@ class R3:
             return None
         marker = list(self.tokenizer(self.marker, add_special_tokens=False)["input_ids"])
         if self.baseline == "empty":
-            alone = reference_batch(step.batch, [marker] * len(references), references, range(len(references)))
-            return repeat_for_rollouts(self._logps(step, alone), alone.segments, scored.segments, scored.group)
+            alone = step.batch.with_endings([marker] * len(references), references, range(len(references)))
+            starts = alone.segments.offsets[:-1][scored.group]
+            return self._logps(step, alone)[scored.segments.broadcast(starts) + scored.segments.positions]
         names = ("mask_token_id", "pad_token_id", "unk_token_id", "eos_token_id")
         ids = [i for i in (getattr(self.tokenizer, name, None) for name in names) if i is not None]
         require(ids, RecipeError, "credit 'r3': baseline 'replaced' needs a mask, pad or end token in the tokenizer")
         cuts = [max(len(c) - len(marker), 0) for c in chains]
         masked = [[ids[0]] * cut + c[cut:] for c, cut in zip(chains, cuts, strict=True)]
-        return self._logps(step, reference_batch(step.batch, masked, references))
-
-    def _length_rewards(self, step: RolloutStep, chains: list[list[int]], scored: TokenBatch) -> Tensor:
-        answers = step.batch.completion_offsets.diff() - torch.tensor([len(c) for c in chains], device=scored.device)
-        if not self.end:
-            answers = answers - (~step.truncated).long()  # the end token is no part of the reference
-        dtype = step.rewards.dtype
-        return length_rewards(answers.to(dtype), scored.segments.lengths.to(dtype), slope=self.length_slope)
+        return self._logps(step, step.batch.with_endings(masked, references))
 
     def _filter(self, step: RolloutStep, scored: TokenBatch, logps: Tensor, usable: Tensor) -> None:
         """Drop prompts, judged among those of all ranks by their usable completions."""
@@ -248,11 +238,13 @@ class R3:
         mine = (step.batch.n_prompts, logps[tokens].tolist(), ranks[tokens].tolist(), lengths, group)
         parts, own = shares(step, mine)
         firsts = [sum(p[0] for p in parts[:rank]) for rank in range(len(parts))]
+        all_logps, all_ranks, all_lengths = ([v for p in parts for v in p[i]] for i in (1, 2, 3))
+        all_groups = [first + g for first, p in zip(firsts, parts, strict=True) for g in p[4]]
         judged = filter_prompts(
-            torch.tensor([v for p in parts for v in p[1]]),
-            torch.tensor([v for p in parts for v in p[2]]),
-            Segments.from_lengths([n for p in parts for n in p[3]]),
-            torch.tensor([first + g for first, p in zip(firsts, parts, strict=True) for g in p[4]], dtype=torch.long),
+            torch.tensor(all_logps),
+            torch.tensor(all_ranks),
+            Segments.from_lengths(all_lengths),
+            torch.tensor(all_groups, dtype=torch.long),
             rho=self.filter_rho,
             # Prompts without a usable chain have rank infinity.
             top_k=torch.finfo(torch.float32).max if self.filter_top_k is None else self.filter_top_k,
@@ -265,26 +257,16 @@ class R3:
         step.metrics |= {"r3/kept": mean(keep.float()), "r3/reachable": mean(judged.reachable.float())}
 
 
-@dataclass(frozen=True)
-class Reflection:
-    """Rewards and what they come from.
+class Reflection(NamedTuple):
+    """Rewards and what they come from."""
 
-    Attributes:
-        rewards: `[C]`; NaN for completions that are left out.
-        tokens: `[N]`, what every reference token adds to the reward.
-        sigma, weights: `[N]`, equal for all completions of a group.
-        reflective: bool `[N]`, the tokens that propagation starts from; None without.
-        log_propagation: `[N]`, what it adds to the log-probabilities, <= 0; None without.
-        metrics: `[C]` each.
-    """
-
-    rewards: Tensor
-    tokens: Tensor
-    sigma: Tensor
+    rewards: Tensor  # [C]; NaN for completions that are left out
+    tokens: Tensor  # [N], what every reference token adds to the reward
+    sigma: Tensor  # [N], equal for all completions of a group, as are weights
     weights: Tensor
-    reflective: Tensor | None
-    log_propagation: Tensor | None
-    metrics: dict[str, Tensor]
+    reflective: Tensor | None  # bool [N], the tokens that propagation starts from; None without
+    log_propagation: Tensor | None  # [N], what it adds to the log-probabilities, <= 0; None without
+    metrics: dict[str, Tensor]  # [C] each
 
 
 # The formula: σ, w, and the propagation.
@@ -293,38 +275,22 @@ class Reflection:
 def variability(
     logps: Tensor, segments: Segments, group: Tensor, *, ddof: int = 0, usable: Tensor | None = None
 ) -> Tensor:
-    """σ: standard deviation of each reference token's log-probability over the completions of its group, `[N]`.
+    """σ of each reference token `[N]`, equal for all completions of a group.
 
-    Equal for all completions of a group; 0 where fewer than two are usable, and exactly 0 where all are equal.
+    0 where fewer than two are usable, and exactly 0 where all are equal.
 
     Raises:
         ValueError: completions of one group with different numbers of tokens: they are not the same reference.
     """
-    slot, slots = _slots(segments, group)
-    lp = logps.detach()
-    keep = torch.ones_like(slot, dtype=torch.bool) if usable is None else segments.broadcast(usable.bool())
-
-    def total(values: Tensor) -> Tensor:
-        return values.new_zeros(slots).index_add(0, slot[keep], values[keep])
-
-    count = total(torch.ones_like(lp))
-    mean = (total(lp) / count.clamp(min=1))[slot]
-    low = lp.new_full((slots,), torch.inf).scatter_reduce(0, slot[keep], lp[keep], "amin")
-    high = lp.new_full((slots,), -torch.inf).scatter_reduce(0, slot[keep], lp[keep], "amax")
-    # Masked before the square: a completion that is left out may hold anything, infinities included.
-    squares = total(torch.where(keep, lp - mean, 0.0).square())
-    variance = squares / (count - ddof).clamp(min=1)
-    return torch.where((high > low) & (count > ddof), variance, 0.0).sqrt()[slot]
-
-
-def _slots(segments: Segments, group: Tensor) -> tuple[Tensor, int]:
-    """A number per reference token, the same in all completions of its group: long `[N]`; and how many there are."""
     groups = int(group.max()) + 1 if group.numel() else 0
     lengths = segments.lengths.new_zeros(groups).scatter_reduce(0, group, segments.lengths, "amax")
     if not torch.equal(lengths[group], segments.lengths):
         raise ValueError("the rollouts of a prompt must be scored on the same reference: their tokens differ in number")
-    ends = lengths.cumsum(0)
-    return segments.broadcast((ends - lengths)[group]) + segments.positions, int(lengths.sum())
+    # A number per reference token, the same in all completions of its group.
+    slot = segments.broadcast((lengths.cumsum(0) - lengths)[group]) + segments.positions
+    lp = logps.detach()
+    known = lp if usable is None else torch.where(segments.broadcast(usable.bool()), lp, torch.nan)
+    return GroupStatistics(known, slot, ddof).std[slot]
 
 
 def r3_weights(
@@ -342,9 +308,7 @@ def r3_weights(
 
 def reflective_tokens(sigma: Tensor, segments: Segments, *, rule: Rule, share: float) -> Tensor:
     """The tokens that reflect the reasoning, bool `[N]`; how they are chosen is not specified in the paper."""
-    if rule == "threshold":
-        return sigma >= share
-    return top_tokens(sigma, segments, share_counts(segments, share))
+    return sigma >= share if rule == "threshold" else top_tokens(sigma, segments, share_counts(segments, share))
 
 
 def log_propagation(
@@ -380,18 +344,11 @@ def log_propagation(
 
 
 def _log_passed(logp: Tensor, fade: Tensor) -> Tensor:
-    """log(1 - (1 - p) exp(-fade)), never above 0, with all digits at both ends.
-
-    Near 1 what is lost is the small number; where p and fade are tiny, p exp(-fade) + (1 - exp(-fade)) is.
-    """
+    """log(1 - (1 - p) exp(-fade)), never above 0, with all digits at both ends."""
+    # Near 1 what is lost is the small number; where p and fade are tiny, p exp(-fade) + (1 - exp(-fade)) is.
     lost = -torch.expm1(logp) * torch.exp(-fade)
     gained = torch.log(-torch.expm1(-fade))  # -inf where fade = 0: nothing is gained
     return torch.where(lost < 0.5, torch.log1p(-lost), torch.logaddexp(logp - fade, gained))
-
-
-def repeat_for_rollouts(values: Tensor, references: Segments, segments: Segments, group: Tensor) -> Tensor:
-    """One value per token of the G `references`, repeated for the completions of each: `[M] -> [N]`."""
-    return values[segments.broadcast(references.offsets[:-1][group]) + segments.positions]
 
 
 def length_rewards(answer_lengths: Tensor, reference_lengths: Tensor, *, slope: float) -> Tensor:
@@ -408,43 +365,23 @@ def share_counts(segments: Segments, share: float) -> Tensor:
 # The two filters (section 4.2): prompts out of reach, and prompts that vary too little.
 
 
-@dataclass(frozen=True)
-class PromptFilter:
-    """Which prompts to keep and why.
+class PromptFilter(NamedTuple):
+    """Which prompts to keep and why: `[G]` each, but for the first and `order`."""
 
-    Attributes:
-        worst_rank: `[C]`, mean rank of the worst share of the reference's tokens under each chain.
-        best: `[G]`, its least value over the chains of the prompt.
-        reachable: bool `[G]`, stage 1.
-        spread: `[G]`, the largest σ of the prompt's reference tokens.
-        order: long, the reachable prompts by falling spread.
-        keep: bool `[G]`, both stages.
-    """
-
-    worst_rank: Tensor
-    best: Tensor
-    reachable: Tensor
-    spread: Tensor
-    order: Tensor
-    keep: Tensor
+    worst_rank: Tensor  # [C], mean rank of the worst share of the reference's tokens under each chain
+    best: Tensor  # its least value over the chains of the prompt
+    reachable: Tensor  # bool, stage 1
+    spread: Tensor  # the largest σ of the prompt's reference tokens
+    order: Tensor  # long, the reachable prompts by falling spread
+    keep: Tensor  # bool, both stages
 
 
 def filter_prompts(
-    logps: Tensor,
-    ranks: Tensor,
-    segments: Segments,
-    group: Tensor,
-    *,
-    rho: float,
-    top_k: float,
-    drop: float,
-    ddof: int = 0,
+    logps: Tensor, ranks: Tensor, segments: Segments, group: Tensor, *, rho: float, top_k: float, drop: float, ddof: int
 ) -> PromptFilter:
-    """Both stages. Of the reachable prompts the share `drop` of the least spread goes, rounded down; of equal ones
-    the later prompts.
+    """Both stages, from log-probabilities and ranks (1 first) of the reference tokens `[N]`; see `R3`.
 
-    Args:
-        logps: `[N]`; ranks: of the reference tokens among the vocabulary, 1 first `[N]`.
+    Of the reachable prompts the share `drop` of the least spread goes, rounded down; of equal ones the later prompts.
     """
     worst = worst_ranks(ranks, segments, rho)
     groups = int(group.max()) + 1 if group.numel() else 0
@@ -462,10 +399,8 @@ def filter_prompts(
 def worst_ranks(ranks: Tensor, segments: Segments, rho: float) -> Tensor:
     """Mean of the worst share of ranks of each completion, at least one, rounded up: `[N] -> [C]`."""
     ranks = ranks.detach() if ranks.is_floating_point() else ranks.double()
-    ordered = segments.to_padded(ranks)[0].sort(dim=1, descending=True).values
     count = share_counts(segments, rho)
-    taken = torch.arange(ordered.shape[1], device=ordered.device) < count[:, None]
-    return torch.where(taken, ordered, 0.0).sum(1) / count
+    return segments.sum(torch.where(top_tokens(ranks, segments, count), ranks, 0.0)) / count
 
 
 def token_ranks(logits: Tensor, labels: Tensor) -> Tensor:
@@ -476,26 +411,15 @@ def token_ranks(logits: Tensor, labels: Tensor) -> Tensor:
 # Reference answers after sampled chains of thought.
 
 
-def chains_of(batch: TokenBatch, tokenizer: Any, marker: str) -> list[list[int] | None]:
-    """The tokens of each completion up to the one that completes `marker`, C lists; None: it has none."""
-    stops = StopStrings(tokenizer, [marker])
-    ids = [batch.completion(index).tolist() for index in range(batch.n_completions)]
-    return [None if (length := stops.length(i)) is None else i[:length] for i in ids]
-
-
 def references_of(batch: TokenBatch, tokenizer: Any, column: str, separator: str, end: bool) -> list[list[int]]:
-    """Token ids of each prompt's reference answer, G lists; see `R3`.
-
-    The reference is tokenised by itself: no token spans the end of a chain.
+    """Token ids of each prompt's reference answer, G lists; tokenised alone: no token spans the end of a chain.
 
     Raises:
         DataError: a row without a reference, or with an empty one.
         ModelError: `end`, and the tokenizer has no such token.
     """
-    if end and tokenizer.eos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no end-of-sequence token to close a reference with; expected one, or end: false"
-        )
+    closing = "the tokenizer has no end-of-sequence token to close a reference with; expected one, or end: false"
+    require(not end or tokenizer.eos_token_id is not None, ModelError, closing)
     references = []
     for number, raw in enumerate(batch.raw):
         given, ids = raw.get(column), []
@@ -505,39 +429,10 @@ def references_of(batch: TokenBatch, tokenizer: Any, column: str, separator: str
         elif isinstance(given, Sequence) and all(isinstance(i, int) for i in given):
             ids = list(given)
         if not ids:
-            raise DataError(
-                "no reference answer",
-                row=batch.rows[number] if batch.rows else number,
-                field=column,
-                value=given,
-                expected="text, or a list of token ids",
-            )
+            row, expected = batch.rows[number] if batch.rows else number, "text, or a list of token ids"
+            raise DataError("no reference answer", row=row, field=column, value=given, expected=expected)
         references.append(ids)
     return references
-
-
-def reference_batch(
-    batch: TokenBatch,
-    chains: Sequence[Sequence[int]],
-    references: Sequence[Sequence[int]],
-    group: Sequence[int] | None = None,
-) -> TokenBatch:
-    """The batch's prompts, each once with all its chains, each followed by the reference, whose tokens alone count.
-
-    Args:
-        chains: token ids; references: G lists of token ids.
-        group: the prompt of each chain, not decreasing; None: the chains are those of the batch's completions.
-    """
-    members: list[list[Completion]] = [[] for _ in references]
-    for chain, number in zip(chains, batch.group.tolist() if group is None else group, strict=True):
-        reference = references[number]
-        members[number].append(Completion([*chain, *reference], [False] * len(chain) + [True] * len(reference)))
-    rows = batch.rows or range(len(references))
-    samples = [
-        Sample(batch.prompt(number).tolist(), completions, row=row)
-        for number, (completions, row) in enumerate(zip(members, rows, strict=True))
-    ]
-    return TokenBatch.from_samples(samples).to(batch.device)
 
 
 def reference_ranks(model: nn.Module, batch: TokenBatch, max_tokens: int | None = None) -> Tensor:
@@ -548,11 +443,8 @@ def reference_ranks(model: nn.Module, batch: TokenBatch, max_tokens: int | None 
         hidden, labels = score(model, part, ("hidden",)).hidden, part.labels
         assert hidden is not None  # it was asked for
         rows = max(1, LOGITS_CHUNK // head.vocab_size)
-        found = [
-            token_ranks(head.logits(hidden[i : i + rows]), labels[i : i + rows].to(hidden.device))
-            for i in range(0, max(len(labels), 1), rows)
-        ]
-        return {"ranks": torch.cat(found)}
+        parts = zip(hidden.split(rows), labels.to(hidden.device).split(rows), strict=True)
+        return {"ranks": torch.cat([token_ranks(head.logits(h), y) for h, y in parts])}
 
     with evaluating(model):
         return in_parts(batch, max_tokens, measure)["ranks"]

@@ -43,14 +43,16 @@ CARD = Card(
     objective="grpo",
 )
 
-Steering = Annotated[float, Bounds(ge=-1, le=1)]
+CHUNK_BYTES = (
+    256 << 20
+)  # of prediction errors [tokens of a group, columns], and of inner products of tokens, alive at once
 
 
 @rollout_credit("thr", phase="after", needs={"hidden"}, group=True)
 def thr(
     step: RolloutStep,
     *,
-    p: Steering = 0.1,
+    p: Annotated[float, Bounds(ge=-1, le=1)] = 0.1,
     mask: bool = True,
     beta: Number = 1.0,
     quantile: Share | None = None,
@@ -60,14 +62,13 @@ def thr(
     """Keeps the tokens that matter to the correct completions of their group, and steers by the sign of how.
 
     Args:
-        p: weight 1 + p for tokens whose update raises the likelihood of correct completions, 1 - p for the
-            others; the paper has 0.1, 0 and -0.1.
+        p: weight 1 + p for tokens whose update raises the likelihood of correct completions, 1 - p for the others.
         mask: leave out tokens of little influence. It slows models trained from scratch down a lot.
         beta: the mask's threshold, in smallest means of a correct completion.
         quantile: the threshold is this quantile of the group's absolute values instead.
         exclude_self: leave a token's own completion out of M.
-        restricted: only vocabulary items that occur in the group, hundreds instead of all, with the probabilities of
-            the whole softmax; what is lost is the part of <e_a, e_t> from items that occur nowhere in the group.
+        restricted: of the vocabulary, M has only the items that occur in the group, hundreds instead of all, with the
+            probabilities of the whole softmax.
     """
     correct, advantages, influence = _influence(step, "thr", exclude_self=exclude_self, restricted=restricted)
     where = step.segments, step.group, correct
@@ -123,14 +124,6 @@ def _influence(step: RolloutStep, name: str, **settings: bool) -> tuple[Tensor, 
     return correct, step.advantages, values
 
 
-# The influence of tokens. No pair of tokens is visited one by one: either M is built once per group and contracted
-# with every token, which is linear in the tokens, or, where there are few of them, the two matrices of inner products
-# are multiplied element by element. Both are exact; the one with fewer products is taken.
-
-# Bytes of prediction errors [tokens of a group, columns], and of inner products of tokens, alive at once.
-CHUNK_BYTES = 256 << 20
-
-
 @torch.no_grad()
 def correct_influence(
     hidden: Tensor,
@@ -145,19 +138,14 @@ def correct_influence(
     exclude_self: bool = False,
     restricted: bool = False,
 ) -> Tensor:
-    """Influence of every token on the log-likelihood of the correct completions of its group.
+    """Influence `[N]` of every token on the correct completions of its group; 0 in groups that are not mixed.
 
     Args:
-        hidden: `[N, H]`, the head's input at the positions that predict the labels, under the old policy.
-        head: the old policy's. Its scale, and the slope of its soft cap, are left out of the gradients.
-        labels: long `[N]`.
+        hidden: `[N, H]`, the old policy's head's input at the positions that predict the labels, long `[N]`.
+        head: its scale, and the slope of its soft cap, are left out of the gradients.
         segments, group, correct: the C completions, their prompts and whether they are right, `[C]` each.
         logps: log-probabilities of the labels `[N]`; None: they cost a product with the whole head.
-        length_normalize: w_a is 1 / (tokens of a's completion), else 1.
-        exclude_self, restricted: see `thr`.
-
-    Returns:
-        `[N]`, float32 (float64 for float64 hidden states); 0 in groups that are not mixed.
+        length_normalize: w_a is 1 / (tokens of a's completion), else 1; exclude_self, restricted: see `thr`.
     """
     head = head.detach()
     if logps is None:
@@ -188,44 +176,37 @@ def _errors(hidden: Tensor, head: Head, labels: Tensor, logps: Tensor, restricte
         bias = None if head.bias is None else head.bias[columns]
         return replace(head, weight=head.weight[columns], bias=bias).logits(hidden)
 
-    present, everyone = torch.unique(labels), torch.arange(len(labels), device=labels.device)
+    def errors(columns: Tensor | slice, inside: Tensor, place: Tensor) -> Tensor:
+        found = logits(columns).sub_(log_z[:, None]).exp_()
+        found[inside, place] -= 1
+        return found
+
+    present = torch.unique(labels)
     place = torch.searchsorted(present, labels)
     log_z = logits(present).gather(1, place[:, None]).squeeze(1) - logps
     if restricted:
-        errors = logits(present).sub_(log_z[:, None]).exp_()
-        errors[everyone, place] -= 1
-        yield errors
+        yield errors(present, torch.arange(len(labels), device=labels.device), place)
         return
     width = max(CHUNK_BYTES // (len(labels) * logps.element_size()), 1)
     for start in range(0, head.vocab_size, width):
-        errors = logits(slice(start, start + width)).sub_(log_z[:, None]).exp_()
-        inside = (labels >= start) & (labels < start + width)
-        errors[everyone[inside], labels[inside] - start] -= 1
-        yield errors
+        inside = ((labels >= start) & (labels < start + width)).nonzero().flatten()
+        yield errors(slice(start, start + width), inside, labels[inside] - start)
 
 
 def _contract(errors: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
-    """Σ over the first m tokens a of w_a <e_a, e_t> <h_a, h_t> for every token t, `[n]`; exact either way."""
+    """Σ over the first m tokens a of w_a <e_a, e_t> <h_a, h_t> for every token t `[n]`, with the fewer products."""
     (n, k), m, width = errors.shape, len(weights), hidden.shape[1]
     e, h = errors[:m], hidden[:m]
     pairs = n * m
     if pairs * (k + width) <= (n + m) * k * width and pairs * errors.element_size() <= CHUNK_BYTES:
-        return (errors @ e.t()).mul_(hidden @ h.t()) @ weights
-    return ((errors @ (e.t() @ (h * weights[:, None]))) * hidden).sum(-1)
-
-
-# What the methods make of it. `segments`, `group` and `correct` as above.
+        return (errors @ e.t()).mul_(hidden @ h.t()) @ weights  # pair by pair
+    return ((errors @ (e.t() @ (h * weights[:, None]))) * hidden).sum(-1)  # by M: linear in the tokens
 
 
 def mixed_groups(segments: Segments, group: Tensor, correct: Tensor) -> Tensor:
     """Groups with a correct completion that has tokens, and with an incorrect one, bool `[G]`."""
-    wrong = torch.bincount(group, weights=(~correct.bool()).double()) > 0
-    return _anchored(segments, group, correct) & wrong
-
-
-def _anchored(segments: Segments, group: Tensor, correct: Tensor) -> Tensor:
-    """Groups with a correct completion that has tokens, bool `[G]`."""
-    return torch.bincount(group, weights=(correct.bool() & (segments.lengths > 0)).double()) > 0
+    right = torch.bincount(group, weights=(correct.bool() & (segments.lengths > 0)).double()) > 0
+    return right & (torch.bincount(group, weights=(~correct.bool()).double()) > 0)
 
 
 def token_hidden_rewards(influence: Tensor, segments: Segments, correct: Tensor) -> Tensor:
@@ -234,24 +215,15 @@ def token_hidden_rewards(influence: Tensor, segments: Segments, correct: Tensor)
 
 
 def influence_threshold(
-    values: Tensor,
-    segments: Segments,
-    group: Tensor,
-    correct: Tensor,
-    *,
-    beta: float = 1.0,
-    quantile: float | None = None,
+    values: Tensor, segments: Segments, group: Tensor, correct: Tensor, *, beta: float, quantile: float | None = None
 ) -> Tensor:
     """τ `[G]` of THR, or for NTHR of the influence without lengths; -inf in groups without a correct completion."""
-    anchored = _anchored(segments, group, correct)
-    tau = values.new_full(anchored.shape, float("-inf"))
-    if quantile is not None:
-        for g in anchored.nonzero().flatten().tolist():
-            tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
-        return tau
     means = torch.where(correct.bool() & (segments.lengths > 0), segments.mean(values), float("inf"))
-    smallest = torch.full_like(tau, float("inf")).scatter_reduce(0, group, means, "amin")
-    return torch.where(anchored, beta * smallest, tau)
+    smallest = values.new_full(torch.bincount(group).shape, float("inf")).scatter_reduce(0, group, means, "amin")
+    tau = torch.where(smallest < float("inf"), beta * smallest, float("-inf"))
+    for g in (smallest < float("inf")).nonzero().flatten().tolist() if quantile is not None else ():
+        tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
+    return tau
 
 
 def thr_weights(

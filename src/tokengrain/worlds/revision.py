@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.worlds import chains
@@ -62,21 +62,15 @@ def append_references(
             f"expected a marker and a reference that is not empty for each of {batch.n_prompts} prompts, "
             f"got {len(references)}"
         )
-    made: list[list[Completion]] = [[] for _ in range(batch.n_prompts)]
-    usable, lengths = [], []
-    for c, group in enumerate(batch.group.tolist()):
+    chains, usable, lengths = [], [], []
+    for c in range(batch.n_completions):
         ids = batch.completion(c).tolist()
         end = next((i + len(ends) for i in range(len(ids)) if ids[i : i + len(ends)] == ends), None)
-        chain, reference = ids[:end], list(references[group])
-        made[group].append(Completion(chain + reference, [False] * len(chain) + [True] * len(reference)))
+        chains.append(ids[:end])
         usable.append(end is not None)
         lengths.append(0 if end is None else len(ids) - end)
-    rows = batch.rows or tuple(range(batch.n_prompts))
-    raw = batch.raw or ({},) * batch.n_prompts
-    samples = [Sample(batch.prompt(g).tolist(), made[g], row=rows[g], raw=raw[g]) for g in range(batch.n_prompts)]
-    appended = TokenBatch.from_samples(samples, prompt_role=batch.prompt_role).to(batch.device)
     return AppendedReferences(
-        appended,
+        batch.with_endings(chains, references),
         torch.tensor(usable, device=batch.device),
         torch.tensor(lengths, device=batch.device),
     )
