@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from tests.vectors.__main__ import main
-from tests.vectors.runner import ADAPTERS, compare, run_case, run_paths
+from tests.vectors.runner import (
+    ADAPTERS,
+    Case,
+    adapter_for,
+    compare,
+    flattened,
+    run_case,
+    run_paths,
+    with_gradients,
+)
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors"
 METHODS = ("aligndistil", "dpo", "qrm", "rrpo", "sepo", "simpo", "tdpo", "tgdpo", "treg")
@@ -170,3 +179,162 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["no-such-path"]) == 2
     assert len(ADAPTERS) >= 10
+
+
+# What other files of vectors may bring.
+
+
+def _filled(case: dict, garbage: float) -> dict:
+    """The case with masked positions of its inputs replaced."""
+    inputs = dict(case["inputs"])
+    mask = torch.tensor(inputs["mask"]).bool()
+    for name, value in inputs.items():
+        values = torch.tensor(value, dtype=torch.float64) if name != "mask" and _is_padded(value, mask) else None
+        if values is not None and not name.endswith(("ids", "actions", "_mask")):
+            keep = mask.view(*mask.shape, *[1] * (values.dim() - 2)).expand_as(values)
+            inputs[name] = torch.where(keep, values, garbage).tolist()
+    return {**case, "inputs": inputs}
+
+
+def _is_padded(value: object, mask: torch.Tensor) -> bool:
+    return isinstance(value, list) and isinstance(value[0], list) and torch.tensor(value).shape[:2] == mask.shape
+
+
+def _ragged(case: dict) -> dict | None:
+    """The case with rows of unequal lengths in place of its mask; None if masked tokens do not only stand behind."""
+    mask = torch.tensor(case["inputs"]["mask"]).bool()
+    lengths = mask.sum(1).tolist()
+    if not torch.equal(mask, torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True)):
+        return None
+    cut = lambda v: [row[:n] for row, n in zip(v, lengths, strict=True)]  # noqa: E731
+    inputs = {k: cut(v) if _is_padded(v, mask) else v for k, v in case["inputs"].items() if k != "mask"}
+    return {**case, "inputs": inputs}
+
+
+def _masked_cases(method: str) -> list[dict]:
+    return [case for case in _file(method)["cases"] if "mask" in case["inputs"]]
+
+
+# Expected at masked positions are there what the authors' code gives for the numbers that stand there.
+UNMASKED = {"ratio_low", "ratio_high", "token_kl"}
+
+
+def _without(case: dict, names: set[str]) -> dict:
+    return {**case, "expected": {k: v for k, v in case["expected"].items() if k not in names}}
+
+
+@pytest.mark.parametrize("method", ["ares", "dapo", "dcpo", "dro", "grpo", "gspo", "qrm", "rto", "thr"])
+@pytest.mark.parametrize("garbage", [float("nan"), float("-inf"), 1e30])
+def test_masked_positions_of_rollouts_do_not_matter(method: str, garbage: float) -> None:
+    cases = _masked_cases(method)
+    assert cases
+    for case in cases:
+        result = run_case(method, _without(_filled(case, garbage), UNMASKED))
+        assert not result.failed, result
+        assert not result.skipped
+
+
+@pytest.mark.parametrize("method", ["ares", "dapo", "dcpo", "dro", "grpo", "gspo", "rto", "thr"])
+def test_rows_of_unequal_lengths_need_no_mask(method: str) -> None:
+    found = 0
+    for case in _masked_cases(method):
+        ragged = _ragged(case)
+        if ragged is not None:
+            expected = {k: v for k, v in case["expected"].items() if _same_for_ragged(k, v, case)}
+            result = run_case(method, {**ragged, "expected": expected})
+            assert not result.failed, result
+            found += bool(expected)
+    assert found
+
+
+def _same_for_ragged(key: str, value: object, case: dict) -> bool:
+    """Arrays over tokens have another shape then: losses, values per row and gradients are compared."""
+    return key not in UNMASKED and not _is_padded_anywhere(value, torch.tensor(case["inputs"]["mask"]).bool())
+
+
+def _is_padded_anywhere(value: object, mask: torch.Tensor) -> bool:
+    if isinstance(value, dict):
+        return any(_is_padded_anywhere(v, mask) for v in value.values())
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list) and _is_padded(value, mask)
+
+
+def test_gradients_of_ragged_rows_are_ragged() -> None:
+    case = next(c for c in _masked_cases("grpo") if c["function"] == "loss" and _ragged(c) is not None)
+    mask, grads = case["inputs"]["mask"], case["expected"]["grad_logps"]
+    cut = {k: [row[: int(sum(m))] for row, m in zip(v, mask, strict=True)] for k, v in grads.items()}
+    ragged = {**_ragged(case), "expected": {"loss": case["expected"]["loss"], "grad_logps": cut}}
+    assert not run_case("grpo", ragged).failed
+    cut[next(iter(cut))][0][0] += 1e-4
+    assert list(run_case("grpo", ragged).differences) == [f"grad_logps.{next(iter(cut))}"]
+
+
+OLD = {"old_logps": ("logps", "new_logps"), "old_log_probs": ("log_probs",), "old_logprobs": ("logprobs",)}
+
+
+@pytest.mark.parametrize("method", ["ares", "dapo", "dcpo", "dro", "grpo", "gspo", "rto", "thr"])
+def test_on_policy_cases_need_no_old_log_probabilities(method: str) -> None:
+    """Where they are absent they are the policy's own: the same as a case that brings those."""
+    found = 0
+    for case in _masked_cases(method):
+        name = next((n for n in OLD if n in case["inputs"]), None)
+        own = next((n for n in OLD.get(name, ()) if n in case["inputs"]), None)
+        if name is None or own is None:
+            continue
+        inputs = {**case["inputs"], name: case["inputs"][own]}
+        absent = {k: v for k, v in inputs.items() if k != name}
+        run = adapter_for(method, case.get("function"))
+        one, other = (
+            flattened(with_gradients(c, run(c)))
+            for c in (Case.read({**case, "inputs": given}) for given in (inputs, absent))
+        )
+        for key, value in one.items():
+            wanted = value.detach().tolist() if isinstance(value, torch.Tensor) else value
+            if key.rpartition(".")[2] not in UNMASKED:
+                assert compare(other[key], wanted) is None, (method, case["name"], key)
+        found += 1
+    assert found
+
+
+def test_q_values_that_are_rewards_go_through_gae() -> None:
+    case = next(c for c in _file("qrm")["cases"] if c["function"] == "rl_advantages")
+    mask = torch.tensor(case["inputs"]["mask"]).bool()
+    rewards, values = (
+        torch.tensor(x, dtype=torch.float64) for x in (case["expected"]["rewards"], case["inputs"]["values"])
+    )
+    advantages = torch.zeros_like(rewards)
+    for b in range(len(mask)):
+        running, following = 0.0, 0.0
+        for t in reversed(mask[b].nonzero().flatten().tolist()):
+            running = rewards[b, t] + 0.9 * following - values[b, t] + 0.9 * 0.8 * running
+            following, advantages[b, t] = values[b, t], running
+    returns = torch.where(mask, advantages + values, 0.0)
+    expected = {"rewards": rewards.tolist(), "advantages": advantages.tolist(), "returns": returns.tolist()}
+    params = {**case["params"], "reward_is_q": False, "gamma": 0.9, "lam": 0.8}
+    result = run_case("qrm", {**case, "params": params, "expected": expected})
+    assert not result.failed, result
+    assert not result.skipped_keys
+
+
+def test_thresholds_may_be_given() -> None:
+    case = next(c for c in _file("ares")["cases"] if c["function"] == "hwe_stats_code")
+    counted = ("n_he", "n_trigger_below", "soft_cost")
+    expected = {k: v for k, v in case["expected"].items() if k in counted or k == "batch_threshold_median"}
+    given = {k: v for k, v in case["params"].items() if not k.startswith("ema")}
+    result = run_case("ares", {**case, "params": given, "expected": expected})
+    assert not result.failed, result
+    assert not result.skipped_keys
+    case = next(c for c in _file("thr")["cases"] if c["function"] == "thr" and c["params"]["tau_beta"] is not None)
+    given = {k: v for k, v in case["params"].items() if k != "tau_beta"} | {"tau": case["expected"]["tau"]}
+    result = run_case("thr", {**case, "params": given})
+    assert not result.failed, result
+
+
+@pytest.mark.parametrize("function", ["aligndistil_loss", "constant_contrast_loss", "rlhf_distill_loss"])
+def test_a_students_head_may_be_wider_than_its_teachers(function: str) -> None:
+    for case in (c for c in _file("aligndistil")["cases"] if c["function"] == function):
+        wide = [[[*row, 3.0, -1.0] for row in rows] for rows in case["inputs"]["student_logits"]]
+        grads = [[[*row, 0.0, 0.0] for row in rows] for rows in case["expected"]["grad_student_logits"]]
+        inputs = {**case["inputs"], "student_logits": wide}
+        expected = {**case["expected"], "grad_student_logits": grads}
+        result = run_case("aligndistil", {**case, "inputs": inputs, "expected": expected})
+        assert not result.failed, result

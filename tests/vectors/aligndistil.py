@@ -112,7 +112,7 @@ def _scores(student: Tensor, teacher: Teacher, labels: Tensor | None = None) -> 
 def _teacher_logprobs(student: Tensor, teacher: Teacher) -> Tensor:
     """log q `[N, V]`: the KL from a student that is sure of token v to the teacher is -log q_v."""
     columns = []
-    for v in range(student.shape[1]):
+    for v in range(min(student.shape[1], teacher.vocab_size)):
         # Tokens that are out for the student are out for the teacher: they stay so.
         sure = torch.where(torch.isneginf(student), student, -1e5)
         sure[:, v] = torch.where(torch.isneginf(student[:, v]), student[:, v], 0.0)

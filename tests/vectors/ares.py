@@ -194,11 +194,19 @@ def aepo_loss(case: Case) -> dict[str, Any]:
     return {
         "advantage": advantage,
         "advantages_tokenwise": rows.padded(tokenwise),
-        "token_kl": kl_estimate(case.inputs["log_probs"], case.inputs["ref_log_probs"], clamp=True),
+        "token_kl": _token_kl(case, rows),
         "policy_loss": loss(tokenwise, 0.0),
         "kl_loss": loss(torch.zeros_like(tokenwise), 1.0),
         "loss": loss(tokenwise, p["kl_coef"]),
     }
+
+
+def _token_kl(case: Case, rows: Rows) -> Tensor:
+    """In the files also of masked tokens."""
+    logps, ref = case.inputs["log_probs"], case.inputs["ref_log_probs"]
+    if isinstance(logps, list):
+        return rows.padded(kl_estimate(rows.flat(logps), rows.flat(ref), clamp=True))
+    return kl_estimate(logps, ref, clamp=True)
 
 
 @adapter("ares", "kl_token_weights_paper")

@@ -124,7 +124,7 @@ def run_case(method: str, data: Mapping[str, Any]) -> Result:
         return result
     try:
         case = Case.read(data)
-        produced = _with_gradients(case, run(case))
+        produced = with_gradients(case, run(case))
     except Exception as error:
         result.error = f"{type(error).__name__}: {error}"
         return result
@@ -197,11 +197,11 @@ def run_paths(paths: Iterable[str | Path], write: Callable[[str], None] = print)
     return 1 if failed else 0
 
 
-def _with_gradients(case: Case, produced: dict[str, Any]) -> dict[str, Any]:
+def with_gradients(case: Case, produced: dict[str, Any]) -> dict[str, Any]:
     wanted = {n: x for n, x in case.inputs.items() if _has_gradient(x)}
     for part in produced.values():
         if isinstance(part, dict) and "loss" in part:
-            _with_gradients(case, part)
+            with_gradients(case, part)
     if not wanted or "loss" not in produced:
         return produced
     loss = produced["loss"]
