@@ -377,7 +377,8 @@ class TokenBatch:
         for start, number in zip(starts, self.group.tolist() if group is None else group, strict=True):
             ids, counted = [*start, *endings[number]], [False] * len(start) + [True] * len(endings[number])
             members[number].append(Completion(ids, counted))
-        rows, raw = self.rows or range(len(members)), self.raw or [{}] * len(members)
+        rows: Sequence[int | str] = self.rows or range(len(members))
+        raw: Sequence[Mapping[str, Any]] = self.raw or [{}] * len(members)
         samples = [
             Sample(self.prompt(g).tolist(), made, row=row, raw=given)
             for g, (made, row, given) in enumerate(zip(members, rows, raw, strict=True))

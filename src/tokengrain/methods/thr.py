@@ -220,19 +220,18 @@ def influence_threshold(
     """τ `[G]` of THR, or for NTHR of the influence without lengths; -inf in groups without a correct completion."""
     means = torch.where(correct.bool() & (segments.lengths > 0), segments.mean(values), float("inf"))
     smallest = values.new_full(torch.bincount(group).shape, float("inf")).scatter_reduce(0, group, means, "amin")
-    tau = torch.where(smallest < float("inf"), beta * smallest, float("-inf"))
-    for g in (smallest < float("inf")).nonzero().flatten().tolist() if quantile is not None else ():
-        tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
+    anchored = smallest < float("inf")
+    tau = torch.where(anchored, beta * smallest, float("-inf"))
+    for g in anchored.nonzero().flatten().tolist():
+        if quantile is not None:
+            tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
     return tau
 
 
 def thr_weights(
     values: Tensor, segments: Segments, group: Tensor, correct: Tensor, tau: Tensor | None = None, *, p: float = 0.0
 ) -> Tensor:
-    """1[|THR| > τ] (1 + p sign THR) of every token `[N]`; 1 in groups that are not mixed; τ None: no mask.
-
-    Masked tokens still count in the normaliser of the loss.
-    """
+    """1[|THR| > τ] (1 + p sign THR) of every token `[N]`; 1 in groups that are not mixed; τ None: no mask."""
     token_group = group[segments.ids]
     weights = 1 + p * torch.sign(values)
     if tau is not None:
