@@ -21,7 +21,7 @@ from tokengrain.rewards.suite import RewardError
 from tokengrain.run.folder import make_plan
 from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.runner import evaluate_run, run_recipe
-from tokengrain.training.config import OnlineConfig
+from tokengrain.training.config import LAUNCHER, OnlineConfig
 
 ROOT = Path(__file__).parents[1]
 LETTERS = list(range(97, 109))
@@ -163,7 +163,7 @@ def test_another_name_drops_the_settings_of_the_old(tmp_path: Path, capsys: pyte
 
 
 def test_fsdp_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setitem(LAUNCHER, "ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match=r"started with FSDP; online training does not shard .*Expected no fsdp"):
         OnlineConfig(str(tmp_path), use_cpu=True)
 

@@ -6,15 +6,19 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
-def on_ranks(world: int, work: Callable[[], Any], timeout: float = 180) -> list[Any]:
-    """What `work` returned on every rank. It is called after the fork, so closures are fine."""
+def on_ranks(world: int, work: Callable[[], Any], timeout: float = 180, killed: Collection[int] = ()) -> list[Any]:
+    """What `work` returned on every rank. It is called after the fork, so closures are fine.
+
+    Args:
+        killed: ranks that will not return; nothing is said of them.
+    """
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,7 +30,7 @@ def on_ranks(world: int, work: Callable[[], Any], timeout: float = 180) -> list[
         children[-1].start()
     results = []
     try:
-        for receiver, _ in pipes:
+        for receiver in (receiver for rank, (receiver, _) in enumerate(pipes) if rank not in killed):
             results.append(receiver.recv() if receiver.poll(timeout) else ("error", "no answer in time"))
     finally:
         for child in children:

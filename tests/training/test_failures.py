@@ -163,6 +163,20 @@ def test_non_finite_weights_keep_the_last_good_checkpoint(tmp_path: Path) -> Non
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    "saves", [{}, {"save_strategy": "steps", "save_steps": 1}], ids=["no checkpoint", "checkpoints"]
+)
+def test_weights_of_the_last_step_that_are_not_finite_are_an_error(saves: dict[str, Any], tmp_path: Path) -> None:
+    """There is no further loss that would tell."""
+    trainer = make_trainer(tmp_path, make_samples(4), objective="dpo", max_steps=1, weight_decay=float("nan"), **saves)
+    with pytest.raises(
+        NonFiniteLossError, match=r"after optimiser step 1 the weights themselves were not finite: lm_head"
+    ):
+        trainer.train()
+    assert last_complete_checkpoint(tmp_path) is None
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def finite_loss_nan_gradient(logps: Tensor, segments: Segments) -> LossOutput:
     """sqrt has no finite gradient at 0."""
     return LossOutput((segments.sum(logps) * 0).view(-1, 2).sum(1).sqrt())

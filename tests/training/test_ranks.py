@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from tests.training.ranks import on_ranks, sharding_on_cpu
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
-from tokengrain.errors import NonFiniteLossError, read_log
+from tokengrain.errors import NonFiniteLossError, RunError, read_log
 from tokengrain.method import make_objective
 from tokengrain.training.checkpoint import last_complete_checkpoint
+from tokengrain.training.step import WeightedMeans, all_reduce
 
 FSDP = {
     "fsdp": True,
@@ -145,3 +152,52 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path) -> Non
     assert sorted(saved["rows"]) == list(range(8))
     assert saved["nonfinite_rows"] == [5]
     assert {b["rank"] for b in saved["micro_batches"]} == {0, 1}
+
+
+def test_collectives_leave_their_input_alone() -> None:
+    def work() -> tuple[list[float], list[float], list[int]]:
+        state = PartialState(cpu=True)
+        values, flags = torch.tensor([1.0, 2.0]), torch.tensor([state.process_index])
+        total = all_reduce(values, state.device)
+        all_reduce(flags, state.device, "max")
+        return values.tolist(), total.tolist(), flags.tolist()
+
+    assert on_ranks(2, work) == [([1.0, 2.0], [2.0, 4.0], [rank]) for rank in range(2)]
+
+
+def test_ranks_that_logged_different_things_still_meet() -> None:
+    def work() -> dict[str, float]:
+        state, means = PartialState(cpu=True), WeightedMeans()
+        means.add("both", 1.0 + state.process_index, 1.0)
+        if state.process_index:
+            means.add("one", 6.0, 2.0)
+        return means.reduced().means()
+
+    assert on_ranks(2, work) == [{"both": 1.5, "one": 3.0}] * 2
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    class Killed(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if torch.distributed.get_rank() == 1 and state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> str:
+        trainer = make_trainer(
+            tmp_path,
+            make_samples(24),
+            objective="dpo",
+            per_device_train_batch_size=2,
+            save_strategy="steps",
+            save_steps=1,
+            callbacks=[Killed()],
+        )
+        with pytest.raises(RunError) as caught:
+            trainer.train()
+        return str(caught.value)
+
+    started = time.monotonic()
+    found = on_ranks(3, work, timeout=90, killed=[1])
+    assert time.monotonic() - started < 60  # most of it to start and to stop three processes
+    for message in found:
+        assert re.search(r"rank 1 \(process \d+\).* of this run has ended.*resume from the last checkpoint", message)

@@ -22,7 +22,7 @@ from tokengrain.training.checkpoint import last_complete_checkpoint
 from tokengrain.training.trainer import PreferenceTrainer
 
 STEPS = 9  # 12 rows, 2 x 2 per step, 3 epochs
-TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
 
 def die() -> None:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, RecipeError
+from tokengrain.training.config import LAUNCHER
 from tokengrain.training.trainer import PreferenceTrainer
 
 REFUSED: dict[str, Any] = {
@@ -105,3 +106,27 @@ def test_a_worker_of_its_own_may_read_a_stream(tmp_path: Path) -> None:
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "accelerate was started with FSDP, but accelerate does not shard on this device"),
+        ("ACCELERATE_USE_DEEPSPEED", "accelerate was started with DeepSpeed, which is not supported"),
+        ("ACCELERATE_USE_MEGATRON_LM", "accelerate was started with Megatron-LM, which is not supported"),
+    ],
+)
+def test_what_the_launcher_was_asked_for_is_what_runs_or_an_error(
+    variable: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LAUNCHER, variable, "true")
+    with pytest.raises(RecipeError, match=message):
+        make_trainer(tmp_path, make_samples(4), objective="dpo")
+
+
+def test_fsdp_of_one_trainer_says_nothing_about_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers and accelerate write it into the environment, where a launcher would."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    with pytest.raises(RecipeError, match="fsdp is set, which needs several processes"):
+        make_trainer(tmp_path, make_samples(4), objective="dpo", fsdp=True, fsdp_config={"version": 2})
+    make_trainer(tmp_path, make_samples(4), objective="dpo")

@@ -18,6 +18,9 @@ from tokengrain.loss import NormaliserName
 from tokengrain.rollout.sampler import SamplingConfig, derived_seed
 from tokengrain.scoring.layouts import Layout
 
+LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_USE_")}
+"""What `accelerate launch` was asked for. Read at import: where a setting asks for FSDP, the same variables are set."""
+
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "push_to_hub": ((False,), "push the finished model folder"),
     "deepspeed": ((None,), "use fsdp (FSDP2) to shard the model"),
@@ -110,6 +113,9 @@ class PreferenceConfig(TrainingArguments):
             shown = " and ".join(map(repr, allowed))
             message = f"{name} is not supported, except {shown}, got {value!r}; {reason}"
             require(getattr(value, "value", value) in allowed, RecipeError, message)
+        for variable, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+            message = f"accelerate was started with {what}, which is not supported; use fsdp (FSDP2) to shard the model"
+            require(not _launched_with(variable), RecipeError, message)
         optimiser = str(getattr(self.optim, "value", self.optim))
         require(
             optimiser not in ("lomo", "adalomo") and not optimiser.endswith("_layerwise"),
@@ -117,6 +123,15 @@ class PreferenceConfig(TrainingArguments):
             f"optim is {optimiser!r}, which changes weights during the backward pass of a micro-batch; a step is "
             "all of its micro-batches. Expected one that steps after them, such as adamw_torch",
         )
+
+
+def launched_with_fsdp() -> bool:
+    """Whether `accelerate launch` was asked to shard."""
+    return _launched_with("FSDP")
+
+
+def _launched_with(what: str) -> bool:
+    return LAUNCHER.get(f"ACCELERATE_USE_{what}", "false").lower() in ("1", "true")
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -193,11 +208,6 @@ def refuse_epochs(args: PreferenceConfig, reason: str) -> None:
             f"{name} is 'epoch', but {reason}, and an epoch never ends before the run does; expected 'steps', with "
             f"{name.replace('strategy', 'steps')}",
         )
-
-
-def launched_with_fsdp() -> bool:
-    """Whether `accelerate launch` was asked to shard."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 _LEAST = {

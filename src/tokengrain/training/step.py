@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch
+from tokengrain.errors import RunError
 from tokengrain.loss import Counts, LossOutput
 from tokengrain.training.loss import Judged
 
@@ -38,6 +45,48 @@ def all_gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def naming_lost_ranks(peers: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """Turn what a collective raises when another rank has died into one error that says which.
+
+    Args:
+        peers: host name and process id of every rank, in the order of ranks.
+
+    Raises:
+        RunError: a rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # A closed connection is seen before the process is gone.
+        broken = several_ranks() and bool(re.search("connection|peer|socket|timed out", str(error), re.IGNORECASE))
+        until, lost = time.monotonic() + (5.0 if broken else 0.0), _lost_ranks(peers)
+        while not lost and time.monotonic() < until:
+            time.sleep(0.01)
+            lost = _lost_ranks(peers)
+        if not lost and not broken:
+            raise
+        who = ", ".join(f"rank {rank} (process {peers[rank][1]})" for rank in lost) or "a rank on another machine"
+        raise RunError(f"{who} of this run has ended, so all others end; resume from the last checkpoint") from error
+
+
+def _lost_ranks(peers: Sequence[tuple[str, int]]) -> list[int]:
+    """Ranks on this machine whose process has ended."""
+    here = socket.gethostname()
+    return [rank for rank, (host, process) in enumerate(peers) if host == here and not _is_alive(process)]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
+    return state not in ("Z", "X")  # ended, and not yet waited for
 
 
 # ---- What a step is made of: batches on the host, their counts on all ranks, their micro-batches. ----

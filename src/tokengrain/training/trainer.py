@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -57,7 +58,7 @@ from tokengrain.training.checkpoint import (
     rotate,
     staged_folder,
 )
-from tokengrain.training.config import PreferenceConfig, endless
+from tokengrain.training.config import PreferenceConfig, endless, launched_with_fsdp
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
 from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss, resolve_credit, resolve_objective
 from tokengrain.training.step import (
@@ -68,6 +69,7 @@ from tokengrain.training.step import (
     all_gather,
     all_reduce,
     micro_batches,
+    naming_lost_ranks,
     nonfinite_report,
     plan_step,
     totals,
@@ -158,6 +160,8 @@ class PreferenceTrainer(Trainer):
         # One process trains on one device; several need a launcher (torchrun, accelerate launch).
         args._setup_devices  # noqa: B018
         args._n_gpu = min(args._n_gpu, 1)
+        what = "fsdp is set, which needs several processes (torchrun, accelerate launch); got one"
+        require(not args.fsdp or args.world_size > 1, RecipeError, what)
         self._reset_step()
         collate: Any = self._collate  # to batches that are no dicts
         super().__init__(
@@ -169,8 +173,7 @@ class PreferenceTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        sharded = not args.fsdp or self.is_fsdp_enabled
-        require(sharded, RecipeError, "fsdp is set, but accelerate does not shard on this device, as on CPU")
+        self._check_sharding()
         prepare(self.model, layout=args.layout)  # on its device by now, and not yet wrapped
         self._log_file = JsonlLog(self.output_path / LOG_FILE)
         self.add_callback(self._log_file)
@@ -178,6 +181,12 @@ class PreferenceTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self._reference_placed = False
         self._staging: Path | None = None  # where a checkpoint is being saved
+        self._peers: list[tuple[str, int]] = []
+
+    def _check_sharding(self) -> None:
+        asked = "fsdp is set" if self.args.fsdp else "accelerate was started with FSDP"
+        done = self.is_fsdp_enabled or not (self.args.fsdp or launched_with_fsdp())
+        require(done, RecipeError, f"{asked}, but accelerate does not shard on this device, as on CPU")
 
     @property
     def output_path(self) -> Path:
@@ -201,6 +210,7 @@ class PreferenceTrainer(Trainer):
         self._grad_norm: Any = None
         self._window = WeightedMeans()
         self._tokens_seen = 0
+        self._resumed_loss: tuple[float, float] | None = None
 
     def _resolve_reference(self, reference: Any, model: nn.Module) -> Any:
         """What the loss takes the reference's quantities from."""
@@ -393,19 +403,35 @@ class PreferenceTrainer(Trainer):
 
     def _keep_last_good_state(self) -> str:
         """Save the weights, which the bad step has not touched, unless they are bad themselves."""
-        good, step = self._weights_are_finite(), self.state.global_step
+        good, step = not self._nonfinite_weights(), self.state.global_step
         wanted = self.args.save_strategy != SaveStrategy.NO and step > 0
         if good and wanted and not (self.output_path / f"checkpoint-{step}").exists():
             self.model_wrapped.zero_grad()
             self._save_checkpoint(self.model, None)
-        last = last_complete_checkpoint(self.output_path)
-        weights = "" if good else "The weights themselves were not finite. "
-        return weights + (f"The last good state is {last}." if last else "There is no checkpoint.")
+        return ("" if good else "The weights themselves were not finite. ") + self._last_good_state()
 
-    def _weights_are_finite(self) -> bool:
-        """Whether all trained weights are, on all ranks."""
-        finite = all(bool(torch.isfinite(_local(p)).all()) for p in self.model.parameters() if p.requires_grad)
-        return not bool(self._sum_over_ranks(torch.tensor([0.0 if finite else 1.0])).any())
+    def _last_good_state(self) -> str:
+        last = last_complete_checkpoint(self.output_path)
+        return f"The last good state is {last}." if last else "There is no checkpoint."
+
+    def _check_weights(self) -> None:
+        """Called before weights are saved. The loss of the next step would tell, but there may be none.
+
+        Raises:
+            NonFiniteLossError: a trained weight is not finite, on any rank.
+        """
+        if bad := self._nonfinite_weights():
+            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+            raise NonFiniteLossError(
+                f"after optimiser step {self.state.global_step} the weights themselves were not finite: {shown}; they "
+                f"are not saved. {self._last_good_state()}"
+            )
+
+    def _nonfinite_weights(self) -> list[str]:
+        """Names of trained weights that are not finite, on all ranks."""
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        own = [name for name, p in trained if not bool(torch.isfinite(_local(p)).all())]
+        return sorted({name for names in all_gather(own) for name in names})
 
     # ---- Logging ----
 
@@ -415,6 +441,8 @@ class PreferenceTrainer(Trainer):
             window = self._window.reduced()
             self._window.clear()
             logs = {**logs, **window.means(), "num_tokens": self._tokens_seen}
+        elif "train_loss" in logs:  # of the whole run; transformers divides by the steps since it was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -517,9 +545,29 @@ class PreferenceTrainer(Trainer):
             shutil.rmtree(self.output_path / STAGING, ignore_errors=True)  # what a killed run left
         self.accelerator.wait_for_everyone()
         try:
-            return super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+            with self._together():
+                output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+                self._check_weights()
         finally:
             self.args.eval_on_start = eval_on_start
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; see `transformers.Trainer.evaluate`."""
+        with self._together():
+            return super().evaluate(*args, **kwargs)
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Around what all ranks do: if one dies, the error of the others names it."""
+        self._peers = self._peers or all_gather((socket.gethostname(), os.getpid()))
+        return naming_lost_ranks(self._peers)
+
+    def on_train_begin(self) -> None:
+        """Called before the first step: takes up the sums of losses that transformers starts at 0."""
+        if self._resumed_loss is not None:
+            self._total_loss_scalar, since = self._resumed_loss
+            self._tr_loss += since
+            self._resumed_loss = None
 
     def _start_clean(self) -> None:
         if not self.args.overwrite_output_dir:
@@ -538,7 +586,7 @@ class PreferenceTrainer(Trainer):
                 dataset.set_time(datetime.fromisoformat(written))
         check_same_run(state["run"], self.run_identity(), checkpoint)
         require_optimizer(checkpoint)
-        self._tokens_seen = state["tokens_seen"]
+        self._tokens_seen, self._resumed_loss = state["tokens_seen"], tuple(state["loss"])
         if self.is_world_process_zero():
             self._window.load_state(state["window"])  # the sum over ranks
             self._log_file.restart(state["step"])
@@ -599,7 +647,9 @@ class PreferenceTrainer(Trainer):
         """
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
+        self._check_weights()
         main, window = self.args.should_save, self._window.reduced()
+        since = float(self._sum_over_ranks(self._tr_loss.detach().cpu().double())) / self.accelerator.num_processes
         # Continued or resumed, the main process counts on from the sum: rounding is the same.
         self._window.load_state(window.state() if self.is_world_process_zero() else WeightedMeans().state())
         # Rotation has to wait until the new checkpoint is in place.
@@ -613,15 +663,21 @@ class PreferenceTrainer(Trainer):
                 extra = self.save_extra(staged)
                 self._name_best(target)
                 if main:
-                    self._write_state(staged, window, extra)
+                    self._write_state(staged, window, (self._total_loss_scalar, since), extra)
         finally:
             self._staging, self.args.save_total_limit = None, limit
         if main:
             rotate(run_dir, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _write_state(self, staged: Path, window: WeightedMeans, extra: dict[str, Any]) -> None:
-        """Write what a run needs to resume exactly, beyond what transformers saves."""
+    def _write_state(
+        self, staged: Path, window: WeightedMeans, loss: tuple[float, float], extra: dict[str, Any]
+    ) -> None:
+        """Write what a run needs to resume exactly, beyond what transformers saves.
+
+        Args:
+            loss: sum of the steps' losses until the last entry of the log, and since then.
+        """
         self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again: the best checkpoint has its name now
         state = {
             "step": self.state.global_step,
@@ -633,6 +689,7 @@ class PreferenceTrainer(Trainer):
                 for name, dataset in self._datasets.items()
                 if getattr(dataset, "clock", None) is not None
             },
+            "loss": loss,
             "extra": extra,
         }
         write_json(staged / STATE_FILE, state)
@@ -664,10 +721,13 @@ class PreferenceTrainer(Trainer):
 
 
 class StepHooks(TrainerCallback):
-    """Calls the trainer's own methods before and after the optimiser's step."""
+    """Calls the trainer's own methods at the start, and before and after the optimiser's step."""
 
     def __init__(self, trainer: PreferenceTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.on_train_begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.finish_step()

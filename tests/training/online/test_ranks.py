@@ -85,6 +85,19 @@ def test_two_ranks_resume_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
     assert whole[0][2:] == parts[0][2:]
 
 
+def test_a_checkpoint_between_two_entries_of_the_log(tmp_path: Path) -> None:
+    """It gathers the metrics on the main process, so ranks no longer hold the same names."""
+    settings = {"minibatches": 2, "max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    one = run(tmp_path / "one", **settings)
+    two = on_ranks(2, lambda: run(tmp_path / "two", **settings))
+    assert two[0][2:] == two[1][2:] == one[2:]
+    ours, theirs = ([e for e in read_log(tmp_path / d / "log.jsonl") if "loss" in e] for d in ("one", "two"))
+    assert [e.keys() for e in ours] == [e.keys() for e in theirs]
+    for entry, other in zip(ours, theirs, strict=True):
+        assert other["reward/mean"] == pytest.approx(entry["reward/mean"], rel=1e-6)
+        assert other["loss"] == pytest.approx(entry["loss"], rel=1e-5, abs=1e-7)
+
+
 def resumed(folder: Path, **settings: Any) -> Any:
     import tests.training.online.test_ranks as here
 
