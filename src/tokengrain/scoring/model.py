@@ -35,7 +35,7 @@ class ModelPlan:
         head: "fused" (decoder, then our head) or "logits" (the model's own logits, all of them).
         scale, softcap: what the model does to its raw logits (see `Head`).
         masks: how a shared row's masks are passed; None: the model cannot share.
-        autocast: the autocast type the model's own forward runs in, None for none.
+        autocast: the autocast type the model's own forward switches on, whatever its caller's; None for none.
         reason: why prompts are not shared or the head is not fused; None if all is well.
     """
 
@@ -70,7 +70,7 @@ class ScoreRequest:
 def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -> dict[str, Tensor]:
     """The quantities of a request, flat `[N]` (or `[N, H]`), in the order of the batch's flat vectors."""
     device, dtype = device_of(lm), request.plan.autocast
-    own = dtype is not None and not torch.is_autocast_enabled(device.type)
+    own = dtype is not None and autocast_type(device.type) is None
     with torch.autocast(device.type, dtype=dtype) if own else contextlib.nullcontext():
         if request.plan.head == "logits":
             return quantities_from_logits(lm, request, lambda ids, mask: own_forward(input_ids=ids).logits)
@@ -251,6 +251,11 @@ def text_config(lm: nn.Module) -> Any:
     """The part of a model's config that describes its language model."""
     config: Any = lm.config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def autocast_type(device: str) -> torch.dtype | None:
+    """The type of the autocast that is on for this kind of device, if it is."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def decoder_of(lm: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from tokengrain.scoring.layouts import OTHER_WINDOWS, PROBED_WINDOW, Layout, Mas
 from tokengrain.scoring.model import (
     ModelPlan,
     ScoreRequest,
+    autocast_type,
     checked_classifier,
     decoder_of,
     device_of,
@@ -98,9 +99,9 @@ def _found_out(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
 
 
 def signature(lm: nn.Module) -> tuple[Any, ...]:
-    """What a plan depends on: attention implementation and kinds of modules (adapters come and go)."""
+    """What a plan depends on: attention implementation, precision, and kinds of modules (adapters come and go)."""
     kinds = frozenset(type(m).__name__.removeprefix("FSDP") for m in lm.modules())
-    return (getattr(text_config(lm), "_attn_implementation", None), kinds)
+    return (getattr(text_config(lm), "_attn_implementation", None), _dtype(lm, None), kinds)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -274,12 +275,11 @@ def _request(batch: TokenBatch, plan: ModelPlan, layout: Layout, *want: str) -> 
 
 def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tensor, torch.dtype | None, str | None]:
     """The model's own logits `[1, L, V]` of one text, its decoder's autocast type, and why it has no decoder."""
-    text = torch.cat([batch.prompt(0), batch.completion(0)])[None].to(device_of(lm))
+    text, device = torch.cat([batch.prompt(0), batch.completion(0)])[None].to(device_of(lm)), device_of(lm).type
     seen: list[torch.dtype | None] = []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        device = device_of(lm).type
-        seen.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        seen.append(autocast_type(device))
 
     hook, missing = None, None
     try:
@@ -287,6 +287,9 @@ def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tens
     except ModelError as error:
         missing = str(error)
     try:
+        if autocast_type(device) is not None:  # the caller's, which is no property of the model
+            with torch.autocast(device, enabled=False):
+                call(input_ids=text)
         own = call(input_ids=text).logits
     except Exception as error:
         raise ModelError(f"{type(lm).__name__} does not run on token ids alone: {_short(error)}") from error
@@ -339,8 +342,9 @@ def _run_alone(
 
 
 def _dtype(lm: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
-    """The type the model computes in."""
-    return autocast or input_embeddings(lm).weight.dtype
+    """The type the model computes in; `autocast` is its own forward's."""
+    weight = input_embeddings(lm).weight
+    return autocast or autocast_type(weight.device.type) or weight.dtype
 
 
 def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
