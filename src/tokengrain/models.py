@@ -6,14 +6,17 @@ import contextlib
 import copy
 import difflib
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -33,6 +36,7 @@ from tokengrain.errors import (
     DataError,
     ModelError,
     RecipeError,
+    TokengrainError,
     file_fingerprint,
     fingerprint,
     read_json,
@@ -40,7 +44,19 @@ from tokengrain.errors import (
     write_json,
 )
 from tokengrain.methods._shaping import Moments
-from tokengrain.scoring.model import HEADS, TOKEN_CLASSIFIER, head_name, input_embeddings
+from tokengrain.scoring.model import (
+    HEADS,
+    TOKEN_CLASSIFIER,
+    device_of,
+    evaluating,
+    head_name,
+    input_embeddings,
+    output_embeddings,
+    positions_of,
+    text_config,
+    vocabulary,
+)
+from tokengrain.scoring.prepare import TOLERANCE, relative_error
 from tokengrain.scoring.reference import disable_dropout, is_peft
 from tokengrain.scoring.token_scores import (
     CompletionStatistics,
@@ -133,30 +149,143 @@ def load_model(
     if is_adapter(path):
         base = load_model(spec, base_of_adapter(path))
         return _with_adapter(base, path, merge_adapter, train_adapter)
-    with library_errors(f"no model could be loaded from {path}", path):
-        return AutoModelForCausalLM.from_pretrained(path, **_how(spec))
+    return from_files(AutoModelForCausalLM, "model", spec, path)
+
+
+def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: bool = False, **more: Any) -> nn.Module:
+    """The model at `path`, loaded by one of transformers' Auto classes.
+
+    Args:
+        what: what it is called in messages.
+        fresh_head: the head is new: its tensors may be missing, and those of another head left over.
+
+    Raises:
+        ModelError: it cannot be loaded; its files lack tensors, which would be random numbers, or have others.
+    """
+    how = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
+    with library_errors(f"no {what} could be loaded from {path}", path):
+        model, found = kind.from_pretrained(path, output_loading_info=True, **how, **more)
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if fresh_head:
+        missing = [name for name in missing if name.split(".")[0] not in HEADS]
+        unexpected = [name for name in unexpected if name.startswith(model.base_model_prefix + ".")]
+    # Masks and frequencies that older versions of transformers saved are computed now.
+    unexpected = [name for name in unexpected if not name.endswith(("attn.bias", "masked_bias", "inv_freq"))]
+    for names, verb in ((missing, "lack"), (unexpected, "have other")):
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        message = f"the weights in {path} {verb} tensors of {type(model).__name__}: {shown}"
+        require(not names, ModelError, message.replace("other tensors of", "tensors that are none of"))
+    return model
 
 
 def _with_adapter(base: nn.Module, path: str, merge: bool, train: bool) -> Any:
-    """The adapter at `path` on its base, or folded into it."""
+    """The adapter at `path` on its base, or folded into it; new tokens that it was trained with get their rows."""
+    peft, saved = import_peft(), adapter_embeddings(path)
+    rows = max(saved.values(), default=None)
     with library_errors(f"adapter {path} does not fit its base model"):
-        adapted = import_peft().PeftModel.from_pretrained(base, path, is_trainable=train)
-    return adapted.merge_and_unload() if merge else adapted
+        if rows is not None and rows != (size := vocabulary(base)):
+            both = len(saved) > 1 or cast(Any, base).config.tie_word_embeddings or output_embeddings(base) is None
+            message = f"adapter {path} was trained with {rows} tokens on a model of {size} and lacks the "
+            require(both, ModelError, f"{message}{'embeddings' if 'lm_head' in saved else 'head'} of the new ones")
+            cast(Any, base).resize_token_embeddings(rows, mean_resizing=False)
+        adapted = peft.PeftModel.from_pretrained(base, path, is_trainable=train)
+    return _merged(adapted, path) if merge else adapted
 
 
-def _how(spec: ModelSpec) -> dict[str, Any]:
-    """How transformers should load the weights."""
-    names = ("dtype", "attn_implementation", "trust_remote_code")
-    return {name: getattr(spec, name) for name in names}
+def adapter_embeddings(path: str) -> dict[str, int]:
+    """Rows of the embeddings and of the head that are saved with an adapter: resized ones are."""
+    file, found = Path(path) / "adapter_model.safetensors", {}
+    side = re.compile(r"\.(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.(base_layer\.)?weight$")
+    if file.is_file():
+        with library_errors(f"adapter {path} cannot be read"), safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                if match := side.search(key):
+                    found[match[1]] = int(tensors.get_slice(key).get_shape()[0])
+    return found
+
+
+def _merged(adapted: Any, path: str) -> Any:
+    """An adapter folded into its base, all of whose weights can then be trained, compared with the two as they were.
+
+    Tied embeddings with an adapter on one side come apart first: a change of one would be a change of both.
+    """
+    what = f"adapter {path} cannot be merged"
+    require(not adapted.active_peft_config.is_prompt_learning, ModelError, f"{what}: it is no change of weights")
+    lm = adapted.get_base_model()
+    tokens = _some_tokens(adapted)
+    with library_errors(what), evaluating(adapted):
+        before = adapted(input_ids=tokens).logits.clone()
+        sides = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+        bases = [getattr(m, "base_layer", None) or getattr(m, "original_module", m) for m in sides]
+        if None not in sides and any(hasattr(m, "base_layer") or hasattr(m, "modules_to_save") for m in sides):
+            if bases[0].weight is bases[1].weight:
+                bases[1].weight = nn.Parameter(bases[1].weight.detach().clone())
+            lm.config.tie_word_embeddings = text_config(lm).tie_word_embeddings = False
+        merged = adapted.merge_and_unload()
+        after = merged(input_ids=tokens).logits
+    if before.shape[-1] == 1:  # scores: their spread is over the tokens
+        before, after = before.transpose(1, 2), after.transpose(1, 2)
+    apart = float(relative_error(after, before).max())
+    message = f"{what}: the merged model gives other logits (relative difference {apart:.2g})"
+    require(not apart > TOLERANCE[input_embeddings(merged).weight.dtype], ModelError, message)
+    for parameter in merged.parameters():  # peft froze the base
+        parameter.requires_grad_(parameter.is_floating_point())
+    return merged
+
+
+def trained(model: Any, *, whole: bool = False) -> str:
+    """What of a model is trained, for people: "trains 134.5 M of 134.5 M parameters".
+
+    Args:
+        whole: all of it should be.
+
+    Raises:
+        ModelError: nothing is; or only a new head of a model all of which should be, or that has an adapter.
+    """
+    given = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if p.is_floating_point()]
+    own = [(name, size) for name, size, needed in given if needed]
+    total, count = sum(size for _, size, _ in given), sum(size for _, size in own)
+    shown = [f"{n / 1e6:.1f} M" if n >= 1e5 else str(n) for n in (count, total)]
+    message = (
+        f"nothing in {type(model).__name__} can be trained: none of its {shown[1]} parameters requires gradients; "
+    )
+    require(own, ModelError, message + "expected weights that do, or an adapter loaded with is_trainable=True")
+    heads = all({*HEADS, "modules_to_save"} & set(name.split(".")) for name, _ in own) and count < total
+    message = f"only {own[0][0]} of {type(model).__name__} would be trained, {shown[0]} of {shown[1]} parameters; "
+    require(not heads or not (whole or is_peft(model)), ModelError, message + "expected the other weights too")
+    return f"trains {shown[0]} of {shown[1]} parameters"
+
+
+def _some_tokens(adapted: Any) -> Tensor:
+    """A text `[1, n]` of tokens from all over the vocabulary, and of those that the adapter has trained."""
+    lm, trained = adapted.get_base_model(), getattr(adapted.active_peft_config, "trainable_token_indices", None) or ()
+    size, most = vocabulary(lm), min(24, positions_of(lm.config) or 24)
+    own = [i for part in trained.values() for i in part] if isinstance(trained, dict) else list(trained)
+    spread = range(0, size, max(1, size // most))
+    return torch.tensor([[*own, *spread][:most]], device=device_of(lm))
 
 
 @contextlib.contextmanager
 def library_errors(what: str, path: str | None = None) -> Iterator[None]:
-    """What transformers and peft raise on bad files, as a ModelError that begins with `what`."""
+    """What transformers, peft and safetensors raise on bad files, as a ModelError that begins with `what`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"{what}: {_first_line(error)}{_near_path(path) if path else ''}") from error
+    except (TokengrainError, MemoryError):
+        raise
+    except Exception as error:  # corrupted files raise errors of many kinds
+        damaged = _damaged(path) if path else ""
+        raise ModelError(f"{what}: {damaged}{_first_line(error)}{_near_path(path) if path else ''}") from error
+
+
+def _damaged(path: str) -> str:
+    """Names the file of weights in a folder that cannot be read, if there is one."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception:
+            return f"{file.name} is damaged or incomplete: "
+    return ""
 
 
 def resolve_model(spec: ModelSpec | str, run_dir: str | Path = ".") -> tuple[torch.nn.Module, Any]:
@@ -174,23 +303,32 @@ def load_config(spec: ModelSpec, path: str) -> Any:
     """The architecture's config, without the weights."""
     place = base_of_adapter(path) if is_adapter(path) else path
     with library_errors(f"no model at {place}", place):
-        return AutoConfig.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
-
-
-def positions(config: Any) -> int | None:
-    """Most tokens the model can read, if it has a limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
+    if place != path and (saved := adapter_embeddings(path)):
+        config.get_text_config().vocab_size = max(saved.values())
+    return config
 
 
 def check_vocabulary(tokenizer: Any, config: Any, tokens_of: str, model: str) -> None:
-    """The model must have an embedding for every token id of the tokenizer.
+    """Warns if the tokenizer has tokens that the model has no embedding for: no row may use them, which is checked.
+
+    Gemma 3's text models and Code Llama are such.
 
     Raises:
         ModelError: with both sizes.
     """
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    message = f"{model} has a vocabulary of {size} tokens, the tokenizer of {tokens_of} has {len(tokenizer)}; "
-    require(size is None or size >= len(tokenizer), ModelError, message + "they must share one tokenizer")
+    size, count = getattr(config.get_text_config(), "vocab_size", None), len(tokenizer)
+    if size is not None:
+        message = f"{model} has a vocabulary of {size} tokens, the tokenizer of {tokens_of} has {count}"
+        check_sizes(count, size, message)
+
+
+def check_sizes(tokens: int, vocabulary: int, message: str) -> None:
+    """Warns of a few tokens more than the model has; raises ModelError if they are so many that it is another's."""
+    more = tokens - vocabulary
+    require(more <= vocabulary // 2, ModelError, f"{message}; they must share one tokenizer")
+    if more > 0:
+        warnings.warn(f"{message}: rows may not use the last {more} of its tokens", stacklevel=3)
 
 
 def check_same_vocabulary(tokenizer: Any, other: Any, name: str, other_name: str) -> None:
@@ -238,7 +376,9 @@ def _file_hash(path: Path, size: int, modified: int) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """The first line of an error; with the next one, which has the reason, if it ends in a colon."""
+    first, *more = (str(error).strip() or repr(error)).splitlines()
+    return f"{first} {' '.join(more[0].split())}" if first.endswith(":") and more else first
 
 
 def _near_path(path: str) -> str:
@@ -303,8 +443,8 @@ def load_reward_model(
     one = fresh or labels == 1
     require(one, ModelError, f"{path} is a token classifier of {labels} labels; a reward model has one")
     config.num_labels, config.classifier_dropout = 1, 0.0
-    with library_errors(f"no reward model could be made of {path}"), _quiet(fresh):
-        model = AutoModelForTokenClassification.from_pretrained(path, config=config, **_how(spec))
+    with _quiet(fresh):
+        model = from_files(AutoModelForTokenClassification, "reward model", spec, path, fresh_head=fresh, config=config)
     return _finished(model, fresh=fresh)
 
 

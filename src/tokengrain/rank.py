@@ -32,6 +32,7 @@ from tokengrain.evaluation.statistics import (
     score_completions,
     wilson,
 )
+from tokengrain.scoring.model import positions_of
 from tokengrain.specs import ModelSpec
 
 CPU_TOKENS, GPU_TOKENS = 8_192, 32_768
@@ -161,13 +162,13 @@ def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = models.load_trained_reward_model(path).to(device)
         tokenizer = tokenizer or models.load_tokenizer(ModelSpec(path=path), path)
-        return loaded, tokenizer, device, models.positions(loaded.config)
+        return loaded, tokenizer, device, positions_of(loaded.config)
     missing = "tokenizer is missing; it is needed with a model or credit source that is loaded already"
     require(tokenizer is not None, RecipeError, missing)
     if isinstance(model, nn.Module):
         config: Any = getattr(model, "config", None)
         device = device or next(model.parameters()).device
-        return model, tokenizer, device, models.positions(config) if config is not None else None
+        return model, tokenizer, device, positions_of(config) if config is not None else None
     kind = type(model).__name__
     require(callable(model), ModelError, f"model is {kind}; expected a path, a reward model or a credit source")
     return model, tokenizer, device or "cpu", None

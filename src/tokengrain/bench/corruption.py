@@ -26,13 +26,13 @@ from tokengrain.errors import DataError, RecipeError, fingerprint, require
 from tokengrain.evaluation.credit import auc, lowest_hits
 from tokengrain.evaluation.statistics import bootstrap
 from tokengrain.method import CREDIT, make_credit
-from tokengrain.models import load_config, positions
+from tokengrain.models import load_config
 from tokengrain.report.rows import collect_credit_samples
 from tokengrain.run.build import CreditSpec, RunModels, open_rows, tokenize_config
 from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.stages import resolve_stages
 from tokengrain.runs import is_run, read_run
-from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.model import evaluating, positions_of
 from tokengrain.scoring.score import distribution_of
 from tokengrain.specs import ModelSpec
 
@@ -380,7 +380,7 @@ def _run_models(model: str, data: str, credit: Any, rows: int | None = None) -> 
 def _answers(shop: RunModels, stage: Any, rows: int) -> TokenBatch:
     """The good answers, one per prompt."""
     found, _ = open_rows(stage.data, seed=0)
-    longest = positions(load_config(stage.model, shop.path(stage.model)))
+    longest = positions_of(load_config(stage.model, shop.path(stage.model)))
     config = tokenize_config(stage.data)
     dataset = prepare_sft(found, shop.tokenizer(stage.model), config, model_positions=longest)
     return TokenBatch.from_samples([dataset[i] for i in range(min(rows, len(dataset)))])

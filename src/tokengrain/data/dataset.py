@@ -215,7 +215,10 @@ class PairDataset(Dataset[Sample]):
 
     Attributes:
         samples: a sequence of the samples, made when asked for.
+        max_length: what their texts were cut to by hand; None: nothing.
     """
+
+    max_length: int | None = None
 
     def __init__(
         self,
@@ -442,13 +445,14 @@ def _prepare(
             report.add(result)
     if first_invalid is not None and not (config.skips(first_invalid[1]) and report.kept):
         raise all_invalid(rows, report, *first_invalid) from first_invalid[1]
-    if not encoder.renderer.dated:
-        return PairDataset(samples, report, rows.name)
 
     def remake(now: datetime) -> PairDataset:
         return cast(PairDataset, _prepare(rows, tokenizer, config, parse, model_positions, Clock(now)))
 
-    return PairDataset(samples, report, rows.name, clock=encoder.renderer.clock, remake=remake)
+    dated: dict[str, Any] = {"clock": encoder.renderer.clock, "remake": remake} if encoder.renderer.dated else {}
+    dataset = PairDataset(samples, report, rows.name, **dated)
+    dataset.max_length = config.max_length
+    return dataset
 
 
 def _encoded(rows: Iterable[tuple[int, Any]], encoder: ExampleEncoder) -> Iterator[tuple[int, Encoded | RowError]]:

@@ -14,15 +14,15 @@ from tokengrain.errors import ModelError, RecipeError, require
 from tokengrain.methods._other_tokens import retokenizer_for
 from tokengrain.methods._shaping import Scaling, scale_scores
 from tokengrain.models import (
+    from_files,
     is_adapter,
     is_classifier_config,
     is_reward_adapter,
-    library_errors,
     load_config,
     load_trained_reward_model,
 )
 from tokengrain.rewards.suite import RewardError
-from tokengrain.scoring.model import device_of, evaluating, input_embeddings, is_token_classifier
+from tokengrain.scoring.model import device_of, evaluating, input_embeddings, is_token_classifier, positions_of
 from tokengrain.scoring.token_scores import (
     Pooling,
     completion_statistics_of,
@@ -183,11 +183,11 @@ def _check_model(model: Any) -> None:
 
 
 def _check_fits(model: nn.Module, batch: TokenBatch) -> None:
-    known = getattr(input_embeddings(model), "num_embeddings", None)
+    known = input_embeddings(model).weight.shape[0]
     largest = int(torch.cat([batch.prompt_ids, batch.completion_ids]).max())
     message = f"token id {largest} is outside the reward model's vocabulary of {known}; expected a reward_tokenizer"
-    require(known is None or largest < known, RewardError, message)
-    limit = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
+    require(largest < known, RewardError, message)
+    limit = positions_of(config_of(model))
     longest = int((batch.prompt_offsets.diff()[batch.group] + batch.completion_offsets.diff()).max())
     message = f"prompt and completion are {longest} tokens; expected at most {limit}, the model's positions"
     require(limit is None or longest <= limit, RewardError, message)
@@ -208,10 +208,7 @@ def load_completion_model(path: str, *, dtype: Any = "auto", trust_remote_code: 
     spec = ModelSpec(path=path, dtype=dtype, trust_remote_code=trust_remote_code)
     if check_completion_model(spec, path) == "tokens":
         return load_trained_reward_model(path, dtype=dtype)
-    with library_errors(f"no sequence classifier could be loaded from {path}"):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    model = from_files(AutoModelForSequenceClassification, "sequence classifier", spec, path)
     return model.eval().requires_grad_(False)
 
 

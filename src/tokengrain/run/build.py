@@ -20,6 +20,7 @@ from tokengrain.method import CREDIT, ROLLOUT_CREDIT, CreditKind
 from tokengrain.recipe.schema import Recipe
 from tokengrain.rewards.reward_model import load_completion_model
 from tokengrain.run import show
+from tokengrain.scoring.model import lift_positions, positions_of
 from tokengrain.scoring.reference import AdapterReference, FrozenReference, is_peft
 from tokengrain.specs import DataSpec, ModelSpec
 from tokengrain.worlds import is_world, load_world
@@ -173,7 +174,8 @@ class RunModels:
         """
         model = like or stage.model
         tokenizer = self.tokenizer(model)
-        positions = models.positions(models.load_config(model, self.path(model)))
+        config = models.load_config(model, self.path(model))
+        positions = positions_of(config, stage.data.tokenize.get("max_length"))
         key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(tokenizer), positions, stage.row_form])
         if key not in self._datasets:
             made = [stage.prepare(rows, tokenizer, positions) if rows is not None else None for rows in stage.rows()]
@@ -199,6 +201,7 @@ class RunModels:
         key = fingerprint([kind, spec.model_dump(), self.path(spec)])
         if key not in self._frozen:
             self._frozen[key] = load(self.path(spec)).requires_grad_(False).to(self.state.device)
+            lift_positions(self._frozen[key], self.recipe.data.tokenize.get("max_length"))
         return self._frozen[key]
 
     def beside(self, policy: Any, spec: ModelSpec, name: str) -> Any:

@@ -58,6 +58,8 @@ from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding
 from tokengrain.run import show
 from tokengrain.run.build import CreditSpec, RunModels, data_fingerprint, open_rows, tokenize_config
 from tokengrain.runs import FORMAT
+from tokengrain.scoring.model import lift_positions
+from tokengrain.scoring.prepare import unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference, FrozenReference
 from tokengrain.settings import load_callable, source_of, validate_settings
 from tokengrain.specs import DataSpec, LoraSpec, ModelSpec, TeacherSpec
@@ -591,13 +593,16 @@ class Trained(Stage):
             weights: other weights than those that the stage starts from, to evaluate.
         """
         torch.manual_seed(self.recipe.seed)
-        path = weights or run.path(self.model)
+        path, options = weights or run.path(self.model), {}
         if self.lora is None or weights is not None:
-            return self.load(path, merge_adapter=self.lora is None), None
-        if self.is_adapter(path):
+            options = {"merge_adapter": self.lora is None}
+        elif self.is_adapter(path):
             _check_same_lora(self.lora, path)
-            return self.load(path, train_adapter=True), None
-        model = self.load(path)
+            options = {"train_adapter": True}
+        model = self.load(path, **options)
+        lift_positions(unwrapped(model), self.data.tokenize.get("max_length"))
+        if self.lora is None or options:
+            return model, None
         if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
             model.name_or_path = str(Path(path).resolve())
         return model, self.lora_config(self.lora)
@@ -671,6 +676,7 @@ class Trained(Stage):
             metrics["before"] = plain_metrics(trainer.evaluate())
             if main:
                 write_json(metrics_file, metrics)
+        run.console.print(models.trained(trainer.model, whole=self.lora is None))
         progress = show.ShowProgress(run.console, self.name)
         trainer.add_callback(progress)
         try:

@@ -88,6 +88,7 @@ class Rows:
         tree: long `[B, L]`, which prompt of the row a token belongs to; -1 for padding.
         branch: long `[B, L]`, 0 in the prompt, k in its k-th completion.
         position: long `[B, L]`, the logical position, 0 at the prompt's first token.
+        once: bool `[B, L]`, each token of the batch in one place: no padding, and of a repeated prompt the first.
         source: long `[n]`, flat position in `[B * L]` that predicts a counted token (or is it).
         target: long `[n]`, index of that counted token in the batch's flat vectors.
         causal: whether every row is one plain text, so that no mask is needed.
@@ -97,12 +98,13 @@ class Rows:
     tree: Tensor
     branch: Tensor
     position: Tensor
+    once: Tensor
     source: Tensor
     target: Tensor
     causal: bool
 
     def to(self, device: torch.device) -> Rows:
-        names = ("input_ids", "tree", "branch", "position", "source", "target")
+        names = ("input_ids", "tree", "branch", "position", "once", "source", "target")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -223,7 +225,7 @@ def _build(source: _Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) 
     width = -(-width // multiple) * multiple
     shape = (len(rows), width)
     ids, branch, position = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    tree_index = torch.full(shape, -1)
+    tree_index, once = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
     sources, targets = [], []
     for r, row in enumerate(rows):
         at = 0
@@ -231,6 +233,8 @@ def _build(source: _Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) 
             span = slice(at, at + tree.length)
             ids[r, span], branch[r, span], position[r, span] = _tree_tensors(source, tree)
             tree_index[r, span] = number
+            repeated = tree.completions[:1] != tuple(source.completions[tree.prompt][:1])
+            once[r, at + (source.prompt_length(tree.prompt) if repeated else 0) : at + tree.length] = True
             for index, flat in _predictors(source, tree):
                 sources.append(index + (r * width + at))
                 targets.append(flat)
@@ -240,7 +244,7 @@ def _build(source: _Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) 
     empty = torch.empty(0, dtype=torch.long)
     causal = all(len(row) == 1 and row[0].causal for row in rows)
     source_index = torch.cat([empty, *sources])
-    return Rows(ids, tree_index, branch, position, source_index, torch.cat([empty, *targets]), causal)
+    return Rows(ids, tree_index, branch, position, once, source_index, torch.cat([empty, *targets]), causal)
 
 
 def _tree_tensors(source: _Source, tree: _Tree) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,8 +76,10 @@ def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -
     with torch.autocast(device.type, dtype=dtype) if own else contextlib.nullcontext():
         if request.plan.head == "logits":
             return quantities_from_logits(lm, request, lambda ids, mask: own_forward(input_ids=ids).logits)
-        hidden, labels = _hidden(lm, request), request.batch.labels.to(device)
+        (hidden, gates), labels = _hidden(lm, request), request.batch.labels.to(device)
         out = {"hidden": hidden} if "hidden" in request.want else {}
+        if gates:
+            out["aux_loss"] = _aux_loss(lm, gates)
         if "raw_logits" in request.want:
             out["raw_logits"] = raw_logits(lm, hidden)
         if is_token_classifier(lm):
@@ -126,8 +130,8 @@ def uses_flex(config: Any) -> bool:
 
 
 def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
-    limit = getattr(text_config(lm), "max_position_embeddings", None)
-    if isinstance(limit, int) and limit > 0 and batch.n_completions:
+    limit = positions(lm)
+    if limit is not None and batch.n_completions:
         prompts = batch.prompt_offsets.diff()[batch.group]
         lengths = batch.completion_offsets.diff()
         worst = int((prompts + lengths).argmax())
@@ -138,9 +142,9 @@ def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
                 f"row {row}: a prompt of {prompt} and a completion of {length} tokens need {prompt + length} "
                 f"positions; expected at most {limit}, the positions of {type(lm).__name__}"
             )
-    vocab = getattr(input_embeddings(lm), "num_embeddings", None)
+    vocab = vocabulary(lm)
     for name, ids in (("prompt", batch.prompt_ids), ("completion", batch.completion_ids)):
-        if vocab is None or ids.device.type != "cpu" or not ids.numel():
+        if ids.device.type != "cpu" or not ids.numel():
             continue
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= vocab:
@@ -150,10 +154,13 @@ def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
             )
 
 
-def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
-    """Last hidden states `[N, H]` at the positions that predict the counted tokens (token scores: that are them)."""
+def _hidden(lm: nn.Module, request: ScoreRequest) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """Last hidden states `[N, H]` at the positions that predict the counted tokens (token scores: that are them).
+
+    For "aux_loss" also the routers' logits, per rectangle one `[tokens, experts]` for each layer.
+    """
     decoder = decoder_of(lm)
-    parts, targets = [], []
+    parts, targets, gates = [], [], []
     for rows in rows_of(lm, request):
         kwargs: dict[str, Any] = {}
         if not rows.causal:
@@ -162,10 +169,45 @@ def _hidden(lm: nn.Module, request: ScoreRequest) -> Tensor:
             costs = _costs(config, rows.input_ids.device, request.plan)
             kwargs["attention_mask"] = build_masks(rows, request.plan.masks, dtype, costs, flex=uses_flex(config))
             kwargs["position_ids"] = rows.position
-        last = decoder(input_ids=rows.input_ids, use_cache=False, **kwargs).last_hidden_state
+        if "aux_loss" in request.want:
+            kwargs["output_router_logits"] = True
+        found = decoder(input_ids=rows.input_ids, use_cache=False, **kwargs)
+        last = found.last_hidden_state
+        if "aux_loss" in request.want:
+            once = rows.once.flatten()
+            gates.append(tuple(gate.reshape(-1, gate.shape[-1])[once] for gate in found.router_logits))
         parts.append(last.reshape(-1, last.shape[-1]).index_select(0, rows.source))
         targets.append(rows.target)
-    return _in_order(parts, targets)
+    return _in_order(parts, targets), gates
+
+
+def balancing(lm: nn.Module) -> tuple[Callable[..., Tensor], float] | None:
+    """The load-balancing loss that the model's own forward adds to its loss, and its coefficient; None if it adds none.
+
+    Raises:
+        ModelError: the config asks for a loss that is not known.
+    """
+    config = text_config(lm)
+    if not getattr(config, "output_router_logits", False) or is_token_classifier(lm):
+        return None
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    known = [float(value) for one in (lm, config) for name in names if (value := getattr(one, name, None)) is not None]
+    function = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+    message = f"{type(lm).__name__} has output_router_logits: true, and a load-balancing loss that is not known; "
+    require(function is not None or not known, ModelError, message + "expected output_router_logits: false")
+    return (function, known[0]) if function is not None and known else None
+
+
+def _aux_loss(lm: nn.Module, gates: list[tuple[Tensor, ...]]) -> Tensor:
+    """The load-balancing loss, without its coefficient, over all tokens of a batch, each prompt counted once."""
+    function = balancing(lm)
+    assert function is not None
+    owners = (lm, text_config(lm))
+    experts, chosen = (
+        next(getattr(owner, name) for owner in owners if hasattr(owner, name))
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    return function[0](tuple(torch.cat(layer) for layer in zip(*gates, strict=True)), experts, chosen)
 
 
 def _in_order(parts: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -185,7 +227,7 @@ def _module_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, lab
     """Quantities through the head's module itself, a chunk of tokens at a time, recomputed in backward."""
     module = output_embeddings(lm)
     finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish
-    names = request.want - {"hidden", "raw_logits"}
+    names = request.want - {"hidden", "raw_logits", "aux_loss"}
 
     def chunk(span: slice) -> dict[str, Tensor]:
         return logits_quantities(finish(module(hidden[span])), labels[span], names, *_given_at(request, span))
@@ -212,8 +254,9 @@ def quantities_from_logits(
     `own_logits(input_ids [B, L], attention_mask [B, L]) -> [B, >= L, V]`; what precedes the last L positions
     (the virtual tokens of prompt learning) is dropped.
     """
-    message = f"the last hidden states of {type(lm).__name__} are not available: {request.plan.reason}"
-    require("hidden" not in request.want, ModelError, message)
+    for name, what in (("hidden", "last hidden states"), ("aux_loss", "routers' logits (output_router_logits)")):
+        message = f"the {what} of {type(lm).__name__} are not available: {request.plan.reason}"
+        require(name not in request.want, ModelError, message)
     labels = request.batch.labels.to(device_of(lm))
     outs, targets = [], []
     for rows in rows_of(lm, request):
@@ -240,6 +283,51 @@ def output_embeddings(lm: nn.Module) -> Any:
     """The module that turns hidden states `[..., H]` into logits `[..., V]`, with whatever PEFT put around it."""
     model: Any = lm
     return model.get_output_embeddings()
+
+
+def vocabulary(lm: nn.Module) -> int:
+    """How many tokens have an embedding, whatever PEFT put around it."""
+    return int(input_embeddings(lm).weight.shape[0])
+
+
+LIFTED = "_tokengrain_positions"
+
+
+def positions(lm: nn.Module) -> int | None:
+    """Most tokens the model can read, or may by hand (`lift_positions`); None: no limit is known."""
+    return vars(lm).get(LIFTED) or positions_of(lm.config)
+
+
+def positions_of(config: Any, by_hand: int | None = None) -> int | None:
+    """Most tokens that a model with this config can read: its positions, or more where scaling of RoPE stretches them.
+
+    Configs with YaRN give the positions before scaling or after; "linear" and "dynamic" scaling multiply them.
+
+    Args:
+        by_hand: the user says that the model reads so many; counts where positions are computed (RoPE), not looked up.
+    """
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    original = rope.get("original_max_position_embeddings") or limit
+    if kind in ("yarn", "linear", "dynamic", "ntk") and isinstance(factor, (int, float)):
+        limit = max(limit, int(original * factor))
+    limit = max(limit, original)
+    return max(limit, by_hand or 0) if rope or hasattr(config, "rope_theta") else limit
+
+
+def lift_positions(lm: nn.Module, length: int | None) -> None:
+    """Let the model read texts of this many tokens, with a warning if its config says that it reads fewer."""
+    known, lifted = positions(lm), positions_of(lm.config, length)
+    if known is not None and lifted is not None and lifted > known:
+        message = (
+            f"max_length is {lifted}, and {type(lm).__name__} was made for {known} positions; longer rows are read "
+        )
+        warnings.warn(message + "as they are, and may be understood badly", stacklevel=2)
+        vars(lm)[LIFTED] = lifted
 
 
 def device_of(lm: nn.Module) -> torch.device:

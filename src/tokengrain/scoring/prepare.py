@@ -27,8 +27,10 @@ from tokengrain.scoring.model import (
     evaluating,
     input_embeddings,
     is_token_classifier,
+    positions_of,
     run,
     text_config,
+    vocabulary,
 )
 
 PLANS = "_tokengrain_plans"
@@ -110,7 +112,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: nothing there has output embeddings, or it is an encoder-decoder.
     """
-    inner: Any = _unwrapped(model)
+    inner: Any = unwrapped(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     name, expected = type(inner).__name__, "expected a causal language model"
     message = f"{name} has no language-model head; {expected} such as AutoModelForCausalLM loads"
@@ -126,11 +128,12 @@ def scored_model(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: it is neither.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     return checked_classifier(inner) if is_token_classifier(inner) else causal_lm(inner)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers under DDP, FSDP, PEFT, `torch.compile` and the like."""
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
@@ -248,7 +251,7 @@ def probe_batch(
     special = [getattr(config, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")]
     avoid = {t for s in special for t in (s if isinstance(s, (list, tuple)) else [s]) if isinstance(t, int)}
     avoid = avoid if vocab > 2 * len(avoid) + 8 else set()
-    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    limit = positions_of(config) or 1 << 30
     (first, completions), *more = lengths
     first = max(2, min(limit - max(completions), max(first, (window or 0) + 3)))
 
@@ -301,7 +304,7 @@ def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tens
 
 def _text_and_start(lm: nn.Module) -> tuple[TokenBatch, TokenBatch]:
     """The start of a short text, and the text."""
-    whole = probe_batch(text_config(lm), input_embeddings(lm).num_embeddings, None, lengths=((5, (5,)),))
+    whole = probe_batch(text_config(lm), vocabulary(lm), None, lengths=((5, (5,)),))
     start = Completion(whole.completion(0).tolist()[:3])
     return TokenBatch.from_samples([Sample(whole.prompt(0).tolist(), [start])]), whole
 
@@ -315,7 +318,7 @@ def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     short, batch = _text_and_start(lm)
     (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
     # The median: rounding alone may route a token of a mixture of experts differently.
-    leak = float(_relative_error(own[0, : start.shape[1]], start[0]).median())
+    leak = float(relative_error(own[0, : start.shape[1]], start[0]).median())
     message = f"what {type(lm).__name__} predicts depends on later tokens; expected a causal language model (BERT and "
     message += "its kind are one with is_decoder=True in their config)"
     require(not leak > TOLERANCE[_dtype(lm, autocast)], ModelError, message)
@@ -380,10 +383,10 @@ def _head_forms(config: Any) -> list[tuple[float, float | None]]:
 
 def _logit_error(raw: Tensor, own: Tensor, scale: float, softcap: float | None) -> float:
     """Difference of our logits and the model's own, worst token."""
-    return float(_relative_error(Head(torch.empty(0), None, scale, softcap).finish(raw), own).max())
+    return float(relative_error(Head(torch.empty(0), None, scale, softcap).finish(raw), own).max())
 
 
-def _relative_error(ours: Tensor, own: Tensor) -> Tensor:
+def relative_error(ours: Tensor, own: Tensor) -> Tensor:
     """Root-mean-square difference relative to the spread of the model's own logits: `[n, V]` twice to `[n]`."""
     ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
     own = own.to(ours.dtype)
@@ -406,7 +409,7 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
 def _compared(call: nn.Module, lm: nn.Module, plan: ModelPlan, forms: list[MaskForm]) -> tuple[int | None, str]:
     """Which form of masks gives the hidden states of each text alone; or None, and why."""
     config, dtype = text_config(lm), _dtype(lm, plan.autocast)
-    vocab: int = input_embeddings(lm).num_embeddings
+    vocab: int = vocabulary(lm)
     batch = probe_batch(config, vocab, _window(config))
     separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
     reason = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from tokengrain.scoring.model import (
 )
 from tokengrain.scoring.prepare import causal_lm, plan_for, prompt_learning, scored_model
 
-Want = Literal["logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values"]
-WANTS = ("logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values")
+Want = Literal["logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values", "aux_loss"]
+WANTS: tuple[str, ...] = get_args(Want)
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Scores:
         teacher_reward: `[N]` log target - log contrast of the token, nats.
         token_scores: `[N]` score of the token by a token-classification model that has read it.
         values: `[N]` a critic's: score by such a model of the state before the token, read where it is predicted.
+        aux_loss: `[]` load-balancing loss of a mixture of experts over the tokens it read, without its coefficient.
     """
 
     logps: Tensor | None = None
@@ -58,6 +59,7 @@ class Scores:
     teacher_reward: Tensor | None = None
     token_scores: Tensor | None = None
     values: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 def score(
@@ -77,7 +79,7 @@ def score(
         model: a Hugging Face causal language model, plain or wrapped (PEFT, DDP, FSDP2, accelerate); for
             "token_scores" or "values" a token-classification model with one label, which gives one of the two.
         batch: prompts with completions, on any device.
-        want: of "logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values".
+        want: of "logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values", "aux_loss".
         reference: the reference's distribution at the same tokens, needed for "kl".
         teacher: two frozen distributions at the same tokens, needed for "teacher_kl".
         layout: "shared", "separate" or "auto"; None: what `prepare` set ("auto" if nothing).

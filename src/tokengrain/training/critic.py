@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import ModelError, NonFiniteLossError, RecipeError, RunError, require
+from tokengrain.errors import NonFiniteLossError, RecipeError, RunError, require
 from tokengrain.loss import Counts, LossOutput, make_normaliser
 from tokengrain.methods._clipped import value_loss
-from tokengrain.models import reset_head, reward_model_from
+from tokengrain.models import reset_head, reward_model_from, trained
 from tokengrain.scoring.model import evaluating, is_token_classifier
 from tokengrain.scoring.prepare import causal_lm, prepare
 from tokengrain.scoring.reference import disable_dropout, is_peft
@@ -56,8 +56,7 @@ def critic_model(source: nn.Module, *, fresh_head: bool = False) -> nn.Module:
     else:
         causal_lm(source)
         model = reward_model_from(source, share=False).requires_grad_(True)
-    trained = any(p.requires_grad for p in model.parameters())
-    require(trained, ModelError, "nothing of the critic can be trained; expected an adapter loaded for training")
+    trained(model)
     disable_dropout(model)
     return model.train()
 

@@ -15,6 +15,8 @@ from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import LossOutput, Role, resolve_role
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, as_credit, check_source_for_role, make_objective
 from tokengrain.methods._pairs import weight_metrics
+from tokengrain.scoring.model import balancing
+from tokengrain.scoring.prepare import scored_model
 from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
 from tokengrain.scoring.score import score
 
@@ -87,6 +89,7 @@ class Judged:
         output: what the objective returned, with gradient in training.
         segments: of the tokens that were judged; fewer than the batch's where the objective reads only some.
         entropy, kl, log_ratio: per counted token `[N]`, nats, detached; None if not asked for or not known.
+        balance: a mixture of experts' load-balancing loss times its coefficient, with gradient; None for other models.
     """
 
     output: LossOutput
@@ -94,6 +97,7 @@ class Judged:
     entropy: Tensor | None = None
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
+    balance: Tensor | None = None
 
 
 class PreferenceLoss:
@@ -151,6 +155,8 @@ class PreferenceLoss:
             teacher = self.teacher(part) if needs & TAUGHT and self.teacher is not None else None
         want = [main, *(["kl"] if frozen.distribution is not None else []), *(["teacher_kl"] if teacher else [])]
         want += ["entropy"] if "entropy" in measure and main == "logps" else []
+        balanced = balancing(scored_model(model))
+        want += ["aux_loss"] if balanced is not None else []
         taught = {"teacher": teacher} if teacher is not None else {}
         scores = score(model, part, tuple(want), reference=frozen.distribution, **taught, **self.score_options)
         found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
@@ -162,12 +168,15 @@ class PreferenceLoss:
             judged.log_ratio = (scored["logps"] - scored["ref_logps"]).detach()
         if keep is None:
             judged.output = self._apply(judged.segments, scored | given)
-            return judged
-        judged.segments = batch.segments.narrow(keep)
-        read = {name: value[keep] for name, value in scored.items()} if whole else scored
-        judged.output = self._apply(judged.segments, read | {name: value[keep] for name, value in given.items()})
-        if whole and main == "logps" and batch.is_pairs:
-            judged.output.metrics |= _whole_metrics(scored, batch.segments)
+        else:
+            judged.segments = batch.segments.narrow(keep)
+            read = {name: value[keep] for name, value in scored.items()} if whole else scored
+            judged.output = self._apply(judged.segments, read | {name: value[keep] for name, value in given.items()})
+            if whole and main == "logps" and batch.is_pairs:
+                judged.output.metrics |= _whole_metrics(scored, batch.segments)
+        if balanced is not None and scores.aux_loss is not None:
+            judged.balance = balanced[1] * scores.aux_loss
+            judged.output.metrics |= {"aux_loss": scores.aux_loss.detach()}
         return judged
 
     def _given(self, batch: TokenBatch) -> dict[str, Tensor]:

@@ -37,8 +37,9 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, read_json, require, write_json
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
-from tokengrain.scoring.model import evaluating
-from tokengrain.scoring.prepare import prepare
+from tokengrain.models import check_sizes, trained
+from tokengrain.scoring.model import evaluating, lift_positions, positions
+from tokengrain.scoring.prepare import prepare, unwrapped
 from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, reshard, resolve_reference, shard
 from tokengrain.training.checkpoint import (
     LOG_FILE,
@@ -145,6 +146,8 @@ class PreferenceTrainer(Trainer):
         self._datasets = by_name(train_dataset, eval_dataset)
         use = resolve_credit(credit, credit_as, self.objective, self._columns())
         check_together(self.objective, use.role if use is not None else None, teacher)
+        longest = max((getattr(d, "max_length", None) or 0 for d in self._datasets.values()), default=0)
+        lift_positions(unwrapped(model), longest)
         self._limits = Limits(model)
         self._check_data(use)
         self._limits.check_tokenizer(processing_class)
@@ -152,6 +155,8 @@ class PreferenceTrainer(Trainer):
         reference = self._resolve_reference(reference, model)
         for role, source in (("reference", reference), ("guide", use and use.source), ("teacher", teacher)):
             self._limits.check_models_in(source, role)
+            for other in models_in(source):
+                lift_positions(unwrapped(other), longest)
         self._loss = PreferenceLoss(
             self.objective, reference, use, teacher=teacher, layout=args.layout, chunk_tokens=args.chunk_tokens
         )
@@ -328,6 +333,8 @@ class PreferenceTrainer(Trainer):
             model, inputs, measure=self._measured_in_training(), frozen_context=self.accelerator.autocast
         )
         loss = self.normaliser(judged.output, self._plan.counts)
+        if judged.balance is not None:  # a mean over the tokens of the step, whatever its micro-batches
+            loss = loss + judged.balance * (inputs.segments.total / max(self._plan.counts.tokens, 1))
         return (loss, judged) if return_outputs else loss
 
     def _measured_in_training(self) -> tuple[str, ...]:
@@ -532,7 +539,9 @@ class PreferenceTrainer(Trainer):
             RunError: starting from scratch where checkpoints lie; resuming another run's checkpoint, or one of the
                 weights alone.
             NonFiniteLossError: a loss that is not finite; the batch's rows are in `nonfinite.json`.
+            ModelError: nothing in the model can be trained.
         """
+        trained(self.model)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.output_path)
         self._reset_step()
         eval_on_start = self.args.eval_on_start
@@ -825,9 +834,7 @@ class Limits:
     """What a model can read: the longest sequence in tokens, and the token ids that it knows. None: not known."""
 
     def __init__(self, model: Any) -> None:
-        config = getattr(model, "config", None)
-        text = config.get_text_config() if config is not None else None
-        self.positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.positions = positions(unwrapped(model))
         self.vocabulary = vocabulary_size(model)
 
     def check_sample(self, sample: Any, where: object, *, pairs: bool) -> None:
@@ -861,11 +868,11 @@ class Limits:
             raise DataError(what, **where, value=largest, expected=expected)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise ModelError if the tokenizer can give ids that the model does not have."""
+        """Warn if the tokenizer has ids that the model does not have: rows must not use them."""
         if self.vocabulary is not None and hasattr(tokenizer, "__len__"):
             size = len(tokenizer)
             what = f"the tokenizer has {size} tokens, the model a vocabulary of {self.vocabulary}"
-            require(size <= self.vocabulary, ModelError, what)
+            check_sizes(size, self.vocabulary, what)
 
     def check_models_in(self, source: Any, role: str) -> None:
         """Raise ModelError if a model that a reference or a credit source holds has another vocabulary.
