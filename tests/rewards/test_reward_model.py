@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaConfig
 from transformers import LlamaForSequenceClassification as LlamaSequence
 
-from tests.credit.test_reward_model import plain_scores
 from tests.data.tokenizers import CHATML, gpt2_like, llama_like
+from tests.methods.test_qrm import plain_scores
 from tests.training.tiny import VOCABULARY, tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError, RecipeError

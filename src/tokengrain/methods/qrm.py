@@ -21,7 +21,14 @@ from tokengrain.methods._other_tokens import aligned_scores, retokenizer_for
 from tokengrain.methods._pairs import both_sides_counted, margin_loss, pair_difference, reward_metrics
 from tokengrain.methods._shaping import scale_scores
 from tokengrain.scoring.reference import model_fingerprint
-from tokengrain.scoring.token_scores import Pooling, ScoreStatistics, frozen_token_scores, pooled_scores, statistics_of
+from tokengrain.scoring.token_scores import (
+    Pooling,
+    Scaling,
+    ScoreStatistics,
+    frozen_token_scores,
+    pooled_scores,
+    statistics_of,
+)
 from tokengrain.settings import NonNegative, Number
 
 CARD = Card(
@@ -80,9 +87,6 @@ def qrm_loss(
     metrics = reward_metrics(pooled, segments)
     metrics["valid"] = valid.to(pooled.dtype)
     return LossOutput(losses, metrics)
-
-
-Scaling = Literal["zscore", "centre", "none"]
 
 
 @credit(

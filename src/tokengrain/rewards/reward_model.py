@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError, RecipeError, require
 from tokengrain.methods._other_tokens import retokenizer_for
-from tokengrain.methods._shaping import Scaling, scale_scores
+from tokengrain.methods._shaping import scale_scores
 from tokengrain.models import (
     from_files,
     is_adapter,
@@ -25,6 +25,7 @@ from tokengrain.rewards.suite import RewardError
 from tokengrain.scoring.model import device_of, evaluating, input_embeddings, is_token_classifier, positions_of
 from tokengrain.scoring.token_scores import (
     Pooling,
+    Scaling,
     completion_statistics_of,
     config_of,
     frozen_token_scores,

@@ -16,6 +16,7 @@ from tokengrain.scoring.score import score
 from tokengrain.settings import check_choice
 
 Pooling = Literal["mean", "last"]
+Scaling = Literal["zscore", "centre", "none"]
 
 
 def pooled_scores(token_scores: Tensor, segments: Segments, pooling: Pooling = "mean") -> Tensor:

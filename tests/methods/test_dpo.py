@@ -1,4 +1,4 @@
-"""Identities of the DPO spec, section 7, and its variants, float64."""
+"""DPO, its variants, and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.objectives.examples import F64, example, gradient, mean_loss
+from tests.methods.examples import F64, example, gradient, mean_loss
 from tokengrain.batch import Segments
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.methods.tgdpo import tgdpo_loss

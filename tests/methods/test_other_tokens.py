@@ -1,4 +1,4 @@
-"""Scores across tokenizers: the stated rule, on spans and on real tokenizers of different kinds."""
+"""Token scores across tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Identities of the SePO spec, section 7, float64."""
+"""SePO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.examples import F64, Example, example, gradient, mean_loss
+from tests.methods.examples import F64, Example, example, gradient, mean_loss
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput, select_tokens
 from tokengrain.methods.sepo import sepo_loss, sepo_reads

@@ -1,4 +1,4 @@
-"""Objectives by name: needs, validation, a user's own loss, import strings."""
+"""Objectives by name: needs, validation, forms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.examples import example
+from tests.methods.examples import example
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
 from tokengrain.loss import LossOutput

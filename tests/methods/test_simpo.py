@@ -1,4 +1,4 @@
-"""Identities of the SimPO spec, section 7, float64."""
+"""SimPO."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.objectives.examples import F64, example, gradient, mean_loss
+from tests.methods.examples import F64, example, gradient, mean_loss
 from tokengrain.batch import Segments
 from tokengrain.loss import Counts, make_normaliser
 from tokengrain.methods.dpo import dpo_loss, sft_loss

@@ -1,4 +1,4 @@
-"""Identities of the AlignDistil spec, section 7, through the fused head, float64."""
+"""AlignDistil."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.examples import F64, gradient
+from tests.methods.examples import F64, gradient
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError
 from tokengrain.loss import Counts, LossOutput, make_normaliser

@@ -1,4 +1,4 @@
-"""Identities of the TGDPO spec, section 7, float64."""
+"""TGDPO."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.examples import F64, Example, example, gradient, mean_loss
+from tests.methods.examples import F64, Example, example, gradient, mean_loss
 from tokengrain.batch import Segments
 from tokengrain.loss import token_weights
 from tokengrain.methods.dpo import dpo_loss
