@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokengrain.data.rows import load_rows, with_columns
 from tokengrain.models import train_tokenizer
-from tokengrain.rewards.builtin import gold_number, make_reward
+from tokengrain.rewards.answers import gold_number
+from tokengrain.rewards.builtin import make_reward
 from tokengrain.rewards.suite import RewardSuite
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import SamplingConfig, encode_prompts

@@ -1,5 +1,6 @@
 """Rewards that come with the library, and their settings."""
 
+import copy
 import gzip
 import importlib.util
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tokengrain.errors import RecipeError
-from tokengrain.rewards.builtin import REWARDS, Worker, check_reward, make_reward
+from tokengrain.rewards.builtin import REWARDS, Workers, check_reward, make_reward
 from tokengrain.rewards.suite import RewardError, RewardFailure
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -105,22 +106,38 @@ def test_math_that_takes_too_long():
     assert reward.counts["timeouts"] <= 1
 
 
-def test_a_worker_that_hangs_is_ended_and_replaced():
-    worker = Worker()
-    assert worker.call("matches", "a+", 0, True, "aaa", timeout=5) is True
-    first = worker._process
-    evil = ["(a+)+b", 0, True, "a" * 40]
+@needs_math
+def test_answers_that_hang_cost_their_time_only():
+    """They run at the same time, a process's start aside, and none takes the others down."""
+    reward, hang = make_reward("math", seconds=1.0).function, "$9^{9^{9^{9^{9}}}}$"
+    reward(completions=["$1$"] * 8, answer=["1"] * 8)  # the processes have started
     started = time.perf_counter()
-    with pytest.raises(TimeoutError, match=r"0.3 s"):
-        worker.call("matches", *evil, timeout=0.3)
-    assert time.perf_counter() - started < 3
-    assert first.poll() is not None
-    assert worker.call("matches", "a+", 0, True, "b", timeout=5) is False
-    with pytest.raises(RewardError, match=r"PatternError|error"):
-        worker.call("matches", "(", 0, True, "b", timeout=5)
-    worker._process.kill()
-    worker._process.wait()
-    assert worker.call("matches", "b", 0, False, "abc", timeout=5) is True
+    texts = [hang, "$5$", hang, hang, hang, "$5$"]
+    assert reward(completions=texts, answer=["5"] * 6) == [0, 1, 0, 0, 0, 1]
+    assert time.perf_counter() - started < 12
+    assert reward.counts == {"timeouts": 4}
+    failing = make_reward("math", seconds=1.0, on_timeout="fail").function
+    (failure,) = failing(completions=[hang], answer=["5"])
+    assert isinstance(failure, RewardFailure)
+    assert "no answer within 1 s" in failure.what
+
+
+def test_a_process_that_hangs_is_ended_and_replaced():
+    workers = Workers("matches")
+    good, evil = ["a+", 0, True, "aaa"], ["(a+)+b", 0, True, "a" * 40]
+    assert workers.map([good], 5) == [True]
+    started = time.perf_counter()
+    first, second, third = workers.map([evil, good, ["a+", 0, True, "b"]], 0.3)
+    assert isinstance(first, TimeoutError)
+    assert (second, third) == (True, False)
+    assert time.perf_counter() - started < 5
+    (wrong,) = workers.map([["(", 0, True, "b"]], 5)
+    assert isinstance(wrong, RewardError)
+    assert "error" in str(wrong)
+    while not workers._free.empty():
+        workers._free.get().kill()
+    assert workers.map([["b", 0, False, "abc"]], 5) == [True]
+    assert copy.deepcopy(workers).task == "matches"
 
 
 def test_format():
@@ -128,6 +145,9 @@ def test_format():
     texts = [good, f" {good}\n", f"{good} and", good.replace("<think>", "", 1), "<think>" + good, ""]
     assert rewards("format", texts) == [1, 1, 0, 0, 0, 0]
     assert rewards("format", ["so #### 12"], {"pattern": r"#### \d+", "whole": False, "right": 0.5}) == [0.5]
+    opened = ["...<think>\n", "...", "<think>"]  # by the chat template, at the end of the prompt
+    texts = ["I add.</think>\n<answer>4</answer>"] * 2 + [good]
+    assert make_reward("format").function(texts, prompt_ends=opened) == [1, 0, 1]
     slow = make_reward("format", pattern="(a+)+b", seconds=0.3).function
     slow(completions=["ab"])
     assert slow(completions=["a" * 40, "aab"]) == [0, 1]

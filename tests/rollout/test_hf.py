@@ -203,7 +203,14 @@ def test_refusals(tok, model):
         sampler.refresh("folder")
     for wrong in (
         *({"temperature": -1}, {"top_p": 0}, {"top_k": 1.5}, {"min_p": 1.0}, {"max_new_tokens": 0}),
-        *({"max_new_tokens": 2.5}, {"stop": "x"}, {"stop": (1,)}, {"stop_ids": ("a",)}, {"stop_ids": (-1,)}),
+        *(
+            {"max_new_tokens": 2.5},
+            {"stop": ""},
+            {"stop": (1,)},
+            {"stop_ids": 5},
+            {"stop_ids": ("a",)},
+            {"stop_ids": (-1,)},
+        ),
     ):
         with pytest.raises(RecipeError, match=next(iter(wrong))):
             SamplingConfig(**wrong)

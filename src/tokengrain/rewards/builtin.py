@@ -1,4 +1,8 @@
-"""Rewards by name."""
+"""The rewards that come with the library, and rewards by name.
+
+Read top to bottom: processes for what may hang, rewards that compare an answer, rewards of form, the judge, the table
+of names.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,24 @@ import importlib.util
 import json
 import math
 import os
+import queue
 import re
-import selectors
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from tokengrain.errors import RecipeError, fingerprint, read_json, shown, write_json
+from tokengrain.errors import RecipeError, fingerprint, read_json, require, shown, write_json
+from tokengrain.rewards import answers
 from tokengrain.rewards.reward_model import RewardModel
-from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction
+from tokengrain.rewards.suite import RESERVED, RewardError, RewardFailure, RewardFunction
 from tokengrain.rollout.server import JsonClient, ServerError, gather
 from tokengrain.settings import (
     Count,
@@ -38,131 +42,80 @@ from tokengrain.settings import (
     validate_settings,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# `Worker`: calls that may hang, in a process that can be ended. (Threads cannot, and `re` holds the lock that
-# another thread would need to notice.)
-
-SCRIPT = Path(__file__).with_name("worker.py")
-# Starting the process and importing what it needs is not the call's fault.
-START_SECONDS = 60.0
+WORKERS = min(4, os.cpu_count() or 1)
 
 
-class Worker:
-    """Calls tasks of `worker.py`, one at a time. The process starts with the first call and ends with this."""
+class Workers:
+    """Processes of `answers.py`, kept from call to call: what takes too long there is ended. (Threads cannot be.)
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-        self._buffer = b""
-        self._warm: set[str] = set()
+    Args:
+        task: what they do, of `answers.TASKS`.
+    """
 
-    def call(self, task: str, *arguments: Any, timeout: float) -> Any:
-        """The task's result.
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
-        Raises:
-            TimeoutError: no answer within `timeout` seconds; the process was ended.
-            RewardError: the task raised, or the process died.
+    def map(self, calls: Sequence[Sequence[Any]], seconds: float) -> list[Any]:
+        """The task's results, several at a time, in order.
+
+        A call that takes longer than `seconds`, its process's start aside, has a `TimeoutError` in place of its
+        result; one that raised a `RewardError`.
         """
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            assert self._process is not None
-            assert self._process.stdin is not None
-            allowed = timeout if task in self._warm else timeout + START_SECONDS
-            line = b""
-            # A broken pipe is a process that died: there is no answer then.
-            with suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps([task, arguments]).encode() + b"\n")
-                self._process.stdin.flush()
-                line = self._line(allowed)
-            if not line:
-                self._end()
-                raise RewardError(f"the process for {task} died")
-            self._warm.add(task)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            return list(pool.map(lambda call: self._one(call, seconds), calls))
+
+    def _one(self, call: Sequence[Any], seconds: float) -> Any:
+        try:
+            process = self._free.get_nowait()
+        except queue.Empty:
+            # -P keeps this folder off the path, where a file might have the name of a library.
+            command, pipe = [sys.executable, "-P", answers.__file__, self.task], subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = b""
+        with suppress(BrokenPipeError):  # of a process that died: it gives no line
+            process.stdin.write(json.dumps([call, seconds]).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        if not line:
+            process.kill()
+            process.wait()
+            return RewardError(f"the process for {self.task} died")
+        self._free.put(process)
         answer = json.loads(line)
-        if "error" in answer:
-            raise RewardError(str(answer["error"]))
-        return answer["value"]
-
-    def _line(self, seconds: float) -> bytes:
-        """The next line of output; b"" if there is none to come any more."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        deadline = time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    self._end()
-                    raise TimeoutError(f"no answer within {seconds:g} s")
-                part = os.read(descriptor, 1 << 16)
-                if not part:
-                    return b""
-                self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-    def _start(self) -> None:
-        # -P keeps this folder off the path, where a file might have the name of a library.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self._buffer, self._warm = b"", set()
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-        process.wait()
+        if "timeout" in answer:
+            return TimeoutError(f"no answer within {seconds:g} s")
+        return RewardError(answer["error"]) if "error" in answer else answer["value"]
 
     def __del__(self) -> None:
         with suppress(Exception):  # the interpreter may be going down
-            self._end()
+            while True:
+                self._free.get_nowait().kill()
 
-    def __deepcopy__(self, memo: Any) -> Worker:
-        return Worker()
+    def __deepcopy__(self, memo: Any) -> Workers:
+        return Workers(self.task)
 
     def __reduce__(self) -> Any:
-        return Worker, ()
+        return Workers, (self.task,)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rewards that compare an answer with a column: exact text, numbers, mathematics, a class.
-
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)(?:/\d+)?)")
-GSM8K = re.compile(r"####[ \t]*\$?[ \t]*([^\n]*)")
+# ---- Whether an answer is the column's: exact text, numbers, mathematics, a class ----
 
 
 def column_of(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:
     """A column that a reward needs. Raises `RewardError` naming those there are."""
-    if name not in columns:
-        known = sorted(set(columns) - {"prompts", "completions", "completion_ids", "truncated"})
-        raise RewardError(f"needs the column {name!r}; the rows have {known} (setting `column` of {reward!r})")
+    known = sorted(set(columns) - set(RESERVED))
+    what = f"needs the column {name!r}; the rows have {known} (setting `column` of {reward!r})"
+    require(name in columns, RewardError, what)
     return columns[name]
 
 
-def numbers_in(text: str) -> list[Fraction]:
-    """The numbers in a text, thousands' commas and fractions a/b understood."""
-    found = []
-    for match in NUMBER.finditer(text.replace("\u2212", "-")):  # the minus sign of typeset text
-        if match.group() in ("", "-"):
-            continue
-        whole, _, below = match.group().replace(",", "").partition("/")
-        try:
-            found.append(Fraction(Decimal(whole)) / Fraction(int(below) if below else 1))
-        except (InvalidOperation, ZeroDivisionError, ValueError):  # ValueError: more digits than `int` reads
-            continue
-    return found
+def acceptable(gold: Any) -> list[Any]:
+    """The right answers that a column's value is: of a list each."""
+    gold = gold.tolist() if hasattr(gold, "tolist") else gold
+    return list(gold) if isinstance(gold, (list, tuple)) else [gold]
 
 
 def extractor(pattern: str | None, what: str) -> re.Pattern[str] | None:
@@ -173,8 +126,8 @@ def extractor(pattern: str | None, what: str) -> re.Pattern[str] | None:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise RecipeError(f"{what}: {shown(pattern)} is no regular expression: {error}") from None
-    if compiled.groups != 1:
-        raise RecipeError(f"{what}: {shown(pattern)} has {compiled.groups} groups; expected one, around the answer")
+    what = f"{what}: {shown(pattern)} has {compiled.groups} groups; expected one, around the answer"
+    require(compiled.groups == 1, RecipeError, what)
     return compiled
 
 
@@ -186,11 +139,51 @@ def last_match(pattern: re.Pattern[str] | None, text: str) -> str | None:
     return found[-1] if found else None
 
 
-class ExactMatch:
+class Match:
+    """A reward that compares an answer with the column's, or with one of a list of acceptable ones.
+
+    A subclass has `gold(value)`, which reads a value of the column and raises `RewardError` if it cannot be read, and
+    `is_right(completion, golds)`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, column: str, right: float, wrong: float) -> None:
+        self.column, self.right, self.wrong = column, right, wrong
+
+    def __call__(self, completions: Sequence[str], **columns: Any) -> list[Any]:
+        golds = column_of(columns, self.column, self.name)
+        return [self.reward(c, g) for c, g in zip(completions, golds, strict=True)]
+
+    def reward(self, completion: str, value: Any) -> float:
+        return self.right if self.is_right(completion, self.golds(value)) else self.wrong
+
+    def golds(self, value: Any) -> list[Any]:
+        """The acceptable answers. Raises `RewardError` if there is none, or one cannot be read."""
+        found = [self.gold(one) for one in acceptable(value)]
+        require(found, RewardError, f"the column {self.column!r} is empty")
+        return found
+
+    def unreadable(self, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
+        """Which of the column's values are no answer, and why: before anything is sampled."""
+        for index, value in enumerate(values):
+            try:
+                self.golds(value)
+            except RewardError as error:
+                yield index, str(error)
+
+    def gold(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def is_right(self, completion: str, golds: Sequence[Any]) -> bool:
+        raise NotImplementedError
+
+
+class ExactMatch(Match):
     """Whether the answer is the same text as the column's, spaces at both ends aside.
 
     Args:
-        column: the right answer.
+        column: the right answer, or a list of those that are.
         pattern: regular expression with one group around the answer in the completion; the last match counts;
             without a match the answer is wrong. None: the whole completion.
         ignore_case: whether upper and lower case are alike.
@@ -208,29 +201,29 @@ class ExactMatch:
         right: Number = 1.0,
         wrong: Number = 0.0,
     ) -> None:
-        self.column, self.ignore_case, self.right, self.wrong = column, ignore_case, right, wrong
+        super().__init__(column, right, wrong)
+        self.ignore_case = ignore_case
         self.pattern = extractor(pattern, f"reward {self.name!r}: pattern")
 
-    def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
-        golds = column_of(columns, self.column, self.name)
-        return [self.right if self._same(c, g) else self.wrong for c, g in zip(completions, golds, strict=True)]
+    def gold(self, value: Any) -> str:
+        require(value is not None, RewardError, f"the column {self.column!r} is empty")
+        return self._plain(str(value))
 
-    def _same(self, completion: str, gold: Any) -> bool:
-        if gold is None:
-            raise RewardError(f"the column {self.column!r} is empty")
-        answer, wanted = last_match(self.pattern, completion), str(gold).strip()
-        if answer is None:
-            return False
-        return answer.strip().casefold() == wanted.casefold() if self.ignore_case else answer.strip() == wanted
+    def is_right(self, completion: str, golds: Sequence[str]) -> bool:
+        answer = last_match(self.pattern, completion)
+        return answer is not None and self._plain(answer) in golds
+
+    def _plain(self, text: str) -> str:
+        return text.strip().casefold() if self.ignore_case else text.strip()
 
 
-class NumericMatch:
-    """Whether the answer is the column's number. "72", "72.0", "$72", "1,000" and "1/2" are numbers.
+class NumericMatch(Match):
+    """Whether the answer is the column's number. "72", "72.0", "$72", "1,000", "3e8" and "1/2" are numbers.
 
-    The column's number stands behind its last `####` (GSM8K's `answer`), or is its last number.
+    The column's number stands behind its last `####` (GSM8K's `answer`), or is all of it, a unit aside.
 
     Args:
-        column: the right answer: a number, or text as above.
+        column: the right answer: a number, or text as above; or a list of right answers.
         style: where the completion's answer stands: "gsm8k" behind the last `####`; "boxed" in the last
             `\\boxed{}`; "last": the last number, wherever it is; "flexible": behind `####` if there is one, else
             the last number.
@@ -249,50 +242,41 @@ class NumericMatch:
         right: Number = 1.0,
         wrong: Number = 0.0,
     ) -> None:
-        self.column, self.style, self.tolerance, self.right, self.wrong = column, style, tolerance, right, wrong
+        super().__init__(column, right, wrong)
+        self.style, self.tolerance = style, tolerance
 
-    def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
-        golds = column_of(columns, self.column, self.name)
-        return [self._reward(c, g) for c, g in zip(completions, golds, strict=True)]
+    def gold(self, value: Any) -> Fraction:
+        found = answers.gold_number(value)
+        if found is None:
+            raise RewardError(f"the column {self.column!r} has no number; got {shown(value)}")
+        return found
 
-    def _reward(self, completion: str, gold: Any) -> float:
-        wanted = gold_number(gold)
-        if wanted is None:
-            raise RewardError(f"the column {self.column!r} has no number; got {shown(gold)}")
+    def is_right(self, completion: str, golds: Sequence[Fraction]) -> bool:
         answer = self._answer(completion)
-        return self.right if answer is not None and abs(answer - wanted) <= Fraction(self.tolerance) else self.wrong
+        return answer is not None and any(abs(answer - gold) <= Fraction(self.tolerance) for gold in golds)
 
     def _answer(self, completion: str) -> Fraction | None:
-        marked = GSM8K.findall(completion)
+        marked = answers.MARKED.findall(completion)
         if self.style == "gsm8k" or (self.style == "flexible" and marked):
-            found = numbers_in(marked[-1]) if marked else []
+            found = answers.numbers_in(marked[-1]) if marked else []
             return found[0] if found else None
         if self.style == "boxed":
-            _, mark, rest = completion.rpartition("\\boxed{")
-            found = numbers_in(rest.partition("}")[0]) if mark else []
-        else:
-            found = numbers_in(completion)
+            box = answers.boxed(completion) or ""
+            whole, found = answers.number_of(box), answers.numbers_in(box)
+            return whole if whole is not None or not found else found[-1]
+        found = answers.numbers_in(completion)
         return found[-1] if found else None
 
 
-def gold_number(gold: Any) -> Fraction | None:
-    """The number that a column's value holds; None if there is none."""
-    text = str(gold)
-    marked = GSM8K.findall(text)
-    found = numbers_in(marked[-1]) if marked else numbers_in(text)
-    if not found:
-        return None
-    return found[0] if marked else found[-1]
-
-
-class MathMatch:
+class MathMatch(Match):
     """Whether the answer is mathematically equal to the column's, by math-verify (extra "math").
 
-    It understands LaTeX, fractions, sets, intervals, equations; see its documentation. It runs in a process of
-    its own, which is ended when an expression takes too long to understand.
+    A column's value is read as what it is: a number, LaTeX with or without `\\boxed{}` or `$`, a choice (B), words, a
+    ratio, or what stands behind its last `####`. The completion's answer is in its last box, or behind `####` or
+    "answer:", or what math-verify finds. Both are read in processes of their own, several at a time.
 
     Args:
-        column: the right answer, as text with or without `\\boxed{}` or `$`.
+        column: the right answer, or a list of right answers.
         seconds: time for one completion.
         on_timeout: "wrong": an answer that takes too long is wrong (counted as `timeouts`); "fail": it is a
             failure of the reward.
@@ -313,42 +297,52 @@ class MathMatch:
         right: Number = 1.0,
         wrong: Number = 0.0,
     ) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise RecipeError("reward 'math' needs math-verify: pip install 'tokengrain[math]'")
-        self.column, self.seconds, self.on_timeout = column, seconds, on_timeout
-        self.right, self.wrong = right, wrong
+        what = "reward 'math' needs math-verify: pip install 'tokengrain[math]'"
+        require(importlib.util.find_spec("math_verify"), RecipeError, what)
+        super().__init__(column, right, wrong)
+        self.seconds, self.on_timeout = seconds, on_timeout
         self.counts = {"timeouts": 0}
-        self._worker = Worker()
+        self._equal, self._readable = Workers("math_equal"), Workers("readable")
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[float | RewardFailure]:
-        golds = column_of(columns, self.column, self.name)
+        golds = [self.golds(value) for value in column_of(columns, self.column, self.name)]
         self.counts = {"timeouts": 0}
-        return [self._reward(c, g) for c, g in zip(completions, golds, strict=True)]
+        calls = list(zip(golds, completions, strict=True))
+        found = self._equal.map(calls, self.seconds)
+        return [self._reward(one, wanted) for one, wanted in zip(found, golds, strict=True)]
 
-    def _reward(self, completion: str, gold: Any) -> float | RewardFailure:
-        if gold is None:
-            return RewardFailure(f"the column {self.column!r} is empty")
-        wanted = str(gold)
-        # A bare answer such as \frac{1}{2} is LaTeX only between dollars.
-        if "\\" in wanted and "$" not in wanted and "\\boxed" not in wanted:
-            wanted = f"${wanted}$"
-        try:
-            found = self._worker.call("math_equal", wanted, completion, timeout=self.seconds)
-        except TimeoutError as error:
+    def gold(self, value: Any) -> str:
+        require(value is not None, RewardError, f"the column {self.column!r} is empty")
+        # A float is written out: 1e-05 would be a product.
+        return format(Decimal(repr(value)), "f") if isinstance(value, float) and math.isfinite(value) else str(value)
+
+    def unreadable(self, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
+        yield from (bad := dict(super().unreadable(values))).items()
+        each = [(i, gold) for i, value in enumerate(values) if i not in bad for gold in self.golds(value)]
+        calls = [[gold] for _, gold in each]
+        for (index, gold), found in zip(each, self._readable.map(calls, 4 * self.seconds)):
+            if found is not True:
+                yield index, self._lacking(gold)
+
+    def _lacking(self, gold: Any) -> str:
+        return f"math-verify understands no answer in the column {self.column!r}: {shown(gold)}"
+
+    def _reward(self, found: Any, golds: list[str]) -> float | RewardFailure:
+        if isinstance(found, TimeoutError):
             self.counts["timeouts"] += 1
-            return self.wrong if self.on_timeout == "wrong" else RewardFailure(f"math-verify: {error}")
-        except RewardError as error:
-            return RewardFailure(f"math-verify: {error}")
-        if not found["gold"]:
-            return RewardFailure(f"math-verify understands no answer in the column {self.column!r}: {shown(gold)}")
-        return self.right if found["equal"] else self.wrong
+            return self.wrong if self.on_timeout == "wrong" else RewardFailure(f"math-verify: {found}")
+        if isinstance(found, RewardError):
+            return RewardFailure(f"math-verify: {found}")
+        if found is None:
+            return RewardFailure(self._lacking(golds[0] if len(golds) == 1 else golds))
+        return self.right if found else self.wrong
 
 
-class Classification:
+class Classification(Match):
     """Whether the class named in the completion is the column's.
 
     Args:
-        column: the right class.
+        column: the right class, or a list of right ones.
         labels: all classes. Given, the answer is the last of them that is mentioned as a word of its own (in what
             `pattern` finds). Not given, what `pattern` finds must be the class itself.
         pattern: regular expression with one group around the answer; the last match counts. None: the whole
@@ -370,47 +364,48 @@ class Classification:
         wrong: Number = 0.0,
         missing: Number = 0.0,
     ) -> None:
-        self.column, self.ignore_case = column, ignore_case
-        self.right, self.wrong, self.missing = right, wrong, missing
+        super().__init__(column, right, wrong)
+        self.ignore_case, self.missing = ignore_case, missing
         self.pattern = extractor(pattern, f"reward {self.name!r}: pattern")
         self.labels = None if labels is None else [self._plain(label) for label in labels]
-        self._mentions = None
-        if self.labels is not None:
-            if len(set(self.labels)) < len(self.labels) or not all(self.labels):
-                raise RecipeError(f"reward {self.name!r}: labels are {labels}; expected different ones, none empty")
-            # The longest first: "very good" is not a mention of "good".
-            names = "|".join(re.escape(label) for label in sorted(self.labels, key=len, reverse=True))
-            self._mentions = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+        what = f"reward {self.name!r}: labels are {labels}; expected different ones, none empty"
+        different = self.labels is None or (len(set(self.labels)) == len(self.labels) and all(self.labels))
+        require(different, RecipeError, what)
+        # The longest first: "very good" is not a mention of "good".
+        names = "|".join(re.escape(label) for label in sorted(self.labels or (), key=len, reverse=True))
+        self._mentions = re.compile(rf"(?<!\w)(?:{names})(?!\w)") if names else None
 
-    def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
-        golds = column_of(columns, self.column, self.name)
-        return [self._reward(c, g) for c, g in zip(completions, golds, strict=True)]
-
-    def _reward(self, completion: str, gold: Any) -> float:
-        wanted = self._plain(str(gold))
-        if gold is None or (self.labels is not None and wanted not in self.labels):
-            raise RewardError(f"the column {self.column!r} is {shown(gold)}; expected one of {self.labels or 'text'}")
-        answer = last_match(self.pattern, completion)
+    def reward(self, completion: str, value: Any) -> float:
+        golds, answer = self.golds(value), last_match(self.pattern, completion)
         if answer is not None and self._mentions is not None:
             mentioned = self._mentions.findall(self._plain(answer))
             answer = mentioned[-1] if mentioned else None
         if answer is None or not answer.strip():
             return self.missing
-        return self.right if self._plain(answer) == wanted else self.wrong
+        return self.right if self._plain(answer) in golds else self.wrong
+
+    def gold(self, value: Any) -> str:
+        wanted = self._plain(str(value))
+        what = f"the column {self.column!r} is {shown(value)}; expected one of {self.labels or 'text'}"
+        require(value is not None and (self.labels is None or wanted in self.labels), RewardError, what)
+        return wanted
 
     def _plain(self, text: str) -> str:
         text = " ".join(text.split())
         return text.casefold() if self.ignore_case else text
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rewards of form: a pattern, the length.
+# ---- Rewards of form: a pattern, the length ----
+
+
+OPENED = re.compile(r"(<\w+>)\s*$")
 
 
 class FormatPattern:
     """Whether a completion matches a regular expression. `.` stands for new lines too.
 
-    Patterns are matched in a process of its own, which is ended when one takes too long.
+    Patterns are matched in processes of their own, which are ended when one takes too long. A tag at the end of the
+    prompt, such as a `<think>` that the chat template opens, counts as the completion's beginning.
 
     Args:
         pattern: by default `<think>…</think>` and `<answer>…</answer>`, once each.
@@ -439,19 +434,23 @@ class FormatPattern:
             raise RecipeError(f"reward {self.name!r}: {shown(pattern)} is no regular expression: {error}") from None
         self.pattern, self.whole, self.seconds, self.right, self.wrong = pattern, whole, seconds, right, wrong
         self.counts = {"timeouts": 0}
-        self._worker = Worker()
+        self._workers = Workers("matches")
 
-    def __call__(self, completions: Sequence[str]) -> list[float]:
-        self.counts = {"timeouts": 0}
-        return [self.right if self._matches(c) else self.wrong for c in completions]
-
-    def _matches(self, completion: str) -> bool:
-        arguments = (self.pattern, int(re.DOTALL), self.whole, completion.strip())
-        try:
-            return bool(self._worker.call("matches", *arguments, timeout=self.seconds))
-        except TimeoutError:
-            self.counts["timeouts"] += 1
-            return False
+    def __call__(
+        self, completions: Sequence[str], prompt_ends: Sequence[str] | None = None
+    ) -> list[float | RewardFailure]:
+        texts = [c.strip() for c in completions]
+        for index, end in enumerate(prompt_ends or ()):
+            opened = OPENED.search(end)
+            if opened and opened[1] in self.pattern and not texts[index].startswith(opened[1]):
+                texts[index] = opened[1] + texts[index]
+        calls = [(self.pattern, int(re.DOTALL), self.whole, text) for text in texts]
+        found = self._workers.map(calls, self.seconds)
+        self.counts = {"timeouts": sum(isinstance(one, TimeoutError) for one in found)}
+        return [
+            RewardFailure(str(one)) if isinstance(one, RewardError) else self.right if one is True else self.wrong
+            for one in found
+        ]
 
 
 class SoftOverlong:
@@ -470,8 +469,8 @@ class SoftOverlong:
     name = "overlong"
 
     def __init__(self, *, max_length: Count, buffer: Count, factor: NonNegative = 1.0) -> None:
-        if buffer > max_length:
-            raise RecipeError(f"reward {self.name!r}: buffer is {buffer}; expected at most max_length = {max_length}")
+        what = f"reward {self.name!r}: buffer is {buffer}; expected at most max_length = {max_length}"
+        require(buffer <= max_length, RecipeError, what)
         self.max_length, self.buffer, self.factor = max_length, buffer, factor
 
     def __call__(self, completion_ids: Sequence[Sequence[int]]) -> list[float]:
@@ -527,9 +526,7 @@ class CosineLength:
             for value, ids, cut in zip(values, completion_ids, truncated, strict=True)
         ]
 
-    def _scaled(self, value: float | None, length: int, truncated: bool) -> float:
-        if value is None:
-            raise RewardError(f"the reward it builds on ({self.base.name!r}) gave None")
+    def _scaled(self, value: float, length: int, truncated: bool) -> float:
         if truncated and self.overlong is not None:
             return self.overlong
         short, long = self.right if value > self.threshold else self.wrong
@@ -537,8 +534,7 @@ class CosineLength:
         return long + 0.5 * (short - long) * (1 + math.cos(math.pi * progress))
 
 
-# ----------------------------------------------------------------------------------------------------
-# A language model as judge, on an OpenAI-compatible server: cached on disk, retried, bounded.
+# ---- A language model as judge, on an OpenAI-compatible server: cached on disk, retried, bounded ----
 
 QUESTION = (
     "Rate how well the answer responds to the prompt, from 1 (useless) to 10 (excellent).\n\n"
@@ -590,14 +586,14 @@ class Judge:
         backoff: NonNegative = 0.5,
         api_key_env: str | None = None,
     ) -> None:
-        if not low < high:
-            raise RecipeError(f"reward {self.name!r}: low is {low} and high {high}; expected low < high")
+        what = f"reward {self.name!r}:"
+        require(low < high, RecipeError, f"{what} low is {low} and high {high}; expected low < high")
         try:
             self.fields = {name for _, name, _, _ in Formatter().parse(question) if name is not None}
         except ValueError as error:
-            raise RecipeError(f"reward {self.name!r}: question: {error}; double a brace that is no field") from None
-        if "completion" not in self.fields:
-            raise RecipeError(f"reward {self.name!r}: the question has no {{completion}}; got {shown(question)}")
+            raise RecipeError(f"{what} question: {error}; double a brace that is no field") from None
+        known = "completion" in self.fields
+        require(known, RecipeError, f"{what} the question has no {{completion}}; got {shown(question)}")
         self.client = JsonClient(url, timeout=seconds, retries=retries, backoff=backoff, api_key_env=api_key_env)
         self.model, self.question, self.system = model, question, system
         found = extractor(pattern, f"reward {self.name!r}: pattern")
@@ -629,8 +625,8 @@ class Judge:
     ) -> dict[str, Any]:
         known = {name: values[index] for name, values in columns.items()}
         known |= {"prompt": _text(prompts[index]), "completion": completions[index]}
-        if missing := sorted(self.fields - known.keys()):
-            raise RewardError(f"the question names {missing}; the rows have {sorted(known)}")
+        missing = sorted(self.fields - known.keys())
+        require(not missing, RewardError, f"the question names {missing}; the rows have {sorted(known)}")
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages.append({"role": "user", "content": self.question.format_map(known)})
         return {
@@ -694,6 +690,9 @@ def _text(prompt: Any) -> str:
     return "\n\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
 
 
+# ---- Rewards by name ----
+
+
 @dataclass(frozen=True)
 class RewardKind:
     """A reward that comes with the library.
@@ -752,9 +751,9 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             its constructor refuses.
     """
     shared, own, build = _parts(name, settings)
-    what = f"reward {name!r}"
-    if build is None and own:
-        raise RecipeError(f"{what}: unknown setting {next(iter(own))!r}{nearest(next(iter(own)), shared_types())}")
+    what, first = f"reward {name!r}", next(iter(own), None)
+    hint = f"{what}: unknown setting {first!r}{nearest(str(first), shared_types())}"
+    require(build is not None or first is None, RecipeError, hint)
     checked = validate_settings(what, build, own, excluded=reward_objects(name)) if build is not None else {}
     if name in REWARDS and not reward_objects(name):
         # What types cannot say: patterns, addresses, what is installed.
@@ -781,14 +780,14 @@ def make_reward(name: str, /, **settings: Any) -> RewardFunction:
     checked = check_reward(name, {k: v for k, v in settings.items() if k not in objects})
     shared = {k: checked.pop(k) for k in shared_types()}
     if name in REWARDS:
-        if "model" in REWARDS[name].objects and objects.get("model") is None:
-            raise RecipeError(f"reward {name!r} needs a model")
+        lacks = "model" in REWARDS[name].objects and objects.get("model") is None
+        require(not lacks, RecipeError, f"reward {name!r} needs a model")
         function = REWARDS[name].build(**objects, **checked)
     else:
         function = load_callable(name)
         if isinstance(function, type):
             function = function(**checked)
-    return RewardFunction(function, **{**shared, "name": shared["name"] or _short(name)})
+    return RewardFunction(function, **{**shared, "name": shared["name"] or name.rpartition(":")[2] or name})
 
 
 def shared_types() -> dict[str, Any]:
@@ -798,9 +797,8 @@ def shared_types() -> dict[str, Any]:
 
 def _parts(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Callable[..., Any] | None]:
     """Settings of every reward, settings of this one, and what takes the latter (None: a plain function)."""
-    if name not in REWARDS and ":" not in name:
-        known = nearest(name, REWARDS)
-        raise RecipeError(f"unknown reward {name!r}{known} (or an import string, 'module:function')")
+    what = f"unknown reward {name!r}{nearest(name, REWARDS)} (or an import string, 'module:function')"
+    require(name in REWARDS or ":" in name, RecipeError, what)
     shared = {k: v for k, v in settings.items() if k in shared_types()}
     shared = {**(REWARDS[name].defaults if name in REWARDS else {}), **shared}
     own = {k: v for k, v in settings.items() if k not in shared}
@@ -808,7 +806,3 @@ def _parts(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         return shared, own, REWARDS[name].build
     function = load_callable(name)
     return shared, own, function if isinstance(function, type) else None
-
-
-def _short(name: str) -> str:
-    return name.rpartition(":")[2] or name

@@ -249,15 +249,10 @@ class RewardSuite:
         plain = decode(self.tokenizer, work.ids) if texts is None else texts
         what = f"{len(plain)} texts and {len(raws)} rows for {count} completions"
         require(len(plain) == count and len(raws) == count, RewardError, what)
-        columns = self._columns(work, raws)
+        columns = {**self._columns(work, raws), "completions": list(plain)}
         shown_texts = [self._special(work.ids) if f.special_tokens else plain for f in self.functions]
-        answers = call_all(
-            self.functions,
-            [
-                {**columns, "completions": _messages(t) if f.messages else list(t)}
-                for f, t in zip(self.functions, shown_texts)
-            ],
-        )
+        own = [_messages(t) if f.messages else list(t) for f, t in zip(self.functions, shown_texts)]
+        answers = call_all(self.functions, columns, own)
         judged = [
             [self._judge(function, answer[i], i, work, seen[i]) for i in range(count)]
             for function, answer, seen in zip(self.functions, answers, shown_texts, strict=True)
@@ -400,19 +395,25 @@ def _from_batch(batch: TokenBatch) -> _Completions:
 # ---- Calling the functions ----
 
 
-def call_all(functions: Sequence[RewardFunction], columns: Sequence[Mapping[str, Sequence[Any]]]) -> list[list[Any]]:
+def call_all(
+    functions: Sequence[RewardFunction],
+    columns: Mapping[str, Sequence[Any]],
+    own: Sequence[Sequence[Any]] | None = None,
+) -> list[list[Any]]:
     """Every function's list with an entry per completion; where it failed a `RewardFailure` stands.
 
     Async functions run at the same time as each other and as the others, which run one after the other.
 
     Args:
-        columns: what each function may be given.
+        columns: what functions may be given.
+        own: per function, the completions as it sees them; None: those in `columns`.
 
     Raises:
         RewardError: a function needs a column that the rows do not have.
     """
-    arguments = [f.arguments(available) for f, available in zip(functions, columns, strict=True)]
-    count = len(columns[0]["completions"])
+    count = len(columns["completions"])
+    seen = own or [columns["completions"]] * len(functions)
+    arguments = [f.arguments({**columns, "completions": c}) for f, c in zip(functions, seen, strict=True)]
     waiting = [i for i, f in enumerate(functions) if f.is_async]
     results: list[list[Any]] = [[] for _ in functions]
 

@@ -57,7 +57,8 @@ class SamplingConfig:
         top_k: number of most probable tokens; 0: all.
         min_p: tokens at least this times as probable as the most probable one; 0: all.
         max_new_tokens: a completion without a stop by then is truncated.
-        stop: a completion ends with the token that completes one of these strings; that token is part of it.
+        stop: a completion ends with the token that completes one of these strings, or this one; that token is part
+            of it.
         stop_ids: token ids that end a completion, and are part of it. None: the tokenizer's and the model's
             end-of-sequence tokens.
         seed: the same seed, prompts and weights give the same completions (a server: if it keeps to seeds).
@@ -76,13 +77,19 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", [self.stop])
         checks = (
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a finite number >= 0"),
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
             ("top_k", _whole(self.top_k, 0), "a whole number >= 0 (0: all tokens)"),
             ("min_p", 0 <= self.min_p < 1, "0 <= min_p < 1"),
             ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
-            ("stop", _each(self.stop, lambda s: isinstance(s, str) and s), "a list of texts that are not empty"),
+            (
+                "stop",
+                _each(self.stop, lambda s: isinstance(s, str) and s),
+                "a text that is not empty, or a list of them",
+            ),
             ("stop_ids", _each(self.stop_ids or (), lambda i: _whole(i, 0)), "token ids, or none for the model's own"),
         )
         for name, good, expected in checks:
@@ -111,7 +118,7 @@ def _whole(value: object, least: int) -> bool:
 
 
 def _each(values: object, good: Callable[[Any], object]) -> bool:
-    return isinstance(values, Sequence) and not isinstance(values, str) and all(map(good, values))
+    return isinstance(values, Sequence) and all(map(good, values))
 
 
 def derived_seed(*parts: Any) -> int:

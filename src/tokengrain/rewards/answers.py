@@ -1,0 +1,354 @@
+"""Answers: what a text says is its answer, and whether it is the right one.
+
+Also the script of the processes in which `builtin.py` does what may hang (mathematics, patterns): it reads one JSON
+request a line and writes one JSON answer a line. It imports nothing of this package, so that it starts quickly.
+"""
+
+import json
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from itertools import product
+from typing import Any
+
+# ---- Text -> the stretch that holds the answer ----
+
+MARKED = re.compile(r"####[ \t]*([^\n]*)")
+BOX = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])\s*")
+SAID = re.compile(r"(?i)\banswer(?:\s+is)?\W*?(?::|\bis\b)\s*([^\n]+)")
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{}` or `\fbox{}`; "" if it is not closed, None if there is none."""
+    found = list(BOX.finditer(text))
+    if not found:
+        return None
+    rest = text[found[-1].end() :]
+    if not rest.startswith("{"):
+        return re.match(r"[^\s$]*", rest).group()  # type: ignore[union-attr] # always matches
+    return rest[1 : end - 1] if (end := _closed(rest)) else ""
+
+
+def _closed(text: str) -> int | None:
+    """Where the group that begins the text ends; None if it does not."""
+    depth = 0
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += (match.group() == "{") - (match.group() == "}")
+        if not depth:
+            return match.end()
+    return None
+
+
+# ---- Text -> plain text: what typesetting adds taken off ----
+
+LATEX = r"\times |\cdot |/|\pi |\infty |\le |\ge |\pm |\cup |\in |^\circ|^2|^3|\frac{1}{2}|\frac{1}{4}|\frac{3}{4}|/"
+SIGNS = str.maketrans(
+    dict.fromkeys("\u2212\u2013\u2010\u2011", "-")
+    | dict.fromkeys("\u00a0\u202f\u2009", " ")
+    | dict(zip("×·÷π∞≤≥±∪∈°²³½¼¾\u2044", LATEX.split("|"), strict=True))
+)
+WORDING = r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
+# A space of typesetting, a brace, a comma that cannot end a list: all between groups of three digits.
+BETWEEN_DIGITS = r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\!|\\;|\\:|\\ |~|(?<!\.)[, ])(?=\d{3}(?!\d))"
+
+
+def plain(text: str) -> str:
+    """Without dollars and boxes around it, spacing, `\\left`, and thousands' separators."""
+    text = text.translate(SIGNS).strip()
+    before = None
+    while text != before:
+        before = text
+        text = text.strip().strip("*").removesuffix(".").strip()
+        for pattern in (r"\$\$(.*)\$\$", r"\$((?:[^$]|\\\$)*)(?<!\\)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]"):
+            if whole := re.fullmatch(pattern, text, re.DOTALL):
+                text = whole[1]
+        box = BOX.match(text)
+        if box and text[box.end() :].startswith("{") and _closed(text[box.end() :]) == len(text) - box.end():
+            text = text[box.end() + 1 : -1]
+    text = re.sub(r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])\s*", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("\\varnothing", "\\emptyset")
+    if re.match(r"[-+]?\s*(?:\\?\$)?\s*\d{1,3}(?!\d)", text) and not re.search(r"\d,\s+\d", text):
+        grouped = re.sub(BETWEEN_DIGITS, "", text)
+        # 3,5,700 is a list: each group after the first has three digits.
+        text = grouped if not re.search(r"\d,\d", grouped) else text
+    text = re.sub(r"(\\\\)|\\(?:[!,;:> ]|quad|qquad)|~", lambda match: match[1] or " ", text)
+    return " ".join(text.split())
+
+
+# ---- Text -> a number ----
+
+UNIT = rf"(?:{WORDING}|\^?\{{?\\circ\}}?|\\degree|\\?%|[A-Za-z.]+(?:[ /*-][A-Za-z.]+)*)(?:\s*\^\{{?\d\}}?)?"
+WHOLE = r"(?:\d+\.?\d*|\.\d+)"
+POWER = r"(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*\{?\s*(-?\s*\d+)\s*\}?"
+NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)\s*(?:\\?\$|\\text\{{\$\}}|USD|EUR|€|£)?\s*(?P<inner>[-+]?)\s*"
+    rf"(?:(?P<mixed>\d+)\s*(?=\\frac|\d+\s*/)\s*)?"
+    rf"(?:\\frac\s*(?P<top>\{{\s*-?{WHOLE}\s*\}}|\d)\s*(?P<bottom>\{{\s*-?{WHOLE}\s*\}}|\d)"
+    rf"|(?P<value>{WHOLE})(?:\s*/\s*(?P<over>{WHOLE}))?(?:[eE](?P<e>[-+]?\d+)|\s*{POWER})?)"
+    rf"\s*(?:\\?\$)?\s*(?P<unit>{UNIT})?\.?"
+)
+MOST_DIGITS = 400
+
+
+def number_of(text: str) -> Fraction | None:
+    """The number that the whole text is, a unit behind it aside; None if it is not one."""
+    text = plain(text)
+    found = NUMBER.fullmatch(text) if len(text) <= MOST_DIGITS else None
+    if not found:
+        return None
+    part = found.groupdict()
+    # `2k` and `5x` are no numbers with a unit, `x` being no unit.
+    unit = part["unit"] or ""
+    if (
+        re.fullmatch(r"[A-Za-z]", unit)
+        and unit not in "mgslhLCFKVWNJ"
+        and not found.group()[: -len(unit)].endswith(" ")
+    ):
+        return None
+    power = next((g for g in (part["e"], found[found.re.groupindex["e"] + 1]) if g), "0").replace(" ", "")
+    if abs(int(power)) > MOST_DIGITS:
+        return None
+    try:
+        if part["top"]:
+            value = _fraction(part["top"]) / _fraction(part["bottom"])
+        else:
+            value = _fraction(part["value"]) / _fraction(part["over"] or "1") * Fraction(10) ** int(power)
+    except ZeroDivisionError:
+        return None
+    value += int(part["mixed"] or 0)
+    return -value if (part["sign"] == "-") != (part["inner"] == "-") else value
+
+
+def _fraction(text: str) -> Fraction:
+    return Fraction(Decimal(text.strip("{} \t\n")))
+
+
+IN_TEXT = re.compile(
+    r"(?:(?<![\w)\]}])(?<![\w)\]}] )-\s?)?(?:\\?\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?"
+    r"(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?![\d.]))?"
+)
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    """The numbers in a text, thousands' commas and fractions a/b understood."""
+    text = re.sub(rf"(?<=\d) ?{POWER}", r"e\1", text.translate(SIGNS))
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[!,])\s?(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
+    found = []
+    for match in IN_TEXT.finditer(text):
+        above, _, below = re.sub(r"[,$\s\\]", "", match.group()).partition("/")
+        try:
+            value = Decimal(above)
+            if abs(value.adjusted()) <= 10 * MOST_DIGITS:
+                found.append(Fraction(value) / Fraction(int(below or 1)))
+        except (InvalidOperation, ZeroDivisionError, ValueError):  # ValueError: more digits than `int` reads
+            continue
+    return found
+
+
+def gold_number(gold: Any) -> Fraction | None:
+    """The number that a column's value is, or the one behind its last `####`; None if there is none, or several."""
+    gold = gold.item() if hasattr(gold, "item") else gold
+    if gold is None or isinstance(gold, bool):
+        return None
+    text = str(gold)
+    marked = MARKED.findall(text)
+    whole = number_of(marked[-1] if marked else text)
+    if whole is not None:
+        return whole
+    found = numbers_in(marked[-1] if marked else text)
+    if marked:
+        return found[0] if found else None
+    # A sentence with one number has it; in `2k+2`, `3:4` or (3, 4) nobody could say which.
+    words = re.fullmatch(r"(?:[A-Za-z'\"]{2,}[,:.]?\s+)+(?:is |= ?)?\S*\d\S*(?:\s+[A-Za-z]{2,})*", text.strip())
+    return found[0] if words and len(found) == 1 else None
+
+
+# ---- Whether an answer is right: by its text where that decides, else by math-verify ----
+
+CHOICE = re.compile(r"(?i)\W*(?:option|choice|answer)?\W*\b([A-J])\b(?:\s*[).:\]].*|\W*)", re.DOTALL)
+BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
+RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
+FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|sqrt|log|exp|abs|pi|ln")
+
+
+def words_of(text: str) -> list[str] | None:
+    r"""The words that a text is, in small letters, parts of a list in order; None for mathematics."""
+    bare = re.sub(WORDING, r" \1 ", plain(text))
+    wrapped = bare != plain(text)
+    bare = " ".join(bare.replace("-", " ").strip(" .,;:!?()[]'\"*").split())
+    if not re.fullmatch(r"[^\W\d_]+(?:[ ,'&]+[^\W\d_]+)*", bare):
+        return None
+    parts = [p for p in re.split(r"[ ,&]+", bare.casefold()) if p not in ("a", "an", "the", "and")]
+    if not wrapped and (len(bare) < 3 or FUNCTIONS.fullmatch(bare)) and bare.casefold() not in ("no", "up"):
+        return None
+    return sorted(parts) if "," in bare or " and " in bare else parts or [bare.casefold()]
+
+
+def same_text(gold: str, answer: str) -> bool | None:
+    """Whether two texts say the same; None where only mathematics can tell."""
+    one, other = plain(gold), plain(answer)
+    squeezed = [re.sub(WORDING, r"\1", t).replace(" ", "") for t in (one, other)]
+    if squeezed[0] == squeezed[1]:
+        return True
+    letter = re.fullmatch(r"\(?([A-J])\)?", re.sub(WORDING, r"\1", one))
+    if letter:
+        chosen = CHOICE.fullmatch(re.sub(WORDING, r"\1", other))
+        return chosen is not None and chosen[1].upper() == letter[1]
+    words = words_of(gold)
+    if words is not None:
+        return words == words_of(answer)
+    if RATIO.fullmatch(one):
+        return False
+    if "_" in one and (base := BASE.fullmatch(one)):
+        found = BASE.fullmatch(squeezed[1])
+        return found is not None and found[1] == base[1] and found[2] in (None, base[2])
+    numbers = number_of(gold), number_of(answer)
+    if None not in numbers:
+        if numbers[0] == numbers[1]:
+            return True
+        percents = ["%" in t for t in (one, other)]
+        return None if any(percents) or "." in one + other else False
+    return None
+
+
+def latex(text: str) -> str:
+    """The text as mathematics that math-verify reads: units, `\\pm` and Python's notation written out."""
+    text = plain(text)
+    if (value := number_of(text)) is not None and "%" not in text:
+        exact = value.denominator == 1
+        return str(value) if exact else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{\s*(?:or|and)\s*\}|(?<=[\w)}\]]) (?:or|and) (?=\S)", ",", text)
+    text = re.sub(rf"(?<=[\d}}])\s*{WORDING}(?:\s*\^\{{?\d\}}?)?\s*$", "", text)
+    if "\\" not in text:
+        while (match := re.search(r"\bsqrt\(([^()]*)\)", text)) is not None:
+            text = f"{text[: match.start()]}\\sqrt{{{match[1]}}}{text[match.end() :]}"
+        text = re.sub(r"\b(pi|infty|sin|cos|tan|log|ln)\b", r"\\\1 ", text.replace("**", "^").replace("*", " \\cdot "))
+        text = re.sub(r"\boo\b|\binf(?:inity)?\b", r"\\infty ", text)
+    parts = re.fullmatch(r"([^,]*)\\pm([^,]*)", text)
+    return f"{parts[1]}+{parts[2]},{parts[1]}-{parts[2]}" if parts else text
+
+
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    # Time-outs by signals would hide a hang of compiled code; `main` ends the process instead.
+    return list(parse(text, parsing_timeout=None))
+
+
+def _sympy(found: list[Any]) -> bool:
+    return any(not isinstance(one, str) for one in found)
+
+
+def readable(gold: str) -> bool:
+    """Whether `math` understands a gold: a number, words, or what math-verify reads."""
+    marked = MARKED.findall(gold)
+    gold = marked[-1] if marked else gold
+    if number_of(gold) is not None or words_of(gold) is not None or same_text(gold, "?") is False:
+        return True
+    return _sympy(_parsed(f"$\\boxed{{{latex(gold)}}}$"))
+
+
+def math_equal(golds: Sequence[str], completion: str) -> bool | None:
+    """Whether the completion's last answer is one of the golds; None if no gold can be read."""
+    found = [_equal(gold, completion) for gold in golds]
+    return None if all(one is None for one in found) else any(found)
+
+
+def _equal(gold: str, completion: str) -> bool | None:
+    gold = marked[-1] if (marked := MARKED.findall(gold)) else gold
+    box, marked, said = boxed(completion), MARKED.findall(completion), SAID.findall(completion)
+    answer = box if box is not None else marked[-1] if marked else None
+    if answer is not None:
+        return bool(answer.strip()) and _same(gold, answer, f"$\\boxed{{{latex(answer)}}}$")
+    # Nothing marks it: what is said to be the answer, all of it, or what math-verify finds.
+    last = said[-1] if said else completion
+    known = _same(gold, last, f"$\\boxed{{{latex(last)}}}$") if said else same_text(gold, last) or False
+    return known or (_same(gold, None, completion.translate(SIGNS)) if words_of(gold) is None else False)
+
+
+def _same(gold: str, answer: str | None, text: str) -> bool | None:
+    """Whether gold and answer are equal, the answer for math-verify being `text`; None if the gold cannot be read."""
+    from math_verify import verify
+
+    decided = None if answer is None else same_text(gold, answer)
+    if decided is not None:
+        return decided
+    golds, found = _parsed(f"$\\boxed{{{latex(gold)}}}$"), _parsed(text)
+    if not _sympy(golds):
+        return None
+    equal = _sympy(found) and verify(golds, found, timeout_seconds=None, allow_set_relation_comp=True)
+    return bool(equal) and not _differ(golds, found)
+
+
+def _differ(golds: list[Any], found: list[Any]) -> bool:
+    """Whether numbers that are equal after six digits behind the point differ: tiny ones all seem equal there."""
+    for one, other in product(golds, found):
+        if getattr(one, "is_number", False) and getattr(other, "is_number", False):
+            try:
+                return bool(0 < abs(one.evalf()) < 1e-4 and abs((other / one).evalf() - 1) > 1e-5)
+            except TypeError:  # what sympy cannot compare: a percentage
+                continue
+    return False
+
+
+def matches(pattern: str, flags: int, whole: bool, text: str) -> bool:
+    """Whether a pattern matches all of a text, or is found in it."""
+    compiled = re.compile(pattern, flags)
+    return (compiled.fullmatch(text) if whole else compiled.search(text)) is not None
+
+
+# ---- The process: requests are done by a copy of it, which is ended when one takes too long ----
+
+TASKS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (math_equal, readable, matches)}
+
+
+def work(link: Any, task: str) -> None:
+    """Answer the requests that come over the link. A first one without arguments loads what the task needs."""
+    if task != "matches":
+        _parsed("$1$")
+    link.send(None)
+    while True:
+        try:
+            answer = {"value": TASKS[task](*link.recv())}
+        except EOFError:
+            return
+        except Exception as error:  # whatever a library raises: it is the answer
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        link.send(answer)
+
+
+def main(task: str) -> None:
+    if task != "matches":
+        _parsed("$1$")  # before the copies are made, which start at once then
+    kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(kind)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between the answers
+    process: Any = None
+    link: Any = None
+    for line in sys.stdin:
+        arguments, seconds = json.loads(line)
+        if process is None:
+            link, other = context.Pipe()
+            process = context.Process(target=work, args=(other, task), daemon=True)
+            process.start()
+            other.close()
+            link.recv()  # it is ready: starting does not count
+        try:
+            link.send(arguments)
+            answer = link.recv() if link.poll(seconds) else {"timeout": seconds}
+        except (EOFError, OSError):
+            answer = {"error": f"the process for {task} died"}
+        if "value" not in answer and not answer.get("error", "").startswith("re."):
+            process.kill()
+            process.join()
+            process = None
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,400 @@
+"""Golds and answers as people have them, and the reward that a person would give."""
+
+import importlib.util
+import json
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokengrain.rewards import answers
+from tokengrain.rewards.answers import boxed, gold_number, math_equal, number_of, numbers_in, readable
+from tokengrain.rewards.builtin import make_reward
+from tokengrain.rewards.suite import RewardError, RewardFailure
+
+SHARED = Path(__file__).parents[3] / "shared"
+needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+
+RIGHT = r"""
+-\frac{1}{2} | -0.5
+-\frac{1}{2} | \frac{-1}{2}
+\frac{-1}{2} | -\frac12
+25\% | 25\%
+25\% | 25
+25\% | 0.25
+12.5 | 12.5\%
+\$1,250.50 | 1250.50
+\$1,250.50 | 1250.5
+1250.5 | \$1,250.50
+$36 | 36
+15 | 15\text{ cm}
+15\mbox{ cm}^2 | 15
+864 \mbox{ inches}^2 | 864
+15 | 15 \text{ cm}^2
+15 | 15 km/h
+60 | 60^\circ
+60^\circ | 60
+60^\circ | 60 \text{ degrees}
+60 degrees | 60^{\circ}
+6.02 \times 10^{23} | 6.02 \times 10^{23}
+6.02e23 | 6.02 \times 10^{23}
+0.001 | 10^{-3}
+10^{-3} | 0.001
+2^{10} | 1024
+1024 | 2^{10}
+\{1,2,3\} | \{3,2,1\}
+(0,9) \cup (9,36) | (0,9)\cup(9,36)
+x^2+2x+1 | 1+2x+x^2
+(a+5)(b+2) | (b+2)(a+5)
+(a+5)(b+2) | ab+2a+5b+10
+y = 2x + 3 | y=3+2x
+x=5 | 5
+x=5 | x = 5
+5x - 7y + 11z + 4 = 0 | 5x-7y+11z+4=0
+\frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}}
+2\sqrt{3} | \sqrt{12}
+\sqrt[3]{2} | 2^{1/3}
+6 - 5i | 6-5i
+6 - 5i | -5i+6
+1 \pm \sqrt{19} | 1+\sqrt{19}, 1-\sqrt{19}
+4210_{5} | 4210_5
+101_2 | 101_2
+2:3 | 2:3
+2:3 | 2 : 3
+3:30 | 3:30
+E | \text{E}
+E | \mathrm{(E)}
+C | C)
+C | C. 42
+C | (C)\ 42
+\text{(C)} | C
+Navin | \text{Navin}
+True | \text{True}
+no | \text{No}
+Yes | \textbf{Yes}
+\text{east} | East
+ellipse | \text{an ellipse}
+\text{red and blue} | \text{blue and red}
+no solution | \text{no solution}
+\emptyset | \varnothing
+\infty | \infty
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix} | \begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}
+1\frac{4}{5} | \frac{9}{5}
+1\frac{4}{5} | 1.8
+1 4/5 | 9/5
+137 \frac{1}{2} | 137.5
+5 | \$5
+5 | 5.00
+5 | +5
+5 | \text{5}
+5 | \mathbf{5}
+5 | 5\,
+5 | \frac{10}{2}
+5 | \frac{5}{1}
+0 | -0
+0.5 | 1/2
+.5 | 0.5
+1/2 | \frac{2}{4}
+\frac43 | \frac{4}{3}
+\frac 59 | 5/9
+(3, 4) | \left(3, 4\right)
+(6,31,-1) | (6, 31, -1)
+3 or 4 | 4 or 3
+x=1,x=2 | 1,2
+2x+3 | 2x+3
+2k | 2k
+\cot x | \frac{1}{\tan x}
+sqrt(2) | \sqrt{2}
+2*sqrt(3) | 2\sqrt{3}
+pi/6 | \frac{\pi}{6}
+x**2+1 | x^2+1
+3*x+2 | 3x+2
+x \ge 3 | [3,\infty)
+[3,\infty) | x \geq 3
+-1<x<6 | (-1,6)
+(-1,6) | -1 < x < 6
+007 | 007
+033 | 33
+33 | 33.
+1,234 | 1234
+1234 | 1,234
+1234 | 1 234
+58,500 | 58500
+3,500 | 3500
+12 \text{ hours} | 12
+12 hours | 12
+100 \text{ m/s} | 100
+5 apples | 5
+\frac{270}7\text{ degrees} | \frac{270}{7}
+.0000672 | 0.0000672
+.0000672 | 6.72 \times 10^{-5}
+n = 7 | 7
+7 | n = 7
+(x,y) = (3,4) | (3,4)
+−5 | -5
+3! | 6
+6 | 3!
+\frac{1}{2} | 50\%
+1 | 100\%
+"""
+WRONG = r"""
+-\frac{1}{2} | \frac{1}{2}
+25\% | 52\%
+\$36 | \$63
+15\text{ cm} | 16\text{ cm}
+60^\circ | 30^\circ
+6.02e23 | 6.02 \times 10^{22}
+10^{-3} | 10^{-4}
+\{1,2,3\} | \{1,2\}
+\{1,2\} | \{1,2,3\}
+(0,9) \cup (9,36) | (0,36)
+6r^2-4r-24 | 6r^2-4r+24
+x=5 | y=6
+5x - 7y + 11z + 4 = 0 | 5x-7y+11z-4=0
+\sqrt[3]{2} | \sqrt{2}
+6 - 5i | 6+5i
+1 \pm \sqrt{19} | 1+\sqrt{19}
+1 \pm \sqrt{19} | 1 \pm \sqrt{18}
+4210_{5} | 4210_{6}
+4210_5 | 5
+204_5 | 402_5
+2:3 | 3:2
+3:30 | 4:30
+2:3 | 3
+E | A
+\text{(C)} | \text{(E)}
+A | B
+D | A, D
+A | A or B
+Navin | Evelyn
+True | False
+east | west
+No | on
+\infty | -\infty
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+1\frac{4}{5} | \frac{4}{5}
+\pi | 3.14
+\pi | \frac{22}{7}
+e^2 | 7.389
+\frac{1}{3} | 0.33
+0.3333 | \frac{1}{3}
+5 | 5.01
+3,14 | 3.14
+(3, 4) | [3,4]
+(1,2) | (1,2,3)
+(6,31,-1) | (6,31,1)
+2 | 1, 2
+2 | 2 or 3
+\frac{1}{100!} | \frac{1}{101!}
+10^{-20} | 10^{-21}
+1e-8 | 2e-8
+0.00001 | 0.00002
+100000000 | 100000001
+2x+3 | 2x
+2k | 2
+2 | 2k
+3x | 3
+7\pi | 7
+7 | 7\pi
+\log 2 | \log 3
+\ln 2 | \ln 3
+\sin x | \cos x
+x > 3 | [3,\infty)
+(-1,6) | (-1,6]
+1234 | 1,23,4
+3, 500 | 3500
+12 hours | 13 hours
+.0000672 | 0.0000673
+\frac{2}{3} | \frac{3}{2}
+-5 | 5
+5 | -5
+\sqrt{51} | 51
+51 | \sqrt{51}
+2^{8} | 8
+8 | 2^8
+"""
+# Golds and completions in which nothing, or something else than a box, marks the answer.
+TEXTS = [
+    ("5", "#### 5", 1),
+    ("5", "#### 6", 0),
+    ("reason 1+1\n#### 5", "so \\boxed{5}", 1),
+    ("reason\n#### 1,000", "so \\boxed{1000}", 1),
+    ("5", "The answer is 5.", 1),
+    ("5", "The answer is 6.", 0),
+    ("5", "Answer: 5", 1),
+    ("B", "The answer is (B).", 1),
+    ("B", "The answer is C.", 0),
+    ("B", "Answer: B", 1),
+    ("Evelyn", "The answer is Evelyn.", 1),
+    ("Evelyn", "The answer is Carla.", 0),
+    ("5", "$$5$$", 1),
+    ("5", "\\[5\\]", 1),
+    ("5", "\\(5\\)", 1),
+    ("5", "**Answer:** 5", 1),
+    ("5", "\\boxed{4} no wait \\boxed{5}", 1),
+    ("5", "\\boxed{5} no wait \\boxed{4}", 0),
+    ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", 1),
+    ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}", 0),
+    ("5", "\\boxed{ 5 }", 1),
+    ("5", "\\boxed{\\boxed{5}}", 1),
+    ("5", "I do not know", 0),
+    ("5", "   ", 0),
+    ("5", "\\boxed{?}", 0),
+    ("\\frac{1}{2}", "The answer is $\\frac{1}{2}$.", 1),
+    ("x^2", "The answer is $x^2$", 1),
+    ("x^2", "The answer is $x^3$", 0),
+    ("$\\boxed{3}$", "so \\boxed{4}", 0),
+    ("$\\boxed{3}$", "so \\boxed{3}", 1),
+    ("$5$", "\\boxed{5}", 1),
+    ("\\(5\\)", "\\boxed{5}", 1),
+    ("3", "so \\boxed{3}\n\nTherefore the answer is \\boxed{3}.", 1),
+    ("-3", "The answer is $-3$", 1),
+    ("1/2", "Answer: 1/2", 1),
+    ("1/2", "Final answer: \\frac{1}{2}", 1),
+    ("12", "It takes 12 hours", 1),
+    ("$x^2+2x+1$", "$(x+1)^2$", 1),
+    ("3", "\\fbox{\\frac{6}{2}}", 1),
+    ("3", "\\boxed3", 1),
+    ("\\frac12", "\\boxed\\frac12", 1),
+    ("5", "**", 0),
+]
+
+
+def table(text):
+    return [tuple(line.split(" | ")) for line in text.strip().splitlines()]
+
+
+@needs_math
+def test_answers_in_a_box():
+    wrong = [pair for pair in table(RIGHT) if not math_equal([pair[0]], f"So it is $\\boxed{{{pair[1]}}}$.")]
+    assert wrong == []
+    wrong = [pair for pair in table(WRONG) if math_equal([pair[0]], f"So it is $\\boxed{{{pair[1]}}}$.")]
+    assert wrong == []
+    assert all(readable(gold) for gold, _ in table(RIGHT) + table(WRONG))
+
+
+@needs_math
+def test_answers_that_something_else_marks():
+    assert [(g, c) for g, c, reward in TEXTS if bool(math_equal([g], c)) != bool(reward)] == []
+
+
+@needs_math
+def test_published_golds_against_themselves():
+    path = SHARED / "data" / "math500.parquet"
+    if not path.exists():
+        pytest.skip("no math500.parquet in ../shared/data")
+    read = pytest.importorskip("pyarrow.parquet").read_table
+    for name in ("math500", "aime_2024"):
+        rows = read(path.with_name(f"{name}.parquet")).to_pylist()
+        golds = list(dict.fromkeys(str(row["reward_model"]["ground_truth"]) for row in rows))
+        for form in ("{}", "$\\boxed{{{}}}$"):
+            wrong = [g for g in golds if not math_equal([form.format(g)], f"So it is $\\boxed{{{g}}}$.")]
+            assert wrong == []
+
+
+@needs_math
+def test_a_persons_rewards():
+    path = SHARED / "cases" / "answers.json"
+    if not path.exists():
+        pytest.skip("no answers.json in ../shared/cases")
+    pairs = json.loads(path.read_text())["pairs"]
+    found = [bool(math_equal([p["gold"]], p["completion"])) == bool(p["reward"]) for p in pairs]
+    assert [p for p, right in zip(pairs, found) if not right] == []
+
+
+@needs_math
+def test_math_reads_a_column_as_what_it_is():
+    reward = make_reward("math").function
+    golds = [["18", "20"], np.array(["18", "20"]), 1e-05, 1e-05, np.float64(0.5), ["Evelyn", "B"], 7]
+    texts = [r"\boxed{20}", r"\boxed{19}", r"\boxed{1}", r"\boxed{0.00001}", "$1/2$", r"\boxed{\text{(B)}}", "#### 7"]
+    assert reward(completions=texts, answer=golds) == [1, 0, 0, 1, 1, 1, 1]
+    bad = dict(reward.unreadable(["5", "", "?!", None, ["5", "?"], "x^2", []]))
+    assert sorted(bad) == [1, 2, 3, 4, 6]
+    assert "understands no answer in the column 'answer': '?!'" in bad[2]
+    (failure,) = reward(completions=[r"\boxed{3}"], answer=["?!"])
+    assert isinstance(failure, RewardFailure)
+
+
+@pytest.mark.parametrize(
+    ("gold", "number"),
+    [
+        *((1e-05, "1/100000"), (1e16, "1e16"), (2.5e-07, "2.5e-7"), ("3e8", "3e8"), (r"\frac{3}{4}", "3/4")),
+        *(
+            (r"10,\!000", "10000"),
+            ("1{,}000", "1000"),
+            ("1 000", "1000"),
+            ("-$5", "-5"),
+            ("- 5", "-5"),
+            ("5 1/2", "5.5"),
+        ),
+        *(("3:4", None), ("2k+2", None), ("(3, 4)", None), ("2k", None), ("x", None), ("", None), (None, None)),
+        *((True, None), (float("nan"), None), ("1,2,3", None), ("3, 500", None), ("1e99999", None), ("1/0", None)),
+        *(("50%", "50"), ("$1,250.50", "1250.5"), ("5 apples", "5"), ("18 dollars", "18"), (r"5\text{ cm}^2", "5")),
+        *(("The answer is 72.", "72"), ("it says 3 and 4", None), ("steps 1 2\n#### 72", "72"), ("#### 72 eggs", "72")),
+        *((r"3 \times 10^{4}", "30000"), (r"-\dfrac12", "-1/2"), (".5", "1/2"), ("007", "7"), (r"60^\circ", "60")),
+        *((np.int64(3), "3"), (np.float32(0.5), "0.5"), ("\u22125", "-5"), ("+5", "5"), ("9" * 5000, None)),
+    ],
+)
+def test_numbers(gold, number):
+    assert gold_number(gold) == (None if number is None else Fraction(number))
+
+
+def test_numbers_in_a_text():
+    assert numbers_in("-$5, - 6 and 3-2 (-7)") == [-5, -6, 3, 2, -7]
+    assert numbers_in("1e-5 or 2,000.5 or 1/4 or 3 \u00d7 10^4") == [
+        Fraction("1e-5"),
+        Fraction("2000.5"),
+        Fraction(1, 4),
+        30000,
+    ]
+    assert numbers_in(r"\frac{3}{4} of 10{,}000") == [Fraction(3, 4), 10000]
+    assert number_of("3.14.15") is None
+
+
+def test_numeric():
+    boxes = make_reward("numeric", style="boxed").function
+    for text, gold, want in (
+        (r"\boxed{\frac{3}{4}}", "3", 0),
+        (r"\boxed{\frac{3}{4}}", "0.75", 1),
+        (r"\boxed{10{,}000}", "10000", 1),
+        (r"\boxed{3 \times 10^{4}}", "30000", 1),
+        (r"\boxed{3 \times 10^{4}}", "4", 0),
+        (r"\boxed{-\$5}", "-5", 1),
+        (r"\boxed{\text{5 of } 12}", "12", 1),
+        (r"\boxed{5", "5", 0),
+        (r"\boxed{20}", ["18", "20"], 1),
+    ):
+        assert boxes([text], answer=[gold]) == [want], (text, gold)
+    last = make_reward("numeric", style="flexible").function
+    assert last(["It is 5", "It is 0.00001", "It is 1e-5"], answer=[1e-05] * 3) == [0, 1, 1]
+    marked = make_reward("numeric").function
+    assert marked(["#### -$5", "#### -$5"], answer=["-5", "5"]) == [1, 0]
+    with pytest.raises(RewardError, match="the column 'answer' has no number; got '2k\\+2'"):
+        marked(["#### 2"], answer=["2k+2"])
+    assert dict(marked.unreadable(["1", "2k+2", ["3", "x"], 5])).keys() == {1, 2}
+
+
+def test_several_right_answers():
+    assert make_reward("exact").function(["a", "b", "c"], answer=[["a", "b"]] * 3) == [1, 1, 0]
+    kinds = make_reward("classification", pattern=None).function
+    assert kinds(["Dog", "cat"], label=[["dog", "wolf"]] * 2) == [1, 0]
+
+
+def test_boxes():
+    assert boxed(r"a \boxed{1} b \boxed{\frac{1}{2}} c") == r"\frac{1}{2}"
+    assert boxed(r"\boxed{\{1, 2\}}") == r"\{1, 2\}"
+    assert (boxed(r"\boxed{1"), boxed("1"), boxed(r"\boxed 5"), boxed(r"\fbox{5}")) == ("", None, "5", "5")
+
+
+@needs_math
+def test_what_takes_long_is_not_read_without_end():
+    started = time.perf_counter()
+    for long in ("1" + "0" * 10**5, " " * 10**5, "1 " * 10**5, "1," * 10**5, "$" * 10**4, "a " * 10**5, "\\" * 10**5):
+        assert number_of(long) is None
+        assert len(numbers_in(long)) <= 10**5
+    assert answers.plain("{" * 10**4) == "{" * 10**4
+    assert boxed("\\boxed{" * 1000) == ""
+    assert time.perf_counter() - started < 20
