@@ -831,7 +831,8 @@ class RolloutStep:
         rewards: outcome per completion `[C]`; NaN where it could not be scored.
         by_name: per reward function its own values `[C]`, without weight; NaN where it has none.
         token_rewards: `[N]`, or None if no reward was given per token.
-        correct: bool `[C]`, or None without rewards: the reward `correct_from` is above 0.5.
+        correct: `[C]`, 1 where the reward `correct_from` (or the first that applies) is above 0.5, else 0; NaN where
+            none applies. None without rewards.
         prompt_ids: per prompt its row's id: stable over epochs, shuffles and ranks.
         index: number of the rollout, from 0.
         max_new_tokens: the longest completion that could be sampled.

@@ -393,3 +393,16 @@ def test_refusals(model):
     with pytest.raises(RunError, match="has no 'hidden'"):
         make_rollout_credit("nthr")(step)
     assert make_rollout_credit("nthr").needs == {"hidden"}
+
+
+def test_a_completion_that_no_reward_applies_to_is_neither_correct_nor_incorrect() -> None:
+    segments, group = Segments.from_lengths([2, 1, 2, 2]), torch.zeros(4, dtype=torch.long)
+    correct, values = torch.tensor([1.0, 0.0, torch.nan, torch.nan]), torch.tensor([3.0, 1, 2, 9, 9, 9, 9])
+    where = segments, group, correct
+    tau = influence_threshold(values, *where, beta=1.0)
+    assert tau.tolist() == [2.0]  # the mean of the correct one
+    assert token_hidden_rewards(values, segments, correct).tolist() == [3, 1, -2, 9, 9, 9, 9]
+    assert thr_weights(values, *where, tau, p=0.5).tolist() == [1.5, 0, 0, 1, 1, 1, 1]
+    assert nthr_eta(group, correct).tolist() == [0.0]
+    assert nthr_weights(values + 1, *where, tau).tolist() == [1, 1, 0, 1, 1, 1, 1]
+    assert not mixed_groups(segments, group, torch.tensor([1.0, torch.nan, 1, torch.nan]))[0]

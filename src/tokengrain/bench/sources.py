@@ -219,7 +219,7 @@ def _steps(
 def _influence(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
     """THR with the sign of wrong completions turned back: low where a token lowers the likelihood of correct ones."""
     assert rollout.correct is not None  # the world grades
-    return rollout.quantity("thr") * rollout.broadcast(torch.where(rollout.correct, 1.0, -1.0))
+    return rollout.quantity("thr") * rollout.broadcast(torch.where(rollout.correct == 0, -1.0, 1.0))
 
 
 def _window(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:

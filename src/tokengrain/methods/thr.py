@@ -78,8 +78,8 @@ def thr(
     step.advantages = advantages * weights.to(advantages)
     step.quantities["thr"] = values
 
-    mixed, right = mixed_groups(*where), step.broadcast(correct.bool())
-    inside = step.broadcast(mixed[step.group])
+    mixed, right = mixed_groups(*where), step.broadcast(correct == 1)
+    inside = step.broadcast(mixed[step.group] & ~correct.isnan())
     step.metrics |= {
         "thr/mixed": mean(mixed.float()),
         "thr/selected": mean((weights != 0)[inside].float()),
@@ -106,7 +106,7 @@ def nthr(step: RolloutStep, *, beta: Number = 1.0, exclude_self: bool = False, r
     weights = nthr_weights(influence, *where, influence_threshold(influence, *where, beta=beta))
     step.advantages = advantages * weights.to(advantages)
     step.quantities["thr"] = influence
-    wrong = step.broadcast(mixed_groups(*where)[step.group] & ~correct.bool())
+    wrong = step.broadcast(mixed_groups(*where)[step.group] & (correct == 0))
     step.metrics |= {
         "nthr/penalties_eased": mean((weights[wrong] != 1).float()),
         "nthr/weight": mean(weights[wrong]),
@@ -154,7 +154,7 @@ def correct_influence(
     lengths = segments.lengths.clamp(min=1).to(dtype)
     weights = segments.broadcast(1 / lengths if length_normalize else torch.ones_like(lengths))
     values, logps = torch.zeros_like(weights), logps.to(dtype)
-    token_group, right = group[segments.ids], correct.bool()[segments.ids]
+    token_group, right = group[segments.ids], (correct == 1)[segments.ids]
     for g in mixed_groups(segments, group, correct).nonzero().flatten().tolist():
         own = token_group == g
         anchors = (own & right).nonzero().flatten()  # the tokens a
@@ -204,21 +204,24 @@ def _contract(errors: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
 
 
 def mixed_groups(segments: Segments, group: Tensor, correct: Tensor) -> Tensor:
-    """Groups with a correct completion that has tokens, and with an incorrect one, bool `[G]`."""
-    right = torch.bincount(group, weights=(correct.bool() & (segments.lengths > 0)).double()) > 0
-    return right & (torch.bincount(group, weights=(~correct.bool()).double()) > 0)
+    """Groups with a correct completion that has tokens, and with an incorrect one, bool `[G]`.
+
+    A completion of which that is not known (NaN) is neither, and its tokens have weight 1.
+    """
+    right = torch.bincount(group, weights=((correct == 1) & (segments.lengths > 0)).double()) > 0
+    return right & (torch.bincount(group, weights=(correct == 0).double()) > 0)
 
 
 def token_hidden_rewards(influence: Tensor, segments: Segments, correct: Tensor) -> Tensor:
     """THR `[N]`: the influence with its sign turned for tokens of incorrect completions, which are pushed down."""
-    return influence * segments.broadcast(2 * correct.to(influence.dtype) - 1)
+    return influence * segments.broadcast(torch.where(correct == 0, -1.0, 1.0).to(influence.dtype))
 
 
 def influence_threshold(
     values: Tensor, segments: Segments, group: Tensor, correct: Tensor, *, beta: float, quantile: float | None = None
 ) -> Tensor:
     """τ `[G]` of THR, or for NTHR of the influence without lengths; -inf in groups without a correct completion."""
-    means = torch.where(correct.bool() & (segments.lengths > 0), segments.mean(values), float("inf"))
+    means = torch.where((correct == 1) & (segments.lengths > 0), segments.mean(values), float("inf"))
     smallest = values.new_full(torch.bincount(group).shape, float("inf")).scatter_reduce(0, group, means, "amin")
     anchored = smallest < float("inf")
     tau = torch.where(anchored, beta * smallest, float("-inf"))
@@ -236,20 +239,21 @@ def thr_weights(
     weights = 1 + p * torch.sign(values)
     if tau is not None:
         weights = weights * (values.abs() > tau[token_group]).to(weights.dtype)
-    return torch.where(mixed_groups(segments, group, correct)[token_group], weights, 1.0)
+    inside = mixed_groups(segments, group, correct)[group] & ~correct.isnan()
+    return torch.where(inside[segments.ids], weights, 1.0)
 
 
 def nthr_weights(values: Tensor, segments: Segments, group: Tensor, correct: Tensor, tau: Tensor) -> Tensor:
     """eta for tokens of incorrect completions whose influence `values` (not by lengths) exceeds τ, else 1: `[N]`."""
     token_group = group[segments.ids]
-    eased = ~correct.bool()[segments.ids] & (values > tau[token_group])
+    eased = (correct == 0)[segments.ids] & (values > tau[token_group])
     return torch.where(eased, nthr_eta(group, correct, values.dtype)[token_group], 1.0)
 
 
 def nthr_eta(group: Tensor, correct: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """eta = 2 |1/2 - success rate| of every group, `[G]`."""
-    size = torch.bincount(group)
-    right = torch.bincount(group, weights=correct.to(torch.float64), minlength=size.numel())
+    size = torch.bincount(group, weights=(~correct.isnan()).double())
+    right = torch.bincount(group, weights=(correct == 1).double(), minlength=size.numel())
     return (2 * (0.5 - right / size.clamp(min=1)).abs()).to(dtype)
 
 

@@ -307,6 +307,10 @@ class OnlineConfig(PreferenceConfig):
             "Expected no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
             "lora, bf16 and max_tokens_per_microbatch",
         )
+        same = "temperature is 0: a prompt's completions would all be the same, and no objective could tell them apart"
+        require(
+            self.temperature != 0, RecipeError, f"{same}; expected a temperature above 0 (eval_temperature may be 0)"
+        )
         refuse_epochs(self, "online training is one long pass")
         require(
             getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy) == "random",

@@ -168,10 +168,14 @@ def completion_metrics(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics |= _with_interval("reward", [_mean(e["reward"]) for e in entries])
     for name in entries[0]["by_name"]:
         metrics |= _with_interval(f"reward_{name}", [_mean(e["by_name"][name]) for e in entries], interval=False)
-    found = mean_over_prompts(torch.tensor([_mean(e["correct"]) for e in entries]))
+    shares = [_mean(e["correct"]) for e in entries]
+    if not (known := [share for share in shares if share == share]):  # NaN: no reward applies
+        return metrics
+    found = mean_over_prompts(torch.tensor(known))
     metrics |= {"correct": found.value, "correct_low": found.low, "correct_high": found.high}
-    if (n := len(entries[0]["correct"])) > 1:
-        right = torch.tensor([sum(e["correct"]) for e in entries])
+    whole = [e["correct"] for e in entries if all(c == c for c in e["correct"])]
+    if whole and (n := len(whole[0])) > 1:
+        right = torch.tensor([int(sum(one)) for one in whole])
         for k in (2**i for i in range(n.bit_length())):
             metrics[f"pass@{k}"] = float(pass_at_k(n, right, k).mean())
     return metrics

@@ -288,22 +288,28 @@ class OnlineTrainer(PreferenceTrainer):
                 rank, whatever it was.
             RolloutError, RewardError: sampling or a reward failed. Rollout credits raise what they raise.
         """
-        empty = 0
+        empty, why = 0, ""
         while self.buffer is None or self.buffer.done:
             require(
                 empty < self.args.max_empty_rollouts,
                 RunError,
                 f"nothing was left to train on in {empty} rollouts in a row ({self.source.drawn} prompts drawn "
-                "so far); loosen the filters, or look at the rewards: all of a prompt may earn the same",
+                f"so far); loosen the filters, or look at the rewards: {why}",
             )
             self.buffer = self.ranks.together(self.rollout)
             empty += 1
+            why = "all of a prompt may earn the same"
+            if self._stats.informative and not any(c == 1 for c in self._stats.correct):
+                why = (
+                    "they differ, but no completion was correct (reward above 0.5), by which filter_groups judges; "
+                    "set its metric: reward, or name another reward in correct_from"
+                )
         return next(self.buffer)
 
     def rollout(self) -> RolloutBuffer | None:
         """Make a rollout: sample, reward, score, assign credit. None: nothing of it is left to train on."""
         self._refresh_sampler()
-        stats = RolloutStats()
+        stats = self._stats = RolloutStats()
         rollout = self._sample(stats)
         if self.ranks.largest(int(kept(rollout).sum())):
             with stats.timed("scoring"):
@@ -412,8 +418,7 @@ class OnlineTrainer(PreferenceTrainer):
         if result is not None:
             rollout.rewards = result.outcome.to(device)
             rollout.by_name = {name: values.to(device) for name, values in result.by_name.items()}
-            judge = self.args.correct_from or next(iter(result.by_name))
-            rollout.correct = rollout.by_name[judge] > 0.5  # NaN: not correct
+            rollout.correct = result.correct(self.args.correct_from).to(device)
             if result.token_rewards is not None:
                 rollout.token_rewards = result.token_rewards.to(device)
         return rollout
@@ -566,12 +571,12 @@ class OnlineTrainer(PreferenceTrainer):
         result = self._reward(sampled)
         if result is None:
             return entries
-        judge = result.by_name[self.args.correct_from or next(iter(result.by_name))]
+        correct = result.correct(self.args.correct_from)
         for index, entry in enumerate(entries):
             part = slice(index * n, (index + 1) * n)
             entry["reward"] = result.total[part].tolist()
             entry["by_name"] = {name: values[part].tolist() for name, values in result.by_name.items()}
-            entry["correct"] = (judge[part] > 0.5).tolist()
+            entry["correct"] = correct[part].tolist()
         return entries
 
     # ---- What is in checkpoints beside the policy: rollout credits, the rollout under way, critic and record ----

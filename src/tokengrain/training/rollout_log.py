@@ -42,7 +42,7 @@ class RolloutStats:
     lengths: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
-    correct: list[bool] = field(default_factory=list)
+    correct: list[float] = field(default_factory=list)
     by_name: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     context: int = 0
@@ -133,8 +133,8 @@ def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
     metrics |= _moments("reward", [r for part in parts for r in part.total])
     for name in parts[0].by_name:
         metrics |= _moments(f"reward/{name}", [r for part in parts for r in part.by_name.get(name, [])])
-    if any(part.correct for part in parts):
-        metrics["reward/correct"] = _share([c for part in parts for c in part.correct])
+    if known := [c for part in parts for c in part.correct if c == c]:
+        metrics["reward/correct"] = _share(known)
     metrics["reward/invalid"] = _share([r != r for part in parts for r in part.total])
     metrics["reward/failures"] = float(sum(part.failures for part in parts))
     for name in parts[0].counts:
@@ -143,7 +143,7 @@ def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
     return metrics
 
 
-def _share(flags: list[bool]) -> float:
+def _share(flags: Sequence[float]) -> float:
     return sum(flags) / max(len(flags), 1)
 
 

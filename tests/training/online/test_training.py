@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem
 from tokengrain.scoring.reference import AdapterOffReference
 from tokengrain.training.rollout import PromptDataset
+from tokengrain.training.rollout_log import RolloutStats
 
 
 def wanted(completion_ids: list[list[int]]) -> list[float]:
@@ -100,6 +102,48 @@ def test_a_bounded_number_of_refills_and_of_empty_rollouts(tmp_path: Path) -> No
     )
     with pytest.raises(RunError, match="nothing was left to train on in 3 rollouts in a row \\(36 prompts"):
         trainer.train()
+
+
+def test_rewards_that_differ_and_are_never_correct_are_named(tmp_path: Path) -> None:
+    def partial(completion_ids: list[list[int]]) -> list[float]:
+        return [(ids[0] % 5) / 10 for ids in completion_ids]
+
+    trainer = make_online(
+        tmp_path, rewards=partial, credit=["filter_groups", "group"], max_refills=0, max_empty_rollouts=2
+    )
+    with pytest.raises(RunError, match=r"no completion was correct \(reward above 0.5\).*metric: reward.*correct_from"):
+        trainer.train()
+
+
+def test_a_row_is_judged_by_the_reward_that_applies_to_it(tmp_path: Path) -> None:
+    """Two tasks with a reward each: neither is filtered out, and where none applies nothing is learnt."""
+    items = [replace(item, raw={"task": task}) for item, task in zip(make_prompts(6), ("a", "b", "none") * 2)]
+
+    def reward(name: str) -> RewardFunction:
+        def own(completion_ids: list[list[int]], task: list[str]) -> list[float | None]:
+            ids = zip(completion_ids, task)
+            return [float(len(i) % 2 if len(i) > 1 else i[0] % 2) if t == name else None for i, t in ids]
+
+        return RewardFunction(own, name=name, on_none="ignore")
+
+    trainer = make_online(
+        tmp_path,
+        rewards=[reward("a"), reward("b")],
+        credit=[make_rollout_credit("filter_groups", refill=False), "group"],
+        train_dataset=items,
+        eval_dataset=items,
+        prompts_per_rollout=6,
+        num_generations=8,
+        eval_generations=2,
+        eval_temperature=1.0,
+    )
+    rollout = trainer._sample(RolloutStats())
+    kinds = [rollout.batch.raw[g]["task"] for g in range(rollout.batch.n_prompts)]
+    assert set(kinds) == {"a", "b"}
+    assert not rollout.correct.isnan().any()
+    metrics = trainer.evaluate()
+    assert metrics["eval_correct"] == pytest.approx(metrics["eval_reward"])
+    assert metrics["eval_pass@1"] == pytest.approx(metrics["eval_correct"])
 
 
 def test_a_prompt_that_comes_twice_gets_other_completions(tmp_path: Path) -> None:
