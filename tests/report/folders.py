@@ -106,7 +106,7 @@ def make_run(path: Path, *, method: str = "tgdpo", status: str = "done", credit:
                 "kl": 0.031,
             }
             if finished:
-                write(path / name / "metrics.json", {"before": before, "after": after})
+                write(path / name / "metrics.json", {"held_out": 200, "before": before, "after": after})
     recipe = {"method": method, "model": "world://stories", "data": {"train": "world://stories"}, "seed": 0}
     path.joinpath("recipe.yaml").write_text(yaml.safe_dump(recipe))
     versions = {"tokengrain": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"}

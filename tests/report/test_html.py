@@ -8,11 +8,12 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.picture import write_picture
 
-from tests.report.folders import METHODS, PAIRS, make_demo, make_run, write
+from tests.report.folders import METHODS, PAIRS, credit_entries, make_demo, make_run, write
 from tokengrain.errors import DataError, RunError
 from tokengrain.report.html import write_report
 from tokengrain.report.svg import number, tick
@@ -65,7 +66,7 @@ def demo_text(demo: Path) -> str:
 def test_one_file_without_network(demo_text: str) -> None:
     page = Page(demo_text)
     assert not page.values("src")
-    assert not [v for tag, n, v in page.attributes if n == "href" or tag == "link"]
+    assert not [v for tag, n, v in page.attributes if (n == "href" and not (v or "").startswith("#")) or tag == "link"]
     assert "@import" not in demo_text
     assert not re.search(r"url\(", demo_text)
     assert not re.search(r"https?://(?!www\.w3\.org/)", demo_text)
@@ -153,8 +154,8 @@ def test_run_with_stages_settings_and_versions(tmp_path: Path) -> None:
     text = write_report(make_run(tmp_path / "run"), tmp_path / "elsewhere" / "r.html").read_text()
     Page(text)
     assert (tmp_path / "elsewhere" / "r.html").is_file()
-    assert "0.684 (0.640 to 0.720)" in text
-    assert "0.512 (0.470 to 0.550)" in text
+    assert "0.68 (0.64 to 0.72, n = 200)" in text
+    assert "0.51 (0.47 to 0.55, n = 200)" in text
     for words in (
         "Token rewards of 100 rows in eval.parquet, 900 rows in train.parquet",
         "method: tgdpo",
@@ -176,10 +177,37 @@ def test_evaluation_in_a_world(tmp_path: Path) -> None:
     rows = re.findall(r"<tr>(.*?)</tr>", text.split("In the world")[1].split("</table>")[0], re.S)
     cells = [html.unescape(re.sub(r"<[^>]+>", "|", row)) for row in rows[1:]]
     assert [c.strip("|").replace("||", "|") for c in cells] == [
-        "true reward (95 % interval)|0.010 (−0.020 to 0.040)|2.50 (2.40 to 2.60)",
-        "KL to the base, nats per completion|0|1.75",
-        "frontier share|–|0.610",
+        "true reward (95 % interval)|0.01 (−0.02 to 0.04)|2.50 (2.40 to 2.60)",
+        "KL to the base, nats per completion|0.00|1.75",
+        "frontier share|–|0.61",
     ]
+
+
+def test_contents_lead_to_every_section(demo_text: str, tmp_path: Path) -> None:
+    for text in (demo_text, write_report(make_run(tmp_path / "run")).read_text()):
+        targets = re.findall(r'<a href="#([^"]+)">', text)
+        assert targets == re.findall(r'<section id="([^"]+)">', text)
+
+
+def test_pairs_but_the_first_are_folded(demo_text: str) -> None:
+    assert demo_text.count('<details class="pair" open>') == 1
+    assert demo_text.count('<details class="pair">') == len(PAIRS) - 1
+
+
+def test_equal_maps_are_shown_once(tmp_path: Path) -> None:
+    """Colour is relative to a source's own scale, so a multiple of a source has the same map."""
+    run = make_run(tmp_path / "run")
+    entries = credit_entries({"guide": 0.1, "policy": 0.3}, truth=False)
+
+    def times(entry: dict[str, Any], factor: float) -> dict[str, Any]:
+        sides = {k: {**entry[k], "credit": [factor * v for v in entry[k]["credit"]]} for k in ("chosen", "rejected")}
+        return {**entry, **sides, "source": f"{factor:g} of {entry['source']}"}
+
+    guides = [e for e in entries if e["source"] == "guide"]
+    write(run / "credit_samples.json", [*entries, *(times(e, f) for f in (0.5, -1.0, 1.0) for e in guides)])
+    text = html.unescape(write_report(run).read_text())
+    shown = dict.fromkeys(re.findall(r'data-name="([^"]+)"', text))
+    assert list(shown) == ["guide = 2.0 × 0.5 of guide = 1 of guide", "policy", "-1 of guide"]
 
 
 def test_run_without_credit_says_so(tmp_path: Path) -> None:
@@ -216,9 +244,10 @@ def test_sources_that_number_rows_differently_are_one_pair(tmp_path: Path) -> No
     run = make_run(tmp_path / "run")
     side = {"tokens": ["a", " b"], "credit": [0.5, -0.5]}
     entry = {"prompt": "p", "chosen": side, "rejected": side | {"tokens": ["a", " c"]}}
-    write(run / "credit_samples.json", [entry | {"source": "x", "row": 7}, entry | {"source": "y", "row": 0}])
+    other = entry | {"chosen": side | {"credit": [0.5, 0.1]}, "source": "y", "row": 0}
+    write(run / "credit_samples.json", [entry | {"source": "x", "row": 7}, other])
     text = write_report(run).read_text()
-    assert text.count('<article class="pair">') == 1
+    assert text.count('<details class="pair"') == 1
     assert "row 7" in text
     assert text.count('<div class="map"') == 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,22 @@ def render(contents: Contents) -> str:
             legend=[(s.name, swatch(s)) for s in contents.series],
             swatches={m["name"]: swatch(Series(m["name"], [], m["style"]), line=False) for m in contents.methods},
             best=_best(contents.methods),
+            toc=_toc(contents, bool(pairs), bool(plots)),
         )
     )
+
+
+def _toc(contents: Contents, pairs: bool, plots: bool) -> list[tuple[str, str]]:
+    """(id, name) of the page's sections."""
+    several = len(contents.rollouts) > 1
+    stages = [
+        (f"rollouts-{i}", f"Rollouts of {name}" * several or "Rollouts")
+        for i, (name, _) in enumerate(contents.rollouts)
+    ]
+    there = [("summary", "Summary"), *[("frontier", "Reward against KL")] * plots, *stages]
+    if pairs or contents.stored_in or not stages:
+        there.append(("credit", "Which tokens got the credit"))
+    return [*there, ("curves", "Training"), ("settings", "How it was made")]
 
 
 def environment() -> Any:
@@ -95,7 +109,7 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters.update(number=number, fixed=fixed, interval=interval, seconds=seconds)
+    found.filters.update(number=number, short=short, fixed=fixed, interval=interval, seconds=seconds)
     return found
 
 
@@ -106,12 +120,19 @@ def fixed(value: float | None, decimals: int = 2) -> str:
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
-def interval(value: tuple[float, float | None, float | None] | None) -> str:
-    """ "0.712 (0.680 to 0.742)", or only the value where no interval was measured."""
+def short(value: float | None) -> str:
+    """`value` with two decimals; with two digits where these would all be 0."""
+    rounds_to_zero = value is not None and 1e-6 < abs(value) < 0.005
+    return number(value, 2) if rounds_to_zero else fixed(value)
+
+
+def interval(value: Interval | None) -> str:
+    """ "0.71 (0.68 to 0.74, n = 200)", or only the value where no interval was measured."""
     if value is None:
         return "–"
-    middle, low, high = value
-    return number(middle) + (f" ({number(low)} to {number(high)})" if low is not None and high is not None else "")
+    middle, low, high, n = value
+    of = f", n = {n:,}" if n is not None else ""
+    return short(middle) + (f" ({short(low)} to {short(high)}{of})" if low is not None and high is not None else "")
 
 
 def seconds(value: float | None) -> str:
@@ -169,6 +190,10 @@ BASE_STYLE = 7  # grey
 UNMOVED = 0.01  # nats per completion: a policy this near to the base has no share of the frontier
 
 
+Interval = tuple[float, float | None, float | None, int | None]
+"""(value, low, high, of how many); None where it is not known."""
+
+
 @dataclass
 class Contents:
     """Everything the page needs, as plain values."""
@@ -188,6 +213,7 @@ class Contents:
     rollouts: list[tuple[str, list[rows.Recorded]]] = field(default_factory=list)
     samples: list[rows.CreditSample] = field(default_factory=list)
     stored_in: str = ""
+    samples_per_prompt: int | None = None
     settings: str = ""
     versions: dict[str, Any] = field(default_factory=dict)
 
@@ -249,6 +275,7 @@ def _demo(path: Path, metrics: Mapping[str, Any]) -> Contents:
         charts=charts(logs),
         series=[Series(name, [], style) for name, style, _ in logs],
         samples=rows.read_credit_samples(path / rows.FILE),
+        samples_per_prompt=metrics.get("samples_per_prompt"),
         versions=dict(metrics.get("versions") or {}),
     )
 
@@ -296,14 +323,14 @@ def _stage(stage: runs.StageRecord) -> dict[str, Any]:
     """A stage's part of the summary: its name, kind, seconds and held-out numbers before and after."""
     metrics = stage.metrics
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    if before.get("rewards/margins") == 0:  # the policy still is its reference: no margin, so no accuracy
+    if abs(before.get("rewards/margins", 1.0)) < 1e-6:  # the policy still is its reference: no margin, so no accuracy
         before = {k: v for k, v in before.items() if k not in ("accuracy", "rewards/accuracies")}
     return {
         "name": stage.name,
         "kind": stage.kind,
         "seconds": stage.seconds,
         "note": _note(stage),
-        **_compared(before, after, KEY),
+        **_compared(before, after, KEY, metrics.get("held_out")),
     }
 
 
@@ -321,19 +348,28 @@ def _note(stage: runs.StageRecord) -> str:
 def _world(path: Path) -> list[dict[str, Any]]:
     """What `tokengrain evaluate` measured in a world: the base and the trained model."""
     found = runs.read_object(path) if path.is_file() else {}
-    return _compared(found.get("world_base") or {}, found.get("world") or {}, WORLD)["rows"]
+    after = found.get("world") or {}
+    return _compared(found.get("world_base") or {}, after, WORLD, after.get("samples"))["rows"]
 
 
 def _compared(
-    before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str]
+    before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str], n: int | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of a table of numbers before and after: `rows` those with a title, `more` the others."""
+    """Rows of a table of numbers before and after: `rows` those with a title, `more` the others.
+
+    Args:
+        n: how many rows or samples the intervals are of, if it is known.
+    """
     names = [n for n in {**after, **before} if is_shown(n, {**before, **after}[n])]
     known = [n for n in titles if n in names]
     others = [n for n in names if n not in titles and not (n == "rewards/accuracies" and "accuracy" in names)]
     made = {
-        n: {"name": titles.get(n, pretty(n)), "before": with_interval(before, n), "after": with_interval(after, n)}
-        for n in names
+        name: {
+            "name": titles.get(name, pretty(name)),
+            "before": with_interval(before, name, n),
+            "after": with_interval(after, name, n),
+        }
+        for name in names
     }
     return {"rows": [made[n] for n in known], "more": [made[n] for n in others]}
 
@@ -346,12 +382,12 @@ def is_shown(name: str, value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def with_interval(metrics: Mapping[str, Any], name: str) -> tuple[float, float | None, float | None] | None:
-    """(value, low, high) of a metric; low and high are None where no interval was measured."""
+def with_interval(metrics: Mapping[str, Any], name: str, n: int | None = None) -> Interval | None:
+    """A metric with its interval over n rows or samples; low and high are None where none was measured."""
     value = metrics.get(name)
     if not isinstance(value, int | float):
         return None
-    return float(value), metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return float(value), metrics.get(f"{name}_low"), metrics.get(f"{name}_high"), n
 
 
 def pretty(name: str) -> str:
@@ -454,6 +490,7 @@ class Piece:
 
 def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], list[tuple[str, float]]]:
     """Pairs for the template, each with all its sources, and the value that gets full colour per source."""
+    samples = one_of_equals(samples)
     groups = by_pair(samples)
     sources = list(dict.fromkeys(s.source for s in samples))
     scales = {
@@ -478,6 +515,41 @@ def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], li
             sides.append({"name": name, "maps": maps, "cut": max(0, len(first.sides[i].tokens) - MAX_TOKENS)})
         pairs.append({"prompt": visible(first.prompt.strip()), "row": first.row, "sides": sides})
     return pairs, list(scales.items())
+
+
+def one_of_equals(samples: Sequence[CreditSample]) -> list[CreditSample]:
+    """Samples without sources whose heat maps would equal an earlier source's, which then names both.
+
+    Maps are equal if all credit is the same but for a positive factor: colour is relative to a source's own scale.
+    """
+    values: dict[str, dict[Any, float | None]] = {}
+    for place, group in enumerate(by_pair(samples)):
+        for s in group:
+            numbered = ((i, j, v) for i, side in enumerate(s.sides) for j, v in enumerate(side.credit))
+            values.setdefault(s.source, {}).update({(place, i, j): v for i, j, v in numbered})
+    titles: dict[str, str] = {}
+    for source, mine in values.items():
+        for shown in titles:
+            factor = _factor(mine, values[shown])
+            if factor is not None:
+                same = "" if abs(factor - 1) < 1e-3 else f"{number(factor, 2)} × "
+                titles[shown] += f" = {same}{source}"
+                break
+        else:
+            titles[source] = source
+    return [replace(s, source=titles[s.source]) for s in samples if s.source in titles]
+
+
+def _factor(values: Mapping[Any, float | None], base: Mapping[Any, float | None]) -> float | None:
+    """The f > 0 with base = f · values up to rounding; None if there is none or all values are 0."""
+    if values.keys() != base.keys() or any((values[k] is None) != (base[k] is None) for k in values):
+        return None
+    pairs = [(v, b) for k, v in values.items() if v is not None and (b := base[k]) is not None]
+    squares = sum(v * v for v, _ in pairs)
+    factor = sum(v * b for v, b in pairs) / squares if squares else 0.0
+    largest = max((abs(b) for _, b in pairs), default=0.0)
+    near = all(abs(b - factor * v) <= 1e-3 * largest for v, b in pairs)
+    return factor if factor > 0 and near else None
 
 
 def pieces(side: Side, scale: float) -> list[Piece]:

@@ -672,6 +672,8 @@ class Trained(Stage):
         metrics_file = folder / "metrics.json"
         metrics: dict[str, Any] = read_json(metrics_file) if checkpoint and metrics_file.exists() else {}
         has_eval = trainer.eval_dataset is not None
+        if has_eval and hasattr(trainer.eval_dataset, "__len__"):
+            metrics["held_out"] = len(trainer.eval_dataset)  # how many rows an interval is of
         if has_eval and "before" not in metrics:
             metrics["before"] = plain_metrics(trainer.evaluate())
             if main:
