@@ -29,6 +29,7 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, write_json
 from tokengrain.method import as_credit, make_credit
 from tokengrain.scoring.reference import scorer_fingerprint
+from tokengrain.screen import Screen
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -511,7 +512,6 @@ def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int], None]]:
     if not show:
         yield lambda tokens: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -521,7 +521,7 @@ def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int], None]]:
             return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), Speed())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=Screen(stderr=True)) as bar:
         task = bar.add_task("annotate", total=total, completed=done)
         yield lambda tokens: bar.advance(task, tokens)
 

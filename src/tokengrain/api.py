@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tokengrain.errors import RecipeError
 from tokengrain.recipe.reading import find_recipe, read_file, resolve
 from tokengrain.recipe.schema import Recipe
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import RunResult, run_recipe
+from tokengrain.screen import Screen
 
 
 def train(
@@ -53,4 +52,4 @@ def train(
         parsed = [(name.split("__"), value) for name, value in overrides.items()]
         path = find_recipe(recipe)
         recipe = make_recipe(resolve(read_file(path), model, data, parsed), source=str(path))
-    return run_recipe(recipe, overwrite=overwrite, console=Console(quiet=quiet))
+    return run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=quiet))

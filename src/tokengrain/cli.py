@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from tokengrain.bench.cli import bench_app
 from tokengrain.errors import RecipeError, RunError, TokengrainError
+from tokengrain.screen import Screen
 
 # ----------------------------------------------------------------------------------------------------
 # Commands that train: `demo`, `train`, `annotate`, `evaluate`.
@@ -146,7 +146,7 @@ def evaluate(
     """
     from tokengrain.run.runner import evaluate_run
 
-    found = evaluate_run(run, data=data, samples=samples, console=Console(stderr=True))
+    found = evaluate_run(run, data=data, samples=samples, console=Screen(stderr=True))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -165,7 +165,7 @@ def evaluate(
                 title, name, f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
             )
             title = ""
-    Console().print(table, highlight=False)
+    Screen().print(table, highlight=False)
 
 
 def _load(recipe: str, model: str | None, data: str | None, sets: list[str] | None, output: str | None) -> Any:
@@ -304,7 +304,7 @@ def methods(
         table.add_column(column, overflow="fold")
     for method in METHODS.values():
         table.add_row(method.name, method.credit, method.objective, method.trains, method.paper, method.recipe)
-    Console().print(table, highlight=False)
+    Screen().print(table, highlight=False)
 
 
 _ROLE_LETTERS = {
@@ -332,7 +332,7 @@ def _print_matrix(markdown: bool) -> None:
     for name in CREDIT:
         cells = (tables.cell(name, objective) for objective in taking)
         table.add_row(name, *(" ".join(_ROLE_LETTERS[word] for word in cell.split(", ")) for cell in cells))
-    console = Console()
+    console = Screen()
     console.print(table, highlight=False)
     console.print("R reward, W weight, S selection, P span (`as:` in a recipe); S0, P0: with `above: 0` only")
     for name, objective in tables.objectives().items():
@@ -403,7 +403,7 @@ def _quiet() -> None:
 
 def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
     """One line, without the place in the code that nobody here can change."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}")
+    Screen(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}")
 
 
 def _leave_processes() -> None:
@@ -416,7 +416,7 @@ def _leave_processes() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Status 2: an error the user can act on; 130: stopped by the user; 1: any other error."""
     _quiet()
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = Screen(stderr=True, highlight=False, soft_wrap=True)
     try:
         # The status, where typer stopped by itself (after --help, after Ctrl-C); a command returns nothing.
         status = app(args=arguments, prog_name="tokengrain", standalone_mode=False) or 0

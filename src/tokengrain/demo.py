@@ -21,6 +21,7 @@ from tokengrain.errors import RunError, read_json, write_json
 from tokengrain.report.html import write_report
 from tokengrain.run.load import load_recipe
 from tokengrain.run.runner import run_recipe
+from tokengrain.screen import Screen
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
 
@@ -53,7 +54,7 @@ def run_demo(
     Raises:
         RunError: `output` is not empty and not an earlier demo.
     """
-    output, console = Path(output), console or Console()
+    output, console = Path(output), console or Screen()
     _check_folder(output)
     console.print(
         "[bold]tokengrain demo[/]: which tokens earned the reward?\n"
@@ -65,7 +66,7 @@ def run_demo(
     try:
         rows, world = _train_all(output, samples, overwrite, console)
     except KeyboardInterrupt:
-        console.print(f"stopped; what was done is kept in {output}, and the same command goes on from there")
+        console.print(f"stopped; what was done is kept in {output}; the same command resumes from there", markup=False)
         raise
     write_json(output / "credit_samples.json", _samples(output))
     write_json(output / "metrics.json", _metrics(rows, world, samples))
@@ -77,7 +78,7 @@ def run_demo(
         "token log-ratios rank the exact advantages. s: training time.",
         highlight=False,
     )
-    console.print(f"\nReport:  {report}\nNumbers: {output / 'metrics.json'}", soft_wrap=True)
+    console.print(f"\nReport:  {report}\nNumbers: {output / 'metrics.json'}", soft_wrap=True, markup=False)
     return report
 
 
@@ -91,7 +92,7 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
         for method, title in METHODS.items():
             progress.update(task, advance=1, description=title)
             recipe = load_recipe(method, model=WORLD, data=WORLD, output=output / method)
-            result = run_recipe(recipe, overwrite=overwrite, console=Console(quiet=True))
+            result = run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=True))
             model = AutoModelForCausalLM.from_pretrained(result.model_path)
             rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=_seconds(result.metrics)))
         progress.update(task, advance=1, description="done")

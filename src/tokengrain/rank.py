@@ -33,6 +33,7 @@ from tokengrain.evaluation.statistics import (
     wilson,
 )
 from tokengrain.scoring.model import positions_of
+from tokengrain.screen import Screen
 from tokengrain.specs import ModelSpec
 
 CPU_TOKENS, GPU_TOKENS = 8_192, 32_768
@@ -275,10 +276,9 @@ def _bar(wanted: bool, what: str) -> Iterator[Callable[[int], None]]:
     if not wanted or not sys.stderr.isatty():
         yield lambda rows: None
         return
-    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Screen(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda rows: bar.advance(task, rows)

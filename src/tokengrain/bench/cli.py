@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tokengrain.errors import RecipeError
+from tokengrain.screen import Screen
 
 bench_app = typer.Typer(
     name="bench",
@@ -108,7 +108,7 @@ def credit(
     """
     from tokengrain.bench.page import PAGE, terminal_tables
 
-    progress = Console(stderr=True, quiet=as_json)
+    progress = Screen(stderr=True, quiet=as_json)
     if data is not None:
         from tokengrain.bench.corruption import bench_corruption
 
@@ -147,10 +147,12 @@ def credit(
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    console = Console()
+    console = Screen()
     for table in terminal_tables(result):
         console.print(table)
-    console.print(f"Report:  {folder / PAGE}\nNumbers: {folder / 'credit.json'}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Report:  {folder / PAGE}\nNumbers: {folder / 'credit.json'}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 @bench_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

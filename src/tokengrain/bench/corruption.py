@@ -34,6 +34,7 @@ from tokengrain.run.stages import resolve_stages
 from tokengrain.runs import is_run, read_run
 from tokengrain.scoring.model import evaluating, positions_of
 from tokengrain.scoring.score import distribution_of
+from tokengrain.screen import Screen
 from tokengrain.specs import ModelSpec
 
 How = Literal["random", "unlikely", "swap"]
@@ -318,7 +319,7 @@ def bench_corruption(
     Raises:
         RecipeError: no model, an unknown source, or settings that a source does not have.
     """
-    console = console or Console(stderr=True)
+    console = console or Screen(stderr=True)
     model = model or _model_of_runs(sources)
     shop, stage = _run_models(model, data, {"name": "surprise", "model": model}, rows)
     tokenizer = shop.tokenizer(stage.model)
@@ -374,7 +375,7 @@ def _run_models(model: str, data: str, credit: Any, rows: int | None = None) -> 
         "stages": {"credit": {"kind": "annotate", "credit": credit}},
     }
     recipe = make_recipe(values, source="bench credit")
-    return RunModels(recipe, Console(quiet=True), PartialState()), resolve_stages(recipe)[-1]
+    return RunModels(recipe, Screen(quiet=True), PartialState()), resolve_stages(recipe)[-1]
 
 
 def _answers(shop: RunModels, stage: Any, rows: int) -> TokenBatch:
@@ -419,7 +420,7 @@ def _of_run(path: Path) -> tuple[str, Credit]:
     run = read_run(path)
     recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
     stages = resolve_stages(recipe)
-    shop = RunModels(recipe, Console(quiet=True), PartialState())
+    shop = RunModels(recipe, Screen(quiet=True), PartialState())
     with_credit = [s for s in stages if s.credit is not None and CreditSpec.of(s.credit).name not in FROM_ROWS]
     if with_credit:
         stage = with_credit[-1]

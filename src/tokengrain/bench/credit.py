@@ -25,6 +25,7 @@ from tokengrain.bench.sources import PAIRS, SOURCES, Bench, BenchSource, chosen_
 from tokengrain.errors import RecipeError, fingerprint, read_log, require, write_text
 from tokengrain.evaluation.statistics import mean_of_runs
 from tokengrain.report.rows import collect_credit_samples
+from tokengrain.screen import Screen
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
 
@@ -95,7 +96,7 @@ def bench_credit(
         RecipeError: unknown world, source or function; a source that has no answer in this world; a function that
             other processes cannot load; a number that is too small.
     """
-    output, console = Path(output), console or Console(stderr=True)
+    output, console = Path(output), console or Screen(stderr=True)
     require(min(seeds, jobs) >= 1, RecipeError, f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
     message = f"generations must be at least 2, one right and one wrong, got {generations}"
     require(generations >= 2, RecipeError, message)

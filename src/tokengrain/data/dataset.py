@@ -21,6 +21,7 @@ from tokengrain.data.formats import Example, pair_example, single_example
 from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
 from tokengrain.data.tokens import Clock, tokenizer_fingerprint
 from tokengrain.errors import DataError, fingerprint
+from tokengrain.screen import Screen
 
 # ----------------------------------------------------------------------------------------------------
 # Samples in flat arrays: 4 bytes per token where a list of ints takes about 36.
@@ -486,9 +487,8 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     if total < PROGRESS_ROWS or not sys.stderr.isatty():
         yield lambda: None
         return
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Screen(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)

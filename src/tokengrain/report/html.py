@@ -16,9 +16,10 @@ from tokengrain.annotation import MANIFEST
 from tokengrain.errors import ModelError, RunError, require, write_text
 from tokengrain.method import METHODS
 from tokengrain.report import rows
-from tokengrain.report.rows import CreditSample, Side, by_pair, colour_scale, read_token_rows, visible
+from tokengrain.report.rows import CreditSample, Side, by_pair, colour_scale, read_token_rows
 from tokengrain.report.svg import Mark, Series, frontier_chart, line_chart, marker, number, signed
 from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.screen import visible
 
 NAME = "report.html"
 MAX_PAIRS = 24

@@ -65,19 +65,6 @@ class CreditSample:
     row: int | str | None = None
 
 
-_SIGNS = {
-    **{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"},
-    **{i: f"\\x{i:x}" for i in range(0x7F, 0xA0)},
-    **{i: f"\\u{i:x}" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
-}
-
-
-def visible(text: str) -> str:
-    """Text with signs for control characters, which a terminal would obey and a page would not show, and for those that
-    turn the direction of what follows."""
-    return text.translate(_SIGNS)
-
-
 def collect_credit_samples(
     batch: TokenBatch,
     tokenizer: Any,

@@ -28,9 +28,9 @@ from tokengrain.report.rows import (
     scale_of,
     side_of,
     view_of,
-    visible,
 )
 from tokengrain.report.svg import number, signed
+from tokengrain.screen import Screen, visible
 
 # Weak credit colours the letters, strong credit the ground, in tones that are readable on light and on dark
 # terminals. Orange is also underlined: the sign does not hang on the colour.
@@ -68,11 +68,11 @@ def inspect_rows(
     field = SPANS if spans is not None else field
     recorded = rollout_file(Path(source)) if field != SPANS else None
     if recorded is not None:
-        _print_rollouts(console or Console(), recorded, rows, count, field or "advantages")
+        _print_rollouts(console or Screen(), recorded, rows, count, field or "advantages")
         return
     field = field or CREDIT
     samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
-    console = console or Console()
+    console = console or Screen()
     if field == SPANS:
         _print_spans(console, samples)
         return

@@ -239,8 +239,8 @@ class RunFolder:
                     self._save(status)
                 run = Run(self.path, self._info, {}, [])
                 if isinstance(error, KeyboardInterrupt):
-                    console.print(f"stopped; what was done is kept in {self.path}")
-                    console.print(f"to continue: {resume_command(run)}", soft_wrap=True)
+                    console.print(f"stopped; what was done is kept in {self.path}", markup=False)
+                    console.print(f"to continue: {resume_command(run)}", soft_wrap=True, markup=False)
             if not isinstance(error, TokengrainError) and _disk_is_full(error):
                 raise RunError(
                     f"no space left on the disk of {self.path}; what was finished is kept. Free some space "

@@ -20,6 +20,7 @@ from tokengrain.run.folder import RunFolder, StagePlan, make_plan
 from tokengrain.run.load import load_recipe
 from tokengrain.run.stages import Trained
 from tokengrain.runs import read_run, resume_command
+from tokengrain.screen import Screen
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -71,7 +72,7 @@ def run_recipe(
         KeyboardInterrupt: stopped by the user; the state is kept.
     """
     state = PartialState()
-    console = (console or Console()) if state.is_main_process else Console(quiet=True)
+    console = (console or Screen()) if state.is_main_process else Screen(quiet=True)
     plans = make_plan(recipe, overwrite=overwrite)
     wanted = plans[: 1 + [p.stage.name for p in plans].index(until)] if until is not None else plans
     stages = [(p.stage.name, p.stage.kind, p.stage.describe(), p.action) for p in wanted]
@@ -91,7 +92,9 @@ def run_recipe(
         if wanted != plans and plans[len(wanted)].record is None:
             folder.pause()
             state.wait_for_everyone()
-            console.print(f"to go on with training: {resume_command(read_run(folder.path))}", soft_wrap=True)
+            console.print(
+                f"to go on with training: {resume_command(read_run(folder.path))}", soft_wrap=True, markup=False
+            )
             return RunResult(folder.path, {}, reused)
         metrics = folder.finish()
     state.wait_for_everyone()
@@ -181,7 +184,7 @@ def evaluate_run(
         f"{found_run.path}: samples is {samples}, but nothing is sampled: the model is evaluated on rows with "
         "completions; expected a policy in a world, or one that was trained online",
     )
-    run = RunModels(recipe, console or Console(quiet=True), PartialState())
+    run = RunModels(recipe, console or Screen(quiet=True), PartialState())
     found: dict[str, Any] = {
         "run": str(found_run.path),
         "method": found_run.method,

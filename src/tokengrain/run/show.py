@@ -30,7 +30,7 @@ def print_rows(console: Console, what: str, dataset: Any) -> None:
     """How many rows were skipped, cut or without a span, if any were."""
     report = getattr(dataset, "report", None)
     if report is not None and report.notable:
-        console.print(f"{what}: {report}", highlight=False)
+        console.print(f"{what}: {report}", highlight=False, markup=False)
 
 
 def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
         console.print(table, highlight=False)
     else:
         console.print("no held-out rows, so nothing was evaluated (data.eval or data.eval_fraction)")
-    console.print(f"run folder: {path}", soft_wrap=True, highlight=False)
+    console.print(f"run folder: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 # ---- Progress ----

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from tokenizers import processors
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.errors import RecipeError, write_json
+from tokengrain.screen import Screen
 
 PAD, BOS, EOS = "<pad>", "<s>", "<end>"
 
@@ -209,7 +209,7 @@ def _train_into(
     folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with single_thread(), ProgressBar(*columns, console=Console(file=sys.stderr)) as bar:
+    with single_thread(), ProgressBar(*columns, console=Screen(file=sys.stderr)) as bar:
         task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
         model, report = train(lambda step, _: bar.update(task, completed=step))
     # Only now, so that a kill in the minutes before leaves nothing.

@@ -1,0 +1,36 @@
+"""The one way to the screen: a rich console on which nothing that was read can act as an instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+_SIGNS = {
+    **{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"},
+    **{i: f"\\x{i:x}" for i in range(0x7F, 0xA0)},
+    **{i: f"\\u{i:x}" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+}
+
+
+def visible(text: str) -> str:
+    """Text with signs for control characters, which a terminal would obey and a page would not show, and for those that
+    turn the direction of what follows."""
+    return text.translate(_SIGNS)
+
+
+class Screen(Console):
+    """A console that shows control characters of any text as signs, and never turns `:name:` into an emoji.
+
+    File names, rows, messages of servers and of libraries reach the terminal through here. Text of others in a string
+    with rich's markup is still to be escaped, or printed with `markup=False`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
