@@ -19,24 +19,239 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
-from tokengrain.batch import Sample, TokenBatch
-from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, write_json
+from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import PairDataset, prepare_pairs
+from tokengrain.data.rows import Rows, load_rows
+from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, require, write_json
 from tokengrain.method import as_credit, make_credit
-from tokengrain.scoring.reference import scorer_fingerprint
+from tokengrain.scoring.reference import FrozenReference, scorer_fingerprint
 from tokengrain.screen import Screen
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+CPU_TOKENS, GPU_TOKENS = 8_192, 32_768  # default token budget of one forward pass
 
-    from tokengrain.data.config import TokenizeConfig
-    from tokengrain.data.dataset import PairDataset
-    from tokengrain.data.rows import Rows
+
+def annotate(
+    rows_source: Any,
+    tokenizer: Any,
+    tokenize_config: TokenizeConfig | None,
+    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
+    reference: Callable[..., Any] | None = None,
+    output: str | os.PathLike[str] = "annotated.parquet",
+    fingerprints: Mapping[str, str] | None = None,
+    *,
+    shard_rows: int = 512,
+    max_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    rows: Rows | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write the rows of a data set with their token credit to one parquet file.
+
+    Per-token columns that the data set has already, such as
+    spans, are in it too.
+
+    Call it again after a kill or a full disk: finished shards are not computed again. Call it in every
+    process of a `torch.distributed` world (`accelerate launch`, `torchrun`) to share the work.
+
+    Args:
+        rows_source: preference pairs (anything `tokengrain.data.load_rows` takes), or a prepared data set.
+        tokenizer: the tokenizer (may be None with a data set that is prepared already).
+        tokenize_config: how rows become tokens.
+        sources: column name to credit source, for example `{"token_rewards": make_credit("guide", ...)}`; a source
+            maps a batch to `[N]` finite numbers. May be empty if there is a reference.
+        reference: also store its log-probabilities, as `chosen_ref_logps`, `rejected_ref_logps` (nats).
+        output: the parquet file to write.
+        fingerprints: what the numbers depend on, as hexadecimal digests by name: `model`, `tokenizer`,
+            `chat_template`, `data`, `source`, `tokenize`. `check_manifest` compares them at training time. Where
+            `source` is not given, nor `model` or `reference`, the sources and the reference are asked for theirs.
+        shard_rows: rows per shard; a killed process loses two shards of work at most.
+        max_tokens: token budget of one forward pass (default 8,192 on CPU, 32,768 on GPU).
+        device: where batches are put (default: the device of the first model found in sources or reference).
+        rows: the rows that a prepared data set was made from; without them only the columns that its
+            samples kept are written (prompt, chosen, rejected), not the other columns of the rows.
+        overwrite: replace an output that was made with something else, instead of an error.
+        progress: show a progress bar (rank 0).
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DataError: a source gave a wrong number of values, or one that is not finite; names the row.
+        RunError: the output was made with something else; the disk is full (shards are kept); another process
+            failed.
+    """
+    rank, size = world()
+    dataset, rows = _dataset(rows_source, rows, tokenizer, tokenize_config)
+    place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
+    quantities = _quantities(dataset, sources, reference)
+    marks = _completed(fingerprints or {}, sources, reference)
+    budget = max_tokens or (CPU_TOKENS if place.type == "cpu" else GPU_TOKENS)
+    content = {"format": FORMAT, "fingerprints": marks, "columns": list(quantities)}
+    # What a shard holds depends on the tokens and on what was batched together too.
+    parts = {"tokens": dataset.fingerprint, "shard_rows": shard_rows, "max_tokens": budget}
+    job = Job(
+        samples=dataset.samples,
+        lengths=dataset.lengths,
+        roles=roles_of(dataset.samples[0]),
+        quantities=quantities,
+        name=dataset.name,
+        output=Path(output),
+        key=fingerprint({**content, **parts}),
+        shard_rows=shard_rows,
+        max_tokens=budget,
+        device=place,
+        holes=any(c.counted is not None for s in dataset.samples for c in s.completions),
+    )
+    manifest = {**content, "roles": list(job.roles), "rows": len(job.samples), "key": job.key}
+    if _already_done(job, manifest, overwrite):
+        if rank == 0:  # a run killed right after the merge left these
+            write_manifest(job.output, read_manifest(job.output))
+            shutil.rmtree(job.folder, ignore_errors=True)
+        return job.output
+    with agreement(size):
+        compute_shards(job, rank, size, progress)
+    with agreement(size):
+        if rank == 0:
+            _finish(job, manifest, _originals(dataset.samples, rows))
+    return job.output
+
+
+def _completed(
+    given: Mapping[str, str],
+    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
+    reference: Callable[..., Any] | None,
+) -> dict[str, str]:
+    """`given`, and where it does not say: which sources and which reference the numbers come from."""
+    own = dict[str, str]()
+    if sources and "source" not in given:
+        named = {name: as_credit(source) for name, source in sources.items()}
+        own["source"] = fingerprint({name: source.fingerprint() for name, source in named.items()})
+    if reference is not None and not {"model", "reference"} & given.keys():
+        own["reference"] = scorer_fingerprint(reference)
+    return {**own, **given}
+
+
+def _quantities(
+    dataset: PairDataset, sources: Mapping[str, Callable[[TokenBatch], Tensor]], reference: Callable[..., Any] | None
+) -> dict[str, Callable[[TokenBatch], Tensor]]:
+    """Everything that is stored, by column: what the sources give, the reference, and what the rows brought along."""
+    quantities = dict(sources)
+    if reference is not None:
+        shared = _SharedPass(reference)
+        quantities = {name: _asking(source, reference, shared) for name, source in sources.items()}
+        quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps
+    require(quantities, RunError, "nothing to annotate: give at least one credit source or a reference")
+    # The rows' own columns (spans, say) have to be there again when the file is read.
+    return quantities | {name: make_credit("column", column=name) for name in dataset.columns if name not in quantities}
+
+
+def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether the output is there and the one wanted; an output made with something else is an error."""
+    if not job.output.exists():
+        return False
+    try:
+        stored = read_manifest(job.output)
+    except RunError:
+        stored = {}
+    if {k: v for k, v in stored.items() if k != DIGEST} == manifest:
+        return True
+    found = differences(stored.get("fingerprints", {}), manifest["fingerprints"])
+    why = f"was made with {'; with '.join(found)}" if found else "has other rows, columns or settings"
+    advice = "Nothing was changed: choose another output, or ask to overwrite it"
+    require(overwrite, RunError, f"{job.output} is there already and {why}. {advice}")
+    return False
+
+
+def _finish(job: Job, manifest: Mapping[str, Any], originals: Sequence[Mapping[str, Any]]) -> None:
+    """Put the shards together, then record the file and drop the shards."""
+    shards = [job.path(i) for i in range(job.n_shards)]
+    with explain_full_disk(job.output, job.finished(), job.n_shards, job.folder):
+        stored = merge(shards, originals, job.output, manifest)
+        write_manifest(job.output, stored)
+    shutil.rmtree(job.folder)
+
+
+def load_annotated(
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    expected_fingerprints: Mapping[str, str] | None = None,
+) -> PairDataset:
+    """An annotated file as a data set to train on; the stored token ids are used as they are.
+
+    Args:
+        path: file written by `annotate`.
+        tokenizer: if given, the stored ids must lie in its vocabulary.
+        expected_fingerprints: checked by `check_manifest`.
+
+    Raises:
+        RunError: another model, tokenizer, chat template, data or source; says which.
+        DataError: rows whose numbers do not fit their tokens.
+    """
+    path = Path(path)
+    check_manifest(path, expected_fingerprints or {})
+    vocabulary = len(tokenizer) if tokenizer is not None else None
+    return PairDataset(_within(read_samples(path), vocabulary, path), name=str(path))
+
+
+def _within(samples: Iterable[Sample], vocabulary: int | None, path: Path) -> Iterator[Sample]:
+    """The samples; an error at the first token that the tokenizer does not have."""
+    for sample in samples:
+        highest = max([*sample.prompt_ids, *(t for c in sample.completions for t in c.ids)], default=0)
+        what = f"{path} has token id {highest}, but the tokenizer has only {vocabulary} tokens"
+        require(vocabulary is None or highest < vocabulary, RunError, what)
+        yield sample
+
+
+def _dataset(
+    source: Any, rows: Rows | None, tokenizer: Any, config: TokenizeConfig | None
+) -> tuple[PairDataset, Rows | None]:
+    """The samples, and the rows they were made from (not known for a data set that is prepared already)."""
+    if isinstance(source, PairDataset):
+        dataset = source
+    else:
+        rows = load_rows(source)
+        expected = "rows that fit in memory"
+        require(not rows.streaming, DataError, "a stream cannot be annotated", file=rows.name, expected=expected)
+        dataset = prepare_pairs(rows, tokenizer, config)
+    require(len(dataset), DataError, "there are no rows to annotate", file=dataset.name)
+    return dataset, rows
+
+
+def _originals(samples: Iterable[Sample], rows: Rows | None) -> list[Mapping[str, Any]]:
+    """All columns of the row that each sample was made from."""
+    if rows is None:
+        return [s.raw for s in samples]
+    by_number: dict[int | str, Any] = dict(rows)
+    return [by_number[s.row] for s in samples]
+
+
+def _device_of(holders: Sequence[Any]) -> torch.device:
+    """Device of the first model found in the sources (and what they hold), else the CPU."""
+    seen, queue = set(), list(holders)
+    while queue:
+        holder = queue.pop(0)
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if isinstance(holder, torch.nn.Module):
+            first = next(holder.parameters(), None)
+            if first is not None:
+                return first.device
+        elif type(holder).__module__.startswith("tokengrain."):
+            queue.extend(vars(holder).values())
+    return torch.device("cpu")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -67,8 +282,6 @@ def column_name(role: str, name: str) -> str:
 
 def is_annotated(path: object) -> TypeGuard[str | Path]:
     """Whether `path` is a parquet file that `annotate` wrote."""
-    import pyarrow.parquet as pq
-
     try:
         return isinstance(path, (str, Path)) and METADATA in (pq.read_schema(path).metadata or {})
     except (OSError, ValueError):  # absent, a folder, or not parquet
@@ -81,11 +294,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     Raises:
         RunError: the file is not there, or `annotate` did not write it.
     """
-    import pyarrow.parquet as pq
-
     path = Path(path)
-    if not path.is_file():
-        raise RunError(f"{path}: there is no such annotated file; run `tokengrain annotate` first")
+    require(path.is_file(), RunError, f"{path}: there is no such annotated file; run `tokengrain annotate` first")
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, ValueError) as error:
@@ -94,11 +304,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         return json.loads(metadata[METADATA])
     beside = path.with_name(MANIFEST)
     files = read_json(beside).get("files", {}) if beside.is_file() else {}
-    if path.name not in files:
-        raise RunError(
-            f"{path}: does not say which model, tokenizer and data its token rewards were made with, so they "
-            "cannot be checked. Annotate again, or give the file as ordinary `data` with token reward columns"
-        )
+    what = "does not say which model, tokenizer and data its token rewards were made with, so they cannot be checked"
+    advice = "Annotate again, or give the file as ordinary `data` with token reward columns"
+    require(path.name in files, RunError, f"{path}: {what}. {advice}")
     return files[path.name]
 
 
@@ -136,11 +344,8 @@ def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, A
     found = differences(manifest.get("fingerprints", {}), expected)
     if manifest.get(DIGEST) != digest(_own_columns(path, manifest)):
         found.append("other data (rows were changed after annotating)")
-    if found:
-        raise RunError(
-            f"{path} was annotated with {'; with '.join(found)}. Its token rewards do not belong to this "
-            "run: annotate again, or go back to what it was made with"
-        )
+    advice = "Its token rewards do not belong to this run: annotate again, or go back to what it was made with"
+    require(not found, RunError, f"{path} was annotated with {'; with '.join(found)}. {advice}")
     return manifest
 
 
@@ -153,8 +358,6 @@ def computed_columns(manifest: Mapping[str, Any]) -> set[str]:
 
 def _own_columns(path: str | Path, manifest: Mapping[str, Any]) -> dict[str, pa.Array]:
     """The columns that the rows had before annotating."""
-    import pyarrow.parquet as pq
-
     table = pq.read_table(Path(path), partitioning=None)
     computed = computed_columns(manifest)
     return {n: table.column(n).combine_chunks() for n in table.column_names if n not in computed}
@@ -166,38 +369,23 @@ def digest(columns: Mapping[str, pa.Array]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# The file that `annotate` writes: rows with their token credit, keyed to the exact token ids.
-#
-# A parquet file with every column of the rows and, for pairs, `prompt_ids`, `chosen_ids`, `rejected_ids` and
-# per-token column `chosen_<name>` and `rejected_<name>` (`<name>` is `token_rewards`, `ref_logps`, ...); rows with
-# one completion have `completion_ids` and `<name>`. Spans are in `chosen_token_spans` and `rejected_token_spans`,
-# because the rows' own `chosen_spans` hold characters. A list of numbers is as long as the list of ids
-# of its completion; tokens that do not count (tool output, user turns) hold 0, and `<role>_counted` says which
-# those are.
-#
-# What the numbers were made with (model, tokenizer, template, data, ...) is in the file too: see
-# `tokengrain.credit.manifest`.
+# The file: a parquet file with every column of the rows and, for pairs, `prompt_ids`, `chosen_ids`, `rejected_ids` and
+# per-token columns `chosen_<name>` and `rejected_<name>` (`<name>` is `token_rewards`, `ref_logps`, ...); rows with one
+# completion have `completion_ids` and `<name>`. Spans are in `chosen_token_spans` and `rejected_token_spans`, because
+# the rows' own `chosen_spans` hold characters. A list of numbers is as long as the list of ids of its completion;
+# tokens that do not count (tool output, user turns) hold 0, and `<role>_counted` says which those are.
 
 
 def roles_of(sample: Sample) -> tuple[str, ...]:
     """Names of a sample's completions: ("chosen", "rejected") for pairs, else ("completion",)."""
-    if len(sample.completions) > 2:
-        raise DataError(
-            "only pairs and single completions can be annotated",
-            row=sample.row,
-            value=f"{len(sample.completions)} completions",
-            expected="one or two",
-        )
+    count = f"{len(sample.completions)} completions"
+    what = "only pairs and single completions can be annotated"
+    require(len(sample.completions) <= 2, DataError, what, row=sample.row, value=count, expected="one or two")
     return ("chosen", "rejected") if len(sample.completions) == 2 else ("completion",)
-
-
-# ----------------------------------------------------------------------------------------------------- shards
 
 
 def list_column(parts: Sequence[np.ndarray]) -> pa.Array:
     """A parquet list column with one list per row; float32 or int32 or bool by the parts' type."""
-    import pyarrow as pa
-
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int32)
     values = np.concatenate(parts) if parts else np.empty(0, np.float32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
@@ -217,9 +405,6 @@ def token_columns(samples: Sequence[Sample], roles: Sequence[str], holes: bool) 
 
 def write_shard(path: Path, columns: Mapping[str, pa.Array], key: str) -> None:
     """Write a finished shard; it is there whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pa.table(dict(columns)).replace_schema_metadata({METADATA: key.encode()})
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -227,8 +412,6 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], key: str) -> None:
 
 def shard_matches(path: Path, key: str) -> bool:
     """Whether a finished shard with this key is there. A file that cannot be read is not one."""
-    import pyarrow.parquet as pq
-
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, ValueError):  # absent, or not parquet (pyarrow.ArrowInvalid is a ValueError)
@@ -244,9 +427,6 @@ def merge(
     Returns:
         The manifest that is stored in the file: the given one with a digest of the rows' own columns.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for left in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         left.unlink()  # of a run that was killed while merging
     computed = pq.read_schema(shards[0]).remove_metadata()
@@ -275,8 +455,6 @@ def _original_columns(rows: Sequence[Mapping[str, Any]], replaced: set[str]) -> 
 
 def _array(values: list[Any]) -> pa.Array:
     """A column of Python values; of mixed types (parquet has none) as JSON text."""
-    import pyarrow as pa
-
     try:
         return pa.array(values, from_pandas=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
@@ -300,26 +478,18 @@ def explain_full_disk(path: Path, done: int, total: int, shards: Path) -> Iterat
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 def read_samples(path: str | Path) -> Iterator[Sample]:
     """Yield the samples of an annotated file with the stored token ids; computed columns are in
     `Completion.columns`.
 
     A column is kept only if it is there for every completion. `Sample.row` is the row number in the file.
     """
-    import pyarrow.parquet as pq
-
-    from tokengrain.batch import Completion
-
     manifest = read_manifest(path)
     table = pq.read_table(Path(path), partitioning=None)
     roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
     computed = computed_columns(manifest)
-    missing = computed - set(table.column_names) - {f"{r}_counted" for r in roles}
-    if missing:
-        raise DataError("columns that annotate wrote are gone", file=path, value=sorted(missing))
+    missing = sorted(computed - set(table.column_names) - {f"{r}_counted" for r in roles})
+    require(not missing, DataError, "columns that annotate wrote are gone", file=path, value=missing)
     raws = table.select([n for n in table.column_names if n not in computed]).to_pylist()
     prompts = _lists(table, "prompt_ids")
     per_role: list[list[Completion]] = []
@@ -342,14 +512,8 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
 def _check_lengths(path: str | Path, field: str, lists: Iterable[np.ndarray], ids: Iterable[np.ndarray]) -> None:
     for row, (values, tokens) in enumerate(zip(lists, ids, strict=True)):
         if len(values) != len(tokens):
-            raise DataError(
-                "the list does not fit the completion",
-                file=path,
-                row=row,
-                field=field,
-                value=f"{len(values)} numbers",
-                expected=f"{len(tokens)}, one per token",
-            )
+            what, expected = "the list does not fit the completion", f"{len(tokens)}, one per token"
+            raise DataError(what, file=path, row=row, field=field, value=f"{len(values)} numbers", expected=expected)
 
 
 def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
@@ -462,27 +626,18 @@ def _checked(job: Job, name: str, values: Any, batch: TokenBatch) -> Tensor:
     expected = batch.segments.total
     if not isinstance(values, Tensor) or values.shape != (expected,):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise DataError(
-            f"the source of {name!r} gave a wrong number of values",
-            file=job.name,
-            row=batch.rows[0],
-            value=got,
-            expected=f"a tensor of shape ({expected},) for the batch that starts with this row",
-        )
+        wanted = f"a tensor of shape ({expected},) for the batch that starts with this row"
+        what = f"the source of {name!r} gave a wrong number of values"
+        raise DataError(what, file=job.name, row=batch.rows[0], value=got, expected=wanted)
     return values
 
 
 def _check_finite(job: Job, row: int | str, field: str, values: np.ndarray) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
-        raise DataError(
-            f"token {bad[0]} got a value that is not finite ({bad.size} of {values.size} tokens did)",
-            file=job.name,
-            row=row,
-            field=field,
-            value=float(values[bad[0]]),
-            expected="finite numbers",
-        )
+        what = f"token {bad[0]} got a value that is not finite ({bad.size} of {values.size} tokens did)"
+        value = float(values[bad[0]])
+        raise DataError(what, file=job.name, row=row, field=field, value=value, expected="finite numbers")
 
 
 def _write(job: Job, shard: int, columns: Mapping[str, list[list[np.ndarray]]]) -> None:
@@ -506,22 +661,18 @@ def _spread(counted: list[bool] | None, values: np.ndarray) -> np.ndarray:
     return out
 
 
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
+
+
 @contextmanager
 def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int], None]]:
     """A progress bar with tokens per second."""
-    if not show:
-        yield lambda tokens: None
-        return
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Speed(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), Speed())
-    with Progress(*columns, TimeRemainingColumn(), console=Screen(stderr=True)) as bar:
+    percent = TextColumn("{task.percentage:>3.0f}%")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, _Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=Screen(stderr=True), disable=not show) as bar:
         task = bar.add_task("annotate", total=total, completed=done)
         yield lambda tokens: bar.advance(task, tokens)
 
@@ -563,8 +714,8 @@ def agreement(size: int) -> Iterator[None]:
 # One forward pass of a reference for everything that is asked of it about the same batch.
 
 
-class Remembered:
-    """A reference that answers a second question about the same batch from memory."""
+class _SharedPass:
+    """A reference that answers a second question about the same batch from its first forward pass."""
 
     def __init__(self, reference: Callable[..., Any]) -> None:
         self.reference = reference
@@ -579,7 +730,7 @@ class Remembered:
         return self.answer
 
 
-def asking(source: Any, reference: Any, shared: Remembered) -> Any:
+def _asking(source: Any, reference: Any, shared: _SharedPass) -> Any:
     """`source`; if it asks the same frozen model, a copy that shares the forward pass of the stored logps."""
     asked = getattr(source, "reference", None)
     if asked is None or _frozen_model(asked) is not _frozen_model(reference):
@@ -591,274 +742,4 @@ def asking(source: Any, reference: Any, shared: Remembered) -> Any:
 
 def _frozen_model(reference: Any) -> Any:
     """What answers for a reference: the model of a `FrozenReference`, else the reference itself."""
-    from tokengrain.scoring.reference import FrozenReference
-
     return reference.model if isinstance(reference, FrozenReference) else reference
-
-
-CPU_TOKENS, GPU_TOKENS = 8_192, 32_768  # default token budget of one forward pass
-
-
-def annotate(
-    rows_source: Any,
-    tokenizer: Any,
-    tokenize_config: TokenizeConfig | None,
-    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
-    reference: Callable[..., Any] | None = None,
-    output: str | os.PathLike[str] = "annotated.parquet",
-    fingerprints: Mapping[str, str] | None = None,
-    *,
-    shard_rows: int = 512,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    rows: Rows | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Path:
-    """Write the rows of a data set with their token credit to one parquet file.
-
-    `tokengrain.credit.store` says what is in the file. Per-token columns that the data set has already, such as
-    spans, are in it too.
-
-    Call it again after a kill or a full disk: finished shards are not computed again. Call it in every
-    process of a `torch.distributed` world (`accelerate launch`, `torchrun`) to share the work.
-
-    Args:
-        rows_source: preference pairs (anything `tokengrain.data.load_rows` takes), or a prepared data set.
-        tokenizer: the tokenizer (may be None with a data set that is prepared already).
-        tokenize_config: how rows become tokens.
-        sources: column name to credit source, for example `{"token_rewards": make_credit("guide", ...)}`; a source
-            maps a batch to `[N]` finite numbers. May be empty if there is a reference.
-        reference: also store its log-probabilities, as `chosen_ref_logps`, `rejected_ref_logps` (nats).
-        output: the parquet file to write.
-        fingerprints: what the numbers depend on, as hexadecimal digests by name: `model`, `tokenizer`,
-            `chat_template`, `data`, `source`, `tokenize`. `check_manifest` compares them at training time. Where
-            `source` is not given, nor `model` or `reference`, the sources and the reference are asked for theirs.
-        shard_rows: rows per shard; a killed process loses two shards of work at most.
-        max_tokens: token budget of one forward pass (default 8,192 on CPU, 32,768 on GPU).
-        device: where batches are put (default: the device of the first model found in sources or reference).
-        rows: the rows that a prepared data set was made from; without them only the columns that its
-            samples kept are written (prompt, chosen, rejected), not the other columns of the rows.
-        overwrite: replace an output that was made with something else, instead of an error.
-        progress: show a progress bar (rank 0).
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        DataError: a source gave a wrong number of values, or one that is not finite; names the row.
-        RunError: the output was made with something else; the disk is full (shards are kept); another process
-            failed.
-    """
-    rank, size = world()
-    dataset, rows = _dataset(rows_source, rows, tokenizer, tokenize_config)
-    place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
-    quantities = _quantities(dataset, sources, reference)
-    marks = _completed(fingerprints or {}, sources, reference)
-    job = _job(dataset, quantities, Path(output), marks, shard_rows, max_tokens, place)
-    manifest = _manifest(job, marks)
-    if _already_done(job, manifest, overwrite):
-        if rank == 0:  # a run killed right after the merge left these
-            write_manifest(job.output, read_manifest(job.output))
-            shutil.rmtree(job.folder, ignore_errors=True)
-        return job.output
-    with agreement(size):
-        compute_shards(job, rank, size, progress)
-    with agreement(size):
-        if rank == 0:
-            _finish(job, manifest, _originals(dataset.samples, rows))
-    return job.output
-
-
-def _completed(
-    given: Mapping[str, str],
-    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
-    reference: Callable[..., Any] | None,
-) -> dict[str, str]:
-    """`given`, and where it does not say: which sources and which reference the numbers come from."""
-    own = dict[str, str]()
-    if sources and "source" not in given:
-        named = {name: as_credit(source) for name, source in sources.items()}
-        own["source"] = fingerprint({name: source.fingerprint() for name, source in named.items()})
-    if reference is not None and not {"model", "reference"} & given.keys():
-        own["reference"] = scorer_fingerprint(reference)
-    return {**own, **given}
-
-
-def _quantities(
-    dataset: PairDataset, sources: Mapping[str, Callable[[TokenBatch], Tensor]], reference: Callable[..., Any] | None
-) -> dict[str, Callable[[TokenBatch], Tensor]]:
-    """Everything that is stored, by column: what the sources give, the reference, and what the rows brought along."""
-    quantities = dict(sources)
-    if reference is not None:
-        shared = Remembered(reference)
-        quantities = {name: asking(source, reference, shared) for name, source in sources.items()}
-        quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps
-    if not quantities:
-        raise RunError("nothing to annotate: give at least one credit source or a reference")
-    # The rows' own columns (spans, say) have to be there again when the file is read.
-    return quantities | {name: make_credit("column", column=name) for name in dataset.columns if name not in quantities}
-
-
-def _job(
-    dataset: PairDataset,
-    quantities: Mapping[str, Callable[[TokenBatch], Tensor]],
-    output: Path,
-    fingerprints: Mapping[str, str],
-    shard_rows: int,
-    max_tokens: int | None,
-    device: torch.device,
-) -> Job:
-    budget = max_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
-    return Job(
-        samples=dataset.samples,
-        lengths=dataset.lengths,
-        roles=roles_of(dataset.samples[0]),
-        quantities=quantities,
-        name=dataset.name,
-        output=output,
-        key=_key(dataset, list(quantities), fingerprints, shard_rows, budget),
-        shard_rows=shard_rows,
-        max_tokens=budget,
-        device=device,
-        holes=any(c.counted is not None for s in dataset.samples for c in s.completions),
-    )
-
-
-def _manifest(job: Job, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "roles": list(job.roles),
-        "columns": list(job.quantities),
-        "fingerprints": dict(fingerprints),
-        "rows": len(job.samples),
-        "key": job.key,
-    }
-
-
-def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether the output is there and the one wanted; an output made with something else is an error."""
-    if not job.output.exists():
-        return False
-    try:
-        stored = read_manifest(job.output)
-    except RunError:
-        stored = {}
-    if {k: v for k, v in stored.items() if k != DIGEST} == manifest:
-        return True
-    if overwrite:
-        return False
-    found = differences(stored.get("fingerprints", {}), manifest["fingerprints"])
-    why = f"was made with {'; with '.join(found)}" if found else "has other rows, columns or settings"
-    raise RunError(
-        f"{job.output} is there already and {why}. Nothing was changed: choose another output, or ask to overwrite it"
-    )
-
-
-def _finish(job: Job, manifest: Mapping[str, Any], originals: Sequence[Mapping[str, Any]]) -> None:
-    """Put the shards together, then record the file and drop the shards."""
-    shards = [job.path(i) for i in range(job.n_shards)]
-    with explain_full_disk(job.output, job.finished(), job.n_shards, job.folder):
-        stored = merge(shards, originals, job.output, manifest)
-        write_manifest(job.output, stored)
-    shutil.rmtree(job.folder)
-
-
-# ------------------------------------------------------------------------------------------------------- data
-
-
-def load_annotated(
-    path: str | os.PathLike[str],
-    tokenizer: Any = None,
-    expected_fingerprints: Mapping[str, str] | None = None,
-) -> PairDataset:
-    """An annotated file as a data set to train on; the stored token ids are used as they are.
-
-    Args:
-        path: file written by `annotate`.
-        tokenizer: if given, the stored ids must lie in its vocabulary.
-        expected_fingerprints: checked by `check_manifest`.
-
-    Raises:
-        RunError: another model, tokenizer, chat template, data or source; says which.
-        DataError: rows whose numbers do not fit their tokens.
-    """
-    from tokengrain.data.dataset import PairDataset
-
-    path = Path(path)
-    check_manifest(path, expected_fingerprints or {})
-    vocabulary = len(tokenizer) if tokenizer is not None else None
-    return PairDataset(_within(read_samples(path), vocabulary, path), name=str(path))
-
-
-def _within(samples: Iterable[Sample], vocabulary: int | None, path: Path) -> Iterator[Sample]:
-    """The samples; an error at the first token that the tokenizer does not have."""
-    for sample in samples:
-        highest = max([*sample.prompt_ids, *(t for c in sample.completions for t in c.ids)], default=0)
-        if vocabulary is not None and highest >= vocabulary:
-            raise RunError(f"{path} has token id {highest}, but the tokenizer has only {vocabulary} tokens")
-        yield sample
-
-
-def _dataset(
-    source: Any, rows: Rows | None, tokenizer: Any, config: TokenizeConfig | None
-) -> tuple[PairDataset, Rows | None]:
-    """The samples, and the rows they were made from (not known for a data set that is prepared already)."""
-    from tokengrain.data.dataset import PairDataset, prepare_pairs
-    from tokengrain.data.rows import load_rows
-
-    if isinstance(source, PairDataset):
-        dataset = source
-    else:
-        rows = load_rows(source)
-        if rows.streaming:
-            raise DataError("a stream cannot be annotated", file=rows.name, expected="rows that fit in memory")
-        dataset = prepare_pairs(rows, tokenizer, config)
-    if not len(dataset):
-        raise DataError("there are no rows to annotate", file=dataset.name)
-    return dataset, rows
-
-
-def _originals(samples: Iterable[Sample], rows: Rows | None) -> list[Mapping[str, Any]]:
-    """All columns of the row that each sample was made from."""
-    if rows is None:
-        return [s.raw for s in samples]
-    by_number: dict[int | str, Any] = dict(rows)
-    return [by_number[s.row] for s in samples]
-
-
-def _key(
-    dataset: PairDataset,
-    columns: Sequence[str],
-    fingerprints: Mapping[str, str],
-    shard_rows: int,
-    max_tokens: int,
-) -> str:
-    """Identifies a shard's content: the token ids, what was computed, with what, and how it was batched."""
-    return fingerprint(
-        {
-            "format": FORMAT,
-            "fingerprints": dict(fingerprints),
-            "columns": list(columns),
-            "tokens": dataset.fingerprint,
-            "shard_rows": shard_rows,
-            "max_tokens": max_tokens,
-        }
-    )
-
-
-def _device_of(holders: Sequence[Any]) -> torch.device:
-    """Device of the first model found in the sources (and what they hold), else the CPU."""
-    seen, queue = set(), list(holders)
-    while queue:
-        holder = queue.pop(0)
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        if isinstance(holder, torch.nn.Module):
-            first = next(holder.parameters(), None)
-            if first is not None:
-                return first.device
-        elif type(holder).__module__.startswith("tokengrain."):
-            queue.extend(vars(holder).values())
-    return torch.device("cpu")

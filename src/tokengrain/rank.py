@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from tokengrain import models
@@ -273,12 +274,8 @@ def _saving(target: Path) -> Iterator[Any]:
 @contextmanager
 def _bar(wanted: bool, what: str) -> Iterator[Callable[[int], None]]:
     """A count of rows on a terminal; yields what to call after each group."""
-    if not wanted or not sys.stderr.isatty():
-        yield lambda rows: None
-        return
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
+    quiet = not wanted or not sys.stderr.isatty()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Screen(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Screen(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task(what, total=None)
         yield lambda rows: bar.advance(task, rows)

@@ -12,6 +12,7 @@ from datetime import datetime
 from itertools import islice, pairwise
 from typing import Any, Protocol, cast, overload
 
+from rich.progress import Progress
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from tokengrain.batch import Completion, Sample, TokenBatch
@@ -484,11 +485,7 @@ def _same_columns(result: Encoded, names: tuple[str, ...]) -> Encoded | RowError
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, for many rows; yields what to call after each."""
-    if total < PROGRESS_ROWS or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=Screen(stderr=True), transient=True) as bar:
+    quiet = total < PROGRESS_ROWS or not sys.stderr.isatty()
+    with Progress(console=Screen(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)

@@ -27,6 +27,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, NamedTuple, overload
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from tokengrain.data.config import RowError
 from tokengrain.data.folders import choose_split, file_kind, files_of, files_of_pattern
 from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerprint, require, shown
@@ -268,9 +272,6 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with opened(path) as stream, tempfile.TemporaryFile() as unzipped:
         if path.suffix.lower() == ".gz":  # parquet is read from its end, which a gzip stream cannot do
             shutil.copyfileobj(stream, unzipped)
@@ -560,8 +561,6 @@ def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) 
 
 def _loaded(path: Path) -> Any:
     """What `save_to_disk` wrote."""
-    import datasets
-
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # of many kinds, all with a message for the user
@@ -576,8 +575,6 @@ def _nearest_file(path: Path) -> str:
 
 
 def _from_hub(name: str, split: str | None, streaming: bool) -> Rows:
-    import datasets
-
     try:
         loaded = datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds, all with a message for the user
@@ -590,8 +587,6 @@ def _from_hub(name: str, split: str | None, streaming: bool) -> Rows:
 
 def _from_datasets(source: Any, name: str, split: str | None, streaming: bool) -> Rows:
     """Rows of a `datasets` object; `name` describes it."""
-    import datasets
-
     if isinstance(source, Mapping):
         chosen = choose_split(list(source), split, name)
         return _from_datasets(source[chosen], name, None, streaming)

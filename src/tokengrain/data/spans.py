@@ -13,7 +13,7 @@ from difflib import SequenceMatcher, get_close_matches
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from tokengrain.errors import RecipeError, shown
+from tokengrain.errors import RecipeError, require, shown
 from tokengrain.settings import load_callable, source_of
 
 SOURCES = ("diff", "tags", "column")
@@ -61,21 +61,21 @@ class SpanConfig:
     def __post_init__(self) -> None:
         source = self.source
         named = isinstance(source, str) and (source in SOURCES or ":" in source)
-        if not named and not callable(source):
-            near = get_close_matches(str(source), SOURCES, n=1)
-            raise RecipeError(
-                f"spans.source is {shown(source)}; expected one of {', '.join(SOURCES)}, or 'module:function' or "
-                "'path.py:function'" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+        near = get_close_matches(str(source), SOURCES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        expected = f"one of {', '.join(SOURCES)}, or 'module:function' or 'path.py:function'"
+        what = f"spans.source is {shown(source)}; expected {expected}{hint}"
+        require(named or callable(source), RecipeError, what)
         for name, choices in (("level", get_args(Level)), ("on_none", get_args(OnNone))):
-            if getattr(self, name) not in choices:
-                raise RecipeError(f"spans.{name} is {shown(getattr(self, name))}; expected one of {', '.join(choices)}")
+            value = getattr(self, name)
+            what = f"spans.{name} is {shown(value)}; expected one of {', '.join(choices)}"
+            require(value in choices, RecipeError, what)
         size, tags = self.min_match_size, self.tags
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise RecipeError(f"spans.min_match_size is {shown(size)}; expected a whole number of at least 1")
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        require(whole, RecipeError, f"spans.min_match_size is {shown(size)}; expected a whole number of at least 1")
         texts = isinstance(tags, Sequence) and not isinstance(tags, str) and all(isinstance(t, str) and t for t in tags)
-        if not texts or len(set(tags)) != 2 or len(tags) != 2:
-            raise RecipeError(f"spans.tags is {shown(tags)}; expected two texts that differ, opening and closing")
+        what = f"spans.tags is {shown(tags)}; expected two texts that differ, opening and closing"
+        require(texts and len(set(tags)) == len(tags) == 2, RecipeError, what)
         object.__setattr__(self, "tags", tuple(tags))
 
     @classmethod
@@ -89,10 +89,9 @@ class SpanConfig:
         if not isinstance(value, Mapping):
             raise RecipeError(f"spans is {shown(value)}; expected a source, or a mapping of {', '.join(names)}")
         for name in value:
-            if name not in names:
-                near = get_close_matches(str(name), names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-                raise RecipeError(f"spans.{name}: unknown key; {hint}")
+            near = get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            require(name in names, RecipeError, f"spans.{name}: unknown key; {hint}")
         return cls(**value)
 
     def load(self) -> Callable[[Mapping[str, Any]], Any] | None:
