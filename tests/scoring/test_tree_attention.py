@@ -168,3 +168,20 @@ def test_cheaper_attention_makes_sharing_pay_more_often():
     batch = batch_of((128, (192,) * 8))
     assert plan_rows(batch, "auto", RowCosts(hidden_size=384))[0].causal
     assert not plan_rows(batch, "auto", BY_PARTS)[0].causal
+
+
+def test_float64_gradients_are_float64s_where_the_models_norm_is(parts_used, monkeypatch):
+    """transformers' RMSNorm goes through float32: a last bit there is 6e-8, whoever does the attention."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def exact(self, hidden):
+        return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact)
+    batch, found = standard_batch(), {}
+    for layout in ("shared", "separate"):
+        model = tiny("llama")
+        score(model, batch, ("logps",), layout=layout).logps.square().sum().backward()
+        found[layout] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    error = (found["shared"] - found["separate"]).abs().max() / found["separate"].abs().max()
+    assert error < 1e-13
