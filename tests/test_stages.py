@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
+from tokengrain.report.html import write_report
 from tokengrain.run import show, stages
 from tokengrain.run.folder import make_plan
 from tokengrain.run.load import make_recipe
@@ -129,6 +131,12 @@ def test_metrics_have_the_interval_before_and_after(finished: Path) -> None:
     after = metrics["stages"]["train"]["after"]
     assert after["accuracy_low"] <= after["accuracy"] <= after["accuracy_high"]
     assert metrics["stages"]["guide"]["before"]["rewards/margins"] == 0.0
+    for stage in ("guide", "train"):  # an exact copy; and stored numbers of the same model, rounding apart
+        before = metrics["stages"][stage]["before"]
+        assert before["comparison"] == "no difference yet"
+        assert math.isnan(before["accuracy"])
+    assert "comparison" not in after
+    assert "no difference yet" in write_report(finished / "run").read_text()
     assert metrics["final"] == after
     assert metrics["stages"]["credit"]["kind"] == "annotate"
     assert metrics["stages"]["credit"]["rows"] == {"train": 9, "eval": 3}

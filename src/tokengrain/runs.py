@@ -232,4 +232,6 @@ def _hint(path: Path) -> str:
     return ""
 
 
+EQUAL = "no difference yet"
+"""In metrics before training, as `comparison`: the policy still is its reference."""
 ROLLOUT_FILE = "rollouts.jsonl"

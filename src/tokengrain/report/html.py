@@ -18,7 +18,7 @@ from tokengrain.method import METHODS
 from tokengrain.report import rows
 from tokengrain.report.rows import CreditSample, Side, by_pair, colour_scale, read_token_rows
 from tokengrain.report.svg import Mark, Series, frontier_chart, line_chart, marker, number, signed
-from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.runs import EQUAL, ROLLOUT_FILE
 from tokengrain.screen import visible
 
 NAME = "report.html"
@@ -127,10 +127,10 @@ def short(value: float | None) -> str:
     return number(value, 2) if rounds_to_zero else fixed(value)
 
 
-def interval(value: Interval | None) -> str:
-    """ "0.71 (0.68 to 0.74, n = 200)", or only the value where no interval was measured."""
-    if value is None:
-        return "–"
+def interval(value: Interval | str | None) -> str:
+    """ "0.71 (0.68 to 0.74, n = 200)", or only the value where no interval was measured; words as they are."""
+    if value is None or isinstance(value, str):
+        return value or "–"
     middle, low, high, n = value
     of = f", n = {n:,}" if n is not None else ""
     return short(middle) + (f" ({short(low)} to {short(high)}{of})" if low is not None and high is not None else "")
@@ -324,8 +324,8 @@ def _stage(stage: runs.StageRecord) -> dict[str, Any]:
     """A stage's part of the summary: its name, kind, seconds and held-out numbers before and after."""
     metrics = stage.metrics
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    if abs(before.get("rewards/margins", 1.0)) < 1e-6:  # the policy still is its reference: no margin, so no accuracy
-        before = {k: v for k, v in before.items() if k not in ("accuracy", "rewards/accuracies")}
+    if "comparison" in before or abs(before.get("rewards/margins", 1.0)) < 1e-6:  # the policy still is its reference
+        before = {k: EQUAL if "accura" in k and not k.endswith(("_low", "_high")) else v for k, v in before.items()}
     return {
         "name": stage.name,
         "kind": stage.kind,
@@ -383,9 +383,11 @@ def is_shown(name: str, value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def with_interval(metrics: Mapping[str, Any], name: str, n: int | None = None) -> Interval | None:
+def with_interval(metrics: Mapping[str, Any], name: str, n: int | None = None) -> Interval | str | None:
     """A metric with its interval over n rows or samples; low and high are None where none was measured."""
     value = metrics.get(name)
+    if value == EQUAL:
+        return EQUAL
     if not isinstance(value, int | float):
         return None
     return float(value), metrics.get(f"{name}_low"), metrics.get(f"{name}_high"), n

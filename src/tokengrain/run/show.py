@@ -88,8 +88,8 @@ def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
         for key, title in _ROWS.items():
             if key in after:
                 old = with_interval(before, key) if key in before else ""
-                if key == "accuracy" and abs(before.get("rewards/margins", 1.0)) < 1e-4:
-                    old = "no margin yet"  # the policy still is its reference
+                if key == "accuracy":
+                    old = before.get("comparison", old)
                 table.add_row(shown, title, old, with_interval(after, key))
                 shown = ""
     if table.row_count:

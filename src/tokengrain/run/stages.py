@@ -12,6 +12,7 @@ Trained     everything that trains a model
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import threading
@@ -57,7 +58,7 @@ from tokengrain.rewards.suite import RewardFunction, RewardSuite
 from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding
 from tokengrain.run import show
 from tokengrain.run.build import CreditSpec, RunModels, data_fingerprint, open_rows, tokenize_config
-from tokengrain.runs import FORMAT
+from tokengrain.runs import EQUAL, FORMAT
 from tokengrain.scoring.model import lift_positions
 from tokengrain.scoring.prepare import unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference, FrozenReference
@@ -586,6 +587,17 @@ class Trained(Stage):
             use_rslora=lora.use_rslora,
         )
 
+    def compared(self, before: dict[str, Any], reference: Any) -> dict[str, Any]:
+        """Metrics before training; of a policy that still is its reference, which pair it prefers is no number.
+
+        So it is where an annotate stage has stored the log-probabilities of the model that the stage starts from:
+        what is left between the two is rounding, which depends on the rows that were scored together.
+        """
+        stored = self.data.stage is not None and isinstance(reference, ColumnReference)
+        if before.get("rewards/margins") == 0 or stored:
+            return before | {k: math.nan for k in before if "accura" in k} | {"comparison": EQUAL}
+        return before
+
     def policy(self, run: RunModels, weights: str | None) -> tuple[Any, Any]:
         """`(model, configuration of a new adapter or None)`. An adapter that exists is trained on.
 
@@ -675,7 +687,7 @@ class Trained(Stage):
         if has_eval and hasattr(trainer.eval_dataset, "__len__"):
             metrics["held_out"] = len(trainer.eval_dataset)  # how many rows an interval is of
         if has_eval and "before" not in metrics:
-            metrics["before"] = plain_metrics(trainer.evaluate())
+            metrics["before"] = self.compared(plain_metrics(trainer.evaluate()), trainer.reference)
             if main:
                 write_json(metrics_file, metrics)
         run.console.print(models.trained(trainer.model, whole=self.lora is None))
