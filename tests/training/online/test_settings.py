@@ -145,7 +145,7 @@ def test_ids_of_prompts_are_kept_in_checkpoints(tmp_path: Path) -> None:
     make_online(tmp_path, train_dataset=prompts, max_steps=3, **settings).train()
     trainer = make_online(tmp_path, train_dataset=prompts, max_steps=4, **settings)
     trainer.train(resume_from_checkpoint=True)
-    assert set(trainer.rollout_credits[0].history.visits) <= {str(i) for i in range(10)}  # type: ignore[attr-defined]
+    assert set(trainer.rollout_credits[0].visits) <= {str(i) for i in range(10)}  # type: ignore[attr-defined]
     for row in (None, 1.5, ("a", 1)):
         with pytest.raises(DataError, match="field 'id': a prompt's id cannot be kept in a checkpoint"):
             PromptDataset([replace(prompts[0], row=row)])  # type: ignore[arg-type]
