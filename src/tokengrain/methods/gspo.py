@@ -1,4 +1,12 @@
-"""GSPO: Group Sequence Policy Optimization (arXiv 2507.18071), in the token form."""
+"""GSPO: Group Sequence Policy Optimization (arXiv 2507.18071), in the token form.
+
+    s   = exp(mean over the completion's tokens of log π(t) - log π_old(t))                     one ratio per completion
+    s_t = sg[s] π(t) / sg[π(t)]                                                                       (equation 14)
+    l_t = -min(s_t A_t, clip(s_t, 1 - epsilon, 1 + epsilon_high) A_t)                                 (equation 13)
+
+With one advantage per completion value and gradient are those of the sequence form (equation 5), so there is no second
+form; with token credit the completion's tokens are clipped by the sign of their own advantage.
+"""
 
 from __future__ import annotations
 
@@ -41,22 +49,16 @@ def gspo_loss(
     kl_importance: bool = False,
     clamp: bool = False,
 ) -> LossOutput:
-    """One ratio per completion, the geometric mean of its tokens' ratios; belongs to the normaliser "mean".
+    """The clipped policy loss with one ratio per completion; belongs to the normaliser "mean".
 
-    GSPO-token (equation 13). With one advantage per completion its value and gradient are those of GSPO
-    (equation 5), so there is no second form; with token credit the completion's tokens are clipped by the sign
-    of their own advantage.
+    Its tokens are averaged within a completion: a sum would weigh completions by their length.
 
     Args:
         logps: log-probabilities under the policy `[N]`, nats; in float32 or wider, for clip ranges so narrow.
-        segments: cuts `[N]` into C completions.
-        old_logps, advantages, ref_logps, entropy, weights, ratio_cap, beta, kl, kl_importance, clamp:
+        segments, old_logps, advantages, ref_logps, entropy, weights, ratio_cap, beta, kl, kl_importance, clamp:
             as for `grpo_loss`.
         epsilon, epsilon_high: distance of the bounds from 1. The defaults are the paper's; a range such as
             PPO's 0.2 would never clip a mean of many tokens.
-
-    Returns:
-        `losses` [C], means over the tokens of each completion: a sum would weigh completions by their length.
     """
     return grpo_loss(
         logps,
