@@ -19,10 +19,9 @@ import inspect
 import pkgutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -67,7 +66,8 @@ PHASES: tuple[Phase, ...] = ("filter", "rewards", "advantages", "after")
 NEEDS = frozenset({"ref_logps", "entropy", "hidden", "values"})
 """What a rollout credit can ask for, beside `old_logps`, which are always there once a rollout is scored."""
 
-Names = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
+Settings = Mapping[str, Any]
+Names = Collection[str] | Callable[[Settings], Collection[str]]
 """Names, or a function of the settings that gives them."""
 
 
@@ -116,42 +116,21 @@ class Card:
 # The decorators.
 
 
-def objective(
-    name: str,
-    *,
-    unit: Unit = "pairs",
-    main: Literal["logps", "token_scores"] = "logps",
-    reads: Callable[[Segments, Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None,
-    roles: tuple[str, ...] | None = None,
-    no_credit: str = "",
-    unless_zero: Mapping[str, str] | None = None,
-    fixed: Mapping[str, Any] | None = None,
-    teacher: Callable[..., Any] | None = None,
-) -> Callable[[F], F]:
-    """Register a loss function; the arguments are those of `Objective`."""
+def objective(name: str, **about: Any) -> Callable[[F], F]:
+    """Register a loss function; `about` are attributes of `Objective`: unit, reads, roles, ..."""
 
     def register(function: F) -> F:
-        part = Objective(name, function, unit, main, reads, roles, no_credit, unless_zero or {}, fixed or {}, teacher)
-        OBJECTIVES.add(name, part, function)
+        OBJECTIVES.add(name, Objective(name, function, **about), function)
         return function
 
     return register
 
 
-def credit(
-    name: str,
-    *,
-    values: Values | Callable[[Mapping[str, Any]], Values] = "any",
-    column: str | Callable[[Mapping[str, Any]], str] = "",
-    reward_model: bool = False,
-    judges_itself: bool = False,
-    code: tuple[str, ...] = (),
-    check: Callable[[Mapping[str, Any]], Any] | None = None,
-) -> Callable[[F], F]:
-    """Register a credit source; the arguments are those of `CreditKind`."""
+def credit(name: str, *, values: Values | Callable[[Settings], Values] = "any", **about: Any) -> Callable[[F], F]:
+    """Register a credit source; `about` are attributes of `CreditKind`: column, reward_model, check, ..."""
 
     def register(function: F) -> F:
-        kind = CreditKind(name, function, check, values, column, reward_model, judges_itself, code)
+        kind = CreditKind(name, function, meaning=values, **about)
         if inspect.isclass(function):
             _give(function, name=name, values=kind.values)
         CREDIT.add(name, kind, function)
@@ -160,29 +139,19 @@ def credit(
     return register
 
 
-def rollout_credit(
-    name: str,
-    *,
-    phase: Phase,
-    needs: Names = (),
-    provides: Names = (),
-    group: bool = False,
-    refill: bool | Callable[[Mapping[str, Any]], bool] = False,
-    check: Callable[[Mapping[str, Any]], Any] | None = None,
-    limit: Callable[[float, Mapping[str, Any]], Any] | None = None,
-) -> Callable[[F], F]:
-    """Register a credit of online training; the arguments are those of `RolloutCreditKind`.
+def rollout_credit(name: str, **about: Any) -> Callable[[F], F]:
+    """Register a credit of online training; `about` are attributes of `RolloutCreditKind`: phase, needs, ...
 
     A class gets `name`, `phase`, `needs`, `provides`, `needs_group` and `refill` as attributes, and the methods of
     one without state, unless it has its own.
     """
 
     def register(function: F) -> F:
-        kind = RolloutCreditKind(name, function, check, phase, needs, provides, group, refill, limit)
+        kind = RolloutCreditKind(name, function, **about)
         if inspect.isclass(function):
-            own = {k: v for k, v in kind.attributes({}).items() if not callable(getattr(kind, k, None))}
-            _give(function, **own)
-            _give(function, state_dict=Stateless.state_dict, load_state_dict=Stateless.load_state_dict)
+            fixed = {k: v for k, v in kind.attributes({}).items() if not callable(getattr(kind, k, None))}
+            methods = {"state_dict": Stateless.state_dict, "load_state_dict": Stateless.load_state_dict}
+            _give(function, **fixed, **methods)
         ROLLOUT_CREDIT.add(name, kind, function)
         return function
 
@@ -428,44 +397,26 @@ class Objective(Part):
 
 @dataclass(frozen=True)
 class BoundObjective:
-    """An objective with its hyper-parameters: `bound(segments=..., logps=..., ...) -> LossOutput`."""
+    """An objective with its hyper-parameters: `bound(segments=..., logps=..., ...) -> LossOutput`.
+
+    `name`, `unit`, `main`, `online`, `roles` (in which it takes token credit) and `no_credit` (why it takes none) are
+    those of the objective.
+    """
 
     objective: Objective
     hyper: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        return self.objective.name
-
-    @property
-    def unit(self) -> Unit:
-        """What it needs: "pairs" or any "completions"."""
-        return self.objective.unit
-
-    @property
-    def main(self) -> str:
-        """What the policy (or reward model) is scored for: "logps" or "token_scores"."""
-        return self.objective.main
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The roles in which it takes token credit."""
-        return self.objective.accepts
-
-    @property
-    def no_credit(self) -> str:
-        """Why it takes no token credit, if it takes none."""
-        return self.objective.takes_no_credit
+    name = property(lambda self: self.objective.name)
+    unit = property(lambda self: self.objective.unit)
+    main = property(lambda self: self.objective.main)
+    online = property(lambda self: self.objective.online)
+    roles = property(lambda self: self.objective.accepts)
+    no_credit = property(lambda self: self.objective.takes_no_credit)
 
     @property
     def needs(self) -> frozenset[str]:
         """Quantities that a call must bring: "ref_logps", "kl", "token_rewards", ... or a user's own names."""
         return self.objective.needs(self.hyper)
-
-    @property
-    def online(self) -> bool:
-        """Whether it learns from the advantages of sampled completions."""
-        return self.objective.online
 
     @property
     def optional(self) -> frozenset[str]:
@@ -563,7 +514,7 @@ class _Settable(Part):
         check: called with all settings; raises what types alone cannot say.
     """
 
-    check: Callable[[Mapping[str, Any]], Any] | None = None
+    check: Callable[[Settings], Any] | None = None
 
     @property
     def objects(self) -> frozenset[str]:
@@ -624,8 +575,8 @@ class CreditKind(_Settable):
 
     what: ClassVar[str] = "credit"
 
-    meaning: Values | Callable[[Mapping[str, Any]], Values] = "any"
-    column: str | Callable[[Mapping[str, Any]], str] = ""
+    meaning: Values | Callable[[Settings], Values] = "any"
+    column: str | Callable[[Settings], str] = ""
     reward_model: bool = False
     judges_itself: bool = False
     code: tuple[str, ...] = ()
@@ -964,45 +915,6 @@ class Stateless:
             raise RunError(f"credit step {type(self).__name__} has no state, the checkpoint has {sorted(state)}")
 
 
-class CriticLike(Protocol):
-    """What the trainer asks of a critic. All ranks call each of these equally often."""
-
-    def begin(
-        self,
-        device: torch.device | str | None = None,
-        *,
-        max_steps: int | None = None,
-        max_tokens: int | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        """Called once before the first rollout: move to the device, set up the learning rate's schedule."""
-        ...
-
-    def values(self, batch: TokenBatch) -> Tensor:
-        """V of the state before each token `[N]`, without gradient."""
-        ...
-
-    def update(self, batch: TokenBatch, *, real: bool = True) -> dict[str, float]:
-        """One optimiser step on a minibatch with columns `values` and `returns`; numbers for the log.
-
-        Args:
-            real: False: this rank has no prompts in the minibatch, and `batch` must get no weight.
-        """
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Settings that a checkpoint must agree on."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser into a folder; the main process calls this."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote; after `begin`."""
-        ...
-
-
 @dataclass(frozen=True)
 class RolloutCreditKind(_Settable):
     """A credit of online training: `credit(step, *, <objects>, <settings>)`.
@@ -1022,7 +934,7 @@ class RolloutCreditKind(_Settable):
     needs: Names = ()
     provides: Names = ()
     group: bool = False
-    refill: bool | Callable[[Mapping[str, Any]], bool] = False
+    refill: bool | Callable[[Settings], bool] = False
     limit: Callable[[float, Mapping[str, Any]], Any] | None = None
 
     def attributes(self, settings: Mapping[str, Any]) -> dict[str, Any]:

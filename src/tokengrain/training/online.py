@@ -37,7 +37,6 @@ from tokengrain.method import (
     TAUGHT,
     BoundObjective,
     CreditStep,
-    CriticLike,
     RolloutStep,
     make_rollout_credit,
     resolve_rollout_credit,
@@ -60,6 +59,7 @@ from tokengrain.settings import nearest
 from tokengrain.training.buffer import RolloutBuffer
 from tokengrain.training.checkpoint import no_progress_bar
 from tokengrain.training.config import OnlineConfig
+from tokengrain.training.critic import Critic
 from tokengrain.training.evaluate import EvalPrompts, chosen_dataset, completion_metrics, loop_output
 from tokengrain.training.loss import CreditUse, resolve_objective
 from tokengrain.training.rollout import (
@@ -134,7 +134,7 @@ class OnlineTrainer(PreferenceTrainer):
         credit: Any = None,
         sampler: Any = None,
         reference: Any = None,
-        critic: CriticLike | None = None,
+        critic: Critic | None = None,
         teacher: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,

@@ -18,11 +18,12 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import Report
 from tokengrain.data.tokens import Clock
 from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, require
-from tokengrain.method import CriticLike, RolloutStep
+from tokengrain.method import RolloutStep
 from tokengrain.rollout.sampler import PromptItem, derived_seed, encode_prompts
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.score import in_parts, score
 from tokengrain.training.buffer import concatenate
+from tokengrain.training.critic import Critic
 from tokengrain.training.step import all_gather
 
 # ---- The other ranks ----
@@ -276,7 +277,7 @@ class RolloutScorer:
         self,
         model: Any,
         reference: Any,
-        critic: CriticLike | None,
+        critic: Critic | None,
         *,
         max_tokens: int | None,
         mixed_precision: Callable[[], AbstractContextManager[Any]],
