@@ -33,7 +33,7 @@ LEVELS = (
     ("loss", "data", "evaluation"),
     ("scoring",),
     ("batch", "specs"),
-    ("settings",),
+    ("settings", "screen"),
     ("errors",),
 )
 HEIGHT = {room: len(LEVELS) - i for i, level in enumerate(LEVELS) for room in level}
@@ -54,12 +54,9 @@ UPWARD: dict[str, str] = {
 }
 INSIDE: dict[str, str] = {
     "tokengrain.annotation": "its room is being cleaned",
-    "tokengrain.data.dataset": "its room is being cleaned",
-    "tokengrain.data.rows": "its room is being cleaned",
     "tokengrain.data.tokens": "its room is being cleaned",
     "tokengrain.evaluation.statistics": "its room is being cleaned",
     "tokengrain.models": "its room is being cleaned",
-    "tokengrain.rank": "its room is being cleaned",
     "tokengrain.report.html": "its room is being cleaned",
     "tokengrain.rollout.local": "its room is being cleaned",
     "tokengrain.runs": "its room is being cleaned",
