@@ -270,3 +270,21 @@ def test_a_bad_prompt_is_named_by_its_row_in_the_file(tmp_path: Path) -> None:
         path.write_text("\n".join(["", *changed]) + "\n")
         with pytest.raises(DataError, match=rf"prompts\.jsonl: row {number} \(line {number + 2}\): field 'prompt'"):
             run(online(tmp_path, name=f"run{number}"))
+
+
+@pytest.mark.parametrize("reward", ["numeric", "math"])
+def test_right_answers_that_cannot_be_read_end_a_dry_run(
+    reward: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if reward == "math":
+        pytest.importorskip("math_verify")
+    path, rows = tmp_path / "recipe.yaml", tmp_path / "golds.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "Say x.", "answer": a}) + "\n" for a in ("1", "2", "?!", "3")))
+    path.write_text(yaml.safe_dump({**online(tmp_path), "data": {"train": str(rows)}}))
+    given = ("train", str(path), "--set", f"stages.train.rewards=[{{name: {reward}}}]", "--dry-run")
+    status, _, err = call(capsys, *given)
+    assert status == 2
+    assert f"row 2 (line 3): field 'answer': reward '{reward}'" in " ".join(err.split())
+    rows.write_text(json.dumps({"prompt": "Say x.", "answer": ["1", "2"]}) + "\n")
+    status, _, err = call(capsys, *given)
+    assert status == 0, err

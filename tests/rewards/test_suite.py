@@ -13,7 +13,8 @@ import torch
 from tests.credit.small import tokenizer
 from tests.data.tokenizers import byt5, gpt2_like, merging_bpe
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.errors import RecipeError
+from tokengrain.errors import DataError, RecipeError
+from tokengrain.rewards.builtin import make_reward
 from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction, RewardSuite, located_tokens
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion, SamplingConfig
 
@@ -340,3 +341,61 @@ def test_columns():
     assert seen == {"extra": [1, 1, None, None], "prompts": ["write"] * 4}
     with pytest.raises(RewardError, match="3 texts and 4 rows for 4 completions"):
         suite(words).score(rollouts(), texts=WORDS[:3])
+
+
+def test_right_answers_are_read_before_anything_is_sampled():
+    rows = [("f.jsonl", i, {"answer": answer}) for i, answer in enumerate(["1", "2k+2", ["3", "x"]])]
+    with pytest.raises(DataError) as error:
+        RewardSuite([make_reward("exact"), make_reward("numeric")]).check_golds(rows)
+    assert str(error.value) == (
+        "f.jsonl: row 1: field 'answer': reward 'numeric': the column 'answer' has no number; got '2k+2' (2 of 3 rows)"
+    )
+    RewardSuite([make_reward("numeric", on_error="skip"), words]).check_golds(rows)
+    RewardSuite([make_reward("numeric")]).check_golds(rows[:1])
+
+
+def test_special_tokens_are_seen_where_a_reward_asks_for_them(caplog):
+    tok = tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids = [*tok("<think>the sea</think>not", add_special_tokens=False)["input_ids"], tok.eos_token_id]
+    batch = TokenBatch.from_samples([Sample([1], [Completion(ids)], row=0, raw={})])
+    seen = {}
+
+    def look(completions):
+        seen["text"] = completions
+        return [[{"start": 0, "end": 7, "reward": 1.0}]]
+
+    plain = RewardSuite([RewardFunction(look), make_reward("format", pattern="<think>.*</think>not")], tokenizer=tok)
+    assert "reward 'format' looks for ['</think>', '<think>']" in caplog.text
+    assert plain.score(batch).by_name["format"].tolist() == [0]
+    assert "think" not in seen["text"][0]
+    kept = [
+        RewardFunction(look, special_tokens=True),
+        make_reward("format", pattern="<think>.*</think> *not", special_tokens=True),
+    ]
+    result = RewardSuite(kept, tokenizer=tok).score(batch)
+    assert result.by_name["format"].tolist() == [1]
+    assert seen["text"][0].startswith("<think>")
+    assert result.token_rewards.tolist() == [1, *[0] * (len(ids) - 1)]
+
+
+def test_functions_written_for_messages():
+    def for_chats(completions, **kwargs):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    result = suite(RewardFunction(for_chats, messages=True)).score(rollouts())
+    assert result.total.tolist() == [float(len(text)) for text in WORDS]
+    with pytest.raises(RewardError, match=r"as TRL's do for chats.* Set messages: true"):
+        suite(for_chats).score(rollouts())
+
+
+def test_where_no_reward_applies_there_is_none():
+    none = RewardFunction(lambda completions: [1.0, None, 0.0, None], name="a", on_none="ignore")
+    other = RewardFunction(lambda completions: [None, None, None, 0.9], name="b", on_none="ignore")
+    result = suite(none, other).score(rollouts())
+    assert result.total.isnan().tolist() == [False, True, False, False]
+    assert result.valid.tolist() == [True, False, True, True]
+    assert not result.failures
+    assert result.correct()[[0, 2, 3]].tolist() == [1, 0, 1]
+    assert result.correct("a").isnan().tolist() == [False, True, False, True]
+    assert bool(result.correct().isnan()[1])

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.data.config import RowError
 from tokengrain.data.marking import token_column
 from tokengrain.data.tokens import Rendered, Tokens
-from tokengrain.errors import RecipeError, TokengrainError, require, shown
+from tokengrain.errors import DataError, RecipeError, TokengrainError, require, shown
 from tokengrain.rollout.sampler import Rollouts, decode
 from tokengrain.settings import Number, Positive, keyword_types, validate_settings
 
@@ -258,6 +258,27 @@ class RewardSuite:
             for function, answer, seen in zip(self.functions, answers, shown_texts, strict=True)
         ]
         return self._combined(judged, work)
+
+    def check_golds(self, rows: Iterable[tuple[Any, Any, Mapping[str, Any]]]) -> None:
+        """Read every row's right answer before anything is sampled, for rewards that compare with a column.
+
+        Args:
+            rows: (file, row, the row's columns).
+
+        Raises:
+            DataError: one that a reward with `on_error: error` cannot read.
+        """
+        checked = [f for f in self.functions if f.on_error == "error" and hasattr(f.function, "unreadable")]
+        listed = list(rows) if checked else []
+        for function in checked:
+            compared: Any = function.function
+            found = sorted(compared.unreadable([raw.get(compared.column) for _, _, raw in listed]))
+            if found:
+                index, what = found[0]
+                file, row, _ = listed[index]
+                more = f" ({len(found)} of {len(listed)} rows)" if len(found) > 1 else ""
+                what = f"reward {function.name!r}: {what}{more}"
+                raise DataError(what, file=file, row=row, field=compared.column)
 
     def _special(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Texts with special tokens, but those that end or fill up."""

@@ -79,6 +79,8 @@ def run_recipe(
     show.print_plan(console, f"{recipe.method}: {recipe.output_dir}", stages)
     state.wait_for_everyone()
     if dry_run:
+        for plan in wanted:
+            plan.stage.check_golds()
         _warn_of_servers(console, wanted)
         return RunResult(Path(recipe.output_dir))
     reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
@@ -115,6 +117,7 @@ def _prepare(run: RunModels, plans: list[StagePlan], folder: RunFolder) -> None:
     with run.console.status("checking models and data") if run.console.is_terminal else nullcontext():
         for plan in pending:
             plan.stage.check_models(run)
+            plan.stage.check_golds()
         for plan in pending:
             plan.stage.check_rows(run, plan.settings)
     folder.check_space()

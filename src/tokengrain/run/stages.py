@@ -52,7 +52,7 @@ from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_data, check_reference, check_shared, check_training
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.report.rows import FILE, collect_credit_samples
-from tokengrain.rewards.builtin import check_reward, make_reward, reward_objects
+from tokengrain.rewards.builtin import REWARDS, check_reward, make_reward, reward_objects
 from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rewards.suite import RewardFunction, RewardSuite
 from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding
@@ -258,6 +258,9 @@ class Stage:
 
     def check_server(self, *, patient: bool = True) -> None:
         """Raises `RolloutError` if the stage samples from a server that does not answer."""
+
+    def check_golds(self) -> None:
+        """Raises `DataError` for a row whose right answer a reward cannot read."""
 
     def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
         """Tokenise the rows, with the tokenizer of the model that the stage's own will come from.
@@ -1213,6 +1216,15 @@ class Online(Policy):
     @property
     def row_form(self) -> Any:
         return self.own.prompts.model_dump()
+
+    def check_golds(self) -> None:
+        given = [dict(reward) for reward in self.own.rewards]
+        names = [reward.pop("name") for reward in given]
+        compares = [n in REWARDS and hasattr(REWARDS[n].build, "unreadable") for n in names]
+        rewards = [make_reward(n, **r) for n, r, own in zip(names, given, compares, strict=True) if own]
+        for rows in self.rows() if rewards else ():
+            if rows is not None:
+                RewardSuite(rewards).check_golds((*rows.place(place), row) for place, row in rows)
 
     def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
         spec = self.own.prompts

@@ -161,6 +161,10 @@ class OnlineTrainer(PreferenceTrainer):
             eval_dataset = {name: self._prompts(data, name) for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prompts(eval_dataset, "eval")
+        if self.rewards is not None:
+            held_out = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+            for data in (prompts, *(data for data in held_out if data is not None)):
+                self.rewards.check_golds((data.name, item.row, item.raw) for item in data)
         set_lengths(args, len(prompts))
         super().__init__(
             model,
