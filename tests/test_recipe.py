@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import RecipeError
 from tokengrain.method import METHODS
+from tokengrain.methods.grpo import grpo_loss
+from tokengrain.recipe.check import FOREIGN
 from tokengrain.recipe.reading import find_recipe, merge, parse_override, parse_yaml, read_file, resolve
 from tokengrain.recipe.schema import dump_recipe
 from tokengrain.run.build import open_rows
@@ -17,6 +21,7 @@ from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.stages import resolve_stages
 from tokengrain.runs import TRAINED
 from tokengrain.specs import DataSpec
+from tokengrain.training.config import OnlineConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
@@ -493,3 +498,19 @@ def test_rows_of_several_files(tmp_path: Path) -> None:
         rows, _ = open_rows(DataSpec(train=train, eval_fraction=0), seed=0)
         assert len(list(rows)) == count
         assert DataSpec(train=train).stage is None
+
+
+def test_names_that_other_libraries_have() -> None:
+    """One table: each name gets its hint, and what it leads to is there."""
+    for name, target in FOREIGN.items():
+        with pytest.raises(RecipeError) as error:
+            load_recipe("grpo", overrides=[f"stages.train.training.{name}=1"])
+        assert f"stages.train.training.{name}: unknown key" in str(error.value)
+        assert str(error.value).endswith(f"is here: {target}")
+        place, _, key = target.partition(".")
+        there = {
+            "training": OnlineConfig.__dataclass_fields__,
+            "objective": {"name", *signature(grpo_loss).parameters},
+            "data": TokenizeConfig.__dataclass_fields__,
+        }
+        assert place not in there or key in there[place], target

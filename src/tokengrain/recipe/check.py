@@ -235,9 +235,37 @@ def _number_hint(value: Any, number: bool) -> str:
         return ""
 
 
+# What TRL, verl and OpenRLHF call settings that have another name or place here.
+FOREIGN = {
+    **dict.fromkeys(("num_iterations", "ppo_epochs", "num_ppo_epochs"), "training.rollout_epochs"),
+    **dict.fromkeys(("steps_per_generation", "num_mini_batches", "ppo_mini_batch_size"), "training.minibatches"),
+    **dict.fromkeys(("max_completion_length", "max_response_length", "response_length"), "training.max_new_tokens"),
+    **dict.fromkeys(
+        ("generation_batch_size", "train_batch_size", "rollout_batch_size"), "training.prompts_per_rollout"
+    ),
+    **dict.fromkeys(("n_samples_per_prompt", "rollout_n", "group_size"), "training.num_generations"),
+    **dict.fromkeys(("stop_strings", "stop_sequences"), "training.stop"),
+    **dict.fromkeys(("beta", "kl_loss_coef", "kl_coef", "init_kl_coef"), "objective.beta"),
+    **dict.fromkeys(("epsilon", "clip_ratio", "cliprange"), "objective.epsilon"),
+    **dict.fromkeys(("epsilon_high", "clip_ratio_high"), "objective.epsilon_high"),
+    "log_completions": "training.rollout_samples",
+    "loss_type": "objective.name",
+    "scale_rewards": "credit: [{name: group, scale: ...}]",
+    "mask_truncated_completions": "credit: [..., mask_truncated]",
+    "reward_weights": "rewards: [{name: ..., weight: ...}]",
+    "reward_funcs": "rewards: [...]",
+    "max_prompt_length": "data.max_prompt_length",
+    **dict.fromkeys(("use_vllm", "vllm_mode"), "sampler: {name: server, url: ...}"),
+    "repetition_penalty": "not supported: samples would not be the policy's own",
+    "sync_ref_model": "not supported: the reference stays as it is",
+}
+
+
 def _unknown_key(where: str, name: str, legal: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
     """`elsewhere`: keys of other places, with their path."""
     path, legal = f"{where}.{name}" if where else str(name), sorted(legal)
+    if name in FOREIGN:
+        return f"{path}: unknown key; the {name} of other libraries is here: {FOREIGN[name]}"
     if elsewhere and not get_close_matches(name, legal, n=1, cutoff=0.5):
         near = get_close_matches(name, list(elsewhere), n=1, cutoff=0.6)
         if near:

@@ -69,7 +69,7 @@ class RewardModel:
         reward_tokenizer: Any = None,
         chat: bool = False,
         pooling: Pooling | None = None,
-        scaling: Literal["zscore", "centre", "none"] = "none",
+        scaling: Scaling = "none",
         max_tokens: Count = 8192,
     ) -> None:
         self.model, self.chat, self.scaling, self.max_tokens = model, chat, scaling, max_tokens
