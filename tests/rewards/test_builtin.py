@@ -1,6 +1,5 @@
 """Rewards that come with the library, and their settings."""
 
-import copy
 import gzip
 import importlib.util
 import json
@@ -137,7 +136,22 @@ def test_a_process_that_hangs_is_ended_and_replaced():
     while not workers._free.empty():
         workers._free.get().kill()
     assert workers.map([["b", 0, False, "abc"]], 5) == [True]
-    assert copy.deepcopy(workers).task == "matches"
+    process = workers._free.get()
+    (child,) = children(process.pid)
+    del workers
+    process.stdin.close()  # as it does when nothing holds the processes any more
+    process.wait(5)
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists():
+            break
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+
+
+def children(pid):
+    if not Path("/proc").is_dir():
+        pytest.skip("no /proc to look for processes in")
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_format():

@@ -306,10 +306,11 @@ def matches(pattern: str, flags: int, whole: bool, text: str) -> bool:
 TASKS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (math_equal, readable, matches)}
 
 
-def work(link: Any, task: str) -> None:
-    """Answer the requests that come over the link. A first one without arguments loads what the task needs."""
+def work(link: Any, task: str, other: Any) -> None:
+    """Answer the requests that come over the link, once what the task needs is loaded. `other` is its other end."""
     if task != "matches":
         _parsed("$1$")
+    other.close()  # else it would never see that the process which it is a copy of has ended
     link.send(None)
     while True:
         try:
@@ -333,7 +334,7 @@ def main(task: str) -> None:
         arguments, seconds = json.loads(line)
         if process is None:
             link, other = context.Pipe()
-            process = context.Process(target=work, args=(other, task), daemon=True)
+            process = context.Process(target=work, args=(other, task, link), daemon=True)
             process.start()
             other.close()
             link.recv()  # it is ready: starting does not count

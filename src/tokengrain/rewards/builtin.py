@@ -66,9 +66,11 @@ class Workers:
             return list(pool.map(lambda call: self._one(call, seconds), calls))
 
     def _one(self, call: Sequence[Any], seconds: float) -> Any:
-        try:
-            process = self._free.get_nowait()
-        except queue.Empty:
+        process = None
+        with suppress(queue.Empty):
+            while process is None or process.poll() is not None:
+                process = self._free.get_nowait()
+        if process is None or process.poll() is not None:
             # -P keeps this folder off the path, where a file might have the name of a library.
             command, pipe = [sys.executable, "-P", answers.__file__, self.task], subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
@@ -91,8 +93,8 @@ class Workers:
 
     def __del__(self) -> None:
         with suppress(Exception):  # the interpreter may be going down
-            while True:
-                self._free.get_nowait().kill()
+            while (pipe := self._free.get_nowait().stdin) is not None:
+                pipe.close()  # it ends, and its copy with it
 
     def __deepcopy__(self, memo: Any) -> Workers:
         return Workers(self.task)
