@@ -191,10 +191,12 @@ def test_the_trainer_from_python(tmp_path: Path) -> None:
     """The lines that the README shows."""
     import tokengrain
     from tests.test_stages import write_rows
-    from tokengrain.models import resolve_model
+    from tokengrain.models import load_model, load_tokenizer
+    from tokengrain.specs import ModelSpec
 
     tokengrain.train(recipe_file(tmp_path, stage_values={"train": DPO}), quiet=True, training__max_steps=1)
-    model, tokenizer = resolve_model(str(tmp_path / "run" / "train" / "model"))
+    path = str(tmp_path / "run" / "train" / "model")
+    model, tokenizer = load_model(ModelSpec(path=path), path), load_tokenizer(ModelSpec(path=path), path)
 
     pairs = tokengrain.prepare_pairs(str(write_rows(tmp_path / "pairs.jsonl")), tokenizer)
     args = tokengrain.PreferenceConfig(str(tmp_path / "out"), max_steps=2, use_cpu=True, disable_tqdm=True)

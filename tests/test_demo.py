@@ -48,7 +48,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     screen = Console(file=io.StringIO(), width=80)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path / "demo", samples=2, console=screen)
-    assert "goes on from there" in " ".join(screen.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "resumes from there" in " ".join(screen.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Running groups of claims over seeds: every finished run is a line in a log, and the next call goes on from there."""
+"""Running groups of claims over seeds: every finished run is a line in a log, and the next call resumes from there."""
 
 from __future__ import annotations
 

@@ -74,25 +74,6 @@ ADAPTER = "adapter_config.json"
 _CONTENT = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt")
 
 
-def locate(spec: ModelSpec, run_dir: Path) -> str:
-    """The folder or hub name that `spec` stands for.
-
-    `@stage` is that stage's model in `run_dir`; a world's base model is trained now if it is not cached yet.
-
-    Raises:
-        ModelError: the spec is a model that has yet to be built from scratch.
-    """
-    if spec.stage is not None:
-        return str(run_dir.resolve() / spec.stage / "model")
-    if spec.is_world:
-        from tokengrain.worlds import load_world
-
-        return str(load_world(str(spec.path)).base_model())
-    missing = "the model is built from scratch by the run's init stage and does not exist yet"
-    require(spec.path is not None, ModelError, missing)
-    return os.path.expanduser(str(spec.path))
-
-
 def is_adapter(path: str) -> bool:
     """Whether `path` is a folder with a PEFT adapter instead of a whole model."""
     return (Path(path) / ADAPTER).is_file()
@@ -286,17 +267,6 @@ def _damaged(path: str) -> str:
         except Exception:
             return f"{file.name} is damaged or incomplete: "
     return ""
-
-
-def resolve_model(spec: ModelSpec | str, run_dir: str | Path = ".") -> tuple[torch.nn.Module, Any]:
-    """`(model, tokenizer)` of a spec that exists: a path, hub name, world:// or, in a run folder, @stage.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be loaded.
-    """
-    spec = ModelSpec.model_validate(spec)
-    path = locate(spec, Path(run_dir))
-    return load_model(spec, path), load_tokenizer(spec, path)
 
 
 def load_config(spec: ModelSpec, path: str) -> Any:

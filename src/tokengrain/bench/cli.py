@@ -82,7 +82,7 @@ def credit(
     """Is the credit right? Compare credit sources with the truth, or see whether they find corrupted tokens.
 
     In a world: token credit against the truth, over seeds. A seed takes one or two minutes of one core; finished
-    parts are kept, and the same command goes on from there. In stories the truth is the exact soft advantage of every
+    parts are kept, and the same command resumes from there. In stories the truth is the exact soft advantage of every
     token. In arithmetic and revision it is the first wrong token of sampled chains, and credit of the online methods is
     compared too (outcome, thr, rto, gae, ...); in revision also which tokens of a reference answer depend on the
     reasoning (r3).

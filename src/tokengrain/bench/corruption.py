@@ -276,7 +276,7 @@ def _interval(values: Tensor, seed: int) -> dict[str, Any]:
 
 BASELINES = ("random", "surprise")
 OF_THE_START = ("surprise", "entropy", "contrastive")
-"""Sources that ask the starting model, unless told otherwise."""
+"""Sources that ask the starting model, unless a model is given."""
 FROM_ROWS = ("column", "spans")
 """Sources that repeat what stands in the rows."""
 SHOWN = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from tokengrain import models
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.rows import Rows, load_rows, split_rows, with_columns
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
-from tokengrain.errors import RecipeError, fingerprint, require
+from tokengrain.errors import ModelError, RecipeError, fingerprint, require
 from tokengrain.method import CREDIT, ROLLOUT_CREDIT, CreditKind
 from tokengrain.recipe.schema import Recipe
 from tokengrain.rewards.reward_model import load_completion_model
@@ -126,6 +127,23 @@ class CreditSpec:
 # ---- All of it, loaded once ----
 
 
+def locate(spec: ModelSpec, run_dir: Path) -> str:
+    """The folder or hub name that `spec` stands for.
+
+    `@stage` is that stage's model in `run_dir`; a world's base model is trained now if it is not cached yet.
+
+    Raises:
+        ModelError: the spec is a model that has yet to be built from scratch.
+    """
+    if spec.stage is not None:
+        return str(run_dir.resolve() / spec.stage / "model")
+    if spec.is_world:
+        return str(load_world(str(spec.path)).base_model())
+    missing = "the model is built from scratch by the run's init stage and does not exist yet"
+    require(spec.path is not None, ModelError, missing)
+    return os.path.expanduser(str(spec.path))
+
+
 @dataclass
 class RunModels:
     """What the stages of one run share: process state, and the data and models that were loaded already.
@@ -148,7 +166,7 @@ class RunModels:
         return Path(self.recipe.output_dir)
 
     def path(self, spec: ModelSpec) -> str:
-        return models.locate(spec, self.run_dir)
+        return locate(spec, self.run_dir)
 
     def tokenizer(self, spec: ModelSpec, *, own_template: bool = False) -> Any:
         """A model's tokenizer, with the recipe's chat template if it has one.

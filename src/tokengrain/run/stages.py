@@ -57,7 +57,7 @@ from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rewards.suite import RewardFunction, RewardSuite
 from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding
 from tokengrain.run import show
-from tokengrain.run.build import CreditSpec, RunModels, data_fingerprint, open_rows, tokenize_config
+from tokengrain.run.build import CreditSpec, RunModels, data_fingerprint, locate, open_rows, tokenize_config
 from tokengrain.runs import EQUAL, FORMAT
 from tokengrain.scoring.model import lift_positions
 from tokengrain.scoring.prepare import unwrapped
@@ -284,7 +284,7 @@ def model_content(spec: ModelSpec, run_dir: Path, above: Mapping[str, str]) -> d
     if spec.is_world:  # its base model need not be there yet
         return {**values, "content": load_world(str(spec.path)).fingerprint}
     if spec.path is not None:
-        return {**values, "content": models.model_fingerprint(models.locate(spec, run_dir))}
+        return {**values, "content": models.model_fingerprint(locate(spec, run_dir))}
     if isinstance(spec.tokenizer, str):
         values["tokenizer"] = models.model_fingerprint(spec.tokenizer)
     return values

@@ -208,7 +208,7 @@ class Chain:
 def write_chain(
     problem: Problem, rng: random.Random, beliefs: dict[tuple[str, int, int], Misconception] | None = None
 ) -> Chain:
-    """A chain for a problem; it goes on from its own totals, right or wrong.
+    """A chain for a problem; each step continues from the total before it, right or wrong.
 
     Args:
         beliefs: misconceptions by fact (None: those of the base model; empty: only slips).
