@@ -31,6 +31,9 @@ CARD = Card(
     credit="log-ratio of a DPO- or SimPO-trained guide",
 )
 
+WRONG_WAY = """tgdpo: some token weights are not positive (the log has weights/min), so these tokens are pushed the \
+wrong way; lower alpha, set weight_clamp_min, or scale the token rewards"""
+
 
 @credit("guide", values="signed")
 def guide(batch: TokenBatch, *, model: Any, reference: Any, beta: Positive = 0.1) -> Tensor:
@@ -82,9 +85,5 @@ def tgdpo_loss(
     metrics["weighted/margins"] = margin.detach()
     metrics["loss/base"] = margin_loss(pair_difference(rewards, segments))
     if bool((metrics["weights/nonpositive"] > 0).any()):
-        warnings.warn(  # always the same words: Python shows each text once
-            "tgdpo: some token weights are not positive (the log has weights/min), so these tokens are pushed the "
-            "wrong way; lower alpha, set weight_clamp_min, or scale the token rewards",
-            stacklevel=2,
-        )
+        warnings.warn(WRONG_WAY, stacklevel=2)
     return LossOutput(margin_loss(margin), metrics)
