@@ -135,12 +135,12 @@ def test_errors_are_messages(
 def test_ctrl_c_is_status_130(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokengrain.run import stages
+    from tokengrain.run import trained
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.Train, "run", stop)
+    monkeypatch.setattr(trained.Train, "run", stop)
     status, out, err = call(capsys, "train", str(recipe_file(tmp_path)))
     assert status == 130
     assert "to continue: tokengrain train" in out

@@ -9,8 +9,7 @@ import pytest
 
 from tokengrain import tables
 from tokengrain.method import METHODS, OBJECTIVES, ROLLOUT_CREDIT, Card
-from tokengrain.run.load import load_recipe
-from tokengrain.run.stages import resolve_stages
+from tokengrain.run.load import load_recipe, resolve_stages
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,8 +17,7 @@ from tokengrain.recipe.check import FOREIGN
 from tokengrain.recipe.reading import find_recipe, merge, parse_override, parse_yaml, read_file, resolve
 from tokengrain.recipe.schema import dump_recipe
 from tokengrain.run.build import open_rows
-from tokengrain.run.load import load_recipe, make_recipe
-from tokengrain.run.stages import resolve_stages
+from tokengrain.run.load import load_recipe, make_recipe, resolve_stages
 from tokengrain.runs import TRAINED
 from tokengrain.specs import DataSpec
 from tokengrain.training.config import OnlineConfig

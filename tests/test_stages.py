@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
 from tokengrain.report.html import write_report
-from tokengrain.run import show, stages
+from tokengrain.run import show, trained
 from tokengrain.run.folder import make_plan
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import RunResult, evaluate_run, run_recipe
@@ -348,7 +348,7 @@ def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stages.Train, "run", full)
+    monkeypatch.setattr(trained.Train, "run", full)
     with pytest.raises(RunError, match=r"no space left on the disk.*what was finished is kept.*tokengrain train"):
         run(values(tmp_path))
     assert [s.status for s in read_run(tmp_path / "run").stages] == ["done", "failed"]

@@ -29,8 +29,7 @@ from tokengrain.method import CREDIT, make_credit
 from tokengrain.models import load_config
 from tokengrain.report.rows import collect_credit_samples
 from tokengrain.run.build import CreditSpec, RunModels, open_rows, tokenize_config
-from tokengrain.run.load import load_recipe, make_recipe
-from tokengrain.run.stages import resolve_stages
+from tokengrain.run.load import load_recipe, make_recipe, resolve_stages
 from tokengrain.runs import is_run, read_run
 from tokengrain.scoring.model import evaluating, positions_of
 from tokengrain.scoring.score import distribution_of

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from tokengrain.errors import RunError, TokengrainError, fingerprint, require, shown, write_json, write_text
 from tokengrain.recipe.schema import INIT, Recipe, dump_recipe
-from tokengrain.run.stages import Stage, resolve_stages
+from tokengrain.run.load import resolve_stages
+from tokengrain.run.stages import Stage
 from tokengrain.runs import FORMAT, TRAINED, Run, StageRecord, Status, is_run, read_run, read_stage, resume_command
 
 # ---- The plan ----

@@ -1,4 +1,4 @@
-"""From a file to a recipe that was checked in full."""
+"""From a file to a recipe that was checked in full, and to its stages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,66 @@ from typing import Any
 
 import pydantic
 
-from tokengrain.recipe.check import explain
+from tokengrain.recipe import schema
+from tokengrain.recipe.check import Mistakes, check_shared, explain
 from tokengrain.recipe.reading import find_recipe, parse_override, read_file, resolve
-from tokengrain.recipe.schema import Recipe
-from tokengrain.run.stages import StageDataError, check_recipe
+from tokengrain.recipe.schema import INIT, Recipe
+from tokengrain.run.stages import Annotate, Init, Stage
+from tokengrain.run.trained import Online, Reward, Sft, Train
+
+KINDS: dict[str, type[Stage]] = {kind.kind: kind for kind in (Init, Sft, Train, Reward, Online, Annotate)}
+
+
+class StageDataError(Exception):
+    """A stage's `data:` that does not fit; `error` names keys below `stages.<stage>.data`."""
+
+    def __init__(self, stage: str, error: pydantic.ValidationError) -> None:
+        super().__init__(f"stages.{stage}.data: {error}")
+        self.stage, self.error = stage, error
+
+
+def resolve_stages(recipe: Recipe) -> list[Stage]:
+    """The stages in order, each with everything it inherits; `init` first if the model is built from scratch.
+
+    A stage starts from its own `model`, else from the last sft stage before it, else from the recipe's model.
+    `data` and `training` of a stage are laid over the recipe's, key by key.
+    """
+    above: dict[str, Stage] = {}
+    model = recipe.model
+    if model.config is not None:
+        above[INIT] = Init(INIT, recipe, None, model, recipe.data)
+        model = model.at("@" + INIT)
+    for name, own in recipe.stages.items():
+        try:
+            data = schema.stage_data(recipe.data, own.data)
+        except pydantic.ValidationError as error:
+            raise StageDataError(name, error) from None
+        above[name] = KINDS[own.kind](name, recipe, own, own.model or model, data, dict(above))
+        if own.kind == "sft":
+            model = model.at("@" + name)
+    return list(above.values())
+
+
+def check_recipe(recipe: Recipe) -> Mistakes:
+    """Every mistake that the types did not catch: a dry build of all stages."""
+    found, stages = Mistakes(), resolve_stages(recipe)
+    check_shared(recipe, found)
+    for stage in stages:
+        stage.check(found)
+    if found.lines:
+        return found
+    # What is legal key by key may still not go together. What all stages inherit is complained about once.
+    places: dict[tuple[str, str], list[str]] = {}
+    for stage in stages:
+        for block, build in stage.blocks().items():
+            refused = Mistakes()
+            with refused.at(block):
+                build()
+            for line in refused.lines:
+                places.setdefault((block, line), []).append(stage.name)
+    for (_, line), names in places.items():
+        found.lines.append(f"stages.{names[0]}.{line}" if len(names) == 1 else line)
+    return found
 
 
 def load_recipe(

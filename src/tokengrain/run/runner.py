@@ -18,7 +18,7 @@ from tokengrain.run import show
 from tokengrain.run.build import RunModels
 from tokengrain.run.folder import RunFolder, StagePlan, make_plan
 from tokengrain.run.load import load_recipe
-from tokengrain.run.stages import Trained
+from tokengrain.run.trained import Trained
 from tokengrain.runs import read_run, resume_command
 from tokengrain.screen import Screen
 
