@@ -23,6 +23,7 @@ from tokengrain.specs import DataSpec
 from tokengrain.training.config import OnlineConfig
 
 ROOT = Path(__file__).parent.parent
+WORLD = "world://stories"
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 EXAMPLES = sorted(p for p in ROOT.glob("examples/*/*.yaml") if p.stem != "base")
 
@@ -147,7 +148,7 @@ def test_on_world_counts_only_while_the_model_is_a_world(tmp_path: Path) -> None
     assert off.stages["guide"].objective == {"name": "dpo", "beta": 0.3}
     assert load_recipe(path, overrides=["model=some/model"]).training == {"learning_rate": 1e-4}
     assert load_recipe(path, overrides=["training.max_steps=9"]).training["max_steps"] == 9
-    assert load_recipe(path, data="other.jsonl").training["max_steps"] == 5
+    assert load_recipe(path, data=f"{WORLD}?regime=noisy").training["max_steps"] == 5
 
 
 def test_extends_merges_and_places_stages(tmp_path: Path) -> None:
@@ -320,6 +321,28 @@ def test_bad_extends(tmp_path: Path) -> None:
     assert "extended by" in error_of(tmp_path, values={**BASE, "extends": "nothing.yaml"})
     assert "extends itself" in error_of(tmp_path, values={**BASE, "extends": "recipe.yaml"})
     assert "expected a file name or a list" in error_of(tmp_path, values={**BASE, "extends": 3})
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.learning_rate=.nan", "training.learning_rate: got nan; expected a finite number"),
+        ("training.max_grad_norm=.inf", "training.max_grad_norm: got inf; expected a finite number"),
+        ("stages.guide.objective.beta=1e999", "stages.guide.objective.beta: got inf; expected a finite number"),
+        ("stages.checkpoint-1={kind: sft}", "stages.checkpoint-1: the name is that of a checkpoint"),
+    ],
+)
+def test_numbers_and_names_that_mean_nothing(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in error_of(tmp_path, override)
+
+
+@pytest.mark.parametrize("own", [{"model": "my/model"}, {"data": "pairs.jsonl"}, {"model": "my/model", "data": WORLD}])
+def test_a_toy_is_not_left_beside_ones_own(tmp_path: Path, own: dict[str, str]) -> None:
+    path = write(tmp_path, {**BASE, "model": WORLD, "data": WORLD})
+    with pytest.raises(RecipeError, match=r"the model is .*, the rows are .*; give --model and --data together"):
+        load_recipe(path, **own)
+    assert load_recipe(path, model="my/model", data="pairs.jsonl").model.path == "my/model"
+    assert load_recipe(path, model=f"{WORLD}?regime=noisy").model.is_world
 
 
 @pytest.mark.parametrize("text", ["training", "=3", "training.=3"])

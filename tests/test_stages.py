@@ -8,15 +8,19 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from tokengrain.cli import main
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
 from tokengrain.report.html import write_report
 from tokengrain.run import show, trained
@@ -506,3 +510,114 @@ def test_adapter_off_is_the_reference_whatever_the_rows_bring(tmp_path: Path) ->
         assert evaluate_run(folder / "run")["held_out"]["rewards/margins"] == pytest.approx(after, abs=1e-5)
     assert abs(margins["columns"]) > 1
     assert margins["adapter_off"] == pytest.approx(0.0, abs=1e-6)
+
+
+# ---- Run folders are not trusted, and belong to one process at a time ----
+
+
+def edited_run(folder: Path, **changes: Any) -> None:
+    path = folder / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["{other}", "../other", "guide/../../other", "", 3, None, "checkpoint-2", "a\n"])
+def test_a_stage_of_a_run_folder_has_a_plain_name(copied: Path, name: Any) -> None:
+    victim = copied / "other"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    shutil.copy(copied / "run" / "guide" / "stage.json", victim)
+    listed = name.format(other=victim) if isinstance(name, str) else name
+    edited_run(copied, status="interrupted", stages=[{"name": listed, "kind": "train", "fingerprint": "x"}])
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match=r"run\.json is damaged: a stage is called .*; expected letters"):
+            run(values(copied, changed_stage("train", beta=0.7)), overwrite=overwrite)
+    assert (victim / "thesis.tex").read_text() == "years of work"
+
+
+def test_nothing_is_written_or_removed_behind_a_link(copied: Path) -> None:
+    victim = copied / "other"
+    shutil.move(copied / "run" / "train", victim)
+    (copied / "run" / "train").symlink_to(victim)
+    before = sorted(p.name for p in victim.iterdir())
+    with pytest.raises(RunError, match=r"run/train links to .*other, outside the run folder; remove it"):
+        run(values(copied, changed_stage("train", beta=0.7)), overwrite=True)
+    assert sorted(p.name for p in victim.iterdir()) == before
+
+
+def test_a_run_folder_may_itself_be_a_link(copied: Path) -> None:
+    shutil.move(copied / "run", copied / "elsewhere")
+    (copied / "run").symlink_to(copied / "elsewhere")
+    assert run(values(copied, changed_stage("train", beta=0.7)), overwrite=True).reused == [
+        "init",
+        "sft",
+        "guide",
+        "credit",
+    ]
+
+
+def test_a_folder_in_use_is_refused_and_one_of_a_dead_process_is_not(copied: Path) -> None:
+    holder = (
+        "import sys, time; from pathlib import Path; from tokengrain.run.folder import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, copied / "run"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match=rf"run is in use by process {process.pid} on .*, since 20"):
+            run(values(copied, TGDPO))
+        run(values(copied, TGDPO), dry_run=True)
+        process.kill()
+    assert (copied / "run" / ".lock").exists()
+    assert len(run(values(copied, TGDPO)).reused) == 5
+    assert not (copied / "run" / ".lock").exists()
+
+
+LOSS = """
+from pathlib import Path
+
+Path(__file__).with_name("ran").touch()
+
+def loss(logps, segments):
+    from tokengrain.methods.dpo import sft_loss
+
+    return sft_loss(logps, segments)
+"""
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench", "inspect"])
+def test_code_that_a_run_folder_names_is_not_run(
+    copied: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    code = copied / "run" / "evil.py"
+    code.write_text(LOSS)
+    path = copied / "run" / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    named = f"{code}:loss"
+    if command == "inspect":
+        recipe["data"]["spans"] = named
+    else:
+        recipe["stages"]["train"]["objective"] = {"name": named}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    arguments = {
+        "evaluate": ["evaluate", str(copied / "run")],
+        "bench": ["bench", "credit", "--data", str(copied / "rows.jsonl"), "--source", str(copied / "run")],
+        "inspect": ["inspect", str(copied / "run"), "--column", "spans"],
+    }[command]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    message = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 2
+    assert f"{path} names '{named}', code that would run now; read it, then say --trust-run-code" in message
+    assert not (copied / "run" / "ran").exists()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--trust-run-code"])
+    assert (copied / "run" / "ran").exists()
+
+
+def test_a_models_own_code_is_not_run_either(copied: Path) -> None:
+    path = copied / "run" / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["stages"]["guide"]["model"] = {"path": "@sft", "trust_remote_code": True}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    with pytest.raises(RunError, match=r"names trust_remote_code \(recipe\.stages\.guide\.model\)"):
+        evaluate_run(copied / "run")

@@ -40,6 +40,9 @@ OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="Run fo
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace results of other settings that are in the run folder.")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-run-code", help="Run Python code that the run folder's recipe names. Read it first.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, show the plan, and stop.")]
 
 
@@ -132,6 +135,7 @@ def evaluate(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    trust_run_code: TrustOption = False,
 ) -> None:
     """Evaluate a finished run: held-out rows (after online training with pass@k, if there are several samples), and
     in a world the true reward, KL and frontier share, or accuracy, pass@k and maj@k.
@@ -146,7 +150,7 @@ def evaluate(
     """
     from tokengrain.run.runner import evaluate_run
 
-    found = evaluate_run(run, data=data, samples=samples, console=Screen(stderr=True))
+    found = evaluate_run(run, data=data, samples=samples, console=Screen(stderr=True), trust_run_code=trust_run_code)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -210,6 +214,7 @@ def inspect(
     spans: Annotated[
         str | None, typer.Option("--spans", help="Show the spans, marked anew: diff, tags, column or a function.")
     ] = None,
+    trust_run_code: TrustOption = False,
 ) -> None:
     """Show which tokens got credit, as coloured text.
 
@@ -224,12 +229,14 @@ def inspect(
         tokengrain inspect runs/grpo --column ratio
     """
     from tokengrain.report.terminal import inspect_rows
+    from tokengrain.settings import trust_run_code as trusting
 
     if not source.exists():
         raise RunError(f"{source}: there is no such file or run folder")
     if spans is not None and column not in (None, "spans"):
         raise typer.BadParameter(f"--spans shows the column spans; drop --column {column} or --spans")
-    inspect_rows(source, rows=row, count=count, field=column, tokenizer=tokenizer, spans=spans)
+    with trusting(trust_run_code):
+        inspect_rows(source, rows=row, count=count, field=column, tokenizer=tokenizer, spans=spans)
 
 
 def rank(

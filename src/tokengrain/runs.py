@@ -29,7 +29,8 @@ FORMAT = 1
 TRAINED = ("sft", "train", "reward", "online")
 """Kinds of stages that make a trained model."""
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""Names of the folders of checkpoints."""
 
 Status = Literal["running", "interrupted", "failed", "done"]
 
@@ -106,6 +107,23 @@ class Run:
     @property
     def status(self) -> Status:
         return self.info["status"]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all stages; they become folders that are written and removed, so only plain ones are allowed.
+
+        Raises:
+            RunError: `run.json` lists something else.
+        """
+        listed = self.info.get("stages", [])
+        names: list[str] = []
+        for stage in listed if isinstance(listed, list) else [listed]:
+            name = stage.get("name") if isinstance(stage, dict) else stage
+            if not isinstance(name, str) or not re.fullmatch(NAME, name) or CHECKPOINT.fullmatch(name):
+                what = f"a stage is called {shown(name)}; expected letters, digits, - and _"
+                raise RunError(f"{self.path / 'run.json'} is damaged: {what}")
+            names.append(name)
+        return names
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -190,20 +208,19 @@ def read_run(path: str | Path) -> Run:
         raise RunError(f"{recipe_file} is damaged: got {shown(recipe)}; expected a recipe")
     if "status" not in info:
         raise RunError(f"{path / 'run.json'} was not written by `tokengrain train`: it has no status")
-    names = [stage["name"] for stage in info.get("stages", [])]
-    records = [record for name in names if (record := read_stage(path / name)) is not None]
-    return Run(path=path, info=info, recipe=recipe or {}, stages=records)
+    run = Run(path=path, info=info, recipe=recipe or {}, stages=[])
+    run.stages += [record for name in run.names if (record := read_stage(path / name)) is not None]
+    return run
 
 
 def unfinished_message(run: Run) -> str:
     """What a run that is not finished has, and how to continue it."""
     done = [s.name for s in run.stages if s.status == "done"]
     started = [s for s in run.stages if s.status != "done"]
-    names = [stage["name"] for stage in run.info.get("stages", [])]
     parts = [f"{run.path} is not finished (status: {run.status})"]
-    parts.append(f"finished stages: {', '.join(done) if done else 'none'} of {', '.join(names)}")
+    parts.append(f"finished stages: {', '.join(done) if done else 'none'} of {', '.join(run.names)}")
     for stage in started:
-        found = [_CHECKPOINT.fullmatch(p.name) for p in stage.path.glob("checkpoint-*") if p.is_dir()]
+        found = [CHECKPOINT.fullmatch(p.name) for p in stage.path.glob("checkpoint-*") if p.is_dir()]
         steps = [int(match[1]) for match in found if match]
         kept = f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
         parts.append(f"stage {stage.name!r} is {stage.status} ({kept})")

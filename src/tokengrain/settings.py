@@ -14,14 +14,16 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from torch import Tensor
 
-from tokengrain.errors import RecipeError, shown
+from tokengrain.errors import RecipeError, RunError, shown
 
 
 def _not_bool(value: Any) -> Any:
@@ -69,7 +71,7 @@ def load_named(name: str, known: Mapping[str, str], what: str) -> Callable[..., 
         RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
     """
     if name in known:
-        return load_callable(known[name])
+        return _loaded(known[name])
     if ":" in name:
         return load_callable(name)
     raise RecipeError(f"unknown {what} {name!r}{nearest(name, known)}")
@@ -148,13 +150,52 @@ def validate_settings(
     return settings
 
 
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+_named_by: ContextVar[Path | None] = ContextVar("named_by", default=None)
+
+
+@contextmanager
+def trust_run_code(trusted: bool) -> Iterator[None]:
+    """Whether code that run folders name may run within; without this it may not."""
+    token = _trusted.set(trusted)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+@contextmanager
+def code_named_by(file: Path) -> Iterator[None]:
+    """What is loaded within is named by `file`, which may be another's: only trusted code runs."""
+    token = _named_by.set(file)
+    try:
+        yield
+    finally:
+        _named_by.reset(token)
+
+
+def check_trusted(what: str) -> None:
+    """Raises `RunError` if `what`, code that is about to run, is named by a file that is not trusted."""
+    if _named_by.get() is not None and not _trusted.get():
+        raise RunError(
+            f"{_named_by.get()} names {what}, code that would run now; read it, then say --trust-run-code (from "
+            "Python: trust_run_code=True)"
+        )
+
+
 def load_callable(reference: str) -> Callable[..., Any]:
     """The callable that `"package.module:function"` or `"path/to/file.py:function"` names.
 
     Raises:
         RecipeError: the string is not of that form, the file or module does not exist, or it has no such
             callable. An error raised by the module's own code is passed on as it is.
+        RunError: see `check_trusted`.
     """
+    check_trusted(repr(reference))
+    return _loaded(reference)
+
+
+def _loaded(reference: str) -> Callable[..., Any]:
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
         raise RecipeError(f"{reference!r} is not of the form 'module:function' or 'path.py:function'")

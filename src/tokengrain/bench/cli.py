@@ -78,6 +78,9 @@ def credit(
         Path | None, typer.Option("--output", "-o", help="Folder (default: runs/bench/credit or .../corruption).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_run_code: Annotated[
+        bool, typer.Option("--trust-run-code", help="Run Python code that a run folder's recipe names. Read it first.")
+    ] = False,
 ) -> None:
     """Is the credit right? Compare credit sources with the truth, or see whether they find corrupted tokens.
 
@@ -111,21 +114,23 @@ def credit(
     progress = Screen(stderr=True, quiet=as_json)
     if data is not None:
         from tokengrain.bench.corruption import bench_corruption
+        from tokengrain.settings import trust_run_code as trusting
 
         _refuse(context, OF_WORLDS, "of no use with --data, which asks for the corruption test")
         folder = output or Path("runs/bench/corruption")
-        result = bench_corruption(
-            model,
-            data,
-            sources=source or (),
-            credit=own or (),
-            how=how or ("random",),
-            tokens=tokens,
-            rows=rows,
-            seed=seed,
-            output=folder,
-            console=progress,
-        )
+        with trusting(trust_run_code):
+            result = bench_corruption(
+                model,
+                data,
+                sources=source or (),
+                credit=own or (),
+                how=how or ("random",),
+                tokens=tokens,
+                rows=rows,
+                seed=seed,
+                output=folder,
+                console=progress,
+            )
     else:
         from tokengrain.bench.credit import bench_credit
 

@@ -34,6 +34,7 @@ from tokengrain.runs import is_run, read_run
 from tokengrain.scoring.model import evaluating, positions_of
 from tokengrain.scoring.score import distribution_of
 from tokengrain.screen import Screen
+from tokengrain.settings import code_named_by
 from tokengrain.specs import ModelSpec
 
 How = Literal["random", "unlikely", "swap"]
@@ -357,7 +358,8 @@ def bench_corruption(
 def _model_of_runs(sources: Sequence[str]) -> str:
     for text in sources:
         if is_run(text):
-            found = load_recipe(Path(text) / "recipe.yaml").model.path
+            with code_named_by(Path(text) / "recipe.yaml"):
+                found = load_recipe(Path(text) / "recipe.yaml").model.path
             if found is not None:
                 return found
     raise RecipeError("the corruption test needs a model: give one with --model, or a run folder as a source")
@@ -415,7 +417,11 @@ def _of_run(path: Path) -> tuple[str, Credit]:
 
     Credit that came with the run's own rows says nothing about others.
     """
+    with code_named_by(path / "recipe.yaml"):
+        return _named_by_run(path)
 
+
+def _named_by_run(path: Path) -> tuple[str, Credit]:
     run = read_run(path)
     recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
     stages = resolve_stages(recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from tokengrain import specs
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import RecipeError, shown
 from tokengrain.recipe import schema
+from tokengrain.runs import CHECKPOINT
 from tokengrain.settings import nearest
 from tokengrain.training.config import PreferenceConfig
 
@@ -66,10 +68,22 @@ SET_BY_RECIPE = {
 }
 
 
+def check_finite(values: Any, where: str = "") -> Iterator[str]:
+    """What is wrong with numbers: NaN and infinity are none that a recipe can mean."""
+    if isinstance(values, float) and not math.isfinite(values):
+        yield f"{where}: got {values}; expected a finite number"
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in entries:
+        yield from check_finite(value, f"{where}.{key}" if where else str(key))
+
+
 def check_shared(recipe: schema.Recipe, found: Mistakes) -> None:
     """Note what is wrong with what all stages share."""
     if schema.INIT in recipe.stages:
         found.add(f"stages.{schema.INIT}", "the name is taken by the stage that builds a model from scratch")
+    for name in recipe.stages:
+        if CHECKPOINT.fullmatch(name):
+            found.add(f"stages.{name}", "the name is that of a checkpoint; choose another")
     if recipe.model.stage is not None:
         found.add("model", f"{recipe.model.path!r} is a stage; the recipe's own model must exist before it")
     if recipe.data.stage is not None:

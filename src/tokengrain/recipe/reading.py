@@ -215,6 +215,8 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
         old = values.get("data")
         kept = {k: v for k, v in old.items() if k not in ("train", "eval")} if isinstance(old, dict) else {}
         values["data"] = {"train": data, **kept} if kept else data
+    if model is not None or data is not None:
+        _check_same_kind(values)
     # What decides whether `on_world` counts comes first; the rest once, on top of all: a list that `on_world` replaces
     # has its entries only then, and another name drops the settings of `on_world` too.
     early = ("model", "on_world")
@@ -226,6 +228,19 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
         if keys[0] not in early:
             set_path(values, keys, value)
     return values
+
+
+def _check_same_kind(values: Values) -> None:
+    """Where one of model and rows is given, a world's toy must not be left as the other."""
+    rows = values.get("data")
+    rows = rows.get("train") if isinstance(rows, dict) else rows
+    places = {"model": model_path(values.get("model")), "data": rows if isinstance(rows, str) else None}
+    toys = {name for name, place in places.items() if str(place).startswith(WORLD)}
+    if len(toys) == 1:
+        raise RecipeError(
+            f"the model is {places['model'] or 'a new one'}, the rows are {places['data']}: one of them is a toy, made "
+            "for trying methods, and the other is not; give --model and --data together"
+        )
 
 
 def _on_world(values: Values, data: str | None) -> Values:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from tokengrain.data.spans import SpanConfig
 from tokengrain.data.tokens import token_texts
 from tokengrain.errors import DataError, ModelError, RunError, read_json, require, shown
 from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.settings import code_named_by
 from tokengrain.worlds import is_world, load_world
 
 # Credit samples: a few pairs with the credit of each token, made for looking at.
@@ -284,7 +286,8 @@ def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer:
         settings[SPANS] = spans
     message = f"{path}: its recipe marks no spans (data.spans); give a source with --spans, such as diff"
     require(settings.get(SPANS), RunError, message)
-    return _from_file(settings["train"], rows, count, SPANS, tokenizer, settings)
+    with code_named_by(path / "recipe.yaml") if spans is None else nullcontext():
+        return _from_file(settings["train"], rows, count, SPANS, tokenizer, settings)
 
 
 def _near_tokenizer(path: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 import sys
 import time
@@ -15,9 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
-from tokengrain.errors import RunError, TokengrainError, fingerprint, require, shown, write_json, write_text
+from tokengrain.errors import RunError, TokengrainError, fingerprint, read_json, require, shown, write_json, write_text
 from tokengrain.recipe.schema import INIT, Recipe, dump_recipe
 from tokengrain.run.load import resolve_stages
 from tokengrain.run.stages import Stage
@@ -82,7 +84,8 @@ def _check_folder(recipe: Recipe, plans: list[StagePlan], overwrite: bool) -> No
     require(run_dir.is_dir(), RunError, f"output_dir {run_dir} is a file; choose a folder that does not exist yet")
     if not is_run(run_dir):
         what = "is not empty and not a run of tokengrain (no run.json)"
-        require(not any(run_dir.iterdir()), RunError, f"output_dir {run_dir} {what}; choose another with --output")
+        others = [path for path in run_dir.iterdir() if path.name not in (LOCK, OWNER)]
+        require(not others, RunError, f"output_dir {run_dir} {what}; choose another with --output")
         return
     if overwrite:
         return
@@ -114,6 +117,59 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if path.endswith("content"):
         return [f"{path.rpartition('.')[0]}: other content than there"]
     return [f"{path}: {shown(old)} there, {shown(new)} here"]
+
+
+# ---- Whose the folder is ----
+
+LOCK, OWNER = ".lock", ".owner.json"
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder, so that no second run writes into it. The lock of a process that died holds nobody.
+
+    Raises:
+        RunError: another process holds it; says which.
+    """
+    if run_dir.exists() and not run_dir.is_dir():  # the plan says what is wrong
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(run_dir / LOCK, timeout=0), run_dir / OWNER
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{run_dir} is in use{_owner(owner)}; wait for it, or choose another with --output") from None
+    try:
+        write_json(owner, {"pid": os.getpid(), "host": platform.node(), "since": _now()})
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        (run_dir / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # removes a folder in which nothing was done
+            run_dir.rmdir()
+
+
+def _owner(path: Path) -> str:
+    try:
+        found = read_json(path)
+        return f" by process {found['pid']} on {found['host']}, since {found['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just come, or is leaving
+        return ""
+
+
+def check_links(run_dir: Path) -> None:
+    """Nothing that is written or removed in the folder may lie outside it.
+
+    Raises:
+        RunError: naming a symbolic link that leads out of the folder.
+    """
+    root = run_dir.resolve()
+    for folder, folders, files in os.walk(run_dir):
+        for path in (Path(folder) / name for name in (*folders, *files)):
+            inside = not path.is_symlink() or path.resolve().is_relative_to(root)
+            require(inside, RunError, f"{path} links to {os.path.realpath(path)}, outside the run folder; remove it")
 
 
 # ---- The status files ----
@@ -149,6 +205,7 @@ class RunFolder:
         }
         if not self.writes:
             return
+        check_links(self.path)
         self._drop_others()
         write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
         self._save("running")

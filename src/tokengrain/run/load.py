@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from tokengrain.recipe import schema
-from tokengrain.recipe.check import Mistakes, check_shared, explain
+from tokengrain.recipe.check import Mistakes, check_finite, check_shared, explain
 from tokengrain.recipe.reading import find_recipe, parse_override, read_file, resolve
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run.stages import Annotate, Init, Stage
 from tokengrain.run.trained import Online, Reward, Sft, Train
+from tokengrain.settings import check_trusted
 
 KINDS: dict[str, type[Stage]] = {kind.kind: kind for kind in (Init, Sft, Train, Reward, Online, Annotate)}
 
@@ -93,11 +94,26 @@ def load_recipe(
     parsed = [parse_override(text) for text in overrides]
     if output is not None:
         parsed.append((["output_dir"], str(output)))
-    return make_recipe(resolve(read_file(path), model, data, parsed), source=str(path))
+    recipe = make_recipe(resolve(read_file(path), model, data, parsed), source=str(path))
+    for place in _remote_code(recipe.model_dump()):
+        check_trusted(f"trust_remote_code ({place})")
+    return recipe
+
+
+def _remote_code(values: Any, place: str = "recipe") -> Iterator[str]:
+    """Where a model's own Python code is allowed to run."""
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in entries:
+        if key == "trust_remote_code" and value:
+            yield place
+        yield from _remote_code(value, f"{place}.{key}")
 
 
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """A recipe from plain values, validated in full: keys, types, hyper-parameters, combinations."""
+    wrongs = Mistakes(check_finite(values))
+    if wrongs.lines:
+        raise wrongs.error(source)
     try:
         recipe = Recipe.model_validate(values)
         mistakes = check_recipe(recipe)

@@ -12,15 +12,17 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
+from tokengrain import settings
 from tokengrain.errors import RecipeError, RolloutError, RunError, require, write_json
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run import show
 from tokengrain.run.build import RunModels
-from tokengrain.run.folder import RunFolder, StagePlan, make_plan
+from tokengrain.run.folder import RunFolder, StagePlan, locked, make_plan
 from tokengrain.run.load import load_recipe
 from tokengrain.run.trained import Trained
 from tokengrain.runs import read_run, resume_command
 from tokengrain.screen import Screen
+from tokengrain.settings import code_named_by
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -67,12 +69,19 @@ def run_recipe(
     Raises:
         RecipeError, DataError, ModelError: something does not fit; nothing was trained.
         RolloutError: a server to sample from does not answer.
-        RunError: the run folder holds another run, or the disk is full.
+        RunError: the run folder holds another run or is in use, or the disk is full.
         NonFiniteLossError: the loss became NaN or infinite.
         KeyboardInterrupt: stopped by the user; the state is kept.
     """
     state = PartialState()
     console = (console or Screen()) if state.is_main_process else Screen(quiet=True)
+    with locked(Path(recipe.output_dir)) if state.is_main_process and not dry_run else nullcontext():
+        return _run(recipe, state, console, overwrite=overwrite, dry_run=dry_run, until=until)
+
+
+def _run(
+    recipe: Recipe, state: Any, console: Console, *, overwrite: bool, dry_run: bool, until: str | None
+) -> RunResult:
     plans = make_plan(recipe, overwrite=overwrite)
     wanted = plans[: 1 + [p.stage.name for p in plans].index(until)] if until is not None else plans
     stages = [(p.stage.name, p.stage.kind, p.stage.describe(), p.action) for p in wanted]
@@ -154,7 +163,12 @@ def _run_stage(run: RunModels, plan: StagePlan, folder: RunFolder) -> None:
 
 
 def evaluate_run(
-    run_dir: str | Path, *, data: str | None = None, samples: int | None = None, console: Console | None = None
+    run_dir: str | Path,
+    *,
+    data: str | None = None,
+    samples: int | None = None,
+    console: Console | None = None,
+    trust_run_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the model of a finished run and write `evaluation.json` into its folder.
 
@@ -165,6 +179,7 @@ def evaluate_run(
             Elsewhere of an online run alone: completions per held-out prompt, instead of `eval_generations`; of several
             at `eval_temperature` 0 all would be alike, so they are drawn at the training's `temperature`.
         console: where progress is shown.
+        trust_run_code: run Python code that the run's recipe names.
 
     Returns:
         `held_out` (the objective's metrics, accuracy with its 95 % interval) if there are held-out rows; of an online
@@ -173,8 +188,14 @@ def evaluate_run(
         the exact advantage.
 
     Raises:
-        RunError: not a run folder, or a run that is not finished; `samples` where nothing is sampled.
+        RunError: not a run folder, or a run that is not finished; `samples` where nothing is sampled; code that the
+            recipe names and that is not trusted.
     """
+    with settings.trust_run_code(trust_run_code), code_named_by(Path(run_dir) / "recipe.yaml"):
+        return _evaluate(run_dir, data, samples, console)
+
+
+def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, console: Console | None) -> dict[str, Any]:
     found_run = read_run(run_dir)
     final, weights = found_run.final_stage, str(found_run.model_path)
     recipe = load_recipe(found_run.path / "recipe.yaml", output=found_run.path)

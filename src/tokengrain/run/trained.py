@@ -711,10 +711,9 @@ class Online(Policy):
         for index, step in enumerate(self.own.credit):
             source = step.get("source")
             for where, given in {"": step, ".source": source if isinstance(source, dict) else {}}.items():
-                own_text = bool(where) and any(asked.own_text for asked in credit_asks(given).values())
-                for name, asked in credit_asks({**given, "name": given.get("name")}).items():
+                for name, asked in credit_asks(given).items():
                     key = f"credit[{index}]{where}.{name.removeprefix('credit.')}"
-                    found[key] = Asked(asked.spec, either, own_text)
+                    found[key] = Asked(asked.spec, either, bool(where) and asked.own_text)
         if (critic := (self.own.critic or {}).get("model")) is not None:
             found["critic.model"] = Asked(ModelSpec.model_validate(critic), either)
         return {**found, **super().asks}
