@@ -55,7 +55,6 @@ INSIDE: dict[str, str] = {
     "tokengrain.data.tokens": "its room is being cleaned",
     "tokengrain.models": "its room is being cleaned",
     "tokengrain.rollout.local": "its room is being cleaned",
-    "tokengrain.runs": "its room is being cleaned",
     "tokengrain.settings": "pydantic loads when a setting is first checked",
     "tokengrain.training.trainer": "its room is being cleaned",
 }

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from tokengrain.errors import RunError, read_json, read_log, shown, write_json
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
@@ -189,8 +191,6 @@ def read_run(path: str | Path) -> Run:
     Raises:
         RunError: `path` is not a run folder; the message says what is there instead.
     """
-    import yaml
-
     path = Path(path)
     if not path.exists():
         raise RunError(f"{path}: no such run folder; `tokengrain train RECIPE` makes one")
