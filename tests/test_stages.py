@@ -24,8 +24,9 @@ from tokengrain.cli import main
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
 from tokengrain.report.html import write_report
 from tokengrain.run import show, trained
+from tokengrain.run.build import length_by_hand
 from tokengrain.run.folder import make_plan
-from tokengrain.run.load import make_recipe
+from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.runner import RunResult, evaluate_run, run_recipe
 from tokengrain.runs import read_run
 
@@ -338,8 +339,6 @@ def test_an_unfinished_stage_of_other_settings_is_refused(tmp_path: Path, monkey
 
 
 def test_the_stored_recipe_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokengrain.run.load import load_recipe
-
     with monkeypatch.context() as patch:
         at_step(3, _fail, patch)
         with pytest.raises(RuntimeError):
@@ -621,3 +620,14 @@ def test_a_models_own_code_is_not_run_either(copied: Path) -> None:
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     with pytest.raises(RunError, match=r"names trust_remote_code \(recipe\.stages\.guide\.model\)"):
         evaluate_run(copied / "run")
+
+
+def test_a_world_is_read_no_further_than_its_positions(tmp_path: Path) -> None:
+    """The max_length of a recipe is for models that people have: on a world it neither warns nor lifts."""
+    for model, data, expected in (
+        ("world://stories",) * 2 + (None,),
+        ("a/model", str(write_rows(tmp_path / "r.jsonl")), 2048),
+    ):
+        recipe = load_recipe("dpo", model, data)
+        assert recipe.data.tokenize["max_length"] == 2048
+        assert length_by_hand(recipe, recipe.data) == expected

@@ -83,6 +83,14 @@ def tokenize_config(data: DataSpec) -> TokenizeConfig:
     return TokenizeConfig(**data.tokenize)
 
 
+def length_by_hand(recipe: Recipe, data: DataSpec) -> int | None:
+    """The `max_length` up to which models are to read, beyond their positions if need be; None: no further than these.
+
+    On a world it is the default of a recipe for larger models, and the rows are short.
+    """
+    return None if recipe.model.is_world else data.tokenize.get("max_length")
+
+
 # ---- Credit ----
 
 
@@ -193,7 +201,7 @@ class RunModels:
         model = like or stage.model
         tokenizer = self.tokenizer(model)
         config = models.load_config(model, self.path(model))
-        positions = positions_of(config, stage.data.tokenize.get("max_length"))
+        positions = positions_of(config, length_by_hand(self.recipe, stage.data))
         key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(tokenizer), positions, stage.row_form])
         if key not in self._datasets:
             made = [stage.prepare(rows, tokenizer, positions) if rows is not None else None for rows in stage.rows()]
@@ -219,7 +227,7 @@ class RunModels:
         key = fingerprint([kind, spec.model_dump(), self.path(spec)])
         if key not in self._frozen:
             self._frozen[key] = load(self.path(spec)).requires_grad_(False).to(self.state.device)
-            lift_positions(self._frozen[key], self.recipe.data.tokenize.get("max_length"))
+            lift_positions(self._frozen[key], length_by_hand(self.recipe, self.recipe.data))
         return self._frozen[key]
 
     def beside(self, policy: Any, spec: ModelSpec, name: str) -> Any:

@@ -35,7 +35,15 @@ from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_data, check_reference
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.report.rows import FILE, collect_credit_samples
-from tokengrain.run.build import CreditSpec, RunModels, data_fingerprint, locate, open_rows, tokenize_config
+from tokengrain.run.build import (
+    CreditSpec,
+    RunModels,
+    data_fingerprint,
+    length_by_hand,
+    locate,
+    open_rows,
+    tokenize_config,
+)
 from tokengrain.runs import FORMAT
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.specs import DataSpec, ModelSpec
@@ -182,6 +190,7 @@ class Stage:
         """
         make = prepare_pairs if self.row_form == "pairs" else prepare_sft
         dataset: Any = make(rows, tokenizer, tokenize_config(self.data), model_positions=positions)
+        dataset.max_length = length_by_hand(self.recipe, self.data)
         return dataset.swapped() if self.data.swap_pairs else dataset
 
     # ---- run ----

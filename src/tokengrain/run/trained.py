@@ -39,7 +39,7 @@ from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rewards.suite import RewardFunction, RewardSuite
 from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding
 from tokengrain.run import show
-from tokengrain.run.build import CreditSpec, RunModels, open_rows, tokenize_config
+from tokengrain.run.build import CreditSpec, RunModels, length_by_hand, open_rows, tokenize_config
 from tokengrain.run.stages import (
     LANGUAGE,
     Asked,
@@ -227,7 +227,7 @@ class Trained(Stage):
             _check_same_lora(self.lora, path)
             options = {"train_adapter": True}
         model = self.load(path, **options)
-        lift_positions(unwrapped(model), self.data.tokenize.get("max_length"))
+        lift_positions(unwrapped(model), length_by_hand(self.recipe, self.data))
         if self.lora is None or options:
             return model, None
         if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
