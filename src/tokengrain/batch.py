@@ -339,12 +339,14 @@ class TokenBatch:
         counted[self.counted] = keep.bool()
         return replace(self, counted=counted, columns={k: v[keep.bool()] for k, v in self.columns.items()})
 
-    def select(self, prompts: Sequence[int]) -> TokenBatch:
-        """The batch of these prompts with all their completions, in the order given."""
+    def select(self, prompts: Sequence[int], completions: Tensor | None = None) -> TokenBatch:
+        """These prompts in the order given, with all completions or those where `completions`, bool `[C]`, is true."""
         prompts = list(prompts)
         by_group: list[list[int]] = [[] for _ in range(self.n_prompts)]
-        for index, group in enumerate(self.group.tolist()):
-            by_group[group].append(index)
+        taken = range(self.n_completions) if completions is None else completions.nonzero()[:, 0].tolist()
+        groups = self.group.tolist()
+        for index in taken:
+            by_group[groups[index]].append(index)
         chosen = [c for g in prompts for c in by_group[g]]
         tokens = _gather_index(self.completion_offsets, chosen)
         flat = _gather_index(self.segments.offsets, chosen)

@@ -792,6 +792,7 @@ class RolloutStep:
         weights: `[N]`, or None: factors of the policy's token losses.
         keep: bool `[G]`, or None: all. Prompts to train on; what is False is left out of the updates (and, for a
             step of phase "filter" with `refill`, replaced by new prompts).
+        masked: bool `[C]`, or None: none. Completions that the updates leave out, as if they had not been sampled.
         metrics: numbers for the log, of this rank; ranks are averaged.
         model: the policy, without wrappers.
         head_of: gives the policy's head.
@@ -810,6 +811,7 @@ class RolloutStep:
     advantages: Tensor | None = None
     weights: Tensor | None = None
     keep: Tensor | None = None
+    masked: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     model: Any = None
     head_of: Callable[[], Head] | None = None

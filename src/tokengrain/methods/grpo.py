@@ -305,9 +305,10 @@ def overlong_penalty(lengths: Tensor, *, max_length: float, buffer: float, facto
 
 @rollout_credit("mask_truncated", phase="after")
 def mask_truncated(step: RolloutStep) -> None:
-    """DAPO's overlong filtering: truncated completions get advantage 0, as they were cut off and not finished."""
+    """DAPO's overlong filtering: no update sees truncated completions, in its normaliser and KL neither."""
     if step.advantages is None:
         raise RunError("credit 'mask_truncated' needs advantages; expected a step that sets them")
+    step.masked = step.truncated
     step.advantages = torch.where(step.broadcast(step.truncated), 0.0, step.advantages)
 
 

@@ -460,7 +460,7 @@ class OnlineTrainer(PreferenceTrainer):
         return name in self.objective.needs or name in self.objective.optional
 
     def _cut(self, rollout: RolloutStep, keep: Tensor, most: int) -> RolloutBuffer:
-        """The prompts to train on, in minibatches; of their columns those that the updates read."""
+        """What to train on, in minibatches; of the columns those that the updates read."""
         read = {"values", "returns"} if self.critic is not None else set()
         columns = {n: v for n, v in rollout.quantities.items() if n in read or self._takes(n)}
         if rollout.advantages is not None:
@@ -469,9 +469,12 @@ class OnlineTrainer(PreferenceTrainer):
             columns["weights"] = rollout.weights
         dtype = rollout.quantity(OLD_LOGPS).dtype
         whole = replace(rollout.batch, columns={n: v.detach().to(dtype) for n, v in columns.items()})
+        trained = None if rollout.masked is None else ~rollout.masked
+        if trained is not None:
+            keep = keep & (torch.bincount(whole.group[trained], minlength=whole.n_prompts) > 0)
         prompts = keep.nonzero()[:, 0].tolist()
         return RolloutBuffer(
-            whole.select(prompts) if prompts else None,
+            whole.select(prompts, trained) if prompts else None,
             whole.select([0]),
             minibatches=min(self.args.minibatches, most),
             epochs=self.args.rollout_epochs,

@@ -283,21 +283,20 @@ class RolloutRecord:
         """Take ratio and clipped tokens from the micro-batches of an optimiser step."""
         if not self.pending:
             return
-        wanted = {(entry["row"], entry["completion"]): entry for entry in self.pending}
+        rows = {entry["row"] for entry in self.pending}
         for record in records:
             tokens = {name: record.output.tokens[name] for name in UPDATED if name in record.output.tokens}
             if not tokens:
                 continue
-            first: dict[int, int] = {}
             for completion, group in enumerate(record.group.tolist()):
-                first.setdefault(group, completion)
-                entry = wanted.get((record.rows[group], completion - first[group]))
-                if entry is None:
+                if record.rows[group] not in rows:
                     continue
                 start, end = record.segments.offsets[completion : completion + 2].tolist()
-                # The prompt may stand in the rollout a second time, with other completions.
-                if record.labels[start:end].tolist() == entry["ids"]:
-                    entry |= {name: _rounded(values[start:end]) for name, values in tokens.items()}
+                # By ids: masked completions are missing, and the prompt may stand in the rollout a second time.
+                ids = record.labels[start:end].tolist()
+                for entry in self.pending:
+                    if (entry["row"], entry["ids"]) == (record.rows[group], ids):
+                        entry |= {name: _rounded(values[start:end]) for name, values in tokens.items()}
 
     def write(self) -> None:
         """Append what is pending. Raises `RunError` if it cannot be written."""

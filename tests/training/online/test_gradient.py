@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.training.tiny import plain_logps, tiny_llama, weights
 from tokengrain.batch import TokenBatch
 from tokengrain.method import make_objective
 from tokengrain.rollout.local import HFGenerate
-from tokengrain.rollout.sampler import SamplingConfig
+from tokengrain.rollout.sampler import Rollouts, SampledCompletion, SamplingConfig
 from tokengrain.training.online import OnlineTrainer
 from tokengrain.training.rollout import PromptOrder
 
@@ -135,3 +136,55 @@ def test_columns_are_scattered_back_in_order(tmp_path: Path) -> None:
     expected = torch.cat(plain_logps(model, batch))
     torch.testing.assert_close(batch.columns["old_logps"], expected.detach(), rtol=1e-9, atol=1e-9)
     assert {"advantages", "old_logps"} == set(batch.columns)  # nothing that the objective does not read
+
+
+class Fixed:
+    """A sampler that gives every prompt the same completions; six tokens without an end are cut off."""
+
+    name = "fixed"
+
+    def __init__(self, completions: list[list[int]]) -> None:
+        self.completions = completions
+
+    def sample(self, prompts: Any, *, n: int, sampling: SamplingConfig) -> Rollouts:
+        group = tuple(
+            SampledCompletion(list(ids), None, None, "stop" if END in ids else "length") for ids in self.completions
+        )
+        return Rollouts(tuple(prompts), tuple(group for _ in prompts), sampling)
+
+    def refresh(self, model: Any) -> None:
+        pass
+
+
+def masked_gradient(folder: Path, completions: list[list[int]], rewards: list[float], **settings: Any) -> Any:
+    """The gradient of one step on a prompt with these completions, all of those cut off masked."""
+    model = tiny_llama(dtype=torch.float64)
+    before = weights(model)
+    make_online(
+        folder,
+        model=model,
+        objective=make_objective("grpo", beta=0.5),
+        reference=tiny_llama(seed=1, dtype=torch.float64),
+        rewards=lambda completion_ids: list(rewards),
+        credit=[{"name": "group", "scale": "none"}, "mask_truncated"],
+        sampler=Fixed(completions),
+        num_generations=len(completions),
+        prompts_per_rollout=1,
+        **{**EXACT, **settings},
+    ).train()
+    return {name: value - before[name] for name, value in weights(model).items()}
+
+
+@pytest.mark.parametrize("normaliser", ["mean", "token_mean", "prompt_mean"])
+def test_masked_completions_are_as_if_not_sampled(normaliser: str, tmp_path: Path) -> None:
+    """In normaliser and KL; and where nothing else is left the step changes nothing."""
+    right, wrong, cut = [5, 6, END], [8, 9, 3, END], [4] * 6
+    found = masked_gradient(tmp_path / "with", [cut, right, wrong], [0.5, 1.0, 0.0], normaliser=normaliser)
+    expected = masked_gradient(tmp_path / "without", [right, wrong], [1.0, 0.0], normaliser=normaliser)
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-9, atol=1e-12)
+    assert expected["lm_head.weight"].abs().max() > 1e-3
+    record = [json.loads(line) for line in (tmp_path / "with" / "rollouts.jsonl").read_text().splitlines()]
+    assert [(entry["completion"], "ratio" in entry) for entry in record] == [(0, False), (1, True), (2, True)]
+    nothing = masked_gradient(tmp_path / "all", [cut, cut], [1.0, 0.0], normaliser=normaliser)
+    assert not any(change.any() for change in nothing.values())
