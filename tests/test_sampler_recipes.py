@@ -250,13 +250,13 @@ def test_the_branching_of_the_aepo_recipe_and_its_evaluation(
 
 def test_samples_of_an_evaluation_outside_a_world(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = run(online(tmp_path))
-    greedy, several = evaluate_run(result.path), evaluate_run(result.path, samples=4)
+    greedy, several = (evaluate_run(result.path, samples=n, trust_run_code=True) for n in (None, 4))
     assert greedy["sampling"] == {"samples": 1, "temperature": 0.0}
     assert greedy["held_out"]["reward"] == pytest.approx(result.metrics["final"]["reward"])
     assert several["sampling"] == {"samples": 4, "temperature": 1.0}, "greedy ones would all be alike"
     assert {"pass@1", "pass@2", "pass@4"} <= several["held_out"].keys()
     assert "pass@1" not in greedy["held_out"]
-    status, out, _ = call(capsys, "evaluate", str(result.path), "--samples", "2")
+    status, out, _ = call(capsys, "evaluate", str(result.path), "--samples", "2", "--trust-run-code")
     assert status == 0
     assert re.search(r"held-out rows .*pass@2 .*their completions +samples +2 ", re.sub(r"\s+", " ", out))
 
@@ -280,7 +280,7 @@ def test_right_answers_that_cannot_be_read_end_a_dry_run(
         pytest.importorskip("math_verify")
     path, rows = tmp_path / "recipe.yaml", tmp_path / "golds.jsonl"
     rows.write_text("".join(json.dumps({"prompt": "Say x.", "answer": a}) + "\n" for a in ("1", "2", "?!", "3")))
-    path.write_text(yaml.safe_dump({**online(tmp_path), "data": {"train": str(rows)}}))
+    path.write_text(yaml.safe_dump({**online(tmp_path), "data": {"train": str(rows), "eval_fraction": 0.0}}))
     given = ("train", str(path), "--set", f"stages.train.rewards=[{{name: {reward}}}]", "--dry-run")
     status, _, err = call(capsys, *given)
     assert status == 2
