@@ -271,9 +271,9 @@ def test_streams_read_as_they_go():
                 read.append(row)
                 yield row
 
-    from tokengrain.data.rows import IteratedRows
+    from tokengrain.data.rows import RowStream
 
-    stream = iter(prepare_pairs(IteratedRows("endless", Counting(), lambda: "0"), gpt2_like(), SKIP))
+    stream = iter(prepare_pairs(RowStream("endless", Counting(), lambda: "0"), gpt2_like(), SKIP))
     for _ in range(50):
         next(stream)
     assert 50 <= len(read) <= 512

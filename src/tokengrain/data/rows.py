@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import difflib
 import gzip
@@ -17,15 +18,15 @@ import shutil
 import sys
 import tempfile
 import zlib
-from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BufferedIOBase
+from functools import cached_property
+from io import BufferedIOBase, TextIOWrapper
 from os import PathLike
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import datasets
 import pyarrow as pa
@@ -37,6 +38,9 @@ from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerpr
 
 # ----------------------------------------------------------------------------------------------------
 # Files of text as bytes and numbered lines, gunzipped; damage is a `DataError` that says where it is.
+
+
+R = TypeVar("R", bound="Rows")
 
 
 class Record(NamedTuple):
@@ -55,13 +59,10 @@ def row_label(row: int, line: int | None) -> str:
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedIOBase]:
     """The file's bytes, gunzipped if its name ends in .gz; damage becomes a `DataError`."""
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path, "rb") as stream:
-                yield stream
-        else:
-            with open(path, "rb") as stream:
-                yield stream
+        with opener(path, "rb") as stream:
+            yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         what = f"gzip file is {'truncated' if isinstance(error, EOFError) else 'damaged'}"
         raise DataError(what, file=path, value=str(error), expected="a complete gzip file") from error
@@ -77,18 +78,15 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise utf8_error(path, error, position, number) from error
+                raise _utf8_error(f"at byte {position + error.start} (line {number})", error, file=path) from error
             position += len(line)
             yield number, text.removeprefix("\ufeff") if number == 1 else text
 
 
-def utf8_error(path: Path, error: UnicodeDecodeError, position: int, line: int) -> DataError:
-    return DataError(
-        f"broken UTF-8 at byte {position + error.start} (line {line}): {error.reason}",
-        file=path,
-        value=error.object[max(0, error.start - 12) : error.end + 12],
-        expected="text encoded as UTF-8",
-    )
+def _utf8_error(where: str, error: UnicodeDecodeError, **details: Any) -> DataError:
+    around = error.object[max(0, error.start - 12) : error.end + 12]
+    what = f"broken UTF-8 {where}: {error.reason}"
+    return DataError(what, value=around, expected="text encoded as UTF-8", **details)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -101,17 +99,14 @@ TAIL = 64
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """A row per line; blank lines are passed over."""
-    row = 0
-    for number, text in lines(path):
-        if not text.strip():
-            continue
+    filled = ((number, text) for number, text in lines(path) if text.strip())
+    for row, (number, text) in enumerate(filled):
         try:
             fields = json.loads(text)
         except (RecursionError, ValueError) as error:
             at = getattr(error, "pos", 0)
             raise _json_error(path, row, number, at + 1, text, at, _why(error)) from error
         yield Record(fields, str(path), row, number)
-        row += 1
 
 
 def read_json(path: Path) -> Iterator[Record]:
@@ -122,37 +117,29 @@ def read_json(path: Path) -> Iterator[Record]:
             first = block
         if first.strip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             stream.seek(0)
-            yield from _array_rows(path, stream)
+            try:
+                yield from _array_rows(path, _Window(stream))
+            except UnicodeDecodeError:
+                for _ in lines(path):
+                    pass  # raises the error that says where
             return
     yield from read_jsonl(path)
 
 
-class _Text:
+class _Window:
     """A window on the text of a file: what was read and not yet consumed, and where that is."""
 
-    def __init__(self, path: Path, stream: BufferedIOBase) -> None:
-        self.path, self.stream = path, stream
+    def __init__(self, stream: Any) -> None:
+        self.stream = TextIOWrapper(stream, "utf-8-sig", newline="")
         self.text, self.position = "", 0
         # Lines are counted up to `_counted`; `_line_start` is where the line it lies in begins.
         self._line, self._line_start, self._counted = 1, 0, 0
-        self._bytes, self._rest = 0, b""
 
     def more(self) -> bool:
         """Read as much again as is left (at least a chunk); False, and no change, at the end of the file."""
-        block = self.stream.read(max(CHUNK, len(self.text) - self.position))
-        data = self._rest + block
-        if not data:
+        new = self.stream.read(max(CHUNK, len(self.text) - self.position))
+        if not new:
             return False
-        try:
-            new, self._rest = data.decode("utf-8"), b""
-        except UnicodeDecodeError as error:
-            if not block or len(data) - error.start > 3:  # else: a character cut by the end of the block
-                line = self.where(len(self.text))[0] + data[: error.start].count(b"\n")
-                raise utf8_error(self.path, error, self._bytes, line) from error
-            new, self._rest = data[: error.start].decode("utf-8"), data[error.start :]
-        if not self._bytes:
-            new = new.removeprefix("\ufeff")
-        self._bytes += len(data) - len(self._rest)
         self.where(self.position, keep=True)
         self.text = self.text[self.position :] + new
         self._line_start -= self.position
@@ -171,28 +158,24 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not white space; "" at the end."""
         while True:
-            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+            while self.text[self.position : self.position + 1] in (" ", "\t", "\r", "\n"):
                 self.position += 1
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if not self.more():
-                return ""
+            if self.position < len(self.text) or not self.more():
+                return self.text[self.position : self.position + 1]
 
-    def need(self, condition: object, row: int, position: int, why: str) -> None:
+
+def _array_rows(path: Path, source: _Window) -> Iterator[Record]:
+    def need(condition: object, position: int, why: str) -> None:
         if not condition:
-            raise _json_error(self.path, row, *self.where(position), self.text, position, why)
+            raise _json_error(path, row, *source.where(position), source.text, position, why)
 
-
-def _array_rows(path: Path, stream: BufferedIOBase) -> Iterator[Record]:
-    decode = json.JSONDecoder().raw_decode
-    source = _Text(path, stream)
+    decode, row = json.JSONDecoder().raw_decode, 0
     source.peek()
     source.position += 1  # the opening bracket
-    row = 0
-    if source.peek() == "]":
-        return
-    while True:
-        source.need(source.peek(), row, source.position, "the array is not closed")
+    separator = source.peek()
+    source.position += separator == "]"
+    while separator != "]":
+        need(source.peek(), source.position, "the array is not closed")
         try:
             fields, end = decode(source.text, source.position)
         except (RecursionError, ValueError) as error:
@@ -200,18 +183,16 @@ def _array_rows(path: Path, stream: BufferedIOBase) -> Iterator[Record]:
             unfinished = at is not None and (_why(error).startswith("Unterminated") or at > len(source.text) - TAIL)
             if unfinished and source.more():
                 continue
-            source.need(False, row, source.position if at is None else at, _why(error))
+            need(False, source.position if at is None else at, _why(error))
         line, _ = source.where(source.position, keep=True)
         source.position = end
         yield Record(fields, str(path), row, line)
         row += 1
         separator = source.peek()
         why = f"expected ',' or ']' behind a row, got {separator!r}" if separator else "the array is not closed"
-        source.need(separator and separator in ",]", row, source.position, why)
+        need(separator and separator in ",]", source.position, why)
         source.position += 1
-        if separator == "]":
-            source.need(not source.peek(), row, source.position, "text behind the end of the array")
-            return
+    need(not source.peek(), source.position, "text behind the end of the array")
 
 
 def _why(error: Exception) -> str:
@@ -280,34 +261,27 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         try:
             row = 0
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
-                columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-                for index, fields in enumerate(_parquet_rows(path, columns, row, batch.num_rows)):
+                named = zip(batch.schema.names, batch.columns)
+                columns = {name: _values(path, name, column, row) for name, column in named}
+                for index in range(batch.num_rows):
+                    fields = {name: values[index] for name, values in columns.items()}
                     yield Record(fields, str(path), row + index)
                 row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"damaged parquet file: {error}", file=path, expected="a complete parquet file") from error
 
 
-def _parquet_rows(path: Path, columns: dict[str, Any], start: int, count: int) -> list[dict[str, Any]]:
-    values = {}
-    for name, column in columns.items():
-        try:
-            values[name] = column.to_pylist()
-        except UnicodeDecodeError:
-            values[name] = [_parquet_value(path, name, start + i, column[i]) for i in range(count)]
-    return [{name: column[i] for name, column in values.items()} for i in range(count)]
-
-
-def _parquet_value(path: Path, field: str, row: int, value: Any) -> Any:
+def _values(path: Path, field: str, column: pa.Array, start: int) -> list[Any]:
+    values: list[Any] = []
     try:
-        return value.as_py()
+        values.extend(value.as_py() for value in column)
     except UnicodeDecodeError as error:
-        what = f"broken UTF-8 at byte {error.start} of the text: {error.reason}"
-        around, expected = error.object[max(0, error.start - 12) : error.end + 12], "text encoded as UTF-8"
-        raise DataError(what, file=path, row=row, field=field, value=around, expected=expected) from error
+        where, row = f"at byte {error.start} of the text", start + len(values)
+        raise _utf8_error(where, error, file=path, row=row, field=field) from error
+    return values
 
 
-class Rows(ABC):
+class Rows:
     """Rows from one source: iterating gives `(row number, fields)`, as often as you like.
 
     Attributes:
@@ -317,25 +291,36 @@ class Rows(ABC):
 
     streaming: bool = False
 
-    def __init__(self, name: str, fingerprint_of: Callable[[], str]) -> None:
-        self.name = name
-        self._fingerprint_of = fingerprint_of
-        self._fingerprint: str | None = None
+    def __init__(
+        self,
+        name: str,
+        items: Iterable[Any],
+        fingerprint_of: Callable[[], str],
+        places: _Places | _Origins | None = None,
+    ) -> None:
+        self.name, self._items, self._fingerprint_of, self._places = name, items, fingerprint_of, places
+        self._columns: tuple[Mapping[str, str], ...] = ()
 
-    @abstractmethod
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """From the first row on."""
+        for number, fields in self._read():
+            for columns in self._columns:
+                fields = _changed(fields, columns)
+            yield number, fields
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        number = -1
+        for number, fields in enumerate(self._items):
+            yield number, fields
+        require(number >= 0, DataError, "there are no rows", file=self.name, expected="at least one row")
 
     def place(self, number: int) -> tuple[str, str]:
         """(file, row and line in that file) of row `number`, as text."""
-        return self.name, str(number)
+        return (self.name, str(number)) if self._places is None else self._places.place(number)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that identify the content (for local files: their bytes)."""
-        if self._fingerprint is None:
-            self._fingerprint = self._fingerprint_of()
-        return self._fingerprint
+        return self._fingerprint_of()
 
 
 class _Places:
@@ -347,10 +332,8 @@ class _Places:
     def note(self, number: int, record: Record) -> None:
         if self._marks:
             at, last = self._marks[-1]
-            same_lines = (record.line is None) == (last.line is None) and (
-                record.line is None or last.line is None or record.line - last.line == number - at
-            )
-            if number <= at or (last.file == record.file and same_lines):
+            line = None if last.line is None else last.line + number - at
+            if number <= at or (record.file, record.line) == (last.file, line):
                 return
         self._marks.append((number, record._replace(fields=None)))
 
@@ -364,56 +347,51 @@ class _Places:
 class StoredRows(Rows):
     """Rows at hand: a sequence, or some numbers of one."""
 
-    def __init__(
-        self,
-        name: str,
-        items: Sequence[Any],
-        fingerprint_of: Callable[[], str],
-        places: _Places | _Origins | None = None,
-        numbers: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(name, fingerprint_of)
+    _items: Sequence[Any]
+
+    def __init__(self, name: str, items: Sequence[Any], *details: Any) -> None:
+        super().__init__(name, items, *details)
         require(len(items), DataError, "there are no rows", file=name, expected="at least one row")
-        self._items, self._places, self._numbers = items, places, numbers
+        self._numbers: Sequence[int] = range(len(items))
 
     def __len__(self) -> int:
-        return len(self._items) if self._numbers is None else len(self._numbers)
+        return len(self._numbers)
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        if self._numbers is None:
-            return enumerate(self._items)
+    def _read(self) -> Iterator[tuple[int, Any]]:
         return ((n, self._items[n]) for n in self._numbers)
-
-    def place(self, number: int) -> tuple[str, str]:
-        return self._places.place(number) if self._places is not None else super().place(number)
 
     def subset(self, positions: Sequence[int]) -> StoredRows:
         """The rows at these positions; they keep their numbers."""
-        numbers = [p if self._numbers is None else self._numbers[p] for p in positions]
-        return StoredRows(
-            self.name, self._items, lambda: fingerprint([self.fingerprint, numbers]), self._places, numbers
-        )
+        numbers = [self._numbers[p] for p in positions]
+        part = _copied(self, lambda: fingerprint([self.fingerprint, numbers]))
+        part._numbers = numbers
+        return part
+
+
+def _copied(rows: R, fingerprint_of: Callable[[], str]) -> R:
+    made = copy.copy(rows)
+    made.__dict__.pop("fingerprint", None)
+    made._fingerprint_of = fingerprint_of
+    return made
 
 
 def joined(sources: Sequence[tuple[Rows, float]]) -> StoredRows:
     """The rows of several sources, one behind the other.
 
-    Args:
-        sources: rows and their weight: how often their rows come; of a fraction, that share of them is drawn.
+    The weight of a source is how often its rows come; of a fraction, that share of them is drawn.
     """
-    items, origin, marks = [], _Origins(), []
+    items, origin = [], _Origins()
     for rows, weight in sources:
+        right = math.isfinite(weight) and weight > 0
         expected = "a positive number: how often the rows come"
-        right = isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0
         require(right, DataError, "has an unusable weight", file=rows.name, value=weight, expected=expected)
         stored = list(rows)
         drawn = random.Random(0).sample(range(len(stored)), round(weight % 1 * len(stored)))
         for at in [*range(len(stored))] * int(weight) + sorted(drawn):
             items.append(stored[at][1])
             origin.append((rows, stored[at][0]))
-        marks.append((rows, weight))
     name = " + ".join(rows.name for rows, _ in sources)
-    return StoredRows(name, items, lambda: fingerprint([[r.fingerprint, w] for r, w in marks]), origin)
+    return StoredRows(name, items, lambda: fingerprint([[r.fingerprint, w] for r, w in sources]), origin)
 
 
 class _Origins(list[tuple[Rows, int]]):
@@ -433,39 +411,22 @@ class RowStream(Rows):
 class FileRows(RowStream):
     """Rows read from files one by one."""
 
-    def __init__(self, name: str, paths: Sequence[Path], fingerprint_of: Callable[[], str]) -> None:
-        super().__init__(name, fingerprint_of)
-        self._paths, self._places = paths, _Places()
+    _places: _Places
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __init__(self, name: str, paths: Sequence[Path]) -> None:
+        super().__init__(name, (), lambda: file_fingerprint(*paths), _Places())
+        self._paths = paths
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
         number = -1
-        for record in (r for path in self._paths for r in read_file(path)):
-            number += 1
+        for number, record in enumerate(record for path in self._paths for record in read_file(path)):
             self._places.note(number, record)
             yield number, record.fields
         require(number >= 0, DataError, "there are no rows", file=self.name, expected="at least one row")
 
-    def place(self, number: int) -> tuple[str, str]:
-        return self._places.place(number)
-
     def stored(self) -> StoredRows:
         """All rows in memory."""
-        items = [fields for _, fields in self]
-        return StoredRows(self.name, items, self._fingerprint_of, self._places)
-
-
-class IteratedRows(RowStream):
-    """Rows of a `datasets.IterableDataset`, or of a `datasets.Dataset` read as a stream."""
-
-    def __init__(self, name: str, items: Any, fingerprint_of: Callable[[], str]) -> None:
-        super().__init__(name, fingerprint_of)
-        self._items = items
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        number = -1
-        for number, fields in enumerate(self._items):
-            yield number, fields
-        require(number >= 0, DataError, "there are no rows", file=self.name, expected="at least one row")
+        return StoredRows(self.name, [fields for _, fields in self], self._fingerprint_of, self._places)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -517,12 +478,8 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
 def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, StoredRows]:
     """Split rows at random into (training, evaluation); the same for the same number of rows and seed.
 
-    Args:
-        rows: `Rows` or a source for `load_rows`, not streaming.
-        eval_fraction: share of the rows for evaluation, between 0 and 1; at least one row on either side.
-        seed: of the random choice.
-
-    The rows keep their numbers and, on either side, their order.
+    `eval_fraction` is the share of the rows for evaluation; either side gets at least one row. The rows keep their
+    numbers and, on either side, their order.
     """
     rows = load_rows(rows)
     if not isinstance(rows, StoredRows):
@@ -555,7 +512,7 @@ def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) 
         return _from_hub(source, split, streaming)
     else:
         raise DataError("there is no such file or folder", file=name, expected=_nearest_file(path))
-    rows = FileRows(name, paths, lambda: file_fingerprint(*paths))
+    rows = FileRows(name, paths)
     return rows if streaming else rows.stored()
 
 
@@ -594,12 +551,10 @@ def _from_datasets(source: Any, name: str, split: str | None, streaming: bool) -
     require(there, DataError, "the dataset has no such split", file=name, value=split, expected="split: none")
     if isinstance(source, datasets.IterableDataset):
         # What it will yield is not known without reading all of it.
-        return IteratedRows(name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)]))
+        return RowStream(name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)]))
     what, kind = "this is not a source of rows", type(source).__name__
     require(isinstance(source, datasets.Dataset), DataError, what, value=kind, expected="a datasets.Dataset")
-    if streaming:
-        return IteratedRows(name, source, lambda: _dataset_fingerprint(source))
-    return StoredRows(name, source, lambda: _dataset_fingerprint(source))
+    return (RowStream if streaming else StoredRows)(name, source, lambda: _dataset_fingerprint(source))
 
 
 def _dataset_fingerprint(dataset: Any) -> str:
@@ -614,18 +569,12 @@ def _dataset_fingerprint(dataset: Any) -> str:
 # Columns made from a row's own: `question` and `answer` as the `prompt` and `completion` that the formats know.
 
 
-def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
+def with_columns(rows: R, columns: Mapping[str, str]) -> R:
     """The same rows with columns added or replaced.
 
-    Args:
-        rows: of any kind; they are changed as they are read and keep their numbers and places.
-        columns: name -> the column to copy, or text with `{column}` placeholders to fill in ("Q: {question}\\nA:").
-
-    A row that lacks a column, or fills a template with null, is given as the `RowError` that says so: whoever parses it
-    (`check_row`) refuses or skips it as any other invalid row.
-
-    Raises:
-        RecipeError: a text that is no template.
+    `columns` is name -> the column to copy, or text with `{column}` placeholders to fill in ("Q: {question}\\nA:"). A
+    row that lacks a column, or fills a template with null, is given as the `RowError` that says so: whoever parses it
+    refuses or skips it as any other invalid row.
     """
     for name, template in columns.items():
         try:
@@ -634,7 +583,9 @@ def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
             raise RecipeError(f"columns.{name}: {shown(template)} is no template: {error}") from None
         what = f"columns.{name}: {shown(template)} has a slot without a name; expected {{column}}"
         require(all(slots) and not any(slot.isdigit() for slot in slots), RecipeError, what)
-    return _Stored(rows, columns) if isinstance(rows, StoredRows) else _Stream(rows, columns)
+    made = _copied(rows, lambda: fingerprint([rows.fingerprint, dict(columns)]))
+    made._columns = (*rows._columns, columns)
+    return made
 
 
 class _Filler(Formatter):
@@ -659,39 +610,3 @@ def _changed(fields: Any, columns: Mapping[str, str]) -> Any:
             expected = f"columns with a value among {list(fields)}"
             return RowError("missing column", what, field=name, value=template, expected=expected)
     return {**fields, **made}
-
-
-class _Made(Rows):
-    """Rows with made columns; they are made when a row is read."""
-
-    _rows: Rows
-    _columns: Mapping[str, str]
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        for number, fields in self._rows:
-            yield number, _changed(fields, self._columns)
-
-    def place(self, number: int) -> tuple[str, str]:
-        return self._rows.place(number)
-
-
-class _Stream(_Made, RowStream):
-    """Rows with made columns, read as they are asked for."""
-
-    def __init__(self, rows: Rows, columns: Mapping[str, str]) -> None:
-        super().__init__(rows.name, lambda: fingerprint([rows.fingerprint, dict(columns)]))
-        self._rows, self._columns = rows, columns
-
-
-class _Stored(_Made, StoredRows):
-    """Rows at hand with made columns."""
-
-    _rows: StoredRows
-
-    def __init__(self, rows: StoredRows, columns: Mapping[str, str]) -> None:
-        StoredRows.__init__(self, rows.name, range(len(rows)), lambda: fingerprint([rows.fingerprint, dict(columns)]))
-        self._rows, self._columns = rows, columns
-
-    def subset(self, positions: Any) -> StoredRows:
-        """The rows at these positions; they keep their numbers."""
-        return _Stored(self._rows.subset(positions), self._columns)
