@@ -61,6 +61,11 @@ class Example:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def messages(self) -> list[Message]:
+        """The prompt's messages; none of a text."""
+        return [m for m in self.prompt if isinstance(m, dict)]
+
+    @property
     def raw(self) -> dict[str, Content]:
         """Prompt and completions under their columns' names."""
         return {"prompt": self.prompt, **dict(zip(self.fields, self.completions))}

@@ -46,27 +46,17 @@ DATES = (
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of a prompt with one completion. All positions are characters of `text`.
-
-    Attributes:
-        prompt_end: where the completion begins.
-        turns: the stretches that count; None: all of the completion.
-        contents: where the text of each message of the completion stands, for rewards given by character:
-            one (start, end) per message, None where it could not be found or has no text.
-        special: the text is a rendered template, so it has its special tokens already.
-        closed: a token that ends a turn stands at the end; no EOS is to be added.
-        shown: `contents` without the white space that the template stripped; None: it stripped none.
-        dropped: what the row says and the text lacks, where that is allowed.
-    """
+    """The text of a prompt with one completion. All positions are characters of `text`."""
 
     text: str
     prompt_end: int
-    turns: tuple[Span, ...] | None
+    turns: tuple[Span, ...] | None  # the stretches that count; None: all of the completion
+    # Where the text of each message of the completion stands; None where it could not be found or has no text.
     contents: tuple[Span | None, ...]
-    special: bool = False
-    closed: bool = False
-    shown: tuple[Span | None, ...] | None = None
-    dropped: tuple[str, ...] = ()
+    special: bool = False  # the text is a rendered template, so it has its special tokens already
+    closed: bool = False  # a token that ends a turn stands at the end; no EOS is to be added
+    shown: tuple[Span | None, ...] | None = None  # `contents` as the template stripped them; None: it stripped none
+    dropped: tuple[str, ...] = ()  # what the row says and the text lacks, where that is allowed
 
     def visible(self, message: int) -> Span:
         """The characters of a message's content that the text has."""
@@ -89,14 +79,7 @@ class Clock:
 
 
 class Renderer:
-    """Renders examples with a tokenizer's chat template, or the one in `config`.
-
-    Args:
-        clock: the time for a template that writes the date; None: this moment.
-
-    Raises:
-        ModelError: `config.chat_template` is a path where there is no file.
-    """
+    """Renders examples with a tokenizer's chat template, or the one in `config`; `clock` is the time it writes."""
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig, clock: Clock | None = None) -> None:
         self.tokenizer, self.config = tokenizer, config
@@ -116,11 +99,8 @@ class Renderer:
             texts = [example.prompt + c for c in example.completions if isinstance(c, str)]
             return [Rendered(t, start, None, ((start, len(t)),)) for t in texts]
         prompt, dropped = self._prompt(example)
-        return [
-            self._conversation(example, prompt, example.prompt, c, name, dropped)
-            for c, name in zip(example.completions, example.fields)
-            if not isinstance(c, str)
-        ]
+        named = zip(example.completions, example.fields)
+        return [self._conversation(example, prompt, c, name, dropped) for c, name in named if not isinstance(c, str)]
 
     def prompt(self, example: Example) -> str:
         """The text of a prompt alone: what a model is given to go on from. Raises as `__call__`."""
@@ -135,7 +115,7 @@ class Renderer:
             "template; expected a tokenizer that has one, `chat_template:` (a Jinja template or the path "
             "of a file that holds one), or rows of plain text (online: with `prompts.chat: false`)",
         )
-        messages = [m for m in example.prompt if isinstance(m, dict)]
+        messages = example.messages
         text = self._render(example, messages, "prompt", True)
         names = _names(example.tools)
         ignored = example.tools and self._render(replace(example, tools=None), messages, "prompt", True) == text
@@ -175,26 +155,19 @@ class Renderer:
                 tokenize=False,
                 **self.variables(example),
             )
-        except Exception as error:  # templates raise what they like, for instance on roles that do not alternate
+        except Exception as error:  # templates raise what they like
             what = f"the chat template cannot render the messages ({type(error).__name__}: {error})"
             roles, expected = [m["role"] for m in messages], "roles and fields that the template knows"
             raise RowError("chat template", what, field=name, value=roles, expected=expected) from error
 
     def _conversation(
-        self,
-        example: Example,
-        prompt: str,
-        before: list[Message],
-        completion: list[Message],
-        name: str,
-        dropped: tuple[str, ...],
+        self, example: Example, prompt: str, completion: list[Message], name: str, dropped: tuple[str, ...]
     ) -> Rendered:
-        text = self._render(example, [*before, *completion], name, False)
-        start = self._completion_start(example, prompt, before, completion, text, name)
-        if len(completion) == 1:
-            turns = [(start, len(text))]
-        else:
-            turns = self._turns(example, prompt, before, completion, text, name, start)
+        text = self._render(example, [*example.messages, *completion], name, False)
+        start = self._completion_start(example, prompt, completion, text, name)
+        turns = [(start, len(text))]
+        if len(completion) > 1:
+            turns = self._turns(example, prompt, completion, text, name, start)
         # A generation prompt may go on beyond what the template writes before an answer; the prompt ends as it does.
         text, moved = prompt + text[start:], len(prompt) - start
         turns = [self._without_tail(text, (first + moved, last + moved)) for first, last in turns]
@@ -204,26 +177,16 @@ class Renderer:
         for number, message in enumerate(completion):
             within = slice(*next(answers)) if message["role"] == "assistant" else slice(len(prompt), None)
             lacks += [(name, f"message {number}: {key}", part) for key, part in self._lacking(message, text[within])]
-        return Rendered(
-            text,
-            len(prompt),
-            tuple(turns),
-            contents,
-            special=True,
-            closed=text.endswith(self.end_marks),
-            shown=shown,
-            dropped=dropped + self._dropped(lacks),
-        )
+        closed, dropped = text.endswith(self.end_marks), dropped + self._dropped(lacks)
+        return Rendered(text, len(prompt), tuple(turns), contents, True, closed, shown, dropped)
 
-    def _completion_start(
-        self, example: Example, prompt: str, before: list[Message], completion: list[Message], text: str, name: str
-    ) -> int:
+    def _completion_start(self, example: Example, prompt: str, completion: list[Message], text: str, name: str) -> int:
         """Where the completion begins in the template's text."""
         if text.startswith(prompt):
             return len(prompt)
         # A generation prompt may go on beyond what the template writes before an answer (an empty thinking
         # block, say); then the completion begins where the two part. The messages must be rendered alike.
-        shared = common_length(prompt, text)
+        before, shared = example.messages, common_length(prompt, text)
         said = (completion[0].get("content") or "").strip()
         least = len(self._render(example, before, "prompt", False).rstrip())
         if shared < least:
@@ -241,17 +204,10 @@ class Renderer:
         return shared if at < 0 else at
 
     def _turns(
-        self,
-        example: Example,
-        prompt: str,
-        before: list[Message],
-        completion: list[Message],
-        text: str,
-        name: str,
-        start: int,
+        self, example: Example, prompt: str, completion: list[Message], text: str, name: str, start: int
     ) -> list[Span]:
         """The assistant's turns in a completion of several messages."""
-        turns = []
+        before, turns = example.messages, []
         for index, message in enumerate(completion):
             if message["role"] != "assistant":
                 continue
@@ -294,16 +250,15 @@ class Renderer:
         return [(start, end + len(mark)) for (start, end), mark in zip(marked[0], ends)]
 
     def _headed_turns(self, text: str, written: int, start: int, prompt: str) -> list[Span]:
-        """Turns from the heading that stands before the first one to the end-of-turn token that closes the last one.
+        """Turns from the heading before the first one to the end-of-turn token that closes the last one.
 
-        Args:
-            written: where the prompt's messages end; start: where the first turn begins.
+        The prompt's messages end at `written`, the first turn begins at `start`.
         """
         heading, whole = text[written:start].lstrip(), prompt[written:].lstrip()
-        mark = next((m for m in self.end_marks if text.rstrip().endswith(m)), None)
+        mark = next((m for m in self.end_marks if text.rstrip().endswith(m)), "")
         turns: list[Span] = []
         at = text.find(heading, written) if heading.strip() and mark else -1
-        while at >= 0 and mark:
+        while at >= 0:
             first = at + common_length(text[at:], whole) if turns else start
             end = text.find(mark, first)
             if end < 0:
@@ -334,11 +289,7 @@ class Renderer:
 
 
 def template_text(template: str | None) -> str | None:
-    """A chat template given as itself, or as the path of a file that holds it.
-
-    Raises:
-        ModelError: it is neither.
-    """
+    """A chat template given as itself, or as the path of a file that holds it."""
     if template is None or "{%" in template or "{{" in template:
         return template
     path = Path(template).expanduser()
@@ -377,8 +328,7 @@ def _texts_of(value: Any) -> Iterator[str]:
     """Every text in a value of JSON: keys (of tool calls, those of their arguments) and leaves."""
     if isinstance(value, Mapping):
         if "function" in value or "arguments" in value:
-            value = value.get("function", value).get("arguments")
-            yield from _texts_of(value)
+            yield from _texts_of(value.get("function", value).get("arguments"))
             return
         for key, inner in value.items():
             yield str(key)
@@ -409,12 +359,10 @@ SPACE = "Ġ"
 
 @dataclass
 class Tokens:
-    """The tokens of a text.
+    """The tokens of a text, and the characters `[start, end)` of each if the tokenizer tells.
 
-    Attributes:
-        ids: token ids, special tokens that the tokenizer adds by itself not included.
-        starts, ends: the characters `[start, end)` of each token; None if the tokenizer does not tell.
-        ids_of: tokenises another text in the same way; used where there are no offsets.
+    `ids` are without the special tokens that the tokenizer adds by itself. `ids_of` tokenises another text in the same
+    way; used where there are no offsets.
     """
 
     text: str
@@ -445,13 +393,7 @@ class Tokens:
 class Encoder:
     """Tokenises texts with a tokenizer: many at a time, with offsets where it has them.
 
-    Attributes:
-        prefix: ids that the tokenizer puts before a text by itself (BOS).
-        bos_id: BOS, for a prompt that would otherwise be empty; None if there is none.
-        eos_id: EOS, or None if the config does not ask for it.
-
-    Raises:
-        ModelError: `config.add_eos` is set and the tokenizer has no EOS.
+    `prefix`: ids that it puts before a text by itself (BOS). `eos_id`: None if the config does not ask for EOS.
     """
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
@@ -474,21 +416,18 @@ class Encoder:
             return []
         if not self.tokenizer.is_fast:
             return [Tokens(text, self._ids(text), ids_of=self._ids) for text in texts]
-        found = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        found = self._with_offsets(list(texts), return_attention_mask=False, return_token_type_ids=False)
         tokens = []
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"]):
             if self._trimmed:
                 offsets = [self._with_spaces(i, start, end) for i, (start, end) in zip(ids, offsets)]
             starts, ends = zip(*offsets) if offsets else ((), ())
-            tokens.append(Tokens(text, ids, _not_decreasing(starts), _not_decreasing(ends)))
+            # Some normalisers report tokens without characters of their own at 0; they go with what precedes.
+            tokens.append(Tokens(text, ids, list(accumulate(starts, max)), list(accumulate(ends, max))))
         return tokens
+
+    def _with_offsets(self, texts: Any, **options: bool) -> Any:
+        return self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
 
     def head(self, rendered: Rendered, tokens: Tokens) -> list[int]:
         """Ids to put before the tokens: what the tokenizer adds by itself, BOS never twice."""
@@ -508,7 +447,7 @@ class Encoder:
     def _trims_offsets(self) -> bool:
         """Whether offsets leave out the spaces that byte-level tokens begin with (as Llama 3's do)."""
         probe = " a a"
-        found = self.tokenizer(probe, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = self._with_offsets(probe)
         tokens = self.tokenizer.convert_ids_to_tokens(found["input_ids"])
         return any(
             token.startswith(SPACE) and probe[start : start + 1] != " "
@@ -528,9 +467,7 @@ class Encoder:
         return max(start - before, 0), end + behind
 
     def _own_prefix(self) -> list[int]:
-        probe = "a"
-        plain = self._ids(probe)
-        full = list(self.tokenizer(probe, verbose=False)["input_ids"])
+        plain, full = self._ids("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
         for start in range(len(full) - len(plain) + 1):
             if plain and full[start : start + len(plain)] == plain:
                 return full[:start]
@@ -547,12 +484,7 @@ def seam(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) -> str:
-    """16 hex digits that identify what a tokenizer does: vocabulary, rules, special tokens, chat template.
-
-    Args:
-        tokenizer: the tokenizer.
-        config: if given, its settings that change token ids or spans are included.
-    """
+    """16 hex digits that identify what a tokenizer does, with the settings of `config` that change tokens or spans."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         # What the last call asked for, not what the tokenizer is.
@@ -571,22 +503,12 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
     return fingerprint(parts)
 
 
-def _not_decreasing(positions: Sequence[int]) -> list[int]:
-    """Some normalisers report tokens without characters of their own at 0; they go with what precedes."""
-    return list(accumulate(positions, max))
-
-
 # ----------------------------------------------------------------------------------------------------
 # Stop strings: where a completion ends that has none of the stop tokens.
 
 
 class StopStrings:
-    """Finds the token that completes one of some strings.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        strings: none empty.
-    """
+    """Finds the token that completes one of some strings, none of them empty."""
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
         self.tokenizer, self.strings = tokenizer, tuple(strings)
@@ -595,20 +517,17 @@ class StopStrings:
 
     def hit(self, ids: Sequence[int]) -> bool:
         """Whether a stop string ends within the last token of `ids`."""
-        text = self._text(ids[-self.window :])
-        return any(s in text for s in self.strings) and not any(
-            s in self._text(ids[-self.window : -1]) for s in self.strings
-        )
+        return self._in(ids[-self.window :]) and not self._in(ids[-self.window : -1])
 
     def length(self, ids: Sequence[int]) -> int | None:
         """How many tokens there are up to the one that completes the first stop string; None: there is none."""
-        text = self._text(ids)
-        if not any(s in text for s in self.strings):
+        if not self._in(ids):
             return None
         return next((end for end in range(1, len(ids) + 1) if self.hit(ids[:end])), None)
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _in(self, ids: Sequence[int]) -> bool:
+        text = _decode(self.tokenizer, ids)
+        return any(s in text for s in self.strings)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -630,6 +549,4 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    if not ids:
-        return ""
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
