@@ -59,11 +59,9 @@ def annotate(
 ) -> Path:
     """Write the rows of a data set with their token credit to one parquet file.
 
-    Per-token columns that the data set has already, such as
-    spans, are in it too.
-
-    Call it again after a kill or a full disk: finished shards are not computed again. Call it in every
-    process of a `torch.distributed` world (`accelerate launch`, `torchrun`) to share the work.
+    Per-token columns that the data set has already, such as spans, are in it too. Call it again after a kill or a full
+    disk: finished shards are not computed again. Call it in every process of a `torch.distributed` world
+    (`accelerate launch`, `torchrun`) to share the work.
 
     Args:
         rows_source: preference pairs (anything `tokengrain.data.load_rows` takes), or a prepared data set.
@@ -96,7 +94,12 @@ def annotate(
     dataset, rows = _dataset(rows_source, rows, tokenizer, tokenize_config)
     place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
     quantities = _quantities(dataset, sources, reference)
-    marks = _completed(fingerprints or {}, sources, reference)
+    marks = dict[str, str]()
+    if sources and "source" not in (fingerprints or {}):
+        marks["source"] = fingerprint({name: as_credit(source).fingerprint() for name, source in sources.items()})
+    if reference is not None and not {"model", "reference"} & set(fingerprints or {}):
+        marks["reference"] = scorer_fingerprint(reference)
+    marks |= fingerprints or {}
     budget = max_tokens or (CPU_TOKENS if place.type == "cpu" else GPU_TOKENS)
     content = {"format": FORMAT, "fingerprints": marks, "columns": list(quantities)}
     # What a shard holds depends on the tokens and on what was batched together too.
@@ -128,21 +131,6 @@ def annotate(
     return job.output
 
 
-def _completed(
-    given: Mapping[str, str],
-    sources: Mapping[str, Callable[[TokenBatch], Tensor]],
-    reference: Callable[..., Any] | None,
-) -> dict[str, str]:
-    """`given`, and where it does not say: which sources and which reference the numbers come from."""
-    own = dict[str, str]()
-    if sources and "source" not in given:
-        named = {name: as_credit(source) for name, source in sources.items()}
-        own["source"] = fingerprint({name: source.fingerprint() for name, source in named.items()})
-    if reference is not None and not {"model", "reference"} & given.keys():
-        own["reference"] = scorer_fingerprint(reference)
-    return {**own, **given}
-
-
 def _quantities(
     dataset: PairDataset, sources: Mapping[str, Callable[[TokenBatch], Tensor]], reference: Callable[..., Any] | None
 ) -> dict[str, Callable[[TokenBatch], Tensor]]:
@@ -150,7 +138,7 @@ def _quantities(
     quantities = dict(sources)
     if reference is not None:
         shared = _SharedPass(reference)
-        quantities = {name: _asking(source, reference, shared) for name, source in sources.items()}
+        quantities = {name: shared.given_to(source) for name, source in sources.items()}
         quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps
     require(quantities, RunError, "nothing to annotate: give at least one credit source or a reference")
     # The rows' own columns (spans, say) have to be there again when the file is read.
@@ -184,34 +172,24 @@ def _finish(job: Job, manifest: Mapping[str, Any], originals: Sequence[Mapping[s
 
 
 def load_annotated(
-    path: str | os.PathLike[str],
-    tokenizer: Any = None,
-    expected_fingerprints: Mapping[str, str] | None = None,
+    path: str | os.PathLike[str], tokenizer: Any = None, expected_fingerprints: Mapping[str, str] | None = None
 ) -> PairDataset:
     """An annotated file as a data set to train on; the stored token ids are used as they are.
 
-    Args:
-        path: file written by `annotate`.
-        tokenizer: if given, the stored ids must lie in its vocabulary.
-        expected_fingerprints: checked by `check_manifest`.
-
-    Raises:
-        RunError: another model, tokenizer, chat template, data or source; says which.
-        DataError: rows whose numbers do not fit their tokens.
+    If a tokenizer is given, the ids must lie in its vocabulary. The fingerprints are compared by `check_manifest`.
     """
     path = Path(path)
     check_manifest(path, expected_fingerprints or {})
-    vocabulary = len(tokenizer) if tokenizer is not None else None
-    return PairDataset(_within(read_samples(path), vocabulary, path), name=str(path))
 
+    def within(samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            highest = max([*sample.prompt_ids, *(t for c in sample.completions for t in c.ids)], default=0)
+            if tokenizer is not None and highest >= len(tokenizer):
+                what = f"but the tokenizer has only {len(tokenizer)} tokens"
+                raise RunError(f"{path} has token id {highest}, {what}")
+            yield sample
 
-def _within(samples: Iterable[Sample], vocabulary: int | None, path: Path) -> Iterator[Sample]:
-    """The samples; an error at the first token that the tokenizer does not have."""
-    for sample in samples:
-        highest = max([*sample.prompt_ids, *(t for c in sample.completions for t in c.ids)], default=0)
-        what = f"{path} has token id {highest}, but the tokenizer has only {vocabulary} tokens"
-        require(vocabulary is None or highest < vocabulary, RunError, what)
-        yield sample
+    return PairDataset(within(read_samples(path)), name=str(path))
 
 
 def _dataset(
@@ -239,39 +217,25 @@ def _originals(samples: Iterable[Sample], rows: Rows | None) -> list[Mapping[str
 
 def _device_of(holders: Sequence[Any]) -> torch.device:
     """Device of the first model found in the sources (and what they hold), else the CPU."""
-    seen, queue = set(), list(holders)
-    while queue:
-        holder = queue.pop(0)
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
+    queue = list(holders)
+    for holder in queue:  # grows as it is read
         if isinstance(holder, torch.nn.Module):
-            first = next(holder.parameters(), None)
-            if first is not None:
+            if (first := next(holder.parameters(), None)) is not None:
                 return first.device
         elif type(holder).__module__.startswith("tokengrain."):
-            queue.extend(vars(holder).values())
+            queue += [held for held in vars(holder).values() if not any(held is known for known in queue)]
     return torch.device("cpu")
 
 
 # ----------------------------------------------------------------------------------------------------
-# What an annotated file says of itself: which columns were computed, and what they were computed with.
-#
-# It is in the file's own metadata, so a copied file stays checked; `manifest.json` beside it says the same for people.
+# What an annotated file says of itself: which columns were computed, and what they were computed with. It is in the
+# file's own metadata, so a copied file stays checked; `manifest.json` beside it says the same for people.
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA = b"tokengrain"
 DIGEST = "digest"
-_NAMES = {
-    "model": "model",
-    "reference": "reference model",
-    "tokenizer": "tokenizer",
-    "chat_template": "chat template",
-    "data": "data",
-    "source": "credit source",
-    "tokenize": "tokenisation settings",
-}
+_NAMES = {"reference": "reference model", "source": "credit source", "tokenize": "tokenisation settings"}
 
 
 def column_name(role: str, name: str) -> str:
@@ -289,11 +253,7 @@ def is_annotated(path: object) -> TypeGuard[str | Path]:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """What an annotated file was made with: from the file, else from `manifest.json` beside it.
-
-    Raises:
-        RunError: the file is not there, or `annotate` did not write it.
-    """
+    """What an annotated file was made with: from the file, else from `manifest.json` beside it."""
     path = Path(path)
     require(path.is_file(), RunError, f"{path}: there is no such annotated file; run `tokengrain annotate` first")
     try:
@@ -319,30 +279,19 @@ def write_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
 
 def differences(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """One phrase per fingerprint of `now` that `stored` does not match."""
-    found = []
-    for name, value in now.items():
-        if stored.get(name) != value:
-            title = _NAMES.get(name, name.replace("_", " "))
-            found.append(f"another {title} (file: {stored.get(name, 'not recorded')}, now: {value})")
-    return found
+    return [
+        f"another {_NAMES.get(name, name.replace('_', ' '))} (file: {stored.get(name, 'not recorded')}, now: {value})"
+        for name, value in now.items()
+        if stored.get(name) != value
+    ]
 
 
 def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, Any]:
-    """Check that an annotated file belongs to this model, tokenizer, template, data and source.
-
-    Args:
-        path: the parquet file.
-        expected: fingerprints of what is about to be used; only the names given are compared.
-
-    Returns:
-        The file's manifest.
-
-    Raises:
-        RunError: naming every fingerprint that differs, with both values.
-    """
+    """The manifest of an annotated file; `RunError` names every fingerprint in `expected` that it does not match."""
     manifest = read_manifest(path)
     found = differences(manifest.get("fingerprints", {}), expected)
-    if manifest.get(DIGEST) != digest(_own_columns(path, manifest)):
+    table, computed = pq.read_table(Path(path), partitioning=None), computed_columns(manifest)
+    if manifest.get(DIGEST) != digest({n: table.column(n) for n in table.column_names if n not in computed}):
         found.append("other data (rows were changed after annotating)")
     advice = "Its token rewards do not belong to this run: annotate again, or go back to what it was made with"
     require(not found, RunError, f"{path} was annotated with {'; with '.join(found)}. {advice}")
@@ -351,19 +300,12 @@ def check_manifest(path: str | Path, expected: Mapping[str, str]) -> dict[str, A
 
 def computed_columns(manifest: Mapping[str, Any]) -> set[str]:
     """Columns that annotate adds to the rows (or puts in the place of a row's own, such as token rewards)."""
-    roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
+    roles = manifest["roles"]
     ids = {"prompt_ids", *(f"{r}_ids" for r in roles), *(f"{r}_counted" for r in roles)}
-    return ids | {column_name(r, n) for r in roles for n in names}
+    return ids | {column_name(r, n) for r in roles for n in manifest["columns"]}
 
 
-def _own_columns(path: str | Path, manifest: Mapping[str, Any]) -> dict[str, pa.Array]:
-    """The columns that the rows had before annotating."""
-    table = pq.read_table(Path(path), partitioning=None)
-    computed = computed_columns(manifest)
-    return {n: table.column(n).combine_chunks() for n in table.column_names if n not in computed}
-
-
-def digest(columns: Mapping[str, pa.Array]) -> str:
+def digest(columns: Mapping[str, Any]) -> str:
     """Identifies the rows' own columns: an edited row does not have the tokens that its numbers belong to."""
     return fingerprint({name: column.to_pylist() for name, column in columns.items()})
 
@@ -385,7 +327,7 @@ def roles_of(sample: Sample) -> tuple[str, ...]:
 
 
 def list_column(parts: Sequence[np.ndarray]) -> pa.Array:
-    """A parquet list column with one list per row; float32 or int32 or bool by the parts' type."""
+    """A list column with one list per row, of the parts' type."""
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int32)
     values = np.concatenate(parts) if parts else np.empty(0, np.float32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
@@ -424,33 +366,25 @@ def merge(
 ) -> dict[str, Any]:
     """Put the rows and their shards together into `output`, one row group per shard, rows in input order.
 
-    Returns:
-        The manifest that is stored in the file: the given one with a digest of the rows' own columns.
+    Returns the manifest that is stored in the file: the given one with a digest of the rows' own columns.
     """
     for left in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         left.unlink()  # of a run that was killed while merging
     computed = pq.read_schema(shards[0]).remove_metadata()
-    originals = _original_columns(rows, set(computed.names))
+    names = dict.fromkeys(name for row in rows for name in row if name not in computed.names)
+    originals = {name: _array([row.get(name) for row in rows]) for name in names}
     fields = [pa.field(name, column.type) for name, column in originals.items()]
     manifest = {**manifest, DIGEST: digest(originals)}
     metadata = {METADATA: json.dumps(manifest, sort_keys=True).encode()}
     schema = pa.schema([*fields, *computed], metadata=metadata)
     start = 0
-    with (
-        atomic_write(output) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
-    ):
+    with atomic_write(output) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for shard in shards:
             table = pq.read_table(shard, partitioning=None)
             arrays = [column.slice(start, table.num_rows) for column in originals.values()]
             writer.write_table(pa.table([*arrays, *table.columns], schema=schema), row_group_size=len(table))
             start += table.num_rows
     return manifest
-
-
-def _original_columns(rows: Sequence[Mapping[str, Any]], replaced: set[str]) -> dict[str, pa.Array]:
-    names = dict.fromkeys(name for row in rows for name in row if name not in replaced)
-    return {name: _array([row.get(name) for row in rows]) for name in names}
 
 
 def _array(values: list[Any]) -> pa.Array:
@@ -479,15 +413,10 @@ def explain_full_disk(path: Path, done: int, total: int, shards: Path) -> Iterat
 
 
 def read_samples(path: str | Path) -> Iterator[Sample]:
-    """Yield the samples of an annotated file with the stored token ids; computed columns are in
-    `Completion.columns`.
-
-    A column is kept only if it is there for every completion. `Sample.row` is the row number in the file.
-    """
+    """The samples of an annotated file; `Sample.row` is the row's number in it."""
     manifest = read_manifest(path)
     table = pq.read_table(Path(path), partitioning=None)
-    roles, names = tuple(manifest["roles"]), tuple(manifest["columns"])
-    computed = computed_columns(manifest)
+    roles, names, computed = manifest["roles"], manifest["columns"], computed_columns(manifest)
     missing = sorted(computed - set(table.column_names) - {f"{r}_counted" for r in roles})
     require(not missing, DataError, "columns that annotate wrote are gone", file=path, value=missing)
     raws = table.select([n for n in table.column_names if n not in computed]).to_pylist()
@@ -498,22 +427,18 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
         holes = f"{role}_counted" in table.column_names
         counted = _lists(table, f"{role}_counted") if holes else [None] * len(ids)
         values = {name: _lists(table, column_name(role, name)) for name in names}
-        for name, lists in values.items():
-            _check_lengths(path, column_name(role, name), lists, ids)
         completions = []
         for row, (tokens, keep) in enumerate(zip(ids, counted, strict=True)):
+            for name, lists in values.items():
+                if len(lists[row]) != len(tokens):
+                    where: dict[str, Any] = {"file": path, "row": row, "field": column_name(role, name)}
+                    got, expected = f"{len(lists[row])} numbers", f"{len(tokens)}, one per token"
+                    raise DataError("the list does not fit the completion", **where, value=got, expected=expected)
             columns = {n: v[row] if keep is None else v[row][keep] for n, v in values.items()}
             completions.append(Completion(tokens.tolist(), None if keep is None else keep.tolist(), columns))
         per_role.append(completions)
     for row, (prompt, raw, *completions) in enumerate(zip(prompts, raws, *per_role, strict=True)):
         yield Sample(prompt.tolist(), list(completions), row=row, raw=raw)
-
-
-def _check_lengths(path: str | Path, field: str, lists: Iterable[np.ndarray], ids: Iterable[np.ndarray]) -> None:
-    for row, (values, tokens) in enumerate(zip(lists, ids, strict=True)):
-        if len(values) != len(tokens):
-            what, expected = "the list does not fit the completion", f"{len(tokens)}, one per token"
-            raise DataError(what, file=path, row=row, field=field, value=f"{len(values)} numbers", expected=expected)
 
 
 def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
@@ -567,19 +492,20 @@ def compute_shards(job: Job, rank: int, size: int, progress: bool) -> None:
     tokens = {i: sum(job.lengths[i * job.shard_rows : (i + 1) * job.shard_rows]) for i in mine}
     missing = [i for i in mine if not shard_matches(job.path(i), job.key)]
     done = sum(tokens.values()) - sum(tokens[i] for i in missing)
-    with _bar(progress and rank == 0 and bool(missing), sum(tokens.values()), done) as advance:
-        writer = ThreadPoolExecutor(1, thread_name_prefix="annotate-writer")
-        pending: Future[None] | None = None
-        try:
-            for shard in missing:
-                columns = _compute_shard(job, shard, advance)
-                if pending is not None:
-                    pending.result()
-                pending = writer.submit(_write, job, shard, columns)
-            if pending is not None:
-                pending.result()
-        finally:
-            writer.shutdown(wait=True)  # also after Ctrl-C: a shard that was computed is kept
+    show = progress and rank == 0 and bool(missing)
+    # The pool waits for its thread also after Ctrl-C: a shard that was computed is kept.
+    with (
+        _bar(show, sum(tokens.values()), done) as advance,
+        ThreadPoolExecutor(1, thread_name_prefix="annotate-writer") as writer,
+    ):
+        pending: list[Future[None]] = []
+        for shard in missing:
+            columns = _compute_shard(job, shard, advance)
+            for written in pending:
+                written.result()
+            pending = [writer.submit(_write, job, shard, columns)]
+        for written in pending:
+            written.result()
 
 
 def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict[str, list[list[np.ndarray]]]:
@@ -623,10 +549,9 @@ def _batches(rows: Sequence[Sample], max_tokens: int) -> list[list[int]]:
 
 
 def _checked(job: Job, name: str, values: Any, batch: TokenBatch) -> Tensor:
-    expected = batch.segments.total
-    if not isinstance(values, Tensor) or values.shape != (expected,):
+    if not isinstance(values, Tensor) or values.shape != (batch.segments.total,):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        wanted = f"a tensor of shape ({expected},) for the batch that starts with this row"
+        wanted = f"a tensor of shape ({batch.segments.total},) for the batch that starts with this row"
         what = f"the source of {name!r} gave a wrong number of values"
         raise DataError(what, file=job.name, row=batch.rows[0], value=got, expected=wanted)
     return values
@@ -641,13 +566,12 @@ def _check_finite(job: Job, row: int | str, field: str, values: np.ndarray) -> N
 
 
 def _write(job: Job, shard: int, columns: Mapping[str, list[list[np.ndarray]]]) -> None:
-    rows = job.rows(shard)
+    rows, path = job.rows(shard), job.path(shard)
     table = token_columns(rows, job.roles, job.holes)
     for name, by_role in columns.items():
         for index, role in enumerate(job.roles):
             parts = [_spread(rows[i].completions[index].counted, p) for i, p in enumerate(by_role[index])]
             table[column_name(role, name)] = list_column(parts)
-    path = job.path(shard)
     with explain_full_disk(path, job.finished(), job.n_shards, job.folder):
         write_shard(path, table, job.key)
 
@@ -710,10 +634,6 @@ def agreement(size: int) -> Iterator[None]:
         raise error
 
 
-# ----------------------------------------------------------------------------------------------------
-# One forward pass of a reference for everything that is asked of it about the same batch.
-
-
 class _SharedPass:
     """A reference that answers a second question about the same batch from its first forward pass."""
 
@@ -729,15 +649,14 @@ class _SharedPass:
             self.batch, self.answer = batch, self.reference(batch, {"logps"})
         return self.answer
 
-
-def _asking(source: Any, reference: Any, shared: _SharedPass) -> Any:
-    """`source`; if it asks the same frozen model, a copy that shares the forward pass of the stored logps."""
-    asked = getattr(source, "reference", None)
-    if asked is None or _frozen_model(asked) is not _frozen_model(reference):
+    def given_to(self, source: Any) -> Any:
+        """`source`; if it asks the same frozen model, a copy that shares the forward pass of the stored logps."""
+        asked = getattr(source, "reference", None)
+        if asked is None or _frozen_model(asked) is not _frozen_model(self.reference):
+            return source
+        source = copy.copy(source)
+        source.reference = self
         return source
-    source = copy.copy(source)
-    source.reference = shared
-    return source
 
 
 def _frozen_model(reference: Any) -> Any:

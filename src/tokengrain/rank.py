@@ -18,6 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from torch import nn
 
 from tokengrain import models
+from tokengrain.annotation import CPU_TOKENS, GPU_TOKENS
 from tokengrain.batch import Sample, TokenBatch, first_fit
 from tokengrain.data.config import BATCH_ROWS, RowError, TokenizeConfig, check
 from tokengrain.data.encode import Encoded, ExampleEncoder
@@ -25,40 +26,23 @@ from tokengrain.data.folders import file_kind
 from tokengrain.data.formats import Example, canonical, check_prompt, content, for_template, pair_example
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atomic_write, require
-from tokengrain.evaluation.statistics import (
-    Estimate,
-    LengthBucket,
-    Pooling,
-    accuracy_by_length,
-    score_completions,
-    wilson,
-)
+from tokengrain.evaluation import statistics
+from tokengrain.evaluation.statistics import Estimate, LengthBucket, Pooling, score_completions
 from tokengrain.scoring.model import positions_of
 from tokengrain.screen import Screen
 from tokengrain.specs import ModelSpec
 
-CPU_TOKENS, GPU_TOKENS = 8_192, 32_768
-
 
 @dataclass
 class Ranking:
-    """What `rank` did.
-
-    Attributes:
-        output: the file written.
-        rows: rows written.
-        skipped: rows left out because they were invalid (`on_invalid: skip`).
-        pairs: rows that were preference pairs.
-        accuracy: share of the pairs whose chosen completion scores higher (a tie counts half); None without pairs.
-        by_length: the same in buckets of length of chosen minus length of rejected, in tokens.
-    """
+    """What `rank` did: the file and how many rows it has."""
 
     output: Path
     rows: int = 0
-    skipped: int = 0
-    pairs: int = 0
-    accuracy: Estimate | None = None
-    by_length: list[LengthBucket] = field(default_factory=list)
+    skipped: int = 0  # invalid rows (`on_invalid: skip`)
+    pairs: int = 0  # rows that were preference pairs
+    accuracy: Estimate | None = None  # share of the pairs whose chosen completion scores higher; a tie counts half
+    by_length: list[LengthBucket] = field(default_factory=list)  # by length of chosen minus rejected, in tokens
 
 
 def rank(
@@ -124,7 +108,11 @@ def rank(
         skipped = f"{result.skipped} rows skipped"
         require(result.rows, DataError, "no row could be used", file=rows.name, value=skipped)
     if scores:
-        _judge_pairs(result, torch.tensor(scores, dtype=torch.float64), torch.tensor(lengths))
+        by_pair = torch.tensor(scores, dtype=torch.float64)
+        chosen, rejected = by_pair[0::2], by_pair[1::2]
+        wins = float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
+        result.pairs, result.accuracy = len(chosen), statistics.wilson(wins, len(chosen))
+        result.by_length = statistics.accuracy_by_length(by_pair, torch.tensor(lengths))
     return result
 
 
@@ -190,17 +178,13 @@ def _target(file: Any, name: str, output: Any, overwrite: bool) -> Path:
     return target
 
 
-Ready = tuple[int, Mapping[str, Any], list[Sample]]
+Ready = tuple[int, Mapping[str, Any], list[Sample]]  # number, row, one sample per completion
 
 
 def _candidates(
     group: Sequence[tuple[int, Any]], encoder: ExampleEncoder, rows: Any, tokenize: TokenizeConfig, result: Ranking
 ) -> list[Ready]:
-    """`(number, row, one sample per completion)` of every row that can be used.
-
-    Raises:
-        DataError: a row that cannot, unless such rows are to be skipped.
-    """
+    """Every row that can be used; one that cannot raises, unless such rows are to be skipped."""
     examples: list[tuple[int, Any, list[Example]]] = []
     errors: list[tuple[int, RowError]] = []
     for number, row in group:
@@ -253,13 +237,6 @@ def _best(values: list[float], place: tuple[str, str]) -> int:
     finite, where = all(map(math.isfinite, values)), {"file": place[0], "row": place[1]}
     require(finite, DataError, "a score is not finite", **where, value=values, expected="finite numbers")
     return values.index(max(values))
-
-
-def _judge_pairs(result: Ranking, scores: torch.Tensor, lengths: torch.Tensor) -> None:
-    chosen, rejected = scores[0::2], scores[1::2]
-    wins = float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
-    result.pairs, result.accuracy = len(chosen), wilson(wins, len(chosen))
-    result.by_length = accuracy_by_length(scores, lengths)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -29,10 +29,7 @@ from tokengrain.screen import Screen
 
 
 class SampleStore(Sequence[Sample]):
-    """A growing sequence of samples, all with the same number of completions and the same columns.
-
-    Samples are made when they are asked for, so changing one does not change the store.
-    """
+    """A growing sequence of samples, all of one kind; they are made when asked for, so changing one changes nothing."""
 
     def __init__(self) -> None:
         self._ids = array("i")
@@ -48,12 +45,10 @@ class SampleStore(Sequence[Sample]):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the per-token columns that all samples have."""
         return tuple(self._columns)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that identify token ids, which of them count, and columns of all samples."""
         return self._digest.hexdigest()[:16]
 
     def append(self, sample: Sample) -> None:
@@ -65,7 +60,9 @@ class SampleStore(Sequence[Sample]):
         if len(sample.completions) != self._parts - 1 or names != sorted(self._columns):
             raise ValueError(f"sample {sample.row} differs from the others in its completions or columns")
         before, first = len(self._counted_at) - 1, self._tokens_at[-1]
-        for ids, counted in self._pieces(sample):
+        pieces = [(sample.prompt_ids, [False] * len(sample.prompt_ids))]
+        pieces += [(c.ids, list(c.counted or [True] * len(c.ids))) for c in sample.completions]
+        for ids, counted in pieces:
             self._ids.extend(ids)
             self._counted.extend(counted)
             self._tokens_at.append(len(self._ids))
@@ -79,12 +76,6 @@ class SampleStore(Sequence[Sample]):
         self._digest.update(self._ids[first:].tobytes() + self._counted[first:].tobytes())
         for name, stored in sorted(self._columns.items()):
             self._digest.update(name.encode() + stored[self._counted_at[before] :].tobytes())
-
-    @staticmethod
-    def _pieces(sample: Sample) -> Iterator[tuple[list[int], Sequence[bool]]]:
-        yield sample.prompt_ids, [False] * len(sample.prompt_ids)
-        for completion in sample.completions:
-            yield completion.ids, completion.counted or [True] * len(completion.ids)
 
     @property
     def lengths(self) -> list[int]:
@@ -118,32 +109,18 @@ class SampleStore(Sequence[Sample]):
         return Completion(self._ids[start:end].tolist(), counted, columns)
 
 
-# ----------------------------------------------------------------------------------------------------
-# What became of the rows of a source: how many were kept, skipped and cut, and why.
-
-
 @dataclass
 class Report:
-    """What became of the rows.
+    """What became of the rows of a source: how many were kept, skipped and cut, and why."""
 
-    Attributes:
-        kept: samples made.
-        skipped: rows left out, by reason.
-        first: for each reason, the message about the first such row.
-        prompts_cut, completions_cut: how many were longer than the configuration allows.
-        without_spans: pairs that were kept although spans were looked for and none was found.
-        dropped: rows by what the chat template left out of them (`on_dropped: keep`).
-        ended: texts that ended in a special token, such as an end-of-turn token, before EOS was added.
-    """
-
-    kept: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
+    kept: int = 0  # samples made
+    skipped: dict[str, int] = field(default_factory=dict)  # rows left out, by reason
+    first: dict[str, str] = field(default_factory=dict)  # for each reason, the message about the first such row
     prompts_cut: int = 0
     completions_cut: int = 0
-    without_spans: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    ended: int = 0
+    without_spans: int = 0  # pairs that were kept although spans were looked for and none was found
+    dropped: dict[str, int] = field(default_factory=dict)  # rows by what the chat template left out of them
+    ended: int = 0  # texts that ended in a special token before EOS was added
 
     @property
     def rows(self) -> int:
@@ -206,21 +183,13 @@ PROGRESS_ROWS = 2000
 
 
 class PairDataset(Dataset[Sample]):
-    """Samples in memory.
+    """Samples in memory, all with the same columns and number of completions.
 
-    Args:
-        samples: the samples, all with the same columns and number of completions.
-        report: what became of the rows; default: all were kept.
-        name: where the rows came from.
-        clock: the time that the chat template wrote into them; None: it writes none.
-        remake: the same data set at another time.
-
-    Attributes:
-        samples: a sequence of the samples, made when asked for.
-        max_length: what their texts were cut to by hand; None: nothing.
+    `report` says what became of the rows, `name` where they came from. `clock` is the time that the chat template wrote
+    into them (None: it writes none); `remake` gives the same data set at another time.
     """
 
-    max_length: int | None = None
+    max_length: int | None = None  # what the texts were cut to by hand
 
     def __init__(
         self,
@@ -264,7 +233,7 @@ class PairDataset(Dataset[Sample]):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Per-token columns that the samples have: "token_rewards", "ref_logps", "spans"."""
+        """Per-token columns that all samples have: "token_rewards", "ref_logps", "spans"."""
         return self.samples.columns
 
     @property
@@ -282,20 +251,14 @@ class PairDataset(Dataset[Sample]):
 class IterablePairDataset(IterableDataset[Sample]):
     """Samples made as they are asked for, in the order of the rows; for sets larger than memory.
 
-    Rows are dealt out in turn to the workers of a data loader, and to ranks after `shard`: each row goes to
-    exactly one of them, by its number, so the same shards always see the same rows. It continues where it was
-    after `load_state_dict`. Rows are checked as they are read; an invalid one is an error there and then, or
-    skipped.
-
-    Attributes:
-        report: what became of the rows read so far, in this process.
-        name, fingerprint: of the rows, the tokenizer and the settings.
+    Rows are dealt out in turn, by their number, to the workers of a data loader, and to ranks after `shard`. It
+    continues where it was after `load_state_dict`. An invalid row is an error when it is read, or skipped; `report`
+    counts the rows read so far in this process.
     """
 
     def __init__(self, rows: Rows, encoder: ExampleEncoder, fingerprint: str) -> None:
         self.rows, self.name, self.fingerprint = rows, rows.name, fingerprint
-        self.report = Report()
-        self._encoder = encoder
+        self.report, self._encoder = Report(), encoder
         self._rank, self._world_size = 0, 1
         self._start = self._next_row = 0
         self.clock = encoder.renderer.clock if encoder.renderer.dated else None
@@ -332,7 +295,7 @@ class IterablePairDataset(IterableDataset[Sample]):
         for number, result in _encoded(ours, self._encoder):
             self._next_row = number + 1
             if isinstance(result, Encoded):
-                columns = _column_names(result.sample) if columns is None else columns
+                columns = tuple(result.sample.completions[0].columns) if columns is None else columns
                 result = _same_columns(result, columns)
             if isinstance(result, RowError):
                 error = result.located(*self.rows.place(number))
@@ -347,26 +310,19 @@ class IterablePairDataset(IterableDataset[Sample]):
             raise all_invalid(self.rows, self.report, *first_invalid) from first_invalid[1]
 
 
+Config = TokenizeConfig | None
+
+
 class Prepare(Protocol):
     """The type of `prepare_pairs` and `prepare_sft`: a stream of rows gives another data set than stored rows."""
 
     @overload
     def __call__(
-        self,
-        source: RowStream,
-        tokenizer: Any,
-        config: TokenizeConfig | None = None,
-        *,
-        model_positions: int | None = None,
+        self, source: RowStream, tokenizer: Any, config: Config = None, *, model_positions: int | None = None
     ) -> IterablePairDataset: ...
     @overload
     def __call__(
-        self,
-        source: Any,
-        tokenizer: Any,
-        config: TokenizeConfig | None = None,
-        *,
-        model_positions: int | None = None,
+        self, source: Any, tokenizer: Any, config: Config = None, *, model_positions: int | None = None
     ) -> PairDataset: ...
 
 
@@ -419,13 +375,12 @@ def collate(samples: list[Sample]) -> TokenBatch:
 def _prepare(
     source: Any,
     tokenizer: Any,
-    config: TokenizeConfig | None,
+    config: Config,
     parse: Callable[[Any], Example],
     model_positions: int | None,
     clock: Clock | None = None,
 ) -> PairDataset | IterablePairDataset:
-    config = config or TokenizeConfig()
-    rows = load_rows(source)
+    config, rows = config or TokenizeConfig(), load_rows(source)
     encoder = ExampleEncoder(tokenizer, config, parse, model_positions, clock)
     if not isinstance(rows, StoredRows):
         parts = [rows.fingerprint, tokenizer_fingerprint(tokenizer, config), parse.__name__]
@@ -464,22 +419,15 @@ def _encoded(rows: Iterable[tuple[int, Any]], encoder: ExampleEncoder) -> Iterat
         yield from zip((n for n, _ in group), encoder(group))
 
 
-def _column_names(sample: Sample) -> tuple[str, ...]:
-    return tuple(sample.completions[0].columns)
-
-
-def _same_columns(result: Encoded, names: tuple[str, ...]) -> Encoded | RowError:
+def _same_columns(result: Encoded, names: Collection[str]) -> Encoded | RowError:
     """`result`, or an error if its per-token columns are not those of the first sample."""
-    differing = sorted(set(_column_names(result.sample)) ^ set(names))
+    differing = sorted(result.sample.completions[0].columns.keys() ^ set(names))
     if not differing:
         return result
     lacks = differing[0] in names
-    return RowError(
-        "missing column",
-        "is missing, although earlier rows have it" if lacks else "is there, although earlier rows lack it",
-        field=result.prefix + differing[0],
-        expected="values in all rows or in none",
-    )
+    what = "is missing, although earlier rows have it" if lacks else "is there, although earlier rows lack it"
+    field, expected = result.prefix + differing[0], "values in all rows or in none"
+    return RowError("missing column", what, field=field, expected=expected)
 
 
 @contextmanager

@@ -15,26 +15,21 @@ from tokengrain.data.tokens import Clock, Encoder, Rendered, Renderer, Tokens, s
 
 @dataclass
 class Encoded:
-    """A sample and what was cut to make it; `prefix` is that of its first completion's columns.
-
-    `spanless`: spans were looked for, and none of the sample's tokens is in one. `dropped`: what the chat template
-    left out. `ended`: how many texts ended in a special token already when EOS was added.
-    """
+    """A sample and what was cut to make it."""
 
     sample: Sample
-    prefix: str
+    prefix: str  # of its first completion's columns
     prompt_cut: bool
     completions_cut: int
-    spanless: bool = False
-    dropped: tuple[str, ...] = ()
-    ended: int = 0
+    spanless: bool = False  # spans were looked for, and none of the sample's tokens is in one
+    dropped: tuple[str, ...] = ()  # what the chat template left out
+    ended: int = 0  # how many texts ended in a special token already when EOS was added
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A row on its way: where its result belongs, the row without tags, the spans of the tags."""
+    """A row on its way: the row without tags, the spans of the tags."""
 
-    index: int
     number: int
     row: Any
     found: Found
@@ -43,18 +38,10 @@ class _Work:
 
 
 class ExampleEncoder:
-    """Turns rows into samples, many at a time.
+    """Turns rows into samples, many at a time; `parse` is `pair_example` or `single_example`.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        config: settings.
-        parse: row -> `Example` (`pair_example` or `single_example`).
-        model_positions: longest sequence the model takes, in tokens; None: not checked.
-        clock: the time for a template that writes the date; None: this moment.
-
-    Raises:
-        ModelError: EOS or the file of a chat template is wanted and not there.
-        RecipeError: a function for spans that cannot be loaded.
+    `model_positions` is the longest sequence the model takes, in tokens (None: not checked); `clock` the time for a
+    template that writes the date.
     """
 
     def __init__(
@@ -71,29 +58,24 @@ class ExampleEncoder:
         self.marker = SpanMarker(config.span_config) if config.span_config is not None else None
 
     def __call__(self, rows: Sequence[tuple[int, Any]]) -> list[Encoded | RowError]:
-        """One result per `(number, row)`: a sample, or why there is none.
-
-        Raises:
-            ModelError: the rows hold messages and there is no chat template.
-        """
-        results: list[Encoded | RowError | None] = [None] * len(rows)
-        work: list[_Work] = []
-        for index, (number, row) in enumerate(rows):
+        """One result per `(number, row)`: a sample, or why there is none."""
+        work: list[_Work | RowError] = []
+        for number, row in rows:
             try:
                 row = row if isinstance(row, Example) else canonical(row, self.config.chat)
                 row, found = self.marker.read(row) if self.marker is not None else (row, {})
                 example = self.parse(row)
-                work.append(_Work(index, number, row, found, example, self.renderer(example)))
+                work.append(_Work(number, row, found, example, self.renderer(example)))
             except RowError as error:
-                results[index] = error
-        tokens = iter(self.encoder([r.text for w in work for r in w.rendered]))
-        for w in work:
-            parts = [next(tokens) for _ in w.rendered]
-            try:
-                results[w.index] = self._encode(w, parts)
-            except RowError as error:
-                results[w.index] = error
-        return [r for r in results if r is not None]
+                work.append(error)
+        tokens = iter(self.encoder([r.text for w in work if isinstance(w, _Work) for r in w.rendered]))
+        return [w if isinstance(w, RowError) else self._encoded(w, [next(tokens) for _ in w.rendered]) for w in work]
+
+    def _encoded(self, work: _Work, tokens: list[Tokens]) -> Encoded | RowError:
+        try:
+            return self._encode(work, tokens)
+        except RowError as error:
+            return error
 
     def _encode(self, work: _Work, tokens: list[Tokens]) -> Encoded:
         example, rendered = work.example, work.rendered
@@ -124,15 +106,13 @@ class ExampleEncoder:
         """Give a pair its column of spans; whether it has none."""
         if self.marker is None or len(completions) == 1:
             return False
-        columns = self.marker(work.row, work.found, sides)
-        for completion, column in zip(completions, columns):
+        for completion, column in zip(completions, self.marker(work.row, work.found, sides)):
             completion.columns[COLUMN] = column[: completion.n_counted]
         spanless = not any(any(c.columns[COLUMN]) for c in completions)
-        field, value = work.example.fields[0], work.example.completions[0]
-        expected = "a span at least, or `spans: {on_none: keep}` (or skip)"
-        what = "no token of either completion is in a span"
-        kept = not spanless or self.marker.config.on_none == "keep"
-        check(kept, NO_SPAN, what, field=field, value=value, expected=expected)
+        if spanless and self.marker.config.on_none != "keep":
+            what, expected = "no token of either completion is in a span", "`spans: {on_none: keep}` (or skip)"
+            details = {"field": work.example.fields[0], "value": work.example.completions[0]}
+            raise RowError(NO_SPAN, what, **details, expected=f"a span at least, or {expected}")
         return spanless
 
     def _least_prompt(self, example: Example, tokens: list[Tokens]) -> tuple[list[int], int]:
@@ -162,12 +142,11 @@ class ExampleEncoder:
         counted = self._counted(rendered, tokens, cut, len(ids))
         room = len(ids) if self.config.max_length is None else self.config.max_length - prompt_length
         what = f"completion does not fit beside a prompt of {prompt_length} tokens"
-        expected = f"room for {self.config.min_completion_length} at least (max_length {self.config.max_length}; "
-        check(room >= min(len(ids), self.config.min_completion_length), "completion does not fit", what,
-              field=example.fields[side], value=f"{len(ids)} tokens, room for {max(room, 0)}",
-              expected=f"{expected}max_prompt_length cuts prompts)")  # fmt: skip
-        kept = ids[:room]
-        mask = counted[:room]
+        least, got = self.config.min_completion_length, f"{len(ids)} tokens, room for {max(room, 0)}"
+        expected = f"room for {least} at least (max_length {self.config.max_length}; max_prompt_length cuts prompts)"
+        fits, field = room >= min(len(ids), least), example.fields[side]
+        check(fits, "completion does not fit", what, field=field, value=got, expected=expected)
+        kept, mask = ids[:room], counted[:room]
         where = [cut + i for i, counts in enumerate(counted) if counts]
         columns = {}
         for name, value in example.token_columns[side].items():
@@ -208,12 +187,11 @@ class ExampleEncoder:
         for side, present in enumerate(names):
             lacking = sorted(set.union(*names) - present)
             what, expected = "is missing while the other completion has its own", "values for both completions or none"
-            check(not lacking, "missing column", what, field=example.prefix[side] + "".join(lacking[:1]),
-                  expected=expected)  # fmt: skip
+            field = example.prefix[side] + "".join(lacking[:1])
+            check(not lacking, "missing column", what, field=field, expected=expected)
         for completion, field, value in zip(completions, example.fields, example.completions):
-            what = "no token of the completion is left to count"
-            check(completion.n_counted, "completion does not fit", what, field=field, value=value,
-                  expected="at least one token")  # fmt: skip
+            what, details = "no token of the completion is left to count", {"field": field, "value": value}
+            check(completion.n_counted, "completion does not fit", what, **details, expected="at least one token")
         if len(completions) > 1 and completions[0].ids == completions[1].ids:
             what = "is the same as 'chosen' " + ("once both are cut" if n_cut else "in the tokenizer's eyes")
             expected = "two completions that differ" + (f" within max_length {self.config.max_length}" * bool(n_cut))
@@ -225,5 +203,8 @@ class ExampleEncoder:
             length, most = len(prompt) + len(completion.ids), self.model_positions
             what = "prompt and completion are longer than the model's positions"
             got = f"{len(prompt)} + {len(completion.ids)} = {length} tokens"
-            check(most is None or length <= most, "longer than the model", what, field=field, value=got,
-                  expected=f"at most {most} (max_length and max_prompt_length cut rows)")  # fmt: skip
+            fits, expected = (
+                most is None or length <= most,
+                f"at most {most} (max_length and max_prompt_length cut rows)",
+            )
+            check(fits, "longer than the model", what, field=field, value=got, expected=expected)

@@ -32,17 +32,12 @@ NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 
 
 def files_of(folder: Path, split: str | None) -> list[Path]:
-    """The files of one split of a folder, sorted; without `split` the only one, or "train".
-
-    Raises:
-        DataError: no file of rows; which files are meant is not clear; the same file in two formats.
-    """
+    """The files of one split of a folder, sorted; without `split` the only one, or "train"."""
     declared = _declared(folder)
     if declared:
         found = _once(declared[choose_split(list(declared), split, str(folder))])
-        require(
-            found, DataError, "the files that README.md names for the split are not there", file=folder, value=split
-        )
+        what = "the files that README.md names for the split are not there"
+        require(found, DataError, what, file=folder, value=split)
         return found
     paths = _rows_in(folder)
     if not paths:
@@ -51,16 +46,16 @@ def files_of(folder: Path, split: str | None) -> list[Path]:
         paths = [path for inner in named or folders for path in _rows_in(inner)]
         which = {"file": folder, "value": [p.name for p in folders], "expected": "the path of one of them"}
         require(named or len(folders) < 2, DataError, "which of the subfolders is meant is not clear", **which)
-    expected = ".jsonl, .json, .csv or .parquet"
-    require(paths, DataError, "the folder holds no file of rows", file=folder, expected=expected)
+    what = "the folder holds no file of rows"
+    require(paths, DataError, what, file=folder, expected=".jsonl, .json, .csv or .parquet")
     return _once(_of_split(paths, split, folder))
 
 
 def files_of_pattern(pattern: Path, split: str | None) -> list[Path]:
     """The files that a pattern such as `data/train-*.parquet` matches, sorted."""
     paths = sorted(p for p in map(Path, glob.glob(str(pattern), recursive=True)) if p.is_file())
-    expected = "a pattern that matches files of rows"
-    require(paths, DataError, "no file matches the pattern", file=pattern, expected=expected)
+    what = "no file matches the pattern"
+    require(paths, DataError, what, file=pattern, expected="a pattern that matches files of rows")
     return _once(paths if split is None else _of_split(paths, split, pattern))
 
 
@@ -85,10 +80,13 @@ def _rows_in(folder: Path) -> list[Path]:
 
 def _label(path: Path) -> str:
     """The name of the split that a file is of, if it is of one: its name without the number of its part."""
-    stem = path.name[: path.name.lower().removesuffix(".gz").rindex(".")]
-    label = PART.sub("", stem)
-    folder = path.parent.name
+    label, folder = PART.sub("", _stem(path)), path.parent.name
     return folder if folder in WORDS and not _words(label) & set(WORDS) else label
+
+
+def _stem(path: Path) -> str:
+    """The name without its suffix and `.gz`."""
+    return path.name[: path.name.lower().removesuffix(".gz").rindex(".")]
 
 
 def _words(label: str) -> set[str]:
@@ -130,8 +128,7 @@ def _once(paths: Sequence[Path]) -> list[Path]:
     """The same files; one that is there in two formats (`x.jsonl` beside `x.jsonl.gz`) is an error."""
     seen: dict[Path, Path] = {}
     for path in paths:
-        bare = path.with_name(path.name[: path.name.lower().removesuffix(".gz").rindex(".")])
-        first = seen.setdefault(bare, path)
+        first = seen.setdefault(path.with_name(_stem(path)), path)
         both = {"file": path.parent, "value": [first.name, path.name], "expected": "one of them, or the path of one"}
         require(first is path, DataError, "the same rows may be there twice", **both)
     return list(paths)
