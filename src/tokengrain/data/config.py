@@ -16,12 +16,7 @@ NO_SPAN = "no span"
 
 
 class RowError(DataError):
-    """One row that cannot be used; `located` adds the file and the row.
-
-    Args:
-        reason: the kind of defect in two or three words; reports count rows by it.
-        what, field, value, expected: as in `DataError`.
-    """
+    """One row that cannot be used; reports count rows by `reason`, two or three words."""
 
     def __init__(self, reason: str, what: str, **details: Any) -> None:
         super().__init__(what, **details)
@@ -43,6 +38,7 @@ def check(condition: object, reason: str, what: str, **details: Any) -> None:
 TruncationSide = Literal["left", "right"]
 OnInvalid = Literal["error", "skip"]
 OnDropped = Literal["error", "keep"]
+LENGTHS = (("max_length", 2, ", or none"), ("max_prompt_length", 1, ", or none"), ("min_completion_length", 1, ""))
 
 
 @dataclass(frozen=True)
@@ -87,25 +83,21 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         if self.spans is not None:
             object.__setattr__(self, "spans", SpanConfig.of(self.spans))
-        for name, least in (("max_length", 2), ("max_prompt_length", 1), ("min_completion_length", 1)):
-            value, optional = getattr(self, name), name != "min_completion_length"
+        for name, least, optional in LENGTHS:
+            value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            expected = f"a whole number of at least {least}" + (", or none" if optional else "")
-            require(
-                whole or (value is None and optional), RecipeError, f"{name} is {shown(value)}; expected {expected}"
-            )
+            what = f"{name} is {shown(value)}; expected a whole number of at least {least}{optional}"
+            require(whole or (value is None and optional), RecipeError, what)
         kinds = {"truncation_side": TruncationSide, "on_invalid": OnInvalid, "on_dropped": OnDropped}
         for name, kind in kinds.items():
             value, choices = getattr(self, name), get_args(kind)
             require(value in choices, RecipeError, f"{name} is {shown(value)}; expected one of {', '.join(choices)}")
         if self.max_length is not None:
             left = self.max_length - (self.max_prompt_length or 1)
-            require(
-                left >= self.min_completion_length,
-                RecipeError,
-                f"max_length {self.max_length} leaves {left} tokens for a completion beside max_prompt_length "
-                f"{self.max_prompt_length}; expected at least min_completion_length = {self.min_completion_length}",
-            )
+            what = f"{left} tokens for a completion beside max_prompt_length {self.max_prompt_length}"
+            expected = f"at least min_completion_length = {self.min_completion_length}"
+            fits = left >= self.min_completion_length
+            require(fits, RecipeError, f"max_length {self.max_length} leaves {what}; expected {expected}")
 
     @property
     def span_config(self) -> SpanConfig | None:

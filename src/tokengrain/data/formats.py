@@ -40,23 +40,13 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_r
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completions, text or messages throughout.
+    """A prompt with its completions, text or messages throughout; `tools` and `template_kwargs` for the template."""
 
-    Attributes:
-        prompt: "" only for a row of plain `text`.
-        completions: chosen and rejected, or a single one.
-        fields: the column of each completion, for messages.
-        token_columns: per completion, the values of `token_rewards` and `ref_logps` as they stand in the row.
-        prefix: what the columns' names begin with, per completion ("chosen_" for `chosen_token_rewards`).
-        tools: tools for the chat template.
-        template_kwargs: the row's own variables for the chat template.
-    """
-
-    prompt: Content
-    completions: tuple[Content, ...] = ()
-    fields: tuple[str, ...] = ()
-    token_columns: tuple[dict[str, Any], ...] = ()
-    prefix: tuple[str, ...] = ()
+    prompt: Content  # "" only for a row of plain `text`
+    completions: tuple[Content, ...] = ()  # chosen and rejected, or a single one
+    fields: tuple[str, ...] = ()  # the column of each completion, for messages
+    token_columns: tuple[dict[str, Any], ...] = ()  # of each completion, `token_rewards` and `ref_logps` as in the row
+    prefix: tuple[str, ...] = ()  # of the columns' names, per completion ("chosen_" for `chosen_token_rewards`)
     tools: list[Any] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -115,8 +105,8 @@ def single_example(row: Any) -> Example:
     elif "text" in present:
         name = "text"
         completion = content(row, name)
-        check(isinstance(completion, str), "wrong type", "is not text", field=name, value=completion,
-              expected="a string")  # fmt: skip
+        text = isinstance(completion, str)
+        check(text, "wrong type", "is not text", field=name, value=completion, expected="a string")
     else:
         for wanted in ("prompt", "completion", "messages", "text"):
             check_misspelt(row, wanted, 0.75)
@@ -128,10 +118,6 @@ def single_example(row: Any) -> Example:
     return Example(prompt, (completion,), (name,), (token_columns(row, prefix),), (prefix,), **for_template(row))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Other tools' columns -> TRL's.
-
-
 class CanonicalRow(dict[str, Any]):
     """A row that `canonical` made."""
 
@@ -140,14 +126,8 @@ def canonical(row: Any, chat: bool = False) -> CanonicalRow:
     """The row in TRL's columns; its other columns stay as they are.
 
     Read are ShareGPT's `conversations` (`from`, `value`), Alpaca's `instruction`, `input`, `output`, `history`, and
-    a `system` column, which becomes the first message. A null prompt is an implicit one.
-
-    Args:
-        chat: text becomes messages: the prompt the user's, a completion the assistant's.
-
-    Raises:
-        RowError: not a mapping; a column that looks like a misspelt one; or the row is such an error itself
-            (see `with_columns`).
+    a `system` column, which becomes the first message. A null prompt is an implicit one. With `chat` text becomes
+    messages: the prompt the user's, a completion the assistant's.
     """
     if isinstance(row, CanonicalRow):
         return row
@@ -156,8 +136,8 @@ def canonical(row: Any, chat: bool = False) -> CanonicalRow:
         near = difflib.get_close_matches(str(name), _OPTIONAL, n=1, cutoff=0.9) if name not in KNOWN_COLUMNS else []
         if near and near[0] not in row:
             raise RowError("misspelt column", "unknown column", field=str(name), expected=f"{near[0]!r}")
-    made = CanonicalRow((k, v) for k, v in row.items() if not (k == "prompt" and v is None))
-    absent = not any(made.get(name) is not None for name in ("prompt", "messages", "text"))
+    made = CanonicalRow((k, v) for k, v in row.items() if k != "prompt" or v is not None)
+    absent = all(made.get(name) is None for name in ("prompt", "messages", "text"))
     if absent and made.get("conversations") is not None:
         made["prompt" if made.get("chosen") is not None else "messages"] = content(made, "conversations")
     elif absent and isinstance(made.get("instruction"), str):
@@ -173,8 +153,8 @@ def check_mapping(row: Any) -> None:
     """Raises `RowError` if a row is no mapping, or is such an error itself (see `with_columns`)."""
     if isinstance(row, RowError):
         raise row
-    expected = "an object with named columns"
-    check(isinstance(row, Mapping), "wrong type", "the row is not an object", value=row, expected=expected)
+    what, expected = "the row is not an object", "an object with named columns"
+    check(isinstance(row, Mapping), "wrong type", what, value=row, expected=expected)
 
 
 def _from_alpaca(row: dict[str, Any]) -> None:
@@ -226,9 +206,11 @@ def _with_system(row: dict[str, Any], text: str) -> None:
     for name in (first, "rejected") if first == "chosen" else (first,):
         messages = content(row, str(name))
         own = messages[0].get("content") if isinstance(messages, list) and messages[0]["role"] == "system" else None
-        expected = f"one system message, or the same; the messages have {own!r}"
-        check(own in (None, text), "system", "the row has two system messages", field="system", value=text,
-              expected=expected)  # fmt: skip
+        what, expected = (
+            "the row has two system messages",
+            f"one system message, or the same; the messages have {own!r}",
+        )
+        check(own in (None, text), "system", what, field="system", value=text, expected=expected)
         if own is None:
             row[str(name)] = [{"role": "system", "content": text}, *messages]
 
@@ -242,10 +224,9 @@ def _assistant(text: Any) -> Message:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without keys that hold null, at any depth.
+    """The value without keys that hold null, at any depth; nulls in a list, or within JSON text, are kept.
 
-    Arrow (parquet, `datasets`) gives every object the keys of all, with null for those it lacks: they are left out
-    of any source, so that the same rows give the same tokens. Nulls in a list, or within JSON text, are kept.
+    Arrow (parquet, `datasets`) gives every object the keys of all, with null for those it lacks.
     """
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
@@ -260,9 +241,9 @@ def for_template(row: Mapping[str, Any]) -> dict[str, Any]:
     tools = [tools] if isinstance(tools, Mapping) else tools or None
     if tools is not None:
         tools = without_nulls([_parsed(tool, "tools") for tool in tools])
-    expected = "an object: variable -> value"
-    check(kwargs is None or isinstance(kwargs, Mapping), "wrong type", f"is of type {type(kwargs).__name__}",
-          field="chat_template_kwargs", value=kwargs, expected=expected)  # fmt: skip
+    fits, what = kwargs is None or isinstance(kwargs, Mapping), f"is of type {type(kwargs).__name__}"
+    where = {"field": "chat_template_kwargs", "value": kwargs}
+    check(fits, "wrong type", what, **where, expected="an object: variable -> value")
     return {"tools": tools, "template_kwargs": without_nulls(kwargs or {})}
 
 
@@ -274,10 +255,6 @@ def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") ->
         return json.loads(value) if value.strip() else None
     except ValueError as error:
         raise RowError("wrong type", f"is no JSON: {error}", field=name, value=value, expected=expected) from error
-
-
-# ----------------------------------------------------------------------------------------------------
-# One column: is it there, of the right type, not empty?
 
 
 def content(row: Mapping[str, Any], name: str) -> Content:
@@ -396,10 +373,6 @@ def token_columns(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name: row[prefix + name] for name in TOKEN_COLUMNS if row.get(prefix + name) is not None}
 
 
-# ----------------------------------------------------------------------------------------------------
-# Where the prompt ends.
-
-
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Length of the longest beginning that two sequences (strings, lists) share."""
     length = min(len(first), len(second))
@@ -451,8 +424,8 @@ def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         prompt, mark, completion = text.rpartition(ASSISTANT)
         what, expected = "the dialogue ends with a turn of the human", "the assistant's turn at the end"
-        check(f"\n\n{HUMAN}" not in completion, "no completion", what, field=name, value=completion[-60:],
-              expected=expected)  # fmt: skip
+        ends = f"\n\n{HUMAN}" not in completion
+        check(ends, "no completion", what, field=name, value=completion[-60:], expected=expected)
         parts.append((prompt + mark, completion))
     (first, chosen), (second, rejected) = parts
     if first != second:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokengrain.data.config import RowError, check
 from tokengrain.data.formats import CanonicalRow, Content, check_misspelt, content
@@ -38,31 +38,12 @@ EXPECTED = {
 
 
 def token_column(
-    name: str,
-    value: Any,
-    field: str,
-    *,
-    rendered: Rendered,
-    tokens: Tokens,
-    counted: Sequence[int],
-    kept: int,
+    name: str, value: Any, field: str, *, rendered: Rendered, tokens: Tokens, counted: Sequence[int], kept: int
 ) -> list[float]:
-    """One number per token that counts, from a row's column.
+    """`kept` numbers, one per token that counts once the completion is cut, from a row's column. Raises `RowError`.
 
-    Args:
-        name: "token_rewards" or "ref_logps".
-        value: what stands in the row: numbers, spans (rewards only), or either as JSON text (CSV files).
-        field: the column, for messages.
-        rendered, tokens: the text and its tokens.
-        counted: index into `tokens.ids` of every counted token of the uncut completion; those behind
-            the text (EOS) have indices from `len(tokens.ids)` on.
-        kept: how many of them are left when the completion is cut.
-
-    Returns:
-        `kept` numbers.
-
-    Raises:
-        RowError: wrong type or length, not finite, spans that are out of range or overlap.
+    `value` is numbers, spans (rewards only), or either as JSON text (CSV files). `counted` has the index into
+    `tokens.ids` of every counted token of the uncut completion; those behind the text go on from `len(tokens.ids)`.
     """
     values = parsed_list(name, value, field)
     if name == "token_rewards" and values and isinstance(values[0], Mapping):
@@ -76,8 +57,8 @@ def token_column(
     expected = f"{len(counted)}: one per token of the completion that counts, EOS included"
     if kept < len(counted):
         expected += f" (or {kept}, as it is cut)"
-    check(len(values) in (len(counted), kept), REASONS[name], "does not fit the completion's tokens", field=field,
-          value=f"{len(values)} numbers", expected=expected)  # fmt: skip
+    fits, what = len(values) in (len(counted), kept), "does not fit the completion's tokens"
+    check(fits, REASONS[name], what, field=field, value=f"{len(values)} numbers", expected=expected)
     limit = LOGP_ROUNDING if name == "ref_logps" else math.inf
     return [_number(v, f"value {i}", field, name, limit) for i, v in enumerate(values)][:kept]
 
@@ -117,20 +98,12 @@ def char_spans(
 ) -> list[tuple[int, int, int]]:
     """Character spans of a row, checked: `(start, end, index in values)`, characters of the whole text, in order.
 
-    A span loses characters that the template stripped, and may be left without any.
-
-    Args:
-        values: `{"start": .., "end": ..}` each, characters of the completion's text, or of that of its `"message"`.
-        field, name: the column and what is in it, for messages.
-        also: further keys that every span must have.
-
-    Raises:
-        RowError: not a span, out of range, or two that overlap.
+    A span loses characters that the template stripped, and may be left without any. Each must have the keys `also`.
     """
     found = sorted((*_span(span, f"span {i}", field, name, rendered, also), i) for i, span in enumerate(values))
     for (_, end, *_), (start, *_) in pairwise(found):
-        check(start >= end, REASONS[name], "two spans overlap", field=field, value=list(values),
-              expected="spans that share no character")  # fmt: skip
+        expected = "spans that share no character"
+        check(start >= end, REASONS[name], "two spans overlap", field=field, value=list(values), expected=expected)
     return [(max(start, low), min(end, high), i) for start, end, low, high, i in found]
 
 
@@ -190,14 +163,7 @@ class Marked:
 
 
 class SpanMarker:
-    """Finds the spans of pairs.
-
-    Args:
-        config: where they come from.
-
-    Raises:
-        RecipeError: a function that cannot be loaded.
-    """
+    """Finds the spans of pairs."""
 
     def __init__(self, config: SpanConfig) -> None:
         self.config = config
@@ -212,20 +178,12 @@ class SpanMarker:
             if row.get(name) is not None:
                 plain[name], found[name] = self._untagged(name, content(row, name))
         for _, text in _texts(content(row, "prompt") if row.get("prompt") is not None else []):
-            check(not any(tag in text for tag in self.config.tags), "span tags", "has a tag", field="prompt",
-                  value=text, expected="tags in completions only")  # fmt: skip
+            plain_text, expected = not any(tag in text for tag in self.config.tags), "tags in completions only"
+            check(plain_text, "span tags", "has a tag", field="prompt", value=text, expected=expected)
         return plain, found
 
     def __call__(self, row: Mapping[str, Any], found: Found, sides: Sequence[Marked]) -> list[list[float]]:
-        """The span of each counted token of either completion, before they are cut.
-
-        Args:
-            row, found: what `read` gave.
-            sides: the chosen and the rejected completion.
-
-        Raises:
-            RowError: tags, spans or a function's answer that cannot be used.
-        """
+        """The span of each counted token of chosen and rejected, before they are cut; `read` gave `row` and `found`."""
         if self.config.source == "diff":
             return self._diff(sides)
         if self.function is not None:
@@ -238,15 +196,13 @@ class SpanMarker:
 
     def _untagged(self, name: str, value: Content) -> tuple[Content, list[dict[str, Any]]]:
         """A column's text or messages without tags, and the tagged stretches by message."""
-        plain, spans = [], []
+        plain, spans = {}, []
         for number, text in _texts(value):
-            stripped, stretches = self._read_tags(name, number, partial(strip_tags, text))
-            plain.append(stripped)
-            spans += [{"message": number, "start": start, "end": end} for start, end in stretches]
+            plain[number], stretches = self._read_tags(name, number, partial(strip_tags, text))
+            spans += _of_message(number, stretches)
         if isinstance(value, str):
-            return plain[0], spans
-        texts = iter(plain)
-        return [{**m, "content": next(texts)} if isinstance(m.get("content"), str) else m for m in value], spans
+            return plain[None], spans
+        return [{**m, "content": plain[i]} if i in plain else m for i, m in enumerate(value)], spans
 
     def _tagged(self, row: Mapping[str, Any], name: str, found: Found, side: Marked) -> tuple[list[Any], str]:
         """The tagged stretches of a completion as spans, and the column they come from."""
@@ -257,13 +213,13 @@ class SpanMarker:
             field = f"{name}_masked"
             spans = self._masked(field, content(row, field), whole)
         else:
-            check(row.get(f"{other}_masked") is None, "missing column",
-                  "is missing while the other completion has its own", field=f"{name}_masked",
-                  expected="tagged texts of both completions or of none")  # fmt: skip
+            what, expected = "is missing while the other completion has its own", "tagged texts of both completions"
+            none = row.get(f"{other}_masked") is None
+            check(none, "missing column", what, field=f"{name}_masked", expected=f"{expected} or of none")
         # The column may begin with the prompt.
         before, key = len(whole) - len(side.content), "start" if isinstance(whole, str) else "message"
-        check(all(span[key] >= before for span in spans), "span tags", "has tags in the prompt", field=field,
-              value=whole, expected="tags behind the prompt")  # fmt: skip
+        behind, what = all(span[key] >= before for span in spans), "has tags in the prompt"
+        check(behind, "span tags", what, field=field, value=whole, expected="tags behind the prompt")
         if isinstance(whole, str):
             return [{"start": span["start"] - before, "end": span["end"] - before} for span in spans], field
         return [span | {"message": span["message"] - before} for span in spans], field
@@ -275,8 +231,7 @@ class SpanMarker:
         check(list(texts) == list(tagged), "span tags", what, field=field, value=marked)
         spans = []
         for number, text in tagged.items():
-            stretches = self._read_tags(field, number, partial(tagged_stretches, text, texts[number]))
-            spans += [{"message": number, "start": start, "end": end} for start, end in stretches]
+            spans += _of_message(number, self._read_tags(field, number, partial(tagged_stretches, text, texts[number])))
         return spans
 
     def _read_tags(self, field: str, message: int | None, read: Callable[..., Any]) -> Any:
@@ -295,30 +250,22 @@ class SpanMarker:
             answer = self.function(row)
         except Exception as error:  # the user's code may raise what it likes; the row belongs in the message
             raise RowError("span function", f"{name} raised {type(error).__name__}: {error}") from error
-        check(isinstance(answer, (tuple, list)) and len(answer) == 2, "span function", f"{name} gave no two lists",
-              value=answer, expected="(chosen spans, rejected spans)")  # fmt: skip
-        sides = []
-        for side, spans in zip(SIDES, answer):
-            values = parsed_list(COLUMN, spans, side)
-            pairs = [isinstance(s, (tuple, list)) and len(s) == 2 for s in values]
-            sides.append([{"start": s[0], "end": s[1]} if pair else s for s, pair in zip(values, pairs)])
-        return sides
+        two, expected = _is_two(answer), "(chosen spans, rejected spans)"
+        check(two, "span function", f"{name} gave no two lists", value=answer, expected=expected)
+        sides = [parsed_list(COLUMN, spans, side) for side, spans in zip(SIDES, answer)]
+        return [[{"start": s[0], "end": s[1]} if _is_two(s) else s for s in spans] for spans in sides]
 
     def _diff(self, sides: Sequence[Marked]) -> list[list[float]]:
         units = [_words(side) if self.config.level == "word" else _tokens(side) for side in sides]
-        marks = diff_spans(
-            *([unit for unit, _ in found] for found in units),
-            min_match_size=self.config.min_match_size,
-            keep_one_sided=self.config.keep_one_sided,
-            autojunk=self.config.autojunk,
-        )
+        options = {name: getattr(self.config, name) for name in ("min_match_size", "keep_one_sided", "autojunk")}
+        marks = diff_spans(*([unit for unit, _ in found] for found in units), **options)
         columns = []
         for side, found, ids in zip(sides, units, marks):
             column = [0.0] * len(side.counted)
             # What stands between two words of a span belongs to it, unless a message ends there.
-            runs = groupby(zip(ids, (place for _, place in found)), key=lambda item: (item[0], item[1].message))
+            runs = groupby(zip(ids, found), key=lambda item: (item[0], item[1][1].message))
             for (span, _), run in runs:
-                places = [place for _, place in run]
+                places = [place for _, (_, place) in run]
                 start, end = places[0].start, places[-1].end
                 if span and self.config.level == "token":
                     column[start:end] = [float(span)] * (end - start)
@@ -328,8 +275,15 @@ class SpanMarker:
         return columns
 
 
-@dataclass(frozen=True)
-class _Place:
+def _is_two(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def _of_message(number: int | None, stretches: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [{"message": number, "start": start, "end": end} for start, end in stretches]
+
+
+class _Place(NamedTuple):
     """Characters `[start, end)` of the whole text (or counted tokens), in one of the completion's messages."""
 
     message: int
@@ -395,8 +349,8 @@ def _ids_of(values: Sequence[Any], field: str, side: Marked) -> list[float]:
     given = [value.get("id") for value in values]
     if any(i is not None for i in given):
         bad = next((i for i in given if isinstance(i, bool) or not isinstance(i, int) or i < 1), None)
-        check(bad is None and None not in given, REASONS[COLUMN], "a span's id is not usable", field=field, value=bad,
-              expected="whole numbers of at least 1 for all spans, or no ids")  # fmt: skip
+        usable, expected = bad is None and None not in given, "whole numbers of at least 1 for all spans, or no ids"
+        check(usable, REASONS[COLUMN], "a span's id is not usable", field=field, value=bad, expected=expected)
     bodies = {body.message: body for body in _bodies(side)}
     for number, (start, end, index) in enumerate(found, start=1):
         body = bodies.get(values[index].get("message") or 0)

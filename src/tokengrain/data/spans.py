@@ -63,9 +63,8 @@ class SpanConfig:
         named = isinstance(source, str) and (source in SOURCES or ":" in source)
         near = get_close_matches(str(source), SOURCES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        expected = f"one of {', '.join(SOURCES)}, or 'module:function' or 'path.py:function'"
-        what = f"spans.source is {shown(source)}; expected {expected}{hint}"
-        require(named or callable(source), RecipeError, what)
+        expected = f"one of {', '.join(SOURCES)}, or 'module:function' or 'path.py:function'{hint}"
+        require(named or callable(source), RecipeError, f"spans.source is {shown(source)}; expected {expected}")
         for name, choices in (("level", get_args(Level)), ("on_none", get_args(OnNone))):
             value = getattr(self, name)
             what = f"spans.{name} is {shown(value)}; expected one of {', '.join(choices)}"
@@ -88,10 +87,10 @@ class SpanConfig:
         names = list(cls.__dataclass_fields__)
         if not isinstance(value, Mapping):
             raise RecipeError(f"spans is {shown(value)}; expected a source, or a mapping of {', '.join(names)}")
-        for name in value:
+        for name in (name for name in value if name not in names):
             near = get_close_matches(str(name), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            require(name in names, RecipeError, f"spans.{name}: unknown key; {hint}")
+            raise RecipeError(f"spans.{name}: unknown key; {hint}")
         return cls(**value)
 
     def load(self) -> Callable[[Mapping[str, Any]], Any] | None:
@@ -108,9 +107,6 @@ class SpanConfig:
             name = getattr(function, "__qualname__", type(function).__qualname__)
             values["source"] = [name, source_of(function)]
         return values
-
-
-# ------------------------------------------------------------------------------------------------------- diff
 
 
 def diff_spans(
@@ -147,29 +143,18 @@ def diff_spans(
     return marks
 
 
-# ------------------------------------------------------------------------------------------------------- tags
-
-
 class TagError(ValueError):
     """Tags that do not pair up; the message says which and where."""
 
 
 def split_tags(text: str, opening: str, closing: str) -> list[tuple[str, bool]]:
-    """Pieces of a text in order, with whether each stood between tags.
-
-    Raises:
-        TagError: a tag within a tagged stretch, one that is not closed, or a closing one alone.
-    """
+    """Pieces of a text in order, with whether each stood between tags. Raises `TagError` if they do not pair up."""
     pieces: list[tuple[str, bool]] = []
     inside, at, opened = False, 0, 0
     for found in re.finditer(f"{re.escape(opening)}|{re.escape(closing)}", text):
-        tag = found.group()
-        if (tag == opening) == inside:
-            raise TagError(
-                f"{opening} at character {found.start()} stands within the stretch that begins at {opened}"
-                if inside
-                else f"{closing} at character {found.start()} closes nothing"
-            )
+        if (found.group() == opening) == inside:
+            why = f"stands within the stretch that begins at {opened}" if inside else "closes nothing"
+            raise TagError(f"{found.group()} at character {found.start()} {why}")
         pieces.append((text[at : found.start()], inside))
         inside, at, opened = not inside, found.end(), found.start()
     if inside:
@@ -182,9 +167,6 @@ def strip_tags(text: str, opening: str, closing: str) -> tuple[str, list[tuple[i
 
     The space that `<MASK> … </MASK>` puts on either side goes as well where it would double another one, or
     stand at the end of the text or before punctuation. Tagged stretches without content are left out.
-
-    Raises:
-        TagError: see `split_tags`.
     """
     pieces = split_tags(text, opening, closing)
     out, stretches = "", []
@@ -201,22 +183,18 @@ def strip_tags(text: str, opening: str, closing: str) -> tuple[str, list[tuple[i
 
 
 def tagged_stretches(marked: str, text: str, opening: str, closing: str) -> list[tuple[int, int]]:
-    """The tagged stretches of `marked` as characters of `text`, the same text without tags; white space aside.
-
-    Raises:
-        TagError: see `split_tags`; or the two texts differ.
-    """
+    """The tagged stretches of `marked` as characters of `text`, the same text without tags; white space aside."""
     at = [i for i, c in enumerate(text) if not c.isspace()]
     position, stretches = 0, []
     for piece, tagged in split_tags(marked, opening, closing):
+        first = position
         for c in "".join(piece.split()):
             if position == len(at) or text[at[position]] != c:
                 where = at[position] if position < len(at) else len(text)
                 raise TagError(f"without its tags it goes on otherwise from character {where} of the untagged text on")
             position += 1
-        length = len("".join(piece.split()))
-        if tagged and length:
-            stretches.append((at[position - length], at[position - 1] + 1))
+        if tagged and position > first:
+            stretches.append((at[first], at[position - 1] + 1))
     if position < len(at):
         raise TagError(f"without its tags it ends at character {at[position]} of the untagged text")
     return stretches
