@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
 from tokengrain.errors import RunError, require, write_text
 from tokengrain.loss import ROLES, SelectionRole, make_role
-from tokengrain.method import CREDIT, METHODS, OBJECTIVES, Objective, why_not
+from tokengrain.method import CREDIT, METHODS, OBJECTIVES, PHASES, ROLLOUT_CREDIT, Objective, why_not
 
 
 def methods_table() -> str:
@@ -31,7 +32,36 @@ def papers_table() -> str:
     return "\n".join(head + rows)
 
 
-BLOCKS = {"README.md": {"methods": methods_table}, "docs/index.md": {"papers": papers_table}}
+def sources_table() -> str:
+    """Every credit source: its models and settings with their defaults, in bold what a recipe must give."""
+    head = ["| `name` | settings | what it gives |", "|---|---|---|"]
+    rows = []
+    for name, kind in CREDIT.items():
+        found = []
+        for key, parameter in inspect.signature(kind.function).parameters.items():
+            given, default = key not in ("reference", "tokenizer", "reward_tokenizer"), parameter.default
+            if default is parameter.empty and given and parameter.kind is parameter.KEYWORD_ONLY:
+                found.append(f"`{key}`" if kind.judges_itself else f"**`{key}`**")
+            elif default is not parameter.empty and given:
+                found.append(f"`{key}`" if default is None else f"`{key}` {str(default).replace('-', '−')}")
+        rows.append(f"| `{name}` | {', '.join(found) or '–'} | {kind.summary} |")
+    return "\n".join(head + rows)
+
+
+def steps_table() -> str:
+    """Every credit step of online training, in the order of the phases."""
+    rows = [(kind.attributes({})["phase"], name, kind.summary) for name, kind in ROLLOUT_CREDIT.items()]
+    rows.sort(key=lambda row: PHASES.index(row[0]))
+    head = ["| phase | `name` | what it does |", "|---|---|---|"]
+    return "\n".join(head + [f"| {phase} | `{name}` | {summary} |" for phase, name, summary in rows])
+
+
+BLOCKS = {
+    "README.md": {"methods": methods_table},
+    "docs/index.md": {"papers": papers_table},
+    "docs/credit.md": {"sources": sources_table},
+    "docs/online.md": {"steps": steps_table},
+}
 
 
 def pages(root: Path) -> dict[Path, str]:
