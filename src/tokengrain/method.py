@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch, row_of
 from tokengrain.data.tokens import tokenizer_fingerprint
-from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, shown
+from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, require, shown
 from tokengrain.loss import ROLES, LossOutput, Role, Unit
 from tokengrain.scoring.head import Head
 from tokengrain.scoring.reference import scorer_fingerprint
@@ -76,10 +76,8 @@ class Card:
     """What the tables say about a published method. README, docs and `tokengrain methods` are written from it.
 
     Attributes:
-        name: its name in recipes (`method:`) and on the command line.
-        title: what it is called in tables and reports.
+        name: its name in recipes (`method:`) and on the command line; title: in tables and reports.
         idea: the idea in about five words.
-        paper_title, arxiv, venue: where it was published.
         trains: what is trained, and on what.
         credit: what says which tokens earned the reward, in words.
         objective: name of its objective; "": its own name.
@@ -169,14 +167,11 @@ def _give(cls: Any, **attributes: Any) -> None:
 
 
 class Registry(Mapping[str, T]):
-    """What is registered under a name; iterates in order of names, or of `order`.
-
-    The first question loads the methods, see `load_methods`.
+    """What is registered under a name, in order of names or of `order`; the first question loads the methods.
 
     Args:
         what: what the names are of, for messages.
         own: makes an entry of a user's callable: `own(name, function)`; None: there are none of a user's own.
-        order: sorts the entries.
     """
 
     def __init__(
@@ -187,11 +182,7 @@ class Registry(Mapping[str, T]):
         self._homes: dict[str, tuple[str, str]] = {}
 
     def add(self, name: str, entry: T, home: Any) -> None:
-        """Register `entry`, which stands in `home`, a function, a class or a module.
-
-        Raises:
-            RecipeError: another module has the name; a module that is run again replaces its own entry.
-        """
+        """Register `entry` of `home`, a function, class or module; one that is run again replaces its own entry."""
         place = (getattr(home, "__module__", home.__name__), getattr(home, "__qualname__", ""))
         if self._homes.setdefault(name, place) != place:
             modules = " and by ".join(dict.fromkeys((self._homes[name][0], place[0])))
@@ -209,7 +200,8 @@ class Registry(Mapping[str, T]):
             if name in self:
                 return self._entries[name]
             if self._own is None or ":" not in name:
-                raise RecipeError(f"unknown {self.what} {name!r}{nearest(name, self)}{_broken_methods()}")
+                broken = "".join(f"; {module} could not be imported: {why}" for module, why in BROKEN.items())
+                raise RecipeError(f"unknown {self.what} {name!r}{nearest(name, self)}{broken}")
             function = load_callable(name)
         for entry in self._entries.values():
             part: Any = entry
@@ -237,17 +229,14 @@ def _name_of(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-BROKEN: dict[str, Exception] = {}
+BROKEN: dict[str, str] = {}
 """Modules of methods that could not be imported, and why."""
 
 _state = {"loaded": False}
 
 
 def load_methods() -> None:
-    """Import the files of `methods/` and the modules of installed packages, once.
-
-    One that fails is left out, with a warning that names it and its error.
-    """
+    """Import `methods/` and the modules of installed packages, once; one that fails is left out, with a warning."""
     if _state["loaded"]:
         return
     _state["loaded"] = True
@@ -260,26 +249,13 @@ def load_methods() -> None:
                 if isinstance(card, Card):
                     METHODS.add(card.name, card, found)
         except Exception as error:
-            BROKEN[module] = error
-            warnings.warn(f"methods of {module} are left out: {_said(error)}", stacklevel=3)
-
-
-def _broken_methods() -> str:
-    return "".join(f"; {module} could not be imported: {_said(error)}" for module, error in BROKEN.items())
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+            BROKEN[module] = f"{type(error).__name__}: {error}"
+            warnings.warn(f"methods of {module} are left out: {BROKEN[module]}", stacklevel=3)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A function of a method, under its name.
-
-    Attributes:
-        name: in recipes.
-        function: a function, or a class whose constructor takes the settings.
-    """
+    """A function of a method, or a class whose constructor takes the settings, under its name in recipes."""
 
     what: ClassVar[str]
 
@@ -309,19 +285,17 @@ class Part:
 class Objective(Part):
     """A loss function with what a trainer must know about it.
 
+    Its keyword-only arguments annotated `Tensor` (or `Tensor | None`) are per-token quantities `[N]`; the others are
+    hyper-parameters.
+
     Attributes:
-        function: `loss(logps [N], segments, *, <quantities and hyper-parameters>) -> LossOutput`. Keyword-only
-            arguments annotated `Tensor` (or `Tensor | None`) are per-token quantities `[N]`; the others are
-            hyper-parameters.
         unit: "pairs" if every prompt must have a chosen and a rejected completion, else "completions".
         main: what stands in the place of logps: the policy's log-probabilities, or a reward model's scores.
         reads: `reads(segments, quantities, hyper) -> bool [N]`: the tokens that the loss looks at; others need
             not be scored. None: all.
-        roles: how token credit can enter, names of `tokengrain.loss.ROLES`; None: by the quantities that the loss
-            takes.
+        roles: how token credit can enter, names of `tokengrain.loss.ROLES`; None: by the loss's quantities.
         no_credit: why it takes none, where `roles` is empty.
-        unless_zero: quantity -> the hyper-parameter at whose 0 alone the loss can do without it, where the signature
-            has it as optional.
+        unless_zero: quantity -> the hyper-parameter at whose 0 alone the loss can do without it.
         fixed: hyper-parameters that the name itself fixes (`tdpo1` is `tdpo` with variant="tdpo1").
         teacher: makes what it distils from: `teacher(*, target, contrast, <settings of a recipe's teacher>)`.
     """
@@ -348,15 +322,6 @@ class Objective(Part):
         return "advantages" in self.quantities
 
     @property
-    def optional(self) -> frozenset[str]:
-        """Quantities that a rollout may bring and the loss can do without; offline, what is not needed is not read."""
-        return self.quantities - self._required if self.online else frozenset()
-
-    @property
-    def _required(self) -> frozenset[str]:
-        return self.quantities & required_arguments(self.function)
-
-    @property
     def takes_no_credit(self) -> str:
         """Why it takes no token credit, if it takes none."""
         if self.no_credit or not self.online:
@@ -373,20 +338,14 @@ class Objective(Part):
 
     def needs(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Quantities that the loss cannot do without, given its hyper-parameters."""
-        required = set(self._required)
-        if "ref_logps" in self.quantities and hyper.get("reference_free") is False:
-            required.add("ref_logps")  # optional in the signature only for reference_free=True
+        required = self.quantities & required_arguments(self.function)
         required |= {quantity for quantity, name in self.unless_zero.items() if hyper[name]}
-        if self.online and "ref_logps" in self.quantities and hyper.get("beta", 0) > 0:
-            required.add("ref_logps")  # its KL term
-        return frozenset(required)
+        # In the signature it may be optional, for reference_free=True or a KL term of weight 0.
+        refers = hyper.get("reference_free") is False or (self.online and hyper.get("beta", 0) > 0)
+        return required | (self.quantities & {"ref_logps"} if refers else frozenset())
 
     def bind(self, **hyper: Any) -> BoundObjective:
-        """Fix and validate the hyper-parameters.
-
-        Raises:
-            RecipeError: unknown name, wrong type, out of range, or a combination that the loss refuses.
-        """
+        """Fix and validate the hyper-parameters."""
         what = f"objective {self.name!r}"
         for name, value in self.fixed.items():
             if hyper.get(name, value) != value:
@@ -397,11 +356,7 @@ class Objective(Part):
 
 @dataclass(frozen=True)
 class BoundObjective:
-    """An objective with its hyper-parameters: `bound(segments=..., logps=..., ...) -> LossOutput`.
-
-    `name`, `unit`, `main`, `online`, `roles` (in which it takes token credit) and `no_credit` (why it takes none) are
-    those of the objective.
-    """
+    """An objective with its hyper-parameters: `bound(segments=..., logps=..., ...) -> LossOutput`."""
 
     objective: Objective
     hyper: dict[str, Any]
@@ -420,8 +375,8 @@ class BoundObjective:
 
     @property
     def optional(self) -> frozenset[str]:
-        """Quantities that a call may bring beside those that it needs."""
-        return self.objective.optional - self.needs
+        """Quantities that a rollout may bring beside those; offline, what is not needed is not read."""
+        return self.objective.quantities - self.needs if self.online else frozenset()
 
     def reads(self, segments: Segments, quantities: Mapping[str, Tensor]) -> Tensor | None:
         """The tokens that the loss looks at, bool `[N]`, known before anything is scored; None: all."""
@@ -429,12 +384,7 @@ class BoundObjective:
         return None if reads is None else reads(segments, quantities, self.hyper)
 
     def __call__(self, *, segments: Segments, **quantities: Tensor | None) -> LossOutput:
-        """Losses of a batch; see the loss function for the quantities, all flat `[N]`. `main` is one of them.
-
-        Raises:
-            ValueError: a needed quantity is missing.
-            TypeError: a quantity that the loss does not know.
-        """
+        """Losses of a batch, from flat quantities `[N]`, `main` one of them; ValueError if one is missing."""
         missing = sorted(q for q in {self.main, *self.needs} if quantities.get(q) is None)
         if missing:
             raise ValueError(f"objective {self.name!r} needs {', '.join(missing)}, got {sorted(quantities)}")
@@ -464,17 +414,13 @@ def make_objective(name: str | Callable[..., LossOutput], *, unit: Unit = "pairs
     registered = any(part.function is found.function for part in OBJECTIVES.values())
     bound = (found if registered else replace(found, unit=unit)).bind(**hyper)
     if not found.own:
-        _rehearse(bound)
+        # Called once on a pair of single tokens: contradictions that the loss refuses show before training.
+        quantities: Any = dict.fromkeys({bound.main, *bound.needs}, torch.zeros(2))
+        try:
+            bound(segments=Segments.from_lengths([1, 1]), **quantities)
+        except ValueError as error:
+            raise RecipeError(f"objective {bound.name!r}: {error}") from None
     return bound
-
-
-def _rehearse(bound: BoundObjective) -> None:
-    """Call the loss once on a pair of single tokens: contradictions that it refuses show before training."""
-    zeros = torch.zeros(2)
-    try:
-        bound(segments=Segments.from_lengths([1, 1]), **dict.fromkeys({bound.main, *bound.needs}, zeros))
-    except ValueError as error:
-        raise RecipeError(f"objective {bound.name!r}: {error}") from None
 
 
 def required_arguments(function: Callable[..., Any]) -> frozenset[str]:
@@ -508,11 +454,7 @@ class CreditSource(Protocol):
 
 @dataclass(frozen=True)
 class _Settable(Part):
-    """A part that takes objects and settings.
-
-    Attributes:
-        check: called with all settings; raises what types alone cannot say.
-    """
+    """A part that takes objects and settings; `check` gets all settings and raises what types alone cannot say."""
 
     check: Callable[[Settings], Any] | None = None
 
@@ -521,35 +463,22 @@ class _Settable(Part):
         """Which of `OBJECTS` it takes."""
         return frozenset(OBJECTS) & frozenset(inspect.signature(self.function).parameters)
 
-    @property
-    def needed(self) -> frozenset[str]:
-        """Those of them that it cannot do without."""
-        return self.objects & required_arguments(self.function)
-
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings, checked, defaults included, before anything is loaded.
-
-        Raises:
-            RecipeError: an unknown setting (with the nearest right name), a wrong type, a value out of range, or what
-                the part itself refuses.
-        """
+        """All settings, checked, defaults included, before anything is loaded."""
         checked = validate_settings(f"credit {self.name!r}", self.function, given, excluded=OBJECTS)
         if self.check is not None:
             self.check(checked)
         return checked
 
     def arguments(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`(objects, settings)` of what was given together.
-
-        Raises:
-            RecipeError: as `settings`; or an object that is missing or not taken.
-        """
+        """`(objects, settings)` of what was given together, checked."""
         objects = {k: v for k, v in given.items() if k in OBJECTS}
         settings = self.settings({k: v for k, v in given.items() if k not in OBJECTS})
-        if extra := sorted(set(objects) - self.objects):
-            raise RecipeError(f"credit {self.name!r} takes no {', '.join(extra)}")
-        if missing := sorted(o for o in self.needed if objects.get(o) is None):
-            raise RecipeError(f"credit {self.name!r} needs {', '.join(missing)}")
+        extra = sorted(set(objects) - self.objects)
+        require(not extra, RecipeError, f"credit {self.name!r} takes no {', '.join(extra)}")
+        needed = self.objects & required_arguments(self.function)
+        missing = sorted(o for o in needed if objects.get(o) is None)
+        require(not missing, RecipeError, f"credit {self.name!r} needs {', '.join(missing)}")
         return objects, settings
 
     def _of(self, given: Any, settings: Mapping[str, Any]) -> Any:
@@ -632,22 +561,16 @@ class BoundCredit:
         return checked_credit(self.kind.function(batch, **objects, **self.settings), batch, self.name)
 
     def fingerprint(self) -> str:
-        objects = {name: _object_fingerprint(getattr(self, name)) for name in self._objects}
-        return fingerprint([self.name, self.settings, objects, self._source])
-
-
-def _object_fingerprint(thing: Any) -> str:
-    return tokenizer_fingerprint(thing) if hasattr(thing, "get_vocab") else scorer_fingerprint(thing)
+        objects = {name: getattr(self, name) for name in self._objects}
+        prints = {
+            name: tokenizer_fingerprint(thing) if hasattr(thing, "get_vocab") else scorer_fingerprint(thing)
+            for name, thing in objects.items()
+        }
+        return fingerprint([self.name, self.settings, prints, self._source])
 
 
 class Transformed:
-    """Another source's credit, scaled and then clipped; `scale=-1` is the control that must do harm.
-
-    Args:
-        source: the credit source.
-        scale: factor.
-        clip: bound of the absolute value after scaling (None: no bound).
-    """
+    """Another source's credit, times `scale`, then clipped to +-`clip`; `scale=-1` is the control that must do harm."""
 
     def __init__(self, source: CreditSource, *, scale: Number = 1.0, clip: Positive | None = None) -> None:
         self.source, self.scale, self.clip = source, scale, clip
@@ -678,11 +601,7 @@ def make_credit(name: str | Callable[..., Any], **arguments: Any) -> CreditSourc
 
 
 def as_credit(given: Any) -> CreditSource:
-    """A credit source as it is; or from a function, a name, an import string, or a mapping with `name`.
-
-    Raises:
-        RecipeError: something else, or what `make_credit` refuses.
-    """
+    """A credit source as it is; or from a function, a name, an import string, or a mapping with `name`."""
     if callable(given) and hasattr(given, "fingerprint"):
         return cast(CreditSource, given)
     if isinstance(given, Mapping) and isinstance(given.get("name"), str):
@@ -694,33 +613,25 @@ def as_credit(given: Any) -> CreditSource:
 
 
 def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str) -> Tensor:
-    """Credit as a detached float `[N]` on the batch's device.
-
-    Args:
-        values: `[N]`, or one sequence of numbers per completion.
-        name: the source, for messages.
+    """Credit of a source as a detached float `[N]` on the batch's device, from that or a sequence per completion.
 
     Raises:
         DataError: wrong type or length, or a value that is NaN or infinite; names the row.
     """
-    flat = values if isinstance(values, Tensor) else _joined(values, batch, name)
-    total = batch.segments.total
-    if flat.shape != (total,):
-        raise DataError(
-            f"credit source {name!r} gave a wrong number of values",
-            value=tuple(flat.shape),
-            expected=f"({total},): one per completion token that counts",
-        )
+    who = f"credit source {name!r} gave"
+    flat = values if isinstance(values, Tensor) else _joined(values, batch, who)
+    shape = (batch.segments.total,)
+    if flat.shape != shape:
+        expected = f"{shape}: one per completion token that counts"
+        raise DataError(f"{who} a wrong number of values", value=tuple(flat.shape), expected=expected)
     flat = flat.detach().to(batch.device)
-    if not flat.is_floating_point():
-        flat = flat.float()
-    bad = ~torch.isfinite(flat)
-    if bool(bad.any()):
-        token = int(bad.nonzero()[0])
-        completion = int(batch.segments.ids[token])
+    flat = flat if flat.is_floating_point() else flat.float()
+    bad = (~torch.isfinite(flat)).nonzero()
+    if len(bad):
+        token = int(bad[0])
+        completion, place = int(batch.segments.ids[token]), int(batch.segments.positions[token])
         raise DataError(
-            f"credit source {name!r} gave a value that is not finite for token "
-            f"{token - int(batch.segments.offsets[completion])} of completion {_place(batch, completion)}",
+            f"{who} a value that is not finite for token {place} of completion {_place(batch, completion)}",
             row=row_of(batch, completion),
             value=float(flat[token]),
             expected="finite numbers",
@@ -728,26 +639,21 @@ def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str)
     return flat
 
 
-def _joined(values: Sequence[Any], batch: TokenBatch, name: str) -> Tensor:
+def _joined(values: Sequence[Any], batch: TokenBatch, who: str) -> Tensor:
     """One sequence per completion, as a flat tensor."""
-    expected = batch.segments.lengths.tolist()
+    lengths = batch.segments.lengths.tolist()
     try:
         parts = [torch.as_tensor(v, dtype=torch.float32).reshape(-1) for v in values]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"credit source {name!r} gave something that is not numbers ({error})",
-            expected="a tensor [N], or one list of numbers per completion",
-        ) from None
-    if len(parts) != len(expected):
-        raise DataError(
-            f"credit source {name!r} gave values for a wrong number of completions",
-            value=len(parts),
-            expected=f"{len(expected)}, or a tensor of {batch.segments.total} values",
-        )
-    for completion, (part, length) in enumerate(zip(parts, expected, strict=True)):
+        expected = "a tensor [N], or one list of numbers per completion"
+        raise DataError(f"{who} something that is not numbers ({error})", expected=expected) from None
+    if len(parts) != len(lengths):
+        expected = f"{len(lengths)}, or a tensor of {batch.segments.total} values"
+        raise DataError(f"{who} values for a wrong number of completions", value=len(parts), expected=expected)
+    for completion, (part, length) in enumerate(zip(parts, lengths, strict=True)):
         if part.numel() != length:
             raise DataError(
-                f"credit source {name!r} gave a wrong number of values for completion {_place(batch, completion)}",
+                f"{who} a wrong number of values for completion {_place(batch, completion)}",
                 row=row_of(batch, completion),
                 value=part.numel(),
                 expected=f"{length}, one per completion token that counts",
@@ -757,16 +663,11 @@ def _joined(values: Sequence[Any], batch: TokenBatch, name: str) -> Tensor:
 
 def _place(batch: TokenBatch, completion: int) -> int:
     """Index of a completion within its prompt."""
-    first = int((batch.group < batch.group[completion]).sum())
-    return completion - first
+    return completion - int((batch.group < batch.group[completion]).sum())
 
 
 # ----------------------------------------------------------------------------------------------------
 # Rollout credit: what online training makes of a rollout's rewards.
-
-
-def _alone(values: Any) -> list[Any]:
-    return [values]
 
 
 @dataclass
@@ -815,7 +716,7 @@ class RolloutStep:
     metrics: dict[str, float] = field(default_factory=dict)
     model: Any = None
     head_of: Callable[[], Head] | None = None
-    exchange: Callable[[Any], list[Any]] = _alone
+    exchange: Callable[[Any], list[Any]] = lambda values: [values]
 
     @property
     def quantities(self) -> dict[str, Tensor]:
@@ -851,11 +752,7 @@ class RolloutStep:
         return self.batch.columns[name]
 
     def gather(self, values: Any) -> Any:
-        """The values of all ranks. Every rank must call this.
-
-        A tensor `[n, ...]` comes back with the ranks' tensors one after the other, on the same device; anything
-        else as a list with an entry per rank.
-        """
+        """The values of all ranks, tensors joined, others as a list with an entry per rank. Every rank must call it."""
         if not isinstance(values, Tensor):
             return self.exchange(values)
         parts = self.exchange(values.detach().cpu())
@@ -880,12 +777,11 @@ class RolloutStep:
 class CreditStep(Protocol):
     """Changes a `RolloutStep`. Settings are the keyword-only arguments of the constructor.
 
-    Class attributes that a step may have beside these: `provides` (columns it adds; "weights" if it sets them),
+    Attributes that a step may have beside these: `provides` (columns it adds; "weights" if it sets them),
     `needs_group` (True: a prompt must have two completions), `refill` (of a filter: replace what it drops),
     `check_limit` (a method, called with `max_new_tokens` before anything is sampled; may raise `RecipeError`).
 
     Attributes:
-        name: its name in recipes and logs.
         phase: "filter": right after the rewards; "rewards": shapes rewards; "advantages": sets
             `step.advantages`; "after": changes advantages or weights. Within a phase in the order given.
         needs: what must be scored, of `NEEDS`.
@@ -913,8 +809,8 @@ class Stateless:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise RunError(f"credit step {type(self).__name__} has no state, the checkpoint has {sorted(state)}")
+        unknown = f"credit step {type(self).__name__} has no state, the checkpoint has {sorted(state)}"
+        require(not state, RunError, unknown)
 
 
 @dataclass(frozen=True)
@@ -922,8 +818,7 @@ class RolloutCreditKind(_Settable):
     """A credit of online training: `credit(step, *, <objects>, <settings>)`.
 
     Attributes:
-        phase: see `CreditStep`.
-        needs: what must be scored, of `NEEDS`.
+        phase, needs: see `CreditStep`.
         provides: columns it adds; "weights" if it sets them, "rewards" if it makes rewards.
         group: a prompt must have two completions.
         refill: of a filter: replace what it drops.
@@ -987,40 +882,24 @@ class BoundRolloutCredit(Stateless):
 
 
 def make_rollout_credit(name: str | Callable[..., Any], /, **arguments: Any) -> CreditStep:
-    """A credit of online training by name: `make_rollout_credit("group", scale="none")`.
-
-    Args:
-        name: a name in `ROLLOUT_CREDIT`, a function or class with the decorator, or an import string of one.
-        arguments: its settings, and the objects that it takes (see `OBJECTS`).
-
-    Raises:
-        RecipeError: unknown name or setting (with the nearest right one), a wrong type, a value out of range; or an
-            object that is missing or not taken.
-    """
+    """A credit of online training by name: `make_rollout_credit("group", scale="none")`; see `make_credit`."""
     return ROLLOUT_CREDIT.find(name).make(**arguments)
 
 
 def resolve_rollout_credit(credit: Any) -> list[CreditStep]:
-    """Rollout credits as they are given to the trainer, in the order of their phases.
-
-    Args:
-        credit: None, one credit or a list of them; each is an object, a name, or a mapping with `name`.
-
-    Raises:
-        RecipeError: something else, an unknown phase or need, or two that set advantages.
-    """
+    """Rollout credits, from None, one or a list of objects, names, or mappings with `name`; in order of phases."""
     if credit is None:
         return []
     given = [credit] if isinstance(credit, (str, Mapping)) or not isinstance(credit, Sequence) else list(credit)
     steps = [_as_rollout_credit(one) for one in given]
     for step in steps:
-        if step.phase not in PHASES:
-            raise RecipeError(f"credit {step.name!r}: phase is {step.phase!r}; expected one of {', '.join(PHASES)}")
-        if unknown := sorted(set(step.needs) - NEEDS):
-            raise RecipeError(f"credit {step.name!r} needs {', '.join(unknown)}; expected some of {sorted(NEEDS)}")
-    setters = [step.name for step in steps if step.phase == "advantages"]
-    if len(setters) > 1:
-        raise RecipeError(f"credit {setters[0]!r} and {setters[1]!r} both set the advantages; expected one of them")
+        who, unknown = f"credit {step.name!r}", sorted(set(step.needs) - NEEDS)
+        expected = f"expected one of {', '.join(PHASES)}"
+        require(step.phase in PHASES, RecipeError, f"{who}: phase is {step.phase!r}; {expected}")
+        require(not unknown, RecipeError, f"{who} needs {', '.join(unknown)}; expected some of {sorted(NEEDS)}")
+    setters = [repr(step.name) for step in steps if step.phase == "advantages"]
+    both = f"credit {' and '.join(setters[:2])} both set the advantages; expected one of them"
+    require(len(setters) < 2, RecipeError, both)
     return sorted(steps, key=lambda step: PHASES.index(step.phase))
 
 
@@ -1028,54 +907,43 @@ def _as_rollout_credit(one: Any) -> CreditStep:
     if callable(one) and hasattr(one, "phase") and hasattr(one, "needs") and not inspect.isclass(one):
         return cast(CreditStep, one)
     if isinstance(one, Mapping):
-        if not isinstance(one.get("name"), str):
-            raise RecipeError(f"a rollout credit needs a name, got {shown(dict(one))}")
+        require(isinstance(one.get("name"), str), RecipeError, f"a rollout credit needs a name, got {shown(dict(one))}")
         return make_rollout_credit(one["name"], **{k: v for k, v in one.items() if k != "name"})
-    if isinstance(one, str) or callable(one):
-        return make_rollout_credit(one)
-    raise RecipeError(f"a rollout credit is an object with a phase, a name or a mapping, got {type(one).__name__}")
+    kind = f"a rollout credit is an object with a phase, a name or a mapping, got {type(one).__name__}"
+    require(isinstance(one, str) or callable(one), RecipeError, kind)
+    return make_rollout_credit(one)
 
 
 # ----------------------------------------------------------------------------------------------------
 # What goes together.
 
 
+ONLY_ORDER = """only the order of its numbers within a completion means something, not their sign; use it as selection \
+or as span, by share"""
+
+
 def why_not(values: str, uses: str) -> str:
     """Why numbers that mean `values` (see `CreditSource`) do not suit a role that uses `uses`; "" if they do."""
     if uses == "sign" and values == "order":
-        return (
-            "only the order of its numbers within a completion means something, not their sign; use it as "
-            "selection or as span, by share"
-        )
-    if uses == "order" and values == "marks":
-        return "it marks tokens and does not rank them; set `above: 0` to take what it marks"
-    return ""
+        return ONLY_ORDER
+    marks = uses == "order" and values == "marks"
+    return "it marks tokens and does not rank them; set `above: 0` to take what it marks" if marks else ""
 
 
 def check_source_for_role(source: Any, role: Role) -> None:
     """Raises `RecipeError`, with what to do instead, if a source's values do not mean what the role uses."""
     reason = why_not(getattr(source, "values", "any"), role.uses)
-    if reason:
-        raise RecipeError(f"credit {source.name!r} as {role.name}: {reason}")
+    require(not reason, RecipeError, f"credit {source.name!r} as {role.name}: {reason}")
 
 
 def check_together(objective: BoundObjective, role: Role | None, teacher: Any) -> None:
-    """Raises `RecipeError` if these do not go together.
-
-    Args:
-        role: how credit enters the objective, if it does.
-        teacher: what it distils from, or its description in a recipe.
-    """
-    taught = bool(TAUGHT & set(objective.needs))
-    if taught and teacher is None:
-        raise RecipeError(f"objective {objective.name} needs a teacher, got none")
-    if teacher is not None and not taught:
-        raise RecipeError(f"objective {objective.name} does not distil; teacher must be None")
-    if role is not None and role.name == "selection" and objective.hyper.get("sft_weight"):
-        raise RecipeError(
-            f"objective {objective.name}: sft_weight is about all chosen tokens, and only selected ones are scored; "
-            "set sft_weight: 0"
-        )
+    """Raises `RecipeError` if an objective, the role of credit in it and a teacher (or its description) do not fit."""
+    who, taught = f"objective {objective.name}", bool(TAUGHT & set(objective.needs))
+    require(not taught or teacher is not None, RecipeError, f"{who} needs a teacher, got none")
+    require(taught or teacher is None, RecipeError, f"{who} does not distil; teacher must be None")
+    few = role is not None and role.name == "selection" and objective.hyper.get("sft_weight")
+    about = "sft_weight is about all chosen tokens, and only selected ones are scored; set sft_weight: 0"
+    require(not few, RecipeError, f"{who}: {about}")
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", Objective)

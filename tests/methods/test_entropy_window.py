@@ -20,7 +20,6 @@ from tokengrain.methods._entropy_window import (
     completion_thresholds,
     high_entropy,
     measured,
-    normalised_token,
     segment_quantiles,
     topk_entropy,
     trigger_table,
@@ -165,16 +164,12 @@ def test_the_running_threshold_starts_with_the_first() -> None:
 
 
 def test_trigger_words() -> None:
-    assert [normalised_token(t) for t in ("\u0120Wait", "\u2581\u2581 because ", "SO", "Ġ")] == [
-        "wait",
-        "because",
-        "so",
-        "",
-    ]
+    marked = trigger_table(["\u0120Wait", "\u2581\u2581 because ", "SO", "Ġ"], ["wait", "because", "so", "Ġ"])
+    assert marked.tolist() == [True, True, True, False]
     table = trigger_table(["a", "\u0120Wait", "waiting", "wait"])
     assert table.tolist() == [False, True, False, True]
     assert trigger_table(["a", "b"], ["b"]).tolist() == [False, True]
-    assert all(word == normalised_token(word) for word in TRIGGERS)
+    assert bool(trigger_table(TRIGGERS).all())
     assert trigger_table(["a", "b"]).tolist() == [False, False]
 
 

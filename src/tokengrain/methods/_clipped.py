@@ -44,14 +44,12 @@ MAX_K3 = 10.0
 
 @dataclass(frozen=True)
 class ClippedTokens:
-    """The clipped loss token by token.
+    """The clipped loss token by token: `[N]` each, the losses with gradient.
 
     Attributes:
-        losses: `[N]`, with gradient.
-        ratio: `[N]`, detached, not clipped.
-        low: bool `[N]`: A < 0 and r below its bound. These tokens, and those below, have gradient 0.
-        high: bool `[N]`: A > 0 and r above its bound.
-        capped: bool `[N]`: A < 0 and r above the cap.
+        ratio: not clipped.
+        low: A < 0 and r below its bound. These tokens, and those below, have gradient 0.
+        high: A > 0 and r above its bound; capped: A < 0 and r above the cap.
     """
 
     losses: Tensor
@@ -69,16 +67,11 @@ class ClippedTokens:
 def clipped_tokens(
     log_ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float, cap: float | None = None
 ) -> ClippedTokens:
-    """-min(r A, clip(r, low, high) A) of every token.
+    """-min(r A, clip(r, low, high) A) of every token, from log r and A `[N]`.
 
     Args:
-        log_ratio: log r `[N]`, with gradient.
-        advantages: `[N]`, constants.
         low, high: bounds of the ratio (not offsets from 1), numbers or `[N]`; a low bound <= 0 never clips.
         cap: bound of the ratio where the advantage is negative; None: the loss there has no bound.
-
-    Raises:
-        ValueError: advantages of another shape; or a cap below the upper bound.
     """
     if advantages.shape != log_ratio.shape:
         raise ValueError(
@@ -154,18 +147,14 @@ def policy_loss(
 
     Returns:
         `losses` [C]. Metrics are means over the tokens of each completion, except "ratio/max".
-
-    Raises:
-        ValueError: beta > 0 without ref_logps.
     """
     if beta and ref_logps is None:
         raise ValueError(f"beta = {beta} needs ref_logps; without a reference beta must be 0")
     mean, dtype = segments.mean, tokens.losses.dtype
     log_ratio = (logps - old_logps).detach()
+    clips = {"clip/low": tokens.low, "clip/high": tokens.high, "clip/cap": tokens.capped}
     metrics = {
-        "clip/low": mean(tokens.low.to(dtype)),
-        "clip/high": mean(tokens.high.to(dtype)),
-        "clip/cap": mean(tokens.capped.to(dtype)),
+        **{name: mean(clipped.to(dtype)) for name, clipped in clips.items()},
         "clip/tokens": mean(tokens.clipped.abs()),
         "ratio/mean": mean(tokens.ratio),
         "ratio/max": torch.where(segments.lengths > 0, segments.max(tokens.ratio), 1.0),
@@ -190,11 +179,7 @@ def policy_loss(
 
 
 def reduce_tokens(values: Tensor, segments: Segments, reduction: Reduction, max_length: float | None = None) -> Tensor:
-    """Token losses `[N]` to losses per completion `[C]`; a completion without tokens has loss 0.
-
-    Raises:
-        ValueError: an unknown reduction; "constant" without a `max_length`; or `max_length` with another.
-    """
+    """Token losses `[N]` to losses per completion `[C]`; a completion without tokens has loss 0."""
     check_choice("reduction", reduction, Reduction)
     if (reduction == "constant") != (max_length is not None):
         raise ValueError(f"max_length belongs to reduction 'constant', got {max_length!r} with {reduction!r}")
@@ -220,12 +205,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3",
     must be weighed by the importance ratio to stay so.
 
     Args:
-        logps: log-probabilities of the sampled tokens under the policy `[N]`, nats.
-        ref_logps: the same under the reference `[N]`; no gradient flows into it.
         clamp: as verl does for k3: d to +-20 and the estimate to at most 10, with gradient 0 outside.
-
-    Raises:
-        ValueError: an unknown estimator.
     """
     check_choice("estimator", estimator, KLEstimator)
     d = ref_logps.detach() - logps
@@ -266,10 +246,6 @@ def importance_weights(
         trainer_logps: `[N]` under the trainer's weights at the time of sampling.
         kind: "token": the ratio of the token; "sequence": of the whole completion, for all its tokens.
         cap: bound from above.
-
-    Raises:
-        RolloutError: as `sampler_mismatch`.
-        ValueError: an unknown kind.
     """
     check_choice("kind", kind, Correction)
     d = _log_ratio(sampling_logps, trainer_logps, segments)
@@ -280,20 +256,10 @@ def importance_weights(
 
 
 def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments) -> dict[str, float]:
-    """Metrics of the mismatch of the same tokens under both. All 0 (ratios 1) if they agree.
+    """Metrics of the mismatch of the same tokens under both, nats per token. All 0 (ratios 1) if they agree.
 
-    Args:
-        sampling_logps: `[N]`, the sampler's: `raw_logps` if the trainer scores at temperature 1 (equal to
-            `sampling_logps` there when nothing was truncated).
-        trainer_logps: `[N]`, the trainer's, of the weights that were sampled from.
-
-    Returns:
-        Nats per token: `mean_abs` and `max_abs` difference; `k1` and `k3` estimate KL(sampler || trainer), k3
-        never negative. Ratios trainer/sampler: `max_ratio` and `min_ratio` of a token, `max_sequence_ratio` of a
-        whole completion (as far as it can be represented).
-
-    Raises:
-        RolloutError: different lengths, or values that are not finite.
+    The sampler's are `raw_logps` if the trainer scores at temperature 1. `k1` and `k3` estimate KL(sampler ||
+    trainer); ratios are trainer/sampler, of a token or of a whole completion (as far as it can be represented).
     """
     d = _log_ratio(sampling_logps, trainer_logps, segments)
     d = d if d.numel() else d.new_zeros(1)
@@ -338,9 +304,7 @@ def value_loss(
     """Squared error of a critic, the larger of that of V and that of V clipped to a range around its old value.
 
     Args:
-        values: V of the state before each token `[N]`.
-        segments: cuts `[N]` into C completions.
-        returns: what V should be `[N]`; no gradient flows into them.
+        values: V of the state before each token `[N]`; returns: what it should be `[N]`, without gradient.
         old_values: V when the completions were sampled `[N]`, needed with clip_range.
         clip_range: V is clipped to old_values -/+ this; where that gives the larger error the gradient is 0.
             None: no clipping.
@@ -348,11 +312,7 @@ def value_loss(
         reduction, max_length: see `policy_loss`.
 
     Returns:
-        `losses` [C]; in the metrics "values/mean", "values/error" (mean squared error of V itself) and, with
-        clip_range, "values/clipped" (share of tokens whose clipped error is the larger one).
-
-    Raises:
-        ValueError: clip_range without old_values.
+        `losses` [C]; "values/error" is that of V itself, "values/clipped" how often the clipped one is larger.
     """
     error = (values - returns.detach()) ** 2
     metrics = {"values/mean": segments.mean(values.detach()), "values/error": segments.mean(error.detach())}

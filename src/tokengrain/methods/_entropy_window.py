@@ -40,13 +40,9 @@ TRIGGERS = (
 
 @dataclass(frozen=True)
 class HighEntropy:
-    """The HWE tokens of a batch.
+    """The HWE tokens of a batch: which `[N]`, how many `[C]`, and by how much they exceed tau in all `[C]`, nats.
 
-    Attributes:
-        mask: bool `[N]`, the tokens that count.
-        count: long `[C]`, how many.
-        below: long `[C]`, tokens that would count (triggers with a complete window) but for their entropy.
-        excess: `[C]`, sum over the tokens that count of what their entropy exceeds tau by, nats.
+    `below` `[C]` counts tokens that would be of them (triggers with a complete window) but for their entropy.
     """
 
     mask: Tensor
@@ -73,9 +69,7 @@ def topk_entropy(logprobs: Tensor, *, tail: bool = True, floor: float = 1e-12) -
 def window_means(entropy: Tensor, segments: Segments, *, window: int = 4, own: bool = False) -> Tensor:
     """Mean entropy of a window of each token, `[N] -> [N]`; NaN where the completion ends before the window does.
 
-    Args:
-        window: tokens; the paper finds 4 to 8 best.
-        own: True: the window starts at the token itself; False: at the next one.
+    `own`: the window starts at the token itself, not at the next one. The paper finds 4 to 8 tokens best.
     """
     entropy = entropy.detach()
     means = torch.full_like(entropy, torch.nan)
@@ -141,13 +135,7 @@ def segment_quantiles(values: Tensor, segments: Segments, quantile: float) -> Te
 def high_entropy(
     values: Tensor, segments: Segments, *, threshold: float, triggers: Tensor | None = None
 ) -> HighEntropy:
-    """The tokens whose entropy reaches the threshold.
-
-    Args:
-        values: `[N]`, from `measured`; NaN never counts.
-        threshold: tau, nats. In mode "code" that of earlier batches.
-        triggers: bool `[N]`, tokens that may count; None: every token.
-    """
+    """The tokens whose entropy `measured` reaches the threshold, nats; with `triggers` (bool `[N]`) of these alone."""
     eligible = ~torch.isnan(values) if triggers is None else triggers.bool() & ~torch.isnan(values)
     mask = eligible & (values >= threshold)
     excess = torch.where(mask, values - threshold, 0.0)
@@ -155,27 +143,15 @@ def high_entropy(
     return HighEntropy(mask, segments.sum(mask.long()), below, segments.sum(excess))
 
 
-def normalised_token(token: str) -> str:
-    """A token's string as trigger words are compared: no leading marks of a word's start, trimmed, lower-case."""
-    return token.lstrip("\u2581\u0120").strip().lower()
-
-
 def trigger_table(tokens: Sequence[str], words: Collection[str] = TRIGGERS) -> Tensor:
     """Which tokens of a vocabulary, its strings by id, are one of these words, lower-case: bool `[V]`."""
     wanted = set(words)
-    return torch.tensor([normalised_token(str(t)) in wanted for t in tokens], dtype=torch.bool)
+    plain = (str(token).lstrip("\u2581\u0120").strip().lower() for token in tokens)  # without marks of a word's start
+    return torch.tensor([token in wanted for token in plain], dtype=torch.bool)
 
 
 def trigger_tokens(tokenizer: Any, triggers: Triggers, what: str) -> Tensor | None:
-    """Which tokens may count, bool `[V]`; None: all.
-
-    Args:
-        triggers: "english" for `TRIGGERS`, words, or None: every token.
-        what: names who asks in messages, for example "credit 'aepo'".
-
-    Raises:
-        RecipeError: words without a tokenizer, or none of them is a token of its vocabulary: nothing could count.
-    """
+    """Which tokens may count, bool `[V]`; None: all. `what` names who asks, in messages."""
     if triggers is None:
         return None
     missing = f"{what} needs a tokenizer to find trigger words; or set triggers: null (every token)"
@@ -206,8 +182,7 @@ def branch_positions(flags: Tensor, segments: Segments, *, window: int = 4, limi
     completion they leave; count it once.
 
     Args:
-        flags: bool `[N]`, tokens whose window fires (`HighEntropy.mask`).
-        window: tokens; flagged tokens less than this apart belong to one stretch.
+        flags: bool `[N]`, tokens whose window fires; those less than `window` apart belong to one stretch.
         limit: branches per completion, the earliest ones; None: all.
     """
     flags = flags.bool()

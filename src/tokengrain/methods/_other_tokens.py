@@ -14,9 +14,8 @@ from tokengrain.batch import Completion, Sample, TokenBatch, row_of
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.formats import Example
 from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
-from tokengrain.errors import DataError, ModelError, RecipeError
+from tokengrain.errors import DataError, ModelError, RecipeError, require
 
-# ----------------------------------------------------------------------------------------------------
 # Token scores across tokenizers: from the tokens of one to those of another, by the characters they share.
 #
 # The rule. A token's score is the mean of the scores of the other tokenizer's tokens that share characters with it,
@@ -33,15 +32,10 @@ Span = tuple[int, int]
 
 
 def aligned_scores(scores: Tensor, spans: Sequence[Span], target: Sequence[Span]) -> Tensor:
-    """Scores `[R]` of tokens at `spans`, carried over to tokens at `target`; see the top of the file.
+    """Scores `[R]` of tokens at `spans`, carried over to tokens at `target` `[T]`; see the top of the file.
 
-    Args:
-        scores: `[R]`, R > 0; the last one is that of EOS or, in a text cut short, of the last token.
-        spans, target: the characters `[start, end)` of each token, in the same text; empty for a token without
-            characters. Tokens that only together make a character have the same span.
-
-    Returns:
-        `[T]`, of the type and on the device of `scores`.
+    Spans are characters `[start, end)` of the same text, empty for a token without any; tokens that only together
+    make a character share its span. The last score is that of EOS or, in a text cut short, of the last token.
     """
     if scores.shape != (len(spans),) or not len(spans):
         raise ValueError(f"expected one score per span and at least one, got {tuple(scores.shape)} and {len(spans)}")
@@ -71,8 +65,7 @@ def aligned_scores(scores: Tensor, spans: Sequence[Span], target: Sequence[Span]
 def decoded_spans(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> tuple[str, list[Span]]:
     """The text that `ids` add behind `before`, and the characters of it that each token stands for.
 
-    Works for any tokenizer that decodes, and for ids that no text would be tokenised to. Special tokens have no
-    characters. Tokens that only together make a character (bytes of it) all have that character's span.
+    Special tokens have none. Tokens that only together make a character (bytes of it) all have that character's span.
     """
     special = set(tokenizer.all_special_ids)
     text = ""
@@ -99,12 +92,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Places:
-    """The characters of one completion's tokens in the text that the reward model reads.
-
-    Attributes:
-        policy: a span for each token of the policy's completion.
-        reward: a span for each of the reward model's tokens of it.
-    """
+    """The characters of one completion's tokens, the policy's and the reward model's, in the text that that reads."""
 
     policy: list[Span]
     reward: list[Span]
@@ -125,10 +113,6 @@ class Retokenizer:
     A prompt of messages is rendered with the reward model's chat template, and the completion as its answer; other
     prompts are decoded. A completion that the policy ended (its last token is a special one) ends with the reward
     model's end of turn or EOS, one that was cut short does not.
-
-    Args:
-        tokenizer: the policy's.
-        reward_tokenizer: the reward model's.
     """
 
     def __init__(self, tokenizer: Any, reward_tokenizer: Any) -> None:
@@ -137,12 +121,7 @@ class Retokenizer:
         self.encoder, self.renderer = Encoder(reward_tokenizer, config), Renderer(reward_tokenizer, config)
 
     def __call__(self, batch: TokenBatch) -> tuple[TokenBatch, list[Places]]:
-        """The batch in the reward model's tokens, and the places of each completion's tokens.
-
-        Raises:
-            DataError: a completion of several turns, whose text belongs to the policy's chat template.
-            ModelError: rows of messages, and the reward model's tokenizer has no chat template.
-        """
+        """The batch in the reward model's tokens, and the places of each completion's tokens."""
         batch = batch.to("cpu")
         texts = [self._text(batch, c) for c in range(batch.n_completions)]
         tokens = self.encoder([t.rendered.text for t in texts])
@@ -228,19 +207,11 @@ class Retokenizer:
 
 
 def retokenizer_for(tokenizer: Any, reward_tokenizer: Any) -> Retokenizer | None:
-    """How a reward model reads the policy's completions; None: their token ids as they are.
-
-    Args:
-        tokenizer: the policy's.
-        reward_tokenizer: the reward model's; None: the policy's.
-
-    Raises:
-        RecipeError: a reward tokenizer without the policy's.
-    """
+    """How a reward model reads the policy's completions; None: their token ids as they are."""
     if reward_tokenizer is None:
         return None
-    if tokenizer is None:
-        raise RecipeError("reward_tokenizer is given, but not the policy's tokenizer to compare it with")
+    missing = "reward_tokenizer is given, but not the policy's tokenizer to compare it with"
+    require(tokenizer is not None, RecipeError, missing)
     return None if same_tokens(tokenizer, reward_tokenizer) else Retokenizer(tokenizer, reward_tokenizer)
 
 

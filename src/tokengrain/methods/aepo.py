@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError, RunError
+from tokengrain.errors import RecipeError, RunError, require
 from tokengrain.method import Card, RolloutStep, rollout_credit
 from tokengrain.methods._clipped import sampled_kl
 from tokengrain.methods._entropy_window import (
@@ -124,8 +124,8 @@ class AEPO:
     controller: LogBucketKL | LinearBucketKL | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not self.medium < self.easy:
-            raise RecipeError(f"credit 'aepo': easy is {self.easy} and medium {self.medium}; expected medium < easy")
+        ordered = f"credit 'aepo': easy is {self.easy} and medium {self.medium}; expected medium < easy"
+        require(self.medium < self.easy, RecipeError, ordered)
         if self.shape == "lagrange" and self.targets == "batch":
             message = "shape 'lagrange' with targets 'batch': every strength is 0, the reward is plain accuracy"
             warnings.warn(message, stacklevel=3)
@@ -202,18 +202,11 @@ class AEPO:
         self.strength = lagrange_strengths(present, self.target, cap=self.strength_cap)
 
     def reward(self, correct: Tensor, counts: Tensor, buckets: Tensor) -> Tensor:
-        """Accuracy and shaping: one reward per completion `[C]`, in the type of `correct`.
-
-        Args:
-            correct: 0 or 1 `[C]`, NaN where there is no score.
-            counts: HWE tokens `[C]`.
-            buckets: long `[C]`: `difficulty(correct, group)[group]`.
-        """
+        """Accuracy and shaping, `[C]`, from what is `correct` (0, 1 or NaN), the HWE counts and the buckets `[C]`."""
         if self.shape == "none":
             return correct.detach()
-        target = per_bucket(self.target, buckets)
+        target, alpha = per_bucket(self.target, buckets), per_bucket(self.alpha, buckets)
         if self.shape == "smooth":
-            alpha = per_bucket(self.alpha, buckets)
             kept = self.preserve_order
             score = smooth_score(correct, counts, buckets, target=target, alpha=alpha, preserve_order=kept)
         else:
@@ -246,8 +239,8 @@ class AEPO:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if (state["kl"] is None) != (self.controller is None):
-            raise RunError("credit 'aepo': the checkpoint was made with another setting of `kl`")
+        same = (state["kl"] is None) == (self.controller is None)
+        require(same, RunError, "credit 'aepo': the checkpoint was made with another setting of `kl`")
         self.threshold = state["threshold"]["value"]
         for name, values in state["shaping"].items():
             setattr(self, name, dict(values))
@@ -281,13 +274,8 @@ def difficulty(
 ) -> Tensor:
     """The bucket of every prompt by its share of correct completions: long `[G]`.
 
-    Shares are compared as whole numbers, so that exactly 2/3 is easy. At least 3 completions are needed for three
-    buckets, and from 8 they mean something.
-
-    Args:
-        correct: 0 or 1 `[C]`; NaN where a completion could not be scored.
-        group: long `[C]`, the prompt of each.
-        easy, medium: least shares; read as fractions with a denominator of at most 1000.
+    Shares are compared as whole numbers, so that exactly 2/3 is easy: the least ones are read as fractions with a
+    denominator of at most 1000. At least 3 completions are needed for three buckets, and from 8 they mean something.
     """
     s = GroupStatistics(correct.detach().double(), group)
     right = s.count.new_zeros(s.count.shape).index_add(0, group, torch.nan_to_num(s.rewards, nan=0.0)).round().long()
@@ -302,10 +290,7 @@ def difficulty(
 
 
 def bucket_sums(values: Tensor, buckets: Tensor) -> Tensor:
-    """Sum and count of the values of each bucket: `[K], long [K] -> float64 [3, 2]`.
-
-    A value that is NaN, or whose bucket is -1, is left out.
-    """
+    """Sum and count of the values of each bucket, NaN left out: `[K], long [K] -> float64 [3, 2]`."""
     keep = ~torch.isnan(values) & (buckets >= 0)
     pairs = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1)
     return pairs.new_zeros(len(BUCKETS), 2).index_add(0, buckets[keep], pairs[keep])
@@ -324,11 +309,10 @@ def per_bucket(values: Mapping[str, float], buckets: Tensor, missing: float = ma
 
 @dataclass(frozen=True)
 class Observation:
-    """What a rollout knows of its counts; those of two ranks add up.
+    """What a rollout knows of its counts per bucket; those of two ranks add up.
 
     Attributes:
-        prompts: `[3, 2]`, sum and number of the prompts' mean counts per bucket (`bucket_sums`).
-        completions: moments of the completions' counts per bucket.
+        prompts: `[3, 2]`, the `bucket_sums` of the prompts' mean counts; completions: moments of the completions'.
     """
 
     prompts: Tensor
@@ -382,15 +366,11 @@ def smooth_score(
     """What HWE tokens add to the accuracy of a completion: `[C]`, float64, between -cap and cap.
 
     A wrong completion always gets at least wrong * cap / 2, and may outscore a correct one where the cap exceeds
-    1 / (1 + wrong): alpha above 0.625 (easy), 0.556 (medium), 0.417 (hard).
+    1 / (1 + wrong), alpha above 0.625 (easy), 0.556 (medium), 0.417 (hard), unless `preserve_order` limits the cap.
 
     Args:
         correct: `[C]`; NaN gives NaN. Completions below 1 are wrong.
-        counts: HWE tokens `[C]`.
-        buckets: long `[C]`.
-        target, alpha: `[C]`, of the completion's bucket.
-        preserve_order: limit the cap so that no wrong completion outscores a correct one of its bucket.
-        shape: other constants.
+        counts: HWE tokens `[C]`; target, alpha: of the completion's bucket `[C]`.
     """
     shape = SmoothShape() if shape is None else shape
     margin, kappa, temp, scale, wrong = (
@@ -427,15 +407,12 @@ def lagrange_strengths(
 ) -> dict[str, float]:
     """max(0, (mean - target) / (variance + eps)) of the counts of each bucket, at most `cap`.
 
-    Args:
-        moments: of the completions' counts per bucket, all ranks' added up.
-        target: lagged; with the mean of the same counts every strength is 0.
-        cap: there is no bound in the paper, and the variance may be small.
+    The moments are those of all ranks. With the mean of the same counts for a target every strength is 0. There is no
+    bound in the paper, and the variance may be small.
     """
-    found = {
-        name: max(0.0, (m.mean - target[name]) / (m.std**2 + eps)) for name, m in moments.items() if name in target
-    }
-    return {name: strength if cap is None else min(strength, cap) for name, strength in found.items()}
+    known = [(name, m) for name, m in moments.items() if name in target]
+    most = math.inf if cap is None else cap
+    return {name: min(max(0.0, (m.mean - target[name]) / (m.std**2 + eps)), most) for name, m in known}
 
 
 def lagrange_shaping(counts: Tensor, buckets: Tensor, target: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ away from one trained by DPO on exchanged pairs. Teacher and KL are computed in 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import RecipeError
+from tokengrain.errors import RecipeError, require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, credit, objective
 from tokengrain.scoring.head import Teacher
@@ -78,56 +78,48 @@ def teacher_strength(
     beta0: Positive = 0.1,
     beta: Positive | None = None,
 ) -> Strength:
-    """The numbers of a teacher for `aligndistil_loss`.
-
-    Args:
-        form: what the teacher is, z being logits, d the DPO model:
-            "adaptive"       z_d + alpha_t (z_d - z_reverse), alpha_t = r tvd_t + epsilon    (equation 16)
-            "constant"       the same with alpha = beta0 / beta                              (equation 15)
-            "theorem1"       alpha z_d + (1 - alpha) z_ref, alpha = beta0 / beta             (equation 11)
-            "interpolation"  the same with alpha_t = r tvd_t + epsilon
-            "distil"         z_d itself; every token weighs beta (or beta0)
-            The contrast of "theorem1" and "interpolation" is the reference, that of "distil" is none.
-        r: highest strength of the adaptive forms; tvd_t, half the L1 distance of the two teachers, is in
-            [0, 1]. The flag of the authors' code is r / 2.
-        epsilon: strength where the teachers agree.
-        beta0: the beta that the teachers were trained with.
-        beta: the KL coefficient of the constant forms.
-
-    Raises:
-        RecipeError: an unknown form, a number out of range, or a beta that is missing or has no use.
-    """
+    """The numbers of a teacher for `aligndistil_loss`; see `ContrastiveTeacher`."""
     what = f"teacher {form!r}"
-    if form not in ("adaptive", "constant", "theorem1", "interpolation", "distil"):
+    if form not in get_args(TeacherForm):
         raise RecipeError(f"{what}: unknown; expected adaptive, constant, theorem1, interpolation or distil")
     for name, value in (("epsilon", epsilon), ("beta0", beta0), ("beta", beta)):
-        if value is not None and not 0 < value < float("inf"):
-            raise RecipeError(f"{what}: {name} must be positive and finite, got {value}")
-    if not 0 <= r < float("inf"):
-        raise RecipeError(f"{what}: r must be finite and not negative, got {r}")
+        positive = value is None or 0 < value < float("inf")
+        require(positive, RecipeError, f"{what}: {name} must be positive and finite, got {value}")
+    require(0 <= r < float("inf"), RecipeError, f"{what}: r must be finite and not negative, got {r}")
+    shift = float(form in ("theorem1", "interpolation"))
     if form in ("adaptive", "interpolation"):
-        if beta is not None:
-            raise RecipeError(f"{what} takes its strength from r and epsilon, not from beta; got beta={beta}")
-        return Strength(r, epsilon, 0.0 if form == "adaptive" else 1.0)
-    if form == "distil":
-        return Strength(0.0, beta0 / (beta0 if beta is None else beta), 0.0)
-    if beta is None:
+        unused = f"{what} takes its strength from r and epsilon, not from beta; got beta={beta}"
+        require(beta is None, RecipeError, unused)
+        return Strength(r, epsilon, shift)
+    if beta is None and form != "distil":
         raise RecipeError(f"{what} needs beta, the KL coefficient: its strength is beta0 / beta")
-    return Strength(0.0, beta0 / beta, 0.0 if form == "constant" else 1.0)
+    return Strength(0.0, beta0 / (beta0 if beta is None else beta), shift)
 
 
 class ContrastiveTeacher:
     """AlignDistil's teacher: logits z_target + s (z_target - z_contrast), s by form (arXiv 2503.02832).
 
+    With z the logits of the DPO model d, of the reverse one, and of the reference (the starting model), form is
+
+        "adaptive"       z_d + alpha_t (z_d - z_reverse), alpha_t = r tvd_t + epsilon    (equation 16)
+        "constant"       the same with alpha = beta0 / beta                              (equation 15)
+        "theorem1"       alpha z_d + (1 - alpha) z_ref, alpha = beta0 / beta             (equation 11)
+        "interpolation"  the same with alpha_t = r tvd_t + epsilon
+        "distil"         z_d itself; every token weighs beta (or beta0)
+
     Args:
         target: the DPO model, as a `Reference`.
-        contrast: the reverse DPO model (or, for "theorem1" and "interpolation", the starting model); None for
-            "distil".
-        form, r, epsilon, beta0, beta: see `teacher_strength`.
+        contrast: the reverse DPO model, for "theorem1" and "interpolation" the starting model; None for "distil".
+        r: highest strength of the adaptive forms; tvd_t, half the L1 distance of the two teachers, is in
+            [0, 1]. The flag of the authors' code is r / 2.
+        epsilon: strength where the teachers agree.
+        beta0: the beta that the teachers were trained with.
+        beta: the KL coefficient of the constant forms.
         temperature: divides the logits of student and teacher.
 
     Raises:
-        RecipeError: a form without its second model, or with one that it does not use.
+        RecipeError: a form without its second model, or with one that it does not use; an unknown form, a number out
+            of range, or a beta that is missing or has no use.
     """
 
     def __init__(
@@ -142,28 +134,17 @@ class ContrastiveTeacher:
         beta: float | None = None,
         temperature: float = 1.0,
     ) -> None:
-        if (contrast is None) != (form == "distil"):
-            needs = "no second model" if form == "distil" else "a second model, the contrast"
-            raise RecipeError(f"a teacher of form {form!r} needs {needs}")
+        needs = "no second model" if form == "distil" else "a second model, the contrast"
+        fits = (contrast is None) == (form == "distil")
+        require(fits, RecipeError, f"a teacher of form {form!r} needs {needs}")
         self.target, self.contrast, self.temperature = target, contrast, temperature
         self.strength = teacher_strength(form, r=r, epsilon=epsilon, beta0=beta0, beta=beta)
 
     def __call__(self, batch: TokenBatch) -> Teacher:
         """The teacher's distribution at every counted token of `batch`, without its logits."""
-        return Teacher(
-            target=self._distribution(self.target, batch),
-            contrast=self._distribution(self.contrast, batch) if self.contrast is not None else None,
-            slope=self.strength.slope,
-            offset=self.strength.offset,
-            shift=self.strength.shift,
-            temperature=self.temperature,
-        )
-
-    @staticmethod
-    def _distribution(model: Reference, batch: TokenBatch) -> Any:
-        distribution = model(batch, {"distribution"}).distribution
-        assert distribution is not None  # it was asked for
-        return distribution
+        target: Any = self.target(batch, {"distribution"}).distribution
+        contrast = self.contrast(batch, {"distribution"}).distribution if self.contrast is not None else None
+        return Teacher(target=target, contrast=contrast, temperature=self.temperature, **vars(self.strength))
 
 
 @objective(

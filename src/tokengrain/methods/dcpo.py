@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError
+from tokengrain.errors import RecipeError, require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, RolloutStep, objective, rollout_credit
 from tokengrain.methods._clipped import MAX_LOG_RATIO, KLEstimator, Reduction, clipped_tokens, policy_loss
@@ -76,29 +76,16 @@ def dcpo_loss(
         epsilon_low, epsilon_high: the paper's values (its released script has others).
         ratio_max: bound of the ratio for both signs of the advantage; above 1.
     """
-    if not ratio_max > 1:
-        raise ValueError(f"ratio_max must be above 1, got {ratio_max}")
+    require(ratio_max > 1, ValueError, f"ratio_max must be above 1, got {ratio_max}")
     old_logps = old_logps.detach()
     low, high = dcpo_bounds(old_logps, epsilon_low, epsilon_high, ratio_max)
     log_ratio = logps - old_logps
     if clamp:
         log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return policy_loss(
-        clipped_tokens(log_ratio, advantages, low, high, ratio_max),
-        logps,
-        segments,
-        old_logps=old_logps,
-        advantages=advantages,
-        ref_logps=ref_logps,
-        entropy=entropy,
-        weights=weights,
-        beta=beta,
-        kl=kl,
-        kl_importance=kl_importance,
-        clamp=clamp,
-        reduction=reduction,
-        max_length=max_length,
-    )
+    tokens = clipped_tokens(log_ratio, advantages, low, high, ratio_max)
+    given: Any = {"old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps, "entropy": entropy}
+    given |= {"weights": weights, "reduction": reduction, "max_length": max_length}
+    return policy_loss(tokens, logps, segments, **given, beta=beta, kl=kl, kl_importance=kl_importance, clamp=clamp)
 
 
 def dcpo_bounds(old_logps: Tensor, epsilon_low: float, epsilon_high: float, ratio_max: float) -> tuple[Tensor, Tensor]:
@@ -131,12 +118,7 @@ class Visits:
 
 @dataclass(frozen=True)
 class SmoothAdvantages:
-    """The advantages of a rollout and what they come from, `[C]` each.
-
-    Attributes:
-        advantages: A; current: N; cumulative: T; smoothed_current, smoothed_cumulative: the two that A is chosen of.
-        visits: the new statistics of every prompt seen.
-    """
+    """A of a rollout, N, T and the two that A is chosen of, `[C]` each; the new statistics of every prompt seen."""
 
     advantages: Tensor
     current: Tensor
@@ -172,8 +154,8 @@ class DCPO:
     visits: dict[str, Visits] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.solved == "zero" and self.max_reward is None:
-            raise RecipeError("credit 'dcpo': solved is 'zero', which needs max_reward")
+        given = self.solved != "zero" or self.max_reward is not None
+        require(given, RecipeError, "credit 'dcpo': solved is 'zero', which needs max_reward")
 
     def __call__(self, step: RolloutStep) -> None:
         total, known = step.total, scored(step)
@@ -203,10 +185,8 @@ class DCPO:
     def smooth(self, rewards: Tensor, group: Tensor, prompts: Sequence[Hashable]) -> SmoothAdvantages:
         """Advantages of a rollout, that of all ranks. The state does not change: update it with the result's `visits`.
 
-        Args:
-            rewards: `[C]`; NaN where a completion could not be scored: advantage 0, no part of the statistics.
-            group: long `[C]`, index into `prompts`.
-            prompts: a stable id per group; groups with the same id are one visit.
+        A completion whose reward `[C]` is NaN has advantage 0 and no part in the statistics. `prompts` has a stable id
+        per group; groups with the same id are one visit.
         """
         keys = list(dict.fromkeys(str(p) for p in prompts))
         index = {key: i for i, key in enumerate(keys)}
@@ -224,10 +204,8 @@ class DCPO:
         s_current = (i - 1) / i * current + total / i
         s_total = current / i + (i - 1) / i * total
         chosen = torch.where(s_current.abs() < s_total.abs(), s_current, s_total)
-        dtype = rewards.dtype
-        return SmoothAdvantages(
-            chosen.to(dtype), current.to(dtype), total.to(dtype), s_current.to(dtype), s_total.to(dtype), new
-        )
+        a, n, t, s_n, s_t = (x.to(rewards.dtype) for x in (chosen, current, total, s_current, s_total))
+        return SmoothAdvantages(a, n, t, s_n, s_t, new)
 
     def _divided(self, differences: Tensor, std: Tensor) -> Tensor:
         """Differences over the deviation, 0 where that is 0; no epsilon."""
@@ -236,7 +214,6 @@ class DCPO:
         return torch.where(std > 0, differences / torch.where(std > 0, std, 1.0), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists, three numbers per prompt."""
         columns = {name: [getattr(v, name) for v in self.visits.values()] for name in ("count", "mean", "std")}
         return {"prompts": list(self.visits), **columns}
 

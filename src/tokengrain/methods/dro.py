@@ -121,13 +121,13 @@ class R3:
 
     def __post_init__(self) -> None:
         self.baseline = self.baseline or ("none" if self.propagation else "empty")
-        if self.propagation and self.baseline != "none":
-            raise RecipeError(f"credit 'r3': baseline is {self.baseline!r} and propagation true; expected one of them")
+        both = f"credit 'r3': baseline is {self.baseline!r} and propagation true; expected one of them"
+        require(not self.propagation or self.baseline == "none", RecipeError, both)
         needs_reference = self.scorer == "reference" and self.reference is None
         require(not needs_reference, RecipeError, "credit 'r3': scorer is 'reference', and there is no reference model")
         require(self.marker, RecipeError, "credit 'r3': marker is empty; expected the text that ends a chain")
-        if self.rule == "top" and self.share > 1:
-            raise RecipeError(f"credit 'r3': share is {self.share} of the tokens; expected at most 1")
+        possible = self.rule != "top" or self.share <= 1
+        require(possible, RecipeError, f"credit 'r3': share is {self.share} of the tokens; expected at most 1")
 
     def __call__(self, step: RolloutStep) -> None:
         if not step.batch.n_completions:
@@ -168,14 +168,10 @@ class R3:
         baseline: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Reflection:
-        """R3 of every completion, without the length term.
+        """R3 of every completion, without the length term, from log-probabilities of the reference tokens `[N]`, nats.
 
-        Args:
-            logps: log-probabilities of the reference tokens after each chain `[N]`, nats.
-            segments, group: see the module's text.
-            usable: bool `[C]`; a completion that is not has reward NaN and no part in σ. None: all are.
-            baseline: the same log-probabilities with the chain masked `[N]`, subtracted.
-            positions: place of every token in the reference, for distances `[N]`; None: that among counted tokens.
+        `baseline` `[N]` has those with the chain masked. A completion that is not `usable` (bool `[C]`) has reward NaN
+        and no part in σ. `positions` `[N]` are places in the reference, for distances; None: among counted tokens.
         """
         lp = logps.detach()
         lp = lp if self.floor is None else lp.clamp(min=self.floor)
@@ -275,17 +271,11 @@ class Reflection(NamedTuple):
 def variability(
     logps: Tensor, segments: Segments, group: Tensor, *, ddof: int = 0, usable: Tensor | None = None
 ) -> Tensor:
-    """σ of each reference token `[N]`, equal for all completions of a group.
-
-    0 where fewer than two are usable, and exactly 0 where all are equal.
-
-    Raises:
-        ValueError: completions of one group with different numbers of tokens: they are not the same reference.
-    """
+    """σ of each reference token `[N]`, the same in a group; 0 with fewer than two usable, or where all are equal."""
     groups = int(group.max()) + 1 if group.numel() else 0
     lengths = segments.lengths.new_zeros(groups).scatter_reduce(0, group, segments.lengths, "amax")
-    if not torch.equal(lengths[group], segments.lengths):
-        raise ValueError("the rollouts of a prompt must be scored on the same reference: their tokens differ in number")
+    differ = "the rollouts of a prompt must be scored on the same reference: their tokens differ in number"
+    require(torch.equal(lengths[group], segments.lengths), ValueError, differ)
     # A number per reference token, the same in all completions of its group.
     slot = segments.broadcast((lengths.cumsum(0) - lengths)[group]) + segments.positions
     lp = logps.detach()
@@ -412,12 +402,7 @@ def token_ranks(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def references_of(batch: TokenBatch, tokenizer: Any, column: str, separator: str, end: bool) -> list[list[int]]:
-    """Token ids of each prompt's reference answer, G lists; tokenised alone: no token spans the end of a chain.
-
-    Raises:
-        DataError: a row without a reference, or with an empty one.
-        ModelError: `end`, and the tokenizer has no such token.
-    """
+    """Token ids of each prompt's reference answer, G lists; tokenised alone: no token spans the end of a chain."""
     closing = "the tokenizer has no end-of-sequence token to close a reference with; expected one, or end: false"
     require(not end or tokenizer.eos_token_id is not None, ModelError, closing)
     references = []

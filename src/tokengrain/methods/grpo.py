@@ -14,6 +14,7 @@ advantage is 0.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -116,23 +117,10 @@ def grpo_loss(
     if clamp:
         log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    return policy_loss(
-        clipped_tokens(log_ratio, advantages, 1 - epsilon, high, ratio_cap),
-        logps,
-        segments,
-        old_logps=old_logps,
-        advantages=advantages,
-        ref_logps=ref_logps,
-        entropy=entropy,
-        weights=weights,
-        kl_weights=kl_weights,
-        beta=beta,
-        kl=kl,
-        kl_importance=kl_importance,
-        clamp=clamp,
-        reduction=reduction,
-        max_length=max_length,
-    )
+    tokens = clipped_tokens(log_ratio, advantages, 1 - epsilon, high, ratio_cap)
+    given: Any = {"old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps, "entropy": entropy}
+    given |= {"weights": weights, "kl_weights": kl_weights, "reduction": reduction, "max_length": max_length}
+    return policy_loss(tokens, logps, segments, **given, beta=beta, kl=kl, kl_importance=kl_importance, clamp=clamp)
 
 
 # Advantages.
@@ -178,13 +166,7 @@ def group_advantages(
 ) -> Tensor:
     """One advantage per completion `[C]`, exactly 0 where all rewards of a group are equal; see `group`.
 
-    Args:
-        rewards: `[C]`; NaN where a completion could not be scored.
-        group: long `[C]`, the prompt of each; rows of a group need not be neighbours.
-        everyone: the rewards whose deviation scale "batch" takes; None: `rewards`.
-
-    Warns:
-        UserWarning: a group has one completion: its advantage is 0.
+    Rewards are `[C]`, NaN where a completion could not be scored; scale "batch" takes the deviation of `everyone`.
     """
     s = GroupStatistics(rewards.detach(), group, ddof)
     if bool((torch.bincount(group) == 1).any()):
@@ -240,13 +222,9 @@ def filter_groups(
             None: no such bound.
     """
     values = _metric(step, metric)
-    keep = informative_groups(values, step.group)
     mean = GroupStatistics(values.double(), step.group).mean
-    if low is not None:
-        keep = keep & (mean >= low)
-    if high is not None:
-        keep = keep & (mean <= high)
-    step.drop(keep)
+    bounds = (mean >= (-math.inf if low is None else low)) & (mean <= (math.inf if high is None else high))
+    step.drop(informative_groups(values, step.group) & bounds)
 
 
 def _metric(step: RolloutStep, name: str) -> Tensor:
@@ -294,11 +272,7 @@ def overlong(
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: float, buffer: float, factor: float = 1.0) -> Tensor:
-    """0 up to max_length - buffer, then falling linearly to -factor at max_length, and -factor beyond: `[C]`.
-
-    Args:
-        lengths: tokens of each completion (not of its prompt) `[C]`.
-    """
+    """0 up to max_length - buffer, then falling linearly to -factor at max_length, and -factor beyond: `[C]`."""
     lengths = lengths if lengths.is_floating_point() else lengths.to(torch.get_default_dtype())
     return factor * ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
 

@@ -10,6 +10,8 @@ form; with token credit the completion's tokens are clipped by the sign of their
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from tokengrain.batch import Segments
@@ -60,20 +62,7 @@ def gspo_loss(
         epsilon, epsilon_high: distance of the bounds from 1. The defaults are the paper's; a range such as
             PPO's 0.2 would never clip a mean of many tokens.
     """
-    return grpo_loss(
-        logps,
-        segments,
-        old_logps=old_logps,
-        advantages=advantages,
-        ref_logps=ref_logps,
-        entropy=entropy,
-        weights=weights,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        ratio_cap=ratio_cap,
-        importance="sequence",
-        beta=beta,
-        kl=kl,
-        kl_importance=kl_importance,
-        clamp=clamp,
-    )
+    given: Any = {"old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps, "entropy": entropy}
+    given |= {"weights": weights, "epsilon": epsilon, "epsilon_high": epsilon_high, "ratio_cap": ratio_cap}
+    given |= {"beta": beta, "kl": kl, "kl_importance": kl_importance, "clamp": clamp}
+    return grpo_loss(logps, segments, importance="sequence", **given)

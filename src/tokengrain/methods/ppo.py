@@ -29,14 +29,7 @@ from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError, require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, RolloutStep, as_credit, checked_credit, objective, rollout_credit
-from tokengrain.methods._clipped import (
-    Reduction,
-    SampledKL,
-    clipped_tokens,
-    policy_loss,
-    reduce_tokens,
-    sampled_kl,
-)
+from tokengrain.methods._clipped import Reduction, SampledKL, clipped_tokens, policy_loss, reduce_tokens, sampled_kl
 from tokengrain.methods._rollout import mean, pooled_moments, scored, token_level
 from tokengrain.methods._shaping import Moments, Scaling, scale_scores
 from tokengrain.settings import NonNegative, Number, Positive, Share
@@ -170,8 +163,8 @@ class Normalize:
     moments: Moments = field(default=Moments(), init=False)
 
     def __post_init__(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise RecipeError(f"credit 'normalize': mean is {self.mean} and std {self.std}; expected both or neither")
+        half = f"credit 'normalize': mean is {self.mean} and std {self.std}; expected both or neither"
+        require((self.mean is None) == (self.std is None), RecipeError, half)
 
     def __call__(self, step: RolloutStep) -> None:
         rewards = step.rewards if self.of == "outcome" else step.token_rewards
@@ -233,7 +226,7 @@ class KLPenalty:
 
 
 def next_coefficient(step: RolloutStep, kl: Tensor, coef: float, target: float | None, horizon: float) -> float:
-    """The coefficient of the next rollout, from the KL of this one's tokens `[N]` on all ranks."""
+    """The coefficient of the next rollout, from the KL of this one's tokens `[N]` on all ranks (arXiv 1909.08593)."""
     if target is None:
         return coef
     completions = sum(step.gather(len(step.segments)))
@@ -241,18 +234,17 @@ def next_coefficient(step: RolloutStep, kl: Tensor, coef: float, target: float |
 
 
 def adapted(coef: float, kl: float, completions: int, *, target: float, horizon: float) -> float:
-    """A coefficient after a rollout of so many completions with this mean KL over all tokens (arXiv 1909.08593)."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * completions / horizon)
+    """A coefficient after a rollout of so many completions with this mean KL over all tokens."""
+    return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * completions / horizon)
 
 
 # Advantages.
 
 
 def _check_gae(settings: Mapping[str, Any]) -> None:
-    if settings["lam"] < 1 and not settings["use_values"]:
-        lam = settings["lam"]  # it would only hide rewards that lie far ahead
-        raise RecipeError(f"credit 'gae': lam is {lam}, which needs a critic's values; set lam: 1, or give a critic")
+    lam = settings["lam"]  # below 1, without values, it would only hide rewards that lie far ahead
+    missing = f"credit 'gae': lam is {lam}, which needs a critic's values; set lam: 1, or give a critic"
+    require(lam >= 1 or settings["use_values"], RecipeError, missing)
 
 
 @rollout_credit(
@@ -290,7 +282,7 @@ def gae_credit(
 
 
 class Advantages(NamedTuple):
-    """A, not whitened, and A + V, the critic's target: `[N]` each, without gradient."""
+    """Without gradient, `[N]` each: A, not whitened, and A + V, the critic's target."""
 
     advantages: Tensor
     returns: Tensor
@@ -299,11 +291,9 @@ class Advantages(NamedTuple):
 def gae(
     rewards: Tensor, segments: Segments, *, values: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
 ) -> Advantages:
-    """A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, per completion; see `gae_credit`.
+    """A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, per completion, of rewards `[N]`; see `gae_credit`.
 
-    Args:
-        rewards: one per token `[N]`.
-        values: V of the state before each token `[N]`; None: 0.
+    `values` are V of the state before each token `[N]`; None: 0.
     """
     r = rewards.detach()
     V = torch.zeros_like(r) if values is None else values.detach()
@@ -330,12 +320,9 @@ def _discounted_sums(x: Tensor, factor: float) -> Tensor:
 
 
 def whitened(advantages: Tensor, moments: Moments | None = None, *, variance_floor: float = 1e-8) -> Tensor:
-    """Mean 0 and population variance 1 over all tokens of the rollout: `[N] -> [N]`, detached.
+    """Mean 0 and population variance 1 over all tokens of the rollout (not of a minibatch): `[N] -> [N]`, detached.
 
-    Args:
-        advantages: `[N]`, of the whole rollout, not of a minibatch or a completion.
-        moments: those of all ranks' tokens, which add up; None: those of `advantages`.
-        variance_floor: the least variance that is divided by, so that constant advantages give 0.
+    With `moments` of all ranks' tokens. No variance below the floor divides: constant advantages give 0.
     """
     moments = Moments.of(advantages) if moments is None else moments
     return (advantages.detach() - moments.mean) / max(moments.std**2, variance_floor) ** 0.5
@@ -386,20 +373,18 @@ def reinforce(
 def _rewards(step: RolloutStep, outcome: str, scaling: Scaling) -> Tensor:
     """Per token `[N]`: what was given so, and the outcome."""
     tokens, known = step.token_rewards, scored(step)
+    missing = "credit 'reinforce': outcome is 'ignore' and no reward was given per token"
+    require(tokens is not None or outcome != "ignore", RunError, missing)
     whole = torch.where(known, step.rewards, 0.0)
-    if tokens is not None:
-        tokens = scale_scores(tokens, scaling, pooled_moments(step, tokens[step.broadcast(known)]))
-        if outcome == "ignore":
-            return tokens
-    else:
-        require(
-            outcome != "ignore", RunError, "credit 'reinforce': outcome is 'ignore' and no reward was given per token"
-        )
+    if tokens is None:
         whole = scale_scores(whole, scaling, pooled_moments(step, whole[known]))
     spread = step.broadcast(whole)
     if outcome == "last":
         spread = torch.where(step.segments.is_last, spread, 0.0)
-    return spread if tokens is None else tokens + spread
+    if tokens is None:
+        return spread
+    tokens = scale_scores(tokens, scaling, pooled_moments(step, tokens[step.broadcast(known)]))
+    return tokens if outcome == "ignore" else tokens + spread
 
 
 def rescored(rewards: Tensor, segments: Segments) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError
+from tokengrain.errors import RecipeError, require
 from tokengrain.method import Card, RolloutStep, rollout_credit
 from tokengrain.methods._clipped import sampled_kl
 from tokengrain.methods._rollout import mean, scored
@@ -85,10 +85,10 @@ class RTO:
     _ends: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.model is None and self.variant != "ppo" and self.beta1 > 0:
-            raise RecipeError("credit 'rto' needs a guide (model), the policy trained by DPO; or variant: ppo")
-        if self.variant == "semi" and self.tokenizer is None:
-            raise RecipeError("credit 'rto': variant 'semi' needs a tokenizer, which knows where sentences end")
+        guided = self.model is not None or self.variant == "ppo" or not self.beta1 > 0
+        require(guided, RecipeError, "credit 'rto' needs a guide (model), the policy trained by DPO; or variant: ppo")
+        missing = "credit 'rto': variant 'semi' needs a tokenizer, which knows where sentences end"
+        require(self.variant != "semi" or self.tokenizer is not None, RecipeError, missing)
 
     def __call__(self, step: RolloutStep) -> None:
         known, ref_logps = scored(step), step.quantity("ref_logps")
@@ -121,14 +121,10 @@ class RTO:
         dpo_ref_logps: Tensor | None = None,
         ends: Tensor | None = None,
     ) -> RTORewards:
-        """The reward of every token, equation 4.7.
+        """The reward of every token, equation 4.7, from log-probabilities `[N]` of the policy that sampled.
 
-        Args:
-            logps: log-probabilities under the policy that sampled `[N]`, nats; ref_logps: under the frozen reference.
-            dpo_logps: under the policy trained by DPO `[N]`; dpo_ref_logps: under what that was trained against;
-                None: ref_logps.
-            sentence_rewards: s `[C]`.
-            ends: bool `[N]`, tokens that end a sentence, for variant "semi".
+        dpo_ref_logps are those of what the guide was trained against; None: ref_logps. `sentence_rewards` are s
+        `[C]`; `ends`, for variant "semi", tells tokens that end a sentence, bool `[N]`.
         """
         raw = (self.beta1 * (dpo_logps - (ref_logps if dpo_ref_logps is None else dpo_ref_logps))).detach()
         if self.variant == "ppo":
@@ -153,14 +149,11 @@ class RTO:
 
     def _placed(self, dense: Tensor, segments: Segments, ends: Tensor | None) -> Tensor:
         """The dense part `[N]` where the variant has it."""
-        if self.variant == "delayed":
-            return _at_ends(dense, segments.is_last)
-        if self.variant == "shaping":
-            return dense - _at_ends(dense, segments.is_last)
-        if self.variant == "semi":
-            assert ends is not None  # variant "semi" comes with them
-            return _at_ends(dense, segments.is_last | ends)
-        return dense
+        if self.variant not in ("delayed", "shaping", "semi"):
+            return dense
+        last = segments.is_last
+        moved = _at_ends(dense, last | ends if self.variant == "semi" and ends is not None else last)
+        return dense - moved if self.variant == "shaping" else moved
 
     def _logps(self, scorer: Any, step: RolloutStep, otherwise: Tensor) -> Tensor:
         if scorer is None:
@@ -188,11 +181,10 @@ class RTORewards:
     """Rewards of a rollout and their parts, without gradient.
 
     Attributes:
-        rewards: `[N]`, what GAE takes.
+        rewards: `[N]`, what GAE takes; kl: `[N]`, not weighted.
         dense: `[N]`, the DPO term of every token, clipped, before a variant moves it.
-        kl: `[N]`, log policy - log reference, not weighted.
         sentence: `[C]`, beta3 times the clipped sentence reward.
-        metrics: one value per completion `[C]` each. "rto/dense_sum" grows with the length of the completion.
+        metrics: `[C]` each. "rto/dense_sum" grows with the length of the completion.
     """
 
     rewards: Tensor

@@ -43,9 +43,8 @@ CARD = Card(
     objective="grpo",
 )
 
-CHUNK_BYTES = (
-    256 << 20
-)  # of prediction errors [tokens of a group, columns], and of inner products of tokens, alive at once
+CHUNK_BYTES = 256 << 20
+"""Of prediction errors [tokens of a group, columns], and of inner products of tokens, alive at once."""
 
 
 @rollout_credit("thr", phase="after", needs={"hidden"}, group=True)
@@ -140,12 +139,9 @@ def correct_influence(
 ) -> Tensor:
     """Influence `[N]` of every token on the correct completions of its group; 0 in groups that are not mixed.
 
-    Args:
-        hidden: `[N, H]`, the old policy's head's input at the positions that predict the labels, long `[N]`.
-        head: its scale, and the slope of its soft cap, are left out of the gradients.
-        segments, group, correct: the C completions, their prompts and whether they are right, `[C]` each.
-        logps: log-probabilities of the labels `[N]`; None: they cost a product with the whole head.
-        length_normalize: w_a is 1 / (tokens of a's completion), else 1; exclude_self, restricted: see `thr`.
+    `hidden` `[N, H]` is the old policy's head's input at the positions that predict the labels; without their `logps`
+    a product with the whole head is needed. The head's scale, and the slope of its soft cap, are left out of the
+    gradients. `length_normalize`: w_a is 1 / (tokens of a's completion), else 1; the others: see `thr`.
     """
     head = head.detach()
     if logps is None:

@@ -11,7 +11,7 @@ asked for a worse one. First the losses, then the pairs of opposite instructions
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of
-from tokengrain.errors import DataError, RecipeError, fingerprint
+from tokengrain.errors import DataError, RecipeError, fingerprint, require
 from tokengrain.loss import LossOutput, token_weights
 from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
@@ -196,68 +196,58 @@ class ContrastiveTemplates:
 
 def _revision(name: str, subject: str, better: str, worse: str) -> ContrastiveTemplates:
     form = (
-        "Below are {subject} and a response to it. Revise the response so that it becomes {quality}.\n\n"
-        "### Request\n{{prompt}}\n\n### Response\n{{response}}\n\n### Revised response\n"
+        f"Below are {subject} and a response to it. Revise the response so that it becomes %s.\n\n"
+        "### Request\n{prompt}\n\n### Response\n{response}\n\n### Revised response\n"
     )
-    return ContrastiveTemplates(
-        form.format(subject=subject, quality=better), form.format(subject=subject, quality=worse), name
-    )
+    return ContrastiveTemplates(form % better, form % worse, name)
 
 
-TEMPLATES: dict[str, ContrastiveTemplates] = {
-    t.name: t
-    for t in (
-        _revision(
-            "general",
-            "a request",
-            "more helpful, more correct, more coherent and more concise",
-            "less helpful, less correct, less coherent and more verbose",
-        ),
-        _revision(
-            "maths",
-            "a mathematical problem",
-            "a sound solution: every step follows, the arithmetic is exact, and the final answer is right",
-            "a faulty solution: steps do not follow, the arithmetic is sloppy, and the final answer is wrong",
-        ),
-        _revision(
-            "code",
-            "a programming task",
-            "correct, efficient and readable code that handles the edge cases",
-            "buggy, inefficient and unreadable code that misses the edge cases",
-        ),
-        _revision(
-            "safety",
-            "a request",
-            "harmless, honest and respectful, while helping as far as that is right",
-            "harmful, dishonest and disrespectful, with no care for the consequences",
-        ),
-        ContrastiveTemplates(
-            "Give a helpful, correct, coherent and concise response.\n\n{prompt}",
-            "Give an unhelpful, incorrect, incoherent and verbose response.\n\n{prompt}",
-            "prefix",
-        ),
-    )
-}
+_NAMED = (
+    _revision(
+        "general",
+        "a request",
+        "more helpful, more correct, more coherent and more concise",
+        "less helpful, less correct, less coherent and more verbose",
+    ),
+    _revision(
+        "maths",
+        "a mathematical problem",
+        "a sound solution: every step follows, the arithmetic is exact, and the final answer is right",
+        "a faulty solution: steps do not follow, the arithmetic is sloppy, and the final answer is wrong",
+    ),
+    _revision(
+        "code",
+        "a programming task",
+        "correct, efficient and readable code that handles the edge cases",
+        "buggy, inefficient and unreadable code that misses the edge cases",
+    ),
+    _revision(
+        "safety",
+        "a request",
+        "harmless, honest and respectful, while helping as far as that is right",
+        "harmful, dishonest and disrespectful, with no care for the consequences",
+    ),
+    ContrastiveTemplates(
+        "Give a helpful, correct, coherent and concise response.\n\n{prompt}",
+        "Give an unhelpful, incorrect, incoherent and verbose response.\n\n{prompt}",
+        "prefix",
+    ),
+)
+TEMPLATES: dict[str, ContrastiveTemplates] = {t.name: t for t in _NAMED}
 
 
 def make_templates(templates: str | dict[str, str] | ContrastiveTemplates) -> ContrastiveTemplates:
-    """Templates by name, or from a mapping with `better`, `worse` and optionally `drop_prefix`, `name`.
-
-    Raises:
-        RecipeError: an unknown name or key (with the nearest right one), or a missing side or slot.
-    """
+    """Templates by name, or from a mapping with `better`, `worse` and optionally `drop_prefix`, `name`."""
     if isinstance(templates, ContrastiveTemplates):
         return templates
     if isinstance(templates, str):
-        if templates not in TEMPLATES:
-            raise RecipeError(f"unknown templates {templates!r}{nearest(templates, TEMPLATES)}")
+        require(templates in TEMPLATES, RecipeError, f"unknown templates {templates!r}{nearest(templates, TEMPLATES)}")
         return TEMPLATES[templates]
     fields = ContrastiveTemplates.__dataclass_fields__
     for key in templates:
-        if key not in fields:
-            raise RecipeError(f"templates: unknown key {key!r}{nearest(key, fields)}")
-    if missing := {"better", "worse"} - set(templates):
-        raise RecipeError(f"templates: {', '.join(sorted(missing))} missing")
+        require(key in fields, RecipeError, f"templates: unknown key {key!r}{nearest(key, fields)}")
+    missing = {"better", "worse"} - set(templates)
+    require(not missing, RecipeError, f"templates: {', '.join(sorted(missing))} missing")
     return ContrastiveTemplates(**templates)
 
 
@@ -271,14 +261,6 @@ def contrastive_token_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tens
 
 # Token ids of the better and of the worse instruction.
 Pair = tuple[list[int], list[int]]
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Completions that stand behind one instruction."""
-
-    group: int
-    completions: list[int]
 
 
 @credit(
@@ -325,23 +307,29 @@ class ContrastivePrompting:
         chunk_tokens: int = 16384,
     ) -> None:
         self.templates = make_templates(templates)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chunk_tokens = tokenizer, chunk_tokens
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         self.chat = bool(self.chat_template) if chat is None else chat
-        if self.chat and not self.chat_template:
-            raise RecipeError("contrastive credit with chat: true, but the tokenizer has no chat template")
+        missing = "contrastive credit with chat: true, but the tokenizer has no chat template"
+        require(self.chat_template or not self.chat, RecipeError, missing)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.positions = positions if positions is not None else _positions(model)
-        self.chunk_tokens = chunk_tokens
-        self.model = _scorer(model, adapter_off)
+        if isinstance(model, nn.Module) and (has_adapter(model) if adapter_off is None else adapter_off):
+            missing = "contrastive credit with adapter_off: true, but the model has no adapter"
+            require(has_adapter(model), RecipeError, missing)
+            model = AdapterOffReference(model)
+        self.model = model
         self.scored, self.shortened = 0, 0
 
     def __call__(self, batch: TokenBatch) -> Tensor:
+        # Without a copy of the response all completions of a prompt follow the same instruction.
+        groups = list(range(batch.n_completions)) if self.templates.shows_response else batch.group.tolist()
         samples: tuple[list[Sample], list[Sample]] = ([], [])
-        for unit in self._units(batch):
-            completions = [_completion(batch, c) for c in unit.completions]
-            for side, ids in zip(samples, self._instructions(batch, unit), strict=True):
-                side.append(Sample(ids, completions, row=row_of(batch, unit.completions[0])))
+        for group in dict.fromkeys(groups):
+            members = [c for c, g in enumerate(groups) if g == group]
+            completions = [_completion(batch, c) for c in members]
+            for side, ids in zip(samples, self._instructions(batch, members), strict=True):
+                side.append(Sample(ids, completions, row=row_of(batch, members[0])))
         better, worse = (self._logps(side, batch) for side in samples)
         return checked_credit(contrastive_token_rewards(better, worse), batch, self.name)
 
@@ -356,67 +344,53 @@ class ContrastivePrompting:
         better, worse = (self._tokenised(text) for text in self.templates.fill(prompt, response))
         return self.tokenizer.decode(better), self.tokenizer.decode(worse)
 
-    def _units(self, batch: TokenBatch) -> list[_Unit]:
-        """Without a copy of the response all completions of a prompt follow the same instruction."""
-        groups = batch.group.tolist()
-        if self.templates.shows_response:
-            return [_Unit(group, [c]) for c, group in enumerate(groups)]
-        present = dict.fromkeys(groups)
-        return [_Unit(group, [c for c, g in enumerate(groups) if g == group]) for group in present]
+    def _instructions(self, batch: TokenBatch, members: list[int]) -> Pair:
+        """The two instructions, short enough for these completions of a prompt; both sides lose the same.
 
-    def _instructions(self, batch: TokenBatch, unit: _Unit) -> Pair:
-        """Token ids of the better and the worse instruction, short enough for the unit's completions."""
-        prompt = self._prompt_text(batch, unit)
-        copied = batch.completion(unit.completions[0]).tolist() if self.templates.shows_response else []
-        room = None
-        if self.positions is not None:
-            room = self.positions - max(len(batch.completion(c)) for c in unit.completions)
+        The response's copy loses its end; if that is not enough, the prompt loses its beginning.
+        """
+        prompt = self._prompt_text(batch, members[0])
+        copied = batch.completion(members[0]).tolist() if self.templates.shows_response else []
         pair = self._filled(prompt, copied)
-        self.scored += len(unit.completions)
-        if room is not None and _excess(pair, room) > 0:
-            self.shortened += len(unit.completions)
-            pair = self._shortened(prompt, copied, pair, room)
-        if room is not None and _excess(pair, room) > 0:
+        self.scored += len(members)
+        if self.positions is None:
+            return pair
+        room = self.positions - max(len(batch.completion(c)) for c in members)
+        if max(map(len, pair)) <= room:
+            return pair
+        self.shortened += len(members)
+        keep = len(copied)
+        while keep > 0 and (excess := max(map(len, pair)) - room) > 0:
+            keep = max(0, keep - excess)
+            pair = self._filled(prompt, copied[:keep])
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        keep = len(ids)
+        while keep > 0 and (excess := max(map(len, pair)) - room) > 0:
+            keep = max(0, keep - excess)
+            pair = self._filled(self.tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=True), [])
+        if max(map(len, pair)) > room:
             raise DataError(
                 "the completion leaves no room for the instruction of contrastive prompting",
-                row=row_of(batch, unit.completions[0]),
+                row=row_of(batch, members[0]),
                 value=f"{max(map(len, pair))} tokens of instruction",
                 expected=f"at most {room}, of {self.positions} positions",
             )
         return pair
 
     def _filled(self, prompt: str, response_ids: list[int]) -> Pair:
-        response = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        better, worse = self.templates.fill(prompt, response)
+        better, worse = self.templates.fill(prompt, self.tokenizer.decode(response_ids, skip_special_tokens=True))
         return self._tokenised(better), self._tokenised(worse)
 
-    def _shortened(self, prompt: str, response_ids: list[int], pair: Pair, room: int) -> Pair:
-        """Instructions that fit, if there are any: both sides lose the same.
-
-        The response's copy loses its end; if that is not enough, the prompt loses its beginning.
-        """
-        keep = len(response_ids)
-        while keep > 0 and (excess := _excess(pair, room)) > 0:
-            keep = max(0, keep - excess)
-            pair = self._filled(prompt, response_ids[:keep])
-        if _excess(pair, room) <= 0:
-            return pair
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        keep = len(ids)
-        while keep > 0 and (excess := _excess(pair, room)) > 0:
-            keep = max(0, keep - excess)
-            pair = self._filled(self.tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=True), [])
-        return pair
-
-    def _prompt_text(self, batch: TokenBatch, unit: _Unit) -> str:
-        raw = batch.raw[unit.group].get("prompt") if batch.raw else None
+    def _prompt_text(self, batch: TokenBatch, completion: int) -> str:
+        group = int(batch.group[completion])
+        raw = batch.raw[group].get("prompt") if batch.raw else None
         if raw is None:
-            raw = self.tokenizer.decode(batch.prompt(unit.group).tolist(), skip_special_tokens=True)
+            raw = self.tokenizer.decode(batch.prompt(group).tolist(), skip_special_tokens=True)
         text = raw if isinstance(raw, str) else _conversation(raw)
         if not text.startswith(self.templates.drop_prefix):
             raise DataError(
                 f"the prompt does not begin with the drop_prefix of templates {self.templates.name!r}",
-                row=row_of(batch, unit.completions[0]),
+                row=row_of(batch, completion),
                 field="prompt",
                 value=text,
                 expected=f"a prompt that begins with {self.templates.drop_prefix!r}",
@@ -441,28 +415,15 @@ class ContrastivePrompting:
         return ids
 
     def _logps(self, samples: Sequence[Sample], batch: TokenBatch) -> Tensor:
-        parts = []
-        for chunk in _chunks(samples, self.chunk_tokens):
-            scored = TokenBatch.from_samples(chunk, batch.prompt_role).to(batch.device)
-            parts.append(scorer_logps(self.model, scored).to(batch.device))
+        """Log-probabilities `[N]`, of runs of at most `chunk_tokens` tokens, at least one sample each."""
+        parts, run, size = [], list[Sample](), 0
+        for place, sample in enumerate(samples):
+            run, size = [*run, sample], size + sample.n_tokens
+            if place + 1 == len(samples) or size + samples[place + 1].n_tokens > self.chunk_tokens:
+                scored = TokenBatch.from_samples(run, batch.prompt_role).to(batch.device)
+                parts.append(scorer_logps(self.model, scored).to(batch.device))
+                run, size = [], 0
         return torch.cat(parts)
-
-
-def _excess(pair: Pair, room: int) -> int:
-    """Tokens by which the longer instruction exceeds the room."""
-    return max(map(len, pair)) - room
-
-
-def _scorer(model: Any, adapter_off: bool | None) -> Any:
-    if not isinstance(model, nn.Module):
-        return model
-    if adapter_off is None:
-        adapter_off = has_adapter(model)
-    if not adapter_off:
-        return model
-    if not has_adapter(model):
-        raise RecipeError("contrastive credit with adapter_off: true, but the model has no adapter")
-    return AdapterOffReference(model)
 
 
 def _positions(model: Any) -> int | None:
@@ -485,21 +446,5 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         content = message.get("content") or ""
         if not isinstance(content, str):
             content = "".join(part.get("text", "") for part in content)
-        texts.append((str(message.get("role", "")).capitalize(), content))
-    if len(texts) == 1:
-        return texts[0][1]
-    return "\n\n".join(f"{role}: {content}" for role, content in texts)
-
-
-def _chunks(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    """Consecutive runs of samples of at most `max_tokens` tokens, at least one sample each."""
-    run: list[Sample] = []
-    size = 0
-    for sample in samples:
-        if run and size + sample.n_tokens > max_tokens:
-            yield run
-            run, size = [], 0
-        run.append(sample)
-        size += sample.n_tokens
-    if run:
-        yield run
+        texts.append(content if len(messages) == 1 else f"{str(message.get('role', '')).capitalize()}: {content}")
+    return "\n\n".join(texts)

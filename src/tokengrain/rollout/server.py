@@ -1,6 +1,7 @@
 """`OpenAIServer`: sampling from a server that speaks OpenAI's completions protocol (vLLM, SGLang).
 
-What a server says is not trusted: neither its size and time, nor where it points, nor what it repeats of the key.
+Read top to bottom: how a server is asked (`JsonClient`, also for judges), and the sampler. What a server says is not
+trusted: neither its size and time, nor where it points, nor what it repeats of the key.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import httpx
 
@@ -50,7 +52,11 @@ REDIRECTS = 3
 
 
 class ServerError(RolloutError):
-    """No usable answer after the retries that make sense; `status` is the code of a server that refused."""
+    """A server that gave no usable answer, after the retries that make sense.
+
+    Attributes:
+        status: the code with which it refused; None where it did not answer, or not usably.
+    """
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -58,7 +64,11 @@ class ServerError(RolloutError):
 
 
 class _RefusedError(Exception):
-    """A status that is no success, a redirect elsewhere, too long an answer; `pause`: seconds to wait, None: final."""
+    """A status that is no success, a redirect elsewhere, too long an answer.
+
+    Attributes:
+        pause: seconds that the server asks to wait; None: another attempt makes no sense.
+    """
 
     def __init__(self, reason: str, status: int | None = None, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -126,14 +136,21 @@ class JsonClient:
         return other
 
     def post(self, path: str, body: Any, check: Callable[[Any], T]) -> T:
-        """`ask` once, from code that is not asynchronous."""
+        """Post `body` to `path`; the answer goes through `check`. See `ask`."""
         return finished(lambda: gather(self, lambda http, _: self.ask(http, path, body, check), [None], 1))[0]
 
+    def get(self, path: str, check: Callable[[Any], T]) -> T:
+        """The same without anything to send."""
+        return self.post(path, None, check)
+
     async def ask(self, http: httpx.AsyncClient, path: str, body: Any, check: Callable[[Any], T], tokens: int = 0) -> T:
-        """The server's answer, turned into a result by `check`, whose ValueError counts as a malformed answer.
+        """The server's answer.
 
         Args:
-            http: the connections, see `gather`. body: None: a GET.
+            http: the connections, see `gather`.
+            body: None: a GET.
+            check: turns the decoded answer into a result; a ValueError of it counts as a malformed answer and is
+                retried.
             tokens: that the answer may have, which bounds its size.
 
         Raises:
@@ -240,7 +257,11 @@ async def gather(
     items: Sequence[T],
     concurrency: int,
 ) -> list[R]:
-    """`function(http, item)` for all items, in order, so many at a time; the first error stops the rest."""
+    """`function(http, item)` for all items, in order; the first error stops the rest.
+
+    Args:
+        concurrency: most calls, and connections, at a time.
+    """
     gate, wait = asyncio.Semaphore(concurrency), min(client.timeout, LONGEST_CONNECT)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     timeout = httpx.Timeout(client.timeout, connect=wait)
@@ -268,7 +289,11 @@ def finished(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def served_models(client: JsonClient) -> list[str]:
-    """The names of the models that a server lists; none where it has no such list. Raises `ServerError`."""
+    """The names of the models that a server lists; none where it has no such list.
+
+    Raises:
+        ServerError: it does not answer, or refuses.
+    """
 
     def names(answer: Any) -> list[str]:
         try:
@@ -277,7 +302,7 @@ def served_models(client: JsonClient) -> list[str]:
             raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
 
     try:
-        return client.post("/v1/models", None, names)
+        return client.get("/v1/models", names)
     except ServerError as error:
         if error.status in NO_LIST:
             return []
@@ -291,8 +316,9 @@ LogpKind = Literal["raw", "tempered", "processed"]
 Refresh = Literal["none", "checkpoint", "adapter"]
 
 
-class Endpoints(NamedTuple):
-    """Where a kind of server takes what is not in OpenAI's protocol, and the log-probabilities that it gives."""
+@dataclass(frozen=True)
+class Endpoints:
+    """Where a kind of server takes what is not in OpenAI's protocol."""
 
     load_adapter: str
     unload_adapter: str
@@ -301,10 +327,16 @@ class Endpoints(NamedTuple):
     logps: LogpKind
 
 
-VLLM = Endpoints("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep?level=1", "/wake_up", "raw")
-SGLANG = Endpoints(
-    "/load_lora_adapter", "/unload_lora_adapter", "/release_memory_occupation", "/resume_memory_occupation", "tempered"
-)
+ENDPOINTS: dict[Flavour, Endpoints] = {
+    "vllm": Endpoints("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep?level=1", "/wake_up", "raw"),
+    "sglang": Endpoints(
+        "/load_lora_adapter",
+        "/unload_lora_adapter",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "tempered",
+    ),
+}
 
 
 class OpenAIServer:
@@ -332,6 +364,8 @@ class OpenAIServer:
         concurrency: most requests at a time.
         extra: further fields of every completions request.
 
+    Raises:
+        RecipeError: an unknown flavour, kind or way to refresh; a bad address.
     """
 
     name = "server"
@@ -362,8 +396,7 @@ class OpenAIServer:
         self.given = validate_settings("sampler 'server'", OpenAIServer, own, also=("url",))
         self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, api_key_env=api_key_env)
         self.base_model, self.flavour, self.how, self.adapter_name = model, flavour, refresh, adapter_name
-        self.endpoints = VLLM if flavour == "vllm" else SGLANG
-        self.concurrency, self.extra = concurrency, dict(extra or {})
+        self.endpoints, self.concurrency, self.extra = ENDPOINTS[flavour], concurrency, dict(extra or {})
         self.logps: LogpKind = logps or self.endpoints.logps
         self.vocabulary = 2**31 if tokenizer is None else len(tokenizer)
         self.adapter: str | None = None
@@ -464,6 +497,7 @@ class OpenAIServer:
         return tuple(found[index] for index in range(n))
 
     def _choice(self, choice: dict[str, Any], most: int) -> tuple[list[int], list[float], Any]:
+        """Token ids, log-probabilities and why it ended. Raises `ValueError`."""
         logprobs: Any = choice.get("logprobs") or {}
         ids, finish = choice.get("token_ids"), choice.get("finish_reason")
         if not isinstance(logprobs, dict):
@@ -489,22 +523,25 @@ class OpenAIServer:
         """Load the folder of an adapter or checkpoint on the server and sample from it from now on.
 
         Raises:
-            RolloutError: not a folder, or this sampler is set not to refresh. ServerError: the server refuses.
+            RolloutError: not a folder, or this sampler is set not to refresh.
+            ServerError: the server refuses; it keeps what it had.
         """
         path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else Path()
         what = f"a server loads weights from a folder, got {model_or_path!r}; save the model first"
         require(path != Path() and path.is_dir(), RolloutError, what)
         what = f"{self.client.url} is not to be refreshed; expected refresh: adapter or checkpoint"
         require(self.how != "none", RolloutError, what)
-        folder = str(path.resolve())
-        if self.how == "adapter":
-            self._load_adapter(folder)
-        elif self.flavour == "sglang":
-            self._do("/update_weights_from_disk", model_path=folder, flush_cache=True)
-        else:
-            self._do("/collective_rpc", method="reload_weights", kwargs={"weights_path": folder})
-            self._do("/reset_prefix_cache")  # cached prompts were computed with the old weights
+        load = self._load_checkpoint if self.how == "checkpoint" else self._load_adapter
+        load(str(path.resolve()))
         self.version += 1
+
+    def _load_checkpoint(self, folder: str) -> None:
+        if self.flavour == "sglang":
+            self._do("/update_weights_from_disk", model_path=folder, flush_cache=True)
+            return
+        self._do("/collective_rpc", method="reload_weights", kwargs={"weights_path": folder})
+        # Cached prompts were computed with the old weights.
+        self._do("/reset_prefix_cache")
 
     def _load_adapter(self, folder: str) -> None:
         # A new name each time: the server's caches go by the name, and requests under way keep the old one.
@@ -529,7 +566,7 @@ class OpenAIServer:
         self._do(self.endpoints.sleep)
 
     def wake_up(self) -> None:
-        """Undo `sleep`."""
+        """The opposite of `sleep`."""
         self._do(self.endpoints.wake_up)
 
     def _do(self, path: str, **body: Any) -> None:
@@ -541,7 +578,7 @@ def _whole(value: Any, below: int) -> bool:
 
 
 def _ids_from_names(tokens: Any) -> list[int]:
-    """Ids from "token_id:123" (vLLM's `return_tokens_as_token_ids`)."""
+    """Ids from tokens of the form "token_id:123" (vLLM's `return_tokens_as_token_ids`)."""
     if not isinstance(tokens, list) or not all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
         raise ValueError("the answer has no token ids; expected a server that knows `return_token_ids`")
     return [int(t.removeprefix("token_id:")) for t in tokens]
