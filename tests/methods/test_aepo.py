@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.methods.rollouts import rollouts
 from tests.training.online.made import close, made_batch, made_step, on_two_ranks, part, reloaded
+from tests.vectors.adacs import adacs_select
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RecipeError, RunError
 from tokengrain.method import make_rollout_credit
@@ -31,7 +32,6 @@ from tokengrain.methods.aepo import (
     smooth_score,
 )
 from tokengrain.methods.grpo import group_advantages, grpo_loss
-from tokengrain.rollout.sampler import adacs_select
 
 F64 = torch.float64
 ALPHA, TARGET = 0.5, 20.0

@@ -222,7 +222,7 @@ def test_settings():
         for use in (lambda n, s: make_reward(n, **s), check_reward):
             with pytest.raises(RecipeError, match=message):
                 use(name, settings)
-    assert all(kind.name == name and kind.build.name == name for name, kind in REWARDS.items())
+    assert all(kind.build.name == name for name, kind in REWARDS.items())
 
 
 def plain(completions):

@@ -58,7 +58,6 @@ def test_what_comes_back(tok, model):
     assert batch.raw[2] == {"prompt": "sea"}
     assert set(batch.columns) == {"sampling_logps", "raw_logps", "truncated"}
     assert (batch.segments.mean(batch.columns["truncated"]) == rollouts.truncated.float()).all()
-    assert rollouts.metrics()["rollout/tokens"] == batch.segments.total
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_batch_tokens": 40}, {"cache": "static"}])
@@ -217,7 +216,7 @@ def test_refusals(tok, model):
 
 
 def test_finished_rows_keep_their_length():
-    drawn = Drawn(2, 4, torch.device("cpu"), torch.tensor([9]))
+    drawn = Drawn(2, 4, torch.device("cpu"), [9])
     rows = torch.arange(2)
     for step, tokens in enumerate([[1, 9], [2, 3], [9, 4]]):
         drawn.add(rows, step, torch.tensor(tokens), torch.zeros(2), torch.zeros(2))

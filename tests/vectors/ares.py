@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.vectors.adacs import adacs_select
 from tests.vectors.rows import Rows, numbered
 from tests.vectors.runner import Case, adapter
 from tokengrain.batch import Segments
@@ -38,7 +39,6 @@ from tokengrain.methods.aepo import (
     smooth_score,
 )
 from tokengrain.methods.grpo import group_advantages, grpo_loss
-from tokengrain.rollout.sampler import adacs_select
 
 SHAPE = {"margin_frac": "margin", "kappa": "kappa", "temp": "temperature", "cap_scale": "cap", "wrong_gain": "wrong"}
 AVERAGES = {"token": ("sum", "token_mean"), "seq": ("mean", "mean")}

@@ -1,8 +1,4 @@
-"""The rewards that come with the library, and rewards by name.
-
-Read top to bottom: processes for what may hang, rewards that compare an answer, rewards of form, the judge, the table
-of names.
-"""
+"""The rewards that come with the library, and rewards by name."""
 
 from __future__ import annotations
 
@@ -17,12 +13,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from string import Formatter
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from tokengrain.errors import RecipeError, fingerprint, read_json, require, shown, write_json
 from tokengrain.rewards import answers
@@ -46,11 +42,7 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Workers:
-    """Processes of `answers.py`, kept from call to call: what takes too long there is ended. (Threads cannot be.)
-
-    Args:
-        task: what they do, of `answers.TASKS`.
-    """
+    """Processes of `answers.py` for one task, kept from call to call: what takes too long there is ended."""
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -59,8 +51,8 @@ class Workers:
     def map(self, calls: Sequence[Sequence[Any]], seconds: float) -> list[Any]:
         """The task's results, several at a time, in order.
 
-        A call that takes longer than `seconds`, its process's start aside, has a `TimeoutError` in place of its
-        result; one that raised a `RewardError`.
+        A call that takes longer than `seconds` has a `TimeoutError` in place of its result; one that raised a
+        `RewardError`.
         """
         with ThreadPoolExecutor(WORKERS) as pool:
             return list(pool.map(lambda call: self._one(call, seconds), calls))
@@ -107,30 +99,27 @@ class Workers:
 
 
 def column_of(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:
-    """A column that a reward needs. Raises `RewardError` naming those there are."""
     known = sorted(set(columns) - set(RESERVED))
     what = f"needs the column {name!r}; the rows have {known} (setting `column` of {reward!r})"
     require(name in columns, RewardError, what)
     return columns[name]
 
 
-def acceptable(gold: Any) -> list[Any]:
-    """The right answers that a column's value is: of a list each."""
-    gold = gold.tolist() if hasattr(gold, "tolist") else gold
-    return list(gold) if isinstance(gold, (list, tuple)) else [gold]
-
-
 def extractor(pattern: str | None, what: str) -> re.Pattern[str] | None:
     """A pattern with exactly one group, or none. Raises `RecipeError`."""
     if pattern is None:
         return None
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise RecipeError(f"{what}: {shown(pattern)} is no regular expression: {error}") from None
+    compiled = compiled_pattern(pattern, what)
     what = f"{what}: {shown(pattern)} has {compiled.groups} groups; expected one, around the answer"
     require(compiled.groups == 1, RecipeError, what)
     return compiled
+
+
+def compiled_pattern(pattern: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise RecipeError(f"{what}: {shown(pattern)} is no regular expression: {error}") from None
 
 
 def last_match(pattern: re.Pattern[str] | None, text: str) -> str | None:
@@ -141,17 +130,14 @@ def last_match(pattern: re.Pattern[str] | None, text: str) -> str | None:
     return found[-1] if found else None
 
 
+@dataclass(kw_only=True, eq=False)
 class Match:
-    """A reward that compares an answer with the column's, or with one of a list of acceptable ones.
-
-    A subclass has `gold(value)`, which reads a value of the column and raises `RewardError` if it cannot be read, and
-    `is_right(completion, golds)`.
-    """
+    """A reward that compares an answer with the column's, or with one of a list of acceptable ones."""
 
     name: ClassVar[str]
-
-    def __init__(self, column: str, right: float, wrong: float) -> None:
-        self.column, self.right, self.wrong = column, right, wrong
+    column: str = "answer"
+    right: Number = 1.0
+    wrong: Number = 0.0
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[Any]:
         golds = column_of(columns, self.column, self.name)
@@ -162,7 +148,8 @@ class Match:
 
     def golds(self, value: Any) -> list[Any]:
         """The acceptable answers. Raises `RewardError` if there is none, or one cannot be read."""
-        found = [self.gold(one) for one in acceptable(value)]
+        value = value.tolist() if hasattr(value, "tolist") else value
+        found = [self.gold(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
         require(found, RewardError, f"the column {self.column!r} is empty")
         return found
 
@@ -175,50 +162,43 @@ class Match:
                 yield index, str(error)
 
     def gold(self, value: Any) -> Any:
+        """A value of the column, read. Raises `RewardError` if it cannot be."""
         raise NotImplementedError
 
     def is_right(self, completion: str, golds: Sequence[Any]) -> bool:
         raise NotImplementedError
 
 
+@dataclass(kw_only=True, eq=False)
 class ExactMatch(Match):
     """Whether the answer is the same text as the column's, spaces at both ends aside.
 
     Args:
         column: the right answer, or a list of those that are.
-        pattern: regular expression with one group around the answer in the completion; the last match counts;
-            without a match the answer is wrong. None: the whole completion.
-        ignore_case: whether upper and lower case are alike.
-        right, wrong: the rewards.
+        pattern: regular expression with one group around the answer; the last match counts, no match is wrong.
+            None: the whole completion.
     """
 
     name = "exact"
+    pattern: str | None = None
+    ignore_case: bool = False
 
-    def __init__(
-        self,
-        *,
-        column: str = "answer",
-        pattern: str | None = None,
-        ignore_case: bool = False,
-        right: Number = 1.0,
-        wrong: Number = 0.0,
-    ) -> None:
-        super().__init__(column, right, wrong)
-        self.ignore_case = ignore_case
-        self.pattern = extractor(pattern, f"reward {self.name!r}: pattern")
+    def __post_init__(self) -> None:
+        self._pattern = extractor(self.pattern, f"reward {self.name!r}: pattern")
 
     def gold(self, value: Any) -> str:
         require(value is not None, RewardError, f"the column {self.column!r} is empty")
         return self._plain(str(value))
 
     def is_right(self, completion: str, golds: Sequence[str]) -> bool:
-        answer = last_match(self.pattern, completion)
+        answer = last_match(self._pattern, completion)
         return answer is not None and self._plain(answer) in golds
 
     def _plain(self, text: str) -> str:
         return text.strip().casefold() if self.ignore_case else text.strip()
 
 
+@dataclass(kw_only=True, eq=False)
 class NumericMatch(Match):
     """Whether the answer is the column's number. "72", "72.0", "$72", "1,000", "3e8" and "1/2" are numbers.
 
@@ -230,22 +210,11 @@ class NumericMatch(Match):
             `\\boxed{}`; "last": the last number, wherever it is; "flexible": behind `####` if there is one, else
             the last number.
         tolerance: largest absolute difference that counts as equal.
-        right, wrong: the rewards.
     """
 
     name = "numeric"
-
-    def __init__(
-        self,
-        *,
-        column: str = "answer",
-        style: Literal["gsm8k", "boxed", "last", "flexible"] = "gsm8k",
-        tolerance: NonNegative = 1e-6,
-        right: Number = 1.0,
-        wrong: Number = 0.0,
-    ) -> None:
-        super().__init__(column, right, wrong)
-        self.style, self.tolerance = style, tolerance
+    style: Literal["gsm8k", "boxed", "last", "flexible"] = "gsm8k"
+    tolerance: NonNegative = 1e-6
 
     def gold(self, value: Any) -> Fraction:
         found = answers.gold_number(value)
@@ -270,6 +239,7 @@ class NumericMatch(Match):
         return found[-1] if found else None
 
 
+@dataclass(kw_only=True, eq=False)
 class MathMatch(Match):
     """Whether the answer is mathematically equal to the column's, by math-verify (extra "math").
 
@@ -282,27 +252,18 @@ class MathMatch(Match):
         seconds: time for one completion.
         on_timeout: "wrong": an answer that takes too long is wrong (counted as `timeouts`); "fail": it is a
             failure of the reward.
-        right, wrong: the rewards.
 
     Raises:
         RecipeError: math-verify is not installed.
     """
 
     name = "math"
+    seconds: Positive = 5.0
+    on_timeout: Literal["wrong", "fail"] = "wrong"
 
-    def __init__(
-        self,
-        *,
-        column: str = "answer",
-        seconds: Positive = 5.0,
-        on_timeout: Literal["wrong", "fail"] = "wrong",
-        right: Number = 1.0,
-        wrong: Number = 0.0,
-    ) -> None:
+    def __post_init__(self) -> None:
         what = "reward 'math' needs math-verify: pip install 'tokengrain[math]'"
         require(importlib.util.find_spec("math_verify"), RecipeError, what)
-        super().__init__(column, right, wrong)
-        self.seconds, self.on_timeout = seconds, on_timeout
         self.counts = {"timeouts": 0}
         self._equal, self._readable = Workers("math_equal"), Workers("readable")
 
@@ -340,6 +301,7 @@ class MathMatch(Match):
         return self.right if found else self.wrong
 
 
+@dataclass(kw_only=True, eq=False)
 class Classification(Match):
     """Whether the class named in the completion is the column's.
 
@@ -349,36 +311,28 @@ class Classification(Match):
             `pattern` finds). Not given, what `pattern` finds must be the class itself.
         pattern: regular expression with one group around the answer; the last match counts. None: the whole
             completion.
-        ignore_case: whether upper and lower case are alike.
-        right, wrong: the rewards; missing: the reward where no class is named.
+        missing: the reward where no class is named.
     """
 
     name = "classification"
+    column: str = "label"
+    labels: list[str] | None = None
+    pattern: str | None = r"<answer>(.*?)</answer>"
+    ignore_case: bool = True
+    missing: Number = 0.0
 
-    def __init__(
-        self,
-        *,
-        column: str = "label",
-        labels: list[str] | None = None,
-        pattern: str | None = r"<answer>(.*?)</answer>",
-        ignore_case: bool = True,
-        right: Number = 1.0,
-        wrong: Number = 0.0,
-        missing: Number = 0.0,
-    ) -> None:
-        super().__init__(column, right, wrong)
-        self.ignore_case, self.missing = ignore_case, missing
-        self.pattern = extractor(pattern, f"reward {self.name!r}: pattern")
-        self.labels = None if labels is None else [self._plain(label) for label in labels]
-        what = f"reward {self.name!r}: labels are {labels}; expected different ones, none empty"
-        different = self.labels is None or (len(set(self.labels)) == len(self.labels) and all(self.labels))
+    def __post_init__(self) -> None:
+        self._pattern = extractor(self.pattern, f"reward {self.name!r}: pattern")
+        self._labels = None if self.labels is None else [self._plain(label) for label in self.labels]
+        what = f"reward {self.name!r}: labels are {self.labels}; expected different ones, none empty"
+        different = self._labels is None or (len(set(self._labels)) == len(self._labels) and all(self._labels))
         require(different, RecipeError, what)
         # The longest first: "very good" is not a mention of "good".
-        names = "|".join(re.escape(label) for label in sorted(self.labels or (), key=len, reverse=True))
+        names = "|".join(re.escape(label) for label in sorted(self._labels or (), key=len, reverse=True))
         self._mentions = re.compile(rf"(?<!\w)(?:{names})(?!\w)") if names else None
 
     def reward(self, completion: str, value: Any) -> float:
-        golds, answer = self.golds(value), last_match(self.pattern, completion)
+        golds, answer = self.golds(value), last_match(self._pattern, completion)
         if answer is not None and self._mentions is not None:
             mentioned = self._mentions.findall(self._plain(answer))
             answer = mentioned[-1] if mentioned else None
@@ -388,8 +342,8 @@ class Classification(Match):
 
     def gold(self, value: Any) -> str:
         wanted = self._plain(str(value))
-        what = f"the column {self.column!r} is {shown(value)}; expected one of {self.labels or 'text'}"
-        require(value is not None and (self.labels is None or wanted in self.labels), RewardError, what)
+        what = f"the column {self.column!r} is {shown(value)}; expected one of {self._labels or 'text'}"
+        require(value is not None and (self._labels is None or wanted in self._labels), RewardError, what)
         return wanted
 
     def _plain(self, text: str) -> str:
@@ -403,6 +357,7 @@ class Classification(Match):
 OPENED = re.compile(r"(<\w+>)\s*$")
 
 
+@dataclass(kw_only=True, eq=False)
 class FormatPattern:
     """Whether a completion matches a regular expression. `.` stands for new lines too.
 
@@ -413,28 +368,17 @@ class FormatPattern:
         pattern: by default `<think>…</think>` and `<answer>…</answer>`, once each.
         whole: whether it must match the whole completion (spaces at both ends aside), or be found in it.
         seconds: time for one completion; one that takes longer does not match (counted as `timeouts`).
-        right, wrong: the rewards.
-
-    Raises:
-        RecipeError: no regular expression.
     """
 
-    name = "format"
+    name: ClassVar[str] = "format"
+    pattern: str = r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"
+    whole: bool = True
+    seconds: Positive = 5.0
+    right: Number = 1.0
+    wrong: Number = 0.0
 
-    def __init__(
-        self,
-        *,
-        pattern: str = r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>",
-        whole: bool = True,
-        seconds: Positive = 5.0,
-        right: Number = 1.0,
-        wrong: Number = 0.0,
-    ) -> None:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise RecipeError(f"reward {self.name!r}: {shown(pattern)} is no regular expression: {error}") from None
-        self.pattern, self.whole, self.seconds, self.right, self.wrong = pattern, whole, seconds, right, wrong
+    def __post_init__(self) -> None:
+        compiled_pattern(self.pattern, f"reward {self.name!r}")
         self.counts = {"timeouts": 0}
         self._workers = Workers("matches")
 
@@ -455,6 +399,7 @@ class FormatPattern:
         ]
 
 
+@dataclass(kw_only=True, eq=False)
 class SoftOverlong:
     """DAPO's penalty near the length limit (Yu et al. 2025, arXiv 2503.14476, eq. 13), n tokens:
 
@@ -468,18 +413,21 @@ class SoftOverlong:
         factor: the largest penalty.
     """
 
-    name = "overlong"
+    name: ClassVar[str] = "overlong"
+    max_length: Count
+    buffer: Count
+    factor: NonNegative = 1.0
 
-    def __init__(self, *, max_length: Count, buffer: Count, factor: NonNegative = 1.0) -> None:
-        what = f"reward {self.name!r}: buffer is {buffer}; expected at most max_length = {max_length}"
-        require(buffer <= max_length, RecipeError, what)
-        self.max_length, self.buffer, self.factor = max_length, buffer, factor
+    def __post_init__(self) -> None:
+        what = f"reward {self.name!r}: buffer is {self.buffer}; expected at most max_length = {self.max_length}"
+        require(self.buffer <= self.max_length, RecipeError, what)
 
     def __call__(self, completion_ids: Sequence[Sequence[int]]) -> list[float]:
         start = self.max_length - self.buffer
         return [-self.factor * min(max(len(ids) - start, 0) / self.buffer, 1.0) for ids in completion_ids]
 
 
+@dataclass(kw_only=True, eq=False)
 class CosineLength:
     """A reward for being right that depends on the length (Yeo et al. 2025, arXiv 2502.03373, eq. 1):
 
@@ -495,25 +443,20 @@ class CosineLength:
         overlong: the reward of a truncated completion; None: as any other.
     """
 
-    name = "cosine"
+    name: ClassVar[str] = "cosine"
+    base: Literal["exact", "numeric", "math", "classification"] = "numeric"
+    settings: dict[str, Any] | None = None
+    max_length: Count
+    right_short: Number = 1.0
+    right_long: Number = 0.5
+    wrong_short: Number = -1.0
+    wrong_long: Number = -0.5
+    overlong: Number | None = None
+    threshold: Share = 0.5
 
-    def __init__(
-        self,
-        *,
-        base: Literal["exact", "numeric", "math", "classification"] = "numeric",
-        settings: dict[str, Any] | None = None,
-        max_length: Count,
-        right_short: Number = 1.0,
-        right_long: Number = 0.5,
-        wrong_short: Number = -1.0,
-        wrong_long: Number = -0.5,
-        overlong: Number | None = None,
-        threshold: Share = 0.5,
-    ) -> None:
-        check_reward(base, settings or {})
-        self.base: Any = make_reward(base, **(settings or {})).function
-        self.max_length, self.overlong, self.threshold = max_length, overlong, threshold
-        self.right, self.wrong = (right_short, right_long), (wrong_short, wrong_long)
+    def __post_init__(self) -> None:
+        check_reward(self.base, self.settings or {})
+        self._base: Any = make_reward(self.base, **(self.settings or {})).function
 
     def __call__(
         self,
@@ -522,7 +465,7 @@ class CosineLength:
         truncated: Sequence[bool],
         **columns: Any,
     ) -> list[float | RewardFailure]:
-        values = self.base(completions=completions, **columns)
+        values = self._base(completions=completions, **columns)
         return [
             value if isinstance(value, RewardFailure) else self._scaled(value, len(ids), cut)
             for value, ids, cut in zip(values, completion_ids, truncated, strict=True)
@@ -531,7 +474,8 @@ class CosineLength:
     def _scaled(self, value: float, length: int, truncated: bool) -> float:
         if truncated and self.overlong is not None:
             return self.overlong
-        short, long = self.right if value > self.threshold else self.wrong
+        right = value > self.threshold
+        short, long = (self.right_short, self.right_long) if right else (self.wrong_short, self.wrong_long)
         progress = min(length / self.max_length, 1.0)
         return long + 0.5 * (short - long) * (1 + math.cos(math.pi * progress))
 
@@ -545,6 +489,7 @@ QUESTION = (
 )
 
 
+@dataclass(kw_only=True, eq=False)
 class Judge:
     """Asks a judge model for a score of each completion.
 
@@ -562,48 +507,40 @@ class Judge:
         cache: folder of the answers; None: they are not kept.
         concurrency: most requests at a time.
         seconds, retries, backoff, api_key_env: see `JsonClient` (`seconds` is its timeout).
-
-    Raises:
-        RecipeError: a bad address, pattern, question or scale.
     """
 
-    name = "judge"
+    name: ClassVar[str] = "judge"
+    url: str
+    model: str
+    question: str = QUESTION
+    system: str | None = None
+    pattern: str = r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]"
+    low: Number = 1.0
+    high: Number = 10.0
+    temperature: NonNegative = 0.0
+    max_tokens: Count = 512
+    cache: str | None = None
+    concurrency: Count = 8
+    seconds: Positive = 60.0
+    retries: Whole = 3
+    backoff: NonNegative = 0.5
+    api_key_env: str | None = None
 
-    def __init__(
-        self,
-        *,
-        url: str,
-        model: str,
-        question: str = QUESTION,
-        system: str | None = None,
-        pattern: str = r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]",
-        low: Number = 1.0,
-        high: Number = 10.0,
-        temperature: NonNegative = 0.0,
-        max_tokens: Count = 512,
-        cache: str | None = None,
-        concurrency: Count = 8,
-        seconds: Positive = 60.0,
-        retries: Whole = 3,
-        backoff: NonNegative = 0.5,
-        api_key_env: str | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
         what = f"reward {self.name!r}:"
-        require(low < high, RecipeError, f"{what} low is {low} and high {high}; expected low < high")
+        require(
+            self.low < self.high, RecipeError, f"{what} low is {self.low} and high {self.high}; expected low < high"
+        )
         try:
-            self.fields = {name for _, name, _, _ in Formatter().parse(question) if name is not None}
+            self.fields = {name for _, name, _, _ in Formatter().parse(self.question) if name is not None}
         except ValueError as error:
             raise RecipeError(f"{what} question: {error}; double a brace that is no field") from None
         known = "completion" in self.fields
-        require(known, RecipeError, f"{what} the question has no {{completion}}; got {shown(question)}")
-        self.client = JsonClient(url, timeout=seconds, retries=retries, backoff=backoff, api_key_env=api_key_env)
-        self.model, self.question, self.system = model, question, system
-        found = extractor(pattern, f"reward {self.name!r}: pattern")
-        assert found is not None  # there is a pattern
-        self.pattern: re.Pattern[str] = found
-        self.low, self.high, self.temperature, self.max_tokens = low, high, temperature, max_tokens
-        self.cache = None if cache is None else Path(cache).expanduser()
-        self.concurrency = concurrency
+        require(known, RecipeError, f"{what} the question has no {{completion}}; got {shown(self.question)}")
+        self.client = JsonClient(
+            self.url, timeout=self.seconds, retries=self.retries, backoff=self.backoff, api_key_env=self.api_key_env
+        )
+        self._pattern: Any = extractor(self.pattern, f"{what} pattern")
         self.counts = {"requests": 0, "cached": 0}
 
     @classmethod
@@ -615,51 +552,44 @@ class Judge:
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any
     ) -> list[float | RewardFailure]:
         self.counts = {"requests": 0, "cached": 0}
-        bodies = [self._body(i, prompts, completions, columns) for i in range(len(completions))]
+        bodies = [
+            self._body(prompt, completion, {name: values[i] for name, values in columns.items()})
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
         keys = [fingerprint(body) for body in bodies]
         different = list(dict(zip(keys, bodies, strict=True)).items())
         scores = await gather(self.client, self._score, different, self.concurrency)
         by_key = {key: score for (key, _), score in zip(different, scores, strict=True)}
         return [by_key[key] for key in keys]
 
-    def _body(
-        self, index: int, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, Any]
-    ) -> dict[str, Any]:
-        known = {name: values[index] for name, values in columns.items()}
-        known |= {"prompt": _text(prompts[index]), "completion": completions[index]}
+    def _body(self, prompt: Any, completion: str, columns: dict[str, Any]) -> dict[str, Any]:
+        known = {**columns, "prompt": _text(prompt), "completion": completion}
         missing = sorted(self.fields - known.keys())
         require(not missing, RewardError, f"the question names {missing}; the rows have {sorted(known)}")
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages.append({"role": "user", "content": self.question.format_map(known)})
-        return {
-            "model": self.model,
-            "messages": messages,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
+        own = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        return {"model": self.model, "messages": messages, **own}
 
     async def _score(self, http: Any, question: tuple[str, dict[str, Any]]) -> float | RewardFailure:
         key, body = question
-        path = None if self.cache is None else self.cache / key[:2] / f"{key}.json"
-        reply = _cached(path)
-        asked = reply is None
+        path = None if self.cache is None else Path(self.cache).expanduser() / key[:2] / f"{key}.json"
+        kept = reply = _cached(path)
         if reply is None:
             try:
                 reply = await self.client.ask(http, "/v1/chat/completions", body, _reply, self.max_tokens)
                 reply = self.client.clean(reply)
             except ServerError as error:
                 return RewardFailure(f"the judge gave no answer: {error}")
-            self.counts["requests"] += 1
-        else:
-            self.counts["cached"] += 1
-        found = self.pattern.findall(reply)
+        self.counts["requests" if kept is None else "cached"] += 1
+        found = self._pattern.findall(reply)
         try:
             score = float(found[-1]) if found else math.nan
         except ValueError:
             score = math.nan
         usable = self.low <= score <= self.high
         # Another reply may have the score that this one lacks, unless the judge says the same every time.
-        if asked and path is not None and (usable or self.temperature == 0):
+        if kept is None and path is not None and (usable or self.temperature == 0):
             write_json(path, {"request": body, "reply": reply})
         if not usable:
             return RewardFailure(f"the judge's reply has no score from {self.low:g} to {self.high:g}: {shown(reply)}")
@@ -695,49 +625,42 @@ def _text(prompt: Any) -> str:
 # ---- Rewards by name ----
 
 
-@dataclass(frozen=True)
-class RewardKind:
+class RewardKind(NamedTuple):
     """A reward that comes with the library.
 
     Attributes:
-        name: its name in recipes.
         build: its constructor; all arguments are keyword-only.
         what: one line for listings.
         objects: arguments that are not settings: in a recipe `model` is a model, the tokenizers are the runner's.
         defaults: of the settings that every reward has, where they are others.
     """
 
-    name: str
-    build: Callable[..., Callable[..., Any]]
+    build: Any
     what: str
     objects: frozenset[str] = frozenset()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = {}
 
 
-REWARDS: dict[str, RewardKind] = {
-    k.name: k
-    for k in (
-        RewardKind("exact", ExactMatch, "the answer is the column's text"),
-        RewardKind("numeric", NumericMatch, "the answer is the column's number (GSM8K's format, boxed, last number)"),
-        RewardKind("math", MathMatch, "the answer equals the column's mathematically, by math-verify"),
-        RewardKind("classification", Classification, "the class named is the column's"),
-        RewardKind("format", FormatPattern, "the completion matches a regular expression"),
-        RewardKind("overlong", SoftOverlong, "DAPO's penalty near the length limit"),
-        RewardKind("cosine", CosineLength, "a reward for being right that depends on the length"),
-        RewardKind("judge", Judge, "a language model's score, from an OpenAI-compatible server"),
-        RewardKind(
-            "reward_model",
-            RewardModel,
-            "a trained reward model's score of the whole completion",
-            frozenset({"model", "tokenizer", "reward_tokenizer"}),
-            {"timeout": None},  # a model does not hang, and its size and the rollout's decide how long it takes
-        ),
-    )
+REWARDS = {
+    "exact": RewardKind(ExactMatch, "the answer is the column's text"),
+    "numeric": RewardKind(NumericMatch, "the answer is the column's number (GSM8K's format, boxed, last number)"),
+    "math": RewardKind(MathMatch, "the answer equals the column's mathematically, by math-verify"),
+    "classification": RewardKind(Classification, "the class named is the column's"),
+    "format": RewardKind(FormatPattern, "the completion matches a regular expression"),
+    "overlong": RewardKind(SoftOverlong, "DAPO's penalty near the length limit"),
+    "cosine": RewardKind(CosineLength, "a reward for being right that depends on the length"),
+    "judge": RewardKind(Judge, "a language model's score, from an OpenAI-compatible server"),
+    "reward_model": RewardKind(
+        RewardModel,
+        "a trained reward model's score of the whole completion",
+        frozenset({"model", "tokenizer", "reward_tokenizer"}),
+        {"timeout": None},  # a model does not hang, and its size and the rollout's decide how long it takes
+    ),
 }
 
 
 def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Validate a recipe's settings of a reward before anything is loaded.
+    """All settings of a reward, defaults included, before anything is loaded.
 
     Args:
         name: a name in `REWARDS`, or an import string, "module:function" or "path.py:function".
@@ -745,16 +668,13 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             (`RewardFunction`: weight, timeout, on_error, error_value, on_none, name). Of a class that an import
             string names, its keyword-only arguments are settings; a function has none.
 
-    Returns:
-        All settings, defaults included.
-
     Raises:
         RecipeError: unknown reward or setting (with the nearest right name), a wrong type or value; of ours also what
             its constructor refuses.
     """
     shared, own, build = _parts(name, settings)
     what, first = f"reward {name!r}", next(iter(own), None)
-    hint = f"{what}: unknown setting {first!r}{nearest(str(first), shared_types())}"
+    hint = f"{what}: unknown setting {first!r}{nearest(str(first), keyword_types(RewardFunction))}"
     require(build is not None or first is None, RecipeError, hint)
     checked = validate_settings(what, build, own, excluded=reward_objects(name)) if build is not None else {}
     if name in REWARDS and not reward_objects(name):
@@ -780,7 +700,7 @@ def make_reward(name: str, /, **settings: Any) -> RewardFunction:
     """
     objects = {k: v for k, v in settings.items() if k in reward_objects(name)}
     checked = check_reward(name, {k: v for k, v in settings.items() if k not in objects})
-    shared = {k: checked.pop(k) for k in shared_types()}
+    shared = {k: checked.pop(k) for k in keyword_types(RewardFunction)}
     if name in REWARDS:
         lacks = "model" in REWARDS[name].objects and objects.get("model") is None
         require(not lacks, RecipeError, f"reward {name!r} needs a model")
@@ -792,16 +712,11 @@ def make_reward(name: str, /, **settings: Any) -> RewardFunction:
     return RewardFunction(function, **{**shared, "name": shared["name"] or name.rpartition(":")[2] or name})
 
 
-def shared_types() -> dict[str, Any]:
-    """Name and annotation of the settings that every reward has."""
-    return keyword_types(RewardFunction)
-
-
 def _parts(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Callable[..., Any] | None]:
     """Settings of every reward, settings of this one, and what takes the latter (None: a plain function)."""
     what = f"unknown reward {name!r}{nearest(name, REWARDS)} (or an import string, 'module:function')"
     require(name in REWARDS or ":" in name, RecipeError, what)
-    shared = {k: v for k, v in settings.items() if k in shared_types()}
+    shared = {k: v for k, v in settings.items() if k in keyword_types(RewardFunction)}
     shared = {**(REWARDS[name].defaults if name in REWARDS else {}), **shared}
     own = {k: v for k, v in settings.items() if k not in shared}
     if name in REWARDS:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from tokengrain.batch import Completion, Sample, TokenBatch
@@ -53,10 +54,6 @@ class RewardModel:
         pooling: of a token classifier: "mean" of its tokens' scores, or that of the "last"; None: as its config says.
         scaling: "zscore" by the mean and deviation of completions in the model's config, "centre", or "none".
         max_tokens: of one forward pass; a longer completion is scored alone.
-
-    Raises:
-        ModelError: a model of another kind or with several labels; a config without the statistics or the pooling.
-        RecipeError: settings that do not go together; a reward tokenizer without the policy's.
     """
 
     name = "reward_model"
@@ -76,9 +73,9 @@ class RewardModel:
         _check_model(model)
         self.statistics = completion_statistics_of(model)
         self.pooling = self._pooling(pooling)
-        message = f"reward 'reward_model': scaling {scaling!r} needs completion_score_mean and completion_score_std in "
-        message += (
-            "the reward model's config, which has them not; expected scaling: none (and the credit step normalize)"
+        message = (
+            f"reward 'reward_model': scaling {scaling!r} needs completion_score_mean and completion_score_std in the "
+            "reward model's config, which has them not; expected scaling: none (and the credit step normalize)"
         )
         require(self.statistics is not None or scaling == "none", ModelError, message)
         self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)
@@ -86,19 +83,14 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
     ) -> list[float]:
-        """One number per completion.
-
-        Raises:
-            RewardError: an empty completion; tokens or positions that the model does not have.
-        """
+        """One number per completion. Raises `RewardError` for tokens or positions that the model does not have."""
         require(all(completion_ids), RewardError, "the completion is empty; expected at least one token")
         batch = TokenBatch.from_samples(list(self._samples(prompts, prompt_ids, completion_ids)))
         if self.retokenizer is not None:
             batch, _ = self.retokenizer(batch)
         _check_fits(self.model, batch)
         scores = self._of_sequences(batch) if self.pooling is None else self._of_tokens(batch, self.pooling)
-        found: list[float] = scale_scores(scores, self.scaling, self.statistics).tolist()
-        return found
+        return list(scale_scores(scores, self.scaling, self.statistics).tolist())
 
     def _pooling(self, given: Pooling | None) -> Pooling | None:
         """None for a sequence classifier."""
@@ -137,9 +129,8 @@ class RewardModel:
         """Pooled token scores `[C]`, on CPU."""
         found = torch.zeros(batch.n_completions)
         for part in batch.with_columns(completion=batch.segments.ids).split(self.max_tokens):
-            scores = pooled_scores(
-                frozen_token_scores(self.model, part.to(device_of(self.model))).cpu(), part.segments, pooling
-            )
+            each = frozen_token_scores(self.model, part.to(device_of(self.model))).cpu()
+            scores = pooled_scores(each, part.segments, pooling)
             found[part.columns["completion"][part.segments.offsets[:-1]]] = scores.float()
         return found
 
@@ -151,13 +142,10 @@ class RewardModel:
         with evaluating(self.model):
             # Without a token to fill up with, transformers' decoders take one row at a time.
             for chosen in _alike([len(row) for row in rows], self.max_tokens if pad is not None else 0):
-                ids = torch.full((len(chosen), len(rows[chosen[0]])), pad or 0)
-                mask = torch.zeros_like(ids)
-                for place, index in enumerate(chosen):
-                    ids[place, : len(rows[index])] = torch.tensor(rows[index])
-                    mask[place, : len(rows[index])] = 1
-                device = device_of(self.model)
-                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                taken = [torch.tensor(rows[i], device=device_of(self.model)) for i in chosen]
+                ids = pad_sequence(taken, batch_first=True, padding_value=pad or 0)
+                mask = pad_sequence([torch.ones_like(row) for row in taken], batch_first=True)
+                logits = self.model(input_ids=ids, attention_mask=mask).logits
                 found[chosen] = logits[:, 0].float().cpu()
         return found
 
@@ -173,9 +161,8 @@ def _alike(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
 
 def _check_model(model: Any) -> None:
     what, name = "reward 'reward_model'", type(model).__name__
-    message = f"{what}: model is {name}; expected a loaded one, such as "
-    message += "tokengrain.rewards.reward_model.load_completion_model(path) gives"
-    require(isinstance(model, nn.Module), RecipeError, message)
+    message = "expected a loaded one, such as tokengrain.rewards.reward_model.load_completion_model(path) gives"
+    require(isinstance(model, nn.Module), RecipeError, f"{what}: model is {name}; {message}")
     known = is_token_classifier(model) or any(cls.__name__.endswith(SEQUENCE) for cls in type(model).__mro__)
     message = f"{what}: the model is a {name}; expected a token classifier or a sequence classifier with one label"
     require(known, ModelError, message)
@@ -197,14 +184,8 @@ def _check_fits(model: nn.Module, batch: TokenBatch) -> None:
 def load_completion_model(path: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> nn.Module:
     """A model that judges whole completions, ready to score: in evaluation mode, without gradients.
 
-    Args:
-        path: a folder or hub name: what a stage of kind `reward` made (an adapter too), or any sequence classifier of
-            transformers with one label.
-        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-        trust_remote_code: run the Python code that a sequence classifier on the hub includes.
-
-    Raises:
-        ModelError: there is no model, it is of another kind, or it has several labels.
+    `path` is what a stage of kind `reward` made (an adapter too), or any sequence classifier of transformers with one
+    label; `dtype` "auto" (as saved), "float32", "bfloat16" or "float16". Raises `ModelError` for another model.
     """
     spec = ModelSpec(path=path, dtype=dtype, trust_remote_code=trust_remote_code)
     if check_completion_model(spec, path) == "tokens":
@@ -214,11 +195,7 @@ def load_completion_model(path: str, *, dtype: Any = "auto", trust_remote_code: 
 
 
 def check_completion_model(spec: ModelSpec, path: str) -> Literal["tokens", "sequence"]:
-    """Whether it gives a score per token or one for the whole text; loads no weights.
-
-    Raises:
-        ModelError: there is no model, it is of another kind, or it has several labels.
-    """
+    """Whether it gives a score per token or one for the whole text; loads no weights. Raises `ModelError`."""
     config = load_config(spec, path)
     adapter = is_adapter(path)
     tokens = is_reward_adapter(path) if adapter else is_classifier_config(config)

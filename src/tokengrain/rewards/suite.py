@@ -1,8 +1,4 @@
-"""`RewardSuite`: several reward functions with weights over a batch of completions.
-
-Read top to bottom: a function with its settings, what scoring gives, the suite, how functions are called (time limits,
-async functions, whose fault a failure is), and how what they give becomes numbers.
-"""
+"""`RewardSuite`: several reward functions with weights over a batch of completions."""
 
 from __future__ import annotations
 
@@ -13,7 +9,9 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -134,8 +132,7 @@ class RewardResult:
     Attributes:
         total: float `[C]`, `outcome` plus the sum of a completion's `token_rewards`; NaN where not valid.
         outcome: float `[C]`, weighted sum of the rewards given per completion; NaN where not valid.
-        token_rewards: float `[N]`, weighted sum of the rewards given per token or span; 0 for completions that
-            are not valid; None if no function gave any.
+        token_rewards: float `[N]`, weighted sum of the rewards given per token or span, 0 where not valid; or None.
         by_name: per function, its own value `[C]` without the weight (of token rewards: their sum); NaN where it
             failed and was skipped, or does not apply.
         valid: bool `[C]`: False where a reward failed and `on_error` is "skip", or where no reward applies. Leave
@@ -155,8 +152,7 @@ class RewardResult:
     def correct(self, name: str | None = None) -> Tensor:
         """Whether each completion is right, float `[C]`: its reward `name` is above 0.5; NaN where that is not known.
 
-        Args:
-            name: the reward that decides; None: of each completion the first one that applies to it.
+        Without a name the first reward that applies to a completion decides.
         """
         named = list(self.by_name.values()) if name is None else [self.by_name[name]]
         value = named[0]
@@ -182,7 +178,7 @@ class RewardResult:
 
 @dataclass(frozen=True)
 class _Completions:
-    """What rewards are given of: C completions."""
+    """What rewards are given of: C completions; `counted`: which of their tokens count, by place."""
 
     ids: list[list[int]]
     counted: list[list[int]]
@@ -194,9 +190,9 @@ class _Completions:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What became of a function's reward for one completion. `value` is None where it is left out."""
+    """A function's reward for one completion: a number, one per counted token, or None where it is left out."""
 
-    value: Value | None
+    value: float | list[float] | None
     failure: RewardFailure | None = None
     valid: bool = True
 
@@ -251,7 +247,10 @@ class RewardSuite:
         require(len(plain) == count and len(raws) == count, RewardError, what)
         columns = {**self._columns(work, raws), "completions": list(plain)}
         shown_texts = [self._special(work.ids) if f.special_tokens else plain for f in self.functions]
-        own = [_messages(t) if f.messages else list(t) for f, t in zip(self.functions, shown_texts)]
+        own = [
+            [[{"role": "assistant", "content": text}] for text in texts] if f.messages else list(texts)
+            for f, texts in zip(self.functions, shown_texts)
+        ]
         answers = call_all(self.functions, columns, own)
         judged = [
             [self._judge(function, answer[i], i, work, seen[i]) for i in range(count)]
@@ -260,10 +259,7 @@ class RewardSuite:
         return self._combined(judged, work)
 
     def check_golds(self, rows: Iterable[tuple[Any, Any, Mapping[str, Any]]]) -> None:
-        """Read every row's right answer before anything is sampled, for rewards that compare with a column.
-
-        Args:
-            rows: (file, row, the row's columns).
+        """Read every row's right answer before anything is sampled; `rows` are (file, row, the row's columns).
 
         Raises:
             DataError: one that a reward with `on_error: error` cannot read.
@@ -332,7 +328,7 @@ class RewardSuite:
         logger.warning("%s (%s)", failure, "left out" if policy == "skip" else f"taken as {function.error_value:g}")
         if policy == "skip":
             return _Judged(None, failure, valid=False)
-        return _Judged(Value(number=function.error_value), failure)
+        return _Judged(function.error_value, failure)
 
     def _combined(self, judged: list[list[_Judged]], work: _Completions) -> RewardResult:
         segments = Segments.from_lengths([len(c) for c in work.counted])
@@ -347,13 +343,13 @@ class RewardSuite:
         for function, column in zip(self.functions, judged, strict=True):
             own = torch.full((count,), math.nan, dtype=torch.float64)
             for index, value in ((i, j.value) for i, j in enumerate(column) if j.value is not None):
-                own[index] = value.sum
-                if value.tokens is None:
-                    outcome[index] += function.weight * value.sum
-                else:
-                    dense = True
-                    part = torch.tensor(value.tokens, dtype=torch.float64)
+                if isinstance(value, list):
+                    own[index], dense = math.fsum(value), True
+                    part = torch.tensor(value, dtype=torch.float64)
                     tokens[offsets[index] : offsets[index + 1]] += function.weight * part
+                else:
+                    own[index] = value
+                    outcome[index] += function.weight * value
             by_name[function.name] = own.float()
         tokens = tokens * segments.broadcast(valid.double())
         outcome = outcome.where(valid, math.nan)
@@ -379,10 +375,6 @@ _AS_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 def _ends(tokenizer: Any, what: str) -> set[Any]:
     """End-of-sequence and padding, each a "token" or a "token_id"."""
     return {getattr(tokenizer, f"{kind}_{what}", None) for kind in ("eos", "pad")}
-
-
-def _messages(texts: Sequence[str]) -> list[list[dict[str, str]]]:
-    return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def _from_rollouts(rollouts: Rollouts) -> _Completions:
@@ -417,23 +409,14 @@ def _from_batch(batch: TokenBatch) -> _Completions:
 
 
 def call_all(
-    functions: Sequence[RewardFunction],
-    columns: Mapping[str, Sequence[Any]],
-    own: Sequence[Sequence[Any]] | None = None,
+    functions: Sequence[RewardFunction], columns: Mapping[str, Sequence[Any]], seen: Sequence[Sequence[Any]]
 ) -> list[list[Any]]:
     """Every function's list with an entry per completion; where it failed a `RewardFailure` stands.
 
-    Async functions run at the same time as each other and as the others, which run one after the other.
-
-    Args:
-        columns: what functions may be given.
-        own: per function, the completions as it sees them; None: those in `columns`.
-
-    Raises:
-        RewardError: a function needs a column that the rows do not have.
+    Async functions run at the same time as each other and as the others, which run one after the other. `seen` are
+    the completions as each function sees them. Raises `RewardError` if it needs a column that the rows do not have.
     """
     count = len(columns["completions"])
-    seen = own or [columns["completions"]] * len(functions)
     arguments = [f.arguments({**columns, "completions": c}) for f, c in zip(functions, seen, strict=True)]
     waiting = [i for i, f in enumerate(functions) if f.is_async]
     results: list[list[Any]] = [[] for _ in functions]
@@ -441,16 +424,16 @@ def call_all(
     async def together() -> list[list[Any]]:
         return await asyncio.gather(*(_call_async(functions[i], arguments[i], count) for i in waiting))
 
-    background = _Thread(lambda: asyncio.run(together())) if waiting else None
+    background = _in_thread(lambda: asyncio.run(together())) if waiting else None
     for i, function in enumerate(functions):
         if not function.is_async:
             results[i] = _call(function, arguments[i], count)
     if background is not None:
         # Each may be called for all completions and then for single ones.
         limits = [functions[i].timeout for i in waiting]
-        try:
-            found = background.result(None if None in limits else 2 * max(filter(None, limits)) + 1)
-        except _StillRunningError:  # it blocks the event loop, so that nobody could cancel it
+        if wait([background], None if None in limits else 2 * max(filter(None, limits)) + 1).done:
+            found = background.result()
+        else:  # it blocks the event loop, so that nobody could cancel it
             found = [[_hung(functions[i])] * count for i in waiting]
         for i, result in zip(waiting, found, strict=True):
             results[i] = result
@@ -458,12 +441,14 @@ def call_all(
 
 
 def _call(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[Any]:
+    call: Callable[[], Any] = partial(function.function, **arguments)
     try:
-        if function.timeout is None:
-            return _listed(function.function(**arguments), count)
-        return _listed(_Thread(lambda: function.function(**arguments)).result(function.timeout), count)
-    except _StillRunningError:
-        return [_hung(function)] * count
+        if function.timeout is not None:
+            background = _in_thread(call)
+            if wait([background], function.timeout).not_done:
+                return [_hung(function)] * count
+            call = background.result
+        return _listed(call(), count)
     except Exception as error:  # whatever a user's function raises
         parts = [_call(function, _only(arguments, i), 1) for i in range(count)] if count > 1 else []
         return _blamed(error, parts)
@@ -494,32 +479,18 @@ def _blamed(error: Exception, parts: Sequence[list[Any]]) -> list[Any]:
     return [RewardFailure(f"{what}, for all completions together but for none of them alone")] * len(parts)
 
 
-class _StillRunningError(Exception):
-    pass
-
-
-class _Thread:
+def _in_thread(call: Callable[[], Any]) -> Future[Any]:
     """A call in a thread that does not keep the process alive."""
+    future: Future[Any] = Future()
 
-    def __init__(self, call: Any) -> None:
-        self._call, self._value = call, None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._value = self._call()
+            future.set_result(call())
         except BaseException as error:  # raised again where the result is asked for
-            self._error = error
+            future.set_exception(error)
 
-    def result(self, timeout: float | None) -> Any:
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            raise _StillRunningError
-        if self._error is not None:
-            raise self._error
-        return self._value
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _listed(value: Any, count: int) -> list[Any]:
@@ -541,26 +512,13 @@ def _hung(function: RewardFunction) -> RewardFailure:
 # ---- One completion's reward as the function gave it -> a number, or a number per counted token ----
 
 
-@dataclass(frozen=True)
-class Value:
-    """A reward that is in order: a number for the completion, or one per counted token."""
-
-    number: float | None = None
-    tokens: list[float] | None = None
-
-    @property
-    def sum(self) -> float:
-        return self.number if self.number is not None else math.fsum(self.tokens or ())
-
-
 def read_value(
     given: Any, ids: Sequence[int], counted: Sequence[int], text: str, tokens: Callable[[], Tokens]
-) -> Value:
-    """What a reward function gave for one completion.
+) -> float | list[float]:
+    """A completion's reward: a number, or one for each of the `counted` places in `ids`.
 
     Args:
         given: a number, numbers per counted token, or spans of characters of `text`.
-        ids: the completion's token ids; counted: index into `ids` of those that count.
         tokens: gives the completion's tokens with their characters in `text`; called for spans only.
 
     Raises:
@@ -573,34 +531,28 @@ def read_value(
         except OverflowError:  # a whole number beyond what floats reach
             number = math.inf
         require(math.isfinite(number), RewardError, f"gave {number}; expected a finite number")
-        return Value(number=number)
+        return number
     is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
     what = f"gave {shown(given)}; expected a number, a number per token, or spans of characters"
     require(is_list, RewardError, what)
     if not given:  # no spans
-        return Value(tokens=[0.0] * len(counted))
+        return [0.0] * len(counted)
     rendered = Rendered(text, 0, None, ((0, len(text)),))
     found = tokens() if isinstance(given[0], Mapping) else Tokens(text, list(ids))
     try:
-        values = token_column(
+        return token_column(
             "token_rewards", given, "reward", rendered=rendered, tokens=found, counted=counted, kept=len(counted)
         )
     except RowError as error:
         raise RewardError(f"gave rewards that do not fit: {error}") from None
-    return Value(tokens=values)
 
 
 def located_tokens(tokenizer: Any, ids: Sequence[int], text: str, *, special: bool = False) -> Tokens:
     """The tokens of a sampled completion and the characters of its decoded text that each stands for.
 
     Sampled ids need not be what the tokenizer makes of the text, so positions come from decoding. A token within a
-    character of several tokens stands for the whole character; one that does not show (EOS) for none.
-
-    Args:
-        special: whether the text has the special tokens, but those that end or fill up.
-
-    Raises:
-        RewardError: the tokens' texts do not add up to the text.
+    character of several tokens stands for the whole character; one that does not show (EOS) for none. `special`: the
+    text has the special tokens, but those that end or fill up. Raises `RewardError` where texts do not add up.
     """
     hidden = _ends(tokenizer, "token_id") if special else set(tokenizer.all_special_ids)
 

@@ -56,8 +56,7 @@ class Branching:
     """Samples `n` completions of each prompt with another sampler, and branches off some of them.
 
     A branch begins with the tokens of its parent up to where it leaves; they are its context and do not count, so
-    that no token is trained on twice. Groups get up to `per_prompt` completions more, of lengths that count from the
-    branch on.
+    that no token is trained on twice. Groups get up to `per_prompt` completions more.
 
     Args:
         sampler: draws completions and continuations.
@@ -67,9 +66,6 @@ class Branching:
             of the completions at hand, of this process alone.
         triggers: words at which a completion may be left: "english", a list, or None: every token.
         per_completion, per_prompt: most branches; of a prompt those of the highest entropy.
-
-    Raises:
-        RecipeError: a number below 1, a quantile outside [0, 1], words of which none is a token.
     """
 
     name = "branching"
@@ -102,7 +98,7 @@ class Branching:
             self.model = model_or_path
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
-        """`n` completions of each prompt and their branches. Raises `RolloutError`."""
+        """`n` completions of each prompt and their branches."""
         started = time.perf_counter()
         needs_tokenizer(self.tokenizer, sampling.stop)
         found = self.sampler.sample(prompts, n=n, sampling=sampling)
@@ -139,10 +135,10 @@ class Branching:
 
     def _entropies(self, batch: TokenBatch) -> Tensor:
         """Entropy of every token `[N]`, nats."""
-        parts = []
+        everyone, parts = range(batch.n_prompts), []
         with evaluating(self.model):
-            for start in range(0, batch.n_prompts, PROMPTS_AT_A_TIME):
-                part = batch.select(range(start, min(start + PROMPTS_AT_A_TIME, batch.n_prompts)))
+            for start in everyone[::PROMPTS_AT_A_TIME]:
+                part = batch.select(everyone[start : start + PROMPTS_AT_A_TIME])
                 entropy = score(self.model, part, ("entropy",)).entropy
                 assert entropy is not None  # it was asked for
                 parts.append(entropy.to(batch.device))

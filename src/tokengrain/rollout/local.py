@@ -1,18 +1,23 @@
-"""Sampling from a transformers model in this process: `HFGenerate`, and `HFContinuous` with continuous batching.
-
-Read top to bottom: how a token is drawn, how a batch is decoded with it, and the two samplers.
-"""
+"""Sampling from a transformers model in this process: `HFGenerate`, and `HFContinuous` with continuous batching."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tokengrain.data.tokens import StopStrings
 from tokengrain.errors import ModelError, RecipeError, RolloutError, require
@@ -49,13 +54,7 @@ def uniforms(prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) ->
 
 
 class Picker:
-    """Draws tokens by the inverse of the cumulative distribution, and knows their log-probabilities.
-
-    Args:
-        sampling: temperature and the rest.
-        numbers: what `uniforms` gave, for the completions at hand, `[R, T]`.
-        device: the logits' device.
-    """
+    """Draws tokens by the inverse of the cumulative distribution, with `uniforms` for R completions, `[R, T]`."""
 
     def __init__(self, sampling: SamplingConfig, numbers: Tensor, device: torch.device) -> None:
         self.sampling = sampling
@@ -65,16 +64,10 @@ class Picker:
         self.warpers = _warpers(sampling)
 
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a token for each of B completions.
+        """Draw a token for each of B completions, `rows` of `uniforms`, which have `step` tokens so far.
 
-        Args:
-            logits: `[B, V]`.
-            rows: which completions these are, long `[B]`.
-            step: how many tokens they have so far.
-
-        Returns:
-            Tokens, long `[B]`; their log-probabilities under the distribution they were drawn from, `[B]`; and
-            under the model's own, `[B]`; nats.
+        Returns tokens, long `[B]`, and their log-probabilities under the distribution that they were drawn from and
+        under the model's own, nats `[B]`.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         raw = logits.log_softmax(-1)
@@ -101,14 +94,6 @@ def _warpers(sampling: SamplingConfig) -> Any:
     """transformers' own changes to a distribution; None if there is none."""
     if sampling.is_model or sampling.temperature == 0:
         return None
-    from transformers.generation.logits_process import (
-        LogitsProcessorList,
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k > 0:
         warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -125,33 +110,20 @@ def _warpers(sampling: SamplingConfig) -> Any:
 FINISHED_SHARE = 1 / 8
 
 
-@dataclass
 class Drawn:
-    """What was drawn for R completions of at most T tokens.
+    """What was drawn for R completions of at most T tokens: `ids`, `logps` and `raw` `[R, T]` (see `Picker`).
 
     Attributes:
-        ids: long `[R, T]`; logps, raw: float `[R, T]` (see `Picker`).
         lengths: long `[R]`, tokens of each; stopped: bool `[R]`, whether it ended by itself.
     """
 
-    rows: int
-    steps: int
-    device: torch.device
-    stop_ids: Tensor
-    stops: StopStrings | None = None
-    ids: Tensor = field(init=False)
-    logps: Tensor = field(init=False)
-    raw: Tensor = field(init=False)
-    lengths: Tensor = field(init=False)
-    stopped: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stop_ids = self.stop_ids.to(self.device)
-        self.ids = torch.zeros(self.rows, self.steps, dtype=torch.long, device=self.device)
-        self.logps = torch.zeros(self.rows, self.steps, device=self.device)
-        self.raw = torch.zeros(self.rows, self.steps, device=self.device)
-        self.lengths = torch.zeros(self.rows, dtype=torch.long, device=self.device)
-        self.stopped = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+    def __init__(self, rows: int, steps: int, device: torch.device, stop_ids: Sequence[int], stops: Any = None) -> None:
+        self.rows, self.steps, self.device, self.stops = rows, steps, device, stops
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
+        self.ids = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        self.logps, self.raw = torch.zeros(rows, steps, device=device), torch.zeros(rows, steps, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def add(self, rows: Tensor, step: int, tokens: Tensor, logps: Tensor, raw: Tensor) -> Tensor:
         """Put down a token for each of the rows. Returns which of them end with it, bool `[B]`."""
@@ -179,8 +151,6 @@ def shares_prefill(model: nn.Module, lm: nn.Module) -> bool:
 
 def plain_cache(cache: Any) -> bool:
     """Whether every layer of a cache is keys and values that can be repeated and selected by row."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     layers = getattr(cache, "layers", ())
     return isinstance(cache, DynamicCache) and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
@@ -198,12 +168,8 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
 def decode_shared(model: Any, lm: nn.Module, ids: Tensor, mask: Tensor, n: int, picker: Picker, drawn: Drawn) -> bool:
     """Draw `n` completions of each prompt into `drawn`, those of a prompt next to each other.
 
-    Args:
-        model: the model to call; lm: the causal language model in it.
-        ids, mask: prompts padded on the left, `[B, L]`.
-
-    Returns:
-        False if the model turned out to have a cache that cannot be copied; then nothing was drawn.
+    `ids` and `mask` `[B, L]` are prompts padded on the left; `lm` is the causal language model in `model`. False if
+    the model turned out to have a cache that cannot be copied; then nothing was drawn.
     """
     device = ids.device
     ragged = not bool(mask.all())
@@ -268,8 +234,6 @@ def decode_generate(
     model: Any, ids: Tensor, mask: Tensor, n: int, picker: Picker, drawn: Drawn, *, pad_id: int, static: bool
 ) -> None:
     """The same draws with `model.generate`: for caches of fixed size, and for models whose cache cannot be copied."""
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
     pick: Any = PickProcessor(picker, drawn, ids.shape[1])
     config = GenerationConfig(
@@ -320,13 +284,11 @@ def check_room(lm: Any, prompts: Sequence[PromptItem], sampling: SamplingConfig)
 class HFGenerate:
     """Samples from a transformers model, in batches of prompts of similar length.
 
-    With a dynamic cache a prompt is computed once for all its completions, and completions that have ended
-    leave the batch; models that cannot do it (recurrent, hybrid) go through `model.generate`. With a static
-    cache everything goes through `model.generate`, which compiles the model on devices where that pays.
+    With a dynamic cache a prompt is computed once for all its completions, and completions that have ended leave the
+    batch; a static cache, and models that cannot do it (recurrent, hybrid), go through `model.generate`.
 
-    The model is used in evaluation mode without gradients, its mode is put back afterwards. On one device, the same
-    seed, prompts and weights give the same completions, whatever the batches are, up to the rounding of
-    logits.
+    The model is used in evaluation mode without gradients. On one device, the same seed, prompts and weights give the
+    same completions, whatever the batches are, up to the rounding of logits.
 
     Args:
         model: a causal language model, plain or with an adapter; wrappers of DDP are looked through.
@@ -337,9 +299,6 @@ class HFGenerate:
 
     Attributes:
         progress: called with how many completions of a call are drawn, and how many there will be.
-
-    Raises:
-        RecipeError: an unknown cache, a budget below 1.
     """
 
     name = "hf"
@@ -366,7 +325,7 @@ class HFGenerate:
         self._shares = self.cache == "dynamic" and shares_prefill(self.model, self.lm)
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
-        """`n` completions of each prompt. Raises `RolloutError` for prompts that leave no room, for instance."""
+        """`n` completions of each prompt. Raises `RolloutError` for prompts that leave no room."""
         started = time.perf_counter()
         prompts = checked_prompts(prompts, n)
         needs_tokenizer(self.tokenizer, sampling.stop)
@@ -413,23 +372,17 @@ class HFGenerate:
         ids, mask = padded([prompts[p].ids for p in chosen], pad_id, device)
         picker = Picker(sampling, numbers[where], device)
         stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
-        drawn = Drawn(len(where), sampling.max_new_tokens, device, torch.tensor(stop_ids, dtype=torch.long), stops)
+        drawn = Drawn(len(where), sampling.max_new_tokens, device, stop_ids, stops)
         if self._shares:
             self._shares = decode_shared(self.model, self.lm, ids, mask, len(copies), picker, drawn)
         if not self._shares:
-            decode_generate(
-                self.model, ids, mask, len(copies), picker, drawn, pad_id=pad_id, static=self.cache == "static"
-            )
-        return dict(zip(where, completions_of(drawn), strict=True))
-
-
-def completions_of(drawn: Drawn) -> list[SampledCompletion]:
-    """Each row up to its end."""
-    columns = (drawn.ids, drawn.logps, drawn.raw, drawn.lengths, drawn.stopped)
-    return [
-        SampledCompletion(ids[:length], logps[:length], raw[:length], "stop" if stopped else "length")
-        for ids, logps, raw, length, stopped in zip(*(c.tolist() for c in columns), strict=True)
-    ]
+            static = self.cache == "static"
+            decode_generate(self.model, ids, mask, len(copies), picker, drawn, pad_id=pad_id, static=static)
+        columns = (drawn.ids, drawn.logps, drawn.raw, drawn.lengths, drawn.stopped)
+        return {
+            place: SampledCompletion(ids[:length], logps[:length], raw[:length], "stop" if stopped else "length")
+            for place, ids, logps, raw, length, stopped in zip(where, *(c.tolist() for c in columns), strict=True)
+        }
 
 
 SIZES = frozenset({"num_blocks", "max_batch_tokens", "max_memory_percent"})
@@ -453,8 +406,7 @@ class HFContinuous:
             for `CPU_REQUESTS` completions at a time.
 
     Raises:
-        ModelError: the installed transformers or this model has no continuous batching.
-        RecipeError: settings that it does not have.
+        ModelError: this model has no continuous batching. RecipeError: settings that it does not have.
     """
 
     name = "continuous"
@@ -467,18 +419,15 @@ class HFContinuous:
 
     @staticmethod
     def check(*, settings: Mapping[str, Any] | None) -> None:
-        """Raises `RecipeError` for settings that the engine does not have, `ModelError` where there is no engine."""
+        """Raises `RecipeError` for settings that the engine does not have."""
         _batching(settings or {}, 0)
 
     def refresh(self, model_or_path: Any) -> None:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
         model = module_of(model_or_path, self.name)
         lm: Any = causal_lm(model)
-        name, able = type(lm).__name__, hasattr(lm, "generate_batch") and "return_logprobs" in vars(batching_class()())
-        stateful = getattr(lm, "_is_stateful", False)
-        require(not stateful, ModelError, f"{name} keeps a recurrent state; continuous batching needs attention only")
-        what = f"{name} with the installed transformers has no continuous batching that gives log-probabilities"
-        require(able, ModelError, f"{what}; expected transformers 5.17 or newer, or the sampler 'hf'")
+        what = f"{type(lm).__name__} keeps a recurrent state; continuous batching needs attention only"
+        require(not getattr(lm, "_is_stateful", False), ModelError, what)
         self.model, self.lm = model, lm
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
@@ -527,52 +476,39 @@ class HFContinuous:
         return {"page_size": page, "num_blocks": blocks, "max_batch_tokens": CPU_TOKENS, **self.settings}
 
 
-def batching_class() -> Any:
-    """transformers' `ContinuousBatchingConfig`. Raises `ModelError` where the installed version has none."""
-    try:
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
-    except ImportError:
-        raise ModelError(
-            "the installed transformers has no ContinuousBatchingConfig; expected 5.17 or newer, or the sampler 'hf'"
-        ) from None
-    return ContinuousBatchingConfig
-
-
 def _batching(settings: Mapping[str, Any], seed: int) -> Any:
     """The engine's configuration. Raises `RecipeError` for settings that it does not have, or that are not free."""
-    build = batching_class()
-    fixed = {
+    fixed: dict[str, Any] = {
         "return_logprobs": True,
         "seed": seed % 2**31,
         # A processor that the engine lacks would change the distribution silently.
         "drop_unsupported_processors": False,
     }
-    legal, what = inspect.signature(build).parameters.keys() - fixed.keys(), "sampler 'continuous': settings:"
+    legal, what = (
+        inspect.signature(ContinuousBatchingConfig).parameters.keys() - fixed.keys(),
+        "sampler 'continuous': settings:",
+    )
     for name in settings:
         require(name in legal, RecipeError, f"{what} unknown setting {name!r}{nearest(name, legal)}")
     try:
-        return build(**fixed, **settings)
+        return ContinuousBatchingConfig(**fixed, **settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{what} {error}") from None
 
 
 def _generation_config(n: int, sampling: SamplingConfig, stop_ids: Sequence[int]) -> Any:
-    from transformers import GenerationConfig
-
-    sample = sampling.temperature > 0
-    changes: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    if sample:
-        changes = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        if sampling.min_p > 0:
-            changes["min_p"] = sampling.min_p
+    drawn = sampling if sampling.temperature > 0 else SamplingConfig()
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sample,
+        do_sample=sampling.temperature > 0,
         num_return_sequences=n,
         repetition_penalty=1.0,
         eos_token_id=list(stop_ids) or [-1],
         pad_token_id=stop_ids[0] if stop_ids else 0,
-        **changes,
+        temperature=drawn.temperature,
+        top_k=drawn.top_k,
+        top_p=drawn.top_p,
+        min_p=drawn.min_p or None,
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
-from statistics import median
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -23,7 +22,7 @@ from tokengrain.data.dataset import Report
 from tokengrain.data.formats import Example, canonical, check_mapping, check_prompt, content, for_template
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import Clock, Encoder, Renderer
-from tokengrain.errors import DataError, ModelError, RecipeError, RolloutError, require, shown
+from tokengrain.errors import ModelError, RecipeError, RolloutError, require, shown
 from tokengrain.settings import load_named, validate_settings
 
 FinishReason = Literal["stop", "length"]
@@ -31,13 +30,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class PromptItem:
-    """One prompt to sample from.
-
-    Args:
-        ids: token ids, BOS included where the tokenizer adds one; at least one.
-        row: identifies the row in messages, logs and per-prompt state.
-        raw: the row it was made from: data columns for rewards and credit sources.
-    """
+    """One prompt to sample from: token ids (at least one, BOS included), its row's id, and the row it was made from."""
 
     ids: list[int]
     row: int | str = 0
@@ -85,11 +78,7 @@ class SamplingConfig:
             ("top_k", _whole(self.top_k, 0), "a whole number >= 0 (0: all tokens)"),
             ("min_p", 0 <= self.min_p < 1, "0 <= min_p < 1"),
             ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
-            (
-                "stop",
-                _each(self.stop, lambda s: isinstance(s, str) and s),
-                "a text that is not empty, or a list of them",
-            ),
+            ("stop", _each(self.stop, _some_text), "a text that is not empty, or a list of them"),
             ("stop_ids", _each(self.stop_ids or (), lambda i: _whole(i, 0)), "token ids, or none for the model's own"),
         )
         for name, good, expected in checks:
@@ -117,6 +106,10 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
+def _some_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _each(values: object, good: Callable[[Any], object]) -> bool:
     return isinstance(values, Sequence) and all(map(good, values))
 
@@ -142,14 +135,11 @@ class SampledCompletion:
     """One completion. All lists have one entry per token.
 
     Attributes:
-        ids: token ids, the end-of-sequence token included when it was drawn.
-        sampling_logps: log-probability (nats) of each token under the distribution it was drawn from:
-            temperature, top-k, top-p and min-p applied, renormalised. None: the sampler does not know it.
-        raw_logps: log-probability under the model's own distribution (temperature 1, all tokens), which is
-            what a trainer computes. None: the sampler does not know it.
+        ids: the end-of-sequence token included when it was drawn.
+        sampling_logps: nats, under the distribution each token was drawn from (temperature, top-k, top-p, min-p).
+        raw_logps: nats, under the model's own distribution. Both are None where the sampler does not know them.
         finish_reason: "stop" (a stop token or string) or "length" (truncated).
-        context: how many tokens at its start were drawn for another completion that it branches off from; they are
-            in `ids` and do not count.
+        context: how many tokens at its start are those of a completion that it branches off from; they do not count.
     """
 
     ids: list[int]
@@ -165,16 +155,7 @@ class SampledCompletion:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Prompts with their sampled completions.
-
-    Shapes: P prompts, C completions, N tokens of all completions.
-
-    Attributes:
-        prompts: the prompts, in the order they were given.
-        groups: per prompt, its completions.
-        sampling: the settings they were drawn with.
-        seconds: time it took.
-    """
+    """P prompts in the order given, the completions of each (C in all), how they were drawn, and the time it took."""
 
     prompts: tuple[PromptItem, ...]
     groups: tuple[tuple[SampledCompletion, ...], ...]
@@ -183,7 +164,7 @@ class Rollouts:
 
     @cached_property
     def completions(self) -> list[SampledCompletion]:
-        """All C completions, those of a prompt next to each other."""
+        """All C, those of a prompt next to each other."""
         return [c for group in self.groups for c in group]
 
     @cached_property
@@ -206,17 +187,11 @@ class Rollouts:
         return decode(tokenizer, [c.ids for c in self.completions])
 
     def to_batch(self) -> TokenBatch:
-        """One prompt per group, with columns over all completion tokens `[N]`.
-
-        Tokens that a completion shares with the one it branches off from are context. Columns over the others:
-        `sampling_logps` and `raw_logps` where every completion has them (see `SampledCompletion`), and
-        `truncated` (1 on every token of a truncated completion), so that the mark survives `select` and `split`.
+        """One prompt per group. Columns over the tokens drawn for the completion itself `[N]`: `sampling_logps` and
+        `raw_logps` where every completion has them, and `truncated`, 1 on every token of a truncated completion.
         """
-        names = [
-            name
-            for name in ("sampling_logps", "raw_logps")
-            if all(getattr(c, name) is not None for c in self.completions)
-        ]
+        logps = ("sampling_logps", "raw_logps")
+        names = [name for name in logps if all(getattr(c, name) is not None for c in self.completions)]
         samples = []
         for prompt, group in zip(self.prompts, self.groups, strict=True):
             completions = [
@@ -230,19 +205,6 @@ class Rollouts:
             ]
             samples.append(Sample(prompt.ids, completions, row=prompt.row, raw=prompt.raw))
         return TokenBatch.from_samples(samples)
-
-    def metrics(self) -> dict[str, float]:
-        """Lengths in tokens, the share that was truncated, tokens per second."""
-        lengths = [len(c.ids) for c in self.completions]
-        drawn = sum(lengths) - sum(c.context for c in self.completions)
-        return {
-            "rollout/completions": float(len(lengths)),
-            "rollout/tokens": float(drawn),
-            "rollout/length": sum(lengths) / len(lengths),
-            "rollout/length_max": float(max(lengths)),
-            "rollout/truncated": float(self.truncated.float().mean()),
-            "rollout/tokens_per_second": drawn / self.seconds if self.seconds else 0.0,
-        }
 
     def __iter__(self) -> Iterator[tuple[PromptItem, tuple[SampledCompletion, ...]]]:
         return iter(zip(self.prompts, self.groups, strict=True))
@@ -296,17 +258,13 @@ def encode_prompts(
     """Prompts as token ids. The other columns stay in `raw`, for rewards.
 
     Args:
-        rows: mappings; `column` holds text, or a list of messages that the chat template renders with its
-            generation prompt.
-        tokenizer: a transformers tokenizer.
+        rows: `column` of each holds text, or messages that the chat template renders with its generation prompt.
         config: `max_prompt_length`, `truncation_side`, `on_invalid`, and the chat template's settings are used.
-        column: the prompt's column.
         template: text with `{column}` placeholders that makes the prompt from the row's columns; `column` is
             then only its name in messages.
         chat: take a prompt of text as the user's message of a chat.
         file: where the rows come from, for messages; `Rows` know it themselves.
-        report: counts what became of the rows.
-        clock: the time for a template that writes the date; None: this moment.
+        report: counts what became of the rows. clock: the time for a template that writes the date; None: now.
 
     Raises:
         DataError: a row without a usable prompt (`on_invalid: skip` leaves it out); names file and row.
@@ -357,20 +315,14 @@ def _encoded(
 
 def _cut(ids: list[int], config: TokenizeConfig, bos_id: int | None) -> list[int]:
     limit = config.max_prompt_length
-    if limit is None or len(ids) <= limit:
-        return ids
-    if config.truncation_side == "right":
+    if limit is None or len(ids) <= limit or config.truncation_side == "right":
         return ids[:limit]
     bos = 1 if ids[0] == bos_id else 0
     return ids[:bos] + ids[len(ids) - limit + bos :]
 
 
 def stop_ids_of(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
-    """The end-of-sequence tokens of a model's generation config and of a tokenizer.
-
-    Raises:
-        ModelError: there is none, so nothing would end a completion.
-    """
+    """The end-of-sequence tokens of model and tokenizer. Raises `ModelError` if nothing would end a completion."""
     found: list[int] = []
     configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
     for given in (*(getattr(c, "eos_token_id", None) for c in configs), getattr(tokenizer, "eos_token_id", None)):
@@ -394,8 +346,6 @@ SAMPLERS: dict[str, str] = {
     "server": "tokengrain.rollout.server:OpenAIServer",
     "branching": "tokengrain.rollout.branching:Branching",
 }
-"""Name of a sampler: where its class is."""
-
 DEFAULT = "hf"
 
 # Positional arguments of a constructor that the trainer supplies; all its other arguments are settings.
@@ -403,23 +353,16 @@ OBJECTS = ("model", "tokenizer", "sampler")
 
 
 def sampler_class(name: str) -> Callable[..., Any]:
-    """The class of a sampler: a name in `SAMPLERS`, or an import string, "module:Class" or "path.py:Class".
-
-    Raises:
-        RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
-    """
+    """The class of a sampler: a name in `SAMPLERS`, or an import string, "module:Class" or "path.py:Class"."""
     return load_named(name, SAMPLERS, "sampler")
 
 
 def check_sampler(given: Any) -> dict[str, Any]:
-    """Validate a sampler's settings before a model is loaded or a server is up.
+    """A sampler's name, settings with defaults, and `sampler` below it, before a model is loaded or a server is up.
 
     Args:
         given: a name, or a mapping with `name` and settings; of one that works on top of another (`branching`),
             `sampler` is the other one, the default if it is not given.
-
-    Returns:
-        `name`, all settings with the defaults of those not given, and `sampler` where there is one below.
 
     Raises:
         RecipeError: unknown sampler or setting (with the nearest right name), a wrong type, a value out of range.
@@ -438,15 +381,7 @@ def check_sampler(given: Any) -> dict[str, Any]:
 
 
 def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
-    """The sampler that a recipe or a call of the trainer names.
-
-    Args:
-        given: a sampler, which is returned as it is; else see `check_sampler`. None: the default.
-        model, tokenizer: the policy and its tokenizer, for samplers that use them.
-
-    Raises:
-        RecipeError: as `check_sampler`. ModelError: a model that the sampler cannot use.
-    """
+    """A sampler by name or mapping, as `check_sampler` takes it (None: the default); one that is made is returned."""
     if isinstance(given, Sampler):
         return given
     what = f"a sampler is an object with sample and refresh, a name or a mapping, got {shown(given)}"
@@ -456,21 +391,19 @@ def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
     objects = {"model": model, "tokenizer": tokenizer}
     if below is not None:
         objects["sampler"] = make_sampler(below, model, tokenizer)
-    takes, _ = _positional(build)
-    made: Sampler = build(**{name: objects[name] for name in takes}, **settings)
+    made: Sampler = build(**{name: objects[name] for name in _positional(build)[0]}, **settings)
     return made
 
 
 def check_reachable(given: Any, *, patient: bool = True) -> None:
-    """Ask the server that a sampler draws from, or the one below it, whether it is there.
+    """Ask the server that a sampler, or the one below it, draws from whether it is there; of others ask nothing.
 
     Args:
-        given: a sampler, or its settings, as `make_sampler` takes them. Of a sampler that needs a model, and of one
-            without a method `check_reachable`, nothing is asked.
+        given: a sampler, or what `make_sampler` takes.
         patient: False: one attempt, and not for long.
 
     Raises:
-        RolloutError: nobody answers. RecipeError: as `check_sampler`; a server that does not have the model.
+        RolloutError: nobody answers. RecipeError: a server that does not have the model.
     """
     sampler = given
     if given is None or isinstance(given, (str, Mapping)):
@@ -516,79 +449,3 @@ def _positional(build: Callable[..., Any]) -> tuple[list[str], list[str]]:
     parameters = inspect.signature(build).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     return [n for n in names if n in OBJECTS], [n for n in names if n not in OBJECTS]
-
-
-# ---- AdaCS ----
-#
-# Supervised data whose length follows difficulty (ARES, arXiv 2510.08457, section 3.1).
-#
-# Every prompt was sampled several times by a strong model; its pass rate says how hard it is. The target length of a
-# pass rate p lies on the line between the medians of what was never and of what was always solved,
-#
-# L(p) = (1 - p) L(0) + p L(1),
-#
-# per source. Kept are, in every bracket of a source, the responses whose lengths are nearest to the line, the same
-# number from each bracket, those of p = 1 included. The authors publish no code of it.
-
-EIGHTHS = tuple(k / 8 for k in range(9))
-
-
-@dataclass(frozen=True)
-class AdaptiveLengths:
-    """What AdaCS chose.
-
-    Attributes:
-        target: length by (source, pass rate), tokens.
-        selected: the responses to keep, in order.
-    """
-
-    target: dict[tuple[str, float], float]
-    selected: list[int]
-
-
-def adacs_select(
-    sources: Sequence[str],
-    pass_rates: Sequence[float],
-    lengths: Sequence[float],
-    *,
-    per_bracket: int,
-    levels: Sequence[float] = EIGHTHS,
-) -> AdaptiveLengths:
-    """Choose responses by their lengths.
-
-    Args:
-        sources, pass_rates, lengths: one per response; lengths in tokens.
-        per_bracket: how many to keep of each source and pass rate; ties go to the earlier one. A bracket with fewer
-            gives all it has.
-        levels: the pass rates there are, 0 and 1 among them.
-
-    Raises:
-        DataError: a source without responses of pass rate 0, or of 1, so that it has no line; or a pass rate that
-            is not one of the levels.
-    """
-    brackets: dict[tuple[str, float], list[int]] = {(s, p): [] for s in dict.fromkeys(sources) for p in levels}
-    for i, (source, rate) in enumerate(zip(sources, pass_rates, strict=True)):
-        level, one = min(levels, key=_distance_to(rate)), f"one of {list(levels)}"
-        fits = abs(level - rate) <= 1e-6
-        require(fits, DataError, "the pass rate is none of the levels", row=i, value=rate, expected=one)
-        brackets[source, level].append(i)
-    target, selected = {}, []
-    for source in dict.fromkeys(sources):
-        short, long = (_median(source, p, brackets, lengths) for p in (1.0, 0.0))
-        for p in levels:
-            goal = target[source, p] = (1 - p) * long + p * short
-            distance = _distance_to(goal)
-            near = sorted(brackets[source, p], key=lambda i: distance(lengths[i]))
-            selected += near[:per_bracket]
-    return AdaptiveLengths(target, sorted(selected))
-
-
-def _distance_to(goal: float) -> Callable[[float], float]:
-    return lambda value: abs(value - goal)
-
-
-def _median(source: str, rate: float, brackets: dict[tuple[str, float], list[int]], lengths: Sequence[float]) -> float:
-    found = [lengths[i] for i in brackets.get((source, rate), [])]
-    expected = "responses at pass rates 0 and 1: their median lengths are the ends of the line"
-    require(found, DataError, f"source {source!r} has no response with pass rate {rate:g}", expected=expected)
-    return float(median(found))

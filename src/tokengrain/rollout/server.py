@@ -1,7 +1,6 @@
 """`OpenAIServer`: sampling from a server that speaks OpenAI's completions protocol (vLLM, SGLang).
 
-Read top to bottom: how a server is asked (`JsonClient`, also for judges), and the sampler. What a server says is not
-trusted: neither its size and time, nor where it points, nor what it repeats of the key.
+What a server says is not trusted: neither its size and time, nor where it points, nor what it repeats of the key.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import httpx
 
@@ -52,11 +50,7 @@ REDIRECTS = 3
 
 
 class ServerError(RolloutError):
-    """A server that gave no usable answer, after the retries that make sense.
-
-    Attributes:
-        status: the code with which it refused; None where it did not answer, or not usably.
-    """
+    """No usable answer after the retries that make sense; `status` is the code of a server that refused."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -64,11 +58,7 @@ class ServerError(RolloutError):
 
 
 class _RefusedError(Exception):
-    """A status that is no success, a redirect elsewhere, too long an answer.
-
-    Attributes:
-        pause: seconds that the server asks to wait; None: another attempt makes no sense.
-    """
+    """A status that is no success, a redirect elsewhere, too long an answer; `pause`: seconds to wait, None: final."""
 
     def __init__(self, reason: str, status: int | None = None, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -136,21 +126,14 @@ class JsonClient:
         return other
 
     def post(self, path: str, body: Any, check: Callable[[Any], T]) -> T:
-        """Post `body` to `path`; the answer goes through `check`. See `ask`."""
+        """`ask` once, from code that is not asynchronous."""
         return finished(lambda: gather(self, lambda http, _: self.ask(http, path, body, check), [None], 1))[0]
 
-    def get(self, path: str, check: Callable[[Any], T]) -> T:
-        """The same without anything to send."""
-        return self.post(path, None, check)
-
     async def ask(self, http: httpx.AsyncClient, path: str, body: Any, check: Callable[[Any], T], tokens: int = 0) -> T:
-        """The server's answer.
+        """The server's answer, turned into a result by `check`, whose ValueError counts as a malformed answer.
 
         Args:
-            http: the connections, see `gather`.
-            body: None: a GET.
-            check: turns the decoded answer into a result; a ValueError of it counts as a malformed answer and is
-                retried.
+            http: the connections, see `gather`. body: None: a GET.
             tokens: that the answer may have, which bounds its size.
 
         Raises:
@@ -257,11 +240,7 @@ async def gather(
     items: Sequence[T],
     concurrency: int,
 ) -> list[R]:
-    """`function(http, item)` for all items, in order; the first error stops the rest.
-
-    Args:
-        concurrency: most calls, and connections, at a time.
-    """
+    """`function(http, item)` for all items, in order, so many at a time; the first error stops the rest."""
     gate, wait = asyncio.Semaphore(concurrency), min(client.timeout, LONGEST_CONNECT)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     timeout = httpx.Timeout(client.timeout, connect=wait)
@@ -289,11 +268,7 @@ def finished(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def served_models(client: JsonClient) -> list[str]:
-    """The names of the models that a server lists; none where it has no such list.
-
-    Raises:
-        ServerError: it does not answer, or refuses.
-    """
+    """The names of the models that a server lists; none where it has no such list. Raises `ServerError`."""
 
     def names(answer: Any) -> list[str]:
         try:
@@ -302,7 +277,7 @@ def served_models(client: JsonClient) -> list[str]:
             raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
 
     try:
-        return client.get("/v1/models", names)
+        return client.post("/v1/models", None, names)
     except ServerError as error:
         if error.status in NO_LIST:
             return []
@@ -316,9 +291,8 @@ LogpKind = Literal["raw", "tempered", "processed"]
 Refresh = Literal["none", "checkpoint", "adapter"]
 
 
-@dataclass(frozen=True)
-class Endpoints:
-    """Where a kind of server takes what is not in OpenAI's protocol."""
+class Endpoints(NamedTuple):
+    """Where a kind of server takes what is not in OpenAI's protocol, and the log-probabilities that it gives."""
 
     load_adapter: str
     unload_adapter: str
@@ -327,16 +301,10 @@ class Endpoints:
     logps: LogpKind
 
 
-ENDPOINTS: dict[Flavour, Endpoints] = {
-    "vllm": Endpoints("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep?level=1", "/wake_up", "raw"),
-    "sglang": Endpoints(
-        "/load_lora_adapter",
-        "/unload_lora_adapter",
-        "/release_memory_occupation",
-        "/resume_memory_occupation",
-        "tempered",
-    ),
-}
+VLLM = Endpoints("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep?level=1", "/wake_up", "raw")
+SGLANG = Endpoints(
+    "/load_lora_adapter", "/unload_lora_adapter", "/release_memory_occupation", "/resume_memory_occupation", "tempered"
+)
 
 
 class OpenAIServer:
@@ -364,8 +332,6 @@ class OpenAIServer:
         concurrency: most requests at a time.
         extra: further fields of every completions request.
 
-    Raises:
-        RecipeError: an unknown flavour, kind or way to refresh; a bad address.
     """
 
     name = "server"
@@ -396,7 +362,8 @@ class OpenAIServer:
         self.given = validate_settings("sampler 'server'", OpenAIServer, own, also=("url",))
         self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, api_key_env=api_key_env)
         self.base_model, self.flavour, self.how, self.adapter_name = model, flavour, refresh, adapter_name
-        self.endpoints, self.concurrency, self.extra = ENDPOINTS[flavour], concurrency, dict(extra or {})
+        self.endpoints = VLLM if flavour == "vllm" else SGLANG
+        self.concurrency, self.extra = concurrency, dict(extra or {})
         self.logps: LogpKind = logps or self.endpoints.logps
         self.vocabulary = 2**31 if tokenizer is None else len(tokenizer)
         self.adapter: str | None = None
@@ -497,7 +464,6 @@ class OpenAIServer:
         return tuple(found[index] for index in range(n))
 
     def _choice(self, choice: dict[str, Any], most: int) -> tuple[list[int], list[float], Any]:
-        """Token ids, log-probabilities and why it ended. Raises `ValueError`."""
         logprobs: Any = choice.get("logprobs") or {}
         ids, finish = choice.get("token_ids"), choice.get("finish_reason")
         if not isinstance(logprobs, dict):
@@ -523,25 +489,22 @@ class OpenAIServer:
         """Load the folder of an adapter or checkpoint on the server and sample from it from now on.
 
         Raises:
-            RolloutError: not a folder, or this sampler is set not to refresh.
-            ServerError: the server refuses; it keeps what it had.
+            RolloutError: not a folder, or this sampler is set not to refresh. ServerError: the server refuses.
         """
         path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else Path()
         what = f"a server loads weights from a folder, got {model_or_path!r}; save the model first"
         require(path != Path() and path.is_dir(), RolloutError, what)
         what = f"{self.client.url} is not to be refreshed; expected refresh: adapter or checkpoint"
         require(self.how != "none", RolloutError, what)
-        load = self._load_checkpoint if self.how == "checkpoint" else self._load_adapter
-        load(str(path.resolve()))
-        self.version += 1
-
-    def _load_checkpoint(self, folder: str) -> None:
-        if self.flavour == "sglang":
+        folder = str(path.resolve())
+        if self.how == "adapter":
+            self._load_adapter(folder)
+        elif self.flavour == "sglang":
             self._do("/update_weights_from_disk", model_path=folder, flush_cache=True)
-            return
-        self._do("/collective_rpc", method="reload_weights", kwargs={"weights_path": folder})
-        # Cached prompts were computed with the old weights.
-        self._do("/reset_prefix_cache")
+        else:
+            self._do("/collective_rpc", method="reload_weights", kwargs={"weights_path": folder})
+            self._do("/reset_prefix_cache")  # cached prompts were computed with the old weights
+        self.version += 1
 
     def _load_adapter(self, folder: str) -> None:
         # A new name each time: the server's caches go by the name, and requests under way keep the old one.
@@ -566,7 +529,7 @@ class OpenAIServer:
         self._do(self.endpoints.sleep)
 
     def wake_up(self) -> None:
-        """The opposite of `sleep`."""
+        """Undo `sleep`."""
         self._do(self.endpoints.wake_up)
 
     def _do(self, path: str, **body: Any) -> None:
@@ -578,7 +541,7 @@ def _whole(value: Any, below: int) -> bool:
 
 
 def _ids_from_names(tokens: Any) -> list[int]:
-    """Ids from tokens of the form "token_id:123" (vLLM's `return_tokens_as_token_ids`)."""
+    """Ids from "token_id:123" (vLLM's `return_tokens_as_token_ids`)."""
     if not isinstance(tokens, list) or not all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
         raise ValueError("the answer has no token ids; expected a server that knows `return_token_ids`")
     return [int(t.removeprefix("token_id:")) for t in tokens]
