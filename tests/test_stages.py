@@ -606,7 +606,7 @@ def test_code_that_a_run_folder_names_is_not_run(
         main(arguments)
     message = " ".join(capsys.readouterr().err.split())
     assert stop.value.code == 2
-    assert f"{path} names '{named}', code that would run now; read it, then say --trust-run-code" in message
+    assert f"{path} names '{named}', which would be used now; read it, then say --trust-run-code" in message
     assert not (copied / "run" / "ran").exists()
     with pytest.raises(SystemExit):
         main([*arguments, "--trust-run-code"])

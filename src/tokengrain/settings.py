@@ -175,10 +175,10 @@ def code_named_by(file: Path) -> Iterator[None]:
 
 
 def check_trusted(what: str) -> None:
-    """Raises `RunError` if `what`, code that is about to run, is named by a file that is not trusted."""
+    """Raises `RunError` if `what`, code that is about to run or a server to be asked, is named by an untrusted file."""
     if _named_by.get() is not None and not _trusted.get():
         raise RunError(
-            f"{_named_by.get()} names {what}, code that would run now; read it, then say --trust-run-code (from "
+            f"{_named_by.get()} names {what}, which would be used now; read it, then say --trust-run-code (from "
             "Python: trust_run_code=True)"
         )
 

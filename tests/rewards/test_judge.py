@@ -8,9 +8,10 @@ import pytest
 
 from tests.rewards.test_suite import WORDS, rollouts
 from tests.rollout.stub import serving
-from tokengrain.errors import RecipeError
+from tokengrain.errors import RecipeError, RunError
 from tokengrain.rewards.builtin import check_reward, make_reward
 from tokengrain.rewards.suite import RewardError, RewardSuite
+from tokengrain.settings import code_named_by, trust_run_code
 
 SCORES = dict(zip(WORDS, (1, 5.5, 10, 7)))
 
@@ -161,3 +162,19 @@ def test_settings():
     check_reward("judge", {**good, "api_key_env": "NO_SUCH_VARIABLE"})  # the key need not be there yet
     with serving(chat) as stub, pytest.raises(RewardError, match=r"the question names \['rubric'\]"):
         score(judge(stub, question="{rubric} {completion}"))
+
+
+def test_a_run_folder_that_is_not_trusted_reaches_no_server(tmp_path, monkeypatch):
+    """Its recipe could name any server, and any variable of this process as the key that it gets."""
+    monkeypatch.setenv("SOME_SECRET", "s3cret")
+    recipe = tmp_path / "recipe.yaml"
+    with serving(chat) as stub:
+        with (
+            code_named_by(recipe),
+            pytest.raises(RunError, match=r"names the server .*would be used now") as no,
+        ):
+            score(judge(stub, api_key_env="SOME_SECRET"))
+        assert not stub.requests
+        assert "s3cret" not in str(no.value)
+        with code_named_by(recipe), trust_run_code(True):
+            assert score(judge(stub)).total[2] == 1

@@ -31,7 +31,16 @@ from tokengrain.rollout.sampler import (
     derived_seed,
     occurrences,
 )
-from tokengrain.settings import Count, NonNegative, Positive, Whole, keyword_types, nearest, validate_settings
+from tokengrain.settings import (
+    Count,
+    NonNegative,
+    Positive,
+    Whole,
+    check_trusted,
+    keyword_types,
+    nearest,
+    validate_settings,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -92,6 +101,7 @@ class JsonClient:
         backoff: float = 0.5,
         api_key_env: str | None = None,
     ) -> None:
+        check_trusted(f"the server {url!r}")
         what = "the server's address holds a user or a query, which may be secrets; expected the key in api_key_env"
         require("@" not in url and "?" not in url, RecipeError, what)
         try:
