@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -149,10 +149,9 @@ def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> boo
     """Whether the output is there and the one wanted; an output made with something else is an error."""
     if not job.output.exists():
         return False
-    try:
+    stored: dict[str, Any] = {}
+    with suppress(RunError):
         stored = read_manifest(job.output)
-    except RunError:
-        stored = {}
     if {k: v for k, v in stored.items() if k != DIGEST} == manifest:
         return True
     found = differences(stored.get("fingerprints", {}), manifest["fingerprints"])
@@ -196,15 +195,13 @@ def _dataset(
     source: Any, rows: Rows | None, tokenizer: Any, config: TokenizeConfig | None
 ) -> tuple[PairDataset, Rows | None]:
     """The samples, and the rows they were made from (not known for a data set that is prepared already)."""
-    if isinstance(source, PairDataset):
-        dataset = source
-    else:
+    if not isinstance(source, PairDataset):
         rows = load_rows(source)
         expected = "rows that fit in memory"
         require(not rows.streaming, DataError, "a stream cannot be annotated", file=rows.name, expected=expected)
-        dataset = prepare_pairs(rows, tokenizer, config)
-    require(len(dataset), DataError, "there are no rows to annotate", file=dataset.name)
-    return dataset, rows
+        source = prepare_pairs(rows, tokenizer, config)
+    require(len(source), DataError, "there are no rows to annotate", file=source.name)
+    return source, rows
 
 
 def _originals(samples: Iterable[Sample], rows: Rows | None) -> list[Mapping[str, Any]]:
@@ -246,10 +243,14 @@ def column_name(role: str, name: str) -> str:
 
 def is_annotated(path: object) -> TypeGuard[str | Path]:
     """Whether `path` is a parquet file that `annotate` wrote."""
-    try:
-        return isinstance(path, (str, Path)) and METADATA in (pq.read_schema(path).metadata or {})
-    except (OSError, ValueError):  # absent, a folder, or not parquet
-        return False
+    return isinstance(path, (str, Path)) and METADATA in _metadata(path)
+
+
+def _metadata(path: str | Path) -> dict[bytes, bytes]:
+    """A parquet file's metadata; none where it is absent, a folder, or not parquet."""
+    with suppress(OSError, ValueError):  # pyarrow.ArrowInvalid is a ValueError
+        return pq.read_schema(path).metadata or {}
+    return {}
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -354,20 +355,13 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], key: str) -> None:
 
 def shard_matches(path: Path, key: str) -> bool:
     """Whether a finished shard with this key is there. A file that cannot be read is not one."""
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, ValueError):  # absent, or not parquet (pyarrow.ArrowInvalid is a ValueError)
-        return False
-    return metadata.get(METADATA) == key.encode()
+    return _metadata(path).get(METADATA) == key.encode()
 
 
 def merge(
     shards: Sequence[Path], rows: Sequence[Mapping[str, Any]], output: Path, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Put the rows and their shards together into `output`, one row group per shard, rows in input order.
-
-    Returns the manifest that is stored in the file: the given one with a digest of the rows' own columns.
-    """
+    """Put rows and shards together, one row group per shard; gives the manifest with a digest of the rows' columns."""
     for left in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         left.unlink()  # of a run that was killed while merging
     computed = pq.read_schema(shards[0]).remove_metadata()
@@ -405,11 +399,9 @@ def explain_full_disk(path: Path, done: int, total: int, shards: Path) -> Iterat
         if not full:
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise RunError(
-            f"the disk is full ({free:.0f} MiB free) while writing {path}; {done} of {total} shards are "
-            f"finished and kept in {shards}. Free some space and run the same command "
-            "again: it continues from there"
-        ) from error
+        kept = f"{done} of {total} shards are finished and kept in {shards}"
+        advice = "Free some space and run the same command again: it continues from there"
+        raise RunError(f"the disk is full ({free:.0f} MiB free) while writing {path}; {kept}. {advice}") from error
 
 
 def read_samples(path: str | Path) -> Iterator[Sample]:
@@ -446,10 +438,6 @@ def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
     column = table.column(name).combine_chunks()
     values = column.values.to_numpy(zero_copy_only=False)
     return [values[start:end] for start, end in pairwise(column.offsets.to_numpy())]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Computing the shards of an annotation: batches of even length through the sources, then a parquet file.
 
 
 @dataclass(frozen=True)
@@ -508,31 +496,29 @@ def compute_shards(job: Job, rank: int, size: int, progress: bool) -> None:
             written.result()
 
 
-def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict[str, list[list[np.ndarray]]]:
-    """Values of every quantity: `{name: [role][row in shard] -> float32 [n counted tokens]}`."""
+def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict[str, list[np.ndarray]]:
+    """Every computed column: per row of the shard one float32 per token, 0 where a token does not count."""
     rows = job.rows(shard)
     results = []
     for index in _batches(rows, job.max_tokens):
         batch = TokenBatch.from_samples([rows[i] for i in index])
         on_device = batch.to(job.device)
-        values = {}
         with torch.no_grad():
-            for name, quantity in job.quantities.items():
-                values[name] = _checked(job, name, quantity(on_device), batch).detach().float()
+            found = {name: quantity(on_device) for name, quantity in job.quantities.items()}
+        values = {name: _checked(job, name, value, batch).detach().float() for name, value in found.items()}
         results.append((index, values, batch))
         advance(batch.n_tokens)
-    out: dict[str, list[list[np.ndarray]]] = {
-        name: [[np.empty(0, np.float32)] * len(rows) for _ in job.roles] for name in job.quantities
-    }
+    names = [column_name(role, name) for name in job.quantities for role in job.roles]
+    out = {name: [np.empty(0, np.float32)] * len(rows) for name in names}
     # Only here: reading a value earlier would stop the GPU after every batch.
     for index, values, batch in results:
         cuts = batch.segments.offsets[1:-1].tolist()
         for name, tensor in values.items():
-            parts = np.split(tensor.cpu().numpy(), cuts)
-            for position, part in enumerate(parts):
-                row, role = index[position // len(job.roles)], position % len(job.roles)
-                _check_finite(job, rows[row].row, column_name(job.roles[role], name), part)
-                out[name][role][row] = part
+            for position, part in enumerate(np.split(tensor.cpu().numpy(), cuts)):
+                place, side = divmod(position, len(job.roles))
+                row, column = rows[index[place]], column_name(job.roles[side], name)
+                _check_finite(job, row.row, column, part)
+                out[column][index[place]] = _spread(row.completions[side].counted, part)
     return out
 
 
@@ -565,13 +551,9 @@ def _check_finite(job: Job, row: int | str, field: str, values: np.ndarray) -> N
         raise DataError(what, file=job.name, row=row, field=field, value=value, expected="finite numbers")
 
 
-def _write(job: Job, shard: int, columns: Mapping[str, list[list[np.ndarray]]]) -> None:
-    rows, path = job.rows(shard), job.path(shard)
-    table = token_columns(rows, job.roles, job.holes)
-    for name, by_role in columns.items():
-        for index, role in enumerate(job.roles):
-            parts = [_spread(rows[i].completions[index].counted, p) for i, p in enumerate(by_role[index])]
-            table[column_name(role, name)] = list_column(parts)
+def _write(job: Job, shard: int, columns: Mapping[str, list[np.ndarray]]) -> None:
+    path, table = job.path(shard), token_columns(job.rows(shard), job.roles, job.holes)
+    table |= {name: list_column(parts) for name, parts in columns.items()}
     with explain_full_disk(path, job.finished(), job.n_shards, job.folder):
         write_shard(path, table, job.key)
 
@@ -593,16 +575,11 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with tokens per second."""
     percent = TextColumn("{task.percentage:>3.0f}%")
     columns = (TextColumn("{task.description}"), BarColumn(), percent, _Speed(), TimeRemainingColumn())
     with Progress(*columns, console=Screen(stderr=True), disable=not show) as bar:
         task = bar.add_task("annotate", total=total, completed=done)
         yield lambda tokens: bar.advance(task, tokens)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The processes that share one annotation: how many there are, and that they fail together.
 
 
 def world() -> tuple[int, int]:

@@ -157,8 +157,8 @@ def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int
     require(tokenizer is not None, RecipeError, missing)
     if isinstance(model, nn.Module):
         config: Any = getattr(model, "config", None)
-        device = device or next(model.parameters()).device
-        return model, tokenizer, device, positions_of(config) if config is not None else None
+        positions = positions_of(config) if config is not None else None
+        return model, tokenizer, device or next(model.parameters()).device, positions
     kind = type(model).__name__
     require(callable(model), ModelError, f"model is {kind}; expected a path, a reward model or a credit source")
     return model, tokenizer, device or "cpu", None
@@ -196,10 +196,9 @@ def _candidates(
     ready: list[Ready] = []
     for number, row, several in examples:
         found = list(islice(encoded, len(several)))
-        bad = next((e for e in found if isinstance(e, RowError)), None)
-        if bad is not None:
-            errors.append((number, bad))
-        else:
+        bad = [(number, e) for e in found if isinstance(e, RowError)]
+        errors += bad[:1]
+        if not bad:
             ready.append((number, row, [e.sample for e in found if isinstance(e, Encoded)]))
     if errors and tokenize.on_invalid == "error":
         number, first = min(errors, key=lambda e: e[0])
@@ -250,7 +249,6 @@ def _saving(target: Path) -> Iterator[Any]:
 
 @contextmanager
 def _bar(wanted: bool, what: str) -> Iterator[Callable[[int], None]]:
-    """A count of rows on a terminal; yields what to call after each group."""
     quiet = not wanted or not sys.stderr.isatty()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Screen(stderr=True), transient=True, disable=quiet) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,14 +25,12 @@ from tokengrain.data.tokens import Clock, tokenizer_fingerprint
 from tokengrain.errors import DataError, fingerprint
 from tokengrain.screen import Screen
 
-# ----------------------------------------------------------------------------------------------------
-# Samples in flat arrays: 4 bytes per token where a list of ints takes about 36.
-
 
 class SampleStore(Sequence[Sample]):
     """A growing sequence of samples, all of one kind; they are made when asked for, so changing one changes nothing."""
 
     def __init__(self) -> None:
+        # Flat arrays: 4 bytes per token where a list of ints takes about 36.
         self._ids = array("i")
         self._counted = array("b")
         self._columns: dict[str, array[float]] = {}
@@ -114,12 +113,12 @@ class Report:
     """What became of the rows of a source: how many were kept, skipped and cut, and why."""
 
     kept: int = 0  # samples made
-    skipped: dict[str, int] = field(default_factory=dict)  # rows left out, by reason
+    skipped: Counter[str] = field(default_factory=Counter)  # rows left out, by reason
     first: dict[str, str] = field(default_factory=dict)  # for each reason, the message about the first such row
     prompts_cut: int = 0
     completions_cut: int = 0
     without_spans: int = 0  # pairs that were kept although spans were looked for and none was found
-    dropped: dict[str, int] = field(default_factory=dict)  # rows by what the chat template left out of them
+    dropped: Counter[str] = field(default_factory=Counter)  # rows by what the chat template left out of them
     ended: int = 0  # texts that ended in a special token before EOS was added
 
     @property
@@ -142,27 +141,24 @@ class Report:
         self.completions_cut += result.completions_cut
         self.without_spans += result.spanless
         self.ended += result.ended
-        for name in result.dropped:
-            self.dropped[name] = self.dropped.get(name, 0) + 1
+        self.dropped.update(result.dropped)
 
     def skip(self, reason: str, message: str) -> None:
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self.skipped[reason] += 1
         self.first.setdefault(reason, message)
 
     def __str__(self) -> str:
-        parts = [f"{self.kept} of {self.rows} rows"]
-        if self.skipped:
-            parts.append(f"skipped: {self.reasons}")
-        if self.prompts_cut or self.completions_cut:
-            parts.append(f"cut: {self.prompts_cut} prompts, {self.completions_cut} completions")
-        if self.without_spans:
-            parts.append(f"{self.without_spans} pairs without a span")
-        if self.dropped:
-            lost = ", ".join(f"{name} of {count} rows" for name, count in self.dropped.items())
-            parts.append(f"the chat template drops {lost}")
-        if self.ended:
-            parts.append(f"{self.ended} texts end in a special token already; EOS was added behind it")
-        return "; ".join(parts)
+        cut = self.prompts_cut or self.completions_cut
+        lost = ", ".join(f"{name} of {count} rows" for name, count in self.dropped.items())
+        parts = (
+            (True, f"{self.kept} of {self.rows} rows"),
+            (self.skipped, f"skipped: {self.reasons}"),
+            (cut, f"cut: {self.prompts_cut} prompts, {self.completions_cut} completions"),
+            (self.without_spans, f"{self.without_spans} pairs without a span"),
+            (self.dropped, f"the chat template drops {lost}"),
+            (self.ended, f"{self.ended} texts end in a special token already; EOS was added behind it"),
+        )
+        return "; ".join(text for happened, text in parts if happened)
 
 
 def all_invalid(rows: Rows, report: Report, number: int, error: RowError) -> DataError:
@@ -178,8 +174,7 @@ def all_invalid(rows: Rows, report: Report, number: int, error: RowError) -> Dat
     return error.located(*rows.place(number), note)
 
 
-# Fewer rows than this are tokenised before a progress bar could be read.
-PROGRESS_ROWS = 2000
+PROGRESS_ROWS = 2000  # fewer are tokenised before a progress bar could be read
 
 
 class PairDataset(Dataset[Sample]):
@@ -289,25 +284,12 @@ class IterablePairDataset(IterableDataset[Sample]):
         workers, worker_id = (worker.num_workers, worker.id) if worker is not None else (1, 0)
         shards, shard = self._world_size * workers, self._rank * workers + worker_id
         start, self._start = self._start, 0
-        self.report, columns = Report(), None
-        first_invalid: tuple[int, RowError] | None = None
+        self.report = Report()
         ours = ((n, row) for n, row in self.rows if n >= start and n % shards == shard)
-        for number, result in _encoded(ours, self._encoder):
+        for number, sample in _samples(ours, self._encoder, self.rows, self.report):
             self._next_row = number + 1
-            if isinstance(result, Encoded):
-                columns = tuple(result.sample.completions[0].columns) if columns is None else columns
-                result = _same_columns(result, columns)
-            if isinstance(result, RowError):
-                error = result.located(*self.rows.place(number))
-                if not self._encoder.config.skips(result):
-                    raise error from result
-                self.report.skip(result.reason, str(error))
-                first_invalid = first_invalid or (number, result)
-                continue
-            self.report.add(result)
-            yield result.sample
-        if first_invalid is not None and not self.report.kept:
-            raise all_invalid(self.rows, self.report, *first_invalid) from first_invalid[1]
+            if sample is not None:
+                yield sample
 
 
 Config = TokenizeConfig | None
@@ -367,9 +349,7 @@ def prepare_sft(
     return _prepare(source, tokenizer, config, single_example, model_positions)
 
 
-def collate(samples: list[Sample]) -> TokenBatch:
-    """Samples -> `TokenBatch`; for `DataLoader(collate_fn=...)`."""
-    return TokenBatch.from_samples(samples)
+collate = TokenBatch.from_samples  # for `DataLoader(collate_fn=...)`
 
 
 def _prepare(
@@ -386,22 +366,11 @@ def _prepare(
         parts = [rows.fingerprint, tokenizer_fingerprint(tokenizer, config), parse.__name__]
         return IterablePairDataset(rows, encoder, fingerprint(parts))
     samples, report = SampleStore(), Report()
-    first_invalid: tuple[int, RowError] | None = None
     with _progress(f"tokenising {rows.name}", len(rows)) as advance:
-        for number, result in _encoded(rows, encoder):
+        for _, sample in _samples(rows, encoder, rows, report):
             advance()
-            if isinstance(result, Encoded) and len(samples):
-                result = _same_columns(result, samples.columns)
-            if isinstance(result, RowError):
-                report.skip(result.reason, str(result.located(*rows.place(number))))
-                # One that may not be skipped goes before those that may.
-                if first_invalid is None or (config.skips(first_invalid[1]) and not config.skips(result)):
-                    first_invalid = number, result
-                continue
-            samples.append(result.sample)
-            report.add(result)
-    if first_invalid is not None and not (config.skips(first_invalid[1]) and report.kept):
-        raise all_invalid(rows, report, *first_invalid) from first_invalid[1]
+            if sample is not None:
+                samples.append(sample)
 
     def remake(now: datetime) -> PairDataset:
         return cast(PairDataset, _prepare(rows, tokenizer, config, parse, model_positions, Clock(now)))
@@ -412,9 +381,33 @@ def _prepare(
     return dataset
 
 
-def _encoded(rows: Iterable[tuple[int, Any]], encoder: ExampleEncoder) -> Iterator[tuple[int, Encoded | RowError]]:
-    """The result for each row, in order, tokenised in groups."""
-    source = iter(rows)
+def _samples(
+    numbered: Iterable[tuple[int, Any]], encoder: ExampleEncoder, rows: Rows, report: Report
+) -> Iterator[tuple[int, Sample | None]]:
+    """(number, sample; None for an invalid row), tokenised in groups. Only a stream raises before the end."""
+    source, columns, config = iter(numbered), None, encoder.config
+    first: tuple[int, RowError] | None = None
+    for number, result in _encoded(source, encoder):
+        if isinstance(result, Encoded):
+            columns = tuple(result.sample.completions[0].columns) if columns is None else columns
+            result = _same_columns(result, columns)
+        if isinstance(result, Encoded):
+            report.add(result)
+            yield number, result.sample
+            continue
+        error = result.located(*rows.place(number))
+        if rows.streaming and not config.skips(result):
+            raise error from result
+        report.skip(result.reason, str(error))
+        # One that may not be skipped goes before those that may.
+        if first is None or (config.skips(first[1]) and not config.skips(result)):
+            first = number, result
+        yield number, None
+    if first is not None and not (config.skips(first[1]) and report.kept):
+        raise all_invalid(rows, report, *first) from first[1]
+
+
+def _encoded(source: Iterator[tuple[int, Any]], encoder: ExampleEncoder) -> Iterator[tuple[int, Encoded | RowError]]:
     while group := list(islice(source, BATCH_ROWS)):
         yield from zip((n for n, _ in group), encoder(group))
 

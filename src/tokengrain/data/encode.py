@@ -97,8 +97,8 @@ class ExampleEncoder:
         sample = Sample(kept_prompt, completions, row=work.number, raw=example.raw)
         dropped = tuple(dict.fromkeys(name for r in rendered for name in r.dropped))
         # The text of a rendered template, to which EOS was added behind its end-of-turn token.
-        plain = [(r, t) for r, t in zip(rendered, tokens) if not r.special and self.encoder.tail(r, t)]
-        ended = sum(r.text.rstrip().endswith(self.renderer.end_marks) for r, _ in plain)
+        plain = [r for r, t in zip(rendered, tokens) if not r.special and self.encoder.tail(r, t)]
+        ended = sum(r.text.rstrip().endswith(self.renderer.end_marks) for r in plain)
         cut_prompt = len(kept_prompt) < len(prompt)
         return Encoded(sample, example.prefix[0], cut_prompt, n_cut, spanless, dropped, ended)
 

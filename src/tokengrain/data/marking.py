@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tokengrain.data.config import RowError, check
 from tokengrain.data.formats import CanonicalRow, Content, check_misspelt, content
-from tokengrain.data.spans import WORD, SpanConfig, TagError, diff_spans, strip_tags, tagged_stretches
+from tokengrain.data.spans import WORD, Level, SpanConfig, TagError, diff_spans, strip_tags, tagged_stretches
 from tokengrain.data.tokens import Rendered, Tokens
 
 # Log-probabilities are at most 0, give or take rounding.
@@ -256,7 +256,7 @@ class SpanMarker:
         return [[{"start": s[0], "end": s[1]} if _is_two(s) else s for s in spans] for spans in sides]
 
     def _diff(self, sides: Sequence[Marked]) -> list[list[float]]:
-        units = [_words(side) if self.config.level == "word" else _tokens(side) for side in sides]
+        units = [list(_units(side, self.config.level)) for side in sides]
         options = {name: getattr(self.config, name) for name in ("min_match_size", "keep_one_sided", "autojunk")}
         marks = diff_spans(*([unit for unit, _ in found] for found in units), **options)
         columns = []
@@ -316,23 +316,15 @@ def _bodies(side: Marked) -> Iterator[_Place]:
         yield _Place(number, start, end)
 
 
-def _words(side: Marked) -> list[tuple[Hashable, _Place]]:
-    text = side.rendered.text
-    return [
-        (word.group(), _Place(body.message, *word.span()))
-        for body in _bodies(side)
-        for word in WORD.finditer(text, body.start, body.end)
-    ]
-
-
-def _tokens(side: Marked) -> list[tuple[Hashable, _Place]]:
-    """The tokens that hold characters of the completion's texts, by their place in `side.counted`."""
-    ids = side.tokens.ids
-    return [
-        (ids[side.counted[index]], _Place(body.message, index, index + 1))
-        for body in _bodies(side)
-        for index in tokens_of(body.start, body.end, side.tokens, side.counted)
-    ]
+def _units(side: Marked, level: Level) -> Iterator[tuple[Hashable, _Place]]:
+    """What is compared: words by their characters, or the ids of tokens by their place in `side.counted`."""
+    for body in _bodies(side):
+        if level == "word":
+            for word in WORD.finditer(side.rendered.text, body.start, body.end):
+                yield word.group(), _Place(body.message, *word.span())
+        else:
+            for index in tokens_of(body.start, body.end, side.tokens, side.counted):
+                yield side.tokens.ids[side.counted[index]], _Place(body.message, index, index + 1)
 
 
 def _column(row: Mapping[str, Any], field: str) -> list[Any]:

@@ -36,8 +36,9 @@ from tokengrain.data.config import RowError
 from tokengrain.data.folders import choose_split, file_kind, files_of, files_of_pattern
 from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerprint, require, shown
 
-# ----------------------------------------------------------------------------------------------------
-# Files of text as bytes and numbered lines, gunzipped; damage is a `DataError` that says where it is.
+# Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, each also gzipped. Every reader is a
+# generator of `Record`s that holds one row, line or batch in memory, never the file. Damage is a `DataError` that says
+# where in the file it is.
 
 
 R = TypeVar("R", bound="Rows")
@@ -88,9 +89,6 @@ def _utf8_error(where: str, error: UnicodeDecodeError, **details: Any) -> DataEr
     what = f"broken UTF-8 {where}: {error.reason}"
     return DataError(what, value=around, expected="text encoded as UTF-8", **details)
 
-
-# ----------------------------------------------------------------------------------------------------
-# Rows of JSON: lines, or one array that is decoded row by row as it is read.
 
 CHUNK = 1 << 20
 # A JSON error nearer than this to the end of what was read may only mean that more must be read.
@@ -206,25 +204,14 @@ def _json_error(path: Path, row: int, line: int, column: int, text: str, positio
     return DataError(what, file=path, row=row, value=around, expected="one JSON object per row")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, each also gzipped.
-#
-# Every reader is a generator of `Record`s that holds one row, line or batch in memory, never the file.
-# Damage is a `DataError` that says where in the file it is.
-
-
 def read_file(path: Path) -> Iterator[Record]:
     """The rows of one file."""
-    expected = ".jsonl, .json, .csv or .parquet (each also with .gz)"
-    suffixes = "".join(path.suffixes)
-    require(file_kind(path), DataError, "is not of a known format", file=path, value=suffixes, expected=expected)
-    readers: dict[str, Callable[[Path], Iterator[Record]]] = {
-        "jsonl": read_jsonl,
-        "json": read_json,
-        "csv": _read_csv,
-        "parquet": _read_parquet,
-    }
-    return readers[str(file_kind(path))](path)
+    readers = {"jsonl": read_jsonl, "json": read_json, "csv": _read_csv, "parquet": _read_parquet}
+    kind = file_kind(path)
+    if kind is None:
+        suffixes, expected = "".join(path.suffixes), ".jsonl, .json, .csv or .parquet (each also with .gz)"
+        raise DataError("is not of a known format", file=path, value=suffixes, expected=expected)
+    return readers[kind](path)
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -358,6 +345,8 @@ class StoredRows(Rows):
         return len(self._numbers)
 
     def _read(self) -> Iterator[tuple[int, Any]]:
+        if isinstance(self._numbers, range):  # all of them: a `datasets.Dataset` is read faster in order
+            return enumerate(self._items)
         return ((n, self._items[n]) for n in self._numbers)
 
     def subset(self, positions: Sequence[int]) -> StoredRows:

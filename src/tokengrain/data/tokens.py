@@ -254,9 +254,8 @@ class Renderer:
 
         The prompt's messages end at `written`, the first turn begins at `start`.
         """
-        heading, whole = text[written:start].lstrip(), prompt[written:].lstrip()
+        heading, whole, turns = text[written:start].lstrip(), prompt[written:].lstrip(), list[Span]()
         mark = next((m for m in self.end_marks if text.rstrip().endswith(m)), "")
-        turns: list[Span] = []
         at = text.find(heading, written) if heading.strip() and mark else -1
         while at >= 0:
             first = at + common_length(text[at:], whole) if turns else start
@@ -350,11 +349,7 @@ def _has_word(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
-# ----------------------------------------------------------------------------------------------------
-# Text -> token ids, and where among the tokens a position in the text lies.
-
-# How byte-level tokenizers write a space.
-SPACE = "Ġ"
+SPACE = "Ġ"  # how byte-level tokenizers write a space
 
 
 @dataclass
@@ -486,8 +481,8 @@ def seam(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
 def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) -> str:
     """16 hex digits that identify what a tokenizer does, with the settings of `config` that change tokens or spans."""
     if tokenizer.is_fast:
+        # Truncation and padding are what the last call asked for, not what the tokenizer is.
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # What the last call asked for, not what the tokenizer is.
         rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
@@ -501,10 +496,6 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
         if config.span_config is not None:
             parts.append(config.span_config.describe())
     return fingerprint(parts)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Stop strings: where a completion ends that has none of the stop tokens.
 
 
 class StopStrings:
