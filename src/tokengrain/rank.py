@@ -98,7 +98,10 @@ def rank(
             ready = _candidates(group, encoder, rows, tokenize, result)
             found = _scored([c for _, _, c in ready], source, pooling, budget, device)
             for (number, row, candidates), values in zip(ready, found, strict=True):
-                ranked = {**row, "scores": values, "best": _best(values, rows.place(number))}
+                if not all(map(math.isfinite, values)):
+                    at, line = rows.place(number)
+                    raise DataError("a score is not finite", file=at, row=line, value=values, expected="finite numbers")
+                ranked = {**row, "scores": values, "best": values.index(max(values))}
                 stream.write(json.dumps(ranked, ensure_ascii=False, default=str) + "\n")
                 if "chosen" in row and "completions" not in row:
                     scores += values
@@ -230,12 +233,6 @@ def _merged(samples: Sequence[Sample]) -> list[Sample]:
         return list(samples)
     raw = {"prompt": first.raw["prompt"]} if "prompt" in first.raw else {}
     return [Sample(first.prompt_ids, [c for s in samples for c in s.completions], row=first.row, raw=raw)]
-
-
-def _best(values: list[float], place: tuple[str, str]) -> int:
-    finite, where = all(map(math.isfinite, values)), {"file": place[0], "row": place[1]}
-    require(finite, DataError, "a score is not finite", **where, value=values, expected="finite numbers")
-    return values.index(max(values))
 
 
 @contextmanager

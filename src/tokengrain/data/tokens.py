@@ -117,9 +117,8 @@ class Renderer:
         )
         messages = example.messages
         text = self._render(example, messages, "prompt", True)
-        names = _names(example.tools)
         ignored = example.tools and self._render(replace(example, tools=None), messages, "prompt", True) == text
-        lacks = [("tools", "tools", name) for name in names if ignored or not _has_word(text, name)]
+        lacks = [("tools", "tools", n) for n in _names(example.tools) if ignored or not _has_word(text, n)]
         for number, message in enumerate(messages):
             if message["role"] == "assistant":  # templates leave earlier reasoning out on purpose
                 said = (message.get("content") or "").rpartition("</think>")[2]
@@ -282,9 +281,8 @@ class Renderer:
                 yield from ((key, name) for name in names if not (named and _has_word(text, name)))
 
     def _without_tail(self, text: str, turn: Span) -> Span:
-        start, end = turn
-        stripped = text[start:end].rstrip()
-        return (start, start + len(stripped)) if stripped.endswith(self.end_marks) else turn
+        stripped = text[slice(*turn)].rstrip()
+        return (turn[0], turn[0] + len(stripped)) if stripped.endswith(self.end_marks) else turn
 
 
 def template_text(template: str | None) -> str | None:
