@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -27,18 +27,21 @@ TRAINED = {"aligndistil": "teacher_kl", "qrm": "token_scores"}
 """The quantity that carries the gradient, where it is not logps."""
 
 
-def _vectors(names: Sequence[str]) -> list[dict[str, Tensor]]:
+def _vectors(objective: BoundObjective, names: Iterable[str]) -> list[dict[str, Tensor]]:
     """Per pair: flat vectors of all quantities."""
     generator = torch.Generator().manual_seed(3)
-    return [
+    drawn = [
         {name: torch.randn(sum(pair), dtype=F64, generator=generator) for name in ("logps", *names)} for pair in LENGTHS
     ]
+    if objective.name == "ti_dpo":  # its token rewards are importances, which are at least 0
+        drawn = [pair | {"token_rewards": pair["token_rewards"].abs()} for pair in drawn]
+    return drawn
 
 
 def _step(objective: BoundObjective, normaliser: str, cut: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradient per pair of a step whose pairs are cut into the given micro-batches."""
     names, trained = {objective.main, *objective.needs}, TRAINED.get(objective.name, "logps")
-    pairs = _vectors(sorted(objective.needs))
+    pairs = _vectors(objective, sorted(objective.needs))
     for p in pairs:
         p |= {"token_scores": p["logps"]}
         p[trained] = p[trained].clone().requires_grad_()
@@ -78,7 +81,9 @@ def test_padding_does_not_matter(name: str, garbage: float) -> None:
     segments = Segments.from_lengths(lengths)
     counts = Counts.of(segments, pairs=objective.unit == "pairs")
     trained = TRAINED.get(name, "logps")
-    flat = {n: torch.cat([p[n] for p in _vectors(sorted(objective.needs))]) for n in ("logps", *objective.needs)}
+    flat = {
+        n: torch.cat([p[n] for p in _vectors(objective, sorted(objective.needs))]) for n in ("logps", *objective.needs)
+    }
     flat = {objective.main if n == "logps" else n: values for n, values in flat.items()}
     expected = make_normaliser("mean")(objective(segments=segments, **flat), counts)
     width, mask = 14, torch.zeros(len(lengths), 14, dtype=torch.bool)

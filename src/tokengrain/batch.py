@@ -2,11 +2,9 @@
 
 A preference pair is a prompt with two completions (chosen first, rejected second), a group of samples a
 prompt with G. Per-token quantities are *flat* vectors `[N]` over the completion tokens that count, in
-order; `Segments` knows which completion each of them belongs to. The shift between a token and the
-position that predicts it is done in `tokengrain.scoring` alone; nothing else pads, masks or shifts.
-
-Tool output or a user's turn inside a completion stays in `completion_ids`, where it is context, and is
-not in the flat vectors: `counted` is False there.
+order; `Segments` knows which completion each of them belongs to. Only `tokengrain.scoring` shifts between a token
+and the position that predicts it. Tool output or a user's turn inside a completion is context, and not in the flat
+vectors: `counted` is False there.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ import torch
 from torch import Tensor
 
 
-def offsets_of(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
+def offsets_of(lengths: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
     """Where segments of these lengths begin and end in a flat vector, long `[C + 1]`."""
-    ends = torch.tensor([0, *lengths], dtype=torch.long).cumsum(0)
-    return ends.to(device) if device is not None else ends
+    lengths = torch.as_tensor(lengths, dtype=torch.long, device=device)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,7 @@ class Segments:
 
     def narrow(self, keep: Tensor) -> Segments:
         """The segments of `values[keep]`, `keep` bool `[N]`; a segment that loses all its tokens stays, empty."""
-        kept = self.sum(keep.long())
-        return Segments(torch.cat([kept.new_zeros(1), kept.cumsum(0)]))
+        return Segments(offsets_of(self.sum(keep.long())))
 
     def split(self, values: Tensor) -> list[Tensor]:
         """The segments as a list of C tensors (views)."""
@@ -124,8 +121,7 @@ class Segments:
         What stands at masked positions is never read, so it may be NaN or infinite.
         """
         mask = mask.bool()
-        offsets = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)])
-        return values[mask], Segments(offsets)
+        return values[mask], Segments(offsets_of(mask.sum(1)))
 
     def _checked(self, values: Tensor) -> Tensor:
         _check_length("flat vector", values, self.total)
@@ -148,7 +144,7 @@ def _check_length(what: str, values: Any, expected: int, unit: str = "tokens", o
 def first_fit(sizes: Sequence[int], max_tokens: int | None) -> list[list[int]]:
     """Indices of `sizes` in bins of at most `max_tokens` (None: one bin): largest first into the first with room.
 
-    Close to the fewest bins. A size beyond the limit gets a bin of its own.
+    A size beyond the limit gets a bin of its own.
     """
     if max_tokens is None:
         return [list(range(len(sizes)))] if sizes else []
@@ -293,8 +289,7 @@ class TokenBatch:
     @cached_property
     def segments(self) -> Segments:
         """Segments of the flat `[N]` vectors, one per completion."""
-        per_completion = Segments(self.completion_offsets).sum(self.counted.long())
-        return Segments(torch.cat([per_completion.new_zeros(1), per_completion.cumsum(0)]))
+        return Segments(self.completion_offsets).narrow(self.counted)
 
     @cached_property
     def labels(self) -> Tensor:
@@ -353,9 +348,9 @@ class TokenBatch:
         return replace(
             self,
             prompt_ids=self.prompt_ids[_gather_index(self.prompt_offsets, prompts)],
-            prompt_offsets=offsets_of(self.prompt_offsets.diff()[prompts].tolist(), self.device),
+            prompt_offsets=offsets_of(self.prompt_offsets.diff()[prompts]),
             completion_ids=self.completion_ids[tokens],
-            completion_offsets=offsets_of(self.completion_offsets.diff()[chosen].tolist(), self.device),
+            completion_offsets=offsets_of(self.completion_offsets.diff()[chosen]),
             counted=self.counted[tokens],
             group=torch.tensor([i for i, g in enumerate(prompts) for _ in by_group[g]], device=self.device).long(),
             columns={k: v[flat] for k, v in self.columns.items()},

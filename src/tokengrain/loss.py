@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,37 +22,27 @@ class LossOutput:
     """Losses before any normalisation: a normaliser turns them into the scalar that is optimised.
 
     Attributes:
-        losses: one per pair `[P]` or per completion `[C]` (see `unit`), in nats, with gradient.
-        metrics: detached values for logging, one per pair `[P]` (per completion `[C]`) each; what is
-            logged for a step is their mean over all pairs (completions) of the step.
-        token_losses: an extra term, one value per token it is about, already weighted. Whatever the
-            normaliser, it adds its sum divided by the number of `token_unit` in the whole optimiser step:
-            a mean over tokens that does not depend on how the step is cut into micro-batches.
-        unit: what `losses` has one of.
-        token_unit: what `token_losses` has one of: all counted tokens, or those of chosen completions.
-        tokens: detached values per counted token `[N]`, for pictures of single completions, for example
-            "ratio" and "clipped". They are not logged.
+        losses: one per pair `[P]` or per completion `[C]`, in nats, with gradient.
+        metrics: detached values for logging, one per pair (completion) each; their mean over the step is logged.
+        token_losses: an extra term, one value per token it is about, already weighted. Whatever the normaliser, it adds
+            its sum divided by the number of `token_unit` in the whole optimiser step.
+        tokens: detached values per counted token `[N]`, for pictures of single completions; not logged.
     """
 
     losses: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     token_losses: Tensor | None = None
-    unit: Unit = "pairs"
-    token_unit: TokenUnit = "chosen_tokens"
+    unit: Unit = "pairs"  # what `losses` has one of
+    token_unit: TokenUnit = "chosen_tokens"  # what `token_losses` has one of: all counted tokens, or the chosen ones
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 # ---- From losses per pair to the scalar that is optimised, independent of how the batch is cut.
 #
-# One optimiser step sees some pairs, on some ranks, in some micro-batches. For every micro-batch
-#
-#     loss = normaliser(output, counts),   counts = those of the whole step (all micro-batches, all ranks),
-#
-# and the loss of the step is the SUM of these over its micro-batches and ranks; so are the gradients. The
-# caller must therefore not divide by the number of micro-batches, and where gradients are averaged over
-# ranks (DDP, FSDP) must multiply by their number.
-#
-# Given losses l_i of U units (pairs or completions), of P prompts, with N counted tokens in the whole step:
+# For every micro-batch loss = normaliser(output, counts of the whole step, all micro-batches and ranks). The loss of
+# the step, and its gradient, is the SUM over micro-batches and ranks: callers do not divide by the number of
+# micro-batches, and multiply by the ranks where gradients are averaged over these (DDP, FSDP). Given losses l_i of U
+# units (pairs or completions), of P prompts, with N counted tokens in the whole step:
 #
 #     mean         sum_i l_i / U           (default; the objective as the papers write it)
 #     token_mean   sum_i l_i / N           (a step weighs by its tokens; for losses that are sums over tokens)
@@ -60,30 +50,21 @@ class LossOutput:
 #     constant     sum_i l_i / constant    (a fixed divisor, as Dr. GRPO's)
 #     sum          sum_i l_i
 #
-# `token_losses`, where an objective has them, always add their sum divided by the step's number of such
-# tokens: they are defined as a token mean.
+# `token_losses` always add their sum divided by the step's number of such tokens.
 
 NormaliserName = Literal["mean", "token_mean", "prompt_mean", "constant", "sum"]
-NORMALISERS: tuple[NormaliserName, ...] = ("mean", "token_mean", "prompt_mean", "constant", "sum")
+NORMALISERS: tuple[NormaliserName, ...] = get_args(NormaliserName)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a batch holds; added up over micro-batches and ranks.
+    """What a batch holds; added up over micro-batches and ranks."""
 
-    Attributes:
-        pairs: preference pairs (0 if the completions do not come in pairs).
-        completions: completions.
-        tokens: counted tokens.
-        chosen_tokens: counted tokens of the chosen completions (0 without pairs).
-        prompts: prompts (0 where nobody counted them).
-    """
-
-    pairs: int = 0
+    pairs: int = 0  # 0 if the completions do not come in pairs
     completions: int = 0
-    tokens: int = 0
-    chosen_tokens: int = 0
-    prompts: int = 0
+    tokens: int = 0  # counted ones
+    chosen_tokens: int = 0  # those of chosen completions
+    prompts: int = 0  # 0 where nobody counted them
 
     @classmethod
     def of(cls, segments: Segments, *, pairs: bool, prompts: int = 0) -> Counts:
@@ -109,18 +90,11 @@ Normaliser = Callable[[LossOutput, Counts], Tensor]
 
 
 def make_normaliser(name: NormaliserName = "mean", constant: float | None = None) -> Normaliser:
-    """A normaliser by name; `constant` is the divisor of "constant" and of no other.
-
-    Raises:
-        RecipeError: an unknown name, or a constant that is missing, not positive, or not wanted.
-    """
-    known, got = name in NORMALISERS, f"got {constant!r}"
-    require(known, RecipeError, f"normaliser: unknown name {name!r}{nearest(name, NORMALISERS)}")
-    if name == "constant":
-        positive = constant is not None and constant > 0
-        require(positive, RecipeError, f"normaliser 'constant' needs a positive normaliser_constant, {got}")
-    else:
-        require(constant is None, RecipeError, f"normaliser {name!r} takes no normaliser_constant, {got}")
+    """A normaliser by name; `constant` is the divisor of "constant" and of no other. Raises RecipeError."""
+    require(name in NORMALISERS, RecipeError, f"normaliser: unknown name {name!r}{nearest(name, NORMALISERS)}")
+    what = "needs a positive" if name == "constant" else "takes no"
+    fine = constant is not None and constant > 0 if name == "constant" else constant is None
+    require(fine, RecipeError, f"normaliser {name!r} {what} normaliser_constant, got {constant!r}")
 
     def normalise(output: LossOutput, counts: Counts) -> Tensor:
         if name == "prompt_mean" and counts.completions and not counts.prompts:
@@ -137,9 +111,7 @@ def make_normaliser(name: NormaliserName = "mean", constant: float | None = None
 
 # ---- Which tokens to train on: the best of a chosen completion, the worst of a rejected one (arXiv 2408.13518).
 #
-# Selection is per completion, never across a batch, and works on any token credit `[N]`. Completions are pairs:
-# even ones chosen, odd ones rejected. For the ablations of the paper feed other values: random ones, or the
-# negated credit.
+# Selection is per completion, never across a batch. Completions are pairs: even ones chosen, odd ones rejected.
 
 
 def select_tokens(
@@ -152,19 +124,13 @@ def select_tokens(
 ) -> Tensor:
     """The highest share of every chosen and the lowest share of every rejected completion: bool `[N]`.
 
-    Of n tokens max(1, floor(share * n)) are taken; among equal values the earliest. A completion without
-    tokens gives none.
+    Of n tokens max(1, floor(share * n)) are taken; among equal values the earliest.
 
     Args:
         values: token credit `[N]`, without NaN.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
-        chosen: share of a chosen completion's tokens, in (0, 1].
-        rejected: the same for rejected completions.
+        chosen, rejected: share of a chosen and of a rejected completion's tokens, in (0, 1].
         score_first_token: False leaves out the first token of every completion, which then does not count
             in n either, as in the authors' code.
-
-    Raises:
-        ValueError: a share outside (0, 1], or NaN in `values`.
     """
     for name, share in (("chosen", chosen), ("rejected", rejected)):
         if not 0 < share <= 1:
@@ -176,7 +142,11 @@ def select_tokens(
         selected = torch.zeros_like(rest)
         selected[rest] = select_tokens(values[rest], segments.narrow(rest), chosen=chosen, rejected=rejected)
         return selected
-    return token_ranks(values, segments) < segments.broadcast(_wanted(segments, chosen, rejected))
+    lengths = segments.lengths.double()
+    even = torch.arange(len(segments), device=lengths.device) % 2 == 0
+    # 0.57 * 100 is 56.99999999999999 in binary and means 57.
+    wanted = torch.where(even, chosen * lengths, rejected * lengths).add(1e-9).floor().long().clamp(min=1)
+    return token_ranks(values, segments) < segments.broadcast(wanted)
 
 
 def select_where(values: Tensor, segments: Segments, *, above: float) -> Tensor:
@@ -192,22 +162,12 @@ def token_ranks(values: Tensor, segments: Segments) -> Tensor:
 
 
 def top_tokens(values: Tensor, segments: Segments, counts: Tensor) -> Tensor:
-    """The `counts` (long `[C]`) highest values of every completion, the earliest among equals: bool `[N]`.
-
-    The completions need not be pairs.
-    """
+    """The `counts` (long `[C]`) highest values of every completion, pairs or not, the earliest first: bool `[N]`."""
     return _places(-values, segments) < segments.broadcast(counts)
 
 
 def span_ids(selected: Tensor, segments: Segments) -> Tensor:
-    """Numbers runs of neighbouring selected tokens: 0 where not selected, else 1, 2, ... within a completion.
-
-    Args:
-        selected: bool (or 0/1) `[N]`.
-
-    Returns:
-        Float `[N]`, the form of the column "spans".
-    """
+    """Numbers runs of selected tokens `[N]`: 0 where not selected, else 1, 2, ... within a completion; float `[N]`."""
     selected = selected.bool()
     after = torch.zeros_like(selected)
     after[1:] = selected[:-1]
@@ -226,15 +186,6 @@ def _places(values: Tensor, segments: Segments) -> Tensor:
     return ranks
 
 
-def _wanted(segments: Segments, chosen: float, rejected: float) -> Tensor:
-    """Tokens to take of every completion, long `[2P]`."""
-    lengths = segments.lengths.double()
-    even = torch.arange(len(segments), device=lengths.device) % 2 == 0
-    # 0.57 * 100 is 56.99999999999999 in binary and means 57.
-    wanted = torch.where(even, chosen * lengths, rejected * lengths).add(1e-9).floor().long()
-    return wanted.clamp(min=1)
-
-
 def token_weights(
     token_rewards: Tensor,
     segments: Segments,
@@ -245,10 +196,7 @@ def token_weights(
 ) -> Tensor:
     """f = 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones: `[N] -> [N]`, no gradient.
 
-    Args:
-        token_rewards: r `[N]`.
-        clamp_min: floor of f (None: none, as the authors); a floored token keeps the floor.
-        normalise: divide f by its mean over the completion, so that a completion's weights average 1.
+    `clamp_min` is a floor of f; with `normalise` f is then divided by its mean over the completion.
     """
     sign = torch.where(segments.is_chosen, 1.0, -1.0).to(token_rewards.dtype)
     f = 1 + alpha * sign * token_rewards.detach()
@@ -259,39 +207,36 @@ def token_weights(
     return f
 
 
-# ---- How token credit enters an objective: as reward, as weight, as selection or as spans.
-#
-# A role turns credit `[N]` into the per-token quantity that a loss takes:
+# ---- How token credit enters an objective. A role turns credit `[N]` into the per-token quantity that a loss takes:
 #
 #     reward      token_rewards: the credit itself (TGDPO, T-REG)
-#     weight      token_weights: 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones, times each token's
-#                 log-probability (and the reference's), for losses that are sums or means over tokens
+#     weight      token_weights, times each token's log-probability (and the reference's)
 #     selection   selected: 1 for the tokens worth training on; only these are scored (SePO)
 #     span        spans: runs of selected tokens, numbered (RRPO)
 
 
-class Role(Protocol):
-    """Credit `[N]` to the quantity `[N]` called `provides`.
-
-    `uses` is what must be meaningful in the credit: "sign" (and size, around 0), "order" (within a
-    completion), or "any".
-    """
+class Role:
+    """Credit `[N]` to the quantity `[N]` called `provides`; its settings are its attributes."""
 
     name: ClassVar[str]
     provides: ClassVar[str]
 
     @property
-    def uses(self) -> str: ...
+    def uses(self) -> str:
+        """What must be meaningful in the credit: "sign" (and size), "order" (within a completion), or "any"."""
+        return "sign"
 
-    def __call__(self, values: Tensor, segments: Segments) -> Tensor: ...
+    def __call__(self, values: Tensor, segments: Segments) -> Tensor:
+        raise NotImplementedError
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, **vars(self)}
 
 
-class RewardRole:
+class RewardRole(Role):
     """Credit as it is, for objectives that have a token reward in their formula."""
 
-    name, provides, uses = "reward", "token_rewards", "sign"
+    name, provides = "reward", "token_rewards"
 
     def __init__(self) -> None:
         """It has no settings."""
@@ -299,11 +244,8 @@ class RewardRole:
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
         return values
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name}
 
-
-class WeightRole:
+class WeightRole(Role):
     """Credit as token weights, as in TGDPO: 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones.
 
     Args:
@@ -312,19 +254,16 @@ class WeightRole:
         normalise: divide the weights of a completion by their mean.
     """
 
-    name, provides, uses = "weight", "token_weights", "sign"
+    name, provides = "weight", "token_weights"
 
     def __init__(self, *, alpha: Number = 0.5, clamp_min: Number | None = None, normalise: bool = False) -> None:
         self.alpha, self.clamp_min, self.normalise = alpha, clamp_min, normalise
 
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
-        return token_weights(values, segments, alpha=self.alpha, clamp_min=self.clamp_min, normalise=self.normalise)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, **vars(self)}
+        return token_weights(values, segments, **vars(self))
 
 
-class SelectionRole:
+class SelectionRole(Role):
     """The tokens worth training on: the best of each chosen and the worst of each rejected completion.
 
     Args:
@@ -356,17 +295,11 @@ class SelectionRole:
         return "order" if self.above is None else "sign"
 
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
-        return self._select(values, segments).to(values.dtype)
-
-    def _select(self, values: Tensor, segments: Segments) -> Tensor:
-        if self.above is not None:
-            selected = select_where(values, segments, above=self.above)
-            return selected if self.score_first_token else selected & (segments.positions > 0)
-        settings = {name: getattr(self, name) for name in ("chosen", "rejected", "score_first_token")}
-        return select_tokens(values, segments, **settings)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, **vars(self)}
+        if self.above is None:
+            settings = {name: getattr(self, name) for name in ("chosen", "rejected", "score_first_token")}
+            return select_tokens(values, segments, **settings).to(values.dtype)
+        selected = select_where(values, segments, above=self.above)
+        return (selected & (self.score_first_token | (segments.positions > 0))).to(values.dtype)
 
 
 class SpanRole(SelectionRole):
@@ -375,32 +308,21 @@ class SpanRole(SelectionRole):
     name, provides = "span", "spans"
 
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
-        return span_ids(self._select(values, segments), segments).to(values.dtype)
+        return span_ids(super().__call__(values, segments), segments).to(values.dtype)
 
 
 ROLES: dict[str, Any] = {role.name: role for role in (RewardRole, WeightRole, SelectionRole, SpanRole)}
 
 
 def make_role(name: str, **settings: Any) -> Role:
-    """A role by name: `make_role("selection", share=0.3)`.
-
-    Raises:
-        RecipeError: an unknown role or setting, a wrong type, a value out of range.
-    """
     require(name in ROLES, RecipeError, f"unknown role of credit {name!r}{nearest(name, ROLES)}")
     return ROLES[name](**validate_settings(f"credit as {name!r}", ROLES[name], settings))
 
 
 def resolve_role(given: Any, accepted: tuple[str, ...], objective: str, why_none: str = "") -> Role:
-    """The role in which credit enters an objective.
+    """The role in which credit enters an objective that takes the roles `accepted`; the only one is the default.
 
-    Args:
-        given: None for the default, a role's name, a mapping `{name: ..., settings}`, or a `Role`.
-        accepted: the roles that the objective takes; the only one is the default.
-        why_none: why the objective takes no credit, if it takes none.
-
-    Raises:
-        RecipeError: none is accepted, this one is not, or there are several and none was given.
+    `given` is None, a role's name, a mapping `{name: ..., settings}`, or a `Role`.
     """
     require(accepted, RecipeError, f"objective {objective} takes no token credit: {why_none}")
     if given is None:
@@ -411,9 +333,8 @@ def resolve_role(given: Any, accepted: tuple[str, ...], objective: str, why_none
     if isinstance(given, Mapping):
         named = isinstance(given.get("name"), str)
         require(named, RecipeError, f"the role of credit has no name; expected one of {list(accepted)}")
-        role = make_role(**given)
-    else:
-        role = make_role(given) if isinstance(given, str) else given
+    given = {"name": given} if isinstance(given, str) else given
+    role = make_role(**given) if isinstance(given, Mapping) else given
     message = f"objective {objective} takes no credit as {role.name}; expected {' or '.join(accepted)}"
     require(role.name in accepted, RecipeError, message)
     return role

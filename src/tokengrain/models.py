@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from tokengrain.batch import Sample, Segments, TokenBatch
+from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import (
     DataError,
     ModelError,
@@ -80,11 +80,7 @@ def is_adapter(path: str) -> bool:
 
 
 def base_of_adapter(path: str) -> str:
-    """Where the base model of an adapter folder is.
-
-    Raises:
-        ModelError: the adapter does not say, or the base has gone.
-    """
+    """Where the base model of an adapter folder is; ModelError if the adapter does not say or the base has gone."""
     base = read_json(Path(path) / ADAPTER).get("base_model_name_or_path")
     require(base, ModelError, f"{path}/{ADAPTER} does not name its base model (base_model_name_or_path)")
     if Path(base).is_dir() or not os.path.isabs(base):
@@ -96,11 +92,7 @@ def base_of_adapter(path: str) -> str:
 
 
 def load_tokenizer(spec: ModelSpec, path: str) -> Any:
-    """The tokenizer in a model's folder, with a padding token.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
+    """The tokenizer in a model's folder, with a padding token."""
     for place in (path, base_of_adapter(path)) if is_adapter(path) else (path,):
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
@@ -118,15 +110,7 @@ def load_tokenizer(spec: ModelSpec, path: str) -> Any:
 def load_model(
     spec: ModelSpec, path: str, *, merge_adapter: bool = False, train_adapter: bool = False
 ) -> torch.nn.Module:
-    """The causal language model at `path`; an adapter folder is loaded on its base.
-
-    Args:
-        merge_adapter: fold an adapter into its base, which gives a plain model of the same function.
-        train_adapter: continue training the adapter.
-
-    Raises:
-        ModelError: there is no model, or transformers cannot load it.
-    """
+    """The causal language model at `path`; an adapter folder is put on its base, and folded into it or trained."""
     if is_adapter(path):
         base = load_model(spec, base_of_adapter(path))
         return _with_adapter(base, path, merge_adapter, train_adapter)
@@ -134,14 +118,10 @@ def load_model(
 
 
 def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: bool = False, **more: Any) -> nn.Module:
-    """The model at `path`, loaded by one of transformers' Auto classes.
+    """The model at `path`, loaded by one of transformers' Auto classes; `what` it is called in messages.
 
-    Args:
-        what: what it is called in messages.
-        fresh_head: the head is new: its tensors may be missing, and those of another head left over.
-
-    Raises:
-        ModelError: it cannot be loaded; its files lack tensors, which would be random numbers, or have others.
+    With a fresh head the head's tensors may be missing, and those of another head left over. ModelError if other
+    tensors are missing, which would be random numbers, or left over.
     """
     how = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
     with library_errors(f"no {what} could be loaded from {path}", path):
@@ -186,7 +166,7 @@ def adapter_embeddings(path: str) -> dict[str, int]:
 
 
 def _merged(adapted: Any, path: str) -> Any:
-    """An adapter folded into its base, all of whose weights can then be trained, compared with the two as they were.
+    """An adapter folded into its base, all of whose weights can then be trained; compared with the two as they were.
 
     Tied embeddings with an adapter on one side come apart first: a change of one would be a change of both.
     """
@@ -217,22 +197,17 @@ def _merged(adapted: Any, path: str) -> Any:
 def trained(model: Any, *, whole: bool = False) -> str:
     """What of a model is trained, for people: "trains 134.5 M of 134.5 M parameters".
 
-    Args:
-        whole: all of it should be.
-
-    Raises:
-        ModelError: nothing is; or only a new head of a model all of which should be, or that has an adapter.
+    Raises ModelError if nothing is; or only a new head of a model that has an adapter or is to be trained whole.
     """
     given = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if p.is_floating_point()]
     own = [(name, size) for name, size, needed in given if needed]
     total, count = sum(size for _, size, _ in given), sum(size for _, size in own)
     shown = [f"{n / 1e6:.1f} M" if n >= 1e5 else str(n) for n in (count, total)]
-    message = (
-        f"nothing in {type(model).__name__} can be trained: none of its {shown[1]} parameters requires gradients; "
-    )
+    kind = type(model).__name__
+    message = f"nothing in {kind} can be trained: none of its {shown[1]} parameters requires gradients; "
     require(own, ModelError, message + "expected weights that do, or an adapter loaded with is_trainable=True")
     heads = all({*HEADS, "modules_to_save"} & set(name.split(".")) for name, _ in own) and count < total
-    message = f"only {own[0][0]} of {type(model).__name__} would be trained, {shown[0]} of {shown[1]} parameters; "
+    message = f"only {own[0][0]} of {kind} would be trained, {shown[0]} of {shown[1]} parameters; "
     require(not heads or not (whole or is_peft(model)), ModelError, message + "expected the other weights too")
     return f"trains {shown[0]} of {shown[1]} parameters"
 
@@ -280,12 +255,9 @@ def load_config(spec: ModelSpec, path: str) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, config: Any, tokens_of: str, model: str) -> None:
-    """Warns if the tokenizer has tokens that the model has no embedding for: no row may use them, which is checked.
+    """Warns if the tokenizer has a few tokens that the model has no embedding for, as of Gemma 3's text models.
 
-    Gemma 3's text models and Code Llama are such.
-
-    Raises:
-        ModelError: with both sizes.
+    No row may use them, which is checked. Raises ModelError if they are many.
     """
     size, count = getattr(config.get_text_config(), "vocab_size", None), len(tokenizer)
     if size is not None:
@@ -302,11 +274,7 @@ def check_sizes(tokens: int, vocabulary: int, message: str) -> None:
 
 
 def check_same_vocabulary(tokenizer: Any, other: Any, name: str, other_name: str) -> None:
-    """Two models whose per-token numbers are combined must give every token the same id.
-
-    Raises:
-        ModelError: with both sizes, or with a token whose ids differ.
-    """
+    """Raises ModelError unless two models whose per-token numbers are combined give every token the same id."""
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:
         return
@@ -322,21 +290,16 @@ def model_fingerprint(path: str) -> str:
     """Identifies the content of a model folder (weights, config, tokenizer), or a hub name and revision."""
     folder = Path(path)
     if not folder.is_dir():
-        return fingerprint(["hub", path, _hub_revision(path)])
+        found = None
+        with contextlib.suppress(ValueError):  # not a possible hub name; loading it will say so
+            found = try_to_load_from_cache(path, "config.json")
+        return fingerprint(["hub", path, Path(found).parent.name if isinstance(found, str) else None])
     files = sorted({p for pattern in _CONTENT for p in folder.glob(pattern)})
     stats = [(p, p.stat()) for p in files]
     parts: list[Any] = [[p.name, _file_hash(p, stat.st_size, stat.st_mtime_ns)] for p, stat in stats]
     if is_adapter(path):
         parts.append(["base", model_fingerprint(base_of_adapter(path))])
     return fingerprint(parts)
-
-
-def _hub_revision(name: str) -> str | None:
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # not a possible hub name; loading it will say so
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=256)
@@ -364,11 +327,6 @@ def _near_path(path: str) -> str:
 
 
 def import_peft() -> Any:
-    """The peft library.
-
-    Raises:
-        ModelError: it is not installed.
-    """
     try:
         import peft
     except ImportError as error:
@@ -384,7 +342,6 @@ def import_peft() -> Any:
 
 STATISTICS = "score_statistics.json"
 """Beside an adapter, which has no config of its own to keep the statistics in."""
-_Read = Callable[[Tensor, Segments], Tensor]
 
 
 def load_reward_model(
@@ -392,42 +349,37 @@ def load_reward_model(
 ) -> nn.Module:
     """The reward model at `path`, or a new one with the decoder of the causal model at `path` and a fresh head.
 
-    The head's random numbers are torch's; seed them first. Dropout is off.
-
-    Args:
-        spec: how to load: dtype, attention implementation, trust in remote code.
-        path: a folder or hub name of a causal model, of a reward model (training continues), or of an adapter
-            of either.
-        merge_adapter: fold an adapter into its base.
-        train_adapter: continue training the adapter of a reward model.
-
-    Raises:
-        ModelError: there is no model, its architecture has no token-classification form in transformers, or it
-            is a classifier with more than one label.
+    An adapter of either is folded into its base or trained on, as in `load_model`. The head's random numbers are
+    torch's; seed them first. Dropout is off.
     """
     if is_adapter(path):
-        return _adapted(spec, path, merge_adapter, train_adapter)
+        if not is_reward_adapter(path):  # a policy's adapter: its merged model gives the decoder
+            return reward_model_from(load_model(spec, path, merge_adapter=True))
+        adapted = _with_adapter(load_reward_model(spec, base_of_adapter(path)), path, merge_adapter, train_adapter)
+        if (file := Path(path) / STATISTICS).is_file():
+            for name, value in read_json(file).items():
+                setattr(config_of(adapted), name, value)
+        return adapted
     config = load_config(spec, path)
     _check_architecture(config)
     fresh, labels = not is_classifier_config(config), config.num_labels
     one = fresh or labels == 1
     require(one, ModelError, f"{path} is a token classifier of {labels} labels; a reward model has one")
     config.num_labels, config.classifier_dropout = 1, 0.0
-    with _quiet(fresh):
+    verbosity = logging.get_verbosity()
+    try:
+        if fresh:  # no report on weights that are missing or left over: with a fresh head both are as they should be
+            logging.set_verbosity_error()
         model = from_files(AutoModelForTokenClassification, "reward model", spec, path, fresh_head=fresh, config=config)
+    finally:
+        logging.set_verbosity(verbosity)
     return _finished(model, fresh=fresh)
 
 
 def load_trained_reward_model(path: str, *, dtype: Any = "auto", merge: bool = True) -> nn.Module:
     """A reward model that was trained before, ready to score: in evaluation mode, without gradients.
 
-    Args:
-        path: a folder with a whole model or with an adapter and its head, or a hub name.
-        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-        merge: fold an adapter into its base.
-
-    Raises:
-        ModelError: there is no model, or it is a causal model, whose head would be random.
+    An adapter is folded into its base if `merge`. Raises ModelError for a causal model, whose head would be random.
     """
     spec = ModelSpec(path=path, dtype=dtype)
     trained = is_reward_adapter(path) if is_adapter(path) else is_classifier_config(load_config(spec, path))
@@ -437,14 +389,9 @@ def load_trained_reward_model(path: str, *, dtype: Any = "auto", merge: bool = T
 
 
 def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
-    """A reward model with the decoder of a causal model that is in memory, and a fresh head.
+    """A reward model with a fresh head and the decoder of a causal model (no PEFT model) that is in memory.
 
-    Args:
-        model: a causal language model of transformers (merge an adapter first).
-        share: use the decoder itself, so that training one trains both; otherwise a copy of it.
-
-    Raises:
-        ModelError: the architecture has no token-classification form, or the model is a PEFT model.
+    With `share` it is the decoder itself, so that training one trains both; otherwise a copy.
     """
     message = "the model has an adapter; expected a plain model, as merge_and_unload() gives"
     require(not is_peft(model), ModelError, message)
@@ -455,47 +402,33 @@ def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
         made = AutoModelForTokenClassification.from_config(config)
     decoder: Any = model.base_model
     setattr(made, made.base_model_prefix, decoder if share else copy.deepcopy(decoder))
-    like = input_embeddings(model).weight
-    name = head_name(made)
+    like, name = input_embeddings(model).weight, head_name(made)
     setattr(made, name, getattr(made, name).to_empty(device=like.device).to(like.dtype))
     return _finished(made.train(model.training), fresh=True)
 
 
+def lora_config(lora: LoraSpec, **own: Any) -> Any:
+    """A recipe's `lora:` as peft's configuration."""
+    names = ("r", "target_modules", "modules_to_save", "use_rslora")
+    given = {"task_type": "CAUSAL_LM", "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return import_peft().LoraConfig(**{**given, **{name: getattr(lora, name) for name in names}, **own})
+
+
 def reward_lora_config(lora: LoraSpec) -> Any:
-    """A recipe's `lora:` as peft's configuration for a reward model: the head is trained in full and saved."""
-    peft = import_peft()
-    return peft.LoraConfig(
-        task_type=peft.TaskType.TOKEN_CLS,
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        exclude_modules=list(HEADS),  # "all-linear" would put a LoRA on the head, which is trained as it is
-        modules_to_save=[*HEADS, *(m for m in lora.modules_to_save or () if m not in HEADS)],
-        use_rslora=lora.use_rslora,
-    )
+    """The same for a reward model: the head is trained in full and saved."""
+    saved = [*HEADS, *(m for m in lora.modules_to_save or () if m not in HEADS)]
+    # "all-linear" would put a LoRA on the head, which is trained as it is.
+    return lora_config(lora, task_type="TOKEN_CLS", exclude_modules=list(HEADS), modules_to_save=saved)
 
 
 def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_tokens: int = 8192) -> ScoreStatistics:
     """Mean and standard deviation of the scores of a data set's completion tokens; also set on the model's config.
 
-    All tokens are pooled. Of a longer data set `max_rows` rows are taken, evenly spread (of a stream the first ones).
-    The raw scale of the scores is arbitrary (the loss pushes pairs gamma/beta apart), so whatever uses them
-    needs these two numbers.
-
-    Args:
-        model: the trained reward model.
-        dataset: a data set or list of samples, or a stream of them.
-        max_rows: most rows that are scored.
-        max_tokens: token budget of one forward pass.
-
-    Raises:
-        DataError: the data set is empty.
+    Of a longer data set `max_rows` rows are taken, evenly spread (of a stream the first). The raw scale of the scores
+    is arbitrary (the loss pushes pairs gamma/beta apart), so whatever uses them needs these two numbers.
     """
     moments = _moments(model, dataset, max_rows, max_tokens, lambda scores, segments: scores)
-    statistics = ScoreStatistics(moments.mean, moments.std)
-    set_statistics(model, statistics)
-    return statistics
+    return set_statistics(model, ScoreStatistics(moments.mean, moments.std))
 
 
 def measure_completions(
@@ -507,14 +440,15 @@ def measure_completions(
         return pooled_scores(scores, segments, pooling)[segments.lengths > 0]
 
     moments = _moments(model, dataset, max_rows, max_tokens, pooled)
-    statistics = CompletionStatistics(moments.mean, moments.std, pooling)
-    set_statistics(model, statistics)
-    return statistics
+    return set_statistics(model, CompletionStatistics(moments.mean, moments.std, pooling))
 
 
-def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, read: _Read) -> Moments:
+def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, read: Callable[..., Tensor]) -> Moments:
     """Mean and spread of what is read from the token scores of a data set's completions."""
-    samples = _some(dataset, max_rows)
+    if hasattr(dataset, "__len__"):
+        samples = [dataset[i] for i in range(0, len(dataset), max(1, -(-len(dataset) // max_rows)))]
+    else:
+        samples = list(islice(dataset, max_rows))
     name = getattr(dataset, "name", None)
     require(samples, DataError, "the dataset is empty", file=name, expected="at least one row")
     device = next(model.parameters()).device
@@ -523,28 +457,11 @@ def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, rea
     return sum((Moments.of(read(values, segments)) for values, segments in scores), Moments())
 
 
-def save_statistics(path: str | Path, *statistics: ScoreStatistics | CompletionStatistics) -> None:
+def save_statistics(path: str | Path, *statistics: ScoreStatistics) -> None:
     """Write statistics into a saved reward model's folder: its config, or a file beside an adapter."""
     file = Path(path) / (STATISTICS if is_adapter(str(path)) else "config.json")
     kept = read_json(file) if file.exists() else {}
     write_json(file, {k: v for part in (kept, *(one.as_dict() for one in statistics)) for k, v in part.items()})
-
-
-def _some(dataset: Any, most: int) -> list[Sample]:
-    if not hasattr(dataset, "__len__"):
-        return list(islice(dataset, most))
-    stride = max(1, -(-len(dataset) // most))
-    return [dataset[i] for i in range(0, len(dataset), stride)]
-
-
-def _adapted(spec: ModelSpec, path: str, merge: bool, train: bool) -> nn.Module:
-    if not is_reward_adapter(path):  # a policy's adapter: its merged model gives the decoder
-        return reward_model_from(load_model(spec, path, merge_adapter=True))
-    adapted = _with_adapter(load_reward_model(spec, base_of_adapter(path)), path, merge, train)
-    if (file := Path(path) / STATISTICS).is_file():
-        for name, value in read_json(file).items():
-            setattr(config_of(adapted), name, value)
-    return adapted
 
 
 def is_reward_adapter(path: str) -> bool:
@@ -584,20 +501,7 @@ def _finished(model: Any, *, fresh: bool) -> nn.Module:
         del head.bias
         # A buffer is saved under the same name and stays frozen where peft makes whole modules trainable.
         head.register_buffer("bias", value)
-    disable_dropout(model)
-    return model
-
-
-@contextlib.contextmanager
-def _quiet(fresh: bool) -> Iterator[None]:
-    """No report on weights that are missing or left over: with a fresh head both are as they should be."""
-    before = logging.get_verbosity()
-    try:
-        if fresh:
-            logging.set_verbosity_error()
-        yield
-    finally:
-        logging.set_verbosity(before)
+    return disable_dropout(model)
 
 
 # ---- The `init` stage: a model built from a config, with a tokenizer trained on the data.
@@ -625,20 +529,14 @@ def check_config(values: dict[str, Any]) -> str | None:
 
 
 def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: Path) -> None:
-    """Write a new model and its tokenizer to `folder`.
-
-    Args:
-        spec: with `config`, and `tokenizer` (default: a BPE of 4,096 tokens).
-        rows: what the tokenizer is trained on.
-        seed: of the weights.
-    """
+    """Write a new model and its tokenizer (default: a BPE of 4,096 tokens, trained on the rows) to `folder`."""
     if isinstance(spec.tokenizer, str):
         with library_errors(f"no tokenizer could be loaded from {spec.tokenizer}"):
             tokenizer: Any = AutoTokenizer.from_pretrained(spec.tokenizer)
     else:
         tokenizer = train_tokenizer(spec.tokenizer or TokenizerSpec(), texts(rows))
-    values = dict(spec.config or {})
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    values: dict[str, Any] = dict(spec.config or {})
     model_type = values.pop("model_type")
     # Some architectures (qwen2) load any tokenizer as their own class, which adds tokens: count as it will be loaded.
     tokenizer.save_pretrained(folder)

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.scoring.head import logits_quantities
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -159,3 +160,8 @@ def gradients(model: nn.Module, out: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     total.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def reference_head_quantities(hidden, head, labels, want, reference=None, teacher=None):
+    """The slow twin of `head_quantities`: same arguments and results, all `[N, V]` logits in memory."""
+    return logits_quantities(head.logits(hidden), labels, want, reference, teacher)

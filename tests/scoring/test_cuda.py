@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.scoring.models import batch_of, standard_batch, tiny
+from tests.scoring.models import batch_of, reference_head_quantities, standard_batch, tiny
 from tokengrain.scoring.fused import head_quantities
-from tokengrain.scoring.head import Distribution, Head, Teacher, reference_head_quantities
+from tokengrain.scoring.head import Distribution, Head, Teacher
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.score import distribution_of, score
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.scoring.models import reference_head_quantities
 from tokengrain.errors import ModelError
 from tokengrain.scoring import fused
 from tokengrain.scoring.fused import head_quantities
-from tokengrain.scoring.head import Distribution, Head, reference_head_quantities
+from tokengrain.scoring.head import Distribution, Head
 
 WANT = ("logps", "entropy", "kl")
 N, H, V = 23, 6, 17

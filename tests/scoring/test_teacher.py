@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.scoring.models import reference_head_quantities
 from tokengrain.errors import ModelError
 from tokengrain.scoring import fused
 from tokengrain.scoring.fused import head_quantities
-from tokengrain.scoring.head import Distribution, Head, Teacher, logits_quantities, reference_head_quantities
+from tokengrain.scoring.head import Distribution, Head, Teacher, logits_quantities
 
 VALUES = ("teacher_kl", "teacher_alpha", "tvd", "teacher_reward")
 ALL = ("logps", "entropy", "kl", "teacher_kl")

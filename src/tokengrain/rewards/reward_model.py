@@ -85,7 +85,7 @@ class RewardModel:
     ) -> list[float]:
         """One number per completion. Raises `RewardError` for tokens or positions that the model does not have."""
         require(all(completion_ids), RewardError, "the completion is empty; expected at least one token")
-        batch = TokenBatch.from_samples(list(self._samples(prompts, prompt_ids, completion_ids)))
+        batch = TokenBatch.from_samples(self._samples(prompts, prompt_ids, completion_ids))
         if self.retokenizer is not None:
             batch, _ = self.retokenizer(batch)
         _check_fits(self.model, batch)
@@ -109,21 +109,19 @@ class RewardModel:
 
     def _samples(
         self, prompts: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
-    ) -> Iterator[Sample]:
+    ) -> list[Sample]:
         """Neighbours with one prompt share it, as far as the budget goes."""
-        open_sample: Sample | None = None
+        samples: list[Sample] = []
         for prompt, ids, completion in zip(prompts, prompt_ids, completion_ids, strict=True):
             if self.chat and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            if open_sample is not None:
-                same = open_sample.prompt_ids == ids and open_sample.raw["prompt"] == prompt
-                if same and open_sample.n_tokens + len(completion) <= self.max_tokens:
-                    open_sample.completions.append(Completion(completion))
-                    continue
-                yield open_sample
-            open_sample = Sample(ids, [Completion(completion)], raw={"prompt": prompt})
-        if open_sample is not None:
-            yield open_sample
+            last = samples[-1] if samples else None
+            same = last is not None and last.prompt_ids == ids and last.raw["prompt"] == prompt
+            if last is not None and same and last.n_tokens + len(completion) <= self.max_tokens:
+                last.completions.append(Completion(completion))
+            else:
+                samples.append(Sample(ids, [Completion(completion)], raw={"prompt": prompt}))
+        return samples
 
     def _of_tokens(self, batch: TokenBatch, pooling: Pooling) -> Tensor:
         """Pooled token scores `[C]`, on CPU."""
@@ -200,9 +198,8 @@ def check_completion_model(spec: ModelSpec, path: str) -> Literal["tokens", "seq
     adapter = is_adapter(path)
     tokens = is_reward_adapter(path) if adapter else is_classifier_config(config)
     sequence = not adapter and is_classifier_config(config, SEQUENCE)
-    kind = (
-        "an adapter of no reward model" if adapter else " or ".join(config.architectures or ()) or "of an unknown kind"
-    )
+    kinds = ["an adapter of no reward model"] if adapter else config.architectures or ["of an unknown kind"]
+    kind = " or ".join(kinds)
     message = f"{path} is {kind}; expected a reward model: a token classifier with one label, such as a stage of kind "
     require(tokens or sequence, ModelError, message + "`reward` makes, or a sequence classifier with one label")
     labels = config.num_labels

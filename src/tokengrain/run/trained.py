@@ -188,19 +188,7 @@ class Trained(Stage):
 
     is_adapter = staticmethod(models.is_adapter)
 
-    @staticmethod
-    def lora_config(lora: LoraSpec) -> Any:
-        """The recipe's `lora:` as peft's configuration."""
-        peft = models.import_peft()
-        return peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            modules_to_save=lora.modules_to_save,
-            use_rslora=lora.use_rslora,
-        )
+    lora_config: Any = staticmethod(models.lora_config)
 
     def compared(self, before: dict[str, Any], reference: Any) -> dict[str, Any]:
         """Metrics before training; of a policy that still is its reference, which pair it prefers is no number.

@@ -1,17 +1,16 @@
 """`head_quantities`: log-probability, entropy and KL per token without the `[N, V]` logits.
 
-Hidden states are projected in chunks of tokens; no more than a chunk of logits is alive. Backward computes
-the chunk again and applies closed-form gradients (z are the logits, p and q the softmax of the model and of
-the reference, e the one-hot label, H the entropy; the KL to a teacher stands at the end of the file):
+Hidden states are projected in chunks of tokens. Backward computes each chunk again and applies closed-form gradients
+(z are the logits, p and q the softmax of the model and of the reference, e the one-hot label, H the entropy; the KL to
+a teacher stands at the end of the file):
 
     d logp / dz    = e - p
     d KL(q||p)/ dz = p - q
     d H / dz       = -p (log p + H)
 
-Every gradient is a sum of per-token factors times such `[n, V]` matrices ("bases" below). If those of all
-tokens fit in `KEEP_BYTES` they are kept from the forward pass and nothing is computed twice. Nor is it where
-the head is frozen: then the products of bases and weight, `[N, H]`, are all that backward needs. The slow twin
-is `tokengrain.scoring.head.reference_head_quantities`.
+Every gradient is a sum of per-token factors times such `[n, V]` matrices ("bases" below). They are kept from the
+forward pass if all of them fit in `KEEP_BYTES`; of a frozen head the products of bases and weight, `[N, H]`, are kept.
+The slow twin is `tokengrain.scoring.head.logits_quantities`.
 """
 
 from __future__ import annotations
@@ -39,50 +38,35 @@ def head_quantities(
     *,
     chunk_tokens: int | None = None,
 ) -> dict[str, Tensor]:
-    """Per-token quantities of the head's distribution, differentiable in `hidden`, weight and bias.
+    """Per-token quantities `{name: [N]}` of the head's distribution, differentiable in `hidden`, weight and bias.
+
+    In float32 (float64 for float64 hidden states). "teacher_kl" brings without gradient "teacher_alpha", "tvd" (see
+    `Teacher`) and "teacher_reward", log target - log contrast at the label.
 
     Args:
         hidden: `[N, H]` last hidden states at the positions that predict the labels.
-        head: the head.
         labels: long `[N]`, token ids.
-        want: of "logps" (log-probability of the label, nats), "entropy" (nats), "kl" (forward KL of the
-            reference to the model over the whole vocabulary, KL(q||p), nats) and "teacher_kl" (reverse KL of
-            the model to the teacher, KL(p||q), nats, and with it the teacher's constants).
-        reference: q of "kl", needed for it; it gets no gradient.
-        teacher: q of "teacher_kl", needed for it; it gets no gradient.
-        chunk_tokens: tokens projected at a time; None chooses by memory, and may keep what backward needs
-            when all of it is small.
-
-    Returns:
-        `{name: [N]}` in float32 (float64 for float64 hidden states). "teacher_kl" brings without gradient
-        "teacher_alpha", "tvd" (see `Teacher`) and "teacher_reward", log target - log contrast at the label.
+        want: of "logps", "entropy", "kl" (KL(q||p) over the whole vocabulary) and "teacher_kl" (KL(p||q)), all in nats.
+        reference, teacher: q of "kl" and of "teacher_kl", needed for them; they get no gradient.
+        chunk_tokens: tokens projected at a time; None chooses by memory, and may keep what backward needs.
 
     Raises:
-        ModelError: "kl" without a reference, or with one of another vocabulary or number of tokens;
-            "teacher_kl" without a teacher, with one of another number of tokens, or a label it does not have.
+        ModelError: "kl" or "teacher_kl" without its q, or with one of another number of tokens or another vocabulary.
     """
     names = tuple(name for name in QUANTITIES if name in want)
     if not names:
         return {}
-    if "kl" in names:
-        reference = checked_reference(reference, head.vocab_size, hidden.shape[0])
-        reference = reference.detach()
-    else:
-        reference = None
+    known = checked_reference(reference, head.vocab_size, hidden.shape[0]).detach() if "kl" in names else None
     teacher = checked_teacher(teacher, head.vocab_size, labels) if "teacher_kl" in names else None
     banned = teacher is not None and may_ban(head, teacher)
     device = hidden.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # Inside the function gradients are always off, so whether there will be a backward is noted here.
     backward = torch.is_grad_enabled()
-    job = Job(head.scale, head.softcap, labels, names, reference, teacher, banned, autocast, chunk_tokens, backward)
+    job = Job(head.scale, head.softcap, labels, names, known, teacher, banned, autocast, chunk_tokens, backward)
     with torch.autocast(device, enabled=False):
         values = _HeadQuantities.apply(hidden, head.weight, head.bias, job)
-    return dict(zip(_outputs(job), values))
-
-
-def _outputs(job: Job) -> tuple[str, ...]:
-    return job.names + (CONSTANTS if job.teacher is not None else ())
+    return dict(zip(job.outputs, values))
 
 
 class _HeadQuantities(torch.autograd.Function):
@@ -97,7 +81,7 @@ class _HeadQuantities(torch.autograd.Function):
         project = backward and not keep and wants_hidden and not any(wants_head)
         chunks = [slice(0, n)] if keep else job.chunks(n, vocab, dtype)
         scratch = Scratch(max((c.stop - c.start for c in chunks), default=0), vocab, dtype, hidden.device)
-        values = {name: hidden.new_empty(n, dtype=dtype) for name in _outputs(job)}
+        values = {name: hidden.new_empty(n, dtype=dtype) for name in job.outputs}
         based = tuple(name for name in job.names if project or (keep and name != "entropy"))
         kept: dict[str, Tensor] = {}
         # The casts live as long as this call: `ctx` has the weights as they are stored.
@@ -116,7 +100,7 @@ class _HeadQuantities(torch.autograd.Function):
         ctx.job, ctx.kept_names, ctx.projected = job, tuple(kept), project
         ctx.constants = () if job.teacher is None else (values["teacher_kl"].clone(), values["teacher_alpha"].clone())
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(values[name] for name in _outputs(job)[len(job.names) :]))
+        ctx.mark_non_differentiable(*(values[name] for name in job.outputs[len(job.names) :]))
         return tuple(values.values())
 
     @staticmethod
@@ -164,7 +148,6 @@ def _forward_chunk(
     if "logps" in values:
         values["logps"][rows] = logp.gather(1, labels[:, None]).squeeze(1)
     if "kl" in values:
-        assert job.reference is not None
         logq = _reference_softmax(job.reference, rows, job, scratch, log=True)
         q = scratch("q", n)
         torch.exp(logq, out=q)
@@ -237,7 +220,6 @@ def _recomputed_bases(
     if p is None:
         p = softmax_(logits, log=False)
     if "kl" in job.names:
-        assert job.reference is not None
         q = _reference_softmax(job.reference, rows, job, scratch, log=False)
     return _bases(job.names, p, q, taught, job.labels[rows], slope)
 
@@ -258,15 +240,13 @@ def _combined(
 
 
 def _bases(
-    names: Collection[str], p: Tensor, q: Tensor | None, taught: Tensor | None, labels: Tensor, slope: Tensor | None
+    names: Collection[str], p: Tensor, q: Any, taught: Any, labels: Tensor, slope: Tensor | None
 ) -> dict[str, Tensor]:
     """`[n, V]` matrices D such that dz = factor * D, factor as in `_factors`. Overwrites p, q and taught."""
     out = {}
     if "kl" in names:
-        assert q is not None
         out["kl"] = torch.sub(p, q, out=q)
     if "teacher_kl" in names:
-        assert taught is not None
         out["teacher_kl"] = taught
     if "entropy" in names:
         p_logp = torch.xlogy(p, p)
@@ -314,32 +294,25 @@ def check_tokens(name: str, value: int | None) -> None:
 
 @dataclass
 class Job:
-    """What a fused call computes; everything in it is a constant of the gradient.
-
-    Attributes:
-        scale, softcap: the head's.
-        labels: long `[N]`.
-        names: of `fused.QUANTITIES`, in that order.
-        reference, teacher: detached; None where no name needs them.
-        banned: some token may have a logit of -inf in the teacher's or the student's distribution.
-        autocast: the type of the student's and the reference's products under autocast.
-        chunk_tokens: as the user gave it.
-        backward: whether there may be a backward.
-    """
+    """What a fused call computes; everything in it is a constant of the gradient."""
 
     scale: float
     softcap: float | None
     labels: Tensor
-    names: tuple[str, ...]
-    reference: Distribution | None
-    teacher: Teacher | None
-    banned: bool
-    autocast: torch.dtype | None
+    names: tuple[str, ...]  # of QUANTITIES, in that order
+    reference: Any  # a Distribution, and a Teacher, where a name needs them
+    teacher: Any
+    banned: bool  # some token may have a logit of -inf in the teacher's or the student's distribution
+    autocast: torch.dtype | None  # of the student's and the reference's products
     chunk_tokens: int | None
-    backward: bool
+    backward: bool  # whether there may be one
 
     def __post_init__(self) -> None:
         check_tokens("chunk_tokens", self.chunk_tokens)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.names + (CONSTANTS if self.teacher is not None else ())
 
     def compute(self, head: Head) -> torch.dtype:
         """The type of the matrix products."""
@@ -421,9 +394,7 @@ def block_rows(width: int, like: Tensor) -> int:
 def softmax_(logits: Tensor, *, log: bool) -> Tensor:
     """Softmax of every row, written over the logits on CPU, where memory traffic is what counts."""
     operation = torch.log_softmax if log else torch.softmax
-    if logits.device.type == "cpu":
-        return operation(logits, -1, out=logits)
-    return operation(logits, -1)
+    return operation(logits, -1, out=logits if logits.device.type == "cpu" else None)
 
 
 def weighted_sum_(weights: Tensor, terms: Tensor) -> Tensor:
@@ -458,7 +429,6 @@ def may_ban(head: Head, teacher: Teacher) -> bool:
 
 def student_logits(logits: Tensor, job: Job, scratch: Scratch) -> Tensor:
     """The student's logits over the shared vocabulary: `logits` itself where one softmax serves all quantities."""
-    assert job.teacher is not None
     n, vocab = len(logits), job.teacher.vocab_size
     alone = job.names == ("teacher_kl",)
     if vocab == logits.shape[1] and (alone or (job.teacher.temperature == 1.0 and not job.banned)):
@@ -471,12 +441,9 @@ def log_ratio(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(log p, log p - log q, constants) of a chunk, `[n, V]`, `[n, V]` and `[n]` each. Overwrites `student`.
 
-    Args:
-        student: logits, not divided by the temperature.
-        strength: alpha if it is known; the constants are then not computed again.
+    `student` are logits, not divided by the temperature. With a known `strength` (alpha) there are no constants.
     """
-    teacher = job.teacher
-    assert teacher is not None
+    teacher: Teacher = job.teacher
     target = _teacher_logits(teacher.target, rows, scratch, "target")
     contrast = None if teacher.contrast is None else _teacher_logits(teacher.contrast, rows, scratch, "contrast")
     banned = None
@@ -510,7 +477,6 @@ def _teacher_logits(distribution: Distribution, rows: slice, scratch: Scratch, n
 
 def _constants(target: Tensor, contrast: Tensor | None, job: Job, rows: slice) -> dict[str, Tensor]:
     """Total variation, strength and reward from log-probabilities."""
-    assert job.teacher is not None
     if contrast is None:
         tvd = reward = target.new_zeros(len(target))
     else:

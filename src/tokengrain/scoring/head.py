@@ -1,7 +1,7 @@
 """The language-model head as data, and per-token quantities of its distribution in plain torch.
 
-`logits_quantities` is what the fast path in `tokengrain.scoring.fused` must equal: a few lines that keep
-all logits in memory. It also serves models whose head cannot be taken apart.
+`logits_quantities` is what the fast path in `tokengrain.scoring.fused` must equal. It also serves models whose head
+cannot be taken apart.
 """
 
 from __future__ import annotations
@@ -17,19 +17,12 @@ from tokengrain.errors import ModelError, require
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states to logits: `softcap * tanh(scale * (h W^T + b) / softcap)`.
+    """Hidden states to logits: `softcap * tanh(scale * (h W^T + b) / softcap)`."""
 
-    Attributes:
-        weight: `[V, H]`; `[V, 0]` for the identity, whose "hidden states" are the logits themselves.
-        bias: `[V]` or None.
-        scale: the logits are multiplied by it (Granite divides by `logits_scaling`, Cohere multiplies).
-        softcap: bound of the tanh that Gemma applies to its logits; None: no bound.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    weight: Tensor  # [V, H]; [V, 0] for the identity, whose "hidden states" are the logits themselves
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0  # Granite divides by `logits_scaling`, Cohere multiplies
+    softcap: float | None = None  # bound of Gemma's tanh
 
     @property
     def vocab_size(self) -> int:
@@ -63,14 +56,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Distribution:
-    """A model's next-token distribution at every counted token of a batch, without its logits.
+    """A model's next-token distribution at every counted token of a batch; no gradient ever flows into it."""
 
-    Attributes:
-        hidden: `[N, H]`, the last hidden states, after the final norm.
-        head: the head that turns them into logits. No gradient ever flows into either.
-    """
-
-    hidden: Tensor
+    hidden: Tensor  # [N, H], after the final norm
     head: Head
 
     @classmethod
@@ -89,7 +77,6 @@ class Distribution:
         return Distribution(self.hidden.detach(), self.head.detach())
 
     def cut(self, vocab: int) -> Distribution:
-        """The same over the first `vocab` tokens alone."""
         return replace(self, head=self.head.cut(vocab))
 
     def check_tokens(self, what: str, expected: int) -> None:
@@ -98,25 +85,12 @@ class Distribution:
         require(got == expected, ModelError, f"{what} for another batch; got {got} tokens, expected {expected}")
 
     def at(self, tokens: Tensor | slice) -> Distribution:
-        """The distributions at some of the tokens."""
         return replace(self, hidden=self.hidden[tokens])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type softmax and sums run in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def reference_head_quantities(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    want: Collection[str],
-    reference: Distribution | None = None,
-    teacher: Teacher | None = None,
-) -> dict[str, Tensor]:
-    """The slow twin of `head_quantities`: same arguments and results, all `[N, V]` logits in memory."""
-    return logits_quantities(head.logits(hidden), labels, want, reference, teacher)
 
 
 def logits_quantities(
@@ -128,8 +102,7 @@ def logits_quantities(
 ) -> dict[str, Tensor]:
     """What `head_quantities` computes, from logits `[N, V]` by plain torch.
 
-    Plain logits of a reference or a teacher go in by `Distribution.of_logits(logits)`, as in
-    `Teacher(Distribution.of_logits(dpo), Distribution.of_logits(reverse), slope=20.0, offset=1e-3)`.
+    Plain logits of a reference or a teacher go in by `Distribution.of_logits(logits)`.
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
     logp = torch.log_softmax(logits, dim=-1)
@@ -186,19 +159,14 @@ class Teacher:
     Heads of one family may be padded to different sizes: student, target and contrast are cut to the smallest
     before any softmax. A token whose logit is -inf in any of them is out for all three. No gradient reaches
     target or contrast, and their logits are float32 (float64 for a float64 student) also under autocast.
-
-    Attributes:
-        target, contrast: at the same N tokens as the student. None for contrast: as if it were the target.
-        slope, offset, shift: see above.
-        temperature: divides the student's and the combined logits in the KL.
     """
 
     target: Distribution
-    contrast: Distribution | None
+    contrast: Distribution | None  # None: as if it were the target
     slope: float
     offset: float
     shift: float = 0.0
-    temperature: float = 1.0
+    temperature: float = 1.0  # divides the student's and the combined logits in the KL
 
     def __post_init__(self) -> None:
         positive = self.temperature > 0
@@ -210,7 +178,6 @@ class Teacher:
         return min(d.head.vocab_size for d in (self.target, self.contrast) if d is not None)
 
     def map(self, change: Callable[[Distribution], Distribution]) -> Teacher:
-        """The same teacher of changed distributions."""
         contrast = None if self.contrast is None else change(self.contrast)
         return replace(self, target=change(self.target), contrast=contrast)
 
@@ -232,13 +199,7 @@ def checked_teacher(teacher: Teacher | None, vocab: int, labels: Tensor) -> Teac
 
 
 def teacher_quantities(logits: Tensor, labels: Tensor, teacher: Teacher | None) -> dict[str, Tensor]:
-    """`teacher_kl`, `teacher_alpha`, `tvd`, `teacher_reward`, each `[N]`, by plain torch; see `head_quantities`.
-
-    Args:
-        logits: the student's, `[N, V]`, float32 or float64.
-        labels: long `[N]`.
-        teacher: at the same tokens.
-    """
+    """ "teacher_kl" and what comes with it, each `[N]`, of a student's logits `[N, V]` by plain torch."""
     teacher = checked_teacher(teacher, logits.shape[1], labels)
     student = logits[:, : min(logits.shape[1], teacher.vocab_size)]
     with torch.no_grad():

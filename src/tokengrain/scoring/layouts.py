@@ -5,11 +5,10 @@ A *tree* is a prompt with some of its completions; a row holds one tree (or seve
     shared    prompt | completion 1 | completion 2 | ...     the prompt is computed once
     separate  prompt | completion 1                          one row per completion, plain causal text
 
-Position ids restart at the prompt's end for every completion, and a completion attends to its prompt and
-itself (`visible`). The token at offset t of a completion is predicted by the token before
-it: the prompt's last token for t = 0, whichever completion it is. This module is the only place that knows.
-Tokens after the last counted one predict nothing that counts and are left out of the rows. Scores of tokens that
-were read are asked for at the token itself ("itself" below), which is then in the rows too.
+Position ids restart at the prompt's end for every completion, which attends to its prompt and itself (`visible`). A
+completion's token is predicted by the one before it, the first by the prompt's last: this module is the only place that
+knows. Tokens after the last counted one are left out. Scores of tokens that were read are asked for at the token
+("itself" below), which is then in the rows too.
 """
 
 from __future__ import annotations
@@ -33,24 +32,18 @@ PACK_MULTIPLE = 128  # FlexAttention's block
 
 @dataclass(frozen=True)
 class RowCosts:
-    """What a forward pass costs, in units of one token's matrix products at hidden size 1.
-
-    Attributes:
-        hidden_size: of the model.
-        overhead_tokens: tokens whose products take as long as starting one more forward pass.
-        by_parts: whether attention in shared rows leaves out what the mask hides (`scoring.tree_attention`).
-    """
+    """What a forward pass costs, in units of one token's matrix products at hidden size 1."""
 
     hidden_size: int
-    overhead_tokens: int = 32
-    by_parts: bool = False
+    overhead_tokens: int = 32  # tokens whose products take as long as starting one more forward pass
+    by_parts: bool = False  # whether attention in shared rows leaves out what the mask hides (`TreeMask`)
 
     def row(self, width: int, *, causal: bool) -> float:
         """One row of `width` tokens through one layer: products grow with its length, attention squared.
 
-        A layer multiplies each token with about 12 H^2 weights; attention takes 2 H per pair of tokens, half
-        of them in a causal row, and moves its data about twice as slowly. Attention by parts does not depend on
-        the width, so that it is left out.
+        A layer multiplies each token with about 12 H^2 weights; attention takes 2 H per pair of tokens, half of them
+        in a causal row, and moves its data about twice as slowly. Attention by parts does not depend on the width and
+        is left out.
         """
         attention = self.dense(width) / 2 if causal else 0.0 if self.by_parts else self.dense(width)
         return 12 * self.hidden_size * width + attention
@@ -81,31 +74,20 @@ class RowCosts:
 
 @dataclass(frozen=True)
 class Rows:
-    """One rectangle of tokens: B rows of width L, n counted tokens predicted in it.
+    """One rectangle of tokens: B rows of width L, n counted tokens predicted in it."""
 
-    Attributes:
-        input_ids: long `[B, L]`, padded on the right with each row's first token.
-        tree: long `[B, L]`, which prompt of the row a token belongs to; -1 for padding.
-        branch: long `[B, L]`, 0 in the prompt, k in its k-th completion.
-        position: long `[B, L]`, the logical position, 0 at the prompt's first token.
-        once: bool `[B, L]`, each token of the batch in one place: no padding, and of a repeated prompt the first.
-        source: long `[n]`, flat position in `[B * L]` that predicts a counted token (or is it).
-        target: long `[n]`, index of that counted token in the batch's flat vectors.
-        causal: whether every row is one plain text, so that no mask is needed.
-    """
-
-    input_ids: Tensor
-    tree: Tensor
-    branch: Tensor
-    position: Tensor
-    once: Tensor
-    source: Tensor
-    target: Tensor
-    causal: bool
+    input_ids: Tensor  # long [B, L], padded on the right with each row's first token
+    tree: Tensor  # long [B, L], which prompt of the row a token belongs to; -1 for padding
+    branch: Tensor  # long [B, L], 0 in the prompt, k in its k-th completion
+    position: Tensor  # long [B, L], the logical position, 0 at the prompt's first token
+    once: Tensor  # bool [B, L], each token of the batch in one place: no padding, of a repeated prompt the first
+    source: Tensor  # long [n], flat position in [B * L] that predicts a counted token (or is it)
+    target: Tensor  # long [n], index of that counted token in the batch's flat vectors
+    causal: bool  # whether every row is one plain text, so that no mask is needed
 
     def to(self, device: torch.device) -> Rows:
-        names = ("input_ids", "tree", "branch", "position", "once", "source", "target")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -158,19 +140,14 @@ def plan_rows(
     pack: bool = False,
     itself: bool = False,
 ) -> list[Rows]:
-    """Lay a batch out in rectangles, one forward pass each, on the CPU.
+    """Lay a batch out in rectangles, one forward pass each, on the CPU. Raises ValueError for an empty prompt.
 
     Args:
-        batch: prompts with completions.
         layout: "shared", "separate", or "auto": per prompt whichever costs less.
-        costs: the cost model that decides, and that groups rows of similar length.
         max_row_tokens: bound on B * L of one forward pass (a single longer row still runs).
         one_forward: put everything into one rectangle: ranks that shard a model must run equally many.
         pack: put several trees into one row (FlexAttention skips what is masked).
         itself: counted tokens are looked up at themselves and not where they are predicted.
-
-    Raises:
-        ValueError: an empty prompt.
     """
     source = _Source(batch, itself)
     trees = [t for g in range(batch.n_prompts) for t in _trees(source, g, layout, costs)]
@@ -272,9 +249,8 @@ def _predictors(source: _Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
 
 # ---- Attention masks of a layout, from one description of which token may see which.
 #
-# Dense masks are *additive* floats `[B, 1, L, L]`: boolean ones are silently wrong in eager attention
-# (gemma2, gpt_oss). FlexAttention gets a `BlockMask` from the same rule. A sliding window counts logical
-# positions, so that it is what the text alone would see.
+# Dense masks are *additive* floats `[B, 1, L, L]`: boolean ones are silently wrong in eager attention (gemma2,
+# gpt_oss). A sliding window counts logical positions, so that it is what the text alone would see.
 
 SINGLE = ""
 # Attributes that some attention code uses as a window of its own making, in physical positions.
@@ -288,13 +264,9 @@ class NotShareableError(Exception):
 
 @dataclass(frozen=True)
 class MaskForm:
-    """How a model takes masks.
+    """How a model takes masks."""
 
-    Attributes:
-        windows: sliding window (None: all) per kind of layer; the key "" alone stands for a model that takes
-            one mask and not a mapping from kinds of layers.
-    """
-
+    # Sliding window (None: all) per kind of layer; the key "" alone: the model takes one mask, not one per kind.
     windows: Mapping[str, int | None]
 
     @property
@@ -306,8 +278,7 @@ class MaskForm:
 def mask_forms(config: Any) -> list[MaskForm]:
     """The forms a model with this text config may take its masks in, likeliest first.
 
-    Raises:
-        NotShareableError: layers that carry state, or windows that no mask can express.
+    Raises NotShareableError for layers that carry state, or windows that no mask can express.
     """
     implementation = getattr(config, "_attn_implementation", None) or "eager"
     if "flash" in implementation:
@@ -363,41 +334,31 @@ def dense_mask(rows: Rows, window: int | None, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _dense(rows: Rows, window: int | None, dtype: torch.dtype, costs: RowCosts) -> Tensor:
-    mask = dense_mask(rows, window, dtype)
-    if window is not None or not costs.by_parts or torch.compiler.is_compiling():
-        return mask
-    trees = tree_spans(rows)
-    return TreeMask.of(mask, trees) if worth_it(rows, trees, costs) else mask
-
-
 def _block(rows: Rows, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    batch, width = rows.input_ids.shape
-    device = rows.input_ids.device
-    return create_block_mask(
-        mask_mod(rows, window), batch, None, width, width, device=str(device), _compile=device.type == "cuda"
-    )
+    (batch, width), device = rows.input_ids.shape, rows.input_ids.device
+    how: dict[str, Any] = {"device": str(device), "_compile": device.type == "cuda"}
+    return create_block_mask(mask_mod(rows, window), batch, None, width, width, **how)
 
 
 def build_masks(rows: Rows, form: MaskForm, dtype: torch.dtype, costs: RowCosts, *, flex: bool) -> Any:
     """What to pass as `attention_mask`: a mask, or a mapping from kinds of layers to masks."""
-    made: dict[int | None, Any] = {}
-    for window in form.windows.values():
-        if window not in made:
-            made[window] = _block(rows, window) if flex else _dense(rows, window, dtype, costs)
+    windows = set(form.windows.values())
+    made: dict[int | None, Any] = {w: _block(rows, w) if flex else dense_mask(rows, w, dtype) for w in windows}
+    if None in made and not flex and costs.by_parts and not torch.compiler.is_compiling():
+        trees = tree_spans(rows)
+        if worth_it(rows, trees, costs):
+            made[None] = TreeMask.of(made[None], trees)
     masks = {kind: made[window] for kind, window in form.windows.items()}
     return masks.get(SINGLE, masks)
 
 
 # ---- Attention in shared rows on a CPU, without the pairs of tokens that the mask hides.
 #
-# A dense mask makes `scaled_dot_product_attention` compute every pair of a row, also those of two different
-# completions. `TreeMask` is such a mask that knows the rows it was made for. When it reaches PyTorch's attention
-# unchanged, the same numbers are put together from the parts that count: the prompt with itself, all completions with
-# the prompt, each completion with itself. Whatever else a model does with the mask (adding a bias, slicing it,
-# converting it) gives an ordinary dense mask, and ordinary attention.
+# `TreeMask` is a dense mask that knows the rows it was made for. When it reaches PyTorch's attention unchanged, the
+# same numbers are put together from the parts that count: the prompt with itself, all completions with the prompt, each
+# completion with itself. Whatever else a model does with the mask gives an ordinary one, and ordinary attention.
 #
 # The parts share one softmax. With the log-sum-exp of each part the outputs are merged exactly; the backward pass of a
 # part under the *merged* output and log-sum-exp is its share of the whole backward pass (as in ring attention, Liu et

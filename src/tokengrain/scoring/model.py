@@ -1,7 +1,7 @@
 """What runs inside the model's forward: rows through the decoder, then the head on what counts.
 
-`prepare` makes a model's `forward` accept `token_batch=ScoreRequest(...)` and hand it to `run`. Being inside
-`forward`, the hooks of DDP, FSDP2 and accelerate have fired and gradients flow through the returned dict.
+`prepare` makes a model's `forward` accept `token_batch=ScoreRequest(...)` and hand it to `run`: the hooks of DDP, FSDP2
+and accelerate have fired, and gradients flow through the returned dict.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokengrain.batch import TokenBatch
+from tokengrain.batch import TokenBatch, row_of
 from tokengrain.errors import ModelError, require
 from tokengrain.scoring.fused import CHUNK_BYTES, check_tokens, head_quantities, room
 from tokengrain.scoring.head import Distribution, Head, Teacher, accumulation_dtype, logits_quantities
@@ -30,24 +30,15 @@ CLASSIFIER_WANTS = ("token_scores", "values")  # what they give
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """How a model is scored, found out once by `prepare`.
-
-    Attributes:
-        layout: "auto" (shared where it pays), "shared" or "separate".
-        head: "fused" (decoder, then our head) or "logits" (the model's own logits, all of them).
-        scale, softcap: what the model does to its raw logits (see `Head`).
-        masks: how a shared row's masks are passed; None: the model cannot share.
-        autocast: the autocast type the model's own forward switches on, whatever its caller's; None for none.
-        reason: why prompts are not shared or the head is not fused; None if all is well.
-    """
+    """How a model is scored, found out once by `prepare`."""
 
     layout: Layout
-    head: Literal["fused", "logits"] = "fused"
-    scale: float = 1.0
+    head: Literal["fused", "logits"] = "fused"  # decoder, then our head; or the model's own logits, all of them
+    scale: float = 1.0  # this and softcap: what the model does to its raw logits (see `Head`)
     softcap: float | None = None
-    masks: MaskForm | None = None
-    autocast: torch.dtype | None = None
-    reason: str | None = None
+    masks: MaskForm | None = None  # how a shared row's masks are passed; None: the model cannot share
+    autocast: torch.dtype | None = None  # that the model's own forward switches on, whatever its caller's
+    reason: str | None = None  # why prompts are not shared or the head is not fused
 
 
 @dataclass(frozen=True)
@@ -105,24 +96,18 @@ def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
 
 
 def _costs(config: Any, device: torch.device, plan: ModelPlan) -> RowCosts:
+    """The overhead is how many tokens cost as much as one more pass through the decoder, measured on one CPU core.
+
+    Each pass launches its operations and, in training, adds a gradient as large as the embedding. (Without gradients
+    too: policy and reference then run in the same rectangles and, while equal, give the same numbers.) A GPU is idle
+    below about a thousand tokens.
+    """
     plain = plan.masks is not None and plan.masks.window is None
     by_parts = plain and device.type == "cpu" and getattr(config, "_attn_implementation", None) == "sdpa"
-    size = getattr(config, "hidden_size", 1024)
-    return RowCosts(size, _overhead_tokens(config, device, size), by_parts)
-
-
-def _overhead_tokens(config: Any, device: torch.device, size: int) -> int:
-    """How many tokens cost as much as one more pass through the decoder.
-
-    Measured on one CPU core: each pass launches its operations (worth the more tokens the smaller the model) and,
-    in training, adds a gradient as large as the embedding, which weighs more the shallower the model. (Without
-    gradients too: policy and reference then run in the same rectangles and, while equal, give the same numbers.)
-    A GPU is idle below about a thousand tokens.
-    """
-    if device.type != "cpu":
-        return 1024
-    layers = getattr(config, "num_hidden_layers", 24)
-    return 32 + 400_000 // size**2 + 4 * config.vocab_size // (size * layers)
+    size, layers, overhead = getattr(config, "hidden_size", 1024), getattr(config, "num_hidden_layers", 24), 1024
+    if device.type == "cpu":
+        overhead = 32 + 400_000 // size**2 + 4 * config.vocab_size // (size * layers)
+    return RowCosts(size, overhead, by_parts)
 
 
 def uses_flex(config: Any) -> bool:
@@ -132,15 +117,13 @@ def uses_flex(config: Any) -> bool:
 def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
     limit = positions(lm)
     if limit is not None and batch.n_completions:
-        prompts = batch.prompt_offsets.diff()[batch.group]
-        lengths = batch.completion_offsets.diff()
+        prompts, lengths = batch.prompt_offsets.diff()[batch.group], batch.completion_offsets.diff()
         worst = int((prompts + lengths).argmax())
         prompt, length = int(prompts[worst]), int(lengths[worst])
         if prompt + length > limit:
-            row = batch.rows[int(batch.group[worst])] if batch.rows else int(batch.group[worst])
             raise ModelError(
-                f"row {row}: a prompt of {prompt} and a completion of {length} tokens need {prompt + length} "
-                f"positions; expected at most {limit}, the positions of {type(lm).__name__}"
+                f"row {row_of(batch, worst)}: a prompt of {prompt} and a completion of {length} tokens "
+                f"need {prompt + length} positions; expected at most {limit}, the positions of {type(lm).__name__}"
             )
     vocab = vocabulary(lm)
     for name, ids in (("prompt", batch.prompt_ids), ("completion", batch.completion_ids)):
@@ -182,11 +165,7 @@ def _hidden(lm: nn.Module, request: ScoreRequest) -> tuple[Tensor, list[tuple[Te
 
 
 def balancing(lm: nn.Module) -> tuple[Callable[..., Tensor], float] | None:
-    """The load-balancing loss that the model's own forward adds to its loss, and its coefficient; None if it adds none.
-
-    Raises:
-        ModelError: the config asks for a loss that is not known.
-    """
+    """The load-balancing loss that the model's own forward adds, and its coefficient; None if it adds none."""
     config = text_config(lm)
     if not getattr(config, "output_router_logits", False) or is_token_classifier(lm):
         return None
@@ -216,15 +195,11 @@ def _in_order(parts: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def _head_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """By the fused head; or by the head's module itself, a chunk of tokens at a time, recomputed in backward."""
     head = live_head(lm, request.plan.scale, request.plan.softcap)
     if head is not None:
         given = request.reference, request.teacher
         return head_quantities(hidden, head, labels, request.want, *given, chunk_tokens=request.chunk_tokens)
-    return _module_quantities(lm, request, hidden, labels)
-
-
-def _module_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Quantities through the head's module itself, a chunk of tokens at a time, recomputed in backward."""
     module = output_embeddings(lm)
     finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish
     names = request.want - {"hidden", "raw_logits", "aux_loss"}
@@ -251,8 +226,8 @@ def quantities_from_logits(
 ) -> dict[str, Tensor]:
     """Quantities from a model's own logits, one row per completion: exact for any model, at full memory.
 
-    `own_logits(input_ids [B, L], attention_mask [B, L]) -> [B, >= L, V]`; what precedes the last L positions
-    (the virtual tokens of prompt learning) is dropped.
+    `own_logits(input_ids [B, L], attention_mask [B, L]) -> [B, >= L, V]`; the virtual tokens of prompt learning before
+    the last L positions are dropped.
     """
     for name, what in (("hidden", "last hidden states"), ("aux_loss", "routers' logits (output_router_logits)")):
         message = f"the {what} of {type(lm).__name__} are not available: {request.plan.reason}"
@@ -271,6 +246,14 @@ def quantities_from_logits(
 
 
 # ---- The parts of a Hugging Face model, which PyTorch's types know nothing of, through adapters and shards.
+
+
+def layers(model: nn.Module) -> Iterator[Any]:
+    """The model, and what DDP, FSDP, `torch.compile` and the like wrap, from the outside in."""
+    inner: Any = model
+    while inner is not None:
+        yield inner
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
 
 
 def input_embeddings(lm: nn.Module) -> Any:
@@ -302,9 +285,7 @@ def positions_of(config: Any, by_hand: int | None = None) -> int | None:
     """Most tokens that a model with this config can read: its positions, or more where scaling of RoPE stretches them.
 
     Configs with YaRN give the positions before scaling or after; "linear" and "dynamic" scaling multiply them.
-
-    Args:
-        by_hand: the user says that the model reads so many; counts where positions are computed (RoPE), not looked up.
+    `by_hand`, what the user asks for, counts where positions are computed (RoPE), not looked up.
     """
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
@@ -403,11 +384,10 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
     """Logits before scaling and capping, `[N, V]`; for the probe."""
-    linear = plain_linear(output_embeddings(lm))
-    if linear is None:
+    head = live_head(lm, 1.0, None)
+    if head is None:
         return output_embeddings(lm)(hidden)
-    bias = None if linear.bias is None else _whole(linear.bias)
-    return nn.functional.linear(hidden.to(linear.weight.dtype), _whole(linear.weight), bias)
+    return nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
 
 
 # ---- Token-classification models with one label: a score for every token.
@@ -421,25 +401,8 @@ def is_token_classifier(model: nn.Module) -> bool:
     return any(cls.__name__.endswith(TOKEN_CLASSIFIER) for cls in type(model).__mro__)
 
 
-def checked_classifier(model: nn.Module) -> nn.Module:
-    """The model, if it has one label and a head that can be found; else ModelError."""
-    config: Any = model.config
-    require(
-        config.num_labels == 1,
-        ModelError,
-        f"{type(model).__name__} has {config.num_labels} labels; expected one, as "
-        "AutoModelForTokenClassification.from_pretrained(..., num_labels=1) gives it",
-    )
-    head_name(model)
-    return model
-
-
 def head_name(model: nn.Module) -> str:
-    """The attribute of a token classifier that is its head: `[..., H]` to `[..., 1]`, maybe with PEFT around it.
-
-    Raises:
-        ModelError: it has none of the known ones.
-    """
+    """The attribute of a token classifier that is its head: `[..., H]` to `[..., 1]`, maybe with PEFT around it."""
     found = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
     require(found, ModelError, f"{type(model).__name__} has no head that is known; expected one of {list(HEADS)}")
     return found[0]

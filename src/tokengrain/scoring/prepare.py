@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +20,13 @@ from tokengrain.scoring.model import (
     ModelPlan,
     ScoreRequest,
     autocast_type,
-    checked_classifier,
     decoder_of,
     device_of,
     evaluating,
+    head_name,
     input_embeddings,
     is_token_classifier,
+    layers,
     positions_of,
     run,
     text_config,
@@ -41,20 +41,16 @@ MARK = "_tokengrain_dispatches"
 
 
 def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
-    """Install the scoring forward on the model in `model` and find out how to score it.
+    """Install the scoring forward on the model in `model` and find out how to score it; the plan is kept on the model.
 
-    A tiny probe compares our head with the model's own logits, and shared prompts with separate rows. Where
-    they differ, or the model cannot take shared rows, a warning says so once and the slower way is used. The
-    probe runs in evaluation mode without gradients and leaves training mode and random numbers alone.
+    A tiny probe compares our head with the model's own logits, and shared prompts with separate rows. Where they
+    differ, or the model cannot take shared rows, a warning says so once and the slower way is used. The probe leaves
+    training mode and random numbers alone.
 
     Args:
-        model: a Hugging Face causal language model, or a token-classification model with one label, plain or
-            wrapped (PEFT, DDP, FSDP2, accelerate).
+        model: a causal language model, or a token-classification model with one label, plain or wrapped.
         layout: "auto" shares prompts where the model can and it pays; "shared" insists; "separate" never
             does. It becomes the default of `score` for this model. None: as before, at first "auto".
-
-    Returns:
-        The plan. It is kept on the model: calling again costs nothing.
 
     Raises:
         ModelError: another kind of model, or layout="shared" for a model that cannot share.
@@ -109,8 +105,7 @@ def signature(lm: nn.Module) -> tuple[Any, ...]:
 def causal_lm(model: nn.Module) -> nn.Module:
     """The Hugging Face causal language model under DDP, FSDP, PEFT, `torch.compile` and the like.
 
-    Raises:
-        ModelError: nothing there has output embeddings, or it is an encoder-decoder.
+    Raises ModelError if nothing there has output embeddings, or it is an encoder-decoder.
     """
     inner: Any = unwrapped(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
@@ -123,13 +118,15 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def scored_model(model: nn.Module) -> nn.Module:
-    """The causal language model in `model`, or the token-classification model with one label.
-
-    Raises:
-        ModelError: it is neither.
-    """
-    inner = unwrapped(model)
-    return checked_classifier(inner) if is_token_classifier(inner) else causal_lm(inner)
+    """The causal language model in `model`, or the token-classification model with one label; else ModelError."""
+    inner: Any = unwrapped(model)
+    if not is_token_classifier(inner):
+        return causal_lm(inner)
+    message = f"{type(inner).__name__} has {inner.config.num_labels} labels; expected one, as "
+    message += "AutoModelForTokenClassification.from_pretrained(..., num_labels=1) gives it"
+    require(inner.config.num_labels == 1, ModelError, message)
+    head_name(inner)  # raises if it has none
+    return inner
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -148,13 +145,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def prompt_learning(model: nn.Module) -> nn.Module | None:
     """The PEFT model around it that puts virtual tokens before every text, if there is one at work."""
-    inner: Any = model
-    while inner is not None:
-        if hasattr(inner, "peft_config") and hasattr(inner, "active_peft_config"):
-            at_work = inner.active_peft_config.is_prompt_learning and not inner._adapters_disabled
-            return inner if at_work else None
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    return None
+    peft = next((m for m in layers(model) if hasattr(m, "peft_config") and hasattr(m, "active_peft_config")), None)
+    at_work = peft is not None and peft.active_peft_config.is_prompt_learning and not peft._adapters_disabled
+    return peft if at_work else None
 
 
 def original_forward(lm: nn.Module) -> Callable[..., Any]:
@@ -165,8 +158,8 @@ def original_forward(lm: nn.Module) -> Callable[..., Any]:
 def install(lm: nn.Module) -> None:
     """Replace the instance's `forward` by one that also takes `token_batch=`; idempotent.
 
-    The new forward is a bound method, so that `copy.deepcopy` binds the copy's to the copy and accelerate
-    can wrap it; it holds nothing of the model, and a pickled model comes back with its class's forward.
+    It is a bound method, so that `copy.deepcopy` binds the copy's to the copy and accelerate can wrap it; a pickled
+    model comes back with its class's forward.
     """
     if _is_installed(lm):
         return
@@ -178,11 +171,7 @@ def install(lm: nn.Module) -> None:
 
 def _is_installed(lm: nn.Module) -> bool:
     forward = vars(lm).get("forward")
-    while forward is not None:
-        if getattr(forward, MARK, False):
-            return True
-        forward = getattr(forward, "__wrapped__", None)
-    return False
+    return forward is not None and hasattr(inspect.unwrap(forward, stop=lambda f: hasattr(f, MARK)), MARK)
 
 
 def _dispatcher(cls: Any) -> Callable[..., Any]:
@@ -210,38 +199,16 @@ SHORT_WINDOW = 5
 
 
 def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
-    """The plan for a model on which `install` has run; see `prepare`.
-
-    Without `sharing` only the head is looked at, and the plan never shares.
-    """
-    call = _without_ddp(model)
-    with evaluating(call), _same_random_numbers(device_of(lm)):
-        find = _score_head_plan if is_token_classifier(lm) else _head_plan
-        plan = find(call, lm, ModelPlan("separate"))
+    """The plan for a model on which `install` has run. Without `sharing` only the head is looked at."""
+    # DDP's forward would synchronise buffers; its hooks are not needed without gradients.
+    call: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    device = device_of(lm)
+    # Models should draw no random numbers in evaluation mode; those that do must not shift the user's.
+    with evaluating(call), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        plan = _head_plan(call, lm, ModelPlan("separate"))
         if plan.head == "fused" and sharing:
             plan = _sharing_plan(call, lm, plan)
     return plan
-
-
-def _without_ddp(model: nn.Module) -> nn.Module:
-    """DDP's forward would synchronise buffers; its hooks are not needed without gradients."""
-    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return inner
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Models should draw none in evaluation mode; those that do must not shift the user's."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-def _token(seed: int, index: int, vocab: int, avoid: set[int]) -> int:
-    token = (7919 * (index + 1) + 104729 * seed) % vocab
-    while token in avoid:
-        token = (token + 1) % vocab
-    return token
 
 
 def probe_batch(
@@ -256,7 +223,8 @@ def probe_batch(
     first = max(2, min(limit - max(completions), max(first, (window or 0) + 3)))
 
     def ids(seed: int, n: int) -> list[int]:
-        return [_token(seed, i, vocab, avoid) for i in range(n)]
+        starts = ((7919 * (i + 1) + 104729 * seed) % vocab for i in range(n))
+        return [next(t for k in range(vocab) if (t := (s + k) % vocab) not in avoid) for s in starts]
 
     samples = [
         Sample(ids(10 * g, p), [Completion(ids(10 * g + k + 1, n)) for k, n in enumerate(ns)])
@@ -302,71 +270,52 @@ def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tens
     return own, (seen[0] if seen else None), missing
 
 
-def _text_and_start(lm: nn.Module) -> tuple[TokenBatch, TokenBatch]:
-    """The start of a short text, and the text."""
-    whole = probe_batch(text_config(lm), vocabulary(lm), None, lengths=((5, (5,)),))
-    start = Completion(whole.completion(0).tolist()[:3])
-    return TokenBatch.from_samples([Sample(whole.prompt(0).tolist(), [start])]), whole
-
-
 def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     """Compares the decoder and our head with the model's own logits on one short text, and these with a shorter one's.
 
-    Raises:
-        ModelError: the logits depend on later tokens, so that they are no predictions of them.
+    Raises ModelError if the logits (or scores) depend on later tokens, so that they are no predictions of them.
     """
-    short, batch = _text_and_start(lm)
-    (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
-    # The median: rounding alone may route a token of a mixture of experts differently.
-    leak = float(relative_error(own[0, : start.shape[1]], start[0]).median())
-    message = f"what {type(lm).__name__} predicts depends on later tokens; expected a causal language model (BERT and "
-    message += "its kind are one with is_decoder=True in their config)"
-    require(not leak > TOLERANCE[_dtype(lm, autocast)], ModelError, message)
-    plan, raw = _run_alone(call, batch, replace(plan, autocast=autocast), "raw_logits", missing)
-    if raw is None:
-        return plan
-    own = own[0, batch.prompt_ids.numel() - 1 : -1]
-    best, (scale, softcap) = min((_logit_error(raw, own, s, c), (s, c)) for s, c in _head_forms(text_config(lm)))
-    if best > TOLERANCE[_dtype(lm, autocast)]:
-        return replace(plan, head="logits", reason=f"its logits are not its head's alone (difference {best:.2g})")
-    return replace(plan, scale=scale, softcap=softcap)
-
-
-def _run_alone(
-    call: nn.Module, batch: TokenBatch, plan: ModelPlan, want: str, missing: str | None
-) -> tuple[ModelPlan, Tensor | None]:
-    """What the decoder and our head give; None, and the plan to use the model's own logits, if it does not run."""
+    batch = probe_batch(text_config(lm), vocabulary(lm), None, lengths=((5, (5,)),))
+    start = Completion(batch.completion(0).tolist()[:3])
+    short = TokenBatch.from_samples([Sample(batch.prompt(0).tolist(), [start])])
+    (begun, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
+    own, begun, tolerance = own[0], begun[0], TOLERANCE[_dtype(lm, autocast)]
+    kind, plan, first = type(lm).__name__, replace(plan, autocast=autocast), batch.prompt_ids.numel()
+    if is_token_classifier(lm):
+        size = own.abs().max().clamp_min(1e-30)
+        leak = float((own[: len(begun)] - begun).abs().max() / size)
+        what = f"a token's score by {kind} depends on later tokens; expected a decoder such as Llama or Qwen"
+    else:
+        # The median: rounding alone may route a token of a mixture of experts differently.
+        leak = float(relative_error(own[: len(begun)], begun).median())
+        what = f"what {kind} predicts depends on later tokens; expected a causal language model (BERT and its kind are "
+        what += "one with is_decoder=True in their config)"
+    require(not leak > tolerance, ModelError, what)
+    want = "token_scores" if is_token_classifier(lm) else "raw_logits"
+    ours = None
     if missing is None:
         try:
-            return plan, call(token_batch=_request(batch, plan, "separate", want))[want]
+            ours = call(token_batch=_request(batch, plan, "separate", want))[want]
         except Exception as error:
             missing = f"its decoder does not run alone: {_short(error)}"
-    return replace(plan, head="logits", reason=missing), None
+    if ours is None:
+        return replace(plan, head="logits", reason=missing)
+    if is_token_classifier(lm):
+        best, name = float((ours - own[first:, 0]).abs().max() / size), "scores are"
+    else:
+        forms = _head_forms(text_config(lm))
+        finished = ((Head(torch.empty(0), None, *form).finish(ours), form) for form in forms)
+        best, form = min((float(relative_error(z, own[first - 1 : -1]).max()), form) for z, form in finished)
+        plan, name = replace(plan, scale=form[0], softcap=form[1]), "logits are"
+    if best > tolerance:
+        return replace(plan, head="logits", reason=f"its {name} not its head's alone (difference {best:.2g})")
+    return plan
 
 
 def _dtype(lm: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
     """The type the model computes in; `autocast` is its own forward's."""
     weight = input_embeddings(lm).weight
     return autocast or autocast_type(weight.device.type) or weight.dtype
-
-
-def _score_head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
-    """`_head_plan` for a token-classification model, which must not look at later tokens either."""
-    short, batch = _text_and_start(lm)
-    (start, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
-    tolerance, size = TOLERANCE[_dtype(lm, autocast)], float(own.abs().max().clamp_min(1e-30))
-    leak = float((own[:, : start.shape[1]] - start).abs().max())
-    message = (
-        f"a token's score by {type(lm).__name__} depends on later tokens; expected a decoder such as Llama or Qwen"
-    )
-    require(not leak > tolerance * size, ModelError, message)
-    plan, ours = _run_alone(call, batch, replace(plan, autocast=autocast), "token_scores", missing)
-    if ours is None:
-        return plan
-    difference = float((ours - own[0, batch.prompt_ids.numel() :, 0]).abs().max()) / size
-    if difference > tolerance:
-        return replace(plan, head="logits", reason=f"its scores are not its head's alone (difference {difference:.2g})")
-    return plan
 
 
 def _head_forms(config: Any) -> list[tuple[float, float | None]]:
@@ -379,11 +328,6 @@ def _head_forms(config: Any) -> list[tuple[float, float | None]]:
         if isinstance(value, (int, float)) and value and value != 1:
             scales += [float(value), 1 / float(value)]
     return [(s, softcap) for s in scales]
-
-
-def _logit_error(raw: Tensor, own: Tensor, scale: float, softcap: float | None) -> float:
-    """Difference of our logits and the model's own, worst token."""
-    return float(relative_error(Head(torch.empty(0), None, scale, softcap).finish(raw), own).max())
 
 
 def relative_error(ours: Tensor, own: Tensor) -> Tensor:
@@ -401,16 +345,22 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
         forms = mask_forms(config)
     except NotShareableError as error:
         return replace(plan, reason=str(error))
-    with _exceedable_window(config):
+    window = getattr(config, "sliding_window", None)
+    try:
+        if isinstance(window, int) and window > PROBED_WINDOW:
+            # Too long for a probe, it is made short, to find out a model that does not go by its config.
+            config.sliding_window = SHORT_WINDOW
         found, reason = _compared(call, lm, plan, mask_forms(config))  # the short window's forms
+    finally:
+        if window is not None:
+            config.sliding_window = window
     return replace(plan, reason=reason) if found is None else replace(plan, masks=forms[found])
 
 
 def _compared(call: nn.Module, lm: nn.Module, plan: ModelPlan, forms: list[MaskForm]) -> tuple[int | None, str]:
     """Which form of masks gives the hidden states of each text alone; or None, and why."""
     config, dtype = text_config(lm), _dtype(lm, plan.autocast)
-    vocab: int = vocabulary(lm)
-    batch = probe_batch(config, vocab, _window(config))
+    batch = probe_batch(config, vocabulary(lm), _window(config))
     separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
     reason = ""
     for index, form in enumerate(forms):
@@ -425,23 +375,6 @@ def _compared(call: nn.Module, lm: nn.Module, plan: ModelPlan, forms: list[MaskF
             return index, ""
         reason = f"hidden states differ from those of each text alone (relative difference {difference:.2g})"
     return None, reason
-
-
-@contextlib.contextmanager
-def _exceedable_window(config: Any) -> Iterator[None]:
-    """A sliding window too long for a probe is made short: a model that does not go by its config is found out.
-
-    Its window would be another one, or none at all, which would show in long texts alone.
-    """
-    window = getattr(config, "sliding_window", None)
-    if not isinstance(window, int) or window <= PROBED_WINDOW:
-        yield
-        return
-    config.sliding_window = SHORT_WINDOW
-    try:
-        yield
-    finally:
-        config.sliding_window = window
 
 
 def _hidden_error(shared: Tensor, separate: Tensor, batch: TokenBatch, dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, fingerprint, require
 from tokengrain.scoring.head import Distribution, Head
-from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.model import evaluating, layers
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.score import head_of, score
 
@@ -27,32 +27,20 @@ WANTED = ("logps", "distribution")
 
 @dataclass
 class ReferenceScores:
-    """What a reference gave.
+    """What a reference gave of what was wanted."""
 
-    Attributes:
-        logps: `[N]` log-probabilities (nats) of the counted tokens, or None if not wanted.
-        distribution: the whole next-token distribution at those tokens, or None if not wanted.
-    """
-
-    logps: Tensor | None = None
-    distribution: Distribution | None = None
+    logps: Tensor | None = None  # [N], nats
+    distribution: Distribution | None = None  # at the counted tokens
 
 
 class Reference(Protocol):
-    """Frozen quantities of a batch, without gradients and without dropout.
-
-    `want` is made of "logps" and "distribution".
-    """
+    """Frozen quantities of a batch, of "logps" and "distribution" what is wanted, without gradients and dropout."""
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores: ...
 
 
 class FrozenReference:
-    """Another model, for example a copy of the starting weights. It is put into evaluation mode for good.
-
-    Args:
-        model: a causal language model, plain or wrapped; its parameters stop requiring gradients.
-    """
+    """Another model, for example a copy of the starting weights. It is put into evaluation mode and frozen for good."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -62,14 +50,7 @@ class FrozenReference:
 
 
 class AdapterOffReference:
-    """A PEFT model with its adapter disabled: no second copy of the weights.
-
-    Args:
-        model: a `PeftModel`, possibly inside DDP, FSDP2 or `torch.compile`.
-
-    Raises:
-        ModelError: there is no PEFT model in it.
-    """
+    """A PEFT model, maybe wrapped, with its adapter disabled: no second copy of the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -82,17 +63,10 @@ class AdapterOffReference:
 
 
 class AdapterReference:
-    """A PEFT model with another of its adapters active: several models over one set of weights.
+    """A PEFT model, maybe wrapped, with another of its adapters active: several models over one set of weights.
 
     The model that is trained keeps its active adapter, its mode and what requires gradients, on errors too. A
     `Distribution` it gives holds the base model's own head, or that of the adapter if the adapter has one.
-
-    Args:
-        model: a `PeftModel`, possibly inside DDP, FSDP2 or `torch.compile`.
-        adapter: the adapter's name, as in `model.load_adapter(path, adapter)`.
-
-    Raises:
-        ModelError: there is no PEFT model in it, or none of its adapters has that name.
     """
 
     def __init__(self, model: nn.Module, adapter: str) -> None:
@@ -107,11 +81,7 @@ class AdapterReference:
 
 
 class ColumnReference:
-    """Stored quantities: `batch.columns["ref_logps"]` `[N]` and, given a head, `["ref_hidden"]` `[N, H]`.
-
-    Args:
-        head: the reference's head, needed for "distribution".
-    """
+    """Stored quantities: `batch.columns["ref_logps"]` `[N]` and, with the head, `["ref_hidden"]` `[N, H]`."""
 
     def __init__(self, head: Head | None = None) -> None:
         self.head = None if head is None else head.detach()
@@ -147,19 +117,14 @@ def _score_frozen(model: nn.Module, batch: TokenBatch, want: Collection[str]) ->
     wanted = [{"logps": "logps", "distribution": "hidden"}[w] for w in WANTED if w in want]
     with evaluating(model):
         scores = score(model, batch, wanted)
-        out = ReferenceScores(logps=scores.logps)
-        if "distribution" in want:
-            assert scores.hidden is not None
-            out.distribution = Distribution(scores.hidden, head_of(model).detach())
-    return out
+        whole = None if scores.hidden is None else Distribution(scores.hidden, head_of(model).detach())
+    return ReferenceScores(scores.logps, whole)
 
 
 def _peft_of(model: nn.Module) -> Any:
-    inner: Any = model
-    while inner is not None and not hasattr(inner, "disable_adapter"):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    require(inner is not None, ModelError, f"{type(model).__name__} has no adapter to switch; expected a PEFT model")
-    return inner
+    peft = next((m for m in layers(model) if hasattr(m, "disable_adapter")), None)
+    require(peft is not None, ModelError, f"{type(model).__name__} has no adapter to switch; expected a PEFT model")
+    return peft
 
 
 @contextmanager
@@ -200,24 +165,22 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of `model` to 0: `nn.Dropout` modules and float attributes alike.
-
-    transformers keeps attention dropout as a number on the attention module. The config is left as it is.
-    """
+def disable_dropout(model: nn.Module) -> nn.Module:
+    """Set every dropout probability to 0: `nn.Dropout` modules and the numbers of attention; not the config."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+    return model
 
 
 class StartingAdapterReference:
     """The policy as it was when training started, for training that resumes from a trained adapter.
 
-    Holds a copy of the adapter's weights only; a call puts them in place of the present ones and restores
-    those afterwards, bit for bit, also when the call fails.
+    Holds a copy of what is trained; a call puts it in place and restores the present weights bit for bit, on
+    errors too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -256,8 +219,7 @@ def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
 def adapter_is_neutral(model: Any) -> bool:
     """Whether a model whose PEFT adapter is switched off is, and stays, the model as it is now.
 
-    So it is with a LoRA that was not trained yet, as long as nothing else is trained: biases, say, which stay changed
-    when the adapter is off.
+    So it is with an untrained LoRA as long as nothing else (such as biases) is trained.
     """
     types = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
     if types != {"LORA"} or any(getattr(c, "modules_to_save", None) for c in model.peft_config.values()):
@@ -268,48 +230,33 @@ def adapter_is_neutral(model: Any) -> bool:
     return bool(last) and all(not bool(p.any()) for p in last)
 
 
-def default_reference(model: nn.Module, needs: Collection[str], has_column: bool) -> Reference | None:
-    """The reference of an objective that was given none.
+def resolve_reference(reference: Any, model: nn.Module, needs: Collection[str], has_column: bool) -> Reference | None:
+    """`reference` as given to the trainer (a model, a `Reference`, `ADAPTER_OFF` or None) as a `Reference` or None.
 
-    Stored `ref_logps` if the data have them and they are enough; for an adapter the model without it (or a
-    copy of what is trained, if the adapter was trained already or not only a LoRA is trained); otherwise a
-    frozen copy of the starting weights.
+    Of None: stored `ref_logps` if they are enough; for an adapter the model without it, or a copy of what is trained if
+    more than an untrained LoRA is; otherwise a frozen copy of the starting weights.
     """
+    if isinstance(reference, str) and reference == ADAPTER_OFF:
+        reference, has_column = None, False
+    if isinstance(reference, nn.Module):
+        itself = reference is model
+        require(not itself, ModelError, "the reference is the policy itself; pass a copy, or None for the default")
+        return FrozenReference(disable_dropout(reference))
+    if reference is not None:
+        given = type(reference).__name__
+        require(callable(reference), ModelError, f"reference must be a model, a Reference or None, got {given}")
+        return cast(Reference, reference)
     if not {"ref_logps", "kl"} & set(needs):
         return None
     if has_column and "kl" not in needs:
         return ColumnReference()
     if is_peft(model):
         return AdapterOffReference(model) if adapter_is_neutral(model) else StartingAdapterReference(model)
-    return _without_dropout(copy.deepcopy(model))
-
-
-def _without_dropout(model: nn.Module) -> FrozenReference:
-    disable_dropout(model)
-    return FrozenReference(model)
-
-
-def resolve_reference(reference: Any, model: nn.Module, needs: Collection[str], has_column: bool) -> Reference | None:
-    """`reference` as given to the trainer (a model, a `Reference`, `ADAPTER_OFF` or None) as a `Reference` or None."""
-    if isinstance(reference, str) and reference == ADAPTER_OFF:
-        reference, has_column = None, False
-    if reference is None:
-        return default_reference(model, needs, has_column)
-    if isinstance(reference, nn.Module):
-        itself = reference is model
-        require(not itself, ModelError, "the reference is the policy itself; pass a copy, or None for the default")
-        return _without_dropout(reference)
-    given = type(reference).__name__
-    require(callable(reference), ModelError, f"reference must be a model, a Reference or None, got {given}")
-    return cast(Reference, reference)
+    return FrozenReference(disable_dropout(copy.deepcopy(model)))
 
 
 def place_reference(reference: Reference | None, accelerator: Accelerator, layout: Any) -> None:
-    """Move a frozen model to this rank's device; under FSDP2 shard it like the policy.
-
-    Args:
-        layout: the policy's; both are scored in the same one.
-    """
+    """Move a frozen model to this rank's device; under FSDP2 shard it like the policy, whose `layout` it gets."""
     if not isinstance(reference, FrozenReference):
         return
     if not accelerator.is_fsdp2:
@@ -329,8 +276,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
 def reshard(model: nn.Module) -> None:
     """Put a sharded model's parameters back into shards.
 
-    After a forward pass FSDP2 leaves the last ones (final norm and head) whole. An optimiser made then would
-    hold those whole tensors, which never get a gradient.
+    FSDP2 leaves the last ones whole after a forward pass. An optimiser made then would hold tensors that never get a
+    gradient.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -339,48 +286,33 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-# ----------------------------------------------------------------------------------------------------
-# Whoever gives log-probabilities, a model or a reference: what it says, and what identifies it.
+# ---- Whoever gives log-probabilities, a model or a reference: what it says, and what identifies it.
 
 
 def has_adapter(model: nn.Module) -> bool:
     """Whether there is a PEFT model, whose adapter can be switched off, in `model` or its wrapper."""
-    inner: Any = model
-    while inner is not None and not hasattr(inner, "disable_adapter"):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    return hasattr(inner, "peft_config")
-
-
-def frozen_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Log-probabilities `[N]` under `model` in evaluation mode, without gradient; its mode is restored."""
-    with evaluating(model):
-        return _wanted(score(model, batch, ("logps",)).logps)
+    return any(is_peft(m) for m in layers(model))
 
 
 def scorer_logps(scorer: Any, batch: TokenBatch) -> Tensor:
-    """Log-probabilities `[N]` under a model, or under a `Reference` (called with what is wanted)."""
-    if isinstance(scorer, nn.Module):
-        return frozen_logps(scorer, batch)
-    return _wanted(scorer(batch, {"logps"}).logps)
+    """Log-probabilities `[N]` under a model in evaluation mode, or under a `Reference`; without gradient."""
+    scores: Any = _score_frozen(scorer, batch, {"logps"}) if isinstance(scorer, nn.Module) else scorer(batch, {"logps"})
+    logps: Tensor = scores.logps
+    return logps
 
 
 def scorer_fingerprint(scorer: Any) -> str:
     """Identifies a model's weights and config, or a reference by its class and its model's weights."""
     if isinstance(scorer, nn.Module):
         return model_fingerprint(scorer)
-    kind = type(scorer).__name__
-    model = getattr(scorer, "model", None)
+    kind, model = type(scorer).__name__, getattr(scorer, "model", None)
     # What an adapter that is switched off holds does not change the numbers.
     content = model_fingerprint(model, adapter=kind != "AdapterOffReference") if model is not None else ""
     return fingerprint([kind, content])
 
 
 def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
-    """16 hex digits over names, types and every byte of the weights, and over the config.
-
-    Args:
-        adapter: whether LoRA weights count.
-    """
+    """16 hex digits over names, types and bytes of the weights (LoRA weights if `adapter`), and over the config."""
     digest = hashlib.blake2b()
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_json_string"):
@@ -392,8 +324,3 @@ def model_fingerprint(model: nn.Module, *, adapter: bool = True) -> str:
         content = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(content.numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _wanted(logps: Tensor | None) -> Tensor:
-    assert logps is not None  # it was asked for
-    return logps

@@ -33,33 +33,21 @@ WANTS: tuple[str, ...] = get_args(Want)
 
 @dataclass
 class Scores:
-    """Per-token quantities over a batch's N counted tokens, in its flat order; None where not wanted.
+    """Per-token quantities over a batch's N counted tokens, in its flat order; None where not wanted."""
 
-    Attributes:
-        logps: `[N]` log-probability of the token, nats.
-        entropy: `[N]` entropy of the distribution it was drawn from, nats.
-        hidden: `[N, H]` last hidden state (after the final norm) that predicts it.
-        kl: `[N]` KL(reference || model) over the whole vocabulary, nats.
-        teacher_kl: `[N]` KL(model || teacher) over the vocabulary they share, nats.
-        teacher_alpha, tvd: `[N]` the teacher's strength, and the total variation of its two models, in [0, 1];
-            without gradient, like `teacher_reward`. The three come with `teacher_kl`.
-        teacher_reward: `[N]` log target - log contrast of the token, nats.
-        token_scores: `[N]` score of the token by a token-classification model that has read it.
-        values: `[N]` a critic's: score by such a model of the state before the token, read where it is predicted.
-        aux_loss: `[]` load-balancing loss of a mixture of experts over the tokens it read, without its coefficient.
-    """
-
-    logps: Tensor | None = None
-    entropy: Tensor | None = None
-    hidden: Tensor | None = None
-    kl: Tensor | None = None
-    teacher_kl: Tensor | None = None
+    logps: Tensor | None = None  # [N] log-probability of the token, nats
+    entropy: Tensor | None = None  # [N] entropy of the distribution it was drawn from, nats
+    hidden: Tensor | None = None  # [N, H] last hidden state (after the final norm) that predicts it
+    kl: Tensor | None = None  # [N] KL(reference || model) over the whole vocabulary, nats
+    teacher_kl: Tensor | None = None  # [N] KL(model || teacher) over the vocabulary they share, nats
+    # With `teacher_kl`, [N] each and without gradient: the teacher's strength, the total variation of its two models in
+    # [0, 1], and log target - log contrast of the token, nats.
     teacher_alpha: Tensor | None = None
     tvd: Tensor | None = None
     teacher_reward: Tensor | None = None
-    token_scores: Tensor | None = None
-    values: Tensor | None = None
-    aux_loss: Tensor | None = None
+    token_scores: Tensor | None = None  # [N] score of the token by a token-classification model that has read it
+    values: Tensor | None = None  # [N] a critic's: score by such a model of the state before the token
+    aux_loss: Tensor | None = None  # [] load-balancing loss of a mixture of experts, without its coefficient
 
 
 def score(
@@ -100,12 +88,11 @@ def score(
     require(not unknown, ModelError, f"unknown quantity; got {unknown}, expected some of {list(WANTS)}")
     lm = scored_model(model)
     _check_kind(lm, want)
-    plan = plan_for(model, lm, layout)
-    device = device_of(lm)
+    plan, device = plan_for(model, lm, layout), device_of(lm)
     request = ScoreRequest(
-        batch=batch,
-        want=frozenset(want),
-        plan=plan,
+        batch,
+        frozenset(want),
+        plan,
         reference=None if reference is None else _moved(reference, device),
         teacher=None if teacher is None else teacher.map(lambda d: _moved(d, device)),
         layout=plan.layout,
@@ -156,10 +143,7 @@ def _is_sharded(lm: nn.Module) -> bool:
 def head_of(model: nn.Module) -> Head:
     """The model's head with its live weight (gathered, if it is sharded): a parameter, not a copy.
 
-    An adapter on the head is folded into a copy of the weight.
-
-    Raises:
-        ModelError: the model's logits are not a function of its last hidden states that we know.
+    An adapter on the head is folded into a copy of the weight. ModelError if the head cannot be taken apart.
     """
     lm = causal_lm(model)
     plan = plan_for(model, lm, None)
@@ -169,21 +153,18 @@ def head_of(model: nn.Module) -> Head:
     if head is not None:
         return head
     # An affine map of any making is known by what it does to the zero and unit vectors.
-    module = output_embeddings(lm)
-    like = input_embeddings(lm).weight
-    size = text_config(lm).hidden_size
+    module, like = output_embeddings(lm), input_embeddings(lm).weight
     with evaluating(module):
-        units = torch.eye(size, dtype=like.dtype, device=like.device)
+        units = torch.eye(text_config(lm).hidden_size, dtype=like.dtype, device=like.device)
         bias = module(torch.zeros_like(units[:1]))[0]
         weight = (module(units) - bias).t().contiguous()
     return Head(weight, bias, plan.scale, plan.softcap)
 
 
 def distribution_of(model: nn.Module, batch: TokenBatch) -> Distribution:
-    """The model's next-token distribution at every counted token, without gradients.
+    """The model's next-token distribution at every counted token, without gradients, in the mode it is in.
 
-    In the mode (training or evaluation) that the model is in; the weights are the model's own, so use it
-    before they change. References should come from `tokengrain.scoring.reference`.
+    The weights are the model's own: use it before they change. See `tokengrain.scoring.reference` for references.
     """
     with torch.no_grad():
         hidden = score(model, batch, ("hidden",)).hidden

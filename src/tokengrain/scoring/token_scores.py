@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
-from tokengrain.errors import ModelError
-from tokengrain.scoring.model import evaluating
+from tokengrain.errors import ModelError, require
+from tokengrain.scoring.model import evaluating, layers
 from tokengrain.scoring.score import score
 from tokengrain.settings import check_choice
 
@@ -20,9 +19,9 @@ Scaling = Literal["zscore", "centre", "none"]
 
 
 def pooled_scores(token_scores: Tensor, segments: Segments, pooling: Pooling = "mean") -> Tensor:
-    """One score per completion `[C]` from those of its tokens `[N]`; 0 for an empty one. Ranks best-of-n.
+    """One score per completion `[C]`, float32 at least, from those of its tokens `[N]`; 0 for an empty one.
 
-    The mean, not the sum: a sum would prefer long completions. In float32 at least.
+    The mean, not the sum, which would prefer long completions.
     """
     check_choice("pooling", pooling, Pooling)
     scores = token_scores if token_scores.dtype == torch.float64 else token_scores.float()
@@ -35,63 +34,46 @@ def pooled_scores(token_scores: Tensor, segments: Segments, pooling: Pooling = "
 class ScoreStatistics:
     """Mean and (population) standard deviation of a reward model's token scores on its training tokens."""
 
+    prefix: ClassVar[str] = "token_score"
     mean: float
     std: float
-
-    def as_dict(self) -> dict[str, float]:
-        """Under the names they have in a model's config."""
-        return {f"token_score_{name}": value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ScoreStatistics:
-        return cls(float(values["token_score_mean"]), float(values["token_score_std"]))
-
-
-@dataclass(frozen=True)
-class CompletionStatistics:
-    """The same of the scores of whole completions.
-
-    Attributes:
-        pooling: what a completion's score is, as in the loss: the "mean" of its tokens' scores, or that of the "last".
-    """
-
-    mean: float
-    std: float
-    pooling: Pooling = "mean"
 
     def as_dict(self) -> dict[str, Any]:
         """Under the names they have in a model's config."""
-        return {f"completion_score_{name}": value for name, value in asdict(self).items()}
+        return {f"{self.prefix}_{name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """Those in the model's config; None if it has none."""
+        found = {f.name: getattr(config_of(model), f"{cls.prefix}_{f.name}", None) for f in fields(cls)}
+        known = {name: value for name, value in found.items() if value is not None}
+        return cls(**known) if {"mean", "std"} <= set(known) else None
+
+
+@dataclass(frozen=True)
+class CompletionStatistics(ScoreStatistics):
+    """The same of the scores of whole completions, pooled as in the loss."""
+
+    prefix: ClassVar[str] = "completion_score"
+    pooling: Pooling = "mean"
 
 
 def config_of(model: nn.Module) -> Any:
     """The config of the transformers model in `model`, whatever wraps it."""
-    inner: Any = model
-    while not hasattr(inner, "config"):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise ModelError(f"{type(model).__name__} has no config; expected a transformers model")
-    return inner.config
+    found = next((m.config for m in layers(model) if hasattr(m, "config")), None)
+    require(found is not None, ModelError, f"{type(model).__name__} has no config; expected a transformers model")
+    return found
 
 
-def set_statistics(model: nn.Module, statistics: ScoreStatistics | CompletionStatistics) -> None:
+statistics_of, completion_statistics_of = ScoreStatistics.of, CompletionStatistics.of
+Statistics = TypeVar("Statistics", bound=ScoreStatistics)
+
+
+def set_statistics(model: nn.Module, statistics: Statistics) -> Statistics:
     """Keep statistics in the model's config, with which they are saved."""
     for name, value in statistics.as_dict().items():
         setattr(config_of(model), name, value)
-
-
-def statistics_of(model: nn.Module) -> ScoreStatistics | None:
-    """The statistics in the model's config; None if it has none."""
-    config = config_of(model)
-    values = {name: getattr(config, name, None) for name in ("token_score_mean", "token_score_std")}
-    return None if None in values.values() else ScoreStatistics.from_dict(values)
-
-
-def completion_statistics_of(model: nn.Module) -> CompletionStatistics | None:
-    """The same of whole completions."""
-    config = config_of(model)
-    mean, std, pooling = (getattr(config, f"completion_score_{name}", None) for name in ("mean", "std", "pooling"))
-    return None if mean is None or std is None else CompletionStatistics(float(mean), float(std), pooling or "mean")
+    return statistics
 
 
 def frozen_token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
