@@ -15,7 +15,7 @@ The slow twin is `tokengrain.scoring.head.logits_quantities`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +108,10 @@ class _HeadQuantities(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *rest = ctx.saved_tensors
         kept = dict(zip(ctx.kept_names, rest))
-        factors = _factors({name: g for name, g in zip(ctx.job.names, grads) if g is not None}, ctx.job)
+        # The sign and scale of each basis.
+        tempered = 1.0 if ctx.job.teacher is None else 1.0 / ctx.job.teacher.temperature
+        by = {"logps": -1.0, "entropy": -1.0, "kl": 1.0, "teacher_kl": tempered}
+        factors = {name: grad * by[name] for name, grad in zip(ctx.job.names, grads) if grad is not None}
         if not factors:
             return None, None, None, None
         job: Job = replace(ctx.job, names=tuple(factors))
@@ -242,7 +245,7 @@ def _combined(
 def _bases(
     names: Collection[str], p: Tensor, q: Any, taught: Any, labels: Tensor, slope: Tensor | None
 ) -> dict[str, Tensor]:
-    """`[n, V]` matrices D such that dz = factor * D, factor as in `_factors`. Overwrites p, q and taught."""
+    """`[n, V]` matrices D such that dz = factor * D, factor as in `backward`. Overwrites p, q and taught."""
     out = {}
     if "kl" in names:
         out["kl"] = torch.sub(p, q, out=q)
@@ -257,13 +260,6 @@ def _bases(
         for basis in out.values():
             basis.mul_(slope)
     return out
-
-
-def _factors(grads: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
-    """Upstream gradients `[n]` with the sign and scale of each basis."""
-    tempered = 1.0 if job.teacher is None else 1.0 / job.teacher.temperature
-    by = {"logps": -1.0, "entropy": -1.0, "kl": 1.0, "teacher_kl": tempered}
-    return {name: grad * by[name] for name, grad in grads.items()}
 
 
 def _slope(capped: Tensor, softcap: float | None) -> Tensor | None:

@@ -44,14 +44,7 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def detach(self) -> Head:
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias)
-
-    def cut(self, vocab: int) -> Head:
-        """The head of the first `vocab` tokens alone: views, no copies."""
-        if vocab >= self.vocab_size:
-            return self
-        return replace(self, weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,12 @@ class Distribution:
         return Distribution(self.hidden.detach(), self.head.detach())
 
     def cut(self, vocab: int) -> Distribution:
-        return replace(self, head=self.head.cut(vocab))
+        """The same over the first `vocab` tokens alone: views, no copies."""
+        head = self.head
+        if vocab >= head.vocab_size:
+            return self
+        bias = None if head.bias is None else head.bias[:vocab]
+        return replace(self, head=replace(head, weight=head.weight[:vocab], bias=bias))
 
     def check_tokens(self, what: str, expected: int) -> None:
         """Raises ModelError unless the distribution is given at as many tokens as expected."""

@@ -248,7 +248,7 @@ def quantities_from_logits(
 # ---- The parts of a Hugging Face model, which PyTorch's types know nothing of, through adapters and shards.
 
 
-def layers(model: nn.Module) -> Iterator[Any]:
+def nested(model: nn.Module) -> Iterator[Any]:
     """The model, and what DDP, FSDP, `torch.compile` and the like wrap, from the outside in."""
     inner: Any = model
     while inner is not None:

@@ -26,7 +26,7 @@ from tokengrain.scoring.model import (
     head_name,
     input_embeddings,
     is_token_classifier,
-    layers,
+    nested,
     positions_of,
     run,
     text_config,
@@ -145,7 +145,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def prompt_learning(model: nn.Module) -> nn.Module | None:
     """The PEFT model around it that puts virtual tokens before every text, if there is one at work."""
-    peft = next((m for m in layers(model) if hasattr(m, "peft_config") and hasattr(m, "active_peft_config")), None)
+    peft = next((m for m in nested(model) if hasattr(m, "peft_config") and hasattr(m, "active_peft_config")), None)
     at_work = peft is not None and peft.active_peft_config.is_prompt_learning and not peft._adapters_disabled
     return peft if at_work else None
 

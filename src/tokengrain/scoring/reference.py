@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, fingerprint, require
 from tokengrain.scoring.head import Distribution, Head
-from tokengrain.scoring.model import evaluating, layers
+from tokengrain.scoring.model import evaluating, nested
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.score import head_of, score
 
@@ -122,7 +122,7 @@ def _score_frozen(model: nn.Module, batch: TokenBatch, want: Collection[str]) ->
 
 
 def _peft_of(model: nn.Module) -> Any:
-    peft = next((m for m in layers(model) if hasattr(m, "disable_adapter")), None)
+    peft = next((m for m in nested(model) if hasattr(m, "disable_adapter")), None)
     require(peft is not None, ModelError, f"{type(model).__name__} has no adapter to switch; expected a PEFT model")
     return peft
 
@@ -291,7 +291,7 @@ def reshard(model: nn.Module) -> None:
 
 def has_adapter(model: nn.Module) -> bool:
     """Whether there is a PEFT model, whose adapter can be switched off, in `model` or its wrapper."""
-    return any(is_peft(m) for m in layers(model))
+    return any(is_peft(m) for m in nested(model))
 
 
 def scorer_logps(scorer: Any, batch: TokenBatch) -> Tensor:

@@ -108,22 +108,19 @@ def score(
 
 
 def _check_kind(lm: nn.Module, want: Collection[str]) -> None:
-    name, wrong = type(lm).__name__, None
-    asked = [w for w in CLASSIFIER_WANTS if w in want]
-    others = sorted(set(want) - set(CLASSIFIER_WANTS))
-    if asked and not is_token_classifier(lm):
+    name, wrong, classifier = type(lm).__name__, "", is_token_classifier(lm)
+    asked, others = [w for w in CLASSIFIER_WANTS if w in want], sorted(set(want) - set(CLASSIFIER_WANTS))
+    if asked and not classifier:
         wrong = (
-            f"{name} predicts tokens and does not score them; {asked[0]!r} needs a token-classification "
-            "model, such as AutoModelForTokenClassification.from_pretrained(..., num_labels=1) loads"
+            f"{name} predicts tokens and does not score them; {asked[0]!r} needs a token-classification model, such "
         )
-    elif others and is_token_classifier(lm):
-        wrong = (
-            f"{name} scores tokens and does not predict them, so it has no {others}; expected "
-            "want=('token_scores',), or a causal language model"
-        )
+        wrong += "as AutoModelForTokenClassification.from_pretrained(..., num_labels=1) loads"
+    elif others and classifier:
+        wrong = f"{name} scores tokens and does not predict them, so it has no {others}; expected "
+        wrong += "want=('token_scores',), or a causal language model"
     elif len(asked) > 1:
         wrong = "'token_scores' are read at the token and 'values' before it; ask for one at a time"
-    require(wrong is None, ModelError, str(wrong))
+    require(not wrong, ModelError, wrong)
 
 
 def _moved(distribution: Distribution, device: torch.device) -> Distribution:
@@ -149,8 +146,7 @@ def head_of(model: nn.Module) -> Head:
     plan = plan_for(model, lm, None)
     message = f"the head of {type(lm).__name__} cannot be taken apart: {plan.reason}"
     require(plan.head == "fused", ModelError, message)
-    head = live_head(lm, plan.scale, plan.softcap)
-    if head is not None:
+    if (head := live_head(lm, plan.scale, plan.softcap)) is not None:
         return head
     # An affine map of any making is known by what it does to the zero and unit vectors.
     module, like = output_embeddings(lm), input_embeddings(lm).weight

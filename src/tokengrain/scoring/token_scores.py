@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import ModelError, require
-from tokengrain.scoring.model import evaluating, layers
+from tokengrain.scoring.model import evaluating, nested
 from tokengrain.scoring.score import score
 from tokengrain.settings import check_choice
 
@@ -60,7 +60,7 @@ class CompletionStatistics(ScoreStatistics):
 
 def config_of(model: nn.Module) -> Any:
     """The config of the transformers model in `model`, whatever wraps it."""
-    found = next((m.config for m in layers(model) if hasattr(m, "config")), None)
+    found = next((m.config for m in nested(model) if hasattr(m, "config")), None)
     require(found is not None, ModelError, f"{type(model).__name__} has no config; expected a transformers model")
     return found
 
