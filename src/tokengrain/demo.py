@@ -38,21 +38,11 @@ def run_demo(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Train DPO, SimPO, TDPO2, TGDPO and T-REG from their recipes on `stories` and compare them.
+    """Train DPO, SimPO, TDPO2, TGDPO and T-REG from their recipes on `stories` and compare them; the report's path.
 
-    Each method is an ordinary run in a folder of its own below `output`; finished ones are reused. Every
-    policy is sampled and measured against the optimum that dynamic programming gives.
-
-    Args:
-        output: where `metrics.json`, `report.html` and the runs go.
-        samples: completions per prompt (12 prompts) for the evaluation.
-        overwrite: train again what is there already.
-
-    Returns:
-        The path of the report.
-
-    Raises:
-        RunError: `output` is not empty and not an earlier demo.
+    Each method is an ordinary run in a folder of its own below `output`; finished ones are reused unless `overwrite`.
+    Every policy is sampled (`samples` completions of each of the 12 prompts) and measured against the optimum that
+    dynamic programming gives.
     """
     output, console = Path(output), console or Screen()
     _check_folder(output)

@@ -97,8 +97,6 @@ def credit(
 
     Examples:
 
-        tokengrain bench credit --jobs 2
-
         tokengrain bench credit --source guide --source contrastive --regime noisy --regime clean
 
         tokengrain bench credit --world world://arithmetic --jobs 2

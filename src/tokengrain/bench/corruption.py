@@ -48,13 +48,9 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Corrupted:
-    """Answers before and after.
+    """Answers before and after the corruption: same lengths, one completion per prompt.
 
-    Attributes:
-        clean: the answers, one completion per prompt.
-        corrupted: the same with other tokens in some places; lengths are the same.
-        marked: bool `[N]`, the places.
-        left_out: answers that were too short to corrupt.
+    `marked`: bool `[N]`, the corrupted places; `left_out`: answers that were too short to corrupt.
     """
 
     clean: TokenBatch
@@ -66,20 +62,14 @@ class Corrupted:
 def corrupt(
     batch: TokenBatch, tokenizer: Any, *, how: How = "random", tokens: int = 2, seed: int = 0, model: Any = None
 ) -> Corrupted:
-    """Change a few tokens of good answers.
+    """Change a few tokens of good answers, one completion per prompt.
+
+    Special tokens are never touched or put in. Which places of an answer change does not depend on the other rows.
 
     Args:
-        batch: good answers, one completion per prompt.
-        tokenizer: tells special tokens, which are never touched or put in, and where words begin.
         how: "random" puts in another token, drawn from the answers of all rows; "unlikely" one of the half of
             these that `model` finds least likely there; "swap" exchanges neighbouring words.
         tokens: how many places per answer, never next to each other (fewer where there is no room).
-        seed: of the choices; which places of an answer change does not depend on the other rows.
-        model: for "unlikely": a causal language model.
-
-    Raises:
-        RecipeError: an unknown way, or "unlikely" without a model.
-        DataError: no answer is long enough, or the prompts do not have one answer each.
     """
     message = f"how is {how!r}, tokens is {tokens}; expected one of {get_args(How)} and at least 1"
     require(how in get_args(How) and tokens >= 1, RecipeError, message)
@@ -201,16 +191,9 @@ def corruption_test(
     after the first corrupted one;
     `top1`, `topk`: share of the lowest token, and of the k lowest, that are corrupted, k being how many are.
 
-    Args:
-        sources: by name: called with a batch, give `[N]`.
-        data: as `corrupt` makes it.
-        neighbours: how many tokens after a corrupted one count as its neighbours.
-        seed: of the bootstrap.
-        after: called after every source.
-
     Returns:
-        One entry per source: `source`, `measures`, `deviation` (the standard deviation that `drop` is in),
-        `seconds` per 1,000 tokens, `passes`, `reads`; and the credit of every source: (clean, corrupted).
+        One entry per source: `source`, `measures`, `deviation` (the standard deviation that `drop` is in) and its
+        cost; and the credit of every source: (clean, corrupted).
     """
     entries, credit = [], {}
     near, later = surroundings(data, neighbours)
@@ -306,18 +289,10 @@ def bench_corruption(
             a run folder, whose credit is taken (without one: its reward model's scores, or the log-ratio of its
             policy to its start).
         credit: your own: functions `(batch) -> [N]`, or import strings of them.
-        how, tokens, seed: see `corrupt`; one part of the result for each of `how`.
         rows: at most so many answers.
-        neighbours: see `corruption_test`.
-        output: folder of `credit.json`, `credit.md` and `credit.html`.
-        console: where progress is shown.
 
     Returns:
-        The content of `credit.json`: `corruptions`, one entry per `how`, with `sources` as `corruption_test`
-        gives them.
-
-    Raises:
-        RecipeError: no model, an unknown source, or settings that a source does not have.
+        The content of `credit.json`: `corruptions`, one entry per `how`.
     """
     console = console or Screen(stderr=True)
     model = model or _model_of_runs(sources)
@@ -413,9 +388,7 @@ def _source(text: str, model: str, data: str) -> tuple[str, Credit]:
 
 def _of_run(path: Path) -> tuple[str, Credit]:
     """The credit of a run's last stage that makes one; else the scores of its reward model, or the log-ratio of its
-    policy to where it started.
-
-    Credit that came with the run's own rows says nothing about others.
+    policy to where it started. Credit that came with the run's own rows says nothing about others.
     """
     with code_named_by(path / "recipe.yaml"):
         return _named_by_run(path)

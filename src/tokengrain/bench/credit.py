@@ -75,26 +75,18 @@ def bench_credit(
     are kept in `credit.jsonl`; a second call does what is missing. Writes `credit.json`, `credit.md` and `credit.html`.
 
     Args:
-        world: address; its option `seed` is set for every run.
         sources: names in `SOURCES` (None: all that the world offers).
         credit: your own: functions `(batch) -> [N]`, or import strings of them.
         seeds: how many; seeds 0, 1, ...
         regimes: values of the world's option `regime` (empty: as in the address).
         jobs: processes, one thread each.
-        output: folder of log, result and pages.
         steps: of each training (None: 120, and 60 in the worlds of chains).
         prompts: prompts to judge completions of, per seed (None: the world's default).
         generations: completions per prompt in the worlds of chains; elsewhere there are two.
-        console: where progress is shown.
 
-    Returns:
-        The content of `credit.json`: `sources`, one entry per regime, question and source with mean, 95 % t interval
-        and the value of every seed for each measure; `runs`, the single runs; `left_out`, sources that a question is
-        not put to, and why; and how it was made.
-
-    Raises:
-        RecipeError: unknown world, source or function; a source that has no answer in this world; a function that
-            other processes cannot load; a number that is too small.
+    Returns: The content of `credit.json`: `sources`, one entry per regime, question and source with mean, 95 % t
+    interval and the value of every seed for each measure; `runs`; `left_out`, sources that a question is not put to,
+    and why.
     """
     output, console = Path(output), console or Screen(stderr=True)
     require(min(seeds, jobs) >= 1, RecipeError, f"seeds and jobs must be at least 1, got {seeds} and {jobs}")

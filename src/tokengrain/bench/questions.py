@@ -57,7 +57,6 @@ class Question:
     """One way to ask whether credit is right.
 
     Attributes:
-        name: "pairs", "chain" or "reference".
         draw: the completions to judge, with the truth; the tokens to point at are those of lowest or highest truth.
         exact: credit that is right by definition.
         low: whether credit should be low at these tokens; False: high.
@@ -113,11 +112,8 @@ def reasoning(world: RevisionWorld) -> Credit:
 def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
     """Groups of the base model's samples on held-out problems, with right and wrong completions in each.
 
-    Group methods do not train on prompts whose completions are all right or all wrong: these are left out, and so are
-    completions that did not end. In each group the first completion is right and the second wrong.
-
-    Raises:
-        TokengrainError: the model is hardly ever both right and wrong on a prompt.
+    Prompts whose completions are all right or all wrong are left out, as group methods do not train on them, and so
+    are completions that did not end. In each group the first completion is right and the second wrong.
     """
     wanted = draw.prompts or GROUPS[world.options.size]
     sampler, sampling = HFGenerate(world.reference), world.sampling(seed_of("bench", draw.seed))
@@ -200,9 +196,8 @@ def counted_passes() -> Iterator[Passes]:
 def credit_and_cost(source: Credit, batch: TokenBatch, part: int = PART) -> tuple[Tensor, dict[str, float]]:
     """Credit `[N]` of a source on the CPU, and what it cost.
 
-    Returns:
-        The credit, and `seconds` per 1,000 credited tokens, `passes` through a model per call with `part`
-        prompts, `reads`, tokens that went through a model per credited token.
+    `seconds` per 1,000 credited tokens, `passes` through a model per call with `part` prompts, `reads`, tokens that
+    went through a model per credited token.
     """
     parts = [batch.select(range(i, min(i + part, batch.n_prompts))) for i in range(0, batch.n_prompts, part)]
     source(parts[0].select([0]))  # what happens once, such as finding out how to score a model, is not its price
@@ -219,12 +214,7 @@ def credit_and_cost(source: Credit, batch: TokenBatch, part: int = PART) -> tupl
 
 
 def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -> tuple[dict[str, Any], Tensor]:
-    """One source on one world's completions.
-
-    Returns:
-        The numbers of `credit_scores` and `pointing_scores`, `bins` of `calibration` and those of
-        `credit_and_cost`; and the credit `[N]`.
-    """
+    """One source on one world's completions: its scores, bins of `calibration` and cost; and the credit `[N]`."""
     batch, decided = truth.batch, truth.decisions
     credit, cost = credit_and_cost(source, batch)
     found: dict[str, Any] = credit_scores(credit, truth.advantages, decided, batch.segments)
@@ -240,11 +230,10 @@ def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -
 class OnlineCredit:
     """Credit of sampled completions as the steps of online training give it in the first rollout.
 
-    The policy is the world's base model, which is also the reference; completions are graded by the world's reward.
-    Every call is a rollout of its own, with steps without a past.
+    The policy is the base model of `arithmetic` or `revision`, which is also the reference; completions are graded by
+    the world's reward. Every call is a rollout of its own, with steps without a past.
 
     Args:
-        world: `arithmetic` or `revision`.
         steps: credit steps as `resolve_rollout_credit` takes them, in order; made anew for every call.
         read: what of the rollout is the credit, `[N]`; it may also look at the steps.
         needs: quantities that `read` looks at, besides those that the steps need.
@@ -311,9 +300,7 @@ def train_critic(
 ) -> Any:
     """A critic that starts from the base model and learns the outcomes of its samples on the training prompts.
 
-    Args:
-        seed: of samples, order and the head's first weights.
-        steps: updates, of `prompts` prompts with `generations` completions each.
+    `seed` is of samples, order and the head's first weights; an update takes `prompts` prompts.
     """
     items = world.items([parse_prompt(row["prompt"]) for row in world.prompts()])
     sampling = world.sampling(seed_of("critic", seed))

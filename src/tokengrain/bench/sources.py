@@ -68,13 +68,8 @@ def train_on(
     Adam with β₂ 0.98, linear decay after 10 steps of warm-up, gradients clipped at 1: what `stories` needs.
 
     Args:
-        world: where the starting weights and the tokenizer come from.
-        objective: as `PreferenceTrainer` takes it.
         rows: `Sample`s or a data set of them, such as `world_samples(world)`.
-        seed: of the order of rows.
         model: what to train (None: a fresh copy of the world's base model).
-        learning_rate: at its peak.
-        steps: optimiser steps.
         pairs: rows per step.
         given: further arguments of `PreferenceTrainer`: credit, credit_as, reference, teacher.
     """
@@ -104,14 +99,9 @@ def train_on(
 
 @dataclass
 class Bench:
-    """What the sources of one seed share: the world's pairs and the models trained on them.
+    """What the sources of one seed share: the world's pairs, the models trained on them, and how long that took.
 
-    Attributes:
-        world: as `load_world` gives it; its seed decides the pairs.
-        seed: of the trainings, and of sources that draw numbers.
-        steps: length of each training.
-        question: what is asked; generations: completions per prompt, where groups are sampled.
-        seconds: how long each training took, by name.
+    The world's seed decides the pairs; `seed` is of the trainings, and of sources that draw numbers.
     """
 
     world: Any
@@ -174,7 +164,6 @@ class BenchSource:
     """A credit source of the comparison.
 
     Attributes:
-        name: how it is called in tables and on the command line.
         kind: "truth"; "control" (reads the world, or nothing); "untrained" and "trained" (what a user could
             have); "own".
         what: one line for listings.
@@ -396,11 +385,7 @@ SOURCES: dict[str, BenchSource] = {
 
 
 def own_source(reference: str | Callable[..., Any]) -> BenchSource:
-    """A user's function `(batch) -> [N]` as a source of the comparison.
-
-    Args:
-        reference: the function, or "module:function" or "path.py:function".
-    """
+    """A user's function `(batch) -> [N]`, or "module:function" or "path.py:function", as a source of the comparison."""
     made = make_credit("function", function=reference)
     name = reference.rpartition(":")[2] if isinstance(reference, str) else made.name.removeprefix("function ")
     what = f"yours: {reference if isinstance(reference, str) else name}"
@@ -408,11 +393,7 @@ def own_source(reference: str | Callable[..., Any]) -> BenchSource:
 
 
 def chosen_sources(names: Sequence[str] | None, world: Any) -> list[BenchSource]:
-    """The sources of these names; None: all that have an answer to one of the world's questions.
-
-    Raises:
-        RecipeError: an unknown name, or a source that has an answer to none of the world's questions, with the reason.
-    """
+    """The sources of these names; None: all that have an answer to one of the world's questions."""
     questions = questions_of(world)
     if names is None:
         return [s for s in SOURCES.values() if not all(s.unfit(world, q) for q in questions)]

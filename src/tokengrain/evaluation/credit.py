@@ -19,12 +19,9 @@ _PULL = 1e-4
 
 
 class CreditTruth(NamedTuple):
-    """Completions with the true credit of their tokens: what a world gives to compare a source with.
+    """Completions of the base model with the true credit of their tokens: what a world gives to compare a source with.
 
-    Attributes:
-        batch: prompts with completions of the base model.
-        advantages: `[N]`, the true advantage of every counted token.
-        decisions: bool `[N]`, tokens at which there was something to decide.
+    `advantages`: `[N]`, true advantage of every counted token; `decisions`: bool `[N]`, where something was to decide.
     """
 
     batch: TokenBatch
@@ -41,12 +38,7 @@ def spearman(credit: Tensor, truth: Tensor) -> float:
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Chance that a positive has a higher score than a negative, a tie counting half; NaN without both.
-
-    Args:
-        scores: `[n]`.
-        positive: bool `[n]`.
-    """
+    """Chance that a positive has a higher score than a negative, a tie counting half, `[n]`; NaN without both."""
     scores, positive = _checked(scores, positive)
     positive = positive.bool()
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
@@ -58,16 +50,9 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> dict[str, float]:
-    """Agreement of credit with the truth.
+    """Agreement of credit `[N]` with the true advantages, over all tokens or those at which something was to decide.
 
-    Args:
-        credit: `[N]`, one number per token.
-        truth: `[N]`, the true advantage of every token.
-        decisions: bool `[N]`, tokens at which there was something to decide (None: all).
-
-    Returns:
-        `spearman` over these tokens, `auc` for truth > 0 among those with |truth| > `AUC_MARGIN`, and
-        `tokens`.
+    `spearman` over these tokens, `auc` for truth > 0 among those with |truth| > `AUC_MARGIN`, and `tokens`.
     """
     credit, truth = _checked(credit, truth)
     if decisions is not None:
@@ -81,19 +66,15 @@ def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> 
 
 
 def credit_scores(credit: Tensor, truth: Tensor, decisions: Tensor, segments: Segments) -> dict[str, float]:
-    """Everything that `tokengrain bench credit` says about the agreement of a source with the truth.
-
-    Args:
-        credit, truth, decisions: `[N]` as in `recovery`.
-        segments: cuts `[N]` into completions.
+    """Everything that `tokengrain bench credit` says about the agreement of a source with the truth, each `[N]`.
 
     Returns:
-        Those of `recovery`, and, NaN where not defined:
+        Those of `recovery` and `calibration`, and, NaN where not defined:
         `auc_harm`: chance that a harmful token (truth < −`AUC_MARGIN`) has lower credit than another decision
         token; `top1`: see `lowest_hits`, the marked tokens being those of lowest truth of a completion, over
         completions with a harmful token; `top1_chance`: what random credit would reach; `alarm`: chance that
         the lowest credit of a completion with a harmful token is below that of a completion without one;
-        `completions` and `harmed`, how many there are; `scale`, `r2`, `ece`, `skill` of `calibration`.
+        `completions` and `harmed`, how many there are.
     """
     credit, truth = _checked(credit, truth)
     harmful = truth < -AUC_MARGIN
@@ -119,15 +100,10 @@ def credit_scores(credit: Tensor, truth: Tensor, decisions: Tensor, segments: Se
 
 
 def lowest_hits(credit: Tensor, marked: Tensor, segments: Segments, k: Tensor | None = None) -> Tensor:
-    """Share of each completion's `k` tokens of lowest credit that are marked, `[C]`.
+    """Share of each completion's `k` tokens of lowest credit (`[C]`; None: 1) that are marked, `[C]`.
 
     Ties are counted by expectation: of m tokens tied for the last r places, each has a chance of r/m. NaN for
     completions without a marked token.
-
-    Args:
-        credit: `[N]`.
-        marked: bool `[N]`.
-        k: long `[C]`, at least 1 and at most the completion's tokens (None: 1 everywhere).
     """
     out = torch.full((len(segments),), float("nan"), dtype=torch.float64)
     parts = zip(segments.split(credit.double()), segments.split(marked.bool()), strict=True)
@@ -163,16 +139,12 @@ class Calibration:
 
 
 def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibration:
-    """Calibration of credit against the truth.
+    """Calibration of credit against the truth, `[n]`; `completions` is the completion of every token.
 
     The chance P(truth < 0 | credit) = σ(a − b·credit) is fitted on every other completion and judged on the
     others, and the other way round. Tokens are then put into `BINS` bins by quantile of credit (equal credit
     shares a bin); `ece` is the mean over tokens of |observed − predicted| of their bin. Credit that says
     nothing predicts the base rate and so has `ece` near 0: read it together with `skill`.
-
-    Args:
-        credit, truth: `[n]`.
-        completions: long `[n]`, the completion of every token.
     """
     credit, truth = _checked(credit, truth)
     negative, fold = (truth < 0).double(), completions.cpu() % 2
@@ -245,22 +217,15 @@ def pointing_scores(
     """How well credit points at the marked tokens of each completion, whatever it says about others.
 
     Only completions with a marked token count, each the same. Credit that is equal for all tokens of a completion, such
-    as its outcome, is at chance in each of these.
-
-    Args:
-        credit: `[N]`.
-        marked: bool `[N]`, the tokens to point at.
-        among: bool `[N]`, the tokens they are compared with in `auc_inside`.
-        segments: cuts `[N]` into completions.
-        low: whether low credit points at a token; False: high credit.
+    as its outcome, is at chance in each of these. Low credit points at a token, or high credit if not `low`.
 
     Returns:
         `auc_inside`: chance that a marked token is pointed at more than another of `among` in the same completion, a
         tie counting half; `place1`: share of completions whose most pointed-at token is marked; `place3`: of the three
-        most pointed-at tokens (or as many as are marked, if fewer), the share that is marked: with one marked token,
-        how often it is among the three; `share`: of the sum of |credit| over all tokens of the completion, the part at
-        marked tokens; `place1_chance` and `place3_chance`: what credit without knowledge reaches (the first also for
-        `share`). NaN without a marked token. Ties count by expectation, and so does a completion whose credit is all 0.
+        most pointed-at tokens (or as many as are marked, if fewer), the share that is marked; `share`: of the sum of
+        |credit| over the completion, the part at marked tokens; `place1_chance` and `place3_chance`: what credit
+        without knowledge reaches (the first also for `share`). NaN without a marked token. Ties count by expectation,
+        and so does a completion whose credit is all 0.
     """
     credit, marked, among = (
         credit.detach().cpu().double(),

@@ -53,11 +53,7 @@ def normal_quantile(confidence: float) -> float:
 
 
 def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Estimate:
-    """Wilson score interval of a share; never leaves [0, 1] (Wilson 1927).
-
-    Args:
-        successes: how many of the `n` trials succeeded; ties may count half.
-    """
+    """Wilson score interval of a share; never leaves [0, 1] (Wilson 1927). Ties may count as half a success."""
     message = f"expected 0 <= successes <= n and n > 0, got {successes} of {n}"
     require(n > 0 and 0 <= successes <= n, ValueError, message)
     z, p = normal_quantile(confidence), successes / n
@@ -73,9 +69,8 @@ def mean_interval(
 ) -> Estimate:
     """Normal interval of a mean of independent values `[n]`.
 
-    Args:
-        strata: long `[n]`, for example the prompt of every sample; differences between strata, whose shares
-            are fixed by design, then do not widen the interval.
+    Differences between `strata` (long `[n]`, for example the prompt of every sample), whose shares are fixed by design,
+    do not widen the interval.
     """
     x = torch.as_tensor(values, dtype=torch.float64)
     centred = x - (x.mean() if strata is None else _stratum_means(x, strata))
@@ -111,13 +106,12 @@ def bootstrap(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Estimate:
-    """Percentile bootstrap of a function of means.
+    """Percentile bootstrap of a function of means; torch's global random state is neither read nor changed.
 
     Args:
         statistic: maps means `[..., M]` of the columns of `values` to numbers `[...]`.
         values: `[n, M]`, one row per independent sample.
         strata: long `[n]`; resampling happens within each stratum.
-        seed: of a generator of its own; torch's global state is neither read nor changed.
     """
     values = values.double()
     generator = torch.Generator().manual_seed(seed)
@@ -139,15 +133,9 @@ def win_rate(
     prompts: Tensor | None = None,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Share of pairs in which `scores` is higher; a tie counts half.
+    """Share of pairs `[n]` in which `scores` is higher; a tie counts half.
 
-    Args:
-        scores, other: `[n]`, true rewards or a judge's scores; entry i of both answers the same prompt.
-        prompts: long `[n]`, the prompt of every pair. Given, the interval is that of a mean with the prompts
-            as strata; otherwise it is Wilson's.
-
-    Raises:
-        ValueError: vectors of other shapes, or a score that is NaN.
+    With `prompts` (long `[n]`) the interval is that of a mean with the prompts as strata, otherwise it is Wilson's.
     """
     a, b = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
     message = f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
@@ -166,14 +154,10 @@ MIN_KL = 0.01
 
 @dataclass(frozen=True)
 class Frontier:
-    """Best mean reward at every mean KL, from points of increasing KL; the first is the reference itself.
+    """Best mean reward at every mean KL (nats per completion), by increasing KL; the first point is the reference.
 
     Between points the reward is interpolated in √KL, in which it is nearly straight (near the reference
     R − R0 ≈ √(2·KL·Var R)). Beyond the last point it stays what it is there.
-
-    Args:
-        kl: nats per completion, first 0, increasing.
-        reward: mean reward, not decreasing.
     """
 
     kl: Sequence[float]
@@ -225,17 +209,13 @@ Pooling = Literal["mean", "last"]
 def score_completions(
     source: nn.Module | Callable[[TokenBatch], Tensor], batch: TokenBatch, pooling: Pooling = "mean"
 ) -> Tensor:
-    """One number per completion: the mean of its tokens' scores.
+    """One number per completion, `[C]`: the mean of its tokens' scores; -inf for a completion without counted tokens.
 
     Never their sum, which would grow with the length (arXiv 2505.23363, section 3).
 
     Args:
         source: a token-level reward model, or a credit source (any callable `batch -> [N]`).
-        batch: prompts with any number of completions.
         pooling: "last" takes the last token's score, for a reward model that was trained on it alone.
-
-    Returns:
-        `[C]`; -inf for a completion without counted tokens, so that it is never the best.
     """
     scores = _token_scores(source, batch) if isinstance(source, nn.Module) else source(batch)
     scores, segments = scores.to(batch.device), batch.segments
@@ -251,11 +231,7 @@ def score_completions(
 
 
 def best_of(batch: TokenBatch, scores: Tensor) -> Tensor:
-    """The best completion of every prompt, counted within the prompt: `[C] -> long [G]`; the first of equals.
-
-    Raises:
-        ValueError: not one score per completion, a score that is NaN, or a prompt without completions.
-    """
+    """The best completion of every prompt, counted within the prompt: `[C] -> long [G]`; the first of equals."""
     message = f"scores have shape {tuple(scores.shape)}, expected ({batch.n_completions},)"
     require(scores.shape == (batch.n_completions,), ValueError, message)
     _check_no_nan(scores)
@@ -279,11 +255,9 @@ def _check_no_nan(scores: Tensor) -> None:
 
 @dataclass(frozen=True)
 class LengthBucket:
-    """Accuracy on the pairs of one bucket.
+    """Accuracy on the pairs of one bucket, whose values of what was cut into buckets go from `low` to `high`.
 
     Attributes:
-        low, high: the least and greatest value of what was cut into buckets.
-        pairs: how many pairs.
         accuracy: share with the chosen completion above the rejected one (a tie counts half), Wilson interval.
         longer_preferred: share, among pairs of unequal lengths, where the longer completion scores higher; NaN
             without such pairs. Far from the share in which the longer one was chosen, the model goes by length.
@@ -306,22 +280,15 @@ def accuracy_by_length(
     buckets: int = 4,
     confidence: float = CONFIDENCE,
 ) -> list[LengthBucket]:
-    """Pair accuracy in buckets of about equally many pairs, cut by length.
+    """Pair accuracy in buckets of about equally many pairs, cut by length, from the shortest to the longest.
 
     The mean over tokens hides a preference for length that one accuracy over all pairs does not show: where it
     falls in the first bucket and rises in the last, the model follows length.
 
     Args:
-        scores: `[2P]`, one per completion, chosen before rejected.
-        lengths: `[2P]`, tokens per completion (`batch.segments.lengths`).
+        scores, lengths: `[2P]`, one per completion, chosen before rejected.
         by: "difference" cuts by length of chosen minus length of rejected, "total" by their sum.
         buckets: how many at most; pairs with equal values are never separated.
-
-    Returns:
-        From the shortest to the longest; buckets that would be empty are left out.
-
-    Raises:
-        ValueError: not scores and lengths of pairs, or a score that is NaN.
     """
     of_pairs = scores.shape == lengths.shape and scores.dim() == 1 and len(scores) and len(scores) % 2 == 0
     message = f"expected scores and lengths of pairs, both [2P], got {tuple(scores.shape)} and {tuple(lengths.shape)}"
@@ -366,17 +333,7 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     """Chance that at least one of k samples is right, estimated without bias from n samples with c right ones.
 
     1 − C(n − c, k) / C(n, k): of all ways to take k of the n samples, those without a right one (arXiv 2107.03374,
-    equation 1). Plugging the share of right samples into 1 − (1 − p)^k instead would be too low.
-
-    Args:
-        n, c: numbers, or long tensors that broadcast.
-        k: at least 1 and at most n.
-
-    Returns:
-        float64 in [0, 1], of the shape of `n` and `c`.
-
-    Raises:
-        ValueError: k or c out of range.
+    equation 1). Plugging the share of right samples into 1 − (1 − p)^k instead would be too low. n and c broadcast.
     """
     total, right = torch.broadcast_tensors(torch.as_tensor(n), torch.as_tensor(c))
     if k < 1 or bool((total < k).any()):
@@ -399,20 +356,13 @@ def avg_at_k(correct: Tensor, k: int | None = None) -> Tensor:
 def maj_at_k(
     answers: Sequence[Sequence[Hashable]], correct: Tensor, k: int | None = None, *, ties: Ties = "share"
 ) -> Tensor:
-    """Whether the most frequent answer among the first k samples of each prompt is right.
+    """Whether the most frequent answer among the first k samples of each prompt is right, `[P]` in [0, 1].
 
     Args:
         answers: `[P][n]`; None for a sample without an answer, which has no vote.
         correct: bool `[P, n]`; an answer counts as right if the first sample that gives it is.
-        k: how many samples vote (None: all n).
         ties: of several answers with the most votes, "share" counts the share of them that is right, which is
             what a fair draw among them would reach on average; "first" takes the one that came first; "wrong" counts 0.
-
-    Returns:
-        float64 `[P]` in [0, 1]; 0 where no sample has an answer.
-
-    Raises:
-        ValueError: shapes that do not fit; another word for ties.
     """
     require(ties in get_args(Ties), ValueError, f"ties is {ties!r}; expected one of {', '.join(get_args(Ties))}")
     right = _first(correct, k)
@@ -459,10 +409,8 @@ def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: i
 def by_group(
     values: Tensor, keys: Sequence[Hashable], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> dict[Hashable, Estimate]:
-    """`mean_over_prompts` of the prompts of each key, in order of first appearance.
-
-    Args:
-        values: `[P]`; keys: one per prompt, such as its level.
+    """`mean_over_prompts` of the prompts of each key (one per prompt, such as its level), in order of first
+    appearance.
     """
     require(len(keys) == len(values), ValueError, f"{len(keys)} keys for {len(values)} prompts")
     groups: dict[Hashable, list[int]] = {}
@@ -474,15 +422,9 @@ def by_group(
 def sample_metrics(
     correct: Tensor, answers: Sequence[Sequence[Hashable]] | None = None, k: int | None = None
 ) -> dict[str, Tensor]:
-    """The measures of this module per prompt, each `[P]`.
+    """The measures of this module per prompt, each `[P]`, from correct samples `[P, n]` and their answers (for maj@k).
 
-    Args:
-        correct: bool `[P, n]`.
-        answers: for maj@k.
-        k: the largest k (None: n).
-
-    Returns:
-        `accuracy` (the share of all n samples), `pass@j` for j = 1, 2, 4, ... and k, `avg@k`, `maj@k`, `utilisation`.
+    `accuracy` (the share of all n samples), `pass@j` for j = 1, 2, 4, ... and k, `avg@k`, `maj@k`, `utilisation`.
     """
     n = correct.shape[1]
     k = n if k is None else k

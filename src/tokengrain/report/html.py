@@ -95,11 +95,7 @@ def _toc(contents: Contents, pairs: bool, plots: bool) -> list[tuple[str, str]]:
 
 
 def environment() -> Any:
-    """The templates, with the filters they use.
-
-    Raises:
-        RunError: jinja2 is missing.
-    """
+    """The templates, with the filters they use."""
     try:
         import jinja2
     except ImportError as error:
@@ -220,13 +216,7 @@ class Contents:
 
 
 def read_contents(run_dir: str | Path) -> Contents:
-    """Read a finished run or demo.
-
-    Raises:
-        RunError: not a run folder, or a run that is not finished (says what is there and how to resume).
-        RunError: a damaged file of the run, of `rollouts.jsonl` with the line.
-        DataError: a damaged `credit_samples.json`.
-    """
+    """Read a finished run or demo; the errors are those of `write_report`."""
     path = Path(run_dir)
     top = path / "metrics.json"
     if top.is_file():
@@ -356,10 +346,8 @@ def _world(path: Path) -> list[dict[str, Any]]:
 def _compared(
     before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str], n: int | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of a table of numbers before and after: `rows` those with a title, `more` the others.
-
-    Args:
-        n: how many rows or samples the intervals are of, if it is known.
+    """Rows of a table of numbers before and after: `rows` those with a title, `more` the others; `n` is of the
+    intervals.
     """
     names = [n for n in {**after, **before} if is_shown(n, {**before, **after}[n])]
     known = [n for n in titles if n in names]
@@ -586,14 +574,8 @@ def pieces(side: Side, scale: float) -> list[Piece]:
 def rollout_maps(name: str, completions: Sequence[rows.Recorded], most: int = MAX_PIECES) -> dict[str, Any]:
     """A stage's recorded rollouts for the template: by step, each completion with its rewards and heat maps.
 
-    Args:
-        name: of the stage.
-        completions: as recorded.
-        most: tokens in all heat maps together; of more rollouts than that, some are shown, evenly spread.
-
-    Returns:
-        `name`; `columns`: (column, view, value of full colour) of the heat maps that there are; `steps`; `recorded`:
-        prompts recorded; `clipped`: whether clipped tokens were recorded; `others`: columns that are not shown.
+    All heat maps together have at most `most` tokens; of more rollouts than that, some are shown, evenly spread.
+    `others` are columns that are not shown.
     """
     there = rows.recorded_columns(completions)
     columns = [c for c in rows.VIEWS if c in there]

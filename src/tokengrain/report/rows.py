@@ -75,14 +75,10 @@ def collect_credit_samples(
     truth: Tensor | None = None,
     count: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the entries of `credit_samples.json` for the first `count` prompts of a batch.
+    """Make the entries of `credit_samples.json` for the first `count` prompts of a batch of pairs, or single
+    completions.
 
-    Args:
-        batch: pairs, or prompts with one completion.
-        tokenizer: the tokenizer the ids belong to.
-        credit: name of the source to its credit `[N]`.
-        truth: exact advantage `[N]`, where it is known.
-        count: prompts to take (None: all).
+    `credit` is the name of each source to its credit `[N]`; `truth` the exact advantage `[N]`, where it is known.
     """
     values = {name: _listed(batch, tensor) for name, tensor in credit.items()}
     exact = _listed(batch, truth) if truth is not None else None
@@ -203,21 +199,13 @@ def read_token_rows(
 
     Args:
         source: a file of rows (`tokengrain.data.load_rows`) with `chosen_token_rewards` and
-            `rejected_token_rewards` or `token_rewards`; a `credit_samples.json`; or the folder of a run or
-            demo.
+            `rejected_token_rewards` or `token_rewards`; a `credit_samples.json`; or the folder of a run or demo.
         rows: row numbers, counted from 0; None: the first `count` rows.
-        count: how many rows if `rows` is None.
         field: which per-token quantity, for example "ref_logps" or "spans".
         tokenizer: tokenizer, or its path or name; needed where the file does not lie in a run folder.
         spans: with `field` "spans": mark them anew, from this source (a `SpanConfig`, a mapping of its fields, or
             "diff", "tags", ...). Default: those that are stored, else the run's source, else what the columns of
             the row suggest, else the diff.
-
-    Raises:
-        DataError: no such column or row; or a row whose numbers do not fit its tokens (names file, row,
-            field).
-        ModelError: a tokenizer is needed.
-        RunError: a run folder without token rewards.
     """
     path = Path(source)
     if path.is_dir() and field == SPANS:
@@ -470,7 +458,6 @@ class Recorded:
     Attributes:
         rollout: number of the rollout; step: optimiser steps before it.
         row: of the prompt; completion: number within its group.
-        prompt: as text; tokens: text of each token.
         reward: the sum; None: it could not be scored. rewards: by name.
         truncated: it did not end by itself.
         columns: name to one number per token, of those in `COLUMNS` that are there.
@@ -494,9 +481,6 @@ def read_rollouts(path: Path) -> list[Recorded]:
     """Read and check a `rollouts.jsonl`; an absent file is an empty list.
 
     A last line without an end, which a kill leaves behind, is left out.
-
-    Raises:
-        RunError: a damaged line; names file, line (from 1) and field.
     """
     if not path.exists():
         return []
@@ -565,11 +549,7 @@ def _recorded(where: str, entry: Any) -> Recorded:
 
 
 def rollout_file(source: Path) -> Path | None:
-    """The `rollouts.jsonl` that `source` is, or that the run in folder `source` has; of several the last stage's.
-
-    Raises:
-        RunError: a damaged run folder.
-    """
+    """The `rollouts.jsonl` that `source` is, or that the run in folder `source` has; of several the last stage's."""
     if source.name == ROLLOUT_FILE and source.is_file():
         return source
     if not runs.is_run(source):

@@ -203,14 +203,8 @@ def marker(x: float, y: float, style: int, size: float = 5) -> str:
 def frontier_chart(
     curve: Sequence[Point], marks: Sequence[Mark], width: int = 680, height: int = 400, css: str = ""
 ) -> str:
-    """Reward against KL with the exact frontier; one labelled point with error bars per method.
-
-    Args:
-        curve: (KL, best reward) of the frontier, by increasing KL; may be empty.
-        marks: the methods.
-        width: pixels.
-        height: pixels.
-        css: more classes for the svg element.
+    """Reward against KL with the exact frontier (by increasing KL; may be empty); one labelled point with error bars
+    per method.
     """
     right = max([m.x + (m.x_error or 0) for m in marks] + [0.0]) * 1.25 or max([x for x, _ in curve] + [1.0])
     shown = clip(curve, right)

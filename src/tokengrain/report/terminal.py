@@ -56,14 +56,11 @@ def inspect_rows(
 
     Without colour (`NO_COLOR`, a pipe) every token is followed by its signed number. With `field` "spans" (or a
     source of `spans`) the spans are marked instead. The arguments and errors are those of
-    `tokengrain.report.rows.read_token_rows`; `console` is where to print.
+    `tokengrain.report.rows.read_token_rows`.
 
     Of a run with an online stage, finished or not, and of its `rollouts.jsonl`: the last `count` prompts that were
     recorded (or all of `rows`), each completion with its reward. `field` is then a column of
     `tokengrain.report.rows.COLUMNS`, "advantages" by default.
-
-    Raises:
-        RunError: no such column or row was recorded, or a line of the file is damaged.
     """
     field = SPANS if spans is not None else field
     recorded = rollout_file(Path(source)) if field != SPANS else None

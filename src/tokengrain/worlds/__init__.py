@@ -67,8 +67,7 @@ class World(Protocol):
     ) -> dict[str, float | None]:
         """What a policy is worth, from n of its own samples per prompt; each world has its measures and its n.
 
-        Args:
-            progress: called with how many samples are drawn, and how many there will be.
+        `progress` is called with how many samples are drawn, and how many there will be.
         """
         ...
 

@@ -67,9 +67,7 @@ Split = Literal["train", "eval"]
 class WarmStart(Training):
     """Settings of the base model and its training; see `warm_start`.
 
-    Args:
-        muon: Muon for the matrices; it needs fewer steps, which suits the small size, and AdamW is what the full
-            size was measured with.
+    `muon`: Muon for the matrices, which needs fewer steps, for the small size; the full size was measured with AdamW.
     """
 
     hidden_size: int = 96
@@ -83,14 +81,7 @@ class WarmStart(Training):
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a world.
-
-    Attributes:
-        levels: those of the prompts and of the base model's training.
-        largest: the largest operand.
-        prompts, held_out: training and held-out prompts per level.
-        pairs: of `pairs("train")`; credit: of `credit_truth`.
-    """
+    """Size of a world: operands up to `largest`, prompts per level, pairs of `pairs("train")` and of `credit_truth`."""
 
     levels: tuple[int, ...]
     largest: int
@@ -111,11 +102,7 @@ SIZES = {
 
 
 def parse_levels(text: str, world: str = "arithmetic") -> tuple[int, ...]:
-    """Levels as an address gives them: `1-6`, `3` or `1,4-6`.
-
-    Raises:
-        RecipeError: something else, or levels that do not exist.
-    """
+    """Levels as an address gives them: `1-6`, `3` or `1,4-6`."""
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
@@ -202,13 +189,7 @@ def warm_start(
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Train a base model on fresh examples in every step, with linear decay after the warm-up.
 
-    Args:
-        vocabulary: how many tokens there are.
-        draw: gives so many new examples.
-        progress: called after every step with (steps done, cross-entropy in nats per token).
-
-    Returns:
-        The model in evaluation mode, and a report: cross-entropy over the last steps, seconds, threads.
+    `draw` gives so many new examples. Returns the model in evaluation mode, and a report.
     """
     start = time.perf_counter()
     model = new_model(settings, vocabulary).train()
@@ -357,11 +338,7 @@ class ChainModel:
         return self._ids[EOS]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens; faster than the tokenizer, which gives the same.
-
-        Raises:
-            DataError: the world has no such token.
-        """
+        """Token ids of a text, without special tokens; faster than the tokenizer, which gives the same."""
         try:
             return [self._ids[symbol] for symbol in re.findall(TOKEN, text)]
         except KeyError as error:
@@ -376,11 +353,7 @@ class ChainModel:
         return [self._ids[BOS], *self.encode(text)]
 
     def prompt_problems(self, batch: TokenBatch) -> list[Problem]:
-        """The problem of every prompt of a batch.
-
-        Raises:
-            DataError: a prompt that is not this world's.
-        """
+        """The problem of every prompt of a batch."""
         return [parse_prompt(self.decode(batch.prompt(g).tolist())) for g in range(batch.n_prompts)]
 
 
@@ -406,9 +379,8 @@ class ArithmeticWorld(ChainModel):
     def prompts(self, split: Split = "train", n: int | None = None) -> list[dict[str, Any]]:
         """Rows `prompt`, `answer` (two digits), `level`, `id`; the levels take turns.
 
-        Args:
-            split: no prompt is in both, whatever the seeds; `eval` prompts do not depend on the seed.
-            n: how many (None: the world's number; fewer are the first of these).
+        No prompt is in both splits, whatever the seeds; `eval` prompts do not depend on the seed. Fewer than the
+        world's number are the first of these.
         """
         eval_ = split == "eval"
         if n is None:
@@ -432,11 +404,7 @@ class ArithmeticWorld(ChainModel):
         return correct(prompts, completions, completion_ids, truncated, ending=self.ending)
 
     def audit(self, prompt: str, completion_ids: Sequence[int]) -> Audit:
-        """Whether a completion's reward is 1, and if not, which token is to blame.
-
-        Raises:
-            DataError: not a prompt of this world.
-        """
+        """Whether a completion's reward is 1, and if not, which token is to blame."""
         return audit(parse_prompt(prompt), symbols(completion_ids), self.ending)
 
     def sampling(self, seed: int, *, whole: bool = False) -> SamplingConfig:
@@ -465,9 +433,6 @@ class ArithmeticWorld(ChainModel):
 
         Returns:
             Rows `prompt`, `chosen`, `rejected`, `id`, `chosen_reward` (1), `rejected_reward` (0).
-
-        Raises:
-            RecipeError: a slope or another split.
         """
         message = f"world {self.name}: pairs are right against wrong; slope must be None, got {slope}"
         require(slope is None, RecipeError, message)
@@ -489,13 +454,8 @@ class ArithmeticWorld(ChainModel):
         return [dict(row) for row in self._pairs[key]]
 
     def sampled_pairs(self, purpose: str, split: Split, n: int, seed: int, *, whole: bool = True) -> list[Pair]:
-        """Pairs of the base model's samples. Completions that never end, or have no text, are left out.
-
-        Args:
-            whole: completions to their end, not only up to where the reward looks.
-
-        Raises:
-            TokengrainError: the model is hardly ever both right and wrong on a prompt.
+        """Pairs of the base model's samples, `whole` or up to where the reward looks. Completions that never end, or
+        have no text, are left out.
         """
         sampler = HFGenerate(self.reference)
         sampling = self.sampling(seed_of(purpose, split, seed), whole=whole)
@@ -517,11 +477,7 @@ class ArithmeticWorld(ChainModel):
         raise TokengrainError(f"world {self.name}: the base model's samples gave {len(found)} pairs, not {n}")
 
     def advantages(self, batch: TokenBatch) -> Tensor:
-        """−1 at the culprit of every completion whose reward is 0, and 0 elsewhere, `[N]`.
-
-        Raises:
-            DataError: a prompt that is not this world's.
-        """
+        """−1 at the culprit of every completion whose reward is 0, and 0 elsewhere, `[N]`."""
         values = torch.zeros(len(batch.completion_ids))
         for start, problem, tokens in self._completions(batch):
             found = audit(problem, tokens, self.ending)
@@ -549,13 +505,8 @@ class ArithmeticWorld(ChainModel):
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Samples of the base model on held-out problems, a right and a wrong one each, with the culprits.
 
-        Args:
-            prompts: how many pairs (None: 400, 60 of the small size).
-            seed: of the samples.
-
-        Returns:
-            Credit as `advantages` gives it. Something is decided at the digits of totals, where a check or a
-            separator may follow, and at the culprit; what only copies is not compared.
+        Something is decided at the digits of totals, where a check or a separator may follow, and at the culprit; what
+        only copies is not compared.
         """
         found = self.sampled_pairs("credit", "eval", prompts or self.size.credit, seed, whole=False)
         batch = TokenBatch.from_samples(
@@ -592,18 +543,13 @@ class ArithmeticWorld(ChainModel):
         split: Split = "eval",
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, float | None]:
-        """Evaluate a policy on its own samples at temperature 1.
+        """Evaluate a policy (a PEFT model too) on its own samples at temperature 1; flat numbers, see `chain_metrics`.
 
         Args:
-            model: a causal language model with this world's tokenizer (a PEFT model too).
             n: samples per prompt (None: k, or 16).
-            seed: of the samples; torch's global random state is not touched.
             k: the largest k of pass@k, avg@k and maj@k (None: n).
             prompts: how many prompts of the split (None: all of them).
             progress: called with how many samples are drawn, and how many there will be.
-
-        Returns:
-            Flat numbers, see `chain_metrics`.
         """
         n = n if n is not None else 16 if k is None else k
         rows = self.prompts(split, prompts)

@@ -42,12 +42,7 @@ def check_least(world: str, options: object, least: Mapping[str, float]) -> None
 
 
 def fast_tokenizer(core: Any, *, positions: int, **special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of the library `tokenizers` for transformers; it puts `<s>` in front and never appends `<end>`.
-
-    Args:
-        positions: of the model.
-        special: other special tokens, as transformers names them (`unk_token`).
-    """
+    """A tokenizer of the library `tokenizers` for transformers; it puts `<s>` in front and never appends `<end>`."""
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
@@ -67,9 +62,7 @@ def fast_tokenizer(core: Any, *, positions: int, **special: str) -> PreTrainedTo
 class Training:
     """Size of a base model, and settings of its training.
 
-    Args:
-        warmup: steps in which the learning rate rises; from the first step on it also falls linearly towards 0.
-        seed: of the weights and of what is drawn.
+    The learning rate rises for `warmup` steps; from the first step on it also falls linearly towards 0.
     """
 
     hidden_size: int
@@ -92,10 +85,7 @@ def small_llama(
 ) -> LlamaForCausalLM:
     """The untrained model; its weights depend on `settings.seed` and not on torch's global state.
 
-    Args:
-        vocabulary: how many tokens there are.
-        tied: whether the head's weights are the embeddings'.
-        bos, eos, pad: ids of the special tokens.
+    `tied`: whether the head's weights are the embeddings'.
     """
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -134,14 +124,9 @@ def descend(
     settings: Training,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Take one step for each loss, with gradients clipped to norm 1.
+    """Take one step for each loss, with gradients clipped to norm 1; the losses as numbers.
 
-    Args:
-        losses: `settings.steps` of them, each made from the weights of its step when it is asked for.
-        progress: called after every step with (steps done, its loss).
-
-    Returns:
-        The losses.
+    Each of the `settings.steps` losses is made from the weights of its step when it is asked for.
     """
     found = []
     for step, loss in enumerate(losses):
@@ -190,11 +175,6 @@ def ensure_model(
     """Folder with a base model, its tokenizer and `pretraining.json`; trains it on one thread if it is missing.
 
     Of several processes that ask at once, one trains and the others wait. An interrupted training leaves nothing.
-
-    Args:
-        folder: of `model_folder`.
-        train: gives the model and a report; called only if the folder is missing.
-        title, steps: for the progress bar.
     """
     if folder.is_dir():
         return folder

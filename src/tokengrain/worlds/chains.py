@@ -60,11 +60,9 @@ def is_hard(operator: str, unit: int, operand: int) -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem. All its running totals lie within 0–99.
+    """A problem: a two-digit start, and operator and operand (1–9) of each step, labelled a, b, c, ... in this order.
 
-    Attributes:
-        start: two digits.
-        steps: operator and operand (1–9) of each step; the labels are a, b, c, ... in this order.
+    All its running totals lie within 0–99.
     """
 
     start: int
@@ -100,11 +98,7 @@ class Problem:
 
 
 def make_problem(level: int, rng: random.Random, largest: int = 9) -> Problem:
-    """A random problem of a level: its hard steps and the easy ones shuffled, each uniform among those that fit.
-
-    Args:
-        largest: the largest operand.
-    """
+    """A random problem of a level: its hard steps and the easy ones shuffled, each uniform among those that fit."""
     while True:
         start = total = rng.randint(10, 99)
         kinds = [True] * (level - 1) + [False] * EASY
@@ -128,12 +122,8 @@ def make_problem(level: int, rng: random.Random, largest: int = 9) -> Problem:
 def problem_stream(
     levels: Sequence[int], rng: random.Random, largest: int = 9, *, held_out: bool, distinct: bool = True
 ) -> Iterator[Problem]:
-    """Endless problems, the levels taking turns.
-
-    Args:
-        largest: the largest operand.
-        held_out: only problems that are held out, or only others.
-        distinct: no two alike while there are others.
+    """Endless problems, held-out ones or others, the levels taking turns; no two alike while there are others, if
+    `distinct`.
     """
     seen: set[str] = set()
     for level in cycle(levels):
@@ -148,11 +138,7 @@ def problem_stream(
 
 @lru_cache(maxsize=65536)
 def parse_prompt(text: str) -> Problem:
-    """The problem that a prompt states.
-
-    Raises:
-        DataError: not a prompt of this world.
-    """
+    """The problem that a prompt states."""
     match = _PROMPT.fullmatch(text)
     steps = match.group(2) if match else ""
     if not match or steps[::3] != LABELS[: len(steps) // 3]:
@@ -192,12 +178,8 @@ def misconceptions(seed: int = 0) -> dict[tuple[str, int, int], Misconception]:
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain of thought.
-
-    Attributes:
-        text: its steps, such as `a+855;b-352?54,`.
-        totals: the totals that stand at the end, one for each step.
-        separators: the style of each step.
+    """A chain of thought: its steps such as `a+855;b-352?54,`, the total that stands at the end of each, and
+    its style.
     """
 
     text: str
@@ -210,8 +192,7 @@ def write_chain(
 ) -> Chain:
     """A chain for a problem; each step continues from the total before it, right or wrong.
 
-    Args:
-        beliefs: misconceptions by fact (None: those of the base model; empty: only slips).
+    `beliefs` are misconceptions by fact (None: those of the base model; empty: only slips).
     """
     beliefs = misconceptions() if beliefs is None else beliefs
     total, text = problem.start, ""
@@ -282,9 +263,8 @@ class Step:
 def read(tokens: Sequence[str], n_steps: int, ending: Ending = "answer") -> tuple[list[Step], int | None]:
     """Read a chain step by step.
 
-    Returns:
-        The steps that state a total, and the place of the first token that cannot stand where it stands
-        (`len(tokens)` if the chain stops too early; None if there is none).
+    The steps that state a total, and the place of the first token that cannot stand where it stands (`len(tokens)` if
+    the chain stops too early; None if there is none).
     """
     tokens = [*upto(tokens, ending), ""]
     steps: list[Step] = []
@@ -408,11 +388,8 @@ def correct(
 ) -> list[float]:
     """1 for completions that end with `>`, the right two digits and `<end>`, else 0.
 
-    Args:
-        prompts: texts of the prompts; the right answer follows from them.
-        completions: texts without special tokens.
-        completion_ids: token ids; without them a completion is taken to end unless it is `truncated`.
-        ending: `marker` where something follows the chain: then the last total before `>` must be right.
+    Without ids a completion is taken to end unless it is `truncated`. With `ending="marker"`, where something follows
+    the chain, the last total before `>` must be right.
     """
     tokens = completion_symbols(completions, completion_ids, truncated)
     return [float(is_correct(parse_prompt(p), chain, ending)) for p, chain in zip(prompts, tokens, strict=True)]
@@ -444,12 +421,7 @@ def stated_answer(tokens: Sequence[str], ending: Ending = "answer") -> str | Non
 def chain_metrics(
     problems: Sequence[Problem], rollouts: Rollouts, ending: Ending = "answer", k: int | None = None
 ) -> dict[str, float | None]:
-    """Measures of a policy's samples.
-
-    Args:
-        problems: P, those of the rollouts' prompts.
-        rollouts: n samples of each prompt.
-        k: the largest k (None: n).
+    """Measures of a policy's samples, n of each problem.
 
     Returns:
         Those of `sample_metrics`, each with `_low` and `_high` of a 95 % interval over prompts; `accuracy_level_L` and

@@ -33,8 +33,8 @@ class AppendedReferences:
     Attributes:
         batch: the same prompts and completions in the same order; a completion is its chain with the marker, which do
             not count, and the reference, which does. `score(model, batch)` gives log π(y_j | q, c_i, y_<j).
-        usable: bool `[C]`, whether the completion had a marker. The reference stands behind the whole of one that had
-            none; its numbers mean nothing and are to be left out.
+        usable: bool `[C]`, whether the completion had a marker. Without one the reference stands behind the whole of
+            it, and its numbers mean nothing.
         answer_lengths: long `[C]`, tokens after the marker that the reference took the place of; 0 without a marker.
     """
 
@@ -46,15 +46,8 @@ class AppendedReferences:
 def append_references(
     batch: TokenBatch, references: Sequence[Sequence[int]], marker: int | Sequence[int]
 ) -> AppendedReferences:
-    """Cut every completion after its first marker and put its prompt's reference there.
-
-    Args:
-        batch: sampled completions.
-        references: token ids per prompt, as they stand after the marker.
-        marker: the token, or the tokens, at the end of thinking.
-
-    Raises:
-        ValueError: not one reference per prompt, an empty one, or an empty marker.
+    """Cut every completion after its first marker (the token or tokens at the end of thinking) and put its prompt's
+    reference, token ids as they stand after the marker, there.
     """
     ends = [marker] if isinstance(marker, int) else list(marker)
     if len(references) != batch.n_prompts or not all(len(r) for r in references) or not ends:
@@ -90,12 +83,7 @@ Role = Literal["reasoning", "style", "fixed"]
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference answer.
-
-    Attributes:
-        tokens: symbols, `<end>` included.
-        roles: what each of them depends on.
-    """
+    """A reference answer: its symbols, `<end>` included, and what each of them depends on."""
 
     tokens: tuple[str, ...]
     roles: tuple[Role, ...]
@@ -116,11 +104,10 @@ def write_reference(
     *,
     last_only: bool = False,
 ) -> Reference:
-    """An answer that restates a problem with totals, a sentence for each step.
+    """An answer that restates a problem with totals, a sentence of `filler` words for each step.
 
     Args:
         totals: of each step: the problem's own for a reference, a chain's for what the base model says.
-        filler: words per sentence.
         separators: the chain's; after `;` a sentence's words are the first of their pairs with chance 0.5 + style,
             after `,` with 0.5 − style. None: always 0.5.
         last_only: leave out all totals but the last.
@@ -264,11 +251,7 @@ class RevisionWorld(ArithmeticWorld):
         return list(self.write_reference(prompt).roles)
 
     def with_references(self, batch: TokenBatch) -> AppendedReferences:
-        """The references behind the chains of a sampled batch; see `append_references`.
-
-        Raises:
-            DataError: rows without `reference`.
-        """
+        """The references behind the chains of a sampled batch; see `append_references`."""
         there = len(batch.raw) == batch.n_prompts and all("reference" in row for row in batch.raw)
         message = "the batch's rows have no reference"
         require(there, DataError, message, field="reference", expected="rows of `prompts`")

@@ -38,11 +38,7 @@ Split = Literal["train", "eval"]
 
 
 def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
-    """Random numbers of their own for each purpose, split and seed.
-
-    Raises:
-        RecipeError: another split.
-    """
+    """Random numbers of their own for each purpose, split and seed."""
     check_option("stories", "split", split, get_args(Split))
     return torch.Generator().manual_seed(int(fingerprint(["stories", purpose, split, seed]), 16) >> 1)
 
@@ -54,12 +50,8 @@ def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
 class Samples:
     """Completions sampled from the grammar. Shapes: n completions, L their longest (in tokens).
 
-    Attributes:
-        prompts: the prompt of each completion.
-        ids: long `[n, L]`, token ids with `<end>`, then padding.
-        states: long `[n, L]`, the state before each token (`finished` after `<end>`).
-        lengths: long `[n]`, tokens with `<end>`.
-        rewards: `[n]`, true reward.
+    `ids`: long `[n, L]` with `<end>`, then padding; `states`: the state before each token (`finished` after `<end>`);
+    `lengths`: tokens with `<end>`; `rewards`: `[n]`, true reward.
     """
 
     prompts: list[Prompt]
@@ -98,16 +90,10 @@ def sample(grammar: Grammar, prompts: Sequence[Prompt], generator: torch.Generat
 def preference_pairs(
     grammar: Grammar, n: int, slope: float, generator: torch.Generator, prefix: str
 ) -> list[dict[str, Any]]:
-    """Pairs of base samples with a Bradley-Terry label on the true reward.
+    """Pairs of base samples with a Bradley-Terry label on the true reward; the plain prompts take turns.
 
-    Args:
-        n: how many pairs; the plain prompts take turns.
-        slope: P(first is chosen) = σ(slope · (R1 − R2)); larger is cleaner.
-        prefix: start of the pairs' `id`.
-
-    Returns:
-        Rows with `prompt`, `chosen`, `rejected` (text without `<end>`), `id`, `chosen_reward`,
-        `rejected_reward`.
+    P(first is chosen) = σ(slope · (R1 − R2)); a larger slope is cleaner. Rows have `prompt`, `chosen`, `rejected` (text
+    without `<end>`), `id` (with `prefix`), `chosen_reward`, `rejected_reward`.
     """
     rows: list[dict[str, Any]] = []
     while len(rows) < n:
@@ -262,12 +248,8 @@ CreditKind = Literal["advantage", "flipped", "random", "reward", "worth"]
 def walk_batch(grammar: Grammar, batch: TokenBatch) -> tuple[Walk, Tensor, Tensor]:
     """Walk along every completion of a batch.
 
-    Returns:
-        The walk over completions padded to `[C, L]`; their ids `[C, L]`; and bool `[C, L]`, the counted
-        tokens, whose order is that of the flat vectors.
-
-    Raises:
-        DataError: if a prompt is not one of this world's.
+    The walk over completions padded to `[C, L]`; their ids `[C, L]`; and bool `[C, L]`, the counted tokens, whose order
+    is that of the flat vectors.
     """
     prompts = [grammar.parse_prompt(batch.prompt(i).tolist()) for i in range(batch.n_prompts)]
     segments = Segments(batch.completion_offsets.cpu())
@@ -282,8 +264,7 @@ class WorldCredit:
     Args:
         kind: `advantage`, the exact soft advantage A(s, a) at temperature `beta`; `flipped`, −A; `random`, as
             large as A but drawn without looking (normal, standard deviation `RANDOM_SCALE`, the same for the
-            same tokens); `reward`, the token's own reward; `worth`, what the word looks worth without
-            context.
+            same tokens); `reward`, the token's own reward; `worth`, what the word looks worth without context.
         scale: factor on the credit.
     """
 
@@ -350,11 +331,8 @@ ROWS = 512
 class Rollout:
     """Completions that a model sampled. Shapes: n completions, L tokens of the longest.
 
-    Attributes:
-        prompts: the prompt of each.
-        ids: long `[n, L]`; alive: bool `[n, L]`, tokens up to `<end>` included.
-        logps: `[n, L, V]`, the model's log-probabilities before each token.
-        walk: where the completions lead in the grammar.
+    `alive`: bool `[n, L]`, tokens up to `<end>` included; `logps`: `[n, L, V]`, the model's log-probabilities before
+    each token; `walk`: where the completions lead in the grammar.
     """
 
     prompts: list[Prompt]
@@ -399,13 +377,9 @@ def rollout(
 ) -> Rollout:
     """Sample one completion per prompt at temperature 1, with a random generator of its own.
 
-    Args:
-        model: a causal language model (Hugging Face, with or without a PEFT adapter).
-        prompts: of one length in tokens.
-        progress: called with how many completions have ended, and how many there are.
-
-    A completion ends at `<end>` or at the longest length that the grammar allows (without `<end>` it is
-    broken by then).
+    The prompts are of one length in tokens. A completion ends at `<end>` or at the longest length that the grammar
+    allows (without `<end>` it is broken by then). `progress` is called with how many have ended, and how many there
+    are.
     """
     device = _device(model)
     generator = torch.Generator().manual_seed(seed)
@@ -448,17 +422,11 @@ def policy_metrics(
     ref_logps: Tensor,
     base_rewards: Tensor | None = None,
 ) -> dict[str, float]:
-    """Reward, KL, frontier share and the rest, from a policy's own samples.
+    """Reward, KL, frontier share and the rest, from a policy's own samples; every prompt equally often.
 
-    Args:
-        sampled: the policy's samples; every prompt equally often.
-        ref_logps: `[n, L, V]`, the reference's log-probabilities at the same positions.
-        base_rewards: `[n]`, true rewards of the reference's own samples to the same prompts, for the win
-            rate.
-
-    Returns:
-        Flat numbers; intervals are 95 %. Rewards are true rewards per completion, `kl` nats per completion,
-        `entropy` nats per token, `length` tokens.
+    `ref_logps` are the reference's log-probabilities `[n, L, V]` at the same positions, `base_rewards` `[n]` true
+    rewards of its own samples to the same prompts, for the win rate. Intervals are 95 %; rewards are true rewards per
+    completion, `kl` nats per completion, `entropy` nats per token, `length` tokens.
     """
     p = sampled.logps.exp()
     tables, states = sampled.walk.tables[:, None], sampled.walk.states
@@ -498,11 +466,10 @@ MODEL_POSITIONS = 128
 
 
 def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
-    """A fast tokenizer whose ids are the grammar's.
+    """A fast tokenizer whose ids are the grammar's; it puts `<s>` in front and never appends `<end>`.
 
-    It puts `<s>` in front when asked for special tokens and never appends `<end>`. Words and punctuation are
-    cut apart whether or not a space stands between them, so that prompt and completion may be joined either
-    way.
+    Words and punctuation are cut apart whether or not a space stands between them, so that prompt and completion may be
+    joined either way.
     """
     core = Tokenizer(models.WordLevel(dict(grammar.token), unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -515,11 +482,7 @@ MIX = (0.6, 0.2, 0.2)
 
 @dataclass(frozen=True)
 class Pretraining(Training):
-    """Settings of the base model and its training; see `pretrain`.
-
-    Args:
-        pool: how many sequences there are to train on.
-    """
+    """Settings of the base model and its training on a `pool` of sequences; see `pretrain`."""
 
     hidden_size: int = 64
     mlp_size: int = 128
@@ -537,7 +500,6 @@ class Pool:
         ids: long `[n, L]`, prompt and completion, padded on the right.
         predicts: bool `[n, L]`, positions whose next token belongs to the completion.
         tables, states: long `[n, L]`, row of the base table that holds the next token's distribution there.
-        lengths: long `[n]`.
     """
 
     ids: Tensor
@@ -614,13 +576,8 @@ def _soft_cross_entropy(model: LlamaForCausalLM, pool: Pool, index: Tensor, tabl
 def pretrain(
     grammar: Grammar, settings: Pretraining, progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train a base model.
-
-    Args:
-        progress: called after every step with (steps done, cross-entropy in nats per token).
-
-    Returns:
-        The model in eval mode, and a report: KL to the grammar in nats per token and per completion, seconds.
+    """Train a base model; it in eval mode, and a report: KL to the grammar in nats per token and per completion,
+    seconds.
     """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -713,10 +670,7 @@ class StoriesOptions:
 
 
 class StoriesWorld:
-    """Short stories whose true reward is known token by token, and so is the best policy at every KL.
-
-    Made by `load_world("world://stories")`.
-    """
+    """Short stories whose true reward is known token by token, and so is the best policy at every KL."""
 
     name = "stories"
 
@@ -773,9 +727,7 @@ class StoriesWorld:
     ) -> list[dict[str, Any]]:
         """Preference pairs labelled with the true reward; see `preference_pairs` for the rows.
 
-        Args:
-            split: `eval` pairs come from another random stream than `train` pairs of any seed.
-            n, slope, seed: default to the world's options; `eval` has 200 pairs.
+        `eval` pairs (200) come from another random stream than `train` pairs of any seed.
         """
         n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
         slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
@@ -810,9 +762,7 @@ class StoriesWorld:
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Base samples as pairs, with the exact advantage and the decision mask of every token.
 
-        Args:
-            prompts: how many pairs (None: `CREDIT_SAMPLES` completions for each plain prompt).
-            seed: of the samples, which are never those of the training pairs.
+        They are never the training pairs; None: `CREDIT_SAMPLES` completions for each plain prompt.
         """
         n = CREDIT_SAMPLES * len(self.grammar.plain) // 2 if prompts is None else prompts
         batch = self.token_batch(self.pairs("eval", n=n, seed=seed))
@@ -863,18 +813,14 @@ class StoriesWorld:
         credit: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, float | None]:
-        """Evaluate a policy on its own samples to the plain prompts.
+        """Evaluate a policy (a PEFT model too) on its own samples to the plain prompts; numbers, see `policy_metrics`.
 
         Args:
-            model: a causal language model with this world's tokenizer (a PEFT model too).
             n: samples per prompt (None: 64).
-            seed: of the samples; torch's global random state is not touched.
             reference: what KL, win rate and log-ratio are taken against; the base model by default.
-            credit: also compare the policy's log-ratio with the exact advantage.
+            credit: also compare the policy's log-ratio with the exact advantage: `credit_auc`, `credit_spearman` (None:
+                undefined).
             progress: called with how many samples have ended, and how many there will be.
-
-        Returns:
-            Numbers, see `policy_metrics`; with `credit` also `credit_auc`, `credit_spearman` (None: undefined).
         """
         n = 64 if n is None else n
         require(n >= 1, RecipeError, f"world stories: n is {n}; expected at least 1 sample per prompt")

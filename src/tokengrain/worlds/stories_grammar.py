@@ -54,11 +54,8 @@ class Size:
     """How large a grammar is. The smaller ones exist so that all completions can be enumerated.
 
     Args:
-        name: how an address names it (`world://stories?size=NAME`).
-        places: how many places there are.
         words: the most words in a class of nouns, adjectives, verbs, intensifiers or openers.
-        required: sentences that every completion has.
-        most: sentences that a completion can have.
+        required, most: sentences that every completion has, and that it can have.
         phrases: the most verb phrases in a sentence.
     """
 
@@ -193,11 +190,9 @@ class Rules:
         return None
 
     def _spread(self, classes: Sequence[tuple[float, Sequence[Sequence[str]]]]) -> list[tuple[str, tuple[float, ...]]]:
-        """Words with their weight in each place.
+        """Words with their weight in each place, from classes: (weight of the class, its words in each place).
 
-        Args:
-            classes: (weight of the class, its words in each place). Inside a class word j weighs
-                1/(1+((j+place) mod n)), so that places prefer different words.
+        Inside a class word j weighs 1/(1+((j+place) mod n)), so that places prefer different words.
         """
         out: dict[str, list[float]] = {}
         n_places = len(self.lexicon.places)
@@ -463,11 +458,7 @@ class Grammar:
         return " ".join(self.vocabulary[i] for i in ids if i not in special)
 
     def parse_prompt(self, ids: Sequence[int]) -> Prompt:
-        """The prompt with these token ids (`<s>` and padding in front may be there or not).
-
-        Raises:
-            DataError: for anything but one of this world's prompts.
-        """
+        """The prompt with these token ids (`<s>` and padding in front may be there or not)."""
         found = self._ids.get(tuple(i for i in ids if i not in (self.pad, self.bos)))
         if found is None:
             words = " ".join(self.vocabulary[i] if 0 <= i < len(self.vocabulary) else UNK for i in ids)
@@ -475,11 +466,10 @@ class Grammar:
         return found
 
     def walk(self, prompts: Sequence[Prompt], ids: Tensor) -> Walk:
-        """Walk along completions from the first states of their prompts.
+        """Walk along completions `[n, L]` from the first states of their prompts.
 
-        Args:
-            ids: long `[n, L]`, completion token ids, padded on the right with anything; what lies behind
-                `<end>` earns nothing, what lies behind a completion without `<end>` is the caller's to mask.
+        The ids are padded on the right with anything; what lies behind `<end>` earns nothing, what lies behind a
+        completion without `<end>` is the caller's to mask.
         """
         tables = torch.tensor([p.table for p in prompts], dtype=torch.long)
         state = torch.tensor([p.start for p in prompts], dtype=torch.long)
