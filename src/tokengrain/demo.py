@@ -32,11 +32,7 @@ _SOURCES = {"log-ratio of train": "policy", "credit: guide": "guide", "credit: c
 
 
 def run_demo(
-    output: str | Path = "runs/demo",
-    *,
-    samples: int = 64,
-    overwrite: bool = False,
-    console: Console | None = None,
+    output: str | Path = "runs/demo", *, samples: int = 64, overwrite: bool = False, console: Console | None = None
 ) -> Path:
     """Train DPO, SimPO, TDPO2, TGDPO and T-REG from their recipes on `stories` and compare them; the report's path.
 

@@ -152,13 +152,7 @@ def matrix_page() -> str:
                 if reason:
                     reasons.setdefault(reason, []).append(f"`{credit}` as {role}")
     lines += [f"- {', '.join(dict.fromkeys(who))}: {reason}." for reason, who in reasons.items()]
-    lines += [
-        "",
-        "What the sources are:",
-        "",
-        *(f"- `{name}`: {kind.summary}" for name, kind in CREDIT.items()),
-        "",
-    ]
+    lines += ["", "What the sources are:", "", *(f"- `{name}`: {kind.summary}" for name, kind in CREDIT.items()), ""]
     return "\n".join(lines)
 
 

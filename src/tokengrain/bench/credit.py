@@ -152,13 +152,7 @@ def key_of(unit: Unit, source: BenchSource) -> str:
 
 
 def run_units(
-    units: Sequence[Unit],
-    names: Sequence[str],
-    credit: list[Any],
-    jobs: int,
-    log: Path,
-    console: Console,
-    total: int,
+    units: Sequence[Unit], names: Sequence[str], credit: list[Any], jobs: int, log: Path, console: Console, total: int
 ) -> None:
     """Run what is missing, in this process or in several, and show how far it is."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -196,11 +190,7 @@ def _quiet() -> None:
 
 
 def run_unit(
-    unit: Unit,
-    names: Sequence[str],
-    credit: Sequence[Any],
-    log: Path,
-    after: Callable[[], None] = lambda: None,
+    unit: Unit, names: Sequence[str], credit: Sequence[Any], log: Path, after: Callable[[], None] = lambda: None
 ) -> None:
     """The missing sources of one seed; appends one line each."""
     world, question = load_world(unit.uri), QUESTIONS[unit.question]

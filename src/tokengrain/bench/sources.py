@@ -236,9 +236,7 @@ def _online(name: str, what: str, build: Callable[[Bench], Credit], *trains: str
 
 ONLINE = (
     _online(
-        "outcome",
-        "the outcome's advantage in its group, the same for all tokens of a completion (GRPO)",
-        _steps(GROUP),
+        "outcome", "the outcome's advantage in its group, the same for all tokens of a completion (GRPO)", _steps(GROUP)
     ),
     _online(
         "thr",
@@ -349,11 +347,7 @@ SOURCES: dict[str, BenchSource] = {
             reads="contrastive_templates",
         ),
         BenchSource(
-            "guide",
-            "trained",
-            "log-ratio of a DPO model to the base (TGDPO)",
-            _against_base("guide"),
-            ("guide",),
+            "guide", "trained", "log-ratio of a DPO model to the base (TGDPO)", _against_base("guide"), ("guide",)
         ),
         BenchSource(
             "contrastive_dpo",

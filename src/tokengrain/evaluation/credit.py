@@ -58,11 +58,7 @@ def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> 
     if decisions is not None:
         credit, truth = credit[decisions], truth[decisions]
     large = truth.abs() > AUC_MARGIN
-    return {
-        "spearman": spearman(credit, truth),
-        "auc": auc(credit[large], truth[large] > 0),
-        "tokens": len(credit),
-    }
+    return {"spearman": spearman(credit, truth), "auc": auc(credit[large], truth[large] > 0), "tokens": len(credit)}
 
 
 def credit_scores(credit: Tensor, truth: Tensor, decisions: Tensor, segments: Segments) -> dict[str, float]:

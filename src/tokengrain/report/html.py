@@ -101,10 +101,7 @@ def environment() -> Any:
     except ImportError as error:
         raise RunError("reports need jinja2: pip install 'tokengrain[report]'") from error
     found = jinja2.Environment(
-        loader=jinja2.PackageLoader("tokengrain.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=jinja2.PackageLoader("tokengrain.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     found.filters.update(number=number, short=short, fixed=fixed, interval=interval, seconds=seconds)
     return found

@@ -182,10 +182,7 @@ def _optimizers(model: LlamaForCausalLM, settings: WarmStart) -> list[torch.opti
 
 
 def warm_start(
-    settings: WarmStart,
-    vocabulary: int,
-    draw: Callable[[int], list[Example]],
-    progress: Progress | None = None,
+    settings: WarmStart, vocabulary: int, draw: Callable[[int], list[Example]], progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Train a base model on fresh examples in every step, with linear decay after the warm-up.
 
@@ -416,11 +413,7 @@ class ArithmeticWorld(ChainModel):
         return [PromptItem(self.prompt_ids(p.text), row=p.text, raw=self._row(p, p.text)) for p in drawn]
 
     def pairs(
-        self,
-        split: Split = "train",
-        n: int | None = None,
-        slope: float | None = None,
-        seed: int | None = None,
+        self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
         """Pairs of a right and a wrong sample of the base model, for guides and reward models.
 

@@ -14,14 +14,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.worlds import chains
-from tokengrain.worlds.arithmetic import (
-    CHECKED_STEP,
-    SIZES,
-    ArithmeticOptions,
-    ArithmeticWorld,
-    Size,
-    longest_problem,
-)
+from tokengrain.worlds.arithmetic import CHECKED_STEP, SIZES, ArithmeticOptions, ArithmeticWorld, Size, longest_problem
 from tokengrain.worlds.base_models import EOS, check_option
 from tokengrain.worlds.chains import LABELS, MARKER, SYMBOLS, Ending, Problem, parse_prompt, rng_of, write_chain
 

@@ -271,13 +271,7 @@ class WorldCredit:
     RANDOM_SCALE = 0.53
 
     def __init__(
-        self,
-        grammar: Grammar,
-        kind: CreditKind = "advantage",
-        *,
-        beta: float = 1.0,
-        scale: float = 1.0,
-        seed: int = 0,
+        self, grammar: Grammar, kind: CreditKind = "advantage", *, beta: float = 1.0, scale: float = 1.0, seed: int = 0
     ) -> None:
         check_option("stories", "credit", kind, get_args(CreditKind))
         self.grammar, self.kind, self.beta, self.scale, self.seed = grammar, kind, beta, scale, seed
@@ -416,11 +410,7 @@ def completion_logps(model: Any, grammar: Grammar, prompts: Sequence[Prompt], id
 
 
 def policy_metrics(
-    grammar: Grammar,
-    frontier: Frontier,
-    sampled: Rollout,
-    ref_logps: Tensor,
-    base_rewards: Tensor | None = None,
+    grammar: Grammar, frontier: Frontier, sampled: Rollout, ref_logps: Tensor, base_rewards: Tensor | None = None
 ) -> dict[str, float]:
     """Reward, KL, frontier share and the rest, from a policy's own samples; every prompt equally often.
 
@@ -590,11 +580,7 @@ def pretrain(
     losses = (_soft_cross_entropy(model, pool, index, table)[0].mean() for index in batches)
     descend(model, optimizers, losses, settings, progress)
     seconds = time.perf_counter() - start
-    report = {
-        **divergence(grammar, model.eval()),
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-    }
+    report = {**divergence(grammar, model.eval()), "seconds": round(seconds, 1), "threads": torch.get_num_threads()}
     return model, report
 
 
@@ -719,11 +705,7 @@ class StoriesWorld:
     """For contrastive prompting: the two instructions that the base model knows, put into the prompt."""
 
     def pairs(
-        self,
-        split: Split = "train",
-        n: int | None = None,
-        slope: float | None = None,
-        seed: int | None = None,
+        self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
         """Preference pairs labelled with the true reward; see `preference_pairs` for the rows.
 
