@@ -72,7 +72,9 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
     """One row of results per method, the base first; and the world."""
     world: Any = load_world(WORLD)
     world.base_model()
-    with single_thread(), _progress(console) as progress:
+    task_column = TextColumn("{task.description:<6}")
+    columns = (SpinnerColumn(), task_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with single_thread(), Progress(*columns, console=console) as progress:
         task = progress.add_task("base", total=len(METHODS) + 1)
         rows = [_row("base", "base", world.evaluate(world.reference, n=samples), seconds=0.0)]
         for method, title in METHODS.items():
@@ -80,7 +82,8 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
             recipe = load_recipe(method, model=WORLD, data=WORLD, output=output / method)
             result = run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=True))
             model = AutoModelForCausalLM.from_pretrained(result.model_path)
-            rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=_seconds(result.metrics)))
+            seconds = float(sum(stage.get("seconds") or 0.0 for stage in result.metrics["stages"].values()))
+            rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=seconds))
         progress.update(task, advance=1, description="done")
     return rows, world
 
@@ -93,17 +96,6 @@ def _check_folder(output: Path) -> None:
     others = sorted(p.name for p in output.iterdir() if p.name not in known) if output.exists() else []
     if others:
         raise RunError(f"{output} holds something else ({', '.join(others[:3])}); give another folder with --output")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description:<6}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dict[str, Any]:
@@ -123,35 +115,22 @@ def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dic
         "frontier_share": found["share"],
         "frontier_share_low": found["share_low"],
         "frontier_share_high": found["share_high"],
-        "win_rate": found["win_rate"],
-        "win_rate_low": found["win_rate_low"],
-        "win_rate_high": found["win_rate_high"],
-        "credit_spearman": found["credit_spearman"],
+        **{k: found[k] for k in ("win_rate", "win_rate_low", "win_rate_high", "credit_spearman")},
         "credit_auc": found["credit_auc"] if found["credit_spearman"] is not None else None,
-        "broken": found["broken"],
-        "length": found["length"],
-        "entropy": found["entropy"],
+        **{k: found[k] for k in ("broken", "length", "entropy")},
         "seconds": seconds,
     }
 
 
-def _seconds(metrics: dict[str, Any]) -> float:
-    """Wall time of all stages, as recorded when they ran."""
-    return float(sum(stage.get("seconds") or 0.0 for stage in metrics["stages"].values()))
-
-
 def _samples(output: Path) -> list[dict[str, Any]]:
     """The token credit that each method's run stored, as one list."""
-    entries: list[dict[str, Any]] = []
-    for method, title in METHODS.items():
-        path = output / method / "credit_samples.json"
-        if path.exists():
-            entries += [
-                {**entry, "source": f"{title}: {_SOURCES.get(entry['source'], entry['source'])}"}
-                for entry in read_json(path)
-                if entry["source"] != "log-ratio of guide"  # TGDPO's guide is DPO once more
-            ]
-    return entries
+    return [
+        {**entry, "source": f"{title}: {_SOURCES.get(entry['source'], entry['source'])}"}
+        for method, title in METHODS.items()
+        if (path := output / method / "credit_samples.json").exists()
+        for entry in read_json(path)
+        if entry["source"] != "log-ratio of guide"  # TGDPO's guide is DPO once more
+    ]
 
 
 def _metrics(rows: Sequence[dict[str, Any]], world: Any, samples: int) -> dict[str, Any]:

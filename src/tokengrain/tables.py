@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from itertools import product
 from pathlib import Path
 
 from tokengrain.errors import RunError, require, write_text
@@ -82,13 +83,6 @@ def _with_block(text: str, name: str, table: str) -> str:
     return f"{before}{begin}{table}\n{end}{after}"
 
 
-def main(root: Path) -> None:
-    """Write the generated pages."""
-    for path, text in pages(root).items():
-        write_text(path, text)
-
-
-# ----------------------------------------------------------------------------------------------------
 # Which credit source goes with which objective, in which role: computed from the code that refuses the others.
 
 
@@ -146,15 +140,15 @@ def matrix_page() -> str:
     ]
     lines += [f"- `{name}` takes no credit: {o.takes_no_credit}." for name, o in objectives().items() if not o.accepts]
     reasons: dict[str, list[str]] = {}
-    for credit in CREDIT:
-        for objective in columns:
-            for role, reason in roles_for(credit, objective).items():
-                if reason:
-                    reasons.setdefault(reason, []).append(f"`{credit}` as {role}")
+    for credit, objective in product(CREDIT, columns):
+        for role, reason in roles_for(credit, objective).items():
+            reasons.setdefault(reason, []).append(f"`{credit}` as {role}")
+    reasons.pop("", None)
     lines += [f"- {', '.join(dict.fromkeys(who))}: {reason}." for reason, who in reasons.items()]
     lines += ["", "What the sources are:", "", *(f"- `{name}`: {kind.summary}" for name, kind in CREDIT.items()), ""]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    for path, text in pages(Path(sys.argv[1] if len(sys.argv) > 1 else ".")).items():
+        write_text(path, text)

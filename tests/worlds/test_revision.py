@@ -14,7 +14,7 @@ from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import encode_prompts
 from tokengrain.scoring.score import score
 from tokengrain.worlds import load_world
-from tokengrain.worlds.arithmetic import new_model
+from tokengrain.worlds.base_models import small_llama
 from tokengrain.worlds.chains import parse_prompt
 from tokengrain.worlds.revision import WORDS, append_references, correct, write_reference
 
@@ -163,7 +163,7 @@ def test_there_are_positions_for_the_reference_behind_the_longest_chain(options)
     """No model is trained: the probe has the world's positions and as few weights as can be."""
     world = load_world(f"world://revision?size=small{options}")
     tiny = replace(world.warm_start, hidden_size=8, layers=1, heads=1, mlp_size=8)
-    model = new_model(tiny, len(world.vocabulary))
+    model = small_llama(tiny, vocabulary=len(world.vocabulary), positions=tiny.positions, tied=False)
     longest = max(world.prompts("eval", 60), key=lambda row: len(row["prompt"]))
     prompt = world.prompt_ids(longest["prompt"])
     chain = [*[5] * (world.max_new_tokens - 1), world.marker]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +22,6 @@ bench_app = typer.Typer(
 OF_WORLDS = ("world", "regime", "seeds", "steps", "prompts", "generations", "jobs")
 OF_TEXTS = ("model", "how", "tokens", "rows", "seed")
 """Options of `credit` that act only without `--data`, or only with it."""
-
-
-@bench_app.callback()
-def _root() -> None:
-    pass
 
 
 def _refuse(context: typer.Context, options: Sequence[str], why: str) -> None:
@@ -109,44 +104,23 @@ def credit(
     """
     from tokengrain.bench.page import PAGE, terminal_tables
 
-    progress = Screen(stderr=True, quiet=as_json)
+    shared: dict[str, Any] = {"credit": own or (), "console": Screen(stderr=True, quiet=as_json)}
     if data is not None:
         from tokengrain.bench.corruption import bench_corruption
         from tokengrain.settings import trust_run_code as trusting
 
         _refuse(context, OF_WORLDS, "of no use with --data, which asks for the corruption test")
         folder = output or Path("runs/bench/corruption")
+        given: dict[str, Any] = {"how": how or ("random",), "tokens": tokens, "rows": rows, "seed": seed}
         with trusting(trust_run_code):
-            result = bench_corruption(
-                model,
-                data,
-                sources=source or (),
-                credit=own or (),
-                how=how or ("random",),
-                tokens=tokens,
-                rows=rows,
-                seed=seed,
-                output=folder,
-                console=progress,
-            )
+            result = bench_corruption(model, data, sources=source or (), output=folder, **given, **shared)
     else:
         from tokengrain.bench.credit import bench_credit
 
         _refuse(context, OF_TEXTS, "of the corruption test, which needs --data")
         folder = output or Path("runs/bench/credit")
-        result = bench_credit(
-            world,
-            sources=source or None,
-            credit=own or (),
-            seeds=seeds,
-            regimes=regime or (),
-            jobs=jobs,
-            output=folder,
-            steps=steps,
-            prompts=prompts,
-            generations=generations,
-            console=progress,
-        )
+        given = {"seeds": seeds, "regimes": regime or (), "jobs": jobs, "steps": steps, "prompts": prompts}
+        result = bench_credit(world, sources=source or None, generations=generations, output=folder, **given, **shared)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return

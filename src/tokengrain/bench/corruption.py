@@ -78,14 +78,13 @@ def corrupt(
     require(how != "unlikely" or model is not None, RecipeError, "corruption 'unlikely' needs a model")
     special = set(tokenizer.all_special_ids)
     pool = [t for t in batch.labels.tolist() if t not in special]
-    pick = _Substitutes(batch, pool, model) if how == "unlikely" else None
+    unlikely = _unlikely(batch, pool, model) if how == "unlikely" else None
     clean: list[Sample] = []
     corrupted: list[Sample] = []
     marked: list[bool] = []
     for i in range(batch.n_prompts):
         ids = batch.completion(i).tolist()
-        start, end = batch.completion_offsets[i : i + 2].tolist()
-        counted = batch.counted[start:end].tolist()
+        counted = _counted(batch, i)
         row = batch.rows[i] if batch.rows else i
         generator = torch.Generator().manual_seed(int(fingerprint([seed, ids]), 16) >> 1)
         usable = [k and t not in special for t, k in zip(ids, counted, strict=True)]
@@ -95,8 +94,7 @@ def corrupt(
             places = _places(usable, tokens, generator)
             changed = list(ids)
             for place in places:
-                flat = sum(counted[:place])
-                candidates = pool if pick is None else pick(i, flat)
+                candidates = pool if unlikely is None else unlikely(i, sum(counted[:place]))
                 changed[place] = _other(candidates, ids[place], generator)
         if not places or not any(k and p not in places for p, k in enumerate(counted)):
             continue
@@ -110,20 +108,19 @@ def corrupt(
     return Corrupted(both[0], both[1], torch.tensor(marked), batch.n_prompts - len(clean))
 
 
-class _Substitutes:
-    """Per place, the half of the data's tokens that a model finds least likely."""
+def _unlikely(batch: TokenBatch, pool: Sequence[int], model: Any) -> Callable[[int, int], list[int]]:
+    """Per row and counted place, the half of the data's tokens that a model finds least likely."""
+    ids, offsets = torch.tensor(sorted(set(pool))), batch.segments.offsets.tolist()
+    with evaluating(model):
+        parts = [distribution_of(model, batch.select([i])) for i in range(batch.n_prompts)]
+    hidden, head = torch.cat([p.hidden for p in parts]), parts[0].head
 
-    def __init__(self, batch: TokenBatch, pool: Sequence[int], model: Any) -> None:
-        self.ids = torch.tensor(sorted(set(pool)))
-        self.offsets = batch.segments.offsets.tolist()
-        with evaluating(model):
-            parts = [distribution_of(model, batch.select([i])) for i in range(batch.n_prompts)]
-        self.hidden, self.head = torch.cat([p.hidden for p in parts]), parts[0].head
+    def candidates(row: int, place: int) -> list[int]:
+        at = offsets[row] + place
+        logits = head.logits(hidden[at : at + 1])[0].cpu()
+        return ids[logits[ids].argsort()[: max(2, len(ids) // 2)]].tolist()
 
-    def __call__(self, row: int, place: int) -> list[int]:
-        at = self.offsets[row] + place
-        logits = self.head.logits(self.hidden[at : at + 1])[0].cpu()
-        return self.ids[logits[self.ids].argsort()[: max(2, len(self.ids) // 2)]].tolist()
+    return candidates
 
 
 def _places(usable: Sequence[bool], count: int, generator: torch.Generator) -> list[int]:
@@ -255,8 +252,6 @@ def _interval(values: Tensor, seed: int) -> dict[str, Any]:
     return {"mean": found.value, "low": found.low, "high": found.high, "answers": len(known)}
 
 
-# On a model and rows of one's own: where answers and credit sources come from.
-
 BASELINES = ("random", "surprise")
 OF_THE_START = ("surprise", "entropy", "contrastive")
 """Sources that ask the starting model, unless a model is given."""
@@ -342,7 +337,6 @@ def _model_of_runs(sources: Sequence[str]) -> str:
 
 def _run_models(model: str, data: str, credit: Any, rows: int | None = None) -> tuple[RunModels, Any]:
     """A recipe of one annotate stage with this credit, which loads what it names."""
-
     values = {
         "method": "bench",
         "model": {"path": model},
@@ -365,7 +359,6 @@ def _answers(shop: RunModels, stage: Any, rows: int) -> TokenBatch:
 
 def _source(text: str, model: str, data: str) -> tuple[str, Credit]:
     """`(name, source)` of a name, a YAML mapping or a run folder."""
-
     if is_run(text):
         return _of_run(Path(text))
     try:
@@ -388,31 +381,25 @@ def _source(text: str, model: str, data: str) -> tuple[str, Credit]:
 
 def _of_run(path: Path) -> tuple[str, Credit]:
     """The credit of a run's last stage that makes one; else the scores of its reward model, or the log-ratio of its
-    policy to where it started. Credit that came with the run's own rows says nothing about others.
-    """
+    policy to where it started. Credit that came with the run's own rows says nothing about others."""
     with code_named_by(path / "recipe.yaml"):
-        return _named_by_run(path)
-
-
-def _named_by_run(path: Path) -> tuple[str, Credit]:
-    run = read_run(path)
-    recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
-    stages = resolve_stages(recipe)
-    shop = RunModels(recipe, Screen(quiet=True), PartialState())
-    with_credit = [s for s in stages if s.credit is not None and CreditSpec.of(s.credit).name not in FROM_ROWS]
-    if with_credit:
-        stage = with_credit[-1]
-        name = CreditSpec.of(stage.credit or {}).name
-        return f"{path.name}: {name}", shop.credit(stage.credit or {}, stage.model)
-    final = next(stage for stage in stages if stage.name == run.final_stage.name)
-    if final.kind == "reward":
-        last = (final.objective or {}).get("pooling") == "last"
-        credit = {"name": "reward_model", "model": str(run.model_path), "broadcast": "last" if last else None}
-        return f"{path.name}: reward_model", shop.credit(credit, final.model)
-    beta = (final.objective or {}).get("beta", 0.1)
-    policy = shop.frozen(ModelSpec(path=str(run.model_path)))
-    source = make_credit("guide", model=policy, reference=shop.frozen(final.model), beta=beta)
-    return f"{path.name}: log-ratio", source
+        run = read_run(path)
+        recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
+        stages = resolve_stages(recipe)
+        shop = RunModels(recipe, Screen(quiet=True), PartialState())
+        made = [(s, CreditSpec.of(s.credit).name) for s in stages if s.credit is not None]
+        for stage, name in reversed(made):
+            if name not in FROM_ROWS:
+                return f"{path.name}: {name}", shop.credit(stage.credit or {}, stage.model)
+        final = next(stage for stage in stages if stage.name == run.final_stage.name)
+        objective = final.objective or {}
+        if final.kind == "reward":
+            last = "last" if objective.get("pooling") == "last" else None
+            credit = {"name": "reward_model", "model": str(run.model_path), "broadcast": last}
+            return f"{path.name}: reward_model", shop.credit(credit, final.model)
+        policy = shop.frozen(ModelSpec(path=str(run.model_path)))
+        reference, beta = shop.frozen(final.model), objective.get("beta", 0.1)
+        return f"{path.name}: log-ratio", make_credit("guide", model=policy, reference=reference, beta=beta)
 
 
 def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
@@ -423,7 +410,7 @@ def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Te
     samples = [
         Sample(
             data.clean.prompt(i).tolist(),
-            [Completion(b.completion(i).tolist(), b.counted[_span(b, i)].tolist()) for b in batches],
+            [Completion(b.completion(i).tolist(), _counted(b, i)) for b in batches],
             row=data.clean.rows[i],
         )
         for i in range(count)
@@ -435,6 +422,6 @@ def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Te
     return collect_credit_samples(TokenBatch.from_samples(samples), tokenizer, pairs)
 
 
-def _span(batch: TokenBatch, index: int) -> slice:
+def _counted(batch: TokenBatch, index: int) -> list[bool]:
     start, end = batch.completion_offsets[index : index + 2].tolist()
-    return slice(start, end)
+    return batch.counted[start:end].tolist()

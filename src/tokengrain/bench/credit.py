@@ -237,6 +237,11 @@ def repair_log(log: Path) -> None:
 
 def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) -> list[dict[str, Any]]:
     """Single runs as one entry per regime, question and source, the best first: means over seeds with intervals."""
+
+    def rank(entry: dict[str, Any]) -> float:
+        mean = entry["measures"][QUESTIONS[entry["question"]].ranked_by]["mean"]
+        return 2.0 if mean is None else -mean
+
     entries = []
     for regime, question in dict.fromkeys((run["regime"], run["question"]) for run in runs):
         part = []
@@ -246,13 +251,8 @@ def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) ->
                 about = {"regime": regime, "question": question, "source": source.name, "kind": source.kind}
                 about |= {"what": source.what, "trains": list(source.trains), "seeds": len(mine)}
                 part.append({**about, "measures": {m: _over_seeds([r[m] for r in mine]) for m in MEASURES}})
-        entries += sorted(part, key=_rank)
+        entries += sorted(part, key=rank)
     return entries
-
-
-def _rank(entry: dict[str, Any]) -> float:
-    mean = entry["measures"][QUESTIONS[entry["question"]].ranked_by]["mean"]
-    return 2.0 if mean is None else -mean
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:

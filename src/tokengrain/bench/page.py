@@ -16,83 +16,65 @@ from tokengrain.report.html import environment, fixed, heat_maps
 from tokengrain.report.rows import CreditSample, Side
 from tokengrain.report.svg import Series, line_chart
 
-Column = tuple[str, str, int]
-"""Heading, name of the measure, decimals."""
-Group = tuple[str, tuple[Column, ...], str]
-"""A table: title, columns, and the note under it."""
-ORDER: tuple[Column, ...] = (
-    ("ρ", "spearman", 2), ("AUC", "auc", 2), ("AUC harm", "auc_harm", 2), ("top-1", "top1", 2),
-    ("alarm", "alarm", 2),
-)  # fmt: skip
-PLACE: tuple[Column, ...] = (
-    ("AUC inside", "auc_inside", 2), ("top-1", "place1", 2), ("top-3", "place3", 2), ("share", "share", 2),
-    ("AUC harm", "auc_harm", 2), ("ρ", "spearman", 2),
-)  # fmt: skip
-REFERENCE: tuple[Column, ...] = (
-    ("AUC", "auc", 2), ("AUC inside", "auc_inside", 2), ("top-1", "place1", 2), ("top-3", "place3", 2),
-    ("share", "share", 2),
-)  # fmt: skip
+HEADINGS = {
+    "spearman": "ρ", "auc": "AUC", "auc_harm": "AUC harm", "auc_inside": "AUC inside", "top1": "top-1", "topk": "top-k",
+    "auc_neighbours": "AUC neighbours", "auc_elsewhere": "AUC elsewhere", "place1": "top-1", "place3": "top-3",
+    "drop_neighbours": "drop neighbours", "drop_elsewhere": "drop elsewhere", "r2": "R²", "ece": "ECE",
+    "seconds": "s/1k", "training_seconds": "training s",
+}  # fmt: skip
+"""Of measures that are not headed by their own names."""
+DECIMALS = {"ece": 3, "seconds": 3, "passes": 0, "reads": 1, "training_seconds": 0}
+"""Of measures that are not shown with two."""
+COSTS = ("seconds", "passes", "reads", "training_seconds")
+Group = tuple[str, tuple[str, ...], str]
+"""A table: title, measures, and the note under it."""
 SIZE: Group = (
     "Size: calibration",
-    (("scale", "scale", 2), ("R²", "r2", 2), ("skill", "skill", 2), ("ECE", "ece", 3)),
+    ("scale", "r2", "skill", "ece"),
     "Scale: the factor that brings credit nearest to the truth; R²: what it then explains, below 0 if less than a "
     "constant. Skill: how much better a logistic function of credit predicts that a token lowers the reward than the "
     "base rate does (1 perfect, 0 nothing); ECE: how far its percentages are from the observed ones.",
 )
 COST: Group = (
     "Cost",
-    (("s/1k", "seconds", 3), ("passes", "passes", 0), ("reads", "reads", 1), ("training s", "training_seconds", 0)),
+    COSTS,
     "Cost: s/1k, seconds per 1,000 credited tokens on this machine; forward passes per call with 64 prompts; tokens "
     "read by a model per credited token; seconds of training before there is any credit.",
 )
-WORLD_GROUPS: dict[str, tuple[Group, ...]] = {
+SEEDS = "Mean over seeds, ± half of the 95 % t interval"
+FIRST: dict[str, Group] = {
     "pairs": (
-        (
-            "Order: agreement with the exact advantage",
-            ORDER,
-            "Mean over seeds, ± half of the 95 % t interval. ρ: Spearman rank correlation with the exact soft "
-            "advantage over tokens at which something was decided. AUC: chance that a token with advantage above 0.3 "
-            "has more credit than one below −0.3. AUC harm: chance that a token below −0.3 has less credit than any "
-            "other decision token. top-1: in completions with a token below −0.3, how often the lowest credit is at "
-            "the lowest advantage. Alarm: chance that a completion with such a token has a lower lowest credit than "
-            "one without. Random credit reaches a top-1 of {top1_chance}.",
-        ),
-        SIZE,
-        COST,
+        "Order: agreement with the exact advantage",
+        ("spearman", "auc", "auc_harm", "top1", "alarm"),
+        f"{SEEDS}. ρ: Spearman rank correlation with the exact soft advantage over tokens at which something was "
+        "decided. AUC: chance that a token with advantage above 0.3 has more credit than one below −0.3. AUC harm: "
+        "chance that a token below −0.3 has less credit than any other decision token. top-1: in completions with "
+        "a token below −0.3, how often the lowest credit is at the lowest advantage. Alarm: chance that a "
+        "completion with such a token has a lower lowest credit than one without. Random credit reaches a top-1 of "
+        "{top1_chance}.",
     ),
     "chain": (
-        (
-            "Place: is the first wrong token found?",
-            PLACE,
-            "Mean over seeds, ± half of the 95 % t interval, on groups of samples with right and wrong ones. AUC "
-            "inside: chance that the first wrong token has less credit than another decision token of the same "
-            "completion; an outcome that is spread over a completion has 0.5. top-1, top-3: how often it has the "
-            "lowest credit of all tokens of its completion, or is among the three lowest; random credit: "
-            "{place1_chance} and {place3_chance}. Share: its part of the completion's sum of |credit|; uniform "
-            "credit: {place1_chance}. AUC harm: as AUC inside, against the decision tokens of all completions, right "
-            "ones too. ρ: rank correlation with −1 at the first wrong token and 0 at other decision tokens.",
-        ),
-        SIZE,
-        COST,
+        "Place: is the first wrong token found?",
+        ("auc_inside", "place1", "place3", "share", "auc_harm", "spearman"),
+        f"{SEEDS}, on groups of samples with right and wrong ones. AUC inside: chance that the first wrong token "
+        "has less credit than another decision token of the same completion; an outcome that is spread over a "
+        "completion has 0.5. top-1, top-3: how often it has the lowest credit of all tokens of its completion, or "
+        "is among the three lowest; random credit: {place1_chance} and {place3_chance}. Share: its part of the "
+        "completion's sum of |credit|; uniform credit: {place1_chance}. AUC harm: as AUC inside, against the "
+        "decision tokens of all completions, right ones too. ρ: rank correlation with −1 at the first wrong token "
+        "and 0 at other decision tokens.",
     ),
     "reference": (
-        (
-            "Reference: are the tokens found that depend on the reasoning?",
-            REFERENCE,
-            "Mean over seeds, ± half of the 95 % t interval. The tokens are those of the reference answer behind each "
-            "sampled chain. AUC: chance that a token which depends on the reasoning has more credit than one that "
-            "does not; inside: in the same reference. top-1: how often such a token has the highest credit of its "
-            "reference; top-3: how many of the three highest are such tokens; random credit: {place1_chance}. Share: "
-            "of the sum of |credit|, what lies on them; uniform credit: {place1_chance}.",
-        ),
-        COST,
+        "Reference: are the tokens found that depend on the reasoning?",
+        ("auc", "auc_inside", "place1", "place3", "share"),
+        f"{SEEDS}. The tokens are those of the reference answer behind each sampled chain. AUC: chance that a token "
+        "which depends on the reasoning has more credit than one that does not; inside: in the same reference. "
+        "top-1: how often such a token has the highest credit of its reference; top-3: how many of the three "
+        "highest are such tokens; random credit: {place1_chance}. Share: of the sum of |credit|, what lies on "
+        "them; uniform credit: {place1_chance}.",
     ),
 }
-TEXT_COLUMNS: tuple[Column, ...] = (
-    ("AUC", "auc", 2), ("AUC neighbours", "auc_neighbours", 2), ("AUC elsewhere", "auc_elsewhere", 2),
-    ("drop", "drop", 2), ("drop neighbours", "drop_neighbours", 2), ("drop elsewhere", "drop_elsewhere", 2),
-    ("top-1", "top1", 2), ("top-k", "topk", 2),
-)  # fmt: skip
+"""The table of each question that is about what it asks."""
 TEXT_NOTES = (
     "Mean over answers with its 95 % bootstrap interval. AUC: chance that a corrupted token has lower credit than an "
     "untouched one of the same answer; then against its next few neighbours only, and against all others only. Drop: "
@@ -103,15 +85,14 @@ TEXT_NOTES = (
 )
 CHANCES = ("top1_chance", "place1_chance", "place3_chance")
 """What notes are filled with."""
-WORLD_SHORT = {
+SHORT = {
     "pairs": ("spearman", "auc", "top1", "skill", "seconds", "passes"),
     "chain": ("auc_inside", "place1", "place3", "share", "seconds", "passes"),
     "reference": ("auc", "auc_inside", "place3", "share", "seconds", "passes"),
+    "text": ("auc", "drop", "drop_neighbours", "top1"),
 }
-TEXT_SHORT = ("auc", "drop", "drop_neighbours", "top1")
 """What a terminal shows of it."""
-COSTS = ("seconds", "passes", "reads", "training_seconds")
-PAGE, RESULT, MARKDOWN = "credit.html", "credit.json", "credit.md"
+PAGE = "credit.html"
 FACTS = (
     "date", "machine", "world", "model", "data", "seeds", "steps", "pairs", "generations", "answers", "tokens", "seed"
 )  # fmt: skip
@@ -119,7 +100,7 @@ FACTS = (
 
 def write_pages(result: Mapping[str, Any], folder: Path) -> None:
     """Write a result of `bench_credit` or `bench_corruption` into a folder, as JSON, Markdown and one HTML page."""
-    write_json(folder / RESULT, result)
+    write_json(folder / "credit.json", result)
     values = _world(result) if result["kind"] == "bench-credit" else _texts(result)
     facts = [(name, str(result[name])) for name in FACTS if result.get(name) is not None]
     write_text(folder / PAGE, environment().get_template("bench.html.j2").render(facts=facts, **values))
@@ -133,7 +114,7 @@ def write_pages(result: Mapping[str, Any], folder: Path) -> None:
         for note in table["notes"]:
             lines += ["", note]
         lines.append("")
-    write_text(folder / MARKDOWN, "\n".join(lines))
+    write_text(folder / "credit.md", "\n".join(lines))
 
 
 def _world(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,9 +125,9 @@ def _world(result: Mapping[str, Any]) -> dict[str, Any]:
         sources = "; ".join(f"{e['source']}: {e['what']}" for e in mine)
         notes = [f"Sources: {sources}.", *_left_out(result["left_out"], question)]
         chances = {m: fixed(mine[0]["measures"][m]["mean"]) for m in CHANCES}
-        for i, (title, columns, note) in enumerate(WORLD_GROUPS[question]):
+        for i, (title, names, note) in enumerate((FIRST[question], *[SIZE] * (question != "reference"), COST)):
             title = f"{title} · {regime}" if regime else title
-            tables.append(_table(title, columns, mine, [note.format(**chances), *(notes if i == 0 else [])]))
+            tables.append(_table(title, names, mine, [note.format(**chances), *(notes if i == 0 else [])]))
     part, _ = parts[0]
     samples, runs = ([e for e in result[k] if (e["regime"], e["question"]) == part] for k in ("samples", "runs"))
     truth = {e["source"] for e in result["sources"] if e["kind"] == "truth"}  # it is beside every source anyway
@@ -170,7 +151,9 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         notes = [*TEXT_NOTES, f"Credit that knows nothing reaches a top-1 of {fixed(part['chance_top1'])}."]
         if part["left_out"]:
             notes.append(f"{part['left_out']} answers were too short to corrupt.")
-        tables.append(_table(f"Corruption: {part['how']}", TEXT_COLUMNS, part["sources"], notes))
+        tables.append(
+            _table(f"Corruption: {part['how']}", list(part["sources"][0]["measures"]), part["sources"], notes)
+        )
     return {
         "title": "Does credit fall where an answer is corrupted?",
         "subtitle": "A few tokens of good answers were corrupted.",
@@ -197,13 +180,14 @@ def _left_out(entries: Sequence[Mapping[str, str]], question: str) -> list[str]:
 
 
 def _table(
-    title: str, columns: Sequence[Column], entries: Sequence[Mapping[str, Any]], notes: Sequence[str]
+    title: str, names: Sequence[str], entries: Sequence[Mapping[str, Any]], notes: Sequence[str]
 ) -> dict[str, Any]:
-    rows = [
-        [e["source"], *((fixed(e["measures"][m]["mean"], d), spread(e["measures"][m], d)) for _, m, d in columns)]
-        for e in entries
-    ]
-    return {"title": title, "columns": ["source", *(c[0] for c in columns)], "rows": rows, "notes": notes}
+    def cell(measure: Mapping[str, Any], name: str) -> tuple[str, str]:
+        decimals = DECIMALS.get(name, 2)
+        return fixed(measure["mean"], decimals), spread(measure, decimals)
+
+    rows = [[e["source"], *(cell(e["measures"][name], name) for name in names)] for e in entries]
+    return {"title": title, "columns": ["source", *(HEADINGS.get(n, n) for n in names)], "rows": rows, "notes": notes}
 
 
 def _maps(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -240,22 +224,20 @@ def _reliability(bins: Sequence[Mapping[str, float]]) -> str:
 def terminal_tables(result: Mapping[str, Any]) -> list[Table]:
     """The result as tables for a terminal; the page has all measures."""
     if result["kind"] == "bench-corruption":
-        columns = [c for c in TEXT_COLUMNS if c[1] in TEXT_SHORT]
-        return [_terminal_table(part["how"], part["sources"], columns) for part in result["corruptions"]]
-    tables = []
-    for (regime, question), entries in by_part(result["sources"]):
-        columns = [c for group in WORLD_GROUPS[question] for c in group[1] if c[1] in WORLD_SHORT[question]]
-        title = " · ".join(filter(None, ("" if question == "pairs" else question, regime)))
-        tables.append(_terminal_table(title, entries, columns))
-    return tables
+        return [_terminal_table(part["how"], part["sources"], SHORT["text"]) for part in result["corruptions"]]
+    return [
+        _terminal_table(" · ".join(filter(None, ("" if q == "pairs" else q, regime))), entries, SHORT[q])
+        for (regime, q), entries in by_part(result["sources"])
+    ]
 
 
-def _terminal_table(title: str, entries: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Table:
+def _terminal_table(title: str, entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title or None, title_justify="left")
-    for i, heading in enumerate(["source", *(c[0] for c in columns)]):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for name in names:
+        table.add_column(HEADINGS.get(name, name), justify="right", overflow="fold")
     for entry in entries:
-        table.add_row(entry["source"], *(_short(entry["measures"][m], m, decimals) for _, m, decimals in columns))
+        table.add_row(entry["source"], *(_short(entry["measures"][n], n, DECIMALS.get(n, 2)) for n in names))
     return table
 
 

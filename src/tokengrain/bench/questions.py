@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import TokengrainError
-from tokengrain.evaluation.credit import AUC_MARGIN, CreditTruth, calibration, credit_scores, pointing_scores
+from tokengrain.evaluation.credit import AUC_MARGIN, CreditTruth, calibration, credit_scores, parts_of, pointing_scores
 from tokengrain.method import RolloutStep, resolve_rollout_credit
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion
@@ -86,10 +86,6 @@ def questions_of(world: Any) -> list[Question]:
     return [ON_CHAINS] if isinstance(world, ArithmeticWorld) else [ON_PAIRS]
 
 
-def _pairs(world: Any, draw: Draw) -> CreditTruth:
-    return world.credit_truth(draw.prompts, seed=draw.seed)
-
-
 def _chains(world: ArithmeticWorld, draw: Draw) -> CreditTruth:
     """Groups of the base model's samples, with the culprit of every wrong one."""
     batch = mixed_groups(world, draw)
@@ -139,28 +135,16 @@ def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
     )
 
 
-ON_PAIRS = Question("pairs", _pairs, lambda world: world.advantages)
+ON_PAIRS = Question(
+    "pairs", lambda world, draw: world.credit_truth(draw.prompts, seed=draw.seed), lambda world: world.advantages
+)
 ON_CHAINS = Question(
-    "chain",
-    _chains,
-    lambda world: world.advantages,
-    steps=60,
-    beta=0.1,
-    ranked_by="auc_inside",
-    sides=("right", "wrong"),
+    "chain", _chains, lambda world: world.advantages, True, 60, 0.1, "auc_inside", sides=("right", "wrong")
 )
-ON_REFERENCES = Question(
-    "reference",
-    _references,
-    reasoning,
-    low=False,
-    ranked_by="auc",
-    sides=("after a right chain", "after a wrong chain"),
-)
+AFTER = ("after a right chain", "after a wrong chain")
+ON_REFERENCES = Question("reference", _references, reasoning, low=False, ranked_by="auc", sides=AFTER)
 QUESTIONS = {q.name: q for q in (ON_PAIRS, ON_CHAINS, ON_REFERENCES)}
 
-
-# How credit is judged: what it costs, and how well it agrees with the truth.
 
 PART = 64
 """Prompts per call of a source."""
@@ -168,15 +152,13 @@ PART = 64
 
 @dataclass
 class Passes:
-    """Forward passes through the decoders of transformers models: how many, and over how many tokens."""
-
     calls: int = 0
     tokens: int = 0
 
 
 @contextmanager
 def counted_passes() -> Iterator[Passes]:
-    """Count the forward passes of all transformers models while the block runs, whoever calls them."""
+    """Count forward passes through the decoders of transformers models, and their tokens, whoever calls them."""
     found = Passes()
 
     def count(module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -199,7 +181,7 @@ def credit_and_cost(source: Credit, batch: TokenBatch, part: int = PART) -> tupl
     `seconds` per 1,000 credited tokens, `passes` through a model per call with `part` prompts, `reads`, tokens that
     went through a model per credited token.
     """
-    parts = [batch.select(range(i, min(i + part, batch.n_prompts))) for i in range(0, batch.n_prompts, part)]
+    parts = parts_of(batch, part)
     source(parts[0].select([0]))  # what happens once, such as finding out how to score a model, is not its price
     with counted_passes() as passes:
         source(parts[0])
@@ -222,9 +204,6 @@ def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -
     found |= pointing_scores(credit, marked, decided, batch.segments, low=question.low)
     bins = calibration(credit[decided], truth.advantages[decided], batch.segments.ids[decided]).bins
     return found | cost | {"bins": bins}, credit
-
-
-# Credit steps of online training as credit sources: one adapter, and the critic that one of them needs.
 
 
 class OnlineCredit:

@@ -192,11 +192,7 @@ class BenchSource:
         return ""
 
 
-# Credit of the online methods: their steps, and what of the rollout is read.
-
 WINDOW = 4
-GROUP = {"name": "group"}
-HWE = {"name": "aepo", "mode": "paper", "triggers": None, "kl": "none"}
 
 
 def _steps(
@@ -234,6 +230,8 @@ def _online(name: str, what: str, build: Callable[[Bench], Credit], *trains: str
     return BenchSource(name, "trained" if trains else "untrained", what, build, trains, ON_CHAINS)
 
 
+GROUP, THR = {"name": "group"}, {"name": "thr"}
+HWE = {"name": "aepo", "mode": "paper", "triggers": None, "kl": "none"}
 ONLINE = (
     _online(
         "outcome", "the outcome's advantage in its group, the same for all tokens of a completion (GRPO)", _steps(GROUP)
@@ -241,11 +239,9 @@ ONLINE = (
     _online(
         "thr",
         "hidden influence on the group's correct completions (THR), before signs and thresholds",
-        _steps(GROUP, {"name": "thr"}, read=_influence),
+        _steps(GROUP, THR, read=_influence),
     ),
-    _online(
-        "thr_advantage", "the group's advantage as THR leaves it, mask and p = 0.1", _steps(GROUP, {"name": "thr"})
-    ),
+    _online("thr_advantage", "the group's advantage as THR leaves it, mask and p = 0.1", _steps(GROUP, THR)),
     _online("nthr_advantage", "the group's advantage as NTHR leaves it", _steps(GROUP, {"name": "nthr"})),
     _online(
         "window_entropy",
@@ -270,17 +266,18 @@ ONLINE = (
         "critic",
     ),
     BenchSource(
-        "r3",
-        "untrained",
-        "weights of R3, by the deviation over the group's chains (DRO)",
-        _r3(1.0),
-        questions=ON_REFERENCES,
+        "r3", "untrained", "weights of R3, by the deviation over the group's chains (DRO)", _r3(1.0), (), ON_REFERENCES
     ),
-    BenchSource("r3_variance", "untrained", "weights of R3 by the variance", _r3(2.0), questions=ON_REFERENCES),
+    BenchSource("r3_variance", "untrained", "weights of R3 by the variance", _r3(2.0), (), ON_REFERENCES),
 )
 
 
-# All sources, and which of them a world can be asked about.
+def _exact(bench: Bench) -> Credit:
+    return bench.question.exact(bench.world)
+
+
+def _random(bench: Bench) -> Credit:
+    return make_credit("random", seed=bench.seed)
 
 
 def _contrastive(bench: Bench) -> Credit:
@@ -290,92 +287,57 @@ def _contrastive(bench: Bench) -> Credit:
     )
 
 
+def _contrastive_dpo(bench: Bench) -> Credit:
+    guide, reverse = bench.model("guide"), bench.model("reverse")
+    return make_credit("contrastive_dpo", model=guide, reverse=reverse, beta=bench.question.beta)
+
+
+def _of_base(name: str) -> Callable[[Bench], Credit]:
+    return lambda b: make_credit(name, model=b.world.reference)
+
+
 def _against_base(name: str) -> Callable[[Bench], Credit]:
     return lambda b: make_credit(name, model=b.model(name), reference=b.world.reference, beta=b.question.beta)
 
 
-SOURCES: dict[str, BenchSource] = {
-    s.name: s
-    for s in (
-        BenchSource(
-            "exact",
-            "truth",
-            "the truth itself, as a check: agrees by definition",
-            lambda b: b.question.exact(b.world),
-            questions=EVERY,
-        ),
-        BenchSource(
-            "random",
-            "control",
-            "uniform numbers: what chance reaches",
-            lambda b: make_credit("random", seed=b.seed),
-            questions=EVERY,
-        ),
-        BenchSource(
-            "reward",
-            "control",
-            "each token's own true reward, without what follows from it",
-            lambda b: b.world.credit("reward"),
-            reads="credit",
-        ),
-        BenchSource(
-            "worth",
-            "control",
-            "what a word looks worth without its context",
-            lambda b: b.world.credit("worth"),
-            reads="credit",
-        ),
-        BenchSource(
-            "surprise",
-            "untrained",
-            "log-probability under the base model",
-            lambda b: make_credit("surprise", model=b.world.reference),
-            questions=EVERY,
-        ),
-        BenchSource(
-            "entropy",
-            "untrained",
-            "entropy of the base model's distribution",
-            lambda b: make_credit("entropy", model=b.world.reference),
-            questions=EVERY,
-        ),
-        BenchSource(
-            "contrastive",
-            "untrained",
-            "contrastive prompting of the base model (T-REG)",
-            _contrastive,
-            reads="contrastive_templates",
-        ),
-        BenchSource(
-            "guide", "trained", "log-ratio of a DPO model to the base (TGDPO)", _against_base("guide"), ("guide",)
-        ),
-        BenchSource(
-            "contrastive_dpo",
-            "trained",
-            "DPO against DPO on exchanged pairs (AlignDistil)",
-            lambda b: make_credit(
-                "contrastive_dpo", model=b.model("guide"), reverse=b.model("reverse"), beta=b.question.beta
-            ),
-            ("guide", "reverse"),
-        ),
-        BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _against_base("tdpo"), ("tdpo",)),
-        BenchSource(
-            "qrm",
-            "trained",
-            "token scores of a reward model trained on pairs (Q-RM)",
-            lambda b: make_credit("reward_model", model=b.model("qrm")),
-            ("qrm",),
-        ),
-        BenchSource(
-            "last_token_rm",
-            "trained",
-            "the same model trained on its last token's score",
-            lambda b: make_credit("reward_model", model=b.model("last")),
-            ("last",),
-        ),
-        *ONLINE,
-    )
-}
+def _scores(name: str) -> Callable[[Bench], Credit]:
+    return lambda b: make_credit("reward_model", model=b.model(name))
+
+
+def _of_world(kind: str, what: str) -> BenchSource:
+    return BenchSource(kind, "control", what, lambda b: b.world.credit(kind), reads="credit")
+
+
+_LISTED = (
+    BenchSource("exact", "truth", "the truth itself, as a check: agrees by definition", _exact, (), EVERY),
+    BenchSource("random", "control", "uniform numbers: what chance reaches", _random, (), EVERY),
+    _of_world("reward", "each token's own true reward, without what follows from it"),
+    _of_world("worth", "what a word looks worth without its context"),
+    BenchSource("surprise", "untrained", "log-probability under the base model", _of_base("surprise"), (), EVERY),
+    BenchSource("entropy", "untrained", "entropy of the base model's distribution", _of_base("entropy"), (), EVERY),
+    BenchSource(
+        "contrastive",
+        "untrained",
+        "contrastive prompting of the base model (T-REG)",
+        _contrastive,
+        reads="contrastive_templates",
+    ),
+    BenchSource("guide", "trained", "log-ratio of a DPO model to the base (TGDPO)", _against_base("guide"), ("guide",)),
+    BenchSource(
+        "contrastive_dpo",
+        "trained",
+        "DPO against DPO on exchanged pairs (AlignDistil)",
+        _contrastive_dpo,
+        ("guide", "reverse"),
+    ),
+    BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _against_base("tdpo"), ("tdpo",)),
+    BenchSource("qrm", "trained", "token scores of a reward model trained on pairs (Q-RM)", _scores("qrm"), ("qrm",)),
+    BenchSource(
+        "last_token_rm", "trained", "the same model trained on its last token's score", _scores("last"), ("last",)
+    ),
+    *ONLINE,
+)
+SOURCES = {source.name: source for source in _LISTED}
 
 
 def own_source(reference: str | Callable[..., Any]) -> BenchSource:
@@ -383,7 +345,7 @@ def own_source(reference: str | Callable[..., Any]) -> BenchSource:
     made = make_credit("function", function=reference)
     name = reference.rpartition(":")[2] if isinstance(reference, str) else made.name.removeprefix("function ")
     what = f"yours: {reference if isinstance(reference, str) else name}"
-    return BenchSource(name, "own", what, lambda bench: made, questions=EVERY, code=made.fingerprint())
+    return BenchSource(name, "own", what, lambda bench: made, (), EVERY, code=made.fingerprint())
 
 
 def chosen_sources(names: Sequence[str] | None, world: Any) -> list[BenchSource]:

@@ -29,6 +29,11 @@ class CreditTruth(NamedTuple):
     decisions: Tensor
 
 
+def parts_of(batch: TokenBatch, size: int = 64) -> list[TokenBatch]:
+    """The batch cut into parts of so many prompts, as credit sources are asked."""
+    return [batch.select(range(i, min(i + size, batch.n_prompts))) for i in range(0, batch.n_prompts, size)]
+
+
 def spearman(credit: Tensor, truth: Tensor) -> float:
     """Rank correlation of two vectors `[n]`, in [−1, 1]; NaN when one of them is constant."""
     credit, truth = _checked(credit, truth)
@@ -223,11 +228,8 @@ def pointing_scores(
         without knowledge reaches (the first also for `share`). NaN without a marked token. Ties count by expectation,
         and so does a completion whose credit is all 0.
     """
-    credit, marked, among = (
-        credit.detach().cpu().double(),
-        marked.bool().cpu(),
-        among.bool().cpu() | marked.bool().cpu(),
-    )
+    credit, marked = credit.detach().cpu().double(), marked.bool().cpu()
+    among = among.bool().cpu() | marked
     pointed = credit if low else -credit
     numbers = segments.sum(marked.double())
     has = numbers > 0

@@ -73,19 +73,17 @@ def mean_interval(
     do not widen the interval.
     """
     x = torch.as_tensor(values, dtype=torch.float64)
-    centred = x - (x.mean() if strata is None else _stratum_means(x, strata))
-    n_strata = 1 if strata is None else len(strata.unique())
+    n_strata, centre = 1, x.mean()
+    if strata is not None:
+        _, stratum = strata.unique(return_inverse=True)
+        n_strata = int(stratum.max()) + 1
+        sums = torch.zeros(n_strata, dtype=x.dtype).index_add(0, stratum, x)
+        centre = (sums / torch.bincount(stratum))[stratum]
     message = f"a mean of {len(x)} values in {n_strata} strata has no standard error"
     require(len(x) > n_strata, ValueError, message)
-    error = float((centred.square().sum() / (len(x) - n_strata) / len(x)).sqrt())
+    error = float(((x - centre).square().sum() / (len(x) - n_strata) / len(x)).sqrt())
     mean, z = float(x.mean()), normal_quantile(confidence)
     return Estimate(mean, mean - z * error, mean + z * error)
-
-
-def _stratum_means(x: Tensor, strata: Tensor) -> Tensor:
-    _, stratum = strata.unique(return_inverse=True)
-    sums = torch.zeros(int(stratum.max()) + 1, dtype=x.dtype).index_add(0, stratum, x)
-    return (sums / torch.bincount(stratum))[stratum]
 
 
 def mean_of_runs(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
@@ -217,7 +215,12 @@ def score_completions(
         source: a token-level reward model, or a credit source (any callable `batch -> [N]`).
         pooling: "last" takes the last token's score, for a reward model that was trained on it alone.
     """
-    scores = _token_scores(source, batch) if isinstance(source, nn.Module) else source(batch)
+    scores: Any
+    if isinstance(source, nn.Module):
+        with evaluating(source):
+            scores = score(source, batch, ("token_scores",)).token_scores
+    else:
+        scores = source(batch)
     scores, segments = scores.to(batch.device), batch.segments
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
@@ -235,17 +238,12 @@ def best_of(batch: TokenBatch, scores: Tensor) -> Tensor:
     message = f"scores have shape {tuple(scores.shape)}, expected ({batch.n_completions},)"
     require(scores.shape == (batch.n_completions,), ValueError, message)
     _check_no_nan(scores)
-    counts = torch.bincount(batch.group, minlength=batch.n_prompts)
-    if not bool((counts > 0).all()):
-        raise ValueError(f"prompt {int((counts == 0).nonzero()[0])} has no completion")
-    first = counts.cumsum(0) - counts
-    top = scores.new_full((batch.n_prompts,), -math.inf).scatter_reduce(0, batch.group, scores, "amax")
-    places = torch.arange(batch.n_completions, device=scores.device)
-    is_top = scores == top[batch.group]
-    earliest = torch.full_like(first, batch.n_completions).scatter_reduce(
-        0, batch.group[is_top], places[is_top], "amin"
-    )
-    return earliest - first
+    best = torch.zeros(batch.n_prompts, dtype=torch.long, device=scores.device)
+    for g in range(batch.n_prompts):
+        own = scores[batch.group == g]
+        require(len(own), ValueError, f"prompt {g} has no completion")
+        best[g] = own.argmax()
+    return best
 
 
 def _check_no_nan(scores: Tensor) -> None:
@@ -298,15 +296,15 @@ def accuracy_by_length(
     long, short = lengths[0::2].cpu(), lengths[1::2].cpu()
     values = (long - short if by == "difference" else long + short).double()
     wins = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    longer = (long > short, long != short)
-    prefers = torch.where(longer[0], wins, 1 - wins)
+    longer = long > short
+    prefers = torch.where(longer, wins, 1 - wins)
     ranks = torch.linspace(0, 1, buckets + 1, dtype=torch.float64)[1:-1]
     edges = values.quantile(ranks, interpolation="lower")
     bucket = torch.searchsorted(edges, values)  # pairs on an edge go to the lower bucket
     out = []
     for index in bucket.unique().tolist():
         here = bucket == index
-        unequal = here & longer[1]
+        unequal = here & (long != short)
         out.append(
             LengthBucket(
                 low=float(values[here].min()),
@@ -314,16 +312,10 @@ def accuracy_by_length(
                 pairs=int(here.sum()),
                 accuracy=wilson(float(wins[here].sum()), int(here.sum()), confidence),
                 longer_preferred=float(prefers[unequal].mean()),
-                longer_chosen=float(longer[0][unequal].double().mean()),
+                longer_chosen=float(longer[unequal].double().mean()),
             )
         )
     return out
-
-
-def _token_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
-    with evaluating(model):
-        scores: Any = score(model, batch, ("token_scores",)).token_scores
-    return scores
 
 
 Ties = Literal["share", "first", "wrong"]

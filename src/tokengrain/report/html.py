@@ -155,8 +155,6 @@ def _best(methods: Sequence[dict[str, Any]]) -> dict[str, str]:
     return best
 
 
-# What the page shows, read from a run folder: one run, or a demo (several methods on one world).
-
 # Numbers of the summary, in order, with their names for people; all others are folded away.
 KEY = {
     "accuracy": "pair accuracy (95 % interval)",
@@ -270,10 +268,8 @@ def _demo(path: Path, metrics: Mapping[str, Any]) -> Contents:
 
 def _styles(names: Sequence[str]) -> dict[str, int]:
     """Style of each method: grey for the base, then the palette in order."""
-    styles: dict[str, int] = {}
-    for name in names:
-        styles[name] = BASE_STYLE if _slug(name) == "base" else sum(s != BASE_STYLE for s in styles.values()) % 7
-    return styles
+    others = [name for name in names if _slug(name) != "base"]
+    return {name: others.index(name) % 7 if name in others else BASE_STYLE for name in names}
 
 
 def _slug(name: str) -> str:
@@ -282,7 +278,9 @@ def _slug(name: str) -> str:
 
 def _single(run: runs.Run) -> Contents:
     info, top = run.info, run.metrics
-    facts = [("method", run.method), ("date", _date(info.get("finished"))), ("command", info.get("command"))]
+    date = info.get("finished")  # "2025-01-31T12:00:00+00:00" as "2025-01-31 12:00 UTC"
+    date = date and date[:16].replace("T", " ") + " UTC" * date.endswith("+00:00")
+    facts = [("method", run.method), ("date", date), ("command", info.get("command"))]
     facts += [(name, top.get(name)) for name in ("model", "data", "seed")]
     logs = [(s.name, i, s.log()) for i, s in enumerate(s for s in run.stages if s.log())]
     samples = rows.read_credit_samples(run.path / rows.FILE)
@@ -346,18 +344,14 @@ def _compared(
     """Rows of a table of numbers before and after: `rows` those with a title, `more` the others; `n` is of the
     intervals.
     """
-    names = [n for n in {**after, **before} if is_shown(n, {**before, **after}[n])]
-    known = [n for n in titles if n in names]
-    others = [n for n in names if n not in titles and not (n == "rewards/accuracies" and "accuracy" in names)]
-    made = {
-        name: {
-            "name": titles.get(name, pretty(name)),
-            "before": with_interval(before, name, n),
-            "after": with_interval(after, name, n),
-        }
-        for name in names
-    }
-    return {"rows": [made[n] for n in known], "more": [made[n] for n in others]}
+    names = [m for m in {**after, **before} if is_shown(m, {**before, **after}[m])]
+
+    def row(name: str) -> dict[str, Any]:
+        values = {"before": with_interval(before, name, n), "after": with_interval(after, name, n)}
+        return {"name": titles.get(name, pretty(name)), **values}
+
+    more = [m for m in names if m not in titles and not (m == "rewards/accuracies" and "accuracy" in names)]
+    return {"rows": [row(m) for m in titles if m in names], "more": [row(m) for m in more]}
 
 
 def is_shown(name: str, value: Any) -> bool:
@@ -383,16 +377,9 @@ def pretty(name: str) -> str:
     return name.removeprefix("eval_").replace("/", ": ").replace("_", " ")
 
 
-def _date(time: str | None) -> str | None:
-    """ "2025-01-31T12:00:00+00:00" as "2025-01-31 12:00 UTC"."""
-    return time and time[:16].replace("T", " ") + (" UTC" if time.endswith("+00:00") else "")
-
-
 def _texts(facts: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts if value is not None]
 
-
-# Training curves, from the log of each stage.
 
 # Title of a chart, and the names that its quantity has in logs (first match wins; "eval_" marks held-out
 # values).
@@ -458,9 +445,6 @@ def _points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tup
         if found:
             return found
     return []
-
-
-# Heat maps of token credit.
 
 
 @dataclass(frozen=True)
@@ -563,9 +547,6 @@ def pieces(side: Side, scale: float) -> list[Piece]:
             )
         )
     return out
-
-
-# Recorded rollouts of online stages.
 
 
 def rollout_maps(name: str, completions: Sequence[rows.Recorded], most: int = MAX_PIECES) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def collect_credit_samples(
     exact = _listed(batch, truth) if truth is not None else None
     entries: list[dict[str, Any]] = []
     groups = batch.group.tolist()
-    for g in range(min(batch.n_prompts, batch.n_prompts if count is None else count)):
+    for g in range(batch.n_prompts)[:count]:
         prompt = tokenizer.decode(batch.prompt(g).tolist(), skip_special_tokens=False)
         completions = [c for c, group in enumerate(groups) if group == g]
         texts = {c: token_texts(tokenizer, batch.completion(c).tolist()) for c in completions}
@@ -127,12 +127,9 @@ def read_credit_samples(path: Path) -> list[CreditSample]:
 def _parse(path: Path, row: int, entry: Any) -> CreditSample:
     right = isinstance(entry, dict) and "chosen" in entry
     require(right, DataError, "not a credit sample", file=path, row=row, expected="an object with a 'chosen' side")
-    sides = []
-    for name in SIDES:
-        if name not in entry:
-            continue
+    sides, place = [], {"file": path, "row": row}
+    for name in (name for name in SIDES if name in entry):
         side = entry[name]
-        place = {"file": path, "row": row}
         right = isinstance(side, dict)
         require(right, DataError, "not a side of a pair", **place, field=name, value=side, expected="an object")
         tokens, credit, truth = side.get("tokens", []), side.get("credit", []), side.get("truth")
@@ -341,19 +338,21 @@ def _sample(
         value=sorted(map(str, row)),
         expected=f"{columns['chosen']!r} and {columns['rejected']!r}, or {columns['completion']!r}",
     )
-    ids = {role: row.get(f"{role}_ids") for role in roles}
+    ids_of = {role: row.get(f"{role}_ids") for role in roles}
     spans = any(isinstance(value, Mapping) for role in roles for value in row[columns[role]])
-    if spans or any(value is None for value in ids.values()):
+    if spans or any(value is None for value in ids_of.values()):
         return _from_text(data, number, row, field, tokenizer, settings)
     _check_tokenizer(tokenizer, data.name)
     sides = []
     for role in roles:
-        tokens, values = list(ids[role] or []), list(row[columns[role]])
+        tokens, values = list(ids_of[role] or []), list(row[columns[role]])
         _check_numbers(values, len(tokens), gaps=False, file=file, row=place, field=columns[role])
         counted = row.get(f"{role}_counted")
         numbers = [v if counted is None or counted[i] else None for i, v in enumerate(values)]
         sides.append(Side(_texts(tokenizer, tokens, file, place, f"{role}_ids"), numbers))
-    return CreditSample(_prompt_text(row, tokenizer), field, tuple(sides), number)
+    ids = row.get("prompt_ids")
+    prompt = tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
+    return CreditSample(prompt, field, tuple(sides), number)
 
 
 def _likely_source(row: Mapping[str, Any]) -> str:
@@ -374,7 +373,8 @@ def _from_text(
     config = TokenizeConfig(**{name: value for name, value in settings.items() if name in names})
     if config.span_config is not None:
         config = replace(config, spans=replace(config.span_config, on_none="keep"))
-    sample = prepare(data.subset([_position(data, number)]), tokenizer, config).samples[0]
+    position = next(i for i, (n, _) in enumerate(data) if n == number)
+    sample = prepare(data.subset([position]), tokenizer, config).samples[0]
     sides = []
     for completion in sample.completions:
         file, place = data.place(number)
@@ -385,10 +385,6 @@ def _from_text(
         credit = [next(values) if keep else None for keep in counted]
         sides.append(Side(token_texts(tokenizer, completion.ids), credit))
     return CreditSample(tokenizer.decode(sample.prompt_ids), field, tuple(sides), number)
-
-
-def _position(data: Any, number: int) -> int:
-    return next(i for i, (n, _) in enumerate(data) if n == number)
 
 
 def _check_tokenizer(tokenizer: Any, name: str) -> None:
@@ -407,11 +403,6 @@ def _texts(tokenizer: Any, ids: Sequence[int], file: str, row: str, field: str) 
     return token_texts(tokenizer, ids)
 
 
-def _prompt_text(row: Mapping[str, Any], tokenizer: Any) -> str:
-    ids = row.get("prompt_ids")
-    return tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
-
-
 # Recorded rollouts: the completions that online training wrote down, with the numbers of every token.
 #
 # `rollouts.jsonl` in the folder of an online stage has one line per completion; `tokengrain.training.online.record`
@@ -420,16 +411,8 @@ def _prompt_text(row: Mapping[str, Any], tokenizer: Any) -> str:
 
 CLIPPED = "clipped"
 COLUMNS = (
-    "advantages",
-    "entropy",
-    "ratio",
-    "token_rewards",
-    "weights",
-    "thr",
-    "old_logps",
-    "ref_logps",
-    "sampling_logps",
-)
+    "advantages", "entropy", "ratio", "token_rewards", "weights", "thr", "old_logps", "ref_logps", "sampling_logps"
+)  # fmt: skip
 """Numbers per token that can be shown; any may be missing."""
 Values = list[float | None]
 

@@ -162,8 +162,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, width: int = 
     kept = [Series(s.name, thin(finite(s.points)), s.style, s.dashed) for s in series if finite(s.points)]
     if not kept:
         return ""
-    xs = [x for s in kept for x, _ in s.points]
-    ys = [y for s in kept for _, y in s.points]
+    xs, ys = ([point[i] for s in kept for point in s.points] for i in (0, 1))
     x_range = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 0.5, min(xs) + 0.5)
     frame = Frame(width, height, x_range, span(ys))
     frame.axes(x_label)
@@ -243,13 +242,11 @@ def clip(curve: Sequence[Point], right: float) -> list[Point]:
 
 
 def _draw_mark(frame: Frame, m: Mark) -> None:
-    x, y, css = frame.x(m.x), frame.y(m.y), f"error s{m.style % N_STYLES}"
-    if m.x_error:
-        ends = frame.x(m.x - m.x_error), frame.x(m.x + m.x_error)
-        frame.parts.append(f'<line class="{css}" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    if m.y_error:
-        ends = frame.y(m.y - m.y_error), frame.y(m.y + m.y_error)
-        frame.parts.append(f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>')
+    x, y, (dx, dy) = frame.x(m.x), frame.y(m.y), (m.x_error or 0, m.y_error or 0)
+    for x0, x1, y0, y1 in ((m.x - dx, m.x + dx, m.y, m.y), (m.x, m.x, m.y - dy, m.y + dy)):
+        if (x0, y0) != (x1, y1):
+            ends = f'x1="{frame.x(x0):.1f}" x2="{frame.x(x1):.1f}" y1="{frame.y(y0):.1f}" y2="{frame.y(y1):.1f}"'
+            frame.parts.append(f'<line class="error s{m.style % N_STYLES}" {ends}/>')
     frame.parts.append(marker(x, y, m.style))
     reward = f"reward {number(m.y)}" + (f" ± {number(m.y_error, 2)}" if m.y_error else "")
     frame.hit(m.x, m.y, f"{m.name}: {reward}, KL {number(m.x)}", 11)
@@ -264,18 +261,12 @@ def _label(frame: Frame, m: Mark, taken: list[tuple[float, float, float, float]]
     for dx, dy, anchor in places:
         start = x + dx - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
         boxes.append((start, y + dy - 11, start + width, y + dy + 3))
-    right, bottom = frame.width, frame.height - frame.bottom
-    free = [
-        i
-        for i, box in enumerate(boxes)
-        if box[0] > frame.left and box[2] < right and box[1] > 0 and box[3] < bottom
-        if not any(_overlap(box, other) for other in taken)
-    ]
-    best = free[0] if free else 0
+
+    def free(x0: float, y0: float, x1: float, y1: float) -> bool:
+        inside = x0 > frame.left and x1 < frame.width and y0 > 0 and y1 < frame.height - frame.bottom
+        return inside and not any(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in taken)
+
+    best = next((i for i, box in enumerate(boxes) if free(*box)), 0)
     dx, dy, anchor = places[best]
     taken.append(boxes[best])
     frame.text(x + dx, y + dy, m.name, anchor, f"name s{m.style % N_STYLES}")
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

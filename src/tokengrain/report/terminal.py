@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,11 @@ def inspect_rows(
         _print_spans(console, samples)
         return
     for name in dict.fromkeys(s.source for s in samples):
-        _print_source(console, name, [s for s in samples if s.source == name])
-
-
-def _print_source(console: Console, name: str, samples: Sequence[CreditSample]) -> None:
-    coloured = _has_colour(console)
-    scale = colour_scale([v for s in samples for side in s.sides for v in side.credit])
-    console.print(_legend(name, scale, coloured))
-    _print_rows(console, samples, lambda side: heat(side, scale, coloured))
-    console.print(_summary(samples))
-    console.print()
+        shown, coloured = [s for s in samples if s.source == name], _has_colour(console)
+        scale = colour_scale([v for s in shown for side in s.sides for v in side.credit])
+        console.print(_legend(name, scale, coloured))
+        _print_rows(console, shown, partial(heat, scale=scale, coloured=coloured))
+        console.print(_summary(shown), end="\n\n")
 
 
 def _has_colour(console: Console) -> bool:
@@ -164,8 +160,7 @@ def _print_spans(console: Console, samples: Sequence[CreditSample]) -> None:
         lines.append(f"{title}: {inside} of {len(values)} tokens in spans ({inside / max(len(values), 1):.0%})")
     without = sum(not any(v for side in s.sides for v in side.credit) for s in samples)
     rows = f"{len(samples)} pair{'s' * (len(samples) != 1)}"
-    console.print(Text("\n".join([*lines, f"{without} of {rows} without a span"]), "dim"))
-    console.print()
+    console.print(Text("\n".join([*lines, f"{without} of {rows} without a span"]), "dim"), end="\n\n")
 
 
 def marked(side: Side) -> Text:

@@ -33,34 +33,27 @@ class World(Protocol):
     @property
     def fingerprint(self) -> str:
         """Identifies the task and its data; equal fingerprints mean equal rows and equal base models."""
-        ...
 
     @property
     def reference(self) -> Any:
         """The base model, loaded and frozen."""
-        ...
 
     def base_model(self) -> Path:
         """Folder of the base model, which is trained on first use and cached."""
-        ...
 
     def pairs(
         self, split: Any = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
         """Preference rows: `prompt`, `chosen`, `rejected`, `id`, `chosen_reward`, `rejected_reward`."""
-        ...
 
     def advantages(self, batch: TokenBatch) -> Tensor:
         """The exact credit of every counted token, `[N]`."""
-        ...
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Base samples with the exact credit of every token: what `tokengrain bench credit` compares with."""
-        ...
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
         """Agreement of a credit source with the exact credit: `spearman`, `auc`, `tokens`."""
-        ...
 
     def evaluate(
         self, model: Any, n: int | None = None, seed: int = 0, *, progress: Callable[[int, int], None] | None = None
@@ -69,7 +62,6 @@ class World(Protocol):
 
         `progress` is called with how many samples are drawn, and how many there will be.
         """
-        ...
 
 
 WORLDS: dict[str, tuple[Callable[[Any], World], Any]] = {

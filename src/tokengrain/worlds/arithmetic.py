@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError, TokengrainError, fingerprint, require
-from tokengrain.evaluation.credit import CreditTruth, auc, recovery
+from tokengrain.evaluation.credit import CreditTruth, auc, parts_of, recovery
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 from tokengrain.worlds.base_models import (
@@ -141,23 +141,8 @@ class ArithmeticOptions:
         parse_levels(self.levels or "1", self.world)
 
 
-# The supervised warm start: a small Llama on chains that go wrong.
-
 Example = tuple[list[int], list[int]]
 """Token ids of a prompt (`<s>` in front) and of a completion (`<end>` at its end)."""
-
-
-def new_model(settings: WarmStart, vocabulary: int) -> LlamaForCausalLM:
-    """The untrained model; see `small_llama`."""
-    return small_llama(
-        settings,
-        vocabulary=vocabulary,
-        positions=settings.positions,
-        tied=False,
-        bos=IDS[BOS],
-        eos=IDS[EOS],
-        pad=IDS[PAD],
-    )
 
 
 def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
@@ -174,13 +159,6 @@ def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[predicts]), labels)
 
 
-def _optimizers(model: LlamaForCausalLM, settings: WarmStart) -> list[torch.optim.Optimizer]:
-    if settings.muon:
-        return muon_and_adamw(model, settings.learning_rate)
-    betas = (0.9, 0.95)
-    return [torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=betas, weight_decay=0.0)]
-
-
 def warm_start(
     settings: WarmStart, vocabulary: int, draw: Callable[[int], list[Example]], progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
@@ -189,8 +167,12 @@ def warm_start(
     `draw` gives so many new examples. Returns the model in evaluation mode, and a report.
     """
     start = time.perf_counter()
-    model = new_model(settings, vocabulary).train()
-    optimizers = _optimizers(model, settings)
+    model = small_llama(settings, vocabulary=vocabulary, positions=settings.positions, tied=False).train()
+    if settings.muon:
+        optimizers = muon_and_adamw(model, settings.learning_rate)
+    else:
+        betas = (0.9, 0.95)
+        optimizers = [torch.optim.AdamW(model.parameters(), settings.learning_rate, betas, weight_decay=0.0)]
     steps = (_loss(model, draw(settings.batch_size)) for _ in range(settings.steps))
     losses = descend(model, optimizers, steps, settings, progress)
     last = losses[-max(1, settings.steps // 20) :]
@@ -228,21 +210,22 @@ def longest_problem(levels: Sequence[int]) -> int:
     return max(levels) + EASY - 1
 
 
-# The world as one object.
-
 SAMPLES = 8
 """Chains sampled for a prompt to find right and wrong ones; at most `PER_PROMPT` pairs are made of them."""
 PER_PROMPT = 4
-"""Prompts sampled from at a time."""
 ROUNDS = 50
 CHUNK = 64
-"""Prompts that are sampled from, or that a credit source is given, at a time."""
+"""Prompts that are sampled from at a time."""
 Pair = tuple[Problem, list[int], list[int]]
 """A problem, and the token ids of a right and a wrong completion."""
 
 
-class ChainModel:
-    """What a world of chains is before there are prompts: options, tokens, and the warm-started model."""
+class ArithmeticWorld:
+    """Multi-step sums with a chain of thought, an exact checker, and the first wrong token known.
+
+    A prompt such as `47a+8b-3:` is answered step by step, `a+855;b-352,>52`, and the reward is 1 if the last two digits
+    are right. The base model has persistent misconceptions about carrying and borrowing.
+    """
 
     name: str = "arithmetic"
     ending: Ending = "answer"
@@ -252,8 +235,9 @@ class ChainModel:
         self.options = options or ArithmeticOptions()
         self.size = self._size()
         self.levels = parse_levels(self.options.levels) if self.options.levels else self.size.levels
-        top = max(*self.size.levels, *self.levels)
-        self.trained_levels = tuple(range(1, top + 1))
+        self.trained_levels = tuple(range(1, max(*self.size.levels, *self.levels) + 1))
+        self.n_pairs = self.options.pairs or self.size.pairs
+        self._pairs: dict[Any, list[dict[str, Any]]] = {}
 
     def _size(self) -> Size:
         return SIZES[self.options.size]
@@ -271,10 +255,8 @@ class ChainModel:
     @cached_property
     def warm_start(self) -> WarmStart:
         """The size's settings, with positions enough for the longest problem that the base model is trained on."""
-        settings = self.size.warm_start
-        return replace(
-            settings, positions=max(settings.positions, self._positions(longest_problem(self.trained_levels)))
-        )
+        settings, needed = self.size.warm_start, self._positions(longest_problem(self.trained_levels))
+        return replace(settings, positions=max(settings.positions, needed))
 
     def _positions(self, steps: int) -> int:
         """What a prompt of so many steps and its longest sensible completion take."""
@@ -352,20 +334,6 @@ class ChainModel:
     def prompt_problems(self, batch: TokenBatch) -> list[Problem]:
         """The problem of every prompt of a batch."""
         return [parse_prompt(self.decode(batch.prompt(g).tolist())) for g in range(batch.n_prompts)]
-
-
-class ArithmeticWorld(ChainModel):
-    """Multi-step sums with a chain of thought, an exact checker, and the first wrong token known.
-
-    Made by `load_world("world://arithmetic")`. A prompt such as `47a+8b-3:` is answered step by step,
-    `a+855;b-352,>52`, and the reward is 1 if the last two digits are right. The base model has persistent
-    misconceptions about carrying and borrowing.
-    """
-
-    def __init__(self, options: ArithmeticOptions | None = None) -> None:
-        super().__init__(options)
-        self.n_pairs = self.options.pairs or self.size.pairs
-        self._pairs: dict[Any, list[dict[str, Any]]] = {}
 
     def stream(self, purpose: str, split: Split, seed: int) -> Iterator[Problem]:
         """Endless problems, the levels taking turns; those of the two splits are never the same."""
@@ -521,8 +489,7 @@ class ArithmeticWorld(ChainModel):
         `auc` is the chance that a culprit has lower credit than another token that decides something.
         """
         batch, truth, decided = self._credit_truth
-        parts = [batch.select(range(i, min(i + CHUNK, batch.n_prompts))) for i in range(0, batch.n_prompts, CHUNK)]
-        values = torch.cat([credit(part).detach().float().cpu() for part in parts])
+        values = torch.cat([credit(part).detach().float().cpu() for part in parts_of(batch)])
         return recovery(values, truth, decided) | {"auc": auc(-values[decided], truth[decided] < 0)}
 
     def evaluate(

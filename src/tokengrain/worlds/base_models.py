@@ -24,6 +24,7 @@ from tokengrain.errors import RecipeError, write_json
 from tokengrain.screen import Screen
 
 PAD, BOS, EOS = "<pad>", "<s>", "<end>"
+"""The first three tokens of every world, in this order."""
 
 
 def check_option(world: str, name: str, value: object, allowed: Collection[str]) -> None:
@@ -80,9 +81,7 @@ Progress = Callable[[int, float], None]
 """Called after every step with (steps done, cross-entropy in nats per token)."""
 
 
-def small_llama(
-    settings: Training, *, vocabulary: int, positions: int, tied: bool, bos: int, eos: int, pad: int
-) -> LlamaForCausalLM:
+def small_llama(settings: Training, *, vocabulary: int, positions: int, tied: bool) -> LlamaForCausalLM:
     """The untrained model; its weights depend on `settings.seed` and not on torch's global state.
 
     `tied`: whether the head's weights are the embeddings'.
@@ -95,9 +94,9 @@ def small_llama(
         num_attention_heads=settings.heads,
         max_position_embeddings=positions,
         tie_word_embeddings=tied,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -159,14 +158,11 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def cache_folder() -> Path:
-    """`$TOKENGRAIN_CACHE`, or `~/.cache/tokengrain`."""
-    return Path(os.environ.get("TOKENGRAIN_CACHE") or Path.home() / ".cache" / "tokengrain").expanduser()
-
-
 def model_folder(name: str, key: str) -> Path:
-    """Where the base model of a world with these settings is or will be."""
-    return cache_folder() / "worlds" / f"{name}-{key}"
+    """Where the base model of a world with these settings is or will be: in `$TOKENGRAIN_CACHE`, or
+    `~/.cache/tokengrain`."""
+    cache = Path(os.environ.get("TOKENGRAIN_CACHE") or Path.home() / ".cache" / "tokengrain").expanduser()
+    return cache / "worlds" / f"{name}-{key}"
 
 
 def ensure_model(
@@ -181,18 +177,16 @@ def ensure_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
-            _train_into(folder, train, tokenizer, title, steps)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with single_thread(), ProgressBar(*columns, console=Screen(file=sys.stderr)) as bar:
+                task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
+                model, report = train(lambda step, _: bar.update(task, completed=step))
+            _save(folder, model, tokenizer, report)
     return folder
 
 
-def _train_into(
-    folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
-) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with single_thread(), ProgressBar(*columns, console=Screen(file=sys.stderr)) as bar:
-        task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
-        model, report = train(lambda step, _: bar.update(task, completed=step))
-    # Only now, so that a kill in the minutes before leaves nothing.
+def _save(folder: Path, model: Any, tokenizer: Any, report: dict[str, Any]) -> None:
+    """Save in a temporary folder, made after training so that a kill in the minutes before leaves nothing."""
     temporary = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
     try:
         model.save_pretrained(temporary)

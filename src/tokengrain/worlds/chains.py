@@ -224,8 +224,6 @@ def shifted(total: int, digit: int, offset: int) -> int:
     return 10 * digits[0] + digits[1]
 
 
-# Reading a chain: what it states, and whether it is right.
-
 Ending = Literal["answer", "marker"]
 """How a completion ends: `>`, two digits and the end; or (where something else follows) with `>`."""
 
@@ -296,8 +294,6 @@ def fits(token: str, kind: str) -> bool:
     return token == kind if kind == EOS else len(token) == 1 and token in kind
 
 
-# Where a chain goes wrong: the first wrong token of the statement that is in force.
-
 Kind = Literal["sum", "copy", "format", "answer", "truncation"]
 
 
@@ -361,9 +357,6 @@ def _miscopied(problem: Problem, tokens: Sequence[str], index: int, first: int) 
     expected = (LABELS[index], operator, str(operand))
     written = tokens[first : first + 3]
     return next((first + i for i, (a, b) in enumerate(zip(written, expected)) if a != b), None)
-
-
-# Rewards as `RewardSuite` takes them, and measures of a policy from several samples per prompt.
 
 
 def completion_symbols(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch
 from tokengrain.errors import RecipeError, fingerprint, require
-from tokengrain.evaluation.credit import CreditTruth, recovery
+from tokengrain.evaluation.credit import CreditTruth, parts_of, recovery
 from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, wilson, win_rate
 from tokengrain.scoring.model import evaluating
 from tokengrain.worlds.base_models import (
@@ -41,9 +41,6 @@ def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
     """Random numbers of their own for each purpose, split and seed."""
     check_option("stories", "split", split, get_args(Split))
     return torch.Generator().manual_seed(int(fingerprint(["stories", purpose, split, seed]), 16) >> 1)
-
-
-# Samples of the grammar's base policy, and preference pairs labelled by the true reward.
 
 
 @dataclass(frozen=True)
@@ -239,8 +236,6 @@ def frontier(grammar: Grammar) -> Frontier:
     limit = evaluate_logp(grammar, optimal_logp(grammar, 0.0)).at_prompts(grammar)
     return Frontier([0.0, *kl.tolist(), limit["kl"]], [float(base), *reward.tolist(), limit["reward"]])
 
-
-# Credit that is known exactly: the advantage of every token, and controls for it.
 
 CreditKind = Literal["advantage", "flipped", "random", "reward", "worth"]
 
@@ -517,25 +512,8 @@ def make_pool(grammar: Grammar, prompts: list[Prompt], generator: torch.Generato
 
 def mixed_prompts(grammar: Grammar, n: int) -> list[Prompt]:
     """Prompts in the shares of `MIX`, every prompt of an instruction equally often."""
-    out: list[Prompt] = []
-    per_instruction = len(grammar.plain)
-    for i, share in enumerate(MIX):
-        own = grammar.prompts[i * per_instruction : (i + 1) * per_instruction]
-        out += [own[j % per_instruction] for j in range(round(share * n))]
-    return out
-
-
-def new_model(grammar: Grammar, settings: Pretraining) -> LlamaForCausalLM:
-    """The untrained model; see `small_llama`."""
-    return small_llama(
-        settings,
-        vocabulary=len(grammar.vocabulary),
-        positions=MODEL_POSITIONS,
-        tied=True,
-        bos=grammar.bos,
-        eos=grammar.eos,
-        pad=grammar.pad,
-    )
+    per = len(grammar.plain)
+    return [grammar.prompts[i * per + j % per] for i, share in enumerate(MIX) for j in range(round(share * n))]
 
 
 def _batches(pool: Pool, settings: Pretraining, generator: torch.Generator) -> Iterator[Tensor]:
@@ -573,7 +551,7 @@ def pretrain(
     generator = torch.Generator().manual_seed(settings.seed)
     pool = make_pool(grammar, mixed_prompts(grammar, settings.pool), generator)
     table = grammar.dense(grammar.edge_logp.exp(), 0.0).float()
-    model = new_model(grammar, settings).train()
+    model = small_llama(settings, vocabulary=len(grammar.vocabulary), positions=MODEL_POSITIONS, tied=True).train()
     # AdamW alone needs twice the steps (1,400) and ends at 0.004 nats per token, not 0.0015.
     optimizers = muon_and_adamw(model, settings.learning_rate)
     batches = _batches(pool, settings, generator)
@@ -622,8 +600,6 @@ def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> 
 
     return ensure_model(folder, train, build_tokenizer(grammar), "world://stories", settings.steps)
 
-
-# The world as one object.
 
 REGIMES = {"clean": (4000, 1.0), "noisy": (1000, 0.3)}
 """Pairs and slope of the label noise: of pairs whose true rewards differ, 88 % and 69 % are labelled in their order."""
@@ -759,18 +735,10 @@ class StoriesWorld:
     def _credit_truth(self) -> CreditTruth:
         return self.credit_truth()
 
-    def _credit_in_parts(self, credit: Callable[[TokenBatch], Tensor], batch: TokenBatch) -> list[Tensor]:
-        """Credit per completion, computed over parts of the batch."""
-        out: list[Tensor] = []
-        for start in range(0, batch.n_prompts, 64):
-            part = batch.select(range(start, min(start + 64, batch.n_prompts)))
-            out += part.segments.split(credit(part).detach().cpu())
-        return out
-
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
         """Agreement of a credit source with the exact advantage on base samples; see `recovery`."""
         batch, truth, decides = self._credit_truth
-        return recovery(torch.cat(self._credit_in_parts(credit, batch)), truth, decides)
+        return recovery(torch.cat([credit(part).detach().cpu() for part in parts_of(batch)]), truth, decides)
 
     def _eval_prompts(self, n: int) -> list[Prompt]:
         return [prompt for prompt in self.grammar.plain for _ in range(n)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -75,52 +75,34 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
 class Lexicon:
-    """The words of a grammar of the given size, by class."""
+    """The words of a grammar of the given size, by class; nouns by place, adjectives and verbs by sign."""
 
-    size: Size
+    def __init__(self, size: Size) -> None:
+        def cut(words: Sequence[str]) -> tuple[str, ...]:
+            return tuple(words[: size.words])
 
-    @property
-    def places(self) -> tuple[str, ...]:
-        return tuple(CAST)[: self.size.places]
+        self.places = tuple(CAST)[: size.places]
+        self.heroes = {place: cut(CAST[place][0]) for place in self.places}
+        self.villains = {place: cut(CAST[place][1]) for place in self.places}
+        self.thing: dict[str, tuple[str, ...]] = {place: (CAST[place][2],) for place in self.places}
+        self.adjectives = {sign: cut(words) for sign, words in ADJECTIVES.items()}
+        self.verbs = {sign: cut(words) for sign, words in VERBS.items()}
+        self.intensifiers, self.openers = cut(INTENSIFIERS), cut(OPENERS)
 
-    def heroes(self, place: str) -> tuple[str, ...]:
-        return CAST[place][0][: self.size.words]
-
-    def villains(self, place: str) -> tuple[str, ...]:
-        return CAST[place][1][: self.size.words]
-
-    def thing(self, place: str) -> tuple[str, ...]:
-        return (CAST[place][2],)
-
-    def adjectives(self, sign: int) -> tuple[str, ...]:
-        return ADJECTIVES[sign][: self.size.words]
-
-    def verbs(self, sign: int) -> tuple[str, ...]:
-        return VERBS[sign][: self.size.words]
-
-    @property
-    def intensifiers(self) -> tuple[str, ...]:
-        return INTENSIFIERS[: self.size.words]
-
-    @property
-    def openers(self) -> tuple[str, ...]:
-        return OPENERS[: self.size.words]
+    def nouns(self, place: str) -> tuple[str, ...]:
+        return (*self.heroes[place], *self.villains[place], *self.thing[place])
 
     def vocabulary(self) -> list[str]:
         """All tokens, special ones first; a token's id is its place in this list."""
-        nouns = [w for p in self.places for w in (*self.heroes(p), *self.villains(p), *self.thing(p))]
-        qualities = [w for sign in (+1, -1, 0) for w in (*self.adjectives(sign), *self.verbs(sign))]
+        nouns = [w for p in self.places for w in self.nouns(p)]
+        qualities = [w for sign in (+1, -1, 0) for w in (*self.adjectives[sign], *self.verbs[sign])]
         function_words = [*self.intensifiers, *self.openers, FLIP, WAS, NOT, NEVER, AND, BUT, THE, STOP]
         return [*SPECIAL, *PROMPT_WORDS, *self.places, *nouns, *qualities, *function_words]
 
     def worth(self) -> dict[str, int]:
         """What a verb or adjective looks worth without its context: +1 or −1; other words are worth 0."""
-        worth: dict[str, int] = {}
-        for sign in (+1, -1):
-            worth |= dict.fromkeys((*self.adjectives(sign), *self.verbs(sign)), sign)
-        return worth
+        return {w: sign for sign in (+1, -1) for w in (*self.adjectives[sign], *self.verbs[sign])}
 
 
 # The rules: which words may follow in a state, how likely, and what they earn.
@@ -184,85 +166,76 @@ class Rules:
 
     def place_of(self, word: str) -> int | None:
         """The place that a noun belongs to; None for words that fit everywhere."""
-        for index, p in enumerate(self.lexicon.places):
-            if word in (*self.lexicon.heroes(p), *self.lexicon.villains(p), *self.lexicon.thing(p)):
-                return index
-        return None
+        return next((i for i, p in enumerate(self.lexicon.places) if word in self.lexicon.nouns(p)), None)
 
-    def _spread(self, classes: Sequence[tuple[float, Sequence[Sequence[str]]]]) -> list[tuple[str, tuple[float, ...]]]:
-        """Words with their weight in each place, from classes: (weight of the class, its words in each place).
+    def _spread(
+        self, weight: float, words: Sequence[str] | Mapping[str, Sequence[str]]
+    ) -> list[tuple[str, tuple[float, ...]]]:
+        """The words of a class of this weight, the same everywhere or by place, with their weight in each place.
 
-        Inside a class word j weighs 1/(1+((j+place) mod n)), so that places prefer different words.
+        Word j weighs 1/(1+((j+place) mod n)), so that places prefer different words.
         """
-        out: dict[str, list[float]] = {}
         n_places = len(self.lexicon.places)
-        for weight, words_by_place in classes:
-            for place, words in enumerate(words_by_place):
-                inside = [1 / (1 + (j + place) % len(words)) for j in range(len(words))]
-                for word, w in zip(words, inside):
-                    out.setdefault(word, [0.0] * n_places)[place] = weight * w / sum(inside)
+        out: dict[str, list[float]] = {}
+        for place, here in enumerate(words.values() if isinstance(words, Mapping) else [words] * n_places):
+            inside = [1 / (1 + (j + place) % len(here)) for j in range(len(here))]
+            for word, w in zip(here, inside):
+                out.setdefault(word, [0.0] * n_places)[place] = weight * w / sum(inside)
         return [(word, tuple(weights)) for word, weights in out.items()]
 
-    def _everywhere(self, words: Sequence[str]) -> list[Sequence[str]]:
-        return [words] * len(self.lexicon.places)
-
-    def _one(self, word: str, weight: float) -> list[tuple[str, tuple[float, ...]]]:
-        return [(word, (weight,) * len(self.lexicon.places))]
+    def _one(self, word: str, weight: float) -> tuple[str, tuple[float, ...]]:
+        return word, (weight,) * len(self.lexicon.places)
 
     def _after_nothing(self, s: State) -> Iterator[Edge]:
         more = P_MORE if s.sentence >= self.size.required else 1.0
         if more < 1:
-            yield Edge(*self._one(EOS, 1 - more)[0], FINISHED)
-        for word, w in self._spread([(more * P_OPENER, self._everywhere(self.lexicon.openers))]):
+            yield Edge(*self._one(EOS, 1 - more), FINISHED)
+        for word, w in self._spread(more * P_OPENER, self.lexicon.openers):
             yield Edge(word, w, s._replace(kind="opening"))
-        yield Edge(*self._one(FLIP, more * P_FLIP)[0], s._replace(kind="opening", flip=-1))
-        yield Edge(*self._one(THE, more * (1 - P_OPENER - P_FLIP))[0], s._replace(kind="article"))
+        yield Edge(*self._one(FLIP, more * P_FLIP), s._replace(kind="opening", flip=-1))
+        yield Edge(*self._one(THE, more * (1 - P_OPENER - P_FLIP)), s._replace(kind="article"))
 
     def _after_opening(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(THE, 1.0)[0], s._replace(kind="article"))
+        yield Edge(*self._one(THE, 1.0), s._replace(kind="article"))
 
     def _after_article(self, s: State) -> Iterator[Edge]:
         hero = 1 / (1 + math.exp(-SUBJECT_BIAS * s.mood))
         for cast, weight, words in ((+1, hero, self.lexicon.heroes), (-1, 1 - hero, self.lexicon.villains)):
-            for word, w in self._spread([(weight, [words(p) for p in self.lexicon.places])]):
+            for word, w in self._spread(weight, words):
                 yield Edge(word, w, s._replace(kind="subject", cast=cast))
 
     def _after_subject(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(WAS, P_WAS)[0], s._replace(kind="was"))
-        yield Edge(*self._one(NEVER, (1 - P_WAS) * P_NEVER)[0], s._replace(kind="never"))
+        yield Edge(*self._one(WAS, P_WAS), s._replace(kind="was"))
+        yield Edge(*self._one(NEVER, (1 - P_WAS) * P_NEVER), s._replace(kind="never"))
         yield from self._verbs(s, (1 - P_WAS) * (1 - P_NEVER))
 
     def _after_never(self, s: State) -> Iterator[Edge]:
-        yield from self._verbs(s, 1.0)
+        return self._verbs(s, 1.0)
 
     def _verbs(self, s: State, weight: float) -> Iterator[Edge]:
         turned = s.flip * (-1 if s.kind == "never" else 1)
         for sign, share in self._polarity(s, self.lexicon.verbs).items():
-            for word, w in self._spread([(weight * share, self._everywhere(self.lexicon.verbs(sign)))]):
+            for word, w in self._spread(weight * share, self.lexicon.verbs[sign]):
                 yield Edge(word, w, s._replace(kind="verb", verb=sign * turned))
 
     def _after_verb(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(THE, 1.0)[0], s._replace(kind="object"))
+        yield Edge(*self._one(THE, 1.0), s._replace(kind="object"))
 
     def _after_object(self, s: State) -> Iterator[Edge]:
-        lexicon = self.lexicon
-        for worth, weight, words in (
-            (+1, P_HERO_OBJECT, lexicon.heroes),
-            (-1, P_VILLAIN_OBJECT, lexicon.villains),
-            (0, P_THING_OBJECT, lexicon.thing),
-        ):
-            for word, w in self._spread([(weight, [words(p) for p in lexicon.places])]):
+        lexicon, shares = self.lexicon, (P_HERO_OBJECT, P_VILLAIN_OBJECT, P_THING_OBJECT)
+        for worth, weight, words in zip((+1, -1, 0), shares, (lexicon.heroes, lexicon.villains, lexicon.thing)):
+            for word, w in self._spread(weight, words):
                 yield Edge(word, w, *self._rewarded(s, s.verb * worth))
 
     def _after_was(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(NOT, P_NOT)[0], s._replace(kind="not", negation=-1))
+        yield Edge(*self._one(NOT, P_NOT), s._replace(kind="not", negation=-1))
         yield from self._qualities(s, 1 - P_NOT)
 
     def _after_not(self, s: State) -> Iterator[Edge]:
         yield from self._qualities(s, 1.0)
 
     def _qualities(self, s: State, weight: float) -> Iterator[Edge]:
-        for word, w in self._spread([(weight * P_INTENSIFIER, self._everywhere(self.lexicon.intensifiers))]):
+        for word, w in self._spread(weight * P_INTENSIFIER, self.lexicon.intensifiers):
             yield Edge(word, w, s._replace(kind="intensifier"))
         yield from self._adjectives(s, weight * (1 - P_INTENSIFIER), strength=1)
 
@@ -271,17 +244,17 @@ class Rules:
 
     def _adjectives(self, s: State, weight: float, strength: int) -> Iterator[Edge]:
         for sign, share in self._polarity(s, self.lexicon.adjectives).items():
-            for word, w in self._spread([(weight * share, self._everywhere(self.lexicon.adjectives(sign)))]):
+            for word, w in self._spread(weight * share, self.lexicon.adjectives[sign]):
                 yield Edge(word, w, *self._rewarded(s, sign * s.flip * s.negation * strength))
 
-    def _polarity(self, s: State, words: Callable[[int], Sequence[str]]) -> dict[int, float]:
+    def _polarity(self, s: State, words: Mapping[int, Sequence[str]]) -> dict[int, float]:
         """Shares of good, bad and neutral words. Base text is coherent: a fair mood brings good words.
 
         A class weighs as much as its words together, times exp(±bias).
         """
         bias = (MOOD_BIAS * s.mood + CAST_BIAS * s.cast) * (0.5 * s.flip + 0.5)
         weights = {
-            sign: math.exp(bias * sign) * sum(1 / (1 + j) for j in range(len(words(sign)))) for sign in (+1, -1, 0)
+            sign: math.exp(bias * sign) * sum(1 / (1 + j) for j in range(len(words[sign]))) for sign in (+1, -1, 0)
         }
         return {sign: w / sum(weights.values()) for sign, w in weights.items()}
 
@@ -294,13 +267,13 @@ class Rules:
         second = P_SECOND_PHRASE if s.phrase + 1 < self.size.phrases else 0.0
         if second:
             again = s._replace(kind="subject", phrase=s.phrase + 1)
-            yield Edge(*self._one(AND, second * (1 - P_BUT))[0], again)
-            yield Edge(*self._one(BUT, second * P_BUT)[0], again._replace(mood=-s.mood))
+            yield Edge(*self._one(AND, second * (1 - P_BUT)), again)
+            yield Edge(*self._one(BUT, second * P_BUT), again._replace(mood=-s.mood))
         last = s.sentence + 1 == self.size.most
-        yield Edge(*self._one(STOP, 1 - second)[0], CLOSING if last else State("nothing", s.sentence + 1, s.mood))
+        yield Edge(*self._one(STOP, 1 - second), CLOSING if last else State("nothing", s.sentence + 1, s.mood))
 
     def _after_closing(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(EOS, 1.0)[0], FINISHED)
+        yield Edge(*self._one(EOS, 1.0), FINISHED)
 
 
 TILT, TILT_TRUE, TILT_WORTH = 0.7, 0.6, 0.4
