@@ -36,9 +36,8 @@ def run_demo(
 ) -> Path:
     """Train DPO, SimPO, TDPO2, TGDPO and T-REG from their recipes on `stories` and compare them; the report's path.
 
-    Each method is an ordinary run in a folder of its own below `output`; finished ones are reused unless `overwrite`.
-    Every policy is sampled (`samples` completions of each of the 12 prompts) and measured against the optimum that
-    dynamic programming gives.
+    Each method is an ordinary run below `output`; finished ones are reused unless `overwrite`. Every policy is sampled
+    and measured against the optimum that dynamic programming gives.
     """
     output, console = Path(output), console or Screen()
     _check_folder(output)

@@ -106,10 +106,9 @@ def reasoning(world: RevisionWorld) -> Credit:
 
 
 def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
-    """Groups of the base model's samples on held-out problems, with right and wrong completions in each.
+    """Groups of the base model's samples on held-out problems, one right and one wrong completion in front of others.
 
-    Prompts whose completions are all right or all wrong are left out, as group methods do not train on them, and so
-    are completions that did not end. In each group the first completion is right and the second wrong.
+    As in group methods, prompts whose completions are all right or all wrong are left out; so are those without an end.
     """
     wanted = draw.prompts or GROUPS[world.options.size]
     sampler, sampling = HFGenerate(world.reference), world.sampling(seed_of("bench", draw.seed))
@@ -176,11 +175,7 @@ def counted_passes() -> Iterator[Passes]:
 
 
 def credit_and_cost(source: Credit, batch: TokenBatch, part: int = PART) -> tuple[Tensor, dict[str, float]]:
-    """Credit `[N]` of a source on the CPU, and what it cost.
-
-    `seconds` per 1,000 credited tokens, `passes` through a model per call with `part` prompts, `reads`, tokens that
-    went through a model per credited token.
-    """
+    """Credit `[N]` on the CPU, and its cost: seconds per 1,000 tokens, passes per call, tokens read per token."""
     parts = parts_of(batch, part)
     source(parts[0].select([0]))  # what happens once, such as finding out how to score a model, is not its price
     with counted_passes() as passes:
@@ -206,6 +201,7 @@ def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -
     return found | cost | {"bins": bins}, credit
 
 
+@dataclass
 class OnlineCredit:
     """Credit of sampled completions as the steps of online training give it in the first rollout.
 
@@ -219,16 +215,11 @@ class OnlineCredit:
         critic: gives `values`, if a step needs them.
     """
 
-    def __init__(
-        self,
-        world: Any,
-        steps: Callable[[], Sequence[Any]],
-        read: Callable[[RolloutStep, Sequence[Any]], Tensor],
-        *,
-        needs: frozenset[str] = frozenset(),
-        critic: Any = None,
-    ) -> None:
-        self.world, self.steps, self.read, self.needs, self.critic = world, steps, read, needs, critic
+    world: Any
+    steps: Callable[[], Sequence[Any]]
+    read: Callable[[RolloutStep, Sequence[Any]], Tensor]
+    needs: frozenset[str] = frozenset()
+    critic: Any = None
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         steps = resolve_rollout_credit(self.steps())
@@ -277,10 +268,7 @@ def advantages(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
 def train_critic(
     world: Any, *, seed: int, steps: int, generations: int, prompts: int = 8, learning_rate: float = 1e-3
 ) -> Any:
-    """A critic that starts from the base model and learns the outcomes of its samples on the training prompts.
-
-    `seed` is of samples, order and the head's first weights; an update takes `prompts` prompts.
-    """
+    """A critic that starts from the base model and learns the outcomes of its samples on the training prompts."""
     items = world.items([parse_prompt(row["prompt"]) for row in world.prompts()])
     sampling = world.sampling(seed_of("critic", seed))
     batch = HFGenerate(world.reference).sample(items, n=generations, sampling=sampling).to_batch()

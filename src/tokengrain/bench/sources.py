@@ -63,15 +63,10 @@ def train_on(
     pairs: int = PAIRS,
     **given: Any,
 ) -> Any:
-    """A model after a short training, in evaluation mode.
+    """A model after a short training (Adam with β₂ 0.98, linear decay after 10 steps of warm-up), in evaluation mode.
 
-    Adam with β₂ 0.98, linear decay after 10 steps of warm-up, gradients clipped at 1: what `stories` needs.
-
-    Args:
-        rows: `Sample`s or a data set of them, such as `world_samples(world)`.
-        model: what to train (None: a fresh copy of the world's base model).
-        pairs: rows per step.
-        given: further arguments of `PreferenceTrainer`: credit, credit_as, reference, teacher.
+    `model`: what to train (None: a fresh copy of the world's base model); `pairs`: rows per step; `given`: further
+    arguments of `PreferenceTrainer`.
     """
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(world.base_model())
@@ -99,10 +94,7 @@ def train_on(
 
 @dataclass
 class Bench:
-    """What the sources of one seed share: the world's pairs, the models trained on them, and how long that took.
-
-    The world's seed decides the pairs; `seed` is of the trainings, and of sources that draw numbers.
-    """
+    """What the sources of one seed share: the world's pairs, the models trained on them, and how long that took."""
 
     world: Any
     seed: int = 0

@@ -19,10 +19,7 @@ _PULL = 1e-4
 
 
 class CreditTruth(NamedTuple):
-    """Completions of the base model with the true credit of their tokens: what a world gives to compare a source with.
-
-    `advantages`: `[N]`, true advantage of every counted token; `decisions`: bool `[N]`, where something was to decide.
-    """
+    """Completions of a base model, the true advantage `[N]` of every token, and whether it decided something."""
 
     batch: TokenBatch
     advantages: Tensor
@@ -55,10 +52,7 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> dict[str, float]:
-    """Agreement of credit `[N]` with the true advantages, over all tokens or those at which something was to decide.
-
-    `spearman` over these tokens, `auc` for truth > 0 among those with |truth| > `AUC_MARGIN`, and `tokens`.
-    """
+    """Agreement of credit `[N]` with the truth: `spearman`, and `auc` for truth > 0 where |truth| > `AUC_MARGIN`."""
     credit, truth = _checked(credit, truth)
     if decisions is not None:
         credit, truth = credit[decisions], truth[decisions]
@@ -93,18 +87,14 @@ def credit_scores(credit: Tensor, truth: Tensor, decisions: Tensor, segments: Se
         "alarm": auc(segments.max(-credit), harmed),
         "completions": len(segments),
         "harmed": int(harmed.sum()),
-        "scale": found.scale,
-        "r2": found.r2,
-        "ece": found.ece,
-        "skill": found.skill,
+        **{name: getattr(found, name) for name in ("scale", "r2", "ece", "skill")},
     }
 
 
 def lowest_hits(credit: Tensor, marked: Tensor, segments: Segments, k: Tensor | None = None) -> Tensor:
-    """Share of each completion's `k` tokens of lowest credit (`[C]`; None: 1) that are marked, `[C]`.
+    """Share of each completion's `k` tokens of lowest credit (`[C]`; None: 1) that are marked, `[C]`; NaN without any.
 
-    Ties are counted by expectation: of m tokens tied for the last r places, each has a chance of r/m. NaN for
-    completions without a marked token.
+    Ties are counted by expectation: of m tokens tied for the last r places, each has a chance of r/m.
     """
     out = torch.full((len(segments),), float("nan"), dtype=torch.float64)
     parts = zip(segments.split(credit.double()), segments.split(marked.bool()), strict=True)
@@ -177,10 +167,7 @@ def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibrati
 
 
 def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """`(a, b)` of P(y = 1) = σ(a − b·x) by maximum likelihood (damped Newton).
-
-    A faint pull towards 0 keeps both finite where x separates y.
-    """
+    """`(a, b)` of P(y = 1) = σ(a − b·x) by damped Newton, with a faint pull towards 0 that keeps both finite."""
     centre, spread = float(x.mean()), float(x.std(correction=0)) or 1.0
     design = torch.stack([torch.ones_like(x), -(x - centre) / spread], 1)
     pull = _PULL * torch.eye(2, dtype=x.dtype)

@@ -67,11 +67,7 @@ def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Estimate
 def mean_interval(
     values: Tensor | Sequence[float], strata: Tensor | None = None, confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Normal interval of a mean of independent values `[n]`.
-
-    Differences between `strata` (long `[n]`, for example the prompt of every sample), whose shares are fixed by design,
-    do not widen the interval.
-    """
+    """Normal interval of a mean of independent values `[n]`; differences between strata do not widen it."""
     x = torch.as_tensor(values, dtype=torch.float64)
     n_strata, centre = 1, x.mean()
     if strata is not None:
@@ -104,12 +100,9 @@ def bootstrap(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Estimate:
-    """Percentile bootstrap of a function of means; torch's global random state is neither read nor changed.
+    """Percentile bootstrap of a statistic of column means, `[..., M] -> [...]`, of independent rows `[n, M]`.
 
-    Args:
-        statistic: maps means `[..., M]` of the columns of `values` to numbers `[...]`.
-        values: `[n, M]`, one row per independent sample.
-        strata: long `[n]`; resampling happens within each stratum.
+    Resampling happens within each of the strata; torch's global random state is neither read nor changed.
     """
     values = values.double()
     generator = torch.Generator().manual_seed(seed)
@@ -131,10 +124,7 @@ def win_rate(
     prompts: Tensor | None = None,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Share of pairs `[n]` in which `scores` is higher; a tie counts half.
-
-    With `prompts` (long `[n]`) the interval is that of a mean with the prompts as strata, otherwise it is Wilson's.
-    """
+    """Share of pairs `[n]` in which `scores` is higher, ties half; the prompts are strata (None: Wilson's interval)."""
     a, b = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
     message = f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
     require(a.shape == b.shape and a.dim() == 1 and len(a), ValueError, message)
@@ -385,11 +375,10 @@ def utilised(correct: Tensor) -> Tensor:
 
 
 def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
-    """Mean of one number per prompt `[P]`, with an interval over prompts.
+    """Mean of one number per prompt `[P]`, with an interval over prompts, which are independent where samples are not.
 
-    Samples of one prompt are not independent, prompts are: the interval is Wilson's where every prompt has 0 or 1, and
-    a percentile bootstrap over prompts otherwise. Prompts that all have the same number (a single one, say) give the
-    bootstrap nothing to vary: of a number in [0, 1] Wilson's interval is taken, which is too wide rather than empty.
+    Wilson's where every prompt has 0 or 1, else a percentile bootstrap over prompts. Where all have the same number in
+    [0, 1], which gives the bootstrap nothing to vary, Wilson's is taken: too wide rather than empty.
     """
     x = values.double()
     require(len(x), ValueError, "there are no prompts")
@@ -401,9 +390,7 @@ def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: i
 def by_group(
     values: Tensor, keys: Sequence[Hashable], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> dict[Hashable, Estimate]:
-    """`mean_over_prompts` of the prompts of each key (one per prompt, such as its level), in order of first
-    appearance.
-    """
+    """`mean_over_prompts` of the prompts of each key (one per prompt), in order of first appearance."""
     require(len(keys) == len(values), ValueError, f"{len(keys)} keys for {len(values)} prompts")
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):

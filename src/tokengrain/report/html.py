@@ -341,14 +341,14 @@ def _world(path: Path) -> list[dict[str, Any]]:
 def _compared(
     before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str], n: int | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of a table of numbers before and after: `rows` those with a title, `more` the others; `n` is of the
-    intervals.
-    """
+    """A table of numbers before and after: `rows` those with a title, `more` the others; intervals are of n."""
     names = [m for m in {**after, **before} if is_shown(m, {**before, **after}[m])]
 
     def row(name: str) -> dict[str, Any]:
+        # "eval_rewards/accuracies" becomes "rewards: accuracies"
+        title = titles.get(name) or name.removeprefix("eval_").replace("/", ": ").replace("_", " ")
         values = {"before": with_interval(before, name, n), "after": with_interval(after, name, n)}
-        return {"name": titles.get(name, pretty(name)), **values}
+        return {"name": title, **values}
 
     more = [m for m in names if m not in titles and not (m == "rewards/accuracies" and "accuracy" in names)]
     return {"rows": [row(m) for m in titles if m in names], "more": [row(m) for m in more]}
@@ -370,11 +370,6 @@ def with_interval(metrics: Mapping[str, Any], name: str, n: int | None = None) -
     if not isinstance(value, int | float):
         return None
     return float(value), metrics.get(f"{name}_low"), metrics.get(f"{name}_high"), n
-
-
-def pretty(name: str) -> str:
-    """A metric's name for people: "eval_rewards/accuracies" becomes "rewards: accuracies"."""
-    return name.removeprefix("eval_").replace("/", ": ").replace("_", " ")
 
 
 def _texts(facts: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
@@ -407,15 +402,13 @@ def charts(logs: Logs) -> list[tuple[str, str]]:
     """(title, svg) of every quantity that was logged; training values as lines, held-out ones dashed."""
     found = []
     for title, names in CURVES:
-        series = []
-        for stage, style, log in logs:
-            for prefix in ("", "eval_"):
-                points = _points(log, [prefix + n for n in names])
-                if points:
-                    held_out = " (held out)" if prefix else ""
-                    series.append(Series(stage + held_out, points, style, dashed=bool(prefix)))
-        svg = line_chart(title, series, "step")
-        if svg:
+        series = [
+            Series(stage + " (held out)" * bool(prefix), points, style, dashed=bool(prefix))
+            for stage, style, log in logs
+            for prefix in ("", "eval_")
+            if (points := _points(log, [prefix + n for n in names]))
+        ]
+        if svg := line_chart(title, series, "step"):
             found.append((title, svg))
     return found
 
@@ -427,8 +420,7 @@ def phase_charts(logs: Logs) -> list[tuple[str, str, list[Series]]]:
         points = [(name, i, _points(log, [f"seconds/{name}"])) for i, name in enumerate(PHASES)]
         series = [Series(name, p, style) for name, style, p in points if p]
         title = f"seconds per rollout, {stage}"
-        svg = line_chart(title, series, "step")
-        if svg:
+        if svg := line_chart(title, series, "step"):
             found.append((title, svg, series))
     return found
 
@@ -436,13 +428,9 @@ def phase_charts(logs: Logs) -> list[tuple[str, str, list[Series]]]:
 def _points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[float, float]]:
     """(step, value) of the first of `names` that is in the log."""
     for name in names:
-        found = [
-            (float(r["step"]), float(r[name]))
-            for r in rows
-            if isinstance(r.get("step"), int | float) and isinstance(r.get(name), int | float)
-        ]
-        found = [(x, y) for x, y in found if math.isfinite(y)]
-        if found:
+        pairs = [(r.get("step"), r.get(name)) for r in rows]
+        found = [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
+        if found := [(x, y) for x, y in found if math.isfinite(y)]:
             return found
     return []
 
@@ -550,11 +538,7 @@ def pieces(side: Side, scale: float) -> list[Piece]:
 
 
 def rollout_maps(name: str, completions: Sequence[rows.Recorded], most: int = MAX_PIECES) -> dict[str, Any]:
-    """A stage's recorded rollouts for the template: by step, each completion with its rewards and heat maps.
-
-    All heat maps together have at most `most` tokens; of more rollouts than that, some are shown, evenly spread.
-    `others` are columns that are not shown.
-    """
+    """A stage's recorded rollouts for the template, with at most `most` tokens in all heat maps, evenly spread."""
     there = rows.recorded_columns(completions)
     columns = [c for c in rows.VIEWS if c in there]
     scales = {c: rows.scale_of(rows.side_of(one, c) for one in completions) for c in columns}

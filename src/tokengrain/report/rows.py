@@ -75,11 +75,7 @@ def collect_credit_samples(
     truth: Tensor | None = None,
     count: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the entries of `credit_samples.json` for the first `count` prompts of a batch of pairs, or single
-    completions.
-
-    `credit` is the name of each source to its credit `[N]`; `truth` the exact advantage `[N]`, where it is known.
-    """
+    """The entries of `credit_samples.json` for the first `count` prompts of a batch, from credit `[N]` by source."""
     values = {name: _listed(batch, tensor) for name, tensor in credit.items()}
     exact = _listed(batch, truth) if truth is not None else None
     entries: list[dict[str, Any]] = []
@@ -156,8 +152,7 @@ def _check_numbers(values: Sequence[Any], tokens: int, *, gaps: bool, **place: A
 def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:
     """Samples of the same pair together, in order of first appearance; all get the first one's row.
 
-    A pair is known by its text: an annotated file numbers its rows anew. Of one source, the same text again is another
-    pair.
+    A pair is known by its text, as an annotated file numbers its rows anew; the same text again is another.
     """
     groups: dict[Any, list[CreditSample]] = {}
     seen: Counter[Any] = Counter()
@@ -461,10 +456,7 @@ class Recorded:
 
 
 def read_rollouts(path: Path) -> list[Recorded]:
-    """Read and check a `rollouts.jsonl`; an absent file is an empty list.
-
-    A last line without an end, which a kill leaves behind, is left out.
-    """
+    """Read and check a `rollouts.jsonl`, if there is one, without a last line that a kill cut off."""
     if not path.exists():
         return []
     # Split at line ends only: `str.splitlines` would also cut at U+2028, which a completion may have in it.
@@ -577,10 +569,7 @@ def cut(side: Side, length: int) -> Side:
 
 
 def merged(side: Side) -> Side:
-    """The same picture with fewer pieces: neighbours of the same number and mark are one.
-
-    The credit of a group-relative method is one number per completion; a piece per token would repeat it for each.
-    """
+    """The same picture with fewer pieces: neighbours of the same number and mark are one."""
     marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
     tokens, values, kept = [], [], []
     for (value, mark), run in groupby(zip(side.credit, marks, side.tokens, strict=True), key=lambda item: item[:2]):

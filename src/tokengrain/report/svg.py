@@ -202,9 +202,7 @@ def marker(x: float, y: float, style: int, size: float = 5) -> str:
 def frontier_chart(
     curve: Sequence[Point], marks: Sequence[Mark], width: int = 680, height: int = 400, css: str = ""
 ) -> str:
-    """Reward against KL with the exact frontier (by increasing KL; may be empty); one labelled point with error bars
-    per method.
-    """
+    """Reward against KL with the exact frontier (may be empty); one labelled point with error bars per method."""
     right = max([m.x + (m.x_error or 0) for m in marks] + [0.0]) * 1.25 or max([x for x, _ in curve] + [1.0])
     shown = clip(curve, right)
     ys = [y for _, y in shown] + [m.y + s * (m.y_error or 0) for m in marks for s in (-1, 1)]

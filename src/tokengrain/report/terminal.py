@@ -181,10 +181,7 @@ def marked(side: Side) -> Text:
 
 
 def heat(side: Side, scale: float, coloured: bool) -> Text:
-    """A completion as text: tokens coloured by credit, or followed by numbers where there is no colour.
-
-    Tokens that were clipped are struck, or between two ~.
-    """
+    """A completion as text: tokens coloured by credit, or followed by numbers; clipped ones struck, or between ~."""
     out = Text()
     marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
     for token, value, mark in zip(side.tokens, side.credit, marks, strict=True):

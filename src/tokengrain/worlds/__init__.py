@@ -58,9 +58,8 @@ class World(Protocol):
     def evaluate(
         self, model: Any, n: int | None = None, seed: int = 0, *, progress: Callable[[int, int], None] | None = None
     ) -> dict[str, float | None]:
-        """What a policy is worth, from n of its own samples per prompt; each world has its measures and its n.
-
-        `progress` is called with how many samples are drawn, and how many there will be.
+        """What a policy is worth, from n of its own samples per prompt; `progress` is called with (drawn, of
+        how many).
         """
 
 
@@ -78,11 +77,7 @@ def is_world(source: object) -> TypeGuard[str]:
 
 
 def load_world(uri: str) -> World:
-    """The world at an address such as `world://stories?regime=noisy&seed=1`; one object per address.
-
-    Raises:
-        RecipeError: unknown world or option, with the nearest right name; an option that is given twice.
-    """
+    """The world at an address such as `world://stories?regime=noisy&seed=1`; one object per address."""
     if not is_world(uri):
         raise RecipeError(f"got {uri!r}; expected the address of a world, such as 'world://stories'")
     name, _, query = uri.removeprefix(PREFIX).partition("?")

@@ -65,10 +65,7 @@ Split = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class WarmStart(Training):
-    """Settings of the base model and its training; see `warm_start`.
-
-    `muon`: Muon for the matrices, which needs fewer steps, for the small size; the full size was measured with AdamW.
-    """
+    """Settings of the base model and its training; Muon needs fewer steps; the full size was measured with AdamW."""
 
     hidden_size: int = 96
     mlp_size: int = 256
@@ -162,10 +159,7 @@ def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
 def warm_start(
     settings: WarmStart, vocabulary: int, draw: Callable[[int], list[Example]], progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train a base model on fresh examples in every step, with linear decay after the warm-up.
-
-    `draw` gives so many new examples. Returns the model in evaluation mode, and a report.
-    """
+    """Train a base model on fresh examples in every step; it in evaluation mode, and a report."""
     start = time.perf_counter()
     model = small_llama(settings, vocabulary=vocabulary, positions=settings.positions, tied=False).train()
     if settings.muon:
@@ -188,10 +182,7 @@ TOKEN = r" [a-z]{2,}|."
 
 
 def build_tokenizer(vocabulary: Sequence[str], positions: int) -> PreTrainedTokenizerFast:
-    """A fast tokenizer whose ids are places in `vocabulary`. It puts `<s>` in front and never appends `<end>`.
-
-    A token is a character, or a space with at least two letters. What is unknown becomes `<pad>`.
-    """
+    """A tokenizer whose ids are places in `vocabulary`; a token is a character, or a space with two letters or more."""
     ids = {symbol: i for i, symbol in enumerate(vocabulary)}
     core = Tokenizer(models.WordLevel(ids, unk_token=PAD))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
@@ -342,11 +333,7 @@ class ArithmeticWorld:
         return problem_stream(self.levels, rng, self.size.largest, held_out=split == "eval")
 
     def prompts(self, split: Split = "train", n: int | None = None) -> list[dict[str, Any]]:
-        """Rows `prompt`, `answer` (two digits), `level`, `id`; the levels take turns.
-
-        No prompt is in both splits, whatever the seeds; `eval` prompts do not depend on the seed. Fewer than the
-        world's number are the first of these.
-        """
+        """Rows `prompt`, `answer` (two digits), `level`, `id`; levels take turns, and no prompt is in both splits."""
         eval_ = split == "eval"
         if n is None:
             n = len(self.levels) * (self.size.held_out if eval_ else self.size.prompts)
@@ -383,17 +370,10 @@ class ArithmeticWorld:
     def pairs(
         self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
-        """Pairs of a right and a wrong sample of the base model, for guides and reward models.
+        """Pairs of a right and a wrong sample of the base model (`chosen_reward` 1, `rejected_reward` 0), for guides
+        and reward models. Completions that never end are left out, so that nothing is trained to stop there.
 
-        Completions that never end are left out, so that nothing is trained to stop there.
-
-        Args:
-            split: `eval` pairs are about held-out problems.
-            n: how many (None: the world's number; 200 held-out ones at most).
-            slope: there is no label noise here; must be None.
-
-        Returns:
-            Rows `prompt`, `chosen`, `rejected`, `id`, `chosen_reward` (1), `rejected_reward` (0).
+        `slope` must be None: there is no label noise here. `eval` pairs, 200 at most, are about held-out problems.
         """
         message = f"world {self.name}: pairs are right against wrong; slope must be None, got {slope}"
         require(slope is None, RecipeError, message)
@@ -401,23 +381,21 @@ class ArithmeticWorld:
         n = n or (self.n_pairs if split == "train" else min(200, self.n_pairs))
         key = (split, n, seed)
         if key not in self._pairs:
+            rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
             self._pairs[key] = [
                 {
-                    "prompt": problem.text,
-                    "chosen": self.decode(chosen),
-                    "rejected": self.decode(rejected),
+                    "prompt": p.text,
+                    "chosen": self.decode(a),
+                    "rejected": self.decode(b),
                     "id": f"{split}-{i}",
-                    "chosen_reward": 1.0,
-                    "rejected_reward": 0.0,
+                    **rewards,
                 }
-                for i, (problem, chosen, rejected) in enumerate(self.sampled_pairs("pairs", split, n, seed))
+                for i, (p, a, b) in enumerate(self.sampled_pairs("pairs", split, n, seed))
             ]
         return [dict(row) for row in self._pairs[key]]
 
     def sampled_pairs(self, purpose: str, split: Split, n: int, seed: int, *, whole: bool = True) -> list[Pair]:
-        """Pairs of the base model's samples, `whole` or up to where the reward looks. Completions that never end, or
-        have no text, are left out.
-        """
+        """Pairs of the base model's samples that end and have a text, `whole` or up to where the reward looks."""
         sampler = HFGenerate(self.reference)
         sampling = self.sampling(seed_of(purpose, split, seed), whole=whole)
         drawn = self.stream(purpose, split, seed)
@@ -464,11 +442,7 @@ class ArithmeticWorld:
             yield starts[c], found[group], symbols(batch.completion(c).tolist())
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
-        """Samples of the base model on held-out problems, a right and a wrong one each, with the culprits.
-
-        Something is decided at the digits of totals, where a check or a separator may follow, and at the culprit; what
-        only copies is not compared.
-        """
+        """Samples of the base model on held-out problems, a right and a wrong one each, with the culprits."""
         found = self.sampled_pairs("credit", "eval", prompts or self.size.credit, seed, whole=False)
         batch = TokenBatch.from_samples(
             [
@@ -484,10 +458,7 @@ class ArithmeticWorld:
         return self.credit_truth()
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
-        """Agreement of a credit source with the culprits of base samples: `spearman`, `auc`, `tokens`.
-
-        `auc` is the chance that a culprit has lower credit than another token that decides something.
-        """
+        """Agreement with the culprits; `auc`: that a culprit has less credit than another decision token."""
         batch, truth, decided = self._credit_truth
         values = torch.cat([credit(part).detach().float().cpu() for part in parts_of(batch)])
         return recovery(values, truth, decided) | {"auc": auc(-values[decided], truth[decided] < 0)}

@@ -61,10 +61,7 @@ def fast_tokenizer(core: Any, *, positions: int, **special: str) -> PreTrainedTo
 
 @dataclass(frozen=True)
 class Training:
-    """Size of a base model, and settings of its training.
-
-    The learning rate rises for `warmup` steps; from the first step on it also falls linearly towards 0.
-    """
+    """Size of a base model, and its training: the rate rises for `warmup` steps, and falls linearly towards 0."""
 
     hidden_size: int
     mlp_size: int
@@ -82,10 +79,7 @@ Progress = Callable[[int, float], None]
 
 
 def small_llama(settings: Training, *, vocabulary: int, positions: int, tied: bool) -> LlamaForCausalLM:
-    """The untrained model; its weights depend on `settings.seed` and not on torch's global state.
-
-    `tied`: whether the head's weights are the embeddings'.
-    """
+    """The untrained model; its weights depend on `settings.seed` and not on torch's global state."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=settings.hidden_size,
@@ -123,10 +117,7 @@ def descend(
     settings: Training,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Take one step for each loss, with gradients clipped to norm 1; the losses as numbers.
-
-    Each of the `settings.steps` losses is made from the weights of its step when it is asked for.
-    """
+    """Take one step for each loss, made from the weights of its step, with gradients clipped to norm 1; the losses."""
     found = []
     for step, loss in enumerate(losses):
         rate = min((step + 1) / settings.warmup, 1.0) * (settings.steps - step) / settings.steps
@@ -159,8 +150,7 @@ def single_thread() -> Iterator[None]:
 
 
 def model_folder(name: str, key: str) -> Path:
-    """Where the base model of a world with these settings is or will be: in `$TOKENGRAIN_CACHE`, or
-    `~/.cache/tokengrain`."""
+    """Where the base model of a world with these settings is or will be."""
     cache = Path(os.environ.get("TOKENGRAIN_CACHE") or Path.home() / ".cache" / "tokengrain").expanduser()
     return cache / "worlds" / f"{name}-{key}"
 

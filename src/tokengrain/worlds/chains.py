@@ -60,10 +60,7 @@ def is_hard(operator: str, unit: int, operand: int) -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem: a two-digit start, and operator and operand (1–9) of each step, labelled a, b, c, ... in this order.
-
-    All its running totals lie within 0–99.
-    """
+    """A problem: a two-digit start, and operator and operand (1–9) of steps a, b, ...; all totals are within 0–99."""
 
     start: int
     steps: tuple[tuple[str, int], ...]
@@ -122,9 +119,7 @@ def make_problem(level: int, rng: random.Random, largest: int = 9) -> Problem:
 def problem_stream(
     levels: Sequence[int], rng: random.Random, largest: int = 9, *, held_out: bool, distinct: bool = True
 ) -> Iterator[Problem]:
-    """Endless problems, held-out ones or others, the levels taking turns; no two alike while there are others, if
-    `distinct`.
-    """
+    """Endless problems, held out or not, the levels taking turns; `distinct`: no two alike while there are others."""
     seen: set[str] = set()
     for level in cycle(levels):
         for attempt in count():
@@ -178,9 +173,7 @@ def misconceptions(seed: int = 0) -> dict[tuple[str, int, int], Misconception]:
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain of thought: its steps such as `a+855;b-352?54,`, the total that stands at the end of each, and
-    its style.
-    """
+    """A chain of thought: its steps such as `a+855;b-352?54,`, the total at the end of each, and its style."""
 
     text: str
     totals: tuple[int, ...]
@@ -190,10 +183,7 @@ class Chain:
 def write_chain(
     problem: Problem, rng: random.Random, beliefs: dict[tuple[str, int, int], Misconception] | None = None
 ) -> Chain:
-    """A chain for a problem; each step continues from the total before it, right or wrong.
-
-    `beliefs` are misconceptions by fact (None: those of the base model; empty: only slips).
-    """
+    """A chain for a problem, each step from the total before it, right or wrong; no beliefs (`{}`): only slips."""
     beliefs = misconceptions() if beliefs is None else beliefs
     total, text = problem.start, ""
     totals, separators = [], ""
@@ -259,11 +249,7 @@ class Step:
 
 
 def read(tokens: Sequence[str], n_steps: int, ending: Ending = "answer") -> tuple[list[Step], int | None]:
-    """Read a chain step by step.
-
-    The steps that state a total, and the place of the first token that cannot stand where it stands (`len(tokens)` if
-    the chain stops too early; None if there is none).
-    """
+    """The steps that state a total, and the place of the first token that cannot stand there, if there is one."""
     tokens = [*upto(tokens, ending), ""]
     steps: list[Step] = []
     at = 0
@@ -379,11 +365,7 @@ def correct(
     *,
     ending: Ending = "answer",
 ) -> list[float]:
-    """1 for completions that end with `>`, the right two digits and `<end>`, else 0.
-
-    Without ids a completion is taken to end unless it is `truncated`. With `ending="marker"`, where something follows
-    the chain, the last total before `>` must be right.
-    """
+    """1 for completions that end with `>`, the right two digits and `<end>`, else 0; see `is_correct` for "marker"."""
     tokens = completion_symbols(completions, completion_ids, truncated)
     return [float(is_correct(parse_prompt(p), chain, ending)) for p, chain in zip(prompts, tokens, strict=True)]
 

@@ -39,9 +39,7 @@ class AppendedReferences:
 def append_references(
     batch: TokenBatch, references: Sequence[Sequence[int]], marker: int | Sequence[int]
 ) -> AppendedReferences:
-    """Cut every completion after its first marker (the token or tokens at the end of thinking) and put its prompt's
-    reference, token ids as they stand after the marker, there.
-    """
+    """Cut every completion after its first marker (a token, or several) and put its prompt's reference there."""
     ends = [marker] if isinstance(marker, int) else list(marker)
     if len(references) != batch.n_prompts or not all(len(r) for r in references) or not ends:
         raise ValueError(

@@ -45,11 +45,7 @@ def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Samples:
-    """Completions sampled from the grammar. Shapes: n completions, L their longest (in tokens).
-
-    `ids`: long `[n, L]` with `<end>`, then padding; `states`: the state before each token (`finished` after `<end>`);
-    `lengths`: tokens with `<end>`; `rewards`: `[n]`, true reward.
-    """
+    """Completions from the grammar: ids `[n, L]` with `<end>`, the state before each token, true reward `[n]`."""
 
     prompts: list[Prompt]
     ids: Tensor
@@ -87,11 +83,7 @@ def sample(grammar: Grammar, prompts: Sequence[Prompt], generator: torch.Generat
 def preference_pairs(
     grammar: Grammar, n: int, slope: float, generator: torch.Generator, prefix: str
 ) -> list[dict[str, Any]]:
-    """Pairs of base samples with a Bradley-Terry label on the true reward; the plain prompts take turns.
-
-    P(first is chosen) = σ(slope · (R1 − R2)); a larger slope is cleaner. Rows have `prompt`, `chosen`, `rejected` (text
-    without `<end>`), `id` (with `prefix`), `chosen_reward`, `rejected_reward`.
-    """
+    """Pairs of base samples; P(first is chosen) = σ(slope · (R1 − R2)). The plain prompts take turns."""
     rows: list[dict[str, Any]] = []
     while len(rows) < n:
         count = n - len(rows)
@@ -154,8 +146,7 @@ def at_prompts(grammar: Grammar, values: Tensor) -> Tensor:
 def soft_values(grammar: Grammar, beta: float | Tensor) -> Tensor:
     """V at temperature `beta`: `[T, S]`, or `[B, T', S]` for `B` temperatures, over the T' plain tables only.
 
-    A float may be 0 (V is then the highest reward that can be reached) or infinite (the base's expectation).
-    The result is differentiable in a tensor of temperatures.
+    A float may be 0 (the highest reward that can be reached) or infinite (the base's expectation).
     """
     many = isinstance(beta, Tensor)
     tables = slice(0, grammar.n_places if many else None)
@@ -241,11 +232,7 @@ CreditKind = Literal["advantage", "flipped", "random", "reward", "worth"]
 
 
 def walk_batch(grammar: Grammar, batch: TokenBatch) -> tuple[Walk, Tensor, Tensor]:
-    """Walk along every completion of a batch.
-
-    The walk over completions padded to `[C, L]`; their ids `[C, L]`; and bool `[C, L]`, the counted tokens, whose order
-    is that of the flat vectors.
-    """
+    """The walk along every completion of a batch, padded to `[C, L]`; their ids; and which tokens count."""
     prompts = [grammar.parse_prompt(batch.prompt(i).tolist()) for i in range(batch.n_prompts)]
     segments = Segments(batch.completion_offsets.cpu())
     ids, _ = segments.to_padded(batch.completion_ids.cpu(), fill=grammar.pad)
@@ -318,11 +305,7 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions that a model sampled. Shapes: n completions, L tokens of the longest.
-
-    `alive`: bool `[n, L]`, tokens up to `<end>` included; `logps`: `[n, L, V]`, the model's log-probabilities before
-    each token; `walk`: where the completions lead in the grammar.
-    """
+    """Completions that a model sampled: alive up to `<end>` included; `logps` `[n, L, V]`, before each token."""
 
     prompts: list[Prompt]
     ids: Tensor
@@ -336,10 +319,7 @@ class Rollout:
         return (self.walk.rewards * self.alive).sum(1)
 
     def broken(self, grammar: Grammar) -> Tensor:
-        """Completions with an ungrammatical token or without an end, bool `[n]`.
-
-        `<end>` out of place is ungrammatical too, although it leads to `finished`.
-        """
+        """Completions with an ungrammatical token (`<end>` out of place too) or without an end, bool `[n]`."""
         legal = grammar.legal[self.walk.tables[:, None], self.walk.states, self.ids]
         return (~legal & self.alive).any(1) | (self.walk.last != grammar.finished)
 
@@ -364,11 +344,10 @@ def rollout(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rollout:
-    """Sample one completion per prompt at temperature 1, with a random generator of its own.
+    """Sample one completion per prompt, all of one length in tokens, at temperature 1, with a random generator of its
+    own.
 
-    The prompts are of one length in tokens. A completion ends at `<end>` or at the longest length that the grammar
-    allows (without `<end>` it is broken by then). `progress` is called with how many have ended, and how many there
-    are.
+    It ends at `<end>` or at the longest length that the grammar allows (without `<end>` it is broken by then).
     """
     device = _device(model)
     generator = torch.Generator().manual_seed(seed)
@@ -409,9 +388,7 @@ def policy_metrics(
 ) -> dict[str, float]:
     """Reward, KL, frontier share and the rest, from a policy's own samples; every prompt equally often.
 
-    `ref_logps` are the reference's log-probabilities `[n, L, V]` at the same positions, `base_rewards` `[n]` true
-    rewards of its own samples to the same prompts, for the win rate. Intervals are 95 %; rewards are true rewards per
-    completion, `kl` nats per completion, `entropy` nats per token, `length` tokens.
+    Rewards are true rewards per completion, `kl` nats per completion, `entropy` nats per token, `length` tokens.
     """
     p = sampled.logps.exp()
     tables, states = sampled.walk.tables[:, None], sampled.walk.states
@@ -451,11 +428,7 @@ MODEL_POSITIONS = 128
 
 
 def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
-    """A fast tokenizer whose ids are the grammar's; it puts `<s>` in front and never appends `<end>`.
-
-    Words and punctuation are cut apart whether or not a space stands between them, so that prompt and completion may be
-    joined either way.
-    """
+    """A tokenizer whose ids are the grammar's; prompt and completion may be joined without a space."""
     core = Tokenizer(models.WordLevel(dict(grammar.token), unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return fast_tokenizer(core, positions=MODEL_POSITIONS, unk_token=UNK)
@@ -479,13 +452,7 @@ class Pretraining(Training):
 
 @dataclass(frozen=True)
 class Pool:
-    """Training sequences. Shapes: n sequences, L tokens of the longest.
-
-    Attributes:
-        ids: long `[n, L]`, prompt and completion, padded on the right.
-        predicts: bool `[n, L]`, positions whose next token belongs to the completion.
-        tables, states: long `[n, L]`, row of the base table that holds the next token's distribution there.
-    """
+    """Training sequences `[n, L]`, positions whose next token is the completion's, and their rows of the base table."""
 
     ids: Tensor
     predicts: Tensor
@@ -544,9 +511,7 @@ def _soft_cross_entropy(model: LlamaForCausalLM, pool: Pool, index: Tensor, tabl
 def pretrain(
     grammar: Grammar, settings: Pretraining, progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train a base model; it in eval mode, and a report: KL to the grammar in nats per token and per completion,
-    seconds.
-    """
+    """Train a base model; it in evaluation mode, and a report."""
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
     pool = make_pool(grammar, mixed_prompts(grammar, settings.pool), generator)
@@ -683,10 +648,7 @@ class StoriesWorld:
     def pairs(
         self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
-        """Preference pairs labelled with the true reward; see `preference_pairs` for the rows.
-
-        `eval` pairs (200) come from another random stream than `train` pairs of any seed.
-        """
+        """Preference pairs labelled with the true reward; `eval` has a random stream of its own."""
         n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
         slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
         return preference_pairs(self.grammar, n, slope, random_stream("pairs", split, seed), split)
@@ -718,10 +680,7 @@ class StoriesWorld:
         return batch.segments.sum(self.credit("reward")(batch).to(batch.device))
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
-        """Base samples as pairs, with the exact advantage and the decision mask of every token.
-
-        They are never the training pairs; None: `CREDIT_SAMPLES` completions for each plain prompt.
-        """
+        """Base samples, never the training pairs, with the exact advantage and the decision mask of every token."""
         n = CREDIT_SAMPLES * len(self.grammar.plain) // 2 if prompts is None else prompts
         batch = self.token_batch(self.pairs("eval", n=n, seed=seed))
         advantage = advantages(self.grammar, soft_values(self.grammar, 1.0))
@@ -765,12 +724,8 @@ class StoriesWorld:
     ) -> dict[str, float | None]:
         """Evaluate a policy (a PEFT model too) on its own samples to the plain prompts; numbers, see `policy_metrics`.
 
-        Args:
-            n: samples per prompt (None: 64).
-            reference: what KL, win rate and log-ratio are taken against; the base model by default.
-            credit: also compare the policy's log-ratio with the exact advantage: `credit_auc`, `credit_spearman` (None:
-                undefined).
-            progress: called with how many samples have ended, and how many there will be.
+        KL, win rate and log-ratio are taken against `reference`, the base model by default. With `credit` the policy's
+        log-ratio is compared with the exact advantage: `credit_auc`, `credit_spearman` (None: undefined).
         """
         n = 64 if n is None else n
         require(n >= 1, RecipeError, f"world stories: n is {n}; expected at least 1 sample per prompt")

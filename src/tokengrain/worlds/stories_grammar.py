@@ -51,13 +51,7 @@ FLIP, WAS, NOT, NEVER, AND, BUT, THE, STOP = "supposedly", "was", "not", "never"
 
 @dataclass(frozen=True)
 class Size:
-    """How large a grammar is. The smaller ones exist so that all completions can be enumerated.
-
-    Args:
-        words: the most words in a class of nouns, adjectives, verbs, intensifiers or openers.
-        required, most: sentences that every completion has, and that it can have.
-        phrases: the most verb phrases in a sentence.
-    """
+    """How large a grammar is (`words`: the most in a class); completions of the smaller ones can be enumerated."""
 
     name: str = "full"
     places: int = 6
@@ -248,10 +242,7 @@ class Rules:
                 yield Edge(word, w, *self._rewarded(s, sign * s.flip * s.negation * strength))
 
     def _polarity(self, s: State, words: Mapping[int, Sequence[str]]) -> dict[int, float]:
-        """Shares of good, bad and neutral words. Base text is coherent: a fair mood brings good words.
-
-        A class weighs as much as its words together, times exp(±bias).
-        """
+        """Shares of good, bad and neutral words (a fair mood brings good ones): each class times exp(±bias)."""
         bias = (MOOD_BIAS * s.mood + CAST_BIAS * s.cast) * (0.5 * s.flip + 0.5)
         weights = {
             sign: math.exp(bias * sign) * sum(1 / (1 + j) for j in range(len(words[sign]))) for sign in (+1, -1, 0)
@@ -289,8 +280,7 @@ class Prompt(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """Walks along n completions of up to L tokens: the tables `[n]`, the state before every token `[n, L]`,
-    the true reward of every token `[n, L]`, the state after the last one `[n]`."""
+    """Walks along n completions of up to L tokens: the state before every token, its true reward, the last state."""
 
     tables: Tensor
     states: Tensor
@@ -439,11 +429,7 @@ class Grammar:
         return found
 
     def walk(self, prompts: Sequence[Prompt], ids: Tensor) -> Walk:
-        """Walk along completions `[n, L]` from the first states of their prompts.
-
-        The ids are padded on the right with anything; what lies behind `<end>` earns nothing, what lies behind a
-        completion without `<end>` is the caller's to mask.
-        """
+        """Walk along completions `[n, L]`, padded on the right with anything, from their prompts' first states."""
         tables = torch.tensor([p.table for p in prompts], dtype=torch.long)
         state = torch.tensor([p.start for p in prompts], dtype=torch.long)
         states = torch.empty_like(ids)
