@@ -177,20 +177,10 @@ def corruption_test(
     seed: int = 0,
     after: Callable[[], None] = lambda: None,
 ) -> tuple[list[dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
-    """How each source's credit reacts to the corruption.
+    """How each source's credit reacts to the corruption: each of `MEASURES` per answer, then its mean over answers.
 
-    Per answer, then averaged over answers with a bootstrap interval over them:
-    `auc`: chance that a corrupted token has lower credit than an untouched one of the same answer;
-    `auc_neighbours`, `auc_elsewhere`: the same against the next `neighbours` tokens after a corrupted one
-    only, and against all other untouched tokens only;
-    `drop`: credit at the place in the clean answer minus credit there now, in standard deviations of the
-    source's credit over the clean answers; `drop_neighbours` and `drop_elsewhere` at the untouched tokens
-    after the first corrupted one;
-    `top1`, `topk`: share of the lowest token, and of the k lowest, that are corrupted, k being how many are.
-
-    Returns:
-        One entry per source: `source`, `measures`, `deviation` (the standard deviation that `drop` is in) and its
-        cost; and the credit of every source: (clean, corrupted).
+    They are said in words under the tables (`bench.page.TEXT_NOTES`). Returns one entry per source: `source`,
+    `measures`, `deviation` (the standard deviation that `drop` is in) and its cost; and its credit: (clean, corrupted).
     """
     entries, credit = [], {}
     near, later = surroundings(data, neighbours)

@@ -28,17 +28,14 @@ from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.settings import code_named_by
 from tokengrain.worlds import is_world, load_world
 
-# Credit samples: a few pairs with the credit of each token, made for looking at.
-#
-# `credit_samples.json` in a run folder is a list of
+# `credit_samples.json` in a run folder is a list with one entry per pair (or row, with `chosen` only) and source:
 #
 #     {"prompt": str, "source": str, "row": int | str,
 #      "chosen":   {"tokens": [str], "credit": [float], "truth": [float]},
 #      "rejected": {"tokens": [str], "credit": [float], "truth": [float]}}
 #
-# with one entry per pair and source. `tokens` are pieces of text that give the completion when joined; `credit`
-# has one number per token, or null for a token that does not count. `truth` (optional) is the exact advantage,
-# where the world knows it. Rows with one completion have only `chosen`.
+# `tokens` give the completion when joined; `credit` has one number per token, or null for a token that does not count;
+# `truth` (optional) is the exact advantage, where the world knows it.
 
 FILE = "credit_samples.json"
 SIDES = ("chosen", "rejected")
@@ -398,11 +395,8 @@ def _texts(tokenizer: Any, ids: Sequence[int], file: str, row: str, field: str) 
     return token_texts(tokenizer, ids)
 
 
-# Recorded rollouts: the completions that online training wrote down, with the numbers of every token.
-#
-# `rollouts.jsonl` in the folder of an online stage has one line per completion; `tokengrain.training.online.record`
-# says what is in it. Only `rollout`, `step` and `ids` must be there. Without `tokens` the ids are shown. A number per
-# token that is null or NaN is shown as not counted.
+# `rollouts.jsonl` of an online stage has one line per completion; `tokengrain.training.rollout_log` says what is in it.
+# Only `rollout`, `step` and `ids` must be there. A number per token that is null or NaN is shown as not counted.
 
 CLIPPED = "clipped"
 COLUMNS = (

@@ -45,8 +45,11 @@ from tokengrain.worlds.chains import (
     SPECIAL,
     SYMBOLS,
     Audit,
+    Cut,
     Ending,
+    Ids,
     Problem,
+    Texts,
     audit,
     chain_metrics,
     correct,
@@ -345,12 +348,7 @@ class ArithmeticWorld:
         return {"prompt": problem.text, "answer": problem.answer, "level": problem.level, "id": identity}
 
     def reward(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        truncated: Sequence[bool] | None = None,
-        **columns: Any,
+        self, prompts: Texts, completions: Texts, completion_ids: Ids = None, truncated: Cut = None, **columns: Any
     ) -> list[float]:
         """1 for a completion that ends with the right answer, else 0; see `chains.correct`."""
         return correct(prompts, completions, completion_ids, truncated, ending=self.ending)

@@ -345,11 +345,12 @@ def _miscopied(problem: Problem, tokens: Sequence[str], index: int, first: int) 
     return next((first + i for i, (a, b) in enumerate(zip(written, expected)) if a != b), None)
 
 
-def completion_symbols(
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    truncated: Sequence[bool] | None = None,
-) -> list[list[str]]:
+Texts = Sequence[str]
+Ids = Sequence[Sequence[int]] | None
+Cut = Sequence[bool] | None
+
+
+def completion_symbols(completions: Texts, completion_ids: Ids, truncated: Cut) -> list[list[str]]:
     """Completions as symbols: from their ids, or from their texts (which end unless `truncated`)."""
     if completion_ids is not None:
         return [symbols(ids) for ids in completion_ids]
@@ -358,12 +359,7 @@ def completion_symbols(
 
 
 def correct(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    truncated: Sequence[bool] | None = None,
-    *,
-    ending: Ending = "answer",
+    prompts: Texts, completions: Texts, completion_ids: Ids = None, truncated: Cut = None, *, ending: Ending = "answer"
 ) -> list[float]:
     """1 for completions that end with `>`, the right two digits and `<end>`, else 0; see `is_correct` for "marker"."""
     tokens = completion_symbols(completions, completion_ids, truncated)
@@ -371,12 +367,7 @@ def correct(
 
 
 def well_formed(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    truncated: Sequence[bool] | None = None,
-    *,
-    ending: Ending = "answer",
+    prompts: Texts, completions: Texts, completion_ids: Ids = None, truncated: Cut = None, *, ending: Ending = "answer"
 ) -> list[float]:
     """1 for completions with as many steps as the prompt, each with a total, and an answer, right or wrong; else 0."""
     tokens = completion_symbols(completions, completion_ids, truncated)

@@ -16,7 +16,19 @@ from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.worlds import chains
 from tokengrain.worlds.arithmetic import CHECKED_STEP, SIZES, ArithmeticOptions, ArithmeticWorld, Size, longest_problem
 from tokengrain.worlds.base_models import EOS, check_option
-from tokengrain.worlds.chains import LABELS, MARKER, SYMBOLS, Ending, Problem, parse_prompt, rng_of, write_chain
+from tokengrain.worlds.chains import (
+    LABELS,
+    MARKER,
+    SYMBOLS,
+    Cut,
+    Ending,
+    Ids,
+    Problem,
+    Texts,
+    parse_prompt,
+    rng_of,
+    write_chain,
+)
 
 
 @dataclass(frozen=True)
@@ -255,11 +267,6 @@ class RevisionWorld(ArithmeticWorld):
         return torch.tensor(marks, device=appended.device)
 
 
-def correct(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    truncated: Sequence[bool] | None = None,
-) -> list[float]:
+def correct(prompts: Texts, completions: Texts, completion_ids: Ids = None, truncated: Cut = None) -> list[float]:
     """1 for completions whose last total before `>` is right, else 0, whatever the answer after it says."""
     return chains.correct(prompts, completions, completion_ids, truncated, ending="marker")
