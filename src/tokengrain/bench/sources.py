@@ -14,17 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tokengrain.batch import Sample
-from tokengrain.bench.questions import (
-    GENERATIONS,
-    ON_PAIRS,
-    STEPS,
-    Credit,
-    OnlineCredit,
-    Question,
-    advantages,
-    questions_of,
-    train_critic,
-)
+from tokengrain.bench import questions
+from tokengrain.bench.questions import GENERATIONS, ON_PAIRS, STEPS, Credit, OnlineCredit, Question, advantages
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
@@ -139,7 +130,7 @@ TRAININGS: dict[str, Callable[[Bench], Any]] = {
     "tdpo": lambda b: b.train("tdpo2", beta=b.question.beta, alpha=0.25),
     "qrm": lambda b: _reward_model(b, "mean"),
     "last": lambda b: _reward_model(b, "last"),
-    "critic": lambda b: train_critic(b.world, seed=b.seed, steps=b.steps, generations=b.generations),
+    "critic": lambda b: questions.train_critic(b.world, seed=b.seed, steps=b.steps, generations=b.generations),
 }
 EVERY, COMPLETIONS = ("pairs", "chain", "reference"), ("pairs", "chain")
 ON_CHAINS, ON_REFERENCES = ("chain",), ("reference",)
@@ -342,12 +333,12 @@ def own_source(reference: str | Callable[..., Any]) -> BenchSource:
 
 def chosen_sources(names: Sequence[str] | None, world: Any) -> list[BenchSource]:
     """The sources of these names; None: all that have an answer to one of the world's questions."""
-    questions = questions_of(world)
+    asked = questions.questions_of(world)
     if names is None:
-        return [s for s in SOURCES.values() if not all(s.unfit(world, q) for q in questions)]
+        return [s for s in SOURCES.values() if not all(s.unfit(world, q) for q in asked)]
     for name in names:
         require(name in SOURCES, RecipeError, f"unknown credit source {name!r}{nearest(name, SOURCES)}")
-        reasons = [SOURCES[name].unfit(world, q) for q in questions]
+        reasons = [SOURCES[name].unfit(world, q) for q in asked]
         message = f"credit source {name!r} cannot be judged in world {world.name!r}: {reasons[0]}"
         require(not all(reasons), RecipeError, message)
     return [SOURCES[name] for name in names]
@@ -357,7 +348,7 @@ def left_out(world: Any, listed: Sequence[BenchSource]) -> list[dict[str, str]]:
     """Entries `source`, `question`, `reason`: what is not asked, and why."""
     return [
         {"source": source.name, "question": question.name, "reason": reason}
-        for question in questions_of(world)
+        for question in questions.questions_of(world)
         for source in listed
         if (reason := source.unfit(world, question))
     ]

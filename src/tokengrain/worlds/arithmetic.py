@@ -22,46 +22,9 @@ from tokengrain.errors import DataError, RecipeError, TokengrainError, fingerpri
 from tokengrain.evaluation.credit import CreditTruth, auc, parts_of, recovery
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
-from tokengrain.worlds.base_models import (
-    BOS,
-    EOS,
-    PAD,
-    Progress,
-    Training,
-    check_least,
-    check_option,
-    descend,
-    ensure_model,
-    fast_tokenizer,
-    model_folder,
-    muon_and_adamw,
-    single_thread,
-    small_llama,
-)
-from tokengrain.worlds.chains import (
-    EASY,
-    IDS,
-    MAX_LEVEL,
-    SPECIAL,
-    SYMBOLS,
-    Audit,
-    Cut,
-    Ending,
-    Ids,
-    Problem,
-    Texts,
-    audit,
-    chain_metrics,
-    correct,
-    parse_prompt,
-    problem_stream,
-    read,
-    rng_of,
-    seed_of,
-    symbols,
-    upto,
-    write_chain,
-)
+from tokengrain.worlds import base_models, chains
+from tokengrain.worlds.base_models import BOS, EOS, PAD, Progress, Training, check_least, check_option, single_thread
+from tokengrain.worlds.chains import IDS, Audit, Cut, Ending, Ids, Problem, Texts, parse_prompt, rng_of, seed_of
 
 Split = Literal["train", "eval"]
 
@@ -107,8 +70,8 @@ def parse_levels(text: str, world: str = "arithmetic") -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (1, 1)
-        expected = f"levels from 1 to {MAX_LEVEL}" if match else "levels such as 1-6 or 1,3"
-        good = match and 1 <= first <= last <= MAX_LEVEL
+        expected = f"levels from 1 to {chains.MAX_LEVEL}" if match else "levels such as 1-6 or 1,3"
+        good = match and 1 <= first <= last <= chains.MAX_LEVEL
         require(good, RecipeError, f"world {world}: levels is {text!r}; expected {expected}")
         found |= set(range(first, last + 1))
     return tuple(sorted(found))
@@ -164,14 +127,14 @@ def warm_start(
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Train a base model on fresh examples in every step; it in evaluation mode, and a report."""
     start = time.perf_counter()
-    model = small_llama(settings, vocabulary=vocabulary, positions=settings.positions, tied=False).train()
+    model = base_models.small_llama(settings, vocabulary=vocabulary, positions=settings.positions, tied=False).train()
     if settings.muon:
-        optimizers = muon_and_adamw(model, settings.learning_rate)
+        optimizers = base_models.muon_and_adamw(model, settings.learning_rate)
     else:
         betas = (0.9, 0.95)
         optimizers = [torch.optim.AdamW(model.parameters(), settings.learning_rate, betas, weight_decay=0.0)]
     steps = (_loss(model, draw(settings.batch_size)) for _ in range(settings.steps))
-    losses = descend(model, optimizers, steps, settings, progress)
+    losses = base_models.descend(model, optimizers, steps, settings, progress)
     last = losses[-max(1, settings.steps // 20) :]
     return model.eval(), {
         "cross_entropy": sum(last) / len(last),
@@ -190,7 +153,7 @@ def build_tokenizer(vocabulary: Sequence[str], positions: int) -> PreTrainedToke
     core = Tokenizer(models.WordLevel(ids, unk_token=PAD))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="isolated")
     core.decoder = decoders.Fuse()
-    return fast_tokenizer(core, positions=positions)
+    return base_models.fast_tokenizer(core, positions=positions)
 
 
 FORMAT = 1
@@ -201,7 +164,7 @@ CHECKED_STEP = 9
 
 def longest_problem(levels: Sequence[int]) -> int:
     """Steps of the longest problem of these levels."""
-    return max(levels) + EASY - 1
+    return max(levels) + chains.EASY - 1
 
 
 SAMPLES = 8
@@ -223,7 +186,7 @@ class ArithmeticWorld:
 
     name: str = "arithmetic"
     ending: Ending = "answer"
-    vocabulary: tuple[str, ...] = SYMBOLS
+    vocabulary: tuple[str, ...] = chains.SYMBOLS
 
     def __init__(self, options: ArithmeticOptions | None = None) -> None:
         self.options = options or ArithmeticOptions()
@@ -277,7 +240,7 @@ class ArithmeticWorld:
     def base_model(self) -> Path:
         """Folder of the warm-started base model; trained on first use: 80 s of one core, 10 s for the small size."""
         settings = self._model_settings()
-        folder = model_folder(f"{self.name}-{self.options.size}", fingerprint(settings))
+        folder = base_models.model_folder(f"{self.name}-{self.options.size}", fingerprint(settings))
         warm = self.warm_start
         rng = rng_of(self.name, "warm start", warm.seed)
 
@@ -285,7 +248,7 @@ class ArithmeticWorld:
             model, report = warm_start(warm, len(self.vocabulary), lambda n: self._examples(n, rng), progress)
             return model, settings | report
 
-        return ensure_model(folder, train, self.tokenizer, f"world://{self.name}", warm.steps)
+        return base_models.ensure_model(folder, train, self.tokenizer, f"world://{self.name}", warm.steps)
 
     @cached_property
     def reference(self) -> Any:
@@ -293,12 +256,12 @@ class ArithmeticWorld:
         return AutoModelForCausalLM.from_pretrained(self.base_model(), dtype=torch.float32).requires_grad_(False).eval()
 
     def _examples(self, n: int, rng: random.Random) -> list[Example]:
-        stream = problem_stream(self.trained_levels, rng, self.size.largest, held_out=False, distinct=False)
+        stream = chains.problem_stream(self.trained_levels, rng, self.size.largest, held_out=False, distinct=False)
         return [(self.prompt_ids(p.text), [*self.encode(self.completion(p, rng)), self.eos]) for p in islice(stream, n)]
 
     def completion(self, problem: Problem, rng: random.Random) -> str:
         """A completion that goes wrong as the base model is to do."""
-        chain = write_chain(problem, rng)
+        chain = chains.write_chain(problem, rng)
         return f"{chain.text}>{chain.totals[-1]:02d}"
 
     @cached_property
@@ -319,7 +282,7 @@ class ArithmeticWorld:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return "".join(self.vocabulary[i] for i in ids if self.vocabulary[i] not in SPECIAL)
+        return "".join(self.vocabulary[i] for i in ids if self.vocabulary[i] not in chains.SPECIAL)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt, `<s>` in front."""
@@ -333,7 +296,7 @@ class ArithmeticWorld:
         """Endless problems, the levels taking turns; those of the two splits are never the same."""
         check_option(self.name, "split", split, get_args(Split))
         rng = rng_of(purpose, split, seed, self.size.largest, self.levels)
-        return problem_stream(self.levels, rng, self.size.largest, held_out=split == "eval")
+        return chains.problem_stream(self.levels, rng, self.size.largest, held_out=split == "eval")
 
     def prompts(self, split: Split = "train", n: int | None = None) -> list[dict[str, Any]]:
         """Rows `prompt`, `answer` (two digits), `level`, `id`; levels take turns, and no prompt is in both splits."""
@@ -351,11 +314,11 @@ class ArithmeticWorld:
         self, prompts: Texts, completions: Texts, completion_ids: Ids = None, truncated: Cut = None, **columns: Any
     ) -> list[float]:
         """1 for a completion that ends with the right answer, else 0; see `chains.correct`."""
-        return correct(prompts, completions, completion_ids, truncated, ending=self.ending)
+        return chains.correct(prompts, completions, completion_ids, truncated, ending=self.ending)
 
     def audit(self, prompt: str, completion_ids: Sequence[int]) -> Audit:
         """Whether a completion's reward is 1, and if not, which token is to blame."""
-        return audit(parse_prompt(prompt), symbols(completion_ids), self.ending)
+        return chains.audit(parse_prompt(prompt), chains.symbols(completion_ids), self.ending)
 
     def sampling(self, seed: int, *, whole: bool = False) -> SamplingConfig:
         """How completions are sampled: up to the point that the reward looks at, or `whole`."""
@@ -417,7 +380,7 @@ class ArithmeticWorld:
         """−1 at the culprit of every completion whose reward is 0, and 0 elsewhere, `[N]`."""
         values = torch.zeros(len(batch.completion_ids))
         for start, problem, tokens in self._completions(batch):
-            found = audit(problem, tokens, self.ending)
+            found = chains.audit(problem, tokens, self.ending)
             if found.index is not None:
                 values[start + found.index] = -1.0
         return values[batch.counted.cpu()].to(batch.device)
@@ -426,8 +389,8 @@ class ArithmeticWorld:
         """Digits of totals and what follows them (a check or a separator), bool `[N]`."""
         values = torch.zeros(len(batch.completion_ids), dtype=torch.bool)
         for start, problem, tokens in self._completions(batch):
-            steps, _ = read(tokens, len(problem.steps), self.ending)
-            end = len(upto(tokens, self.ending))
+            steps, _ = chains.read(tokens, len(problem.steps), self.ending)
+            end = len(chains.upto(tokens, self.ending))
             for step in steps:
                 # From the first total (after label, operator, operand) to the separator after the one in force.
                 values[start + step.first + 3 : start + min(step.total + 3, end)] = True
@@ -437,7 +400,7 @@ class ArithmeticWorld:
         """Place of the first token, problem and symbols of every completion."""
         found, starts = self.prompt_problems(batch), batch.completion_offsets.tolist()
         for c, group in enumerate(batch.group.tolist()):
-            yield starts[c], found[group], symbols(batch.completion(c).tolist())
+            yield starts[c], found[group], chains.symbols(batch.completion(c).tolist())
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Samples of the base model on held-out problems, a right and a wrong one each, with the culprits."""
@@ -488,4 +451,4 @@ class ArithmeticWorld:
             sampler = HFGenerate(model)
             sampler.progress = progress
             rollouts = sampler.sample(self.items(drawn), n=n, sampling=sampling)
-        return chain_metrics(drawn, rollouts, self.ending, k)
+        return chains.chain_metrics(drawn, rollouts, self.ending, k)

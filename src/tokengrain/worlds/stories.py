@@ -20,18 +20,8 @@ from tokengrain.errors import RecipeError, fingerprint, require
 from tokengrain.evaluation.credit import CreditTruth, parts_of, recovery
 from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, wilson, win_rate
 from tokengrain.scoring.model import evaluating
-from tokengrain.worlds.base_models import (
-    Progress,
-    Training,
-    check_least,
-    check_option,
-    descend,
-    ensure_model,
-    fast_tokenizer,
-    model_folder,
-    muon_and_adamw,
-    small_llama,
-)
+from tokengrain.worlds import base_models
+from tokengrain.worlds.base_models import Progress, Training, check_least, check_option
 from tokengrain.worlds.stories_grammar import SIZES, UNK, Grammar, Prompt, Walk
 
 Split = Literal["train", "eval"]
@@ -431,7 +421,7 @@ def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
     """A tokenizer whose ids are the grammar's; prompt and completion may be joined without a space."""
     core = Tokenizer(models.WordLevel(dict(grammar.token), unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return fast_tokenizer(core, positions=MODEL_POSITIONS, unk_token=UNK)
+    return base_models.fast_tokenizer(core, positions=MODEL_POSITIONS, unk_token=UNK)
 
 
 MIX = (0.6, 0.2, 0.2)
@@ -516,12 +506,14 @@ def pretrain(
     generator = torch.Generator().manual_seed(settings.seed)
     pool = make_pool(grammar, mixed_prompts(grammar, settings.pool), generator)
     table = grammar.dense(grammar.edge_logp.exp(), 0.0).float()
-    model = small_llama(settings, vocabulary=len(grammar.vocabulary), positions=MODEL_POSITIONS, tied=True).train()
+    model = base_models.small_llama(
+        settings, vocabulary=len(grammar.vocabulary), positions=MODEL_POSITIONS, tied=True
+    ).train()
     # AdamW alone needs twice the steps (1,400) and ends at 0.004 nats per token, not 0.0015.
-    optimizers = muon_and_adamw(model, settings.learning_rate)
+    optimizers = base_models.muon_and_adamw(model, settings.learning_rate)
     batches = _batches(pool, settings, generator)
     losses = (_soft_cross_entropy(model, pool, index, table)[0].mean() for index in batches)
-    descend(model, optimizers, losses, settings, progress)
+    base_models.descend(model, optimizers, losses, settings, progress)
     seconds = time.perf_counter() - start
     report = {**divergence(grammar, model.eval()), "seconds": round(seconds, 1), "threads": torch.get_num_threads()}
     return model, report
@@ -551,7 +543,7 @@ SETTINGS = {
 def base_model_folder(grammar: Grammar, settings: Pretraining) -> Path:
     """Where the base model of these settings is or will be."""
     key = fingerprint([FORMAT, grammar.fingerprint, asdict(settings)])
-    return model_folder(f"stories-{grammar.size.name}", key)
+    return base_models.model_folder(f"stories-{grammar.size.name}", key)
 
 
 def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> Path:
@@ -563,7 +555,7 @@ def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> 
         model, report = pretrain(grammar, settings, progress)
         return model, {**asdict(settings), **report}
 
-    return ensure_model(folder, train, build_tokenizer(grammar), "world://stories", settings.steps)
+    return base_models.ensure_model(folder, train, build_tokenizer(grammar), "world://stories", settings.steps)
 
 
 REGIMES = {"clean": (4000, 1.0), "noisy": (1000, 0.3)}
@@ -744,8 +736,6 @@ class StoriesWorld:
         """log π(token) − log π_ref(token) of every counted token of plain-prompt completions, `[N]`."""
         prompts = [self.grammar.parse_prompt(batch.prompt(int(g)).tolist()) for g in batch.group]
         _, ids, counted = walk_batch(self.grammar, batch)
-        of = [
-            completion_logps(m, self.grammar, prompts, ids).gather(-1, ids[..., None]).squeeze(-1)
-            for m in (model, reference)
-        ]
+        at = ids[..., None]
+        of = [completion_logps(m, self.grammar, prompts, ids).gather(-1, at)[..., 0] for m in (model, reference)]
         return (of[0] - of[1])[counted]
