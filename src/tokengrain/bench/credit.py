@@ -99,11 +99,13 @@ def bench_credit(
     message = "with jobs > 1 give your own source as 'module:function' or 'path.py:function'"
     require(jobs == 1 or all(isinstance(c, str) for c in credit), RecipeError, message)
 
+    place, _, query = world.partition("?")
     keys: dict[str, tuple[Unit, BenchSource]] = {}
     for regime in regimes or ("",):
+        own_regime = {"regime": regime} if regime else {}
         for question in questions_of(first):
             for seed in range(seeds):
-                uri = with_options(world, regime=regime or None, seed=seed)
+                uri = f"{place}?{urlencode(dict(parse_qsl(query)) | own_regime | {'seed': seed})}"
                 unit = Unit(uri, regime, question.name, seed, steps or question.steps, prompts, generations)
                 keys |= {key_of(unit, s): (unit, s) for s in listed if not s.unfit(first, question)}
     log = output / LOG
@@ -136,13 +138,6 @@ def bench_credit(
     }
     write_pages(result, output)
     return result
-
-
-def with_options(uri: str, **options: Any) -> str:
-    """A world's address with options set; None leaves an option as it is."""
-    place, _, query = uri.partition("?")
-    merged = dict(parse_qsl(query)) | {k: v for k, v in options.items() if v is not None}
-    return f"{place}?{urlencode(merged)}" if merged else place
 
 
 def key_of(unit: Unit, source: BenchSource) -> str:

@@ -359,12 +359,8 @@ def maj_at_k(
         votes = Counter(a for a in given[: len(good)] if a is not None)
         most = max(votes.values(), default=0)
         top = [verdicts[a] for a, count in votes.items() if count == most]  # in the order they came
-        if not top:
-            out.append(0.0)
-        elif len(top) == 1 or ties == "first":
-            out.append(float(top[0]))
-        else:
-            out.append(sum(top) / len(top) if ties == "share" else 0.0)
+        share = sum(top) / max(len(top), 1)
+        out.append({"share": share, "first": float(top[:1] == [True]), "wrong": float(top == [True])}[ties])
     return torch.tensor(out, dtype=torch.float64)
 
 

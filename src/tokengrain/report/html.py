@@ -84,13 +84,11 @@ def render(contents: Contents) -> str:
 def _toc(contents: Contents, pairs: bool, plots: bool) -> list[tuple[str, str]]:
     """(id, name) of the page's sections."""
     several = len(contents.rollouts) > 1
-    stages = [
-        (f"rollouts-{i}", f"Rollouts of {name}" * several or "Rollouts")
-        for i, (name, _) in enumerate(contents.rollouts)
-    ]
+    names = [f"Rollouts of {name}" if several else "Rollouts" for name, _ in contents.rollouts]
+    stages = [(f"rollouts-{i}", name) for i, name in enumerate(names)]
+    credit = bool(pairs or contents.stored_in or not stages)
     there = [("summary", "Summary"), *[("frontier", "Reward against KL")] * plots, *stages]
-    if pairs or contents.stored_in or not stages:
-        there.append(("credit", "Which tokens got the credit"))
+    there += [("credit", "Which tokens got the credit")] * credit
     return [*there, ("curves", "Training"), ("settings", "How it was made")]
 
 

@@ -16,19 +16,7 @@ from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.worlds import chains
 from tokengrain.worlds.arithmetic import CHECKED_STEP, SIZES, ArithmeticOptions, ArithmeticWorld, Size, longest_problem
 from tokengrain.worlds.base_models import EOS, check_option
-from tokengrain.worlds.chains import (
-    LABELS,
-    MARKER,
-    SYMBOLS,
-    Cut,
-    Ending,
-    Ids,
-    Problem,
-    Texts,
-    parse_prompt,
-    rng_of,
-    write_chain,
-)
+from tokengrain.worlds.chains import LABELS, MARKER, Cut, Ending, Ids, Problem, Texts, parse_prompt, rng_of
 
 
 @dataclass(frozen=True)
@@ -58,15 +46,15 @@ def append_references(
             f"expected a marker and a reference that is not empty for each of {batch.n_prompts} prompts, "
             f"got {len(references)}"
         )
-    chains, usable, lengths = [], [], []
+    cut, usable, lengths = [], [], []
     for c in range(batch.n_completions):
         ids = batch.completion(c).tolist()
         end = next((i + len(ends) for i in range(len(ids)) if ids[i : i + len(ends)] == ends), None)
-        chains.append(ids[:end])
+        cut.append(ids[:end])
         usable.append(end is not None)
         lengths.append(0 if end is None else len(ids) - end)
     return AppendedReferences(
-        batch.with_endings(chains, references),
+        batch.with_endings(cut, references),
         torch.tensor(usable, device=batch.device),
         torch.tensor(lengths, device=batch.device),
     )
@@ -79,7 +67,7 @@ WORDS = (
 )  # fmt: skip
 """Pairs of words that mean the same; a sentence takes one of each, in this order."""
 START, END = " start", " end"
-VOCABULARY = (*SYMBOLS, START, END, *(word for pair in WORDS for word in pair))
+VOCABULARY = (*chains.SYMBOLS, START, END, *(word for pair in WORDS for word in pair))
 Role = Literal["reasoning", "style", "fixed"]
 """What a token of a reference depends on: on the totals of the chain; on the style of its separators; on neither."""
 
@@ -211,16 +199,9 @@ class RevisionWorld(ArithmeticWorld):
         return super()._positions(steps) + self._reference(steps)
 
     def completion(self, problem: Problem, rng: random.Random) -> str:
-        chain = write_chain(problem, rng)
-        answer = write_reference(
-            problem,
-            chain.totals,
-            self.filler,
-            rng,
-            chain.separators,
-            self.options.style,
-            last_only=self.options.totals == "last",
-        )
+        chain = chains.write_chain(problem, rng)
+        last, style = self.options.totals == "last", self.options.style
+        answer = write_reference(problem, chain.totals, self.filler, rng, chain.separators, style, last_only=last)
         return f"{chain.text}{MARKER}{answer.text}"
 
     def sampling(self, seed: int, *, whole: bool = False) -> SamplingConfig:

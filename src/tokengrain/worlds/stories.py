@@ -27,12 +27,6 @@ from tokengrain.worlds.stories_grammar import SIZES, UNK, Grammar, Prompt, Walk
 Split = Literal["train", "eval"]
 
 
-def random_stream(purpose: str, split: Split, seed: int) -> torch.Generator:
-    """Random numbers of their own for each purpose, split and seed."""
-    check_option("stories", "split", split, get_args(Split))
-    return torch.Generator().manual_seed(int(fingerprint(["stories", purpose, split, seed]), 16) >> 1)
-
-
 @dataclass(frozen=True)
 class Samples:
     """Completions from the grammar: ids `[n, L]` with `<end>`, the state before each token, true reward `[n]`."""
@@ -275,13 +269,6 @@ class WorldCredit:
         noise = torch.zeros(len(ids), dtype=torch.float64)
         noise[: len(words)] = torch.randn(len(words), generator=generator, dtype=torch.float64) * self.RANDOM_SCALE
         return noise
-
-
-def decision_states(grammar: Grammar, advantage: Tensor, spread: float = 1e-3) -> Tensor:
-    """States `[T, S]` where something is decided: A deviates under the base by more than `spread`."""
-    p = grammar.dense(grammar.edge_logp.exp(), 0.0)
-    mean = (p * advantage).sum(-1, keepdim=True)
-    return (p * (advantage - mean).square()).sum(-1).sqrt() > spread
 
 
 # Evaluation of a policy on its own samples.
@@ -643,7 +630,9 @@ class StoriesWorld:
         """Preference pairs labelled with the true reward; `eval` has a random stream of its own."""
         n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
         slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
-        return preference_pairs(self.grammar, n, slope, random_stream("pairs", split, seed), split)
+        check_option("stories", "split", split, get_args(Split))
+        stream = torch.Generator().manual_seed(int(fingerprint(["stories", "pairs", split, seed]), 16) >> 1)
+        return preference_pairs(self.grammar, n, slope, stream, split)
 
     def token_batch(self, rows: Sequence[dict[str, Any]]) -> TokenBatch:
         """Pairs as one batch of token ids, `<s>` before the prompts and `<end>` after the completions."""
@@ -676,7 +665,10 @@ class StoriesWorld:
         n = CREDIT_SAMPLES * len(self.grammar.plain) // 2 if prompts is None else prompts
         batch = self.token_batch(self.pairs("eval", n=n, seed=seed))
         advantage = advantages(self.grammar, soft_values(self.grammar, 1.0))
-        decides = decision_states(self.grammar, advantage)
+        # Something is decided where A deviates under the base.
+        p = self.grammar.dense(self.grammar.edge_logp.exp(), 0.0)
+        mean = (p * advantage).sum(-1, keepdim=True)
+        decides = (p * (advantage - mean).square()).sum(-1).sqrt() > 1e-3
         walk, ids, counted = walk_batch(self.grammar, batch)
         tables = walk.tables[:, None]
         values, masked = advantage[tables, walk.states, ids], decides[tables, walk.states]
