@@ -38,8 +38,7 @@ from tokengrain.settings import code_named_by
 from tokengrain.specs import ModelSpec
 
 How = Literal["random", "unlikely", "swap"]
-NEIGHBOURS = 3
-"""Tokens after a corrupted one that are its neighbours: the model is still startled there."""
+NEIGHBOURS = 3  # tokens after a corrupted one that are its neighbours: the model is still startled there
 PART = 16
 MEASURES = (
     "auc", "auc_neighbours", "auc_elsewhere", "drop", "drop_neighbours", "drop_elsewhere", "top1", "topk",
@@ -243,10 +242,8 @@ def _interval(values: Tensor, seed: int) -> dict[str, Any]:
 
 
 BASELINES = ("random", "surprise")
-OF_THE_START = ("surprise", "entropy", "contrastive")
-"""Sources that ask the starting model, unless a model is given."""
-FROM_ROWS = ("column", "spans")
-"""Sources that repeat what stands in the rows."""
+OF_THE_START = ("surprise", "entropy", "contrastive")  # sources that ask the starting model, unless a model is given
+FROM_ROWS = ("column", "spans")  # sources that repeat what stands in the rows
 SHOWN = 4
 
 

@@ -29,11 +29,9 @@ from tokengrain.screen import Screen
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
 
-FORMAT = 3
-"""Raised when what is measured changes: earlier lines of a log are then not used again."""
+FORMAT = 3  # raised when what is measured changes: earlier lines of a log are then not used again
 LOG = "credit.jsonl"
-SHOWN = 4
-"""Prompts of the first seed whose credit is kept for the heat maps, with two completions each."""
+SHOWN = 4  # prompts of the first seed whose credit is kept for the heat maps, with two completions each
 MEASURES = (
     "spearman", "auc", "auc_harm", "top1", "top1_chance", "alarm", "scale", "r2", "ece", "skill",
     "auc_inside", "place1", "place3", "share", "place1_chance", "place3_chance",

@@ -26,8 +26,7 @@ HEADINGS = {
 DECIMALS = {"ece": 3, "seconds": 3, "passes": 0, "reads": 1, "training_seconds": 0}
 """Of measures that are not shown with two."""
 COSTS = ("seconds", "passes", "reads", "training_seconds")
-Group = tuple[str, tuple[str, ...], str]
-"""A table: title, measures, and the note under it."""
+Group = tuple[str, tuple[str, ...], str]  # a table: title, measures, and the note under it
 SIZE: Group = (
     "Size: calibration",
     ("scale", "r2", "skill", "ece"),
@@ -83,8 +82,7 @@ TEXT_NOTES = (
     "the k lowest, that are corrupted.",
     "A source that is no better than surprise has found what is unusual, not what is wrong.",
 )
-CHANCES = ("top1_chance", "place1_chance", "place3_chance")
-"""What notes are filled with."""
+CHANCES = ("top1_chance", "place1_chance", "place3_chance")  # what notes are filled with
 SHORT = {
     "pairs": ("spearman", "auc", "top1", "skill", "seconds", "passes"),
     "chain": ("auc_inside", "place1", "place3", "share", "seconds", "passes"),

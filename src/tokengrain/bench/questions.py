@@ -29,18 +29,12 @@ from tokengrain.worlds.chains import parse_prompt, rng_of, seed_of
 from tokengrain.worlds.revision import RevisionWorld
 
 Credit = Callable[[TokenBatch], Tensor]
-STEPS = 120
-"""Of each training, in the world `stories`."""
-GENERATIONS = 8
-"""Completions per prompt, where groups are sampled."""
-GROUPS = {"full": 96, "small": 24}
-"""Groups per seed, by the world's size."""
-CHUNK = 64
-"""Prompts sampled from at a time."""
-ROUNDS = 50
-"""How often as many prompts as are wanted are tried."""
-MAX_TOKENS = 8192
-"""Tokens of one forward pass."""
+STEPS = 120  # of each training, in the world `stories`
+GENERATIONS = 8  # completions per prompt, where groups are sampled
+GROUPS = {"full": 96, "small": 24}  # groups per seed, by the world's size
+CHUNK = 64  # prompts sampled from at a time
+ROUNDS = 50  # how often as many prompts as are wanted are tried
+MAX_TOKENS = 8192  # tokens of one forward pass
 
 
 @dataclass(frozen=True)
@@ -145,8 +139,7 @@ ON_REFERENCES = Question("reference", _references, reasoning, low=False, ranked_
 QUESTIONS = {q.name: q for q in (ON_PAIRS, ON_CHAINS, ON_REFERENCES)}
 
 
-PART = 64
-"""Prompts per call of a source."""
+PART = 64  # prompts per call of a source
 
 
 @dataclass

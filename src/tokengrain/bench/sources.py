@@ -27,8 +27,7 @@ from tokengrain.settings import nearest
 from tokengrain.training.config import PreferenceConfig
 from tokengrain.training.trainer import PreferenceTrainer
 
-PAIRS = 32
-"""Rows per step of a training."""
+PAIRS = 32  # rows per step of a training
 
 
 def world_samples(world: Any) -> list[Sample]:

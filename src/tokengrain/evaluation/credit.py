@@ -12,8 +12,7 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import require
 from tokengrain.evaluation.statistics import scipy_stats
 
-AUC_MARGIN = 0.3
-"""AUC leaves out tokens whose true advantage is smaller than this: their sign matters to nobody."""
+AUC_MARGIN = 0.3  # AUC leaves out tokens whose true advantage is smaller than this: their sign matters to nobody
 BINS, TOP = 10, 3
 _PULL = 1e-4
 

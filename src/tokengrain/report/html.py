@@ -392,8 +392,7 @@ CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 PHASES = ("rollout", "reward", "scoring", "credit", "update")
 """What a step of online training is made of; logged as `seconds/<phase>`."""
-Logs = Sequence[tuple[str, int, list[dict[str, Any]]]]
-"""(stage, style, rows of its log)."""
+Logs = Sequence[tuple[str, int, list[dict[str, Any]]]]  # (stage, style, rows of its log)
 
 
 def charts(logs: Logs) -> list[tuple[str, str]]:

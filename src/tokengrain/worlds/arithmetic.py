@@ -104,8 +104,7 @@ class ArithmeticOptions:
         parse_levels(self.levels or "1", self.world)
 
 
-Example = tuple[list[int], list[int]]
-"""Token ids of a prompt (`<s>` in front) and of a completion (`<end>` at its end)."""
+Example = tuple[list[int], list[int]]  # token ids of a prompt (`<s>` in front) and of a completion (`<end>` at its end)
 
 
 def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
@@ -143,8 +142,7 @@ def warm_start(
     }
 
 
-TOKEN = r" [a-z]{2,}|."
-"""What a token looks like."""
+TOKEN = r" [a-z]{2,}|."  # what a token looks like
 
 
 def build_tokenizer(vocabulary: Sequence[str], positions: int) -> PreTrainedTokenizerFast:
@@ -156,8 +154,7 @@ def build_tokenizer(vocabulary: Sequence[str], positions: int) -> PreTrainedToke
     return base_models.fast_tokenizer(core, positions=positions)
 
 
-FORMAT = 1
-"""Raised when problems, chains or training change in a way that the settings do not show."""
+FORMAT = 1  # raised when problems, chains or training change in a way that the settings do not show
 CHECKED_STEP = 9
 """Tokens of a step that is checked once: label, operator, operand, two digits, `?`, two digits, separator."""
 
@@ -167,14 +164,11 @@ def longest_problem(levels: Sequence[int]) -> int:
     return max(levels) + chains.EASY - 1
 
 
-SAMPLES = 8
-"""Chains sampled for a prompt to find right and wrong ones; at most `PER_PROMPT` pairs are made of them."""
+SAMPLES = 8  # chains sampled for a prompt to find right and wrong ones; at most `PER_PROMPT` pairs are made of them
 PER_PROMPT = 4
 ROUNDS = 50
-CHUNK = 64
-"""Prompts that are sampled from at a time."""
-Pair = tuple[Problem, list[int], list[int]]
-"""A problem, and the token ids of a right and a wrong completion."""
+CHUNK = 64  # prompts that are sampled from at a time
+Pair = tuple[Problem, list[int], list[int]]  # a problem, and the token ids of a right and a wrong completion
 
 
 class ArithmeticWorld:

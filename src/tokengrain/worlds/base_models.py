@@ -23,8 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tokengrain.errors import RecipeError, write_json
 from tokengrain.screen import Screen
 
-PAD, BOS, EOS = "<pad>", "<s>", "<end>"
-"""The first three tokens of every world, in this order."""
+PAD, BOS, EOS = "<pad>", "<s>", "<end>"  # the first three tokens of every world, in this order
 
 
 def check_option(world: str, name: str, value: object, allowed: Collection[str]) -> None:
@@ -74,8 +73,7 @@ class Training:
     seed: int = 0
 
 
-Progress = Callable[[int, float], None]
-"""Called after every step with (steps done, cross-entropy in nats per token)."""
+Progress = Callable[[int, float], None]  # called after every step with (steps done, cross-entropy in nats per token)
 
 
 def small_llama(settings: Training, *, vocabulary: int, positions: int, tied: bool) -> LlamaForCausalLM:

@@ -25,16 +25,12 @@ from tokengrain.worlds.base_models import BOS, EOS, PAD
 
 DIGITS, LABELS, MARKER = "0123456789", "abcdefgh", ">"
 SPECIAL = (PAD, BOS, EOS)
-SYMBOLS = (*SPECIAL, *DIGITS, *"+-;,?>:", *LABELS)
-"""The 28 tokens, by id."""
+SYMBOLS = (*SPECIAL, *DIGITS, *"+-;,?>:", *LABELS)  # the 28 tokens, by id
 IDS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
-EASY = 2
-"""Easy steps of every problem; a problem of level L has L − 1 hard ones besides."""
+EASY = 2  # easy steps of every problem; a problem of level L has L − 1 hard ones besides
 MAX_LEVEL = len(LABELS) - EASY + 1
-HELD_OUT = 5
-"""One problem in so many is held out, whatever the seed; the base model has seen none of them either."""
-TRIES = 1000
-"""Draws after which a problem may come a second time."""
+HELD_OUT = 5  # one problem in so many is held out, whatever the seed; the base model has seen none of them either
+TRIES = 1000  # draws after which a problem may come a second time
 _PROMPT = re.compile(r"(\d\d)((?:[a-h][+-][1-9])+):")
 
 
@@ -143,15 +139,11 @@ def parse_prompt(text: str) -> Problem:
 
 # Chains of thought that go wrong as people do: persistent misconceptions about hard facts, slips, checks.
 
-RATES = (0.15, 0.60)
-"""Range of the rate at which a misconception shows."""
+RATES = (0.15, 0.60)  # range of the rate at which a misconception shows
 SLIP = 0.02
-CHECK = 0.15
-"""Chance that a statement is checked again."""
-CHECK_FACTOR = 0.3
-"""A check is wrong at this share of the rate at which the statement is."""
-SEPARATORS = ";,"
-"""A step ends with one or the other, by a coin that means nothing."""
+CHECK = 0.15  # chance that a statement is checked again
+CHECK_FACTOR = 0.3  # a check is wrong at this share of the rate at which the statement is
+SEPARATORS = ";,"  # a step ends with one or the other, by a coin that means nothing
 
 
 @dataclass(frozen=True)

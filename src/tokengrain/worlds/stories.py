@@ -276,8 +276,7 @@ class WorldCredit:
 # At every sampled position the expected reward Σ_a π(a|s)·r(s,a) and the divergence Σ_a π log(π/π_ref) replace the
 # values of the token that was drawn: the same expectation with much less variance.
 
-ROWS = 512
-"""Sequences per forward pass."""
+ROWS = 512  # sequences per forward pass
 
 
 @dataclass(frozen=True)
@@ -400,8 +399,7 @@ def policy_metrics(
 # Soft targets converge several times faster than sampled tokens: a sequence teaches the whole distribution of every
 # state that it passes.
 
-MODEL_POSITIONS = 128
-"""Positions of the base model; the longest prompt and completion together take 51."""
+MODEL_POSITIONS = 128  # positions of the base model; the longest prompt and completion together take 51
 
 
 def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
@@ -411,8 +409,7 @@ def build_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
     return base_models.fast_tokenizer(core, positions=MODEL_POSITIONS, unk_token=UNK)
 
 
-MIX = (0.6, 0.2, 0.2)
-"""Shares of plain, kind and rude sequences in the pool."""
+MIX = (0.6, 0.2, 0.2)  # shares of plain, kind and rude sequences in the pool
 
 
 @dataclass(frozen=True)
@@ -517,8 +514,7 @@ def divergence(grammar: Grammar, model: LlamaForCausalLM, n: int = 1200, seed: i
     return {"kl_per_token": float(kl.mean()), "kl_per_completion": float(kl.sum()) / n}
 
 
-FORMAT = 2
-"""Raised when training changes in a way that its settings do not show: cached models are trained anew."""
+FORMAT = 2  # raised when training changes in a way that its settings do not show: cached models are trained anew
 SETTINGS = {
     "full": Pretraining(),
     "small": Pretraining(hidden_size=48, layers=2, mlp_size=96, steps=300, pool=2000),
@@ -548,8 +544,7 @@ def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> 
 REGIMES = {"clean": (4000, 1.0), "noisy": (1000, 0.3)}
 """Pairs and slope of the label noise: of pairs whose true rewards differ, 88 % and 69 % are labelled in their order."""
 EVAL_PAIRS = 200
-CREDIT_SAMPLES = 50
-"""Base samples per prompt on which credit is compared with the truth."""
+CREDIT_SAMPLES = 50  # base samples per prompt on which credit is compared with the truth
 
 
 @dataclass(frozen=True)

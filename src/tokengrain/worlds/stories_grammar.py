@@ -19,8 +19,7 @@ from tokengrain.worlds.base_models import BOS, EOS, PAD
 
 UNK = "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
-WEATHER = {"sun": +1, "rain": -1}
-"""Weather word of the prompt and the mood that a story starts in."""
+WEATHER = {"sun": +1, "rain": -1}  # weather word of the prompt and the mood that a story starts in
 INSTRUCTIONS = {"": 0.0, "kindly": +1.0, "rudely": -1.0}
 """Instruction word of the prompt and the sign of its tilt of the base table."""
 PROMPT_WORDS = ("write", "kindly", "rudely", "about", "in", "sun", "rain", ":")
