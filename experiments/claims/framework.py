@@ -201,7 +201,7 @@ class Finding:
     verdict: Verdict
 
     def as_dict(self) -> dict[str, Any]:
-        value = {"value": None, "low": None, "high": None} if self.value is None else self.value.as_dict()
+        value = {"value": None, "low": None, "high": None} if self.value is None else self.value._asdict()
         own = {"group": self.group, **asdict(self.claim), "expected": self.claim.wording, "seeds": self.seeds}
         measured = {"first_mean": self.first, "second_mean": self.second, **value}
         return {**own, **measured, "higher_in": f"{self.higher}/{self.seeds}", "verdict": self.verdict}

@@ -26,8 +26,7 @@ OF_TEXTS = ("model", "how", "tokens", "rows", "seed")
 
 def _refuse(context: typer.Context, options: Sequence[str], why: str) -> None:
     """An error for options that were given and would do nothing."""
-    sources = {name: context.get_parameter_source(name) for name in options}
-    given = [f"--{name}" for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    given = [f"--{o}" for o in options if (how := context.get_parameter_source(o)) and how.name != "DEFAULT"]
     if given:
         raise RecipeError(f"{', '.join(given)}: {why}")
 

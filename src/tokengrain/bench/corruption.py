@@ -61,14 +61,11 @@ class Corrupted:
 def corrupt(
     batch: TokenBatch, tokenizer: Any, *, how: How = "random", tokens: int = 2, seed: int = 0, model: Any = None
 ) -> Corrupted:
-    """Change a few tokens of good answers, one completion per prompt.
+    """Change up to `tokens` tokens of good answers, one completion per prompt, no two next to each other.
 
-    Special tokens are never touched or put in. Which places of an answer change does not depend on the other rows.
-
-    Args:
-        how: "random" puts in another token, drawn from the answers of all rows; "unlikely" one of the half of
-            these that `model` finds least likely there; "swap" exchanges neighbouring words.
-        tokens: how many places per answer, never next to each other (fewer where there is no room).
+    "random" puts in another token, drawn from the answers of all rows; "unlikely" one of the half of these that `model`
+    finds least likely there; "swap" exchanges neighbouring words. Special tokens are never touched or put in. Which
+    places change does not depend on the other rows.
     """
     message = f"how is {how!r}, tokens is {tokens}; expected one of {get_args(How)} and at least 1"
     require(how in get_args(How) and tokens >= 1, RecipeError, message)
@@ -282,8 +279,7 @@ def bench_corruption(
     tokenizer = shop.tokenizer(stage.model)
     batch = _answers(shop, stage, rows)
     named = [_source(text, model, data) for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]]
-    for own in (own_source(c) for c in credit):
-        named.append((own.name, own.build(None)))  # type: ignore[arg-type]  # a function of one's own needs no bench
+    named += [(own.name, own.build(None)) for own in map(own_source, credit)]  # type: ignore[arg-type]  # needs no bench
     listed: dict[str, Credit] = {}
     for name, source in named:
         listed[name if name not in listed else f"{name} ({len(listed)})"] = source

@@ -75,9 +75,7 @@ def bench_credit(
     Args:
         sources: names in `SOURCES` (None: all that the world offers).
         credit: your own: functions `(batch) -> [N]`, or import strings of them.
-        seeds: how many; seeds 0, 1, ...
         regimes: values of the world's option `regime` (empty: as in the address).
-        jobs: processes, one thread each.
         steps: of each training (None: 120, and 60 in the worlds of chains).
         prompts: prompts to judge completions of, per seed (None: the world's default).
         generations: completions per prompt in the worlds of chains; elsewhere there are two.

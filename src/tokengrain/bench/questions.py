@@ -50,13 +50,9 @@ class Draw:
 class Question:
     """One way to ask whether credit is right.
 
-    Attributes:
-        draw: the completions to judge, with the truth; the tokens to point at are those of lowest or highest truth.
-        exact: credit that is right by definition.
-        low: whether credit should be low at these tokens; False: high.
-        steps: of each training, unless the user sets them; beta: of DPO, and of what is read from its models.
-        ranked_by: the measure that tables are sorted by.
-        sides: names of the two completions of a prompt that are shown.
+    The tokens to point at are those of lowest truth that `draw` gives (of highest, if not `low`); `exact` is credit
+    that is right by definition; `steps` and `beta` are of trainings; tables are sorted by `ranked_by`; `sides` are
+    names of the two completions of a prompt that are shown.
     """
 
     name: str
@@ -198,14 +194,9 @@ def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -
 class OnlineCredit:
     """Credit of sampled completions as the steps of online training give it in the first rollout.
 
-    The policy is the base model of `arithmetic` or `revision`, which is also the reference; completions are graded by
-    the world's reward. Every call is a rollout of its own, with steps without a past.
-
-    Args:
-        steps: credit steps as `resolve_rollout_credit` takes them, in order; made anew for every call.
-        read: what of the rollout is the credit, `[N]`; it may also look at the steps.
-        needs: quantities that `read` looks at, besides those that the steps need.
-        critic: gives `values`, if a step needs them.
+    The policy is the base model, which is also the reference; completions are graded by the world. Every call is a
+    rollout of its own, with `steps` without a past. `read` takes the credit `[N]` from the rollout, and `needs` further
+    quantities for it; `critic` gives `values`.
     """
 
     world: Any

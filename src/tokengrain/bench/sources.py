@@ -145,15 +145,9 @@ NEEDED = {
 class BenchSource:
     """A credit source of the comparison.
 
-    Attributes:
-        kind: "truth"; "control" (reads the world, or nothing); "untrained" and "trained" (what a user could
-            have); "own".
-        what: one line for listings.
-        build: makes it for one seed.
-        trains: the models of `TRAININGS` that it needs.
-        questions: names of the questions that it has an answer to.
-        reads: an attribute of the world that it reads, and which a world may lack.
-        code: identifies a function of the user's.
+    `kind`: a control reads the world, or nothing; untrained and trained are what a user could have. `build` makes it
+    for one seed, with the models of `TRAININGS` in `trains`; it has an answer to these `questions`, and `reads` an
+    attribute that a world may lack. `code` identifies a function of the user's.
     """
 
     name: str

@@ -113,12 +113,10 @@ def lowest_hits(credit: Tensor, marked: Tensor, segments: Segments, k: Tensor | 
 class Calibration:
     """Whether the size of credit means something.
 
-    Attributes:
-        scale: the factor s that brings s·credit nearest to the truth (least squares through the origin).
-        r2: 1 − Σ(truth − s·credit)² / Σ(truth − mean)²; at most 1, below 0 if worse than a constant.
-        ece: expected calibration error of the chance that truth < 0, as a logistic function of credit.
-        skill: Brier skill of that chance over the base rate: 1 is perfect, 0 says nothing.
-        bins: by quantile of credit: `credit` (mean), `predicted` and `observed` share of truth < 0, `tokens`.
+    `scale`: the factor s that brings s·credit nearest to the truth (least squares through the origin); `r2`: what it
+    then explains; `ece`: expected calibration error of the chance that truth < 0; `skill`: its Brier skill over the
+    base rate; `bins`: by quantile of credit, the mean `credit`, `predicted` and `observed` share of truth < 0,
+    `tokens`.
     """
 
     scale: float

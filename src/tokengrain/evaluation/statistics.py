@@ -32,9 +32,6 @@ class Estimate(NamedTuple):
         """Half the interval's width: the number after ±."""
         return (self.high - self.low) / 2
 
-    def as_dict(self) -> dict[str, float]:
-        return self._asdict()
-
 
 def scipy_stats(purpose: str) -> Any:
     """The module `scipy.stats`, or an error that says how to get it."""
@@ -199,11 +196,8 @@ def score_completions(
 ) -> Tensor:
     """One number per completion, `[C]`: the mean of its tokens' scores; -inf for a completion without counted tokens.
 
-    Never their sum, which would grow with the length (arXiv 2505.23363, section 3).
-
-    Args:
-        source: a token-level reward model, or a credit source (any callable `batch -> [N]`).
-        pooling: "last" takes the last token's score, for a reward model that was trained on it alone.
+    Never their sum, which would grow with the length (arXiv 2505.23363, section 3). `pooling` "last" takes the last
+    token's score, for a reward model that was trained on it alone.
     """
     scores: Any
     if isinstance(source, nn.Module):
@@ -243,13 +237,10 @@ def _check_no_nan(scores: Tensor) -> None:
 
 @dataclass(frozen=True)
 class LengthBucket:
-    """Accuracy on the pairs of one bucket, whose values of what was cut into buckets go from `low` to `high`.
+    """Accuracy on the pairs of one bucket, from `low` to `high` of what was cut; a tie counts half.
 
-    Attributes:
-        accuracy: share with the chosen completion above the rejected one (a tie counts half), Wilson interval.
-        longer_preferred: share, among pairs of unequal lengths, where the longer completion scores higher; NaN
-            without such pairs. Far from the share in which the longer one was chosen, the model goes by length.
-        longer_chosen: share, among the same pairs, where the longer completion is the chosen one.
+    `longer_preferred`: share, among pairs of unequal lengths, where the longer completion scores higher (NaN without
+    such pairs). Far from `longer_chosen`, where it is the chosen one, the model goes by length.
     """
 
     low: float
@@ -338,13 +329,12 @@ def avg_at_k(correct: Tensor, k: int | None = None) -> Tensor:
 def maj_at_k(
     answers: Sequence[Sequence[Hashable]], correct: Tensor, k: int | None = None, *, ties: Ties = "share"
 ) -> Tensor:
-    """Whether the most frequent answer among the first k samples of each prompt is right, `[P]` in [0, 1].
+    """Whether the most frequent answer (None has no vote) among each prompt's first k samples is right, `[P]` in [0,
+    1].
 
-    Args:
-        answers: `[P][n]`; None for a sample without an answer, which has no vote.
-        correct: bool `[P, n]`; an answer counts as right if the first sample that gives it is.
-        ties: of several answers with the most votes, "share" counts the share of them that is right, which is
-            what a fair draw among them would reach on average; "first" takes the one that came first; "wrong" counts 0.
+    An answer counts as right if the first sample that gives it is. Of several with the most votes, "share" counts the
+    share that is right, what a fair draw would reach on average; "first" takes the one that came first; "wrong" counts
+    0.
     """
     require(ties in get_args(Ties), ValueError, f"ties is {ties!r}; expected one of {', '.join(get_args(Ties))}")
     right = _first(correct, k)

@@ -205,9 +205,7 @@ def read_token_rows(
         message = "there are only token rewards"
         require(field == CREDIT, DataError, message, file=path, value=field, expected=CREDIT)
         return _picked(read_credit_samples(path), rows, count, path)
-    settings = {} if spans is None else {"spans": spans}
-    near = tokenizer if tokenizer is not None else _near_tokenizer(path)
-    return _from_file(path, rows, count, field, near, settings)
+    return _from_file(path, rows, count, field, tokenizer, {} if spans is None else {"spans": spans})
 
 
 def _picked(samples: Sequence[CreditSample], rows: Sequence[int] | None, count: int, path: Path) -> list[CreditSample]:
@@ -229,7 +227,7 @@ def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str,
         raise RunError(_no_numbers(run, field))
     # train.parquet before eval.parquet
     file = max(files, key=lambda f: f.stem == "train")
-    return _from_file(file, rows, count, field, tokenizer if tokenizer is not None else _near_tokenizer(file))
+    return _from_file(file, rows, count, field, tokenizer, {})
 
 
 def _no_numbers(run: runs.Run, field: str) -> str:
@@ -267,12 +265,6 @@ def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer:
         return _from_file(settings["train"], rows, count, SPANS, tokenizer, settings)
 
 
-def _near_tokenizer(path: Path) -> Path | None:
-    """Folder of the tokenizer of the run that `path` lies in."""
-    folder = path.absolute().parent.parent
-    return _run_tokenizer(folder) if runs.is_run(folder) else None
-
-
 def _run_tokenizer(folder: Path) -> Path | None:
     found = sorted(folder.glob("*/model/tokenizer_config.json"))
     return found[0].parent if found else None
@@ -284,11 +276,10 @@ def _from_file(
     count: int,
     field: str,
     tokenizer: Any,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any],
 ) -> list[CreditSample]:
     """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
-    source, settings = str(path), settings or {}
-    split = settings.get("split")
+    source, split = str(path), settings.get("split")
     data = load_rows(load_world(source).pairs("train")) if is_world(source) else load_rows(source, split=split)
     data = with_columns(data, settings["columns"]) if settings.get("columns") else data
     assert isinstance(data, StoredRows)  # not a stream
@@ -298,17 +289,15 @@ def _from_file(
         there = 0 <= number < total
         require(there, DataError, "there is no such row", file=path, row=number, expected=f"0 to {total - 1}")
     picked = {number: row for number, row in data if number in set(numbers)}
-    loaded = _load_tokenizer(tokenizer)
-    return [_sample(data, number, picked[number], field, loaded, settings) for number in numbers]
-
-
-def _load_tokenizer(tokenizer: Any) -> Any:
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(str(tokenizer))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {tokenizer}: {error}") from error
+    run = Path(source).absolute().parent.parent  # that the file may lie in
+    if tokenizer is None and runs.is_run(run):
+        tokenizer = _run_tokenizer(run)
+    if isinstance(tokenizer, str | Path):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"no tokenizer could be loaded from {tokenizer}: {error}") from error
+    return [_sample(data, number, picked[number], field, tokenizer, settings) for number in numbers]
 
 
 def _sample(
@@ -335,13 +324,16 @@ def _sample(
     if spans or any(value is None for value in ids_of.values()):
         return _from_text(data, number, row, field, tokenizer, settings)
     _check_tokenizer(tokenizer, data.name)
-    sides = []
+    sides, size = [], len(tokenizer)
     for role in roles:
         tokens, values = list(ids_of[role] or []), list(row[columns[role]])
         _check_numbers(values, len(tokens), gaps=False, file=file, row=place, field=columns[role])
         counted = row.get(f"{role}_counted")
         numbers = [v if counted is None or counted[i] else None for i, v in enumerate(values)]
-        sides.append(Side(_texts(tokenizer, tokens, file, place, f"{role}_ids"), numbers))
+        known = {"value": f"token id {max(tokens, default=-1)}", "expected": f"ids below {size}, the tokenizer's size"}
+        message, where = "this is not the tokenizer of the file", {"file": file, "row": place, "field": f"{role}_ids"}
+        require(max(tokens, default=-1) < size, DataError, message, **where, **known)
+        sides.append(Side(token_texts(tokenizer, tokens), numbers))
     ids = row.get("prompt_ids")
     prompt = tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
     return CreditSample(prompt, field, tuple(sides), number)
@@ -385,14 +377,6 @@ def _check_tokenizer(tokenizer: Any, name: str) -> None:
         "a run folder that has one; give it with --tokenizer PATH"
     )
     require(tokenizer is not None, ModelError, message)
-
-
-def _texts(tokenizer: Any, ids: Sequence[int], file: str, row: str, field: str) -> list[str]:
-    largest, size = max(ids, default=-1), len(tokenizer)
-    message, expected = "this is not the tokenizer of the file", f"ids below {size}, the tokenizer's size"
-    place = {"file": file, "row": row, "field": field}
-    require(largest < size, DataError, message, **place, value=f"token id {largest}", expected=expected)
-    return token_texts(tokenizer, ids)
 
 
 # `rollouts.jsonl` of an online stage has one line per completion; `tokengrain.training.rollout_log` says what is in it.

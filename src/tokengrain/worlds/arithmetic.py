@@ -431,11 +431,8 @@ class ArithmeticWorld:
     ) -> dict[str, float | None]:
         """Evaluate a policy (a PEFT model too) on its own samples at temperature 1; flat numbers, see `chain_metrics`.
 
-        Args:
-            n: samples per prompt (None: k, or 16).
-            k: the largest k of pass@k, avg@k and maj@k (None: n).
-            prompts: how many prompts of the split (None: all of them).
-            progress: called with how many samples are drawn, and how many there will be.
+        n samples (None: k, or 16) of so many prompts of the split (None: all); k is the largest of pass@k, avg@k,
+        maj@k.
         """
         n = n if n is not None else 16 if k is None else k
         rows = self.prompts(split, prompts)

@@ -6,7 +6,6 @@ The worlds `arithmetic` and `revision` are made of these.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -418,5 +417,4 @@ def _flat(name: str, estimate: Estimate) -> dict[str, float | None]:
 
 
 def _mean(values: Tensor) -> float | None:
-    mean = float(values.mean()) if values.numel() else math.nan
-    return None if math.isnan(mean) else mean
+    return float(values.mean()) if values.numel() else None

@@ -21,14 +21,11 @@ from tokengrain.worlds.chains import LABELS, MARKER, Cut, Ending, Ids, Problem, 
 
 @dataclass(frozen=True)
 class AppendedReferences:
-    """What `append_references` makes. Shapes: C completions.
+    """What `append_references` makes of C completions.
 
-    Attributes:
-        batch: the same prompts and completions in the same order; a completion is its chain with the marker, which do
-            not count, and the reference, which does. `score(model, batch)` gives log π(y_j | q, c_i, y_<j).
-        usable: bool `[C]`, whether the completion had a marker. Without one the reference stands behind the whole of
-            it, and its numbers mean nothing.
-        answer_lengths: long `[C]`, tokens after the marker that the reference took the place of; 0 without a marker.
+    In `batch` a completion is its chain with the marker, which do not count, and the reference, which does. Where there
+    was no marker (not `usable`) the reference stands behind the whole of it, and its numbers mean nothing. It took the
+    place of `answer_lengths` tokens.
     """
 
     batch: TokenBatch
@@ -95,13 +92,11 @@ def write_reference(
     *,
     last_only: bool = False,
 ) -> Reference:
-    """An answer that restates a problem with totals, a sentence of `filler` words for each step.
+    """An answer that restates a problem with totals (its own, or a chain's), a sentence of `filler` words for each
+    step.
 
-    Args:
-        totals: of each step: the problem's own for a reference, a chain's for what the base model says.
-        separators: the chain's; after `;` a sentence's words are the first of their pairs with chance 0.5 + style,
-            after `,` with 0.5 − style. None: always 0.5.
-        last_only: leave out all totals but the last.
+    After the separator `;` a sentence's words are the first of their pairs with chance 0.5 + style, after `,` with
+    0.5 − style; without separators always 0.5. `last_only` leaves out all totals but the last.
     """
     tokens: list[str] = []
     roles: list[Role] = []
