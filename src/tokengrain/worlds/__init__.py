@@ -58,9 +58,7 @@ class World(Protocol):
     def evaluate(
         self, model: Any, n: int | None = None, seed: int = 0, *, progress: Callable[[int, int], None] | None = None
     ) -> dict[str, float | None]:
-        """What a policy is worth, from n of its own samples per prompt; `progress` is called with (done, of
-        how many).
-        """
+        """What a policy is worth, from n samples per prompt; `progress` is called with (done, of how many)."""
 
 
 WORLDS: dict[str, tuple[Callable[[Any], World], Any]] = {
