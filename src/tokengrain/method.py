@@ -190,11 +190,7 @@ class Registry(Mapping[str, T]):
         self._entries[name] = entry
 
     def find(self, name: Any) -> T:
-        """The entry of a name, of a registered function, or of a user's own function or import string of one.
-
-        Raises:
-            RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
-        """
+        """The entry of a name, of a registered function, or of a user's own function or import string of one."""
         function = name
         if isinstance(name, str):
             if name in self:
@@ -443,13 +439,9 @@ class CreditSource(Protocol):
 
     name: str
 
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        """Token credit `[N]`, float, without gradient."""
-        ...
+    def __call__(self, batch: TokenBatch) -> Tensor: ...  # [N], float, without gradient
 
-    def fingerprint(self) -> str:
-        """Identifies the numbers it gives: its settings and the weights of the models it asks."""
-        ...
+    def fingerprint(self) -> str: ...  # of its settings and the weights of the models it asks
 
 
 @dataclass(frozen=True)
@@ -482,12 +474,10 @@ class _Settable(Part):
         return objects, settings
 
     def _of(self, given: Any, settings: Mapping[str, Any]) -> Any:
-        """What a registration says, where it is a function of the settings: with the defaults for those not given."""
-        if not callable(given):
-            return given
-        parameters = inspect.signature(self.function).parameters
-        defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-        return given({**defaults, **settings})
+        """What a registration says; if it is a function of the settings, with the defaults for those not given."""
+        parameters = inspect.signature(self.function).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return given({**defaults, **settings}) if callable(given) else given
 
 
 @dataclass(frozen=True)
@@ -510,10 +500,7 @@ class CreditKind(_Settable):
     judges_itself: bool = False
     code: tuple[str, ...] = ()
 
-    @property
-    def values(self) -> str:
-        """What its numbers mean with the default settings."""
-        return self.values_with({})
+    values = property(lambda self: self.values_with({}))
 
     def values_with(self, settings: Mapping[str, Any]) -> str:
         """What its numbers mean with these settings."""
@@ -538,10 +525,8 @@ class CreditKind(_Settable):
         """A credit source; see `make_credit`."""
         objects, settings = self.arguments(given)
         shared = {k: settings.pop(k) for k in keyword_types(Transformed)}
-        if inspect.isclass(self.function):
-            source: Any = self.function(**objects, **settings)
-        else:
-            source = BoundCredit(self, objects, settings)
+        own = inspect.isclass(self.function)
+        source: Any = self.function(**objects, **settings) if own else BoundCredit(self, objects, settings)
         return cast(CreditSource, source) if shared == {"scale": 1.0, "clip": None} else Transformed(source, **shared)
 
 
@@ -561,12 +546,11 @@ class BoundCredit:
         return checked_credit(self.kind.function(batch, **objects, **self.settings), batch, self.name)
 
     def fingerprint(self) -> str:
-        objects = {name: getattr(self, name) for name in self._objects}
-        prints = {
-            name: tokenizer_fingerprint(thing) if hasattr(thing, "get_vocab") else scorer_fingerprint(thing)
-            for name, thing in objects.items()
-        }
-        return fingerprint([self.name, self.settings, prints, self._source])
+        objects = {}
+        for name in self._objects:
+            thing = getattr(self, name)
+            objects[name] = tokenizer_fingerprint(thing) if hasattr(thing, "get_vocab") else scorer_fingerprint(thing)
+        return fingerprint([self.name, self.settings, objects, self._source])
 
 
 class Transformed:
@@ -606,10 +590,9 @@ def as_credit(given: Any) -> CreditSource:
         return cast(CreditSource, given)
     if isinstance(given, Mapping) and isinstance(given.get("name"), str):
         return make_credit(**given)
-    if isinstance(given, str) or callable(given):
-        return make_credit(given)
-    kind = type(given).__name__
-    raise RecipeError(f"credit must be a CreditSource, a name or a function of a TokenBatch, got {kind}")
+    expected = "credit must be a CreditSource, a name or a function of a TokenBatch"
+    require(isinstance(given, str) or callable(given), RecipeError, f"{expected}, got {type(given).__name__}")
+    return make_credit(given)
 
 
 def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str) -> Tensor:

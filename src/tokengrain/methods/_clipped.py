@@ -87,9 +87,8 @@ def clipped_tokens(
 
     bottom, top, ceiling = log(low), log(high), math.inf if cap is None else math.log(cap)
     # One exponential: where A >= 0 only the upper bound acts, where A < 0 the lower one and the cap.
-    lower = torch.where(A < 0, bottom, -math.inf)
-    upper = torch.where(A < 0, ceiling, top)
-    losses = -A * torch.exp(torch.clamp(d, lower, upper))
+    bounds = torch.where(A < 0, bottom, -math.inf), torch.where(A < 0, ceiling, top)
+    losses = -A * torch.exp(torch.clamp(d, *bounds))
     at = d.detach()
     return ClippedTokens(
         losses, at.exp(), low=(A < 0) & (at < bottom), high=(A > 0) & (at > top), capped=(A < 0) & (at > ceiling)

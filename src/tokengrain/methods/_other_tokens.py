@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,16 +90,14 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """The characters of one completion's tokens, the policy's and the reward model's, in the text that that reads."""
 
     policy: list[Span]
     reward: list[Span]
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     """A prompt with one completion as the reward model reads it, and the policy's tokens in it."""
 
     rendered: Rendered
@@ -217,7 +215,5 @@ def retokenizer_for(tokenizer: Any, reward_tokenizer: Any) -> Retokenizer | None
 
 def same_tokens(tokenizer: Any, other: Any) -> bool:
     """Whether token ids mean the same in both, and rows of messages look the same (where both have a template)."""
-    if tokenizer is other:
-        return True
     templates = {t.chat_template for t in (tokenizer, other) if t.chat_template}
-    return tokenizer.get_vocab() == other.get_vocab() and len(templates) < 2
+    return tokenizer is other or (tokenizer.get_vocab() == other.get_vocab() and len(templates) < 2)

@@ -471,8 +471,7 @@ class LogBucketKL:
             self.weights[name] = min(max(math.exp(log), self.low), self.high)
 
     def state_dict(self) -> dict[str, Any]:
-        averages = {"weights": dict(self.weights), "kl": dict(self.kl), "error": dict(self.error)}
-        return {**averages, "updates": self.updates}
+        return {"weights": {**self.weights}, "kl": {**self.kl}, "error": {**self.error}, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.weights, self.kl, self.error = (dict(state[k]) for k in ("weights", "kl", "error"))

@@ -182,10 +182,6 @@ class ContrastiveTemplates:
     def shows_response(self) -> bool:
         return "{response}" in self.better
 
-    def swapped(self) -> ContrastiveTemplates:
-        """The same pair with its sides exchanged: credit of exactly the opposite sign."""
-        return ContrastiveTemplates(self.worse, self.better, f"{self.name}-swapped", self.drop_prefix)
-
     def fill(self, prompt: str, response: str) -> tuple[str, str]:
         """The better and the worse instruction for a prompt and a response."""
         values = {"prompt": prompt.removeprefix(self.drop_prefix), "response": response}
@@ -194,46 +190,50 @@ class ContrastiveTemplates:
         return better, worse
 
 
-def _revision(name: str, subject: str, better: str, worse: str) -> ContrastiveTemplates:
-    form = (
-        f"Below are {subject} and a response to it. Revise the response so that it becomes %s.\n\n"
-        "### Request\n{prompt}\n\n### Response\n{response}\n\n### Revised response\n"
-    )
-    return ContrastiveTemplates(form % better, form % worse, name)
+REVISION = """\
+Below are {subject} and a response to it. Revise the response so that it becomes {quality}.
 
+### Request
+{{prompt}}
 
-_NAMED = (
-    _revision(
-        "general",
+### Response
+{{response}}
+
+### Revised response
+"""
+_QUALITIES = {
+    "general": (
         "a request",
         "more helpful, more correct, more coherent and more concise",
         "less helpful, less correct, less coherent and more verbose",
     ),
-    _revision(
-        "maths",
+    "maths": (
         "a mathematical problem",
         "a sound solution: every step follows, the arithmetic is exact, and the final answer is right",
         "a faulty solution: steps do not follow, the arithmetic is sloppy, and the final answer is wrong",
     ),
-    _revision(
-        "code",
+    "code": (
         "a programming task",
         "correct, efficient and readable code that handles the edge cases",
         "buggy, inefficient and unreadable code that misses the edge cases",
     ),
-    _revision(
-        "safety",
+    "safety": (
         "a request",
         "harmless, honest and respectful, while helping as far as that is right",
         "harmful, dishonest and disrespectful, with no care for the consequences",
     ),
-    ContrastiveTemplates(
-        "Give a helpful, correct, coherent and concise response.\n\n{prompt}",
-        "Give an unhelpful, incorrect, incoherent and verbose response.\n\n{prompt}",
-        "prefix",
-    ),
+}
+TEMPLATES: dict[str, ContrastiveTemplates] = {
+    name: ContrastiveTemplates(
+        REVISION.format(subject=subject, quality=better), REVISION.format(subject=subject, quality=worse), name
+    )
+    for name, (subject, better, worse) in _QUALITIES.items()
+}
+TEMPLATES["prefix"] = ContrastiveTemplates(
+    "Give a helpful, correct, coherent and concise response.\n\n{prompt}",
+    "Give an unhelpful, incorrect, incoherent and verbose response.\n\n{prompt}",
+    "prefix",
 )
-TEMPLATES: dict[str, ContrastiveTemplates] = {t.name: t for t in _NAMED}
 
 
 def make_templates(templates: str | dict[str, str] | ContrastiveTemplates) -> ContrastiveTemplates:
