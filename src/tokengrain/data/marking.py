@@ -16,7 +16,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
 from numbers import Real
@@ -152,8 +151,7 @@ Found = dict[str, list[dict[str, Any]]]
 """Spans by column: characters of its text, or of its message number `message`."""
 
 
-@dataclass(frozen=True)
-class Marked:
+class Marked(NamedTuple):
     """A completion: its content, its text and tokens, and which of these (by index) count, uncut."""
 
     content: Content

@@ -199,8 +199,7 @@ def _why(error: Exception) -> str:
 
 
 def _json_error(path: Path, row: int, line: int, column: int, text: str, position: int, why: str) -> DataError:
-    around = text[max(0, position - 30) : position + 30]
-    what = f"malformed JSON at line {line}, column {column}: {why}"
+    what, around = f"malformed JSON at line {line}, column {column}: {why}", text[max(0, position - 30) : position + 30]
     return DataError(what, file=path, row=row, value=around, expected="one JSON object per row")
 
 
@@ -418,9 +417,6 @@ class FileRows(RowStream):
         return StoredRows(self.name, [fields for _, fields in self], self._fingerprint_of, self._places)
 
 
-# ----------------------------------------------------------------------------------------------------
-# `load_rows`: any source of rows as one type, `Rows`.
-
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -554,12 +550,8 @@ def _dataset_fingerprint(dataset: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Columns made from a row's own: `question` and `answer` as the `prompt` and `completion` that the formats know.
-
-
 def with_columns(rows: R, columns: Mapping[str, str]) -> R:
-    """The same rows with columns added or replaced.
+    """The same rows with columns added or replaced: `question` and `answer` as the formats' `prompt` and `completion`.
 
     `columns` is name -> the column to copy, or text with `{column}` placeholders to fill in ("Q: {question}\\nA:"). A
     row that lacks a column, or fills a template with null, is given as the `RowError` that says so: whoever parses it

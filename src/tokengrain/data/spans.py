@@ -206,8 +206,7 @@ def parse_span_tags(ids: Sequence[int], *, space_id: int, open_id: int, close_id
     A tag takes a stand-alone space token before it along, or else one behind it. The k-th opening tag begins
     span k. Unlike the authors' parser (`process_masked_tokens`) a tag at the very end is a tag too.
     """
-    kept: list[int] = []
-    spans: list[int] = []
+    kept, spans = list[int](), list[int]()
     span, inside, k = 0, False, 0
     while k < len(ids):
         first, second = ids[k], ids[k + 1] if k + 1 < len(ids) else None
