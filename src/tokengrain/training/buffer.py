@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     first = batches[0]
     if len(batches) == 1:
         return first
-    groups = [sum(b.n_prompts for b in batches[:i]) for i in range(len(batches))]
+    groups = accumulate((b.n_prompts for b in batches[:-1]), initial=0)
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(b, name) for b in batches]) for name in ("prompt_ids", "completion_ids", "counted")
+    }
     return replace(
         first,
-        prompt_ids=torch.cat([b.prompt_ids for b in batches]),
+        **joined,
         prompt_offsets=_joined([b.prompt_offsets for b in batches]),
-        completion_ids=torch.cat([b.completion_ids for b in batches]),
         completion_offsets=_joined([b.completion_offsets for b in batches]),
-        counted=torch.cat([b.counted for b in batches]),
         group=torch.cat([b.group + start for b, start in zip(batches, groups, strict=True)]),
         columns={name: torch.cat([b.columns[name] for b in batches]) for name in first.columns},
         rows=tuple(row for b in batches for row in b.rows),
@@ -48,14 +49,7 @@ class RolloutBuffer:
 
     The first epoch takes the prompts in the order in which they were drawn (which is random), later ones in
     permutations of it. All ranks hand out equally many minibatches; a rank that has run out of prompts gives a
-    stand-in without weight.
-
-    Args:
-        batch: this rank's prompts with their completions and columns; None: it has none to learn from.
-        stand_in: any group of this rank, for ranks that have run out.
-        minibatches: per epoch, on all ranks.
-        epochs: passes over the rollout.
-        seed: of the permutations; the same on all ranks.
+    stand-in without weight. `batch`: this rank's prompts; None: it has none to learn from.
     """
 
     def __init__(
@@ -106,33 +100,30 @@ class RolloutBuffer:
     def save(self, path: Path) -> None:
         """Write to a file: tensors and rows. What the rows were made from is not in it."""
         own = None if self.batch is None else _packed(self.batch)
-        settings = {"minibatches": self.minibatches, "epochs": self.epochs, "seed": self.seed}
-        state = {"position": self.position, "shared": self._shared, **settings}
+        state = {"position": self.position, "shared": self._shared, **self._settings}
         torch.save({"batch": own, "stand_in": _packed(self.stand_in), **state}, path)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"minibatches": self.minibatches, "epochs": self.epochs, "seed": self.seed}
 
     @classmethod
     def load(cls, paths: Sequence[Path], rank: int, world: int, raw: Mapping[int | str, Any]) -> RolloutBuffer:
-        """What `save` wrote.
+        """What `save` wrote to the files of all ranks; `raw`: by row, what the prompts were made from.
 
-        Args:
-            paths: the files of the ranks that saved. If they are as many as there are now, each takes its own;
-                otherwise the prompts are shared out anew: the epoch under way keeps its minibatches, and the
-                order within later epochs is another one.
-            raw: by row, what the prompts were made from.
+        If there are as many ranks as then, each takes its own; otherwise the prompts are shared out anew: the epoch
+        under way keeps its minibatches, and the order within later epochs is another one.
         """
         if len(paths) == world:
-            return cls._of(_read(paths[rank]), raw)
-        return cls._shared_out([cls._of(_read(path), raw) for path in paths], rank, world)
+            return cls._read(paths[rank], raw)
+        return cls._shared_out([cls._read(path, raw) for path in paths], rank, world)
 
     @classmethod
-    def _of(cls, state: Mapping[str, Any], raw: Mapping[int | str, Any]) -> RolloutBuffer:
-        buffer = cls(
-            _unpacked(state["batch"], raw) if state["batch"] is not None else None,
-            _unpacked(state["stand_in"], raw),
-            minibatches=state["minibatches"],
-            epochs=state["epochs"],
-            seed=state["seed"],
-        )
+    def _read(cls, path: Path, raw: Mapping[int | str, Any]) -> RolloutBuffer:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        batch = _unpacked(state["batch"], raw) if state["batch"] is not None else None
+        settings = {name: state[name] for name in ("minibatches", "epochs", "seed")}
+        buffer = cls(batch, _unpacked(state["stand_in"], raw), **settings)
         buffer.position, buffer._shared = state["position"], state["shared"]
         return buffer
 
@@ -145,13 +136,7 @@ class RolloutBuffer:
         # Rank r of w had prompts r, r + w, ... of the rollout, and so it has them now.
         places = sorted((slot, old) for old, count in enumerate(counts) for slot in range(count))
         own = [sum(counts[:old]) + slot for slot, old in places][rank::world]
-        buffer = cls(
-            concatenate(parts).select(own) if own else None,
-            first.stand_in,
-            minibatches=first.minibatches,
-            epochs=first.epochs,
-            seed=first.seed,
-        )
+        buffer = cls(concatenate(parts).select(own) if own else None, first.stand_in, **first._settings)
         buffer.position = first.position
         number = {place: i for i, place in enumerate(places)}
         epoch = first.position // first.minibatches
@@ -168,15 +153,4 @@ def _packed(batch: TokenBatch) -> dict[str, Any]:
 
 def _unpacked(state: Mapping[str, Any], raw: Mapping[int | str, Any]) -> TokenBatch:
     rows = tuple(state["rows"])
-    fields = {name: state[name] for name in _TENSORS}
-    return TokenBatch(
-        **fields,
-        columns=dict(state["columns"]),
-        rows=rows,
-        raw=tuple(raw.get(row, {}) for row in rows),
-        prompt_role=state["prompt_role"],
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return TokenBatch(**{**state, "rows": rows}, raw=tuple(raw.get(row, {}) for row in rows))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from tokengrain.errors import RunError, fingerprint, read_log, require, write_text
@@ -46,58 +46,44 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint in `output_dir` that was written to its end, or None."""
-    found = checkpoints(output_dir)
-    return found[-1] if found else None
+    return next(reversed(checkpoints(output_dir)), None)
 
 
 def checkpoint_to_resume(resume: str | os.PathLike[str] | bool | None, output_dir: Path) -> Path | None:
-    """The checkpoint that `train(resume_from_checkpoint=resume)` resumes from; None: it starts from scratch.
-
-    Raises:
-        RunError: the folder is no complete checkpoint.
-    """
+    """The checkpoint that `train(resume_from_checkpoint=resume)` resumes from; None: it starts from scratch."""
     if resume is None or resume is False:
         return None
     path = last_complete_checkpoint(output_dir) if resume is True else Path(resume)
-    if path is None:
-        return None
-    complete = (path / STATE_FILE).is_file()
-    require(complete, RunError, f"{path} is not a complete checkpoint of tokengrain ({STATE_FILE} is missing)")
+    what = f"{path} is not a complete checkpoint of tokengrain ({STATE_FILE} is missing)"
+    require(path is None or (path / STATE_FILE).is_file(), RunError, what)
     return path
 
 
 def require_optimizer(checkpoint: Path) -> None:
     """Raise RunError if a checkpoint has weights alone; transformers would resume with a fresh optimiser."""
     # Sharded, the optimiser's state is a folder.
-    require(
-        any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file(),
-        RunError,
-        f"{checkpoint} cannot be resumed: it has no state of optimiser and learning rate (was it saved with "
-        "save_only_model?). Start anew from its weights, as the model of another output_dir",
-    )
+    if not (any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file()):
+        raise RunError(
+            f"{checkpoint} cannot be resumed: it has no state of optimiser and learning rate (was it saved with "
+            "save_only_model?). Start anew from its weights, as the model of another output_dir"
+        )
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Raise RunError if the checkpoint was made by a run with another objective, data set or batch size."""
     for name in sorted(saved.keys() | current.keys()):
-        require(
-            saved.get(name) == current.get(name),
-            RunError,
-            f"{folder} belongs to another run: {name} was {saved.get(name)!r} there and is "
-            f"{current.get(name)!r} now; use the same settings to resume, or another output_dir",
-        )
+        then, now = saved.get(name), current.get(name)
+        what = f"{folder} belongs to another run: {name} was {then!r} there and is {now!r} now"
+        require(then == now, RunError, f"{what}; use the same settings to resume, or another output_dir")
 
 
 def refuse_earlier_run(output_dir: str | os.PathLike[str]) -> None:
     """Raise RunError if there are checkpoints where a run starts from scratch; it might resume from them."""
-    last = last_complete_checkpoint(output_dir)
-    require(
-        last is None,
-        RunError,
-        f"{output_dir} holds checkpoints of an earlier run ({last and last.name}); resume it with "
-        "train(resume_from_checkpoint=True), choose another output_dir, or set overwrite_output_dir",
-    )
+    if (last := last_complete_checkpoint(output_dir)) is not None:
+        raise RunError(
+            f"{output_dir} holds checkpoints of an earlier run ({last.name}); resume it with "
+            "train(resume_from_checkpoint=True), choose another output_dir, or set overwrite_output_dir"
+        )
 
 
 def data_fingerprint(data: Any) -> str | None:
@@ -127,13 +113,10 @@ def staged_folder(
     """Yield a folder to save into that becomes `target` at the end. All ranks enter and leave together.
 
     Args:
-        what: in the message of a failure.
+        what: in the RunError of a failure, after which what was there before is as it was.
         main: whether this rank makes the folder and moves it.
         wait: returns when all ranks have called it.
         replace_files: replace the files of an existing `target` one by one, and leave its others.
-
-    Raises:
-        RunError: it could not be written (a full disk); what was there before is as it was.
     """
     staged = target.parent / STAGING / target.name
     if main:
@@ -187,10 +170,8 @@ def _is_full(error: BaseException | None) -> bool:
 
 def publish(staged: Path, target: Path) -> None:
     """Sync everything in `staged` to disk and rename it to `target`, replacing what is there."""
-    for folder, _, names in os.walk(staged):
-        for name in names:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
+    for path in [*staged.rglob("*"), staged]:
+        _sync(path)
     if target.exists():
         remove_folder(target)
     os.replace(staged, target)
@@ -243,11 +224,7 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add text (whole lines) to the end of a file; its folder is made if need be.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Add text (whole lines) to the end of a file; its folder is made if need be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
@@ -277,14 +254,7 @@ class JsonlLog(TrainerCallback):
         if kept or self.path.exists():
             write_text(self.path, "".join(kept))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
         line = json.dumps({"step": state.global_step, **logs}, ensure_ascii=False, default=float) + "\n"

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, get_args
 
 from torch.utils.data import IterableDataset
@@ -92,22 +93,22 @@ class PreferenceConfig(TrainingArguments):
         if self.data_seed is None:
             self.data_seed = self.seed
         # Each rank cuts its own batches; accelerate's default for streams is to slice tensors on rank 0.
-        self.accelerator_config = _without_dispatch(self.accelerator_config)
+        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
+            self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
         super().__post_init__()
 
     def _refuse_what_cannot_work(self) -> None:
-        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
-            value = getattr(self, name)
-            require(value is False, RecipeError, f"{name} must be False in preference training, got {value!r}")
-        layouts = get_args(Layout)
-        known = self.layout in layouts
-        require(known, RecipeError, f"layout must be one of {', '.join(layouts)}, got {self.layout!r}")
-        usable = 0 <= float(self.learning_rate) < math.inf
-        require(usable, RecipeError, f"learning_rate must be finite and at least 0, got {self.learning_rate!r}")
-        for name in ("max_tokens_per_microbatch", "chunk_tokens"):
-            value = getattr(self, name)
-            fits = value is None or _is_whole(value, 1)
-            require(fits, RecipeError, f"{name} must be a positive integer or null, got {value!r}")
+        layouts, optimiser = get_args(Layout), str(getattr(self.optim, "value", self.optim))
+        rate, most, chunk = self.learning_rate, self.max_tokens_per_microbatch, self.chunk_tokens
+        for name, fits, expected in (
+            ("remove_unused_columns", self.remove_unused_columns is False, "False in preference training"),
+            ("logging_nan_inf_filter", self.logging_nan_inf_filter is False, "False in preference training"),
+            ("layout", self.layout in layouts, f"one of {', '.join(layouts)}"),
+            ("learning_rate", 0 <= float(rate) < math.inf, "finite and at least 0"),
+            ("max_tokens_per_microbatch", most is None or _is_whole(most, 1), "a positive integer or null"),
+            ("chunk_tokens", chunk is None or _is_whole(chunk, 1), "a positive integer or null"),
+        ):
+            require(fits, RecipeError, f"{name} must be {expected}, got {getattr(self, name)!r}")
         for name, (allowed, reason) in _REFUSED.items():
             value = getattr(self, name)
             shown = " and ".join(map(repr, allowed))
@@ -116,17 +117,14 @@ class PreferenceConfig(TrainingArguments):
         for variable, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
             message = f"accelerate was started with {what}, which is not supported; use fsdp (FSDP2) to shard the model"
             require(not _launched_with(variable), RecipeError, message)
-        optimiser = str(getattr(self.optim, "value", self.optim))
-        require(
-            optimiser not in ("lomo", "adalomo") and not optimiser.endswith("_layerwise"),
-            RecipeError,
-            f"optim is {optimiser!r}, which changes weights during the backward pass of a micro-batch; a step is "
-            "all of its micro-batches. Expected one that steps after them, such as adamw_torch",
-        )
+        if optimiser in ("lomo", "adalomo") or optimiser.endswith("_layerwise"):
+            raise RecipeError(
+                f"optim is {optimiser!r}, which changes weights during the backward pass of a micro-batch; a step is "
+                "all of its micro-batches. Expected one that steps after them, such as adamw_torch"
+            )
 
 
 def launched_with_fsdp() -> bool:
-    """Whether `accelerate launch` was asked to shard."""
     return _launched_with("FSDP")
 
 
@@ -138,23 +136,11 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _without_dispatch(config: Any) -> Any:
-    """`accelerator_config` with `dispatch_batches` False unless it says otherwise in a dictionary."""
-    if config is None:
-        return {"dispatch_batches": False}
-    if isinstance(config, dict):
-        return {"dispatch_batches": False, **config}
-    return config
-
-
 class RepeatedStream(IterableDataset[Sample]):
-    """Passes over a stream without end.
+    """Passes over a stream without end; its `set_epoch(pass)` is called if it has one, so that it may shuffle.
 
     transformers does not know how long a pass is. Given a stream that ends, it would carry the gradient of an
     unfinished step into the next one, and on resuming skip as if there had been a single pass.
-
-    Args:
-        stream: an iterable data set; `set_epoch(pass)` is called if it has one, so that it may shuffle.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -163,11 +149,10 @@ class RepeatedStream(IterableDataset[Sample]):
         self.fingerprint = getattr(stream, "fingerprint", None)
 
     def __iter__(self) -> Iterator[Sample]:
-        number = 0
         if hasattr(self.stream, "load_state_dict"):
             # It would go on where an earlier run in this process stopped.
             self.stream.load_state_dict({"next_row": 0})
-        while True:
+        for number in count():
             if hasattr(self.stream, "set_epoch"):
                 self.stream.set_epoch(number)
             empty = True
@@ -175,52 +160,31 @@ class RepeatedStream(IterableDataset[Sample]):
                 empty = False
                 yield sample
             require(not empty, DataError, "the stream has no rows", file=self.name, expected="at least one row")
-            number += 1
 
 
 def endless(dataset: Any, args: PreferenceConfig) -> Any:
-    """A stream repeated without end; rows in memory as they are.
-
-    Raises:
-        RecipeError: it is a stream, and nothing says how long to train, something should happen at the end of an epoch,
-            or several workers would read it, each of them all of it.
-    """
+    """A stream repeated without end; rows in memory as they are."""
     if dataset is None or hasattr(dataset, "__len__"):
         return dataset
     require(args.max_steps > 0, RecipeError, "a stream has no known length; set max_steps")
     refuse_epochs(args, "a stream is one long pass")
-    require(
-        args.dataloader_num_workers <= 1,
-        RecipeError,
-        f"dataloader_num_workers is {args.dataloader_num_workers}; each of them would read the whole stream. "
-        "Expected 0 or 1, or rows in memory",
-    )
+    what = f"dataloader_num_workers is {args.dataloader_num_workers}; each of them would read the whole stream"
+    require(args.dataloader_num_workers <= 1, RecipeError, f"{what}. Expected 0 or 1, or rows in memory")
     return RepeatedStream(dataset)
 
 
 def refuse_epochs(args: PreferenceConfig, reason: str) -> None:
     """Raises `RecipeError` if something should happen at the end of every epoch, where training has but one."""
     for name in ("logging_strategy", "eval_strategy", "save_strategy"):
-        value = getattr(args, name)
-        require(
-            getattr(value, "value", value) != "epoch",
-            RecipeError,
-            f"{name} is 'epoch', but {reason}, and an epoch never ends before the run does; expected 'steps', with "
-            f"{name.replace('strategy', 'steps')}",
-        )
+        value, steps = getattr(args, name), name.replace("strategy", "steps")
+        what = f"{name} is 'epoch', but {reason}, and an epoch never ends before the run does"
+        require(getattr(value, "value", value) != "epoch", RecipeError, f"{what}; expected 'steps', with {steps}")
 
 
 _LEAST = {
-    "prompts_per_rollout": 1,
-    "num_generations": 1,
-    "minibatches": 1,
-    "rollout_epochs": 1,
-    "max_new_tokens": 1,
-    "max_refills": 0,
-    "max_empty_rollouts": 1,
-    "eval_generations": 1,
-    "rollout_samples": 0,
-    "rollout_samples_every": 1,
+    **dict.fromkeys(("prompts_per_rollout", "num_generations", "minibatches", "rollout_epochs", "max_new_tokens"), 1),
+    **dict.fromkeys(("max_empty_rollouts", "eval_generations", "rollout_samples_every"), 1),
+    **dict.fromkeys(("max_refills", "rollout_samples"), 0),
 }
 
 
@@ -283,60 +247,56 @@ class OnlineConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            fits = _is_whole(value, least)
-            require(fits, RecipeError, f"{name} must be a whole number, at least {least}, got {value!r}")
+            what = f"{name} must be a whole number, at least {least}, got {value!r}"
+            require(_is_whole(value, least), RecipeError, what)
+        seeks_best = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        if self.metric_for_best_model is None and seeks_best:
+            self.metric_for_best_model = "reward"  # evaluation by sampling has no loss
         self._refuse_what_cannot_work_online()
-        self._find_best()
         self.sampling()  # checks the settings
         self.eval_sampling()
         self.ignore_data_skip = True  # a rollout under way is resumed from the checkpoint
         super().__post_init__()
 
     def _refuse_what_cannot_work_online(self) -> None:
-        require(
-            self.gradient_accumulation_steps == 1,
-            RecipeError,
-            f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; in online training a minibatch is "
-            "an optimiser step: set minibatches, and max_tokens_per_microbatch for memory",
-        )
-        where = f"fsdp is {self.fsdp!r}" if self.fsdp else "accelerate was started with FSDP"
-        require(
-            not self.fsdp and not launched_with_fsdp(),
-            RecipeError,
-            f"{where}; online training does not shard the model, because every process samples with all of it. "
-            "Expected no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
-            "lora, bf16 and max_tokens_per_microbatch",
-        )
-        same = "temperature is 0: a prompt's completions would all be the same, and no objective could tell them apart"
-        require(
-            self.temperature != 0, RecipeError, f"{same}; expected a temperature above 0 (eval_temperature may be 0)"
-        )
-        refuse_epochs(self, "online training is one long pass")
-        require(
-            getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy) == "random",
-            RecipeError,
-            f"train_sampling_strategy is {self.train_sampling_strategy!r}; online training draws prompts itself: "
-            "set shuffle_prompts",
-        )
-        require(
-            self.eval_generations == 1 or self.eval_temperature != 0,
-            RecipeError,
-            f"eval_generations is {self.eval_generations} and eval_temperature 0: a prompt's completions would all "
-            "be the same. Expected eval_generations 1, or a temperature above 0",
-        )
-
-    def _find_best(self) -> None:
-        """By reward, unless it says otherwise: evaluation by sampling has no loss."""
-        if self.metric_for_best_model is None and (
-            self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        strategy = getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy)
+        alike = "a prompt's completions would all be the same"
+        for fits, message in (
+            (
+                self.gradient_accumulation_steps == 1,
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; in online training a minibatch is "
+                "an optimiser step: set minibatches, and max_tokens_per_microbatch for memory",
+            ),
+            (
+                not self.fsdp and not launched_with_fsdp(),
+                f"{f'fsdp is {self.fsdp!r}' if self.fsdp else 'accelerate was started with FSDP'}; online training "
+                "does not shard the model, because every process samples with all of it. Expected no fsdp: several "
+                "processes each with a copy (accelerate launch --multi_gpu), and for memory lora, bf16 and "
+                "max_tokens_per_microbatch",
+            ),
+            (
+                self.temperature != 0,
+                f"temperature is 0: {alike}, and no objective could tell them apart; expected a temperature above 0 "
+                "(eval_temperature may be 0)",
+            ),
+            (
+                strategy == "random",
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; online training draws prompts itself: "
+                "set shuffle_prompts",
+            ),
+            (
+                self.eval_generations == 1 or self.eval_temperature != 0,
+                f"eval_generations is {self.eval_generations} and eval_temperature 0: {alike}. Expected "
+                "eval_generations 1, or a temperature above 0",
+            ),
+            (
+                self.metric_for_best_model not in ("loss", "eval_loss"),
+                f"metric_for_best_model is {self.metric_for_best_model!r}; online evaluation samples and has no loss. "
+                "Expected one of its metrics, such as reward or correct",
+            ),
         ):
-            self.metric_for_best_model = "reward"
-        require(
-            self.metric_for_best_model not in ("loss", "eval_loss"),
-            RecipeError,
-            f"metric_for_best_model is {self.metric_for_best_model!r}; online evaluation samples and has no loss. "
-            "Expected one of its metrics, such as reward or correct",
-        )
+            require(fits, RecipeError, message)
+        refuse_epochs(self, "online training is one long pass")
 
     @property
     def steps_per_rollout(self) -> int:
@@ -344,16 +304,8 @@ class OnlineConfig(PreferenceConfig):
 
     def sampling(self) -> SamplingConfig:
         """How rollouts are sampled; `.at(rollout)` gives the seed of each."""
-        return SamplingConfig(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            max_new_tokens=self.max_new_tokens,
-            stop=self.stop,
-            stop_ids=self.stop_ids,
-            seed=self.seed,
-        )
+        names = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop", "stop_ids", "seed")
+        return SamplingConfig(**{name: getattr(self, name) for name in names})
 
     def eval_sampling(self) -> SamplingConfig:
         """How evaluation samples: every time with the same seed."""

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import NonFiniteLossError, RecipeError, RunError, require
-from tokengrain.loss import Counts, LossOutput, make_normaliser
+from tokengrain.loss import Counts, make_normaliser
 from tokengrain.methods._clipped import value_loss
 from tokengrain.models import reset_head, reward_model_from, trained
 from tokengrain.scoring.model import evaluating, is_token_classifier
@@ -35,19 +35,9 @@ WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
 
 
-def scores_tokens(model: nn.Module) -> bool:
-    """Whether it is a token classifier, plain or with an adapter."""
-    return is_token_classifier(_inner(model))
-
-
 def critic_model(source: nn.Module, *, fresh_head: bool = False) -> nn.Module:
-    """A token classifier of its own, ready to be trained: a copy of `source`, or of its decoder with a fresh head.
-
-    Raises:
-        ModelError: neither a token classifier nor a causal language model, an adapter on the latter, or nothing in
-            it that can be trained.
-    """
-    if scores_tokens(source):
+    """A token classifier of its own, ready to be trained: a copy of `source`, or of its decoder with a fresh head."""
+    if is_token_classifier(_inner(source)):
         model = copy.deepcopy(source)
         if not is_peft(model):
             model.requires_grad_(True)
@@ -118,34 +108,22 @@ class Critic:
             require(usable, RecipeError, f"critic: {name} is {value}; expected a number above 0")
         known = reduction in ("mean", "sum")
         require(known, RecipeError, f"critic: reduction is {reduction!r}; expected 'mean' or 'sum'")
-        schedules = get_args(Schedule)
-        what = f"critic: schedule is {schedule!r}; expected one of {', '.join(schedules)}"
-        require(schedule in schedules, RecipeError, what)
-        self.settings: dict[str, Any] = {
-            "lr": lr,
-            "betas": list(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "clip_range": clip_range,
-            "weight": weight,
-            "reduction": reduction,
-            "schedule": schedule,
-            "warmup_steps": warmup_steps,
-        }
+        what = f"critic: schedule is {schedule!r}; expected one of {', '.join(get_args(Schedule))}"
+        require(schedule in get_args(Schedule), RecipeError, what)
         whole = not fresh_head or not is_peft(source)
         require(whole, RecipeError, "critic: fresh_head is for a whole model; give an adapter with a head of its own")
+        self._loss: dict[str, Any] = {"clip_range": clip_range, "weight": weight, "reduction": reduction}
+        adam: dict[str, Any] = {"lr": lr, "betas": list(betas), "eps": eps, "weight_decay": weight_decay}
+        self.settings: dict[str, Any] = {**adam, "max_grad_norm": max_grad_norm, **self._loss}
+        self.settings |= {"schedule": schedule, "warmup_steps": warmup_steps}
         self.model = critic_model(source, fresh_head=fresh_head)
-        fresh = fresh_head or not scores_tokens(source)
+        fresh = fresh_head or not is_token_classifier(_inner(source))
         found = _statistics(self.model) if use_statistics and not fresh else None
         self.statistics = found if found is not None and found.std > 0 else None
         self.max_grad_norm, self.max_tokens = max_grad_norm, max_tokens_per_microbatch
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._loss: dict[str, Any] = {"clip_range": clip_range, "weight": weight, "reduction": reduction}
         self._normaliser = make_normaliser("mean" if reduction == "mean" else "token_mean")
-        self.optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self._trained.values(), **(adam | {"betas": betas}))
         self._scheduler: Any = None
 
     def begin(
@@ -162,14 +140,10 @@ class Critic:
             max_steps: optimiser steps of the run; only the schedule "constant" can do without.
             max_tokens: token budget of a forward pass, unless the critic was made with one.
             autocast: entered around every forward pass (mixed precision).
-
-        Raises:
-            RecipeError: a schedule that needs the number of steps, and it is not known.
         """
         if device is not None:
             self.model.to(device)
-        self.autocast = autocast
-        self.max_tokens = self.max_tokens or max_tokens
+        self.autocast, self.max_tokens = autocast, self.max_tokens or max_tokens
         if several_ranks():
             for value in [*self.model.parameters(), *self.model.buffers()]:
                 dist.broadcast(value.detach(), 0)
@@ -187,7 +161,6 @@ class Critic:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def values(self, batch: TokenBatch) -> Tensor:
@@ -197,14 +170,11 @@ class Critic:
         return found["values"].to(batch.device)
 
     def update(self, batch: TokenBatch, *, real: bool = True) -> dict[str, float]:
-        """One optimiser step on a minibatch. All ranks call this, each with its share.
+        """One optimiser step on a minibatch, and its metrics. All ranks call this, each with its share.
 
         Args:
             batch: with columns `returns` and, for clipping, `values`, the critic's own when it was collected.
             real: False: this rank has no share in the minibatch, and `batch` gets no weight.
-
-        Returns:
-            Metrics of the whole minibatch.
 
         Raises:
             NonFiniteLossError: before anything is changed.
@@ -222,7 +192,10 @@ class Critic:
         metrics = dict(zip(names, sums, strict=True))
         loss = metrics["critic/loss"]
         require(math.isfinite(loss), NonFiniteLossError, f"the critic's loss is {loss}; rows {list(batch.rows)[:8]}")
-        self._sum_gradients()
+        for parameter in self._trained.values() if several_ranks() else ():
+            if parameter.grad is None:  # this rank had nothing in the minibatch
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
         norm = nn.utils.clip_grad_norm_(self._trained.values(), self.max_grad_norm or math.inf)
         metrics |= {"critic/grad_norm": float(norm), "critic/lr": self.lr}
         self.optimizer.step()
@@ -233,7 +206,12 @@ class Critic:
     def _backward(self, part: TokenBatch, counts: Counts, totals: dict[str, float], real: bool) -> None:
         with self.autocast():
             values = self._score(part)
-        output = self._output(values, part)
+        columns = {name: part.columns[name].to(values.device) for name in ("returns", "values") if name in part.columns}
+        what = "the critic has nothing to learn: no `returns`; expected a credit step that gives them (gae)"
+        require("returns" in columns, RecipeError, what)
+        segments = Segments(part.segments.offsets.to(values.device))
+        given: dict[str, Any] = {"returns": columns["returns"], "old_values": columns.get("values"), **self._loss}
+        output = value_loss(values, segments, **given)
         share = self._normaliser(output, counts) * float(real)
         share.backward()
         totals["critic/loss"] = totals.get("critic/loss", 0.0) + float(share.detach())
@@ -241,27 +219,12 @@ class Critic:
             key = f"critic/{name.removeprefix('values/')}"
             totals[key] = totals.get(key, 0.0) + float(wide(each).sum()) * real / max(counts.completions, 1)
 
-    def _output(self, values: Tensor, part: TokenBatch) -> LossOutput:
-        columns = {name: part.columns[name].to(values.device) for name in ("returns", "values") if name in part.columns}
-        what = "the critic has nothing to learn: no `returns`; expected a credit step that gives them (gae)"
-        require("returns" in columns, RecipeError, what)
-        segments = Segments(part.segments.offsets.to(values.device))
-        return value_loss(values, segments, returns=columns["returns"], old_values=columns.get("values"), **self._loss)
-
     def _score(self, batch: TokenBatch) -> Tensor:
         values = score(self.model, batch, ("values",)).values
         assert values is not None  # it was asked for
         if self.statistics is None:
             return values
         return (values - self.statistics.mean) / self.statistics.std
-
-    def _sum_gradients(self) -> None:
-        if not several_ranks():
-            return
-        for parameter in self._trained.values():
-            if parameter.grad is None:  # this rank had nothing in the minibatch
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
 
     @property
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -275,7 +238,7 @@ class Critic:
         return {**self.settings, "statistics": statistics}
 
     def save(self, folder: str | Path) -> None:
-        """Write what is trained, and the optimiser's state, into a folder; of several ranks the first one writes."""
+        """Write what is trained, and the optimiser's state, into a folder; the first rank does."""
         if several_ranks() and dist.get_rank():
             return
         folder = Path(folder)
@@ -285,11 +248,7 @@ class Critic:
         torch.save({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}, folder / OPTIMIZER)
 
     def load(self, folder: str | Path) -> None:
-        """Resume exactly where `save` was called; after `begin`.
-
-        Raises:
-            RunError: the folder is not this critic's.
-        """
+        """Resume exactly where `save` was called; after `begin`. Raises RunError if the folder is another critic's."""
         folder = Path(folder)
         there = (folder / WEIGHTS).is_file() and (folder / OPTIMIZER).is_file()
         require(there, RunError, f"{folder} holds no critic; expected {WEIGHTS} and {OPTIMIZER}")

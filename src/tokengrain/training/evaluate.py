@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -24,11 +23,7 @@ WHOLE = "whole"
 
 
 def chosen_dataset(trainer: Trainer, eval_dataset: Any) -> Any:
-    """The data that `Trainer.evaluate` was asked for: these, one of several by name, or the trainer's own.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The data that `Trainer.evaluate` was asked for: these, one of several by name, or the trainer's own."""
     own: Any = trainer.eval_dataset
     dataset = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
     require(dataset is not None, DataError, "evaluation needs an eval_dataset")
@@ -45,31 +40,22 @@ def loop_output(metrics: Mapping[str, float], prefix: str, count: int) -> EvalLo
 
 
 class EvalBatches:
-    """This rank's share of an evaluation set, cut into micro-batches.
+    """This rank's share of an evaluation set (rows rank, rank + world, ...), cut into micro-batches.
 
-    Args:
-        samples: the whole set; rank r takes rows r, r + world, ...
-        batch_size: prompts per micro-batch, at most.
-        max_tokens: tokens per micro-batch, at most (see `TokenBatch.split`).
-        device: for the exchange between ranks.
-
-    Attributes:
-        n_samples: rows in the whole set.
-        n_real: micro-batches that count. Those after it repeat one, so that all ranks run the model equally
-            often; they have no weight.
+    Those after the first `n_real` repeat one without weight, so that all ranks run the model equally often.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        *,
         batch_size: int,
         max_tokens: int | None,
+        *,
         rank: int,
         world: int,
         device: torch.device,
     ) -> None:
-        self.n_samples = len(samples)
+        self.n_samples = len(samples)  # on all ranks
         own = [samples[i] for i in range(rank, len(samples), world)]
         batches = [TokenBatch.from_samples(own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
         self._parts = [HostBatch(part) for batch in batches for part in batch.split(max_tokens)]
@@ -102,19 +88,17 @@ class EvalSums:
             return
         self.means.add_metrics(out.metrics, out.losses.numel())
         self.means.add_lengths(batch.segments, pairs)
+        chosen = batch.segments.is_chosen if pairs else None
         for name in MEASURES:
-            if (values := getattr(judged, name)) is not None:
-                self._add_tokens(name, wide(values), batch, pairs)
+            if getattr(judged, name) is None:
+                continue
+            values = wide(getattr(judged, name))
+            self.means.add(name, float(values.sum()), values.numel())
+            for side, mask in (("chosen", chosen), ("rejected", ~chosen)) if chosen is not None else ():
+                self.means.add(f"{name}_per_token/{side}", float(values[mask].sum()), int(mask.sum()))
         self.counts = self.counts + counts_of(batch)
         extra = wide(out.token_losses).sum() if out.token_losses is not None else torch.zeros(())
         self.losses += torch.stack([wide(out.losses).sum().cpu(), extra.double().cpu()])
-
-    def _add_tokens(self, name: str, values: Tensor, batch: TokenBatch, pairs: bool) -> None:
-        """Token means of a measure: over all counted tokens, and by side for pairs."""
-        self.means.add(name, float(values.sum()), values.numel())
-        if pairs:
-            for side, mask in (("chosen", batch.segments.is_chosen), ("rejected", ~batch.segments.is_chosen)):
-                self.means.add(f"{name}_per_token/{side}", float(values[mask].sum()), int(mask.sum()))
 
     def metrics(self, normaliser: str, device: torch.device) -> dict[str, float]:
         """Metrics of the whole set: `loss`, the objective's own, accuracy with 95 % interval, measures."""
@@ -139,7 +123,7 @@ class EvalSums:
 
 
 class EvalPrompts(list[Any]):
-    """This rank's share of the prompts to evaluate on; `n_samples` is the size of the whole set."""
+    """This rank's share of the prompts; `n_samples` is the size of the whole set."""
 
     def __init__(self, prompts: Sequence[Any], rank: int, world: int) -> None:
         super().__init__(list(prompts)[rank::world])
@@ -147,22 +131,13 @@ class EvalPrompts(list[Any]):
 
 
 def completion_metrics(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of an evaluation.
+    """Metrics of an evaluation, from lists over completions per prompt: lengths, truncated, reward, by_name, correct.
 
-    Args:
-        entries: one per prompt, with `lengths` and `truncated` and, where there are rewards, `reward` and `by_name`
-            (lists over its completions), and `correct`.
-
-    Returns:
-        `reward` with the ends of its 95 % interval (prompts are independent, completions of a prompt are not),
-        `reward_<name>`, `length`, `truncated`, and with a reward that says what is correct `correct` with its
-        interval, and of several completions per prompt pass@k for k = 1, 2, 4, ...
+    `reward` and `correct` get the ends of a 95 % interval (prompts are independent, completions of a prompt are not).
     """
     lengths = [n for e in entries for n in e["lengths"]]
-    metrics = {
-        "length": sum(lengths) / len(lengths),
-        "truncated": sum(t for e in entries for t in e["truncated"]) / len(lengths),
-    }
+    truncated = sum(t for e in entries for t in e["truncated"])
+    metrics = {"length": sum(lengths) / len(lengths), "truncated": truncated / len(lengths)}
     if not any("reward" in e for e in entries):
         return metrics
     metrics |= _with_interval("reward", [_mean(e["reward"]) for e in entries])

@@ -23,23 +23,13 @@ from tokengrain.scoring.score import score
 
 @dataclass(frozen=True)
 class CreditUse:
-    """Credit `[N]` of a batch, in its role.
-
-    Attributes:
-        source: maps a batch to one number per counted token.
-        role: what the objective gets made of it.
-    """
+    """Credit `[N]` of a batch from its source, in the role that the objective takes it in."""
 
     source: Any
     role: Role
 
-    @property
-    def name(self) -> str:
-        return f"{self.source.name} as {self.role.name}"
-
     def __call__(self, batch: TokenBatch) -> Tensor:
-        values = self.source(batch).detach().to(batch.device)
-        return self.role(values, batch.segments)
+        return self.role(self.source(batch).detach().to(batch.device), batch.segments)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree on."""
@@ -51,14 +41,7 @@ def resolve_credit(
 ) -> CreditUse | None:
     """How credit enters an objective; None if it takes none, or takes the data's own column as it is.
 
-    Args:
-        credit: a credit source, a function of a `TokenBatch`, or None: the column `token_rewards`.
-        credit_as: a role, its name, `{name: ..., settings}`, or None for the objective's only one.
-        objective: what is trained.
-        columns: per-token columns of the data, as far as they are known.
-
-    Raises:
-        RecipeError: the objective takes no credit, or not in this role, or this source does not suit the role.
+    `credit`, `credit_as`: as for `PreferenceTrainer`; `columns`: per-token columns of the data that are known.
     """
     if credit is None and credit_as is None:
         needed = {"selected", "spans"} & set(objective.needs) - set(columns)
@@ -75,9 +58,8 @@ def resolve_objective(objective: Any) -> BoundObjective:
     """A bound objective as it is; a name or a user's loss function bound with its default settings."""
     if isinstance(objective, BoundObjective):
         return objective
-    known = isinstance(objective, str) or callable(objective)
-    kind = type(objective).__name__
-    require(known, RecipeError, f"objective must be a name, a bound objective or a function, got {kind}")
+    what = f"objective must be a name, a bound objective or a function, got {type(objective).__name__}"
+    require(isinstance(objective, str) or callable(objective), RecipeError, what)
     return make_objective(objective)
 
 
@@ -101,15 +83,7 @@ class Judged:
 
 
 class PreferenceLoss:
-    """Objective, reference, credit and teacher bound together.
-
-    Args:
-        objective: with `needs`, `reads` and `__call__(segments=, **quantities)`.
-        reference: None if the objective needs none.
-        credit: where per-token credit comes from and how it enters; None: the data's own columns.
-        teacher: `TokenBatch -> Teacher`, for objectives that distil.
-        layout, chunk_tokens: passed to `score`.
-    """
+    """Objective, reference, credit (None: the data's own columns) and teacher bound together."""
 
     def __init__(
         self,
@@ -124,11 +98,6 @@ class PreferenceLoss:
         self.objective, self.reference, self.credit, self.teacher = objective, reference, credit, teacher
         self.score_options = {"layout": layout, "chunk_tokens": chunk_tokens}
 
-    @property
-    def has_distribution(self) -> bool:
-        """Whether a full-vocabulary KL to the reference can be had."""
-        return self.reference is not None and not isinstance(self.reference, ColumnReference)
-
     def __call__(
         self,
         model: nn.Module,
@@ -137,10 +106,9 @@ class PreferenceLoss:
         measure: Collection[str] = (),
         frozen_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Judged:
-        """Score `batch` and apply the objective.
+        """Score `batch` with the policy's outermost module and apply the objective.
 
         Args:
-            model: the outermost module of the policy.
             measure: also measure any of "entropy", "kl", "log_ratio" (detached), and "whole": score all counted
                 tokens, also those that the objective does not read, and add the metrics of whole completions.
             frozen_context: entered around reference, credit and teacher (mixed precision).
@@ -151,7 +119,10 @@ class PreferenceLoss:
             keep = self._reads(batch, given)
             whole = keep is None or "whole" in measure
             part = batch if keep is None or whole else batch.narrow(keep)
-            frozen = self._reference_scores(part, "kl" in needs or ("kl" in measure and self.has_distribution))
+            # A column of log-probabilities gives no KL over the whole vocabulary.
+            wants_kl = "kl" in needs or ("kl" in measure and not isinstance(self.reference, ColumnReference))
+            asked = {"logps", "distribution"} if wants_kl else {"logps"}
+            frozen = ReferenceScores() if self.reference is None else self.reference(part, asked)
             teacher = self.teacher(part) if needs & TAUGHT and self.teacher is not None else None
         want = [main, *(["kl"] if frozen.distribution is not None else []), *(["teacher_kl"] if teacher else [])]
         want += ["entropy"] if "entropy" in measure and main == "logps" else []
@@ -184,14 +155,12 @@ class PreferenceLoss:
         given = {}
         if self.credit is not None:
             given[self.credit.role.provides] = self.credit(batch)
-        for name in set(self.objective.needs) - FROZEN - TAUGHT - given.keys():
-            if name not in batch.columns:
-                what = f"objective {self.objective.name} needs per-token {name}"
-                raise DataError(what, field=name, row=batch.rows[0] if batch.rows else None)
-            given[name] = batch.columns[name]
-        for name in self.objective.optional & batch.columns.keys() - FROZEN:
-            given[name] = batch.columns[name]
-        return given
+        needed = set(self.objective.needs) - FROZEN - TAUGHT - given.keys()
+        for name in needed - batch.columns.keys():
+            what = f"objective {self.objective.name} needs per-token {name}"
+            raise DataError(what, field=name, row=batch.rows[0] if batch.rows else None)
+        needed |= self.objective.optional & batch.columns.keys() - FROZEN
+        return given | {name: batch.columns[name] for name in needed}
 
     def _reads(self, batch: TokenBatch, given: Mapping[str, Tensor]) -> Tensor | None:
         """The tokens to score, bool `[N]`; None: all."""
@@ -199,11 +168,6 @@ class PreferenceLoss:
         if own is None and "selected" in given and "selected" not in self.objective.needs:
             own = given["selected"] > 0
         return own
-
-    def _reference_scores(self, batch: TokenBatch, want_kl: bool) -> ReferenceScores:
-        if self.reference is None:
-            return ReferenceScores()
-        return self.reference(batch, {"logps", "distribution"} if want_kl else {"logps"})
 
     def _apply(self, segments: Segments, quantities: Mapping[str, Tensor]) -> LossOutput:
         """The objective on these quantities; token weights that it does not take itself are multiplied in."""

@@ -22,7 +22,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,24 +93,17 @@ class OnlineTrainer(PreferenceTrainer):
     Written to `args.output_dir` beside the log: `rollouts.jsonl`, see `RolloutRecord`.
 
     Args:
-        model: the policy, a causal language model of transformers or a PEFT model of one.
-        args: settings.
-        objective: a bound objective (`make_objective`), its name, or a loss function.
+        model, args, objective, teacher, processing_class, peft_config, kwargs: as for `PreferenceTrainer`.
         rewards: a `RewardSuite`, a reward or a list of them: `RewardFunction`, function, name, or mapping with `name`
             and settings. None: the rewards are those of a rollout credit.
         credit: rollout credits: objects, names, or mappings with `name` and settings. One that sets advantages is
             added if the objective needs one and there is none: "group".
-        sampler: where completions come from: a `Sampler`, a name, or a mapping with `name` and settings, as in a
-            recipe; None: `HFGenerate` on the policy.
+        sampler: a `Sampler`, a name, or a mapping with `name` and settings; None: `HFGenerate` on the policy.
         reference: as for `PreferenceTrainer`; it is made, and asked, only if objective or credit needs it.
         critic: gives values, for rollout credits that need them.
-        teacher: as for `PreferenceTrainer`.
         train_dataset, eval_dataset: prompts: rows (`{"prompt": ..., <columns for rewards>}`; "id" names a row),
             `PromptItem`s or a `PromptDataset`; `eval_dataset` also a mapping of several.
-        processing_class: the tokenizer.
-        peft_config: wrap the model in a new adapter.
         tokenize: how rows become prompts.
-        kwargs: passed on to `transformers.Trainer`.
 
     Attributes:
         rollouts: how many were made; the one in `buffer` is number `rollouts - 1`.
@@ -204,11 +197,9 @@ class OnlineTrainer(PreferenceTrainer):
         self._critic_ready = False
 
     def _check_rewards(self, objective: BoundObjective, args: OnlineConfig) -> None:
-        shaped = any(credit.phase == "rewards" for credit in self.rollout_credits)
-        if ADVANTAGES in objective.needs and not shaped:
-            require(
-                self.rewards is not None, RecipeError, f"objective {objective.name!r} learns from rewards, got none"
-            )
+        given = self.rewards is not None or any(credit.phase == "rewards" for credit in self.rollout_credits)
+        what = f"objective {objective.name!r} learns from rewards, got none"
+        require(given or ADVANTAGES not in objective.needs, RecipeError, what)
         names = [] if self.rewards is None else [f.name for f in self.rewards.functions]
         known = args.correct_from is None or args.correct_from in names
         require(known, RecipeError, f"correct_from is {args.correct_from!r}{nearest(str(args.correct_from), names)}")
@@ -217,7 +208,6 @@ class OnlineTrainer(PreferenceTrainer):
 
     @property
     def reference(self) -> Any:
-        """What the policy is compared with, or None."""
         return self._live_reference
 
     def _resolve_reference(self, reference: Any, model: nn.Module) -> Any:
@@ -256,12 +246,9 @@ class OnlineTrainer(PreferenceTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `PreferenceTrainer.train`."""
         if self.critic is not None and not self._critic_ready:
-            self.critic.begin(
-                self.args.device,
-                max_steps=self.args.max_steps,
-                max_tokens=self.args.max_tokens_per_microbatch,
-                autocast=self.accelerator.autocast,
-            )
+            steps, most = self.args.max_steps, self.args.max_tokens_per_microbatch
+            autocast = self.accelerator.autocast
+            self.critic.begin(self.args.device, max_steps=steps, max_tokens=most, autocast=autocast)
             self._critic_ready = True
         try:
             return super().train(*args, **kwargs)
@@ -269,7 +256,6 @@ class OnlineTrainer(PreferenceTrainer):
             self._release_sampler()
 
     def get_train_dataloader(self) -> Any:
-        """What transformers iterates over: minibatches of rollouts."""
         return _Minibatches(self)
 
     # ---- One optimiser step ----
@@ -287,10 +273,7 @@ class OnlineTrainer(PreferenceTrainer):
     def next_minibatch(self) -> HostBatch:
         """The next minibatch, of a new rollout if the last one is used up.
 
-        Raises:
-            RunError: no rollout of the last `max_empty_rollouts` left anything to train on; anything failed on another
-                rank, whatever it was.
-            RolloutError, RewardError: sampling or a reward failed. Rollout credits raise what they raise.
+        Raises RunError if no rollout of the last `max_empty_rollouts` left anything to train on.
         """
         empty, why = 0, ""
         while self.buffer is None or self.buffer.done:
@@ -303,7 +286,7 @@ class OnlineTrainer(PreferenceTrainer):
             self.buffer = self.ranks.together(self.rollout)
             empty += 1
             why = "all of a prompt may earn the same"
-            if self._stats.informative and not any(c == 1 for c in self._stats.correct):
+            if self._stats.informative and 1 not in self._stats.correct:
                 why = (
                     "they differ, but no completion was correct (reward above 0.5), by which filter_groups judges; "
                     "set its metric: reward, or name another reward in correct_from"
@@ -331,7 +314,7 @@ class OnlineTrainer(PreferenceTrainer):
         return self._cut(rollout, keep, most)
 
     def finish_step(self) -> None:
-        """Called between the last backward pass of a step and the optimiser; updates the critic."""
+        """Before the optimiser's step: record, check, and let the critic learn."""
         self.record.update(self._records)
         super().finish_step()
         if self.critic is not None and self._minibatch is not None:
@@ -340,7 +323,7 @@ class OnlineTrainer(PreferenceTrainer):
                 self._window.add(name, value, 1.0)
 
     def after_step(self) -> None:
-        """Called after the optimiser's step, before anything is logged or saved."""
+        """After the optimiser's step: time, and the record of a rollout that is used up."""
         self._minibatch = None
         self.state.epoch = self.source.passes
         # Seconds per rollout: every step is a part of one.
@@ -352,11 +335,7 @@ class OnlineTrainer(PreferenceTrainer):
     # ---- The parts of a rollout ----
 
     def _sample(self, stats: RolloutStats) -> RolloutStep:
-        """This rank's share: sampled, rewarded, filtered and refilled. `keep` is set only where nothing is left.
-
-        Raises:
-            RolloutError, RewardError: sampling or a reward failed; `RunError`: on another rank.
-        """
+        """This rank's share: sampled, rewarded, filtered and refilled. `keep` is set only where nothing is left."""
         filters = [c for c in self.rollout_credits if c.phase == "filter"]
         refill = any(getattr(c, "refill", False) for c in filters)
         target = count = self.args.prompts_per_rollout // self.ranks.world
@@ -407,10 +386,14 @@ class OnlineTrainer(PreferenceTrainer):
         """Completions and their rewards as rollout credits see them."""
         device = self.args.device
         batch = sampled.to_batch().to(device)
-        rollout = RolloutStep(
+        by_name = {} if result is None else result.by_name
+        tokens = None if result is None else result.token_rewards
+        return RolloutStep(
             batch=batch,
-            rewards=torch.zeros(batch.n_completions, device=device),
-            by_name={},
+            rewards=torch.zeros(batch.n_completions, device=device) if result is None else result.outcome.to(device),
+            by_name={name: values.to(device) for name, values in by_name.items()},
+            correct=None if result is None else result.correct(self.args.correct_from).to(device),
+            token_rewards=None if tokens is None else tokens.to(device),
             prompt_ids=batch.rows,
             index=self.rollouts,
             max_new_tokens=self.args.max_new_tokens,
@@ -419,26 +402,14 @@ class OnlineTrainer(PreferenceTrainer):
             head_of=lambda: head_of(self.model).detach(),
             exchange=self.ranks.exchange,
         )
-        if result is not None:
-            rollout.rewards = result.outcome.to(device)
-            rollout.by_name = {name: values.to(device) for name, values in result.by_name.items()}
-            rollout.correct = result.correct(self.args.correct_from).to(device)
-            if result.token_rewards is not None:
-                rollout.token_rewards = result.token_rewards.to(device)
-        return rollout
 
     def _quantities(self) -> set[str]:
         """Columns to score for objective, rollout credits and log."""
-        wanted = {OLD_LOGPS} | {name for name in self._needs if name in SCORED or name == "ref_logps"}
-        wanted |= {name for credit in self.rollout_credits for name in credit.needs}
+        wanted = {OLD_LOGPS, *(self._needs & (SCORED | {"ref_logps"}))}.union(*(c.needs for c in self.rollout_credits))
         return wanted | ({"entropy"} if self.args.log_entropy else set())
 
     def _assign_credit(self, rollout: RolloutStep) -> None:
-        """Rewards to advantages, token by token.
-
-        Raises:
-            RunError: an advantage that is not finite.
-        """
+        """Rewards to advantages, token by token."""
         for one in self.rollout_credits:
             if one.phase != "filter":
                 one(rollout)
@@ -484,22 +455,14 @@ class OnlineTrainer(PreferenceTrainer):
     # ---- Samplers that are not this process: give them the policy's present weights ----
 
     def _refresh_sampler(self) -> None:
-        """Save the policy (or its adapter) and have the server load it. All ranks call this.
-
-        Nothing happens for a sampler that uses the model itself, or a server that is not to be refreshed.
-
-        Raises:
-            RecipeError: the server expects an adapter and none is trained, or a checkpoint and an adapter is.
-            ServerError: the server does not load it; names its address.
-        """
+        """Save the policy (or its adapter) and have the server, if there is one, load it. All ranks call this."""
         server = self._server()
         if server is None:
             return
         adapter = is_peft(self.model)
         trained = "an adapter" if adapter else "no adapter"
-        fits = adapter == (server.how == "adapter")
         what = f"sampler {server.name!r}: refresh is {server.how!r}, but {trained} is trained"
-        require(fits, RecipeError, what)
+        require(adapter == (server.how == "adapter"), RecipeError, what)
 
         def load() -> tuple[str | None, int] | None:
             if not self.is_world_process_zero():
@@ -536,22 +499,13 @@ class OnlineTrainer(PreferenceTrainer):
     # ---- Evaluation: sample, reward, average with intervals ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's share of the evaluation prompts.
-
-        Raises:
-            DataError: there are none, or one does not fit the model.
-        """
+        """This rank's share of the evaluation prompts."""
         prompts = self._prompts(chosen_dataset(self, eval_dataset), "eval")
         self._check_prompts(prompts)
         return EvalPrompts(prompts, self.ranks.rank, self.ranks.world)
 
     def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Sample completions of all evaluation prompts and average their rewards; see `completion_metrics`."""
         self.callback_handler.eval_dataloader = dataloader
@@ -572,18 +526,15 @@ class OnlineTrainer(PreferenceTrainer):
         sampler = getattr(self.sampler, "sampler", self.sampler)  # without branches
         with self.accelerator.autocast():
             sampled = sampler.sample(prompts, n=n, sampling=self.args.eval_sampling())
-        entries: list[dict[str, Any]] = [
-            {"lengths": [len(c.ids) for c in group], "truncated": [c.truncated for c in group]} for _, group in sampled
-        ]
-        result = self._reward(sampled)
-        if result is None:
-            return entries
-        correct = result.correct(self.args.correct_from)
-        for index, entry in enumerate(entries):
+        result, entries = self._reward(sampled), []
+        correct = None if result is None else result.correct(self.args.correct_from)
+        for index, (_, group) in enumerate(sampled):
+            entry: dict[str, Any] = {"lengths": [len(c.ids) for c in group], "truncated": [c.truncated for c in group]}
             part = slice(index * n, (index + 1) * n)
-            entry["reward"] = result.total[part].tolist()
-            entry["by_name"] = {name: values[part].tolist() for name, values in result.by_name.items()}
-            entry["correct"] = correct[part].tolist()
+            if result is not None and correct is not None:
+                entry["reward"], entry["correct"] = result.total[part].tolist(), correct[part].tolist()
+                entry["by_name"] = {name: values[part].tolist() for name, values in result.by_name.items()}
+            entries.append(entry)
         return entries
 
     # ---- What is in checkpoints beside the policy: rollout credits, the rollout under way, critic and record ----
@@ -596,7 +547,6 @@ class OnlineTrainer(PreferenceTrainer):
             self.record.restart(0)
 
     def run_identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be this run's."""
         args = self.args
         return {
             **super().run_identity(),
@@ -604,15 +554,12 @@ class OnlineTrainer(PreferenceTrainer):
             "rewards": [[f.name, f.weight] for f in self.rewards.functions] if self.rewards is not None else None,
             "sampler": describe_sampler(self.sampler),
             "sampling": json.loads(json.dumps(asdict(args.sampling()))),  # as a checkpoint has it
-            "correct_from": args.correct_from,
-            "num_generations": args.num_generations,
-            "prompts_per_rollout": args.prompts_per_rollout,
+            **{name: getattr(args, name) for name in ("correct_from", "num_generations", "prompts_per_rollout")},
             "rollout_epochs": args.rollout_epochs,
             "critic": self.critic.describe() if self.critic is not None else None,
         }
 
     def save_extra(self, staged: Path) -> dict[str, Any]:
-        """State of the rollouts, this rank's part of the one under way, and the critic."""
         if self._minibatch is not None and self.buffer is not None:
             self.buffer.put_back()  # saved because its loss was not finite: a resumed run meets it again
             self._minibatch = None
@@ -630,7 +577,6 @@ class OnlineTrainer(PreferenceTrainer):
         return {"index": self.rollouts, "drawn": self.source.drawn, "credit": {k: s for k, s in states.items() if s}}
 
     def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
-        """Take up what `save_extra` left."""
         state = extra["rollouts"]
         self.rollouts, self.source.drawn, self.buffer = state["index"], state["drawn"], None
         credits = self._credits_by_name()
@@ -654,71 +600,51 @@ class OnlineTrainer(PreferenceTrainer):
         return found
 
 
+@dataclass
 class _Minibatches:
     """What `transformers.Trainer` iterates over."""
 
-    def __init__(self, trainer: OnlineTrainer) -> None:
-        self.trainer = trainer
+    trainer: OnlineTrainer
 
     def __iter__(self) -> Iterator[HostBatch]:
-        trainer = self.trainer
-        while trainer.state.global_step < trainer.args.max_steps:
-            yield trainer.next_minibatch()
+        while self.trainer.state.global_step < self.trainer.args.max_steps:
+            yield self.trainer.next_minibatch()
 
 
 # ---- What must fit together before online training starts ----
 
 
 def set_lengths(args: OnlineConfig, prompts: int) -> None:
-    """Set the batch size and the number of steps that follow from the prompts.
-
-    Raises:
-        RecipeError: ranks and minibatches that do not get equally many prompts.
-    """
+    """Set the batch size and the number of steps that follow from the prompts."""
     cuts = args.world_size * args.minibatches
-    require(
-        args.prompts_per_rollout % cuts == 0,
-        RecipeError,
-        f"prompts_per_rollout is {args.prompts_per_rollout}, which {args.world_size} processes x "
-        f"{args.minibatches} minibatches do not divide; expected a multiple of {cuts}",
-    )
+    parts = f"{args.world_size} processes x {args.minibatches} minibatches"
+    what = f"prompts_per_rollout is {args.prompts_per_rollout}, which {parts} do not divide"
+    require(args.prompts_per_rollout % cuts == 0, RecipeError, f"{what}; expected a multiple of {cuts}")
     args.per_device_train_batch_size = args.prompts_per_rollout // cuts
     if args.max_steps <= 0:
         args.max_steps = math.ceil(args.num_train_epochs * prompts / args.prompts_per_rollout) * args.steps_per_rollout
 
 
 def check_credits(objective: BoundObjective, credits: Sequence[CreditStep], args: OnlineConfig, critic: Any) -> None:
-    """Check that objective, rollout credits, critic and settings go together.
-
-    Raises:
-        RecipeError: with the reason.
-    """
+    """Check that objective, rollout credits, critic and settings go together."""
     name, needs = objective.name, objective.needs
-    require(
-        objective.unit != "pairs",
-        RecipeError,
-        f"objective {name!r} learns from pairs of a chosen and a rejected completion; online training "
-        "samples groups: use grpo, gspo, dcpo, ppo or reinforce",
-    )
+    what = f"objective {name!r} learns from pairs of a chosen and a rejected completion; online training samples groups"
+    require(objective.unit != "pairs", RecipeError, f"{what}: use grpo, gspo, dcpo, ppo or reinforce")
     what = f"objective {name!r} trains a reward model, not a policy that is sampled from"
     require(objective.main == "logps", RecipeError, what)
     setters = [c.name for c in credits if c.phase == "advantages"]
     provided = frozenset(column for c in credits for column in getattr(c, "provides", ()))
     takes = ADVANTAGES in needs
-    if setters:
-        what = f"objective {name!r} takes no advantages, which credit {setters[0]!r} makes"
-        require(takes, RecipeError, what)
+    what = f"objective {name!r} takes no advantages, which credit {setters and setters[0]!r} makes"
+    require(takes or not setters, RecipeError, what)
     what = f"objective {name!r} needs advantages; give a credit step that makes them"
     require(not takes or setters or ADVANTAGES in provided, RecipeError, what)
     for one in credits:
         if (check := getattr(one, "check_limit", None)) is not None:
             check(args.max_new_tokens)
-        require(
-            not getattr(one, "needs_group", False) or args.num_generations > 1,
-            RecipeError,
-            f"credit {one.name!r} compares completions of a prompt; num_generations is {args.num_generations}, "
-            "expected at least 2",
-        )
+        alone = getattr(one, "needs_group", False) and args.num_generations < 2
+        what = f"credit {one.name!r} compares completions of a prompt; num_generations is {args.num_generations}"
+        require(not alone, RecipeError, f"{what}, expected at least 2")
     asking = [c.name for c in credits if "values" in c.needs] + ([name] if "values" in needs else [])
     if asking:
         require(critic is not None, RecipeError, f"{asking[0]!r} needs values, which a critic gives; got critic=None")
@@ -732,16 +658,8 @@ def check_credits(objective: BoundObjective, credits: Sequence[CreditStep], args
 
 
 def resolve_rewards(rewards: Any, tokenizer: Any) -> RewardSuite | None:
-    """Rewards as they are given to the trainer.
-
-    Args:
-        rewards: a suite, one reward or a list; a reward is a `RewardFunction`, a function, a name, or a mapping with
-            `name` and settings. None: only token rewards that a rollout credit makes, or none at all.
-
-    Raises:
-        RecipeError: unknown reward or setting; a function that reads text where there is no tokenizer.
-    """
-    if rewards is None or (isinstance(rewards, Sequence) and not isinstance(rewards, str) and not rewards):
+    """Rewards as they are given to the trainer; None: only token rewards that a rollout credit makes, or none."""
+    if rewards is None or (isinstance(rewards, (list, tuple)) and not rewards):
         return None
     if not isinstance(rewards, RewardSuite):
         given = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
@@ -756,12 +674,11 @@ def resolve_rewards(rewards: Any, tokenizer: Any) -> RewardSuite | None:
 
 
 def _reward(one: Any) -> Any:
-    if isinstance(one, str):
-        return make_reward(one)
-    if isinstance(one, dict):
-        require(isinstance(one.get("name"), str), RecipeError, f"a reward needs a name, got {one}")
-        return make_reward(one["name"], **{k: v for k, v in one.items() if k != "name"})
-    return one
+    given = {"name": one} if isinstance(one, str) else one
+    if not isinstance(given, dict):
+        return one
+    require(isinstance(given.get("name"), str), RecipeError, f"a reward needs a name, got {one}")
+    return make_reward(given["name"], **{k: v for k, v in given.items() if k != "name"})
 
 
 def described(credit: Any) -> dict[str, Any]:

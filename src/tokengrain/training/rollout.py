@@ -6,7 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -39,24 +39,16 @@ class _Failed:
 
 @dataclass
 class Ranks:
-    """This rank, and how it talks to the others.
-
-    Attributes:
-        link: gives the values of all ranks, in the order of ranks; every rank must call it equally often.
-    """
+    """This rank, and how it talks to the others; every rank must call `exchange` equally often."""
 
     rank: int = 0
     world: int = 1
-    link: Callable[[Any], list[Any]] = all_gather
+    link: Callable[[Any], list[Any]] = all_gather  # gives the values of all ranks, in their order
     _guarded: bool = field(default=False, init=False)
     _known: bool = field(default=False, init=False)  # the failure that ends the work under way, on all ranks
 
     def exchange(self, value: Any) -> list[Any]:
-        """The values of all ranks, in the order of ranks.
-
-        Raises:
-            RunError: another rank's work failed, see `together`.
-        """
+        """The values of all ranks, in their order. Raises RunError if another rank's work failed, see `together`."""
         values = self.link(value)
         failed = next((v for v in values if isinstance(v, _Failed)), None)
         if failed is not None:
@@ -74,10 +66,7 @@ class Ranks:
         """`work()`, which may exchange; if it fails on one rank it fails on all, so that none waits for another.
 
         A rank that fails says so in place of the next value that it would have exchanged. The others hear of it
-        there, wherever they are in their work. May be nested.
-
-        Raises:
-            Exception: its own error, or `RunError` where another rank failed.
+        there, wherever they are in their work. May be nested. Raises its own error, or RunError for another rank's.
         """
         if self.world == 1:
             return work()
@@ -104,15 +93,9 @@ class Ranks:
 
 
 class PromptDataset(Sequence[PromptItem]):
-    """Prompts in memory.
+    """Prompts in memory, no two with the same `row`, which persistent state goes by.
 
-    Args:
-        items: the prompts; no two with the same `row`, which persistent state goes by.
-        name: in messages.
-        report: what became of the rows that they were made of.
-
-    Raises:
-        DataError: no prompt, one without tokens, two with the same row, or a row that is no number and no text.
+    `name` is for messages, `report` says what became of the rows that they were made of.
     """
 
     def __init__(self, items: Iterable[PromptItem], *, name: str = "train", report: Report | None = None) -> None:
@@ -148,7 +131,6 @@ class PromptDataset(Sequence[PromptItem]):
         clock: Clock | None = None,
         **options: Any,
     ) -> PromptDataset:
-        """Prompts of rows; arguments and errors as `encode_prompts`."""
         clock, report = clock or Clock(), Report()
         items = encode_prompts(rows, tokenizer, config, clock=clock, report=report, **options)
         made = cls(items, name=name, report=report)
@@ -161,12 +143,7 @@ class PromptDataset(Sequence[PromptItem]):
     def of(
         cls, data: Any, tokenizer: Any, *, name: str = "train", config: TokenizeConfig | None = None
     ) -> PromptDataset:
-        """Prompts of a `PromptDataset`, of `PromptItem`s, or of rows (see `encode_prompts`).
-
-        Raises:
-            DataError: a row without a usable prompt; as the class.
-            RecipeError: rows without a tokenizer.
-        """
+        """Prompts of a `PromptDataset`, of `PromptItem`s, or of rows (see `encode_prompts`)."""
         if isinstance(data, PromptDataset):
             return data
         name, rows = getattr(data, "name", name), list(data)
@@ -195,13 +172,7 @@ def _plain(row: Any, name: str) -> int | str:
 
 
 class PromptOrder:
-    """An endless sequence of prompts: pass after pass over the data, each in an order of its own.
-
-    Args:
-        size: number of prompts.
-        seed: another seed gives other orders.
-        shuffle: False: the data's own order in every pass.
-    """
+    """An endless sequence of prompts: pass after pass over the data, each in an order of its own if shuffled."""
 
     def __init__(self, size: int, seed: int, *, shuffle: bool = True) -> None:
         self.size, self.seed, self.shuffle = size, seed, shuffle
@@ -217,22 +188,15 @@ class PromptOrder:
 
 
 class PromptSource:
-    """Draws prompts for all ranks.
-
-    Attributes:
-        drawn: prompts drawn so far, on all ranks; all that a checkpoint needs.
-    """
+    """Draws prompts for all ranks. `drawn`, how many so far on all of them, is all that a checkpoint needs."""
 
     def __init__(self, prompts: PromptDataset, order: PromptOrder, ranks: Ranks) -> None:
         self.prompts, self.order, self.ranks, self.drawn = prompts, order, ranks, 0
 
     def draw(self, count: int) -> tuple[list[PromptItem], list[PromptItem]]:
-        """This rank's share of the next prompts, and the same with what their random numbers go by.
+        """This rank's `count` next prompts, and the same with what their random numbers go by.
 
         Prompt i of a draw is rank i % world's, so that a minibatch holds the same prompts whatever the ranks.
-
-        Args:
-            count: prompts per rank.
         """
         world, seen = self.ranks.world, Counter[int]()
         items, seeds = [], []
@@ -249,7 +213,6 @@ class PromptSource:
 
     @property
     def passes(self) -> float:
-        """Passes over the prompts so far."""
         return self.drawn / len(self.prompts)
 
 
@@ -260,31 +223,19 @@ POLICY = {OLD_LOGPS: "logps", "entropy": "entropy", "hidden": "hidden"}
 """Columns that the policy gives, by the name of the quantity that `score` calls them."""
 
 
+@dataclass
 class RolloutScorer:
     """Scores rollouts the way the trainer scores its batches: same layout, precision and micro-batches, in
     evaluation mode, without gradient.
-
-    Args:
-        model: the policy, without wrappers.
-        reference: gives `ref_logps`; None if nothing needs them.
-        critic: gives `values`; None if there is none.
-        max_tokens: per micro-batch.
-        mixed_precision: a context around every forward pass.
-        options: passed to `score`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        reference: Any,
-        critic: Critic | None,
-        *,
-        max_tokens: int | None,
-        mixed_precision: Callable[[], AbstractContextManager[Any]],
-        options: dict[str, Any],
-    ) -> None:
-        self.model, self.reference, self.critic = model, reference, critic
-        self.max_tokens, self.mixed_precision, self.options = max_tokens, mixed_precision, options
+    model: Any  # the policy, without wrappers
+    reference: Any  # gives `ref_logps`; None if nothing needs them
+    critic: Critic | None  # gives `values`
+    _: KW_ONLY
+    max_tokens: int | None
+    mixed_precision: Callable[[], AbstractContextManager[Any]]  # around every forward pass
+    options: dict[str, Any]  # passed to `score`
 
     def add(self, rollout: RolloutStep, names: Collection[str]) -> None:
         """Add those of `names` to the rollout's columns that it does not have."""
@@ -292,9 +243,8 @@ class RolloutScorer:
         if not wanted or not rollout.batch.n_completions:
             return
         with torch.no_grad():
-            rollout.quantities.update(
-                in_parts(rollout.batch, self.max_tokens, lambda part: self._measure(part, wanted))
-            )
+            found = in_parts(rollout.batch, self.max_tokens, lambda part: self._measure(part, wanted))
+        rollout.quantities.update(found)
 
     def _measure(self, part: TokenBatch, wanted: set[str]) -> dict[str, Tensor]:
         found = {}
@@ -365,28 +315,21 @@ def merge(rounds: Sequence[RolloutStep]) -> RolloutStep:
         return first
     names = set.intersection(*(set(r.quantities) for r in rounds))
     batches = [replace(r.batch, columns={n: r.quantities[n] for n in sorted(names)}) for r in rounds]
-    metrics: dict[str, list[float]] = {}
-    for one in rounds:
-        for name, value in one.metrics.items():
-            metrics.setdefault(name, []).append(value)
+    metrics = {name: [r.metrics[name] for r in rounds if name in r.metrics] for r in rounds for name in r.metrics}
     correct = [r.correct for r in rounds if r.correct is not None]
+    rewarded = any(r.token_rewards is not None for r in rounds)
     return replace(
         first,
         batch=concatenate(batches),
         rewards=torch.cat([r.rewards for r in rounds]),
         by_name={name: torch.cat([r.by_name[name] for r in rounds]) for name in first.by_name},
         correct=torch.cat(correct) if len(correct) == len(rounds) else None,
-        token_rewards=_token_rewards(rounds),
+        token_rewards=torch.cat([_token_rewards(r) for r in rounds]) if rewarded else None,
         prompt_ids=tuple(p for r in rounds for p in r.prompt_ids),
         keep=None if all(r.keep is None for r in rounds) else torch.cat([kept(r) for r in rounds]),
         metrics={name: sum(values) / len(values) for name, values in metrics.items()},
     )
 
 
-def _token_rewards(rounds: Sequence[RolloutStep]) -> Tensor | None:
-    """Per token; where a round has none they are 0."""
-    if all(r.token_rewards is None for r in rounds):
-        return None
-    return torch.cat(
-        [r.rewards.new_zeros(r.segments.total) if r.token_rewards is None else r.token_rewards for r in rounds]
-    )
+def _token_rewards(one: RolloutStep) -> Tensor:
+    return one.rewards.new_zeros(one.segments.total) if one.token_rewards is None else one.token_rewards

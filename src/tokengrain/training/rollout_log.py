@@ -28,29 +28,20 @@ PHASES = ("rollout", "reward", "scoring", "credit")
 
 @dataclass
 class RolloutStats:
-    """What one rank sampled for a rollout, filtered prompts included: plain lists, one entry per completion.
-
-    Attributes:
-        total: the sum of a completion's rewards; NaN where it could not be scored.
-        by_name: the same of each reward.
-        context: tokens that completions only share with others they branch off from; they were drawn once.
-        prompts: number of prompts; informative: those whose completions earned different rewards.
-        refills: rounds of sampling after the first.
-        sampling_seconds: as the sampler measured it; seconds: of each phase.
-    """
+    """What one rank sampled for a rollout, filtered prompts included: plain lists, one entry per completion."""
 
     lengths: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
-    total: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)  # sums of rewards; NaN where there is no score
     correct: list[float] = field(default_factory=list)
     by_name: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    context: int = 0
+    context: int = 0  # tokens that completions only share with others they branch off from; they were drawn once
     prompts: int = 0
-    informative: int = 0
+    informative: int = 0  # prompts whose completions earned different rewards
     failures: int = 0
-    refills: int = 0
-    sampling_seconds: float = 0.0
+    refills: int = 0  # rounds of sampling after the first
+    sampling_seconds: float = 0.0  # as the sampler measured it
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
@@ -85,22 +76,16 @@ class RolloutStats:
 def rollout_metrics(
     stats: RolloutStats, rollout: RolloutStep, keep: Tensor, exchange: Callable[[Any], list[Any]]
 ) -> dict[str, float]:
-    """Every number of a finished rollout, the same on all ranks, which all call this.
-
-    Args:
-        keep: bool `[G]`, the prompts that are trained on.
-        exchange: gives the values of all ranks.
-    """
+    """Every number of a finished rollout, the same on all ranks, which all call this; `keep`: bool `[G]`."""
     scored = "old_logps" in rollout.quantities
-    ranks = exchange(
-        {
-            "stats": stats,
-            "sums": rollout_sums(rollout, keep[rollout.group]) if scored else {},
-            "mismatch": mismatch(rollout) if scored else {},
-            "credit": {name: (value, 1.0) for name, value in rollout.metrics.items()},
-            "kept": int(keep.sum()),
-        }
-    )
+    own = {
+        "stats": stats,
+        "sums": rollout_sums(rollout, keep[rollout.group]) if scored else {},
+        "mismatch": mismatch(rollout) if scored else {},
+        "credit": {name: (value, 1.0) for name, value in rollout.metrics.items()},
+        "kept": int(keep.sum()),
+    }
+    ranks = exchange(own)
     metrics = sampled_metrics([r["stats"] for r in ranks])
     metrics["rollout/prompts_kept"] = float(sum(r["kept"] for r in ranks))
     metrics |= summed([r["sums"] for r in ranks]) | joined_mismatch([r["mismatch"] for r in ranks])
@@ -109,12 +94,7 @@ def rollout_metrics(
 
 
 def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
-    """Metrics of what all ranks sampled.
-
-    `reward/mean` and `reward/std` of the sum of all rewards, `reward/<name>/mean` and `/std` of each,
-    `reward/correct`, `reward/invalid` (share of completions), `reward/failures`; `rollout/length` (tokens),
-    `rollout/truncated` (share), `rollout/informative` (share of prompts whose completions earned different rewards).
-    """
+    """Metrics of what all ranks sampled."""
     lengths = torch.tensor([n for part in parts for n in part.lengths], dtype=torch.float64)
     tokens = float(lengths.sum()) - sum(part.context for part in parts)
     metrics = {
@@ -156,13 +136,9 @@ def _moments(name: str, values: list[float]) -> dict[str, float]:
 
 
 def rollout_sums(rollout: RolloutStep, keep: Tensor) -> dict[str, tuple[float, float]]:
-    """Of one rank's prompts to train on: (sum, weight) by name, to be added up over ranks.
+    """Of one rank's completions to train on (`keep`, bool `[C]`): (sum, weight) by name, to be added up over ranks.
 
-    `rollout/utilisation`: share of completions with an advantage other than 0; `rollout/entropy` and `rollout/kl_ref`
-    (k3): nats per token.
-
-    Args:
-        keep: bool `[C]`, the completions that are trained on.
+    `rollout/utilisation`: share of completions with an advantage other than 0; entropy and k3: nats per token.
     """
     sums: dict[str, tuple[float, float]] = {}
     if rollout.advantages is not None:
@@ -188,13 +164,11 @@ def mismatch(rollout: RolloutStep) -> dict[str, float]:
 
 def summed(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, float]:
     """Weighted means of what `rollout_sums` gave on all ranks."""
-    names: dict[str, Any] = dict.fromkeys(name for part in parts for name in part)
     found = {}
-    for name in names:
-        sums = [part[name] for part in parts if name in part]
-        weight = sum(w for _, w in sums)
-        if weight:
-            found[name] = sum(s for s, _ in sums) / weight
+    for name in dict.fromkeys(name for part in parts for name in part):
+        sums, weights = zip(*(part[name] for part in parts if name in part), strict=True)
+        if sum(weights):
+            found[name] = sum(sums) / sum(weights)
     return found
 
 
@@ -206,8 +180,7 @@ def joined_mismatch(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     found = {}
     for name in parts[0]:
         values = [part[name] for part in parts if name in part]
-        how = MISMATCH_EXTREMES.get(name.removeprefix("mismatch/"))
-        found[name] = how(values) if how is not None else sum(values) / len(values)
+        found[name] = MISMATCH_EXTREMES.get(name.removeprefix("mismatch/"), _share)(values)
     return found
 
 
@@ -222,14 +195,11 @@ class RolloutRecord:
     """Collects completions of the rollout under way and writes them when it is used up, one line each.
 
     A line has rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids;
-    where there is a tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by
-    name); per token advantages and, where they are known, entropy, sampling_logps, old_logps, ref_logps, weights,
-    token_rewards, thr; and of objectives that have them ratio (of the policy to the one that sampled, at the
-    completion's last update before the optimiser step) and clipped (-1, 0, 1).
+    with a tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by name); per
+    token the `COLUMNS` that are known; and of objectives that have them ratio (of the policy to the one that sampled,
+    at the completion's last update before the optimiser step) and clipped (-1, 0, 1).
 
     Args:
-        path: of the file.
-        tokenizer: for texts; None: ids only.
         count: completions per record; every: rollouts from one record to the next.
     """
 
@@ -300,12 +270,11 @@ class RolloutRecord:
 
     def write(self) -> None:
         """Append what is pending. Raises `RunError` if it cannot be written."""
-        if not self.pending:
-            return
         # ASCII: a completion may have any character in it, and some of them (U+2028) end a line for some readers.
         lines = "".join(json.dumps(entry) + "\n" for entry in self.pending)
         self.pending = []
-        append_text(self.path, lines)
+        if lines:
+            append_text(self.path, lines)
 
     def restart(self, rollouts: int, pending: Sequence[dict[str, Any]] = ()) -> None:
         """Keep what rollouts before number `rollouts` wrote, except that of the one that is `pending`."""

@@ -32,7 +32,7 @@ def several_ranks() -> bool:
 
 
 def all_reduce(values: Tensor, device: torch.device, op: str = "sum") -> Tensor:
-    """`values` summed ("sum") or maximised ("max") over ranks, on the host; of equal shape on all of them."""
+    """`values`, of equal shape on all ranks, summed ("sum") or maximised ("max") over them, on the host."""
     if not several_ranks():
         return values
     on_device = values.to(device, copy=True)
@@ -51,17 +51,11 @@ def all_gather(value: Any) -> list[Any]:
 
 @contextmanager
 def naming_lost_ranks(peers: Sequence[tuple[str, int]]) -> Iterator[None]:
-    """Turn what happens to this rank when another one has died into one error that says which.
+    """Turn what happens to this rank when another one has died into one RunError that says which.
 
-    A collective raises, or the launcher, which ends the ranks that are left, is quicker with its SIGTERM.
-
-    Args:
-        peers: host name and process id of every rank, in the order of ranks.
-
-    Raises:
-        RunError: a rank has ended.
+    A collective raises, or the launcher, which ends the ranks that are left, is quicker with its SIGTERM. `peers`:
+    host name and process id of every rank, in the order of ranks.
     """
-
     # A handler of the caller's own stays.
     free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     handles = free and several_ranks() and threading.current_thread() is threading.main_thread()
@@ -121,12 +115,8 @@ def _is_alive(process: int) -> bool:
 class HostBatch:
     """A `TokenBatch` that stays in host memory when the data loader moves batches to the device.
 
-    Counting and cutting read lengths, which on an accelerator would make the host wait. Its micro-batches
-    are moved one by one when they are used; they are token ids, a few kilobytes.
-
-    Attributes:
-        real: False: this rank has nothing to learn from in the step; `batch` stands in, without weight, so that the
-            rank takes part in what all ranks do together.
+    Counting and cutting read lengths, which on an accelerator would make the host wait. If it is not `real`, this
+    rank has nothing to learn from in the step and the batch stands in without weight.
     """
 
     batch: TokenBatch
@@ -138,13 +128,8 @@ class HostBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Of one optimiser step: counts over its batches on all ranks, and how often each rank runs the model.
-
-    Attributes:
-        counts: what the normaliser divides by.
-        tokens: prompt and completion tokens, for the log.
-        passes: for each of this rank's batches the number of forward passes that all ranks make; None: each
-            rank makes as many as it needs.
+    """Of one optimiser step: counts over its batches on all ranks, tokens of prompts and completions together, and
+    for each of this rank's batches the forward passes that all ranks make (None: as many as each needs).
     """
 
     counts: Counts
@@ -159,12 +144,7 @@ def counts_of(batch: TokenBatch) -> Counts:
 def plan_step(
     batches: Sequence[HostBatch], max_tokens: int | None, device: torch.device, *, same_passes: bool
 ) -> StepPlan:
-    """Count a step.
-
-    Args:
-        batches: this rank's batches of the step, one per accumulation step.
-        same_passes: whether ranks must run the model equally often (FSDP: every pass is a collective).
-    """
+    """Count a step of this rank's batches; `same_passes`: ranks must run the model equally often (FSDP)."""
     counts = sum((counts_of(b.batch) for b in batches if b.real), Counts())
     tokens = torch.tensor([sum(b.batch.n_tokens for b in batches if b.real)])
     total = all_reduce(torch.cat([counts.to_tensor(), tokens]), device)
@@ -178,9 +158,7 @@ def plan_step(
 def micro_batches(batch: TokenBatch, max_tokens: int | None, passes: int | None) -> list[tuple[TokenBatch, bool]]:
     """Cut a batch into micro-batches, exactly `passes` of them if that is given.
 
-    Returns:
-        The micro-batches. False marks one that is there only for ranks to run the model equally often: a rank
-        with too few prompts runs its smallest one again, and the caller gives it no weight.
+    False marks one without weight: a rank with too few prompts runs its smallest one again.
     """
     parts = [(part, True) for part in batch.split(max_tokens, parts=passes or 1)]
     if passes is None or len(parts) == passes:
@@ -198,10 +176,10 @@ def wide(values: Tensor) -> Tensor:
 
 
 class WeightedMeans:
-    """Sums and weights of named quantities; `means` divides. Sums are float64, on the host.
+    """Sums (float64, on the host) and weights of named quantities; `means` divides.
 
-    A mean of batch means is wrong as soon as batches differ in size; every quantity is added here as a sum
-    over the things it is a mean of (pairs, tokens), with their number as the weight.
+    A mean of batch means is wrong as soon as batches differ in size: a quantity is added as a sum over the things it
+    is a mean of (pairs, tokens), with their number as the weight.
     """
 
     def __init__(self) -> None:
@@ -225,11 +203,9 @@ class WeightedMeans:
     def add_lengths(self, segments: Segments, pairs: bool) -> None:
         """Add counted tokens per completion, by side for pairs."""
         lengths = segments.lengths.tolist()
-        if pairs:
-            self.add("lengths/chosen", sum(lengths[0::2]), len(lengths) // 2)
-            self.add("lengths/rejected", sum(lengths[1::2]), len(lengths) // 2)
-        else:
-            self.add("lengths/completion", sum(lengths), len(lengths))
+        sides = {"chosen": lengths[0::2], "rejected": lengths[1::2]} if pairs else {"completion": lengths}
+        for side, counted in sides.items():
+            self.add(f"lengths/{side}", sum(counted), len(counted))
 
     def clear(self) -> None:
         self.sums.clear()
@@ -241,16 +217,13 @@ class WeightedMeans:
 
     def reduced(self) -> WeightedMeans:
         """The sums of all ranks, which need not hold the same names."""
-        ranks = all_gather(self.state())
-        out = WeightedMeans()
+        ranks, out = all_gather(self.state()), WeightedMeans()
         for name in sorted({name for rank in ranks for name in rank["sums"]}):
-            for rank in ranks:
-                if name in rank["sums"]:
-                    out.add(name, rank["sums"][name], rank["weights"][name])
+            for rank in (rank for rank in ranks if name in rank["sums"]):
+                out.add(name, rank["sums"][name], rank["weights"][name])
         return out
 
     def state(self) -> dict[str, Any]:
-        """JSON-like state; floats survive JSON exactly."""
         return {"sums": dict(self.sums), "weights": dict(self.weights)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -262,24 +235,15 @@ class WeightedMeans:
 
 @dataclass
 class MicroRecord:
-    """One micro-batch of the step, detached.
+    """One micro-batch of the step, detached."""
 
-    Attributes:
-        rows: row of each prompt.
-        group: prompt of each completion, long `[C]`.
-        labels: the counted tokens, long `[N]`.
-        output: the objective's output.
-        share: what the micro-batch adds to the loss of the step.
-        entropy: nats per counted token `[N]`, or None.
-    """
-
-    rows: tuple[int | str, ...]
-    group: Tensor
-    labels: Tensor
+    rows: tuple[int | str, ...]  # of each prompt
+    group: Tensor  # prompt of each completion, long [C]
+    labels: Tensor  # the counted tokens, long [N]
     segments: Segments
     output: LossOutput
-    share: Tensor
-    entropy: Tensor | None
+    share: Tensor  # what it adds to the loss of the step
+    entropy: Tensor | None  # nats per counted token [N]
 
     @classmethod
     def of(cls, batch: TokenBatch, judged: Judged, share: Tensor) -> MicroRecord:
@@ -299,21 +263,18 @@ class MicroRecord:
         """Loss of every pair (or completion) with its row; a token term is added where it belongs."""
         pairs = self.output.unit == "pairs"
         rows = self.rows if pairs else [self.rows[g] for g in self.group.tolist()]
-        return list(zip(rows, self._with_token_term(pairs).tolist(), strict=True))
-
-    def _with_token_term(self, pairs: bool) -> Tensor:
         losses, extra = self.output.losses, self.output.token_losses
-        if extra is None:
-            return losses
-        lengths = self.segments.lengths
-        if self.output.token_unit == "chosen_tokens":
-            return losses + Segments.from_lengths(lengths[0::2].tolist(), lengths.device).sum(extra)
-        per_completion = self.segments.sum(extra)
-        return losses + (sum(self.segments.pairs(per_completion)) if pairs else per_completion)
+        if extra is not None and self.output.token_unit == "chosen_tokens":
+            lengths = self.segments.lengths
+            losses = losses + Segments.from_lengths(lengths[0::2].tolist(), lengths.device).sum(extra)
+        elif extra is not None:
+            per_completion = self.segments.sum(extra)
+            losses = losses + (sum(self.segments.pairs(per_completion)) if pairs else per_completion)
+        return list(zip(rows, losses.tolist(), strict=True))
 
 
 def totals(records: Sequence[MicroRecord]) -> Tensor:
-    """Float64 `[2]` on the host: the records' loss, and how many of their terms are not finite."""
+    """Float64 `[2]` on the host: the loss, and how many of its terms are not finite."""
     if not records:
         return torch.zeros(2, dtype=torch.float64)
     share = torch.stack([wide(r.share) for r in records]).sum()
@@ -325,11 +286,8 @@ def totals(records: Sequence[MicroRecord]) -> Tensor:
 
 def nonfinite_report(records: Sequence[MicroRecord], rank: int) -> list[dict[str, Any]]:
     """Per micro-batch its rows and losses, for `nonfinite.json`; strings where JSON has no number."""
-
-    def number(value: float) -> float | str:
-        return value if math.isfinite(value) else str(value)
-
-    return [
-        {"rank": rank, "losses": [{"row": row, "loss": number(loss)} for row, loss in record.row_losses()]}
+    losses = [
+        [{"row": row, "loss": loss if math.isfinite(loss) else str(loss)} for row, loss in record.row_losses()]
         for record in records
     ]
+    return [{"rank": rank, "losses": own} for own in losses]

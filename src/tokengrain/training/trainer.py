@@ -103,12 +103,11 @@ class PreferenceTrainer(Trainer):
             `(logps, segments, *, <quantities annotated Tensor>) -> LossOutput`.
         credit: gives the token credit, if the objective takes it: a credit source or any function
             `TokenBatch -> [N]`. None: the data's column `token_rewards`.
-        credit_as: how it enters: "reward", "weight", "selection", "span", `{name: ..., settings}` or a role of
-            `tokengrain.loss`. None: the only way that the objective has.
-        reference: a model, a `Reference`, or None for the default: stored `ref_logps` if the data have them
-            and they are enough; for an adapter the model without it (a copy of what is trained if the
-            adapter was trained already or is not all that is trained); otherwise a frozen copy of the starting weights.
-        teacher: what an objective that distils learns from: a `ContrastiveTeacher`, or any function
+        credit_as: "reward", "weight", "selection", "span", `{name: ..., settings}` or a role of `tokengrain.loss`.
+            None: the only way that the objective has.
+        reference: a model, a `Reference`, or None: stored `ref_logps` if they are enough; for a new adapter the
+            model without it; otherwise a frozen copy of what is trained, as it is at the start.
+        teacher: what an objective that distils learns from: a `ContrastiveTeacher`, or a function
             `TokenBatch -> Teacher`.
         train_dataset, eval_dataset: map-style or iterable data sets of `Sample`s, or lists of them.
         processing_class: the tokenizer, saved with the model.
@@ -168,17 +167,12 @@ class PreferenceTrainer(Trainer):
         what = "fsdp is set, which needs several processes (torchrun, accelerate launch); got one"
         require(not args.fsdp or args.world_size > 1, RecipeError, what)
         self._reset_step()
+        kwargs |= {"train_dataset": endless(train_dataset, args), "eval_dataset": eval_dataset}
         collate: Any = self._collate  # to batches that are no dicts
-        super().__init__(
-            model,
-            args,
-            data_collator=collate,
-            train_dataset=endless(train_dataset, args),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
-        self._check_sharding()
+        super().__init__(model, args, data_collator=collate, processing_class=processing_class, **kwargs)
+        asked = "fsdp is set" if args.fsdp else "accelerate was started with FSDP"
+        done = self.is_fsdp_enabled or not (args.fsdp or launched_with_fsdp())
+        require(done, RecipeError, f"{asked}, but accelerate does not shard on this device, as on CPU")
         prepare(self.model, layout=args.layout)  # on its device by now, and not yet wrapped
         self._log_file = JsonlLog(self.output_path / LOG_FILE)
         self.add_callback(self._log_file)
@@ -188,14 +182,8 @@ class PreferenceTrainer(Trainer):
         self._staging: Path | None = None  # where a checkpoint is being saved
         self._peers: list[tuple[str, int]] = []
 
-    def _check_sharding(self) -> None:
-        asked = "fsdp is set" if self.args.fsdp else "accelerate was started with FSDP"
-        done = self.is_fsdp_enabled or not (self.args.fsdp or launched_with_fsdp())
-        require(done, RecipeError, f"{asked}, but accelerate does not shard on this device, as on CPU")
-
     @property
     def output_path(self) -> Path:
-        """`args.output_dir`."""
         return Path(str(self.args.output_dir))
 
     @property
@@ -218,7 +206,6 @@ class PreferenceTrainer(Trainer):
         self._resumed_loss: tuple[float, float] | None = None
 
     def _resolve_reference(self, reference: Any, model: nn.Module) -> Any:
-        """What the loss takes the reference's quantities from."""
         return resolve_reference(reference, model, self.objective.needs, self._all_have("ref_logps"))
 
     # ---- Data ----
@@ -235,7 +222,10 @@ class PreferenceTrainer(Trainer):
                 where = getattr(dataset, "name", name)
                 self._check_rows((dataset[i] for i in range(len(dataset))), where)
                 for column in sorted(columns):
-                    self._check_column(dataset, column, where)
+                    what = f"objective {self.objective.name} needs per-token {column}, which the rows do not have"
+                    expected = "values in every row" + COLUMN_HINTS.get(column, "")
+                    place: Any = {"file": where, "row": dataset[0].row, "field": f"*_{column}"}
+                    require(has_column(dataset, column), DataError, what, **place, expected=expected)
         train = self._datasets["train"]
         self._streaming = train is not None and not hasattr(train, "__len__")
 
@@ -244,17 +234,6 @@ class PreferenceTrainer(Trainer):
         for count, sample in enumerate(samples, 1):  # noqa: B007
             self._limits.check_sample(sample, where, pairs=self.objective.unit == "pairs")
         require(count, DataError, "the dataset is empty", file=where, expected="at least one row")
-
-    def _check_column(self, dataset: Any, column: str, where: object) -> None:
-        require(
-            has_column(dataset, column),
-            DataError,
-            f"objective {self.objective.name} needs per-token {column}, which the rows do not have",
-            file=where,
-            row=dataset[0].row,
-            field=f"*_{column}",
-            expected="values in every row" + COLUMN_HINTS.get(column, ""),
-        )
 
     def _columns(self) -> tuple[str, ...]:
         """Per-token columns that all data sets have, as far as it is known (a stream is not asked)."""
@@ -278,20 +257,15 @@ class PreferenceTrainer(Trainer):
         """The batches of one optimiser step; plans the step over all of them and all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
         if batches:
-            self._plan = plan_step(
-                batches,
-                self.args.max_tokens_per_microbatch,
-                self.args.device,
-                same_passes=self.is_fsdp_enabled,
-            )
+            most, device = self.args.max_tokens_per_microbatch, self.args.device
+            self._plan = plan_step(batches, most, device, same_passes=self.is_fsdp_enabled)
         self._batch_index, self._records = 0, []
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward over one device batch, micro-batch by micro-batch.
 
-        Returns:
-            This rank's share of the step's loss times the number of ranks, so that their mean is the loss.
+        Returns this rank's share of the step's loss times the number of ranks, so that their mean is the loss.
         """
         assert self._plan is not None
         model.train()
@@ -303,35 +277,29 @@ class PreferenceTrainer(Trainer):
         self._batch_index += 1
         parts = micro_batches(inputs.batch, self.args.max_tokens_per_microbatch, passes)
         total = torch.zeros((), device=self.args.device)
+        # DDP and FSDP average gradients over ranks, and accelerate divides by its accumulation steps; the
+        # normaliser has already divided by the counts of the whole step.
+        scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
         for index, (part, counts) in enumerate(parts):
             real = counts and inputs.real
-            last = index == len(parts) - 1
             # In an earlier accumulation step transformers has switched synchronisation off around this call.
-            defer = not last and self.accelerator.sync_gradients and self.accelerator.num_processes > 1
-            with (
-                self.accelerator.no_sync(model) if defer else nullcontext(),
-                self.compute_loss_context_manager(),
-            ):
+            defer = index < len(parts) - 1 and self.accelerator.sync_gradients and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(model) if defer else nullcontext(), self.compute_loss_context_manager():
                 part = part.to(self.args.device)
                 loss, judged = self.compute_loss(model, part, return_outputs=True)
                 if real:
                     self._records.append(MicroRecord.of(part, judged, loss))
                     total += loss.detach()
-                self._backward(loss if real else loss * 0.0)
+                self.accelerator.backward((loss if real else loss * 0.0) * scale)
         return total * self.accelerator.num_processes
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """What one micro-batch adds to the loss of the optimiser step (and what the objective returned)."""
         assert self._plan is not None
-        judged = self.judge(
-            model, inputs, measure=self._measured_in_training(), frozen_context=self.accelerator.autocast
-        )
+        measure, autocast = self._measured_in_training(), self.accelerator.autocast
+        judged = self.judge(model, inputs, measure=measure, frozen_context=autocast)
         loss = self.normaliser(judged.output, self._plan.counts)
         if judged.balance is not None:  # a mean over the tokens of the step, whatever its micro-batches
             loss = loss + judged.balance * (inputs.segments.total / max(self._plan.counts.tokens, 1))
@@ -344,12 +312,6 @@ class PreferenceTrainer(Trainer):
         """Score a batch and apply the objective; see `PreferenceLoss`."""
         return self._loss(model, batch, **options)
 
-    def _backward(self, loss: Tensor) -> None:
-        # DDP and FSDP average gradients over ranks, and accelerate divides by its accumulation steps; the
-        # normaliser has already divided by the counts of the whole step.
-        scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
-        self.accelerator.backward(loss * scale)
-
     def _place_reference(self) -> None:
         if not self._reference_placed:
             place_reference(self.reference, self.accelerator, self.args.layout)
@@ -360,14 +322,10 @@ class PreferenceTrainer(Trainer):
         return self._grad_norm
 
     def finish_step(self) -> None:
-        """Called between the last backward pass of a step and the optimiser.
-
-        Raises:
-            NonFiniteLossError: a loss or the gradient is not finite, on any rank.
-        """
+        """Called before the optimiser's step: raises NonFiniteLossError if a loss or the gradient is not finite."""
         assert self._plan is not None
         own = totals(self._records)
-        if float(self._sum_over_ranks(own)[1]):
+        if float(all_reduce(own, self.args.device)[1]):
             self._stop("loss")
         scaled = self.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
         if self._grad_norm is not None and not scaled and not torch.isfinite(_whole(self._grad_norm)):
@@ -381,17 +339,10 @@ class PreferenceTrainer(Trainer):
     def after_step(self) -> None:
         """Called after the optimiser's step, before anything is logged or saved."""
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return all_reduce(values, self.args.device)
-
     # ---- A step that is not finite: its rows and the last good state are saved, and the run ends ----
 
     def _stop(self, what: str) -> NoReturn:
-        """Save the rows of the step under way and the weights before it, then raise. Every rank calls this.
-
-        Args:
-            what: "loss" or "gradient", whichever was not finite.
-        """
+        """Save the rows of the step under way and the weights before it, then raise. Every rank calls this."""
         step = self.state.global_step + 1
         own = nonfinite_report(self._records, self.accelerator.process_index)
         batches = [batch for rank in all_gather(own) for batch in rank]
@@ -422,11 +373,7 @@ class PreferenceTrainer(Trainer):
         return f"The last good state is {last}." if last else "There is no checkpoint."
 
     def _check_weights(self) -> None:
-        """Called before weights are saved. The loss of the next step would tell, but there may be none.
-
-        Raises:
-            NonFiniteLossError: a trained weight is not finite, on any rank.
-        """
+        """Called before weights are saved. The loss of the next step would tell, but there may be none."""
         if bad := self._nonfinite_weights():
             shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
             raise NonFiniteLossError(
@@ -459,22 +406,13 @@ class PreferenceTrainer(Trainer):
     # ---- Evaluation on the whole set, whatever the batches and ranks ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """This rank's share of the evaluation set, in micro-batches.
-
-        Raises:
-            DataError: there is no such set, it is empty, or a row does not fit the model.
-        """
+        """This rank's share of the evaluation set, in micro-batches."""
         dataset = chosen_dataset(self, eval_dataset)
         samples = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
         self._check_rows(samples, getattr(dataset, "name", "eval"))
-        return EvalBatches(
-            samples,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_tokens=self.args.max_tokens_per_microbatch,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            device=self.args.device,
-        )
+        batch_size, most = self.args.per_device_eval_batch_size, self.args.max_tokens_per_microbatch
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return EvalBatches(samples, batch_size, most, rank=rank, world=world, device=self.args.device)
 
     def evaluation_model(self) -> nn.Module:
         """The policy as evaluation runs it: sharded under FSDP2, else without wrapper."""
@@ -484,12 +422,7 @@ class PreferenceTrainer(Trainer):
         return self.model
 
     def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Metrics of the whole evaluation set; see `EvalSums`."""
         self.callback_handler.eval_dataloader = dataloader
@@ -515,7 +448,6 @@ class PreferenceTrainer(Trainer):
             raise RecipeError(f"metric_for_best_model is {wanted!r}; evaluation gives {known}") from error
 
     def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises `RecipeError`: evaluation keeps no predictions."""
         raise RecipeError(
             "there is no predict: evaluate(rows) gives their metrics, tokengrain.score the log-probabilities of their "
             "tokens, and a sampler of tokengrain.rollout completions"
@@ -536,8 +468,7 @@ class PreferenceTrainer(Trainer):
                 there is none. A path: resume from there. None or False: start from scratch.
 
         Raises:
-            RunError: starting from scratch where checkpoints lie; resuming another run's checkpoint, or one of the
-                weights alone.
+            RunError: starting where checkpoints lie; resuming from another run's, or from weights alone.
             NonFiniteLossError: a loss that is not finite; the batch's rows are in `nonfinite.json`.
             ModelError: nothing in the model can be trained.
         """
@@ -562,7 +493,6 @@ class PreferenceTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; see `transformers.Trainer.evaluate`."""
         with self._together():
             return super().evaluate(*args, **kwargs)
 
@@ -616,10 +546,9 @@ class PreferenceTrainer(Trainer):
         }
 
     def save_extra(self, staged: Path) -> dict[str, Any]:
-        """For subclasses: write further files into the checkpoint `staged`; every rank calls this.
+        """For subclasses: write further files into the checkpoint, on every rank.
 
-        Returns:
-            What goes into its state file, JSON-like; the main process's counts.
+        What the main process returns (JSON-like) goes into the state file.
         """
         return {}
 
@@ -649,54 +578,46 @@ class PreferenceTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save into a staging folder, sync, rename. All ranks call this.
-
-        Raises:
-            RunError: it could not be written (a full disk); earlier checkpoints are as they were.
-        """
+        """Save into a staging folder, sync, rename. All ranks call this."""
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
         self._check_weights()
         main, window = self.args.should_save, self._window.reduced()
-        since = float(self._sum_over_ranks(self._tr_loss.detach().cpu().double())) / self.accelerator.num_processes
+        since = float(all_reduce(self._tr_loss.detach().cpu().double(), self.args.device))
+        loss = self._total_loss_scalar, since / self.accelerator.num_processes
         # Continued or resumed, the main process counts on from the sum: rounding is the same.
         self._window.load_state(window.state() if self.is_world_process_zero() else WeightedMeans().state())
         # Rotation has to wait until the new checkpoint is in place.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        what, wait = f"checkpoint {self.state.global_step}", self.accelerator.wait_for_everyone
         try:
-            with staged_folder(
-                target, f"checkpoint {self.state.global_step}", main=main, wait=self.accelerator.wait_for_everyone
-            ) as staged:
+            with staged_folder(target, what, main=main, wait=wait) as staged:
                 self._staging = staged.parent
                 super()._save_checkpoint(model, trial)
                 extra = self.save_extra(staged)
                 self._name_best(target)
                 if main:
-                    self._write_state(staged, window, (self._total_loss_scalar, since), extra)
+                    self._write_state(staged, window, loss, extra)
         finally:
             self._staging, self.args.save_total_limit = None, limit
         if main:
             rotate(run_dir, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        wait()
 
     def _write_state(
         self, staged: Path, window: WeightedMeans, loss: tuple[float, float], extra: dict[str, Any]
     ) -> None:
-        """Write what a run needs to resume exactly, beyond what transformers saves.
-
-        Args:
-            loss: sum of the steps' losses until the last entry of the log, and since then.
-        """
+        """Write what a run needs to resume exactly: of losses, their sum until the log's last entry and since."""
         self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again: the best checkpoint has its name now
         state = {
             "step": self.state.global_step,
             "run": self.run_identity(),
             "window": window.state(),
             "tokens_seen": self._tokens_seen,
-            "template_time": {
-                name: dataset.clock.now.isoformat()  # of a chat template that writes the date
+            "template_time": {  # of a chat template that writes the date
+                name: clock.now.isoformat()
                 for name, dataset in self._datasets.items()
-                if getattr(dataset, "clock", None) is not None
+                if (clock := getattr(dataset, "clock", None)) is not None
             },
             "loss": loss,
             "extra": extra,
@@ -704,22 +625,14 @@ class PreferenceTrainer(Trainer):
         write_json(staged / STATE_FILE, state)
 
     def _name_best(self, target: Path) -> None:
-        """Call the best checkpoint by the name that it has in this folder, which may have been moved or renamed.
-
-        Every rank calls this: each of them loads the best weights at the end.
-        """
+        """Call the best checkpoint by its name in this folder, which may have been moved; on every rank."""
         if self.state.best_global_step:
             here = target.parent / f"checkpoint-{self.state.best_global_step}"
             if here == target or here.is_dir():
                 self.state.best_model_checkpoint = str(here)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights, config and tokenizer; into a folder beside the target first, so that no part of it is
-        ever taken for the whole.
-
-        Raises:
-            RunError: it could not be written; what was there before is as it was.
-        """
+        """Save weights, config and tokenizer; beside the target first, so that no part is taken for the whole."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
@@ -762,9 +675,7 @@ def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any
         model = with_adapter(model, args, peft_config)
     if args.disable_dropout:
         disable_dropout(model)
-    # Newer versions of transformers renamed it.
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    if is_peft(model) and any(getattr(args, name, None) for name in names):
+    if is_peft(model) and (getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing):
         model.enable_input_require_grads()
     return model
 
@@ -786,24 +697,14 @@ def save_active_adapter_only(model: Any) -> None:
 
 
 def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
-    """Check what a trainer is made with.
-
-    Args:
-        args: its settings; kind: the class that they must have.
-        given: names of further arguments for `transformers.Trainer`.
-
-    Raises:
-        RecipeError: settings of another class; an argument that would be ignored.
-    """
+    """Check the settings' class, and the names of arguments for `transformers.Trainer`: others would be ignored."""
     fits = isinstance(args, kind)
     require(fits, RecipeError, f"the trainer's settings are {type(args).__name__}; expected {kind.__name__}")
-    unknown = sorted(set(given) - set(PASSED_ON))
-    require(
-        not unknown,
-        RecipeError,
-        f"the trainer takes no {', '.join(unknown)}; expected its own arguments, or {', '.join(PASSED_ON)}, which "
-        "go to transformers. Objective and credit make the loss; evaluation has its own metrics and no predictions",
-    )
+    if unknown := sorted(set(given) - set(PASSED_ON)):
+        raise RecipeError(
+            f"the trainer takes no {', '.join(unknown)}; expected its own arguments, or {', '.join(PASSED_ON)}, which "
+            "go to transformers. Objective and credit make the loss; evaluation has its own metrics and no predictions"
+        )
 
 
 def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
@@ -814,10 +715,7 @@ def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
 
 
 def has_column(dataset: Any, column: str) -> bool:
-    """Whether the rows of a map-style dataset carry this per-token column (its first row says).
-
-    A stream is not asked: reading its first row would use it up.
-    """
+    """Whether the first row has this per-token column. A stream is not asked: it would be used up."""
     if not hasattr(dataset, "__len__") or not len(dataset):
         return False
     return column in _as_sample(dataset[0], getattr(dataset, "name", "train")).completions[0].columns
@@ -838,11 +736,7 @@ class Limits:
         self.vocabulary = vocabulary_size(model)
 
     def check_sample(self, sample: Any, where: object, *, pairs: bool) -> None:
-        """Check one row.
-
-        Raises:
-            DataError: it is no `Sample`, not a pair where pairs are needed, or does not fit the model.
-        """
+        """Raise DataError if a row is no `Sample`, not a pair where pairs are needed, or does not fit the model."""
         count = len(_as_sample(sample, where).completions)
         if pairs and count != 2:
             what, expected = "a preference pair has two completions", "chosen and rejected"
@@ -870,24 +764,15 @@ class Limits:
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Warn if the tokenizer has ids that the model does not have: rows must not use them."""
         if self.vocabulary is not None and hasattr(tokenizer, "__len__"):
-            size = len(tokenizer)
-            what = f"the tokenizer has {size} tokens, the model a vocabulary of {self.vocabulary}"
-            check_sizes(size, self.vocabulary, what)
+            what = f"the tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {self.vocabulary}"
+            check_sizes(len(tokenizer), self.vocabulary, what)
 
     def check_models_in(self, source: Any, role: str) -> None:
-        """Raise ModelError if a model that a reference or a credit source holds has another vocabulary.
-
-        Args:
-            role: what it is, for the message: "reference", "guide".
-        """
-        for other in models_in(source):
-            theirs = vocabulary_size(other)
-            require(
-                None in (self.vocabulary, theirs) or theirs == self.vocabulary,
-                ModelError,
-                f"the {role} has a vocabulary of {theirs} tokens, the policy of {self.vocabulary}; they must be the "
-                "same",
-            )
+        """Raise ModelError if a model that a reference or a credit source holds has another vocabulary."""
+        for theirs in map(vocabulary_size, models_in(source)):
+            what = f"the {role} has a vocabulary of {theirs} tokens, the policy of {self.vocabulary}"
+            same = None in (self.vocabulary, theirs) or theirs == self.vocabulary
+            require(same, ModelError, f"{what}; they must be the same")
 
 
 def vocabulary_size(model: Any) -> int | None:
@@ -900,10 +785,7 @@ def vocabulary_size(model: Any) -> int | None:
 
 
 def models_in(source: Any) -> list[nn.Module]:
-    """Language models that a credit source or reference holds, directly or in one of its parts.
-
-    Not those of a source that reads the text with a tokenizer of its own (`own_vocabulary`).
-    """
+    """Language models in a credit source or reference; none in one with a tokenizer of its own (`own_vocabulary`)."""
     if getattr(source, "own_vocabulary", False):
         return []
     found = []
