@@ -79,10 +79,6 @@ class RolloutBuffer:
             return HostBatch(self.stand_in, real=False)
         return HostBatch(self.batch.select(prompts))
 
-    def put_back(self) -> None:
-        """The last minibatch was not used: it comes again."""
-        self.position -= 1
-
     def schedule(self, epoch: int) -> list[list[int]]:
         """The prompts of each minibatch of an epoch; sizes differ by one at most."""
         if self._shared is not None and self._shared[0] == epoch:
@@ -94,8 +90,6 @@ class RolloutBuffer:
             order = torch.randperm(count, generator=generator).tolist()
         bounds = [count * i // self.minibatches for i in range(self.minibatches + 1)]
         return [order[a:b] for a, b in pairwise(bounds)]
-
-    # ---- In checkpoints ----
 
     def save(self, path: Path) -> None:
         """Write to a file: tensors and rows. What the rows were made from is not in it."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -77,8 +77,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], folder: Path)
         require(then == now, RunError, f"{what}; use the same settings to resume, or another output_dir")
 
 
-def refuse_earlier_run(output_dir: str | os.PathLike[str]) -> None:
-    """Raise RunError if there are checkpoints where a run starts from scratch; it might resume from them."""
+def refuse_earlier_run(output_dir: Path) -> None:
     if (last := last_complete_checkpoint(output_dir)) is not None:
         raise RunError(
             f"{output_dir} holds checkpoints of an earlier run ({last.name}); resume it with "
@@ -144,18 +143,14 @@ def saving(what: str, staged: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
-        if not _is_write_error(error):
+        # safetensors has its own exception class, torch.save raises RuntimeError from its zip writer.
+        zipped = isinstance(error, RuntimeError) and "Writer" in str(error)
+        if not (isinstance(error, (OSError, SafetensorError)) or zipped):
             raise
         kept = last_complete_checkpoint(staged.parent.parent)
         intact = f"{kept} is intact" if kept else "there is no earlier checkpoint"
         reason = "no space left on the device" if _is_full(error) else str(error)
         raise RunError(f"could not save {what} in {staged.parent.parent}: {reason}; {intact}") from error
-
-
-def _is_write_error(error: BaseException) -> bool:
-    # safetensors has its own exception class, torch.save raises RuntimeError from its zip writer.
-    named = type(error).__name__ == "SafetensorError"
-    return isinstance(error, OSError) or named or (isinstance(error, RuntimeError) and "Writer" in str(error))
 
 
 def _is_full(error: BaseException | None) -> bool:
@@ -202,7 +197,7 @@ def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | No
     if limit is None or limit <= 0:
         return
     found = checkpoints(output_dir)
-    keep = {found[-1]} | ({Path(best)} if best else set()) if found else set()
+    keep = {*found[-1:], *([Path(best)] if best and found else [])}
     removable = [path for path in found if path not in keep]
     for path in removable[: max(0, len(found) - max(limit, len(keep)))]:
         remove_folder(path)
@@ -218,9 +213,6 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-# ---- The local log ----
 
 
 def append_text(path: Path, text: str) -> None:

@@ -44,13 +44,11 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 class PreferenceConfig(TrainingArguments):
     """Settings of `PreferenceTrainer`: everything in `transformers.TrainingArguments` and what is below.
 
-    `per_device_train_batch_size` counts *prompts* (preference pairs). The memory of a step is bounded by
-    `max_tokens_per_microbatch`, not by the batch size: a batch is cut into micro-batches of whole prompts and
-    the result does not depend on where the cuts fall.
+    `per_device_train_batch_size` counts *prompts* (preference pairs). A batch is cut into micro-batches of whole
+    prompts, so that `max_tokens_per_microbatch` bounds memory; the result does not depend on where the cuts fall.
 
     Some inherited defaults differ: `learning_rate` 1e-6, `report_to` "none" (a local `log.jsonl` is always
     written to `output_dir`), no filter over non-finite losses (they stop the run), and `data_seed` = `seed`.
-    What cannot work here is refused with the reason.
 
     Args:
         max_tokens_per_microbatch: most tokens (each prompt once, plus its completions) in one forward pass;
@@ -58,12 +56,11 @@ class PreferenceConfig(TrainingArguments):
         normaliser: how per-pair losses become the loss of an optimiser step: "mean" (over all pairs of the
             step, on all ranks and accumulation steps), "token_mean", "prompt_mean", "constant" or "sum".
         normaliser_constant: divisor of the normaliser "constant".
-        disable_dropout: switch dropout off in the policy (LoRA dropout included). The reference never has
-            any.
-        layout: how prompts are laid out in a forward pass: "shared", "separate", or "auto" (shared where a
-            probe shows that the model gives the same answers).
+        disable_dropout: switch dropout off in the policy (LoRA dropout included). The reference never has any.
+        layout: of prompts in a forward pass: "shared", "separate", or "auto" (shared where a probe shows that the
+            model gives the same answers).
         chunk_tokens: tokens whose logits are formed at a time; None: chosen by the scorer.
-        log_entropy: also log the policy's entropy (nats per token) on training batches. It costs one more
+        log_entropy: also log the policy's entropy (nats per token) on training batches, at the cost of one more
             reduction over the vocabulary; evaluation always measures it.
         overwrite_output_dir: delete checkpoints and log of an earlier run in `output_dir` when training
             starts from scratch. Otherwise their presence is an error.
@@ -195,10 +192,9 @@ class OnlineConfig(PreferenceConfig):
     One rollout is `prompts_per_rollout` prompts with `num_generations` completions each; it is used for
     `minibatches * rollout_epochs` optimiser steps. `max_steps` counts optimiser steps; without it,
     `num_train_epochs` is how often the prompts are gone through; more often where filters replace prompts or leave
-    fewer than there are minibatches. `per_device_train_batch_size`, `per_device_eval_batch_size` and
-    `gradient_accumulation_steps` have no say: a minibatch is a step, and `max_tokens_per_microbatch` bounds memory.
-    Nor have the settings of data loaders (`dataloader_*`). `data_seed` orders the prompts, `seed` draws completions.
-    The best checkpoint is by default the one with the largest `eval_reward`.
+    fewer than there are minibatches. `per_device_*_batch_size`, `gradient_accumulation_steps` and the settings of data
+    loaders (`dataloader_*`) have no say. `data_seed` orders the prompts, `seed` draws completions. The best checkpoint
+    is by default the one with the largest `eval_reward`.
 
     Args:
         prompts_per_rollout: prompts of a rollout, over all ranks.
@@ -259,43 +255,29 @@ class OnlineConfig(PreferenceConfig):
         super().__post_init__()
 
     def _refuse_what_cannot_work_online(self) -> None:
-        strategy = getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy)
+        accumulated, best = self.gradient_accumulation_steps, self.metric_for_best_model
+        strategy = self.train_sampling_strategy
+        what = f"gradient_accumulation_steps is {accumulated}; in online training a minibatch is an optimiser step"
+        instead = "set minibatches, and max_tokens_per_microbatch for memory"
+        require(accumulated == 1, RecipeError, f"{what}: {instead}")
+        where = f"fsdp is {self.fsdp!r}" if self.fsdp else "accelerate was started with FSDP"
+        what = f"{where}; online training does not shard the model, because every process samples with all of it"
+        instead = "no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
+        instead += "lora, bf16 and max_tokens_per_microbatch"
+        require(not self.fsdp and not launched_with_fsdp(), RecipeError, f"{what}. Expected {instead}")
         alike = "a prompt's completions would all be the same"
-        for fits, message in (
-            (
-                self.gradient_accumulation_steps == 1,
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; in online training a minibatch is "
-                "an optimiser step: set minibatches, and max_tokens_per_microbatch for memory",
-            ),
-            (
-                not self.fsdp and not launched_with_fsdp(),
-                f"{f'fsdp is {self.fsdp!r}' if self.fsdp else 'accelerate was started with FSDP'}; online training "
-                "does not shard the model, because every process samples with all of it. Expected no fsdp: several "
-                "processes each with a copy (accelerate launch --multi_gpu), and for memory lora, bf16 and "
-                "max_tokens_per_microbatch",
-            ),
-            (
-                self.temperature != 0,
-                f"temperature is 0: {alike}, and no objective could tell them apart; expected a temperature above 0 "
-                "(eval_temperature may be 0)",
-            ),
-            (
-                strategy == "random",
-                f"train_sampling_strategy is {self.train_sampling_strategy!r}; online training draws prompts itself: "
-                "set shuffle_prompts",
-            ),
-            (
-                self.eval_generations == 1 or self.eval_temperature != 0,
-                f"eval_generations is {self.eval_generations} and eval_temperature 0: {alike}. Expected "
-                "eval_generations 1, or a temperature above 0",
-            ),
-            (
-                self.metric_for_best_model not in ("loss", "eval_loss"),
-                f"metric_for_best_model is {self.metric_for_best_model!r}; online evaluation samples and has no loss. "
-                "Expected one of its metrics, such as reward or correct",
-            ),
-        ):
-            require(fits, RecipeError, message)
+        what = f"temperature is 0: {alike}, and no objective could tell them apart"
+        instead = "a temperature above 0 (eval_temperature may be 0)"
+        require(self.temperature != 0, RecipeError, f"{what}; expected {instead}")
+        what = f"train_sampling_strategy is {strategy!r}; online training draws prompts itself: set shuffle_prompts"
+        require(getattr(strategy, "value", strategy) == "random", RecipeError, what)
+        what = f"eval_generations is {self.eval_generations} and eval_temperature 0: {alike}"
+        differ = self.eval_generations == 1 or self.eval_temperature != 0
+        require(differ, RecipeError, f"{what}. Expected eval_generations 1, or a temperature above 0")
+        what = (
+            f"metric_for_best_model is {best!r}; online evaluation samples and has no loss. Expected one of its metrics"
+        )
+        require(best not in ("loss", "eval_loss"), RecipeError, f"{what}, such as reward or correct")
         refuse_epochs(self, "online training is one long pass")
 
     @property

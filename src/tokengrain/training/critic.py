@@ -63,12 +63,10 @@ class Critic:
     Ranks need not run the model equally often: gradients are added up over ranks after the last micro-batch.
 
     Args:
-        source: where it starts. A token classifier with one label, such as a reward model, is copied with its head,
+        source: a token classifier with one label, such as a reward model, is copied with its head (and its adapter),
             as in RTO; of a causal language model the decoder is copied and the head is fresh (torch's random numbers:
-            seed them first). A PEFT model of a token classifier is copied with its adapter, and what it trains is
-            trained.
-        lr: learning rate; RTO's is 18 times the policy's.
-        betas, eps, weight_decay: of AdamW.
+            seed them first).
+        lr, betas, eps, weight_decay: of AdamW; RTO's learning rate is 18 times the policy's.
         max_grad_norm: gradients are scaled down to this norm; None: not.
         clip_range: values are clipped to this around those of the rollout in the loss; None: not clipped.
         weight: factor of the loss; 0.5 in RTO, 1 in Q-RM.
@@ -79,10 +77,6 @@ class Critic:
         use_statistics: put values on the scale of rewards with the mean and deviation of a reward model's scores,
             where its config has them (and the head is not fresh).
         max_tokens_per_microbatch: token budget of one forward pass.
-
-    Raises:
-        ModelError: a model that is neither, or an adapter on a language model (merge it first).
-        RecipeError: a value out of range.
     """
 
     def __init__(
@@ -136,10 +130,7 @@ class Critic:
     ) -> None:
         """Move to the device, take rank 0's weights on all ranks and set up the learning rate's schedule.
 
-        Args:
-            max_steps: optimiser steps of the run; only the schedule "constant" can do without.
-            max_tokens: token budget of a forward pass, unless the critic was made with one.
-            autocast: entered around every forward pass (mixed precision).
+        `max_tokens`: budget of a forward pass, unless the critic was made with one; `autocast`: around every pass.
         """
         if device is not None:
             self.model.to(device)
@@ -172,12 +163,8 @@ class Critic:
     def update(self, batch: TokenBatch, *, real: bool = True) -> dict[str, float]:
         """One optimiser step on a minibatch, and its metrics. All ranks call this, each with its share.
 
-        Args:
-            batch: with columns `returns` and, for clipping, `values`, the critic's own when it was collected.
-            real: False: this rank has no share in the minibatch, and `batch` gets no weight.
-
-        Raises:
-            NonFiniteLossError: before anything is changed.
+        The batch has columns `returns` and, for clipping, `values`, the critic's own when it was collected; it gets no
+        weight if it is not `real`. Raises NonFiniteLossError before anything is changed.
         """
         if self._scheduler is None:
             self.begin()
@@ -229,8 +216,6 @@ class Critic:
     @property
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    # ---- Checkpoints ----
 
     def describe(self) -> dict[str, Any]:
         """Settings that a checkpoint must agree on."""

@@ -36,9 +36,6 @@ def loop_output(metrics: Mapping[str, float], prefix: str, count: int) -> EvalLo
     return EvalLoopOutput(nothing, nothing, {f"{prefix}_{name}": value for name, value in metrics.items()}, count)
 
 
-# ---- On held-out rows ----
-
-
 class EvalBatches:
     """This rank's share of an evaluation set (rows rank, rank + world, ...), cut into micro-batches.
 
@@ -117,9 +114,6 @@ class EvalSums:
         if "nll/token" in found:  # sft: all of its losses are negative log-likelihoods
             found["perplexity"] = math.exp(min(float(losses.sum()) / max(counts.tokens, 1), 700.0))
         return found
-
-
-# ---- By sampling ----
 
 
 class EvalPrompts(list[Any]):

@@ -65,21 +65,14 @@ def resolve_objective(objective: Any) -> BoundObjective:
 
 @dataclass
 class Judged:
-    """One micro-batch judged by the objective.
+    """One micro-batch judged by the objective; measures are per counted token `[N]`, nats, detached."""
 
-    Attributes:
-        output: what the objective returned, with gradient in training.
-        segments: of the tokens that were judged; fewer than the batch's where the objective reads only some.
-        entropy, kl, log_ratio: per counted token `[N]`, nats, detached; None if not asked for or not known.
-        balance: a mixture of experts' load-balancing loss times its coefficient, with gradient; None for other models.
-    """
-
-    output: LossOutput
-    segments: Segments
+    output: LossOutput  # with gradient in training
+    segments: Segments  # of the tokens that were judged; the objective may read only some of the batch's
     entropy: Tensor | None = None
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
-    balance: Tensor | None = None
+    balance: Tensor | None = None  # a mixture of experts' load-balancing loss times its coefficient, with gradient
 
 
 class PreferenceLoss:

@@ -22,7 +22,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,37 +159,19 @@ class OnlineTrainer(PreferenceTrainer):
             for data in (prompts, *(data for data in held_out if data is not None)):
                 self.rewards.check_golds((data.name, item.row, item.raw) for item in data)
         set_lengths(args, len(prompts))
-        super().__init__(
-            model,
-            args,
-            objective=bound,
-            reference=reference,
-            teacher=teacher,
-            train_dataset=prompts,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        kwargs |= {"reference": reference, "teacher": teacher, "peft_config": peft_config}
+        kwargs |= {"processing_class": processing_class, "eval_dataset": eval_dataset}
+        super().__init__(model, args, objective=bound, train_dataset=prompts, **kwargs)
         self.sampler: Sampler = make_sampler(sampler, self.model, processing_class)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.ranks.together(lambda: check_reachable(self.sampler))
         seed = args.seed if args.data_seed is None else args.data_seed
         self.source = PromptSource(prompts, PromptOrder(len(prompts), seed, shuffle=args.shuffle_prompts), self.ranks)
-        self.scorer = RolloutScorer(
-            self.model,
-            self.reference,
-            critic,
-            max_tokens=args.max_tokens_per_microbatch,
-            mixed_precision=self.accelerator.autocast,
-            options=self._loss.score_options,
-        )
-        self.record = RolloutRecord(
-            self.output_path / ROLLOUT_FILE,
-            processing_class,
-            count=args.rollout_samples if self.is_world_process_zero() else 0,
-            every=args.rollout_samples_every,
-        )
+        most, autocast, options = args.max_tokens_per_microbatch, self.accelerator.autocast, self.judge.score_options
+        models = self.model, self.reference, critic
+        self.scorer = RolloutScorer(*models, max_tokens=most, mixed_precision=autocast, options=options)
+        path, shown = self.output_path / ROLLOUT_FILE, args.rollout_samples if self.is_world_process_zero() else 0
+        self.record = RolloutRecord(path, processing_class, count=shown, every=args.rollout_samples_every)
         self.rollouts = 0
         self.buffer: RolloutBuffer | None = None
         self._minibatch: HostBatch | None = None
@@ -256,14 +238,12 @@ class OnlineTrainer(PreferenceTrainer):
             self._release_sampler()
 
     def get_train_dataloader(self) -> Any:
-        return _Minibatches(self)
-
-    # ---- One optimiser step ----
+        while self.state.global_step < self.args.max_steps:
+            yield self.next_minibatch()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[HostBatch], num_batches: int, device: torch.device
     ) -> tuple[list[HostBatch], None]:
-        """The minibatch of one optimiser step."""
         self._place_reference()
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._minibatch = found[0][0] if found[0] else None
@@ -271,18 +251,12 @@ class OnlineTrainer(PreferenceTrainer):
         return found
 
     def next_minibatch(self) -> HostBatch:
-        """The next minibatch, of a new rollout if the last one is used up.
-
-        Raises RunError if no rollout of the last `max_empty_rollouts` left anything to train on.
-        """
+        """The next minibatch, of a new rollout if the last one is used up."""
         empty, why = 0, ""
         while self.buffer is None or self.buffer.done:
-            require(
-                empty < self.args.max_empty_rollouts,
-                RunError,
-                f"nothing was left to train on in {empty} rollouts in a row ({self.source.drawn} prompts drawn "
-                f"so far); loosen the filters, or look at the rewards: {why}",
-            )
+            drawn = f"{empty} rollouts in a row ({self.source.drawn} prompts drawn so far)"
+            what = f"nothing was left to train on in {drawn}; loosen the filters, or look at the rewards: {why}"
+            require(empty < self.args.max_empty_rollouts, RunError, what)
             self.buffer = self.ranks.together(self.rollout)
             empty += 1
             why = "all of a prompt may earn the same"
@@ -300,7 +274,9 @@ class OnlineTrainer(PreferenceTrainer):
         rollout = self._sample(stats)
         if self.ranks.largest(int(kept(rollout).sum())):
             with stats.timed("scoring"):
-                self.scorer.add(rollout, self._quantities())
+                needed = {OLD_LOGPS, *(self._needs & (SCORED | {"ref_logps"}))}
+                needed |= {name for credit in self.rollout_credits for name in credit.needs}
+                self.scorer.add(rollout, needed | ({"entropy"} if self.args.log_entropy else set()))
             with stats.timed("credit"):
                 self._assign_credit(rollout)
         keep = kept(rollout)
@@ -325,14 +301,12 @@ class OnlineTrainer(PreferenceTrainer):
     def after_step(self) -> None:
         """After the optimiser's step: time, and the record of a rollout that is used up."""
         self._minibatch = None
-        self.state.epoch = self.source.passes
+        self.state.epoch = self.source.drawn / len(self.source.prompts)
         # Seconds per rollout: every step is a part of one.
         steps = self.buffer.total if self.buffer is not None else self.args.steps_per_rollout
         self._window.add("seconds/update", time.perf_counter() - self._handed_out, 1 / steps)
         if self.buffer is not None and self.buffer.done:
             self.record.write()
-
-    # ---- The parts of a rollout ----
 
     def _sample(self, stats: RolloutStats) -> RolloutStep:
         """This rank's share: sampled, rewarded, filtered and refilled. `keep` is set only where nothing is left."""
@@ -351,8 +325,8 @@ class OnlineTrainer(PreferenceTrainer):
             missing = self.ranks.largest(target - sum(int(kept(r).sum()) for r in rounds))
             if not refill or missing <= 0 or len(rounds) > self.args.max_refills:
                 break
-            sampled += self.ranks.total(count)
-            found += self.ranks.total(int(kept(rollout).sum()))
+            sampled += sum(self.ranks.exchange(count))
+            found += sum(self.ranks.exchange(int(kept(rollout).sum())))
             # As many as are likely to give what is missing.
             count = target if not found else min(target, -int(-missing * sampled // found))
         stats.refills = len(rounds) - 1
@@ -403,11 +377,6 @@ class OnlineTrainer(PreferenceTrainer):
             exchange=self.ranks.exchange,
         )
 
-    def _quantities(self) -> set[str]:
-        """Columns to score for objective, rollout credits and log."""
-        wanted = {OLD_LOGPS, *(self._needs & (SCORED | {"ref_logps"}))}.union(*(c.needs for c in self.rollout_credits))
-        return wanted | ({"entropy"} if self.args.log_entropy else set())
-
     def _assign_credit(self, rollout: RolloutStep) -> None:
         """Rewards to advantages, token by token."""
         for one in self.rollout_credits:
@@ -427,7 +396,6 @@ class OnlineTrainer(PreferenceTrainer):
             raise RunError(f"rollout {rollout.index}: an advantage of row {row} is not a finite number")
 
     def _takes(self, name: str) -> bool:
-        """Whether the objective has a use for this quantity."""
         return name in self.objective.needs or name in self.objective.optional
 
     def _cut(self, rollout: RolloutStep, keep: Tensor, most: int) -> RolloutBuffer:
@@ -504,9 +472,7 @@ class OnlineTrainer(PreferenceTrainer):
         self._check_prompts(prompts)
         return EvalPrompts(prompts, self.ranks.rank, self.ranks.world)
 
-    def evaluation_loop(
-        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
         """Sample completions of all evaluation prompts and average their rewards; see `completion_metrics`."""
         self.callback_handler.eval_dataloader = dataloader
         try:
@@ -519,7 +485,6 @@ class OnlineTrainer(PreferenceTrainer):
         return loop_output(completion_metrics(entries), metric_key_prefix, dataloader.n_samples)
 
     def _evaluated(self, prompts: list[PromptItem]) -> list[dict[str, Any]]:
-        """What became of each prompt; see `completion_metrics`."""
         if not prompts:
             return []
         n = self.args.eval_generations
@@ -561,7 +526,7 @@ class OnlineTrainer(PreferenceTrainer):
 
     def save_extra(self, staged: Path) -> dict[str, Any]:
         if self._minibatch is not None and self.buffer is not None:
-            self.buffer.put_back()  # saved because its loss was not finite: a resumed run meets it again
+            self.buffer.position -= 1  # saved because its loss was not finite: a resumed run meets it again
             self._minibatch = None
         if self.buffer is not None and not self.buffer.done:
             folder = staged / BUFFER
@@ -598,20 +563,6 @@ class OnlineTrainer(PreferenceTrainer):
             seen[credit.name] += 1
             found[credit.name if seen[credit.name] == 1 else f"{credit.name}-{seen[credit.name]}"] = credit
         return found
-
-
-@dataclass
-class _Minibatches:
-    """What `transformers.Trainer` iterates over."""
-
-    trainer: OnlineTrainer
-
-    def __iter__(self) -> Iterator[HostBatch]:
-        while self.trainer.state.global_step < self.trainer.args.max_steps:
-            yield self.trainer.next_minibatch()
-
-
-# ---- What must fit together before online training starts ----
 
 
 def set_lengths(args: OnlineConfig, prompts: int) -> None:

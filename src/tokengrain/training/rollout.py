@@ -26,8 +26,6 @@ from tokengrain.training.buffer import concatenate
 from tokengrain.training.critic import Critic
 from tokengrain.training.step import all_gather
 
-# ---- The other ranks ----
-
 
 @dataclass(frozen=True)
 class _Failed:
@@ -58,9 +56,6 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         return max(self.exchange(number))
-
-    def total(self, number: float) -> float:
-        return float(sum(self.exchange(number)))
 
     def together(self, work: Callable[[], Any]) -> Any:
         """`work()`, which may exchange; if it fails on one rank it fails on all, so that none waits for another.
@@ -211,12 +206,6 @@ class PromptSource:
         self.drawn += count * world
         return items, seeds
 
-    @property
-    def passes(self) -> float:
-        return self.drawn / len(self.prompts)
-
-
-# ---- What the trainer itself computes about a rollout ----
 
 OLD_LOGPS = "old_logps"
 POLICY = {OLD_LOGPS: "logps", "entropy": "entropy", "hidden": "hidden"}

@@ -81,10 +81,13 @@ def rollout_metrics(
     own = {
         "stats": stats,
         "sums": rollout_sums(rollout, keep[rollout.group]) if scored else {},
-        "mismatch": mismatch(rollout) if scored else {},
+        "mismatch": {},  # of the sampler's log-probabilities and the trainer's; nothing where the sampler has none
         "credit": {name: (value, 1.0) for name, value in rollout.metrics.items()},
         "kept": int(keep.sum()),
     }
+    if scored and "raw_logps" in rollout.quantities:
+        logps, old_logps = rollout.quantities["raw_logps"], rollout.quantity("old_logps")
+        own["mismatch"] = sampler_mismatch(logps, old_logps, rollout.segments)
     ranks = exchange(own)
     metrics = sampled_metrics([r["stats"] for r in ranks])
     metrics["rollout/prompts_kept"] = float(sum(r["kept"] for r in ranks))
@@ -144,22 +147,13 @@ def rollout_sums(rollout: RolloutStep, keep: Tensor) -> dict[str, tuple[float, f
     if rollout.advantages is not None:
         signal = (rollout.segments.max(rollout.advantages.abs()) > 0) & keep
         sums["rollout/utilisation"] = (float(signal.sum()), float(keep.sum()))
-    tokens = rollout.broadcast(keep)
+    tokens, nats = rollout.broadcast(keep), {}
     if "entropy" in rollout.quantities:
-        entropy = wide(rollout.quantities["entropy"][tokens])
-        sums["rollout/entropy"] = (float(entropy.sum()), float(entropy.numel()))
+        nats["rollout/entropy"] = wide(rollout.quantities["entropy"][tokens])
     if "ref_logps" in rollout.quantities:
         logps, ref_logps = wide(rollout.quantity("old_logps")), wide(rollout.quantities["ref_logps"])
-        kl = kl_estimate(logps, ref_logps, "k3")[tokens]
-        sums["rollout/kl_ref"] = (float(kl.sum()), float(kl.numel()))
-    return sums
-
-
-def mismatch(rollout: RolloutStep) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the trainer's; nothing where the sampler has none."""
-    if "raw_logps" not in rollout.quantities:
-        return {}
-    return sampler_mismatch(rollout.quantities["raw_logps"], rollout.quantity("old_logps"), rollout.segments)
+        nats["rollout/kl_ref"] = kl_estimate(logps, ref_logps, "k3")[tokens]
+    return sums | {name: (float(values.sum()), float(values.numel())) for name, values in nats.items()}
 
 
 def summed(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, float]:
@@ -197,10 +191,8 @@ class RolloutRecord:
     A line has rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids;
     with a tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by name); per
     token the `COLUMNS` that are known; and of objectives that have them ratio (of the policy to the one that sampled,
-    at the completion's last update before the optimiser step) and clipped (-1, 0, 1).
-
-    Args:
-        count: completions per record; every: rollouts from one record to the next.
+    at the completion's last update before the optimiser step) and clipped (-1, 0, 1). `count` completions are written
+    every `every` rollouts.
     """
 
     def __init__(self, path: Path, tokenizer: Any, *, count: int, every: int) -> None:

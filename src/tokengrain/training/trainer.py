@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -61,7 +62,7 @@ from tokengrain.training.checkpoint import (
 )
 from tokengrain.training.config import PreferenceConfig, endless, launched_with_fsdp
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
-from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss, resolve_credit, resolve_objective
+from tokengrain.training.loss import CreditUse, PreferenceLoss, resolve_credit, resolve_objective
 from tokengrain.training.step import (
     HostBatch,
     MicroRecord,
@@ -142,8 +143,12 @@ class PreferenceTrainer(Trainer):
         check_arguments(args, PreferenceConfig, kwargs)
         self.objective: BoundObjective = resolve_objective(objective)
         self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)
-        self._datasets = by_name(train_dataset, eval_dataset)
-        use = resolve_credit(credit, credit_as, self.objective, self._columns())
+        # By a name for messages; of several evaluation sets one may be called "train".
+        several = isinstance(eval_dataset, Mapping)
+        held_out = {f"eval_{name}": d for name, d in eval_dataset.items()} if several else {"eval": eval_dataset}
+        self._datasets: dict[str, Any] = {"train": train_dataset, **held_out}
+        columns = tuple(c for c in ("token_rewards", "spans", "selected", "ref_logps") if self._all_have(c))
+        use = resolve_credit(credit, credit_as, self.objective, columns)
         check_together(self.objective, use.role if use is not None else None, teacher)
         longest = max((getattr(d, "max_length", None) or 0 for d in self._datasets.values()), default=0)
         lift_positions(unwrapped(model), longest)
@@ -156,11 +161,11 @@ class PreferenceTrainer(Trainer):
             self._limits.check_models_in(source, role)
             for other in models_in(source):
                 lift_positions(unwrapped(other), longest)
-        self._loss = PreferenceLoss(
-            self.objective, reference, use, teacher=teacher, layout=args.layout, chunk_tokens=args.chunk_tokens
-        )
-        if teacher is not None and is_peft(model):
-            save_active_adapter_only(model)
+        layout, chunk = args.layout, args.chunk_tokens
+        self.judge = PreferenceLoss(self.objective, reference, use, teacher=teacher, layout=layout, chunk_tokens=chunk)
+        policy: Any = model
+        if teacher is not None and is_peft(policy):  # adapters that are only asked are not saved
+            policy.save_pretrained = partial(policy.save_pretrained, selected_adapters=[policy.active_adapter])
         # One process trains on one device; several need a launcher (torchrun, accelerate launch).
         args._setup_devices  # noqa: B018
         args._n_gpu = min(args._n_gpu, 1)
@@ -189,12 +194,12 @@ class PreferenceTrainer(Trainer):
     @property
     def reference(self) -> Any:
         """What the policy is compared with, or None."""
-        return self._loss.reference
+        return self.judge.reference
 
     @property
     def credit(self) -> CreditUse | None:
         """Where token credit comes from and how it enters; None: the data's columns, or no need of it."""
-        return self._loss.credit
+        return self.judge.credit
 
     def _reset_step(self) -> None:
         self._plan: StepPlan | None = None
@@ -207,8 +212,6 @@ class PreferenceTrainer(Trainer):
 
     def _resolve_reference(self, reference: Any, model: nn.Module) -> Any:
         return resolve_reference(reference, model, self.objective.needs, self._all_have("ref_logps"))
-
-    # ---- Data ----
 
     def _check_data(self, credit: CreditUse | None) -> None:
         """Check the rows that are at hand; a stream is checked as it is read."""
@@ -235,11 +238,6 @@ class PreferenceTrainer(Trainer):
             self._limits.check_sample(sample, where, pairs=self.objective.unit == "pairs")
         require(count, DataError, "the dataset is empty", file=where, expected="at least one row")
 
-    def _columns(self) -> tuple[str, ...]:
-        """Per-token columns that all data sets have, as far as it is known (a stream is not asked)."""
-        known = ("token_rewards", "spans", "selected", "ref_logps")
-        return tuple(column for column in known if self._all_have(column))
-
     def _all_have(self, column: str) -> bool:
         given = [d for d in self._datasets.values() if d is not None]
         return bool(given) and all(has_column(d, column) for d in given)
@@ -248,8 +246,6 @@ class PreferenceTrainer(Trainer):
         for sample in samples if self._streaming else ():
             self._limits.check_sample(sample, "train", pairs=self.objective.unit == "pairs")
         return HostBatch(TokenBatch.from_samples(samples))
-
-    # ---- One optimiser step ----
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[HostBatch], num_batches: int, device: torch.device
@@ -308,10 +304,6 @@ class PreferenceTrainer(Trainer):
     def _measured_in_training(self) -> tuple[str, ...]:
         return ("entropy",) if self.args.log_entropy else ()
 
-    def judge(self, model: nn.Module, batch: TokenBatch, **options: Any) -> Judged:
-        """Score a batch and apply the objective; see `PreferenceLoss`."""
-        return self._loss(model, batch, **options)
-
     def _place_reference(self) -> None:
         if not self._reference_placed:
             place_reference(self.reference, self.accelerator, self.args.layout)
@@ -327,8 +319,10 @@ class PreferenceTrainer(Trainer):
         own = totals(self._records)
         if float(all_reduce(own, self.args.device)[1]):
             self._stop("loss")
+        norm = 0.0 if self._grad_norm is None else self._grad_norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded
         scaled = self.accelerator.scaler is not None  # fp16: an overflowing gradient is skipped, and normal
-        if self._grad_norm is not None and not scaled and not torch.isfinite(_whole(self._grad_norm)):
+        if not scaled and not math.isfinite(norm):
             self._stop("gradient")
         self._window.add("loss", float(own[0]), 1 / self.accelerator.num_processes)
         for record in self._records:
@@ -352,21 +346,17 @@ class PreferenceTrainer(Trainer):
         if self.is_world_process_zero():
             found = {"step": step, "not_finite": what, "rows": rows, "nonfinite_rows": culprits}
             write_json(path, {**found, "micro_batches": batches})
-        last_state = self._keep_last_good_state()
+        # The bad step has not touched the weights: they are saved, unless they are bad themselves.
+        good, wanted = not self._nonfinite_weights(), self.args.save_strategy != SaveStrategy.NO and step > 1
+        if good and wanted and not (self.output_path / f"checkpoint-{step - 1}").exists():
+            self.model_wrapped.zero_grad()
+            self._save_checkpoint(self.model, None)
+        last_state = ("" if good else "The weights themselves were not finite. ") + self._last_good_state()
         named = f" (not finite at row {', '.join(map(str, culprits[:5]))})" if culprits else ""
         raise NonFiniteLossError(
             f"the {what} of optimiser step {step} is not finite; training stopped before the step. "
             f"Its {len(rows)} rows{named} are in {path}. {last_state}"
         )
-
-    def _keep_last_good_state(self) -> str:
-        """Save the weights, which the bad step has not touched, unless they are bad themselves."""
-        good, step = not self._nonfinite_weights(), self.state.global_step
-        wanted = self.args.save_strategy != SaveStrategy.NO and step > 0
-        if good and wanted and not (self.output_path / f"checkpoint-{step}").exists():
-            self.model_wrapped.zero_grad()
-            self._save_checkpoint(self.model, None)
-        return ("" if good else "The weights themselves were not finite. ") + self._last_good_state()
 
     def _last_good_state(self) -> str:
         last = last_complete_checkpoint(self.output_path)
@@ -384,10 +374,9 @@ class PreferenceTrainer(Trainer):
     def _nonfinite_weights(self) -> list[str]:
         """Names of trained weights that are not finite, on all ranks."""
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        own = [name for name, p in trained if not bool(torch.isfinite(_local(p)).all())]
+        parts = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in trained)
+        own = [name for name, part in parts if not bool(torch.isfinite(part).all())]
         return sorted({name for names in all_gather(own) for name in names})
-
-    # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training entry gets the window's means, weighted over batches, micro-batches and ranks."""
@@ -421,9 +410,7 @@ class PreferenceTrainer(Trainer):
         self._place_reference()
         return self.model
 
-    def evaluation_loop(
-        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
         """Metrics of the whole evaluation set; see `EvalSums`."""
         self.callback_handler.eval_dataloader = dataloader
         model, mixed_precision, sums = self.evaluation_model(), self.accelerator.autocast, EvalSums()
@@ -537,12 +524,9 @@ class PreferenceTrainer(Trainer):
         return {
             "objective": self.objective.describe(),
             "credit": self.credit.describe() if self.credit is not None else None,
-            "normaliser": self.args.normaliser,
-            "normaliser_constant": self.args.normaliser_constant,
             "data": data_fingerprint(self.train_dataset),
             "prompts_per_step": prompts * self.accelerator.num_processes,
-            "seed": self.args.seed,
-            "data_seed": self.args.data_seed,
+            **{n: getattr(self.args, n) for n in ("normaliser", "normaliser_constant", "seed", "data_seed")},
         }
 
     def save_extra(self, staged: Path) -> dict[str, Any]:
@@ -555,8 +539,8 @@ class PreferenceTrainer(Trainer):
     def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
         """For subclasses: take up what `save_extra` left; every rank calls this, before training begins."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args)
         self._load_renamed(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -571,8 +555,6 @@ class PreferenceTrainer(Trainer):
             with no_progress_bar():
                 loaded = type(own).from_pretrained(checkpoint, config=own.config, dtype=own.dtype)
             own.load_state_dict(loaded.state_dict())
-
-    # ---- Saving ----
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -595,7 +577,10 @@ class PreferenceTrainer(Trainer):
                 self._staging = staged.parent
                 super()._save_checkpoint(model, trial)
                 extra = self.save_extra(staged)
-                self._name_best(target)
+                # The best one's name in this folder, which may have been moved: each rank loads it at the end.
+                best = run_dir / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and (best == target or best.is_dir()):
+                    self.state.best_model_checkpoint = str(best)
                 if main:
                     self._write_state(staged, window, loss, extra)
         finally:
@@ -624,13 +609,6 @@ class PreferenceTrainer(Trainer):
         }
         write_json(staged / STATE_FILE, state)
 
-    def _name_best(self, target: Path) -> None:
-        """Call the best checkpoint by its name in this folder, which may have been moved; on every rank."""
-        if self.state.best_global_step:
-            here = target.parent / f"checkpoint-{self.state.best_global_step}"
-            if here == target or here.is_dir():
-                self.state.best_model_checkpoint = str(here)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights, config and tokenizer; beside the target first, so that no part is taken for the whole."""
         if _internal_call:
@@ -658,17 +636,6 @@ class StepHooks(TrainerCallback):
         self.trainer.after_step()
 
 
-def _whole(value: Any) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-# ---- The policy as it will be trained ----
-
-
 def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
     """`model` as it will be trained: with its new adapter, without dropout."""
     if peft_config is not None:
@@ -688,14 +655,6 @@ def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
     return get_peft_model(model, peft_config)
 
 
-def save_active_adapter_only(model: Any) -> None:
-    """Leave adapters that are only asked (a teacher's) out of what the model saves."""
-    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[model.active_adapter])
-
-
-# ---- What must fit together before training starts ----
-
-
 def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
     """Check the settings' class, and the names of arguments for `transformers.Trainer`: others would be ignored."""
     fits = isinstance(args, kind)
@@ -705,13 +664,6 @@ def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
             f"the trainer takes no {', '.join(unknown)}; expected its own arguments, or {', '.join(PASSED_ON)}, which "
             "go to transformers. Objective and credit make the loss; evaluation has its own metrics and no predictions"
         )
-
-
-def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
-    """Data sets by a name for messages; of several evaluation sets one may be called "train"."""
-    if not isinstance(evaluation, Mapping):
-        return {"train": train, "eval": evaluation}
-    return {"train": train, **{f"eval_{name}": dataset for name, dataset in evaluation.items()}}
 
 
 def has_column(dataset: Any, column: str) -> bool:
@@ -729,7 +681,7 @@ def _as_sample(row: Any, where: object) -> Sample:
 
 
 class Limits:
-    """What a model can read: the longest sequence in tokens, and the token ids that it knows. None: not known."""
+    """What a model can read: the longest sequence in tokens, and the ids that it knows. None: not known."""
 
     def __init__(self, model: Any) -> None:
         self.positions = positions(unwrapped(model))
