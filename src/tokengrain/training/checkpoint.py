@@ -32,9 +32,6 @@ RUN_SUMMARY = "train_runtime"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
-# ---- Finding and checking checkpoints ----
-
-
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Complete checkpoints in `output_dir`, oldest first."""
     folder = Path(output_dir)

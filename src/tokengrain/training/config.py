@@ -113,7 +113,7 @@ class PreferenceConfig(TrainingArguments):
             require(getattr(value, "value", value) in allowed, RecipeError, message)
         for variable, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
             message = f"accelerate was started with {what}, which is not supported; use fsdp (FSDP2) to shard the model"
-            require(not _launched_with(variable), RecipeError, message)
+            require(not launched_with(variable), RecipeError, message)
         if optimiser in ("lomo", "adalomo") or optimiser.endswith("_layerwise"):
             raise RecipeError(
                 f"optim is {optimiser!r}, which changes weights during the backward pass of a micro-batch; a step is "
@@ -121,11 +121,7 @@ class PreferenceConfig(TrainingArguments):
             )
 
 
-def launched_with_fsdp() -> bool:
-    return _launched_with("FSDP")
-
-
-def _launched_with(what: str) -> bool:
+def launched_with(what: str) -> bool:
     return LAUNCHER.get(f"ACCELERATE_USE_{what}", "false").lower() in ("1", "true")
 
 
@@ -264,7 +260,7 @@ class OnlineConfig(PreferenceConfig):
         what = f"{where}; online training does not shard the model, because every process samples with all of it"
         instead = "no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
         instead += "lora, bf16 and max_tokens_per_microbatch"
-        require(not self.fsdp and not launched_with_fsdp(), RecipeError, f"{what}. Expected {instead}")
+        require(not self.fsdp and not launched_with("FSDP"), RecipeError, f"{what}. Expected {instead}")
         alike = "a prompt's completions would all be the same"
         what = f"temperature is 0: {alike}, and no objective could tell them apart"
         instead = "a temperature above 0 (eval_temperature may be 0)"
@@ -274,10 +270,9 @@ class OnlineConfig(PreferenceConfig):
         what = f"eval_generations is {self.eval_generations} and eval_temperature 0: {alike}"
         differ = self.eval_generations == 1 or self.eval_temperature != 0
         require(differ, RecipeError, f"{what}. Expected eval_generations 1, or a temperature above 0")
-        what = (
-            f"metric_for_best_model is {best!r}; online evaluation samples and has no loss. Expected one of its metrics"
-        )
-        require(best not in ("loss", "eval_loss"), RecipeError, f"{what}, such as reward or correct")
+        what = f"metric_for_best_model is {best!r}; online evaluation samples and has no loss"
+        instead = "one of its metrics, such as reward or correct"
+        require(best not in ("loss", "eval_loss"), RecipeError, f"{what}. Expected {instead}")
         refuse_epochs(self, "online training is one long pass")
 
     @property

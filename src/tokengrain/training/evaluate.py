@@ -116,14 +116,6 @@ class EvalSums:
         return found
 
 
-class EvalPrompts(list[Any]):
-    """This rank's share of the prompts; `n_samples` is the size of the whole set."""
-
-    def __init__(self, prompts: Sequence[Any], rank: int, world: int) -> None:
-        super().__init__(list(prompts)[rank::world])
-        self.n_samples = len(prompts)
-
-
 def completion_metrics(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Metrics of an evaluation, from lists over completions per prompt: lengths, truncated, reward, by_name, correct.
 

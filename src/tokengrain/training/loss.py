@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -75,21 +75,21 @@ class Judged:
     balance: Tensor | None = None  # a mixture of experts' load-balancing loss times its coefficient, with gradient
 
 
+@dataclass
 class PreferenceLoss:
     """Objective, reference, credit (None: the data's own columns) and teacher bound together."""
 
-    def __init__(
-        self,
-        objective: BoundObjective,
-        reference: Reference | None,
-        credit: CreditUse | None,
-        *,
-        teacher: Callable[[TokenBatch], Any] | None = None,
-        layout: Any = None,
-        chunk_tokens: int | None = None,
-    ) -> None:
-        self.objective, self.reference, self.credit, self.teacher = objective, reference, credit, teacher
-        self.score_options = {"layout": layout, "chunk_tokens": chunk_tokens}
+    objective: BoundObjective
+    reference: Reference | None
+    credit: CreditUse | None
+    _: KW_ONLY
+    teacher: Callable[[TokenBatch], Any] | None = None
+    layout: Any = None
+    chunk_tokens: int | None = None
+
+    @property
+    def score_options(self) -> dict[str, Any]:
+        return {"layout": self.layout, "chunk_tokens": self.chunk_tokens}
 
     def __call__(
         self,
@@ -125,19 +125,17 @@ class PreferenceLoss:
         scores = score(model, part, tuple(want), reference=frozen.distribution, **taught, **self.score_options)
         found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
         scored: dict[str, Tensor] = {name: value for name, value in found.items() if value is not None}
-        judged = Judged(
-            LossOutput(torch.zeros(0)), part.segments, _detached(scores.entropy), _detached(scored.get("kl"))
-        )
+        read = scored
+        if keep is not None:
+            given = {name: value[keep] for name, value in given.items()}
+            read = {name: value[keep] for name, value in scored.items()} if whole else scored
+        segments = part.segments if keep is None else batch.segments.narrow(keep)
+        entropy, kl = (None if values is None else values.detach() for values in (scores.entropy, scored.get("kl")))
+        judged = Judged(self._apply(segments, read | given), segments, entropy, kl)
         if "log_ratio" in measure and {"logps", "ref_logps"} <= scored.keys():
             judged.log_ratio = (scored["logps"] - scored["ref_logps"]).detach()
-        if keep is None:
-            judged.output = self._apply(judged.segments, scored | given)
-        else:
-            judged.segments = batch.segments.narrow(keep)
-            read = {name: value[keep] for name, value in scored.items()} if whole else scored
-            judged.output = self._apply(judged.segments, read | {name: value[keep] for name, value in given.items()})
-            if whole and main == "logps" and batch.is_pairs:
-                judged.output.metrics |= _whole_metrics(scored, batch.segments)
+        if keep is not None and whole and main == "logps" and batch.is_pairs:
+            judged.output.metrics |= _whole_metrics(scored, batch.segments)
         if balanced is not None and scores.aux_loss is not None:
             judged.balance = balanced[1] * scores.aux_loss
             judged.output.metrics |= {"aux_loss": scores.aux_loss.detach()}
@@ -184,7 +182,3 @@ def _whole_metrics(scored: Mapping[str, Tensor], segments: Segments) -> dict[str
     values = segments.sum(logps - scored["ref_logps"]) if has_reference else segments.mean(logps)
     chosen, rejected = segments.pairs(values)
     return {"whole/accuracies": (chosen > rejected).to(values.dtype), "whole/margins": chosen - rejected}
-
-
-def _detached(values: Tensor | None) -> Tensor | None:
-    return values.detach() if values is not None else None

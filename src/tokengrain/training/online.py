@@ -60,7 +60,7 @@ from tokengrain.training.buffer import RolloutBuffer
 from tokengrain.training.checkpoint import no_progress_bar
 from tokengrain.training.config import OnlineConfig
 from tokengrain.training.critic import Critic
-from tokengrain.training.evaluate import EvalPrompts, chosen_dataset, completion_metrics, loop_output
+from tokengrain.training.evaluate import chosen_dataset, completion_metrics, loop_output
 from tokengrain.training.loss import CreditUse, resolve_objective
 from tokengrain.training.rollout import (
     OLD_LOGPS,
@@ -185,8 +185,6 @@ class OnlineTrainer(PreferenceTrainer):
         names = [] if self.rewards is None else [f.name for f in self.rewards.functions]
         known = args.correct_from is None or args.correct_from in names
         require(known, RecipeError, f"correct_from is {args.correct_from!r}{nearest(str(args.correct_from), names)}")
-
-    # ---- What `PreferenceTrainer` asks ----
 
     @property
     def reference(self) -> Any:
@@ -470,7 +468,7 @@ class OnlineTrainer(PreferenceTrainer):
         """This rank's share of the evaluation prompts."""
         prompts = self._prompts(chosen_dataset(self, eval_dataset), "eval")
         self._check_prompts(prompts)
-        return EvalPrompts(prompts, self.ranks.rank, self.ranks.world)
+        return list(prompts)[self.ranks.rank :: self.ranks.world]
 
     def evaluation_loop(self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
         """Sample completions of all evaluation prompts and average their rewards; see `completion_metrics`."""
@@ -482,7 +480,7 @@ class OnlineTrainer(PreferenceTrainer):
         finally:
             if not self.is_in_train:  # else the next rollout refreshes
                 self._release_sampler()
-        return loop_output(completion_metrics(entries), metric_key_prefix, dataloader.n_samples)
+        return loop_output(completion_metrics(entries), metric_key_prefix, len(entries))
 
     def _evaluated(self, prompts: list[PromptItem]) -> list[dict[str, Any]]:
         if not prompts:

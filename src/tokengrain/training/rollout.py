@@ -116,27 +116,19 @@ class PromptDataset(Sequence[PromptItem]):
             self.clock.now = now
 
     @classmethod
-    def from_rows(
-        cls,
-        rows: Any,
-        tokenizer: Any,
-        config: TokenizeConfig | None,
-        *,
-        name: str,
-        clock: Clock | None = None,
-        **options: Any,
-    ) -> PromptDataset:
+    def from_rows(cls, *given: Any, name: str, clock: Clock | None = None, **options: Any) -> PromptDataset:
+        """Prompts of rows; other arguments as for `encode_prompts`."""
         clock, report = clock or Clock(), Report()
-        items = encode_prompts(rows, tokenizer, config, clock=clock, report=report, **options)
+        items = encode_prompts(*given, clock=clock, report=report, **options)
         made = cls(items, name=name, report=report)
         if clock.shown:
             made.clock = clock
-            made.remake = lambda now: cls.from_rows(rows, tokenizer, config, name=name, clock=Clock(now), **options)
+            made.remake = lambda now: cls.from_rows(*given, name=name, clock=Clock(now), **options)
         return made
 
     @classmethod
     def of(
-        cls, data: Any, tokenizer: Any, *, name: str = "train", config: TokenizeConfig | None = None
+        cls, data: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, name: str = "train"
     ) -> PromptDataset:
         """Prompts of a `PromptDataset`, of `PromptItem`s, or of rows (see `encode_prompts`)."""
         if isinstance(data, PromptDataset):

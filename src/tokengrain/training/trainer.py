@@ -60,7 +60,7 @@ from tokengrain.training.checkpoint import (
     rotate,
     staged_folder,
 )
-from tokengrain.training.config import PreferenceConfig, endless, launched_with_fsdp
+from tokengrain.training.config import PreferenceConfig, endless, launched_with
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
 from tokengrain.training.loss import CreditUse, PreferenceLoss, resolve_credit, resolve_objective
 from tokengrain.training.step import (
@@ -155,15 +155,14 @@ class PreferenceTrainer(Trainer):
         self._limits = Limits(model)
         self._check_data(use)
         self._limits.check_tokenizer(processing_class)
-        model = prepared_policy(model, args, peft_config)
-        reference = self._resolve_reference(reference, model)
+        policy: Any = prepared_policy(model, args, peft_config)
+        reference = self._resolve_reference(reference, policy)
         for role, source in (("reference", reference), ("guide", use and use.source), ("teacher", teacher)):
             self._limits.check_models_in(source, role)
             for other in models_in(source):
                 lift_positions(unwrapped(other), longest)
         layout, chunk = args.layout, args.chunk_tokens
         self.judge = PreferenceLoss(self.objective, reference, use, teacher=teacher, layout=layout, chunk_tokens=chunk)
-        policy: Any = model
         if teacher is not None and is_peft(policy):  # adapters that are only asked are not saved
             policy.save_pretrained = partial(policy.save_pretrained, selected_adapters=[policy.active_adapter])
         # One process trains on one device; several need a launcher (torchrun, accelerate launch).
@@ -174,9 +173,9 @@ class PreferenceTrainer(Trainer):
         self._reset_step()
         kwargs |= {"train_dataset": endless(train_dataset, args), "eval_dataset": eval_dataset}
         collate: Any = self._collate  # to batches that are no dicts
-        super().__init__(model, args, data_collator=collate, processing_class=processing_class, **kwargs)
+        super().__init__(policy, args, data_collator=collate, processing_class=processing_class, **kwargs)
         asked = "fsdp is set" if args.fsdp else "accelerate was started with FSDP"
-        done = self.is_fsdp_enabled or not (args.fsdp or launched_with_fsdp())
+        done = self.is_fsdp_enabled or not (args.fsdp or launched_with("FSDP"))
         require(done, RecipeError, f"{asked}, but accelerate does not shard on this device, as on CPU")
         prepare(self.model, layout=args.layout)  # on its device by now, and not yet wrapped
         self._log_file = JsonlLog(self.output_path / LOG_FILE)
@@ -440,8 +439,6 @@ class PreferenceTrainer(Trainer):
             "tokens, and a sampler of tokengrain.rollout completions"
         )
 
-    # ---- Starting and resuming ----
-
     def train(
         self,
         resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
@@ -636,23 +633,22 @@ class StepHooks(TrainerCallback):
         self.trainer.after_step()
 
 
-def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
-    """`model` as it will be trained: with its new adapter, without dropout."""
-    if peft_config is not None:
-        model = with_adapter(model, args, peft_config)
-    if args.disable_dropout:
-        disable_dropout(model)
-    if is_peft(model) and (getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing):
-        model.enable_input_require_grads()
-    return model
-
-
 def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
     """`model` with a new adapter, whose random numbers come from `args.seed`."""
     from peft import get_peft_model
 
     set_seed(args.seed)
     return get_peft_model(model, peft_config)
+
+
+def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
+    """`model` as it will be trained: with its new adapter, without dropout."""
+    model = with_adapter(model, args, peft_config) if peft_config is not None else model
+    if args.disable_dropout:
+        disable_dropout(model)
+    if is_peft(model) and (getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing):
+        model.enable_input_require_grads()
+    return model
 
 
 def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
