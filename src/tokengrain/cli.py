@@ -25,8 +25,7 @@ from tokengrain.screen import Screen
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with tokengrain.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `tokengrain train` wrote it.")]
 ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="Model instead of the recipe's: folder, hub name, world://NAME."),
+    str | None, typer.Option("--model", "-m", help="Model instead of the recipe's: folder, hub name, world://NAME.")
 ]
 DataOption = Annotated[
     str | None,
@@ -377,16 +376,7 @@ def _root(
     pass
 
 
-_COMMANDS: tuple[Callable[..., None], ...] = (
-    demo,
-    train,
-    annotate,
-    evaluate,
-    report,
-    inspect,
-    rank,
-    methods,
-)
+_COMMANDS: tuple[Callable[..., None], ...] = (demo, train, annotate, evaluate, report, inspect, rank, methods)
 for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(bench_app, name="bench")

@@ -30,8 +30,7 @@ class ModelSpec(Strict):
 
     path: str | None = Field(default=None, description="folder, hub name, world://NAME, or @stage (an earlier stage)")
     config: dict[str, Any] | None = Field(
-        default=None,
-        description="build from scratch: `model_type` and the fields of that architecture's config",
+        default=None, description="build from scratch: `model_type` and the fields of that architecture's config"
     )
     tokenizer: TokenizerSpec | str | None = Field(
         default=None, description="with `config`: {type: bpe|byte, vocab_size}, or the path of a tokenizer"

@@ -29,8 +29,7 @@ class StageSettings(Strict):
     """Keys of every stage."""
 
     model: ModelSpec | None = Field(
-        default=None,
-        description="what to start from; default: the last `sft` stage before it, else the recipe's model",
+        default=None, description="what to start from; default: the last `sft` stage before it, else the recipe's model"
     )
     data: dict[str, Any] | str | None = Field(default=None, description="keys on top of the recipe's data, or a source")
 
@@ -137,8 +136,7 @@ class Recipe(Strict):
     seed: int = Field(default=0, ge=0, description="order of the rows, held-out rows, dropout, new weights")
     lora: LoraSpec | None = Field(default=None, description="train LoRA adapters instead of all weights")
     training: dict[str, Any] = Field(
-        default_factory=dict,
-        description="PreferenceConfig (all of transformers' TrainingArguments), for all stages",
+        default_factory=dict, description="PreferenceConfig (all of transformers' TrainingArguments), for all stages"
     )
     stages: dict[Annotated[str, Field(pattern=NAME)], Stage] = Field(min_length=1, description="run in this order")
 

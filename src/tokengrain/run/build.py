@@ -30,15 +30,9 @@ from tokengrain.worlds import is_world, load_world
 
 
 def open_rows(data: DataSpec, seed: int, *, prompts: bool = False) -> tuple[Rows, Rows | None]:
-    """`(training rows, held-out rows or None)` of a source.
+    """`(training rows, held-out rows or None)` of a source; of a world `prompts`, if wanted, instead of pairs.
 
     Without `data.eval` a world gives fresh rows, and of any other source a part is held out.
-
-    Args:
-        prompts: of a world, take prompts instead of pairs.
-
-    Raises:
-        DataError: a source is missing, empty or damaged.
     """
     train: Any = _source(data.train, data.split, data, "train", prompts)
     if data.limit is not None:
@@ -96,29 +90,18 @@ def length_by_hand(recipe: Recipe, data: DataSpec) -> int | None:
 
 @dataclass(frozen=True)
 class CreditSpec:
-    """A recipe's `credit:` in its parts.
-
-    Attributes:
-        name: of the source.
-        settings: its settings.
-        models: the models that it names, by what they are to it.
-        role: how the credit enters the objective, as the recipe says it; None: it does not say.
-    """
+    """A recipe's `credit:` in its parts."""
 
     name: str
     settings: dict[str, Any]
-    models: dict[str, ModelSpec]
-    role: Any
+    models: dict[str, ModelSpec]  # by what they are to the source
+    role: Any  # how the credit enters the objective; None: the recipe does not say
 
     MODELS = ("model", "reference", "reverse")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> CreditSpec:
-        """Credit of which only the role is given is the data's own column.
-
-        Raises:
-            RecipeError: no name.
-        """
+        """Credit of which only the role is given is the data's own column."""
         name = given.get("name", "column" if "as" in given else None)
         if not isinstance(name, str):
             raise RecipeError("name is missing; expected for example `name: guide`")
@@ -136,13 +119,7 @@ class CreditSpec:
 
 
 def locate(spec: ModelSpec, run_dir: Path) -> str:
-    """The folder or hub name that `spec` stands for.
-
-    `@stage` is that stage's model in `run_dir`; a world's base model is trained now if it is not cached yet.
-
-    Raises:
-        ModelError: the spec is a model that has yet to be built from scratch.
-    """
+    """The folder or hub name of a model; a world's base model is trained now if it is not cached yet."""
     if spec.stage is not None:
         return str(run_dir.resolve() / spec.stage / "model")
     if spec.is_world:
@@ -154,17 +131,11 @@ def locate(spec: ModelSpec, run_dir: Path) -> str:
 
 @dataclass
 class RunModels:
-    """What the stages of one run share: process state, and the data and models that were loaded already.
-
-    Attributes:
-        recipe: the run's recipe.
-        console: where progress is shown.
-        state: accelerate's `PartialState`: device, rank, number of processes.
-    """
+    """What the stages of one run share: process state, and the data and models that were loaded already."""
 
     recipe: Recipe
     console: Console
-    state: Any
+    state: Any  # accelerate's `PartialState`
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _datasets: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     _frozen: dict[str, Any] = field(default_factory=dict)
@@ -179,8 +150,7 @@ class RunModels:
     def tokenizer(self, spec: ModelSpec, *, own_template: bool = False) -> Any:
         """A model's tokenizer, with the recipe's chat template if it has one.
 
-        Args:
-            own_template: leave its own chat template, as a reward model needs that reads text for itself.
+        A reward model that reads text for itself needs its own template.
         """
         path = self.path(spec)
         key = f"{path} {own_template}"
@@ -195,8 +165,7 @@ class RunModels:
     def datasets(self, stage: Any, like: ModelSpec | None = None) -> tuple[Any, Any]:
         """`(training, held-out or None)` of a stage, every row checked; prepared once per form and settings.
 
-        Args:
-            like: use this model's tokenizer and positions, while the stage's own model does not exist yet.
+        `like` lends its tokenizer and positions while the stage's own model does not exist yet.
         """
         model = like or stage.model
         tokenizer = self.tokenizer(model)
@@ -211,15 +180,13 @@ class RunModels:
         return self._datasets[key]
 
     def frozen(self, spec: ModelSpec) -> Any:
-        """A model that is only asked, never trained; loaded once per stage."""
+        """A model that is only asked, never trained; loaded once per stage, like the two below."""
         return self._once("model", spec, lambda path: models.load_model(spec, path, merge_adapter=True).eval())
 
     def reward_model(self, spec: ModelSpec) -> Any:
-        """A trained token-level reward model, frozen; loaded once per stage."""
         return self._once("reward", spec, models.load_trained_reward_model)
 
     def completion_model(self, spec: ModelSpec) -> Any:
-        """A model that judges whole completions, frozen; loaded once per stage."""
         trust = spec.trust_remote_code
         return self._once("completions", spec, lambda path: load_completion_model(path, trust_remote_code=trust))
 
@@ -243,9 +210,7 @@ class RunModels:
     def credit(self, given: Mapping[str, Any], start: ModelSpec) -> Any:
         """The credit source of a recipe's mapping, with the models that it asks.
 
-        Args:
-            start: the model that the stage starts from. A model that the mapping does not name is this one: the
-                reference of a guide, the model of contrastive prompting.
+        One that the mapping does not name (a guide's reference, say) is `start`, from which the stage starts.
         """
         spec = CreditSpec.of(given)
         objects: dict[str, Any] = {}

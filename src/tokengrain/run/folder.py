@@ -32,20 +32,12 @@ Action = Literal["run", "resume", "reuse"]
 
 @dataclass
 class StagePlan:
-    """A stage and what will be done about it.
-
-    Attributes:
-        stage: the stage with everything it inherits.
-        path: its folder.
-        settings: what decides its result: settings, and fingerprints of its inputs.
-        record: what is on disk, if it was started before with the same settings.
-        action: "run" from the start, "resume" from what is there, or "reuse" the finished result.
-    """
+    """A stage, its folder and what will be done about it."""
 
     stage: Stage
     path: Path
-    settings: dict[str, Any]
-    record: StageRecord | None = None
+    settings: dict[str, Any]  # what decides its result: settings, and fingerprints of its inputs
+    record: StageRecord | None = None  # what is on disk, if it was started before with the same settings
     action: Action = "run"
 
     @property
@@ -56,11 +48,7 @@ class StagePlan:
 def make_plan(recipe: Recipe, *, overwrite: bool = False) -> list[StagePlan]:
     """Decide for every stage whether it runs, resumes or is reused. Reads, and changes nothing.
 
-    Args:
-        overwrite: results of other settings in the run folder are to be replaced.
-
-    Raises:
-        RunError: the run folder holds something else, and `overwrite` is False; says what differs.
+    Raises `RunError`, saying what differs, if the run folder holds something else and is not to be overwritten.
     """
     run_dir = Path(recipe.output_dir)
     plans: list[StagePlan] = []
@@ -96,22 +84,19 @@ def _check_folder(recipe: Recipe, plans: list[StagePlan], overwrite: bool) -> No
     by_name = {plan.stage.name: plan for plan in plans}
     for record in run.stages:
         what = f"{run_dir} holds another run: "
-        if record.name not in by_name:
-            raise RunError(f"{what}it has a stage {record.name!r}, this recipe has none; {advice}")
+        known = record.name in by_name
+        require(known, RunError, f"{what}it has a stage {record.name!r}, this recipe has none; {advice}")
         plan = by_name[record.name]
-        if record.fingerprint != plan.fingerprint:
-            found = "; ".join(differences(record.settings, plan.settings)[:3])
-            found = found or "made by another version of tokengrain"
-            raise RunError(f"{what}stage {record.name!r} differs: {found}; {advice}")
+        found = "; ".join(differences(record.settings, plan.settings)[:3]) or "made by another version of tokengrain"
+        same = record.fingerprint == plan.fingerprint
+        require(same, RunError, f"{what}stage {record.name!r} differs: {found}; {advice}")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """What differs between two stages' settings, as `key: old there, new here`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        out = []
-        for key in [*old, *(k for k in new if k not in old)]:
-            out += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-        return out
+        below = (differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k)) for k in {**old, **new})
+        return [line for lines in below for line in lines]
     if old == new:
         return []
     if path.endswith("content"):
@@ -126,11 +111,7 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder, so that no second run writes into it. The lock of a process that died holds nobody.
-
-    Raises:
-        RunError: another process holds it; says which.
-    """
+    """Hold the run folder, so that no second run writes into it. The lock of a process that died holds nobody."""
     if run_dir.exists() and not run_dir.is_dir():  # the plan says what is wrong
         yield
         return
@@ -160,11 +141,7 @@ def _owner(path: Path) -> str:
 
 
 def check_links(run_dir: Path) -> None:
-    """Nothing that is written or removed in the folder may lie outside it.
-
-    Raises:
-        RunError: naming a symbolic link that leads out of the folder.
-    """
+    """Raises `RunError` if a symbolic link leads out of the folder: what is written or removed must lie in it."""
     root = run_dir.resolve()
     for folder, folders, files in os.walk(run_dir):
         for path in (Path(folder) / name for name in (*folders, *files)):
@@ -176,11 +153,7 @@ def check_links(run_dir: Path) -> None:
 
 
 class RunFolder:
-    """Writes the status files of a run; in one process only.
-
-    Args:
-        writes: whether this process is the one.
-    """
+    """Writes the status files of a run, in the one process that `writes`."""
 
     def __init__(self, recipe: Recipe, plans: list[StagePlan], writes: bool) -> None:
         self.path = Path(recipe.output_dir)
@@ -243,21 +216,14 @@ class RunFolder:
                 plan.record.save()
 
     def check_space(self) -> None:
-        """Refuse to start where not even one set of weights could be saved.
-
-        Raises:
-            RunError: with the free and the needed space.
-        """
+        """Raises `RunError` where not even one set of weights could be saved."""
         base = self.path
         while not base.exists():
             base = base.parent
         free = shutil.disk_usage(base).free
         needed = max((_size(p.stage.model.path) for p in self.plans if p.stage.kind != INIT), default=0)
-        if free < needed:
-            raise RunError(
-                f"{base} has {free / 2**30:.1f} GiB free; the model alone takes {needed / 2**30:.1f} GiB. "
-                "Choose another disk with --output"
-            )
+        what = f"{base} has {free / 2**30:.1f} GiB free; the model alone takes {needed / 2**30:.1f} GiB"
+        require(free >= needed, RunError, f"{what}. Choose another disk with --output")
 
     def finish(self) -> dict[str, Any]:
         """Write `metrics.json` and close the run. Nothing is written where everything was there already."""
@@ -292,18 +258,16 @@ class RunFolder:
             yield
         except BaseException as error:
             status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            resume = resume_command(Run(self.path, {}, {}, []))
             if self._began:
                 with suppress(OSError):
                     self._save(status)
-                run = Run(self.path, self._info, {}, [])
-                if isinstance(error, KeyboardInterrupt):
+                if status == "interrupted":
                     console.print(f"stopped; what was done is kept in {self.path}", markup=False)
-                    console.print(f"to continue: {resume_command(run)}", soft_wrap=True, markup=False)
+                    console.print(f"to continue: {resume}", soft_wrap=True, markup=False)
             if not isinstance(error, TokengrainError) and _disk_is_full(error):
-                raise RunError(
-                    f"no space left on the disk of {self.path}; what was finished is kept. Free some space "
-                    f"and run {resume_command(Run(self.path, {}, {}, []))}"
-                ) from error
+                what = f"no space left on the disk of {self.path}; what was finished is kept"
+                raise RunError(f"{what}. Free some space and run {resume}") from error
             raise
 
 

@@ -209,11 +209,7 @@ def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, consol
         "completions; expected a policy in a world, or one that was trained online",
     )
     run = RunModels(recipe, console or Screen(quiet=True), PartialState())
-    found: dict[str, Any] = {
-        "run": str(found_run.path),
-        "method": found_run.method,
-        "data": data or recipe.data.train,
-    }
+    found: dict[str, Any] = {"run": str(found_run.path), "method": found_run.method, "data": data or recipe.data.train}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = stage.build(run, Path(scratch), plan.settings, weights, eval_data=data)
         if trainer.eval_dataset is not None:

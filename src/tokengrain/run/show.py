@@ -75,10 +75,7 @@ _ROWS = {
 def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
     """The held-out numbers of every trained stage, before and after, and where the run is."""
     table = Table(
-        title=f"{metrics['method']} in {metrics['seconds']:.0f} s",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
+        title=f"{metrics['method']} in {metrics['seconds']:.0f} s", title_justify="left", box=None, pad_edge=False
     )
     for column in ("stage", "held-out rows", "before", "after"):
         table.add_column(column)

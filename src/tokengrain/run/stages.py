@@ -28,9 +28,7 @@ from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
 from tokengrain.errors import fingerprint, read_json, write_json
-from tokengrain.method import (
-    CREDIT,
-)
+from tokengrain.method import CREDIT
 from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_data, check_reference
 from tokengrain.recipe.schema import INIT, Recipe
@@ -47,11 +45,7 @@ from tokengrain.run.build import (
 from tokengrain.runs import FORMAT
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.specs import DataSpec, ModelSpec
-from tokengrain.training.checkpoint import (
-    STAGING,
-    publish,
-    saving,
-)
+from tokengrain.training.checkpoint import STAGING, publish, saving
 from tokengrain.worlds import is_world, load_world
 
 LANGUAGE = (INIT, "sft", "train", "online")
@@ -62,36 +56,21 @@ SAMPLED_PAIRS = 8
 
 
 class Asked(NamedTuple):
-    """A model that a stage asks beside its own.
-
-    Attributes:
-        spec: which.
-        kinds: the kinds of stages that can make it.
-        own_text: it reads completions as text, so it may have a tokenizer of its own.
-    """
+    """A model that a stage asks beside its own, and the kinds of stages that can make it."""
 
     spec: ModelSpec
     kinds: tuple[str, ...] = LANGUAGE
-    own_text: bool = False
+    own_text: bool = False  # it reads completions as text, so it may have a tokenizer of its own
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a recipe, with everything it inherits.
-
-    Attributes:
-        name: its name, and its folder's.
-        recipe: the recipe.
-        own: what the recipe says of this stage alone.
-        model: what it starts from (annotate: the model whose log-probabilities are stored).
-        data: its rows, and how they become tokens.
-        above: the stages before it, by name.
-    """
+    """A stage of a recipe, with everything it inherits, and the stages `above` it by name."""
 
     name: str
     recipe: Recipe
-    own: Any
-    model: ModelSpec
+    own: Any  # what the recipe says of this stage alone
+    model: ModelSpec  # what it starts from (annotate: the model whose log-probabilities are stored)
     data: DataSpec
     above: Mapping[str, Stage] = field(default_factory=dict, repr=False)
 
@@ -99,11 +78,13 @@ class Stage:
     settings: ClassVar[type[schema.StageSettings] | None] = None
     makes: ClassVar[str] = "a language model"
 
-    # What a stage has only where its kind says so.
-    objective: ClassVar[Any] = None
-    credit: ClassVar[Any] = None
-    reference: ClassVar[Any] = None
     training: ClassVar[Any] = {}
+
+    # What a stage has only where its kind says so.
+    objective = property(lambda self: getattr(self.own, "objective", None))
+    credit = property(lambda self: getattr(self.own, "credit", None))
+    reference = property(lambda self: getattr(self.own, "reference", None))
+    teacher = property(lambda self: getattr(self.own, "teacher", None))
 
     @property
     def asks(self) -> dict[str, Asked]:
@@ -142,11 +123,7 @@ class Stage:
         return {"data": lambda: tokenize_config(self.data)}
 
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
-        """Everything that decides the stage's result, as JSON-like values.
-
-        Args:
-            above: fingerprints of the stages before it.
-        """
+        """Everything that decides the stage's result, as JSON-like values; `above`: earlier stages' fingerprints."""
         return {
             "format": FORMAT,
             "kind": self.kind,
@@ -183,11 +160,7 @@ class Stage:
         return "pairs"
 
     def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
-        """Rows as the data set that the stage reads.
-
-        Raises:
-            DataError: the first invalid row (unless `on_invalid: skip`), or nothing left.
-        """
+        """Rows as the data set that the stage reads."""
         make = prepare_pairs if self.row_form == "pairs" else prepare_sft
         dataset: Any = make(rows, tokenizer, tokenize_config(self.data), model_positions=positions)
         dataset.max_length = length_by_hand(self.recipe, self.data)
@@ -214,11 +187,7 @@ class Stage:
         """Raises `DataError` for a row whose right answer a reward cannot read."""
 
     def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
-        """Tokenise the rows, with the tokenizer of the model that the stage's own will come from.
-
-        Args:
-            settings: what decides the stage's result.
-        """
+        """Tokenise the rows, with the tokenizer of the model that the stage's own will come from."""
         if self.data.stage is None:
             run.datasets(self, like=self.existing.model)
 
@@ -306,11 +275,8 @@ def credit_content(credit: Mapping[str, Any] | None, run_dir: Path, above: Mappi
     if credit is None:
         return None
     spec = CreditSpec.of(credit)
-    values = spec.kind.describe(spec.settings)
-    values |= {key: model_content(model, run_dir, above) for key, model in spec.models.items()}
-    if spec.role is not None:
-        values["as"] = spec.role
-    return values
+    contents = {key: model_content(model, run_dir, above) for key, model in spec.models.items()}
+    return spec.kind.describe(spec.settings) | contents | ({} if spec.role is None else {"as": spec.role})
 
 
 def annotated_files(folder: Path) -> tuple[Path, Path]:
@@ -321,12 +287,9 @@ def annotated_files(folder: Path) -> tuple[Path, Path]:
 def file_marks(
     run: RunModels, stage: Stage, settings: Mapping[str, Any], rows: DataSpec, like: ModelSpec
 ) -> dict[str, str]:
-    """What an annotated file depends on beside its credit source, by the names that its manifest uses.
+    """What an annotated file of `rows` depends on beside its credit source, by the names that its manifest uses.
 
-    Args:
-        stage: the stage that annotates or trains; its model is what the numbers must belong to.
-        rows: where the annotated rows come from.
-        like: a model that exists already and has the stage's tokenizer.
+    The numbers must belong to the model of `stage`; `like` exists already and has its tokenizer.
     """
     tokenizer, config = run.tokenizer(like), tokenize_config(stage.data)
     marks = {
@@ -342,11 +305,7 @@ def file_marks(
 
 
 def check_given_files(run: RunModels, stage: Stage, settings: Mapping[str, Any]) -> None:
-    """Annotated files that a recipe gives as ordinary data must belong to its model and tokenizer too.
-
-    Raises:
-        RunError: made with another model, tokenizer or template, or changed since; says which.
-    """
+    """Annotated files that a recipe gives as ordinary data must belong to its model and tokenizer too."""
     given = [source for source in (stage.data.train, stage.data.eval) if source is not None and is_annotated(source)]
     if stage.data.stage is None and given:
         marks = file_marks(run, stage, settings, stage.data, stage.existing.model)
@@ -375,10 +334,6 @@ class Annotate(Stage):
     kind = "annotate"
     settings = schema.AnnotateStage
     makes = "token rewards, not a model"
-
-    @property
-    def credit(self) -> dict[str, Any]:
-        return self.own.credit
 
     @property
     def asks(self) -> dict[str, Asked]:

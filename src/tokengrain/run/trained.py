@@ -61,12 +61,7 @@ from tokengrain.scoring.prepare import unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference
 from tokengrain.settings import load_callable, source_of, validate_settings
 from tokengrain.specs import LoraSpec, ModelSpec, TeacherSpec
-from tokengrain.training.checkpoint import (
-    STAGING,
-    checkpoints,
-    last_complete_checkpoint,
-    remove_folder,
-)
+from tokengrain.training.checkpoint import STAGING, checkpoints, last_complete_checkpoint, remove_folder
 from tokengrain.training.config import OnlineConfig, PreferenceConfig
 from tokengrain.training.critic import Critic
 from tokengrain.training.online import OnlineTrainer
@@ -77,12 +72,7 @@ from tokengrain.worlds import is_world, load_world
 WORLD_REWARD = "world"
 """Name of the reward that a world includes."""
 
-DEFAULTS: dict[str, Any] = {
-    "save_strategy": "steps",
-    "save_steps": 0.2,
-    "save_total_limit": 1,
-    "disable_tqdm": True,
-}
+DEFAULTS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.2, "save_total_limit": 1, "disable_tqdm": True}
 """Where a recipe does not say otherwise: five checkpoints a stage, the last one kept; our own progress."""
 
 _NEUTRAL = """
@@ -105,10 +95,7 @@ class Trained(Stage):
 
     settings: ClassVar[type[schema.StageSettings] | None] = schema.TrainedSettings
     config: ClassVar[type[PreferenceConfig]] = PreferenceConfig
-
-    @property
-    def objective(self) -> dict[str, Any]:
-        return self.own.objective
+    trainer: ClassVar[type[PreferenceTrainer]] = PreferenceTrainer
 
     @property
     def lora(self) -> LoraSpec | None:
@@ -127,9 +114,8 @@ class Trained(Stage):
     @cached_property
     def bound(self) -> BoundObjective:
         """The objective with its hyper-parameters."""
-        name = self.objective.get("name")
-        if not isinstance(name, str):
-            raise RecipeError("name is missing; `tokengrain methods` lists the objectives")
+        named = isinstance(self.objective.get("name"), str)
+        require(named, RecipeError, "name is missing; `tokengrain methods` lists the objectives")
         return make_objective(**self.objective)
 
     # ---- check ----
@@ -151,8 +137,9 @@ class Trained(Stage):
 
     def check_objective(self, objective: BoundObjective) -> None:
         """Raises `RecipeError` unless a stage of this kind can train with the objective."""
-        if objective.main == "token_scores":
-            raise RecipeError(f"{objective.name} belongs in a stage of kind reward, not {self.kind}")
+        kind = "reward" if objective.main == "token_scores" else "train"
+        fits = (kind == "reward") == (self.kind == "reward")
+        require(fits, RecipeError, f"{objective.name} belongs in a stage of kind {kind}, not {self.kind}")
 
     def check_parts(self, where: str, objective: BoundObjective, found: Mistakes) -> None:
         """Note what goes wrong beside the objective, or with it."""
@@ -193,8 +180,7 @@ class Trained(Stage):
     def compared(self, before: dict[str, Any], reference: Any) -> dict[str, Any]:
         """Metrics before training; of a policy that still is its reference, which pair it prefers is no number.
 
-        So it is where an annotate stage has stored the log-probabilities of the model that the stage starts from:
-        what is left between the two is rounding, which depends on the rows that were scored together.
+        Where an annotate stage stored the starting model's log-probabilities, only rounding is left between the two.
         """
         stored = self.data.stage is not None and isinstance(reference, ColumnReference)
         if before.get("rewards/margins") == 0 or stored:
@@ -202,11 +188,7 @@ class Trained(Stage):
         return before
 
     def policy(self, run: RunModels, weights: str | None) -> tuple[Any, Any]:
-        """`(model, configuration of a new adapter or None)`. An adapter that exists is trained on.
-
-        Args:
-            weights: other weights than those that the stage starts from, to evaluate.
-        """
+        """`(model, configuration of a new adapter or None)`; see `build`. An adapter that exists is trained on."""
         torch.manual_seed(self.recipe.seed)
         path, options = weights or run.path(self.model), {}
         if self.lora is None or weights is not None:
@@ -231,11 +213,7 @@ class Trained(Stage):
         return train, held_out
 
     def _annotated(self, run: RunModels, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The data sets that an annotate stage made, checked to belong to this stage.
-
-        Raises:
-            RunError: made with another model, tokenizer, template, data or settings; says which.
-        """
+        """The data sets that an annotate stage made, checked to belong to this stage."""
         maker = self.above[str(self.data.stage)]
         marks = file_marks(run, self, settings, maker.data, self.model)
         files = annotated_files(run.run_dir / maker.name)
@@ -252,34 +230,39 @@ class Trained(Stage):
         weights: str | None = None,
         eval_data: str | None = None,
     ) -> Any:
-        """The trainer.
+        """The trainer, which writes into `folder`.
 
-        Args:
-            folder: where it writes.
-            settings: what decides the stage's result.
-            weights: other weights for the policy than those that the stage starts from, to evaluate a finished model;
-                the reference stays what it was.
-            eval_data: held-out rows from another source.
+        To evaluate a finished model, `weights` are the policy's instead of those that the stage starts from (the
+        reference stays what it was), and `eval_data` is another source of held-out rows.
         """
         train, held_out = self.datasets(run, settings, eval_data)
-        model, peft_config = self.policy(run, weights)
-        return PreferenceTrainer(
+        args = self.args(folder)
+        model, peft_config, teacher = self.build_taught(run, args, weights)
+        return self.trainer(
             model,
-            self.args(folder),
-            objective=self.bound,
+            args,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=run.tokenizer(self.model),
             peft_config=peft_config,
+            **self.parts(run, model, weights, None if eval_data is None else held_out),
+            teacher=teacher,
         )
+
+    def build_taught(self, run: RunModels, args: Any, weights: str | None) -> tuple[Any, Any, Any]:
+        """`(policy, configuration of a new adapter or None, teacher or None)`."""
+        return *self.policy(run, weights), None
+
+    def parts(self, run: RunModels, model: Any, weights: str | None, other_rows: Any) -> dict[str, Any]:
+        """What the trainer of this kind takes beside model and data; `other_rows`: those of `eval_data`."""
+        return {"objective": self.bound}
 
     # ---- run ----
 
     def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Train, evaluating the held-out rows before and after; resumes from the last checkpoint.
 
-        Raises:
-            KeyboardInterrupt: the user stopped it; a checkpoint was saved.
+        Raises KeyboardInterrupt, with a checkpoint saved, if the user stopped it.
         """
         main = run.state.is_main_process
         trainer = self.build(run, folder, settings)
@@ -372,9 +355,8 @@ def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 class StopOnSignal(TrainerCallback):
     """Turns the first SIGINT or SIGTERM into "save and stop after this optimiser step".
 
-    A second signal acts at once, as it would without this. Use it as a context manager around `train`. It
-    does nothing outside the main thread (Python handles no signals there) or with several processes, which
-    would not stop at the same step; the last periodic checkpoint serves there.
+    A context manager; a second signal acts at once. It does nothing outside the main thread, where Python handles no
+    signals, or with several processes, which would not stop at the same step: the last checkpoint serves there.
     """
 
     def __init__(self, processes: int = 1) -> None:
@@ -388,14 +370,11 @@ class StopOnSignal(TrainerCallback):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        self.__exit__()
 
-    def _restore(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -425,10 +404,6 @@ class Reward(Trained):
     makes = "a reward model, for a reward or credit {name: reward_model}"
     _starts = (*LANGUAGE, "reward")
     lora_config = staticmethod(models.reward_lora_config)
-
-    def check_objective(self, objective: BoundObjective) -> None:
-        if objective.main != "token_scores":
-            raise RecipeError(f"{objective.name} belongs in a stage of kind train, not {self.kind}")
 
     def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
         check_given_files(run, self, settings)
@@ -467,18 +442,10 @@ class Policy(Trained):
     """Trains a policy, against a reference and perhaps towards a teacher."""
 
     @property
-    def reference(self) -> str | None:
-        return self.own.reference
-
-    @property
     def reference_model(self) -> ModelSpec | None:
         """The reference, if it is a model of its own."""
         named = self.reference in (None, "copy", ADAPTER_OFF, "columns")
         return None if named else ModelSpec.model_validate(self.reference)
-
-    @property
-    def teacher(self) -> TeacherSpec | None:
-        return self.own.teacher
 
     @property
     def asks(self) -> dict[str, Asked]:
@@ -520,8 +487,7 @@ class Policy(Trained):
     def build_taught(self, run: RunModels, args: Any, weights: str | None) -> tuple[Any, Any, Any]:
         """`(policy, configuration of a new adapter or None, teacher or None)`.
 
-        Teachers that are adapters on the policy's own base are loaded into the policy beside its adapter, which it
-        then has already: one set of weights for three models. Others are loaded in full.
+        Teachers that are adapters on the policy's own base are loaded beside its adapter, which it then has already.
         """
         model, peft_config = self.policy(run, weights)
         if self.teacher is None:
@@ -545,10 +511,6 @@ class Train(Policy):
 
     kind = "train"
     settings = schema.TrainStage
-
-    @property
-    def credit(self) -> dict[str, Any] | None:
-        return self.own.credit
 
     @property
     def asks(self) -> dict[str, Asked]:
@@ -580,10 +542,10 @@ class Train(Policy):
         """Credit must suit the objective in its role, and come from one place."""
         role = resolve_role(credit.role, objective.roles, objective.name, objective.no_credit)
         check_together(objective, role, self.teacher)
-        if self.data.stage is not None and not credit.kind.column_with(credit.settings):
-            raise RecipeError(f"the data '@{self.data.stage}' bring token rewards already; drop one")
-        if reason := why_not(credit.kind.values_with(credit.settings), role.uses):
-            raise RecipeError(f"{credit.name} as {role.name}: {reason}")
+        alone = self.data.stage is None or credit.kind.column_with(credit.settings)
+        require(alone, RecipeError, f"the data '@{self.data.stage}' bring token rewards already; drop one")
+        reason = why_not(credit.kind.values_with(credit.settings), role.uses)
+        require(not reason, RecipeError, f"{credit.name} as {role.name}: {reason}")
 
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
         return {**super().decides(run_dir, above), "credit": credit_content(self.credit, run_dir, above)}
@@ -601,11 +563,7 @@ class Train(Policy):
                 self._require_columns(dataset, needed | stored)
 
     def _columns_needed(self, present: Collection[str]) -> set[str]:
-        """Per-token columns that the rows must have, because nothing else gives them.
-
-        Args:
-            present: the columns that they have.
-        """
+        """Per-token columns that the rows, which have those `present`, must have: nothing else gives them."""
         if self.credit is not None:
             credit = CreditSpec.of(self.credit)
             return {credit.kind.column_with(credit.settings)} - {""}
@@ -623,42 +581,22 @@ class Train(Policy):
         what = f"stage {self.name!r} needs {', '.join(missing)}, and nothing gives them"
         require(not missing, DataError, what, file=self.data.train, expected=expected)
 
-    def build(
-        self,
-        run: RunModels,
-        folder: Path,
-        settings: Mapping[str, Any],
-        weights: str | None = None,
-        eval_data: str | None = None,
-    ) -> Any:
-        objective, credit = self.bound, self.credit
-        train, held_out = self.datasets(run, settings, eval_data)
-        if eval_data is not None:
-            objective, credit = self._for_rows_of(held_out)
-        args = self.args(folder)
-        model, peft_config, teacher = self.build_taught(run, args, weights)
+    def parts(self, run: RunModels, model: Any, weights: str | None, other_rows: Any) -> dict[str, Any]:
+        objective, credit = (self.bound, self.credit) if other_rows is None else self._for_rows_of(other_rows)
         reference = self.build_reference(run)
         if weights is not None and reference in (None, ADAPTER_OFF) and objective.needs & FROZEN:
             reference = run.frozen(self.model)
-        return PreferenceTrainer(
-            model,
-            args,
-            objective=objective,
-            credit=run.credit(credit, self.model) if credit is not None else None,
-            credit_as=(credit or {}).get("as"),
-            reference=reference,
-            teacher=teacher,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=run.tokenizer(self.model),
-            peft_config=peft_config,
-        )
+        return {
+            "objective": objective,
+            "credit": run.credit(credit, self.model) if credit is not None else None,
+            "credit_as": (credit or {}).get("as"),
+            "reference": reference,
+        }
 
     def _for_rows_of(self, rows: Any) -> tuple[BoundObjective, dict[str, Any] | None]:
-        """Objective and credit for rows that the stage was not made for.
+        """Objective and credit for other rows than the stage's, which may lack the credit that came with its data.
 
-        Credit that comes with the data is not there for other rows: then DPO or SimPO judges them, with the same
-        settings where the whole completion is scored.
+        DPO or SimPO then judges them, with the same settings where the whole completion is scored.
         """
         objective, present = self.bound, getattr(rows, "columns", ())
         if self._columns_needed(present) <= set(present):
@@ -687,6 +625,7 @@ class Online(Policy):
     kind = "online"
     settings = schema.OnlineStage
     config = OnlineConfig
+    trainer = OnlineTrainer
     samples_rows = True
 
     @property
@@ -709,8 +648,8 @@ class Online(Policy):
     # ---- check ----
 
     def check_objective(self, objective: BoundObjective) -> None:
-        if "advantages" not in objective.needs and not TAUGHT & objective.needs:
-            raise RecipeError(f"{objective.name} does not learn from samples' advantages; use a stage of kind train")
+        what = f"{objective.name} does not learn from samples' advantages; use a stage of kind train"
+        require(objective.needs & (TAUGHT | {"advantages"}), RecipeError, what)
 
     def check(self, found: Mistakes) -> None:
         super().check(found)
@@ -753,11 +692,9 @@ class Online(Policy):
                 check_reward(name, settings)
                 return
             validate_settings("reward 'world'", RewardFunction, settings)
-            if not is_world(self.data.train):
-                raise RecipeError(
-                    "the data are no world, so there is no reward of a world; expected another one, such as [numeric] "
-                    "(given --model as well, a recipe takes its reward for real prompts)"
-                )
+            what = "the data are no world, so there is no reward of a world; expected another one, such as [numeric]"
+            hint = "given --model as well, a recipe takes its reward for real prompts"
+            require(is_world(self.data.train), RecipeError, f"{what} ({hint})")
 
     def _check_step(self, step: dict[str, Any], where: str, found: Mistakes) -> str | None:
         """Note what a rollout credit refuses; returns its phase."""
@@ -826,39 +763,20 @@ class Online(Policy):
                 RewardSuite(rewards).check_golds((*rows.place(place), row) for place, row in rows)
 
     def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
-        spec = self.own.prompts
-        options: dict[str, Any] = {"column": spec.column, "template": spec.template, "chat": spec.chat}
-        return PromptDataset.from_rows(rows, tokenizer, tokenize_config(self.data), name=rows.name, **options)
+        config, options = tokenize_config(self.data), self.own.prompts.model_dump()
+        return PromptDataset.from_rows(rows, tokenizer, config, name=rows.name, **options)
 
-    def build(
-        self,
-        run: RunModels,
-        folder: Path,
-        settings: Mapping[str, Any],
-        weights: str | None = None,
-        eval_data: str | None = None,
-    ) -> Any:
+    def parts(self, run: RunModels, model: Any, weights: str | None, other_rows: Any) -> dict[str, Any]:
         """A finished policy is sampled from in this process, whatever the stage's sampler."""
-        train, held_out = self.datasets(run, settings, eval_data)
-        args = self.args(folder)
-        model, peft_config, teacher = self.build_taught(run, args, weights)
         rewards = [self._reward(run, reward) for reward in self.own.rewards]
-        tokenizer = run.tokenizer(self.model)
-        return OnlineTrainer(
-            model,
-            args,
-            objective=self.bound,
-            rewards=RewardSuite(rewards, tokenizer=tokenizer) if rewards else None,
-            credit=[run.rollout_credit(step, self.model) for step in self.own.credit],
-            sampler=self.own.sampler if weights is None else None,
-            critic=self._critic(run, model),
-            reference=self.build_reference(run),
-            teacher=teacher,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-        )
+        return {
+            "objective": self.bound,
+            "rewards": RewardSuite(rewards, tokenizer=run.tokenizer(self.model)) if rewards else None,
+            "credit": [run.rollout_credit(step, self.model) for step in self.own.credit],
+            "sampler": self.own.sampler if weights is None else None,
+            "critic": self._critic(run, model),
+            "reference": self.build_reference(run),
+        }
 
     def _reward(self, run: RunModels, reward: dict[str, Any]) -> RewardFunction:
         """A reward with the models and tokenizers that it takes beside its settings."""
