@@ -7,20 +7,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from tokengrain.bench.cli import bench_app
-from tokengrain.errors import RecipeError, RunError, TokengrainError
+from tokengrain.errors import RecipeError, RunError, TokengrainError, require
 from tokengrain.screen import Screen
-
-# ----------------------------------------------------------------------------------------------------
-# Commands that train: `demo`, `train`, `annotate`, `evaluate`.
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with tokengrain.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `tokengrain train` wrote it.")]
@@ -87,9 +83,10 @@ def train(
 
         accelerate launch -m tokengrain train dpo
     """
+    from tokengrain.run.load import load_recipe
     from tokengrain.run.runner import run_recipe
 
-    run_recipe(_load(recipe, model, data, sets, output), overwrite=overwrite, dry_run=dry_run)
+    run_recipe(load_recipe(recipe, model, data, sets or [], output), overwrite=overwrite, dry_run=dry_run)
 
 
 def annotate(
@@ -109,15 +106,14 @@ def annotate(
 
         tokengrain annotate treg --model my/model --data pairs.jsonl
     """
+    from tokengrain.run.load import load_recipe
     from tokengrain.run.runner import run_recipe
 
-    loaded = _load(recipe, model, data, sets, output)
-    names = list(loaded.stages)
-    last = [i for i, stage in enumerate(loaded.stages.values()) if stage.kind == "annotate"]
-    if not last:
-        raise RecipeError(f"{recipe} has no stage of kind annotate, so there is nothing to annotate")
-    result = run_recipe(loaded, until=names[last[-1]], overwrite=overwrite)
-    for file in sorted((result.path / names[last[-1]]).glob("*.parquet")):
+    loaded = load_recipe(recipe, model, data, sets or [], output)
+    names = [name for name, stage in loaded.stages.items() if stage.kind == "annotate"]
+    require(names, RecipeError, f"{recipe} has no stage of kind annotate, so there is nothing to annotate")
+    result = run_recipe(loaded, until=names[-1], overwrite=overwrite)
+    for file in sorted((result.path / names[-1]).glob("*.parquet")):
         typer.echo(file)
 
 
@@ -159,26 +155,13 @@ def evaluate(
         "world": "world",
         "world_base": "world (base model)",
     }
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "measure", "value"):
-        table.add_column(column)
+    table = Table("", "measure", "value", box=None, pad_edge=False)
     for key, title in titles.items():
         for name, value in found.get(key, {}).items():
-            table.add_row(
-                title, name, f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
-            )
+            shown = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.add_row(title, name, shown)
             title = ""
     Screen().print(table, highlight=False)
-
-
-def _load(recipe: str, model: str | None, data: str | None, sets: list[str] | None, output: str | None) -> Any:
-    from tokengrain.run.load import load_recipe
-
-    return load_recipe(recipe, model, data, sets or [], output)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Commands that look at what is there: `report`, `inspect`, `rank`, `methods`.
 
 
 def report(
@@ -230,10 +213,9 @@ def inspect(
     from tokengrain.report.terminal import inspect_rows
     from tokengrain.settings import trust_run_code as trusting
 
-    if not source.exists():
-        raise RunError(f"{source}: there is no such file or run folder")
-    if spans is not None and column not in (None, "spans"):
-        raise typer.BadParameter(f"--spans shows the column spans; drop --column {column} or --spans")
+    require(source.exists(), RunError, f"{source}: there is no such file or run folder")
+    what = f"--spans shows the column spans; drop --column {column} or --spans"
+    require(spans is None or column in (None, "spans"), typer.BadParameter, what)
     with trusting(trust_run_code):
         inspect_rows(source, rows=row, count=count, field=column, tokenizer=tokenizer, spans=spans)
 
@@ -295,19 +277,17 @@ def methods(
 
     from tokengrain.method import METHODS
 
-    if markdown and not matrix:
-        raise typer.BadParameter("--markdown goes with --matrix")
-    if matrix and as_json:
-        raise typer.BadParameter("the matrix is a table or markdown, not JSON; drop --json or --matrix")
+    require(matrix or not markdown, typer.BadParameter, "--markdown goes with --matrix")
+    what = "the matrix is a table or markdown, not JSON; drop --json or --matrix"
+    require(not matrix or not as_json, typer.BadParameter, what)
     if matrix:
         _print_matrix(markdown)
         return
     if as_json:
         typer.echo(json.dumps([asdict(method) for method in METHODS.values()], indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("method", "credit", "objective", "trains", "paper", "recipe"):
-        table.add_column(column, overflow="fold")
+    columns = ("method", "credit", "objective", "trains", "paper", "recipe")
+    table = Table(*(Column(name, overflow="fold") for name in columns), box=None, pad_edge=False)
     for method in METHODS.values():
         table.add_row(method.name, method.credit, method.objective, method.trains, method.paper, method.recipe)
     Screen().print(table, highlight=False)
@@ -332,9 +312,7 @@ def _print_matrix(markdown: bool) -> None:
         typer.echo(tables.matrix_page(), nl=False)
         return
     taking = {name: o for name, o in tables.objectives().items() if o.accepts}
-    table = Table(box=None, pad_edge=False)
-    for column in ("credit", *taking):
-        table.add_column(column, no_wrap=True)
+    table = Table(*(Column(name, no_wrap=True) for name in ("credit", *taking)), box=None, pad_edge=False)
     for name in CREDIT:
         cells = (tables.cell(name, objective) for objective in taking)
         table.add_row(name, *(" ".join(_ROLE_LETTERS[word] for word in cell.split(", ")) for cell in cells))
@@ -376,8 +354,7 @@ def _root(
     pass
 
 
-_COMMANDS: tuple[Callable[..., None], ...] = (demo, train, annotate, evaluate, report, inspect, rank, methods)
-for _command in _COMMANDS:
+for _command in (demo, train, annotate, evaluate, report, inspect, rank, methods):
     app.command()(_command)
 app.add_typer(bench_app, name="bench")
 

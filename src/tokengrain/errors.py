@@ -91,8 +91,7 @@ def require(condition: object, error: type[Exception], message: str, **details: 
         raise error(message, **details)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Writing files so that a half-written one never passes for a whole one, and fingerprints of content.
+# ---- Writing files so that a half-written one never passes for a whole one, and fingerprints of content ----
 
 
 @contextmanager

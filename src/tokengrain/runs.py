@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tokengrain.errors import RunError, read_json, read_log, shown, write_json
+from tokengrain.errors import RunError, read_json, read_log, require, shown, write_json
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 """What a stage may be called; its folder has the same name."""
@@ -39,25 +39,15 @@ Status = Literal["running", "interrupted", "failed", "done"]
 
 @dataclass
 class StageRecord:
-    """What is on disk about one stage.
-
-    Attributes:
-        name: the stage's name, which is its folder's name.
-        path: its folder.
-        kind: "init", "sft", "train", "reward", "online" or "annotate".
-        status: "running" also when the process was killed; "interrupted", "failed" or "done".
-        fingerprint: identifies settings and inputs.
-        settings: what the fingerprint was made of, so that a difference can be named.
-        seconds: wall time over all attempts.
-    """
+    """What is on disk about one stage, in the folder of its name."""
 
     name: str
     path: Path
     kind: str
-    status: Status
-    fingerprint: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    status: Status  # "running" also when the process was killed
+    fingerprint: str  # of settings and inputs
+    settings: dict[str, Any] = field(default_factory=dict)  # what the fingerprint was made of, to name a difference
+    seconds: float = 0.0  # over all attempts
 
     @property
     def model_path(self) -> Path:
@@ -66,8 +56,7 @@ class StageRecord:
     @property
     def metrics(self) -> dict[str, Any]:
         """Content of `metrics.json`: `before`, `after`, `train`; empty if the stage has none yet."""
-        path = self.path / "metrics.json"
-        return read_object(path) if path.exists() else {}
+        return _metrics(self.path)
 
     def log(self) -> list[dict[str, Any]]:
         """Rows of `log.jsonl`; a last line that was cut off by a kill is left out."""
@@ -75,32 +64,18 @@ class StageRecord:
 
     def save(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        record = {
-            "name": self.name,
-            "kind": self.kind,
-            "status": self.status,
-            "fingerprint": self.fingerprint,
-            "seconds": round(self.seconds, 3),
-            "settings": self.settings,
-        }
-        write_json(self.path / "stage.json", record)
+        record = {name: value for name, value in vars(self).items() if name != "path"}
+        write_json(self.path / "stage.json", record | {"seconds": round(self.seconds, 3)})
 
 
 @dataclass
 class Run:
-    """A run folder that was read.
-
-    Attributes:
-        path: the folder.
-        info: content of `run.json`.
-        recipe: content of `recipe.yaml`, as plain values.
-        stages: in order; stages that have not started are missing.
-    """
+    """A run folder that was read."""
 
     path: Path
-    info: dict[str, Any]
-    recipe: dict[str, Any]
-    stages: list[StageRecord]
+    info: dict[str, Any]  # content of `run.json`
+    recipe: dict[str, Any]  # content of `recipe.yaml`
+    stages: list[StageRecord]  # in order; stages that have not started are missing
 
     @property
     def method(self) -> str:
@@ -112,25 +87,20 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """Names of all stages; they become folders that are written and removed, so only plain ones are allowed.
-
-        Raises:
-            RunError: `run.json` lists something else.
-        """
+        """Names of all stages; they become folders that are written and removed, so only plain ones are allowed."""
         listed = self.info.get("stages", [])
         names: list[str] = []
         for stage in listed if isinstance(listed, list) else [listed]:
             name = stage.get("name") if isinstance(stage, dict) else stage
-            if not isinstance(name, str) or not re.fullmatch(NAME, name) or CHECKPOINT.fullmatch(name):
-                what = f"a stage is called {shown(name)}; expected letters, digits, - and _"
-                raise RunError(f"{self.path / 'run.json'} is damaged: {what}")
-            names.append(name)
+            plain = isinstance(name, str) and re.fullmatch(NAME, name) and not CHECKPOINT.fullmatch(name)
+            what = f"a stage is called {shown(name)}; expected letters, digits, - and _"
+            require(plain, RunError, f"{self.path / 'run.json'} is damaged: {what}")
+            names.append(str(name))
         return names
 
     @property
     def metrics(self) -> dict[str, Any]:
-        path = self.path / "metrics.json"
-        return read_object(path) if path.exists() else {}
+        return _metrics(self.path)
 
     @property
     def credit_stages(self) -> list[StageRecord]:
@@ -139,11 +109,7 @@ class Run:
 
     @property
     def final_stage(self) -> StageRecord:
-        """The last stage that trained a model.
-
-        Raises:
-            RunError: no such stage is finished.
-        """
+        """The last stage that trained a model. Raises `RunError` if the run is not finished."""
         trained = [s for s in self.stages if s.kind in TRAINED and s.status == "done"]
         if not trained or self.status != "done":
             raise RunError(unfinished_message(self))
@@ -166,18 +132,18 @@ def read_stage(path: Path) -> StageRecord | None:
         raise RunError(f"{path / 'stage.json'} is not a stage record of tokengrain: {error}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a run.
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / "metrics.json"
+    return read_object(path) if path.exists() else {}
 
-    Raises:
-        RunError: it holds something else.
-    """
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run. Raises `RunError` if it holds something else."""
     try:
         found = read_json(path)
     except ValueError as error:  # not JSON, or not UTF-8
         raise RunError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} is damaged: got {shown(found)}; expected an object")
+    require(isinstance(found, dict), RunError, f"{path} is damaged: got {shown(found)}; expected an object")
     return found
 
 
@@ -186,16 +152,10 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run folder, finished or not.
-
-    Raises:
-        RunError: `path` is not a run folder; the message says what is there instead.
-    """
+    """Read a run folder, finished or not. Raises `RunError`, saying what is there instead, if it is none."""
     path = Path(path)
-    if not path.exists():
-        raise RunError(f"{path}: no such run folder; `tokengrain train RECIPE` makes one")
-    if not path.is_dir():
-        raise RunError(f"{path} is a file; expected the folder of a run (one with run.json in it)")
+    require(path.exists(), RunError, f"{path}: no such run folder; `tokengrain train RECIPE` makes one")
+    require(path.is_dir(), RunError, f"{path} is a file; expected the folder of a run (one with run.json in it)")
     if not is_run(path):
         raise RunError(f"{path} is not a run folder: it has no run.json ({_contents(path)}){_hint(path)}")
     info = read_object(path / "run.json")
@@ -204,10 +164,10 @@ def read_run(path: str | Path) -> Run:
         recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.exists() else {}
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunError(f"{recipe_file} is damaged: {error}") from error
-    if recipe is not None and not isinstance(recipe, dict):
-        raise RunError(f"{recipe_file} is damaged: got {shown(recipe)}; expected a recipe")
-    if "status" not in info:
-        raise RunError(f"{path / 'run.json'} was not written by `tokengrain train`: it has no status")
+    readable = recipe is None or isinstance(recipe, dict)
+    require(readable, RunError, f"{recipe_file} is damaged: got {shown(recipe)}; expected a recipe")
+    what = f"{path / 'run.json'} was not written by `tokengrain train`: it has no status"
+    require("status" in info, RunError, what)
     run = Run(path=path, info=info, recipe=recipe or {}, stages=[])
     run.stages += [record for name in run.names if (record := read_stage(path / name)) is not None]
     return run
@@ -216,10 +176,9 @@ def read_run(path: str | Path) -> Run:
 def unfinished_message(run: Run) -> str:
     """What a run that is not finished has, and how to continue it."""
     done = [s.name for s in run.stages if s.status == "done"]
-    started = [s for s in run.stages if s.status != "done"]
     parts = [f"{run.path} is not finished (status: {run.status})"]
-    parts.append(f"finished stages: {', '.join(done) if done else 'none'} of {', '.join(run.names)}")
-    for stage in started:
+    parts.append(f"finished stages: {', '.join(done) or 'none'} of {', '.join(run.names)}")
+    for stage in (s for s in run.stages if s.status != "done"):
         found = [CHECKPOINT.fullmatch(p.name) for p in stage.path.glob("checkpoint-*") if p.is_dir()]
         steps = [int(match[1]) for match in found if match]
         kept = f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
@@ -235,9 +194,8 @@ def resume_command(run: Run) -> str:
 
 def _contents(path: Path) -> str:
     names = sorted(p.name for p in path.iterdir())
-    if not names:
-        return "it is empty"
-    return "it holds " + ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"it holds {', '.join(names[:5])}{more}" if names else "it is empty"
 
 
 def _hint(path: Path) -> str:

@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Annotated, Any, get_type_hints
 
 from torch import Tensor
 
-from tokengrain.errors import RecipeError, RunError, shown
+from tokengrain.errors import RecipeError, RunError, require, shown
 
 
 def _not_bool(value: Any) -> Any:
@@ -62,19 +62,11 @@ Count = Annotated[int, Bounds(ge=1)]
 
 
 def load_named(name: str, known: Mapping[str, str], what: str) -> Callable[..., Any]:
-    """A name in `known`, which has import strings, or an import string: "module:name" or "path.py:name".
-
-    Args:
-        what: what it is called in the message.
-
-    Raises:
-        RecipeError: unknown name (with the nearest right one), or an import string that leads nowhere.
-    """
+    """A name in `known`, which has import strings, or an import string: "module:name" or "path.py:name"."""
     if name in known:
         return _loaded(known[name])
-    if ":" in name:
-        return load_callable(name)
-    raise RecipeError(f"unknown {what} {name!r}{nearest(name, known)}")
+    require(":" in name, RecipeError, f"unknown {what} {name!r}{nearest(name, known)}")
+    return load_callable(name)
 
 
 def nearest(name: str, names: Collection[str]) -> str:
@@ -115,32 +107,23 @@ def validate_settings(
     excluded: Collection[str] = (),
     also: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Check `given` against the keyword-only arguments of `function`, `excluded` ones left out.
+    """The settings `given` of a function, converted to their annotated types, and the defaults of the others.
 
-    Args:
-        what: names the thing in messages, for example "objective 'dpo'".
-        given: the settings; those not given keep their defaults.
-        also: positional arguments that are settings too.
-
-    Returns:
-        The given settings, converted to the annotated types, and the defaults of the others.
-
-    Raises:
-        RecipeError: an unknown name (with the nearest right one), a wrong type or a value out of range.
+    They are its keyword-only arguments and the positional ones in `also`, without those in `excluded`. Raises
+    `RecipeError`, which begins with `what` ("objective 'dpo'"), for an unknown name, wrong type or value out of range.
     """
     from pydantic import TypeAdapter, ValidationError
 
     types = {k: v for k, v in keyword_types(function, also).items() if k not in excluded}
     defaults = inspect.signature(function).parameters
     for name in given:
-        if name not in types:
-            raise RecipeError(f"{what}: unknown setting {name!r}{nearest(name, types)}")
+        require(name in types, RecipeError, f"{what}: unknown setting {name!r}{nearest(name, types)}")
     settings = {}
     for name, annotation in types.items():
         if name not in given:
-            if defaults[name].default is inspect.Parameter.empty:
-                raise RecipeError(f"{what}: setting {name!r} is missing")
             settings[name] = defaults[name].default
+            missing = settings[name] is inspect.Parameter.empty
+            require(not missing, RecipeError, f"{what}: setting {name!r} is missing")
             continue
         try:
             settings[name] = TypeAdapter(annotation, config=None).validate_python(given[name])
@@ -155,41 +138,34 @@ _named_by: ContextVar[Path | None] = ContextVar("named_by", default=None)
 
 
 @contextmanager
-def trust_run_code(trusted: bool) -> Iterator[None]:
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def trust_run_code(trusted: bool) -> AbstractContextManager[None]:
     """Whether code that run folders name may run within; without this it may not."""
-    token = _trusted.set(trusted)
-    try:
-        yield
-    finally:
-        _trusted.reset(token)
+    return _within(_trusted, trusted)
 
 
-@contextmanager
-def code_named_by(file: Path) -> Iterator[None]:
+def code_named_by(file: Path) -> AbstractContextManager[None]:
     """What is loaded within is named by `file`, which may be another's: only trusted code runs."""
-    token = _named_by.set(file)
-    try:
-        yield
-    finally:
-        _named_by.reset(token)
+    return _within(_named_by, file)
 
 
 def check_trusted(what: str) -> None:
     """Raises `RunError` if `what`, code that is about to run or a server to be asked, is named by an untrusted file."""
-    if _named_by.get() is not None and not _trusted.get():
-        raise RunError(
-            f"{_named_by.get()} names {what}, which would be used now; read it, then say --trust-run-code (from "
-            "Python: trust_run_code=True)"
-        )
+    file, advice = _named_by.get(), "read it, then say --trust-run-code (from Python: trust_run_code=True)"
+    require(file is None or _trusted.get(), RunError, f"{file} names {what}, which would be used now; {advice}")
 
 
 def load_callable(reference: str) -> Callable[..., Any]:
-    """The callable that `"package.module:function"` or `"path/to/file.py:function"` names.
+    """The callable that `"package.module:function"` or `"path/to/file.py:function"` names; see `check_trusted`.
 
-    Raises:
-        RecipeError: the string is not of that form, the file or module does not exist, or it has no such
-            callable. An error raised by the module's own code is passed on as it is.
-        RunError: see `check_trusted`.
+    An error raised by the module's own code is passed on as it is.
     """
     check_trusted(repr(reference))
     return _loaded(reference)
@@ -197,12 +173,11 @@ def load_callable(reference: str) -> Callable[..., Any]:
 
 def _loaded(reference: str) -> Callable[..., Any]:
     place, separator, name = reference.rpartition(":")
-    if not separator or not place or not name:
-        raise RecipeError(f"{reference!r} is not of the form 'module:function' or 'path.py:function'")
+    what = f"{reference!r} is not of the form 'module:function' or 'path.py:function'"
+    require(separator and place and name, RecipeError, what)
     if place.endswith(".py"):
         path = Path(place).expanduser()
-        if not path.is_file():
-            raise RecipeError(f"{reference!r}: no file {str(path)!r}")
+        require(path.is_file(), RecipeError, f"{reference!r}: no file {str(path)!r}")
         module = _module_of_file(path)
     else:
         try:

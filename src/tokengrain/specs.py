@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tokengrain.errors import require
+
 WORLD = "world://"
 
 
@@ -50,13 +52,14 @@ class ModelSpec(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> ModelSpec:
-        if (self.path is None) == (self.config is None):
-            got = "both" if self.path is not None else "neither"
-            raise ValueError(f"got {got} of path and config; expected exactly one of them")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config has no model_type; expected for example model_type: llama")
-        if self.config is None and self.tokenizer is not None:
-            raise ValueError("tokenizer goes with config (a model built from scratch); a model at a path has its own")
+        got = "both" if self.path is not None else "neither"
+        one = (self.path is None) != (self.config is None)
+        require(one, ValueError, f"got {got} of path and config; expected exactly one of them")
+        built = self.config is not None
+        what = "config has no model_type; expected for example model_type: llama"
+        require(not built or "model_type" in (self.config or {}), ValueError, what)
+        what = "tokenizer goes with config (a model built from scratch); a model at a path has its own"
+        require(built or self.tokenizer is None, ValueError, what)
         return self
 
     @property
@@ -113,8 +116,8 @@ class DataSpec(Strict):
 
     @model_validator(mode="after")
     def _limit_of_rows(self) -> DataSpec:
-        if self.limit is not None and self.streaming:
-            raise ValueError("data.limit does not go with data.streaming; use training.max_steps")
+        what = "data.limit does not go with data.streaming; use training.max_steps"
+        require(self.limit is None or not self.streaming, ValueError, what)
         return self
 
     @property

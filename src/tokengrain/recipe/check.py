@@ -53,6 +53,10 @@ class Mistakes:
         listed = "\n".join(f"  - {line}" for line in self.lines)
         return RecipeError(f"{source}: {len(self.lines)} mistakes\n{listed}")
 
+    def raise_if_any(self, source: str) -> None:
+        if self.lines:
+            raise self.error(source)
+
 
 # ---- What concerns the recipe as a whole; the rest is for the constructors of its stages' parts to say ----
 
@@ -114,11 +118,7 @@ def check_data(values: Mapping[str, Any], where: str, found: Mistakes) -> None:
 def check_reference(
     where: str, name: str, kinds: Sequence[str], above: Mapping[str, Any], recipe: schema.Recipe, found: Mistakes
 ) -> None:
-    """`@name` must be an earlier stage of one of the `kinds`.
-
-    Args:
-        above: the stages before, by name.
-    """
+    """`@name` must be an earlier stage (one `above`) of one of the `kinds`."""
     if name in above:
         if above[name].kind not in kinds:
             made = "a model, not rows of data" if kinds == ("annotate",) else above[name].makes
@@ -183,17 +183,10 @@ def explain(error: pydantic.ValidationError, source: str, where: Sequence[str] =
 
 def _dotted(loc: tuple[Any, ...]) -> str:
     """pydantic's location as the user wrote it: without the tags of unions."""
-    parts = []
-    for index, part in enumerate(loc):
-        tag = index == 2 and loc[0] == "stages" and part in _KINDS
-        text = str(part)
-        if (
-            not tag
-            and text not in ("TokenizerSpec", "str", "[key]")
-            and not text.startswith(("list[", "dict[", "const"))
-        ):
-            parts.append(text)
-    return ".".join(parts)
+    if len(loc) > 2 and loc[0] == "stages" and loc[2] in _KINDS:
+        loc = loc[:2] + loc[3:]
+    tags = ("TokenizerSpec", "str", "[key]")
+    return ".".join(t for t in map(str, loc) if t not in tags and not t.startswith(("list[", "dict[", "const")))
 
 
 def _class_at(loc: tuple[Any, ...]) -> type[pydantic.BaseModel]:
@@ -280,10 +273,9 @@ def _unknown_key(where: str, name: str, legal: Iterable[str], elsewhere: Mapping
     path, legal = f"{where}.{name}" if where else str(name), sorted(legal)
     if name in FOREIGN:
         return f"{path}: unknown key; the {name} of other libraries is here: {FOREIGN[name]}"
-    if elsewhere and not get_close_matches(name, legal, n=1, cutoff=0.5):
-        near = get_close_matches(name, list(elsewhere), n=1, cutoff=0.6)
-        if near:
-            return f"{path}: unknown key; did you mean {elsewhere[near[0]]!r}?"
+    near = get_close_matches(name, list(elsewhere or ()), n=1, cutoff=0.6)
+    if elsewhere and near and not get_close_matches(name, legal, n=1, cutoff=0.5):
+        return f"{path}: unknown key; did you mean {elsewhere[near[0]]!r}?"
     return f"{path}: unknown key{nearest(name, legal)}"
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from tokengrain.errors import RecipeError, shown
+from tokengrain.errors import RecipeError, require, shown
 from tokengrain.settings import nearest
 from tokengrain.specs import WORLD
 
@@ -71,19 +71,13 @@ def write_yaml(values: Values) -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML.
-
-    Raises:
-        RecipeError: with the line number, if it is malformed.
-    """
+    """Parse YAML; where it is malformed, the `RecipeError` has the line number."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
-        raise RecipeError(f"{where}:{line} not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
+        raise RecipeError(f"{where}:{line} not valid YAML: {getattr(error, 'problem', error)}") from error
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -108,18 +102,10 @@ def recipe_folders() -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def read_file(path: Path) -> Values:
-    """Read one recipe file with everything that it extends.
-
-    Raises:
-        RecipeError: the file is missing, not text, malformed, not a mapping, or extends itself.
-    """
-    return _read(path, ())
-
-
-def _read(path: Path, above: tuple[Path, ...]) -> Values:
-    if path.resolve() in above:
-        raise RecipeError(f"{path}: extends itself ({' -> '.join(str(p) for p in (*above, path))})")
+def read_file(path: Path, above: tuple[Path, ...] = ()) -> Values:
+    """Read one recipe file with everything that it extends; `above`: files that extend it."""
+    again = " -> ".join(str(p) for p in (*above, path))
+    require(path.resolve() not in above, RecipeError, f"{path}: extends itself ({again})")
     if not path.is_file():
         by = f" (extended by {above[-1]})" if above else ""
         kind = "is a folder, not a recipe file" if path.is_dir() else "no such recipe file"
@@ -129,15 +115,15 @@ def _read(path: Path, above: tuple[Path, ...]) -> Values:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not a text file in UTF-8 ({error})") from error
     values = parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: got {shown(values)}; expected a mapping of keys such as `method:` and `model:`")
+    what = f"{path}: got {shown(values)}; expected a mapping of keys such as `method:` and `model:`"
+    require(isinstance(values, dict), RecipeError, what)
     bases = values.pop("extends", None) or []
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
-        raise RecipeError(f"{path}: extends: got {shown(bases)}; expected a file name or a list of them")
+    named = isinstance(bases, list) and all(isinstance(b, str) for b in bases)
+    require(named, RecipeError, f"{path}: extends: got {shown(bases)}; expected a file name or a list of them")
     merged: Values = {}
     for base in bases:
-        merged = merge(merged, _read(path.parent / base, (*above, path.resolve())))
+        merged = merge(merged, read_file(path.parent / base, (*above, path.resolve())))
     return merge(merged, values)
 
 
@@ -145,8 +131,7 @@ def _near_file(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     names = sorted(p.name for p in path.parent.glob("*.y*ml"))
-    near = get_close_matches(path.name, names, n=1)
-    if near:
+    if near := get_close_matches(path.name, names, n=1):
         return f"; did you mean {path.parent / near[0]}?"
     return f"; {path.parent} has {', '.join(names[:12])}" if names else ""
 
@@ -181,15 +166,8 @@ def _merge_stages(base: Values, over: Values) -> Values:
         if name not in order:
             order.insert(position, name)
         position = order.index(name) + 1
-    out: Values = {}
-    for name in order:
-        if name in over and over[name] is None:
-            continue
-        if name in base:
-            out[name] = merge({name: base[name]}, {name: over[name]})[name] if name in over else base[name]
-        else:
-            out[name] = copy.deepcopy(over[name])
-    return out
+    merged = merge(base, {name: stage for name, stage in over.items() if stage is not None})
+    return {name: merged[name] for name in order if name not in over or over[name] is not None}
 
 
 def model_path(model: Any) -> str | None:
@@ -205,16 +183,12 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
     Overrides, as (path of keys, value), win over `on_world`, which wins over the rest.
     """
     values = copy.deepcopy(values)
-    if model is not None:
-        old = values.get("model")
-        kept = (
-            {k: v for k, v in old.items() if k not in ("path", "config", "tokenizer")} if isinstance(old, dict) else {}
-        )
-        values["model"] = {"path": model, **kept} if kept else model
-    if data is not None:
-        old = values.get("data")
-        kept = {k: v for k, v in old.items() if k not in ("train", "eval")} if isinstance(old, dict) else {}
-        values["data"] = {"train": data, **kept} if kept else data
+    replaced = {"model": (model, ("path", "config", "tokenizer")), "data": (data, ("train", "eval"))}
+    for key, (given, sources) in replaced.items():
+        if given is not None:
+            old = values.get(key)
+            kept = {k: v for k, v in old.items() if k not in sources} if isinstance(old, dict) else {}
+            values[key] = {sources[0]: given, **kept} if kept else given
     if model is not None or data is not None:
         _check_same_kind(values)
     # What decides whether `on_world` counts comes first; the rest once, on top of all: a list that `on_world` replaces
@@ -236,24 +210,22 @@ def _check_same_kind(values: Values) -> None:
     rows = rows.get("train") if isinstance(rows, dict) else rows
     places = {"model": model_path(values.get("model")), "data": rows if isinstance(rows, str) else None}
     toys = {name for name, place in places.items() if str(place).startswith(WORLD)}
-    if len(toys) == 1:
-        raise RecipeError(
-            f"the model is {places['model'] or 'a new one'}, the rows are {places['data']}: one of them is a toy, made "
-            "for trying methods, and the other is not; give --model and --data together"
-        )
+    what = f"the model is {places['model'] or 'a new one'}, the rows are {places['data']}"
+    why = "one of them is a toy, made for trying methods, and the other is not; give --model and --data together"
+    require(len(toys) != 1, RecipeError, f"{what}: {why}")
 
 
 def _on_world(values: Values, data: str | None) -> Values:
     """`values` without `on_world`, which is laid over the rest if the model is a world."""
     on_world = values.pop("on_world", None)
-    if on_world is not None and not isinstance(on_world, dict):
-        raise RecipeError(f"on_world: got {shown(on_world)}; expected a mapping of settings")
+    mapping = on_world is None or isinstance(on_world, dict)
+    require(mapping, RecipeError, f"on_world: got {shown(on_world)}; expected a mapping of settings")
     path = model_path(values.get("model"))
     if not on_world or path is None or not path.startswith(WORLD):
         return values
     for key in ("model", "on_world", "extends"):
-        if key in on_world:
-            raise RecipeError(f"on_world.{key}: cannot be set there; set it at the top of the recipe")
+        where = f"on_world.{key}"
+        require(key not in on_world, RecipeError, f"{where}: cannot be set there; set it at the top of the recipe")
     if data is not None and isinstance(on_world.get("data"), dict):
         on_world = {**on_world, "data": {k: v for k, v in on_world["data"].items() if k not in ("train", "eval")}}
     base = dict(values)
@@ -266,8 +238,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     """`"a.b=c"` as `(["a", "b"], value)`, the value read as YAML."""
     name, equals, value = text.partition("=")
     keys = [key.strip() for key in name.split(".")]
-    if not equals or not all(keys):
-        raise RecipeError(f"--set {text}: expected key=value with a dotted key, such as training.learning_rate=1e-4")
+    what = f"--set {text}: expected key=value with a dotted key, such as training.learning_rate=1e-4"
+    require(equals and all(keys), RecipeError, what)
     if value.strip().startswith("@"):  # a stage's name, which YAML would want in quotes
         return keys, value.strip()
     return keys, parse_yaml(value, f"--set {text}")
@@ -285,11 +257,10 @@ def set_path(values: Values, keys: list[str], value: Any) -> None:
         short = _SHORT.get(keys[depth - 1] if isinstance(here, list) else key)
         if isinstance(below, str) and short is not None:
             below = {short: below}  # `data: file` is short for `data: {train: file}`
-        if below is None:
-            below = {}
-        if not isinstance(below, (dict, list)):
-            at = ".".join(keys[: depth + 1])
-            raise RecipeError(f"--set {'.'.join(keys)}: {at} is {shown(below)}, which has no keys; set {at} as a whole")
+        below = {} if below is None else below
+        at = ".".join(keys[: depth + 1])
+        what = f"--set {'.'.join(keys)}: {at} is {shown(below)}, which has no keys; set {at} as a whole"
+        require(isinstance(below, (dict, list)), RecipeError, what)
         here[place] = copy.copy(below)
         here = here[place]
     place = _place(here, keys, len(keys) - 1)

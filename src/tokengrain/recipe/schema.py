@@ -147,11 +147,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def stage_data(base: DataSpec, over: dict[str, Any] | str | None) -> DataSpec:
-    """A stage's `data:` laid over the recipe's; another source has its own held-out rows.
-
-    Raises:
-        pydantic.ValidationError: keys that do not fit.
-    """
+    """A stage's `data:` laid over the recipe's; another source has its own held-out rows."""
     if over is None:
         return base
     over = {"train": over} if isinstance(over, str) else over

@@ -20,11 +20,7 @@ KINDS: dict[str, type[Stage]] = {kind.kind: kind for kind in (Init, Sft, Train, 
 
 
 class StageDataError(Exception):
-    """A stage's `data:` that does not fit; `error` names keys below `stages.<stage>.data`."""
-
-    def __init__(self, stage: str, error: pydantic.ValidationError) -> None:
-        super().__init__(f"stages.{stage}.data: {error}")
-        self.stage, self.error = stage, error
+    """A stage's `data:` that does not fit: `(stage, error)`, which names keys below `stages.<stage>.data`."""
 
 
 def resolve_stages(recipe: Recipe) -> list[Stage]:
@@ -111,16 +107,14 @@ def _remote_code(values: Any, place: str = "recipe") -> Iterator[str]:
 
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """A recipe from plain values, validated in full: keys, types, hyper-parameters, combinations."""
-    wrongs = Mistakes(check_finite(values))
-    if wrongs.lines:
-        raise wrongs.error(source)
+    Mistakes(check_finite(values)).raise_if_any(source)
     try:
         recipe = Recipe.model_validate(values)
         mistakes = check_recipe(recipe)
     except pydantic.ValidationError as error:
         raise explain(error, source) from None
     except StageDataError as wrong:
-        raise explain(wrong.error, source, ("stages", wrong.stage, "data")) from None
-    if mistakes.lines:
-        raise mistakes.error(source)
+        stage, refused = wrong.args
+        raise explain(refused, source, ("stages", stage, "data")) from None
+    mistakes.raise_if_any(source)
     return recipe

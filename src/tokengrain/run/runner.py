@@ -29,17 +29,11 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass
 class RunResult:
-    """What a run produced.
-
-    Attributes:
-        path: the run folder.
-        metrics: content of its `metrics.json`.
-        reused: names of the stages whose finished result was used.
-    """
+    """What a run produced: its folder, and the content of its `metrics.json`."""
 
     path: Path
     metrics: dict[str, Any] = field(default_factory=dict)
-    reused: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)  # names of the stages whose finished result was used
 
     @property
     def model_path(self) -> Path:
@@ -103,9 +97,8 @@ def _run(
         if wanted != plans and plans[len(wanted)].record is None:
             folder.pause()
             state.wait_for_everyone()
-            console.print(
-                f"to go on with training: {resume_command(read_run(folder.path))}", soft_wrap=True, markup=False
-            )
+            command = resume_command(read_run(folder.path))
+            console.print(f"to go on with training: {command}", soft_wrap=True, markup=False)
             return RunResult(folder.path, {}, reused)
         metrics = folder.finish()
     state.wait_for_everyone()
@@ -217,8 +210,8 @@ def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, consol
         found |= stage.held_out(trainer, samples)
         model = trainer.evaluation_model()
     found |= stage.world_numbers(run, model, weights, samples)
-    if not {"held_out", "world"} & set(found):
-        raise RunError(f"{found_run.path} has no held-out rows; give rows to evaluate on with --data")
+    what = f"{found_run.path} has no held-out rows; give rows to evaluate on with --data"
+    require({"held_out", "world"} & set(found), RunError, what)
     if run.state.is_main_process:
         write_json(found_run.path / EVALUATION_FILE, found)
     return found

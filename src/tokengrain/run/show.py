@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _ACTIONS = {"run": "run", "resume": "resume", "reuse": "reuse (done, same settings)"}
@@ -18,9 +18,8 @@ _ACTIONS = {"run": "run", "resume": "resume", "reuse": "reuse (done, same settin
 
 def print_plan(console: Console, title: str, stages: Iterable[tuple[str, str, str, str]]) -> None:
     """A line per stage: its name, its kind, what it does, and whether it runs, resumes or is reused."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("stage", "kind", "what", "plan"):
-        table.add_column(column, overflow="fold")
+    columns = (Column(name, overflow="fold") for name in ("stage", "kind", "what", "plan"))
+    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
     for *what, action in stages:
         table.add_row(*what, _ACTIONS[action], style="dim" if action == "reuse" else "")
     console.print(table)
@@ -74,19 +73,15 @@ _ROWS = {
 
 def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
     """The held-out numbers of every trained stage, before and after, and where the run is."""
-    table = Table(
-        title=f"{metrics['method']} in {metrics['seconds']:.0f} s", title_justify="left", box=None, pad_edge=False
-    )
-    for column in ("stage", "held-out rows", "before", "after"):
-        table.add_column(column)
+    title, columns = f"{metrics['method']} in {metrics['seconds']:.0f} s", ("stage", "held-out rows", "before", "after")
+    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
     for name, stage in metrics["stages"].items():
         before, after = stage.get("before", {}), stage.get("after", {})
         shown = name
         for key, title in _ROWS.items():
             if key in after:
                 old = with_interval(before, key) if key in before else ""
-                if key == "accuracy":
-                    old = before.get("comparison", old)
+                old = before.get("comparison", old) if key == "accuracy" else old
                 table.add_row(shown, title, old, with_interval(after, key))
                 shown = ""
     if table.row_count:
@@ -111,12 +106,7 @@ QUIET_SECONDS = 15.0
 
 
 class ShowProgress(TrainerCallback):
-    """Shows steps, loss, training accuracy and the time left.
-
-    Args:
-        console: where; nothing is shown if it is quiet.
-        name: the stage.
-    """
+    """Shows steps, loss, training accuracy and the time left of the stage `name`."""
 
     def __init__(self, console: Console, name: str) -> None:
         self.console, self.name = console, name
@@ -162,24 +152,18 @@ class ShowProgress(TrainerCallback):
             self._last_line = time.monotonic()
             self.console.print(f"  {self.name}: step {state.global_step} of {state.max_steps}  {numbers}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *state: Any, **kwargs: Any) -> None:
         """Take the bar off the screen (also after an error)."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
+    on_train_end = close
+
 
 @contextmanager
 def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far something has come; gives `progress(done, total)`, which it calls.
-
-    A bar, or without a terminal a line when it begins and one now and then.
-    """
+    """Shows how far something has come, by a bar or (without a terminal) lines; gives `progress(done, total)`."""
     if not console.is_terminal or console.quiet:
         console.print(f"  {title}")
         last = time.monotonic()
@@ -198,12 +182,6 @@ def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]
 
 
 def _bar(console: Console) -> Progress:
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    return Progress(*columns, console=console, transient=True)
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    before, after = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
+    return Progress(before, *columns, after, console=console, transient=True)

@@ -626,6 +626,7 @@ class Online(Policy):
     settings = schema.OnlineStage
     config = OnlineConfig
     trainer = OnlineTrainer
+    credit = property(lambda self: None)  # the steps of its `credit:` are no source of credit for rows
     samples_rows = True
 
     @property
