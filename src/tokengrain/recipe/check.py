@@ -72,13 +72,20 @@ SET_BY_RECIPE = {
 }
 
 
-def check_finite(values: Any, where: str = "") -> Iterator[str]:
+def entries(values: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested mappings and lists, with its dotted key."""
+    inside = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inside:
+        place = f"{where}.{key}" if where else str(key)
+        yield place, value
+        yield from entries(value, place)
+
+
+def check_finite(values: Any) -> Iterator[str]:
     """What is wrong with numbers: NaN and infinity are none that a recipe can mean."""
-    if isinstance(values, float) and not math.isfinite(values):
-        yield f"{where}: got {values}; expected a finite number"
-    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in entries:
-        yield from check_finite(value, f"{where}.{key}" if where else str(key))
+    for where, value in entries(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{where}: got {value}; expected a finite number"
 
 
 def check_shared(recipe: schema.Recipe, found: Mistakes) -> None:

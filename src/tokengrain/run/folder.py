@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -179,16 +179,13 @@ class RunFolder:
         if not self.writes:
             return
         check_links(self.path)
-        self._drop_others()
-        write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
-        self._save("running")
-
-    def _drop_others(self) -> None:
         kept = {p.stage.name for p in self.plans if p.action != "run" or p.record is not None}
         for record in read_run(self.path).stages if (self.path / "run.json").exists() else ():
             if record.name not in kept:
                 shutil.rmtree(record.path)
         (self.path / "metrics.json").unlink(missing_ok=True)
+        write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
+        self._save("running")
 
     def _save(self, status: Status) -> None:
         self._info["status"] = status
@@ -212,7 +209,7 @@ class RunFolder:
         plan.record.status = status
         plan.record.seconds += time.monotonic() - started
         if self.writes:
-            with suppress(*((OSError,) if status != "done" else ())):
+            with suppress(OSError) if status != "done" else nullcontext():
                 plan.record.save()
 
     def check_space(self) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from tokengrain.recipe import schema
-from tokengrain.recipe.check import Mistakes, check_finite, check_shared, explain
+from tokengrain.recipe.check import Mistakes, check_finite, check_shared, entries, explain
 from tokengrain.recipe.reading import find_recipe, parse_override, read_file, resolve
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run.stages import Annotate, Init, Stage
@@ -91,18 +91,10 @@ def load_recipe(
     if output is not None:
         parsed.append((["output_dir"], str(output)))
     recipe = make_recipe(resolve(read_file(path), model, data, parsed), source=str(path))
-    for place in _remote_code(recipe.model_dump()):
-        check_trusted(f"trust_remote_code ({place})")
+    for place, value in entries(recipe.model_dump(), "recipe"):
+        if place.endswith(".trust_remote_code") and value:  # a model's own Python code may run
+            check_trusted(f"trust_remote_code ({place.rpartition('.')[0]})")
     return recipe
-
-
-def _remote_code(values: Any, place: str = "recipe") -> Iterator[str]:
-    """Where a model's own Python code is allowed to run."""
-    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in entries:
-        if key == "trust_remote_code" and value:
-            yield place
-        yield from _remote_code(value, f"{place}.{key}")
 
 
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:

@@ -450,11 +450,8 @@ class Policy(Trained):
     @property
     def asks(self) -> dict[str, Asked]:
         teacher = self.teacher
-        named = {
-            "reference": self.reference_model,
-            "teacher.target": teacher.target if teacher else None,
-            "teacher.contrast": teacher.contrast if teacher else None,
-        }
+        named = {f"teacher.{role}": getattr(teacher, role, None) for role in ("target", "contrast")}
+        named = {"reference": self.reference_model, **named}
         return {key: Asked(spec) for key, spec in named.items() if spec is not None}
 
     def check_parts(self, where: str, objective: BoundObjective, found: Mistakes) -> None:
@@ -476,13 +473,10 @@ class Policy(Trained):
 
     def build_reference(self, run: RunModels) -> Any:
         """What the trainer gets as `reference`; None leaves the choice to it."""
-        if self.reference_model is not None:
-            return run.frozen(self.reference_model)
         if self.reference == "columns":
             return ColumnReference()
-        if self.reference == "copy":
-            return run.frozen(self.model)
-        return ADAPTER_OFF if self.reference == ADAPTER_OFF else None
+        spec = self.model if self.reference == "copy" else self.reference_model
+        return self.reference if spec is None else run.frozen(spec)  # None or "adapter_off"
 
     def build_taught(self, run: RunModels, args: Any, weights: str | None) -> tuple[Any, Any, Any]:
         """`(policy, configuration of a new adapter or None, teacher or None)`.
