@@ -66,8 +66,8 @@ def test_samplers_are_made_with_their_settings() -> None:
     assert isinstance(branching, Branching)
     assert isinstance(branching.sampler, OpenAIServer)
     assert (branching.model, branching.window) == (model, 2)
-    assert branching.triggers is not None
-    assert branching.triggers.nonzero()[:, 0].tolist() == tok.convert_tokens_to_ids(["sea"])
+    assert branching.trigger_mask is not None
+    assert branching.trigger_mask.nonzero()[:, 0].tolist() == tok.convert_tokens_to_ids(["sea"])
     assert make_sampler(branching, None) is branching
     with pytest.raises(RecipeError, match="a sampler is an object with sample and refresh"):
         make_sampler(3, model)

@@ -10,7 +10,7 @@ import queue
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,9 +87,6 @@ class Workers:
         with suppress(Exception):  # the interpreter may be going down
             while (pipe := self._free.get_nowait().stdin) is not None:
                 pipe.close()  # it ends, and its copy with it
-
-    def __deepcopy__(self, memo: Any) -> Workers:
-        return Workers(self.task)
 
     def __reduce__(self) -> Any:
         return Workers, (self.task,)
@@ -253,8 +250,6 @@ class MathMatch(Match):
         on_timeout: "wrong": an answer that takes too long is wrong (counted as `timeouts`); "fail": it is a
             failure of the reward.
 
-    Raises:
-        RecipeError: math-verify is not installed.
     """
 
     name = "math"
@@ -459,11 +454,7 @@ class CosineLength:
         self._base: Any = make_reward(self.base, **(self.settings or {})).function
 
     def __call__(
-        self,
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]],
-        truncated: Sequence[bool],
-        **columns: Any,
+        self, completions: Sequence[str], completion_ids: Sequence[Any], truncated: Sequence[bool], **columns: Any
     ) -> list[float | RewardFailure]:
         values = self._base(completions=completions, **columns)
         return [
@@ -672,14 +663,21 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: unknown reward or setting (with the nearest right name), a wrong type or value; of ours also what
             its constructor refuses.
     """
-    shared, own, build = _parts(name, settings)
+    what = f"unknown reward {name!r}{nearest(name, REWARDS)} (or an import string, 'module:function')"
+    require(name in REWARDS or ":" in name, RecipeError, what)
+    kind = REWARDS.get(name)
+    build = load_callable(name) if kind is None else kind.build
+    build = build if isinstance(build, type) else None  # a plain function has no settings
+    every = keyword_types(RewardFunction)
+    shared = {**(kind.defaults if kind else {}), **{k: v for k, v in settings.items() if k in every}}
+    own = {k: v for k, v in settings.items() if k not in every}
     what, first = f"reward {name!r}", next(iter(own), None)
-    hint = f"{what}: unknown setting {first!r}{nearest(str(first), keyword_types(RewardFunction))}"
+    hint = f"{what}: unknown setting {first!r}{nearest(str(first), every)}"
     require(build is not None or first is None, RecipeError, hint)
     checked = validate_settings(what, build, own, excluded=reward_objects(name)) if build is not None else {}
-    if name in REWARDS and not reward_objects(name):
+    if kind is not None and not kind.objects:
         # What types cannot say: patterns, addresses, what is installed.
-        getattr(REWARDS[name].build, "check", REWARDS[name].build)(**checked)
+        getattr(kind.build, "check", kind.build)(**checked)
     return checked | validate_settings(what, RewardFunction, shared)
 
 
@@ -710,16 +708,3 @@ def make_reward(name: str, /, **settings: Any) -> RewardFunction:
         if isinstance(function, type):
             function = function(**checked)
     return RewardFunction(function, **{**shared, "name": shared["name"] or name.rpartition(":")[2] or name})
-
-
-def _parts(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Callable[..., Any] | None]:
-    """Settings of every reward, settings of this one, and what takes the latter (None: a plain function)."""
-    what = f"unknown reward {name!r}{nearest(name, REWARDS)} (or an import string, 'module:function')"
-    require(name in REWARDS or ":" in name, RecipeError, what)
-    shared = {k: v for k, v in settings.items() if k in keyword_types(RewardFunction)}
-    shared = {**(REWARDS[name].defaults if name in REWARDS else {}), **shared}
-    own = {k: v for k, v in settings.items() if k not in shared}
-    if name in REWARDS:
-        return shared, own, REWARDS[name].build
-    function = load_callable(name)
-    return shared, own, function if isinstance(function, type) else None

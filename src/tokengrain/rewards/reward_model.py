@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from tokengrain.specs import ModelSpec
 SEQUENCE = "ForSequenceClassification"  # how transformers' names of these models end
 
 
+@dataclass(kw_only=True, eq=False)
 class RewardModel:
     """What a frozen reward model says of prompt and completion: the sentence reward of RTO (arXiv 2404.18922).
 
@@ -56,29 +58,25 @@ class RewardModel:
         max_tokens: of one forward pass; a longer completion is scored alone.
     """
 
-    name = "reward_model"
+    name: ClassVar[str] = "reward_model"
+    model: Any
+    tokenizer: Any = None
+    reward_tokenizer: Any = None
+    chat: bool = False
+    pooling: Pooling | None = None
+    scaling: Scaling = "none"
+    max_tokens: Count = 8192
 
-    def __init__(
-        self,
-        *,
-        model: Any,
-        tokenizer: Any = None,
-        reward_tokenizer: Any = None,
-        chat: bool = False,
-        pooling: Pooling | None = None,
-        scaling: Scaling = "none",
-        max_tokens: Count = 8192,
-    ) -> None:
-        self.model, self.chat, self.scaling, self.max_tokens = model, chat, scaling, max_tokens
-        _check_model(model)
-        self.statistics = completion_statistics_of(model)
-        self.pooling = self._pooling(pooling)
+    def __post_init__(self) -> None:
+        _check_model(self.model)
+        self.statistics = completion_statistics_of(self.model)
+        self.pooling = self._pooling(self.pooling)
         message = (
-            f"reward 'reward_model': scaling {scaling!r} needs completion_score_mean and completion_score_std in the "
-            "reward model's config, which has them not; expected scaling: none (and the credit step normalize)"
+            f"reward 'reward_model': scaling {self.scaling!r} needs completion_score_mean and completion_score_std in "
+            "the reward model's config, which has them not; expected scaling: none (and the credit step normalize)"
         )
-        require(self.statistics is not None or scaling == "none", ModelError, message)
-        self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)
+        require(self.statistics is not None or self.scaling == "none", ModelError, message)
+        self.retokenizer = retokenizer_for(self.tokenizer, self.reward_tokenizer)
 
     def __call__(
         self, prompts: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
@@ -202,6 +200,6 @@ def check_completion_model(spec: ModelSpec, path: str) -> Literal["tokens", "seq
     kind = " or ".join(kinds)
     message = f"{path} is {kind}; expected a reward model: a token classifier with one label, such as a stage of kind "
     require(tokens or sequence, ModelError, message + "`reward` makes, or a sequence classifier with one label")
-    labels = config.num_labels
-    require(adapter or labels == 1, ModelError, f"{path} is a classifier of {labels} labels; a reward model has one")
+    message = f"{path} is a classifier of {config.num_labels} labels; a reward model has one"
+    require(adapter or config.num_labels == 1, ModelError, message)
     return "tokens" if tokens else "sequence"

@@ -80,8 +80,6 @@ class RewardFunction:
         special_tokens: whether completions keep their special tokens, but the end-of-sequence and padding ones.
         messages: completions are lists with one assistant message, as TRL gives them for chats.
 
-    Raises:
-        RecipeError: a wrong type, a value out of range.
     """
 
     def __init__(
@@ -111,11 +109,7 @@ class RewardFunction:
         self.is_async = inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(function)
 
     def arguments(self, available: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Of the available columns those that the function takes.
-
-        Raises:
-            RewardError: it needs one that there is not.
-        """
+        """Of the available columns those that the function takes. Raises `RewardError` if it needs another."""
         named = [p for p in self.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         missing = [p.name for p in named if p.default is p.empty and p.name not in available]
         what = f"reward {self.name!r} needs {', '.join(missing)}; the rows have {', '.join(sorted(available))}"
@@ -188,24 +182,16 @@ class _Completions:
     truncated: list[bool]
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """A function's reward for one completion: a number, one per counted token, or None where it is left out."""
-
-    value: float | list[float] | None
-    failure: RewardFailure | None = None
-    valid: bool = True
+Judged = tuple[float | list[float] | None, RewardFailure | None]
+"""A function's reward for a completion: a number, one per counted token, or None where it is left out; its failure."""
 
 
 class RewardSuite:
     """Scores completions with several functions.
 
     Args:
-        functions: `RewardFunction`s, or plain functions (weight 1, failures are errors).
+        functions: `RewardFunction`s, or plain functions (weight 1, failures are errors), no two of one name.
         tokenizer: turns completions into text where it is not given, and places spans.
-
-    Raises:
-        RecipeError: no function, or two of one name.
     """
 
     def __init__(self, functions: Sequence[RewardFunction | Callable[..., Any]], *, tokenizer: Any = None) -> None:
@@ -304,10 +290,10 @@ class RewardSuite:
             **{name: [raw.get(name) for raw in raws] for name in names},
         }
 
-    def _judge(self, function: RewardFunction, given: Any, index: int, work: _Completions, text: str) -> _Judged:
+    def _judge(self, function: RewardFunction, given: Any, index: int, work: _Completions, text: str) -> Judged:
         policy: str = function.on_error
         if given is None and function.on_none == "ignore":
-            return _Judged(None)
+            return None, None
         if given is None:
             policy, failure = function.on_none, RewardFailure("gave None")
         elif isinstance(given, RewardFailure):
@@ -320,29 +306,28 @@ class RewardSuite:
                 return located_tokens(self.tokenizer, ids, text, special=function.special_tokens)
 
             try:
-                return _Judged(read_value(given, ids, work.counted[index], text, tokens))
+                return read_value(given, ids, work.counted[index], text, tokens), None
             except RewardError as error:
                 failure = RewardFailure(str(error))
         failure = replace(failure, name=function.name, row=work.rows[index], completion=index)
         require(policy != "error", RewardError, f"{failure}; completion: {text[:80]!r}")
         logger.warning("%s (%s)", failure, "left out" if policy == "skip" else f"taken as {function.error_value:g}")
-        if policy == "skip":
-            return _Judged(None, failure, valid=False)
-        return _Judged(function.error_value, failure)
+        return None if policy == "skip" else function.error_value, failure
 
-    def _combined(self, judged: list[list[_Judged]], work: _Completions) -> RewardResult:
+    def _combined(self, judged: list[list[Judged]], work: _Completions) -> RewardResult:
         segments = Segments.from_lengths([len(c) for c in work.counted])
         count = len(work.ids)
         outcome = torch.zeros(count, dtype=torch.float64)
         tokens = torch.zeros(segments.total, dtype=torch.float64)
         # Where no reward applies there is none: not 0, which would be a reward like another.
         each = list(zip(*judged, strict=True))
-        known = [all(j.valid for j in one) and any(j.value is not None for j in one) for one in each]
-        valid = torch.tensor(known, dtype=torch.bool)
+        skipped = [any(value is None and failure is not None for value, failure in one) for one in each]
+        known = [any(value is not None for value, _ in one) for one in each]
+        valid = torch.tensor([k and not s for k, s in zip(known, skipped)], dtype=torch.bool)
         by_name, dense, offsets = {}, False, segments.offsets.tolist()
         for function, column in zip(self.functions, judged, strict=True):
             own = torch.full((count,), math.nan, dtype=torch.float64)
-            for index, value in ((i, j.value) for i, j in enumerate(column) if j.value is not None):
+            for index, value in ((i, v) for i, (v, _) in enumerate(column) if v is not None):
                 if isinstance(value, list):
                     own[index], dense = math.fsum(value), True
                     part = torch.tensor(value, dtype=torch.float64)
@@ -364,7 +349,7 @@ class RewardSuite:
             token_rewards=tokens.float() if dense else None,
             by_name=by_name,
             valid=valid,
-            failures=tuple(j.failure for column in judged for j in column if j.failure is not None),
+            failures=tuple(failure for column in judged for _, failure in column if failure is not None),
             counts=counts,
         )
 
@@ -383,7 +368,7 @@ def _from_rollouts(rollouts: Rollouts) -> _Completions:
         ids=[c.ids for c in rollouts.completions],
         counted=[list(range(c.context, len(c.ids))) for c in rollouts.completions],
         rows=[p.row for p in prompts],
-        raws=rollouts.rows,
+        raws=[p.raw for p in prompts],
         prompts=[p.ids for p in prompts],
         truncated=rollouts.truncated.tolist(),
     )

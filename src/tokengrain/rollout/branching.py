@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class _Branch:
     length: int
 
 
+@dataclass(eq=False)
 class Branching:
     """Samples `n` completions of each prompt with another sampler, and branches off some of them.
 
@@ -68,28 +69,22 @@ class Branching:
         per_completion, per_prompt: most branches; of a prompt those of the highest entropy.
     """
 
-    name = "branching"
+    name: ClassVar[str] = "branching"
+    sampler: Sampler
+    model: nn.Module
+    tokenizer: Any = None
+    _: KW_ONLY
+    window: Count = 4
+    quantile: Share = 0.95
+    mode: Mode = "paper"
+    triggers: Triggers = None
+    per_completion: Count = 1
+    per_prompt: Count = 4
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        model: nn.Module,
-        tokenizer: Any = None,
-        *,
-        window: Count = 4,
-        quantile: Share = 0.95,
-        mode: Mode = "paper",
-        triggers: Triggers = None,
-        per_completion: Count = 1,
-        per_prompt: Count = 4,
-    ) -> None:
-        given = locals()
-        self.given = {name: given[name] for name in keyword_types(Branching)}
+    def __post_init__(self) -> None:
+        self.given = {name: getattr(self, name) for name in keyword_types(Branching)}
         validate_settings("sampler 'branching'", Branching, self.given)
-        self.sampler, self.model, self.tokenizer = sampler, model, tokenizer
-        self.window, self.quantile, self.mode = window, quantile, mode
-        self.triggers = trigger_tokens(tokenizer, triggers, "sampler 'branching'")
-        self.per_completion, self.per_prompt = per_completion, per_prompt
+        self.trigger_mask = trigger_tokens(self.tokenizer, self.triggers, "sampler 'branching'")
 
     def refresh(self, model_or_path: Any) -> None:
         """Sample from these weights from now on; entropies are those of a model in this process."""
@@ -117,7 +112,7 @@ class Branching:
         entropy, segments = self._entropies(batch), batch.segments
         values = measured(entropy, segments, mode=self.mode, window=self.window)
         tau = batch_threshold(entropy, segments, mode=self.mode, window=self.window, quantile=self.quantile)
-        triggers = trigger_flags(self.triggers, batch.labels)
+        triggers = trigger_flags(self.trigger_mask, batch.labels)
         high = high_entropy(values, segments, threshold=tau, triggers=triggers)
         # The first token has nothing before it to share.
         flags = high.mask & (segments.positions > 0)

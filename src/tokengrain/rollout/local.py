@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -152,9 +153,8 @@ def shares_prefill(model: nn.Module, lm: nn.Module) -> bool:
 def plain_cache(cache: Any) -> bool:
     """Whether every layer of a cache is keys and values that can be repeated and selected by row."""
     layers = getattr(cache, "layers", ())
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
-    )
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in layers)
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -270,17 +270,27 @@ def module_of(model_or_path: Any, name: str) -> Any:
     return model
 
 
-def check_room(lm: Any, prompts: Sequence[PromptItem], sampling: SamplingConfig) -> None:
-    """Raises `RolloutError` if a prompt with `max_new_tokens` goes beyond the model's positions."""
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+def ready(
+    sampler: Any, prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig
+) -> tuple[tuple[PromptItem, ...], Sequence[int], StopStrings | None]:
+    """Prompts that can be sampled from, the token ids that end a completion, and the stop strings or None.
+
+    Raises `RolloutError`, for instance if a prompt with `max_new_tokens` goes beyond the model's positions.
+    """
+    checked = checked_prompts(prompts, n)
+    needs_tokenizer(sampler.tokenizer, sampling.stop)
+    positions = getattr(sampler.lm.config.get_text_config(), "max_position_embeddings", None)
     longest = max(prompts, key=lambda p: len(p.ids))
     what = (
         f"row {longest.row}: {len(longest.ids)} prompt tokens and max_new_tokens {sampling.max_new_tokens} are "
         f"more than the model's {positions} positions; expected a shorter prompt or fewer new tokens"
     )
     require(positions is None or len(longest.ids) + sampling.max_new_tokens <= positions, RolloutError, what)
+    stop_ids = sampling.stop_ids if sampling.stop_ids is not None else stop_ids_of(sampler.tokenizer, sampler.lm)
+    return checked, stop_ids, StopStrings(sampler.tokenizer, sampling.stop) if sampling.stop else None
 
 
+@dataclass(eq=False)
 class HFGenerate:
     """Samples from a transformers model, in batches of prompts of similar length.
 
@@ -301,22 +311,19 @@ class HFGenerate:
         progress: called with how many completions of a call are drawn, and how many there will be.
     """
 
-    name = "hf"
+    name: ClassVar[str] = "hf"
     neutral: ClassVar[frozenset[str]] = frozenset({"max_batch_tokens"})
+    model: Any
+    tokenizer: Any = None
+    _: KW_ONLY
+    cache: Literal["dynamic", "static"] = "dynamic"
+    max_batch_tokens: Count = 65536
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any = None,
-        *,
-        cache: Literal["dynamic", "static"] = "dynamic",
-        max_batch_tokens: Count = 65536,
-    ) -> None:
-        self.given: dict[str, Any] = {"cache": cache, "max_batch_tokens": max_batch_tokens}
+    def __post_init__(self) -> None:
+        self.given: dict[str, Any] = {"cache": self.cache, "max_batch_tokens": self.max_batch_tokens}
         validate_settings("sampler 'hf'", HFGenerate, self.given)
         self.progress: Callable[[int, int], None] | None = None
-        self.tokenizer, self.cache, self.max_batch_tokens = tokenizer, cache, max_batch_tokens
-        self.refresh(model)
+        self.refresh(self.model)
 
     def refresh(self, model_or_path: Any) -> None:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
@@ -327,19 +334,16 @@ class HFGenerate:
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
         """`n` completions of each prompt. Raises `RolloutError` for prompts that leave no room."""
         started = time.perf_counter()
-        prompts = checked_prompts(prompts, n)
-        needs_tokenizer(self.tokenizer, sampling.stop)
-        check_room(self.lm, prompts, sampling)
-        stop_ids = sampling.stop_ids if sampling.stop_ids is not None else stop_ids_of(self.tokenizer, self.lm)
+        asked, stop_ids, stops = ready(self, prompts, n, sampling)
         numbers = uniforms(prompts, n, sampling)
         found: dict[int, SampledCompletion] = {}
         with evaluating(self.model):
             for part in self._batches(prompts, n, sampling.max_new_tokens):
-                found |= self._batch(prompts, n, part, numbers, sampling, stop_ids)
+                found |= self._batch(prompts, n, part, numbers, sampling, stop_ids, stops)
                 if self.progress is not None:
                     self.progress(len(found), len(prompts) * n)
         groups = tuple(tuple(found[p * n + k] for k in range(n)) for p in range(len(prompts)))
-        return Rollouts(prompts, groups, sampling, time.perf_counter() - started)
+        return Rollouts(asked, groups, sampling, time.perf_counter() - started)
 
     def _batches(self, prompts: Sequence[PromptItem], n: int, new_tokens: int) -> list[tuple[list[int], range]]:
         """Prompts by length, longest first, and which of their completions: what fits the budget together."""
@@ -364,6 +368,7 @@ class HFGenerate:
         numbers: torch.Tensor,
         sampling: SamplingConfig,
         stop_ids: Sequence[int],
+        stops: StopStrings | None,
     ) -> dict[int, SampledCompletion]:
         chosen, copies = part
         where = [p * n + k for p in chosen for k in copies]
@@ -371,7 +376,6 @@ class HFGenerate:
         pad_id = stop_ids[0] if stop_ids else 0
         ids, mask = padded([prompts[p].ids for p in chosen], pad_id, device)
         picker = Picker(sampling, numbers[where], device)
-        stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         drawn = Drawn(len(where), sampling.max_new_tokens, device, stop_ids, stops)
         if self._shares:
             self._shares = decode_shared(self.model, self.lm, ids, mask, len(copies), picker, drawn)
@@ -404,9 +408,6 @@ class HFContinuous:
         settings: of transformers' `ContinuousBatchingConfig`, such as `page_size` or `max_memory_percent`. Without
             any about its size the cache takes most of an accelerator's free memory; on a CPU it is just large enough
             for `CPU_REQUESTS` completions at a time.
-
-    Raises:
-        ModelError: this model has no continuous batching. RecipeError: settings that it does not have.
     """
 
     name = "continuous"
@@ -433,10 +434,7 @@ class HFContinuous:
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
         """`n` completions of each prompt. Raises `RolloutError` where the engine fails, with its message."""
         started = time.perf_counter()
-        prompts = checked_prompts(prompts, n)
-        needs_tokenizer(self.tokenizer, sampling.stop)
-        check_room(self.lm, prompts, sampling)
-        stop_ids = sampling.stop_ids if sampling.stop_ids is not None else stop_ids_of(self.tokenizer, self.lm)
+        asked, stop_ids, stops = ready(self, prompts, n, sampling)
         batching = _batching(self._sized(prompts, n, sampling), sampling.seed)
         with evaluating(self.model):
             # The implementation of attention is put back: the engine changes it on models without a paged one.
@@ -459,12 +457,11 @@ class HFContinuous:
         results = list(found.values())
         what = f"continuous batching gave {len(results)} of {len(prompts) * n} completions; its own log says why"
         require(len(results) == len(prompts) * n, RolloutError, what)
-        stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
-        groups = []
-        for p, prompt in enumerate(prompts):
-            part = results[p * n : (p + 1) * n]
-            groups.append(tuple(_completion(prompt, r, sampling, stop_ids, stops) for r in part))
-        return Rollouts(prompts, tuple(groups), sampling, time.perf_counter() - started)
+        groups = tuple(
+            tuple(_completion(prompt, r, sampling, stop_ids, stops) for r in results[p * n : (p + 1) * n])
+            for p, prompt in enumerate(prompts)
+        )
+        return Rollouts(asked, groups, sampling, time.perf_counter() - started)
 
     def _sized(self, prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) -> dict[str, Any]:
         """The settings, with a size for CPUs: the engine's own default is more than half of the machine's memory."""
@@ -484,10 +481,8 @@ def _batching(settings: Mapping[str, Any], seed: int) -> Any:
         # A processor that the engine lacks would change the distribution silently.
         "drop_unsupported_processors": False,
     }
-    legal, what = (
-        inspect.signature(ContinuousBatchingConfig).parameters.keys() - fixed.keys(),
-        "sampler 'continuous': settings:",
-    )
+    what = "sampler 'continuous': settings:"
+    legal = inspect.signature(ContinuousBatchingConfig).parameters.keys() - fixed.keys()
     for name in settings:
         require(name in legal, RecipeError, f"{what} unknown setting {name!r}{nearest(name, legal)}")
     try:

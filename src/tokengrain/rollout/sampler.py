@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,8 +42,7 @@ class PromptItem:
 class SamplingConfig:
     """How completions are drawn.
 
-    The temperature is applied first, then top-k, top-p and min-p in this order, each to what the one before
-    has left, as transformers does.
+    The temperature is applied first, then top-k, top-p and min-p, each to what the one before has left.
 
     Args:
         temperature: 0 takes the most probable token.
@@ -50,14 +50,10 @@ class SamplingConfig:
         top_k: number of most probable tokens; 0: all.
         min_p: tokens at least this times as probable as the most probable one; 0: all.
         max_new_tokens: a completion without a stop by then is truncated.
-        stop: a completion ends with the token that completes one of these strings, or this one; that token is part
-            of it.
-        stop_ids: token ids that end a completion, and are part of it. None: the tokenizer's and the model's
-            end-of-sequence tokens.
+        stop: a text, or several; a completion ends with the token that completes one, which is part of it.
+        stop_ids: token ids that end a completion, and are part of it. None: the tokenizer's and the model's.
         seed: the same seed, prompts and weights give the same completions (a server: if it keeps to seeds).
 
-    Raises:
-        RecipeError: a value out of range.
     """
 
     temperature: float = 1.0
@@ -122,12 +118,8 @@ def derived_seed(*parts: Any) -> int:
 
 def occurrences(prompts: Sequence[PromptItem]) -> list[int]:
     """How often each prompt's row came before it: a row that is there twice must not give the same twice."""
-    seen: Counter[int | str] = Counter()
-    counts = []
-    for prompt in prompts:
-        counts.append(seen[prompt.row])
-        seen[prompt.row] += 1
-    return counts
+    seen: dict[int | str, Iterator[int]] = defaultdict(itertools.count)
+    return [next(seen[prompt.row]) for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -177,11 +169,6 @@ class Rollouts:
         """Completions that hit `max_new_tokens` without a stop, bool `[C]`."""
         return torch.tensor([c.truncated for c in self.completions], dtype=torch.bool)
 
-    @property
-    def rows(self) -> list[Mapping[str, Any]]:
-        """The data row of each completion, C mappings."""
-        return [self.prompts[index].raw for index in self.group]
-
     def texts(self, tokenizer: Any) -> list[str]:
         """The C completions as text, without special tokens."""
         return decode(tokenizer, [c.ids for c in self.completions])
@@ -194,15 +181,12 @@ class Rollouts:
         names = [name for name in logps if all(getattr(c, name) is not None for c in self.completions)]
         samples = []
         for prompt, group in zip(self.prompts, self.groups, strict=True):
-            completions = [
-                Completion(
-                    c.ids,
-                    [False] * c.context + [True] * (len(c.ids) - c.context) if c.context else None,
-                    columns={n: getattr(c, n)[c.context :] for n in names}
-                    | {"truncated": [float(c.truncated)] * (len(c.ids) - c.context)},
-                )
-                for c in group
-            ]
+            completions = []
+            for c in group:
+                own = len(c.ids) - c.context
+                columns = {name: getattr(c, name)[c.context :] for name in names}
+                columns["truncated"] = [float(c.truncated)] * own
+                completions.append(Completion(c.ids, [False] * c.context + [True] * own, columns))
             samples.append(Sample(prompt.ids, completions, row=prompt.row, raw=prompt.raw))
         return TokenBatch.from_samples(samples)
 
@@ -255,13 +239,10 @@ def encode_prompts(
     report: Report | None = None,
     clock: Clock | None = None,
 ) -> list[PromptItem]:
-    """Prompts as token ids. The other columns stay in `raw`, for rewards.
+    """Prompts as token ids, of `column`'s text or messages. The other columns stay in `raw`, for rewards.
 
     Args:
-        rows: `column` of each holds text, or messages that the chat template renders with its generation prompt.
-        config: `max_prompt_length`, `truncation_side`, `on_invalid`, and the chat template's settings are used.
-        template: text with `{column}` placeholders that makes the prompt from the row's columns; `column` is
-            then only its name in messages.
+        template: text with `{column}` placeholders that makes the prompt; `column` is then its name in messages.
         chat: take a prompt of text as the user's message of a chat.
         file: where the rows come from, for messages; `Rows` know it themselves.
         report: counts what became of the rows. clock: the time for a template that writes the date; None: now.
@@ -360,12 +341,8 @@ def sampler_class(name: str) -> Callable[..., Any]:
 def check_sampler(given: Any) -> dict[str, Any]:
     """A sampler's name, settings with defaults, and `sampler` below it, before a model is loaded or a server is up.
 
-    Args:
-        given: a name, or a mapping with `name` and settings; of one that works on top of another (`branching`),
-            `sampler` is the other one, the default if it is not given.
-
-    Raises:
-        RecipeError: unknown sampler or setting (with the nearest right name), a wrong type, a value out of range.
+    `given` is a name, or a mapping with `name` and settings; of a sampler on top of another (`branching`), `sampler` is
+    the other one. Raises `RecipeError` for what is unknown (with the nearest right name) or does not fit.
     """
     name, own = _named(given)
     build = sampler_class(name)
@@ -396,14 +373,9 @@ def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
 
 
 def check_reachable(given: Any, *, patient: bool = True) -> None:
-    """Ask the server that a sampler, or the one below it, draws from whether it is there; of others ask nothing.
+    """Ask the server of a sampler (or of what `make_sampler` takes) whether it is there; if not patient, only once.
 
-    Args:
-        given: a sampler, or what `make_sampler` takes.
-        patient: False: one attempt, and not for long.
-
-    Raises:
-        RolloutError: nobody answers. RecipeError: a server that does not have the model.
+    Raises `RolloutError` if nobody answers, `RecipeError` if the server does not have the model.
     """
     sampler = given
     if given is None or isinstance(given, (str, Mapping)):

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -74,6 +75,7 @@ class _RefusedError(Exception):
         self.status, self.pause = status, pause
 
 
+@dataclass
 class JsonClient:
     """Posts and reads JSON, with retries.
 
@@ -83,25 +85,19 @@ class JsonClient:
 
     Args:
         url: the server's root, such as "http://localhost:8000" ("/v1" at the end is taken off).
-        timeout: seconds that an attempt may take, from connecting to the last byte.
-        retries: further attempts after the first.
-        backoff: seconds of the first pause.
+        timeout: seconds that an attempt may take, to the last byte. backoff: seconds of the first pause.
         api_key_env: name of the environment variable that holds the key; None: no key is sent.
-
-    Raises:
-        RecipeError: not an http(s) address, one with a password, or the variable is not set.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout: float = 600.0,
-        retries: int = 5,
-        backoff: float = 0.5,
-        api_key_env: str | None = None,
-    ) -> None:
-        check_trusted(f"the server {url!r}")
+    url: str
+    timeout: float = 600.0
+    retries: int = 5
+    backoff: float = 0.5
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        check_trusted(f"the server {self.url!r}")
+        url, timeout, retries, backoff = self.url, self.timeout, self.retries, self.backoff
         what = "the server's address holds a user or a query, which may be secrets; expected the key in api_key_env"
         require("@" not in url and "?" not in url, RecipeError, what)
         try:
@@ -113,7 +109,6 @@ class JsonClient:
         what = f"timeout {timeout}, retries {retries}, backoff {backoff}; expected > 0, >= 0, >= 0"
         require(timeout > 0 and retries >= 0 and backoff >= 0, RecipeError, what)
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.timeout, self.retries, self.backoff, self.api_key_env = timeout, retries, backoff, api_key_env
         self._key()
 
     def _key(self) -> str | None:
@@ -198,14 +193,13 @@ class JsonClient:
 async def _content(answer: httpx.Response, limit: int) -> bytes:
     """The body, as long as it is no longer than `limit` bytes."""
     length, content = answer.headers.get("Content-Length", ""), bytearray()
-    too_long = length.isdecimal() and int(length[:20]) > limit
-    if not too_long:
-        async for part in answer.aiter_bytes():
-            content += part
-            if too_long := len(content) > limit:
-                break
-    if too_long:
-        raise _RefusedError(f"status {answer.status_code}: the answer has more than {limit} bytes")
+    too_long = _RefusedError(f"status {answer.status_code}: the answer has more than {limit} bytes")
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise too_long
+    async for part in answer.aiter_bytes():
+        content += part
+        if len(content) > limit:
+            raise too_long
     return bytes(content)
 
 
@@ -277,23 +271,6 @@ def finished(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return pool.submit(lambda: asyncio.run(work())).result()
 
 
-def served_models(client: JsonClient) -> list[str]:
-    """The names of the models that a server lists; none where it has no such list. Raises `ServerError`."""
-
-    def names(answer: Any) -> list[str]:
-        try:
-            return [str(model["id"]) for model in answer["data"]]
-        except (KeyError, TypeError):
-            raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
-
-    try:
-        return client.post("/v1/models", None, names)
-    except ServerError as error:
-        if error.status in NO_LIST:
-            return []
-        raise
-
-
 # ---- The sampler ----
 
 Flavour = Literal["vllm", "sglang"]
@@ -341,7 +318,6 @@ class OpenAIServer:
         timeout, retries, backoff, api_key_env: see `JsonClient`.
         concurrency: most requests at a time.
         extra: further fields of every completions request.
-
     """
 
     name = "server"
@@ -387,14 +363,14 @@ class OpenAIServer:
     def check_reachable(self, *, patient: bool = True) -> None:
         """Ask the server which models it has; if not patient, once and for no longer than 5 s.
 
-        Raises:
-            ServerError: nobody answers, or the key is refused.
-            RecipeError: vLLM has no model of this name. (SGLang does not mind the name.)
+        Raises `ServerError` if nobody answers or the key is refused, `RecipeError` if vLLM has no model of this name.
         """
         client = self.client.briefer(30.0, self.client.retries) if patient else self.client.briefer(5.0)
         try:
-            names = served_models(client)
+            names = client.post("/v1/models", None, _model_names)
         except ServerError as error:
+            if error.status in NO_LIST:
+                return
             raise ServerError(f"sampler 'server': {error}; expected a running {self.flavour} server") from None
         known = self.flavour != "vllm" or not names or self.base_model in names
         what = f"sampler 'server': {client.url} has no model {self.base_model!r}{nearest(self.base_model, names)}"
@@ -496,11 +472,7 @@ class OpenAIServer:
         raise ValueError(f"the answer's {reason}")
 
     def refresh(self, model_or_path: Any) -> None:
-        """Load the folder of an adapter or checkpoint on the server and sample from it from now on.
-
-        Raises:
-            RolloutError: not a folder, or this sampler is set not to refresh. ServerError: the server refuses.
-        """
+        """Load the folder of an adapter or checkpoint on the server and sample from it. Raises `RolloutError`."""
         path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else Path()
         what = f"a server loads weights from a folder, got {model_or_path!r}; save the model first"
         require(path != Path() and path.is_dir(), RolloutError, what)
@@ -555,6 +527,13 @@ def _ids_from_names(tokens: Any) -> list[int]:
     if not isinstance(tokens, list) or not all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
         raise ValueError("the answer has no token ids; expected a server that knows `return_token_ids`")
     return [int(t.removeprefix("token_id:")) for t in tokens]
+
+
+def _model_names(answer: Any) -> list[str]:
+    try:
+        return [str(model["id"]) for model in answer["data"]]
+    except (KeyError, TypeError):
+        raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
 
 
 def _succeeded(answer: Any) -> None:
