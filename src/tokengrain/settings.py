@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import core_schema
 from torch import Tensor
 
 from tokengrain.errors import RecipeError, RunError, require, shown
@@ -35,7 +37,7 @@ def _not_bool(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Range of a finite or a whole number. pydantic asks it for its schema, so losses need not import pydantic."""
+    """Range of a finite or a whole number. pydantic asks it for its schema."""
 
     gt: float | None = None
     ge: float | None = None
@@ -43,8 +45,6 @@ class Bounds:
     le: float | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
         if source is int:
             bounds: dict[str, Any] = {"gt": self.gt, "ge": self.ge, "lt": self.lt, "le": self.le}
             return core_schema.int_schema(**bounds, strict=True)
@@ -112,8 +112,6 @@ def validate_settings(
     They are its keyword-only arguments and the positional ones in `also`, without those in `excluded`. Raises
     `RecipeError`, which begins with `what` ("objective 'dpo'"), for an unknown name, wrong type or value out of range.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     types = {k: v for k, v in keyword_types(function, also).items() if k not in excluded}
     defaults = inspect.signature(function).parameters
     for name in given:
