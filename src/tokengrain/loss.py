@@ -115,12 +115,7 @@ def make_normaliser(name: NormaliserName = "mean", constant: float | None = None
 
 
 def select_tokens(
-    values: Tensor,
-    segments: Segments,
-    *,
-    chosen: float = 0.3,
-    rejected: float = 0.3,
-    score_first_token: bool = True,
+    values: Tensor, segments: Segments, *, chosen: float = 0.3, rejected: float = 0.3, score_first_token: bool = True
 ) -> Tensor:
     """The highest share of every chosen and the lowest share of every rejected completion: bool `[N]`.
 
@@ -187,12 +182,7 @@ def _places(values: Tensor, segments: Segments) -> Tensor:
 
 
 def token_weights(
-    token_rewards: Tensor,
-    segments: Segments,
-    *,
-    alpha: float,
-    clamp_min: float | None = None,
-    normalise: bool = False,
+    token_rewards: Tensor, segments: Segments, *, alpha: float, clamp_min: float | None = None, normalise: bool = False
 ) -> Tensor:
     """f = 1 + alpha r on chosen tokens, 1 - alpha r on rejected ones: `[N] -> [N]`, no gradient.
 

@@ -22,9 +22,8 @@ from tokengrain.annotation import CPU_TOKENS, GPU_TOKENS
 from tokengrain.batch import Sample, TokenBatch, first_fit
 from tokengrain.data.config import BATCH_ROWS, RowError, TokenizeConfig, check
 from tokengrain.data.encode import Encoded, ExampleEncoder
-from tokengrain.data.folders import file_kind
 from tokengrain.data.formats import Example, canonical, check_prompt, content, for_template, pair_example
-from tokengrain.data.rows import load_rows
+from tokengrain.data.rows import file_kind, load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atomic_write, require
 from tokengrain.evaluation import statistics
 from tokengrain.evaluation.statistics import Estimate, LengthBucket, Pooling, score_completions

@@ -68,11 +68,7 @@ def pair_metrics(rewards: Tensor, logps: Tensor, segments: Segments) -> dict[str
         logps: flat token log-probabilities `[N]`.
     """
     logps_chosen, logps_rejected = segments.pairs(segments.sum(logps.detach()))
-    return {
-        **reward_metrics(rewards, segments),
-        "logps/chosen": logps_chosen,
-        "logps/rejected": logps_rejected,
-    }
+    return {**reward_metrics(rewards, segments), "logps/chosen": logps_chosen, "logps/rejected": logps_rejected}
 
 
 def both_sides_counted(segments: Segments) -> Tensor:

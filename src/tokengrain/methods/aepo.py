@@ -43,8 +43,7 @@ from tokengrain.methods._entropy_window import (
     trigger_flags,
     trigger_tokens,
 )
-from tokengrain.methods._rollout import mean, scored
-from tokengrain.methods._shaping import GroupStatistics, Moments
+from tokengrain.methods._shaping import GroupStatistics, Moments, mean, scored
 from tokengrain.settings import Count, NonNegative, Positive, Share
 
 CARD = Card(

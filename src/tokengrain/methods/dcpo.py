@@ -29,8 +29,7 @@ from tokengrain.errors import RecipeError, require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, RolloutStep, objective, rollout_credit
 from tokengrain.methods._clipped import MAX_LOG_RATIO, KLEstimator, Reduction, clipped_tokens, policy_loss
-from tokengrain.methods._rollout import mean, scored, shares
-from tokengrain.methods._shaping import GroupStatistics
+from tokengrain.methods._shaping import GroupStatistics, mean, scored, shares
 from tokengrain.settings import Count, NonNegative, Number, Positive
 
 CARD = Card(

@@ -29,8 +29,7 @@ from tokengrain.data.tokens import StopStrings
 from tokengrain.errors import DataError, ModelError, RecipeError, require
 from tokengrain.loss import top_tokens
 from tokengrain.method import Card, RolloutStep, rollout_credit
-from tokengrain.methods._rollout import mean, shares
-from tokengrain.methods._shaping import GroupStatistics
+from tokengrain.methods._shaping import GroupStatistics, mean, shares
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.reference import scorer_logps
 from tokengrain.scoring.score import head_of, in_parts, score

@@ -36,8 +36,7 @@ from tokengrain.methods._clipped import (
     policy_loss,
     sequence_log_ratio,
 )
-from tokengrain.methods._rollout import scored
-from tokengrain.methods._shaping import GroupStatistics
+from tokengrain.methods._shaping import GroupStatistics, scored
 from tokengrain.settings import NonNegative, Positive, Share, check_choice
 
 GRPO = Card(
@@ -291,11 +290,7 @@ def mask_truncated(step: RolloutStep) -> None:
 
 @rollout_credit("importance", phase="after", provides={"weights"})
 def importance(
-    step: RolloutStep,
-    *,
-    kind: Correction = "token",
-    cap: Positive = 2.0,
-    against: Literal["raw", "sampling"] = "raw",
+    step: RolloutStep, *, kind: Correction = "token", cap: Positive = 2.0, against: Literal["raw", "sampling"] = "raw"
 ) -> None:
     """Weighs tokens by how much more probable they are to the trainer than to the sampler, truncated.
 

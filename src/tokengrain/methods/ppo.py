@@ -30,8 +30,7 @@ from tokengrain.errors import RecipeError, RunError, require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, RolloutStep, as_credit, checked_credit, objective, rollout_credit
 from tokengrain.methods._clipped import Reduction, SampledKL, clipped_tokens, policy_loss, reduce_tokens, sampled_kl
-from tokengrain.methods._rollout import mean, pooled_moments, scored, token_level
-from tokengrain.methods._shaping import Moments, Scaling, scale_scores
+from tokengrain.methods._shaping import Moments, Scaling, mean, pooled_moments, scale_scores, scored, token_level
 from tokengrain.settings import NonNegative, Number, Positive, Share
 
 CARD = Card(

@@ -59,12 +59,7 @@ REINFORCE = replace(
     no_credit="it trains a reward model, which is a credit source (reward_model) afterwards",
 )
 def qrm_loss(
-    token_scores: Tensor,
-    segments: Segments,
-    *,
-    beta: NonNegative = 0.2,
-    gamma: Number = 2.0,
-    pooling: Pooling = "mean",
+    token_scores: Tensor, segments: Segments, *, beta: NonNegative = 0.2, gamma: Number = 2.0, pooling: Pooling = "mean"
 ) -> LossOutput:
     """Bradley-Terry on a score per completion, pooled from its tokens, with a margin.
 
@@ -90,9 +85,7 @@ def qrm_loss(
 
 
 @credit(
-    "reward_model",
-    values=lambda settings: "order" if settings["scaling"] == "none" else "signed",
-    reward_model=True,
+    "reward_model", values=lambda settings: "order" if settings["scaling"] == "none" else "signed", reward_model=True
 )
 class RewardModelCredit:
     """Scores of a token-level reward model, scaled (Q-RM).

@@ -28,7 +28,7 @@ from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, require
 from tokengrain.method import Card, RolloutStep, rollout_credit
 from tokengrain.methods._clipped import sampled_kl
-from tokengrain.methods._rollout import mean, scored
+from tokengrain.methods._shaping import mean, scored
 from tokengrain.methods.ppo import next_coefficient
 from tokengrain.scoring.reference import scorer_logps
 from tokengrain.scoring.score import in_parts

@@ -37,12 +37,7 @@ def sepo_reads(segments: Segments, *, selected: Tensor) -> Tensor:
 
 @objective("sepo", reads=lambda segments, given, hyper: sepo_reads(segments, selected=given["selected"]))
 def sepo_loss(
-    logps: Tensor,
-    segments: Segments,
-    *,
-    selected: Tensor,
-    gamma: Positive = 2.1,
-    margin: NonNegative = 0.0,
+    logps: Tensor, segments: Segments, *, selected: Tensor, gamma: Positive = 2.1, margin: NonNegative = 0.0
 ) -> LossOutput:
     """Contrast the mean log-probabilities of selected tokens; no reference.
 

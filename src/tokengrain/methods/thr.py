@@ -26,7 +26,7 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RunError
 from tokengrain.method import Card, RolloutStep, rollout_credit
-from tokengrain.methods._rollout import mean
+from tokengrain.methods._shaping import mean
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Head, accumulation_dtype
 from tokengrain.settings import Bounds, Number, Share
@@ -106,10 +106,7 @@ def nthr(step: RolloutStep, *, beta: Number = 1.0, exclude_self: bool = False, r
     step.advantages = advantages * weights.to(advantages)
     step.quantities["thr"] = influence
     wrong = step.broadcast(mixed_groups(*where)[step.group] & (correct == 0))
-    step.metrics |= {
-        "nthr/penalties_eased": mean((weights[wrong] != 1).float()),
-        "nthr/weight": mean(weights[wrong]),
-    }
+    step.metrics |= {"nthr/penalties_eased": mean((weights[wrong] != 1).float()), "nthr/weight": mean(weights[wrong])}
 
 
 def _influence(step: RolloutStep, name: str, **settings: bool) -> tuple[Tensor, Tensor, Tensor]:

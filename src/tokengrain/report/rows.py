@@ -271,12 +271,7 @@ def _run_tokenizer(folder: Path) -> Path | None:
 
 
 def _from_file(
-    path: Path | str,
-    rows: Sequence[int] | None,
-    count: int,
-    field: str,
-    tokenizer: Any,
-    settings: Mapping[str, Any],
+    path: Path | str, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any, settings: Mapping[str, Any]
 ) -> list[CreditSample]:
     """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
     source, split = str(path), settings.get("split")
