@@ -39,7 +39,7 @@ def scored(world, rollouts):
     appended = world.with_references(rollouts.to_batch())
     with torch.no_grad():
         logps = score(world.reference, appended.batch).logps
-    prompts = [row["prompt"] for row in rollouts.rows]
+    prompts = [rollouts.prompts[index].raw["prompt"] for index in rollouts.group]
     good = world.reward(prompts, rollouts.texts(world.tokenizer), [c.ids for c in rollouts.completions])
     return appended, logps, torch.tensor(good).bool()
 
