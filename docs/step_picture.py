@@ -11,9 +11,9 @@ BOX_W, BOX_H = 150, 62
 BOXES = (
     ("rows", 0, 0, "rows", "data/"),
     ("batch", 1, 0, "TokenBatch", "batch.py"),
-    ("scores", 2, 0, "numbers per token [N]", "scoring/"),
+    ("scores", 2, 0, "log-probs [N]", "scoring/"),
     ("loss", 3, 0, "objective", "methods/*.py"),
-    ("step", 4, 0, "normaliser, optimiser", "training/"),
+    ("step", 4, 0, "loss, optimiser", "training/"),
     ("credit", 2, 1, "credit [N]", "methods/*.py"),
     ("role", 3, 1, "role of the credit", "loss.py"),
     ("prompts", 0, 2, "prompts", "data/"),
@@ -83,8 +83,8 @@ def picture() -> str:
         ]
     x, y = corner(4, 1)
     parts += [
-        f'<text class="note" x="{x:g}" y="{y + 10:g}">orange: what a method writes.</text>',
-        f'<text class="note" x="{x:g}" y="{y + 28:g}">offline: the upper rows;</text>',
+        f'<text class="note" x="{x:g}" y="{y + 10:g}">orange: a method</text>',
+        f'<text class="note" x="{x:g}" y="{y + 28:g}">offline: upper rows;</text>',
         f'<text class="note" x="{x:g}" y="{y + 46:g}">online: all three.</text>',
         "</svg>",
     ]
