@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow lint format bench claims hh docs-tables docs clean
+.PHONY: help setup demo test test-slow lint format bench claims hh world-weights docs-tables docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ claims: setup  ## The papers' claims and the credit sources, over five seeds (ab
 
 hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
 	$(BIN)/python -m benchmarks.hh --output docs/results
+
+world-weights: setup  ## Train the base models that come with the package anew (minutes; differs between processors)
+	$(BIN)/python -m benchmarks.world_weights
 
 docs-tables: setup  ## Write the tables of README and documentation from the methods' cards
 	$(BIN)/python -m tokengrain.tables

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.errors import require
-from tokengrain.evaluation.statistics import scipy_stats
 
 AUC_MARGIN = 0.3  # AUC leaves out tokens whose true advantage is smaller than this: their sign matters to nobody
 BINS, TOP = 10, 3
@@ -35,7 +35,7 @@ def spearman(credit: Tensor, truth: Tensor) -> float:
     credit, truth = _checked(credit, truth)
     if len(credit) < 2 or credit.min() == credit.max() or truth.min() == truth.max():
         return float("nan")
-    return float(scipy_stats("a rank correlation").spearmanr(credit.numpy(), truth.numpy()).statistic)
+    return float(stats.spearmanr(credit.numpy(), truth.numpy()).statistic)
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
@@ -45,7 +45,7 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
         return float("nan")
-    ranks = torch.from_numpy(scipy_stats("a rank correlation").rankdata(scores.numpy()))
+    ranks = torch.from_numpy(stats.rankdata(scores.numpy()))
     above = float(ranks[positive].sum()) - n_positive * (n_positive + 1) / 2
     return above / (n_positive * n_negative)
 

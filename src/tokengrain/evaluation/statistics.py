@@ -10,10 +10,11 @@ from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import TokengrainError, require
+from tokengrain.errors import require
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.score import score
 
@@ -31,16 +32,6 @@ class Estimate(NamedTuple):
     def half_width(self) -> float:
         """Half the interval's width: the number after ±."""
         return (self.high - self.low) / 2
-
-
-def scipy_stats(purpose: str) -> Any:
-    """The module `scipy.stats`, or an error that says how to get it."""
-    try:
-        import scipy.stats
-    except ImportError as error:
-        message = f"{purpose} needs scipy, which is not installed; install tokengrain[eval]"
-        raise TokengrainError(message) from error
-    return scipy.stats
 
 
 def normal_quantile(confidence: float) -> float:
@@ -84,7 +75,7 @@ def mean_of_runs(values: Sequence[float], confidence: float = CONFIDENCE) -> Est
     require(len(values) >= 2, ValueError, f"expected at least 2 values, got {len(values)}")
     x = torch.tensor(values, dtype=torch.float64)
     mean, error = float(x.mean()), float(x.std()) / math.sqrt(len(x))
-    t = float(scipy_stats("Student's t").t.ppf(0.5 + confidence / 2, len(x) - 1))
+    t = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1))
     return Estimate(mean, mean - t * error, mean + t * error)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from tokengrain import runs
@@ -40,7 +41,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
         The path of the file.
 
     Raises:
-        RunError: not a run folder, an unfinished run (says what is there and how to resume), jinja2 missing.
+        RunError: not a run folder, an unfinished run (says what is there and how to resume).
         RunError: a damaged file of the run, of `rollouts.jsonl` with the line.
         DataError: a damaged `credit_samples.json`; names the entry.
     """
@@ -94,10 +95,6 @@ def _toc(contents: Contents, pairs: bool, plots: bool) -> list[tuple[str, str]]:
 
 def environment() -> Any:
     """The templates, with the filters they use."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise RunError("reports need jinja2: pip install 'tokengrain[report]'") from error
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("tokengrain.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -119,7 +119,7 @@ class CreditSpec:
 
 
 def locate(spec: ModelSpec, run_dir: Path) -> str:
-    """The folder or hub name of a model; a world's base model is trained now if it is not cached yet."""
+    """The folder or hub name of a model; a world's base model is put into the cache now."""
     if spec.stage is not None:
         return str(run_dir.resolve() / spec.stage / "model")
     if spec.is_world:

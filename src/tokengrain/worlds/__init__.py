@@ -39,7 +39,7 @@ class World(Protocol):
         """The base model, loaded and frozen."""
 
     def base_model(self) -> Path:
-        """Folder of the base model, which is trained on first use and cached."""
+        """Folder of the base model; one that does not come with the package is trained on first use and cached."""
 
     def pairs(
         self, split: Any = "train", n: int | None = None, slope: float | None = None, seed: int | None = None

@@ -232,7 +232,7 @@ class ArithmeticWorld:
         return self._longest(longest_problem(self.levels))
 
     def base_model(self) -> Path:
-        """Folder of the warm-started base model; trained on first use: 80 s of one core, 10 s for the small size."""
+        """Folder of the warm-started base model; see `ensure_model`."""
         settings = self._model_settings()
         folder = base_models.model_folder(f"{self.name}-{self.options.size}", fingerprint(settings))
         warm = self.warm_start

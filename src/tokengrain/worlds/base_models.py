@@ -1,7 +1,13 @@
-"""Base models of the worlds: small Llamas, trained once per machine and kept in a cache."""
+"""Base models of the worlds: small Llamas, shipped or trained once per machine, and kept in a cache.
+
+The weights of the worlds that recipes and the demo use come with the package (`weights/`), so that everybody starts
+from the same ones: trained anew, they would differ with the processor's rounding.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -16,11 +22,13 @@ import torch
 from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
+from safetensors import safe_open
+from safetensors.torch import load_model
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tokengrain.errors import RecipeError, write_json
+from tokengrain.errors import ModelError, RecipeError, require, write_json
 from tokengrain.screen import Screen
 
 PAD, BOS, EOS = "<pad>", "<s>", "<end>"  # the first three tokens of every world, in this order
@@ -147,33 +155,63 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+WEIGHTS = Path(__file__).with_name("weights")
+SUMS = "SHA256SUMS"
+"""In that folder: a line `<sha256>  <file>` for every file of weights, as `sha256sum -c` reads it."""
+
+
+def shipped_weights() -> dict[str, str]:
+    """SHA-256 of every base model that comes with the package, by `<world>-<size>-<key>`."""
+    lines = (WEIGHTS / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name.removesuffix(".safetensors"): digest for digest, name in (line.split() for line in lines)}
+
+
+def load_shipped(name: str, digest: str) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """A shipped base model and the report of its training; ModelError if the file is not the one that was shipped."""
+    file = WEIGHTS / f"{name}.safetensors"
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
+    message = f"{file} is damaged: its SHA-256 is {found}; expected {digest}. Install tokengrain again"
+    require(found == digest, ModelError, message)
+    with safe_open(file, "pt") as content:
+        made = json.loads(content.metadata()["made"])
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(LlamaConfig(**made["config"])).float()
+    load_model(model, file)
+    return model.eval(), made["report"]
+
+
 def model_folder(name: str, key: str) -> Path:
-    """Where the base model of a world with these settings is or will be."""
+    """Where the base model of a world with these settings is or will be; a shipped one has its hash in the name."""
     cache = Path(os.environ.get("TOKENGRAIN_CACHE") or Path.home() / ".cache" / "tokengrain").expanduser()
-    return cache / "worlds" / f"{name}-{key}"
+    digest = shipped_weights().get(f"{name}-{key}")
+    return cache / "worlds" / (f"{name}-{key}" + (f"-{digest[:8]}" if digest else ""))
 
 
 def ensure_model(
     folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
 ) -> Path:
-    """Folder with a base model, its tokenizer and `pretraining.json`; trains it on one thread if it is missing.
+    """Folder with a base model, its tokenizer and `pretraining.json`; shipped weights are taken, others trained.
 
-    Of several processes that ask at once, one trains and the others wait. An interrupted training leaves nothing.
+    Training takes one thread. Of several processes that ask at once, one trains and the others wait. An interrupted
+    training leaves nothing.
     """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
+        name = folder.name.rpartition("-")[0]
+        if (digest := shipped_weights().get(name)) is not None and not folder.is_dir():
+            _save(folder, *load_shipped(name, digest), tokenizer)
         if not folder.is_dir():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with single_thread(), ProgressBar(*columns, console=Screen(file=sys.stderr)) as bar:
                 task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
                 model, report = train(lambda step, _: bar.update(task, completed=step))
-            _save(folder, model, tokenizer, report)
+            _save(folder, model, report, tokenizer)
     return folder
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, report: dict[str, Any]) -> None:
+def _save(folder: Path, model: Any, report: dict[str, Any], tokenizer: Any) -> None:
     """Save in a temporary folder, made after training so that a kill in the minutes before leaves nothing."""
     temporary = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
     try:

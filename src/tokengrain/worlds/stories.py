@@ -593,7 +593,7 @@ class StoriesWorld:
         return build_tokenizer(self.grammar)
 
     def base_model(self) -> Path:
-        """Folder of the pre-trained base model; trained on first use (about half a minute of one core)."""
+        """Folder of the pre-trained base model; see `ensure_model`."""
         return ensure_base_model(self.grammar)
 
     @cached_property
