@@ -72,7 +72,7 @@ def _check_folder(recipe: Recipe, plans: list[StagePlan], overwrite: bool) -> No
     require(run_dir.is_dir(), RunError, f"output_dir {run_dir} is a file; choose a folder that does not exist yet")
     if not is_run(run_dir):
         what = "is not empty and not a run of tokengrain (no run.json)"
-        others = [path for path in run_dir.iterdir() if path.name not in (LOCK, OWNER)]
+        others = [path for path in run_dir.iterdir() if path.name not in (LOCK, OWNER, INPUTS)]
         require(not others, RunError, f"output_dir {run_dir} {what}; choose another with --output")
         return
     if overwrite:
@@ -107,6 +107,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 # ---- Whose the folder is ----
 
 LOCK, OWNER = ".lock", ".owner.json"
+INPUTS = "inputs"
+"""Folder of rows and models that were given in memory, from Python."""
 
 
 @contextmanager

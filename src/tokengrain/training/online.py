@@ -74,7 +74,7 @@ from tokengrain.training.rollout import (
 )
 from tokengrain.training.rollout_log import RolloutRecord, RolloutStats, rollout_metrics
 from tokengrain.training.step import HostBatch
-from tokengrain.training.trainer import PreferenceTrainer, check_arguments
+from tokengrain.training.trainer import PreferenceTrainer, check_arguments, loaded
 
 CRITIC, BUFFER = "critic", "rollout"
 SAMPLER_FOLDER = ".sampler"
@@ -102,7 +102,7 @@ class OnlineTrainer(PreferenceTrainer):
         reference: as for `PreferenceTrainer`; it is made, and asked, only if objective or credit needs it.
         critic: gives values, for rollout credits that need them.
         train_dataset, eval_dataset: prompts: rows (`{"prompt": ..., <columns for rewards>}`; "id" names a row),
-            `PromptItem`s or a `PromptDataset`; `eval_dataset` also a mapping of several.
+            a file's name, `PromptItem`s or a `PromptDataset`; `eval_dataset` also a mapping of several.
         tokenize: how rows become prompts.
 
     Attributes:
@@ -119,8 +119,8 @@ class OnlineTrainer(PreferenceTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: OnlineConfig,
+        model: Any,
+        args: OnlineConfig | None = None,
         *,
         objective: Any = "grpo",
         rewards: Any = None,
@@ -136,7 +136,9 @@ class OnlineTrainer(PreferenceTrainer):
         tokenize: TokenizeConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        args = args or OnlineConfig()
         check_arguments(args, OnlineConfig, kwargs)
+        model, processing_class = loaded(model, processing_class)
         args = copy.copy(args)  # what follows from the prompts is set in it, and another trainer has others
         bound = resolve_objective(objective)
         self.rollout_credits = resolve_rollout_credit(credit)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime
+from os import PathLike
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import Report
+from tokengrain.data.rows import Rows, load_rows
 from tokengrain.data.tokens import Clock
 from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, require
 from tokengrain.method import RolloutStep
@@ -130,9 +132,12 @@ class PromptDataset(Sequence[PromptItem]):
     def of(
         cls, data: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, name: str = "train"
     ) -> PromptDataset:
-        """Prompts of a `PromptDataset`, of `PromptItem`s, or of rows (see `encode_prompts`)."""
+        """Prompts of a `PromptDataset`, of `PromptItem`s, or of rows or their file (see `encode_prompts`)."""
         if isinstance(data, PromptDataset):
             return data
+        if isinstance(data, (str, PathLike, Rows)):
+            read = load_rows(data)
+            return cls.from_rows(read, tokenizer, config, name=read.name)
         name, rows = getattr(data, "name", name), list(data)
         if not rows or isinstance(rows[0], PromptItem):
             return cls(rows, name=name)

@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from functools import partial
@@ -35,13 +35,17 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from tokengrain.batch import Sample, TokenBatch
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
+from tokengrain.data.rows import Rows
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, read_json, require, write_json
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
-from tokengrain.models import check_sizes, trained
+from tokengrain.models import check_sizes, load_model, load_tokenizer, trained
 from tokengrain.scoring.model import evaluating, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, unwrapped
 from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, reshard, resolve_reference, shard
+from tokengrain.specs import ModelSpec
 from tokengrain.training.checkpoint import (
     LOG_FILE,
     STAGING,
@@ -82,6 +86,16 @@ NONFINITE_FILE = "nonfinite.json"
 PASSED_ON = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 """Arguments of `transformers.Trainer` that have their meaning here; the others would be without effect."""
 
+TRL_NAMES = {
+    "ref_model": "reference",
+    "tokenizer": "processing_class",
+    "loss_type": "objective=make_objective('dpo', ...); `tokengrain methods` lists the objectives",
+    "beta": "objective=make_objective('dpo', beta=...)",
+    "reward_funcs": "rewards, of OnlineTrainer",
+    "formatting_func": "rows with prompt, chosen and rejected; data.columns of a recipe makes them by template",
+}
+"""What TRL's trainers call arguments that have another name or place here."""
+
 COLUMN_HINTS = {
     "token_rewards": ", or a credit source",
     "spans": "; spans come from data.spans (diff, tags, column or a function), or from token credit",
@@ -98,8 +112,9 @@ class PreferenceTrainer(Trainer):
     anything.
 
     Args:
-        model: the policy, a causal language model of transformers or a PEFT model of one.
-        args: settings.
+        model: the policy, a causal language model of transformers or a PEFT model of one; or the name of one, which is
+            loaded in float32 with its tokenizer.
+        args: settings; None: the defaults.
         objective: a bound objective (`make_objective`), its name, or a loss function
             `(logps, segments, *, <quantities annotated Tensor>) -> LossOutput`.
         credit: gives the token credit, if the objective takes it: a credit source or any function
@@ -110,8 +125,10 @@ class PreferenceTrainer(Trainer):
             model without it; otherwise a frozen copy of what is trained, as it is at the start.
         teacher: what an objective that distils learns from: a `ContrastiveTeacher`, or a function
             `TokenBatch -> Teacher`.
-        train_dataset, eval_dataset: map-style or iterable data sets of `Sample`s, or lists of them.
+        train_dataset, eval_dataset: rows: a name, a list of mappings, a `datasets.Dataset`, whatever `load_rows` takes;
+            or map-style or iterable data sets of `Sample`s, as `prepare_pairs` makes them, or lists of them.
         processing_class: the tokenizer, saved with the model.
+        tokenize: how rows become tokens.
         peft_config: wrap the model in a new adapter.
         kwargs: passed on to `transformers.Trainer`: callbacks, optimizers, optimizer_cls_and_kwargs.
 
@@ -126,8 +143,8 @@ class PreferenceTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: PreferenceConfig,
+        model: Any,
+        args: PreferenceConfig | None = None,
         *,
         objective: Any = "dpo",
         credit: Any = None,
@@ -138,13 +155,18 @@ class PreferenceTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         peft_config: Any = None,
+        tokenize: TokenizeConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        args = args or PreferenceConfig()
         check_arguments(args, PreferenceConfig, kwargs)
+        model, processing_class = loaded(model, processing_class)
         self.objective: BoundObjective = resolve_objective(objective)
         self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)
         # By a name for messages; of several evaluation sets one may be called "train".
-        several = isinstance(eval_dataset, Mapping)
+        samples = partial(as_samples, processing_class, tokenize, self.objective.unit == "pairs")
+        several, train_dataset = isinstance(eval_dataset, Mapping), samples(train_dataset)
+        eval_dataset = {n: samples(d) for n, d in eval_dataset.items()} if several else samples(eval_dataset)
         held_out = {f"eval_{name}": d for name, d in eval_dataset.items()} if several else {"eval": eval_dataset}
         self._datasets: dict[str, Any] = {"train": train_dataset, **held_out}
         columns = tuple(c for c in ("token_rewards", "spans", "selected", "ref_logps") if self._all_have(c))
@@ -655,11 +677,32 @@ def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
     """Check the settings' class, and the names of arguments for `transformers.Trainer`: others would be ignored."""
     fits = isinstance(args, kind)
     require(fits, RecipeError, f"the trainer's settings are {type(args).__name__}; expected {kind.__name__}")
+    for name in (name for name in TRL_NAMES if name in given):
+        raise RecipeError(f"the trainer takes no {name}; what TRL calls {name} is here: {TRL_NAMES[name]}")
     if unknown := sorted(set(given) - set(PASSED_ON)):
         raise RecipeError(
             f"the trainer takes no {', '.join(unknown)}; expected its own arguments, or {', '.join(PASSED_ON)}, which "
             "go to transformers. Objective and credit make the loss; evaluation has its own metrics and no predictions"
         )
+
+
+def loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """`(model, tokenizer)`, loaded if the model is given by its name (an adapter is trained on)."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model, tokenizer
+    spec = ModelSpec(path=str(model))
+    tokenizer = load_tokenizer(spec, str(model)) if tokenizer is None else tokenizer
+    return load_model(spec, str(model), train_adapter=True), tokenizer
+
+
+def as_samples(tokenizer: Any, config: TokenizeConfig | None, pairs: bool, data: Any) -> Any:
+    """Rows of text, whatever holds them, as samples; data sets of samples as they are."""
+    text = isinstance(data, (str, os.PathLike, Rows)) or type(data).__module__.split(".")[0] == "datasets"
+    if not text and not (isinstance(data, Sequence) and len(data) and isinstance(data[0], Mapping)):
+        return data
+    what = "rows of text need a tokenizer (processing_class) to become samples"
+    require(tokenizer is not None, RecipeError, what)
+    return (prepare_pairs if pairs else prepare_sft)(data, tokenizer, config)
 
 
 def has_column(dataset: Any, column: str) -> bool:
