@@ -1,7 +1,7 @@
 """The directions of imports, and where an import may stand.
 
-    cli -> run -> recipe -> training, report -> rewards, worlds -> rollout, annotation, models -> methods -> method
-    -> loss, data, evaluation -> scoring -> batch, errors, specs, settings
+    cli -> run -> recipe -> training, report -> rewards, worlds -> rollout, annotation, models, retrieval -> methods
+    -> method -> loss, data, evaluation -> scoring -> batch, errors, specs, settings
 
 A module imports its own room and rooms to its right. `method` names no method: it finds them by being there.
 """
@@ -27,7 +27,7 @@ LEVELS = (
     ("report",),
     ("training", "tables"),
     ("rewards", "worlds", "rank", "runs"),
-    ("rollout", "annotation", "models"),
+    ("rollout", "annotation", "models", "retrieval"),
     ("methods",),
     ("method",),
     ("loss", "data", "evaluation"),

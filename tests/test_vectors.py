@@ -21,9 +21,9 @@ from tests.vectors.runner import (
 )
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors"
-METHODS = ("aligndistil", "dpo", "qrm", "rrpo", "sepo", "simpo", "tdpo", "tgdpo", "treg")
+METHODS = ("aligndistil", "ddro", "dpo", "qrm", "rrpo", "sepo", "simpo", "tdpo", "tgdpo", "treg")
 # Their losses come in several normalisations: dicts, not numbers.
-ONLINE = ("ares", "dapo", "dcpo", "dro", "grpo", "gspo", "rto", "thr")
+ONLINE = ("ares", "dapo", "dcpo", "dro", "grpo", "gspo", "rto", "thr", "timemaster")
 # Where the authors' code counts other positions than the paper there is nothing of the kind in the library; and the
 # whole vocabulary's entropy cannot be had from the inputs given, the largest log-probabilities.
 NOT_OURS = {"off_policy_code", "on_policy_code", "token_entropy_full_vocab"}

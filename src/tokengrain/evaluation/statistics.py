@@ -106,6 +106,41 @@ def bootstrap(
     return Estimate(float(statistic(values.mean(0))), low, high)
 
 
+class Classification(NamedTuple):
+    """How right predicted classes are.
+
+    Attributes:
+        accuracy: the share of right ones.
+        macro_f1: mean over classes of F1, the harmonic mean of precision and recall.
+        by_class: the share of right ones among those of each class.
+        unread: the share without a prediction.
+    """
+
+    accuracy: float
+    macro_f1: float
+    by_class: dict[int, float]
+    unread: float
+
+
+def classification(
+    truth: Sequence[int], predicted: Sequence[int], *, classes: Literal["real", "seen"] = "real"
+) -> Classification:
+    """Accuracy and F1 of predicted classes; a prediction below 0 is none, which is wrong.
+
+    Args:
+        classes: whose F1 is averaged: "real": those that the truth has; "seen": also those that were only predicted,
+            no prediction counting as a class (scikit-learn's default, and TimeMaster's).
+    """
+    require(truth and len(truth) == len(predicted), ValueError, f"{len(truth)} classes, {len(predicted)} predictions")
+    real, pairs = Counter(truth), list(zip(truth, predicted))
+    right, given = Counter(t for t, p in pairs if t == p), Counter(predicted)
+    averaged = set(real) | (set(given) if classes == "seen" else set())
+    f1 = [2 * right[c] / (real[c] + given[c]) for c in averaged]
+    by_class = {c: right[c] / real[c] for c in sorted(real)}
+    unread = sum(p < 0 for p in predicted) / len(pairs)
+    return Classification(right.total() / len(pairs), math.fsum(f1) / len(f1), by_class, unread)
+
+
 def win_rate(
     scores: Tensor | Sequence[float],
     other: Tensor | Sequence[float],

@@ -24,6 +24,7 @@ from tokengrain.errors import RecipeError, fingerprint, read_json, require, show
 from tokengrain.rewards import answers
 from tokengrain.rewards.reward_model import RewardModel
 from tokengrain.rewards.suite import RESERVED, RewardError, RewardFailure, RewardFunction
+from tokengrain.rewards.timemaster import TimeMaster
 from tokengrain.rollout.server import JsonClient, ServerError, gather
 from tokengrain.settings import (
     Count,
@@ -640,6 +641,7 @@ REWARDS = {
     "format": RewardKind(FormatPattern, "the completion matches a regular expression"),
     "overlong": RewardKind(SoftOverlong, "DAPO's penalty near the length limit"),
     "cosine": RewardKind(CosineLength, "a reward for being right that depends on the length"),
+    "timemaster": RewardKind(TimeMaster, "a form, a right class and a judge's score of the rest (TimeMaster)"),
     "judge": RewardKind(Judge, "a language model's score, from an OpenAI-compatible server"),
     "reward_model": RewardKind(
         RewardModel,

@@ -1,0 +1,1 @@
+"""Generative retrieval: docids, search among them, negatives, and metrics of rankings."""
