@@ -7,7 +7,15 @@ import scipy.stats
 import torch
 
 from tokengrain.evaluation.credit import auc, recovery, spearman
-from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, mean_of_runs, wilson, win_rate
+from tokengrain.evaluation.statistics import (
+    Frontier,
+    bootstrap,
+    classification,
+    mean_interval,
+    mean_of_runs,
+    wilson,
+    win_rate,
+)
 
 
 def test_frontier_of_a_gaussian_reward_is_exact_between_points():
@@ -132,3 +140,13 @@ def test_scores_that_are_nan_do_not_count_as_lost():
     for pair in (([nan], [0.0]), ([0.0], [nan])):
         with pytest.raises(ValueError, match="a score is NaN"):
             win_rate(*pair)
+
+
+def test_classes_that_were_not_read_are_wrong() -> None:
+    truth, predicted = [0, 1, 1, 0], [0, 1, -1, 2]
+    real = classification(truth, predicted)
+    assert real.accuracy == 0.5
+    assert real.by_class == {0: 0.5, 1: 0.5}
+    assert real.unread == 0.25
+    assert real.macro_f1 == pytest.approx(2 / 3)  # each class: all that was predicted is right, half is found
+    assert classification(truth, predicted, classes="seen").macro_f1 == pytest.approx(1 / 3)
