@@ -390,9 +390,7 @@ class TokenBatch:
         """
         if max_tokens is None and parts == 1:
             return [self]
-        completion_tokens = torch.zeros(self.n_prompts, dtype=torch.long, device=self.device)
-        completion_tokens = completion_tokens.index_add(0, self.group, self.completion_offsets.diff())
-        sizes = (self.prompt_offsets.diff() + completion_tokens).tolist()
+        sizes = self._sizes().tolist()
         count = max(parts, len(first_fit(sizes, max_tokens)) if max_tokens is not None else 1)
         bins = balanced(sizes, min(count, len(sizes)))
         if max_tokens is not None and any(len(b) > 1 and sum(sizes[i] for i in b) > max_tokens for b in bins):
@@ -402,6 +400,18 @@ class TokenBatch:
                 bins.remove(largest)
                 bins += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
         return [self.select(b) for b in bins]
+
+    def _sizes(self) -> Tensor:
+        """Of every prompt, with its completions, what memory grows with: tokens, long `[G]`.
+
+        An encoder-decoder projects a prompt's states for the cross attention of each of its completions: about an
+        eighth of what a token takes in the decoder.
+        """
+        prompts, lengths = self.prompt_offsets.diff(), self.completion_offsets.diff()
+        sizes = prompts.index_add(0, self.group, lengths)
+        if self.prompt_role == "prefix":
+            return sizes
+        return sizes + prompts * torch.bincount(self.group, minlength=self.n_prompts) // 8
 
     def to_padded(self, values: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         """Flat `[N, ...]` to `([C, T, ...], mask [C, T])`; see `Segments.to_padded`."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from tests.scoring.encdec import tiny_seq2seq
 from tests.scoring.models import batch_of, gradients, tiny
 from tests.scoring.test_reference import lora
 from tokengrain.batch import TokenBatch
@@ -103,6 +104,37 @@ def ddp_scorer(rank: int) -> None:
         compare({n.removeprefix("module."): g for n, g in got.items()}, expected)
 
 
+def ddp_seq2seq(rank: int) -> None:
+    """Queries and completions of other lengths and numbers on every rank."""
+    model, reference = tiny_seq2seq("bart"), FrozenReference(tiny_seq2seq("bart", seed=1))
+    expected = single(copy.deepcopy(model), reference)
+    for unused in (False, True):
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=unused)
+        for _ in range(2):
+            got = gradients(wrapped, outputs(wrapped, batches()[rank], reference))
+            compare({n.removeprefix("module."): g for n, g in got.items()}, expected, 1e-7)
+
+
+def fsdp_seq2seq(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded(model: nn.Module) -> nn.Module:
+        for block in (*model.encoder.block, *model.decoder.block):
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    model, ref = tiny_seq2seq("t5"), tiny_seq2seq("t5", seed=1)
+    expected = single(copy.deepcopy(model), FrozenReference(copy.deepcopy(ref)))
+    wrapped, reference = sharded(model), FrozenReference(sharded(ref))
+    for _ in range(2):
+        wrapped.zero_grad()
+        got = gradients(wrapped, outputs(wrapped, batches()[rank], reference))
+        compare({n: g.full_tensor() for n, g in got.items()}, expected)
+
+
 def fsdp(
     rank: int,
     tied: bool = True,
@@ -168,8 +200,8 @@ FSDP_CASES: list[dict[str, Any]] = [
     {"bf16": True},
 ]
 CASES = {
-    "ddp": [(ddp, {}), (ddp_peft, {}), (ddp_adapters, {}), (ddp_scorer, {})],
-    "fsdp2": [(fsdp, kwargs) for kwargs in FSDP_CASES],
+    "ddp": [(ddp, {}), (ddp_peft, {}), (ddp_adapters, {}), (ddp_scorer, {}), (ddp_seq2seq, {})],
+    "fsdp2": [(fsdp, kwargs) for kwargs in FSDP_CASES] + [(fsdp_seq2seq, {})],
 }
 
 

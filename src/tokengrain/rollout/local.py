@@ -34,7 +34,7 @@ from tokengrain.rollout.sampler import (
     stop_ids_of,
 )
 from tokengrain.scoring.model import device_of, evaluating
-from tokengrain.scoring.prepare import causal_lm
+from tokengrain.scoring.prepare import SAMPLED, causal_lm
 from tokengrain.settings import Count, nearest, validate_settings
 
 # ---- Drawing the next token ----
@@ -328,7 +328,7 @@ class HFGenerate:
     def refresh(self, model_or_path: Any) -> None:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
         self.model = module_of(model_or_path, self.name)
-        self.lm = causal_lm(self.model)
+        self.lm = causal_lm(self.model, SAMPLED)
         self._shares = self.cache == "dynamic" and shares_prefill(self.model, self.lm)
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
@@ -426,7 +426,7 @@ class HFContinuous:
     def refresh(self, model_or_path: Any) -> None:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
         model = module_of(model_or_path, self.name)
-        lm: Any = causal_lm(model)
+        lm: Any = causal_lm(model, SAMPLED)
         what = f"{type(lm).__name__} keeps a recurrent state; continuous batching needs attention only"
         require(not getattr(lm, "_is_stateful", False), ModelError, what)
         self.model, self.lm = model, lm

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,8 +101,16 @@ class _Tree:
         return len(self.completions) <= 1
 
 
-class _Source:
-    """The batch's lengths as Python numbers, and its ids on the CPU."""
+class HasLength(Protocol):
+    @property
+    def length(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=HasLength)
+
+
+class Source:
+    """A batch's lengths as Python numbers, and its ids on the CPU."""
 
     def __init__(self, batch: TokenBatch, itself: bool = False) -> None:
         self.itself = itself
@@ -149,7 +157,7 @@ def plan_rows(
         pack: put several trees into one row (FlexAttention skips what is masked).
         itself: counted tokens are looked up at themselves and not where they are predicted.
     """
-    source = _Source(batch, itself)
+    source = Source(batch, itself)
     trees = [t for g in range(batch.n_prompts) for t in _trees(source, g, layout, costs)]
     if pack:
         packed = first_fit([t.length for t in trees], None if one_forward else max_row_tokens)
@@ -159,11 +167,11 @@ def plan_rows(
     chunks = []
     for causal in (True, False):
         alike = sorted((t for t in trees if t.causal == causal), key=lambda t: -t.length)
-        chunks += _buckets(alike, costs, causal, max_row_tokens)
+        chunks += buckets(alike, costs, causal, max_row_tokens)
     return [_build(source, [[t] for t in chunk]) for chunk in chunks]
 
 
-def _trees(source: _Source, prompt: int, layout: Layout, costs: RowCosts) -> list[_Tree]:
+def _trees(source: Source, prompt: int, layout: Layout, costs: RowCosts) -> list[_Tree]:
     completions = source.completions[prompt]
     separate = [source.tree(prompt, [c]) for c in completions]
     if len(completions) <= 1 or layout == "separate":
@@ -176,8 +184,8 @@ def _trees(source: _Source, prompt: int, layout: Layout, costs: RowCosts) -> lis
     return [shared]
 
 
-def _buckets(trees: Sequence[_Tree], costs: RowCosts, causal: bool, max_row_tokens: int | None) -> list[list[_Tree]]:
-    """Cut trees, longest first, into rectangles of least total cost (dynamic programming over the cuts)."""
+def buckets(trees: Sequence[Row], costs: RowCosts, causal: bool, max_row_tokens: int | None) -> list[list[Row]]:
+    """Cut trees (or other rows), longest first, into rectangles of least total cost (dynamic programming)."""
     best: list[tuple[float, int]] = [(0.0, 0)]
     # Without a limit it never pays to cut between trees of one length: the later part takes the others in for no more.
     limited = max_row_tokens is not None
@@ -197,7 +205,7 @@ def _buckets(trees: Sequence[_Tree], costs: RowCosts, causal: bool, max_row_toke
     return cuts[::-1]
 
 
-def _build(source: _Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) -> Rows:
+def _build(source: Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) -> Rows:
     width = max(sum(t.length for t in row) for row in rows)
     width = -(-width // multiple) * multiple
     shape = (len(rows), width)
@@ -224,7 +232,7 @@ def _build(source: _Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) 
     return Rows(ids, tree_index, branch, position, once, source_index, torch.cat([empty, *targets]), causal)
 
 
-def _tree_tensors(source: _Source, tree: _Tree) -> tuple[Tensor, Tensor, Tensor]:
+def _tree_tensors(source: Source, tree: _Tree) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, branches and positions `[length]` of a tree."""
     a, b = source.prompt_bounds[tree.prompt : tree.prompt + 2]
     ids, branches, positions = [source.prompt_ids[a:b]], [torch.zeros(b - a)], [torch.arange(b - a)]
@@ -236,7 +244,7 @@ def _tree_tensors(source: _Source, tree: _Tree) -> tuple[Tensor, Tensor, Tensor]
     return torch.cat(ids), torch.cat(branches).long(), torch.cat(positions)
 
 
-def _predictors(source: _Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
+def _predictors(source: Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
     """For each completion: positions in the tree that predict its counted tokens (or are them), and flat indices."""
     out, base = [], (prompt := source.prompt_length(tree.prompt))
     for c in tree.completions:

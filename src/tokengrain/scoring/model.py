@@ -19,6 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from tokengrain.batch import TokenBatch, row_of
 from tokengrain.errors import ModelError, require
+from tokengrain.scoring.encdec import (
+    EncoderRows,
+    Kind,
+    encoder_rows,
+    is_encoder_decoder,
+    last_hidden_states,
+    logits_bias,
+    own_inputs,
+    start_id,
+    vocabularies,
+)
 from tokengrain.scoring.fused import CHUNK_BYTES, check_tokens, head_quantities, room
 from tokengrain.scoring.head import Distribution, Head, Teacher, accumulation_dtype, logits_quantities
 from tokengrain.scoring.layouts import Layout, MaskForm, RowCosts, Rows, build_masks, plan_rows
@@ -33,6 +44,7 @@ class ModelPlan:
     """How a model is scored, found out once by `prepare`."""
 
     layout: Layout
+    kind: Kind = "decoder"
     head: Literal["fused", "logits"] = "fused"  # decoder, then our head; or the model's own logits, all of them
     scale: float = 1.0  # this and softcap: what the model does to its raw logits (see `Head`)
     softcap: float | None = None
@@ -66,7 +78,9 @@ def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -
     own = dtype is not None and autocast_type(device.type) is None
     with torch.autocast(device.type, dtype=dtype) if own else contextlib.nullcontext():
         if request.plan.head == "logits":
-            return quantities_from_logits(lm, request, lambda ids, mask: own_forward(input_ids=ids).logits)
+            maskless = lambda input_ids, attention_mask: own_forward(input_ids=input_ids)  # noqa: E731
+            encoder = request.plan.kind == "encoder-decoder"
+            return quantities_from_logits(lm, request, own_forward if encoder else maskless)
         (hidden, gates), labels = _hidden(lm, request), request.batch.labels.to(device)
         out = {"hidden": hidden} if "hidden" in request.want else {}
         if gates:
@@ -95,6 +109,20 @@ def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
     return [r.to(device) for r in rows]
 
 
+def encoder_rows_of(lm: nn.Module, request: ScoreRequest) -> list[EncoderRows]:
+    """The same of an encoder-decoder: rectangles of prompts, with those of their completions."""
+    _check_fits(lm, request.batch)
+    device = device_of(lm)
+    return encoder_rows(
+        request.batch,
+        start_id(lm),
+        _costs(text_config(lm), device, request.plan),
+        device,
+        max_row_tokens=request.max_row_tokens,
+        one_forward=request.one_forward,
+    )
+
+
 def _costs(config: Any, device: torch.device, plan: ModelPlan) -> RowCosts:
     """The overhead is how many tokens cost as much as one more pass through the decoder, measured on one CPU core.
 
@@ -115,8 +143,8 @@ def uses_flex(config: Any) -> bool:
 
 
 def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
-    limit = positions(lm)
-    if limit is not None and batch.n_completions:
+    limit, apart = positions(lm), is_encoder_decoder(lm)
+    if limit is not None and batch.n_completions and not apart:
         prompts, lengths = batch.prompt_offsets.diff()[batch.group], batch.completion_offsets.diff()
         worst = int((prompts + lengths).argmax())
         prompt, length = int(prompts[worst]), int(lengths[worst])
@@ -125,8 +153,12 @@ def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
                 f"row {row_of(batch, worst)}: a prompt of {prompt} and a completion of {length} tokens "
                 f"need {prompt + length} positions; expected at most {limit}, the positions of {type(lm).__name__}"
             )
-    vocab = vocabulary(lm)
-    for name, ids in (("prompt", batch.prompt_ids), ("completion", batch.completion_ids)):
+    for name, offsets in (("prompt", batch.prompt_offsets), ("completion", batch.completion_offsets)):
+        longest = int(offsets.diff().max()) if apart and limit is not None and batch.n_completions else 0
+        message = f"a {name} of {longest} tokens; expected at most {limit}, the positions of {type(lm).__name__}"
+        require(limit is None or longest <= limit, ModelError, message)
+    vocabs = vocabularies(lm) if apart else (vocabulary(lm),) * 2
+    for name, ids, vocab in zip(("prompt", "completion"), (batch.prompt_ids, batch.completion_ids), vocabs):
         if ids.device.type != "cpu" or not ids.numel():
             continue
         low, high = (int(bound) for bound in ids.aminmax())
@@ -142,6 +174,9 @@ def _hidden(lm: nn.Module, request: ScoreRequest) -> tuple[Tensor, list[tuple[Te
 
     For "aux_loss" also the routers' logits, per rectangle one `[tokens, experts]` for each layer.
     """
+    if request.plan.kind == "encoder-decoder":
+        found = zip(*last_hidden_states(lm, encoder_rows_of(lm, request)))
+        return _in_order(*map(list, found)), []
     decoder = decoder_of(lm)
     parts, targets, gates = [], [], []
     for rows in rows_of(lm, request):
@@ -172,6 +207,7 @@ def balancing(lm: nn.Module) -> tuple[Callable[..., Tensor], float] | None:
     names = ("router_aux_loss_coef", "aux_loss_coef")
     known = [float(value) for one in (lm, config) for name in names if (value := getattr(one, name, None)) is not None]
     function = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+    function = None if is_encoder_decoder(lm) else function
     message = f"{type(lm).__name__} has output_router_logits: true, and a load-balancing loss that is not known; "
     require(function is not None or not known, ModelError, message + "expected output_router_logits: false")
     return (function, known[0]) if function is not None and known else None
@@ -200,12 +236,12 @@ def _head_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, label
     if head is not None:
         given = request.reference, request.teacher
         return head_quantities(hidden, head, labels, request.want, *given, chunk_tokens=request.chunk_tokens)
-    module = output_embeddings(lm)
+    project = whole_head(lm)
     finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish
     names = request.want - {"hidden", "raw_logits", "aux_loss"}
 
     def chunk(span: slice) -> dict[str, Tensor]:
-        return logits_quantities(finish(module(hidden[span])), labels[span], names, *_given_at(request, span))
+        return logits_quantities(finish(project(hidden[span])), labels[span], names, *_given_at(request, span))
 
     rows = request.chunk_tokens or max(1, room(CHUNK_BYTES, hidden.device) // (4 * text_config(lm).vocab_size))
     outs: list[dict[str, Tensor]] = []
@@ -221,28 +257,35 @@ def _given_at(request: ScoreRequest, tokens: Tensor | slice) -> tuple[Distributi
     return reference and reference.at(tokens), teacher and teacher.map(lambda d: d.at(tokens))
 
 
-def quantities_from_logits(
-    lm: nn.Module, request: ScoreRequest, own_logits: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
+def quantities_from_logits(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -> dict[str, Tensor]:
     """Quantities from a model's own logits, one row per completion: exact for any model, at full memory.
 
-    `own_logits(input_ids [B, L], attention_mask [B, L]) -> [B, >= L, V]`; the virtual tokens of prompt learning before
-    the last L positions are dropped.
+    The virtual tokens of prompt learning, which `own_forward` may put before each row, are dropped.
     """
     for name, what in (("hidden", "last hidden states"), ("aux_loss", "routers' logits (output_router_logits)")):
         message = f"the {what} of {type(lm).__name__} are not available: {request.plan.reason}"
         require(name not in request.want, ModelError, message)
     labels = request.batch.labels.to(device_of(lm))
     outs, targets = [], []
-    for rows in rows_of(lm, request):
-        logits = own_logits(rows.input_ids, (rows.tree >= 0).long())[:, -rows.input_ids.shape[1] :]
-        flat = logits.reshape(-1, logits.shape[-1]).index_select(0, rows.source)
+    for inputs, source, target in _own_inputs(lm, request):
+        width = inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]
+        logits = own_forward(**inputs).logits[:, -width:]
+        flat = logits.reshape(-1, logits.shape[-1]).index_select(0, source)
         if is_token_classifier(lm):
             outs.append({name: scores_of_logits(flat) for name in CLASSIFIER_WANTS if name in request.want})
         else:
-            outs.append(logits_quantities(flat, labels[rows.target], request.want, *_given_at(request, rows.target)))
-        targets.append(rows.target)
+            outs.append(logits_quantities(flat, labels[target], request.want, *_given_at(request, target)))
+        targets.append(target)
     return {name: _in_order([o[name] for o in outs], targets) for name in outs[0]}
+
+
+def _own_inputs(lm: nn.Module, request: ScoreRequest) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Per rectangle the arguments of the model's own forward, and `source` and `target` as in `Rows`."""
+    if request.plan.kind == "encoder-decoder":
+        yield from own_inputs(encoder_rows_of(lm, request))
+        return
+    for rows in rows_of(lm, request):
+        yield {"input_ids": rows.input_ids, "attention_mask": (rows.tree >= 0).long()}, rows.source, rows.target
 
 
 # ---- The parts of a Hugging Face model, which PyTorch's types know nothing of, through adapters and shards.
@@ -287,7 +330,7 @@ def positions_of(config: Any, by_hand: int | None = None) -> int | None:
     Configs with YaRN give the positions before scaling or after; "linear" and "dynamic" scaling multiply them.
     `by_hand`, what the user asks for, counts where positions are computed (RoPE), not looked up.
     """
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    config = decoding_config(config)
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
@@ -318,7 +361,13 @@ def device_of(lm: nn.Module) -> torch.device:
 
 def text_config(lm: nn.Module) -> Any:
     """The part of a model's config that describes its language model."""
-    config: Any = lm.config
+    return decoding_config(lm.config)
+
+
+def decoding_config(config: Any) -> Any:
+    """The part of a config that describes what writes the text."""
+    if getattr(config, "is_encoder_decoder", False):  # of flat ones `get_text_config` makes a new copy for each call
+        return getattr(config, "decoder", None) or config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
@@ -330,7 +379,7 @@ def autocast_type(device: str) -> torch.dtype | None:
 def decoder_of(lm: nn.Module) -> nn.Module:
     """The model without its head."""
     model: Any = lm
-    decoder = getattr(model, "base_model", model)
+    decoder = model if is_encoder_decoder(lm) else getattr(model, "base_model", model)
     if decoder is model and hasattr(model, "get_decoder"):
         decoder = model.get_decoder()
     found = decoder is not lm and isinstance(decoder, nn.Module)
@@ -356,8 +405,15 @@ def live_head(lm: nn.Module, scale: float, softcap: float | None) -> Head | None
     linear = plain_linear(output_embeddings(lm))
     if linear is None:
         return None
-    bias = None if linear.bias is None else _whole(linear.bias)
+    bias, more = None if linear.bias is None else _whole(linear.bias), logits_bias(lm)
+    bias = more if bias is None else bias if more is None else bias + more
     return Head(_whole(linear.weight), bias, scale, softcap)
+
+
+def whole_head(lm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Hidden states `[n, H]` to logits before scaling and capping, by the head's module with whatever is around it."""
+    module, bias = output_embeddings(lm), logits_bias(lm)
+    return module if bias is None else lambda hidden: module(hidden) + bias
 
 
 def plain_linear(module: Any) -> nn.Linear | None:
@@ -386,7 +442,7 @@ def raw_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
     """Logits before scaling and capping, `[N, V]`; for the probe."""
     head = live_head(lm, 1.0, None)
     if head is None:
-        return output_embeddings(lm)(hidden)
+        return whole_head(lm)(hidden)
     return nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.batch import Completion, PromptRole, Sample, TokenBatch
 from tokengrain.errors import ModelError, require
+from tokengrain.scoring.encdec import is_encoder_decoder, kind_of, start_id
 from tokengrain.scoring.head import Head
 from tokengrain.scoring.layouts import OTHER_WINDOWS, PROBED_WINDOW, Layout, MaskForm, NotShareableError, mask_forms
 from tokengrain.scoring.model import (
@@ -33,6 +34,7 @@ from tokengrain.scoring.model import (
     vocabulary,
 )
 
+CLASSIFIER = "expected a decoder such as Llama or Qwen"
 PLANS = "_tokengrain_plans"
 TOLD = "_tokengrain_layout"
 TOLD_REASON = "_tokengrain_warned"
@@ -48,9 +50,11 @@ def prepare(model: nn.Module, *, layout: Layout | None = None) -> ModelPlan:
     training mode and random numbers alone.
 
     Args:
-        model: a causal language model, or a token-classification model with one label, plain or wrapped.
+        model: a causal language model, an encoder-decoder, or a token-classification model with one label, plain or
+            wrapped.
         layout: "auto" shares prompts where the model can and it pays; "shared" insists; "separate" never
-            does. It becomes the default of `score` for this model. None: as before, at first "auto".
+            does. (An encoder-decoder encodes each prompt once in any layout, and has no "shared".) It becomes the
+            default of `score` for this model. None: as before, at first "auto".
 
     Raises:
         ModelError: another kind of model, or layout="shared" for a model that cannot share.
@@ -69,10 +73,13 @@ def plan_for(model: nn.Module, lm: nn.Module, layout: Layout | None) -> ModelPla
     require(known, ModelError, f"unknown layout; got {layout!r}, expected 'auto', 'shared' or 'separate'")
     install(lm)
     virtual = prompt_learning(model) is not None
+    encoder = is_encoder_decoder(lm)
+    message = f"{type(lm).__name__} is an encoder-decoder, which encodes each prompt once and writes each completion "
+    require(not (encoder and layout == "shared"), ModelError, message + "in a row of its own; expected layout 'auto'")
     if virtual:
-        plan = ModelPlan("separate", head="logits", reason="its adapter puts virtual tokens before every text")
+        plan = ModelPlan("separate", kind_of(lm), "logits", reason="its adapter puts virtual tokens before every text")
     else:
-        plan = _found_out(model, lm, sharing=layout != "separate")
+        plan = _found_out(model, lm, sharing=layout != "separate" and not encoder)
     can = layout != "shared" or plan.masks is not None
     require(can, ModelError, f"{type(lm).__name__} cannot share prompts: {plan.reason}")
     if layout == "auto" and not virtual and plan.reason is not None and not vars(lm).get(TOLD_REASON):
@@ -102,31 +109,48 @@ def signature(lm: nn.Module) -> tuple[Any, ...]:
     return (getattr(text_config(lm), "_attn_implementation", None), _dtype(lm, None), kinds)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The Hugging Face causal language model under DDP, FSDP, PEFT, `torch.compile` and the like.
+def language_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face language model under DDP, FSDP, PEFT, `torch.compile` and the like.
 
-    Raises ModelError if nothing there has output embeddings, or it is an encoder-decoder.
+    A causal one or an encoder-decoder. Raises ModelError if nothing there has output embeddings.
     """
     inner: Any = unwrapped(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    name, expected = type(inner).__name__, "expected a causal language model"
-    message = f"{name} has no language-model head; {expected} such as AutoModelForCausalLM loads"
-    require(head is not None, ModelError, message)
-    encoder = getattr(inner.config, "is_encoder_decoder", False)
-    require(not encoder, ModelError, f"{name} is an encoder-decoder; {expected}")
+    message = f"{type(inner).__name__} has no language-model head; expected a model such as AutoModelForCausalLM or "
+    require(head is not None, ModelError, message + "AutoModelForSeq2SeqLM loads")
     return inner
 
 
+SAMPLED = "sampling, which goes on from a prompt's own tokens"
+
+
+def causal_lm(model: nn.Module, why: str = SAMPLED) -> nn.Module:
+    """The causal language model in `model`; `why` there has to be one is said to those who bring another.
+
+    Raises ModelError for an encoder-decoder too.
+    """
+    lm = language_model(model)
+    message = f"{type(lm).__name__} is an encoder-decoder; expected a causal language model, for {why}"
+    require(not is_encoder_decoder(lm), ModelError, message)
+    return lm
+
+
 def scored_model(model: nn.Module) -> nn.Module:
-    """The causal language model in `model`, or the token-classification model with one label; else ModelError."""
+    """The language model in `model`, or the token-classification model with one label; else ModelError."""
     inner: Any = unwrapped(model)
     if not is_token_classifier(inner):
-        return causal_lm(inner)
+        return language_model(inner)
+    require(not is_encoder_decoder(inner), ModelError, f"{type(inner).__name__} reads both ways; {CLASSIFIER}")
     message = f"{type(inner).__name__} has {inner.config.num_labels} labels; expected one, as "
     message += "AutoModelForTokenClassification.from_pretrained(..., num_labels=1) gives it"
     require(inner.config.num_labels == 1, ModelError, message)
     head_name(inner)  # raises if it has none
     return inner
+
+
+def prompt_role(model: nn.Module) -> PromptRole:
+    """What a prompt is to the model: the beginning of its text, or its encoder's input."""
+    return "encoder" if is_encoder_decoder(unwrapped(model)) else "prefix"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -205,7 +229,7 @@ def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
     device = device_of(lm)
     # Models should draw no random numbers in evaluation mode; those that do must not shift the user's.
     with evaluating(call), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        plan = _head_plan(call, lm, ModelPlan("separate"))
+        plan = _head_plan(call, lm, ModelPlan("separate", kind_of(lm)))
         if plan.head == "fused" and sharing:
             plan = _sharing_plan(call, lm, plan)
     return plan
@@ -244,13 +268,23 @@ def _request(batch: TokenBatch, plan: ModelPlan, layout: Layout, *want: str) -> 
     return ScoreRequest(batch, frozenset(want), plan, layout=layout, one_forward=True)
 
 
-def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tensor, torch.dtype | None, str | None]:
-    """The model's own logits `[1, L, V]` of one text, its decoder's autocast type, and why it has no decoder."""
-    text, device = torch.cat([batch.prompt(0), batch.completion(0)])[None].to(device_of(lm)), device_of(lm).type
+def _own_logits(
+    call: nn.Module, lm: nn.Module, batch: TokenBatch, text: int = 0
+) -> tuple[Tensor, torch.dtype | None, str | None]:
+    """The model's own logits `[L, V]` of one text, its decoder's autocast type, and why it has no decoder.
+
+    Of a causal model those of prompt and completion; of an encoder-decoder those that predict the completion.
+    """
+    prompt, completion, device = batch.prompt(text), batch.completion(text), device_of(lm)
+    inputs = {"input_ids": torch.cat([prompt, completion])}
+    if is_encoder_decoder(lm):
+        start = completion.new_tensor([start_id(lm)])
+        inputs = {"input_ids": prompt, "decoder_input_ids": torch.cat([start, completion[:-1]])}
+    inputs = {name: ids[None].to(device) for name, ids in inputs.items()}
     seen: list[torch.dtype | None] = []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(autocast_type(device))
+        seen.append(autocast_type(device.type))
 
     hook, missing = None, None
     try:
@@ -258,33 +292,36 @@ def _own_logits(call: nn.Module, lm: nn.Module, batch: TokenBatch) -> tuple[Tens
     except ModelError as error:
         missing = str(error)
     try:
-        if autocast_type(device) is not None:  # the caller's, which is no property of the model
-            with torch.autocast(device, enabled=False):
-                call(input_ids=text)
-        own = call(input_ids=text).logits
+        if autocast_type(device.type) is not None:  # the caller's, which is no property of the model
+            with torch.autocast(device.type, enabled=False):
+                call(**inputs)
+        own = call(**inputs).logits
     except Exception as error:
         raise ModelError(f"{type(lm).__name__} does not run on token ids alone: {_short(error)}") from error
     finally:
         if hook is not None:
             hook.remove()
-    return own, (seen[0] if seen else None), missing
+    return own[0], (seen[0] if seen else None), missing
 
 
 def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
-    """Compares the decoder and our head with the model's own logits on one short text, and these with a shorter one's.
+    """Compares the decoder and our head with the model's own logits on short texts, and these with a shorter one's.
 
     Raises ModelError if the logits (or scores) depend on later tokens, so that they are no predictions of them.
     """
-    batch = probe_batch(text_config(lm), vocabulary(lm), None, lengths=((5, (5,)),))
+    encoder = plan.kind == "encoder-decoder"
+    # Prompts and completions of two lengths in an encoder-decoder's rows: padding must change nothing.
+    lengths: Lengths = ((5, (5,)), (3, (4,))) if encoder else ((5, (5,)),)
+    batch = probe_batch(text_config(lm), vocabulary(lm), None, lengths=lengths)
     start = Completion(batch.completion(0).tolist()[:3])
     short = TokenBatch.from_samples([Sample(batch.prompt(0).tolist(), [start])])
     (begun, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
-    own, begun, tolerance = own[0], begun[0], TOLERANCE[_dtype(lm, autocast)]
-    kind, plan, first = type(lm).__name__, replace(plan, autocast=autocast), batch.prompt_ids.numel()
+    tolerance = TOLERANCE[_dtype(lm, autocast)]
+    kind, plan, first = type(lm).__name__, replace(plan, autocast=autocast), batch.prompt(0).numel()
     if is_token_classifier(lm):
         size = own.abs().max().clamp_min(1e-30)
         leak = float((own[: len(begun)] - begun).abs().max() / size)
-        what = f"a token's score by {kind} depends on later tokens; expected a decoder such as Llama or Qwen"
+        what = f"a token's score by {kind} depends on later tokens; {CLASSIFIER}"
     else:
         # The median: rounding alone may route a token of a mixture of experts differently.
         leak = float(relative_error(own[: len(begun)], begun).median())
@@ -303,9 +340,11 @@ def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     if is_token_classifier(lm):
         best, name = float((ours - own[first:, 0]).abs().max() / size), "scores are"
     else:
-        forms = _head_forms(text_config(lm))
-        finished = ((Head(torch.empty(0), None, *form).finish(ours), form) for form in forms)
-        best, form = min((float(relative_error(z, own[first - 1 : -1]).max()), form) for z, form in finished)
+        predicted = own[first - 1 : -1]
+        if encoder:
+            predicted = torch.cat([own, _own_logits(call, lm, batch, 1)[0]])
+        finished = ((Head(torch.empty(0), None, *form).finish(ours), form) for form in _head_forms(lm))
+        best, form = min((float(relative_error(z, predicted).max()), form) for z, form in finished)
         plan, name = replace(plan, scale=form[0], softcap=form[1]), "logits are"
     if best > tolerance:
         return replace(plan, head="logits", reason=f"its {name} not its head's alone (difference {best:.2g})")
@@ -318,11 +357,12 @@ def _dtype(lm: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
     return autocast or autocast_type(weight.device.type) or weight.dtype
 
 
-def _head_forms(config: Any) -> list[tuple[float, float | None]]:
-    """(scale, softcap) that models with this config may apply to their logits; the probe picks."""
+def _head_forms(lm: nn.Module) -> list[tuple[float, float | None]]:
+    """(scale, softcap) that models like this one may apply to their logits; the probe picks."""
+    config = text_config(lm)
     caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
     softcap = next((float(c) for c in caps if c), None)
-    scales = [1.0]
+    scales = [1.0, config.hidden_size**-0.5] if is_encoder_decoder(lm) else [1.0]  # T5 divides by the root
     for name in ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier_scale"):
         value = getattr(config, name, None)
         if isinstance(value, (int, float)) and value and value != 1:

@@ -166,12 +166,15 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:
-    """Set every dropout probability to 0: `nn.Dropout` modules and the numbers of attention; not the config."""
+    """Set to 0 what draws random numbers in training: `nn.Dropout` modules, and the modules' own numbers.
+
+    Those are attention's dropout, layers that are skipped (`layerdrop`) and a router's noise; not the config's.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if isinstance(value, float) and any(kind in name for kind in ("dropout", "layerdrop", "jitter")):
                 setattr(module, name, 0.0)
     return model
 

@@ -21,11 +21,11 @@ from tokengrain.scoring.model import (
     input_embeddings,
     is_token_classifier,
     live_head,
-    output_embeddings,
     quantities_from_logits,
     text_config,
+    whole_head,
 )
-from tokengrain.scoring.prepare import causal_lm, plan_for, prompt_learning, scored_model
+from tokengrain.scoring.prepare import language_model, plan_for, prompt_learning, scored_model
 
 Want = Literal["logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values", "aux_loss"]
 WANTS: tuple[str, ...] = get_args(Want)
@@ -64,8 +64,9 @@ def score(
     """Score a batch. Differentiable unless gradients are off; runs through `model(...)`, so hooks fire.
 
     Args:
-        model: a Hugging Face causal language model, plain or wrapped (PEFT, DDP, FSDP2, accelerate); for
-            "token_scores" or "values" a token-classification model with one label, which gives one of the two.
+        model: a Hugging Face causal language model or encoder-decoder, plain or wrapped (PEFT, DDP, FSDP2,
+            accelerate); for "token_scores" or "values" a token-classification model with one label, which gives one
+            of the two.
         batch: prompts with completions, on any device.
         want: of "logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values", "aux_loss".
         reference: the reference's distribution at the same tokens, needed for "kl".
@@ -89,6 +90,9 @@ def score(
     lm = scored_model(model)
     _check_kind(lm, want)
     plan, device = plan_for(model, lm, layout), device_of(lm)
+    has_encoder = plan.kind == "encoder-decoder" or batch.prompt_role != "encoder"
+    message = f'the batch has prompt_role="encoder", and {type(lm).__name__} has no encoder; expected "prefix"'
+    require(has_encoder, ModelError, message)
     request = ScoreRequest(
         batch,
         frozenset(want),
@@ -102,8 +106,7 @@ def score(
     )
     if prompt_learning(model) is not None:
         # Virtual tokens are put in by the PEFT model around ours, in its ordinary forward.
-        whole = lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits  # noqa: E731
-        return Scores(**quantities_from_logits(lm, request, whole))
+        return Scores(**quantities_from_logits(lm, request, model))
     return Scores(**model(token_batch=request))
 
 
@@ -142,15 +145,15 @@ def head_of(model: nn.Module) -> Head:
 
     An adapter on the head is folded into a copy of the weight. ModelError if the head cannot be taken apart.
     """
-    lm = causal_lm(model)
+    lm = language_model(model)
     plan = plan_for(model, lm, None)
     message = f"the head of {type(lm).__name__} cannot be taken apart: {plan.reason}"
     require(plan.head == "fused", ModelError, message)
     if (head := live_head(lm, plan.scale, plan.softcap)) is not None:
         return head
     # An affine map of any making is known by what it does to the zero and unit vectors.
-    module, like = output_embeddings(lm), input_embeddings(lm).weight
-    with evaluating(module):
+    module, like = whole_head(lm), input_embeddings(lm).weight
+    with evaluating(lm):
         units = torch.eye(text_config(lm).hidden_size, dtype=like.dtype, device=like.device)
         bias = module(torch.zeros_like(units[:1]))[0]
         weight = (module(units) - bias).t().contiguous()

@@ -44,7 +44,7 @@ def critic_model(source: nn.Module, *, fresh_head: bool = False) -> nn.Module:
         if fresh_head:
             reset_head(_inner(model))
     else:
-        causal_lm(source)
+        causal_lm(source, "a critic, which reads prompt and completion as one text")
         model = reward_model_from(source, share=False).requires_grad_(True)
     trained(model)
     disable_dropout(model)

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from tokengrain.batch import Sample, TokenBatch
+from tokengrain.batch import PromptRole, Sample, TokenBatch
 from tokengrain.errors import DataError, require
 from tokengrain.evaluation.statistics import mean_interval, mean_over_prompts, pass_at_k, wilson
 from tokengrain.loss import Counts, LossOutput, make_normaliser
@@ -50,15 +50,16 @@ class EvalBatches:
         *,
         rank: int,
         world: int,
+        role: PromptRole = "prefix",
         device: torch.device,
     ) -> None:
         self.n_samples = len(samples)  # on all ranks
         own = [samples[i] for i in range(rank, len(samples), world)]
-        batches = [TokenBatch.from_samples(own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
+        batches = [TokenBatch.from_samples(own[i : i + batch_size], role) for i in range(0, len(own), batch_size)]
         self._parts = [HostBatch(part) for batch in batches for part in batch.split(max_tokens)]
         self.n_real = len(self._parts)
         passes = int(all_reduce(torch.tensor([self.n_real]), device, "max"))
-        filler = self._parts[-1] if own else HostBatch(TokenBatch.from_samples([samples[0]]))
+        filler = self._parts[-1] if own else HostBatch(TokenBatch.from_samples([samples[0]], role))
         self._parts += [filler] * (passes - self.n_real)
 
     def __len__(self) -> int:

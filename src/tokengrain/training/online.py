@@ -53,6 +53,7 @@ from tokengrain.rollout.sampler import (
     make_sampler,
 )
 from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.scoring.prepare import causal_lm
 from tokengrain.scoring.reference import ColumnReference, is_peft, resolve_reference
 from tokengrain.scoring.score import head_of
 from tokengrain.settings import nearest
@@ -139,6 +140,7 @@ class OnlineTrainer(PreferenceTrainer):
         args = args or OnlineConfig()
         check_arguments(args, OnlineConfig, kwargs)
         model, processing_class = loaded(model, processing_class)
+        causal_lm(model, "online training: samplers go on from a prompt's own tokens")
         args = copy.copy(args)  # what follows from the prompts is set in it, and another trainer has others
         bound = resolve_objective(objective)
         self.rollout_credits = resolve_rollout_credit(credit)

@@ -42,8 +42,9 @@ from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeE
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
 from tokengrain.models import check_sizes, load_model, load_tokenizer, trained
+from tokengrain.scoring.encdec import is_encoder_decoder, vocabularies
 from tokengrain.scoring.model import evaluating, lift_positions, positions
-from tokengrain.scoring.prepare import prepare, unwrapped
+from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
 from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, reshard, resolve_reference, shard
 from tokengrain.specs import ModelSpec
 from tokengrain.training.checkpoint import (
@@ -112,8 +113,8 @@ class PreferenceTrainer(Trainer):
     anything.
 
     Args:
-        model: the policy, a causal language model of transformers or a PEFT model of one; or the name of one, which is
-            loaded in float32 with its tokenizer.
+        model: the policy, a causal language model or an encoder-decoder of transformers, or a PEFT model of one; or the
+            name of one, which is loaded in float32 with its tokenizer.
         args: settings; None: the defaults.
         objective: a bound objective (`make_objective`), its name, or a loss function
             `(logps, segments, *, <quantities annotated Tensor>) -> LossOutput`.
@@ -174,7 +175,7 @@ class PreferenceTrainer(Trainer):
         check_together(self.objective, use.role if use is not None else None, teacher)
         longest = max((getattr(d, "max_length", None) or 0 for d in self._datasets.values()), default=0)
         lift_positions(unwrapped(model), longest)
-        self._limits = Limits(model)
+        self._limits, self._role = Limits(model), prompt_role(model)
         self._check_data(use)
         self._limits.check_tokenizer(processing_class)
         policy: Any = prepared_policy(model, args, peft_config)
@@ -266,7 +267,7 @@ class PreferenceTrainer(Trainer):
     def _collate(self, samples: list[Sample]) -> HostBatch:
         for sample in samples if self._streaming else ():
             self._limits.check_sample(sample, "train", pairs=self.objective.unit == "pairs")
-        return HostBatch(TokenBatch.from_samples(samples))
+        return HostBatch(TokenBatch.from_samples(samples, self._role))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[HostBatch], num_batches: int, device: torch.device
@@ -421,8 +422,8 @@ class PreferenceTrainer(Trainer):
         samples = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
         self._check_rows(samples, getattr(dataset, "name", "eval"))
         batch_size, most = self.args.per_device_eval_batch_size, self.args.max_tokens_per_microbatch
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return EvalBatches(samples, batch_size, most, rank=rank, world=world, device=self.args.device)
+        batches = partial(EvalBatches, samples, batch_size, most, role=self._role, device=self.args.device)
+        return batches(rank=self.accelerator.process_index, world=self.accelerator.num_processes)
 
     def evaluation_model(self) -> nn.Module:
         """The policy as evaluation runs it: sharded under FSDP2, else without wrapper."""
@@ -723,8 +724,12 @@ class Limits:
     """What a model can read: the longest sequence in tokens, and the ids that it knows. None: not known."""
 
     def __init__(self, model: Any) -> None:
-        self.positions = positions(unwrapped(model))
-        self.vocabulary = vocabulary_size(model)
+        inner = unwrapped(model)
+        self.positions = positions(inner)
+        self.vocabulary = self.prompt_vocabulary = vocabulary_size(model)
+        self.apart = is_encoder_decoder(inner)  # prompt and completion stand in sequences of their own
+        if self.apart:
+            self.prompt_vocabulary, _ = vocabularies(inner)
 
     def check_sample(self, sample: Any, where: object, *, pairs: bool) -> None:
         """Raise DataError if a row is no `Sample`, not a pair where pairs are needed, or does not fit the model."""
@@ -734,22 +739,25 @@ class Limits:
             raise DataError(what, file=where, row=sample.row, value=count, expected=expected)
         fields = ("chosen", "rejected") if count == 2 else ("completion",) * count
         for field, completion in zip(fields, sample.completions, strict=True):
-            length = len(sample.prompt_ids) + len(completion.ids)
+            lengths = len(sample.prompt_ids), len(completion.ids)
+            length = max(lengths) if self.apart else sum(lengths)
             self.check_length(length, f"{length} tokens", "; set max_length", file=where, row=sample.row, field=field)
-            self.check_ids([*completion.ids, *sample.prompt_ids], file=where, row=sample.row, field=field)
+            self.check_ids(completion.ids, file=where, row=sample.row, field=field)
+        self.check_ids(sample.prompt_ids, self.prompt_vocabulary, file=where, row=sample.row, field="prompt")
 
     def check_length(self, length: int, shown: str, hint: str, **where: Any) -> None:
         """Raise DataError if a sequence of prompt and completion is longer than the model's positions."""
         if self.positions is not None and length > self.positions:
-            what = "prompt and completion are longer than the model's positions"
+            joint = "prompt or completion is" if self.apart else "prompt and completion are"
+            what = f"{joint} longer than the model's positions"
             raise DataError(what, **where, value=shown, expected=f"at most {self.positions}{hint}")
 
-    def check_ids(self, ids: list[int], **where: Any) -> None:
-        """Raise DataError if there is a token id that the model does not have."""
-        largest = max(ids, default=0)
-        if self.vocabulary is not None and largest >= self.vocabulary:
+    def check_ids(self, ids: list[int], vocabulary: int | None = None, **where: Any) -> None:
+        """Raise DataError if there is a token id that the model does not have (None: for completions)."""
+        largest, size = max(ids, default=0), vocabulary or self.vocabulary
+        if size is not None and largest >= size:
             what = "a token id is outside the model's vocabulary"
-            expected = f"less than {self.vocabulary}; is this the model's own tokenizer?"
+            expected = f"less than {size}; is this the model's own tokenizer?"
             raise DataError(what, **where, value=largest, expected=expected)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
