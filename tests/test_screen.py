@@ -32,9 +32,11 @@ def test_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         with pytest.raises(SystemExit):
             main(["--version"])
-        warnings.simplefilter("always")
-        warnings.warn(f"the server says {EVIL} :smile:", stacklevel=1)
+        for _ in range(2):  # a change of the filters makes Python forget which warnings it has shown
+            warnings.simplefilter("always")
+            warnings.warn(f"the server says {EVIL} :smile:", stacklevel=1)
     shown = capsys.readouterr().err
+    assert shown.count("the server says") == 1
     assert "␛]0;title␛[31mx\\x9b2J\\u202e :smile:" in shown
     assert "\x1b" not in shown
 

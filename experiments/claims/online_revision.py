@@ -62,12 +62,11 @@ def _found(world: Any, scale: Scale, seed: int) -> float:
     rows = world.prompts()
     items = encode_prompts(rows, world.tokenizer)
     rollouts = HFGenerate(world.reference).sample(items, n=scale.generations, sampling=world.sampling(seed))
-    appended = world.with_references(rollouts.to_batch())
-    batch = appended.batch
+    batch, usable = world.with_references(rollouts.to_batch())
     with torch.no_grad():
         logps = score(world.reference, batch).logps
     assert logps is not None
-    sigma = variability(logps, batch.segments, batch.group, usable=appended.usable)
+    sigma = variability(logps, batch.segments, batch.group, usable=usable)
     depends = world.reasoning_tokens(batch)
     prompts = [row["prompt"] for row in rows for _ in range(scale.generations)]
     right = world.reward(prompts, rollouts.texts(world.tokenizer), [c.ids for c in rollouts.completions])

@@ -91,10 +91,9 @@ def credit_source(name: str, context: Context) -> Any:
         return make_credit("guide", model=context.guide, reference=world.reference, beta=0.3)
     if name == "random":
         return make_credit("random")
-    kinds = {"exact": "advantage", "flipped": "flipped"}
     # Advantages have the size of rewards. A quarter of them is what T-REG's ½·tanh(½·A) is for small A; clipped
     # but not scaled, they made T-REG collapse (KL above 40 nats in 2 of 2 seeds).
-    return Transformed(world.credit(kinds[name]), scale=0.25, clip=0.5)
+    return Transformed(world.credit(), scale=-0.25 if name == "flipped" else 0.25, clip=0.5)
 
 
 def _teacher(context: Context, settings: Mapping[str, Any]) -> Any:

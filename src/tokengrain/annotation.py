@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -26,8 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from torch import Tensor
 
 from tokengrain.batch import Completion, Sample, TokenBatch
@@ -37,7 +36,7 @@ from tokengrain.data.rows import Rows, load_rows
 from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, require, write_json
 from tokengrain.method import as_credit, make_credit
 from tokengrain.scoring.reference import FrozenReference, scorer_fingerprint
-from tokengrain.screen import Screen
+from tokengrain.screen import progress_bar
 
 CPU_TOKENS, GPU_TOKENS = 8_192, 32_768  # default token budget of one forward pass
 
@@ -92,7 +91,13 @@ def annotate(
             failed.
     """
     rank, size = world()
-    dataset, rows = _dataset(rows_source, rows, tokenizer, tokenize_config)
+    dataset = rows_source
+    if not isinstance(dataset, PairDataset):
+        rows = load_rows(rows_source)
+        expected = "rows that fit in memory"
+        require(not rows.streaming, DataError, "a stream cannot be annotated", file=rows.name, expected=expected)
+        dataset = prepare_pairs(rows, tokenizer, tokenize_config)
+    require(len(dataset), DataError, "there are no rows to annotate", file=dataset.name)
     place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
     quantities = _quantities(dataset, sources, reference)
     marks = dict[str, str]()
@@ -105,20 +110,8 @@ def annotate(
     content = {"format": FORMAT, "fingerprints": marks, "columns": list(quantities)}
     # What a shard holds depends on the tokens and on what was batched together too.
     parts = {"tokens": dataset.fingerprint, "shard_rows": shard_rows, "max_tokens": budget}
-    job = Job(
-        samples=dataset.samples,
-        lengths=dataset.lengths,
-        roles=roles_of(dataset.samples[0]),
-        quantities=quantities,
-        name=dataset.name,
-        output=Path(output),
-        key=fingerprint({**content, **parts}),
-        shard_rows=shard_rows,
-        max_tokens=budget,
-        device=place,
-        holes=any(c.counted is not None for s in dataset.samples for c in s.completions),
-    )
-    manifest = {**content, "roles": list(job.roles), "rows": len(job.samples), "key": job.key}
+    job = Job(dataset, quantities, Path(output), fingerprint({**content, **parts}), shard_rows, budget, place)
+    manifest = {**content, "roles": list(job.roles), "rows": len(dataset), "key": job.key}
     if _already_done(job, manifest, overwrite):
         if rank == 0:  # a run killed right after the merge left these
             write_manifest(job.output, read_manifest(job.output))
@@ -128,7 +121,11 @@ def annotate(
         compute_shards(job, rank, size, progress)
     with agreement(size):
         if rank == 0:
-            _finish(job, manifest, _originals(dataset.samples, rows))
+            by_number: dict[int | str, Any] = dict(rows or ())
+            originals = [s.raw if rows is None else by_number[s.row] for s in dataset.samples]
+            with explain_full_disk(job.output, job):
+                write_manifest(job.output, merge(job, originals, manifest))
+            shutil.rmtree(job.folder)
     return job.output
 
 
@@ -162,15 +159,6 @@ def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> boo
     return False
 
 
-def _finish(job: Job, manifest: Mapping[str, Any], originals: Sequence[Mapping[str, Any]]) -> None:
-    """Put the shards together, then record the file and drop the shards."""
-    shards = [job.path(i) for i in range(job.n_shards)]
-    with explain_full_disk(job.output, job.finished(), job.n_shards, job.folder):
-        stored = merge(shards, originals, job.output, manifest)
-        write_manifest(job.output, stored)
-    shutil.rmtree(job.folder)
-
-
 def load_annotated(
     path: str | os.PathLike[str], tokenizer: Any = None, expected_fingerprints: Mapping[str, str] | None = None
 ) -> PairDataset:
@@ -185,32 +173,10 @@ def load_annotated(
         for sample in samples:
             highest = max([*sample.prompt_ids, *(t for c in sample.completions for t in c.ids)], default=0)
             if tokenizer is not None and highest >= len(tokenizer):
-                what = f"but the tokenizer has only {len(tokenizer)} tokens"
-                raise RunError(f"{path} has token id {highest}, {what}")
+                raise RunError(f"{path} has token id {highest}, but the tokenizer has only {len(tokenizer)} tokens")
             yield sample
 
     return PairDataset(within(read_samples(path)), name=str(path))
-
-
-def _dataset(
-    source: Any, rows: Rows | None, tokenizer: Any, config: TokenizeConfig | None
-) -> tuple[PairDataset, Rows | None]:
-    """The samples, and the rows they were made from (not known for a data set that is prepared already)."""
-    if not isinstance(source, PairDataset):
-        rows = load_rows(source)
-        expected = "rows that fit in memory"
-        require(not rows.streaming, DataError, "a stream cannot be annotated", file=rows.name, expected=expected)
-        source = prepare_pairs(rows, tokenizer, config)
-    require(len(source), DataError, "there are no rows to annotate", file=source.name)
-    return source, rows
-
-
-def _originals(samples: Iterable[Sample], rows: Rows | None) -> list[Mapping[str, Any]]:
-    """All columns of the row that each sample was made from."""
-    if rows is None:
-        return [s.raw for s in samples]
-    by_number: dict[int | str, Any] = dict(rows)
-    return [by_number[s.row] for s in samples]
 
 
 def _device_of(holders: Sequence[Any]) -> torch.device:
@@ -320,19 +286,10 @@ def digest(columns: Mapping[str, Any]) -> str:
 # tokens that do not count (tool output, user turns) hold 0, and `<role>_counted` says which those are.
 
 
-def roles_of(sample: Sample) -> tuple[str, ...]:
-    """Names of a sample's completions: ("chosen", "rejected") for pairs, else ("completion",)."""
-    count = f"{len(sample.completions)} completions"
-    what = "only pairs and single completions can be annotated"
-    require(len(sample.completions) <= 2, DataError, what, row=sample.row, value=count, expected="one or two")
-    return ("chosen", "rejected") if len(sample.completions) == 2 else ("completion",)
-
-
 def list_column(parts: Sequence[np.ndarray]) -> pa.Array:
     """A list column with one list per row, of the parts' type."""
-    offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int32)
-    values = np.concatenate(parts) if parts else np.empty(0, np.float32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    offsets = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts)))
 
 
 def token_columns(samples: Sequence[Sample], roles: Sequence[str], holes: bool) -> dict[str, pa.Array]:
@@ -359,10 +316,9 @@ def shard_matches(path: Path, key: str) -> bool:
     return _metadata(path).get(METADATA) == key.encode()
 
 
-def merge(
-    shards: Sequence[Path], rows: Sequence[Mapping[str, Any]], output: Path, manifest: Mapping[str, Any]
-) -> dict[str, Any]:
+def merge(job: Job, rows: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Put rows and shards together, one row group per shard; gives the manifest with a digest of the rows' columns."""
+    output, shards = job.output, [job.path(i) for i in range(job.n_shards)]
     for left in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         left.unlink()  # of a run that was killed while merging
     computed = pq.read_schema(shards[0]).remove_metadata()
@@ -391,16 +347,16 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 @contextmanager
-def explain_full_disk(path: Path, done: int, total: int, shards: Path) -> Iterator[None]:
+def explain_full_disk(path: Path, job: Job) -> Iterator[None]:
     """Turn "no space left" into an error that says what to do and what is kept."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
-        if not full:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "no space left" not in str(error).lower():
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
-        kept = f"{done} of {total} shards are finished and kept in {shards}"
+        finished = sum(shard_matches(job.path(i), job.key) for i in range(job.n_shards))
+        kept = f"{finished} of {job.n_shards} shards are finished and kept in {job.folder}"
         advice = "Free some space and run the same command again: it continues from there"
         raise RunError(f"the disk is full ({free:.0f} MiB free) while writing {path}; {kept}. {advice}") from error
 
@@ -445,17 +401,27 @@ def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
 class Job:
     """One annotation: what every shard needs to know."""
 
-    samples: Sequence[Sample]
-    lengths: Sequence[int]
-    roles: tuple[str, ...]
+    dataset: PairDataset
     quantities: Mapping[str, Callable[[TokenBatch], Tensor]]
-    name: str
     output: Path
     key: str
     shard_rows: int
     max_tokens: int
     device: torch.device
-    holes: bool
+
+    @cached_property
+    def roles(self) -> tuple[str, ...]:
+        """Names of a row's completions: ("chosen", "rejected") for pairs, else ("completion",)."""
+        first = self.dataset[0]
+        count = f"{len(first.completions)} completions"
+        what = "only pairs and single completions can be annotated"
+        require(len(first.completions) <= 2, DataError, what, row=first.row, value=count, expected="one or two")
+        return ("chosen", "rejected") if len(first.completions) == 2 else ("completion",)
+
+    @cached_property
+    def holes(self) -> bool:
+        """Whether some tokens of completions do not count."""
+        return any(c.counted is not None for s in self.dataset.samples for c in s.completions)
 
     @property
     def folder(self) -> Path:
@@ -463,33 +429,31 @@ class Job:
 
     @property
     def n_shards(self) -> int:
-        return -(-len(self.samples) // self.shard_rows)
+        return -(-len(self.dataset) // self.shard_rows)
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.parquet"
 
-    def rows(self, shard: int) -> Sequence[Sample]:
-        return self.samples[shard * self.shard_rows : (shard + 1) * self.shard_rows]
-
-    def finished(self) -> int:
-        return sum(shard_matches(self.path(i), self.key) for i in range(self.n_shards))
+    def rows(self, shard: int) -> slice:
+        return slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
 
 
 def compute_shards(job: Job, rank: int, size: int, progress: bool) -> None:
     """Compute this rank's shards; a shard is written while the next one is computed."""
     mine = range(rank, job.n_shards, size)
-    tokens = {i: sum(job.lengths[i * job.shard_rows : (i + 1) * job.shard_rows]) for i in mine}
+    lengths = job.dataset.lengths
+    tokens = {i: sum(lengths[job.rows(i)]) for i in mine}
     missing = [i for i in mine if not shard_matches(job.path(i), job.key)]
-    done = sum(tokens.values()) - sum(tokens[i] for i in missing)
-    show = progress and rank == 0 and bool(missing)
+    total = sum(tokens.values())
+    done, quiet = total - sum(tokens[i] for i in missing), not (progress and rank == 0 and missing)
     # The pool waits for its thread also after Ctrl-C: a shard that was computed is kept.
     with (
-        _bar(show, sum(tokens.values()), done) as advance,
+        progress_bar("annotate, tokens", total, done=done, stays=True, quiet=quiet) as update,
         ThreadPoolExecutor(1, thread_name_prefix="annotate-writer") as writer,
     ):
         pending: list[Future[None]] = []
         for shard in missing:
-            columns = _compute_shard(job, shard, advance)
+            columns = _compute_shard(job, shard, update)
             for written in pending:
                 written.result()
             pending = [writer.submit(_write, job, shard, columns)]
@@ -497,9 +461,9 @@ def compute_shards(job: Job, rank: int, size: int, progress: bool) -> None:
             written.result()
 
 
-def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict[str, list[np.ndarray]]:
+def _compute_shard(job: Job, shard: int, update: Callable[..., None]) -> dict[str, list[np.ndarray]]:
     """Every computed column: per row of the shard one float32 per token, 0 where a token does not count."""
-    rows = job.rows(shard)
+    rows = job.dataset.samples[job.rows(shard)]
     results = []
     for index in _batches(rows, job.max_tokens):
         batch = TokenBatch.from_samples([rows[i] for i in index])
@@ -508,7 +472,7 @@ def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict
             found = {name: quantity(on_device) for name, quantity in job.quantities.items()}
         values = {name: _checked(job, name, value, batch).detach().float() for name, value in found.items()}
         results.append((index, values, batch))
-        advance(batch.n_tokens)
+        update(advance=batch.n_tokens)
     names = [column_name(role, name) for name in job.quantities for role in job.roles]
     out = {name: [np.empty(0, np.float32)] * len(rows) for name in names}
     # Only here: reading a value earlier would stop the GPU after every batch.
@@ -519,7 +483,10 @@ def _compute_shard(job: Job, shard: int, advance: Callable[[int], None]) -> dict
                 place, side = divmod(position, len(job.roles))
                 row, column = rows[index[place]], column_name(job.roles[side], name)
                 _check_finite(job, row.row, column, part)
-                out[column][index[place]] = _spread(row.completions[side].counted, part)
+                if (counted := row.completions[side].counted) is not None:
+                    part, numbers = np.zeros(len(counted), part.dtype), part
+                    part[np.asarray(counted)] = numbers
+                out[column][index[place]] = part
     return out
 
 
@@ -540,7 +507,7 @@ def _checked(job: Job, name: str, values: Any, batch: TokenBatch) -> Tensor:
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         wanted = f"a tensor of shape ({batch.segments.total},) for the batch that starts with this row"
         what = f"the source of {name!r} gave a wrong number of values"
-        raise DataError(what, file=job.name, row=batch.rows[0], value=got, expected=wanted)
+        raise DataError(what, file=job.dataset.name, row=batch.rows[0], value=got, expected=wanted)
     return values
 
 
@@ -549,38 +516,14 @@ def _check_finite(job: Job, row: int | str, field: str, values: np.ndarray) -> N
     if bad.size:
         what = f"token {bad[0]} got a value that is not finite ({bad.size} of {values.size} tokens did)"
         value = float(values[bad[0]])
-        raise DataError(what, file=job.name, row=row, field=field, value=value, expected="finite numbers")
+        raise DataError(what, file=job.dataset.name, row=row, field=field, value=value, expected="finite numbers")
 
 
 def _write(job: Job, shard: int, columns: Mapping[str, list[np.ndarray]]) -> None:
-    path, table = job.path(shard), token_columns(job.rows(shard), job.roles, job.holes)
+    path, table = job.path(shard), token_columns(job.dataset.samples[job.rows(shard)], job.roles, job.holes)
     table |= {name: list_column(parts) for name, parts in columns.items()}
-    with explain_full_disk(path, job.finished(), job.n_shards, job.folder):
+    with explain_full_disk(path, job):
         write_shard(path, table, job.key)
-
-
-def _spread(counted: list[bool] | None, values: np.ndarray) -> np.ndarray:
-    """One value per token: 0 where a token does not count."""
-    if counted is None:
-        return values
-    out = np.zeros(len(counted), values.dtype)
-    out[np.asarray(counted)] = values
-    return out
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
-
-
-@contextmanager
-def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    percent = TextColumn("{task.percentage:>3.0f}%")
-    columns = (TextColumn("{task.description}"), BarColumn(), percent, _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=Screen(stderr=True), disable=not show) as bar:
-        task = bar.add_task("annotate", total=total, completed=done)
-        yield lambda tokens: bar.advance(task, tokens)
 
 
 def world() -> tuple[int, int]:
@@ -613,10 +556,11 @@ def agreement(size: int) -> Iterator[None]:
 class _SharedPass:
     """A reference that answers a second question about the same batch from its first forward pass."""
 
+    batch: TokenBatch | None = None
+    answer: Any = None
+
     def __init__(self, reference: Callable[..., Any]) -> None:
         self.reference = reference
-        self.batch: TokenBatch | None = None
-        self.answer: Any = None
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> Any:
         if set(want) != {"logps"}:

@@ -369,14 +369,21 @@ def _quiet() -> None:
     level = os.environ.get("TOKENGRAIN_LOG", "error").upper()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", level.lower())
     logging.basicConfig(level=getattr(logging, level, logging.ERROR), format="%(name)s: %(message)s")
+    _shown.clear()
     warnings.showwarning = _show_warning
     warnings.filterwarnings("once", module=r"tokengrain\b")
     if level == "ERROR":
         warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|datasets|accelerate)\b")
 
 
+_shown: set[str] = set()  # Python itself forgets what it has shown "once" whenever a library changes the filters
+
+
 def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
-    """One line, without the place in the code that nobody here can change."""
+    """One line, once a command, without the place in the code that nobody here can change."""
+    if str(message) in _shown:
+        return
+    _shown.add(str(message))
     Screen(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}")
 
 

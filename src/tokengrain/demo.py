@@ -13,15 +13,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from tokengrain.errors import RunError, read_json, write_json
+from tokengrain.errors import RunError, read_json, require, write_json
 from tokengrain.report.html import write_report
 from tokengrain.run.load import load_recipe
 from tokengrain.run.runner import run_recipe
-from tokengrain.screen import Screen
+from tokengrain.screen import Screen, progress_bar
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
 
@@ -40,7 +39,12 @@ def run_demo(
     and measured against the optimum that dynamic programming gives.
     """
     output, console = Path(output), console or Screen()
-    _check_folder(output)
+    require(not output.exists() or output.is_dir(), RunError, f"{output} is a file; the demo needs a folder")
+    # An earlier demo may be continued; anything else in the folder is someone's work.
+    known = {*METHODS, "metrics.json", "credit_samples.json", "report.html"}
+    others = sorted(p.name for p in output.iterdir() if p.name not in known) if output.exists() else []
+    message = f"{output} holds something else ({', '.join(others[:3])}); give another folder with --output"
+    require(not others, RunError, message)
     console.print(
         "[bold]tokengrain demo[/]: which tokens earned the reward?\n"
         "A tiny model tells short stories. Their true reward is known token by token, and so is the best policy that "
@@ -71,30 +75,17 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
     """One row of results per method, the base first; and the world."""
     world: Any = load_world(WORLD)
     world.base_model()
-    task_column = TextColumn("{task.description:<6}")
-    columns = (SpinnerColumn(), task_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with single_thread(), Progress(*columns, console=console) as progress:
-        task = progress.add_task("base", total=len(METHODS) + 1)
+    with single_thread(), progress_bar("base", len(METHODS) + 1, stays=True, console=console) as update:
         rows = [_row("base", "base", world.evaluate(world.reference, n=samples), seconds=0.0)]
         for method, title in METHODS.items():
-            progress.update(task, advance=1, description=title)
+            update(advance=1, description=title)
             recipe = load_recipe(method, model=WORLD, data=WORLD, output=output / method)
             result = run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=True))
             model = AutoModelForCausalLM.from_pretrained(result.model_path)
             seconds = float(sum(stage.get("seconds") or 0.0 for stage in result.metrics["stages"].values()))
             rows.append(_row(method, title, world.evaluate(model, n=samples), seconds=seconds))
-        progress.update(task, advance=1, description="done")
+        update(advance=1, description="done")
     return rows, world
-
-
-def _check_folder(output: Path) -> None:
-    """An earlier demo may be continued; anything else in the folder is someone's work."""
-    if output.exists() and not output.is_dir():
-        raise RunError(f"{output} is a file; the demo needs a folder")
-    known = {*METHODS, "metrics.json", "credit_samples.json", "report.html"}
-    others = sorted(p.name for p in output.iterdir() if p.name not in known) if output.exists() else []
-    if others:
-        raise RunError(f"{output} holds something else ({', '.join(others[:3])}); give another folder with --output")
 
 
 def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dict[str, Any]:
@@ -111,9 +102,7 @@ def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dic
         "kl": found["kl"],
         "kl_se": error("kl"),
         "best_reward": found["best_reward"],
-        "frontier_share": found["share"],
-        "frontier_share_low": found["share_low"],
-        "frontier_share_high": found["share_high"],
+        **{f"frontier_{k}": found[k] for k in ("share", "share_low", "share_high")},
         **{k: found[k] for k in ("win_rate", "win_rate_low", "win_rate_high", "credit_spearman")},
         "credit_auc": found["credit_auc"] if found["credit_spearman"] is not None else None,
         **{k: found[k] for k in ("broken", "length", "entropy")},

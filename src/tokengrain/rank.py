@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from tokengrain import models
@@ -28,7 +27,7 @@ from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atom
 from tokengrain.evaluation import statistics
 from tokengrain.evaluation.statistics import Estimate, LengthBucket, Pooling, score_completions
 from tokengrain.scoring.model import positions_of
-from tokengrain.screen import Screen
+from tokengrain.screen import progress_bar
 from tokengrain.specs import ModelSpec
 
 
@@ -91,7 +90,8 @@ def rank(
     budget = max_tokens or (GPU_TOKENS if torch.device(device).type == "cuda" else CPU_TOKENS)
     scores: list[float] = []
     lengths: list[int] = []
-    with _saving(result.output) as stream, _bar(progress, f"ranking {rows.name}") as advance:
+    quiet = not progress or not sys.stderr.isatty()
+    with _saving(result.output) as stream, progress_bar(f"ranking {rows.name}", quiet=quiet) as update:
         source_rows = iter(rows)
         while group := list(islice(source_rows, BATCH_ROWS)):
             ready = _candidates(group, encoder, rows, tokenize, result)
@@ -106,7 +106,7 @@ def rank(
                     scores += values
                     lengths += [c.completions[0].n_counted for c in candidates]
             result.rows += len(ready)
-            advance(len(group))
+            update(advance=len(group))
         skipped = f"{result.skipped} rows skipped"
         require(result.rows, DataError, "no row could be used", file=rows.name, value=skipped)
     if scores:
@@ -241,12 +241,3 @@ def _saving(target: Path) -> Iterator[Any]:
             yield stream
     except OSError as error:
         raise RunError(f"{target} could not be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _bar(wanted: bool, what: str) -> Iterator[Callable[[int], None]]:
-    quiet = not wanted or not sys.stderr.isatty()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Screen(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda rows: bar.advance(task, rows)

@@ -22,18 +22,12 @@ import yaml
 
 from tokengrain.errors import RunError, read_json, read_log, require, shown, write_json
 
-NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
-"""What a stage may be called; its folder has the same name."""
-
-FORMAT = 1
-"""Version of the layout and of what the fingerprints cover; part of every fingerprint."""
-
-TRAINED = ("sft", "train", "reward", "online")
-"""Kinds of stages that make a trained model."""
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-"""Names of the folders of checkpoints."""
-
+NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"  # what a stage may be called; its folder has the same name
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # names of the folders of checkpoints
+ROLLOUT_FILE = "rollouts.jsonl"
+FORMAT = 1  # of the layout and of what the fingerprints cover; part of every fingerprint
+TRAINED = ("sft", "train", "reward", "online")  # kinds of stages that make a trained model
+EQUAL = "no difference yet"  # `comparison` in metrics before training: the policy still is its reference
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
@@ -56,7 +50,7 @@ class StageRecord:
     @property
     def metrics(self) -> dict[str, Any]:
         """Content of `metrics.json`: `before`, `after`, `train`; empty if the stage has none yet."""
-        return _metrics(self.path)
+        return read_object(self.path / "metrics.json")
 
     def log(self) -> list[dict[str, Any]]:
         """Rows of `log.jsonl`; a last line that was cut off by a kill is left out."""
@@ -100,7 +94,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        return _metrics(self.path)
+        return read_object(self.path / "metrics.json")
 
     @property
     def credit_stages(self) -> list[StageRecord]:
@@ -132,13 +126,10 @@ def read_stage(path: Path) -> StageRecord | None:
         raise RunError(f"{path / 'stage.json'} is not a stage record of tokengrain: {error}") from error
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / "metrics.json"
-    return read_object(path) if path.exists() else {}
-
-
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a run. Raises `RunError` if it holds something else."""
+    """The JSON object in a file of a run, {} if there is no such file. Raises `RunError` if it holds something else."""
+    if not path.exists():
+        return {}
     try:
         found = read_json(path)
     except ValueError as error:  # not JSON, or not UTF-8
@@ -157,7 +148,7 @@ def read_run(path: str | Path) -> Run:
     require(path.exists(), RunError, f"{path}: no such run folder; `tokengrain train RECIPE` makes one")
     require(path.is_dir(), RunError, f"{path} is a file; expected the folder of a run (one with run.json in it)")
     if not is_run(path):
-        raise RunError(f"{path} is not a run folder: it has no run.json ({_contents(path)}){_hint(path)}")
+        raise RunError(f"{path} is not a run folder: it has no run.json ({_what_it_holds(path)}")
     info = read_object(path / "run.json")
     try:
         recipe_file = path / "recipe.yaml"
@@ -166,18 +157,28 @@ def read_run(path: str | Path) -> Run:
         raise RunError(f"{recipe_file} is damaged: {error}") from error
     readable = recipe is None or isinstance(recipe, dict)
     require(readable, RunError, f"{recipe_file} is damaged: got {shown(recipe)}; expected a recipe")
-    what = f"{path / 'run.json'} was not written by `tokengrain train`: it has no status"
-    require("status" in info, RunError, what)
-    run = Run(path=path, info=info, recipe=recipe or {}, stages=[])
+    written = "status" in info
+    require(written, RunError, f"{path / 'run.json'} was not written by `tokengrain train`: it has no status")
+    run = Run(path, info, recipe or {}, stages=[])
     run.stages += [record for name in run.names if (record := read_stage(path / name)) is not None]
     return run
+
+
+def _what_it_holds(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    found = f"it holds {', '.join(names[:5])}{more})" if names else "it is empty)"
+    runs = [name for name in names if is_run(path / name)]
+    if runs:
+        return f"{found}; it contains runs: {', '.join(runs[:8])}"
+    return f"{found}; the run is the folder above: {path.parent}" if is_run(path.parent) else found
 
 
 def unfinished_message(run: Run) -> str:
     """What a run that is not finished has, and how to continue it."""
     done = [s.name for s in run.stages if s.status == "done"]
-    parts = [f"{run.path} is not finished (status: {run.status})"]
-    parts.append(f"finished stages: {', '.join(done) or 'none'} of {', '.join(run.names)}")
+    status, stages = f"(status: {run.status})", ", ".join(run.names)
+    parts = [f"{run.path} is not finished {status}", f"finished stages: {', '.join(done) or 'none'} of {stages}"]
     for stage in (s for s in run.stages if s.status != "done"):
         found = [CHECKPOINT.fullmatch(p.name) for p in stage.path.glob("checkpoint-*") if p.is_dir()]
         steps = [int(match[1]) for match in found if match]
@@ -190,23 +191,3 @@ def unfinished_message(run: Run) -> str:
 def resume_command(run: Run) -> str:
     """The command that continues `run`; its folder holds the resolved recipe, so nothing else is needed."""
     return f"tokengrain train {run.path / 'recipe.yaml'}"
-
-
-def _contents(path: Path) -> str:
-    names = sorted(p.name for p in path.iterdir())
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"it holds {', '.join(names[:5])}{more}" if names else "it is empty"
-
-
-def _hint(path: Path) -> str:
-    runs = sorted(p.name for p in path.iterdir() if p.is_dir() and is_run(p))
-    if runs:
-        return f"; it contains runs: {', '.join(runs[:8])}"
-    if is_run(path.parent):
-        return f"; the run is the folder above: {path.parent}"
-    return ""
-
-
-EQUAL = "no difference yet"
-"""In metrics before training, as `comparison`: the policy still is its reference."""
-ROLLOUT_FILE = "rollouts.jsonl"

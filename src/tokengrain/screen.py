@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.text import Text
 
 _SIGNS = {
     **{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"},
@@ -34,3 +38,27 @@ class Screen(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+@contextmanager
+def progress_bar(
+    what: str,
+    total: int | None = None,
+    *,
+    done: int = 0,
+    stays: bool = False,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, which `stays` at the end or goes; yields rich's update, called `update(advance=1)`."""
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), left)
+    console = console or Screen(stderr=True)
+    with Progress(*columns, console=console, transient=not stays, disable=quiet) as bar:
+        yield partial(bar.update, bar.add_task(what, total=total, completed=done))
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed or 0
+        return Text(f"{speed:,.0f}/s" if speed >= 1 else "")

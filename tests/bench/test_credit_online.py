@@ -14,16 +14,7 @@ from typer.testing import CliRunner
 from tokengrain.batch import Segments
 from tokengrain.bench.cli import bench_app
 from tokengrain.bench.credit import bench_credit
-from tokengrain.bench.questions import (
-    ON_CHAINS,
-    ON_REFERENCES,
-    Draw,
-    OnlineCredit,
-    advantages,
-    column,
-    measure,
-    questions_of,
-)
+from tokengrain.bench.questions import ON_CHAINS, ON_REFERENCES, Draw, OnlineCredit, advantages, measure, questions_of
 from tokengrain.bench.sources import ONLINE, SOURCES, Bench, chosen_sources, left_out
 from tokengrain.errors import RecipeError
 from tokengrain.evaluation.credit import CreditTruth, pointing_scores
@@ -187,7 +178,8 @@ def test_rto_is_the_bounded_log_ratio_of_a_trained_guide(truth: CreditTruth, wor
 def test_gae_learns_outcomes(truth: CreditTruth, world: Any) -> None:
     bench = Bench(world, steps=40, question=ON_CHAINS, generations=4)
     batch, critic = truth.batch, bench.model("critic")
-    returns = OnlineCredit(world, lambda: [{"name": "gae", "lam": 1.0, "use_values": False}], column("returns"))(batch)
+    gae = {"name": "gae", "lam": 1.0, "use_values": False}
+    returns = OnlineCredit(world, lambda: [gae], lambda rollout, steps: rollout.quantity("returns"))(batch)
     assert set(returns.tolist()) == {0, 1}
     values = critic.values(batch)
     # A fresh head knows nothing; this one knows how often chains are right, and a little about which.

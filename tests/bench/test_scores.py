@@ -107,6 +107,6 @@ def test_calibration_of_credit_that_separates_stays_finite() -> None:
 def test_mean_of_runs_is_students_interval() -> None:
     found = mean_of_runs([1.0, 2.0, 3.0])
     assert found.value == 2
-    assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert found.high - found.value == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
     with pytest.raises(ValueError, match="at least 2"):
         mean_of_runs([1.0])

@@ -59,7 +59,7 @@ def test_mean_interval_covers_and_strata_narrow_it():
         x = strata + torch.randn(300, generator=generator, dtype=torch.float64)
         plain, stratified = mean_interval(x), mean_interval(x, strata)
         covered.append(stratified.low < 4.5 < stratified.high)
-        widths.append(stratified.half_width / plain.half_width)
+        widths.append((stratified.high - stratified.low) / (plain.high - plain.low))
     assert 0.91 < sum(covered) / len(covered) < 0.99
     assert max(widths) < 0.5
 

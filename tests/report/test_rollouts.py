@@ -324,7 +324,7 @@ def test_damaged_file_stops_the_report(tmp_path: Path) -> None:
 
 
 def test_no_more_pieces_than_allowed() -> None:
-    assert rollout_maps("s", [])["steps"] == []
+    assert rollout_maps("rollouts-0", "s", [])["steps"] == []
     assert MAX_PIECES * 70 < 2_000_000
 
 

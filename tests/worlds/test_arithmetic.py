@@ -31,7 +31,6 @@ from tokengrain.worlds.chains import (
     problem_stream,
     shifted,
     stated_answer,
-    well_formed,
     write_chain,
 )
 
@@ -257,7 +256,6 @@ def test_rewards_from_ids_and_from_texts():
     texts = ["a+855;b-352,c+961;>61", "a+855;b-352,c+961;>62", "nothing"]
     prompts = [PROBLEM.text] * 3
     assert correct(prompts, texts) == world.reward(prompts, texts, level=[3] * 3) == [1, 0, 0]
-    assert well_formed(prompts, texts) == [1, 1, 0]
     assert correct(prompts, texts, truncated=[True, False, False]) == [0, 0, 0]
     padded = [*world.encode("a+855;b-352,c+961;>6"), 0, *world.encode("1"), world.eos]
     assert correct(prompts[:1], texts[:1], [padded]) == [0]  # the text does not show the <pad>
@@ -414,7 +412,7 @@ def test_rows_rollouts_and_rewards_work_together(world):
     items = encode_prompts(world.prompts(n=4), world.tokenizer)
     assert [i.ids for i in items] == [world.prompt_ids(r["prompt"]) for r in world.prompts(n=4)]
     rollouts = HFGenerate(world.reference).sample(items, n=4, sampling=world.sampling(0))
-    suite = RewardSuite([world.reward, well_formed], tokenizer=world.tokenizer)
+    suite = RewardSuite([world.reward], tokenizer=world.tokenizer)
     result = suite.score(rollouts)
     audits = [world.audit(p.raw["prompt"], c.ids).correct for p, group in rollouts for c in group]
     assert result.by_name["reward"].bool().tolist() == audits

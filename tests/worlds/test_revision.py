@@ -16,7 +16,7 @@ from tokengrain.scoring.score import score
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import small_llama
 from tokengrain.worlds.chains import parse_prompt
-from tokengrain.worlds.revision import WORDS, append_references, correct, write_reference
+from tokengrain.worlds.revision import WORDS, write_reference
 
 PROBLEM = parse_prompt("47a+8b-3:")
 
@@ -35,13 +35,13 @@ def rollouts(world):
 
 @pytest.fixture(scope="module")
 def scored(world, rollouts):
-    """The references behind the chains, their log-probabilities `[N]`, and which chains are right `[C]`."""
-    appended = world.with_references(rollouts.to_batch())
+    """The references behind the chains, where there is a chain `[C]`, log-probabilities `[N]`, right chains `[C]`."""
+    batch, usable = world.with_references(rollouts.to_batch())
     with torch.no_grad():
-        logps = score(world.reference, appended.batch).logps
+        logps = score(world.reference, batch).logps
     prompts = [rollouts.prompts[index].raw["prompt"] for index in rollouts.group]
     good = world.reward(prompts, rollouts.texts(world.tokenizer), [c.ids for c in rollouts.completions])
-    return appended, logps, torch.tensor(good).bool()
+    return batch, usable, logps, torch.tensor(good).bool()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_rows_have_one_reference_each_and_it_is_right(world):
     assert rows == world.prompts("eval", 20)
     for row in rows:
         totals = [f"{t:02d}" for t in parse_prompt(row["prompt"]).totals]
-        ids, roles = world.reference_ids(row["reference"]), world.reference_roles(row["prompt"])
+        ids, roles = world.reference_ids(row["reference"]), world.write_reference(row["prompt"]).roles
         tokens = [world.vocabulary[i] for i in ids]
         assert len(ids) == len(roles)
         digits = "".join(t for t, role in zip(tokens, roles) if role == "reasoning")
@@ -107,7 +107,7 @@ def test_rows_have_one_reference_each_and_it_is_right(world):
 
 def test_true_reward_looks_at_the_chain_only(world):
     texts = ["a+855;b-352,> start:47; end:99", "a+855;b-353,> end:52", "a+855;b-352,", "a+855;b-352>"]
-    assert correct([PROBLEM.text] * 4, texts) == world.reward([PROBLEM.text] * 4, texts) == [1, 0, 0, 0]
+    assert world.reward([PROBLEM.text] * 4, texts) == [1, 0, 0, 0]
     found = world.audit(PROBLEM.text, world.encode(texts[1]))
     assert (found.index, found.kind) == (10, "sum")
     assert world.audit(PROBLEM.text, world.encode(texts[3])).kind == "format"
@@ -116,30 +116,22 @@ def test_true_reward_looks_at_the_chain_only(world):
 # -- appending ------------------------------------------------------------------------------------------
 
 
-def test_references_take_the_answers_place():
+def test_references_take_the_answers_place(world):
+    m, a, b = world.marker, world.encode("1+2"), world.encode(" end")
     batch = TokenBatch.from_samples(
         [
-            Sample([1], [Completion([5, 9, 6, 7]), Completion([5, 5])], row="p", raw={"x": 1}),
-            Sample([1, 1], [Completion([9]), Completion([4, 9, 9], [True, False, True])], row="q", raw={}),
+            Sample([1], [Completion([5, m, 6, 7]), Completion([5, 5])], row="p", raw={"reference": "1+2"}),
+            Sample([1, 1], [Completion([m]), Completion([4, m, m])], row="q", raw={"reference": " end"}),
         ]
     )
-    found = append_references(batch, [[20, 21, 2], [30, 2]], 9)
-    assert [found.batch.completion(c).tolist() for c in range(4)] == [
-        [5, 9, 20, 21, 2],
-        [5, 5, 20, 21, 2],
-        [9, 30, 2],
-        [4, 9, 30, 2],
-    ]
-    assert found.batch.labels.tolist() == [20, 21, 2, 20, 21, 2, 30, 2, 30, 2]
-    assert found.usable.tolist() == [True, False, True, True]
-    assert found.answer_lengths.tolist() == [2, 0, 0, 1]
-    assert (found.batch.rows, found.batch.raw[0]) == (("p", "q"), {"x": 1})
-    assert torch.equal(found.batch.prompt_ids, batch.prompt_ids)
-    long = append_references(batch, [[20], [30]], [9, 6])
-    assert long.usable.tolist() == [True, False, False, False]
-    for references, marker in (([[20]], 9), ([[20], []], 9), ([[20], [30]], [])):
-        with pytest.raises(ValueError, match="a reference that is not empty"):
-            append_references(batch, references, marker)
+    found, usable = world.with_references(batch)
+    end = world.eos
+    expected = [[5, m, *a, end], [5, 5, *a, end], [m, *b, end], [4, m, *b, end]]
+    assert [found.completion(c).tolist() for c in range(4)] == expected
+    assert found.labels.tolist() == [*a, end, *a, end, *b, end, *b, end]
+    assert usable.tolist() == [True, False, True, True]
+    assert (found.rows, found.raw) == (("p", "q"), batch.raw)
+    assert torch.equal(found.prompt_ids, batch.prompt_ids)
 
 
 def test_rows_without_references_are_an_error(world, rollouts):
@@ -149,13 +141,12 @@ def test_rows_without_references_are_an_error(world, rollouts):
 
 
 def test_only_references_count(world, rollouts, scored):
-    appended, logps, _ = scored
+    batch, usable, logps, _ = scored
     rows = {row["id"]: row for row in world.prompts("eval", 16)}
     expected = [i for p, group in rollouts for _ in group for i in world.reference_ids(rows[p.row]["reference"])]
-    assert appended.batch.labels.tolist() == expected
+    assert batch.labels.tolist() == expected
     assert len(logps) == len(expected)
-    assert appended.usable.float().mean() > 0.95
-    assert appended.answer_lengths[appended.usable].min() > 0
+    assert usable.float().mean() > 0.95
 
 
 @pytest.mark.parametrize("options", ["", "&levels=3&filler=16", "&totals=last&filler=12"])
@@ -168,32 +159,31 @@ def test_there_are_positions_for_the_reference_behind_the_longest_chain(options)
     prompt = world.prompt_ids(longest["prompt"])
     chain = [*[5] * (world.max_new_tokens - 1), world.marker]
     batch = TokenBatch.from_samples([Sample(prompt, [Completion(chain)], row="p", raw=longest)])
-    appended = world.with_references(batch)
+    appended, _ = world.with_references(batch)
     length = len(prompt) + len(chain) + len(world.reference_ids(longest["reference"]))
     assert length <= world.tokenizer.model_max_length == model.config.max_position_embeddings
-    assert bool(score(model, appended.batch).logps.isfinite().all())
+    assert bool(score(model, appended).logps.isfinite().all())
 
 
 # -- the base model -------------------------------------------------------------------------------------
 
 
 def test_reasoning_decides_how_likely_the_totals_are(world, scored):
-    appended, logps, good = scored
-    reasoning = world.reasoning_tokens(appended.batch)
-    of_good = appended.batch.segments.broadcast(good)
+    batch, _, logps, good = scored
+    reasoning = world.reasoning_tokens(batch)
+    of_good = batch.segments.broadcast(good)
     assert 0.1 < float(good.float().mean()) < 0.9
     assert logps[reasoning & of_good].mean() > logps[reasoning & ~of_good].mean() + 1
     assert abs(logps[~reasoning & of_good].mean() - logps[~reasoning & ~of_good].mean()) < 0.3
 
 
 def test_deviation_over_chains_finds_the_tokens_that_depend_on_them(world, scored):
-    appended, logps, good = scored
-    batch = appended.batch
+    batch, usable, logps, good = scored
     reasoning = world.reasoning_tokens(batch)
-    sigma = variability(logps, batch.segments, batch.group, usable=appended.usable)
+    sigma = variability(logps, batch.segments, batch.group, usable=usable)
     assert auc(sigma, reasoning) > 0.75
     assert sigma[reasoning].mean() > 2 * sigma[~reasoning].mean()
-    rewards = R3(tokenizer=None).reflect(logps, batch.segments, batch.group, usable=appended.usable).rewards
+    rewards = R3(tokenizer=None).reflect(logps, batch.segments, batch.group, usable=usable).rewards
     ranked = [
         auc(rewards[here], good[here])
         for g in range(batch.n_prompts)

@@ -134,7 +134,5 @@ def credit(
 @bench_app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def claims() -> None:
     """The papers' claims: not part of the package; see `make claims` in the project's repository."""
-    raise RecipeError(
-        "the experiments on the papers' claims are not part of the installed package; in a checkout of the project run "
-        "`make claims`, or `python -m experiments.claims --help`"
-    )
+    where = "in a checkout of the project run `make claims`, or `python -m experiments.claims --help`"
+    raise RecipeError(f"the experiments on the papers' claims are not part of the installed package; {where}")

@@ -166,29 +166,22 @@ def _swapped(
 
 
 def corruption_test(
-    sources: Mapping[str, Credit],
-    data: Corrupted,
-    *,
-    neighbours: int = NEIGHBOURS,
-    seed: int = 0,
-    after: Callable[[], None] = lambda: None,
+    sources: Mapping[str, Credit], data: Corrupted, *, neighbours: int = NEIGHBOURS, seed: int = 0
 ) -> tuple[list[dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
     """How each source's credit reacts to the corruption: each of `MEASURES` per answer, then its mean over answers.
 
-    They are said in words under the tables (`bench.page.TEXT_NOTES`). Returns one entry per source: `source`,
-    `measures`, `deviation` (the standard deviation that `drop` is in) and its cost; and its credit: (clean, corrupted).
+    Returns one entry per source: `source`, `measures` (in words: `bench.page.TEXT_NOTES`), `deviation` (the standard
+    deviation that `drop` is in) and its cost; and its credit: (clean, corrupted).
     """
     entries, credit = [], {}
-    near, later = surroundings(data, neighbours)
     for name, source in sources.items():
         before, _ = credit_and_cost(source, data.clean, PART)
         now, cost = credit_and_cost(source, data.corrupted, PART)
         deviation = float(before.std())
-        columns = _per_answer(data, before, now, near, later, deviation)
+        columns = _per_answer(data, before, now, neighbours, deviation)
         measures = {name: _interval(values, seed) for name, values in columns.items()}
         entries.append({"source": name, "measures": measures, "deviation": deviation, **cost})
         credit[name] = (before, now)
-        after()
     return entries, credit
 
 
@@ -209,11 +202,10 @@ def surroundings(data: Corrupted, neighbours: int) -> tuple[Tensor, Tensor]:
     return torch.cat(near), torch.cat(later)
 
 
-def _per_answer(
-    data: Corrupted, before: Tensor, now: Tensor, near: Tensor, later: Tensor, deviation: float
-) -> dict[str, Tensor]:
+def _per_answer(data: Corrupted, before: Tensor, now: Tensor, neighbours: int, deviation: float) -> dict[str, Tensor]:
     """Each measure of every answer `[C]`; NaN where it is not defined."""
     segments, marked = data.corrupted.segments, data.marked
+    near, later = surroundings(data, neighbours)
     out = {name: torch.full((len(segments),), float("nan"), dtype=torch.float64) for name in MEASURES}
     fall = (before - now).double() / (deviation or float("nan"))
     parts = [segments.split(x) for x in (now, marked, near, later, fall)]
@@ -232,10 +224,10 @@ def _per_answer(
 def _interval(values: Tensor, seed: int) -> dict[str, Any]:
     """Mean over the answers where it is defined, with a 95 % bootstrap interval over them."""
     known = values[~values.isnan()]
-    if not len(known):
-        return {"mean": None, "low": None, "high": None, "answers": 0}
-    found = bootstrap(lambda means: means[..., 0], known[:, None], resamples=1000, seed=seed)
-    return {"mean": found.value, "low": found.low, "high": found.high, "answers": len(known)}
+    found: tuple[float | None, ...] = (None, None, None)
+    if len(known):
+        found = bootstrap(lambda means: means[..., 0], known[:, None], resamples=1000, seed=seed)
+    return dict(zip(("mean", "low", "high"), found)) | {"answers": len(known)}
 
 
 BASELINES = ("random", "surprise")
@@ -254,7 +246,6 @@ def bench_corruption(
     tokens: int = 2,
     rows: int = 200,
     seed: int = 0,
-    neighbours: int = NEIGHBOURS,
     output: str | Path = "runs/bench/corruption",
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -275,9 +266,12 @@ def bench_corruption(
     """
     console = console or Screen(stderr=True)
     model = model or _model_of_runs(sources)
-    shop, stage = _run_models(model, data, {"name": "surprise", "model": model}, rows)
-    tokenizer = shop.tokenizer(stage.model)
-    batch = _answers(shop, stage, rows)
+    loaded, stage = _run_models(model, data, {"name": "surprise", "model": model}, rows)
+    tokenizer = loaded.tokenizer(stage.model)
+    found, _ = open_rows(stage.data, seed=0)
+    longest = positions_of(load_config(stage.model, loaded.path(stage.model)))
+    answers = prepare_sft(found, tokenizer, tokenize_config(stage.data), model_positions=longest)
+    batch = TokenBatch.from_samples([answers[i] for i in range(min(rows, len(answers)))])
     named = [_source(text, model, data) for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]]
     named += [(own.name, own.build(None)) for own in map(own_source, credit)]  # type: ignore[arg-type]  # needs no bench
     listed: dict[str, Credit] = {}
@@ -286,11 +280,11 @@ def bench_corruption(
     parts: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for way in track(how, description="corruptions", console=console, transient=True):
-        scorer = shop.frozen(stage.model) if way == "unlikely" else None
+        scorer = loaded.frozen(stage.model) if way == "unlikely" else None
         corrupted = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)  # type: ignore[arg-type]  # one of HOW
-        entries, values = corruption_test(listed, corrupted, neighbours=neighbours, seed=seed)
-        part = {"how": way, "chance_top1": chance_top1(corrupted), "left_out": corrupted.left_out, "sources": entries}
-        parts.append(part)
+        entries, values = corruption_test(listed, corrupted, seed=seed)
+        chance = chance_top1(corrupted)
+        parts.append({"how": way, "chance_top1": chance, "left_out": corrupted.left_out, "sources": entries})
         samples = samples or _samples(corrupted, tokenizer, values)
     result = {
         "kind": "bench-corruption",
@@ -299,7 +293,7 @@ def bench_corruption(
         "data": data,
         "answers": batch.n_prompts,
         "tokens": tokens,
-        "neighbours": neighbours,
+        "neighbours": NEIGHBOURS,
         "seed": seed,
         "corruptions": parts,
         "samples": samples,
@@ -331,15 +325,6 @@ def _run_models(model: str, data: str, credit: Any, rows: int | None = None) -> 
     return RunModels(recipe, Screen(quiet=True), PartialState()), resolve_stages(recipe)[-1]
 
 
-def _answers(shop: RunModels, stage: Any, rows: int) -> TokenBatch:
-    """The good answers, one per prompt."""
-    found, _ = open_rows(stage.data, seed=0)
-    longest = positions_of(load_config(stage.model, shop.path(stage.model)))
-    config = tokenize_config(stage.data)
-    dataset = prepare_sft(found, shop.tokenizer(stage.model), config, model_positions=longest)
-    return TokenBatch.from_samples([dataset[i] for i in range(min(rows, len(dataset)))])
-
-
 def _source(text: str, model: str, data: str) -> tuple[str, Credit]:
     """`(name, source)` of a name, a YAML mapping or a run folder."""
     if is_run(text):
@@ -349,17 +334,17 @@ def _source(text: str, model: str, data: str) -> tuple[str, Credit]:
     except yaml.YAMLError:
         credit = text
     credit = {"name": credit} if isinstance(credit, str) else credit
-    if not isinstance(credit, dict):
-        raise RecipeError(f"credit source {text!r} is neither a name, a YAML mapping nor a run folder")
+    known = isinstance(credit, dict)
+    require(known, RecipeError, f"credit source {text!r} is neither a name, a YAML mapping nor a run folder")
     kind = CREDIT.find(str(credit.get("name")))
     if credit["name"] in OF_THE_START:
         credit = {"model": model, **credit}
     for needed in sorted(kind.objects & {"model", "reverse"}):
-        if needed not in credit:
-            example = f"'{{name: {credit['name']}, {needed}: PATH}}'"
-            raise RecipeError(f"credit {credit['name']!r} needs its {needed}: give {example}, or a run folder")
-    shop, stage = _run_models(model, data, credit)
-    return credit["name"], shop.credit(stage.credit or {}, stage.model)
+        example = f"'{{name: {credit['name']}, {needed}: PATH}}'"
+        message = f"credit {credit['name']!r} needs its {needed}: give {example}, or a run folder"
+        require(needed in credit, RecipeError, message)
+    loaded, stage = _run_models(model, data, credit)
+    return credit["name"], loaded.credit(stage.credit or {}, stage.model)
 
 
 def _of_run(path: Path) -> tuple[str, Credit]:
@@ -369,39 +354,33 @@ def _of_run(path: Path) -> tuple[str, Credit]:
         run = read_run(path)
         recipe = load_recipe(path / "recipe.yaml", overrides=[f"output_dir={path}"])
         stages = resolve_stages(recipe)
-        shop = RunModels(recipe, Screen(quiet=True), PartialState())
+        loaded = RunModels(recipe, Screen(quiet=True), PartialState())
         made = [(s, CreditSpec.of(s.credit).name) for s in stages if s.credit is not None]
         for stage, name in reversed(made):
             if name not in FROM_ROWS:
-                return f"{path.name}: {name}", shop.credit(stage.credit or {}, stage.model)
+                return f"{path.name}: {name}", loaded.credit(stage.credit or {}, stage.model)
         final = next(stage for stage in stages if stage.name == run.final_stage.name)
         objective = final.objective or {}
         if final.kind == "reward":
             last = "last" if objective.get("pooling") == "last" else None
             credit = {"name": "reward_model", "model": str(run.model_path), "broadcast": last}
-            return f"{path.name}: reward_model", shop.credit(credit, final.model)
-        policy = shop.frozen(ModelSpec(path=str(run.model_path)))
-        reference, beta = shop.frozen(final.model), objective.get("beta", 0.1)
+            return f"{path.name}: reward_model", loaded.credit(credit, final.model)
+        policy = loaded.frozen(ModelSpec(path=str(run.model_path)))
+        reference, beta = loaded.frozen(final.model), objective.get("beta", 0.1)
         return f"{path.name}: log-ratio", make_credit("guide", model=policy, reference=reference, beta=beta)
 
 
 def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
     """Heat maps of the first answers: clean beside corrupted; first of all which tokens were corrupted."""
-    count = min(SHOWN, data.clean.n_prompts)
-    shown = {"corrupted tokens": (torch.zeros(len(data.marked)), -data.marked.float()), **credit}
-    batches = (data.clean, data.corrupted)
-    samples = [
-        Sample(
-            data.clean.prompt(i).tolist(),
-            [Completion(b.completion(i).tolist(), _counted(b, i)) for b in batches],
-            row=data.clean.rows[i],
-        )
-        for i in range(count)
-    ]
+    batches, samples = (data.clean, data.corrupted), []
+    for i in range(min(SHOWN, data.clean.n_prompts)):
+        completions = [Completion(b.completion(i).tolist(), _counted(b, i)) for b in batches]
+        samples.append(Sample(data.clean.prompt(i).tolist(), completions, row=data.clean.rows[i]))
+    marks = {"corrupted tokens": (torch.zeros(len(data.marked)), -data.marked.float())}
     pairs = {}
-    for name, values in shown.items():
+    for name, values in (marks | credit).items():
         before, now = (b.segments.split(v) for b, v in zip(batches, values, strict=True))
-        pairs[name] = torch.cat([part for i in range(count) for part in (before[i], now[i])])
+        pairs[name] = torch.cat([part for i in range(len(samples)) for part in (before[i], now[i])])
     return collect_credit_samples(TokenBatch.from_samples(samples), tokenizer, pairs)
 
 

@@ -9,15 +9,13 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 import transformers
 from rich.console import Console
-from rich.progress import Progress
 
 from tokengrain.bench.page import write_pages
 from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, measure, questions_of
@@ -25,7 +23,7 @@ from tokengrain.bench.sources import PAIRS, SOURCES, Bench, BenchSource, chosen_
 from tokengrain.errors import RecipeError, fingerprint, read_log, require, write_text
 from tokengrain.evaluation.statistics import mean_of_runs
 from tokengrain.report.rows import collect_credit_samples
-from tokengrain.screen import Screen
+from tokengrain.screen import Screen, progress_bar
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
 
@@ -39,8 +37,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """One (regime, question, seed): what one process does in one go. `missing` are the sources to run."""
 
     uri: str
@@ -86,8 +83,8 @@ def bench_credit(
     """
     output, console = Path(output), console or Screen(stderr=True)
     require(min(seeds, jobs) >= 1, RecipeError, f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
-    message = f"generations must be at least 2, one right and one wrong, got {generations}"
-    require(generations >= 2, RecipeError, message)
+    enough = generations >= 2
+    require(enough, RecipeError, f"generations must be at least 2, one right and one wrong, got {generations}")
     first, own = load_world(world), [own_source(c) for c in credit]
     listed = [*chosen_sources(sources, first), *own]
     names = [s.name for s in listed]
@@ -107,12 +104,11 @@ def bench_credit(
     log = output / LOG
     known = {line["key"] for line in read_log(log)}
     missing: dict[Unit, list[str]] = {}
-    for key, (unit, source) in keys.items():
-        if key not in known:
-            missing.setdefault(unit, []).append(source.name)
+    for unit, source in (pair for key, pair in keys.items() if key not in known):
+        missing.setdefault(unit, []).append(source.name)
     first.base_model()
     if missing:
-        units = [replace(unit, missing=tuple(sources)) for unit, sources in missing.items()]
+        units = [unit._replace(missing=tuple(sources)) for unit, sources in missing.items()]
         run_units(units, [s.name for s in listed if s.kind != "own"], list(credit), jobs, log, console, len(keys))
 
     lines = {line["key"]: line for line in read_log(log)}
@@ -149,15 +145,14 @@ def run_units(
     log.parent.mkdir(parents=True, exist_ok=True)
     repair_log(log)
     done = total - sum(len(u.missing) for u in units) - len(read_log(log))
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("sources × seeds", total=total)
+    with progress_bar("sources × seeds", total, console=console) as update:
 
-        def update() -> None:
-            progress.update(task, completed=done + len(read_log(log)))
+        def show() -> None:
+            update(completed=done + len(read_log(log)))
 
         if jobs == 1:
             for unit in units:
-                run_unit(unit, names, credit, log, update)
+                run_unit(unit, names, credit, log, show)
             return
         # A forked copy of a process that has used threads can hang.
         context = multiprocessing.get_context("spawn")
@@ -168,7 +163,7 @@ def run_units(
                     finished, futures = wait(futures, timeout=1.0, return_when="FIRST_COMPLETED")
                     for future in finished:
                         future.result()
-                    update()
+                    show()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -197,9 +192,8 @@ def run_unit(
             if unit.seed == 0:
                 first = truth.batch.select(range(min(SHOWN, truth.batch.n_prompts)))
                 n = first.segments.total
-                samples = collect_credit_samples(
-                    first, world.tokenizer, {source.name: values[:n]}, truth=truth.advantages[:n]
-                )
+                credit_of = {source.name: values[:n]}
+                samples = collect_credit_samples(first, world.tokenizer, credit_of, truth=truth.advantages[:n])
             line = {
                 "key": key_of(unit, source),
                 "regime": unit.regime,
@@ -249,8 +243,8 @@ def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) ->
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     """Mean, 95 % t interval and the values; a measure that is not defined in some seed has neither."""
     known = [float(v) for v in values if v is not None]
-    if len(known) < len(values) or not known:
-        return {"mean": None, "low": None, "high": None, "by_seed": list(values)}
-    found = mean_of_runs(known) if len(known) > 1 else None
-    mean = found.value if found else known[0]
-    return {"mean": mean, "low": found and found.low, "high": found and found.high, "by_seed": known}
+    found: tuple[float | None, ...] = (None, None, None)
+    if len(known) == len(values) > 0:
+        found = mean_of_runs(known) if len(known) > 1 else (known[0], None, None)
+        values = known
+    return dict(zip(("mean", "low", "high"), found)) | {"by_seed": list(values)}

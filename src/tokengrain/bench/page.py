@@ -31,58 +31,53 @@ SIZE: Group = (
     "Size: calibration",
     ("scale", "r2", "skill", "ece"),
     "Scale: the factor that brings credit nearest to the truth; R²: what it then explains, below 0 if less than a "
-    "constant. Skill: how much better a logistic function of credit predicts that a token lowers the reward than the "
-    "base rate does (1 perfect, 0 nothing); ECE: how far its percentages are from the observed ones.",
+    "constant. Skill: how much better than the base rate credit predicts that a token lowers the reward (1 perfect, 0 "
+    "nothing); ECE: how far these predictions are off.",
 )
 COST: Group = (
     "Cost",
     COSTS,
-    "Cost: s/1k, seconds per 1,000 credited tokens on this machine; forward passes per call with 64 prompts; tokens "
-    "read by a model per credited token; seconds of training before there is any credit.",
+    "s/1k: seconds per 1,000 credited tokens on this machine; passes: through models, per call with 64 prompts; reads: "
+    "tokens that models read per credited token; training s: before there is any credit.",
 )
-SEEDS = "Mean over seeds, ± half of the 95 % t interval"
+SEEDS = "Mean over seeds, ± half of the 95 % t interval. AUC is the chance that"
 FIRST: dict[str, Group] = {
     "pairs": (
         "Order: agreement with the exact advantage",
         ("spearman", "auc", "auc_harm", "top1", "alarm"),
-        f"{SEEDS}. ρ: Spearman rank correlation with the exact soft advantage over tokens at which something was "
-        "decided. AUC: chance that a token with advantage above 0.3 has more credit than one below −0.3. AUC harm: "
-        "chance that a token below −0.3 has less credit than any other decision token. top-1: in completions with "
-        "a token below −0.3, how often the lowest credit is at the lowest advantage. Alarm: chance that a "
-        "completion with such a token has a lower lowest credit than one without. Random credit reaches a top-1 of "
-        "{top1_chance}.",
+        f"{SEEDS} a token with advantage above 0.3 has more credit than one below −0.3; AUC harm, that one below −0.3 "
+        "has less than any other at which something was decided. ρ: rank correlation with the exact soft advantage "
+        "over these. top-1: how often the lowest credit of a completion with a token below −0.3 is at its lowest "
+        "advantage; random credit: {top1_chance}. Alarm: chance that such a completion has a lower lowest credit than "
+        "another.",
     ),
     "chain": (
         "Place: is the first wrong token found?",
         ("auc_inside", "place1", "place3", "share", "auc_harm", "spearman"),
-        f"{SEEDS}, on groups of samples with right and wrong ones. AUC inside: chance that the first wrong token "
-        "has less credit than another decision token of the same completion; an outcome that is spread over a "
-        "completion has 0.5. top-1, top-3: how often it has the lowest credit of all tokens of its completion, or "
-        "is among the three lowest; random credit: {place1_chance} and {place3_chance}. Share: its part of the "
-        "completion's sum of |credit|; uniform credit: {place1_chance}. AUC harm: as AUC inside, against the "
-        "decision tokens of all completions, right ones too. ρ: rank correlation with −1 at the first wrong token "
-        "and 0 at other decision tokens.",
+        f"{SEEDS} the first wrong token has less credit than another decision token: inside, of its completion (an "
+        "outcome spread over a completion has 0.5); harm, of all completions, right ones too. top-1, top-3: how often "
+        "it has the lowest credit of its completion, or one of the three lowest; random credit: {place1_chance} and "
+        "{place3_chance}. Share: its part of the completion's sum of |credit|; uniform credit: {place1_chance}. ρ: "
+        "rank correlation with −1 at the first wrong token and 0 at other decision tokens.",
     ),
     "reference": (
         "Reference: are the tokens found that depend on the reasoning?",
         ("auc", "auc_inside", "place1", "place3", "share"),
-        f"{SEEDS}. The tokens are those of the reference answer behind each sampled chain. AUC: chance that a token "
-        "which depends on the reasoning has more credit than one that does not; inside: in the same reference. "
-        "top-1: how often such a token has the highest credit of its reference; top-3: how many of the three "
-        "highest are such tokens; random credit: {place1_chance}. Share: of the sum of |credit|, what lies on "
-        "them; uniform credit: {place1_chance}.",
+        f"{SEEDS} a token which depends on the reasoning has more credit than one that does not; inside: in the same "
+        "reference answer. top-1, top-3: how many of the one or three highest of a reference are such tokens; random "
+        "credit: {place1_chance}. Share: their part of the sum of |credit|; uniform credit: {place1_chance}.",
     ),
 }
-"""The table of each question that is about what it asks."""
+"""The table of each question that is about what it asks; docs/bench-credit.md has the definitions."""
 TEXT_NOTES = (
     "Mean over answers with its 95 % bootstrap interval. AUC: chance that a corrupted token has lower credit than an "
-    "untouched one of the same answer; then against its next few neighbours only, and against all others only. Drop: "
-    "credit in the clean answer minus credit in the corrupted one at the same place, in standard deviations of the "
-    "source; then at the neighbours, and at later untouched tokens. top-1, top-k: share of the lowest token, and of "
-    "the k lowest, that are corrupted.",
+    "untouched one of the same answer; then than its next few neighbours, and than all others. Drop: credit in the "
+    "clean answer minus credit in the corrupted one at the same place, in standard deviations of the source; then at "
+    "neighbours, and at later untouched tokens. top-1, top-k: share of the lowest, and of the k lowest, that are "
+    "corrupted.",
     "A source that is no better than surprise has found what is unusual, not what is wrong.",
 )
-CHANCES = ("top1_chance", "place1_chance", "place3_chance")  # what notes are filled with
+CHANCES = ("top1_chance", "place1_chance", "place3_chance")  # what these notes are filled with
 SHORT = {
     "pairs": ("spearman", "auc", "top1", "skill", "seconds", "passes"),
     "chain": ("auc_inside", "place1", "place3", "share", "seconds", "passes"),
@@ -123,9 +118,10 @@ def _world(result: Mapping[str, Any]) -> dict[str, Any]:
         sources = "; ".join(f"{e['source']}: {e['what']}" for e in mine)
         notes = [f"Sources: {sources}.", *_left_out(result["left_out"], question)]
         chances = {m: fixed(mine[0]["measures"][m]["mean"]) for m in CHANCES}
-        for i, (title, names, note) in enumerate((FIRST[question], *[SIZE] * (question != "reference"), COST)):
+        for title, names, note in (FIRST[question], *[SIZE] * (question != "reference"), COST):
             title = f"{title} · {regime}" if regime else title
-            tables.append(_table(title, names, mine, [note.format(**chances), *(notes if i == 0 else [])]))
+            tables.append(_table(title, names, mine, [note.format(**chances), *notes]))
+            notes = []
     part, _ = parts[0]
     samples, runs = ([e for e in result[k] if (e["regime"], e["question"]) == part] for k in ("samples", "runs"))
     truth = {e["source"] for e in result["sources"] if e["kind"] == "truth"}  # it is beside every source anyway
@@ -149,9 +145,8 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
         notes = [*TEXT_NOTES, f"Credit that knows nothing reaches a top-1 of {fixed(part['chance_top1'])}."]
         if part["left_out"]:
             notes.append(f"{part['left_out']} answers were too short to corrupt.")
-        tables.append(
-            _table(f"Corruption: {part['how']}", list(part["sources"][0]["measures"]), part["sources"], notes)
-        )
+        measures = list(part["sources"][0]["measures"])
+        tables.append(_table(f"Corruption: {part['how']}", measures, part["sources"], notes))
     return {
         "title": "Does credit fall where an answer is corrupted?",
         "subtitle": "A few tokens of good answers were corrupted.",
@@ -180,12 +175,21 @@ def _left_out(entries: Sequence[Mapping[str, str]], question: str) -> list[str]:
 def _table(
     title: str, names: Sequence[str], entries: Sequence[Mapping[str, Any]], notes: Sequence[str]
 ) -> dict[str, Any]:
-    def cell(measure: Mapping[str, Any], name: str) -> tuple[str, str]:
-        decimals = DECIMALS.get(name, 2)
-        return fixed(measure["mean"], decimals), spread(measure, decimals)
-
-    rows = [[e["source"], *(cell(e["measures"][name], name) for name in names)] for e in entries]
+    rows = [[e["source"], *(_cell(e["measures"][name], name) for name in names)] for e in entries]
     return {"title": title, "columns": ["source", *(HEADINGS.get(n, n) for n in names)], "rows": rows, "notes": notes}
+
+
+def _cell(measure: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A mean, and its interval: "± 0.03" if symmetric, "0.61 to 0.66" if not, "" where there is none."""
+    decimals = DECIMALS.get(name, 2)
+    mean, low, high = (measure[k] for k in ("mean", "low", "high"))
+    if low is None or high is None:
+        around = ""
+    elif abs((high - mean) - (mean - low)) < 1e-9:
+        around = f"± {fixed((high - low) / 2, decimals)}"
+    else:
+        around = f"{fixed(low, decimals)} to {fixed(high, decimals)}"
+    return fixed(mean, decimals), around
 
 
 def _maps(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -201,21 +205,9 @@ def _maps(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
     return {"pairs": pairs, "scales": scales}
 
 
-def spread(measure: Mapping[str, Any], decimals: int) -> str:
-    """ "± 0.03" for a symmetric interval, "0.61–0.66" for another; "" where there is none."""
-    mean, low, high = (measure[k] for k in ("mean", "low", "high"))
-    if low is None or high is None:
-        return ""
-    if abs((high - mean) - (mean - low)) < 1e-9:
-        return f"± {fixed((high - low) / 2, decimals)}"
-    return f"{fixed(low, decimals)} to {fixed(high, decimals)}"
-
-
 def _reliability(bins: Sequence[Mapping[str, float]]) -> str:
-    series = [
-        Series(name, [(b["credit"], b[name]) for b in bins], 0, dashed=name == "predicted")
-        for name in ("observed", "predicted")
-    ]
+    points = {name: [(b["credit"], b[name]) for b in bins] for name in ("observed", "predicted")}
+    series = [Series(name, of, dashed=name == "predicted") for name, of in points.items()]
     return line_chart("share of tokens that lower the reward", series, "credit")
 
 
@@ -235,13 +227,13 @@ def _terminal_table(title: str, entries: Sequence[Mapping[str, Any]], names: Seq
     for name in names:
         table.add_column(HEADINGS.get(name, name), justify="right", overflow="fold")
     for entry in entries:
-        table.add_row(entry["source"], *(_short(entry["measures"][n], n, DECIMALS.get(n, 2)) for n in names))
+        table.add_row(entry["source"], *(_short(entry["measures"][n], n) for n in names))
     return table
 
 
-def _short(measure: Mapping[str, Any], name: str, decimals: int) -> str:
+def _short(measure: Mapping[str, Any], name: str) -> str:
     """ "0.42 ±.03" or "0.64 (.61–.66)", for a narrow column; of a cost only the mean."""
-    around = "" if name in COSTS else spread(measure, decimals)
+    mean, around = _cell(measure, name)
     around = re.sub(r"(?<!\d)0\.", ".", around).replace("± ", "±").replace(" to ", "–")
     around = f"({around})" if around and not around.startswith("±") else around
-    return f"{fixed(measure['mean'], decimals)} {around}".strip()
+    return mean if name in COSTS else f"{mean} {around}".strip()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion
 from tokengrain.scoring.score import head_of
 from tokengrain.training.critic import Critic
 from tokengrain.training.rollout import OLD_LOGPS, RolloutScorer
-from tokengrain.worlds.arithmetic import ArithmeticWorld
+from tokengrain.worlds.arithmetic import CHUNK, ROUNDS, ArithmeticWorld
 from tokengrain.worlds.chains import parse_prompt, rng_of, seed_of
 from tokengrain.worlds.revision import RevisionWorld
 
@@ -32,13 +32,10 @@ Credit = Callable[[TokenBatch], Tensor]
 STEPS = 120  # of each training, in the world `stories`
 GENERATIONS = 8  # completions per prompt, where groups are sampled
 GROUPS = {"full": 96, "small": 24}  # groups per seed, by the world's size
-CHUNK = 64  # prompts sampled from at a time
-ROUNDS = 50  # how often as many prompts as are wanted are tried
 MAX_TOKENS = 8192  # tokens of one forward pass
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """What is judged in one seed: `prompts` prompts (None: the world's number) with `generations` completions each."""
 
     prompts: int | None = None
@@ -64,10 +61,6 @@ class Question:
     ranked_by: str = "spearman"
     sides: tuple[str, str] = ("chosen", "rejected")
 
-    def marked(self, truth: Tensor) -> Tensor:
-        """The tokens to point at, bool `[N]`."""
-        return truth < -AUC_MARGIN if self.low else truth > AUC_MARGIN
-
 
 def questions_of(world: Any) -> list[Question]:
     """The questions that a world has an answer to."""
@@ -76,16 +69,9 @@ def questions_of(world: Any) -> list[Question]:
     return [ON_CHAINS] if isinstance(world, ArithmeticWorld) else [ON_PAIRS]
 
 
-def _chains(world: ArithmeticWorld, draw: Draw) -> CreditTruth:
-    """Groups of the base model's samples, with the culprit of every wrong one."""
-    batch = mixed_groups(world, draw)
-    truth = world.advantages(batch)
-    return CreditTruth(batch, truth, world.decisions(batch) | (truth < 0))
-
-
 def _references(world: RevisionWorld, draw: Draw) -> CreditTruth:
     """The reference behind each chain of these groups: 1 at tokens that depend on the reasoning, −1 elsewhere."""
-    batch = world.with_references(mixed_groups(world, draw)).batch
+    batch, _ = world.with_references(mixed_groups(world, draw))
     batch = batch.with_columns(truncated=torch.zeros(batch.segments.total))
     return CreditTruth(batch, reasoning(world)(batch), torch.ones(batch.segments.total, dtype=torch.bool))
 
@@ -118,24 +104,25 @@ def mixed_groups(world: ArithmeticWorld, draw: Draw) -> TokenBatch:
                 groups.append(tuple(ended[i] for i in first + others))
         if len(groups) == wanted:
             return Rollouts(tuple(prompts), tuple(groups), sampling).to_batch()
-    raise TokengrainError(
-        f"world {world.name}: {wanted} prompts with right and wrong among {draw.generations} completions were not "
-        f"found, only {len(groups)}"
-    )
+    what = f"{wanted} prompts with right and wrong among {draw.generations} completions"
+    raise TokengrainError(f"world {world.name}: {what} were not found, only {len(groups)}")
 
 
 ON_PAIRS = Question(
     "pairs", lambda world, draw: world.credit_truth(draw.prompts, seed=draw.seed), lambda world: world.advantages
 )
 ON_CHAINS = Question(
-    "chain", _chains, lambda world: world.advantages, True, 60, 0.1, "auc_inside", sides=("right", "wrong")
+    "chain",
+    lambda world, draw: world.truth_of(mixed_groups(world, draw)),
+    lambda world: world.advantages,
+    steps=60,
+    beta=0.1,
+    ranked_by="auc_inside",
+    sides=("right", "wrong"),
 )
 AFTER = ("after a right chain", "after a wrong chain")
 ON_REFERENCES = Question("reference", _references, reasoning, low=False, ranked_by="auc", sides=AFTER)
 QUESTIONS = {q.name: q for q in (ON_PAIRS, ON_CHAINS, ON_REFERENCES)}
-
-
-PART = 64  # prompts per call of a source
 
 
 @dataclass
@@ -163,8 +150,9 @@ def counted_passes() -> Iterator[Passes]:
         handle.remove()
 
 
-def credit_and_cost(source: Credit, batch: TokenBatch, part: int = PART) -> tuple[Tensor, dict[str, float]]:
-    """Credit `[N]` on the CPU, and its cost: seconds per 1,000 tokens, passes per call, tokens read per token."""
+def credit_and_cost(source: Credit, batch: TokenBatch, part: int = 64) -> tuple[Tensor, dict[str, float]]:
+    """Credit `[N]` on the CPU, asked for `part` prompts at a time, and its cost: seconds per 1,000 tokens, passes per
+    call, tokens read per token."""
     parts = parts_of(batch, part)
     source(parts[0].select([0]))  # what happens once, such as finding out how to score a model, is not its price
     with counted_passes() as passes:
@@ -184,7 +172,7 @@ def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -
     batch, decided = truth.batch, truth.decisions
     credit, cost = credit_and_cost(source, batch)
     found: dict[str, Any] = credit_scores(credit, truth.advantages, decided, batch.segments)
-    marked = question.marked(truth.advantages)
+    marked = truth.advantages < -AUC_MARGIN if question.low else truth.advantages > AUC_MARGIN
     found |= pointing_scores(credit, marked, decided, batch.segments, low=question.low)
     bins = calibration(credit[decided], truth.advantages[decided], batch.segments.ids[decided]).bins
     return found | cost | {"bins": bins}, credit
@@ -238,11 +226,6 @@ class OnlineCredit:
         return rollout
 
 
-def column(name: str) -> Callable[[RolloutStep, Sequence[Any]], Tensor]:
-    """Reads a column that a step left in the rollout."""
-    return lambda rollout, steps: rollout.quantity(name)
-
-
 def advantages(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
     """Reads what the policy's loss would get."""
     assert rollout.advantages is not None  # one of the steps sets them
@@ -257,7 +240,7 @@ def train_critic(
     sampling = world.sampling(seed_of("critic", seed))
     batch = HFGenerate(world.reference).sample(items, n=generations, sampling=sampling).to_batch()
     outcomes = {"name": "gae", "lam": 1.0, "use_values": False, "whiten": False}
-    returns = OnlineCredit(world, lambda: [outcomes], column("returns"))(batch)
+    returns = OnlineCredit(world, lambda: [outcomes], lambda rollout, steps: rollout.quantity("returns"))(batch)
     batch = batch.with_columns(returns=returns)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -132,13 +132,11 @@ TRAININGS: dict[str, Callable[[Bench], Any]] = {
     "critic": lambda b: questions.train_critic(b.world, seed=b.seed, steps=b.steps, generations=b.generations),
 }
 EVERY, COMPLETIONS = ("pairs", "chain", "reference"), ("pairs", "chain")
-ON_CHAINS, ON_REFERENCES = ("chain",), ("reference",)
-NEEDED = {
+NEEDED = {  # what a source is missing that answers only this question
     "pairs": "pairs",
     "chain": "groups of graded chains, as in arithmetic and revision",
     "reference": "a reference answer, as in revision",
 }
-"""What a source is missing that answers only this question."""
 
 
 @dataclass(frozen=True)
@@ -168,84 +166,8 @@ class BenchSource:
         return ""
 
 
+Build = Callable[[Bench], Credit]
 WINDOW = 4
-
-
-def _steps(
-    *steps: Mapping[str, Any], read: Callable[[RolloutStep, Sequence[Any]], Tensor] = advantages
-) -> Callable[[Bench], Credit]:
-    return lambda bench: OnlineCredit(bench.world, lambda: steps, read)
-
-
-def _influence(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
-    """THR with the sign of wrong completions turned back: low where a token lowers the likelihood of correct ones."""
-    assert rollout.correct is not None  # the world grades
-    return rollout.quantity("thr") * rollout.broadcast(torch.where(rollout.correct == 0, -1.0, 1.0))
-
-
-def _window(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
-    """Minus the window's entropy; 0 where the completion ends before the window does."""
-    found = measured(rollout.quantity("entropy"), rollout.segments, mode="paper", window=WINDOW)
-    return -torch.nan_to_num(found, nan=0.0)
-
-
-def _token_rewards(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
-    assert rollout.token_rewards is not None  # the step sets them
-    return rollout.token_rewards
-
-
-def _r3(power: float) -> Callable[[Bench], Credit]:
-    def build(bench: Bench) -> Credit:
-        step = {"name": "r3", "tokenizer": bench.world.tokenizer, "marker": ">", "power": power}
-        return OnlineCredit(bench.world, lambda: [step], lambda rollout, steps: steps[0].last.weights)
-
-    return build
-
-
-def _online(name: str, what: str, build: Callable[[Bench], Credit], *trains: str) -> BenchSource:
-    return BenchSource(name, "trained" if trains else "untrained", what, build, trains, ON_CHAINS)
-
-
-GROUP, THR = {"name": "group"}, {"name": "thr"}
-HWE = {"name": "aepo", "mode": "paper", "triggers": None, "kl": "none"}
-ONLINE = (
-    _online(
-        "outcome", "the outcome's advantage in its group, the same for all tokens of a completion (GRPO)", _steps(GROUP)
-    ),
-    _online(
-        "thr",
-        "hidden influence on the group's correct completions (THR), before signs and thresholds",
-        _steps(GROUP, THR, read=_influence),
-    ),
-    _online("thr_advantage", "the group's advantage as THR leaves it, mask and p = 0.1", _steps(GROUP, THR)),
-    _online("nthr_advantage", "the group's advantage as NTHR leaves it", _steps(GROUP, {"name": "nthr"})),
-    _online(
-        "window_entropy",
-        f"minus the mean entropy of a token and the next {WINDOW - 1} (AEPO)",
-        lambda b: OnlineCredit(b.world, lambda: (), _window, needs=frozenset({"entropy"})),
-    ),
-    _online(
-        "hwe",
-        "-1 on the tokens that AEPO's entropy reward counts, 0 elsewhere",
-        _steps(HWE, read=lambda rollout, steps: -rollout.quantity("hwe")),
-    ),
-    _online(
-        "rto",
-        "token rewards of RTO: the guide's log-ratio, bounded",
-        lambda b: _steps({"name": "rto", "model": b.model("guide")}, read=_token_rewards)(b),
-        "guide",
-    ),
-    _online(
-        "gae",
-        "advantages of PPO, with a critic trained on outcomes of the base model",
-        lambda b: OnlineCredit(b.world, lambda: [{"name": "gae"}], advantages, critic=b.model("critic")),
-        "critic",
-    ),
-    BenchSource(
-        "r3", "untrained", "weights of R3, by the deviation over the group's chains (DRO)", _r3(1.0), (), ON_REFERENCES
-    ),
-    BenchSource("r3_variance", "untrained", "weights of R3 by the variance", _r3(2.0), (), ON_REFERENCES),
-)
 
 
 def _exact(bench: Bench) -> Credit:
@@ -256,11 +178,25 @@ def _random(bench: Bench) -> Credit:
     return make_credit("random", seed=bench.seed)
 
 
+def _of_world(kind: str, what: str) -> BenchSource:
+    return BenchSource(kind, "control", what, lambda b: b.world.credit(kind), reads="credit")
+
+
+def _of_base(name: str) -> Build:
+    return lambda b: make_credit(name, model=b.world.reference)
+
+
 def _contrastive(bench: Bench) -> Credit:
-    world = bench.world
-    return make_credit(
-        "contrastive", model=world.reference, tokenizer=world.tokenizer, templates=world.contrastive_templates
-    )
+    world, templates = bench.world, bench.world.contrastive_templates
+    return make_credit("contrastive", model=world.reference, tokenizer=world.tokenizer, templates=templates)
+
+
+def _against_base(name: str) -> Build:
+    return lambda b: make_credit(name, model=b.model(name), reference=b.world.reference, beta=b.question.beta)
+
+
+def _trained(name: str, what: str, build: Build, *trains: str) -> BenchSource:
+    return BenchSource(name, "trained", what, build, trains)
 
 
 def _contrastive_dpo(bench: Bench) -> Credit:
@@ -268,52 +204,90 @@ def _contrastive_dpo(bench: Bench) -> Credit:
     return make_credit("contrastive_dpo", model=guide, reverse=reverse, beta=bench.question.beta)
 
 
-def _of_base(name: str) -> Callable[[Bench], Credit]:
-    return lambda b: make_credit(name, model=b.world.reference)
-
-
-def _against_base(name: str) -> Callable[[Bench], Credit]:
-    return lambda b: make_credit(name, model=b.model(name), reference=b.world.reference, beta=b.question.beta)
-
-
-def _scores(name: str) -> Callable[[Bench], Credit]:
+def _scores(name: str) -> Build:
     return lambda b: make_credit("reward_model", model=b.model(name))
 
 
-def _of_world(kind: str, what: str) -> BenchSource:
-    return BenchSource(kind, "control", what, lambda b: b.world.credit(kind), reads="credit")
+def _online(name: str, what: str, build: Build, *trains: str) -> BenchSource:
+    return BenchSource(name, "trained" if trains else "untrained", what, build, trains, ("chain",))
 
 
-_LISTED = (
-    BenchSource("exact", "truth", "the truth itself, as a check: agrees by definition", _exact, (), EVERY),
-    BenchSource("random", "control", "uniform numbers: what chance reaches", _random, (), EVERY),
-    _of_world("reward", "each token's own true reward, without what follows from it"),
-    _of_world("worth", "what a word looks worth without its context"),
-    BenchSource("surprise", "untrained", "log-probability under the base model", _of_base("surprise"), (), EVERY),
-    BenchSource("entropy", "untrained", "entropy of the base model's distribution", _of_base("entropy"), (), EVERY),
-    BenchSource(
-        "contrastive",
-        "untrained",
-        "contrastive prompting of the base model (T-REG)",
-        _contrastive,
-        reads="contrastive_templates",
-    ),
-    BenchSource("guide", "trained", "log-ratio of a DPO model to the base (TGDPO)", _against_base("guide"), ("guide",)),
-    BenchSource(
-        "contrastive_dpo",
-        "trained",
-        "DPO against DPO on exchanged pairs (AlignDistil)",
-        _contrastive_dpo,
-        ("guide", "reverse"),
-    ),
-    BenchSource("tdpo", "trained", "advantage in a TDPO2 model", _against_base("tdpo"), ("tdpo",)),
-    BenchSource("qrm", "trained", "token scores of a reward model trained on pairs (Q-RM)", _scores("qrm"), ("qrm",)),
-    BenchSource(
-        "last_token_rm", "trained", "the same model trained on its last token's score", _scores("last"), ("last",)
-    ),
-    *ONLINE,
+def _steps(*steps: Mapping[str, Any], read: Callable[[RolloutStep, Sequence[Any]], Tensor] = advantages) -> Build:
+    """What these steps of online training make of a rollout."""
+    return lambda bench: OnlineCredit(bench.world, lambda: steps, read)
+
+
+def _influence(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+    """THR with the sign of wrong completions turned back: low where a token lowers the likelihood of correct ones."""
+    assert rollout.correct is not None  # the world grades
+    return rollout.quantity("thr") * rollout.broadcast(torch.where(rollout.correct == 0, -1.0, 1.0))
+
+
+def _window(bench: Bench) -> Credit:
+    def read(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+        found = measured(rollout.quantity("entropy"), rollout.segments, mode="paper", window=WINDOW)
+        return -torch.nan_to_num(found, nan=0.0)  # 0 where the completion ends before the window does
+
+    return OnlineCredit(bench.world, lambda: (), read, needs=frozenset({"entropy"}))
+
+
+def _rto(bench: Bench) -> Credit:
+    def read(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+        assert rollout.token_rewards is not None  # the step sets them
+        return rollout.token_rewards
+
+    return _steps({"name": "rto", "model": bench.model("guide")}, read=read)(bench)
+
+
+def _gae(bench: Bench) -> Credit:
+    return OnlineCredit(bench.world, lambda: [{"name": "gae"}], advantages, critic=bench.model("critic"))
+
+
+def _r3(name: str, what: str, power: float) -> BenchSource:
+    def build(bench: Bench) -> Credit:
+        step = {"name": "r3", "tokenizer": bench.world.tokenizer, "marker": ">", "power": power}
+        return OnlineCredit(bench.world, lambda: [step], lambda rollout, steps: steps[0].last.weights)
+
+    return BenchSource(name, "untrained", what, build, (), ("reference",))
+
+
+GROUP, THR = {"name": "group"}, {"name": "thr"}
+AEPO = {"name": "aepo", "mode": "paper", "triggers": None, "kl": "none"}
+HWE = _steps(AEPO, read=lambda rollout, steps: -rollout.quantity("hwe"))
+ONLINE = (
+    _online("outcome", "the outcome's advantage in its group (GRPO), the same for all tokens", _steps(GROUP)),
+    _online("thr", "hidden influence on correct completions (THR), without mask", _steps(GROUP, THR, read=_influence)),
+    _online("thr_advantage", "the group's advantage as THR leaves it, mask and p = 0.1", _steps(GROUP, THR)),
+    _online("nthr_advantage", "the group's advantage as NTHR leaves it", _steps(GROUP, {"name": "nthr"})),
+    _online("window_entropy", f"minus the mean entropy of a token and the next {WINDOW - 1} (AEPO)", _window),
+    _online("hwe", "-1 on the tokens that AEPO's entropy reward counts, 0 elsewhere", HWE),
+    _online("rto", "token rewards of RTO: the guide's log-ratio, bounded", _rto, "guide"),
+    _online("gae", "advantages of PPO, with a critic trained on outcomes of the base model", _gae, "critic"),
+    _r3("r3", "weights of R3, by the deviation over the group's chains (DRO)", 1.0),
+    _r3("r3_variance", "weights of R3 by the variance", 2.0),
 )
-SOURCES = {source.name: source for source in _LISTED}
+SOURCES = {
+    source.name: source
+    for source in (
+        BenchSource("exact", "truth", "the truth itself, as a check: agrees by definition", _exact, (), EVERY),
+        BenchSource("random", "control", "uniform numbers: what chance reaches", _random, (), EVERY),
+        _of_world("reward", "each token's own true reward, without what follows from it"),
+        _of_world("worth", "what a word looks worth without its context"),
+        BenchSource("surprise", "untrained", "log-probability under the base model", _of_base("surprise"), (), EVERY),
+        BenchSource("entropy", "untrained", "entropy of the base model's distribution", _of_base("entropy"), (), EVERY),
+        BenchSource(
+            "contrastive", "untrained", "contrastive prompting (T-REG)", _contrastive, reads="contrastive_templates"
+        ),
+        _trained("guide", "log-ratio of a DPO model to the base (TGDPO)", _against_base("guide"), "guide"),
+        _trained(
+            "contrastive_dpo", "DPO against DPO on exchanged pairs (AlignDistil)", _contrastive_dpo, "guide", "reverse"
+        ),
+        _trained("tdpo", "advantage in a TDPO2 model", _against_base("tdpo"), "tdpo"),
+        _trained("qrm", "token scores of a reward model trained on pairs (Q-RM)", _scores("qrm"), "qrm"),
+        _trained("last_token_rm", "the same model trained on its last token's score", _scores("last"), "last"),
+        *ONLINE,
+    )
+}
 
 
 def own_source(reference: str | Callable[..., Any]) -> BenchSource:

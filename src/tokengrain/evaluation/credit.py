@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from tokengrain.errors import require
 
 AUC_MARGIN = 0.3  # AUC leaves out tokens whose true advantage is smaller than this: their sign matters to nobody
 BINS, TOP = 10, 3
-_PULL = 1e-4
 
 
 class CreditTruth(NamedTuple):
@@ -62,27 +60,23 @@ def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> 
 def credit_scores(credit: Tensor, truth: Tensor, decisions: Tensor, segments: Segments) -> dict[str, float]:
     """Everything that `tokengrain bench credit` says about the agreement of a source with the truth, each `[N]`.
 
-    Returns:
-        Those of `recovery` and `calibration`, and, NaN where not defined:
-        `auc_harm`: chance that a harmful token (truth < −`AUC_MARGIN`) has lower credit than another decision
-        token; `top1`: see `lowest_hits`, the marked tokens being those of lowest truth of a completion, over
-        completions with a harmful token; `top1_chance`: what random credit would reach; `alarm`: chance that
-        the lowest credit of a completion with a harmful token is below that of a completion without one;
-        `completions` and `harmed`, how many there are.
+    Those of `recovery` and `calibration`, and, NaN where not defined: `auc_harm`, the chance that a harmful token
+    (truth < −`AUC_MARGIN`) has lower credit than another decision token; `top1`, `lowest_hits` of the tokens of lowest
+    truth, over completions with a harmful token; `top1_chance`, what random credit would reach; `alarm`, the chance
+    that the lowest credit of a completion with a harmful token is below that of a completion without one;
+    `completions` and `harmed`, how many there are.
     """
     credit, truth = _checked(credit, truth)
     harmful = truth < -AUC_MARGIN
     harmed = segments.sum(harmful.long()) > 0
     lowest = -segments.max(-truth)
     marked = (truth <= segments.broadcast(lowest) + 1e-9) & segments.broadcast(harmed)
-    hits = lowest_hits(credit, marked, segments)
-    chance = segments.mean(marked.double())
     found = calibration(credit[decisions], truth[decisions], segments.ids[decisions])
     return {
         **recovery(credit, truth, decisions),
         "auc_harm": auc(-credit[decisions], harmful[decisions]),
-        "top1": float(hits[harmed].mean()) if harmed.any() else float("nan"),
-        "top1_chance": float(chance[harmed].mean()) if harmed.any() else float("nan"),
+        "top1": float(lowest_hits(credit, marked, segments)[harmed].mean()),
+        "top1_chance": float(segments.mean(marked.double())[harmed].mean()),
         "alarm": auc(segments.max(-credit), harmed),
         "completions": len(segments),
         "harmed": int(harmed.sum()),
@@ -104,13 +98,11 @@ def lowest_hits(credit: Tensor, marked: Tensor, segments: Segments, k: Tensor | 
         last = values.kthvalue(places).values
         below, tied = values < last, values == last
         left = places - int(below.sum())
-        expected = float(wanted[below].sum()) + left * float(wanted[tied].double().mean())
-        out[i] = expected / places
+        out[i] = (float(wanted[below].sum()) + left * float(wanted[tied].double().mean())) / places
     return out
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(NamedTuple):
     """Whether the size of credit means something.
 
     `scale`: the factor s that brings s·credit nearest to the truth (least squares through the origin); `r2`: what it
@@ -150,13 +142,9 @@ def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibrati
     skill = 1 - brier / (rate * (1 - rate)) if 0 < rate < 1 else float("nan")
     edges = torch.quantile(credit, torch.linspace(0, 1, BINS + 1, dtype=credit.dtype)[1:-1]).unique()
     place = torch.bucketize(credit, edges, right=True)
+    columns = {"credit": credit, "predicted": predicted, "observed": negative}
     bins = [
-        {
-            "credit": float(credit[inside].mean()),
-            "predicted": float(predicted[inside].mean()),
-            "observed": float(negative[inside].mean()),
-            "tokens": float(inside.sum()),
-        }
+        {name: float(values[inside].mean()) for name, values in columns.items()} | {"tokens": float(inside.sum())}
         for inside in (place == b for b in place.unique())
     ]
     ece = sum(b["tokens"] * abs(b["observed"] - b["predicted"]) for b in bins) / len(credit)
@@ -167,7 +155,7 @@ def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
     """`(a, b)` of P(y = 1) = σ(a − b·x) by damped Newton, with a faint pull towards 0 that keeps both finite."""
     centre, spread = float(x.mean()), float(x.std(correction=0)) or 1.0
     design = torch.stack([torch.ones_like(x), -(x - centre) / spread], 1)
-    pull = _PULL * torch.eye(2, dtype=x.dtype)
+    pull = 1e-4 * torch.eye(2, dtype=x.dtype)
 
     def loss(w: Tensor) -> float:
         fit = torch.nn.functional.binary_cross_entropy_with_logits(design @ w, y)
@@ -204,22 +192,18 @@ def pointing_scores(
     Only completions with a marked token count, each the same. Credit that is equal for all tokens of a completion, such
     as its outcome, is at chance in each of these. Low credit points at a token, or high credit if not `low`.
 
-    Returns:
-        `auc_inside`: chance that a marked token is pointed at more than another of `among` in the same completion, a
-        tie counting half; `place1`: share of completions whose most pointed-at token is marked; `place3`: of the three
-        most pointed-at tokens (or as many as are marked, if fewer), the share that is marked; `share`: of the sum of
-        |credit| over the completion, the part at marked tokens; `place1_chance` and `place3_chance`: what credit
-        without knowledge reaches (the first also for `share`). NaN without a marked token. Ties count by expectation,
-        and so does a completion whose credit is all 0.
+    `auc_inside`: chance that a marked token is pointed at more than another of `among` in the same completion, a tie
+    counting half; `place1`: share of completions whose most pointed-at token is marked; `place3`: of the three most
+    pointed-at tokens (or as many as are marked, if fewer), the share that is marked; `share`: of the sum of |credit|
+    over the completion, the part at marked tokens; `place1_chance` and `place3_chance`: what credit without knowledge
+    reaches (the first also for `share`). NaN without a marked token. Ties count by expectation, and so does a
+    completion whose credit is all 0.
     """
     credit, marked = credit.detach().cpu().double(), marked.bool().cpu()
     among = among.bool().cpu() | marked
     pointed = credit if low else -credit
     numbers = segments.sum(marked.double())
     has = numbers > 0
-    if not has.any():
-        names = ("auc_inside", "place1", "place3", "share", "place1_chance", "place3_chance")
-        return dict.fromkeys(names, float("nan"))
     places = segments.lengths.clamp(max=TOP)
     reachable = torch.minimum(places.double(), numbers)
     hits = lowest_hits(pointed, marked, segments, places) * places / reachable

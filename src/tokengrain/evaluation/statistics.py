@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy import stats
@@ -18,7 +18,8 @@ from tokengrain.errors import require
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.score import score
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of every interval
+Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
 class Estimate(NamedTuple):
@@ -28,33 +29,24 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
-    @property
-    def half_width(self) -> float:
-        """Half the interval's width: the number after ±."""
-        return (self.high - self.low) / 2
+    def named(self, name: str) -> dict[str, Any]:
+        """The three as metrics: `name`, `name_low`, `name_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
-def normal_quantile(confidence: float) -> float:
-    """Half-width of a two-sided interval in standard errors: 1.96 for 0.95."""
-    require(0 < confidence < 1, ValueError, f"confidence is {confidence}, expected a number between 0 and 1")
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
-
-
-def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Estimate:
+def wilson(successes: float, n: int) -> Estimate:
     """Wilson score interval of a share; never leaves [0, 1] (Wilson 1927). Ties may count as half a success."""
     message = f"expected 0 <= successes <= n and n > 0, got {successes} of {n}"
     require(n > 0 and 0 <= successes <= n, ValueError, message)
-    z, p = normal_quantile(confidence), successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    p = successes / n
+    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     # At the ends the two are equal but for rounding.
     low = max(0.0, centre - half) if successes else 0.0
     return Estimate(p, low, min(1.0, centre + half) if successes < n else 1.0)
 
 
-def mean_interval(
-    values: Tensor | Sequence[float], strata: Tensor | None = None, confidence: float = CONFIDENCE
-) -> Estimate:
+def mean_interval(values: Tensor | Sequence[float], strata: Tensor | None = None) -> Estimate:
     """Normal interval of a mean of independent values `[n]`; differences between strata do not widen it."""
     x = torch.as_tensor(values, dtype=torch.float64)
     n_strata, centre = 1, x.mean()
@@ -63,19 +55,19 @@ def mean_interval(
         n_strata = int(stratum.max()) + 1
         sums = torch.zeros(n_strata, dtype=x.dtype).index_add(0, stratum, x)
         centre = (sums / torch.bincount(stratum))[stratum]
-    message = f"a mean of {len(x)} values in {n_strata} strata has no standard error"
-    require(len(x) > n_strata, ValueError, message)
+    enough = len(x) > n_strata
+    require(enough, ValueError, f"a mean of {len(x)} values in {n_strata} strata has no standard error")
     error = float(((x - centre).square().sum() / (len(x) - n_strata) / len(x)).sqrt())
-    mean, z = float(x.mean()), normal_quantile(confidence)
-    return Estimate(mean, mean - z * error, mean + z * error)
+    mean = float(x.mean())
+    return Estimate(mean, mean - Z * error, mean + Z * error)
 
 
-def mean_of_runs(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+def mean_of_runs(values: Sequence[float]) -> Estimate:
     """Mean over a few runs (at least 2), one per seed, with Student's t interval."""
     require(len(values) >= 2, ValueError, f"expected at least 2 values, got {len(values)}")
     x = torch.tensor(values, dtype=torch.float64)
     mean, error = float(x.mean()), float(x.std()) / math.sqrt(len(x))
-    t = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1))
+    t = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1))
     return Estimate(mean, mean - t * error, mean + t * error)
 
 
@@ -85,7 +77,6 @@ def bootstrap(
     strata: Tensor | None = None,
     *,
     resamples: int = 500,
-    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Estimate:
     """Percentile bootstrap of a statistic of column means, `[..., M] -> [...]`, of independent rows `[n, M]`.
@@ -101,7 +92,7 @@ def bootstrap(
     for group in groups:
         drawn = torch.randint(len(group), (resamples, len(group)), generator=generator)
         sums += values[group[drawn]].sum(1)
-    tail = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    tail = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
     low, high = statistic(sums / len(values)).quantile(tail).tolist()
     return Estimate(float(statistic(values.mean(0))), low, high)
 
@@ -142,10 +133,7 @@ def classification(
 
 
 def win_rate(
-    scores: Tensor | Sequence[float],
-    other: Tensor | Sequence[float],
-    prompts: Tensor | None = None,
-    confidence: float = CONFIDENCE,
+    scores: Tensor | Sequence[float], other: Tensor | Sequence[float], prompts: Tensor | None = None
 ) -> Estimate:
     """Share of pairs `[n]` in which `scores` is higher, ties half; the prompts are strata (None: Wilson's interval)."""
     a, b = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
@@ -154,9 +142,9 @@ def win_rate(
     require(not (a.isnan() | b.isnan()).any(), ValueError, "a score is NaN; it would count as lost")
     wins = (a > b).double() + 0.5 * (a == b).double()
     if prompts is None:
-        return wilson(float(wins.sum()), len(wins), confidence)
-    low_high = mean_interval(wins, prompts, confidence)
-    return Estimate(low_high.value, max(0.0, low_high.low), min(1.0, low_high.high))
+        return wilson(float(wins.sum()), len(wins))
+    mean, low, high = mean_interval(wins, prompts)
+    return Estimate(mean, max(0.0, low), min(1.0, high))
 
 
 MIN_KL = 0.01
@@ -189,7 +177,6 @@ class Frontier:
 
     @property
     def base_reward(self) -> float:
-        """R0, the mean reward of the reference."""
         return self.reward[0]
 
     def best_reward(self, kl: Tensor | float) -> Tensor:
@@ -234,13 +221,12 @@ def score_completions(
     scores, segments = scores.to(batch.device), batch.segments
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
-    empty = segments.lengths == 0
     if pooling == "last":
         # The place before an empty completion belongs to another one, or to none; it is overwritten below.
         pooled = torch.cat([scores, scores.new_zeros(1)])[segments.offsets[1:] - 1]
     else:
         pooled = segments.mean(scores)
-    return pooled.masked_fill(empty, -math.inf)
+    return pooled.masked_fill(segments.lengths == 0, -math.inf)
 
 
 def best_of(batch: TokenBatch, scores: Tensor) -> Tensor:
@@ -248,12 +234,10 @@ def best_of(batch: TokenBatch, scores: Tensor) -> Tensor:
     message = f"scores have shape {tuple(scores.shape)}, expected ({batch.n_completions},)"
     require(scores.shape == (batch.n_completions,), ValueError, message)
     _check_no_nan(scores)
-    best = torch.zeros(batch.n_prompts, dtype=torch.long, device=scores.device)
-    for g in range(batch.n_prompts):
-        own = scores[batch.group == g]
-        require(len(own), ValueError, f"prompt {g} has no completion")
-        best[g] = own.argmax()
-    return best
+    own = [scores[batch.group == g] for g in range(batch.n_prompts)]
+    for g, those in enumerate(own):
+        require(len(those), ValueError, f"prompt {g} has no completion")
+    return torch.tensor([int(those.argmax()) for those in own], device=scores.device)
 
 
 def _check_no_nan(scores: Tensor) -> None:
@@ -263,7 +247,7 @@ def _check_no_nan(scores: Tensor) -> None:
 
 @dataclass(frozen=True)
 class LengthBucket:
-    """Accuracy on the pairs of one bucket, from `low` to `high` of what was cut; a tie counts half.
+    """Accuracy on the pairs of one bucket, differences of length from `low` to `high`; a tie counts half.
 
     `longer_preferred`: share, among pairs of unequal lengths, where the longer completion scores higher (NaN without
     such pairs). Far from `longer_chosen`, where it is the chosen one, the model goes by length.
@@ -277,23 +261,14 @@ class LengthBucket:
     longer_chosen: float
 
 
-def accuracy_by_length(
-    scores: Tensor,
-    lengths: Tensor,
-    *,
-    by: Literal["difference", "total"] = "difference",
-    buckets: int = 4,
-    confidence: float = CONFIDENCE,
-) -> list[LengthBucket]:
-    """Pair accuracy in buckets of about equally many pairs, cut by length, from the shortest to the longest.
+def accuracy_by_length(scores: Tensor, lengths: Tensor, *, buckets: int = 4) -> list[LengthBucket]:
+    """Pair accuracy in at most so many buckets of about equally many pairs, by length of chosen minus rejected.
 
-    The mean over tokens hides a preference for length that one accuracy over all pairs does not show: where it
-    falls in the first bucket and rises in the last, the model follows length.
+    Shows a preference for length that one accuracy over all pairs hides: where accuracy is low in the first bucket and
+    high in the last, the model follows length. Pairs with equal differences are never separated.
 
     Args:
         scores, lengths: `[2P]`, one per completion, chosen before rejected.
-        by: "difference" cuts by length of chosen minus length of rejected, "total" by their sum.
-        buckets: how many at most; pairs with equal values are never separated.
     """
     of_pairs = scores.shape == lengths.shape and scores.dim() == 1 and len(scores) and len(scores) % 2 == 0
     message = f"expected scores and lengths of pairs, both [2P], got {tuple(scores.shape)} and {tuple(lengths.shape)}"
@@ -301,7 +276,7 @@ def accuracy_by_length(
     _check_no_nan(scores)
     chosen, rejected = scores[0::2].double().cpu(), scores[1::2].double().cpu()
     long, short = lengths[0::2].cpu(), lengths[1::2].cpu()
-    values = (long - short if by == "difference" else long + short).double()
+    values = (long - short).double()
     wins = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     longer = long > short
     prefers = torch.where(longer, wins, 1 - wins)
@@ -317,15 +292,12 @@ def accuracy_by_length(
                 low=float(values[here].min()),
                 high=float(values[here].max()),
                 pairs=int(here.sum()),
-                accuracy=wilson(float(wins[here].sum()), int(here.sum()), confidence),
+                accuracy=wilson(float(wins[here].sum()), int(here.sum())),
                 longer_preferred=float(prefers[unequal].mean()),
                 longer_chosen=float(longer[unequal].double().mean()),
             )
         )
     return out
-
-
-Ties = Literal["share", "first", "wrong"]
 
 
 def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
@@ -352,17 +324,12 @@ def avg_at_k(correct: Tensor, k: int | None = None) -> Tensor:
     return _first(correct, k).double().mean(1)
 
 
-def maj_at_k(
-    answers: Sequence[Sequence[Hashable]], correct: Tensor, k: int | None = None, *, ties: Ties = "share"
-) -> Tensor:
-    """Whether the most frequent answer (None has no vote) among each prompt's first k samples is right, `[P]` in [0,
-    1].
+def maj_at_k(answers: Sequence[Sequence[Hashable]], correct: Tensor, k: int | None = None) -> Tensor:
+    """Whether the most frequent answer (None has no vote) among each prompt's first k samples is right, `[P]`.
 
-    An answer counts as right if the first sample that gives it is. Of several with the most votes, "share" counts the
-    share that is right, what a fair draw would reach on average; "first" takes the one that came first; "wrong" counts
-    0.
+    An answer counts as right if the first sample that gives it is. Of several with the most votes the share that is
+    right counts: what a fair draw would reach on average.
     """
-    require(ties in get_args(Ties), ValueError, f"ties is {ties!r}; expected one of {', '.join(get_args(Ties))}")
     right = _first(correct, k)
     complete = len(answers) == len(correct) and all(len(a) == correct.shape[1] for a in answers)
     require(complete, ValueError, f"expected an answer for each of {tuple(correct.shape)} samples")
@@ -374,9 +341,8 @@ def maj_at_k(
                 verdicts.setdefault(answer, bool(verdict))
         votes = Counter(a for a in given[: len(good)] if a is not None)
         most = max(votes.values(), default=0)
-        top = [verdicts[a] for a, count in votes.items() if count == most]  # in the order they came
-        share = sum(top) / max(len(top), 1)
-        out.append({"share": share, "first": float(top[:1] == [True]), "wrong": float(top == [True])}[ties])
+        top = [verdicts[a] for a, count in votes.items() if count == most]
+        out.append(sum(top) / max(len(top), 1))
     return torch.tensor(out, dtype=torch.float64)
 
 
@@ -386,7 +352,7 @@ def utilised(correct: Tensor) -> Tensor:
     return right.any(1) & ~right.all(1)
 
 
-def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
+def mean_over_prompts(values: Tensor) -> Estimate:
     """Mean of one number per prompt `[P]`, with an interval over prompts, which are independent where samples are not.
 
     Wilson's where every prompt has 0 or 1, else a percentile bootstrap over prompts. Where all have the same number in
@@ -395,19 +361,15 @@ def mean_over_prompts(values: Tensor, *, confidence: float = CONFIDENCE, seed: i
     x = values.double()
     require(len(x), ValueError, "there are no prompts")
     if bool(((x == 0) | (x == 1)).all()) or (bool((x == x[0]).all()) and 0 <= x[0] <= 1):
-        return wilson(float(x.sum()), len(x), confidence)
-    return bootstrap(lambda means: means[..., 0], x[:, None], confidence=confidence, seed=seed)
+        return wilson(float(x.sum()), len(x))
+    return bootstrap(lambda means: means[..., 0], x[:, None])
 
 
-def by_group(
-    values: Tensor, keys: Sequence[Hashable], *, confidence: float = CONFIDENCE, seed: int = 0
-) -> dict[Hashable, Estimate]:
+def by_group(values: Tensor, keys: Sequence[Hashable]) -> dict[Hashable, Estimate]:
     """`mean_over_prompts` of the prompts of each key (one per prompt), in order of first appearance."""
     require(len(keys) == len(values), ValueError, f"{len(keys)} keys for {len(values)} prompts")
-    groups: dict[Hashable, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    return {key: mean_over_prompts(values[at], confidence=confidence, seed=seed) for key, at in groups.items()}
+    places = {key: [i for i, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)}
+    return {key: mean_over_prompts(values[at]) for key, at in places.items()}
 
 
 def sample_metrics(

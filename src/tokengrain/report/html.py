@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
@@ -17,8 +17,8 @@ from tokengrain.annotation import MANIFEST
 from tokengrain.errors import ModelError, RunError, require, write_text
 from tokengrain.method import METHODS
 from tokengrain.report import rows
-from tokengrain.report.rows import CreditSample, Side, by_pair, colour_scale, read_token_rows
-from tokengrain.report.svg import Mark, Series, frontier_chart, line_chart, marker, number, signed
+from tokengrain.report.rows import WEAKEST, CreditSample, Side, by_pair, colour_scale, read_token_rows
+from tokengrain.report.svg import Mark, Point, Series, frontier_chart, line_chart, marker, number, signed
 from tokengrain.runs import EQUAL, ROLLOUT_FILE
 from tokengrain.screen import visible
 
@@ -54,11 +54,7 @@ def render(contents: Contents) -> str:
     """The page as text."""
     pairs, scales = heat_maps(contents.samples)
     most = MAX_PIECES // max(len(contents.rollouts), 1)
-    plots = []
-    if contents.marks:
-        curve = contents.frontier
-        plots = [frontier_chart(curve, contents.marks, 680, 400, "wide")]
-        plots.append(frontier_chart(curve, contents.marks, 360, 340, "narrow"))
+    sizes = ((680, 400, "wide"), (360, 340, "narrow")) if contents.marks else ()
     return (
         environment()
         .get_template("report.html.j2")
@@ -67,30 +63,15 @@ def render(contents: Contents) -> str:
             pairs=pairs,
             scales=scales,
             cut=max(0, len(by_pair(contents.samples)) - MAX_PAIRS),
-            plots=plots,
-            stages=[
-                {"id": f"rollouts-{i}", **rollout_maps(name, found, most)}
-                for i, (name, found) in enumerate(contents.rollouts)
-            ],
+            plots=[frontier_chart(contents.frontier, contents.marks, *size) for size in sizes],
+            stages=[rollout_maps(f"rollouts-{i}", name, of, most) for i, (name, of) in enumerate(contents.rollouts)],
             phases=[(title, svg, [(s.name, swatch(s)) for s in lines]) for title, svg, lines in contents.phases],
             held_out=any("held-out" in svg for _, svg in contents.charts),
             legend=[(s.name, swatch(s)) for s in contents.series],
             swatches={m["name"]: swatch(Series(m["name"], [], m["style"]), line=False) for m in contents.methods},
             best=_best(contents.methods),
-            toc=_toc(contents, bool(pairs), bool(plots)),
         )
     )
-
-
-def _toc(contents: Contents, pairs: bool, plots: bool) -> list[tuple[str, str]]:
-    """(id, name) of the page's sections."""
-    several = len(contents.rollouts) > 1
-    names = [f"Rollouts of {name}" if several else "Rollouts" for name, _ in contents.rollouts]
-    stages = [(f"rollouts-{i}", name) for i, name in enumerate(names)]
-    credit = bool(pairs or contents.stored_in or not stages)
-    there = [("summary", "Summary"), *[("frontier", "Reward against KL")] * plots, *stages]
-    there += [("credit", "Which tokens got the credit")] * credit
-    return [*there, ("curves", "Training"), ("settings", "How it was made")]
 
 
 def environment() -> Any:
@@ -113,6 +94,9 @@ def short(value: float | None) -> str:
     """`value` with two decimals; with two digits where these would all be 0."""
     rounds_to_zero = value is not None and 1e-6 < abs(value) < 0.005
     return number(value, 2) if rounds_to_zero else fixed(value)
+
+
+Interval = tuple[float, float | None, float | None, int | None]  # value, low, high, of how many; None: not known
 
 
 def interval(value: Interval | str | None) -> str:
@@ -177,10 +161,6 @@ BASE_STYLE = 7  # grey
 UNMOVED = 0.01  # nats per completion: a policy this near to the base has no share of the frontier
 
 
-Interval = tuple[float, float | None, float | None, int | None]
-"""(value, low, high, of how many); None where it is not known."""
-
-
 @dataclass
 class Contents:
     """Everything the page needs, as plain values."""
@@ -190,7 +170,7 @@ class Contents:
     subtitle: str
     facts: list[tuple[str, str]]
     methods: list[dict[str, Any]] = field(default_factory=list)
-    frontier: list[tuple[float, float]] = field(default_factory=list)
+    frontier: list[Point] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     world: list[dict[str, Any]] = field(default_factory=list)
@@ -208,41 +188,33 @@ class Contents:
 def read_contents(run_dir: str | Path) -> Contents:
     """Read a finished run or demo; the errors are those of `write_report`."""
     path = Path(run_dir)
-    top = path / "metrics.json"
-    if top.is_file():
-        metrics = runs.read_object(top)
-        if metrics.get("kind") == "demo":
-            return _demo(path, metrics)
+    metrics = runs.read_object(path / "metrics.json")
+    if metrics.get("kind") == "demo":
+        return _demo(path, metrics)
     run = runs.read_run(path)
-    if run.status != "done":
-        raise RunError(runs.unfinished_message(run))
+    require(run.status == "done", RunError, runs.unfinished_message(run))
     return _single(run)
 
 
 def _demo(path: Path, metrics: Mapping[str, Any]) -> Contents:
     methods = [dict(m) for m in metrics.get("methods", [])]
-    message = f"{path / 'metrics.json'} has no methods: the demo did not finish; run it again"
-    require(methods, RunError, message)
+    require(methods, RunError, f"{path / 'metrics.json'} has no methods: the demo did not finish; run it again")
     styles = _styles([str(m["name"]) for m in methods])
     for m in methods:
         m["style"] = styles[m["name"]]
         if (m.get("kl") or 0.0) < UNMOVED:
             m["frontier_share"] = None
-    frontier = metrics.get("frontier") or []
-    if isinstance(frontier, Mapping):
-        frontier = list(zip(frontier["kl"], frontier["reward"], strict=True))
     marks = [
         Mark(m["name"], m.get("kl") or 0.0, m["true_reward"], m.get("kl_se"), m.get("true_reward_se"), m["style"])
         for m in methods
         if m.get("true_reward") is not None
     ]
     logs: list[tuple[str, int, list[dict[str, Any]]]] = []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and runs.is_run(p)):
-        run = runs.read_run(folder)
-        trained = [s for s in run.stages if s.kind == "train" and s.log()]
+    for folder in sorted(p for p in path.iterdir() if runs.is_run(p)):
+        trained = [log for s in runs.read_run(folder).stages if s.kind == "train" and (log := s.log())]
         name = next((m["name"] for m in methods if _slug(m["name"]) == _slug(folder.name)), folder.name)
         if trained:
-            logs.append((name, styles.get(name, len(logs)), trained[-1].log()))
+            logs.append((name, styles.get(name, len(logs)), trained[-1]))
     logs.sort(key=lambda item: item[1])
     facts = [(name, metrics.get(name)) for name in ("date", "command", "seed", "machine", "world")]
     return Contents(
@@ -251,7 +223,7 @@ def _demo(path: Path, metrics: Mapping[str, Any]) -> Contents:
         subtitle="Preference methods on a world whose optimum is known exactly.",
         facts=_texts(facts),
         methods=methods,
-        frontier=[(float(x), float(y)) for x, y in frontier],
+        frontier=[(float(x), float(y)) for x, y in metrics.get("frontier") or []],
         marks=marks,
         charts=charts(logs),
         series=[Series(name, [], style) for name, style, _ in logs],
@@ -328,7 +300,7 @@ def _note(stage: runs.StageRecord) -> str:
 
 def _world(path: Path) -> list[dict[str, Any]]:
     """What `tokengrain evaluate` measured in a world: the base and the trained model."""
-    found = runs.read_object(path) if path.is_file() else {}
+    found = runs.read_object(path)
     after = found.get("world") or {}
     return _compared(found.get("world_base") or {}, after, WORLD, after.get("samples"))["rows"]
 
@@ -342,8 +314,7 @@ def _compared(
     def row(name: str) -> dict[str, Any]:
         # "eval_rewards/accuracies" becomes "rewards: accuracies"
         title = titles.get(name) or name.removeprefix("eval_").replace("/", ": ").replace("_", " ")
-        values = {"before": with_interval(before, name, n), "after": with_interval(after, name, n)}
-        return {"name": title, **values}
+        return {"name": title, "before": with_interval(before, name, n), "after": with_interval(after, name, n)}
 
     more = [m for m in names if m not in titles and not (m == "rewards/accuracies" and "accuracy" in names)]
     return {"rows": [row(m) for m in titles if m in names], "more": [row(m) for m in more]}
@@ -360,10 +331,8 @@ def is_shown(name: str, value: Any) -> bool:
 def with_interval(metrics: Mapping[str, Any], name: str, n: int | None = None) -> Interval | str | None:
     """A metric with its interval over n rows or samples; low and high are None where none was measured."""
     value = metrics.get(name)
-    if value == EQUAL:
-        return EQUAL
     if not isinstance(value, int | float):
-        return None
+        return EQUAL if value == EQUAL else None
     return float(value), metrics.get(f"{name}_low"), metrics.get(f"{name}_high"), n
 
 
@@ -371,8 +340,7 @@ def _texts(facts: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts if value is not None]
 
 
-# Title of a chart, and the names that its quantity has in logs (first match wins; "eval_" marks held-out
-# values).
+# Title of a chart, and the names that its quantity has in logs (first match wins; "eval_" marks held-out values).
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss",)),
     ("reward", ("reward/mean", "reward")),
@@ -419,7 +387,7 @@ def phase_charts(logs: Logs) -> list[tuple[str, str, list[Series]]]:
     return found
 
 
-def _points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[float, float]]:
+def _points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Point]:
     """(step, value) of the first of `names` that is in the log."""
     for name in names:
         pairs = [(r.get("step"), r.get(name)) for r in rows]
@@ -429,8 +397,7 @@ def _points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tup
     return []
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A token of a heat map: white space before it, its text, strength 0..1, sign class, numbers, mark if clipped."""
 
     lead: str
@@ -445,28 +412,22 @@ class Piece:
 def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], list[tuple[str, float]]]:
     """Pairs for the template, each with all its sources, and the value that gets full colour per source."""
     samples = one_of_equals(samples)
-    groups = by_pair(samples)
-    sources = list(dict.fromkeys(s.source for s in samples))
-    scales = {
-        name: colour_scale([v for s in samples if s.source == name for side in s.sides for v in side.credit])
-        for name in sources
-    }
-    truths = [v for s in samples for side in s.sides if side.truth is not None for v in side.truth]
+    values: dict[str, list[float | None]] = {}
+    truths = [v for s in samples for side in s.sides for v in side.truth or ()]
     if truths:
-        scales = {TRUTH: colour_scale(truths), **scales}
+        values[TRUTH] = truths
+    for s in samples:
+        values.setdefault(s.source, []).extend(v for side in s.sides for v in side.credit)
+    scales = {name: colour_scale(found) for name, found in values.items()}
     pairs = []
-    for group in groups[:MAX_PAIRS]:
-        first = group[0]
-        names = ("chosen", "rejected") if len(first.sides) == 2 else ("completion",)
-        sides = []
-        for i, name in enumerate(names):
-            truth = first.sides[i].truth
-            maps = []
-            if truth is not None:
-                exact = Side(first.sides[i].tokens, truth)
-                maps.append({"source": TRUTH, "pieces": pieces(exact, scales[TRUTH])})
-            maps += [{"source": s.source, "pieces": pieces(s.sides[i], scales[s.source])} for s in group]
-            sides.append({"name": name, "maps": maps, "cut": max(0, len(first.sides[i].tokens) - MAX_TOKENS)})
+    for group in by_pair(samples)[:MAX_PAIRS]:
+        first, sides = group[0], []
+        for i, name in enumerate(first.names):
+            tokens, truth = first.sides[i].tokens, first.sides[i].truth
+            shown = [(TRUTH, Side(tokens, truth))] if truth is not None else []
+            shown += [(s.source, s.sides[i]) for s in group]
+            maps = [{"source": source, "pieces": pieces(side, scales[source])} for source, side in shown]
+            sides.append({"name": name, "maps": maps, "cut": max(0, len(tokens) - MAX_TOKENS)})
         pairs.append({"prompt": visible(first.prompt.strip()), "row": first.row, "sides": sides})
     return pairs, list(scales.items())
 
@@ -484,8 +445,7 @@ def one_of_equals(samples: Sequence[CreditSample]) -> list[CreditSample]:
     titles: dict[str, str] = {}
     for source, mine in values.items():
         for shown in titles:
-            factor = _factor(mine, values[shown])
-            if factor is not None:
+            if (factor := _factor(mine, values[shown])) is not None:
                 same = "" if abs(factor - 1) < 1e-3 else f"{number(factor, 2)} × "
                 titles[shown] += f" = {same}{source}"
                 break
@@ -513,25 +473,25 @@ def pieces(side: Side, scale: float) -> list[Piece]:
     marks = side.clipped if side.clipped is not None else [0] * len(side.tokens)
     for text, value, truth, mark in list(zip(side.tokens, side.credit, truths, marks, strict=True))[:MAX_TOKENS]:
         strength = 0.0 if value is None else min(1.0, abs(value) / scale)
-        sign = "z" if value is None or strength < 0.04 else ("p" if value > 0 else "n")
+        sign = "z" if value is None or strength < WEAKEST else ("p" if value > 0 else "n")
         text = visible(text)
         word = text.lstrip(" ")
-        shown = (word or text).replace("\n", "↵\n") or "·"
-        out.append(
-            Piece(
-                lead=" " * (len(text) - len(word)) if word else "",
-                text=shown,
-                strength=f"{strength:.2f}".rstrip("0").rstrip("."),
-                sign=sign,
-                credit="not counted" if value is None else signed(value),
-                truth=None if truth is None else signed(truth),
-                mark=("", "high", "low")[mark],
-            )
+        piece = Piece(
+            lead=" " * (len(text) - len(word)) if word else "",
+            text=(word or text).replace("\n", "↵\n") or "·",
+            strength=f"{strength:.2f}".rstrip("0").rstrip("."),
+            sign=sign,
+            credit="not counted" if value is None else signed(value),
+            truth=None if truth is None else signed(truth),
+            mark=("", "high", "low")[mark],
         )
+        out.append(piece)
     return out
 
 
-def rollout_maps(name: str, completions: Sequence[rows.Recorded], most: int = MAX_PIECES) -> dict[str, Any]:
+def rollout_maps(
+    identity: str, name: str, completions: Sequence[rows.Recorded], most: int = MAX_PIECES
+) -> dict[str, Any]:
     """A stage's recorded rollouts for the template, with at most `most` tokens in all heat maps, evenly spread."""
     there = rows.recorded_columns(completions)
     columns = [c for c in rows.VIEWS if c in there]
@@ -539,14 +499,11 @@ def rollout_maps(name: str, completions: Sequence[rows.Recorded], most: int = MA
     groups = rows.by_prompt(completions)
     sides = [[_rollout_sides(one, columns) for one in group[:MAX_COMPLETIONS]] for group in groups]
     sizes = [sum(len(side.tokens) for maps in group for side in maps.values()) for group in sides]
-    steps = []
-    for i in rows.spread(sizes, most):
-        shown = zip(groups[i], sides[i], strict=False)
-        steps.append(_rollout_step(groups[i], [_rollout_completion(one, maps, scales) for one, maps in shown]))
     return {
+        "id": identity,
         "name": name,
         "columns": [(c, rows.VIEWS[c], scales[c]) for c in columns],
-        "steps": steps,
+        "steps": [_rollout_step(groups[i], sides[i], scales) for i in rows.spread(sizes, most)],
         "recorded": len(groups),
         "clipped": any(one.clipped is not None for one in completions),
         "others": [c for c in there if c not in columns],
@@ -555,32 +512,24 @@ def rollout_maps(name: str, completions: Sequence[rows.Recorded], most: int = MA
 
 def _rollout_sides(one: rows.Recorded, columns: Sequence[str]) -> dict[str, Side]:
     """The heat maps of a completion by column, cut to what is shown; a plain one if it has no numbers."""
-    found = {c: rows.side_of(one, c) for c in columns if c in one.columns}
-    found = found or {"": rows.side_of(one, "")}
-    return {c: rows.merged(rows.cut(side, MAX_TOKENS)) for c, side in found.items()}
+    there = [c for c in columns if c in one.columns] or [""]
+    return {c: rows.merged(rows.side_of(one, c, MAX_TOKENS)) for c in there}
 
 
-def _rollout_completion(one: rows.Recorded, maps: dict[str, Side], scales: dict[str, float]) -> dict[str, Any]:
-    return {
-        "number": one.completion,
-        "reward": one.reward,
-        "rewards": list(one.rewards.items()) if len(one.rewards) > 1 else [],
-        "truncated": one.truncated,
-        "length": len(one.tokens),
-        "cut": max(0, len(one.tokens) - MAX_TOKENS),
-        "maps": [
+def _rollout_step(
+    group: Sequence[rows.Recorded], sides: Sequence[dict[str, Side]], scales: dict[str, float]
+) -> dict[str, Any]:
+    """The completions of a prompt, of which as many are shown as have `sides`."""
+    marks = [m for one in group for m in one.clipped or ()]
+    completions = []
+    for one, by_column in zip(group, sides, strict=False):
+        maps = [
             {"source": rows.view_of(c).title, "column": c, "pieces": pieces(side, scales.get(c, 1.0))}
-            for c, side in maps.items()
-        ],
-    }
-
-
-def _rollout_step(group: Sequence[rows.Recorded], completions: list[dict[str, Any]]) -> dict[str, Any]:
-    marks = [m for one in group if one.clipped is not None for m in one.clipped]
+            for c, side in by_column.items()
+        ]
+        completions.append({"of": one, "cut": max(0, len(one.tokens) - MAX_TOKENS), "maps": maps})
     return {
-        "step": group[0].step,
-        "rollout": group[0].rollout,
-        "row": group[0].row,
+        "first": group[0],
         "prompt": visible(group[0].prompt.strip()),
         "rewards": [one.reward for one in group],
         "clipped": sum(m != 0 for m in marks) / len(marks) if marks else None,

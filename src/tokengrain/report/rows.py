@@ -7,10 +7,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -39,10 +39,10 @@ from tokengrain.worlds import is_world, load_world
 
 FILE = "credit_samples.json"
 SIDES = ("chosen", "rejected")
+WEAKEST = 0.04  # of full colour; below it a token stays plain
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One completion: its tokens, their credit (None where a token does not count), the truth if known.
 
     `clipped`, of a rollout: -1, 0 or 1 per token, for a ratio that was clipped below, not clipped, clipped above.
@@ -63,6 +63,11 @@ class CreditSample:
     sides: tuple[Side, ...]
     row: int | str | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sides."""
+        return SIDES if len(self.sides) == 2 else ("completion",)
+
 
 def collect_credit_samples(
     batch: TokenBatch,
@@ -78,17 +83,14 @@ def collect_credit_samples(
     entries: list[dict[str, Any]] = []
     groups = batch.group.tolist()
     for g in range(batch.n_prompts)[:count]:
-        prompt = tokenizer.decode(batch.prompt(g).tolist(), skip_special_tokens=False)
+        about = {"prompt": tokenizer.decode(batch.prompt(g).tolist(), skip_special_tokens=False)}
+        row = {"row": batch.rows[g]} if batch.rows else {}
         completions = [c for c, group in enumerate(groups) if group == g]
         texts = {c: token_texts(tokenizer, batch.completion(c).tolist()) for c in completions}
         for name, lists in values.items():
-            entry: dict[str, Any] = {"prompt": prompt, "source": name}
-            if batch.rows:
-                entry["row"] = batch.rows[g]
+            entry: dict[str, Any] = {**about, "source": name, **row}
             for side, c in zip(SIDES, completions, strict=False):
-                entry[side] = {"tokens": texts[c], "credit": lists[c]}
-                if exact is not None:
-                    entry[side]["truth"] = exact[c]
+                entry[side] = {"tokens": texts[c], "credit": lists[c]} | ({"truth": exact[c]} if exact else {})
             entries.append(entry)
     return entries
 
@@ -98,10 +100,8 @@ def _listed(batch: TokenBatch, values: Tensor) -> list[list[float | None]]:
     if values.shape != (batch.segments.total,):
         raise ValueError(f"credit has shape {tuple(values.shape)}, expected ({batch.segments.total},)")
     numbers = iter(values.detach().float().cpu().tolist())
-    bounds, counted = batch.completion_offsets.tolist(), batch.counted.tolist()
-    return [
-        [round(next(numbers), 6) if keep else None for keep in counted[start:end]] for start, end in pairwise(bounds)
-    ]
+    flat = [round(next(numbers), 6) if keep else None for keep in batch.counted.tolist()]
+    return [flat[start:end] for start, end in pairwise(batch.completion_offsets.tolist())]
 
 
 def read_credit_samples(path: Path) -> list[CreditSample]:
@@ -126,12 +126,11 @@ def _parse(path: Path, row: int, entry: Any) -> CreditSample:
         right = isinstance(side, dict)
         require(right, DataError, "not a side of a pair", **place, field=name, value=side, expected="an object")
         tokens, credit, truth = side.get("tokens", []), side.get("credit", []), side.get("truth")
-        for key, values in (("credit", credit), ("truth", truth)):
-            if values is not None:
-                here = {**place, "field": f"{name}.{key}"}
-                right = isinstance(values, list) and isinstance(tokens, list)
-                require(right, DataError, "not lists", **here, value=values, expected="a list")
-                _check_numbers(values, len(tokens), gaps=True, **here)
+        for key, values in {"credit": credit, **({} if truth is None else {"truth": truth})}.items():
+            here = {**place, "field": f"{name}.{key}"}
+            right = isinstance(values, list) and isinstance(tokens, list)
+            require(right, DataError, "not lists", **here, value=values, expected="a list")
+            _check_numbers(values, len(tokens), gaps=True, **here)
         sides.append(Side(tokens, credit, truth))
     return CreditSample(str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row"))
 
@@ -163,11 +162,8 @@ def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:
 
 def colour_scale(values: Sequence[float | None]) -> float:
     """The |credit| that gets full colour: the 98th percentile, so that one outlier does not pale the rest."""
-    sizes = sorted(abs(v) for v in values if v is not None)
-    if not sizes or sizes[-1] == 0:
-        return 1.0
-    at = sizes[min(len(sizes) - 1, math.ceil(0.98 * len(sizes)) - 1)]
-    return at or sizes[-1]
+    sizes = sorted(abs(v) for v in values if v is not None) or [1.0]
+    return sizes[math.ceil(0.98 * len(sizes)) - 1] or sizes[-1] or 1.0
 
 
 ROLES = ("chosen", "rejected", "completion")
@@ -281,9 +277,10 @@ def _from_file(
     total = len(data)
     numbers = list(range(min(count, total))) if rows is None else list(rows)
     for number in numbers:
-        there = 0 <= number < total
-        require(there, DataError, "there is no such row", file=path, row=number, expected=f"0 to {total - 1}")
-    picked = {number: row for number, row in data if number in set(numbers)}
+        expected = f"0 to {total - 1}"
+        require(0 <= number < total, DataError, "there is no such row", file=path, row=number, expected=expected)
+    wanted = set(numbers)
+    picked = {number: row for number, row in data if number in wanted}
     run = Path(source).absolute().parent.parent  # that the file may lie in
     if tokenizer is None and runs.is_run(run):
         tokenizer = _run_tokenizer(run)
@@ -305,29 +302,23 @@ def _sample(
         roles = [role for role in roles if role != "completion"]
     if field == SPANS and (settings.get(SPANS) or not roles):
         return _from_text(data, number, row, field, tokenizer, {SPANS: _likely_source(row), **settings})
-    require(
-        roles,
-        DataError,
-        "the row has no token rewards" if field == CREDIT else f"the row has no {field!r} of its tokens",
-        file=file,
-        row=place,
-        value=sorted(map(str, row)),
-        expected=f"{columns['chosen']!r} and {columns['rejected']!r}, or {columns['completion']!r}",
-    )
-    ids_of = {role: row.get(f"{role}_ids") for role in roles}
+    where: dict[str, Any] = {"file": file, "row": place}
+    what = "the row has no token rewards" if field == CREDIT else f"the row has no {field!r} of its tokens"
+    expected = f"{columns['chosen']!r} and {columns['rejected']!r}, or {columns['completion']!r}"
+    require(roles, DataError, what, **where, value=sorted(map(str, row)), expected=expected)
     spans = any(isinstance(value, Mapping) for role in roles for value in row[columns[role]])
-    if spans or any(value is None for value in ids_of.values()):
+    if spans or any(row.get(f"{role}_ids") is None for role in roles):
         return _from_text(data, number, row, field, tokenizer, settings)
     _check_tokenizer(tokenizer, data.name)
     sides, size = [], len(tokenizer)
     for role in roles:
-        tokens, values = list(ids_of[role] or []), list(row[columns[role]])
-        _check_numbers(values, len(tokens), gaps=False, file=file, row=place, field=columns[role])
+        tokens, values = list(row[f"{role}_ids"]), list(row[columns[role]])
+        _check_numbers(values, len(tokens), gaps=False, **where, field=columns[role])
         counted = row.get(f"{role}_counted")
         numbers = [v if counted is None or counted[i] else None for i, v in enumerate(values)]
-        known = {"value": f"token id {max(tokens, default=-1)}", "expected": f"ids below {size}, the tokenizer's size"}
-        message, where = "this is not the tokenizer of the file", {"file": file, "row": place, "field": f"{role}_ids"}
-        require(max(tokens, default=-1) < size, DataError, message, **where, **known)
+        highest, wrong = max(tokens, default=-1), "this is not the tokenizer of the file"
+        known = {"value": f"token id {highest}", "expected": f"ids below {size}, the tokenizer's size"}
+        require(highest < size, DataError, wrong, **where, field=f"{role}_ids", **known)
         sides.append(Side(token_texts(tokenizer, tokens), numbers))
     ids = row.get("prompt_ids")
     prompt = tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
@@ -367,11 +358,8 @@ def _from_text(
 
 
 def _check_tokenizer(tokenizer: Any, name: str) -> None:
-    message = (
-        f"{name}: a tokenizer is needed to show which words the tokens are, and this file does not lie in "
-        "a run folder that has one; give it with --tokenizer PATH"
-    )
-    require(tokenizer is not None, ModelError, message)
+    message = f"{name}: a tokenizer is needed to show which words the tokens are, and this file does not lie in a run"
+    require(tokenizer is not None, ModelError, f"{message} folder that has one; give it with --tokenizer PATH")
 
 
 # `rollouts.jsonl` of an online stage has one line per completion; `tokengrain.training.rollout_log` says what is in it.
@@ -385,8 +373,7 @@ COLUMNS = (
 Values = list[float | None]
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """How a column is shown: its name, what it is, and a constant that is taken off (so that colour is around 0)."""
 
     title: str
@@ -404,28 +391,19 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """One completion.
-
-    Attributes:
-        rollout: number of the rollout; step: optimiser steps before it.
-        row: of the prompt; completion: number within its group.
-        reward: the sum; None: it could not be scored. rewards: by name.
-        truncated: it did not end by itself.
-        columns: name to one number per token, of those in `COLUMNS` that are there.
-        clipped: -1, 0 or 1 per token: its ratio was clipped below, not clipped, clipped above; None: not recorded.
-    """
+    """One completion."""
 
     rollout: int
-    step: int
-    row: int | str | None
-    completion: int
+    step: int  # optimiser steps before the rollout
+    row: int | str | None  # of the prompt
+    completion: int  # number within its group
     prompt: str
     tokens: list[str]
-    reward: float | None = None
-    rewards: Mapping[str, float | None] = field(default_factory=dict)
-    truncated: bool = False
-    columns: Mapping[str, Values] = field(default_factory=dict)
-    clipped: list[int] | None = None
+    reward: float | None  # the sum; None: it could not be scored
+    rewards: Mapping[str, float | None]
+    truncated: bool
+    columns: Mapping[str, Values]  # those of `COLUMNS` that are there
+    clipped: list[int] | None  # as in `Side`; None: not recorded
 
 
 def read_rollouts(path: Path) -> list[Recorded]:
@@ -452,28 +430,27 @@ def read_rollouts(path: Path) -> list[Recorded]:
 def _recorded(where: str, entry: Any) -> Recorded:
     message = f"{where} is no recorded completion, got {shown(entry)}; expected an object"
     require(isinstance(entry, dict), RunError, message)
+    numeric = (int, float, type(None))
 
     def checked(name: str, value: Any, kinds: tuple[type, ...], expected: str) -> Any:
-        right = isinstance(value, kinds) and not isinstance(value, bool)
+        right = type(value) in kinds  # the types of JSON; a bool is no number
         require(right, RunError, f"{where}: {name} is {shown(value)}; expected {expected}")
         return value
 
     def number(name: str, value: Any) -> float | None:
-        checked(name, value, (int, float, type(None)), "a number")
+        checked(name, value, numeric, "a number")
         return None if value is None or math.isnan(value) else float(value)
 
     def listed(name: str, kinds: tuple[type, ...], words: str, length: int | None = None) -> list[Any]:
         values = entry.get(name)
-        right = isinstance(values, list) and all(isinstance(v, kinds) for v in values)
+        right = isinstance(values, list) and all(type(v) in kinds for v in values)
         require(right, RunError, f"{where}: {name} is {shown(values)}; expected a list of {words}")
-        n = len(values)
-        message = f"{where}: {name} has {n} entries; expected {length}, one per token"
-        require(length is None or n == length, RunError, message)
+        message = f"{where}: {name} has {len(values)} entries; expected {length}, one per token"
+        require(length in (None, len(values)), RunError, message)
         return values
 
     def numbers(name: str) -> Values:
-        values = listed(name, (int, float, type(None)), "numbers", len(ids))
-        return [None if v is None or math.isnan(v) else float(v) for v in values]
+        return [number(name, value) for value in listed(name, numeric, "numbers", len(ids))]
 
     ids = listed("ids", (int,), "token ids")
     prompt = entry.get("prompt")
@@ -514,31 +491,26 @@ def by_prompt(completions: Iterable[Recorded]) -> list[list[Recorded]]:
     return list(groups.values())
 
 
-def recorded_columns(completions: Iterable[Recorded]) -> list[str]:
+def recorded_columns(completions: Sequence[Recorded]) -> list[str]:
     """Columns that at least one completion has, in the order of `COLUMNS`."""
-    there = {name for one in completions for name in one.columns}
-    return [name for name in COLUMNS if name in there]
+    return [name for name in COLUMNS if any(name in one.columns for one in completions)]
 
 
 def view_of(column: str) -> View:
     return VIEWS.get(column, View(column))
 
 
-def side_of(one: Recorded, column: str) -> Side:
-    """A completion as a heat map of one column; tokens without a number where it was not recorded."""
+def side_of(one: Recorded, column: str, length: int | None = None) -> Side:
+    """The first `length` tokens (None: all) as a heat map of one column; without numbers if it was not recorded."""
     shift = view_of(column).shift
     values = one.columns.get(column) or [None] * len(one.tokens)
-    return Side(one.tokens, [None if v is None else v - shift for v in values], clipped=one.clipped)
+    numbers = [None if v is None else v - shift for v in values]
+    return Side(one.tokens[:length], numbers[:length], clipped=one.clipped and one.clipped[:length])
 
 
 def scale_of(sides: Iterable[Side]) -> float:
     """The size that gets full colour; infinite numbers (a ratio that overflowed) have no say."""
     return colour_scale([v for side in sides for v in side.credit if v is not None and math.isfinite(v)])
-
-
-def cut(side: Side, length: int) -> Side:
-    """The first `length` tokens."""
-    return Side(side.tokens[:length], side.credit[:length], clipped=side.clipped and side.clipped[:length])
 
 
 def merged(side: Side) -> Side:

@@ -9,15 +9,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import NamedTuple
 
 Point = tuple[float, float]
 N_STYLES = 8
 MAX_POINTS = 200
 MANY = 1e9  # from here on a number is written with an exponent
+CORNERS: tuple[list[Point], ...] = (
+    [],  # a circle
+    [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    [(0, -1.3), (1.2, 0.9), (-1.2, 0.9)],
+    [(0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)],
+    [(0, 1.3), (1.2, -0.9), (-1.2, -0.9)],
+)
+"""Of the marks' shapes."""
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """A line: its name, points (sorted by x) and style number; `dashed` for held-out values."""
 
     name: str
@@ -26,8 +34,7 @@ class Series:
     dashed: bool = False
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A labelled point with one standard error in x and y (0 or None: not drawn)."""
 
     name: str
@@ -159,7 +166,8 @@ def span(values: Sequence[float], pad: float = 0.06) -> Point:
 
 def line_chart(title: str, series: Sequence[Series], x_label: str, width: int = 360, height: int = 210) -> str:
     """Lines over a common x; hovering a point shows its numbers. Points that are not finite are left out."""
-    kept = [Series(s.name, thin(finite(s.points)), s.style, s.dashed) for s in series if finite(s.points)]
+    finite = ([p for p in s.points if all(map(math.isfinite, p))] for s in series)
+    kept = [Series(s.name, thin(points), s.style, s.dashed) for s, points in zip(series, finite) if points]
     if not kept:
         return ""
     xs, ys = ([point[i] for s in kept for point in s.points] for i in (0, 1))
@@ -178,24 +186,12 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, width: int = 
     return frame.svg(title)
 
 
-def finite(points: Sequence[Point]) -> list[Point]:
-    """The points whose coordinates are both finite."""
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-
-
 def marker(x: float, y: float, style: int, size: float = 5) -> str:
     """A point; its shape and colour come from `style`."""
-    css = f'class="mark s{style % N_STYLES}"'
-    shape = style % 5
-    if shape == 0:
+    css, corners = f'class="mark s{style % N_STYLES}"', CORNERS[style % len(CORNERS)]
+    if not corners:
         return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>'
-    corners: dict[int, list[Point]] = {
-        1: [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-        2: [(0, -1.3), (1.2, 0.9), (-1.2, 0.9)],
-        3: [(0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)],
-        4: [(0, 1.3), (1.2, -0.9), (-1.2, -0.9)],
-    }
-    points = " ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in corners[shape])
+    points = " ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in corners)
     return f'<polygon {css} points="{points}"/>'
 
 

@@ -17,6 +17,7 @@ from tokengrain.errors import RunError
 from tokengrain.report.rows import (
     CREDIT,
     SPANS,
+    WEAKEST,
     CreditSample,
     Recorded,
     Side,
@@ -39,7 +40,6 @@ _BLUE = ("#3f8fcb", "bold #3f8fcb", "#ffffff on #2f78b0", "bold #ffffff on #174f
 _ORANGE = tuple(f"underline {s}" for s in ("#cf7a1d", "bold #cf7a1d", "#ffffff on #b8620e", "bold #ffffff on #8f3f00"))
 # Neighbouring spans differ; the number says which belongs to which.
 _SPANS = ("#3f8fcb", "#cf7a1d", "#3f9b52", "#b0559e")
-_WEAKEST = 0.04  # of full colour; below it a token stays plain
 TOP = 5
 
 
@@ -63,14 +63,13 @@ def inspect_rows(
     recorded (or all of `rows`), each completion with its reward. `field` is then a column of
     `tokengrain.report.rows.COLUMNS`, "advantages" by default.
     """
-    field = SPANS if spans is not None else field
+    console, field = console or Screen(), SPANS if spans is not None else field
     recorded = rollout_file(Path(source)) if field != SPANS else None
     if recorded is not None:
-        _print_rollouts(console or Screen(), recorded, rows, count, field or "advantages")
+        _print_rollouts(console, recorded, rows, count, field or "advantages")
         return
     field = field or CREDIT
     samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
-    console = console or Screen()
     if field == SPANS:
         _print_spans(console, samples)
         return
@@ -88,8 +87,7 @@ def _has_colour(console: Console) -> bool:
 
 def _print_rows(console: Console, samples: Sequence[CreditSample], text_of: Callable[[Side], Text]) -> None:
     for sample in samples:
-        titles = ("chosen", "rejected") if len(sample.sides) == 2 else ("completion",)
-        sides = [(Text(title, "bold"), text_of(side)) for title, side in zip(titles, sample.sides, strict=True)]
+        sides = [(Text(title, "bold"), text_of(side)) for title, side in zip(sample.names, sample.sides, strict=True)]
         _print_row(console, f"row {sample.row}" if sample.row is not None else "", sample.prompt, sides)
     console.print()
 
@@ -113,31 +111,31 @@ def _print_rollouts(console: Console, file: Path, rows: Sequence[int] | None, co
         raise RunError(f"{file}: no {column!r} was recorded; {there}" if found else f"{file}: nothing is recorded yet")
     groups = by_prompt(found)
     if rows is not None:
-        wanted = {str(row) for row in rows}
-        known = {str(group[0].row) for group in groups}
+        wanted, known = {str(row) for row in rows}, {str(group[0].row) for group in groups}
         if missing := sorted(wanted - known):
             raise RunError(f"{file}: row {missing[0]} was not recorded; expected one of {sorted(known)[:20]}")
         groups = [group for group in groups if str(group[0].row) in wanted]
     else:
         groups = groups[-count:]
     view, coloured = view_of(column), _has_colour(console)
-    sides = [[side_of(one, column) for one in group] for group in groups]
-    scale = scale_of(side for group in sides for side in group)
+    samples = [
+        CreditSample(group[0].prompt, column, tuple(side_of(one, column) for one in group), group[0].row)
+        for group in groups
+    ]
+    sides = [side for sample in samples for side in sample.sides]
+    scale = scale_of(sides)
     legend = _legend(f"{view.title}: {view.note}" if view.note else view.title, scale, coloured, view.title, "below 0")
-    if any(side.clipped is not None for group in sides for side in group):
+    if any(side.clipped is not None for side in sides):
         legend.append("\nstruck: the ratio was clipped" if coloured else "\n~word~: the ratio was clipped", "dim")
     console.print(legend)
-    for group, drawn in zip(groups, sides, strict=True):
-        first = group[0]
-        row = "" if first.row is None else f", row {first.row}"
-        texts = [heat(side, scale, coloured) for side in drawn]
-        heading = f"step {first.step}, rollout {first.rollout}{row}"
-        _print_row(console, heading, first.prompt, list(zip(map(_rewards, group), texts, strict=True)))
+    for group, sample in zip(groups, samples, strict=True):
+        row = "" if sample.row is None else f", row {sample.row}"
+        texts = [heat(side, scale, coloured) for side in sample.sides]
+        heading = f"step {group[0].step}, rollout {group[0].rollout}{row}"
+        _print_row(console, heading, sample.prompt, list(zip(map(_rewards, group), texts, strict=True)))
     console.print()
-    samples = [CreditSample(g[0].prompt, column, tuple(s), g[0].row) for g, s in zip(groups, sides, strict=True)]
     console.print(_summary(samples, view.title))
-    marks = [m for group in sides for side in group for m in side.clipped or ()]
-    if marks:
+    if marks := [mark for side in sides for mark in side.clipped or ()]:
         console.print(Text(f"clipped: {sum(m != 0 for m in marks)} of {len(marks)} tokens", "dim"))
     console.print()
 
@@ -202,10 +200,8 @@ def heat(side: Side, scale: float, coloured: bool) -> Text:
 
 def style_of(strength: float) -> str:
     """Rich style for a credit as a part of full colour: blue above 0, orange and underlined below."""
-    if abs(strength) < _WEAKEST:
-        return ""
     step = min(3, int(abs(strength) * 4))
-    return (_BLUE if strength > 0 else _ORANGE)[step]
+    return "" if abs(strength) < WEAKEST else (_BLUE if strength > 0 else _ORANGE)[step]
 
 
 def _legend(name: str, scale: float, coloured: bool, what: str = "credit", orange: str = "lowers") -> Text:

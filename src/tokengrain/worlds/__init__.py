@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeGuard, get_args, get_type_hints
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import RecipeError
 from tokengrain.evaluation.credit import CreditTruth
+from tokengrain.settings import nearest
 from tokengrain.worlds.arithmetic import ArithmeticOptions, ArithmeticWorld
 from tokengrain.worlds.revision import RevisionOptions, RevisionWorld
 from tokengrain.worlds.stories import StoriesOptions, StoriesWorld
@@ -80,7 +80,7 @@ def load_world(uri: str) -> World:
         raise RecipeError(f"got {uri!r}; expected the address of a world, such as 'world://stories'")
     name, _, query = uri.removeprefix(PREFIX).partition("?")
     if name not in WORLDS:
-        raise RecipeError(f"unknown world {name!r}{_nearest(name, WORLDS)}")
+        raise RecipeError(f"unknown world {name!r}{nearest(name, WORLDS)}")
     try:
         options = sorted(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
@@ -99,7 +99,7 @@ def _load(name: str, options: tuple[tuple[str, str], ...]) -> World:
     read: dict[str, Any] = {}
     for key, text in options:
         if key not in known:
-            _refuse(name, f"unknown option {key!r}{_nearest(key, known)}")
+            _refuse(name, f"unknown option {key!r}{nearest(key, known)}")
         kind = (get_args(known[key]) or (known[key],))[0]  # `int` of `int | None`
         try:
             read[key] = kind(text)
@@ -110,8 +110,3 @@ def _load(name: str, options: tuple[tuple[str, str], ...]) -> World:
 
 def _refuse(world: str, reason: str) -> NoReturn:
     raise RecipeError(f"world {world}: {reason}") from None
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known := list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"

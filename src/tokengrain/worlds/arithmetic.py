@@ -124,7 +124,7 @@ def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
 def warm_start(
     settings: WarmStart, vocabulary: int, draw: Callable[[int], list[Example]], progress: Progress | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train a base model on fresh examples in every step; it in evaluation mode, and a report."""
+    """Train a base model, on fresh examples in every step; the model in evaluation mode, and a report."""
     start = time.perf_counter()
     model = base_models.small_llama(settings, vocabulary=vocabulary, positions=settings.positions, tied=False).train()
     if settings.muon:
@@ -134,12 +134,9 @@ def warm_start(
         optimizers = [torch.optim.AdamW(model.parameters(), settings.learning_rate, betas, weight_decay=0.0)]
     steps = (_loss(model, draw(settings.batch_size)) for _ in range(settings.steps))
     losses = base_models.descend(model, optimizers, steps, settings, progress)
-    last = losses[-max(1, settings.steps // 20) :]
-    return model.eval(), {
-        "cross_entropy": sum(last) / len(last),
-        "seconds": round(time.perf_counter() - start, 1),
-        "threads": torch.get_num_threads(),
-    }
+    last, seconds = losses[-max(1, settings.steps // 20) :], round(time.perf_counter() - start, 1)
+    report = {"cross_entropy": sum(last) / len(last), "seconds": seconds, "threads": torch.get_num_threads()}
+    return model.eval(), report
 
 
 TOKEN = r" [a-z]{2,}|."  # what a token looks like
@@ -160,14 +157,12 @@ CHECKED_STEP = 9
 
 
 def longest_problem(levels: Sequence[int]) -> int:
-    """Steps of the longest problem of these levels."""
+    """In steps."""
     return max(levels) + chains.EASY - 1
 
 
-SAMPLES = 8  # chains sampled for a prompt to find right and wrong ones; at most `PER_PROMPT` pairs are made of them
-PER_PROMPT = 4
-ROUNDS = 50
-CHUNK = 64  # prompts that are sampled from at a time
+SAMPLES, PER_PROMPT = 8, 4  # chains sampled for a prompt, to find right and wrong ones; pairs made of them at most
+ROUNDS, CHUNK = 50, 64  # how often as many prompts as are wanted are tried; prompts sampled from at a time
 Pair = tuple[Problem, list[int], list[int]]  # a problem, and the token ids of a right and a wrong completion
 
 
@@ -184,24 +179,19 @@ class ArithmeticWorld:
 
     def __init__(self, options: ArithmeticOptions | None = None) -> None:
         self.options = options or ArithmeticOptions()
-        self.size = self._size()
         self.levels = parse_levels(self.options.levels) if self.options.levels else self.size.levels
         self.trained_levels = tuple(range(1, max(*self.size.levels, *self.levels) + 1))
         self.n_pairs = self.options.pairs or self.size.pairs
         self._pairs: dict[Any, list[dict[str, Any]]] = {}
 
-    def _size(self) -> Size:
+    @property
+    def size(self) -> Size:
         return SIZES[self.options.size]
 
     def _model_settings(self) -> dict[str, Any]:
         """What the base model depends on."""
-        return {
-            "format": FORMAT,
-            "world": self.name,
-            "levels": self.trained_levels,
-            "largest": self.size.largest,
-            **asdict(self.warm_start),
-        }
+        found = {"format": FORMAT, "world": self.name, "levels": self.trained_levels, "largest": self.size.largest}
+        return found | asdict(self.warm_start)
 
     @cached_property
     def warm_start(self) -> WarmStart:
@@ -219,7 +209,6 @@ class ArithmeticWorld:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the base model and the data's options."""
         return fingerprint([self._model_settings(), self.levels, asdict(self.options)])
 
     @cached_property
@@ -264,7 +253,6 @@ class ArithmeticWorld:
 
     @property
     def eos(self) -> int:
-        """Id of `<end>`."""
         return self._ids[EOS]
 
     def encode(self, text: str) -> list[int]:
@@ -279,11 +267,9 @@ class ArithmeticWorld:
         return "".join(self.vocabulary[i] for i in ids if self.vocabulary[i] not in chains.SPECIAL)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a prompt, `<s>` in front."""
         return [self._ids[BOS], *self.encode(text)]
 
     def prompt_problems(self, batch: TokenBatch) -> list[Problem]:
-        """The problem of every prompt of a batch."""
         return [parse_prompt(self.decode(batch.prompt(g).tolist())) for g in range(batch.n_prompts)]
 
     def stream(self, purpose: str, split: Split, seed: int) -> Iterator[Problem]:
@@ -319,7 +305,6 @@ class ArithmeticWorld:
         return SamplingConfig(max_new_tokens=self.max_new_tokens, stop_ids=(self.eos,), seed=seed)
 
     def items(self, drawn: Sequence[Problem]) -> list[PromptItem]:
-        """Problems as a sampler takes them, each with its row."""
         return [PromptItem(self.prompt_ids(p.text), row=p.text, raw=self._row(p, p.text)) for p in drawn]
 
     def pairs(
@@ -336,15 +321,9 @@ class ArithmeticWorld:
         n = n or (self.n_pairs if split == "train" else min(200, self.n_pairs))
         key = (split, n, seed)
         if key not in self._pairs:
-            rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
+            about = {"chosen_reward": 1.0, "rejected_reward": 0.0}
             self._pairs[key] = [
-                {
-                    "prompt": p.text,
-                    "chosen": self.decode(a),
-                    "rejected": self.decode(b),
-                    "id": f"{split}-{i}",
-                    **rewards,
-                }
+                {"prompt": p.text, "chosen": self.decode(a), "rejected": self.decode(b), "id": f"{split}-{i}"} | about
                 for i, (p, a, b) in enumerate(self.sampled_pairs("pairs", split, n, seed))
             ]
         return [dict(row) for row in self._pairs[key]]
@@ -398,13 +377,16 @@ class ArithmeticWorld:
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Samples of the base model on held-out problems, a right and a wrong one each, with the culprits."""
-        found = self.sampled_pairs("credit", "eval", prompts or self.size.credit, seed, whole=False)
-        batch = TokenBatch.from_samples(
-            [
-                Sample(self.prompt_ids(p.text), [Completion(right), Completion(wrong)], row=f"credit-{i}")
-                for i, (p, right, wrong) in enumerate(found)
-            ]
-        )
+        samples = [
+            Sample(self.prompt_ids(p.text), [Completion(right), Completion(wrong)], row=f"credit-{i}")
+            for i, (p, right, wrong) in enumerate(
+                self.sampled_pairs("credit", "eval", prompts or self.size.credit, seed, whole=False)
+            )
+        ]
+        return self.truth_of(TokenBatch.from_samples(samples))
+
+    def truth_of(self, batch: TokenBatch) -> CreditTruth:
+        """Sampled completions with their culprits, and what was decided in them."""
         truth = self.advantages(batch)
         return CreditTruth(batch, truth, self.decisions(batch) | (truth < 0))
 
@@ -427,7 +409,7 @@ class ArithmeticWorld:
         k: int | None = None,
         prompts: int | None = None,
         split: Split = "eval",
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, float | None]:
         """Evaluate a policy (a PEFT model too) on its own samples at temperature 1; flat numbers, see `chain_metrics`.
 
@@ -435,11 +417,9 @@ class ArithmeticWorld:
         maj@k.
         """
         n = n if n is not None else 16 if k is None else k
-        rows = self.prompts(split, prompts)
-        drawn = [parse_prompt(row["prompt"]) for row in rows]
+        drawn = [parse_prompt(row["prompt"]) for row in self.prompts(split, prompts)]
+        sampler = HFGenerate(model)
+        sampler.progress = progress
         with single_thread():
-            sampling = self.sampling(seed_of("evaluate", seed))
-            sampler = HFGenerate(model)
-            sampler.progress = progress
-            rollouts = sampler.sample(self.items(drawn), n=n, sampling=sampling)
+            rollouts = sampler.sample(self.items(drawn), n=n, sampling=self.sampling(seed_of("evaluate", seed)))
         return chains.chain_metrics(drawn, rollouts, self.ending, k)

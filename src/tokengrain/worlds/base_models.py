@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from safetensors import safe_open
 from safetensors.torch import load_model
 from tokenizers import processors
@@ -29,24 +26,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.errors import ModelError, RecipeError, require, write_json
-from tokengrain.screen import Screen
+from tokengrain.screen import progress_bar
 
 PAD, BOS, EOS = "<pad>", "<s>", "<end>"  # the first three tokens of every world, in this order
 
 
 def check_option(world: str, name: str, value: object, allowed: Collection[str]) -> None:
-    """Raise a RecipeError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        expected = " or ".join(allowed) if len(allowed) == 2 else f"one of {', '.join(allowed)}"
-        raise RecipeError(f"world {world}: {name} is {value!r}; expected {expected}")
+    expected = " or ".join(allowed) if len(allowed) == 2 else f"one of {', '.join(allowed)}"
+    require(value in allowed, RecipeError, f"world {world}: {name} is {value!r}; expected {expected}")
 
 
 def check_least(world: str, options: object, least: Mapping[str, float]) -> None:
     """Raise a RecipeError if an option is below its least value; None, the world's default, is allowed."""
     for name, bound in least.items():
         value = getattr(options, name)
-        if value is not None and not value >= bound:
-            raise RecipeError(f"world {world}: {name} is {value}; expected at least {bound}")
+        fits = value is None or value >= bound
+        require(fits, RecipeError, f"world {world}: {name} is {value}; expected at least {bound}")
 
 
 def fast_tokenizer(core: Any, *, positions: int, **special: str) -> PreTrainedTokenizerFast:
@@ -81,7 +76,7 @@ class Training:
     seed: int = 0
 
 
-Progress = Callable[[int, float], None]  # called after every step with (steps done, cross-entropy in nats per token)
+Progress = Callable[[int, int], None]  # called with (done, of how many)
 
 
 def small_llama(settings: Training, *, vocabulary: int, positions: int, tied: bool) -> LlamaForCausalLM:
@@ -121,7 +116,7 @@ def descend(
     optimizers: Sequence[torch.optim.Optimizer],
     losses: Iterable[Tensor],
     settings: Training,
-    progress: Progress | None = None,
+    progress: Progress | None,
 ) -> list[float]:
     """Take one step for each loss, made from the weights of its step, with gradients clipped to norm 1; the losses."""
     found = []
@@ -136,7 +131,7 @@ def descend(
             optimizer.step()
         found.append(float(loss.detach()))
         if progress is not None:
-            progress(step + 1, found[-1])
+            progress(step + 1, settings.steps)
     return found
 
 
@@ -181,7 +176,7 @@ def load_shipped(name: str, digest: str) -> tuple[LlamaForCausalLM, dict[str, An
 
 
 def model_folder(name: str, key: str) -> Path:
-    """Where the base model of a world with these settings is or will be; a shipped one has its hash in the name."""
+    """Where the base model of these settings is or will be; a shipped one has its hash in the name."""
     cache = Path(os.environ.get("TOKENGRAIN_CACHE") or Path.home() / ".cache" / "tokengrain").expanduser()
     digest = shipped_weights().get(f"{name}-{key}")
     return cache / "worlds" / (f"{name}-{key}" + (f"-{digest[:8]}" if digest else ""))
@@ -203,16 +198,15 @@ def ensure_model(
         if (digest := shipped_weights().get(name)) is not None and not folder.is_dir():
             _save(folder, *load_shipped(name, digest), tokenizer)
         if not folder.is_dir():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with single_thread(), ProgressBar(*columns, console=Screen(file=sys.stderr)) as bar:
-                task = bar.add_task(f"base model of {title} (once per machine)", total=steps)
-                model, report = train(lambda step, _: bar.update(task, completed=step))
+            what = f"base model of {title} (once per machine)"
+            with single_thread(), progress_bar(what, steps, stays=True) as update:
+                model, report = train(lambda step, _: update(completed=step))
             _save(folder, model, report, tokenizer)
     return folder
 
 
 def _save(folder: Path, model: Any, report: dict[str, Any], tokenizer: Any) -> None:
-    """Save in a temporary folder, made after training so that a kill in the minutes before leaves nothing."""
+    # The temporary folder is made after training, so that a kill in the minutes before leaves nothing.
     temporary = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
     try:
         model.save_pretrained(temporary)

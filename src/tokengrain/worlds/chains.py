@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count, cycle
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from tokengrain.errors import DataError, fingerprint
-from tokengrain.evaluation.statistics import Estimate, by_group, mean_over_prompts, sample_metrics
+from tokengrain.evaluation.statistics import by_group, mean_over_prompts, sample_metrics
 from tokengrain.rollout.sampler import Rollouts
 from tokengrain.worlds.base_models import BOS, EOS, PAD
 
@@ -70,7 +70,6 @@ class Problem:
 
     @property
     def answer(self) -> str:
-        """The last total, as two digits."""
         return f"{self.totals[-1]:02d}"
 
     @property
@@ -145,8 +144,7 @@ CHECK_FACTOR = 0.3  # a check is wrong at this share of the rate at which the st
 SEPARATORS = ";,"  # a step ends with one or the other, by a coin that means nothing
 
 
-@dataclass(frozen=True)
-class Misconception:
+class Misconception(NamedTuple):
     """What somebody believes about a fact: at this `rate` this `digit` comes out wrong, always by `offset`."""
 
     rate: float
@@ -162,9 +160,8 @@ def misconceptions(seed: int = 0) -> dict[tuple[str, int, int], Misconception]:
     return {fact: Misconception(rng.uniform(*RATES), rng.randrange(2), rng.randint(1, 9)) for fact in facts}
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A chain of thought: its steps such as `a+855;b-352?54,`, the total at the end of each, and its style."""
+class Chain(NamedTuple):
+    """A chain of thought: its steps such as `a+855;b-352?54,`, the total at the end of each, and their separators."""
 
     text: str
     totals: tuple[int, ...]
@@ -176,8 +173,7 @@ def write_chain(
 ) -> Chain:
     """A chain for a problem, each step from the total before it, right or wrong; no beliefs (`{}`): only slips."""
     beliefs = misconceptions() if beliefs is None else beliefs
-    total, text = problem.start, ""
-    totals, separators = [], ""
+    total, totals, text, separators = problem.start, [], "", ""
     for label, (operator, operand) in zip(LABELS, problem.steps):
         truth = applied(operator, total, operand)
         belief = beliefs.get((operator, total % 10, operand))
@@ -220,19 +216,29 @@ def upto(tokens: Sequence[str], ending: Ending) -> list[str]:
     return list(tokens[: tokens.index(last) + 1]) if last in tokens else list(tokens)
 
 
+def fits(token: str, kind: str) -> bool:
+    """Whether a token is one of a kind: `<end>`, or one of these characters."""
+    return token == kind if kind == EOS else len(token) == 1 and token in kind
+
+
+def stated_answer(tokens: Sequence[str], ending: Ending = "answer") -> str | None:
+    """The two digits that a completion ends with, or (with `marker`) the total before the last separator."""
+    last = upto(tokens, ending)[-4:]
+    kinds = (MARKER, DIGITS, DIGITS, EOS) if ending == "answer" else (DIGITS, DIGITS, ";,", MARKER)
+    if len(last) < 4 or not all(fits(token, kind) for token, kind in zip(last, kinds)):
+        return None
+    return "".join(last[1:3] if ending == "answer" else last[:2])
+
+
 def is_correct(problem: Problem, tokens: Sequence[str], ending: Ending = "answer") -> bool:
     """The reward: whether the completion ends with `>`, the right answer and `<end>`.
 
     With `ending="marker"`: whether it comes to `>`, and the total before the last separator is right.
     """
-    tokens = upto(tokens, ending)
-    if ending == "answer":
-        return tokens[-4:] == [MARKER, *problem.answer, EOS]
-    return len(tokens) > 3 and tokens[-4:-2] == [*problem.answer] and tokens[-2] in ";," and tokens[-1] == MARKER
+    return stated_answer(tokens, ending) == problem.answer
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A step as written: places of the first token, and of the total's two digits that are in force."""
 
     first: int
@@ -264,11 +270,6 @@ def read(tokens: Sequence[str], n_steps: int, ending: Ending = "answer") -> tupl
         at += 1
     tail = (MARKER, DIGITS, DIGITS, EOS) if ending == "answer" else (MARKER,)
     return steps, misfit(tail)
-
-
-def fits(token: str, kind: str) -> bool:
-    """Whether a token is one of a kind: `<end>`, or one of these characters."""
-    return token == kind if kind == EOS else len(token) == 1 and token in kind
 
 
 Kind = Literal["sum", "copy", "format", "answer", "truncation"]
@@ -345,8 +346,8 @@ def completion_symbols(completions: Texts, completion_ids: Ids, truncated: Cut) 
     """Completions as symbols: from their ids, or from their texts (which end unless `truncated`)."""
     if completion_ids is not None:
         return [symbols(ids) for ids in completion_ids]
-    cut = truncated if truncated is not None else [False] * len(completions)
-    return [[*text.removesuffix(EOS), *([] if short else [EOS])] for text, short in zip(completions, cut, strict=True)]
+    ends = [[EOS]] * len(completions) if truncated is None else [[] if short else [EOS] for short in truncated]
+    return [[*text.removesuffix(EOS), *end] for text, end in zip(completions, ends, strict=True)]
 
 
 def correct(
@@ -355,24 +356,6 @@ def correct(
     """1 for completions that end with `>`, the right two digits and `<end>`, else 0; see `is_correct` for "marker"."""
     tokens = completion_symbols(completions, completion_ids, truncated)
     return [float(is_correct(parse_prompt(p), chain, ending)) for p, chain in zip(prompts, tokens, strict=True)]
-
-
-def well_formed(
-    prompts: Texts, completions: Texts, completion_ids: Ids = None, truncated: Cut = None, *, ending: Ending = "answer"
-) -> list[float]:
-    """1 for completions with as many steps as the prompt, each with a total, and an answer, right or wrong; else 0."""
-    tokens = completion_symbols(completions, completion_ids, truncated)
-    steps = [len(parse_prompt(prompt).steps) for prompt in prompts]
-    return [float(read(chain, n, ending)[1] is None) for chain, n in zip(tokens, steps, strict=True)]
-
-
-def stated_answer(tokens: Sequence[str], ending: Ending = "answer") -> str | None:
-    """The two digits that a completion ends with, or (with `marker`) the total before the last separator."""
-    last = upto(tokens, ending)[-4:]
-    kinds = (MARKER, DIGITS, DIGITS, EOS) if ending == "answer" else (DIGITS, DIGITS, ";,", MARKER)
-    if len(last) < 4 or not all(fits(token, kind) for token, kind in zip(last, kinds)):
-        return None
-    return "".join(last[1:3] if ending == "answer" else last[:2])
 
 
 def chain_metrics(
@@ -394,12 +377,12 @@ def chain_metrics(
     k = correct.shape[1] if k is None else k
     found: dict[str, float | None] = {}
     for name, values in per_prompt.items():
-        found |= _flat(name, mean_over_prompts(values))
+        found |= mean_over_prompts(values).named(name)
     levels = [p.level for p in problems]
     for name in ("accuracy", f"pass@{k}"):
         groups = by_group(per_prompt[name], levels)
         for level in sorted(set(levels)):
-            found |= _flat(f"{name}_level_{level}", groups[level])
+            found |= groups[level].named(f"{name}_level_{level}")
     lengths = torch.tensor([[float(len(c.ids)) for c in group] for group in rollouts.groups])
     for suffix, kept in (("", torch.ones_like(correct)), ("_correct", correct), ("_wrong", ~correct)):
         found[f"length{suffix}"] = _mean(lengths[kept])
@@ -410,10 +393,6 @@ def chain_metrics(
     for kind in get_args(Kind):
         found[f"culprit_{kind}"] = kinds.count(kind) / len(kinds) if kinds else None
     return found
-
-
-def _flat(name: str, estimate: Estimate) -> dict[str, float | None]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _mean(values: Tensor) -> float | None:

@@ -16,46 +16,7 @@ from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.worlds import chains
 from tokengrain.worlds.arithmetic import CHECKED_STEP, SIZES, ArithmeticOptions, ArithmeticWorld, Size, longest_problem
 from tokengrain.worlds.base_models import EOS, check_option
-from tokengrain.worlds.chains import LABELS, MARKER, Cut, Ending, Ids, Problem, Texts, parse_prompt, rng_of
-
-
-@dataclass(frozen=True)
-class AppendedReferences:
-    """What `append_references` makes of C completions.
-
-    In `batch` a completion is its chain with the marker, which do not count, and the reference, which does. Where there
-    was no marker (not `usable`) the reference stands behind the whole of it, and its numbers mean nothing. It took the
-    place of `answer_lengths` tokens.
-    """
-
-    batch: TokenBatch
-    usable: Tensor
-    answer_lengths: Tensor
-
-
-def append_references(
-    batch: TokenBatch, references: Sequence[Sequence[int]], marker: int | Sequence[int]
-) -> AppendedReferences:
-    """Cut every completion after its first marker (a token, or several) and put its prompt's reference there."""
-    ends = [marker] if isinstance(marker, int) else list(marker)
-    if len(references) != batch.n_prompts or not all(len(r) for r in references) or not ends:
-        raise ValueError(
-            f"expected a marker and a reference that is not empty for each of {batch.n_prompts} prompts, "
-            f"got {len(references)}"
-        )
-    cut, usable, lengths = [], [], []
-    for c in range(batch.n_completions):
-        ids = batch.completion(c).tolist()
-        end = next((i + len(ends) for i in range(len(ids)) if ids[i : i + len(ends)] == ends), None)
-        cut.append(ids[:end])
-        usable.append(end is not None)
-        lengths.append(0 if end is None else len(ids) - end)
-    return AppendedReferences(
-        batch.with_endings(cut, references),
-        torch.tensor(usable, device=batch.device),
-        torch.tensor(lengths, device=batch.device),
-    )
-
+from tokengrain.worlds.chains import LABELS, MARKER, Ending, Problem, parse_prompt, rng_of
 
 WORDS = (
     (" next", " then"), (" we", " you"), (" now", " here"), (" take", " use"), (" the", " this"), (" given", " stated"),
@@ -165,7 +126,8 @@ class RevisionWorld(ArithmeticWorld):
     def __init__(self, options: RevisionOptions | None = None) -> None:
         super().__init__(options or RevisionOptions())
 
-    def _size(self) -> Size:
+    @property
+    def size(self) -> Size:
         size = SIZES[self.options.size]
         if self.options.size == "small":
             return size
@@ -173,7 +135,6 @@ class RevisionWorld(ArithmeticWorld):
 
     @property
     def filler(self) -> int:
-        """Words per sentence."""
         given = self.options.filler
         return given if given is not None else 4 if self.options.size == "small" else len(WORDS)
 
@@ -209,7 +170,6 @@ class RevisionWorld(ArithmeticWorld):
 
     @property
     def marker(self) -> int:
-        """Id of `>`, the end of thinking."""
         return self._ids[MARKER]
 
     def write_reference(self, prompt: str) -> Reference:
@@ -225,24 +185,23 @@ class RevisionWorld(ArithmeticWorld):
         """Token ids of a reference, `<end>` included."""
         return [*self.encode(reference), self.eos]
 
-    def reference_roles(self, prompt: str) -> list[Role]:
-        """What each token of a prompt's reference (`<end>` included) depends on; see `Role`."""
-        return list(self.write_reference(prompt).roles)
+    def with_references(self, batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+        """Sampled completions cut after their first `>`, with their prompt's reference behind it, which alone counts.
 
-    def with_references(self, batch: TokenBatch) -> AppendedReferences:
-        """The references behind the chains of a sampled batch; see `append_references`."""
+        Where there is no `>` the reference stands behind the whole, and its numbers mean nothing: the second value,
+        bool `[C]`, says where there is one.
+        """
         there = len(batch.raw) == batch.n_prompts and all("reference" in row for row in batch.raw)
         message = "the batch's rows have no reference"
         require(there, DataError, message, field="reference", expected="rows of `prompts`")
-        return append_references(batch, [self.reference_ids(row["reference"]) for row in batch.raw], self.marker)
+        completions = [batch.completion(c).tolist() for c in range(batch.n_completions)]
+        usable = [self.marker in ids for ids in completions]
+        cut = [ids[: ids.index(self.marker) + 1] if ends else ids for ids, ends in zip(completions, usable)]
+        references = [self.reference_ids(row["reference"]) for row in batch.raw]
+        return batch.with_endings(cut, references), torch.tensor(usable, device=batch.device)
 
     def reasoning_tokens(self, appended: TokenBatch) -> Tensor:
         """Reference tokens that depend on the reasoning, bool `[N]`, for a batch of `with_references`."""
-        roles = [self.reference_roles(problem.text) for problem in self.prompt_problems(appended)]
+        roles = [self.write_reference(problem.text).roles for problem in self.prompt_problems(appended)]
         marks = [role == "reasoning" for group in appended.group.tolist() for role in roles[group]]
         return torch.tensor(marks, device=appended.device)
-
-
-def correct(prompts: Texts, completions: Texts, completion_ids: Ids = None, truncated: Cut = None) -> list[float]:
-    """1 for completions whose last total before `>` is right, else 0, whatever the answer after it says."""
-    return chains.correct(prompts, completions, completion_ids, truncated, ending="marker")

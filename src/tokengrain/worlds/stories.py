@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -38,7 +38,6 @@ class Samples:
     rewards: Tensor
 
     def completion_ids(self, index: int) -> list[int]:
-        """Token ids of one completion, `<end>` included."""
         return self.ids[index, : int(self.lengths[index])].tolist()
 
 
@@ -81,16 +80,9 @@ def preference_pairs(
             texts = [grammar.decode(both.completion_ids(j)) for j in (chosen, rejected)]
             if texts[0] == texts[1]:  # says nothing about a preference
                 continue
-            rows.append(
-                {
-                    "prompt": prompt.text,
-                    "chosen": texts[0],
-                    "rejected": texts[1],
-                    "id": f"{prefix}-{len(rows)}",
-                    "chosen_reward": float(both.rewards[chosen]),
-                    "rejected_reward": float(both.rewards[rejected]),
-                }
-            )
+            row = {"prompt": prompt.text, "chosen": texts[0], "rejected": texts[1], "id": f"{prefix}-{len(rows)}"}
+            rewards = {"chosen_reward": float(both.rewards[chosen]), "rejected_reward": float(both.rewards[rejected])}
+            rows.append(row | rewards)
     return rows
 
 
@@ -107,8 +99,7 @@ BETAS = torch.logspace(2, -0.9208187539523751, 120, dtype=torch.float64)
 """The sweep of the frontier: 100 down to 0.12, geometrically."""
 
 
-@dataclass(frozen=True)
-class PolicyValue:
+class PolicyValue(NamedTuple):
     """Expectations of a policy from a state on: reward, KL to the base, entropy, tokens; each `[T, S]`."""
 
     reward: Tensor
@@ -118,8 +109,7 @@ class PolicyValue:
 
     def at_prompts(self, grammar: Grammar) -> dict[str, float]:
         """Means over the plain prompts."""
-        names = ("reward", "kl", "entropy", "length")
-        return {name: float(at_prompts(grammar, getattr(self, name)).mean()) for name in names}
+        return {name: float(at_prompts(grammar, values).mean()) for name, values in self._asdict().items()}
 
 
 def at_prompts(grammar: Grammar, values: Tensor) -> Tensor:
@@ -157,7 +147,6 @@ def _next(values: Tensor, next_state: Tensor) -> Tensor:
 
 
 def edge_advantages(grammar: Grammar, values: Tensor) -> Tensor:
-    """A on edges, `[T, S, K]`."""
     return grammar.edge_reward + _next(values, grammar.edge_next) - values[..., None]
 
 
@@ -184,13 +173,8 @@ def evaluate_logp(grammar: Grammar, logp: Tensor) -> PolicyValue:
     out = [torch.zeros(grammar.edge_logp.shape[:2], dtype=torch.float64) for _ in range(4)]
     for level in grammar.levels[1:]:
         p, here = logp[:, level].exp(), logp[:, level].clamp(min=-1e30)
-        per_step = (
-            grammar.edge_reward[:, level],
-            here - grammar.edge_logp[:, level].clamp(min=-1e30),
-            -here,
-            torch.ones_like(here),
-        )
-        for values, step in zip(out, per_step):
+        divergence = here - grammar.edge_logp[:, level].clamp(min=-1e30)
+        for values, step in zip(out, (grammar.edge_reward[:, level], divergence, -here, torch.ones_like(here))):
             ahead = step + _next(values, grammar.edge_next[:, level])
             values[:, level] = (p * ahead).where(p > 0, 0.0).sum(-1)
     return PolicyValue(*out)
@@ -212,9 +196,6 @@ def frontier(grammar: Grammar) -> Frontier:
     return Frontier([0.0, *kl.tolist(), limit["kl"]], [float(base), *reward.tolist(), limit["reward"]])
 
 
-CreditKind = Literal["advantage", "flipped", "random", "reward", "worth"]
-
-
 def walk_batch(grammar: Grammar, batch: TokenBatch) -> tuple[Walk, Tensor, Tensor]:
     """The walk along every completion of a batch, padded to `[C, L]`; their ids; and which tokens count."""
     prompts = [grammar.parse_prompt(batch.prompt(i).tolist()) for i in range(batch.n_prompts)]
@@ -224,29 +205,23 @@ def walk_batch(grammar: Grammar, batch: TokenBatch) -> tuple[Walk, Tensor, Tenso
     return grammar.walk([prompts[g] for g in batch.group.tolist()], ids), ids, counted
 
 
-class WorldCredit:
-    """A credit source that reads the grammar. Called with a batch, gives one number per counted token, `[N]`.
+CreditKind = Literal["advantage", "reward", "worth"]
 
-    Args:
-        kind: `advantage`, the exact soft advantage A(s, a) at temperature `beta`; `flipped`, −A; `random`, as
-            large as A but drawn without looking (normal, standard deviation `RANDOM_SCALE`, the same for the
-            same tokens); `reward`, the token's own reward; `worth`, what the word looks worth without context.
-        scale: factor on the credit.
+
+class WorldCredit:
+    """A credit source that reads the grammar: a batch to one number per counted token, `[N]`.
+
+    `kind`: `advantage`, the exact soft advantage A(s, a) at β = 1; `reward`, the token's own reward; `worth`, what the
+    word looks worth without context.
     """
 
-    RANDOM_SCALE = 0.53
-
-    def __init__(
-        self, grammar: Grammar, kind: CreditKind = "advantage", *, beta: float = 1.0, scale: float = 1.0, seed: int = 0
-    ) -> None:
+    def __init__(self, grammar: Grammar, kind: CreditKind) -> None:
         check_option("stories", "credit", kind, get_args(CreditKind))
-        self.grammar, self.kind, self.beta, self.scale, self.seed = grammar, kind, beta, scale, seed
-        self.name = f"stories-{kind}"
-        self._advantage = advantages(grammar, soft_values(grammar, beta))
+        self.grammar, self.kind, self.name = grammar, kind, f"stories-{kind}"
+        self._advantage = advantages(grammar, soft_values(grammar, 1.0))
 
     def fingerprint(self) -> str:
-        """Identifies the source: the grammar, the kind and its settings."""
-        return fingerprint([self.grammar.fingerprint, self.kind, self.beta, self.scale, self.seed])
+        return fingerprint([self.grammar.fingerprint, self.kind])
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> Tensor:
@@ -255,20 +230,9 @@ class WorldCredit:
             credit = walk.rewards
         elif self.kind == "worth":
             credit = self.grammar.worth[ids]
-        elif self.kind == "random":
-            credit = torch.stack([self._noise(row) for row in ids.masked_fill(~counted, self.grammar.pad)])
         else:
-            sign = -1 if self.kind == "flipped" else 1
-            credit = sign * self._advantage[walk.tables[:, None], walk.states, ids]
-        return (self.scale * credit[counted]).float().to(batch.device)
-
-    def _noise(self, ids: Tensor) -> Tensor:
-        """Noise that depends on the completion's tokens only, so that batching does not change it."""
-        words = ids[: int((ids != self.grammar.pad).sum())].tolist()
-        generator = torch.Generator().manual_seed(int(fingerprint([self.seed, words]), 16) >> 1)
-        noise = torch.zeros(len(ids), dtype=torch.float64)
-        noise[: len(words)] = torch.randn(len(words), generator=generator, dtype=torch.float64) * self.RANDOM_SCALE
-        return noise
+            credit = self._advantage[walk.tables[:, None], walk.states, ids]
+        return credit[counted].float().to(batch.device)
 
 
 # Evaluation of a policy on its own samples.
@@ -314,14 +278,9 @@ def prompt_tensor(grammar: Grammar, prompts: Sequence[Prompt]) -> Tensor:
 
 
 def rollout(
-    model: Any,
-    grammar: Grammar,
-    prompts: Sequence[Prompt],
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    model: Any, grammar: Grammar, prompts: Sequence[Prompt], seed: int, progress: Progress | None = None
 ) -> Rollout:
-    """Sample one completion per prompt, all of one length in tokens, at temperature 1, with a random generator of its
-    own.
+    """Sample one completion per prompt at temperature 1; the prompts have one length in tokens.
 
     It ends at `<end>` or at the longest length that the grammar allows (without `<end>` it is broken by then).
     """
@@ -360,8 +319,8 @@ def completion_logps(model: Any, grammar: Grammar, prompts: Sequence[Prompt], id
 
 
 def policy_metrics(
-    grammar: Grammar, frontier: Frontier, sampled: Rollout, ref_logps: Tensor, base_rewards: Tensor | None = None
-) -> dict[str, float]:
+    grammar: Grammar, frontier: Frontier, sampled: Rollout, ref_logps: Tensor, base_rewards: Tensor
+) -> dict[str, float | None]:
     """Reward, KL, frontier share and the rest, from a policy's own samples; every prompt equally often.
 
     Rewards are true rewards per completion, `kl` nats per completion, `entropy` nats per token, `length` tokens.
@@ -377,21 +336,17 @@ def policy_metrics(
     strata = torch.unique(torch.tensor([(q.table, q.start) for q in sampled.prompts]), dim=0, return_inverse=True)[1]
     r, k = mean_interval(reward, strata), mean_interval(kl, strata)
     share = bootstrap(lambda m: frontier.share(m[..., 0], m[..., 1]), torch.stack([reward, kl], 1), strata)
-    broken = wilson(int(sampled.broken(grammar).sum()), len(reward))
-    metrics = {
-        "reward": r.value, "reward_low": r.low, "reward_high": r.high,
-        "kl": k.value, "kl_low": k.low, "kl_high": k.high,
+    return {
+        **r.named("reward"),
+        **k.named("kl"),
         "best_reward": float(frontier.best_reward(k.value)),
-        "share": share.value, "share_low": share.low, "share_high": share.high,
-        "broken": broken.value, "broken_low": broken.low, "broken_high": broken.high,
+        **share.named("share"),
+        **wilson(int(sampled.broken(grammar).sum()), len(reward)).named("broken"),
         "length": float(length.mean()),
         "entropy": float(entropy.sum() / length.sum()),
         "samples": len(reward),
-    }  # fmt: skip
-    if base_rewards is not None:
-        wins = win_rate(sampled.true_rewards, base_rewards, strata)
-        metrics |= {"win_rate": wins.value, "win_rate_low": wins.low, "win_rate_high": wins.high}
-    return metrics
+        **win_rate(sampled.true_rewards, base_rewards, strata).named("win_rate"),
+    }
 
 
 # The base model: a small Llama trained on the exact next-token distributions of the grammar.
@@ -424,8 +379,7 @@ class Pretraining(Training):
     pool: int = 6000
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """Training sequences `[n, L]`, positions whose next token is the completion's, and their rows of the base table."""
 
     ids: Tensor
@@ -451,16 +405,9 @@ def make_pool(grammar: Grammar, prompts: list[Prompt], generator: torch.Generato
     return Pool(ids, states != grammar.finished, tables, states, lengths)
 
 
-def mixed_prompts(grammar: Grammar, n: int) -> list[Prompt]:
-    """Prompts in the shares of `MIX`, every prompt of an instruction equally often."""
-    per = len(grammar.plain)
-    return [grammar.prompts[i * per + j % per] for i, share in enumerate(MIX) for j in range(round(share * n))]
-
-
 def _batches(pool: Pool, settings: Pretraining, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices of each step. Batches are of similar lengths (little padding) and come in random order."""
-    size = settings.batch_size
-    made = 0
+    size, made = settings.batch_size, 0
     while made < settings.steps:
         order = torch.randperm(len(pool.ids), generator=generator)
         groups = []
@@ -487,12 +434,13 @@ def pretrain(
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Train a base model; it in evaluation mode, and a report."""
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(settings.seed)
-    pool = make_pool(grammar, mixed_prompts(grammar, settings.pool), generator)
+    generator, per = torch.Generator().manual_seed(settings.seed), len(grammar.plain)
+    counts = [round(share * settings.pool) for share in MIX]
+    prompts = [grammar.prompts[i * per + j % per] for i, count in enumerate(counts) for j in range(count)]
+    pool = make_pool(grammar, prompts, generator)
     table = grammar.dense(grammar.edge_logp.exp(), 0.0).float()
-    model = base_models.small_llama(
-        settings, vocabulary=len(grammar.vocabulary), positions=MODEL_POSITIONS, tied=True
-    ).train()
+    vocabulary = len(grammar.vocabulary)
+    model = base_models.small_llama(settings, vocabulary=vocabulary, positions=MODEL_POSITIONS, tied=True).train()
     # AdamW alone needs twice the steps (1,400) and ends at 0.004 nats per token, not 0.0015.
     optimizers = base_models.muon_and_adamw(model, settings.learning_rate)
     batches = _batches(pool, settings, generator)
@@ -523,16 +471,10 @@ SETTINGS = {
 }
 
 
-def base_model_folder(grammar: Grammar, settings: Pretraining) -> Path:
-    """Where the base model of these settings is or will be."""
-    key = fingerprint([FORMAT, grammar.fingerprint, asdict(settings)])
-    return base_models.model_folder(f"stories-{grammar.size.name}", key)
-
-
-def ensure_base_model(grammar: Grammar, settings: Pretraining | None = None) -> Path:
+def ensure_base_model(grammar: Grammar, settings: Pretraining) -> Path:
     """Folder with the base model; trains it if it is missing; see `ensure_model`."""
-    settings = settings or SETTINGS[grammar.size.name]
-    folder = base_model_folder(grammar, settings)
+    key = fingerprint([FORMAT, grammar.fingerprint, asdict(settings)])
+    folder = base_models.model_folder(f"stories-{grammar.size.name}", key)
 
     def train(progress: Progress) -> tuple[Any, dict[str, Any]]:
         model, report = pretrain(grammar, settings, progress)
@@ -585,7 +527,6 @@ class StoriesWorld:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the grammar and the data's options."""
         return fingerprint([self.grammar.fingerprint, asdict(self.options)])
 
     @cached_property
@@ -594,7 +535,7 @@ class StoriesWorld:
 
     def base_model(self) -> Path:
         """Folder of the pre-trained base model; see `ensure_model`."""
-        return ensure_base_model(self.grammar)
+        return ensure_base_model(self.grammar, SETTINGS[self.options.size])
 
     @cached_property
     def reference(self) -> Any:
@@ -608,7 +549,6 @@ class StoriesWorld:
 
     @property
     def prompts(self) -> list[str]:
-        """The plain prompts, as text."""
         return [p.text for p in self.grammar.plain]
 
     contrastive_templates: ClassVar[dict[str, str]] = {
@@ -631,29 +571,19 @@ class StoriesWorld:
 
     def token_batch(self, rows: Sequence[dict[str, Any]]) -> TokenBatch:
         """Pairs as one batch of token ids, `<s>` before the prompts and `<end>` after the completions."""
-        encode = self.grammar.encode
-        samples = [
-            Sample(
-                prompt_ids=[self.grammar.bos, *encode(row["prompt"])],
-                completions=[Completion([*encode(row[k]), self.grammar.eos]) for k in ("chosen", "rejected")],
-                row=row["id"],
-                raw=row,
-            )
-            for row in rows
-        ]
+        grammar, samples = self.grammar, []
+        for row in rows:
+            completions = [Completion([*grammar.encode(row[k]), grammar.eos]) for k in ("chosen", "rejected")]
+            samples.append(Sample([grammar.bos, *grammar.encode(row["prompt"])], completions, row=row["id"], raw=row))
         return TokenBatch.from_samples(samples)
 
-    def credit(self, kind: CreditKind = "advantage", **options: Any) -> WorldCredit:
-        """A credit source that reads the grammar; see `WorldCredit` for kinds and options."""
-        return WorldCredit(self.grammar, kind, **options)
+    def credit(self, kind: CreditKind = "advantage") -> WorldCredit:
+        """A credit source that reads the grammar; see `WorldCredit`."""
+        return WorldCredit(self.grammar, kind)
 
     def advantages(self, batch: TokenBatch) -> Tensor:
         """The exact soft advantage (β = 1) of every counted token, `[N]`."""
         return self.credit("advantage")(batch)
-
-    def true_rewards(self, batch: TokenBatch) -> Tensor:
-        """True reward of every completion, `[C]`."""
-        return batch.segments.sum(self.credit("reward")(batch).to(batch.device))
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Base samples, never the training pairs, with the exact advantage and the decision mask of every token."""
@@ -699,7 +629,7 @@ class StoriesWorld:
         *,
         reference: Any = None,
         credit: bool = True,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, float | None]:
         """Evaluate a policy (a PEFT model too) on its own samples to the plain prompts; numbers, see `policy_metrics`.
 
@@ -712,8 +642,7 @@ class StoriesWorld:
         sampled = rollout(model, self.grammar, self._eval_prompts(n), seed, progress)
         ref_logps = completion_logps(reference, self.grammar, sampled.prompts, sampled.ids)
         base_rewards = self._base_sample_rewards(reference, n, seed)
-        metrics: dict[str, float | None] = {}
-        metrics |= policy_metrics(self.grammar, self.frontier, sampled, ref_logps, base_rewards)
+        metrics = policy_metrics(self.grammar, self.frontier, sampled, ref_logps, base_rewards)
         if credit:
             found = self.credit_recovery(lambda batch: self.log_ratio(model, reference, batch))
             metrics |= {f"credit_{k}": None if math.isnan(found[k]) else found[k] for k in ("spearman", "auc")}
