@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tokengrain"
 LEVELS = (
     ("__main__",),
     ("cli",),
-    ("api", "demo", "bench"),
+    ("api", "demo", "bench", "generate"),
     ("run",),
     ("recipe",),
     ("report",),

@@ -1,4 +1,4 @@
-"""The command line: `tokengrain demo | train | annotate | evaluate | report | inspect | rank | methods | bench`."""
+"""The command line: `tokengrain demo | train | annotate | evaluate | report | inspect | generate | merge | ...`."""
 
 from __future__ import annotations
 
@@ -264,6 +264,94 @@ def rank(
             typer.echo(f"  {longer}: {bucket.accuracy.value:.3f} of {bucket.pairs}")
 
 
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder, adapter, hub name, or the folder of a finished run.")],
+    prompts: Annotated[str, typer.Argument(help="Rows with `prompt`, or the questions of a benchmark.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Answers: .json or .jsonl.")],
+    format: Annotated[
+        Literal["rows", "alpaca_eval", "arena_hard", "mt_bench"] | None,
+        typer.Option("--format", help="Of rows and answers (default: by the columns of the first row)."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template (default: for benchmarks, if there is one)."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in a benchmark's answers.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers per prompt.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Default: 0; for MT-Bench what its authors take per category.")
+    ] = None,
+    top_p: Annotated[float, typer.Option(help="Smallest set of tokens with this probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first rows.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as saved.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+) -> None:
+    """Answer a file of prompts, also those of AlpacaEval, Arena-Hard and MT-Bench. Stopped, the same command goes on.
+
+    Examples:
+
+        tokengrain generate runs/tgdpo prompts.jsonl -o answers.jsonl --temperature 0.7 --samples 4
+
+        tokengrain generate my/model alpaca_eval.json -o outputs.json && alpaca_eval --model_outputs outputs.json
+    """
+    from tokengrain.generate import generate as answer
+
+    how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    how |= {"format": format, "chat": chat, "system": system, "name": name, "samples": samples, "limit": limit}
+    found = answer(model, prompts, output, **how, dtype=dtype, overwrite=overwrite)
+    kept = f", {found.resumed} of them from the call before" if found.resumed else ""
+    typer.echo(f"{found.output}: {found.rows} answers{kept}")
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter, or of a finished run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the whole model.")],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as the base's.")
+    ] = "auto",
+) -> None:
+    """Fold an adapter into its base and save the whole model, compared with the two before and after it is saved.
+
+    Example:
+
+        tokengrain merge runs/tgdpo -o models/tgdpo --dtype bfloat16
+    """
+    from tokengrain import models
+    from tokengrain.runs import is_run, read_run
+
+    path = str(read_run(adapter).model_path) if is_run(adapter) else adapter
+    typer.echo(models.merge(path, output, dtype))
+
+
+def env() -> None:
+    """Show versions, devices and settings of the environment: what a report of an error needs. No secrets."""
+    import platform
+
+    import torch
+
+    from tokengrain.run.folder import versions
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    cuda = [torch.cuda.get_device_name(i) for i in range(count)] if torch.cuda.is_available() else []
+    found = {
+        **versions(),
+        "platform": f"{platform.platform()}, {os.cpu_count()} cores",
+        "torch for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
+        "devices": ", ".join(cuda) or (f"{count} × {accelerator.type}" if accelerator is not None else "CPU"),
+        "threads": torch.get_num_threads(),
+    }
+    names = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TOKENGRAIN_CACHE")
+    found |= {name: os.environ[name] for name in names if name in os.environ}
+    for name, value in found.items():
+        typer.echo(f"{name}: {value}")
+
+
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
     matrix: Annotated[bool, typer.Option("--matrix", help="Which credit goes with which objective.")] = False,
@@ -354,7 +442,7 @@ def _root(
     pass
 
 
-for _command in (demo, train, annotate, evaluate, report, inspect, rank, methods):
+for _command in (demo, train, annotate, evaluate, report, inspect, generate, merge, rank, methods, env):
     app.command()(_command)
 app.add_typer(bench_app, name="bench")
 

@@ -7,6 +7,8 @@ import copy
 import difflib
 import os
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -36,6 +38,7 @@ from tokengrain.errors import (
     DataError,
     ModelError,
     RecipeError,
+    RunError,
     TokengrainError,
     file_fingerprint,
     fingerprint,
@@ -192,6 +195,51 @@ def _merged(adapted: Any, path: str) -> Any:
     for parameter in merged.parameters():  # peft froze the base
         parameter.requires_grad_(parameter.is_floating_point())
     return merged
+
+
+def merge(path: str, output: str | os.PathLike[str], dtype: str = "auto") -> Path:
+    """Write the adapter at `path`, folded into its base, as a whole model with its tokenizer; returns the folder.
+
+    It is folded in float32 and compared with base and adapter; what was saved is loaded again and compared with that.
+
+    Args:
+        output: a folder that does not exist, or is empty.
+        dtype: float32, bfloat16, float16; "auto": as the base's weights are saved.
+
+    Raises:
+        ModelError: no adapter, one that cannot be merged, a merged model that computes something else.
+        RunError: the output is in use.
+    """
+    require(is_adapter(path), ModelError, f"{path} is no adapter: it has no {ADAPTER}")
+    target = Path(output)
+    free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    require(free, RunError, f"{target} exists; give another folder with --output")
+    spec, reward = ModelSpec(path=path), is_reward_adapter(path)
+    load: Any = load_reward_model if reward else load_model
+    merged = load(spec, path, merge_adapter=True).eval()
+    if dtype == "auto":
+        saved = getattr(load_config(spec, base_of_adapter(path)), "dtype", None)
+        dtype = str(saved or "float32").removeprefix("torch.")
+    size = vocabulary(merged)
+    tokens = torch.arange(0, size, max(1, size // 24))[None, :24]
+    with torch.no_grad():
+        before = merged(input_ids=tokens).logits
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=".merging-", dir=target.parent))
+    try:
+        merged.to(getattr(torch, dtype)).save_pretrained(staged)
+        load_tokenizer(spec, path).save_pretrained(staged)
+        with torch.no_grad():
+            after = load(ModelSpec(path=str(staged)), str(staged)).eval()(input_ids=tokens).logits
+        apart = float((after - before).norm() / before.norm())
+        message = f"{path} cannot be merged in {dtype}: the saved model gives other logits"
+        message += f" (relative difference {apart:.2g})"
+        require(not apart > TOLERANCE[getattr(torch, dtype)], ModelError, message)
+        staged.chmod(0o755)
+        staged.replace(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return target
 
 
 def trained(model: Any, *, whole: bool = False) -> str:

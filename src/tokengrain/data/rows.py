@@ -116,11 +116,14 @@ def read_json(path: Path) -> Iterator[Record]:
             first = block
         if first.strip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             stream.seek(0)
+            window = _Window(stream)
             try:
-                yield from _array_rows(path, _Window(stream))
+                yield from _array_rows(path, window)
             except UnicodeDecodeError:
                 for _ in lines(path):
                     pass  # raises the error that says where
+            finally:
+                window.stream.detach()  # the file below is closed by whoever opened it
             return
     yield from read_jsonl(path)
 

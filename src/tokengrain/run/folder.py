@@ -284,10 +284,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+VERSIONED = ("tokengrain", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "bitsandbytes")
+
+
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers."""
     found = {"python": sys.version.split()[0]}
-    for name in ("tokengrain", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers"):
+    for name in VERSIONED:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
