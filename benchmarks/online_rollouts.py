@@ -110,7 +110,7 @@ def step_split(setting: OnlineSetting, rollouts: int, credit: tuple[str, ...] = 
 
     Args:
         rollouts: after the first, which is left out.
-        credit: names of credit steps.
+        credit: names of rollout credits.
     """
 
     ends: list[float] = []

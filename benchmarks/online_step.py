@@ -156,7 +156,7 @@ def split(
     completion: Lengths = "128",
     device: str = "cpu",
     rollouts: Annotated[int, typer.Option(help="rollouts that are timed, after the first")] = 3,
-    credit: Annotated[list[str], typer.Option(help="credit steps; repeat for several")] = ["group"],  # noqa: B006
+    credit: Annotated[list[str], typer.Option(help="rollout credits; repeat for several")] = ["group"],  # noqa: B006
 ) -> None:
     """Where the time of a whole step goes."""
     setting = _setting(prompts, generations, minibatches, prompt, completion, device=device)

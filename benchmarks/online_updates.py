@@ -23,7 +23,7 @@ from benchmarks.setting import Setting, build_model, word_tokenizer
 from benchmarks.steps import optimiser_of
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.loss import Counts, make_normaliser
-from tokengrain.method import RolloutStep, make_objective
+from tokengrain.method import Rollout, make_objective
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import ColumnReference, FrozenReference
 from tokengrain.training.loss import PreferenceLoss
@@ -128,7 +128,7 @@ class OursUpdate:
     def update(self) -> list[float]:
         """One rollout's optimiser steps; the loss of each."""
         batch = replace(self.batch, columns={})
-        step = RolloutStep(batch, self.advantages, {}, batch.rows, 0)
+        step = Rollout(batch, self.advantages, {}, batch.rows, 0)
         self.scorer.add(step, {"old_logps", "ref_logps"})
         batch = step.batch.with_columns(advantages=step.broadcast(self.advantages))
         losses = []

@@ -83,7 +83,7 @@ def train_online(
 
     Args:
         world: gives tokenizer, prompts, `max_new_tokens`, and starting weights and reward where they are not given.
-        objective, credit: as `OnlineTrainer` takes them; credit steps given as mappings get the world's tokenizer
+        objective, credit: as `OnlineTrainer` takes them; rollout credits given as mappings get the world's tokenizer
             where they name it None.
         seed: of the order of prompts and of the samples.
         model: the policy, trained in place; None: a fresh copy of the world's base model.

@@ -24,7 +24,7 @@ from tokengrain.method import (
     OBJECTIVES,
     ROLLOUT_CREDIT,
     Card,
-    RolloutStep,
+    Rollout,
     as_credit,
     make_credit,
     make_objective,
@@ -79,11 +79,9 @@ def batch() -> TokenBatch:
     return pairs(tokenizer())
 
 
-def rollout() -> RolloutStep:
+def rollout() -> Rollout:
     found = batch()
-    return RolloutStep(
-        found, torch.zeros(len(found.segments)), {}, (0, 1), 0, advantages=torch.ones(found.labels.shape)
-    )
+    return Rollout(found, torch.zeros(len(found.segments)), {}, (0, 1), 0, advantages=torch.ones(found.labels.shape))
 
 
 class TestFinding:

@@ -1,4 +1,4 @@
-"""The list of methods agrees with the objectives, the credit steps, the recipes and the documentation."""
+"""The list of methods agrees with the objectives, the rollout credits, the recipes and the documentation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def papers(method: Card) -> str:
-    """What the code says about the papers behind a method: of its objective, and of the credit steps of its recipe."""
+    """What the code says about the papers behind a method: of its objective, and of its recipe's credits."""
     objective = OBJECTIVES[method.objective]
     found = [str(objective.function.__doc__), str(sys.modules[objective.function.__module__].__doc__)]
     last = resolve_stages(load_recipe(ROOT / method.recipe))[-1]

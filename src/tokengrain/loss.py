@@ -19,22 +19,16 @@ TokenUnit = Literal["tokens", "chosen_tokens"]
 
 @dataclass
 class LossOutput:
-    """Losses before any normalisation: a normaliser turns them into the scalar that is optimised.
+    """Losses before any normalisation: a normaliser turns them into the scalar that is optimised."""
 
-    Attributes:
-        losses: one per pair `[P]` or per completion `[C]`, in nats, with gradient.
-        metrics: detached values for logging, one per pair (completion) each; their mean over the step is logged.
-        token_losses: an extra term, one value per token it is about, already weighted. Whatever the normaliser, it adds
-            its sum divided by the number of `token_unit` in the whole optimiser step.
-        tokens: detached values per counted token `[N]`, for pictures of single completions; not logged.
-    """
-
-    losses: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    losses: Tensor  # one per pair [P] or per completion [C], in nats, with gradient
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # detached, one value per loss; their mean is logged
+    # An extra term, one value per token it is about, already weighted. Whatever the normaliser, it adds its sum divided
+    # by the number of `token_unit` in the whole optimiser step.
     token_losses: Tensor | None = None
     unit: Unit = "pairs"  # what `losses` has one of
     token_unit: TokenUnit = "chosen_tokens"  # what `token_losses` has one of: all counted tokens, or the chosen ones
-    tokens: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # detached [N], for pictures of single completions
 
 
 # ---- From losses per pair to the scalar that is optimised, independent of how the batch is cut.
@@ -119,13 +113,8 @@ def select_tokens(
 ) -> Tensor:
     """The highest share of every chosen and the lowest share of every rejected completion: bool `[N]`.
 
-    Of n tokens max(1, floor(share * n)) are taken; among equal values the earliest.
-
-    Args:
-        values: token credit `[N]`, without NaN.
-        chosen, rejected: share of a chosen and of a rejected completion's tokens, in (0, 1].
-        score_first_token: False leaves out the first token of every completion, which then does not count
-            in n either, as in the authors' code.
+    Of n tokens max(1, floor(share * n)) are taken; among equal values the earliest. Without `score_first_token` the
+    first token of a completion is left out, and does not count in n either, as in the authors' code.
     """
     for name, share in (("chosen", chosen), ("rejected", rejected)):
         if not 0 < share <= 1:
@@ -228,8 +217,7 @@ class RewardRole(Role):
 
     name, provides = "reward", "token_rewards"
 
-    def __init__(self) -> None:
-        """It has no settings."""
+    def __init__(self) -> None: ...  # no settings
 
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
         return values
@@ -319,11 +307,10 @@ def resolve_role(given: Any, accepted: tuple[str, ...], objective: str, why_none
         choices = " or ".join(f"`as: {name}`" for name in accepted)
         message = f"objective {objective} takes credit in several ways; say which: {choices}"
         require(len(accepted) == 1, RecipeError, message)
-        return make_role(accepted[0])
-    if isinstance(given, Mapping):
-        named = isinstance(given.get("name"), str)
-        require(named, RecipeError, f"the role of credit has no name; expected one of {list(accepted)}")
+        given = accepted[0]
     given = {"name": given} if isinstance(given, str) else given
+    named = not isinstance(given, Mapping) or isinstance(given.get("name"), str)
+    require(named, RecipeError, f"the role of credit has no name; expected one of {list(accepted)}")
     role = make_role(**given) if isinstance(given, Mapping) else given
     message = f"objective {objective} takes no credit as {role.name}; expected {' or '.join(accepted)}"
     require(role.name in accepted, RecipeError, message)

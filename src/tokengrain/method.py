@@ -2,11 +2,11 @@
 
     @objective         (logps [N], segments, *, <Tensor quantities>, <settings>) -> LossOutput
     @credit            (batch, *, <objects>, <settings>) -> [N]
-    @rollout_credit    (step, *, <objects>, <settings>): changes step.rewards, .token_rewards, .advantages, .weights
+    @rollout_credit    (rollout, *, <objects>, <settings>): changes its rewards, token_rewards, advantages or weights
 
-Keyword-only arguments annotated `Tensor` are quantities that the trainer computes; those named in `OBJECTS` are
-models and tokenizers that the recipe names; all others are settings, checked against their annotation. A class works
-in place of a function: its constructor takes the objects and settings, its `__call__` the rest.
+Keyword-only arguments annotated `Tensor` are quantities that the trainer computes; those named in `OBJECTS` are models
+and tokenizers that the recipe names; all others are settings, checked against their annotation. A class works in place
+of a function: its constructor takes the objects and settings, its `__call__` the rest.
 
 Methods are found by being there: files in `methods/`, modules that installed packages name in the entry-point group
 `tokengrain.methods`, and a user's own by an import string, "my.py:loss".
@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,25 +47,17 @@ from tokengrain.settings import (
 OBJECTS = ("model", "reference", "reverse", "tokenizer", "reward_tokenizer", "critic", "source")
 """Arguments that a recipe's runner supplies; every other keyword-only argument is a setting."""
 
-FROZEN = frozenset({"ref_logps", "kl"})
-"""Quantities that the reference gives."""
-
-TAUGHT = frozenset({"teacher_kl", "teacher_alpha", "teacher_reward", "tvd"})
-"""Quantities that a teacher gives."""
-
-ENTRY_POINTS = "tokengrain.methods"
-
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
-
-
-Values = Literal["signed", "order", "marks", "any"]
-Phase = Literal["filter", "rewards", "advantages", "after"]
-PHASES: tuple[Phase, ...] = ("filter", "rewards", "advantages", "after")
-
+FROZEN = frozenset({"ref_logps", "kl"})  # quantities that the reference gives
+TAUGHT = frozenset({"teacher_kl", "teacher_alpha", "teacher_reward", "tvd"})  # quantities that a teacher gives
 NEEDS = frozenset({"ref_logps", "entropy", "hidden", "values"})
 """What a rollout credit can ask for, beside `old_logps`, which are always there once a rollout is scored."""
 
+Values = Literal["signed", "order", "marks", "any"]
+Phase = Literal["filter", "rewards", "advantages", "after"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 Settings = Mapping[str, Any]
 Names = Collection[str] | Callable[[Settings], Collection[str]]
 """Names, or a function of the settings that gives them."""
@@ -78,11 +70,9 @@ class Card:
     Attributes:
         name: its name in recipes (`method:`) and on the command line; title: in tables and reports.
         idea: the idea in about five words.
-        trains: what is trained, and on what.
-        credit: what says which tokens earned the reward, in words.
+        trains: what is trained, and on what; credit: what says which tokens earned the reward, in words.
         objective: name of its objective; "": its own name.
         page: path of its documentation from the project's root, or the page's name alone; "": its own name.
-        recipe, paper: made from these.
     """
 
     name: str
@@ -100,14 +90,10 @@ class Card:
 
     def __post_init__(self) -> None:
         page = self.page or self.name
-        derived = {
-            "objective": self.objective or self.name,
-            "recipe": f"recipes/{self.name}.yaml",
-            "page": page if "/" in page else f"docs/methods/{page}.md",
-            "paper": f"arXiv {self.arxiv}, {self.venue}",
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "objective", self.objective or self.name)
+        object.__setattr__(self, "recipe", f"recipes/{self.name}.yaml")
+        object.__setattr__(self, "page", page if "/" in page else f"docs/methods/{page}.md")
+        object.__setattr__(self, "paper", f"arXiv {self.arxiv}, {self.venue}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -140,16 +126,14 @@ def credit(name: str, *, values: Values | Callable[[Settings], Values] = "any", 
 def rollout_credit(name: str, **about: Any) -> Callable[[F], F]:
     """Register a credit of online training; `about` are attributes of `RolloutCreditKind`: phase, needs, ...
 
-    A class gets `name`, `phase`, `needs`, `provides`, `needs_group` and `refill` as attributes, and the methods of
-    one without state, unless it has its own.
+    A class gets these as attributes, and the methods of one without state, unless it has its own.
     """
 
     def register(function: F) -> F:
         kind = RolloutCreditKind(name, function, **about)
         if inspect.isclass(function):
             fixed = {k: v for k, v in kind.attributes({}).items() if not callable(getattr(kind, k, None))}
-            methods = {"state_dict": Stateless.state_dict, "load_state_dict": Stateless.load_state_dict}
-            _give(function, **fixed, **methods)
+            _give(function, **fixed, state_dict=Stateless.state_dict, load_state_dict=Stateless.load_state_dict)
         ROLLOUT_CREDIT.add(name, kind, function)
         return function
 
@@ -167,11 +151,9 @@ def _give(cls: Any, **attributes: Any) -> None:
 
 
 class Registry(Mapping[str, T]):
-    """What is registered under a name, in order of names or of `order`; the first question loads the methods.
+    """What is registered under a name, in order of names or of `order`; the first look-up loads the methods.
 
-    Args:
-        what: what the names are of, for messages.
-        own: makes an entry of a user's callable: `own(name, function)`; None: there are none of a user's own.
+    `what` the names are of, for messages; `own(name, function)` makes an entry of a user's callable, if there can be.
     """
 
     def __init__(
@@ -190,7 +172,7 @@ class Registry(Mapping[str, T]):
         self._entries[name] = entry
 
     def find(self, name: Any) -> T:
-        """The entry of a name, of a registered function, or of a user's own function or import string of one."""
+        """The entry of a name, of a registered function, or of a user's own function or its import string."""
         function = name
         if isinstance(name, str):
             if name in self:
@@ -238,7 +220,7 @@ def load_methods() -> None:
     _state["loaded"] = True
     files = pkgutil.iter_modules(importlib.import_module("tokengrain.methods").__path__, "tokengrain.methods.")
     names = [file.name for file in files if not file.name.rpartition(".")[2].startswith("_")]
-    for module in [*names, *(entry.module for entry in entry_points(group=ENTRY_POINTS))]:
+    for module in [*names, *(entry.module for entry in entry_points(group="tokengrain.methods"))]:
         try:
             found = importlib.import_module(module)
             for card in vars(found).values():
@@ -252,8 +234,6 @@ def load_methods() -> None:
 @dataclass(frozen=True)
 class Part:
     """A function of a method, or a class whose constructor takes the settings, under its name in recipes."""
-
-    what: ClassVar[str]
 
     name: str
     function: Callable[..., Any]
@@ -281,22 +261,17 @@ class Part:
 class Objective(Part):
     """A loss function with what a trainer must know about it.
 
-    Its keyword-only arguments annotated `Tensor` (or `Tensor | None`) are per-token quantities `[N]`; the others are
-    hyper-parameters.
-
     Attributes:
         unit: "pairs" if every prompt must have a chosen and a rejected completion, else "completions".
         main: what stands in the place of logps: the policy's log-probabilities, or a reward model's scores.
-        reads: `reads(segments, quantities, hyper) -> bool [N]`: the tokens that the loss looks at; others need
-            not be scored. None: all.
+        reads: `reads(segments, quantities, hyper) -> bool [N]`: the tokens that the loss looks at, the only ones that
+            must be scored. None: all.
         roles: how token credit can enter, names of `tokengrain.loss.ROLES`; None: by the loss's quantities.
         no_credit: why it takes none, where `roles` is empty.
         unless_zero: quantity -> the hyper-parameter at whose 0 alone the loss can do without it.
         fixed: hyper-parameters that the name itself fixes (`tdpo1` is `tdpo` with variant="tdpo1").
         teacher: makes what it distils from: `teacher(*, target, contrast, <settings of a recipe's teacher>)`.
     """
-
-    what: ClassVar[str] = "objective"
 
     unit: Unit = "pairs"
     main: Literal["logps", "token_scores"] = "logps"
@@ -322,7 +297,7 @@ class Objective(Part):
         """Why it takes no token credit, if it takes none."""
         if self.no_credit or not self.online:
             return self.no_credit
-        return "its credit is the advantages of a rollout, made by the credit of online training"
+        return "its credit is the advantages of a rollout, made by rollout credits"
 
     @property
     def accepts(self) -> tuple[str, ...]:
@@ -403,8 +378,7 @@ def make_objective(name: str | Callable[..., LossOutput], *, unit: Unit = "pairs
         hyper: its hyper-parameters; those not given keep the defaults of the signature.
 
     Raises:
-        RecipeError: unknown objective or hyper-parameter (with the nearest right name), a wrong type, a value
-            out of range, or a contradiction.
+        RecipeError: an unknown name (with the nearest right one), a wrong type, a value out of range, a contradiction.
     """
     found = OBJECTIVES.find(name)
     registered = any(part.function is found.function for part in OBJECTIVES.values())
@@ -433,8 +407,8 @@ def required_arguments(function: Callable[..., Any]) -> frozenset[str]:
 class CreditSource(Protocol):
     """Turns a batch into one number per counted completion token.
 
-    A class may say what its numbers mean in an attribute `values`: "signed" (sign and size, around 0), "order" (only
-    their order within a completion), "marks" (0 but at marked tokens) or "any" (up to the user; the default).
+    An attribute `values` may say what they mean: "signed" (sign and size, around 0), "order" (only their order within
+    a completion), "marks" (0 but at marked tokens) or "any" (up to the user; the default).
     """
 
     name: str
@@ -452,7 +426,6 @@ class _Settable(Part):
 
     @property
     def objects(self) -> frozenset[str]:
-        """Which of `OBJECTS` it takes."""
         return frozenset(OBJECTS) & frozenset(inspect.signature(self.function).parameters)
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -463,7 +436,7 @@ class _Settable(Part):
         return checked
 
     def arguments(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`(objects, settings)` of what was given together, checked."""
+        """(objects, settings) of what was given together, checked."""
         objects = {k: v for k, v in given.items() if k in OBJECTS}
         settings = self.settings({k: v for k, v in given.items() if k not in OBJECTS})
         extra = sorted(set(objects) - self.objects)
@@ -474,7 +447,7 @@ class _Settable(Part):
         return objects, settings
 
     def _of(self, given: Any, settings: Mapping[str, Any]) -> Any:
-        """What a registration says; if it is a function of the settings, with the defaults for those not given."""
+        """What a registration says, if need be as a function of the settings, defaults for those not given."""
         parameters = inspect.signature(self.function).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         return given({**defaults, **settings}) if callable(given) else given
@@ -485,14 +458,12 @@ class CreditKind(_Settable):
     """A kind of credit source: `credit(batch, *, <objects>, <settings>) -> [N]`.
 
     Attributes:
-        meaning: what its numbers mean, see `CreditSource`; or a function of the settings that says so.
-        column: the column of the data that it reads; or a function of the settings that names it.
+        meaning: what its numbers mean, see `CreditSource`; column: that of the data that it reads, "" if none. Either
+            may be a function of the settings.
         reward_model: its model is a token-level reward model, not a language model.
         judges_itself: its model is the one that training starts from, unless another is named.
         code: settings that are import strings of code, whose source counts in fingerprints.
     """
-
-    what: ClassVar[str] = "credit"
 
     meaning: Values | Callable[[Settings], Values] = "any"
     column: str | Callable[[Settings], str] = ""
@@ -503,11 +474,9 @@ class CreditKind(_Settable):
     values = property(lambda self: self.values_with({}))
 
     def values_with(self, settings: Mapping[str, Any]) -> str:
-        """What its numbers mean with these settings."""
         return str(self._of(self.meaning, settings))
 
     def column_with(self, settings: Mapping[str, Any]) -> str:
-        """The column of the data that it reads with these settings; "" if it reads none."""
         return str(self._of(self.column, settings))
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -522,7 +491,6 @@ class CreditKind(_Settable):
         return {"name": self.name, **self.settings(given), **self.source(), **code}
 
     def make(self, **given: Any) -> CreditSource:
-        """A credit source; see `make_credit`."""
         objects, settings = self.arguments(given)
         shared = {k: settings.pop(k) for k in keyword_types(Transformed)}
         own = inspect.isclass(self.function)
@@ -546,11 +514,12 @@ class BoundCredit:
         return checked_credit(self.kind.function(batch, **objects, **self.settings), batch, self.name)
 
     def fingerprint(self) -> str:
-        objects = {}
-        for name in self._objects:
-            thing = getattr(self, name)
-            objects[name] = tokenizer_fingerprint(thing) if hasattr(thing, "get_vocab") else scorer_fingerprint(thing)
-        return fingerprint([self.name, self.settings, objects, self._source])
+        objects = {name: getattr(self, name) for name in self._objects}
+        of = {
+            k: tokenizer_fingerprint(v) if hasattr(v, "get_vocab") else scorer_fingerprint(v)
+            for k, v in objects.items()
+        }
+        return fingerprint([self.name, self.settings, of, self._source])
 
 
 class Transformed:
@@ -574,12 +543,11 @@ def make_credit(name: str | Callable[..., Any], **arguments: Any) -> CreditSourc
 
     Args:
         name: a name in `CREDIT`, a function `(batch) -> [N]`, or an import string of one.
-        arguments: its objects (model, reference, tokenizer) and settings; `scale` and `clip` transform any
-            source's credit.
+        arguments: its objects (model, reference, tokenizer) and settings; `scale` and `clip` transform any source's.
 
     Raises:
-        RecipeError: unknown source or setting (with the nearest right name), a wrong type, a value out of range; or
-            an object that is missing or not taken.
+        RecipeError: an unknown name (with the nearest right one), a wrong type, a value out of range; or an object
+            that is missing or not taken.
     """
     return CREDIT.find(name).make(**arguments)
 
@@ -598,8 +566,7 @@ def as_credit(given: Any) -> CreditSource:
 def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str) -> Tensor:
     """Credit of a source as a detached float `[N]` on the batch's device, from that or a sequence per completion.
 
-    Raises:
-        DataError: wrong type or length, or a value that is NaN or infinite; names the row.
+    Raises `DataError`, which names the row, for a wrong type or length or a value that is not finite.
     """
     who = f"credit source {name!r} gave"
     flat = values if isinstance(values, Tensor) else _joined(values, batch, who)
@@ -654,7 +621,7 @@ def _place(batch: TokenBatch, completion: int) -> int:
 
 
 @dataclass
-class RolloutStep:
+class Rollout:
     """One rank's share of one rollout.
 
     Shapes: G prompts, C completions, N tokens of all completions; all tensors on the training device, without
@@ -671,15 +638,14 @@ class RolloutStep:
         prompt_ids: per prompt its row's id: stable over epochs, shuffles and ranks.
         index: number of the rollout, from 0.
         max_new_tokens: the longest completion that could be sampled.
-        max_tokens: tokens of one micro-batch, for steps that run models; None: no bound.
-        advantages: `[N]`, set by the one step of phase "advantages".
+        max_tokens: tokens of one micro-batch, for credits that run models; None: no bound.
+        advantages: `[N]`, set by the one credit of phase "advantages".
         weights: `[N]`, or None: factors of the policy's token losses.
-        keep: bool `[G]`, or None: all. Prompts to train on; what is False is left out of the updates (and, for a
-            step of phase "filter" with `refill`, replaced by new prompts).
+        keep: bool `[G]`, or None: all. Prompts to train on; the others are left out of the updates (and, for a credit
+            of phase "filter" with `refill`, replaced by new prompts).
         masked: bool `[C]`, or None: none. Completions that the updates leave out, as if they had not been sampled.
         metrics: numbers for the log, of this rank; ranks are averaged.
-        model: the policy, without wrappers.
-        head_of: gives the policy's head.
+        model: the policy, without wrappers; head_of: gives its head.
         exchange: gives the values of all ranks, in the order of ranks; of one rank a list of one.
     """
 
@@ -708,12 +674,10 @@ class RolloutStep:
 
     @property
     def segments(self) -> Segments:
-        """Cuts `[N]` into C completions."""
         return self.batch.segments
 
     @property
     def group(self) -> Tensor:
-        """The prompt of each completion, long `[C]`."""
         return self.batch.group
 
     @property
@@ -730,9 +694,9 @@ class RolloutStep:
 
     def quantity(self, name: str) -> Tensor:
         """A column. Raises `RunError` if it is not there."""
-        if name not in self.batch.columns:
-            raise RunError(f"rollout {self.index} has no {name!r}; it has {sorted(self.batch.columns)}")
-        return self.batch.columns[name]
+        there = name in self.quantities
+        require(there, RunError, f"rollout {self.index} has no {name!r}; it has {sorted(self.quantities)}")
+        return self.quantities[name]
 
     def gather(self, values: Any) -> Any:
         """The values of all ranks, tensors joined, others as a list with an entry per rank. Every rank must call it."""
@@ -757,16 +721,16 @@ class RolloutStep:
 
 
 @runtime_checkable
-class CreditStep(Protocol):
-    """Changes a `RolloutStep`. Settings are the keyword-only arguments of the constructor.
+class RolloutCredit(Protocol):
+    """Changes a `Rollout`. Settings are the keyword-only arguments of the constructor.
 
-    Attributes that a step may have beside these: `provides` (columns it adds; "weights" if it sets them),
+    Attributes that a credit may have beside these: `provides` (columns it adds; "weights" if it sets them),
     `needs_group` (True: a prompt must have two completions), `refill` (of a filter: replace what it drops),
     `check_limit` (a method, called with `max_new_tokens` before anything is sampled; may raise `RecipeError`).
 
     Attributes:
-        phase: "filter": right after the rewards; "rewards": shapes rewards; "advantages": sets
-            `step.advantages`; "after": changes advantages or weights. Within a phase in the order given.
+        phase: "filter": right after the rewards; "rewards": shapes rewards; "advantages": sets the advantages;
+            "after": changes advantages or weights. Within a phase in the order given.
         needs: what must be scored, of `NEEDS`.
     """
 
@@ -774,17 +738,15 @@ class CreditStep(Protocol):
     phase: Phase
     needs: frozenset[str]
 
-    def __call__(self, step: RolloutStep) -> None: ...
+    def __call__(self, rollout: Rollout) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a resume, JSON-able, equal on all ranks."""
-        ...
+    def state_dict(self) -> dict[str, Any]: ...  # what must survive a resume, JSON-able, equal on all ranks
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Stateless:
-    """The parts of a `CreditStep` that a step without state need not write."""
+    """The parts of a `RolloutCredit` that one without state need not write."""
 
     needs: frozenset[str] = frozenset()
 
@@ -792,23 +754,19 @@ class Stateless:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        unknown = f"credit step {type(self).__name__} has no state, the checkpoint has {sorted(state)}"
+        unknown = f"rollout credit {type(self).__name__} has no state, the checkpoint has {sorted(state)}"
         require(not state, RunError, unknown)
 
 
 @dataclass(frozen=True)
 class RolloutCreditKind(_Settable):
-    """A credit of online training: `credit(step, *, <objects>, <settings>)`.
+    """A credit of online training: `credit(rollout, *, <objects>, <settings>)`.
 
     Attributes:
-        phase, needs: see `CreditStep`.
+        phase, needs, refill: see `RolloutCredit`; group: its `needs_group`.
         provides: columns it adds; "weights" if it sets them, "rewards" if it makes rewards.
-        group: a prompt must have two completions.
-        refill: of a filter: replace what it drops.
         limit: `limit(max_new_tokens, settings)`, called before anything is sampled; may raise.
     """
-
-    what: ClassVar[str] = "online credit"
 
     phase: Phase | None = None
     needs: Names = ()
@@ -835,19 +793,18 @@ class RolloutCreditKind(_Settable):
             self.function(**checked)
         return checked
 
-    def make(self, **given: Any) -> CreditStep:
-        """A rollout credit; see `make_rollout_credit`."""
+    def make(self, **given: Any) -> RolloutCredit:
         objects, settings = self.arguments(given)
         if not inspect.isclass(self.function):
             return BoundRolloutCredit(self, objects, settings)
         made: Any = self.function(**objects, **settings)
         with suppress(AttributeError):  # what a checkpoint must agree on; a class need not keep its settings as given
             made.given = settings
-        return cast(CreditStep, made)
+        return cast(RolloutCredit, made)
 
 
 class BoundRolloutCredit(Stateless):
-    """A rollout credit's function with its models and settings."""
+    """A rollout credit's function with its objects and settings."""
 
     name: str
     phase: Phase
@@ -856,39 +813,39 @@ class BoundRolloutCredit(Stateless):
         self.kind, self.objects, self.given = kind, dict(objects), dict(settings)
         vars(self).update(kind.attributes(settings))
 
-    def __call__(self, step: RolloutStep) -> None:
-        self.kind.function(step, **self.objects, **self.given)
+    def __call__(self, rollout: Rollout) -> None:
+        self.kind.function(rollout, **self.objects, **self.given)
 
     def check_limit(self, max_new_tokens: float) -> None:
         if self.kind.limit is not None:
             self.kind.limit(max_new_tokens, self.given)
 
 
-def make_rollout_credit(name: str | Callable[..., Any], /, **arguments: Any) -> CreditStep:
+def make_rollout_credit(name: str | Callable[..., Any], /, **arguments: Any) -> RolloutCredit:
     """A credit of online training by name: `make_rollout_credit("group", scale="none")`; see `make_credit`."""
     return ROLLOUT_CREDIT.find(name).make(**arguments)
 
 
-def resolve_rollout_credit(credit: Any) -> list[CreditStep]:
+def resolve_rollout_credit(credit: Any) -> list[RolloutCredit]:
     """Rollout credits, from None, one or a list of objects, names, or mappings with `name`; in order of phases."""
     if credit is None:
         return []
     given = [credit] if isinstance(credit, (str, Mapping)) or not isinstance(credit, Sequence) else list(credit)
-    steps = [_as_rollout_credit(one) for one in given]
-    for step in steps:
-        who, unknown = f"credit {step.name!r}", sorted(set(step.needs) - NEEDS)
+    credits = [_as_rollout_credit(one) for one in given]
+    for one in credits:
+        who, unknown = f"credit {one.name!r}", sorted(set(one.needs) - NEEDS)
         expected = f"expected one of {', '.join(PHASES)}"
-        require(step.phase in PHASES, RecipeError, f"{who}: phase is {step.phase!r}; {expected}")
+        require(one.phase in PHASES, RecipeError, f"{who}: phase is {one.phase!r}; {expected}")
         require(not unknown, RecipeError, f"{who} needs {', '.join(unknown)}; expected some of {sorted(NEEDS)}")
-    setters = [repr(step.name) for step in steps if step.phase == "advantages"]
+    setters = [repr(one.name) for one in credits if one.phase == "advantages"]
     both = f"credit {' and '.join(setters[:2])} both set the advantages; expected one of them"
     require(len(setters) < 2, RecipeError, both)
-    return sorted(steps, key=lambda step: PHASES.index(step.phase))
+    return sorted(credits, key=lambda one: PHASES.index(one.phase))
 
 
-def _as_rollout_credit(one: Any) -> CreditStep:
+def _as_rollout_credit(one: Any) -> RolloutCredit:
     if callable(one) and hasattr(one, "phase") and hasattr(one, "needs") and not inspect.isclass(one):
-        return cast(CreditStep, one)
+        return cast(RolloutCredit, one)
     if isinstance(one, Mapping):
         require(isinstance(one.get("name"), str), RecipeError, f"a rollout credit needs a name, got {shown(dict(one))}")
         return make_rollout_credit(one["name"], **{k: v for k, v in one.items() if k != "name"})
@@ -901,14 +858,11 @@ def _as_rollout_credit(one: Any) -> CreditStep:
 # What goes together.
 
 
-ONLY_ORDER = """only the order of its numbers within a completion means something, not their sign; use it as selection \
-or as span, by share"""
-
-
 def why_not(values: str, uses: str) -> str:
     """Why numbers that mean `values` (see `CreditSource`) do not suit a role that uses `uses`; "" if they do."""
     if uses == "sign" and values == "order":
-        return ONLY_ORDER
+        meaning = "only the order of its numbers within a completion means something, not their sign"
+        return f"{meaning}; use it as selection or as span, by share"
     marks = uses == "order" and values == "marks"
     return "it marks tokens and does not rank them; set `above: 0` to take what it marks" if marks else ""
 

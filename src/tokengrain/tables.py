@@ -50,7 +50,7 @@ def sources_table() -> str:
 
 
 def steps_table() -> str:
-    """Every credit step of online training, in the order of the phases."""
+    """Every rollout credit, in the order of the phases."""
     rows = [(kind.attributes({})["phase"], name, kind.summary) for name, kind in ROLLOUT_CREDIT.items()]
     rows.sort(key=lambda row: PHASES.index(row[0]))
     head = ["| phase | `name` | what it does |", "|---|---|---|"]

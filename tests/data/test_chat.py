@@ -12,8 +12,9 @@ from tests.data.tokenizers import (
     llama_like,
     merging_bpe,
 )
+from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.data.dataset import collate, prepare_pairs, prepare_sft
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.tokens import tokenizer_fingerprint
 from tokengrain.errors import DataError, ModelError
 
@@ -184,7 +185,7 @@ def test_only_the_assistant_counts(make):
     assert counted_text(tokenizer, rejected) == "It is black.<|im_end|>Six.<|im_end|>"
     whole = tokenizer.apply_chat_template(MULTI["prompt"] + MULTI["chosen"], tokenize=False)
     assert sample.prompt_ids + chosen.ids == chat_ids(tokenizer, whole.rstrip())
-    batch = collate([sample])
+    batch = TokenBatch.from_samples([sample])
     assert batch.segments.lengths.tolist() == [chosen.n_counted, rejected.n_counted]
     assert batch.segments.total < batch.completion_ids.numel()
 

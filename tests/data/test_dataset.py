@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from tests.data.test_seam import ids_of, random_rows
 from tests.data.tokenizers import CHATML, gpt2_like, llama_like, unigram
-from tokengrain.batch import Completion, Sample
+from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.data.dataset import PairDataset, SampleStore, collate, prepare_pairs, prepare_sft
+from tokengrain.data.dataset import PairDataset, SampleStore, prepare_pairs, prepare_sft
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, RecipeError
 
@@ -215,7 +215,7 @@ def test_store_refuses_other_columns():
 
 def test_collate():
     samples = prepare_pairs([ROW, {**ROW, "prompt": "Question:"}], gpt2_like()).samples
-    batch = collate(list(samples))
+    batch = TokenBatch.from_samples(list(samples))
     assert batch.is_pairs
     assert batch.rows == (0, 1)
     assert batch.raw[0]["prompt"] == ROW["prompt"]

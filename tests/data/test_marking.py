@@ -8,8 +8,9 @@ import datasets
 import pytest
 
 from tests.data.tokenizers import CHATML, all_tokenizers, byt5, gpt2_like, greedy, merging_bpe, words
+from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.data.dataset import collate, prepare_pairs, prepare_sft
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import load_rows
 from tokengrain.data.tokens import tokenizer_fingerprint
 from tokengrain.errors import DataError, RecipeError
@@ -282,7 +283,7 @@ def test_pairs_without_a_span_are_kept_and_counted():
     assert dataset.report.notable
     assert str(dataset.report) == "3 of 3 rows; 2 pairs without a span"
     assert dataset.columns == ("spans",)
-    batch = collate(dataset.samples[:])
+    batch = TokenBatch.from_samples(dataset.samples[:])
     assert batch.columns["spans"].shape == (batch.segments.total,)
     assert batch.select([1]).columns["spans"].tolist() == [0.0] * batch.select([1]).segments.total
     assert not prepare_pairs([ROW], gpt2_like(), TokenizeConfig(spans="diff")).report.notable

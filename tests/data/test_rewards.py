@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.data.tokenizers import CHATML, byt5, gpt2_like, merging_bpe, words
+from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.data.dataset import collate, prepare_pairs, prepare_sft
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.errors import DataError
 
 ROW = {"prompt": "The sky is", "chosen": " blue.", "rejected": " black and green."}
@@ -33,7 +34,7 @@ def test_per_token():
     for side, completion in zip(("chosen", "rejected"), dataset[0].completions):
         assert completion.columns["token_rewards"] == row[f"{side}_token_rewards"]
         assert completion.columns["ref_logps"] == row[f"{side}_ref_logps"]
-    batch = collate(dataset.samples[:])
+    batch = TokenBatch.from_samples(dataset.samples[:])
     assert batch.columns["token_rewards"].tolist() == row["chosen_token_rewards"] + row["rejected_token_rewards"]
 
 

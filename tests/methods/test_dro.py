@@ -16,7 +16,7 @@ from tests.training.online.made import close, on_two_ranks, part
 from tests.training.tiny import plain_logps, tiny_llama
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.method import RolloutStep, make_rollout_credit
+from tokengrain.method import Rollout, make_rollout_credit
 from tokengrain.methods import dro
 from tokengrain.methods.dro import (
     R3,
@@ -371,7 +371,7 @@ def model():
     return tiny_llama(dtype=torch.float64, vocab_size=12, initializer_range=0.6).eval()
 
 
-def rollout(model, tokenizer, prompts=range(3), references=REFERENCES) -> RolloutStep:
+def rollout(model, tokenizer, prompts=range(3), references=REFERENCES) -> Rollout:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -385,7 +385,7 @@ def rollout(model, tokenizer, prompts=range(3), references=REFERENCES) -> Rollou
         samples.append(Sample(ids("?a" + "b" * p), made, row=p, raw={"reference": references[p]}))
     batch = TokenBatch.from_samples(samples)
     rewards = torch.zeros(batch.n_completions, dtype=torch.float64)
-    return RolloutStep(batch, rewards, {}, batch.rows, 0, model=model)
+    return Rollout(batch, rewards, {}, batch.rows, 0, model=model)
 
 
 def plain(model, tokenizer, chains=None) -> list[list[torch.Tensor]]:

@@ -15,7 +15,7 @@ from tests.data.tokenizers import CHATML, LLAMA2, byt5, gpt2_like, llama_like, m
 from tests.methods.examples import F64, example, finite_difference, gradient, mean_loss
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch
-from tokengrain.data.dataset import collate, prepare_pairs
+from tokengrain.data.dataset import prepare_pairs
 from tokengrain.errors import DataError, ModelError, RecipeError
 from tokengrain.loss import Counts, LossOutput, make_normaliser
 from tokengrain.method import make_credit
@@ -312,7 +312,7 @@ def test_reading_again_with_the_same_tokenizer_changes_nothing(make: Any) -> Non
     known = [("the sea was", " calm and deep", " cruel in the sun")] if make is tokenizer else TEXTS
     known = [("what colour is the sky?", " It is blue.", " The sea")] if make is unigram else known
     rows = [dict(zip(("prompt", "chosen", "rejected"), texts)) for texts in known]
-    batch = collate([*prepare_pairs(rows, tok)])
+    batch = TokenBatch.from_samples([*prepare_pairs(rows, tok)])
     other, places = Retokenizer(tok, tok)(batch)
     assert other.completion_ids.tolist() == batch.completion_ids.tolist()
     assert other.prompt_ids.tolist() == batch.prompt_ids.tolist()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import TokengrainError
 from tokengrain.evaluation.credit import AUC_MARGIN, CreditTruth, calibration, credit_scores, parts_of, pointing_scores
-from tokengrain.method import RolloutStep, resolve_rollout_credit
+from tokengrain.method import Rollout, resolve_rollout_credit
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion
 from tokengrain.scoring.score import head_of
@@ -189,7 +189,7 @@ class OnlineCredit:
 
     world: Any
     steps: Callable[[], Sequence[Any]]
-    read: Callable[[RolloutStep, Sequence[Any]], Tensor]
+    read: Callable[[Rollout, Sequence[Any]], Tensor]
     needs: frozenset[str] = frozenset()
     critic: Any = None
 
@@ -201,12 +201,12 @@ class OnlineCredit:
             step(rollout)
         return self.read(rollout, steps)
 
-    def _rollout(self, batch: TokenBatch, needs: set[str]) -> RolloutStep:
+    def _rollout(self, batch: TokenBatch, needs: set[str]) -> Rollout:
         world = self.world
         texts = [world.decode(batch.prompt(g).tolist()) for g in batch.group.tolist()]
         ids = [batch.completion(c).tolist() for c in range(batch.n_completions)]
         rewards = torch.tensor(world.reward(texts, [""] * len(ids), ids))
-        rollout = RolloutStep(
+        rollout = Rollout(
             batch=batch.with_columns(),  # steps add columns of their own
             rewards=rewards,
             by_name={"world": rewards},
@@ -226,7 +226,7 @@ class OnlineCredit:
         return rollout
 
 
-def advantages(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+def advantages(rollout: Rollout, steps: Sequence[Any]) -> Tensor:
     """Reads what the policy's loss would get."""
     assert rollout.advantages is not None  # one of the steps sets them
     return rollout.advantages

@@ -20,7 +20,7 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import RecipeError, require
-from tokengrain.method import RolloutStep, make_credit, make_objective
+from tokengrain.method import Rollout, make_credit, make_objective
 from tokengrain.methods._entropy_window import measured
 from tokengrain.models import measure_scores, reward_model_from
 from tokengrain.settings import nearest
@@ -212,19 +212,19 @@ def _online(name: str, what: str, build: Build, *trains: str) -> BenchSource:
     return BenchSource(name, "trained" if trains else "untrained", what, build, trains, ("chain",))
 
 
-def _steps(*steps: Mapping[str, Any], read: Callable[[RolloutStep, Sequence[Any]], Tensor] = advantages) -> Build:
+def _steps(*steps: Mapping[str, Any], read: Callable[[Rollout, Sequence[Any]], Tensor] = advantages) -> Build:
     """What these steps of online training make of a rollout."""
     return lambda bench: OnlineCredit(bench.world, lambda: steps, read)
 
 
-def _influence(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+def _influence(rollout: Rollout, steps: Sequence[Any]) -> Tensor:
     """THR with the sign of wrong completions turned back: low where a token lowers the likelihood of correct ones."""
     assert rollout.correct is not None  # the world grades
     return rollout.quantity("thr") * rollout.broadcast(torch.where(rollout.correct == 0, -1.0, 1.0))
 
 
 def _window(bench: Bench) -> Credit:
-    def read(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+    def read(rollout: Rollout, steps: Sequence[Any]) -> Tensor:
         found = measured(rollout.quantity("entropy"), rollout.segments, mode="paper", window=WINDOW)
         return -torch.nan_to_num(found, nan=0.0)  # 0 where the completion ends before the window does
 
@@ -232,7 +232,7 @@ def _window(bench: Bench) -> Credit:
 
 
 def _rto(bench: Bench) -> Credit:
-    def read(rollout: RolloutStep, steps: Sequence[Any]) -> Tensor:
+    def read(rollout: Rollout, steps: Sequence[Any]) -> Tensor:
         assert rollout.token_rewards is not None  # the step sets them
         return rollout.token_rewards
 

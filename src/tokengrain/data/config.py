@@ -9,10 +9,8 @@ from typing import Any, Literal, get_args
 from tokengrain.data.spans import SpanConfig
 from tokengrain.errors import DataError, RecipeError, require, shown
 
-# Where rows are tokenised together; also how often progress is reported.
-BATCH_ROWS = 256
-# The reason of pairs without a span, which `spans.on_none` decides about.
-NO_SPAN = "no span"
+BATCH_ROWS = 256  # rows that are tokenised together
+NO_SPAN = "no span"  # the reason of pairs without a span, which `spans.on_none` decides about
 
 
 class RowError(DataError):
@@ -46,26 +44,24 @@ class TokenizeConfig:
     """Settings of tokenisation. All lengths are in tokens.
 
     Args:
-        max_length: most tokens of a prompt with one of its completions; None: no limit. A longer completion
-            is cut at its end and then has no EOS.
-        max_prompt_length: most tokens of a prompt; None: no limit. A longer prompt is cut on
-            `truncation_side`. Without it prompts are never cut: a prompt that leaves too little room within
-            `max_length` makes its row invalid.
+        max_length: most tokens of a prompt with one of its completions; None: no limit. A longer completion is cut at
+            its end and then has no EOS.
+        max_prompt_length: most tokens of a prompt; None: no limit. A longer prompt is cut on `truncation_side`. Without
+            it a prompt that leaves too little room within `max_length` makes its row invalid.
         truncation_side: the side a long prompt loses: "left" keeps its end (and BOS), "right" its start.
-        min_completion_length: a completion that must be cut keeps at least so many tokens, or else its row
-            is invalid.
-        on_invalid: "error" raises on the first invalid row, after all rows were looked at; "skip" leaves
-            invalid rows out and counts them in the report. A damaged file is an error either way.
-        add_eos: end completions with the tokenizer's EOS where they do not end with it (or, in a chat
-            template, with the template's end-of-turn token) already.
+        min_completion_length: a completion that must be cut keeps at least so many tokens, or else its row is invalid.
+        on_invalid: "error" raises on the first invalid row, after all rows were looked at; "skip" leaves invalid rows
+            out and counts them in the report. A damaged file is an error either way.
+        add_eos: end completions with the tokenizer's EOS where they do not end with it (or, in a chat template, with
+            the template's end-of-turn token) already.
         chat_template: a Jinja template, or the path of a file that holds one; None: the tokenizer's own.
         chat_template_kwargs: further variables for the chat template, such as `{"enable_thinking": False}`.
-        spans: mark the spans in which chosen and rejected differ, as the per-token column "spans"; a
-            `SpanConfig`, a mapping of its fields, or its source alone; None: no such column. Rows with one
-            completion have no spans, but tags are taken out of them too.
+        spans: mark the spans in which chosen and rejected differ, as the per-token column "spans"; a `SpanConfig`, a
+            mapping of its fields, or its source alone; None: no such column. Rows with one completion have no spans,
+            but tags are taken out of them too.
         chat: make messages of text rows: the prompt becomes the user's, a completion the assistant's.
-        on_dropped: "error" makes a row invalid if the chat template drops text of it (reasoning, tool calls,
-            tools, content); "keep" trains on the rest, and the report counts such rows.
+        on_dropped: "error" makes a row invalid if the chat template drops text of it (reasoning, tool calls, tools,
+            content); "keep" trains on the rest, and the report counts such rows.
     """
 
     max_length: int | None = None

@@ -1,4 +1,4 @@
-"""Data sets of samples: `prepare_pairs`, `prepare_sft`, and `collate` for data loaders."""
+"""Data sets of samples: `prepare_pairs`, `prepare_sft`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast, overload
 from rich.progress import Progress
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.batch import Completion, Sample
 from tokengrain.data.config import BATCH_ROWS, NO_SPAN, RowError, TokenizeConfig
 from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.formats import Example, pair_example, single_example
@@ -31,12 +31,10 @@ class SampleStore(Sequence[Sample]):
 
     def __init__(self) -> None:
         # Flat arrays: 4 bytes per token where a list of ints takes about 36.
-        self._ids = array("i")
-        self._counted = array("b")
+        self._ids, self._counted = array("i"), array("b")
         self._columns: dict[str, array[float]] = {}
         # For each sample: where its prompt and each of its completions begin, in tokens and counted tokens.
-        self._tokens_at = array("q", [0])
-        self._counted_at = array("q", [0])
+        self._tokens_at, self._counted_at = array("q", [0]), array("q", [0])
         self._parts = 0
         self._rows: list[int | str] = []
         self._raw: list[Mapping[str, Any]] = []
@@ -132,7 +130,6 @@ class Report:
 
     @property
     def reasons(self) -> str:
-        """Such as "3 empty completion, 2 different prompts"."""
         return ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
 
     def add(self, result: Encoded) -> None:
@@ -180,8 +177,8 @@ PROGRESS_ROWS = 2000  # fewer are tokenised before a progress bar could be read
 class PairDataset(Dataset[Sample]):
     """Samples in memory, all with the same columns and number of completions.
 
-    `report` says what became of the rows, `name` where they came from. `clock` is the time that the chat template wrote
-    into them (None: it writes none); `remake` gives the same data set at another time.
+    `clock` is the time that the chat template wrote into them (None: it writes none); `remake` gives the same data set
+    at another time.
     """
 
     max_length: int | None = None  # what the texts were cut to by hand
@@ -228,7 +225,6 @@ class PairDataset(Dataset[Sample]):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Per-token columns that all samples have: "token_rewards", "ref_logps", "spans"."""
         return self.samples.columns
 
     @property
@@ -246,9 +242,8 @@ class PairDataset(Dataset[Sample]):
 class IterablePairDataset(IterableDataset[Sample]):
     """Samples made as they are asked for, in the order of the rows; for sets larger than memory.
 
-    Rows are dealt out in turn, by their number, to the workers of a data loader, and to ranks after `shard`. It
-    continues where it was after `load_state_dict`. An invalid row is an error when it is read, or skipped; `report`
-    counts the rows read so far in this process.
+    Rows are dealt out in turn, by their number, to the workers of a data loader, and to ranks after `shard`. An invalid
+    row is an error when it is read, or skipped; `report` counts the rows read so far in this process.
     """
 
     def __init__(self, rows: Rows, encoder: ExampleEncoder, fingerprint: str) -> None:
@@ -259,7 +254,6 @@ class IterablePairDataset(IterableDataset[Sample]):
         self.clock = encoder.renderer.clock if encoder.renderer.dated else None
 
     def set_time(self, now: datetime) -> None:
-        """Let the chat template write this date, as when the run began that is resumed."""
         if self.clock is not None:
             self.clock.now = now
 
@@ -276,7 +270,6 @@ class IterablePairDataset(IterableDataset[Sample]):
         return {"next_row": self._next_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration start there."""
         self._start = self._next_row = state["next_row"]
 
     def __iter__(self) -> Iterator[Sample]:
@@ -292,19 +285,16 @@ class IterablePairDataset(IterableDataset[Sample]):
                 yield sample
 
 
-Config = TokenizeConfig | None
-
-
 class Prepare(Protocol):
     """The type of `prepare_pairs` and `prepare_sft`: a stream of rows gives another data set than stored rows."""
 
     @overload
     def __call__(
-        self, source: RowStream, tokenizer: Any, config: Config = None, *, model_positions: int | None = None
+        self, source: RowStream, tokenizer: Any, config: TokenizeConfig | None = None, *, model_positions: Any = None
     ) -> IterablePairDataset: ...
     @overload
     def __call__(
-        self, source: Any, tokenizer: Any, config: Config = None, *, model_positions: int | None = None
+        self, source: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, model_positions: Any = None
     ) -> PairDataset: ...
 
 
@@ -322,15 +312,14 @@ def prepare_pairs(
         source: `Rows` or anything `load_rows` takes.
         tokenizer: a transformers tokenizer.
         config: lengths, EOS, chat template, what to do about invalid rows.
-        model_positions: longest sequence the model takes, in tokens (`max_position_embeddings`); None: not
-            checked.
+        model_positions: longest sequence the model takes, in tokens (`max_position_embeddings`); None: not checked.
 
     Returns:
         A `PairDataset`, all of its rows checked; for a stream of rows an `IterablePairDataset`.
 
     Raises:
-        DataError: the source is damaged or empty; a row is invalid (the first one is named, and how many more
-            there are) and `config.on_invalid` is "error"; or no row is left.
+        DataError: the source is damaged or empty; a row is invalid (the first one is named, and how many more there
+            are) and `config.on_invalid` is "error"; or no row is left.
         ModelError: the tokenizer lacks EOS or a chat template that is needed.
     """
     return _prepare(source, tokenizer, config, pair_example, model_positions)
@@ -349,13 +338,10 @@ def prepare_sft(
     return _prepare(source, tokenizer, config, single_example, model_positions)
 
 
-collate = TokenBatch.from_samples  # for `DataLoader(collate_fn=...)`
-
-
 def _prepare(
     source: Any,
     tokenizer: Any,
-    config: Config,
+    config: TokenizeConfig | None,
     parse: Callable[[Any], Example],
     model_positions: int | None,
     clock: Clock | None = None,

@@ -1,7 +1,4 @@
-"""Rows: mappings from column to value, numbered from 0, and where each came from.
-
-`Rows.place` gives back the file and the row or line in it, for messages.
-"""
+"""Rows: mappings from column to value, numbered from 0, and where each came from, for messages."""
 
 from __future__ import annotations
 
@@ -37,21 +34,24 @@ import yaml
 from tokengrain.data.config import RowError
 from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerprint, require, shown
 
+R = TypeVar("R", bound="Rows")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+CHUNK = 1 << 20  # bytes
+# A JSON error nearer than this to the end of what was read may only mean that more must be read.
+TAIL = 64
+
 # Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, each also gzipped. Every reader is a
 # generator of `Record`s that holds one row, line or batch in memory, never the file. Damage is a `DataError` that says
 # where in the file it is.
 
 
-R = TypeVar("R", bound="Rows")
-
-
 class Record(NamedTuple):
-    """One row: its fields, the file it came from, its number in that file (from 0), its line (from 1)."""
+    """One row of a file."""
 
     fields: Any
     file: str
-    row: int
-    line: int | None = None
+    row: int  # its number in the file, from 0
+    line: int | None = None  # from 1
 
 
 def row_label(row: int, line: int | None) -> str:
@@ -91,11 +91,6 @@ def _utf8_error(where: str, error: UnicodeDecodeError, **details: Any) -> DataEr
     return DataError(what, value=around, expected="text encoded as UTF-8", **details)
 
 
-CHUNK = 1 << 20
-# A JSON error nearer than this to the end of what was read may only mean that more must be read.
-TAIL = 64
-
-
 def read_jsonl(path: Path) -> Iterator[Record]:
     """A row per line; blank lines are passed over."""
     filled = ((number, text) for number, text in lines(path) if text.strip())
@@ -129,7 +124,7 @@ def read_json(path: Path) -> Iterator[Record]:
 
 
 class _Window:
-    """A window on the text of a file: what was read and not yet consumed, and where that is."""
+    """A window on the text of a file: what was read and not yet consumed."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = TextIOWrapper(stream, "utf-8-sig", newline="")
@@ -210,10 +205,9 @@ def _json_error(path: Path, row: int, line: int, column: int, text: str, positio
 def read_file(path: Path) -> Iterator[Record]:
     """The rows of one file."""
     readers = {"jsonl": read_jsonl, "json": read_json, "csv": _read_csv, "parquet": _read_parquet}
-    kind = file_kind(path)
+    kind, expected = file_kind(path), ".jsonl, .json, .csv or .parquet (each also with .gz)"
     if kind is None:
-        suffixes, expected = "".join(path.suffixes), ".jsonl, .json, .csv or .parquet (each also with .gz)"
-        raise DataError("is not of a known format", file=path, value=suffixes, expected=expected)
+        raise DataError("is not of a known format", file=path, value="".join(path.suffixes), expected=expected)
     return readers[kind](path)
 
 
@@ -272,14 +266,9 @@ def _values(path: Path, field: str, column: pa.Array, start: int) -> list[Any]:
 
 
 class Rows:
-    """Rows from one source: iterating gives `(row number, fields)`, as often as you like.
+    """Rows from one source: iterating gives `(row number, fields)`, as often as you like; `name` is for messages."""
 
-    Attributes:
-        name: the file, folder, hub name or other description, used in messages.
-        streaming: whether rows are read as they are asked for; there is no `len` then.
-    """
-
-    streaming: bool = False
+    streaming: bool = False  # whether rows are read as they are asked for; there is no `len` then
 
     def __init__(
         self,
@@ -400,28 +389,16 @@ class RowStream(Rows):
     streaming = True
 
 
-class FileRows(RowStream):
-    """Rows read from files one by one."""
+class _FileItems:
+    """The rows of files, read anew at each iteration; `places` remembers where each came from."""
 
-    _places: _Places
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, self.places = paths, _Places()
 
-    def __init__(self, name: str, paths: Sequence[Path]) -> None:
-        super().__init__(name, (), lambda: file_fingerprint(*paths), _Places())
-        self._paths = paths
-
-    def _read(self) -> Iterator[tuple[int, Any]]:
-        number = -1
-        for number, record in enumerate(record for path in self._paths for record in read_file(path)):
-            self._places.note(number, record)
-            yield number, record.fields
-        require(number >= 0, DataError, "there are no rows", file=self.name, expected="at least one row")
-
-    def stored(self) -> StoredRows:
-        """All rows in memory."""
-        return StoredRows(self.name, [fields for _, fields in self], self._fingerprint_of, self._places)
-
-
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+    def __iter__(self) -> Iterator[Any]:
+        for number, record in enumerate(record for path in self.paths for record in read_file(path)):
+            self.places.note(number, record)
+            yield record.fields
 
 
 @overload
@@ -432,11 +409,11 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
     """Rows from a source, whatever it is.
 
     Args:
-        source: a path of a .jsonl, .json (an array, or lines), .csv or .parquet file, each also gzipped, or a
-            pattern of such paths (`data/train-*.parquet`); a folder of such files (see `tokengrain.data.rows`), or
-            one written by `datasets.save_to_disk`; a list of mappings; a `datasets.Dataset`, `IterableDataset` or
-            dictionary of them; or, where no such path exists, the name of a dataset on the hub. Several: a list of
-            names, or name -> weight. A `Rows` is returned as it is.
+        source: a path of a .jsonl, .json (an array, or lines), .csv or .parquet file, each also gzipped, or a pattern
+            of such paths (`data/train-*.parquet`); a folder of such files, or one written by `datasets.save_to_disk`;
+            a list of mappings; a `datasets.Dataset`, `IterableDataset` or dictionary of them; or, where no such path
+            exists, the name of a dataset on the hub. Several: a list of names, or name -> weight. A `Rows` is returned
+            as it is.
         split: which split of a folder, dataset dictionary or hub dataset. Default: the only one, or "train".
         streaming: read rows as they are asked for; for sets larger than memory.
 
@@ -459,16 +436,15 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
     what, expected = "this is not a source of rows", "a path, a list of mappings, a datasets.Dataset or a hub name"
     if not isinstance(source, Sequence) or isinstance(source, (bytes, bytearray)):
         raise DataError(what, value=type(source).__name__, expected=expected)
-    none = {"file": "list of rows", "value": split, "expected": "split: none"}
-    require(split is None, DataError, "a list of rows has no splits", **none)
+    what, expected = "a list of rows has no splits", "split: none"
+    require(split is None, DataError, what, file="list of rows", value=split, expected=expected)
     return StoredRows("list of rows", source, lambda: fingerprint(list(source)))
 
 
 def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, StoredRows]:
     """Split rows at random into (training, evaluation); the same for the same number of rows and seed.
 
-    `eval_fraction` is the share of the rows for evaluation; either side gets at least one row. The rows keep their
-    numbers and, on either side, their order.
+    Either side gets at least one row. The rows keep their numbers and, on either side, their order.
     """
     rows = load_rows(rows)
     if not isinstance(rows, StoredRows):
@@ -476,8 +452,8 @@ def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, 
         raise DataError("a streamed set cannot be split", file=rows.name, expected=expected)
     what, expected = "eval_fraction is out of range", "a number between 0 and 1"
     require(0 < eval_fraction < 1, DataError, what, value=eval_fraction, expected=expected)
-    few = {"file": rows.name, "value": len(rows), "expected": "at least 2 rows"}
-    require(len(rows) >= 2, DataError, "too few rows to split", **few)
+    what, expected = "too few rows to split", "at least 2 rows"
+    require(len(rows) >= 2, DataError, what, file=rows.name, value=len(rows), expected=expected)
     count = min(max(round(eval_fraction * len(rows)), 1), len(rows) - 1)
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
     train = [i for i in range(len(rows)) if i not in held_out]
@@ -485,39 +461,38 @@ def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, 
 
 
 def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) -> Rows:
-    path = Path(source).expanduser()
-    name = str(source)
+    path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _from_datasets(_loaded(path), name, split, streaming)
         paths = files_of(path, split)
     elif path.exists():
-        no_splits = {"file": name, "value": split, "expected": "split: none"}
-        require(split in (None, "train"), DataError, "a single file has no splits", **no_splits)
+        what, expected = "a single file has no splits", "split: none"
+        require(split in (None, "train"), DataError, what, file=name, value=split, expected=expected)
         paths = [path]
     elif set(name) & set("*?["):
-        paths = files_of_pattern(path, split)
+        matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        what, expected = "no file matches the pattern", "a pattern that matches files of rows"
+        require(matches, DataError, what, file=path, expected=expected)
+        paths = _once(matches if split is None else _of_split(matches, split, path))
     elif isinstance(source, str) and file_kind(path) is None and HUB_NAME.fullmatch(source):
         return _from_hub(source, split, streaming)
     else:
-        raise DataError("there is no such file or folder", file=name, expected=_nearest_file(path))
-    rows = FileRows(name, paths)
-    return rows if streaming else rows.stored()
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+        expected = f"perhaps {str(path.with_name(near[0]))!r}" if near else "the path of a file of rows"
+        raise DataError("there is no such file or folder", file=name, expected=expected)
+    items = _FileItems(paths)
+    rows = RowStream(name, items, lambda: file_fingerprint(*paths), items.places)
+    return rows if streaming else StoredRows(name, [f for _, f in rows], rows._fingerprint_of, items.places)
 
 
 def _loaded(path: Path) -> Any:
-    """What `save_to_disk` wrote."""
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # of many kinds, all with a message for the user
         what = f"is not what datasets' save_to_disk writes ({type(error).__name__}: {error})"
         raise DataError(what, file=path, expected="a complete folder of it, or a folder of files of rows") from error
-
-
-def _nearest_file(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
-    return f"perhaps {str(path.with_name(near[0]))!r}" if near else "the path of a file of rows"
 
 
 def _from_hub(name: str, split: str | None, streaming: bool) -> Rows:
@@ -543,23 +518,19 @@ def _from_datasets(source: Any, name: str, split: str | None, streaming: bool) -
         return RowStream(name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)]))
     what, kind = "this is not a source of rows", type(source).__name__
     require(isinstance(source, datasets.Dataset), DataError, what, value=kind, expected="a datasets.Dataset")
-    return (RowStream if streaming else StoredRows)(name, source, lambda: _dataset_fingerprint(source))
 
+    def fingerprint_of() -> str:
+        # Of the rows themselves: `Dataset._fingerprint` differs between processes for some transforms.
+        return hashlib.sha256("".join(map(fingerprint, source)).encode()).hexdigest()[:16]
 
-def _dataset_fingerprint(dataset: Any) -> str:
-    """Of the rows themselves: `Dataset._fingerprint` differs between processes for some transforms."""
-    digest = hashlib.sha256()
-    for fields in dataset:
-        digest.update(fingerprint(fields).encode())
-    return digest.hexdigest()[:16]
+    return (RowStream if streaming else StoredRows)(name, source, fingerprint_of)
 
 
 def with_columns(rows: R, columns: Mapping[str, str]) -> R:
     """The same rows with columns added or replaced: `question` and `answer` as the formats' `prompt` and `completion`.
 
     `columns` is name -> the column to copy, or text with `{column}` placeholders to fill in ("Q: {question}\\nA:"). A
-    row that lacks a column, or fills a template with null, is given as the `RowError` that says so: whoever parses it
-    refuses or skips it as any other invalid row.
+    row that lacks a column, or fills a template with null, is given as the `RowError` that says so.
     """
     for name, template in columns.items():
         try:
@@ -600,7 +571,6 @@ def _changed(fields: Any, columns: Mapping[str, str]) -> Any:
 # ----------------------------------------------------------------------------------------------------
 # Which files of a folder are meant, by split: as `datasets` reads folders, but what is ambiguous is an error.
 
-
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # Words that name a split, and the ones that `datasets` takes for the same.
 SPLITS = {
@@ -632,14 +602,6 @@ def files_of(folder: Path, split: str | None) -> list[Path]:
     what = "the folder holds no file of rows"
     require(paths, DataError, what, file=folder, expected=".jsonl, .json, .csv or .parquet")
     return _once(_of_split(paths, split, folder))
-
-
-def files_of_pattern(pattern: Path, split: str | None) -> list[Path]:
-    """The files that a pattern such as `data/train-*.parquet` matches, sorted."""
-    paths = sorted(p for p in map(Path, glob.glob(str(pattern), recursive=True)) if p.is_file())
-    what = "no file matches the pattern"
-    require(paths, DataError, what, file=pattern, expected="a pattern that matches files of rows")
-    return _once(paths if split is None else _of_split(paths, split, pattern))
 
 
 def choose_split(names: Collection[str], split: str | None, source: str) -> str:

@@ -1,7 +1,7 @@
 """Spans: the tokens in which chosen and rejected differ in substance (RRPO, arXiv 2504.12083).
 
-`SpanConfig` says where they come from. Here are the pure parts: the diff of two sequences, and text or token
-ids with tags. `tokengrain.data.marking` carries them over to a row's tokens.
+`SpanConfig` says where they come from. Here are the pure parts: the diff of two sequences, and text with tags.
+`tokengrain.data.marking` carries them over to a row's tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from tokengrain.errors import RecipeError, require, shown
-from tokengrain.settings import load_callable, source_of
+from tokengrain.settings import load_callable, nearest, source_of
 
 SOURCES = ("diff", "tags", "column")
 Level = Literal["word", "token"]
@@ -33,21 +33,16 @@ class SpanConfig:
 
     Args:
         source: "diff": what differs between chosen and rejected; "tags": tags in the texts, or in the columns
-            `chosen_masked` and `rejected_masked`; "column": the columns `chosen_spans` and `rejected_spans`;
-            or a function `(row) -> (chosen spans, rejected spans)`, also as "module:function" or
-            "path.py:function".
-        level: compare words (with punctuation, without white space) or tokens; for "diff".
-        min_match_size: what both sides have in common counts as equal from so many words (tokens) on; for
-            "diff".
-        keep_one_sided: insertions and deletions are spans too, on the side that has them; for "diff".
-        autojunk: difflib's own rule for long texts, as in the authors' code: in a rejected text of 200 or more
-            words (tokens), those that are over 1 % of it are not used to find what is equal, so that one edit
-            can mark all that follows; for "diff".
+            `chosen_masked` and `rejected_masked`; "column": the columns `chosen_spans` and `rejected_spans`; or a
+            function `(row) -> (chosen spans, rejected spans)`, also as "module:function" or "path.py:function".
+        level: for "diff", as the next three: compare words (with punctuation, without white space) or tokens.
+        min_match_size: what both sides have in common counts as equal from so many words (tokens) on.
+        keep_one_sided: insertions and deletions are spans too, on the side that has them.
+        autojunk: difflib's own rule for long texts, as in the authors' code: in a rejected text of 200 or more words
+            (tokens), those that are over 1 % of it are not used to find what is equal, so that one edit can mark all
+            that follows.
         tags: the opening and the closing tag; for "tags".
         on_none: what becomes of a pair without a span: "keep" (all its tokens are shared), "skip", "error".
-
-    Raises:
-        RecipeError: a value that is not one of these.
     """
 
     source: str | Callable[[Mapping[str, Any]], Any] = "diff"
@@ -87,10 +82,8 @@ class SpanConfig:
         names = list(cls.__dataclass_fields__)
         if not isinstance(value, Mapping):
             raise RecipeError(f"spans is {shown(value)}; expected a source, or a mapping of {', '.join(names)}")
-        for name in (name for name in value if name not in names):
-            near = get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise RecipeError(f"spans.{name}: unknown key; {hint}")
+        for name in value:
+            require(name in names, RecipeError, f"spans.{name}: unknown key{nearest(name, names)}")
         return cls(**value)
 
     def load(self) -> Callable[[Mapping[str, Any]], Any] | None:
@@ -119,10 +112,9 @@ def diff_spans(
 ) -> tuple[list[int], list[int]]:
     """Where two sequences differ: 0 for a shared item, k for one in the k-th span, one number per item.
 
-    Ratcliff–Obershelp matching blocks (`difflib.SequenceMatcher`); blocks shorter than `min_match_size` do not
-    count. What lies between two blocks is a span if neither side is empty there, so that the k-th spans of both
-    sides belong together. An insertion or deletion (and so text that was moved, which is one of each) is 0
-    unless `keep_one_sided`.
+    Ratcliff–Obershelp matching blocks (`difflib.SequenceMatcher`); blocks shorter than `min_match_size` do not count.
+    What lies between two blocks is a span if neither side is empty there, so that the k-th spans of both sides belong
+    together. An insertion or deletion (and so text that was moved, which is one of each) is 0 unless `keep_one_sided`.
 
     Source: RRPO's diff (`get_diff_signs` of the authors' VideoChat2 code), with difflib's junk rule off.
     """
@@ -163,10 +155,10 @@ def split_tags(text: str, opening: str, closing: str) -> list[tuple[str, bool]]:
 
 
 def strip_tags(text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without tags, and the tagged stretches `[start, end)` as characters of it.
+    """The text without tags, and the tagged stretches `[start, end)`, but for empty ones, as characters of it.
 
-    The space that `<MASK> … </MASK>` puts on either side goes as well where it would double another one, or
-    stand at the end of the text or before punctuation. Tagged stretches without content are left out.
+    The space that `<MASK> … </MASK>` puts on either side goes as well where it would double another one, or stand at
+    the end of the text or before punctuation.
     """
     pieces = split_tags(text, opening, closing)
     out, stretches = "", []

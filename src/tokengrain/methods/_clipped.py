@@ -9,8 +9,8 @@ which is -A min(r, high) for A >= 0 and -A max(r, low) for A < 0; `cap` bounds r
 (dual clip, arXiv 1912.09729). It is computed from log r, clipped before the exponential, so that a ratio too
 large for its type gives a gradient of exactly 0 where it is clipped, not 0 * inf.
 
-Methods differ in what r is (of the token, of the completion), in low and high (constants, or functions of the
-token's probability) and in how the tokens of a completion become its loss (`Reduction`).
+Methods differ in what r is (of the token, of the completion), in low and high (constants, or functions of the token's
+probability) and in how the tokens of a completion become its loss (`Reduction`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RolloutError
+from tokengrain.errors import RolloutError, require
 from tokengrain.loss import LossOutput
 from tokengrain.settings import NonNegative, Positive, check_choice
 
@@ -36,27 +36,21 @@ Reduction = Literal["mean", "sum", "constant"]
 """
 
 KLEstimator = Literal["k1", "k2", "k3"]
-
-# What verl clamps to, where asked for.
-MAX_LOG_RATIO = 20.0
-MAX_K3 = 10.0
+SampledKL = KLEstimator | Literal["abs"]
+Correction = Literal["token", "sequence"]
+MAX_LOG_RATIO, MAX_K3 = 20.0, 10.0  # what verl clamps to, where asked for
 
 
 @dataclass(frozen=True)
 class ClippedTokens:
-    """The clipped loss token by token: `[N]` each, the losses with gradient.
-
-    Attributes:
-        ratio: not clipped.
-        low: A < 0 and r below its bound. These tokens, and those below, have gradient 0.
-        high: A > 0 and r above its bound; capped: A < 0 and r above the cap.
-    """
+    """The clipped loss token by token: `[N]` each, the losses with gradient."""
 
     losses: Tensor
-    ratio: Tensor
-    low: Tensor
-    high: Tensor
-    capped: Tensor
+    ratio: Tensor  # not clipped
+    # Tokens with gradient 0:
+    low: Tensor  # A < 0 and r below its bound
+    high: Tensor  # A > 0 and r above its bound
+    capped: Tensor  # A < 0 and r above the cap
 
     @property
     def clipped(self) -> Tensor:
@@ -65,22 +59,26 @@ class ClippedTokens:
 
 
 def clipped_tokens(
-    log_ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float, cap: float | None = None
+    log_ratio: Tensor,
+    advantages: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
+    cap: float | None = None,
+    *,
+    clamp: bool = False,
 ) -> ClippedTokens:
     """-min(r A, clip(r, low, high) A) of every token, from log r and A `[N]`.
 
-    Args:
-        low, high: bounds of the ratio (not offsets from 1), numbers or `[N]`; a low bound <= 0 never clips.
-        cap: bound of the ratio where the advantage is negative; None: the loss there has no bound.
+    The bounds are of the ratio (not offsets from 1), numbers or `[N]`; a low bound <= 0 never clips. `cap` bounds it
+    where the advantage is negative; None: the loss there has no bound. `clamp`: log r to +-20, as verl does.
     """
     if advantages.shape != log_ratio.shape:
-        raise ValueError(
-            f"advantages have shape {tuple(advantages.shape)}, expected {tuple(log_ratio.shape)}: one per token; "
-            "segments.broadcast repeats a completion's"
-        )
+        what = f"advantages have shape {tuple(advantages.shape)}, expected {tuple(log_ratio.shape)}: one per token"
+        raise ValueError(f"{what}; segments.broadcast repeats a completion's")
     if cap is not None and not isinstance(high, Tensor) and cap < high < math.inf:
         raise ValueError(f"the ratio's cap must not lie below its upper bound {high}, got {cap}")
-    d, A = log_ratio, advantages.detach().to(log_ratio.dtype)
+    d = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) if clamp else log_ratio
+    A = advantages.detach().to(d.dtype)
 
     def log(bound: Tensor | float) -> Tensor:
         return torch.as_tensor(bound, dtype=d.dtype, device=d.device).clamp(min=0).log()
@@ -96,11 +94,9 @@ def clipped_tokens(
 
 
 def sequence_log_ratio(logps: Tensor, old_logps: Tensor, segments: Segments) -> Tensor:
-    """Log of the completion's ratio at each of its tokens `[N]`: the mean of the tokens' log-ratios (GSPO).
+    """Log of the completion's ratio at each of its tokens `[N]`: GSPO's token form (arXiv 2507.18071, equation 14).
 
-    In the token form (arXiv 2507.18071, equation 14): its value is the completion's, its gradient that of the
-    token's own log-probability, so that tokens may have advantages of their own. If they are equal within a
-    completion, value and gradient of the loss are those of the sequence form (equation 5).
+    Its value is the mean of the completion's log-ratios, its gradient that of the token's own log-probability.
     """
     whole = segments.broadcast(segments.mean((logps - old_logps).detach()))
     return whole + (logps - logps.detach())
@@ -127,7 +123,6 @@ def policy_loss(
     """The clipped tokens of a batch as losses per completion, with the KL term and what is logged.
 
     Args:
-        tokens: from `clipped_tokens`.
         logps: log-probabilities under the policy `[N]`, nats.
         segments: cuts `[N]` into C completions.
         old_logps: the same under the policy that sampled them `[N]`; `logps.detach()` for the first update.
@@ -141,8 +136,7 @@ def policy_loss(
         kl_importance: weigh the KL term by the token's ratio, which keeps its gradient right after the first update
             on the same rollouts.
         clamp: as verl does: log-ratios and KL estimates, with gradient 0 outside; see `kl_estimate`.
-        reduction: how tokens become the loss of a completion.
-        max_length: tokens, the divisor of reduction "constant".
+        reduction: how tokens become the loss of a completion; max_length: tokens, the divisor of "constant".
 
     Returns:
         `losses` [C]. Metrics are means over the tokens of each completion, except "ratio/max".
@@ -200,11 +194,9 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3",
         k2 = d^2 / 2             biased; its gradient is that of the KL on average
         k3 = exp(d) - d - 1      unbiased, never negative; its gradient is that of KL(ref || policy) on average
 
-    "On average" holds for tokens drawn from the policy itself; after updates on the same rollouts the estimate
-    must be weighed by the importance ratio to stay so.
-
-    Args:
-        clamp: as verl does for k3: d to +-20 and the estimate to at most 10, with gradient 0 outside.
+    "On average" holds for tokens drawn from the policy itself; after updates on the same rollouts the estimate must be
+    weighed by the importance ratio to stay so. `clamp`, as verl does for k3: d to +-20 and the estimate to at most 10,
+    with gradient 0 outside.
     """
     check_choice("estimator", estimator, KLEstimator)
     d = ref_logps.detach() - logps
@@ -218,9 +210,6 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3",
     return (torch.expm1(d) - d).clamp(max=MAX_K3)
 
 
-SampledKL = KLEstimator | Literal["abs"]
-
-
 def sampled_kl(logps: Tensor, ref_logps: Tensor, form: SampledKL = "k1") -> Tensor:
     """`kl_estimate`, or with "abs" |log policy - log reference|, Q-RM's penalty: `[N]`, detached."""
     if form == "abs":
@@ -228,23 +217,15 @@ def sampled_kl(logps: Tensor, ref_logps: Tensor, form: SampledKL = "k1") -> Tens
     return kl_estimate(logps.detach(), ref_logps, form)
 
 
-Correction = Literal["token", "sequence"]
-
-
 def importance_weights(
     sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments, *, kind: Correction, cap: float
 ) -> Tensor:
     """Truncated importance weights `[N]`, without gradient: factors of the per-token loss.
 
-    Engines compute in other precisions, with other kernels and sometimes with older weights than the trainer. Then
-    what is called on-policy is not (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training").
-
-    Args:
-        sampling_logps: `[N]` under the distribution the tokens were drawn from.
-        trainer_logps: `[N]` under the trainer's weights at the time of sampling.
-        kind: "token": the ratio of the token; "sequence": of the whole completion, for all its tokens.
-        cap: bound from above.
+    The ratio, at most `cap`, of the trainer's probability at the time of sampling to the sampler's: of the token, or
+    for all tokens of the whole completion. Engines compute in other precisions, with other kernels and sometimes with
+    older weights than the trainer; then what is called on-policy is not (Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training").
     """
     check_choice("kind", kind, Correction)
     d = _log_ratio(sampling_logps, trainer_logps, segments)
@@ -278,14 +259,11 @@ def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Se
 def _log_ratio(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments) -> Tensor:
     expected = (segments.total,)
     for name, values in (("sampling_logps", sampling_logps), ("trainer_logps", trainer_logps)):
-        if values.shape != expected:
-            raise RolloutError(f"{name} has shape {tuple(values.shape)}; expected {expected}, one per token")
-        if not bool(torch.isfinite(values).all()):
-            token = int((~torch.isfinite(values)).nonzero()[0])
-            raise RolloutError(
-                f"{name} is {float(values[token])} for token {token} (completion {int(segments.ids[token])}); "
-                "expected finite numbers"
-            )
+        shape = tuple(values.shape)
+        require(shape == expected, RolloutError, f"{name} has shape {shape}; expected {expected}, one per token")
+        for token in (~torch.isfinite(values)).nonzero().flatten().tolist():
+            where = f"token {token} (completion {int(segments.ids[token])})"
+            raise RolloutError(f"{name} is {float(values[token])} for {where}; expected finite numbers")
     return trainer_logps.detach() - sampling_logps.detach().to(trainer_logps)
 
 
@@ -305,8 +283,7 @@ def value_loss(
     Args:
         values: V of the state before each token `[N]`; returns: what it should be `[N]`, without gradient.
         old_values: V when the completions were sampled `[N]`, needed with clip_range.
-        clip_range: V is clipped to old_values -/+ this; where that gives the larger error the gradient is 0.
-            None: no clipping.
+        clip_range: V is clipped to old_values -/+ this; where that gives the larger error the gradient is 0. None: not.
         weight: 1 is Q-RM's, 0.5 OpenRLHF's (RTO).
         reduction, max_length: see `policy_loss`.
 

@@ -40,22 +40,19 @@ TRIGGERS = (
 
 @dataclass(frozen=True)
 class HighEntropy:
-    """The HWE tokens of a batch: which `[N]`, how many `[C]`, and by how much they exceed tau in all `[C]`, nats.
+    """The HWE tokens of a batch."""
 
-    `below` `[C]` counts tokens that would be of them (triggers with a complete window) but for their entropy.
-    """
-
-    mask: Tensor
-    count: Tensor
-    below: Tensor
-    excess: Tensor
+    mask: Tensor  # bool [N], which
+    count: Tensor  # long [C], how many
+    below: Tensor  # long [C], tokens that would be of them (triggers with a complete window) but for their entropy
+    excess: Tensor  # [C], by how much they exceed tau in all, nats
 
 
 def topk_entropy(logprobs: Tensor, *, tail: bool = True, floor: float = 1e-12) -> Tensor:
     """Entropy from the k largest log-probabilities of each token: `[..., k] -> [...]`, nats, detached.
 
-    The rest of the mass counts as one token, which makes this a lower bound of the entropy, exact if the rest is
-    one token. Without `tail` the rest is left out, which lowers it further. A probability of 0 (-inf) adds 0.
+    The rest of the mass counts as one token, which makes this a lower bound; without `tail` it is left out. A
+    probability of 0 (-inf) adds 0.
     """
     logp = logprobs.detach()
     p = logp.exp()
@@ -67,10 +64,7 @@ def topk_entropy(logprobs: Tensor, *, tail: bool = True, floor: float = 1e-12) -
 
 
 def window_means(entropy: Tensor, segments: Segments, *, window: int = 4, own: bool = False) -> Tensor:
-    """Mean entropy of a window of each token, `[N] -> [N]`; NaN where the completion ends before the window does.
-
-    `own`: the window starts at the token itself, not at the next one. The paper finds 4 to 8 tokens best.
-    """
+    """Mean entropy of the window behind each token (`own`: from it on), `[N] -> [N]`; NaN where it is incomplete."""
     entropy = entropy.detach()
     means = torch.full_like(entropy, torch.nan)
     n, skip = entropy.shape[0], 0 if own else 1
@@ -90,8 +84,7 @@ def measured(entropy: Tensor, segments: Segments, *, mode: Mode = "code", window
 def batch_threshold(
     entropy: Tensor, segments: Segments, *, mode: Mode = "code", window: int = 4, quantile: float = 0.95
 ) -> float:
-    """tau of a batch, nats; see the module's text. A completion without tokens has threshold 0 in mode "code" (as
-    in the released code) and is left out in the others."""
+    """tau of a batch, nats; a completion without tokens has threshold 0 in mode "code" (as released), else none."""
     if mode == "code":
         each = completion_thresholds(entropy, segments, window=window, quantile=quantile)
         return float(torch.quantile(each.double(), 0.5))
@@ -106,8 +99,7 @@ def completion_thresholds(entropy: Tensor, segments: Segments, *, window: int = 
     """Quantile of the means of the following windows, per completion `[C]`.
 
     As in the released code each incomplete window counts as the mean of the complete ones, a completion without a
-    complete one has its first token's entropy, and an empty one 0. The entropies here are those that are counted
-    with, the tail of the distribution included (the released code leaves it out here and not there).
+    complete one has its first token's entropy, and an empty one 0.
     """
     means = window_means(entropy, segments, window=window)
     complete = ~torch.isnan(means)
@@ -177,13 +169,8 @@ def trigger_flags(table: Tensor | None, labels: Tensor) -> Tensor | None:
 def branch_positions(flags: Tensor, segments: Segments, *, window: int = 4, limit: int | None = None) -> Tensor:
     """Where extra rollouts start: the first token of every stretch of overlapping flagged windows, bool `[N]`.
 
-    The paper describes it and the released code leaves it out: when a window fires, a further completion is sampled
-    from the tokens before it, each window once, and not more than a number. Branches share their prefix with the
-    completion they leave; count it once.
-
-    Args:
-        flags: bool `[N]`, tokens whose window fires; those less than `window` apart belong to one stretch.
-        limit: branches per completion, the earliest ones; None: all.
+    The paper describes it and the released code leaves it out: when a window fires (`flags`, bool `[N]`), a further
+    completion is sampled from the tokens before it; at most `limit` per completion, the earliest ones.
     """
     flags = flags.bool()
     place = torch.arange(flags.shape[0], device=flags.device)

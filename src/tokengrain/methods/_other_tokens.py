@@ -91,7 +91,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 class Places(NamedTuple):
-    """The characters of one completion's tokens, the policy's and the reward model's, in the text that that reads."""
+    """Where one completion's tokens, the policy's and the reward model's, stand in the text that the latter reads."""
 
     policy: list[Span]
     reward: list[Span]
@@ -119,7 +119,6 @@ class Retokenizer:
         self.encoder, self.renderer = Encoder(reward_tokenizer, config), Renderer(reward_tokenizer, config)
 
     def __call__(self, batch: TokenBatch) -> tuple[TokenBatch, list[Places]]:
-        """The batch in the reward model's tokens, and the places of each completion's tokens."""
         batch = batch.to("cpu")
         texts = [self._text(batch, c) for c in range(batch.n_completions)]
         tokens = self.encoder([t.rendered.text for t in texts])
@@ -127,27 +126,23 @@ class Retokenizer:
         for group in range(batch.n_prompts):
             members = (batch.group == group).nonzero()[:, 0].tolist()
             sample, spans = self._sample([texts[c] for c in members], [tokens[c] for c in members])
-            if not sample.prompt_ids or not all(c.ids for c in sample.completions):
-                raise DataError(
-                    "nothing is left of the prompt or a completion in the reward model's tokens",
-                    row=row_of(batch, members[0]),
-                    value=texts[members[0]].rendered.text,
-                    expected="text that its tokenizer knows, or a tokenizer with BOS and EOS",
-                )
-            samples.append(replace(sample, row=row_of(batch, members[0])))
+            sample.row, text = row_of(batch, members[0]), texts[members[0]].rendered.text
+            what = "nothing is left of the prompt or a completion in the reward model's tokens"
+            expected = "text that its tokenizer knows, or a tokenizer with BOS and EOS"
+            left = sample.prompt_ids and all(c.ids for c in sample.completions)
+            require(left, DataError, what, row=sample.row, value=text, expected=expected)
+            samples.append(sample)
             places += spans
         return TokenBatch.from_samples(samples, batch.prompt_role), places
 
     def _text(self, batch: TokenBatch, completion: int) -> _Text:
         group = int(batch.group[completion])
         start, end = batch.completion_offsets[completion : completion + 2].tolist()
-        if not bool(batch.counted[start:end].all()):
-            raise DataError(
-                "a completion in which not every token counts (several turns, or tool output) cannot be read by a "
-                "reward model with another tokenizer",
-                row=row_of(batch, completion),
-                expected="completions of one turn, or a reward model with the policy's tokenizer",
-            )
+        what = "a completion in which not every token counts (several turns, or tool output) cannot be read by a "
+        what += "reward model with another tokenizer"
+        expected = "completions of one turn, or a reward model with the policy's tokenizer"
+        whole = bool(batch.counted[start:end].all())
+        require(whole, DataError, what, row=row_of(batch, completion), expected=expected)
         prompt_ids, ids = batch.prompt(group).tolist(), batch.completion(completion).tolist()
         text, spans = decoded_spans(self.tokenizer, prompt_ids, ids)
         ended = bool(ids) and ids[-1] in self.tokenizer.all_special_ids
@@ -166,11 +161,8 @@ class Retokenizer:
         place = rendered.contents[0]
         if place is None:  # the template changed the text; what the policy wrote is what is judged
             kept = rendered.text[: rendered.prompt_end] + text
-            place = (rendered.prompt_end, len(kept))
-            return replace(rendered, text=kept, contents=(place,), closed=False)
-        if not ended:
-            return replace(rendered, text=rendered.text[: place[1]], closed=False)
-        return rendered
+            return replace(rendered, text=kept, contents=((rendered.prompt_end, len(kept)),), closed=False)
+        return rendered if ended else replace(rendered, text=rendered.text[: place[1]], closed=False)
 
     def _sample(self, texts: list[_Text], tokens: list[Tokens]) -> tuple[Sample, list[Places]]:
         """One prompt with its completions in the reward model's tokens."""
@@ -196,11 +188,9 @@ class Retokenizer:
             return list(zip(tokens.starts[cut:], tokens.ends[cut:], strict=True))
         decoded, spans = decoded_spans(self.reward_tokenizer, prompt, tokens.ids[cut:])
         first = text.rendered.text.rfind(decoded)
-        if first < 0:
-            raise ModelError(
-                f"the reward model's tokenizer {type(self.reward_tokenizer).__name__} tells no offsets and does not "
-                f"give the text back: got {decoded[:60]!r}; expected a part of {text.rendered.text[-80:]!r}"
-            )
+        what = f"the reward model's tokenizer {type(self.reward_tokenizer).__name__} tells no offsets and does not "
+        what += f"give the text back: got {decoded[:60]!r}; expected a part of {text.rendered.text[-80:]!r}"
+        require(first >= 0, ModelError, what)
         return [(first + low, first + high) for low, high in spans]
 
 

@@ -29,10 +29,7 @@ def margin_loss(margin: Tensor, loss_type: MarginLoss = "sigmoid", label_smoothi
 
     sigmoid: -(1-e) log σ(m) - e log σ(-m)                     (e > 0: conservative DPO)
     robust:  (-(1-e) log σ(m) + e log σ(-m)) / (1 - 2e)        (unbiased under a share e of swapped labels)
-    hinge:   max(0, 1 - m)
-
-    Raises:
-        ValueError: an unknown form; `label_smoothing` outside [0, 0.5), or given to hinge, which has no such form.
+    hinge:   max(0, 1 - m)                                     (which has no smoothing)
     """
     check_choice("loss_type", loss_type, MarginLoss)
     e = label_smoothing
@@ -61,11 +58,9 @@ def reward_metrics(rewards: Tensor, segments: Segments) -> dict[str, Tensor]:
 
 
 def pair_metrics(rewards: Tensor, logps: Tensor, segments: Segments) -> dict[str, Tensor]:
-    """What every pair loss on log-probabilities logs, `[P]` each, detached.
+    """What every pair loss on log-probabilities `[N]` logs, `[P]` each, detached.
 
-    Args:
-        rewards: implicit reward of each completion `[2P]`, never token-weighted: comparable across methods.
-        logps: flat token log-probabilities `[N]`.
+    `rewards` `[2P]` are implicit ones of completions, never token-weighted: comparable across methods.
     """
     logps_chosen, logps_rejected = segments.pairs(segments.sum(logps.detach()))
     return {**reward_metrics(rewards, segments), "logps/chosen": logps_chosen, "logps/rejected": logps_rejected}
@@ -77,10 +72,7 @@ def both_sides_counted(segments: Segments) -> Tensor:
 
 
 def chosen_token_losses(logps: Tensor, segments: Segments, sft_weight: float) -> Tensor | None:
-    """`-sft_weight * logp` of every chosen token, or None if the weight is 0.
-
-    A normaliser divides it by the chosen tokens of the whole step (a token mean, not a mean of means).
-    """
+    """`-sft_weight * logp` of every chosen token, or None if the weight is 0; a normaliser makes it a token mean."""
     return -sft_weight * logps[segments.is_chosen] if sft_weight else None
 
 
@@ -99,6 +91,5 @@ def weight_metrics(weights: Tensor, segments: Segments) -> dict[str, Tensor]:
     lowest = torch.minimum(*segments.pairs(-segments.max(-weights)))
     chosen, rejected = segments.pairs(segments.sum((weights <= 0).to(weights.dtype)))
     tokens = torch.add(*segments.pairs(segments.lengths)).clamp(min=1)
-    # A pair without tokens has no weight: 1 is neutral.
-    lowest = torch.where(torch.isfinite(lowest), lowest, torch.ones_like(lowest))
+    lowest = torch.where(torch.isfinite(lowest), lowest, 1.0)  # a pair without tokens has no weight: 1 is neutral
     return {"weights/min": lowest, "weights/nonpositive": (chosen + rejected) / tokens}

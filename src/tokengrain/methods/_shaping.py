@@ -10,22 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokengrain.method import RolloutStep
+from tokengrain.method import Rollout
 
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Count, mean and standard deviation of the rewards of each group.
+    """Count, mean and standard deviation of the rewards of each group; G groups, numbered from 0."""
 
-    Args:
-        rewards: `[C]`, float; NaN where there is none.
-        group: long `[C]`, the prompt of each; rows of a group need not be neighbours. G groups, numbered from 0.
-        ddof: 1: divide squares by n - 1; 0: by n.
-    """
-
-    rewards: Tensor
-    group: Tensor
-    ddof: int = 1
+    rewards: Tensor  # [C], float; NaN where there is none
+    group: Tensor  # long [C], the prompt of each; rows of a group need not be neighbours
+    ddof: int = 1  # 1: divide squares by n - 1; 0: by n
 
     @cached_property
     def scored(self) -> Tensor:
@@ -40,7 +34,7 @@ class GroupStatistics:
     @cached_property
     def varied(self) -> Tensor:
         """Whether a group has two rewards that differ, bool `[G]`: exact, where a deviation would round."""
-        return self._highest > self._reduce(float("inf"), "amin")
+        return self._highest > self._reduce(math.inf, "amin")
 
     @cached_property
     def mean(self) -> Tensor:
@@ -60,33 +54,31 @@ class GroupStatistics:
 
     @cached_property
     def _highest(self) -> Tensor:
-        return self._reduce(float("-inf"), "amax")
-
-    @property
-    def _groups(self) -> int:
-        return int(self.group.max()) + 1 if self.group.numel() else 0
+        return self._reduce(-math.inf, "amax")
 
     def _sum(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self._groups).index_add(0, self.group, values)
+        return values.new_zeros(group_count(self.group)).index_add(0, self.group, values)
 
     def _reduce(self, start: float, how: str) -> Tensor:
-        values = torch.where(self.scored, self.rewards, start)
-        return values.new_full((self._groups,), start).scatter_reduce(0, self.group, values, how)
+        return reduce_groups(torch.where(self.scored, self.rewards, start), self.group, start, how)
+
+
+def group_count(group: Tensor) -> int:
+    return int(group.max()) + 1 if group.numel() else 0
+
+
+def reduce_groups(values: Tensor, group: Tensor, start: float, how: str) -> Tensor:
+    """The least ("amin") or greatest ("amax") value of each group, `[C] -> [G]`; `start` of an empty one."""
+    return values.new_full((group_count(group),), start).scatter_reduce(0, group, values, how)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and spread of numbers seen so far; those of two sets add up, whatever their sizes.
-
-    Attributes:
-        count: how many.
-        mean: their mean.
-        squares: sum of squared distances from the mean.
-    """
+    """Mean and spread of numbers seen so far; those of two sets add up, whatever their sizes."""
 
     count: int = 0
     mean: float = 0.0
-    squares: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
@@ -123,10 +115,8 @@ def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Any = None) 
         centre  z - mean
         none    z
 
-    Scores that do not vary (s = 0, up to rounding) have no scale: "std" leaves them, "zscore" gives 0.
-
-    Args:
-        moments: `Moments`, or anything with a `mean` and a population `std`; None: those of `values`.
+    Mean and s are those of `moments` (anything with a `mean` and a population `std`); None: of `values`. Scores that do
+    not vary (s = 0, up to rounding) have no scale: "std" leaves them, "zscore" gives 0.
     """
     values = values.detach()
     if scaling == "none":
@@ -146,31 +136,27 @@ def scale_scores(values: Tensor, scaling: Scaling = "std", moments: Any = None) 
 # What rollout credits share: one rank's share among all ranks, and the reward of a token.
 
 
-def scored(step: RolloutStep) -> Tensor:
+def scored(rollout: Rollout) -> Tensor:
     """Completions that have a reward and belong to a prompt that is trained on, bool `[C]`."""
-    known = ~torch.isnan(step.rewards)
-    return known if step.keep is None else known & step.keep[step.group]
+    known = ~torch.isnan(rollout.rewards)
+    return known if rollout.keep is None else known & rollout.keep[rollout.group]
 
 
-def token_level(step: RolloutStep) -> Tensor:
+def token_level(rollout: Rollout) -> Tensor:
     """The reward of every token `[N]`: what was given per token, and the outcome on the last one.
 
     0 on all tokens of a completion that could not be scored.
     """
-    outcome = torch.where(scored(step), step.rewards, 0.0)
-    rewards = torch.where(step.segments.is_last, step.broadcast(outcome), 0.0)
-    if step.token_rewards is not None:
-        rewards = rewards + step.token_rewards
-    return torch.where(step.broadcast(scored(step)), rewards, 0.0)
+    outcome = torch.where(scored(rollout), rollout.rewards, 0.0)
+    rewards = torch.where(rollout.segments.is_last, rollout.broadcast(outcome), 0.0)
+    if rollout.token_rewards is not None:
+        rewards = rewards + rollout.token_rewards
+    return torch.where(rollout.broadcast(scored(rollout)), rewards, 0.0)
 
 
-def shares(step: RolloutStep, mine: Any) -> tuple[list[Any], int]:
-    """What every rank gave, in the order of ranks, and which of them is this rank's.
-
-    Args:
-        mine: compared by equality, so without NaN. Where two ranks gave the same either will do.
-    """
-    parts = step.gather(mine)
+def shares(rollout: Rollout, mine: Any) -> tuple[list[Any], int]:
+    """What every rank gave, in the order of ranks, and which is this rank's: compared by equality, so without NaN."""
+    parts = rollout.gather(mine)
     return parts, parts.index(mine)
 
 
@@ -180,6 +166,6 @@ def mean(values: Tensor) -> float:
     return float(known.double().mean()) if known.numel() else 0.0
 
 
-def pooled_moments(step: RolloutStep, values: Tensor) -> Moments:
+def pooled_moments(rollout: Rollout, values: Tensor) -> Moments:
     """Mean and spread of the values of all ranks."""
-    return sum(step.gather(Moments.of(values)), Moments())
+    return sum(rollout.gather(Moments.of(values)), Moments())

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError, require
-from tokengrain.method import Card, RolloutStep, rollout_credit
+from tokengrain.method import Card, Rollout, rollout_credit
 from tokengrain.methods._clipped import sampled_kl
 from tokengrain.methods._entropy_window import (
     HighEntropy,
@@ -43,7 +43,7 @@ from tokengrain.methods._entropy_window import (
     trigger_flags,
     trigger_tokens,
 )
-from tokengrain.methods._shaping import GroupStatistics, Moments, mean, scored
+from tokengrain.methods._shaping import GroupStatistics, Moments, mean, reduce_groups, scored
 from tokengrain.settings import Count, NonNegative, Positive, Share
 
 CARD = Card(
@@ -59,7 +59,6 @@ CARD = Card(
 )
 
 BUCKETS = ("easy", "medium", "hard")
-"""Names of the difficulty buckets; in tensors a bucket is its place in this list, -1 where there is none."""
 
 
 @rollout_credit("aepo", phase="rewards", group=True)
@@ -137,24 +136,24 @@ class AEPO:
         self.needs = frozenset({"entropy"} if self.controller is None else {"entropy", "ref_logps"})
         self.provides = frozenset() if self.controller is None else frozenset({"kl_weights"})
 
-    def __call__(self, step: RolloutStep) -> None:
-        if step.correct is None:
+    def __call__(self, rollout: Rollout) -> None:
+        if rollout.correct is None:
             raise RunError("credit 'aepo' needs rewards that say what is correct; this rollout has none")
-        correct = torch.where(scored(step), step.correct.double(), torch.nan)
-        buckets = difficulty(correct, step.group, easy=self.easy, medium=self.medium)
-        found = self._counted(step)
+        correct = torch.where(scored(rollout), rollout.correct.double(), torch.nan)
+        buckets = difficulty(correct, rollout.group, easy=self.easy, medium=self.medium)
+        found = self._counted(rollout)
         if found is not None:
-            self._shape(step, correct, buckets, found)
-            step.quantities["hwe"] = found.mask.float()
+            self._shape(rollout, correct, buckets, found)
+            rollout.quantities["hwe"] = found.mask.float()
         if self.controller is not None:
-            self._weigh_kl(step, self.controller, buckets[step.group], found)
+            self._weigh_kl(rollout, self.controller, buckets[rollout.group], found)
         for place, name in enumerate(BUCKETS):
-            step.metrics[f"aepo/{name}"] = mean((buckets == place).float())
+            rollout.metrics[f"aepo/{name}"] = mean((buckets == place).float())
 
-    def _counted(self, step: RolloutStep) -> HighEntropy | None:
+    def _counted(self, rollout: Rollout) -> HighEntropy | None:
         """The HWE tokens, with the threshold of before this rollout in mode "code"; None: there is none yet."""
-        entropy = step.quantity("entropy")
-        everyone, lengths = step.gather(entropy), step.gather(step.segments.lengths)
+        entropy = rollout.quantity("entropy")
+        everyone, lengths = rollout.gather(entropy), rollout.gather(rollout.segments.lengths)
         segments = Segments(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
         tau = batch_threshold(everyone, segments, mode=self.mode, window=self.window, quantile=self.quantile)
         if self.mode == "code":
@@ -162,26 +161,28 @@ class AEPO:
             if before is None:
                 return None
             tau = before
-        step.metrics["aepo/tau"] = tau
-        values = measured(entropy, step.segments, mode=self.mode, window=self.window)
-        return high_entropy(values, step.segments, threshold=tau, triggers=trigger_flags(self.table, step.batch.labels))
+        rollout.metrics["aepo/tau"] = tau
+        values = measured(entropy, rollout.segments, mode=self.mode, window=self.window)
+        return high_entropy(
+            values, rollout.segments, threshold=tau, triggers=trigger_flags(self.table, rollout.batch.labels)
+        )
 
-    def _shape(self, step: RolloutStep, correct: Tensor, buckets: Tensor, found: HighEntropy) -> None:
+    def _shape(self, rollout: Rollout, correct: Tensor, buckets: Tensor, found: HighEntropy) -> None:
         # On the host, where ranks with devices of their own can add.
-        first, *others = step.gather(Observation.of(found.count.cpu(), step.group.cpu(), buckets.cpu()))
+        first, *others = rollout.gather(Observation.of(found.count.cpu(), rollout.group.cpu(), buckets.cpu()))
         seen = sum(others, first)
         self.observe(seen)
-        shaped = self.reward(correct, found.count, buckets[step.group]) - correct
-        step.rewards = step.rewards + shaped.to(step.rewards)
-        step.metrics |= {f"aepo/hwe_{name}": hwe for name, hwe in bucket_means(seen.prompts).items()}
-        step.metrics |= {f"aepo/target_{name}": target for name, target in self.target.items()}
-        step.metrics |= {f"aepo/alpha_{name}": self.alpha[name] for name in self.target}
-        step.metrics |= {
+        shaped = self.reward(correct, found.count, buckets[rollout.group]) - correct
+        rollout.rewards = rollout.rewards + shaped.to(rollout.rewards)
+        rollout.metrics |= {f"aepo/hwe_{name}": hwe for name, hwe in bucket_means(seen.prompts).items()}
+        rollout.metrics |= {f"aepo/target_{name}": target for name, target in self.target.items()}
+        rollout.metrics |= {f"aepo/alpha_{name}": self.alpha[name] for name in self.target}
+        rollout.metrics |= {
             "aepo/hwe": mean(found.count.double()),
             "aepo/below": mean(found.below.double()),
             "aepo/reward_correct": mean(shaped[correct == 1]),
             "aepo/reward_wrong": mean(shaped[correct == 0]),
-            "aepo/inversions": inversions(step.rewards, correct, step.group),
+            "aepo/inversions": inversions(rollout.rewards, correct, rollout.group),
         }
 
     def observe(self, seen: Observation) -> None:
@@ -206,29 +207,29 @@ class AEPO:
             return correct.detach()
         target, alpha = per_bucket(self.target, buckets), per_bucket(self.alpha, buckets)
         if self.shape == "smooth":
-            kept = self.preserve_order
-            score = smooth_score(correct, counts, buckets, target=target, alpha=alpha, preserve_order=kept)
+            given: Any = {"target": target, "alpha": alpha, "preserve_order": self.preserve_order}
+            score = smooth_score(correct, counts, buckets, **given)
         else:
             strength = per_bucket(self.strength, buckets, missing=0.0)
             score = lagrange_score(correct, lagrange_shaping(counts, buckets, target), strength)
         return (correct.detach() + torch.where(torch.isnan(target), 0.0, score)).to(correct.dtype)
 
     def _weigh_kl(
-        self, step: RolloutStep, controller: LogBucketKL | LinearBucketKL, buckets: Tensor, found: HighEntropy | None
+        self, rollout: Rollout, controller: LogBucketKL | LinearBucketKL, buckets: Tensor, found: HighEntropy | None
     ) -> None:
-        """Weights of the tokens' KL terms from the KL of this rollout, that of all ranks."""
+        """Weights of the tokens' KL terms from the KL of this rollout on all ranks."""
         relaxed = None if found is None or self.rho == 1 else found.mask
-        kl = sampled_kl(step.quantity("old_logps"), step.quantity("ref_logps"), "k3")
+        kl = sampled_kl(rollout.quantity("old_logps"), rollout.quantity("ref_logps"), "k3")
         if isinstance(controller, LinearBucketKL) and relaxed is not None:
-            each = controlled_kl(kl, step.segments, relaxed)
+            each = controlled_kl(kl, rollout.segments, relaxed)
         else:
-            each = step.segments.mean(kl)
-        each = torch.where(step.segments.lengths > 0, each, torch.nan)
-        controller.update(step.gather(bucket_sums(each, buckets)[None]).sum(0))
+            each = rollout.segments.mean(kl)
+        each = torch.where(rollout.segments.lengths > 0, each, torch.nan)
+        controller.update(rollout.gather(bucket_sums(each, buckets)[None]).sum(0))
         weights = per_bucket(controller.weights, buckets, missing=1.0)
         assert self.rho is not None  # set after construction
-        step.quantities["kl_weights"] = kl_token_weights(weights, step.segments, relaxed, self.rho).to(kl)
-        step.metrics |= {f"aepo/kl_weight_{name}": w for name, w in controller.weights.items()}
+        rollout.quantities["kl_weights"] = kl_token_weights(weights, rollout.segments, relaxed, self.rho).to(kl)
+        rollout.metrics |= {f"aepo/kl_weight_{name}": w for name, w in controller.weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -248,29 +249,21 @@ class AEPO:
 
 
 def running(before: float | None, now: float, decay: float) -> float:
-    """The running threshold after a rollout with this one; the first stands for itself."""
+    """The running threshold after a rollout with threshold `now`; the first stands for itself."""
     return now if before is None else decay * before + (1 - decay) * now
 
 
 def inversions(rewards: Tensor, correct: Tensor, group: Tensor) -> float:
     """Share of wrong completions whose reward exceeds that of some correct one of their group."""
-    groups = int(group.max()) + 1 if group.numel() else 0
     right = torch.where(correct == 1, rewards, torch.inf)
-    worst = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, right.to(rewards), "amin")
-    wrong = correct == 0
-    return mean((rewards > worst[group])[wrong].float())
+    worst = reduce_groups(right.to(rewards), group, torch.inf, "amin")
+    return mean((rewards > worst[group])[correct == 0].float())
 
 
 # Buckets. Sums over them add up over ranks; give every rank the same totals, so that weights stay equal.
 
 
-def difficulty(
-    correct: Tensor,
-    group: Tensor,
-    *,
-    easy: Fraction | float = Fraction(2, 3),
-    medium: Fraction | float = Fraction(1, 3),
-) -> Tensor:
+def difficulty(correct: Tensor, group: Tensor, *, easy: float = 2 / 3, medium: float = 1 / 3) -> Tensor:
     """The bucket of every prompt by its share of correct completions: long `[G]`.
 
     Shares are compared as whole numbers, so that exactly 2/3 is easy: the least ones are read as fractions with a
@@ -280,9 +273,9 @@ def difficulty(
     right = s.count.new_zeros(s.count.shape).index_add(0, group, torch.nan_to_num(s.rewards, nan=0.0)).round().long()
     n = s.count.long()
 
-    def reaches(share: Fraction | float) -> Tensor:
-        share = Fraction(share).limit_denominator(1000)
-        return share.denominator * right >= share.numerator * n
+    def reaches(share: float) -> Tensor:
+        least = Fraction(share).limit_denominator(1000)
+        return least.denominator * right >= least.numerator * n
 
     buckets = torch.where(reaches(easy), 0, torch.where(reaches(medium), 1, 2))
     return torch.where(n > 0, buckets, -1)
@@ -308,14 +301,10 @@ def per_bucket(values: Mapping[str, float], buckets: Tensor, missing: float = ma
 
 @dataclass(frozen=True)
 class Observation:
-    """What a rollout knows of its counts per bucket; those of two ranks add up.
+    """What a rollout knows of its counts per bucket; those of two ranks add up."""
 
-    Attributes:
-        prompts: `[3, 2]`, the `bucket_sums` of the prompts' mean counts; completions: moments of the completions'.
-    """
-
-    prompts: Tensor
-    completions: dict[str, Moments]
+    prompts: Tensor  # [3, 2], the `bucket_sums` of the prompts' mean counts
+    completions: dict[str, Moments]  # of the completions' counts
 
     @classmethod
     def of(cls, counts: Tensor, group: Tensor, buckets: Tensor) -> Observation:
@@ -334,22 +323,14 @@ class Observation:
 
 @dataclass(frozen=True)
 class SmoothShape:
-    """Constants of the smooth reward per bucket (easy, medium, hard), those of the released code.
+    """Constants of the smooth reward per bucket (easy, medium, hard), those of the released code."""
 
-    Attributes:
-        margin: share of the target that is tolerated, at least `min_margin` tokens.
-        kappa: where a penalty turns from quadratic to linear, tokens.
-        temperature: how fast a bonus saturates, tokens.
-        cap: multiplies the strength alpha: the largest penalty or bonus.
-        wrong: share of the cap that a wrong completion can earn.
-    """
-
-    margin: tuple[float, float, float] = (0.15, 0.25, 0.35)
-    kappa: tuple[float, float, float] = (2.0, 3.0, 4.0)
-    temperature: tuple[float, float, float] = (2.0, 2.5, 3.0)
-    cap: tuple[float, float, float] = (1.0, 1.0, 1.2)
-    wrong: tuple[float, float, float] = (0.6, 0.8, 1.0)
-    min_margin: float = 1.0
+    margin: tuple[float, float, float] = (0.15, 0.25, 0.35)  # share of the target that is tolerated
+    kappa: tuple[float, float, float] = (2.0, 3.0, 4.0)  # where a penalty turns from quadratic to linear, tokens
+    temperature: tuple[float, float, float] = (2.0, 2.5, 3.0)  # how fast a bonus saturates, tokens
+    cap: tuple[float, float, float] = (1.0, 1.0, 1.2)  # times the strength alpha: the largest penalty or bonus
+    wrong: tuple[float, float, float] = (0.6, 0.8, 1.0)  # share of the cap that a wrong completion can earn
+    min_margin: float = 1.0  # the least margin, tokens
 
 
 def smooth_score(
@@ -364,12 +345,9 @@ def smooth_score(
 ) -> Tensor:
     """What HWE tokens add to the accuracy of a completion: `[C]`, float64, between -cap and cap.
 
-    A wrong completion always gets at least wrong * cap / 2, and may outscore a correct one where the cap exceeds
-    1 / (1 + wrong), alpha above 0.625 (easy), 0.556 (medium), 0.417 (hard), unless `preserve_order` limits the cap.
-
-    Args:
-        correct: `[C]`; NaN gives NaN. Completions below 1 are wrong.
-        counts: HWE tokens `[C]`; target, alpha: of the completion's bucket `[C]`.
+    A wrong completion (`correct` below 1) always gets at least wrong * cap / 2, and may outscore a correct one where
+    the cap exceeds 1 / (1 + wrong), alpha above 0.625 (easy), 0.556 (medium), 0.417 (hard), unless `preserve_order`
+    limits the cap. `counts` are HWE tokens `[C]`, target and alpha those of the completion's bucket `[C]`.
     """
     shape = SmoothShape() if shape is None else shape
     margin, kappa, temp, scale, wrong = (
@@ -404,10 +382,9 @@ def smooth_score(
 def lagrange_strengths(
     moments: Mapping[str, Moments], target: Mapping[str, float], *, eps: float = 1e-6, cap: float | None = None
 ) -> dict[str, float]:
-    """max(0, (mean - target) / (variance + eps)) of the counts of each bucket, at most `cap`.
+    """max(0, (mean - target) / (variance + eps)) of the counts of each bucket, at most `cap` (the paper has none).
 
-    The moments are those of all ranks. With the mean of the same counts for a target every strength is 0. There is no
-    bound in the paper, and the variance may be small.
+    With the mean of the same counts for a target every strength is 0.
     """
     known = [(name, m) for name, m in moments.items() if name in target]
     most = math.inf if cap is None else cap
@@ -431,25 +408,16 @@ def lagrange_score(correct: Tensor, shaping: Tensor, strength: Tensor) -> Tensor
 
 @dataclass
 class LogBucketKL:
-    """One weight per bucket, moved in its logarithm by a smoothed relative error: the released code of ARES.
+    """One weight per bucket, moved in its logarithm by a smoothed relative error: the released code of ARES."""
 
-    Args:
-        target: KL per bucket, nats per token; one number for all.
-        interval: only every so many updates move the weights. With the released 100 a weight moves by at most 1 %
-            per hundred updates; 1 follows the error at once.
-        ema: weight of the past in both averages.
-        lr, clip: size of a step, and bound of the smoothed error in it.
-        deadzone: relative errors below this move nothing.
-        low, high: bounds of the weights.
-    """
-
-    target: Mapping[str, float] | float = 0.01
+    target: Mapping[str, float] | float = 0.01  # KL per bucket, nats per token; one number for all
+    # Only every so many updates move the weights: by at most 1 % per hundred updates with the released 100.
     interval: int = 100
-    ema: float = 0.97
-    lr: float = 0.05
-    clip: float = 0.2
-    deadzone: float = 0.02
-    low: float = 1e-4
+    ema: float = 0.97  # weight of the past in both averages
+    lr: float = 0.05  # size of a step
+    clip: float = 0.2  # bound of the smoothed error in it
+    deadzone: float = 0.02  # relative errors below this move nothing
+    low: float = 1e-4  # bounds of the weights
     high: float = 1e2
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 1.0))
     kl: dict[str, float] = field(default_factory=dict)
@@ -457,7 +425,7 @@ class LogBucketKL:
     updates: int = 0
 
     def update(self, sums: Tensor) -> None:
-        """Take in the completions' mean KLs: `bucket_sums(segments.mean(kl), buckets)`."""
+        """Take in `bucket_sums` of the completions' mean KLs."""
         self.updates += 1
         for name, now in bucket_means(sums).items():
             self.kl[name] = (1 - self.ema) * now + self.ema * self.kl.get(name, now)
@@ -479,22 +447,16 @@ class LogBucketKL:
 
 @dataclass
 class LinearBucketKL:
-    """One weight per bucket, multiplied by 1 + step * relative error: the paper's Algorithm 1 of ARES.
-
-    Args:
-        target: KL per bucket, nats per token; one number for all.
-        step: the paper's a.
-        low, high: bounds of the weights.
-    """
+    """One weight per bucket, multiplied by 1 + step * relative error: the paper's Algorithm 1 of ARES."""
 
     target: Mapping[str, float] | float = 0.01
-    step: float = 0.1
+    step: float = 0.1  # the paper's a
     low: float = 1e-3
     high: float = 10.0
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 1.0))
 
     def update(self, sums: Tensor) -> None:
-        """Take in `bucket_sums(controlled_kl(...), buckets)`: tokens of flagged windows count as KL 0."""
+        """Take in `bucket_sums` of `controlled_kl`: tokens of flagged windows count as KL 0."""
         for name, now in bucket_means(sums).items():
             moved = self.weights[name] * (1 + self.step * _relative_error(now, self.target, name))
             self.weights[name] = min(max(moved, self.low), self.high)

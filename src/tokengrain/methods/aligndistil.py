@@ -48,9 +48,8 @@ TeacherForm = Literal["adaptive", "constant", "theorem1", "interpolation", "dist
 def contrastive_dpo(batch: TokenBatch, *, model: Any, reverse: Any, beta: Positive = 0.1) -> Tensor:
     """β (log p_model - log p_reverse): log-ratio of a DPO model to a reverse DPO model (AlignDistil).
 
-    Both models start from the same weights; the reverse one learned from the pairs with chosen and rejected
-    exchanged, so it is worse than the start where the other is better, and the contrast is about twice the
-    guide's.
+    Both start from the same weights; the reverse one learned from the pairs with chosen and rejected exchanged, so it
+    is worse than the start where the other is better, and the contrast is about twice the guide's.
 
     Args:
         model: trained by DPO on the pairs: a model, or anything called like a `Reference`.
@@ -62,8 +61,7 @@ def contrastive_dpo(batch: TokenBatch, *, model: Any, reverse: Any, beta: Positi
 
 @dataclass(frozen=True)
 class Strength:
-    """How far a teacher extrapolates: alpha_t = slope * tvd_t + offset, teacher = target + (alpha_t - shift) *
-    (target - contrast)."""
+    """alpha_t = slope * tvd_t + offset, and the teacher is target + (alpha_t - shift) * (target - contrast)."""
 
     slope: float
     offset: float
@@ -110,16 +108,15 @@ class ContrastiveTeacher:
     Args:
         target: the DPO model, as a `Reference`.
         contrast: the reverse DPO model, for "theorem1" and "interpolation" the starting model; None for "distil".
-        r: highest strength of the adaptive forms; tvd_t, half the L1 distance of the two teachers, is in
-            [0, 1]. The flag of the authors' code is r / 2.
+        r: highest strength of the adaptive forms; tvd_t, half the L1 distance of the two teachers, is in [0, 1]. The
+            flag of the authors' code is r / 2.
         epsilon: strength where the teachers agree.
         beta0: the beta that the teachers were trained with.
         beta: the KL coefficient of the constant forms.
         temperature: divides the logits of student and teacher.
 
-    Raises:
-        RecipeError: a form without its second model, or with one that it does not use; an unknown form, a number out
-            of range, or a beta that is missing or has no use.
+    Raises `RecipeError` for a form without its second model, or with one that it does not use; an unknown form, a
+    number out of range, or a beta that is missing or has no use.
     """
 
     def __init__(

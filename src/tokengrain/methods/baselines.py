@@ -29,17 +29,10 @@ def column(batch: TokenBatch, *, column: str = "token_rewards") -> Tensor:
 
     Args:
         column: its name in `batch.columns`.
-
-    Raises:
-        DataError: the data have no such column.
     """
-    if column not in batch.columns:
-        raise DataError(
-            f"the data have no per-token column {column!r}",
-            row=batch.rows[0] if batch.rows else None,
-            value=sorted(batch.columns),
-            expected=f"chosen_{column} and rejected_{column} in every row, or another source",
-        )
+    expected = f"chosen_{column} and rejected_{column} in every row, or another source"
+    given = {"row": batch.rows[0] if batch.rows else None, "value": sorted(batch.columns), "expected": expected}
+    require(column in batch.columns, DataError, f"the data have no per-token column {column!r}", **given)
     return checked_credit(batch.columns[column], batch, f"column {column}")
 
 
@@ -54,14 +47,10 @@ class FunctionCredit:
 
     def __init__(self, *, function: str | Callable[[TokenBatch], Any]) -> None:
         self.source = as_credit(function)
-        self.name = self.source.name
+        self.name, self.fingerprint = self.source.name, self.source.fingerprint
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         return self.source(batch)
-
-    def fingerprint(self) -> str:
-        """By the function's source as it was loaded, where there is one; what it calls is not looked into."""
-        return self.source.fingerprint()
 
 
 def _check_bounds(settings: Mapping[str, Any]) -> None:

@@ -27,8 +27,8 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, require
 from tokengrain.loss import LossOutput
-from tokengrain.method import Card, RolloutStep, objective, rollout_credit
-from tokengrain.methods._clipped import MAX_LOG_RATIO, KLEstimator, Reduction, clipped_tokens, policy_loss
+from tokengrain.method import Card, Rollout, objective, rollout_credit
+from tokengrain.methods._clipped import KLEstimator, Reduction, clipped_tokens, policy_loss
 from tokengrain.methods._shaping import GroupStatistics, mean, scored, shares
 from tokengrain.settings import Count, NonNegative, Number, Positive
 
@@ -42,9 +42,6 @@ CARD = Card(
     trains="policy, online",
     credit="all rewards that the prompt has had so far",
 )
-
-# exp(80) is finite in float32; a token this improbable has the limits of both bounds.
-MAX_NEGATIVE_LOGP = 80.0
 
 
 @objective("dcpo", unit="completions")
@@ -70,18 +67,15 @@ def dcpo_loss(
     """The clipped policy loss with dynamic bounds.
 
     Args:
-        logps, segments, old_logps, advantages, ref_logps, entropy, weights, beta, kl, kl_importance, clamp,
-            reduction, max_length: see `policy_loss`; the paper has no KL term.
+        logps, segments, old_logps, advantages, ref_logps, entropy, weights, beta, kl, kl_importance, clamp, reduction,
+            max_length: see `policy_loss`; the paper has no KL term.
         epsilon_low, epsilon_high: the paper's values (its released script has others).
         ratio_max: bound of the ratio for both signs of the advantage; above 1.
     """
     require(ratio_max > 1, ValueError, f"ratio_max must be above 1, got {ratio_max}")
     old_logps = old_logps.detach()
     low, high = dcpo_bounds(old_logps, epsilon_low, epsilon_high, ratio_max)
-    log_ratio = logps - old_logps
-    if clamp:
-        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    tokens = clipped_tokens(log_ratio, advantages, low, high, ratio_max)
+    tokens = clipped_tokens(logps - old_logps, advantages, low, high, ratio_max, clamp=clamp)
     given: Any = {"old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps, "entropy": entropy}
     given |= {"weights": weights, "reduction": reduction, "max_length": max_length}
     return policy_loss(tokens, logps, segments, **given, beta=beta, kl=kl, kl_importance=kl_importance, clamp=clamp)
@@ -89,10 +83,9 @@ def dcpo_loss(
 
 def dcpo_bounds(old_logps: Tensor, epsilon_low: float, epsilon_high: float, ratio_max: float) -> tuple[Tensor, Tensor]:
     """(low(q), high(q)) of tokens with these log q `[N]`, in float32 or wider; no gradient."""
-    old_logps = old_logps.detach()
-    if old_logps.dtype in (torch.float16, torch.bfloat16):
-        old_logps = old_logps.float()
-    inverse = torch.exp((-old_logps).clamp(max=MAX_NEGATIVE_LOGP))  # 1 / q
+    old_logps = old_logps.detach().to(torch.promote_types(old_logps.dtype, torch.float32))
+    # 1 / q. exp(80) is finite in float32; a token this improbable has the limits of both bounds.
+    inverse = torch.exp((-old_logps).clamp(max=80.0))
     low = 0.5 + 0.5 * (1 - 4 * epsilon_low * inverse).clamp(min=0).sqrt()
     high = 0.5 + 0.5 * (1 + 4 * epsilon_high * inverse).sqrt()
     return low, high.clamp(max=ratio_max)
@@ -156,10 +149,10 @@ class DCPO:
         given = self.solved != "zero" or self.max_reward is not None
         require(given, RecipeError, "credit 'dcpo': solved is 'zero', which needs max_reward")
 
-    def __call__(self, step: RolloutStep) -> None:
-        total, known = step.total, scored(step)
+    def __call__(self, rollout: Rollout) -> None:
+        total, known = rollout.total, scored(rollout)
         rewards = [r if k else None for r, k in zip(total.double().tolist(), known.tolist(), strict=True)]
-        parts, own = shares(step, (list(step.prompt_ids), rewards, step.group.tolist()))
+        parts, own = shares(rollout, (list(rollout.prompt_ids), rewards, rollout.group.tolist()))
         prompts = [p for ids, _, _ in parts for p in ids]
         firsts = [sum(len(ids) for ids, _, _ in parts[:rank]) for rank in range(len(parts))]
         group = torch.tensor([first + g for first, (_, _, groups) in zip(firsts, parts, strict=True) for g in groups])
@@ -168,21 +161,21 @@ class DCPO:
         self.visits |= found.visits
         start = sum(len(rs) for _, rs, _ in parts[:own])
         advantages = found.advantages[start : start + len(rewards)].to(total)
-        mine = [self.visits.get(str(p), Visits()) for p in step.prompt_ids]
+        mine = [self.visits.get(str(p), Visits()) for p in rollout.prompt_ids]
         if self.solved == "zero" and self.max_reward is not None:
             # Rewards are float32, which holds 0.7 a little below 0.7; a mean over visits rounds as well.
             limit = self.max_reward - 1e-6 * max(1.0, abs(self.max_reward))
             solved = torch.tensor([v.mean >= limit for v in mine], device=total.device)
-            advantages = torch.where(solved[step.group], 0.0, advantages)
-        step.advantages = step.broadcast(advantages)
-        step.metrics |= {
+            advantages = torch.where(solved[rollout.group], 0.0, advantages)
+        rollout.advantages = rollout.broadcast(advantages)
+        rollout.metrics |= {
             "dcpo/utilisation": mean(((advantages != 0) & known).float()),
             "dcpo/visits": sum(v.count for v in mine) / max(len(mine), 1),
             "dcpo/prompts": float(len(self.visits)),
         }
 
     def smooth(self, rewards: Tensor, group: Tensor, prompts: Sequence[Hashable]) -> SmoothAdvantages:
-        """Advantages of a rollout, that of all ranks. The state does not change: update it with the result's `visits`.
+        """Advantages of a rollout, that of all ranks; the state stays as it is.
 
         A completion whose reward `[C]` is NaN has advantage 0 and no part in the statistics. `prompts` has a stable id
         per group; groups with the same id are one visit.

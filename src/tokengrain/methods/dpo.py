@@ -65,9 +65,6 @@ def dpo_loss(
 
     Returns:
         `losses` [P]; rewards in the metrics are beta * sum of log-ratios.
-
-    Raises:
-        ValueError: an unknown form, or a contradiction between the settings.
     """
     check_choice("loss_type", loss_type, DPOLoss)
     if ref_logps is None and not reference_free:
@@ -75,8 +72,10 @@ def dpo_loss(
     if label_smoothing and loss_type in ("ipo", "ipo_sum"):
         raise ValueError(f"loss_type {loss_type!r} has no label smoothing, got {label_smoothing}")
     d = logps if reference_free or ref_logps is None else log_ratios(logps, ref_logps)
-    weighted = d if ld_alpha is None else d * _shared_length_weights(segments, ld_alpha, d)
-    s = segments.sum(weighted)  # sum over tokens, never a mean
+    if ld_alpha is not None:
+        shared = segments.broadcast(torch.minimum(*segments.pairs(segments.lengths)).repeat_interleave(2))
+        d = d * torch.where(segments.positions < shared, 1.0, ld_alpha).to(d.dtype)
+    s = segments.sum(d)  # sum over tokens, never a mean
     if loss_type in ("sigmoid_norm", "ipo"):
         s = s / completion_lengths(segments, s)
     h = pair_difference(s, segments)
@@ -88,13 +87,6 @@ def dpo_loss(
     logged = logps if ref_logps is None else logps - ref_logps
     metrics = pair_metrics(beta * segments.sum(logged.detach()), logps, segments)
     return LossOutput(losses, metrics, chosen_token_losses(logps, segments, sft_weight))
-
-
-def _shared_length_weights(segments: Segments, ld_alpha: float, like: Tensor) -> Tensor:
-    """1 for a token within the shorter length of its pair, `ld_alpha` beyond it: `[N]`."""
-    chosen, rejected = segments.pairs(segments.lengths)
-    shared = torch.minimum(chosen, rejected).repeat_interleave(2)
-    return torch.where(segments.positions < segments.broadcast(shared), 1.0, ld_alpha).to(like.dtype)
 
 
 Per = Literal["token", "sequence"]

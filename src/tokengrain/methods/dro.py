@@ -28,8 +28,8 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.data.tokens import StopStrings
 from tokengrain.errors import DataError, ModelError, RecipeError, require
 from tokengrain.loss import top_tokens
-from tokengrain.method import Card, RolloutStep, rollout_credit
-from tokengrain.methods._shaping import GroupStatistics, mean, shares
+from tokengrain.method import Card, Rollout, rollout_credit
+from tokengrain.methods._shaping import GroupStatistics, mean, reduce_groups, shares
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.reference import scorer_logps
 from tokengrain.scoring.score import head_of, in_parts, score
@@ -128,34 +128,34 @@ class R3:
         possible = self.rule != "top" or self.share <= 1
         require(possible, RecipeError, f"credit 'r3': share is {self.share} of the tokens; expected at most 1")
 
-    def __call__(self, step: RolloutStep) -> None:
-        if not step.batch.n_completions:
+    def __call__(self, rollout: Rollout) -> None:
+        if not rollout.batch.n_completions:
             return
         stops = StopStrings(self.tokenizer, [self.marker])
-        completions = [step.batch.completion(c).tolist() for c in range(step.batch.n_completions)]
+        completions = [rollout.batch.completion(c).tolist() for c in range(rollout.batch.n_completions)]
         ends = [stops.length(ids) for ids in completions]  # of the chains, None where there is no marker
         chains = [ids[: end or 0] for ids, end in zip(completions, ends, strict=True)]
-        usable = torch.tensor([end is not None for end in ends], device=step.batch.device)
+        usable = torch.tensor([end is not None for end in ends], device=rollout.batch.device)
         if self.truncated == "drop":
-            usable = usable & ~step.truncated
-        references = references_of(step.batch, self.tokenizer, self.column, self.separator, self.end)
-        scored = step.batch.with_endings(chains, references)
-        logps = self._logps(step, scored)
-        baseline = self._masked(step, chains, references, scored)
+            usable = usable & ~rollout.truncated
+        references = references_of(rollout.batch, self.tokenizer, self.column, self.separator, self.end)
+        scored = rollout.batch.with_endings(chains, references)
+        logps = self._logps(rollout, scored)
+        baseline = self._masked(rollout, chains, references, scored)
         r3 = self.last = self.reflect(logps, scored.segments, scored.group, usable=usable, baseline=baseline)
-        answers = step.batch.completion_offsets.diff() - torch.tensor([len(c) for c in chains], device=scored.device)
+        answers = rollout.batch.completion_offsets.diff() - torch.tensor([len(c) for c in chains], device=scored.device)
         if not self.end:
-            answers = answers - (~step.truncated).long()  # the end token is no part of the reference
-        answers, expected = (n.to(step.rewards) for n in (answers, scored.segments.lengths))
+            answers = answers - (~rollout.truncated).long()  # the end token is no part of the reference
+        answers, expected = (n.to(rollout.rewards) for n in (answers, scored.segments.lengths))
         lengths = length_rewards(answers, expected, slope=self.length_slope)
-        before = step.rewards if self.combine == "add" else torch.zeros_like(step.rewards)
-        step.rewards = before + (self.weight * r3.rewards + self.length_weight * lengths).to(step.rewards)
+        before = rollout.rewards if self.combine == "add" else torch.zeros_like(rollout.rewards)
+        rollout.rewards = before + (self.weight * r3.rewards + self.length_weight * lengths).to(rollout.rewards)
         if self.filter_top_k is not None or self.filter_drop:
-            self._filter(step, scored, logps, usable)
+            self._filter(rollout, scored, logps, usable)
         measures = {**r3.metrics, "r3/reward": r3.rewards, "r3/usable": usable.float(), "r3/length": lengths[usable]}
         if r3.log_propagation is not None:
             measures["r3/propagation"] = r3.log_propagation
-        step.metrics |= {name: mean(values) for name, values in measures.items()}
+        rollout.metrics |= {name: mean(values) for name, values in measures.items()}
 
     def reflect(
         self,
@@ -200,38 +200,38 @@ class R3:
         }
         return Reflection(rewards, tokens, sigma, weights, reflective, spread, metrics)
 
-    def _logps(self, step: RolloutStep, batch: TokenBatch) -> Tensor:
-        scorer = step.model if self.scorer == "policy" else self.reference
-        found = in_parts(batch, step.max_tokens, lambda part: {"logps": scorer_logps(scorer, part)})
-        return found["logps"].to(step.batch.device)
+    def _logps(self, rollout: Rollout, batch: TokenBatch) -> Tensor:
+        scorer = rollout.model if self.scorer == "policy" else self.reference
+        found = in_parts(batch, rollout.max_tokens, lambda part: {"logps": scorer_logps(scorer, part)})
+        return found["logps"].to(rollout.batch.device)
 
     def _masked(
-        self, step: RolloutStep, chains: list[list[int]], references: list[list[int]], scored: TokenBatch
+        self, rollout: Rollout, chains: list[list[int]], references: list[list[int]], scored: TokenBatch
     ) -> Tensor | None:
         """Log-probabilities of the reference's tokens with the chains masked `[N]`; None: no baseline."""
         if self.baseline == "none":
             return None
         marker = list(self.tokenizer(self.marker, add_special_tokens=False)["input_ids"])
         if self.baseline == "empty":
-            alone = step.batch.with_endings([marker] * len(references), references, range(len(references)))
+            alone = rollout.batch.with_endings([marker] * len(references), references, range(len(references)))
             starts = alone.segments.offsets[:-1][scored.group]
-            return self._logps(step, alone)[scored.segments.broadcast(starts) + scored.segments.positions]
+            return self._logps(rollout, alone)[scored.segments.broadcast(starts) + scored.segments.positions]
         names = ("mask_token_id", "pad_token_id", "unk_token_id", "eos_token_id")
         ids = [i for i in (getattr(self.tokenizer, name, None) for name in names) if i is not None]
         require(ids, RecipeError, "credit 'r3': baseline 'replaced' needs a mask, pad or end token in the tokenizer")
         cuts = [max(len(c) - len(marker), 0) for c in chains]
         masked = [[ids[0]] * cut + c[cut:] for c, cut in zip(chains, cuts, strict=True)]
-        return self._logps(step, step.batch.with_endings(masked, references))
+        return self._logps(rollout, rollout.batch.with_endings(masked, references))
 
-    def _filter(self, step: RolloutStep, scored: TokenBatch, logps: Tensor, usable: Tensor) -> None:
+    def _filter(self, rollout: Rollout, scored: TokenBatch, logps: Tensor, usable: Tensor) -> None:
         """Drop prompts, judged among those of all ranks by their usable completions."""
         tokens = scored.segments.broadcast(usable)
         ranks = torch.ones_like(logps)
         if self.filter_top_k is not None:
-            ranks = reference_ranks(step.model, scored, step.max_tokens).to(logps)
+            ranks = reference_ranks(rollout.model, scored, rollout.max_tokens).to(logps)
         lengths, group = scored.segments.lengths[usable].tolist(), scored.group[usable].tolist()
-        mine = (step.batch.n_prompts, logps[tokens].tolist(), ranks[tokens].tolist(), lengths, group)
-        parts, own = shares(step, mine)
+        mine = (rollout.batch.n_prompts, logps[tokens].tolist(), ranks[tokens].tolist(), lengths, group)
+        parts, own = shares(rollout, mine)
         firsts = [sum(p[0] for p in parts[:rank]) for rank in range(len(parts))]
         all_logps, all_ranks, all_lengths = ([v for p in parts for v in p[i]] for i in (1, 2, 3))
         all_groups = [first + g for first, p in zip(firsts, parts, strict=True) for g in p[4]]
@@ -248,8 +248,8 @@ class R3:
         )
         keep = torch.zeros(sum(p[0] for p in parts), dtype=torch.bool)
         keep[: len(judged.keep)] = judged.keep
-        step.drop(keep[firsts[own] : firsts[own] + mine[0]].to(step.batch.device))
-        step.metrics |= {"r3/kept": mean(keep.float()), "r3/reachable": mean(judged.reachable.float())}
+        rollout.drop(keep[firsts[own] : firsts[own] + mine[0]].to(rollout.batch.device))
+        rollout.metrics |= {"r3/kept": mean(keep.float()), "r3/reachable": mean(judged.reachable.float())}
 
 
 class Reflection(NamedTuple):
@@ -271,8 +271,7 @@ def variability(
     logps: Tensor, segments: Segments, group: Tensor, *, ddof: int = 0, usable: Tensor | None = None
 ) -> Tensor:
     """σ of each reference token `[N]`, the same in a group; 0 with fewer than two usable, or where all are equal."""
-    groups = int(group.max()) + 1 if group.numel() else 0
-    lengths = segments.lengths.new_zeros(groups).scatter_reduce(0, group, segments.lengths, "amax")
+    lengths = reduce_groups(segments.lengths, group, 0, "amax")
     differ = "the rollouts of a prompt must be scored on the same reference: their tokens differ in number"
     require(torch.equal(lengths[group], segments.lengths), ValueError, differ)
     # A number per reference token, the same in all completions of its group.
@@ -373,11 +372,10 @@ def filter_prompts(
     Of the reachable prompts the share `drop` of the least spread goes, rounded down; of equal ones the later prompts.
     """
     worst = worst_ranks(ranks, segments, rho)
-    groups = int(group.max()) + 1 if group.numel() else 0
-    best = worst.new_full((groups,), torch.inf).scatter_reduce(0, group, worst, "amin")
+    best = reduce_groups(worst, group, torch.inf, "amin")
     reachable = best <= top_k
     sigma = variability(logps, segments, group, ddof=ddof)
-    spread = sigma.new_zeros(groups).scatter_reduce(0, group[segments.ids], sigma, "amax")
+    spread = best.new_zeros(best.shape, dtype=sigma.dtype).scatter_reduce(0, group[segments.ids], sigma, "amax")
     found = reachable.nonzero().flatten()
     order = found[torch.argsort(spread[found], descending=True, stable=True)]
     keep = torch.zeros_like(reachable)

@@ -17,17 +17,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError, RunError
+from tokengrain.errors import RecipeError, RunError, require
 from tokengrain.loss import LossOutput
-from tokengrain.method import Card, RolloutStep, objective, rollout_credit
+from tokengrain.method import Card, Rollout, objective, rollout_credit
 from tokengrain.methods._clipped import (
-    MAX_LOG_RATIO,
     Correction,
     KLEstimator,
     Reduction,
@@ -49,17 +49,14 @@ GRPO = Card(
     trains="policy, online",
     credit="the group's mean (every token of a completion alike)",
 )
-DRGRPO = Card(
-    "drgrpo",
-    "Dr. GRPO",
-    "GRPO without its length bias",
-    "Understanding R1-Zero-Like Training: A Critical Perspective",
-    "2503.20783",
-    "COLM 2025",
-    trains="policy, online",
-    credit="the group's mean (every token of a completion alike)",
-    objective="grpo",
-    page="grpo",
+DRGRPO = replace(
+    GRPO,
+    name="drgrpo",
+    title="Dr. GRPO",
+    idea="GRPO without its length bias",
+    paper_title="Understanding R1-Zero-Like Training: A Critical Perspective",
+    arxiv="2503.20783",
+    venue="COLM 2025",
 )
 DAPO = Card(
     "dapo",
@@ -113,10 +110,8 @@ def grpo_loss(
     check_choice("importance", importance, Importance)
     old_logps = old_logps.detach()
     log_ratio = sequence_log_ratio(logps, old_logps, segments) if importance == "sequence" else logps - old_logps
-    if clamp:
-        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    tokens = clipped_tokens(log_ratio, advantages, 1 - epsilon, high, ratio_cap)
+    tokens = clipped_tokens(log_ratio, advantages, 1 - epsilon, high, ratio_cap, clamp=clamp)
     given: Any = {"old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps, "entropy": entropy}
     given |= {"weights": weights, "kl_weights": kl_weights, "reduction": reduction, "max_length": max_length}
     return policy_loss(tokens, logps, segments, **given, beta=beta, kl=kl, kl_importance=kl_importance, clamp=clamp)
@@ -127,7 +122,7 @@ def grpo_loss(
 
 @rollout_credit("group", phase="advantages", group=True)
 def group(
-    step: RolloutStep,
+    rollout: Rollout,
     *,
     scale: Scale = "group",
     baseline: Baseline = "mean",
@@ -136,8 +131,8 @@ def group(
 ) -> None:
     """The same advantage for all tokens of a completion: its reward against those of its group.
 
-    GRPO, DAPO: scale "group"; Dr. GRPO: "none"; RLOO: baseline "leave_one_out" with scale "none". Token rewards
-    count with their sum.
+    GRPO, DAPO: scale "group"; Dr. GRPO: "none"; RLOO: baseline "leave_one_out" with scale "none". Token rewards count
+    with their sum.
 
     Args:
         scale: what the difference is divided by: "group": the group's standard deviation + eps; "none"; "batch": the
@@ -147,10 +142,10 @@ def group(
         eps: 1e-6 in verl, 1e-4 in TRL.
         ddof: of the deviation; 1 as in TRL and verl.
     """
-    total = _counted(step)
-    everyone = step.gather(total) if scale == "batch" else None
-    settings: dict[str, Any] = {"scale": scale, "baseline": baseline, "eps": eps, "ddof": ddof}
-    step.advantages = step.broadcast(group_advantages(total, step.group, everyone=everyone, **settings))
+    total = _counted(rollout)
+    settings: Any = {"scale": scale, "baseline": baseline, "eps": eps, "ddof": ddof}
+    settings["everyone"] = rollout.gather(total) if scale == "batch" else None
+    rollout.advantages = rollout.broadcast(group_advantages(total, rollout.group, **settings))
 
 
 def group_advantages(
@@ -182,21 +177,21 @@ def group_advantages(
 
 
 @rollout_credit("broadcast", phase="advantages")
-def broadcast(step: RolloutStep, *, baseline: Literal["none", "batch"] = "none") -> None:
+def broadcast(rollout: Rollout, *, baseline: Literal["none", "batch"] = "none") -> None:
     """The reward itself as the advantage of all tokens of a completion; 0 where it could not be scored.
 
     Args:
         baseline: "batch": minus the mean reward of the rollout, on all ranks; "none": as it is.
     """
-    rewards = _counted(step)
+    rewards = _counted(rollout)
     if baseline == "batch":
-        rewards = rewards - step.gather(rewards).nanmean()
-    step.advantages = step.broadcast(torch.nan_to_num(rewards, nan=0.0))
+        rewards = rewards - rollout.gather(rewards).nanmean()
+    rollout.advantages = rollout.broadcast(torch.nan_to_num(rewards, nan=0.0))
 
 
-def _counted(step: RolloutStep) -> Tensor:
+def _counted(rollout: Rollout) -> Tensor:
     """The sum of a completion's rewards `[C]`; NaN also for prompts that are not trained on."""
-    return torch.where(scored(step), step.total, torch.nan)
+    return torch.where(scored(rollout), rollout.total, torch.nan)
 
 
 # DAPO: which prompts are trained on, and what becomes of long completions.
@@ -204,7 +199,7 @@ def _counted(step: RolloutStep) -> Tensor:
 
 @rollout_credit("filter_groups", phase="filter", refill=lambda settings: settings["refill"])
 def filter_groups(
-    step: RolloutStep,
+    rollout: Rollout,
     *,
     metric: Literal["correct", "reward"] | str = "correct",
     refill: bool = True,
@@ -220,23 +215,23 @@ def filter_groups(
         low, high: also leave out prompts whose mean of the metric is not in between, low and high included;
             None: no such bound.
     """
-    values = _metric(step, metric)
-    mean = GroupStatistics(values.double(), step.group).mean
+    values = _metric(rollout, metric)
+    mean = GroupStatistics(values.double(), rollout.group).mean
     bounds = (mean >= (-math.inf if low is None else low)) & (mean <= (math.inf if high is None else high))
-    step.drop(informative_groups(values, step.group) & bounds)
+    rollout.drop(informative_groups(values, rollout.group) & bounds)
 
 
-def _metric(step: RolloutStep, name: str) -> Tensor:
+def _metric(rollout: Rollout, name: str) -> Tensor:
     if name == "reward":
-        return step.total
-    if name == "correct":
-        if step.correct is None:
-            raise RunError("credit 'filter_groups' by correctness needs a reward")
-        # A completion that could not be scored says nothing about its group.
-        return torch.where(step.rewards.isnan(), torch.nan, step.correct.to(step.rewards.dtype))
-    if name not in step.by_name:
-        raise RunError(f"credit 'filter_groups': no reward {name!r}; there are {', '.join(step.by_name)}")
-    return step.by_name[name]
+        return rollout.total
+    if name != "correct":
+        what = f"credit 'filter_groups': no reward {name!r}; there are {', '.join(rollout.by_name)}"
+        require(name in rollout.by_name, RunError, what)
+        return rollout.by_name[name]
+    if rollout.correct is None:
+        raise RunError("credit 'filter_groups' by correctness needs a reward")
+    # A completion that could not be scored says nothing about its group.
+    return torch.where(rollout.rewards.isnan(), torch.nan, rollout.correct.to(rollout.rewards.dtype))
 
 
 def informative_groups(metric: Tensor, group: Tensor) -> Tensor:
@@ -254,7 +249,7 @@ def _check_overlong(settings: Mapping[str, Any], max_new_tokens: float | None = 
     "overlong", phase="rewards", check=_check_overlong, limit=lambda tokens, settings: _check_overlong(settings, tokens)
 )
 def overlong(
-    step: RolloutStep, *, buffer: Positive, factor: NonNegative = 1.0, max_length: Positive | None = None
+    rollout: Rollout, *, buffer: Positive, factor: NonNegative = 1.0, max_length: Positive | None = None
 ) -> None:
     """DAPO's soft overlong punishment, added to the outcome of a completion.
 
@@ -263,11 +258,11 @@ def overlong(
         factor: largest penalty.
         max_length: the limit, tokens; None: the longest completion that is sampled.
     """
-    lengths = step.segments.lengths.to(step.rewards.dtype)
-    limit = max_length if max_length is not None else step.max_new_tokens
+    limit = max_length if max_length is not None else rollout.max_new_tokens
+    lengths = rollout.segments.lengths.to(rollout.rewards.dtype)
     penalty = overlong_penalty(lengths, max_length=limit, buffer=buffer, factor=factor)
-    step.metrics["reward/overlong"] = float(penalty.mean())
-    step.rewards = step.rewards + penalty
+    rollout.metrics["reward/overlong"] = float(penalty.mean())
+    rollout.rewards = rollout.rewards + penalty
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: float, buffer: float, factor: float = 1.0) -> Tensor:
@@ -277,12 +272,12 @@ def overlong_penalty(lengths: Tensor, *, max_length: float, buffer: float, facto
 
 
 @rollout_credit("mask_truncated", phase="after")
-def mask_truncated(step: RolloutStep) -> None:
+def mask_truncated(rollout: Rollout) -> None:
     """DAPO's overlong filtering: no update sees truncated completions, in its normaliser and KL neither."""
-    if step.advantages is None:
-        raise RunError("credit 'mask_truncated' needs advantages; expected a step that sets them")
-    step.masked = step.truncated
-    step.advantages = torch.where(step.broadcast(step.truncated), 0.0, step.advantages)
+    if rollout.advantages is None:
+        raise RunError("credit 'mask_truncated' needs advantages; expected a rollout credit that sets them")
+    rollout.masked = rollout.truncated
+    rollout.advantages = torch.where(rollout.broadcast(rollout.truncated), 0.0, rollout.advantages)
 
 
 # For samplers whose probabilities are not the trainer's.
@@ -290,7 +285,7 @@ def mask_truncated(step: RolloutStep) -> None:
 
 @rollout_credit("importance", phase="after", provides={"weights"})
 def importance(
-    step: RolloutStep, *, kind: Correction = "token", cap: Positive = 2.0, against: Literal["raw", "sampling"] = "raw"
+    rollout: Rollout, *, kind: Correction = "token", cap: Positive = 2.0, against: Literal["raw", "sampling"] = "raw"
 ) -> None:
     """Weighs tokens by how much more probable they are to the trainer than to the sampler, truncated.
 
@@ -301,10 +296,10 @@ def importance(
             differently; "sampling": those that tokens were drawn from: also for temperature, top-k, top-p, min-p.
     """
     column = f"{against}_logps"
-    if column not in step.quantities:
+    if column not in rollout.quantities:
         raise RunError(f"credit 'importance': the sampler does not know {column}; expected against: another one")
-    old = step.quantity("old_logps")
-    weights = importance_weights(step.quantity(column), old, step.segments, kind=kind, cap=cap)
-    step.metrics["importance/mean"] = float(weights.mean())
-    step.metrics["importance/capped"] = float((weights >= cap * (1 - 1e-6)).to(weights.dtype).mean())
-    step.weights = weights if step.weights is None else step.weights * weights
+    old = rollout.quantity("old_logps")
+    weights = importance_weights(rollout.quantity(column), old, rollout.segments, kind=kind, cap=cap)
+    rollout.metrics["importance/mean"] = float(weights.mean())
+    rollout.metrics["importance/capped"] = float((weights >= cap * (1 - 1e-6)).to(weights.dtype).mean())
+    rollout.weights = weights if rollout.weights is None else rollout.weights * weights

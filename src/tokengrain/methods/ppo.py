@@ -28,7 +28,7 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, RunError, require
 from tokengrain.loss import LossOutput
-from tokengrain.method import Card, RolloutStep, as_credit, checked_credit, objective, rollout_credit
+from tokengrain.method import Card, Rollout, as_credit, checked_credit, objective, rollout_credit
 from tokengrain.methods._clipped import Reduction, SampledKL, clipped_tokens, policy_loss, reduce_tokens, sampled_kl
 from tokengrain.methods._shaping import Moments, Scaling, mean, pooled_moments, scale_scores, scored, token_level
 from tokengrain.settings import NonNegative, Number, Positive, Share
@@ -68,13 +68,13 @@ def ppo_policy_loss(
         ratio_cap: bound of the ratio where the advantage is negative (dual clip); None: none.
 
     Returns:
-        `losses` [C]; metrics as for GRPO, and "ratio/outside", the share of tokens whose ratio lies outside the
-        range, whether the clip acts (A has the sign that it needs) or not.
+        `losses` [C]; metrics as for GRPO, and "ratio/outside", the share of tokens whose ratio lies outside the range,
+        whether the clip acts (A has the sign that it needs) or not.
     """
     low, high = (0.0, math.inf) if clip_range is None else (1 - clip_range, 1 + clip_range)
     tokens = clipped_tokens(logps - old_logps.detach(), advantages, low, high, ratio_cap)
-    given: dict[str, Any] = {"old_logps": old_logps, "advantages": advantages}
-    output = policy_loss(tokens, logps, segments, **given, reduction=reduction, max_length=max_length)
+    given: Any = {"old_logps": old_logps, "advantages": advantages, "reduction": reduction, "max_length": max_length}
+    output = policy_loss(tokens, logps, segments, **given)
     outside = (tokens.ratio < low) | (tokens.ratio > high)
     output.metrics["ratio/outside"] = segments.mean(outside.to(logps.dtype))
     return output
@@ -89,17 +89,13 @@ def reinforce_loss(
     reduction: Reduction = "sum",
     max_length: Positive | None = None,
 ) -> LossOutput:
-    """Policy gradient: -advantage * log-probability of every token.
-
-    Args:
-        logps, segments, advantages, reduction, max_length: see `policy_loss`.
-    """
+    """Policy gradient: -advantage * log-probability of every token; for the arguments see `policy_loss`."""
     losses = reduce_tokens(-advantages.detach() * logps, segments, reduction, max_length)
     metrics = {"advantages/mean": segments.mean(advantages.detach()), "logps": segments.sum(logps.detach())}
     return LossOutput(losses, metrics, unit="completions", token_unit="tokens")
 
 
-# Rewards of a completion (`step.rewards`) and of its tokens (`step.token_rewards`).
+# Rewards of a completion (`rollout.rewards`) and of its tokens (`rollout.token_rewards`).
 
 
 @rollout_credit("token_rewards", phase="rewards", provides={"rewards"})
@@ -125,18 +121,18 @@ class TokenRewards:
     def __post_init__(self) -> None:
         self.source = as_credit(self.source)
 
-    def __call__(self, step: RolloutStep) -> None:
-        values = self.scale * checked_credit(self.source(step.batch), step.batch, self.source.name)
+    def __call__(self, rollout: Rollout) -> None:
+        values = self.scale * checked_credit(self.source(rollout.batch), rollout.batch, self.source.name)
         if self.clip is not None:
             values = values.clamp(-self.clip, self.clip)
         # A completion without a valid outcome stays out, whatever its tokens earn.
-        values = values.to(step.rewards.dtype).masked_fill(step.broadcast(step.rewards.isnan()), 0.0)
-        step.metrics["reward/tokens"] = float(step.segments.sum(values).mean())
-        if self.combine == "add" and step.token_rewards is not None:
-            values = values + step.token_rewards
-        step.token_rewards = values
+        values = values.to(rollout.rewards.dtype).masked_fill(rollout.broadcast(rollout.rewards.isnan()), 0.0)
+        rollout.metrics["reward/tokens"] = float(rollout.segments.sum(values).mean())
+        if self.combine == "add" and rollout.token_rewards is not None:
+            values = values + rollout.token_rewards
+        rollout.token_rewards = values
         if not self.outcome:
-            step.rewards = step.rewards * 0.0  # NaN stays NaN
+            rollout.rewards = rollout.rewards * 0.0  # NaN stays NaN
 
 
 @rollout_credit("normalize", phase="rewards")
@@ -165,24 +161,20 @@ class Normalize:
         half = f"credit 'normalize': mean is {self.mean} and std {self.std}; expected both or neither"
         require((self.mean is None) == (self.std is None), RecipeError, half)
 
-    def __call__(self, step: RolloutStep) -> None:
-        rewards = step.rewards if self.of == "outcome" else step.token_rewards
+    def __call__(self, rollout: Rollout) -> None:
+        name = "rewards" if self.of == "outcome" else "token_rewards"
+        rewards = getattr(rollout, name)
         if rewards is None:
             raise RunError("credit 'normalize': no reward was given per token, and `of` is 'tokens'")
-        known = scored(step) if self.of == "outcome" else step.broadcast(scored(step))
+        known = scored(rollout) if self.of == "outcome" else rollout.broadcast(scored(rollout))
         if self.mean is not None and self.std is not None:
             moments = Moments(1, self.mean, self.std**2)
         else:
-            now = pooled_moments(step, rewards[known])
+            now = pooled_moments(rollout, rewards[known])
             moments = self.moments = self.moments + now if self.over == "running" else now
         scaled = scale_scores(rewards, self.scaling, moments)
-        if self.clip is not None:
-            scaled = scaled.clamp(-self.clip, self.clip)
-        if self.of == "outcome":
-            step.rewards = scaled
-        else:
-            step.token_rewards = scaled
-        step.metrics |= {"rewards/mean_before": moments.mean, "rewards/std_before": moments.std}
+        setattr(rollout, name, scaled if self.clip is None else scaled.clamp(-self.clip, self.clip))
+        rollout.metrics |= {"rewards/mean_before": moments.mean, "rewards/std_before": moments.std}
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self.moments).copy()
@@ -194,9 +186,7 @@ class Normalize:
 @rollout_credit("kl_penalty", phase="rewards", needs={"ref_logps"})
 @dataclass(kw_only=True)
 class KLPenalty:
-    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593).
-
-    It comes after any scaling of the rewards.
+    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593); after any scaling.
 
     Args:
         coef: reward per nat; the first one, where it adapts.
@@ -210,12 +200,12 @@ class KLPenalty:
     target: Positive | None = None
     horizon: Positive = 10000.0
 
-    def __call__(self, step: RolloutStep) -> None:
-        kl = sampled_kl(step.quantity("old_logps"), step.quantity("ref_logps"), self.form)
-        before = torch.zeros_like(kl) if step.token_rewards is None else step.token_rewards
-        step.token_rewards = (before - self.coef * kl).detach()
-        step.metrics |= {"kl_penalty/kl": mean(kl), "kl_penalty/coef": self.coef}
-        self.coef = next_coefficient(step, kl, self.coef, self.target, self.horizon)
+    def __call__(self, rollout: Rollout) -> None:
+        kl = sampled_kl(rollout.quantity("old_logps"), rollout.quantity("ref_logps"), self.form)
+        before = torch.zeros_like(kl) if rollout.token_rewards is None else rollout.token_rewards
+        rollout.token_rewards = (before - self.coef * kl).detach()
+        rollout.metrics |= {"kl_penalty/kl": mean(kl), "kl_penalty/coef": self.coef}
+        self.coef = next_coefficient(rollout, kl, self.coef, self.target, self.horizon)
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}
@@ -224,16 +214,15 @@ class KLPenalty:
         self.coef = float(state["coef"])
 
 
-def next_coefficient(step: RolloutStep, kl: Tensor, coef: float, target: float | None, horizon: float) -> float:
+def next_coefficient(rollout: Rollout, kl: Tensor, coef: float, target: float | None, horizon: float) -> float:
     """The coefficient of the next rollout, from the KL of this one's tokens `[N]` on all ranks (arXiv 1909.08593)."""
     if target is None:
         return coef
-    completions = sum(step.gather(len(step.segments)))
-    return adapted(coef, pooled_moments(step, kl).mean, completions, target=target, horizon=horizon)
+    completions = sum(rollout.gather(len(rollout.segments)))
+    return adapted(coef, pooled_moments(rollout, kl).mean, completions, target=target, horizon=horizon)
 
 
 def adapted(coef: float, kl: float, completions: int, *, target: float, horizon: float) -> float:
-    """A coefficient after a rollout of so many completions with this mean KL over all tokens."""
     return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * completions / horizon)
 
 
@@ -254,7 +243,7 @@ def _check_gae(settings: Mapping[str, Any]) -> None:
     check=_check_gae,
 )
 def gae_credit(
-    step: RolloutStep, *, gamma: Share = 1.0, lam: Share = 0.95, whiten: bool = True, use_values: bool = True
+    rollout: Rollout, *, gamma: Share = 1.0, lam: Share = 0.95, whiten: bool = True, use_values: bool = True
 ) -> None:
     """Generalised advantage estimation of the tokens' rewards; the critic's targets.
 
@@ -264,20 +253,20 @@ def gae_credit(
         whiten: mean 0 and variance 1 over all tokens of the rollout, of all ranks. Targets are not whitened.
         use_values: False: without a critic, V = 0.
     """
-    values = step.quantity("values") if use_values else None
-    found = gae(token_level(step), step.segments, values=values, gamma=gamma, lam=lam)
-    known = step.broadcast(scored(step))
+    values = rollout.quantity("values") if use_values else None
+    found = gae(token_level(rollout), rollout.segments, values=values, gamma=gamma, lam=lam)
+    known = rollout.broadcast(scored(rollout))
     still = torch.zeros_like(found.returns) if values is None else values.to(found.returns)
     returns = torch.where(known, found.returns, still)
-    moments = pooled_moments(step, found.advantages[known])
+    moments = pooled_moments(rollout, found.advantages[known])
     advantages = whitened(found.advantages, moments) if whiten else found.advantages
-    step.advantages = torch.where(known, advantages, 0.0)
-    step.quantities["returns"] = returns
-    step.metrics |= {"gae/advantage": moments.mean, "gae/advantage_std": moments.std, "gae/return": mean(returns)}
+    rollout.advantages = torch.where(known, advantages, 0.0)
+    rollout.quantities["returns"] = returns
+    rollout.metrics |= {"gae/advantage": moments.mean, "gae/advantage_std": moments.std, "gae/return": mean(returns)}
     if values is not None:
         # The share of the returns' variance that the values explain: 1 is all, below 0 is worse than none.
-        total, left = (pooled_moments(step, x).std for x in (returns[known], returns[known] - still[known]))
-        step.metrics["gae/explained_variance"] = 1 - (left / total) ** 2 if total > 0 else 0.0
+        total, left = (pooled_moments(rollout, x).std for x in (returns[known], returns[known] - still[known]))
+        rollout.metrics["gae/explained_variance"] = 1 - (left / total) ** 2 if total > 0 else 0.0
 
 
 class Advantages(NamedTuple):
@@ -299,29 +288,21 @@ def gae(
     dtype = torch.promote_types(torch.promote_types(r.dtype, V.dtype), torch.float32)
     r, V = r.to(dtype), V.to(dtype)
     following = torch.where(segments.is_last, 0.0, V.roll(-1))
-    delta = r + gamma * following - V
-    A, mask = segments.to_padded(delta)
-    advantages = _discounted_sums(A, gamma * lam)[mask]
+    A, mask = segments.to_padded(r + gamma * following - V)
+    # Σ over i >= 0 of (γ λ)^i δ_{t+i}, over 1, 2, 4, ... places: log2(T) operations on whole rows, not T on columns.
+    reach = 1
+    while reach < A.shape[1]:
+        tail = torch.zeros_like(A)
+        tail[:, :-reach] = A[:, reach:]
+        A, reach = A + (gamma * lam) ** reach * tail, 2 * reach
+    advantages = A[mask]
     return Advantages(advantages, advantages + V)
-
-
-def _discounted_sums(x: Tensor, factor: float) -> Tensor:
-    """Σ over i >= 0 of factor^i x[:, t + i] for every t: `[C, T] -> [C, T]`, zeros standing after the row.
-
-    Sums over 1, 2, 4, ... steps: log2(T) operations on whole rows instead of T on columns.
-    """
-    step = 1
-    while step < x.shape[1]:
-        tail = torch.zeros_like(x)
-        tail[:, :-step] = x[:, step:]
-        x, step = x + factor**step * tail, 2 * step
-    return x
 
 
 def whitened(advantages: Tensor, moments: Moments | None = None, *, variance_floor: float = 1e-8) -> Tensor:
     """Mean 0 and population variance 1 over all tokens of the rollout (not of a minibatch): `[N] -> [N]`, detached.
 
-    With `moments` of all ranks' tokens. No variance below the floor divides: constant advantages give 0.
+    `moments` are those of all ranks' tokens. Constant advantages give 0.
     """
     moments = Moments.of(advantages) if moments is None else moments
     return (advantages.detach() - moments.mean) / max(moments.std**2, variance_floor) ** 0.5
@@ -334,7 +315,7 @@ def whitened(advantages: Tensor, moments: Moments | None = None, *, variance_flo
     provides=lambda settings: {"returns"} if settings["value_coef"] else (),
 )
 def reinforce(
-    step: RolloutStep,
+    rollout: Rollout,
     *,
     outcome: Literal["broadcast", "last", "ignore"] = "broadcast",
     scaling: Scaling = "none",
@@ -355,34 +336,34 @@ def reinforce(
             targets are the rewards.
         value_scaling: of V, over the rollout of all ranks; "std" in Q-RM's code, "none" in its paper.
     """
-    known = step.broadcast(scored(step))
-    rewards = torch.where(known, _rewards(step, outcome, scaling), 0.0)
+    known = rollout.broadcast(scored(rollout))
+    rewards = torch.where(known, _rewards(rollout, outcome, scaling), 0.0)
     if rescore_last:
-        rewards = rescored(rewards, step.segments)
+        rewards = rescored(rewards, rollout.segments)
     advantages = rewards
     if value_coef:
-        values = step.quantity("values").to(rewards)
-        scaled = scale_scores(values, value_scaling, pooled_moments(step, values[known]))
-        step.quantities["returns"] = torch.where(known, rewards, values)
+        values = rollout.quantity("values").to(rewards)
+        scaled = scale_scores(values, value_scaling, pooled_moments(rollout, values[known]))
+        rollout.quantities["returns"] = torch.where(known, rewards, values)
         advantages = (rewards - value_coef * scaled).detach()
-    step.advantages = torch.where(known, advantages, 0.0)
-    step.metrics["reinforce/advantage"] = mean(step.advantages)
+    rollout.advantages = torch.where(known, advantages, 0.0)
+    rollout.metrics["reinforce/advantage"] = mean(rollout.advantages)
 
 
-def _rewards(step: RolloutStep, outcome: str, scaling: Scaling) -> Tensor:
+def _rewards(rollout: Rollout, outcome: str, scaling: Scaling) -> Tensor:
     """Per token `[N]`: what was given so, and the outcome."""
-    tokens, known = step.token_rewards, scored(step)
+    tokens, known = rollout.token_rewards, scored(rollout)
     missing = "credit 'reinforce': outcome is 'ignore' and no reward was given per token"
     require(tokens is not None or outcome != "ignore", RunError, missing)
-    whole = torch.where(known, step.rewards, 0.0)
+    whole = torch.where(known, rollout.rewards, 0.0)
     if tokens is None:
-        whole = scale_scores(whole, scaling, pooled_moments(step, whole[known]))
-    spread = step.broadcast(whole)
+        whole = scale_scores(whole, scaling, pooled_moments(rollout, whole[known]))
+    spread = rollout.broadcast(whole)
     if outcome == "last":
-        spread = torch.where(step.segments.is_last, spread, 0.0)
+        spread = torch.where(rollout.segments.is_last, spread, 0.0)
     if tokens is None:
         return spread
-    tokens = scale_scores(tokens, scaling, pooled_moments(step, tokens[step.broadcast(known)]))
+    tokens = scale_scores(tokens, scaling, pooled_moments(rollout, tokens[rollout.broadcast(known)]))
     return tokens if outcome == "ignore" else tokens + spread
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
 from tokengrain.data.tokens import tokenizer_fingerprint
-from tokengrain.errors import ModelError, fingerprint
+from tokengrain.errors import ModelError, fingerprint, require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._other_tokens import aligned_scores, retokenizer_for
@@ -93,9 +93,8 @@ class RewardModelCredit:
     The loss fixes neither the scale nor the zero of the scores, so by default they are standardised with the mean
     and standard deviation that were measured after training and are kept in the model's config.
 
-    With a tokenizer of its own the reward model reads the text again: the prompt through its own chat template where
-    the row holds messages, otherwise as decoded, and the completion as decoded. Its scores come back by the
-    characters that tokens share; `tokengrain.methods._other_tokens` states the rule.
+    With a tokenizer of its own the reward model reads the text again, through its own chat template where the row
+    holds messages. Its scores come back by the characters that tokens share; see `_other_tokens`.
 
     Args:
         model: a token classifier with one label, such as `load_trained_reward_model` gives.
@@ -107,7 +106,6 @@ class RewardModelCredit:
 
     Raises:
         ModelError: the scaling needs statistics that the model's config does not have.
-        RecipeError: a reward tokenizer without the policy's.
         DataError: when called with another tokenizer, on completions of several turns; names the row.
     """
 
@@ -128,11 +126,9 @@ class RewardModelCredit:
         if scaling == "none":
             self.values = "order"
         statistics = statistics_of(model)
-        if statistics is None and scaling != "none":
-            raise ModelError(
-                f"scaling {scaling!r} needs token_score_mean and token_score_std in the reward model's config, which "
-                "has them not; measure them with measure_scores(model, dataset), or use scaling 'none'"
-            )
+        what = f"scaling {scaling!r} needs token_score_mean and token_score_std in the reward model's config, which "
+        what += "has them not; measure them with measure_scores(model, dataset), or use scaling 'none'"
+        require(statistics is not None or scaling == "none", ModelError, what)
         self.statistics = statistics or ScoreStatistics(0.0, 1.0)
         self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments, TokenBatch, row_of
-from tokengrain.errors import DataError
+from tokengrain.errors import DataError, require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
@@ -31,25 +31,15 @@ CARD = Card(
 def spans(batch: TokenBatch) -> Tensor:
     """+1 on the spans of chosen, -1 on those of rejected completions, else 0 (RRPO).
 
-    Where the spans come from is a matter of the data (`TokenizeConfig.spans`, `data.spans` in a recipe).
-
-    Raises:
-        DataError: the data have no spans, or a prompt does not have two completions.
+    Where the spans come from is a matter of the data (`TokenizeConfig.spans`, `data.spans` in a recipe). Raises
+    `DataError` if they have none, or a prompt does not have two completions.
     """
-    if "spans" not in batch.columns:
-        raise DataError(
-            "the data have no spans",
-            row=row_of(batch, 0),
-            value=sorted(batch.columns),
-            expected="data.spans in the recipe: diff, tags, column or a function",
-        )
-    if not batch.is_pairs:
-        raise DataError(
-            "spans as credit need pairs",
-            row=row_of(batch, 0),
-            value=f"{batch.n_completions} completions of {batch.n_prompts} prompts",
-            expected="a chosen and a rejected completion for every prompt",
-        )
+    row, expected = row_of(batch, 0), "data.spans in the recipe: diff, tags, column or a function"
+    given = {"row": row, "value": sorted(batch.columns), "expected": expected}
+    require("spans" in batch.columns, DataError, "the data have no spans", **given)
+    counts = f"{batch.n_completions} completions of {batch.n_prompts} prompts"
+    given = {"row": row, "value": counts, "expected": "a chosen and a rejected completion for every prompt"}
+    require(batch.is_pairs, DataError, "spans as credit need pairs", **given)
     inside = (batch.columns["spans"] > 0).float()
     return inside.where(batch.segments.is_chosen, -inside)
 
@@ -73,22 +63,19 @@ def rrpo_loss(
     """Rank the spans in which chosen and rejected differ; keep the whole chosen completion near the reference.
 
     Args:
-        kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`,
-            nats, with gradient to the policy. Only that of chosen tokens is trained. Not needed with alpha 0.
-        spans: 0 on shared text, k > 0 on the k-th differing span `[N]`. The two sides need not have equally
-            many; all span tokens add up.
+        kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`, nats, with
+            gradient to the policy. Only that of chosen tokens is trained. Not needed with alpha 0.
+        spans: 0 on shared text, k > 0 on the k-th differing span `[N]`. The two sides need not have equally many; all
+            span tokens add up.
         beta: reward per nat.
-        alpha: weight of the KL, a sum over the chosen tokens, so that it grows with their number. With 0 and
-            short spans the span tokens of both sides tend to fall: see "displacement" in the metrics.
+        alpha: weight of the KL, a sum over the chosen tokens, so that it grows with their number. With 0 and short
+            spans the span tokens of both sides tend to fall: see "displacement" in the metrics.
         average_kl: divide the KL of each chosen completion by its length (ours, not the authors').
 
     Returns:
-        `losses` [P]. Metrics: rewards are beta * log-ratio summed over span tokens; everything else is over
-        the tokens that `rrpo_reads` names; "logratios/chosen" is the change of the chosen log-probability
-        since the reference and "displacement" whether it fell. Without `kl` there are none of it.
-
-    Raises:
-        ValueError: alpha > 0 without `kl`.
+        `losses` [P]. Metrics: rewards are beta * log-ratio summed over span tokens; everything else is over the tokens
+        that `rrpo_reads` names; "logratios/chosen" is the change of the chosen log-probability since the reference
+        and "displacement" whether it fell. Without `kl` there are none of it.
     """
     if alpha and kl is None:
         raise ValueError(f"rrpo_loss: alpha = {alpha} needs kl, that to the reference over the whole vocabulary")
@@ -106,7 +93,10 @@ def rrpo_loss(
         tkl = K_chosen / completion_lengths(segments, K_chosen)[0::2] if average_kl else K_chosen
         if alpha:
             losses = losses + alpha * tkl  # the authors' code; the paper's display has the sign reversed
-    metrics["spans/chosen"], metrics["spans/rejected"] = segments.pairs(_span_counts(spans, segments).to(d.dtype))
+    inside = spans > 0
+    numbered = torch.stack([segments.ids[inside], spans[inside].to(segments.ids.dtype)])
+    counts = torch.bincount(torch.unique(numbered, dim=1)[0], minlength=len(segments))  # of distinct spans
+    metrics["spans/chosen"], metrics["spans/rejected"] = segments.pairs(counts.to(d.dtype))
     return LossOutput(losses, metrics)
 
 
@@ -125,11 +115,3 @@ def span_rewards(logps: Tensor, segments: Segments, *, ref_logps: Tensor, spans:
     per_span = d.new_zeros((len(segments), int(spans.max()) if len(spans) else 0))
     at = (segments.ids[inside], spans[inside].long() - 1)
     return per_span.index_put(at, beta * d[inside], accumulate=True)
-
-
-def _span_counts(spans: Tensor, segments: Segments) -> Tensor:
-    """Distinct spans of every completion, long `[C]`."""
-    inside = spans > 0
-    completion = segments.ids[inside]
-    distinct = torch.unique(torch.stack([completion, spans[inside].to(completion.dtype)]), dim=1)[0]
-    return torch.bincount(distinct, minlength=len(segments))

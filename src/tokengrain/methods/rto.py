@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, require
-from tokengrain.method import Card, RolloutStep, rollout_credit
+from tokengrain.method import Card, Rollout, rollout_credit
 from tokengrain.methods._clipped import sampled_kl
 from tokengrain.methods._shaping import mean, scored
 from tokengrain.methods.ppo import next_coefficient
@@ -52,9 +52,9 @@ CARD = Card(
 class RTO:
     """Rewards of RTO: the DPO log-ratio and the KL penalty per token, the outcome as sentence reward on the last one.
 
-    What was given per token before is added to. `normalize` (of the outcome) belongs before it, if the sentence
-    reward is that of a reward model. Where the metric "rto/dominates" is often 1, the dense part is larger than the
-    sentence reward and the method's gain is lost: lower beta1.
+    It adds to what was given per token. `normalize` (of the outcome) belongs before it, if the sentence reward is that
+    of a reward model. Where the metric "rto/dominates" is often 1, the dense part is larger than the sentence reward
+    and the method's gain is lost: lower beta1.
 
     Args:
         model: the guide: the policy trained by DPO, a model or a `Reference`; not for variant "ppo".
@@ -90,25 +90,25 @@ class RTO:
         missing = "credit 'rto': variant 'semi' needs a tokenizer, which knows where sentences end"
         require(self.variant != "semi" or self.tokenizer is not None, RecipeError, missing)
 
-    def __call__(self, step: RolloutStep) -> None:
-        known, ref_logps = scored(step), step.quantity("ref_logps")
+    def __call__(self, rollout: Rollout) -> None:
+        known, ref_logps = scored(rollout), rollout.quantity("ref_logps")
         found = self.rewards(
-            step.quantity("old_logps"),
-            step.segments,
+            rollout.quantity("old_logps"),
+            rollout.segments,
             ref_logps=ref_logps,
-            dpo_logps=self._logps(self.model, step, ref_logps),
-            dpo_ref_logps=self._logps(self.reference, step, ref_logps),
-            sentence_rewards=torch.where(known, step.rewards, 0.0),
-            ends=self._sentence_ends(step.batch.labels) if self.variant == "semi" else None,
+            dpo_logps=self._logps(self.model, rollout, ref_logps),
+            dpo_ref_logps=self._logps(self.reference, rollout, ref_logps),
+            sentence_rewards=torch.where(known, rollout.rewards, 0.0),
+            ends=self._sentence_ends(rollout.batch.labels) if self.variant == "semi" else None,
         )
         # The sentence reward stays the outcome, so that group methods and logs see it apart.
-        at_end = torch.where(step.segments.is_last, step.broadcast(found.sentence), 0.0)
+        at_end = torch.where(rollout.segments.is_last, rollout.broadcast(found.sentence), 0.0)
         dense = found.rewards - at_end
-        step.token_rewards = dense if step.token_rewards is None else step.token_rewards + dense
-        step.rewards = torch.where(torch.isnan(step.rewards), torch.nan, found.sentence).to(step.rewards)
-        step.metrics |= {name: mean(values[known]) for name, values in found.metrics.items()}
-        step.metrics["rto/kl_coef"] = self.beta2
-        self.beta2 = next_coefficient(step, found.kl, self.beta2, self.kl_target, self.kl_horizon)
+        rollout.token_rewards = dense if rollout.token_rewards is None else rollout.token_rewards + dense
+        rollout.rewards = torch.where(torch.isnan(rollout.rewards), torch.nan, found.sentence).to(rollout.rewards)
+        rollout.metrics |= {name: mean(values[known]) for name, values in found.metrics.items()}
+        rollout.metrics["rto/kl_coef"] = self.beta2
+        self.beta2 = next_coefficient(rollout, found.kl, self.beta2, self.kl_target, self.kl_horizon)
 
     def rewards(
         self,
@@ -148,17 +148,20 @@ class RTO:
         return RTORewards(rewards, dense, kl, s, metrics)
 
     def _placed(self, dense: Tensor, segments: Segments, ends: Tensor | None) -> Tensor:
-        """The dense part `[N]` where the variant has it."""
+        """The dense part `[N]` where the variant has it: each run of tokens up to an end, summed on the end."""
         if self.variant not in ("delayed", "shaping", "semi"):
             return dense
         last = segments.is_last
-        moved = _at_ends(dense, last | ends if self.variant == "semi" and ends is not None else last)
+        ends = last | ends if self.variant == "semi" and ends is not None else last
+        run = ends.long().cumsum(0) - ends.long()
+        totals = torch.zeros_like(dense).index_add(0, run, dense)
+        moved = torch.where(ends, totals[run], 0.0)
         return dense - moved if self.variant == "shaping" else moved
 
-    def _logps(self, scorer: Any, step: RolloutStep, otherwise: Tensor) -> Tensor:
+    def _logps(self, scorer: Any, rollout: Rollout, otherwise: Tensor) -> Tensor:
         if scorer is None:
             return otherwise
-        found = in_parts(step.batch, step.max_tokens, lambda part: {"logps": scorer_logps(scorer, part)})
+        found = in_parts(rollout.batch, rollout.max_tokens, lambda part: {"logps": scorer_logps(scorer, part)})
         return found["logps"].to(otherwise)
 
     def _sentence_ends(self, labels: Tensor) -> Tensor:
@@ -178,24 +181,10 @@ class RTO:
 
 @dataclass(frozen=True)
 class RTORewards:
-    """Rewards of a rollout and their parts, without gradient.
+    """Rewards of a rollout and their parts, without gradient."""
 
-    Attributes:
-        rewards: `[N]`, what GAE takes; kl: `[N]`, not weighted.
-        dense: `[N]`, the DPO term of every token, clipped, before a variant moves it.
-        sentence: `[C]`, beta3 times the clipped sentence reward.
-        metrics: `[C]` each. "rto/dense_sum" grows with the length of the completion.
-    """
-
-    rewards: Tensor
-    dense: Tensor
-    kl: Tensor
-    sentence: Tensor
-    metrics: dict[str, Tensor]
-
-
-def _at_ends(values: Tensor, ends: Tensor) -> Tensor:
-    """Each run of tokens up to an end, summed on the end; 0 elsewhere: `[N] -> [N]`."""
-    run = ends.long().cumsum(0) - ends.long()
-    totals = torch.zeros_like(values).index_add(0, run, values)
-    return torch.where(ends, totals[run], 0.0)
+    rewards: Tensor  # [N], what GAE takes
+    dense: Tensor  # [N], the DPO term of every token, clipped, before a variant moves it
+    kl: Tensor  # [N], not weighted
+    sentence: Tensor  # [C], beta3 times the clipped sentence reward
+    metrics: dict[str, Tensor]  # [C] each; "rto/dense_sum" grows with the length of the completion

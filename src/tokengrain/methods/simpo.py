@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokengrain.batch import Segments
+from tokengrain.errors import require
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, objective
 from tokengrain.methods._pairs import (
@@ -31,8 +32,6 @@ CARD = Card(
     "NeurIPS 2024",
 )
 
-DEFAULT_GAMMA_BETA_RATIO = 0.25
-
 
 @objective("simpo")
 def simpo_loss(
@@ -51,16 +50,14 @@ def simpo_loss(
     Args:
         beta: scale of the mean log-probability.
         gamma_beta_ratio: target margin divided by beta (the authors' code).
-        gamma: target margin (the paper, TRL). Give at most one of the two; neither means a ratio of 0.25,
-            the default of the authors' code.
-        loss_type: "sigmoid" or "hinge".
+        gamma: target margin (the paper, TRL). Give at most one of the two; neither means a ratio of 0.25, the default
+            of the authors' code.
         label_smoothing: assumed share of swapped labels, in [0, 0.5).
         sft_weight: weight of an added token-mean cross-entropy over all chosen tokens of the step.
 
     Returns:
-        `losses` [P]; rewards in the metrics are beta * mean log-probability, without gamma.
-        A pair with an empty side (nothing selected there) has loss 0 and stays in the count: a mean over no
-        tokens is 0, better than that of any text.
+        `losses` [P]; rewards in the metrics are beta * mean log-probability, without gamma. A pair with an empty side
+        (nothing selected there) has loss 0 and stays in the count: a mean over no tokens is 0, better than any text's.
     """
     margin_target = simpo_gamma(beta, gamma_beta_ratio, gamma)
     rewards = beta * segments.mean(logps)  # equation 4: length-normalised
@@ -73,10 +70,8 @@ def simpo_loss(
 
 def simpo_gamma(beta: float, gamma_beta_ratio: float | None, gamma: float | None) -> float:
     """The target margin, from at most one of its two names."""
-    if gamma is not None and gamma_beta_ratio is not None:
-        raise ValueError(
-            f"give gamma or gamma_beta_ratio, not both; got gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio}"
-        )
+    both = f"give gamma or gamma_beta_ratio, not both; got gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio}"
+    require(gamma is None or gamma_beta_ratio is None, ValueError, both)
     if gamma is not None:
         return gamma
-    return beta * (DEFAULT_GAMMA_BETA_RATIO if gamma_beta_ratio is None else gamma_beta_ratio)
+    return beta * (0.25 if gamma_beta_ratio is None else gamma_beta_ratio)

@@ -49,8 +49,8 @@ def tdpo(batch: TokenBatch, *, model: Any, reference: Any, beta: Positive = 0.1)
         reference: the frozen starting point, a `Reference` or a model; a model stays frozen from now on.
         beta: reward per nat.
     """
-    asked = FrozenReference(reference) if isinstance(reference, nn.Module) else reference
-    frozen = asked(batch, {"logps", "distribution"})
+    frozen_model = FrozenReference(reference) if isinstance(reference, nn.Module) else reference
+    frozen = frozen_model(batch, {"logps", "distribution"})
     if isinstance(model, nn.Module):
         with evaluating(model):
             scores = score(model, batch, ("logps", "kl"), reference=frozen.distribution)
@@ -105,10 +105,9 @@ def tdpo_loss(
     if average_log_prob:
         M, K = M / completion_lengths(segments, M), K / completion_lengths(segments, K)
     K_chosen, K_rejected = segments.pairs(K)
-    u = pair_difference(M, segments)
     tdpo1 = K_rejected - K_chosen  # δ of the paper
     tdpo2 = alpha * (K_rejected - K_chosen.detach())  # α δ₂, sg on the chosen side
-    z = u - (tdpo1 if variant == "tdpo1" else tdpo2)
+    z = pair_difference(M, segments) - (tdpo1 if variant == "tdpo1" else tdpo2)
     losses = margin_loss(beta * z)
     metrics = pair_metrics(beta * (M + K), logps, segments)
     metrics["logratios/chosen"], metrics["logratios/rejected"] = segments.pairs(M.detach())

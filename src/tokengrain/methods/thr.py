@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.errors import RunError
-from tokengrain.method import Card, RolloutStep, rollout_credit
+from tokengrain.method import Card, Rollout, rollout_credit
 from tokengrain.methods._shaping import mean
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Head, accumulation_dtype
@@ -43,13 +43,13 @@ CARD = Card(
     objective="grpo",
 )
 
+# Bytes alive at once of prediction errors [tokens of a group, columns], and of inner products of tokens.
 CHUNK_BYTES = 256 << 20
-"""Of prediction errors [tokens of a group, columns], and of inner products of tokens, alive at once."""
 
 
 @rollout_credit("thr", phase="after", needs={"hidden"}, group=True)
 def thr(
-    step: RolloutStep,
+    rollout: Rollout,
     *,
     p: Annotated[float, Bounds(ge=-1, le=1)] = 0.1,
     mask: bool = True,
@@ -69,30 +69,30 @@ def thr(
         restricted: of the vocabulary, M has only the items that occur in the group, hundreds instead of all, with the
             probabilities of the whole softmax.
     """
-    correct, advantages, influence = _influence(step, "thr", exclude_self=exclude_self, restricted=restricted)
-    where = step.segments, step.group, correct
-    values = token_hidden_rewards(influence, step.segments, correct)
+    correct, advantages, influence = _influence(rollout, "thr", exclude_self=exclude_self, restricted=restricted)
+    where = rollout.segments, rollout.group, correct
+    values = token_hidden_rewards(influence, rollout.segments, correct)
     tau = influence_threshold(values, *where, beta=beta, quantile=quantile) if mask else None
     weights = thr_weights(values, *where, tau, p=p)
-    step.advantages = advantages * weights.to(advantages)
-    step.quantities["thr"] = values
+    rollout.advantages = advantages * weights.to(advantages)
+    rollout.quantities["thr"] = values
 
-    mixed, right = mixed_groups(*where), step.broadcast(correct == 1)
-    inside = step.broadcast(mixed[step.group] & ~correct.isnan())
-    step.metrics |= {
+    mixed, right = mixed_groups(*where), rollout.broadcast(correct == 1)
+    inside = rollout.broadcast(mixed[rollout.group] & ~correct.isnan())
+    rollout.metrics |= {
         "thr/mixed": mean(mixed.float()),
         "thr/selected": mean((weights != 0)[inside].float()),
         "thr/positive_correct": mean((values[inside & right] > 0).float()),
         "thr/positive_incorrect": mean((values[inside & ~right] > 0).float()),
     }
     if tau is not None:
-        step.metrics["thr/tau"] = mean(tau[mixed])
-    if "entropy" in step.quantities:
-        step.metrics["thr/entropy_overlap"] = overlap(values[inside].abs(), step.quantities["entropy"][inside])
+        rollout.metrics["thr/tau"] = mean(tau[mixed])
+    if "entropy" in rollout.quantities:
+        rollout.metrics["thr/entropy_overlap"] = overlap(values[inside].abs(), rollout.quantities["entropy"][inside])
 
 
 @rollout_credit("nthr", phase="after", needs={"hidden"}, group=True)
-def nthr(step: RolloutStep, *, beta: Number = 1.0, exclude_self: bool = False, restricted: bool = True) -> None:
+def nthr(rollout: Rollout, *, beta: Number = 1.0, exclude_self: bool = False, restricted: bool = True) -> None:
     """Eases penalties of tokens of incorrect completions that the correct ones share.
 
     Args:
@@ -100,24 +100,27 @@ def nthr(step: RolloutStep, *, beta: Number = 1.0, exclude_self: bool = False, r
         exclude_self, restricted: as for `thr`.
     """
     settings = {"length_normalize": False, "exclude_self": exclude_self, "restricted": restricted}
-    correct, advantages, influence = _influence(step, "nthr", **settings)
-    where = step.segments, step.group, correct
+    correct, advantages, influence = _influence(rollout, "nthr", **settings)
+    where = rollout.segments, rollout.group, correct
     weights = nthr_weights(influence, *where, influence_threshold(influence, *where, beta=beta))
-    step.advantages = advantages * weights.to(advantages)
-    step.quantities["thr"] = influence
-    wrong = step.broadcast(mixed_groups(*where)[step.group] & (correct == 0))
-    step.metrics |= {"nthr/penalties_eased": mean((weights[wrong] != 1).float()), "nthr/weight": mean(weights[wrong])}
+    rollout.advantages = advantages * weights.to(advantages)
+    rollout.quantities["thr"] = influence
+    wrong = rollout.broadcast(mixed_groups(*where)[rollout.group] & (correct == 0))
+    rollout.metrics |= {
+        "nthr/penalties_eased": mean((weights[wrong] != 1).float()),
+        "nthr/weight": mean(weights[wrong]),
+    }
 
 
-def _influence(step: RolloutStep, name: str, **settings: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _influence(rollout: Rollout, name: str, **settings: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(correct `[C]`, advantages `[N]`, influence `[N]`)."""
-    if step.correct is None or step.advantages is None:
-        missing = "rewards that say what is correct" if step.correct is None else "advantages"
+    if rollout.correct is None or rollout.advantages is None:
+        missing = "rewards that say what is correct" if rollout.correct is None else "advantages"
         raise RunError(f"credit {name!r} needs {missing}; this rollout has none")
-    hidden, logps, labels = step.quantity("hidden"), step.quantity("old_logps"), step.batch.labels
-    segments, group, correct = step.segments, step.group, step.correct
-    values = correct_influence(hidden, step.head(), labels, segments, group, correct, logps=logps, **settings)
-    return correct, step.advantages, values
+    hidden, logps, labels = rollout.quantity("hidden"), rollout.quantity("old_logps"), rollout.batch.labels
+    segments, group, correct = rollout.segments, rollout.group, rollout.correct
+    values = correct_influence(hidden, rollout.head(), labels, segments, group, correct, logps=logps, **settings)
+    return correct, rollout.advantages, values
 
 
 @torch.no_grad()
@@ -250,7 +253,7 @@ def nthr_eta(group: Tensor, correct: Tensor, dtype: torch.dtype = torch.float32)
     return (2 * (0.5 - right / size.clamp(min=1)).abs()).to(dtype)
 
 
-def overlap(values: Tensor, entropy: Tensor, share: float = 0.2) -> float:
-    """Of the tokens with the largest values, the share that is among those of the largest entropy."""
-    count = int(share * len(values))
+def overlap(values: Tensor, entropy: Tensor) -> float:
+    """Of the fifth of tokens with the largest values, the share that is among the fifth of the largest entropy."""
+    count = int(0.2 * len(values))
     return mean(torch.isin(values.topk(count).indices, entropy.topk(count).indices).double())

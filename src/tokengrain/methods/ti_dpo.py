@@ -42,7 +42,7 @@ def gradient_attribution(batch: TokenBatch, *, model: Any) -> Tensor:
     never negative. Each completion is computed on its own, without padding.
     """
     network: nn.Module = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
-    embed: Any = network.get_input_embeddings()  # type: ignore[operator]
+    embed: Any = network.get_input_embeddings()  # type: ignore[operator]  # transformers', which nn.Module lacks
     device = next(network.parameters()).device
     parts = []
     with evaluating(network):
@@ -83,8 +83,6 @@ def ti_dpo_loss(
     """DPO whose tokens weigh w inside the margin.
 
     Args:
-        logps, ref_logps: log-probabilities under policy and frozen reference `[N]`, nats.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
         token_rewards: I `[N]`, at least 0. Their scale within a completion does not matter.
         beta: strength of the tie to the reference.
         importance: λ, the share of attribution in the weights; the rest goes to the middle of a completion.
@@ -92,9 +90,6 @@ def ti_dpo_loss(
 
     Returns:
         `losses` [P]; rewards in the metrics are unweighted.
-
-    Raises:
-        ValueError: a negative token reward.
     """
     scores = token_rewards.detach().to(logps.dtype)
     if bool((scores < 0).any()):

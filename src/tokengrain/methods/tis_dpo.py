@@ -49,8 +49,6 @@ def tis_dpo_loss(
     """DPO whose tokens weigh w inside the margin.
 
     Args:
-        logps, ref_logps: log-probabilities under policy and frozen reference `[N]`, nats.
-        segments: cuts `[N]` into 2P completions: chosen, rejected, chosen, ...
         token_rewards: r `[N]`, nats.
         beta: strength of the tie to the reference.
         mu: how strongly r counts; 0 is DPO.
@@ -59,9 +57,6 @@ def tis_dpo_loss(
 
     Returns:
         `losses` [P]; rewards in the metrics are unweighted.
-
-    Raises:
-        ValueError: `lower` is above `upper`.
     """
     if lower > upper:
         raise ValueError(f"lower must not be above upper, got lower={lower} and upper={upper}")

@@ -5,11 +5,12 @@
     r_t = σ(log p_t after "better" - log p_t after "worse") - 1/2
 
 The credit r is the model's own opinion: how much likelier it finds a token when asked for a better response than when
-asked for a worse one. First the losses, then the pairs of opposite instructions, then the credit.
+asked for a worse one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,9 +42,6 @@ TREG_SIMPO = replace(
 )
 
 
-SequenceWeight = Literal["dynamic"]
-
-
 @objective("treg")
 def treg_loss(
     logps: Tensor,
@@ -53,7 +51,7 @@ def treg_loss(
     token_rewards: Tensor,
     beta: Positive = 0.1,
     alpha: NonNegative = 0.25,
-    sequence_weight: NonNegative | SequenceWeight = "dynamic",
+    sequence_weight: NonNegative | Literal["dynamic"] = "dynamic",
 ) -> LossOutput:
     """DPO plus a regulariser that raises tokens with r > 0 and lowers those with r < 0, on both sides.
 
@@ -67,7 +65,7 @@ def treg_loss(
         well. Judge by "loss/base" and the rewards in the metrics.
     """
     rewards = beta * segments.sum(log_ratios(logps, ref_logps))
-    return _regularised(logps, segments, token_rewards, rewards, beta, alpha=alpha, sequence_weight=sequence_weight)
+    return _regularised(logps, segments, token_rewards, rewards, beta, alpha, sequence_weight)
 
 
 @objective("treg_simpo")
@@ -80,7 +78,7 @@ def treg_simpo_loss(
     gamma_beta_ratio: Number | None = None,
     gamma: Number | None = None,
     alpha: NonNegative = 0.25,
-    sequence_weight: NonNegative | SequenceWeight = "dynamic",
+    sequence_weight: NonNegative | Literal["dynamic"] = "dynamic",
     margin_in_sequence_weight: bool = True,
 ) -> LossOutput:
     """SimPO plus the same regulariser, with SimPO's implicit token reward (β / length) log π.
@@ -97,9 +95,7 @@ def treg_simpo_loss(
     target = simpo_gamma(beta, gamma_beta_ratio, gamma)
     shift = target if margin_in_sequence_weight else 0.0
     rewards = scale * segments.sum(logps)
-    return _regularised(
-        logps, segments, token_rewards, rewards, scale, target, shift, alpha=alpha, sequence_weight=sequence_weight
-    )
+    return _regularised(logps, segments, token_rewards, rewards, scale, alpha, sequence_weight, target, shift)
 
 
 def _regularised(
@@ -108,27 +104,21 @@ def _regularised(
     token_rewards: Tensor,
     rewards: Tensor,
     scale: Tensor | float,
+    alpha: float,
+    sequence_weight: float | str,
     target: float = 0.0,
     shift: float = 0.0,
-    *,
-    alpha: float,
-    sequence_weight: float | SequenceWeight,
 ) -> LossOutput:
-    """-log σ(ρ_w - ρ_l - target) + α w (R_w + R_l).
+    """-log σ(ρ_w - ρ_l - target) + α w (R_w + R_l), with ρ `[2P]` the `rewards`.
 
-    Args:
-        rewards: ρ `[2P]`.
-        scale: implicit reward per nat: β, or β / length as a tensor `[2P]`.
-        shift: stands in the dynamic w.
+    `scale` is the implicit reward per nat, β or β / length `[2P]`; `shift` stands in the dynamic w.
     """
     r = token_rewards.detach()
     plain = pair_difference(rewards, segments)
     base = margin_loss(plain - target)
-    if sequence_weight == "dynamic":
-        # Detached: else the optimiser could shrink the loss through w, R having an arbitrary constant.
-        w = torch.sigmoid(shift - plain.detach())
-    else:
-        w = torch.full_like(plain, float(sequence_weight))
+    # Detached: else the optimiser could shrink the loss through w, R having an arbitrary constant.
+    dynamic = sequence_weight == "dynamic"
+    w = torch.sigmoid(shift - plain.detach()) if dynamic else torch.full_like(plain, float(sequence_weight))
     # α (R_w + R_l): f - 1 is +α r on chosen tokens, -α r on rejected ones; policy log-probabilities alone.
     f = token_weights(token_rewards, segments, alpha=alpha)
     losses = base + w * -pair_difference(scale * segments.sum((f - 1) * logps), segments)
@@ -145,10 +135,9 @@ def _regularised(
     return LossOutput(losses, metrics)
 
 
-# `{prompt}` and `{response}` are slots; every other brace is literal. In the general pair the two sides
-# differ in four respects, as in T-REG: helpful, correct, coherent, concise against their opposites.
+# The pairs of opposite instructions.
 
-SLOT = re.compile(r"\{(prompt|response)\}")
+SLOT = re.compile(r"\{(prompt|response)\}")  # every other brace is literal
 
 
 @dataclass(frozen=True)
@@ -159,9 +148,9 @@ class ContrastiveTemplates:
         better: instruction that asks for a better response. `{prompt}` is required, `{response}` optional.
         worse: its opposite, worded alike otherwise.
         name: for messages and fingerprints.
-        drop_prefix: a beginning that the prompt loses before it fills `{prompt}`, so that an instruction can
-            replace it: with drop_prefix "write", better "write kindly{prompt}" turns "write about the sea"
-            into "write kindly about the sea". A prompt without it is an error when scored.
+        drop_prefix: a beginning that the prompt loses before it fills `{prompt}`, so that an instruction can replace
+            it: with drop_prefix "write", better "write kindly{prompt}" turns "write about the sea" into "write kindly
+            about the sea". A prompt without it is an error when scored.
     """
 
     better: str
@@ -170,13 +159,14 @@ class ContrastiveTemplates:
     drop_prefix: str = ""
 
     def __post_init__(self) -> None:
+        who = f"template {self.name!r}"
         for side, text in (("better", self.better), ("worse", self.worse)):
-            if not isinstance(text, str) or "{prompt}" not in text:
-                raise RecipeError(f"template {self.name!r}: {side!r} has no slot {{prompt}}; got {text!r}")
-        if self.better == self.worse:
-            raise RecipeError(f"template {self.name!r}: 'better' and 'worse' are equal, so all credit would be 0")
-        if ("{response}" in self.better) != ("{response}" in self.worse):
-            raise RecipeError(f"template {self.name!r}: {{response}} must be in both sides or in neither")
+            filled = isinstance(text, str) and "{prompt}" in text
+            require(filled, RecipeError, f"{who}: {side!r} has no slot {{prompt}}; got {text!r}")
+        differ = "'better' and 'worse' are equal, so all credit would be 0"
+        require(self.better != self.worse, RecipeError, f"{who}: {differ}")
+        alike = ("{response}" in self.better) == ("{response}" in self.worse)
+        require(alike, RecipeError, f"{who}: {{response}} must be in both sides or in neither")
 
     @property
     def shows_response(self) -> bool:
@@ -202,6 +192,7 @@ Below are {subject} and a response to it. Revise the response so that it becomes
 ### Revised response
 """
 _QUALITIES = {
+    # T-REG's four respects: helpful, correct, coherent, concise against their opposites.
     "general": (
         "a request",
         "more helpful, more correct, more coherent and more concise",
@@ -251,6 +242,9 @@ def make_templates(templates: str | dict[str, str] | ContrastiveTemplates) -> Co
     return ContrastiveTemplates(**templates)
 
 
+# The credit.
+
+
 def contrastive_token_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
     """r_t = σ(better_t - worse_t) - 1/2, `[N] -> [N]` in [-0.5, 0.5], detached.
 
@@ -259,8 +253,7 @@ def contrastive_token_rewards(better_logps: Tensor, worse_logps: Tensor) -> Tens
     return (0.5 * torch.tanh((better_logps - worse_logps) / 2)).detach()
 
 
-# Token ids of the better and of the worse instruction.
-Pair = tuple[list[int], list[int]]
+Pair = tuple[list[int], list[int]]  # token ids of the better and of the worse instruction
 
 
 @credit(
@@ -270,19 +263,17 @@ class ContrastivePrompting:
     """The model itself under two opposite instructions, "make it better" and "make it worse" (T-REG).
 
     The completion's token ids are appended to each instruction as they are, never tokenised again. Where an
-    instruction with its completion exceeds the model's positions, the copy of the response inside the
-    instruction is shortened (then the copy of the prompt), the scored completion never; `shortened` of
-    `scored` completions were.
+    instruction with its completion exceeds the model's positions, the copy of the response inside the instruction is
+    shortened (then the copy of the prompt), the scored completion never; `shortened` of `scored` completions were.
 
     Args:
-        model: the scorer, normally the starting model (reference): a causal language model, or anything
-            called like a `Reference`. It must follow instructions; a base model gives weak credit.
+        model: the scorer, normally the starting model (reference): a causal language model, or anything called like a
+            `Reference`. It must follow instructions; a base model gives weak credit.
         tokenizer: its tokenizer, the same as the policy's.
         templates: a name in `TEMPLATES`, a mapping {"better": ..., "worse": ...} or `ContrastiveTemplates`.
         adapter_off: score with the adapter of a PEFT model switched off (None: if it is one).
         chat: put the instruction through the chat template as a user's message (None: if there is one).
-        chat_template: another chat template than the tokenizer's own.
-        chat_template_kwargs: further variables for the chat template.
+        chat_template: another than the tokenizer's own; chat_template_kwargs: further variables for it.
         positions: most tokens of instruction and completion (None: the model's positions).
         chunk_tokens: about how many tokens are scored at a time.
 
@@ -314,20 +305,21 @@ class ContrastivePrompting:
         require(self.chat_template or not self.chat, RecipeError, missing)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.positions = positions if positions is not None else _positions(model)
+        self.model, self.scored, self.shortened = model, 0, 0
         if isinstance(model, nn.Module) and (has_adapter(model) if adapter_off is None else adapter_off):
             missing = "contrastive credit with adapter_off: true, but the model has no adapter"
             require(has_adapter(model), RecipeError, missing)
-            model = AdapterOffReference(model)
-        self.model = model
-        self.scored, self.shortened = 0, 0
+            self.model = AdapterOffReference(model)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         # Without a copy of the response all completions of a prompt follow the same instruction.
         groups = list(range(batch.n_completions)) if self.templates.shows_response else batch.group.tolist()
         samples: tuple[list[Sample], list[Sample]] = ([], [])
+        offsets = batch.completion_offsets.tolist()
         for group in dict.fromkeys(groups):
             members = [c for c, g in enumerate(groups) if g == group]
-            completions = [_completion(batch, c) for c in members]
+            places = [slice(*offsets[c : c + 2]) for c in members]
+            completions = [Completion(batch.completion_ids[p].tolist(), batch.counted[p].tolist()) for p in places]
             for side, ids in zip(samples, self._instructions(batch, members), strict=True):
                 side.append(Sample(ids, completions, row=row_of(batch, members[0])))
         better, worse = (self._logps(side, batch) for side in samples)
@@ -353,28 +345,22 @@ class ContrastivePrompting:
         copied = batch.completion(members[0]).tolist() if self.templates.shows_response else []
         pair = self._filled(prompt, copied)
         self.scored += len(members)
-        if self.positions is None:
-            return pair
-        room = self.positions - max(len(batch.completion(c)) for c in members)
+        room = math.inf if self.positions is None else self.positions - max(len(batch.completion(c)) for c in members)
         if max(map(len, pair)) <= room:
             return pair
         self.shortened += len(members)
         keep = len(copied)
-        while keep > 0 and (excess := max(map(len, pair)) - room) > 0:
+        while keep > 0 and (excess := max(map(len, pair)) - int(room)) > 0:
             keep = max(0, keep - excess)
             pair = self._filled(prompt, copied[:keep])
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         keep = len(ids)
-        while keep > 0 and (excess := max(map(len, pair)) - room) > 0:
+        while keep > 0 and (excess := max(map(len, pair)) - int(room)) > 0:
             keep = max(0, keep - excess)
             pair = self._filled(self.tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=True), [])
-        if max(map(len, pair)) > room:
-            raise DataError(
-                "the completion leaves no room for the instruction of contrastive prompting",
-                row=row_of(batch, members[0]),
-                value=f"{max(map(len, pair))} tokens of instruction",
-                expected=f"at most {room}, of {self.positions} positions",
-            )
+        length, what = max(map(len, pair)), "the completion leaves no room for the instruction of contrastive prompting"
+        got, expected = f"{length} tokens of instruction", f"at most {room}, of {self.positions} positions"
+        require(length <= room, DataError, what, row=row_of(batch, members[0]), value=got, expected=expected)
         return pair
 
     def _filled(self, prompt: str, response_ids: list[int]) -> Pair:
@@ -387,14 +373,10 @@ class ContrastivePrompting:
         if raw is None:
             raw = self.tokenizer.decode(batch.prompt(group).tolist(), skip_special_tokens=True)
         text = raw if isinstance(raw, str) else _conversation(raw)
-        if not text.startswith(self.templates.drop_prefix):
-            raise DataError(
-                f"the prompt does not begin with the drop_prefix of templates {self.templates.name!r}",
-                row=row_of(batch, completion),
-                field="prompt",
-                value=text,
-                expected=f"a prompt that begins with {self.templates.drop_prefix!r}",
-            )
+        what = f"the prompt does not begin with the drop_prefix of templates {self.templates.name!r}"
+        expected = f"a prompt that begins with {self.templates.drop_prefix!r}"
+        details = {"row": row_of(batch, completion), "field": "prompt", "value": text, "expected": expected}
+        require(text.startswith(self.templates.drop_prefix), DataError, what, **details)
         return text
 
     def _tokenised(self, instruction: str) -> list[int]:
@@ -416,14 +398,14 @@ class ContrastivePrompting:
 
     def _logps(self, samples: Sequence[Sample], batch: TokenBatch) -> Tensor:
         """Log-probabilities `[N]`, of runs of at most `chunk_tokens` tokens, at least one sample each."""
-        parts, run, size = [], list[Sample](), 0
-        for place, sample in enumerate(samples):
-            run, size = [*run, sample], size + sample.n_tokens
-            if place + 1 == len(samples) or size + samples[place + 1].n_tokens > self.chunk_tokens:
-                scored = TokenBatch.from_samples(run, batch.prompt_role).to(batch.device)
-                parts.append(scorer_logps(self.model, scored).to(batch.device))
-                run, size = [], 0
-        return torch.cat(parts)
+        runs, size = list[list[Sample]](), math.inf
+        for sample in samples:
+            size += sample.n_tokens
+            if size > self.chunk_tokens:
+                runs, size = [*runs, []], sample.n_tokens
+            runs[-1].append(sample)
+        batches = (TokenBatch.from_samples(run, batch.prompt_role).to(batch.device) for run in runs)
+        return torch.cat([scorer_logps(self.model, part).to(batch.device) for part in batches])
 
 
 def _positions(model: Any) -> int | None:
@@ -432,11 +414,6 @@ def _positions(model: Any) -> int | None:
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
-
-
-def _completion(batch: TokenBatch, index: int) -> Completion:
-    start, end = batch.completion_offsets[index : index + 2].tolist()
-    return Completion(batch.completion_ids[start:end].tolist(), batch.counted[start:end].tolist())
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]]) -> str:

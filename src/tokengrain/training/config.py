@@ -199,7 +199,7 @@ class OnlineConfig(PreferenceConfig):
         rollout_epochs: passes over a rollout.
         max_new_tokens: longest completion; without an end by then it is truncated.
         temperature, top_p, top_k, min_p, stop, stop_ids: see `SamplingConfig`. Objectives take probabilities at
-            temperature 1; another one makes the samples off-policy, which the credit step "importance" can weigh.
+            temperature 1; another one makes the samples off-policy, which the rollout credit "importance" can weigh.
         shuffle_prompts: a new order in every pass over the prompts.
         max_refills: how often, in one rollout, prompts that a filter with `refill` dropped are replaced by others.
             If there are still too few, the rollout is smaller.

@@ -194,7 +194,7 @@ class Critic:
         with self.autocast():
             values = self._score(part)
         columns = {name: part.columns[name].to(values.device) for name in ("returns", "values") if name in part.columns}
-        what = "the critic has nothing to learn: no `returns`; expected a credit step that gives them (gae)"
+        what = "the critic has nothing to learn: no `returns`; expected a rollout credit that gives them (gae)"
         require("returns" in columns, RecipeError, what)
         segments = Segments(part.segments.offsets.to(values.device))
         given: dict[str, Any] = {"returns": columns["returns"], "old_values": columns.get("values"), **self._loss}

@@ -36,8 +36,8 @@ from tokengrain.method import (
     FROZEN,
     TAUGHT,
     BoundObjective,
-    CreditStep,
-    RolloutStep,
+    Rollout,
+    RolloutCredit,
     make_rollout_credit,
     resolve_rollout_credit,
 )
@@ -310,12 +310,12 @@ class OnlineTrainer(PreferenceTrainer):
         if self.buffer is not None and self.buffer.done:
             self.record.write()
 
-    def _sample(self, stats: RolloutStats) -> RolloutStep:
+    def _sample(self, stats: RolloutStats) -> Rollout:
         """This rank's share: sampled, rewarded, filtered and refilled. `keep` is set only where nothing is left."""
         filters = [c for c in self.rollout_credits if c.phase == "filter"]
         refill = any(getattr(c, "refill", False) for c in filters)
         target = count = self.args.prompts_per_rollout // self.ranks.world
-        rounds: list[RolloutStep] = []
+        rounds: list[Rollout] = []
         sampled = found = 0.0
         while True:
             rollout = self._sample_round(len(rounds), count, stats)
@@ -334,7 +334,7 @@ class OnlineTrainer(PreferenceTrainer):
         stats.refills = len(rounds) - 1
         return chosen_prompts(rounds, target) if filters else rounds[0]
 
-    def _sample_round(self, number: int, count: int, stats: RolloutStats) -> RolloutStep:
+    def _sample_round(self, number: int, count: int, stats: RolloutStats) -> Rollout:
         """Sample `count` prompts on every rank and reward the completions."""
         items, seeds = self.source.draw(count)
         sampling = self.args.sampling().at(self.rollouts)
@@ -358,13 +358,13 @@ class OnlineTrainer(PreferenceTrainer):
         texts = None if self.rewards.tokenizer is not None else [""] * len(sampled.completions)
         return self.rewards.score(sampled, texts)
 
-    def _rewarded(self, sampled: Rollouts, result: RewardResult | None) -> RolloutStep:
+    def _rewarded(self, sampled: Rollouts, result: RewardResult | None) -> Rollout:
         """Completions and their rewards as rollout credits see them."""
         device = self.args.device
         batch = sampled.to_batch().to(device)
         by_name = {} if result is None else result.by_name
         tokens = None if result is None else result.token_rewards
-        return RolloutStep(
+        return Rollout(
             batch=batch,
             rewards=torch.zeros(batch.n_completions, device=device) if result is None else result.outcome.to(device),
             by_name={name: values.to(device) for name, values in by_name.items()},
@@ -379,7 +379,7 @@ class OnlineTrainer(PreferenceTrainer):
             exchange=self.ranks.exchange,
         )
 
-    def _assign_credit(self, rollout: RolloutStep) -> None:
+    def _assign_credit(self, rollout: Rollout) -> None:
         """Rewards to advantages, token by token."""
         for one in self.rollout_credits:
             if one.phase != "filter":
@@ -400,7 +400,7 @@ class OnlineTrainer(PreferenceTrainer):
     def _takes(self, name: str) -> bool:
         return name in self.objective.needs or name in self.objective.optional
 
-    def _cut(self, rollout: RolloutStep, keep: Tensor, most: int) -> RolloutBuffer:
+    def _cut(self, rollout: Rollout, keep: Tensor, most: int) -> RolloutBuffer:
         """What to train on, in minibatches; of the columns those that the updates read."""
         read = {"values", "returns"} if self.critic is not None else set()
         columns = {n: v for n, v in rollout.quantities.items() if n in read or self._takes(n)}
@@ -558,7 +558,7 @@ class OnlineTrainer(PreferenceTrainer):
         if self.is_world_process_zero():
             self.record.restart(state["index"], extra["record"])
 
-    def _credits_by_name(self) -> dict[str, CreditStep]:
+    def _credits_by_name(self) -> dict[str, RolloutCredit]:
         """Rollout credits by name; a second one of a name gets a number."""
         seen, found = Counter[str](), {}
         for credit in self.rollout_credits:
@@ -578,7 +578,7 @@ def set_lengths(args: OnlineConfig, prompts: int) -> None:
         args.max_steps = math.ceil(args.num_train_epochs * prompts / args.prompts_per_rollout) * args.steps_per_rollout
 
 
-def check_credits(objective: BoundObjective, credits: Sequence[CreditStep], args: OnlineConfig, critic: Any) -> None:
+def check_credits(objective: BoundObjective, credits: Sequence[RolloutCredit], args: OnlineConfig, critic: Any) -> None:
     """Check that objective, rollout credits, critic and settings go together."""
     name, needs = objective.name, objective.needs
     what = f"objective {name!r} learns from pairs of a chosen and a rejected completion; online training samples groups"
@@ -590,7 +590,7 @@ def check_credits(objective: BoundObjective, credits: Sequence[CreditStep], args
     takes = ADVANTAGES in needs
     what = f"objective {name!r} takes no advantages, which credit {setters and setters[0]!r} makes"
     require(takes or not setters, RecipeError, what)
-    what = f"objective {name!r} needs advantages; give a credit step that makes them"
+    what = f"objective {name!r} needs advantages; give a rollout credit that makes them"
     require(not takes or setters or ADVANTAGES in provided, RecipeError, what)
     for one in credits:
         if (check := getattr(one, "check_limit", None)) is not None:
@@ -602,12 +602,12 @@ def check_credits(objective: BoundObjective, credits: Sequence[CreditStep], args
     if asking:
         require(critic is not None, RecipeError, f"{asking[0]!r} needs values, which a critic gives; got critic=None")
     if critic is not None:
-        what = "a critic learns from returns, which no credit step gives; use gae, or leave the critic out"
+        what = "a critic learns from returns, which no rollout credit gives; use gae, or leave the critic out"
         require("returns" in provided, RecipeError, what)
         what = "a critic does not train in fp16, which needs its loss scaled; expected bf16, or neither"
         require(not args.fp16, RecipeError, what)
     missing = ", ".join(sorted(set(needs) - {ADVANTAGES} - SCORED - FROZEN - TAUGHT - provided))
-    require(not missing, RecipeError, f"objective {name!r} needs {missing}; no credit step gives them")
+    require(not missing, RecipeError, f"objective {name!r} needs {missing}; no rollout credit gives them")
 
 
 def resolve_rewards(rewards: Any, tokenizer: Any) -> RewardSuite | None:

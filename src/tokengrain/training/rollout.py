@@ -20,7 +20,7 @@ from tokengrain.data.dataset import Report
 from tokengrain.data.rows import Rows, load_rows
 from tokengrain.data.tokens import Clock
 from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, require
-from tokengrain.method import RolloutStep
+from tokengrain.method import Rollout
 from tokengrain.rollout.sampler import PromptItem, derived_seed, encode_prompts
 from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.score import in_parts, score
@@ -223,7 +223,7 @@ class RolloutScorer:
     mixed_precision: Callable[[], AbstractContextManager[Any]]  # around every forward pass
     options: dict[str, Any]  # passed to `score`
 
-    def add(self, rollout: RolloutStep, names: Collection[str]) -> None:
+    def add(self, rollout: Rollout, names: Collection[str]) -> None:
         """Add those of `names` to the rollout's columns that it does not have."""
         wanted = set(names) - rollout.quantities.keys()
         if not wanted or not rollout.batch.n_completions:
@@ -253,14 +253,14 @@ class RolloutScorer:
 _PER_TOKEN = ("token_rewards", "advantages", "weights")
 
 
-def kept(rollout: RolloutStep) -> Tensor:
+def kept(rollout: Rollout) -> Tensor:
     """`rollout.keep`, all True where it is None: bool `[G]`."""
     if rollout.keep is not None:
         return rollout.keep
     return torch.ones(rollout.batch.n_prompts, dtype=torch.bool, device=rollout.rewards.device)
 
 
-def select_prompts(rollout: RolloutStep, prompts: Sequence[int]) -> RolloutStep:
+def select_prompts(rollout: Rollout, prompts: Sequence[int]) -> Rollout:
     """The rollout of these prompts, with all that is known of them but `keep`."""
     own: dict[str, Any] = {name: getattr(rollout, name) for name in _PER_TOKEN if getattr(rollout, name) is not None}
     batch = rollout.batch.with_columns(**{f"_{name}": values for name, values in own.items()}).select(prompts)
@@ -278,7 +278,7 @@ def select_prompts(rollout: RolloutStep, prompts: Sequence[int]) -> RolloutStep:
     )
 
 
-def chosen_prompts(rounds: Sequence[RolloutStep], target: int) -> RolloutStep:
+def chosen_prompts(rounds: Sequence[Rollout], target: int) -> Rollout:
     """The first `target` prompts that filters kept; if there is none, one that they did not, marked so."""
     parts, left = [], target
     for one in rounds:
@@ -288,13 +288,13 @@ def chosen_prompts(rounds: Sequence[RolloutStep], target: int) -> RolloutStep:
             parts.append(select_prompts(one, prompts))
     if parts:
         return merge(parts)
-    # Every rank takes part in what credit steps exchange.
+    # Every rank takes part in what rollout credits exchange.
     alone = select_prompts(rounds[0], [0])
     alone.keep = torch.zeros_like(kept(alone))
     return alone
 
 
-def merge(rounds: Sequence[RolloutStep]) -> RolloutStep:
+def merge(rounds: Sequence[Rollout]) -> Rollout:
     """Rounds of the same rollout as one: their prompts one after the other, metrics averaged over rounds."""
     first = rounds[0]
     if len(rounds) == 1:
@@ -317,5 +317,5 @@ def merge(rounds: Sequence[RolloutStep]) -> RolloutStep:
     )
 
 
-def _token_rewards(one: RolloutStep) -> Tensor:
+def _token_rewards(one: Rollout) -> Tensor:
     return one.rewards.new_zeros(one.segments.total) if one.token_rewards is None else one.token_rewards

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokengrain.data.tokens import token_texts
 from tokengrain.errors import read_log, write_text
-from tokengrain.method import RolloutStep
+from tokengrain.method import Rollout
 from tokengrain.methods._clipped import kl_estimate, sampler_mismatch
 from tokengrain.methods._shaping import GroupStatistics
 from tokengrain.rewards.suite import RewardResult
@@ -53,7 +53,7 @@ class RolloutStats:
         finally:
             self.seconds[phase] += time.perf_counter() - started
 
-    def add(self, sampled: Rollouts, rollout: RolloutStep, result: RewardResult | None) -> None:
+    def add(self, sampled: Rollouts, rollout: Rollout, result: RewardResult | None) -> None:
         """Add what was sampled in one go."""
         self.lengths += [len(c.ids) for c in sampled.completions]
         self.context += sum(c.context for c in sampled.completions)
@@ -74,7 +74,7 @@ class RolloutStats:
 
 
 def rollout_metrics(
-    stats: RolloutStats, rollout: RolloutStep, keep: Tensor, exchange: Callable[[Any], list[Any]]
+    stats: RolloutStats, rollout: Rollout, keep: Tensor, exchange: Callable[[Any], list[Any]]
 ) -> dict[str, float]:
     """Every number of a finished rollout, the same on all ranks, which all call this; `keep`: bool `[G]`."""
     scored = "old_logps" in rollout.quantities
@@ -138,7 +138,7 @@ def _moments(name: str, values: list[float]) -> dict[str, float]:
     return {f"{name}/mean": float(known.mean()), f"{name}/std": float(known.std(correction=0))}
 
 
-def rollout_sums(rollout: RolloutStep, keep: Tensor) -> dict[str, tuple[float, float]]:
+def rollout_sums(rollout: Rollout, keep: Tensor) -> dict[str, tuple[float, float]]:
     """Of one rank's completions to train on (`keep`, bool `[C]`): (sum, weight) by name, to be added up over ranks.
 
     `rollout/utilisation`: share of completions with an advantage other than 0; entropy and k3: nats per token.
@@ -199,7 +199,7 @@ class RolloutRecord:
         self.path, self.tokenizer, self.count, self.every = path, tokenizer, count, every
         self.pending: list[dict[str, Any]] = []
 
-    def begin(self, rollout: RolloutStep, keep: Tensor, optimiser_step: int) -> None:
+    def begin(self, rollout: Rollout, keep: Tensor, optimiser_step: int) -> None:
         """Take completions of one prompt; of a large group the best and the worst.
 
         The last prompt of the rollout, because the first one's is updated while the policy is still the one that
@@ -223,7 +223,7 @@ class RolloutRecord:
             entry = {"rollout": rollout.index, "step": optimiser_step, **self._of(rollout, prompt, completion)}
             self.pending.append({**entry, "completion": completion - first})
 
-    def _of(self, rollout: RolloutStep, prompt: int, completion: int) -> dict[str, Any]:
+    def _of(self, rollout: Rollout, prompt: int, completion: int) -> dict[str, Any]:
         prompt_ids, ids = rollout.batch.prompt(prompt).tolist(), rollout.batch.completion(completion).tolist()
         # What a branch shares with the completion that it leaves was not drawn for it: it is part of what came before.
         context = len(ids) - int(rollout.segments.lengths[completion])

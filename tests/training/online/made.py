@@ -1,4 +1,4 @@
-"""Made-up rollouts as credit steps see them, and ranks as threads that meet where they gather."""
+"""Made-up rollouts as rollout credits see them, and ranks as threads that meet where they gather."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.training.tiny import VOCABULARY
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.method import RolloutStep
+from tokengrain.method import Rollout
 from tokengrain.training.rollout import select_prompts
 
 COLUMNS = ("old_logps", "ref_logps", "entropy", "values")
@@ -42,7 +42,7 @@ def made_batch(
     return batch.with_columns(**columns, truncated=torch.zeros(n))
 
 
-def made_step(batch: TokenBatch | None = None, *, seed: int = 1, index: int = 0, **changes: Any) -> RolloutStep:
+def made_step(batch: TokenBatch | None = None, *, seed: int = 1, index: int = 0, **changes: Any) -> Rollout:
     """A step with random 0/1 outcomes, all kinds of groups among them."""
     batch = made_batch() if batch is None else batch
     g = torch.Generator().manual_seed(seed)
@@ -55,17 +55,17 @@ def made_step(batch: TokenBatch | None = None, *, seed: int = 1, index: int = 0,
         "correct": rewards > 0.5,
         **changes,
     }
-    return RolloutStep(replace(batch, columns=dict(batch.columns)), **settings)
+    return Rollout(replace(batch, columns=dict(batch.columns)), **settings)
 
 
-def part(step: RolloutStep, prompts: Sequence[int]) -> RolloutStep:
+def part(step: Rollout, prompts: Sequence[int]) -> Rollout:
     """The step with these prompts only."""
     return replace(select_prompts(step, list(prompts)), metrics={})
 
 
-def on_two_ranks(step: RolloutStep, make: Callable[[], Any]) -> tuple[list[RolloutStep], list[Any]]:
-    """The step shared out to two ranks as the trainer does, each with a credit step of its own, and what is left of
-    both: (rollouts, credit steps)."""
+def on_two_ranks(step: Rollout, make: Callable[[], Any]) -> tuple[list[Rollout], list[Any]]:
+    """The step shared out to two ranks as the trainer does, each with a rollout credit of its own, and what is left of
+    both: (rollouts, credits)."""
     slots: list[Any] = [None, None]
     meeting = threading.Barrier(2, timeout=30)
     errors: list[BaseException] = []
@@ -101,7 +101,7 @@ def on_two_ranks(step: RolloutStep, make: Callable[[], Any]) -> tuple[list[Rollo
 
 
 def reloaded(credit: Any, make: Callable[[], Any]) -> Any:
-    """A new credit step with the other's state, through JSON."""
+    """A new rollout credit with the other's state, through JSON."""
     fresh = make()
     fresh.load_state_dict(json.loads(json.dumps(credit.state_dict())))
     return fresh

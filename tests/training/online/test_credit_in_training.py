@@ -143,7 +143,7 @@ def test_branches_are_trained_on_from_where_they_leave(tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(RecipeError, match="needs values, which a critic gives"):
         make_online(tmp_path, objective="ppo", credit="gae")
-    with pytest.raises(RecipeError, match="no credit step gives"):
+    with pytest.raises(RecipeError, match="no rollout credit gives"):
         make_online(tmp_path, objective="ppo", critic=Critic(tiny_llama()))
     with pytest.raises(RecipeError, match="compares completions"):
         make_online(tmp_path, credit="thr", num_generations=1)

@@ -15,7 +15,7 @@ from tests.training.ranks import on_ranks
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RunError, read_log
-from tokengrain.method import RolloutStep, Stateless, make_objective, make_rollout_credit
+from tokengrain.method import Rollout, Stateless, make_objective, make_rollout_credit
 from tokengrain.rewards.suite import RewardError
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.rollout import Ranks
@@ -143,7 +143,7 @@ class Gathers(Stateless):
     def __init__(self, before: int, phase: str = "after") -> None:
         self.before, self.phase = before, phase
 
-    def __call__(self, step: RolloutStep) -> None:
+    def __call__(self, step: Rollout) -> None:
         for number in range(4):
             if number == self.before and is_last():
                 raise ValueError("no such influence")

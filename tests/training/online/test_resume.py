@@ -19,7 +19,7 @@ from tests.training.online.tiny import make_online, make_prompts
 from tests.training.test_resume import TIMES, KillAt, in_child
 from tests.training.tiny import tiny_llama
 from tokengrain.errors import RunError, read_log
-from tokengrain.method import RolloutStep, make_objective, make_rollout_credit
+from tokengrain.method import Rollout, make_objective, make_rollout_credit
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.training import checkpoint
@@ -39,7 +39,7 @@ class RunningMean:
     def __init__(self) -> None:
         self.total, self.count, self.visits = 0.0, 0, dict[str, int]()
 
-    def __call__(self, step: RolloutStep) -> None:
+    def __call__(self, step: Rollout) -> None:
         rewards = step.gather(step.rewards).double()
         mean = self.total / max(self.count, 1)
         self.total, self.count = self.total + float(rewards.sum()), self.count + len(rewards)

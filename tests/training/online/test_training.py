@@ -13,7 +13,7 @@ import torch
 from tests.training.online.tiny import WANTED, make_online, make_prompts, online_config, share_of_token
 from tests.training.tiny import VOCABULARY, tiny_llama, weights
 from tokengrain.errors import DataError, RecipeError, RunError, read_log
-from tokengrain.method import RolloutStep, Stateless, make_objective, make_rollout_credit
+from tokengrain.method import Rollout, Stateless, make_objective, make_rollout_credit
 from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction, RewardSuite
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem
@@ -186,12 +186,12 @@ def test_token_rewards_and_overlong(tmp_path: Path) -> None:
     def per_token(completion_ids: list[list[int]]) -> list[list[float]]:
         return [[float(i < 30) for i in ids] for ids in completion_ids]
 
-    found: list[RolloutStep] = []
+    found: list[Rollout] = []
 
     class Look(Stateless):
         name, phase = "look", "after"
 
-        def __call__(self, step: RolloutStep) -> None:
+        def __call__(self, step: Rollout) -> None:
             found.append(step)
 
     credit = [
