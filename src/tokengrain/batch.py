@@ -1,10 +1,9 @@
 """`TokenBatch`: prompts, each with any number of completions, and flat per-token vectors.
 
-A preference pair is a prompt with two completions (chosen first, rejected second), a group of samples a
-prompt with G. Per-token quantities are *flat* vectors `[N]` over the completion tokens that count, in
-order; `Segments` knows which completion each of them belongs to. Only `tokengrain.scoring` shifts between a token
-and the position that predicts it. Tool output or a user's turn inside a completion is context, and not in the flat
-vectors: `counted` is False there.
+A preference pair is a prompt with two completions (chosen first, rejected second), a group of samples a prompt with G.
+Per-token quantities are *flat* vectors `[N]` over the completion tokens that count, in order; `Segments` knows which
+completion each of them belongs to. Only `tokengrain.scoring` shifts between a token and the position that predicts it.
+Tool output or a user's turn inside a completion is context, and not in the flat vectors: `counted` is False there.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class Segments:
         return values[self.ids]
 
     def narrow(self, keep: Tensor) -> Segments:
-        """The segments of `values[keep]`, `keep` bool `[N]`; a segment that loses all its tokens stays, empty."""
+        """The segments of `values[keep]`, `keep` bool `[N]`; one that loses all its tokens stays, empty."""
         return Segments(offsets_of(self.sum(keep.long())))
 
     def split(self, values: Tensor) -> list[Tensor]:
@@ -363,30 +362,23 @@ class TokenBatch:
     ) -> TokenBatch:
         """The same prompts with other completions: each a start, which does not count, and its prompt's ending.
 
-        The prompt is computed once for all its starts. The completions of a prompt have equally many counted tokens.
-
-        Args:
-            starts: token ids.
-            endings: G lists of token ids.
-            group: the prompt of each start, not decreasing; None: those of the batch's completions.
+        The prompt is computed once for all its starts. Starts and the G endings are token ids; `group` has the prompt
+        of each start, not decreasing; None: those of the batch's completions.
         """
-        members: list[list[Completion]] = [[] for _ in endings]
+        rows: Sequence[int | str] = self.rows or range(len(endings))
+        raw: Sequence[Mapping[str, Any]] = self.raw or [{}] * len(endings)
+        prompts = [self.prompt(g).tolist() for g in range(len(endings))]
+        samples = [Sample(ids, [], row=row, raw=given) for ids, row, given in zip(prompts, rows, raw, strict=True)]
         for start, number in zip(starts, self.group.tolist() if group is None else group, strict=True):
             ids, counted = [*start, *endings[number]], [False] * len(start) + [True] * len(endings[number])
-            members[number].append(Completion(ids, counted))
-        rows: Sequence[int | str] = self.rows or range(len(members))
-        raw: Sequence[Mapping[str, Any]] = self.raw or [{}] * len(members)
-        samples = [
-            Sample(self.prompt(g).tolist(), made, row=row, raw=given)
-            for g, (made, row, given) in enumerate(zip(members, rows, raw, strict=True))
-        ]
+            samples[number].completions.append(Completion(ids, counted))
         return TokenBatch.from_samples(samples, self.prompt_role).to(self.device)
 
     def split(self, max_tokens: int | None, parts: int = 1) -> list[TokenBatch]:
         """Cut into micro-batches of whole prompts, each of at most `max_tokens` tokens where possible.
 
-        A prompt larger than the budget gets a micro-batch of its own. At least `parts` micro-batches are
-        made (at most one per prompt), so that ranks can agree on a number of forward passes.
+        A prompt larger than the budget gets a micro-batch of its own. At least `parts` micro-batches are made (at most
+        one per prompt), so that ranks can agree on a number of forward passes.
         """
         if max_tokens is None and parts == 1:
             return [self]
@@ -421,8 +413,8 @@ class TokenBatch:
 def _counted(row: int | str, completion: Completion) -> list[bool]:
     if completion.counted is None:
         return [True] * len(completion.ids)
-    expected, of = len(completion.ids), " (one per completion token)"
-    _check_length(f"row {row}: `counted`", completion.counted, expected, "entries", of)
+    of = " (one per completion token)"
+    _check_length(f"row {row}: `counted`", completion.counted, len(completion.ids), "entries", of)
     return completion.counted
 
 

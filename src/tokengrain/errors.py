@@ -1,7 +1,6 @@
-"""Errors a user can act on.
+"""Errors a user can act on: each names what was wrong, the value seen and the value expected.
 
-Each names what was wrong, the value seen and the value expected. The command line prints the message
-without a traceback and exits with status 2; from Python they are ordinary exceptions.
+The command line prints the message without a traceback and exits with status 2.
 """
 
 from __future__ import annotations
@@ -29,15 +28,9 @@ class TokengrainError(Exception):
 
 
 class DataError(TokengrainError):
-    """Bad input data. The message reads `file: row N: field 'f': <what>, got <value>, expected <expected>`.
+    """Bad input data. The message reads `file: row N: field 'f': <what>; got <value>; expected <expected>`.
 
-    Args:
-        what: what is wrong, in words.
-        file: file, hub name or other description of where the rows come from.
-        row: row number in the file, counted from 0 (a line number for a line that is not JSON).
-        field: column.
-        value: the value seen.
-        expected: what was expected instead.
+    Rows are counted from 0; `file` may be a hub name or another description of where they come from.
     """
 
     def __init__(
@@ -50,19 +43,12 @@ class DataError(TokengrainError):
         value: Any = ...,
         expected: str | None = None,
     ) -> None:
-        self.what, self.file, self.row, self.field = what, file, row, field
-        self.value, self.expected = value, expected
+        self.what, self.file, self.row, self.field, self.value, self.expected = what, file, row, field, value, expected
         where = [str(file)] if file is not None else []
-        if row is not None:
-            where.append(f"row {row}")
-        if field is not None:
-            where.append(f"field {field!r}")
-        message = ": ".join([*where, what])
-        if value is not ...:
-            message += f"; got {shown(value)}"
-        if expected is not None:
-            message += f"; expected {expected}"
-        super().__init__(message)
+        where += [f"row {row}"] if row is not None else []
+        where += [f"field {field!r}"] if field is not None else []
+        got = f"; got {shown(value)}" if value is not ... else ""
+        super().__init__(": ".join([*where, what]) + got + (f"; expected {expected}" if expected is not None else ""))
 
 
 class RecipeError(TokengrainError):

@@ -1,7 +1,7 @@
 """Settings read from a callable's signature, validated; and callables found by an import string.
 
-Objectives and credit sources are plain callables. Their hyper-parameters are the keyword-only arguments
-of their signature, with type and range written there once (`beta: Positive = 0.1`).
+Objectives and credit sources are plain callables. Their hyper-parameters are the keyword-only arguments of their
+signature, with type and range written there once (`beta: Positive = 0.1`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 def keyword_types(function: Callable[..., Any], also: Collection[str] = ()) -> dict[str, Any]:
     """Name and annotation of every keyword-only argument of `function`, and of those named in `also`."""
-    hints = get_type_hints(_annotated(function), include_extras=True)
+    # A class carries its annotations in `__init__`, an object in `__call__`.
+    own: Any = function if inspect.isroutine(function) else type(function).__call__
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else own, include_extras=True)
     return {
         name: hints.get(name, Any)
         for name, parameter in inspect.signature(function).parameters.items()
@@ -161,10 +163,7 @@ def check_trusted(what: str) -> None:
 
 
 def load_callable(reference: str) -> Callable[..., Any]:
-    """The callable that `"package.module:function"` or `"path/to/file.py:function"` names; see `check_trusted`.
-
-    An error raised by the module's own code is passed on as it is.
-    """
+    """The callable that `"package.module:function"` or `"path/to/file.py:function"` names; see `check_trusted`."""
     check_trusted(repr(reference))
     return _loaded(reference)
 
@@ -215,12 +214,3 @@ def source_of(function: Callable[..., Any]) -> str:
         return inspect.getsource(function if named else type(function))
     except (OSError, TypeError):
         return ""
-
-
-def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What carries the annotations: a class's `__init__`, an object's `__call__`, or the function itself."""
-    if inspect.isclass(function):
-        return typing.cast(Callable[..., Any], function.__init__)
-    if inspect.isroutine(function):
-        return function
-    return type(function).__call__

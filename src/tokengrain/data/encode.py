@@ -28,11 +28,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Work:
-    """A row on its way: the row without tags, the spans of the tags."""
+    """A row on its way."""
 
     number: int
-    row: Any
-    found: Found
+    row: Any  # without tags
+    found: Found  # the spans of the tags
     example: Example
     rendered: list[Rendered]
 
@@ -149,14 +149,11 @@ class ExampleEncoder:
         kept, mask = ids[:room], counted[:room]
         where = [cut + i for i, counts in enumerate(counted) if counts]
         columns = {}
+        given: dict[str, Any] = {"rendered": rendered, "tokens": tokens, "counted": where, "kept": sum(mask)}
         for name, value in example.token_columns[side].items():
-            field = example.prefix[side] + name
-            if name == "token_rewards" and self._spanless(example, side):
-                columns[name] = [0.0] * sum(mask)
-                continue
-            columns[name] = token_column(
-                name, value, field, rendered=rendered, tokens=tokens, counted=where, kept=sum(mask)
-            )
+            spanless = name == "token_rewards" and self._spanless(example, side)
+            found = [0.0] * sum(mask) if spanless else token_column(name, value, example.prefix[side] + name, **given)
+            columns[name] = found
         return Completion(kept, None if all(mask) else mask, columns), where, len(kept) < len(ids)
 
     def _spanless(self, example: Example, side: int) -> bool:
@@ -199,12 +196,9 @@ class ExampleEncoder:
             raise RowError("chosen equals rejected", what, field=example.fields[1], value=value, expected=expected)
 
     def _check_positions(self, example: Example, prompt: list[int], completions: list[Completion]) -> None:
+        most, what = self.model_positions, "prompt and completion are longer than the model's positions"
+        expected = f"at most {most} (max_length and max_prompt_length cut rows)"
         for completion, field in zip(completions, example.fields):
-            length, most = len(prompt) + len(completion.ids), self.model_positions
-            what = "prompt and completion are longer than the model's positions"
-            got = f"{len(prompt)} + {len(completion.ids)} = {length} tokens"
-            fits, expected = (
-                most is None or length <= most,
-                f"at most {most} (max_length and max_prompt_length cut rows)",
-            )
+            length = len(prompt) + len(completion.ids)
+            fits, got = most is None or length <= most, f"{len(prompt)} + {len(completion.ids)} = {length} tokens"
             check(fits, "longer than the model", what, field=field, value=got, expected=expected)

@@ -1,17 +1,17 @@
 """One row in any format that people use -> `Example`: a prompt and its completions, as text or as messages.
 
-`canonical` first brings other tools' columns into TRL's. Preference rows (`pair_example`) then have `prompt`,
-`chosen`, `rejected`, each a string (standard) or a list of messages `{"role": ..., "content": ...}`
-(conversational). Without `prompt` it is implicit:
+`canonical` first brings other tools' columns into TRL's. Preference rows (`pair_example`) then have `prompt`, `chosen`,
+`rejected`, each a string (standard) or a list of messages `{"role": ..., "content": ...}` (conversational). Without
+`prompt` it is implicit:
 
 - messages: the messages both sides begin with;
-- dialogues "\n\nHuman: … \n\nAssistant: …" (HH): everything up to and including the last
-  "\n\nAssistant:", which must be equal on both sides;
-- other strings: the longest common beginning, cut back to the end of a word, so that the completions begin
-  with the space before the first word that differs.
+- dialogues "\n\nHuman: … \n\nAssistant: …" (HH): everything up to and including the last "\n\nAssistant:", which must
+  be equal on both sides;
+- other strings: the longest common beginning, cut back to the end of a word, so that the completions begin with the
+  space before the first word that differs.
 
-Rows with one completion (`single_example`): `prompt` + `completion`, `messages`, `text`, or a preference
-row, whose chosen side is taken.
+Rows with one completion (`single_example`): `prompt` + `completion`, `messages`, `text`, or a preference row, whose
+chosen side is taken.
 """
 
 from __future__ import annotations
@@ -206,11 +206,8 @@ def _with_system(row: dict[str, Any], text: str) -> None:
     for name in (first, "rejected") if first == "chosen" else (first,):
         messages = content(row, str(name))
         own = messages[0].get("content") if isinstance(messages, list) and messages[0]["role"] == "system" else None
-        what, expected = (
-            "the row has two system messages",
-            f"one system message, or the same; the messages have {own!r}",
-        )
-        check(own in (None, text), "system", what, field="system", value=text, expected=expected)
+        what, expected = "the row has two system messages", "one system message, or the same; the messages have"
+        check(own in (None, text), "system", what, field="system", value=text, expected=f"{expected} {own!r}")
         if own is None:
             row[str(name)] = [{"role": "system", "content": text}, *messages]
 
@@ -224,10 +221,7 @@ def _assistant(text: Any) -> Message:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without keys that hold null, at any depth; nulls in a list, or within JSON text, are kept.
-
-    Arrow (parquet, `datasets`) gives every object the keys of all, with null for those it lacks.
-    """
+    """The value without keys that hold null, at any depth: Arrow gives every object the keys of all."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
@@ -242,8 +236,8 @@ def for_template(row: Mapping[str, Any]) -> dict[str, Any]:
     if tools is not None:
         tools = without_nulls([_parsed(tool, "tools") for tool in tools])
     fits, what = kwargs is None or isinstance(kwargs, Mapping), f"is of type {type(kwargs).__name__}"
-    where = {"field": "chat_template_kwargs", "value": kwargs}
-    check(fits, "wrong type", what, **where, expected="an object: variable -> value")
+    details = {"field": "chat_template_kwargs", "value": kwargs, "expected": "an object: variable -> value"}
+    check(fits, "wrong type", what, **details)
     return {"tools": tools, "template_kwargs": without_nulls(kwargs or {})}
 
 
@@ -347,8 +341,7 @@ def check_prompt(prompt: Content, name: str = "prompt") -> None:
         check(prompt.strip(), "empty prompt", "is empty", field=name, value=prompt, expected="some text")
         return
     check(prompt, "empty prompt", "has no messages", field=name, value=prompt, expected="at least one message")
-    expected = "a prompt that the assistant is to answer"
-    what = "ends with the assistant's message"
+    what, expected = "ends with the assistant's message", "a prompt that the assistant is to answer"
     check(prompt[-1]["role"] != "assistant", "wrong roles", what, field=name, value=prompt[-1], expected=expected)
 
 
@@ -450,6 +443,5 @@ def _split_messages(messages: Content) -> tuple[Content, Content]:
     expected = "a list of messages with role and content"
     if isinstance(messages, str):
         raise RowError("wrong type", "is text", field="messages", value=messages, expected=expected)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    first, last = (answers[0], answers[-1]) if answers else (len(messages), -1)
-    return messages[:first], messages[first : last + 1]
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"] or [len(messages)]
+    return messages[: answers[0]], messages[answers[0] : answers[-1] + 1]

@@ -1,12 +1,12 @@
 """Per-token columns of a row: `*_token_rewards`, `*_ref_logps`, and its spans as the column "spans".
 
-Per token: one number for every token of the completion that counts, in order, EOS (or the end-of-turn token)
-included, as the completion is before it is cut; or, where this configuration cuts it, as it is afterwards.
+Per token: one number for every token of the completion that counts, in order, EOS (or the end-of-turn token) included,
+as the completion is before it is cut; or, where this configuration cuts it, as it is afterwards.
 
-Per span of characters: `{"start": .., "end": ..}`, characters `[start, end)` of the completion's text, with
-`"reward"` for token rewards. A token belongs to a span if any of its characters does, and to the first one if it
-has characters of several. All others have 0: EOS, what a chat template writes, and what it strips. In a completion
-of several messages a span also names its `"message"` (from 0), and its characters are those of that message.
+Per span of characters: `{"start": .., "end": ..}`, characters `[start, end)` of the completion's text, with `"reward"`
+for token rewards. A token belongs to a span if any of its characters does, and to the first one if it has characters of
+several. All others have 0: EOS, what a chat template writes, and what it strips. In a completion of several messages a
+span also names its `"message"` (from 0), and its characters are those of that message.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from tokengrain.data.formats import CanonicalRow, Content, check_misspelt, conte
 from tokengrain.data.spans import WORD, Level, SpanConfig, TagError, diff_spans, strip_tags, tagged_stretches
 from tokengrain.data.tokens import Rendered, Tokens
 
-# Log-probabilities are at most 0, give or take rounding.
-LOGP_ROUNDING = 1e-3
+LOGP_ROUNDING = 1e-3  # log-probabilities are at most 0, give or take this
 REASONS = {"token_rewards": "token rewards", "ref_logps": "reference log-probabilities", "spans": "spans"}
 EXPECTED = {
     "token_rewards": "a list of numbers, or of spans",
@@ -143,12 +142,9 @@ def _span(
 # Spans of pairs: 0 for a shared token, k for one of the k-th span. They are characters of the texts without tags.
 
 COLUMN = "spans"
-# Columns that may hold tagged texts.
-TAGGED = ("chosen", "rejected", "completion", "messages", "text")
+TAGGED = ("chosen", "rejected", "completion", "messages", "text")  # columns that may hold tagged texts
 SIDES = ("chosen", "rejected")
-
-Found = dict[str, list[dict[str, Any]]]
-"""Spans by column: characters of its text, or of its message number `message`."""
+Found = dict[str, list[dict[str, Any]]]  # spans by column: characters of its text, or of its message number `message`
 
 
 class Marked(NamedTuple):
@@ -261,8 +257,7 @@ class SpanMarker:
         for side, found, ids in zip(sides, units, marks):
             column = [0.0] * len(side.counted)
             # What stands between two words of a span belongs to it, unless a message ends there.
-            runs = groupby(zip(ids, found), key=lambda item: (item[0], item[1][1].message))
-            for (span, _), run in runs:
+            for (span, _), run in groupby(zip(ids, found), key=lambda item: (item[0], item[1][1].message)):
                 places = [place for _, (_, place) in run]
                 start, end = places[0].start, places[-1].end
                 if span and self.config.level == "token":

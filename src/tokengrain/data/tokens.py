@@ -1,16 +1,16 @@
 """`Example` -> text -> token ids: what the template writes, where the prompt ends, which characters count.
 
-Messages: the prompt is what the template renders for the prompt's messages with its generation prompt; a
-completion is what rendering the whole conversation adds. Of a completion, what the assistant writes counts,
-from the end of a generation prompt to the end-of-turn token of the message; other roles and the template's
-own headings are context. White space that a template puts behind an end-of-turn token does not count, and is
-cut at the end of a completion, because no model gets to generate it.
+Messages: the prompt is what the template renders for the prompt's messages with its generation prompt; a completion is
+what rendering the whole conversation adds. Of a completion, what the assistant writes counts, from the end of a
+generation prompt to the end-of-turn token of the message; other roles and the template's own headings are context.
+White space that a template puts behind an end-of-turn token does not count, and is cut at the end of a completion,
+because no model gets to generate it.
 
-Prompt and completion are tokenised together, because that is what the model is given, and tokenizers merge
-across the prompt boundary. A token that contains a character of the completion belongs to the completion, even
-if it also contains the end of the prompt. All completions of a prompt share its token ids, so the prompt is the
-longest common beginning of the tokens that hold nothing but prompt; whatever else there is goes to the
-completions, and counts. Hence always `prompt_ids + completion_ids` = the tokens of the whole text (+ EOS).
+Prompt and completion are tokenised together, because that is what the model is given, and tokenizers merge across the
+prompt boundary. A token that contains a character of the completion belongs to the completion. All completions of a
+prompt share its token ids, so the prompt is the longest common beginning of the tokens that hold nothing but prompt;
+whatever else there is goes to the completions, and counts. Hence always `prompt_ids + completion_ids` = the tokens of
+the whole text (+ EOS).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import accumulate
@@ -108,13 +108,12 @@ class Renderer:
 
     def _prompt(self, example: Example) -> tuple[str, tuple[str, ...]]:
         """A prompt's text, and what it lacks."""
-        require(
-            self.template is not None or self.tokenizer.chat_template,
-            ModelError,
-            f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat "
-            "template; expected a tokenizer that has one, `chat_template:` (a Jinja template or the path "
-            "of a file that holds one), or rows of plain text (online: with `prompts.chat: false`)",
+        what = (
+            f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat template; expected "
         )
+        what += "a tokenizer that has one, `chat_template:` (a Jinja template or the path of a file that holds one), "
+        what += "or rows of plain text (online: with `prompts.chat: false`)"
+        require(self.template is not None or self.tokenizer.chat_template, ModelError, what)
         messages = example.messages
         text = self._render(example, messages, "prompt", True)
         ignored = example.tools and self._render(replace(example, tools=None), messages, "prompt", True) == text
@@ -169,7 +168,10 @@ class Renderer:
             turns = self._turns(example, prompt, completion, text, name, start)
         # A generation prompt may go on beyond what the template writes before an answer; the prompt ends as it does.
         text, moved = prompt + text[start:], len(prompt) - start
-        turns = [self._without_tail(text, (first + moved, last + moved)) for first, last in turns]
+        turns = [(first + moved, last + moved) for first, last in turns]
+        for number, (first, last) in enumerate(turns):  # white space behind an end-of-turn token does not count
+            stripped = text[first:last].rstrip()
+            turns[number] = (first, first + len(stripped) if stripped.endswith(self.end_marks) else last)
         text = text[: turns[-1][1]]
         contents, shown = _contents(text, len(prompt), completion, turns)
         answers, lacks = iter(turns), list[tuple[str, str, str]]()
@@ -280,10 +282,6 @@ class Renderer:
                 names = _names(message.get(key))
                 yield from ((key, name) for name in names if not (named and _has_word(text, name)))
 
-    def _without_tail(self, text: str, turn: Span) -> Span:
-        stripped = text[slice(*turn)].rstrip()
-        return (turn[0], turn[0] + len(stripped)) if stripped.endswith(self.end_marks) else turn
-
 
 def template_text(template: str | None) -> str | None:
     """A chat template given as itself, or as the path of a file that holds it."""
@@ -347,40 +345,32 @@ def _has_word(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
-SPACE = "Ġ"  # how byte-level tokenizers write a space
-
-
 @dataclass
 class Tokens:
-    """The tokens of a text, and the characters `[start, end)` of each if the tokenizer tells.
-
-    `ids` are without the special tokens that the tokenizer adds by itself. `ids_of` tokenises another text in the same
-    way; used where there are no offsets.
-    """
+    """The tokens of a text, and the characters `[start, end)` of each if the tokenizer tells."""
 
     text: str
-    ids: list[int]
+    ids: list[int]  # without the special tokens that the tokenizer adds by itself
     starts: list[int] | None = None
     ends: list[int] | None = None
-    ids_of: Callable[[str], list[int]] | None = field(default=None, repr=False)
+    ids_of: Any = field(default=None, repr=False)  # tokenises another text in the same way, where there are no offsets
 
     def within(self, position: int) -> int:
         """How many tokens at the start hold only characters before `position`."""
         if self.ends is not None:
             return bisect_right(self.ends, position)
-        return common_length(self._ids_before(position), self.ids)
+        return common_length(self.ids_of(self.text[:position]), self.ids)
 
     def touching(self, position: int) -> int:
         """How many tokens at the start hold at least one character before `position` (or none at all)."""
         if self.starts is not None:
             return bisect_right(self.starts, position - 1)
-        before = self._ids_before(position)
+        before = self.ids_of(self.text[:position])
         shared = common_length(before, self.ids)
         return shared + (shared < len(before))
 
-    def _ids_before(self, position: int) -> list[int]:
-        assert self.ids_of is not None  # tokens without offsets have it
-        return self.ids_of(self.text[:position])
+
+SPACE = "Ġ"  # how byte-level tokenizers write a space
 
 
 class Encoder:
@@ -393,12 +383,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id if config.add_eos else None
-        require(
-            not config.add_eos or self.eos_id is not None,
-            ModelError,
-            f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
-            "expected one, since EOS ends every completion (or `add_eos: false`)",
-        )
+        what = f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
+        what += "expected one, since EOS ends every completion (or `add_eos: false`)"
+        require(not config.add_eos or self.eos_id is not None, ModelError, what)
         self.prefix = self._own_prefix()
         self._spaces: dict[int, tuple[int, ...]] = {}
         self._trimmed = tokenizer.is_fast and self._trims_offsets()
@@ -441,11 +428,8 @@ class Encoder:
         """Whether offsets leave out the spaces that byte-level tokens begin with (as Llama 3's do)."""
         probe = " a a"
         found = self._with_offsets(probe)
-        tokens = self.tokenizer.convert_ids_to_tokens(found["input_ids"])
-        return any(
-            token.startswith(SPACE) and probe[start : start + 1] != " "
-            for token, (start, _) in zip(tokens, found["offset_mapping"])
-        )
+        placed = zip(self.tokenizer.convert_ids_to_tokens(found["input_ids"]), found["offset_mapping"])
+        return any(token.startswith(SPACE) and probe[start : start + 1] != " " for token, (start, _) in placed)
 
     def _with_spaces(self, token_id: int, start: int, end: int) -> tuple[int, int]:
         """The characters of a token whose offsets were trimmed."""
@@ -486,13 +470,11 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     parts: list[Any] = [rules, dict(tokenizer.special_tokens_map), tokenizer.chat_template]
     if config is not None:
-        names = ("max_length", "max_prompt_length", "truncation_side", "add_eos")
-        values = {name: getattr(config, name) for name in names}
+        values = {n: getattr(config, n) for n in ("max_length", "max_prompt_length", "truncation_side", "add_eos")}
         values |= {"chat": True} if config.chat else {}
         parts.append({**values, "chat_template": template_text(config.chat_template)})
         parts.append(dict(config.chat_template_kwargs))
-        if config.span_config is not None:
-            parts.append(config.span_config.describe())
+        parts += [config.span_config.describe()] if config.span_config is not None else []
     return fingerprint(parts)
 
 
@@ -520,15 +502,11 @@ class StopStrings:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token such that joining them gives the decoded whole.
-
-    A character that is spread over several tokens is given to the last of them; the others get "".
-    """
+    """Text of each token, joined the decoded whole: the last token of a character has it, the others ""."""
     texts: list[str] = []
     start = read = 0  # decode only from `start`: the last token that was read whole gives the context for spaces
     for end in range(1, len(ids) + 1):
-        before = _decode(tokenizer, ids[start:read])
-        now = _decode(tokenizer, ids[start:end])
+        before, now = _decode(tokenizer, ids[start:read]), _decode(tokenizer, ids[start:end])
         if now.endswith("�") and end < len(ids):
             texts.append("")
             continue

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tokengrain.batch import TokenBatch
+from tokengrain.batch import TokenBatch, offsets_of
 from tokengrain.rollout.sampler import derived_seed
 from tokengrain.training.step import HostBatch
 
 _TENSORS = ("prompt_ids", "prompt_offsets", "completion_ids", "completion_offsets", "counted", "group")
+_SETTINGS = ("minibatches", "epochs", "seed")
 
 
 def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
@@ -24,14 +24,13 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     if len(batches) == 1:
         return first
     groups = accumulate((b.n_prompts for b in batches[:-1]), initial=0)
-    joined: dict[str, Any] = {
-        name: torch.cat([getattr(b, name) for b in batches]) for name in ("prompt_ids", "completion_ids", "counted")
-    }
     return replace(
         first,
-        **joined,
-        prompt_offsets=_joined([b.prompt_offsets for b in batches]),
-        completion_offsets=_joined([b.completion_offsets for b in batches]),
+        prompt_ids=torch.cat([b.prompt_ids for b in batches]),
+        prompt_offsets=offsets_of(torch.cat([b.prompt_offsets.diff() for b in batches])),
+        completion_ids=torch.cat([b.completion_ids for b in batches]),
+        completion_offsets=offsets_of(torch.cat([b.completion_offsets.diff() for b in batches])),
+        counted=torch.cat([b.counted for b in batches]),
         group=torch.cat([b.group + start for b, start in zip(batches, groups, strict=True)]),
         columns={name: torch.cat([b.columns[name] for b in batches]) for name in first.columns},
         rows=tuple(row for b in batches for row in b.rows),
@@ -39,17 +38,11 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     )
 
 
-def _joined(offsets: Sequence[Tensor]) -> Tensor:
-    lengths = torch.cat([o.diff() for o in offsets])
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-
-
 class RolloutBuffer:
-    """Minibatches of whole groups.
+    """Minibatches of whole groups of `batch`, this rank's prompts (None: it has none to learn from).
 
     The first epoch takes the prompts in the order in which they were drawn (which is random), later ones in
-    permutations of it. All ranks hand out equally many minibatches; a rank that has run out of prompts gives a
-    stand-in without weight. `batch`: this rank's prompts; None: it has none to learn from.
+    permutations of it. All ranks hand out equally many minibatches; one without prompts left gives the `stand_in`.
     """
 
     def __init__(
@@ -94,12 +87,8 @@ class RolloutBuffer:
     def save(self, path: Path) -> None:
         """Write to a file: tensors and rows. What the rows were made from is not in it."""
         own = None if self.batch is None else _packed(self.batch)
-        state = {"position": self.position, "shared": self._shared, **self._settings}
+        state = {"position": self.position, "shared": self._shared, **{n: getattr(self, n) for n in _SETTINGS}}
         torch.save({"batch": own, "stand_in": _packed(self.stand_in), **state}, path)
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {"minibatches": self.minibatches, "epochs": self.epochs, "seed": self.seed}
 
     @classmethod
     def load(cls, paths: Sequence[Path], rank: int, world: int, raw: Mapping[int | str, Any]) -> RolloutBuffer:
@@ -116,8 +105,7 @@ class RolloutBuffer:
     def _read(cls, path: Path, raw: Mapping[int | str, Any]) -> RolloutBuffer:
         state = torch.load(path, map_location="cpu", weights_only=True)
         batch = _unpacked(state["batch"], raw) if state["batch"] is not None else None
-        settings = {name: state[name] for name in ("minibatches", "epochs", "seed")}
-        buffer = cls(batch, _unpacked(state["stand_in"], raw), **settings)
+        buffer = cls(batch, _unpacked(state["stand_in"], raw), **{name: state[name] for name in _SETTINGS})
         buffer.position, buffer._shared = state["position"], state["shared"]
         return buffer
 
@@ -130,7 +118,8 @@ class RolloutBuffer:
         # Rank r of w had prompts r, r + w, ... of the rollout, and so it has them now.
         places = sorted((slot, old) for old, count in enumerate(counts) for slot in range(count))
         own = [sum(counts[:old]) + slot for slot, old in places][rank::world]
-        buffer = cls(concatenate(parts).select(own) if own else None, first.stand_in, **first._settings)
+        settings = {name: getattr(first, name) for name in _SETTINGS}
+        buffer = cls(concatenate(parts).select(own) if own else None, first.stand_in, **settings)
         buffer.position = first.position
         number = {place: i for i, place in enumerate(places)}
         epoch = first.position // first.minibatches

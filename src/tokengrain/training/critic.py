@@ -1,7 +1,7 @@
 """The critic of PPO: a token classifier with one label whose score of a state is the value of what follows.
 
-It is read before the action, at the position that predicts the token, when values are collected and when it is
-trained alike. It has weights, an optimiser and a learning rate of its own.
+It is read before the action, at the position that predicts the token, when values are collected and when it is trained
+alike. It has weights, an optimiser and a learning rate of its own.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 class Critic:
-    """Values of states, and how they are learnt.
+    """Values of states, and how they are learnt: by `value_loss` over a whole minibatch, however it is cut.
 
-    The loss is `tokengrain.methods.ppo.value_loss` over a whole minibatch, whatever the micro-batches and ranks.
     Ranks need not run the model equally often: gradients are added up over ranks after the last micro-batch.
 
     Args:
@@ -100,20 +99,23 @@ class Critic:
         for name, value in (("lr", lr), ("clip_range", clip_range), ("max_grad_norm", max_grad_norm)):
             usable = value is None or value > 0
             require(usable, RecipeError, f"critic: {name} is {value}; expected a number above 0")
-        known = reduction in ("mean", "sum")
-        require(known, RecipeError, f"critic: reduction is {reduction!r}; expected 'mean' or 'sum'")
+        what = f"critic: reduction is {reduction!r}; expected 'mean' or 'sum'"
+        require(reduction in ("mean", "sum"), RecipeError, what)
         what = f"critic: schedule is {schedule!r}; expected one of {', '.join(get_args(Schedule))}"
         require(schedule in get_args(Schedule), RecipeError, what)
-        whole = not fresh_head or not is_peft(source)
-        require(whole, RecipeError, "critic: fresh_head is for a whole model; give an adapter with a head of its own")
+        what = "critic: fresh_head is for a whole model; give an adapter with a head of its own"
+        require(not fresh_head or not is_peft(source), RecipeError, what)
         self._loss: dict[str, Any] = {"clip_range": clip_range, "weight": weight, "reduction": reduction}
         adam: dict[str, Any] = {"lr": lr, "betas": list(betas), "eps": eps, "weight_decay": weight_decay}
         self.settings: dict[str, Any] = {**adam, "max_grad_norm": max_grad_norm, **self._loss}
         self.settings |= {"schedule": schedule, "warmup_steps": warmup_steps}
         self.model = critic_model(source, fresh_head=fresh_head)
+        # Of the scores of tokens; where only the last one was trained, its own.
+        whole = completion_statistics_of(self.model)
+        found: Any = whole if whole is not None and whole.pooling == "last" else statistics_of(self.model)
         fresh = fresh_head or not is_token_classifier(_inner(source))
-        found = _statistics(self.model) if use_statistics and not fresh else None
-        self.statistics = found if found is not None and found.std > 0 else None
+        usable = use_statistics and not fresh and found is not None and found.std > 0
+        self.statistics = found if usable else None
         self.max_grad_norm, self.max_tokens = max_grad_norm, max_tokens_per_microbatch
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._normaliser = make_normaliser("mean" if reduction == "mean" else "token_mean")
@@ -138,13 +140,13 @@ class Critic:
         if several_ranks():
             for value in [*self.model.parameters(), *self.model.buffers()]:
                 dist.broadcast(value.detach(), 0)
-        name, warmup = self.settings["schedule"], self.settings["warmup_steps"]
+        name = self.settings["schedule"]
         known = name == "constant" or max_steps is not None
         require(known, RecipeError, f"critic: schedule {name!r} needs the number of optimiser steps (max_steps)")
         self._scheduler = get_scheduler(
             "constant_with_warmup" if name == "constant" else name,
             self.optimizer,
-            num_warmup_steps=warmup,
+            num_warmup_steps=self.settings["warmup_steps"],
             num_training_steps=max_steps,
             scheduler_specific_kwargs={"min_lr_rate": 0.1} if name == "cosine_with_min_lr" else None,
         )
@@ -219,8 +221,7 @@ class Critic:
 
     def describe(self) -> dict[str, Any]:
         """Settings that a checkpoint must agree on."""
-        statistics = self.statistics.as_dict() if self.statistics is not None else None
-        return {**self.settings, "statistics": statistics}
+        return {**self.settings, "statistics": self.statistics.as_dict() if self.statistics is not None else None}
 
     def save(self, folder: str | Path) -> None:
         """Write what is trained, and the optimiser's state, into a folder; the first rank does."""
@@ -249,9 +250,3 @@ class Critic:
             what = "the critic has no schedule yet; call begin() before load()"
             require(self._scheduler is not None, RunError, what)
             self._scheduler.load_state_dict(state["scheduler"])
-
-
-def _statistics(model: nn.Module) -> Any:
-    """Of the scores of tokens; where only the last one was trained, its own."""
-    whole = completion_statistics_of(model)
-    return whole if whole is not None and whole.pooling == "last" else statistics_of(model)

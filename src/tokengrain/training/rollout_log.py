@@ -166,16 +166,11 @@ def summed(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, float]:
     return found
 
 
-MISMATCH_EXTREMES = {"max_abs": max, "max_ratio": max, "max_sequence_ratio": max, "min_ratio": min}
-
-
 def joined_mismatch(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mismatch over ranks: extremes of extremes, means of means."""
-    found = {}
-    for name in parts[0]:
-        values = [part[name] for part in parts if name in part]
-        found[name] = MISMATCH_EXTREMES.get(name.removeprefix("mismatch/"), _share)(values)
-    return found
+    extremes = {"max_abs": max, "max_ratio": max, "max_sequence_ratio": max, "min_ratio": min}
+    values = {name: [part[name] for part in parts if name in part] for name in parts[0]}
+    return {name: extremes.get(name.removeprefix("mismatch/"), _share)(found) for name, found in values.items()}
 
 
 # ---- `rollouts.jsonl`: a few completions of some rollouts, with the numbers of every token, for the report ----
@@ -186,13 +181,12 @@ DIGITS = 5
 
 
 class RolloutRecord:
-    """Collects completions of the rollout under way and writes them when it is used up, one line each.
+    """Collects `count` completions of every `every`-th rollout and writes them when it is used up, one line each.
 
-    A line has rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids;
-    with a tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by name); per
-    token the `COLUMNS` that are known; and of objectives that have them ratio (of the policy to the one that sampled,
-    at the completion's last update before the optimiser step) and clipped (-1, 0, 1). `count` completions are written
-    every `every` rollouts.
+    A line has rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids; with a
+    tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by name); per token the
+    `COLUMNS` that are known; and of objectives that have them ratio (of the policy to the one that sampled, at the
+    completion's last update before the optimiser step) and clipped (-1, 0, 1).
     """
 
     def __init__(self, path: Path, tokenizer: Any, *, count: int, every: int) -> None:
@@ -202,8 +196,8 @@ class RolloutRecord:
     def begin(self, rollout: Rollout, keep: Tensor, optimiser_step: int) -> None:
         """Take completions of one prompt; of a large group the best and the worst.
 
-        The last prompt of the rollout, because the first one's is updated while the policy is still the one that
-        sampled it (all its ratios are 1); before it goes the last one whose completions earned credit.
+        It is the last prompt whose completions earned credit, else the last one: the first is updated while the policy
+        is still the one that sampled it, when all ratios are 1.
         """
         self.pending = []
         if not self.count or rollout.index % self.every or not bool(keep.any()):

@@ -115,12 +115,11 @@ def _is_alive(process: int) -> bool:
 class HostBatch:
     """A `TokenBatch` that stays in host memory when the data loader moves batches to the device.
 
-    Counting and cutting read lengths, which on an accelerator would make the host wait. If it is not `real`, this
-    rank has nothing to learn from in the step and the batch stands in without weight.
+    Counting and cutting read lengths, which on an accelerator would make the host wait.
     """
 
     batch: TokenBatch
-    real: bool = True
+    real: bool = True  # else this rank has nothing to learn from in the step, and the batch stands in without weight
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> HostBatch:
         return self
@@ -128,13 +127,11 @@ class HostBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Of one optimiser step: counts over its batches on all ranks, tokens of prompts and completions together, and
-    for each of this rank's batches the forward passes that all ranks make (None: as many as each needs).
-    """
+    """What all ranks know of one optimiser step."""
 
-    counts: Counts
-    tokens: int
-    passes: tuple[int, ...] | None = None
+    counts: Counts  # over its batches on all ranks
+    tokens: int  # of prompts and completions together
+    passes: tuple[int, ...] | None = None  # of the model, for each of this rank's batches; None: as many as each needs
 
 
 def counts_of(batch: TokenBatch) -> Counts:
@@ -178,8 +175,8 @@ def wide(values: Tensor) -> Tensor:
 class WeightedMeans:
     """Sums (float64, on the host) and weights of named quantities; `means` divides.
 
-    A mean of batch means is wrong as soon as batches differ in size: a quantity is added as a sum over the things it
-    is a mean of (pairs, tokens), with their number as the weight.
+    A mean of batch means is wrong where batches differ in size: a quantity is added as a sum over the things it is a
+    mean of (pairs, tokens), with their number as the weight.
     """
 
     def __init__(self) -> None:
@@ -286,8 +283,8 @@ def totals(records: Sequence[MicroRecord]) -> Tensor:
 
 def nonfinite_report(records: Sequence[MicroRecord], rank: int) -> list[dict[str, Any]]:
     """Per micro-batch its rows and losses, for `nonfinite.json`; strings where JSON has no number."""
-    losses = [
-        [{"row": row, "loss": loss if math.isfinite(loss) else str(loss)} for row, loss in record.row_losses()]
-        for record in records
-    ]
-    return [{"rank": rank, "losses": own} for own in losses]
+
+    def entry(row: int | str, loss: float) -> dict[str, Any]:
+        return {"row": row, "loss": loss if math.isfinite(loss) else str(loss)}
+
+    return [{"rank": rank, "losses": [entry(*one) for one in record.row_losses()]} for record in records]
