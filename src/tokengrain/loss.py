@@ -70,13 +70,12 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def to_tensor(self, device: torch.device | str | None = None) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """Long `[5]`, ready for an all-reduce with SUM."""
-        return torch.tensor(astuple(self), dtype=torch.long, device=device)
+        return torch.tensor(astuple(self), dtype=torch.long)
 
     @classmethod
     def from_tensor(cls, counts: Tensor) -> Counts:
-        """The inverse of `to_tensor`."""
         return cls(*counts.tolist())
 
 
@@ -117,10 +116,9 @@ def select_tokens(
     first token of a completion is left out, and does not count in n either, as in the authors' code.
     """
     for name, share in (("chosen", chosen), ("rejected", rejected)):
-        if not 0 < share <= 1:
-            raise ValueError(f"select_tokens: {name} must lie in (0, 1], got {share}")
-    if bool(torch.isnan(values).any()):
-        raise ValueError("select_tokens: the values contain NaN, so they have no order")
+        require(0 < share <= 1, ValueError, f"select_tokens: {name} must lie in (0, 1], got {share}")
+    known = not bool(torch.isnan(values).any())
+    require(known, ValueError, "select_tokens: the values contain NaN, so they have no order")
     if not score_first_token:
         rest = segments.positions > 0
         selected = torch.zeros_like(rest)
@@ -179,11 +177,8 @@ def token_weights(
     """
     sign = torch.where(segments.is_chosen, 1.0, -1.0).to(token_rewards.dtype)
     f = 1 + alpha * sign * token_rewards.detach()
-    if clamp_min is not None:
-        f = f.clamp(min=clamp_min)
-    if normalise:
-        f = f / segments.broadcast(segments.mean(f))
-    return f
+    f = f if clamp_min is None else f.clamp(min=clamp_min)
+    return f / segments.broadcast(segments.mean(f)) if normalise else f
 
 
 # ---- How token credit enters an objective. A role turns credit `[N]` into the per-token quantity that a loss takes:
@@ -202,7 +197,7 @@ class Role:
 
     @property
     def uses(self) -> str:
-        """What must be meaningful in the credit: "sign" (and size), "order" (within a completion), or "any"."""
+        """What must be meaningful in the credit: "sign" (and size), or "order" (within a completion)."""
         return "sign"
 
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:

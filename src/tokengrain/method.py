@@ -65,26 +65,18 @@ Names = Collection[str] | Callable[[Settings], Collection[str]]
 
 @dataclass(frozen=True)
 class Card:
-    """What the tables say about a published method. README, docs and `tokengrain methods` are written from it.
+    """What the tables say about a published method. README, docs and `tokengrain methods` are written from it."""
 
-    Attributes:
-        name: its name in recipes (`method:`) and on the command line; title: in tables and reports.
-        idea: the idea in about five words.
-        trains: what is trained, and on what; credit: what says which tokens earned the reward, in words.
-        objective: name of its objective; "": its own name.
-        page: path of its documentation from the project's root, or the page's name alone; "": its own name.
-    """
-
-    name: str
-    title: str
-    idea: str
+    name: str  # in recipes (`method:`) and on the command line
+    title: str  # in tables and reports
+    idea: str  # in about five words
     paper_title: str
     arxiv: str
     venue: str
-    trains: str = "policy, offline pairs"
-    credit: str = "none (every token alike)"
-    objective: str = ""
-    page: str = ""
+    trains: str = "policy, offline pairs"  # what is trained, and on what
+    credit: str = "none (every token alike)"  # what says which tokens earned the reward, in words
+    objective: str = ""  # name of its objective; "": its own name
+    page: str = ""  # path of its documentation from the project's root, or the page's name alone; "": its own name
     recipe: str = field(init=False)
     paper: str = field(init=False)
 
@@ -207,9 +199,7 @@ def _name_of(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-BROKEN: dict[str, str] = {}
-"""Modules of methods that could not be imported, and why."""
-
+BROKEN: dict[str, str] = {}  # modules of methods that could not be imported, and why
 _state = {"loaded": False}
 
 
@@ -259,28 +249,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Objective(Part):
-    """A loss function with what a trainer must know about it.
+    """A loss function with what a trainer must know about it."""
 
-    Attributes:
-        unit: "pairs" if every prompt must have a chosen and a rejected completion, else "completions".
-        main: what stands in the place of logps: the policy's log-probabilities, or a reward model's scores.
-        reads: `reads(segments, quantities, hyper) -> bool [N]`: the tokens that the loss looks at, the only ones that
-            must be scored. None: all.
-        roles: how token credit can enter, names of `tokengrain.loss.ROLES`; None: by the loss's quantities.
-        no_credit: why it takes none, where `roles` is empty.
-        unless_zero: quantity -> the hyper-parameter at whose 0 alone the loss can do without it.
-        fixed: hyper-parameters that the name itself fixes (`tdpo1` is `tdpo` with variant="tdpo1").
-        teacher: makes what it distils from: `teacher(*, target, contrast, <settings of a recipe's teacher>)`.
-    """
-
-    unit: Unit = "pairs"
-    main: Literal["logps", "token_scores"] = "logps"
-    reads: Callable[[Segments, Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None
-    roles: tuple[str, ...] | None = None
-    no_credit: str = ""
-    unless_zero: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    teacher: Callable[..., Any] | None = None
+    unit: Unit = "pairs"  # if every prompt must have a chosen and a rejected completion, else "completions"
+    main: Literal["logps", "token_scores"] = "logps"  # its first argument: of the policy, or a reward model's scores
+    # `reads(segments, quantities, hyper) -> bool [N]`: the tokens that the loss looks at; only these must be scored.
+    reads: Callable[[Segments, Mapping[str, Tensor], Settings], Tensor] | None = None  # None: all
+    roles: tuple[str, ...] | None = None  # how token credit can enter, of `ROLES`; None: by the loss's quantities
+    no_credit: str = ""  # why it takes none, where `roles` is empty
+    unless_zero: Mapping[str, str] = field(default_factory=dict)  # quantity -> hyper-parameter that needs it unless 0
+    fixed: Settings = field(default_factory=dict)  # that the name itself fixes: `tdpo1` is `tdpo` with variant="tdpo1"
+    teacher: Callable[..., Any] | None = None  # makes what it distils from: `teacher(*, target, contrast, <settings>)`
 
     @property
     def quantities(self) -> frozenset[str]:
@@ -383,8 +362,7 @@ def make_objective(name: str | Callable[..., LossOutput], *, unit: Unit = "pairs
     found = OBJECTIVES.find(name)
     registered = any(part.function is found.function for part in OBJECTIVES.values())
     bound = (found if registered else replace(found, unit=unit)).bind(**hyper)
-    if not found.own:
-        # Called once on a pair of single tokens: contradictions that the loss refuses show before training.
+    if not found.own:  # called once on a pair of single tokens: contradictions show before training
         quantities: Any = dict.fromkeys({bound.main, *bound.needs}, torch.zeros(2))
         try:
             bound(segments=Segments.from_lengths([1, 1]), **quantities)
@@ -441,13 +419,12 @@ class _Settable(Part):
         settings = self.settings({k: v for k, v in given.items() if k not in OBJECTS})
         extra = sorted(set(objects) - self.objects)
         require(not extra, RecipeError, f"credit {self.name!r} takes no {', '.join(extra)}")
-        needed = self.objects & required_arguments(self.function)
-        missing = sorted(o for o in needed if objects.get(o) is None)
+        missing = sorted(o for o in self.objects & required_arguments(self.function) if objects.get(o) is None)
         require(not missing, RecipeError, f"credit {self.name!r} needs {', '.join(missing)}")
         return objects, settings
 
     def _of(self, given: Any, settings: Mapping[str, Any]) -> Any:
-        """What a registration says, if need be as a function of the settings, defaults for those not given."""
+        """What a registration says, if need be as a function of the settings and defaults."""
         parameters = inspect.signature(self.function).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         return given({**defaults, **settings}) if callable(given) else given
@@ -455,21 +432,13 @@ class _Settable(Part):
 
 @dataclass(frozen=True)
 class CreditKind(_Settable):
-    """A kind of credit source: `credit(batch, *, <objects>, <settings>) -> [N]`.
+    """A kind of credit source: `credit(batch, *, <objects>, <settings>) -> [N]`."""
 
-    Attributes:
-        meaning: what its numbers mean, see `CreditSource`; column: that of the data that it reads, "" if none. Either
-            may be a function of the settings.
-        reward_model: its model is a token-level reward model, not a language model.
-        judges_itself: its model is the one that training starts from, unless another is named.
-        code: settings that are import strings of code, whose source counts in fingerprints.
-    """
-
-    meaning: Values | Callable[[Settings], Values] = "any"
-    column: str | Callable[[Settings], str] = ""
-    reward_model: bool = False
-    judges_itself: bool = False
-    code: tuple[str, ...] = ()
+    meaning: Values | Callable[[Settings], Values] = "any"  # of its numbers, see `CreditSource`
+    column: str | Callable[[Settings], str] = ""  # that of the data that it reads
+    reward_model: bool = False  # its model is a token-level reward model, not a language model
+    judges_itself: bool = False  # its model is the one that training starts from, unless another is named
+    code: tuple[str, ...] = ()  # settings that are import strings of code, whose source counts in fingerprints
 
     values = property(lambda self: self.values_with({}))
 
@@ -514,12 +483,11 @@ class BoundCredit:
         return checked_credit(self.kind.function(batch, **objects, **self.settings), batch, self.name)
 
     def fingerprint(self) -> str:
-        objects = {name: getattr(self, name) for name in self._objects}
-        of = {
-            k: tokenizer_fingerprint(v) if hasattr(v, "get_vocab") else scorer_fingerprint(v)
-            for k, v in objects.items()
-        }
-        return fingerprint([self.name, self.settings, of, self._source])
+        def of(thing: Any) -> str:
+            return tokenizer_fingerprint(thing) if hasattr(thing, "get_vocab") else scorer_fingerprint(thing)
+
+        objects = {name: of(getattr(self, name)) for name in self._objects}
+        return fingerprint([self.name, self.settings, objects, self._source])
 
 
 class Transformed:
@@ -580,12 +548,8 @@ def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str)
     if len(bad):
         token = int(bad[0])
         completion, place = int(batch.segments.ids[token]), int(batch.segments.positions[token])
-        raise DataError(
-            f"{who} a value that is not finite for token {place} of completion {_place(batch, completion)}",
-            row=row_of(batch, completion),
-            value=float(flat[token]),
-            expected="finite numbers",
-        )
+        what = f"{who} a value that is not finite for token {place} of completion {_place(batch, completion)}"
+        raise DataError(what, row=row_of(batch, completion), value=float(flat[token]), expected="finite numbers")
     return flat
 
 
@@ -602,12 +566,9 @@ def _joined(values: Sequence[Any], batch: TokenBatch, who: str) -> Tensor:
         raise DataError(f"{who} values for a wrong number of completions", value=len(parts), expected=expected)
     for completion, (part, length) in enumerate(zip(parts, lengths, strict=True)):
         if part.numel() != length:
-            raise DataError(
-                f"{who} a wrong number of values for completion {_place(batch, completion)}",
-                row=row_of(batch, completion),
-                value=part.numel(),
-                expected=f"{length}, one per completion token that counts",
-            )
+            what = f"{who} a wrong number of values for completion {_place(batch, completion)}"
+            expected = f"{length}, one per completion token that counts"
+            raise DataError(what, row=row_of(batch, completion), value=part.numel(), expected=expected)
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
@@ -624,48 +585,30 @@ def _place(batch: TokenBatch, completion: int) -> int:
 class Rollout:
     """One rank's share of one rollout.
 
-    Shapes: G prompts, C completions, N tokens of all completions; all tensors on the training device, without
-    gradient.
-
-    Attributes:
-        batch: prompts with their completions. Columns: `sampling_logps` and `raw_logps` where the sampler knows
-            them, `truncated`, `old_logps`, and the quantities that were asked for.
-        rewards: outcome per completion `[C]`; NaN where it could not be scored.
-        by_name: per reward function its own values `[C]`, without weight; NaN where it has none.
-        token_rewards: `[N]`, or None if no reward was given per token.
-        correct: `[C]`, 1 where the reward `correct_from` (or the first that applies) is above 0.5, else 0; NaN where
-            none applies. None without rewards.
-        prompt_ids: per prompt its row's id: stable over epochs, shuffles and ranks.
-        index: number of the rollout, from 0.
-        max_new_tokens: the longest completion that could be sampled.
-        max_tokens: tokens of one micro-batch, for credits that run models; None: no bound.
-        advantages: `[N]`, set by the one credit of phase "advantages".
-        weights: `[N]`, or None: factors of the policy's token losses.
-        keep: bool `[G]`, or None: all. Prompts to train on; the others are left out of the updates (and, for a credit
-            of phase "filter" with `refill`, replaced by new prompts).
-        masked: bool `[C]`, or None: none. Completions that the updates leave out, as if they had not been sampled.
-        metrics: numbers for the log, of this rank; ranks are averaged.
-        model: the policy, without wrappers; head_of: gives its head.
-        exchange: gives the values of all ranks, in the order of ranks; of one rank a list of one.
+    Shapes: G prompts, C completions, N tokens of all completions; all tensors on the training device, without gradient.
     """
 
+    # Prompts with their completions. Columns: `sampling_logps` and `raw_logps` where the sampler knows them,
+    # `truncated`, `old_logps`, and the quantities that were asked for.
     batch: TokenBatch
-    rewards: Tensor
-    by_name: dict[str, Tensor]
-    prompt_ids: tuple[int | str, ...]
-    index: int
-    token_rewards: Tensor | None = None
+    rewards: Tensor  # [C], outcomes; NaN where a completion could not be scored
+    by_name: dict[str, Tensor]  # [C], of each reward function without its weight; NaN where it has none
+    prompt_ids: tuple[int | str, ...]  # per prompt its row's id: stable over epochs, shuffles and ranks
+    index: int  # number of the rollout, from 0
+    token_rewards: Tensor | None = None  # [N]
+    # [C], 1 where the reward `correct_from` (or the first that applies) is above 0.5, else 0; NaN where none applies.
     correct: Tensor | None = None
-    max_new_tokens: int = 0
-    max_tokens: int | None = None
-    advantages: Tensor | None = None
-    weights: Tensor | None = None
+    max_new_tokens: int = 0  # of the longest completion that could be sampled
+    max_tokens: int | None = None  # of one micro-batch, for credits that run models; None: no bound
+    advantages: Tensor | None = None  # [N], set by the one credit of phase "advantages"
+    weights: Tensor | None = None  # [N], factors of the policy's token losses
+    # Bool [G], prompts to train on; None: all. A credit of phase "filter" with `refill` has the others replaced.
     keep: Tensor | None = None
-    masked: Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    model: Any = None
+    masked: Tensor | None = None  # bool [C], completions that the updates leave out, as if they had not been sampled
+    metrics: dict[str, float] = field(default_factory=dict)  # for the log, of this rank; ranks are averaged
+    model: Any = None  # the policy, without wrappers
     head_of: Callable[[], Head] | None = None
-    exchange: Callable[[Any], list[Any]] = lambda values: [values]
+    exchange: Callable[[Any], list[Any]] = lambda values: [values]  # gives the values of all ranks, in their order
 
     @property
     def quantities(self) -> dict[str, Tensor]:
@@ -712,7 +655,6 @@ class Rollout:
         return self.head_of()
 
     def broadcast(self, per_completion: Tensor) -> Tensor:
-        """Repeat `[C]` for the tokens of each completion: `[N]`."""
         return self.segments.broadcast(per_completion)
 
     def drop(self, keep: Tensor) -> None:
@@ -724,19 +666,16 @@ class Rollout:
 class RolloutCredit(Protocol):
     """Changes a `Rollout`. Settings are the keyword-only arguments of the constructor.
 
-    Attributes that a credit may have beside these: `provides` (columns it adds; "weights" if it sets them),
-    `needs_group` (True: a prompt must have two completions), `refill` (of a filter: replace what it drops),
-    `check_limit` (a method, called with `max_new_tokens` before anything is sampled; may raise `RecipeError`).
-
-    Attributes:
-        phase: "filter": right after the rewards; "rewards": shapes rewards; "advantages": sets the advantages;
-            "after": changes advantages or weights. Within a phase in the order given.
-        needs: what must be scored, of `NEEDS`.
+    It may also have `provides` (columns it adds; "weights" if it sets them), `needs_group` (True: a prompt must have
+    two completions), `refill` (of a filter: replace what it drops), and a method `check_limit`, called with
+    `max_new_tokens` before anything is sampled, which may raise `RecipeError`.
     """
 
     name: str
+    # "filter": right after the rewards; "rewards": shapes them; "advantages": sets these; "after": changes advantages
+    # or weights. Within a phase in the order given.
     phase: Phase
-    needs: frozenset[str]
+    needs: frozenset[str]  # what must be scored, of `NEEDS`
 
     def __call__(self, rollout: Rollout) -> None: ...
 
@@ -760,20 +699,14 @@ class Stateless:
 
 @dataclass(frozen=True)
 class RolloutCreditKind(_Settable):
-    """A credit of online training: `credit(rollout, *, <objects>, <settings>)`.
-
-    Attributes:
-        phase, needs, refill: see `RolloutCredit`; group: its `needs_group`.
-        provides: columns it adds; "weights" if it sets them, "rewards" if it makes rewards.
-        limit: `limit(max_new_tokens, settings)`, called before anything is sampled; may raise.
-    """
+    """A kind of rollout credit: `credit(rollout, *, <objects>, <settings>)`; see `RolloutCredit`."""
 
     phase: Phase | None = None
     needs: Names = ()
-    provides: Names = ()
-    group: bool = False
+    provides: Names = ()  # columns it adds; "weights" if it sets them, "rewards" if it makes rewards
+    group: bool = False  # its `needs_group`
     refill: bool | Callable[[Settings], bool] = False
-    limit: Callable[[float, Mapping[str, Any]], Any] | None = None
+    limit: Callable[[float, Settings], Any] | None = None  # of (max_new_tokens, settings), before sampling; may raise
 
     def attributes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What the trainer asks of a credit with these settings."""
@@ -822,7 +755,7 @@ class BoundRolloutCredit(Stateless):
 
 
 def make_rollout_credit(name: str | Callable[..., Any], /, **arguments: Any) -> RolloutCredit:
-    """A credit of online training by name: `make_rollout_credit("group", scale="none")`; see `make_credit`."""
+    """A rollout credit by name: `make_rollout_credit("group", scale="none")`; see `make_credit`."""
     return ROLLOUT_CREDIT.find(name).make(**arguments)
 
 
@@ -830,8 +763,8 @@ def resolve_rollout_credit(credit: Any) -> list[RolloutCredit]:
     """Rollout credits, from None, one or a list of objects, names, or mappings with `name`; in order of phases."""
     if credit is None:
         return []
-    given = [credit] if isinstance(credit, (str, Mapping)) or not isinstance(credit, Sequence) else list(credit)
-    credits = [_as_rollout_credit(one) for one in given]
+    several = isinstance(credit, Sequence) and not isinstance(credit, str)
+    credits = [_as_rollout_credit(one) for one in (credit if several else [credit])]
     for one in credits:
         who, unknown = f"credit {one.name!r}", sorted(set(one.needs) - NEEDS)
         expected = f"expected one of {', '.join(PHASES)}"

@@ -22,7 +22,7 @@ from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.formats import Example, pair_example, single_example
 from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
 from tokengrain.data.tokens import Clock, tokenizer_fingerprint
-from tokengrain.errors import DataError, fingerprint
+from tokengrain.errors import fingerprint
 from tokengrain.screen import Screen
 
 
@@ -83,11 +83,7 @@ class SampleStore(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -156,19 +152,6 @@ class Report:
             (self.ended, f"{self.ended} texts end in a special token already; EOS was added behind it"),
         )
         return "; ".join(text for happened, text in parts if happened)
-
-
-def all_invalid(rows: Rows, report: Report, number: int, error: RowError) -> DataError:
-    """The first invalid row as an error that also counts the others."""
-    invalid = report.rows - report.kept
-    way_out = "`spans: {on_none: skip}`" if error.reason == NO_SPAN else "`on_invalid: skip`"
-    if not report.kept:
-        note = f". No row is left: {report.reasons}"
-    elif invalid > 1:
-        note = f". {invalid} of {report.rows} rows are invalid: {report.reasons} ({way_out} leaves them out)"
-    else:
-        note = f". It is the only invalid row of {report.rows} ({way_out} leaves it out)"
-    return error.located(*rows.place(number), note)
 
 
 PROGRESS_ROWS = 2000  # fewer are tokenised before a progress bar could be read
@@ -390,7 +373,16 @@ def _samples(
             first = number, result
         yield number, None
     if first is not None and not (config.skips(first[1]) and report.kept):
-        raise all_invalid(rows, report, *first) from first[1]
+        # The first invalid row as an error that also counts the others.
+        (number, error), invalid = first, report.rows - report.kept
+        way_out = "`spans: {on_none: skip}`" if error.reason == NO_SPAN else "`on_invalid: skip`"
+        if not report.kept:
+            note = f". No row is left: {report.reasons}"
+        elif invalid > 1:
+            note = f". {invalid} of {report.rows} rows are invalid: {report.reasons} ({way_out} leaves them out)"
+        else:
+            note = f". It is the only invalid row of {report.rows} ({way_out} leaves it out)"
+        raise error.located(*rows.place(number), note) from error
 
 
 def _encoded(source: Iterator[tuple[int, Any]], encoder: ExampleEncoder) -> Iterator[tuple[int, Encoded | RowError]]:

@@ -158,11 +158,8 @@ class ExampleEncoder:
 
     def _spanless(self, example: Example, side: int) -> bool:
         """Whether the token rewards of this side are the empty list, beside spans or nothing on the other side."""
-        given = [
-            parsed_list("token_rewards", columns["token_rewards"], prefix + "token_rewards")
-            for columns, prefix in zip(example.token_columns, example.prefix)
-            if "token_rewards" in columns
-        ]
+        name, columns = "token_rewards", zip(example.token_columns, example.prefix)
+        given = [parsed_list(name, values[name], prefix + name) for values, prefix in columns if name in values]
         return len(given) == len(example.token_columns) and no_spans(given[side], [v for g in given for v in g])
 
     def _counted(self, rendered: Rendered, tokens: Tokens, cut: int, length: int) -> list[bool]:

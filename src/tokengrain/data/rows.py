@@ -37,8 +37,7 @@ from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerpr
 R = TypeVar("R", bound="Rows")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CHUNK = 1 << 20  # bytes
-# A JSON error nearer than this to the end of what was read may only mean that more must be read.
-TAIL = 64
+TAIL = 64  # a JSON error nearer than this to the end of what was read may only mean that more must be read
 
 # Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, each also gzipped. Every reader is a
 # generator of `Record`s that holds one row, line or batch in memory, never the file. Damage is a `DataError` that says

@@ -150,11 +150,10 @@ def trigger_tokens(tokenizer: Any, triggers: Triggers, what: str) -> Tensor | No
     require(tokenizer is not None, RecipeError, missing)
     words = TRIGGERS if triggers == "english" else tuple(triggers)
     table = trigger_table(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), words)
-    if not bool(table.any()):
-        raise RecipeError(
-            f"{what}: none of the {len(set(words))} trigger words is a token of this vocabulary; give others, or none "
-            "(triggers: null lets every token count)"
-        )
+    unknown = (
+        f"{what}: none of the {len(set(words))} trigger words is a token of this vocabulary; give others, or none "
+    )
+    require(bool(table.any()), RecipeError, unknown + "(triggers: null lets every token count)")
     return table
 
 

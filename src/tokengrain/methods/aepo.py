@@ -163,9 +163,8 @@ class AEPO:
             tau = before
         rollout.metrics["aepo/tau"] = tau
         values = measured(entropy, rollout.segments, mode=self.mode, window=self.window)
-        return high_entropy(
-            values, rollout.segments, threshold=tau, triggers=trigger_flags(self.table, rollout.batch.labels)
-        )
+        flags = trigger_flags(self.table, rollout.batch.labels)
+        return high_entropy(values, rollout.segments, threshold=tau, triggers=flags)
 
     def _shape(self, rollout: Rollout, correct: Tensor, buckets: Tensor, found: HighEntropy) -> None:
         # On the host, where ranks with devices of their own can add.
@@ -220,10 +219,8 @@ class AEPO:
         """Weights of the tokens' KL terms from the KL of this rollout on all ranks."""
         relaxed = None if found is None or self.rho == 1 else found.mask
         kl = sampled_kl(rollout.quantity("old_logps"), rollout.quantity("ref_logps"), "k3")
-        if isinstance(controller, LinearBucketKL) and relaxed is not None:
-            each = controlled_kl(kl, rollout.segments, relaxed)
-        else:
-            each = rollout.segments.mean(kl)
+        controlled = isinstance(controller, LinearBucketKL) and relaxed is not None
+        each = controlled_kl(kl, rollout.segments, relaxed) if controlled else rollout.segments.mean(kl)
         each = torch.where(rollout.segments.lengths > 0, each, torch.nan)
         controller.update(rollout.gather(bucket_sums(each, buckets)[None]).sum(0))
         weights = per_bucket(controller.weights, buckets, missing=1.0)
@@ -363,8 +360,7 @@ def smooth_score(
 
     def penalty(excess: Tensor) -> Tensor:
         x = excess.clamp(min=0)
-        huber = torch.where(x <= kappa, x.square() / (2 * kappa), x - kappa / 2)
-        return huber / (margin + kappa)
+        return torch.where(x <= kappa, x.square() / (2 * kappa), x - kappa / 2) / (margin + kappa)  # Huber's
 
     def bonus(x: Tensor) -> Tensor:
         return cap * torch.sigmoid(x / temp)

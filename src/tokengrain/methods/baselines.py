@@ -7,7 +7,7 @@ source that finds a corrupted token no better than `surprise` has found what is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,26 +53,19 @@ class FunctionCredit:
         return self.source(batch)
 
 
-def _check_bounds(settings: Mapping[str, Any]) -> None:
-    low, high = settings["low"], settings["high"]
-    require(low < high, RecipeError, f"credit 'random' needs low < high, got low={low} and high={high}")
+RANDOM_BOUNDS = "credit 'random' needs low < high, got low={low} and high={high}"
 
 
-@credit("random", check=_check_bounds)
+@credit("random", check=lambda given: require(given["low"] < given["high"], RecipeError, RANDOM_BOUNDS.format(**given)))
 def random(batch: TokenBatch, *, low: Number = -0.5, high: Number = 0.5, seed: int = 0) -> Tensor:
     """Uniform random numbers, as a control.
 
-    A token's number depends on the seed, its row, its completion and its place in it, not on the batch, so it
-    is the same in every epoch and micro-batch.
-
-    Args:
-        low, high: bounds.
-        seed: another seed gives other numbers.
+    A token's number, between low and high, depends on the seed, its row, its completion and its place in it, not on
+    the batch, so it is the same in every epoch and micro-batch.
     """
     parts, seen = [], dict.fromkeys(range(batch.n_prompts), 0)
-    for completion, (group, length) in enumerate(
-        zip(batch.group.tolist(), batch.segments.lengths.tolist(), strict=True)
-    ):
+    lengths = batch.segments.lengths.tolist()
+    for completion, (group, length) in enumerate(zip(batch.group.tolist(), lengths, strict=True)):
         key = f"{seed}/{row_of(batch, completion)}/{seen[group]}".encode()
         seen[group] += 1
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
@@ -84,8 +77,7 @@ def random(batch: TokenBatch, *, low: Number = -0.5, high: Number = 0.5, seed: i
 def surprise(batch: TokenBatch, *, model: Any) -> Tensor:
     """Log-probability of the token: what the model finds improbable counts as bad, as a baseline.
 
-    Args:
-        model: normally the starting model: a model, or anything called like a `Reference`.
+    `model` is normally the starting model: a model, or anything called like a `Reference`.
     """
     return scorer_logps(model, batch)
 
@@ -94,10 +86,7 @@ def surprise(batch: TokenBatch, *, model: Any) -> Tensor:
 def entropy(batch: TokenBatch, *, model: Any) -> Tensor:
     """Entropy (nats) of the distribution the token was drawn from, as a baseline.
 
-    It says where something was decided, not whether the decision was good.
-
-    Args:
-        model: normally the starting model: a model, or anything called like a `Reference`.
+    It says where something was decided, not whether the decision was good. `model` is as for `surprise`.
     """
     if isinstance(model, nn.Module):
         with evaluating(model):

@@ -49,8 +49,7 @@ CARD = Card(
 
 Normalise = Literal["sum", "mean", "none"]
 Rule = Literal["threshold", "top"]
-CHUNK = 4_000_000  # elements held at once by the propagation
-LOGITS_CHUNK = 1 << 25  # logits held at once while tokens are ranked
+CHUNK, LOGITS_CHUNK = 4_000_000, 1 << 25  # numbers held at once by the propagation, and while tokens are ranked
 
 
 @rollout_credit("r3", phase="rewards", group=True)

@@ -215,23 +215,19 @@ def filter_groups(
         low, high: also leave out prompts whose mean of the metric is not in between, low and high included;
             None: no such bound.
     """
-    values = _metric(rollout, metric)
+    if metric == "reward":
+        values = rollout.total
+    elif metric != "correct":
+        what = f"credit 'filter_groups': no reward {metric!r}; there are {', '.join(rollout.by_name)}"
+        require(metric in rollout.by_name, RunError, what)
+        values = rollout.by_name[metric]
+    elif rollout.correct is None:
+        raise RunError("credit 'filter_groups' by correctness needs a reward")
+    else:  # a completion that could not be scored says nothing about its group
+        values = torch.where(rollout.rewards.isnan(), torch.nan, rollout.correct.to(rollout.rewards.dtype))
     mean = GroupStatistics(values.double(), rollout.group).mean
     bounds = (mean >= (-math.inf if low is None else low)) & (mean <= (math.inf if high is None else high))
     rollout.drop(informative_groups(values, rollout.group) & bounds)
-
-
-def _metric(rollout: Rollout, name: str) -> Tensor:
-    if name == "reward":
-        return rollout.total
-    if name != "correct":
-        what = f"credit 'filter_groups': no reward {name!r}; there are {', '.join(rollout.by_name)}"
-        require(name in rollout.by_name, RunError, what)
-        return rollout.by_name[name]
-    if rollout.correct is None:
-        raise RunError("credit 'filter_groups' by correctness needs a reward")
-    # A completion that could not be scored says nothing about its group.
-    return torch.where(rollout.rewards.isnan(), torch.nan, rollout.correct.to(rollout.rewards.dtype))
 
 
 def informative_groups(metric: Tensor, group: Tensor) -> Tensor:

@@ -123,8 +123,7 @@ class TokenRewards:
 
     def __call__(self, rollout: Rollout) -> None:
         values = self.scale * checked_credit(self.source(rollout.batch), rollout.batch, self.source.name)
-        if self.clip is not None:
-            values = values.clamp(-self.clip, self.clip)
+        values = values if self.clip is None else values.clamp(-self.clip, self.clip)
         # A completion without a valid outcome stays out, whatever its tokens earn.
         values = values.to(rollout.rewards.dtype).masked_fill(rollout.broadcast(rollout.rewards.isnan()), 0.0)
         rollout.metrics["reward/tokens"] = float(rollout.segments.sum(values).mean())
@@ -186,10 +185,10 @@ class Normalize:
 @rollout_credit("kl_penalty", phase="rewards", needs={"ref_logps"})
 @dataclass(kw_only=True)
 class KLPenalty:
-    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593); after any scaling.
+    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593).
 
     Args:
-        coef: reward per nat; the first one, where it adapts.
+        coef: reward per nat, after any scaling; the first one, where it adapts.
         form: what estimates the KL of a token: "k1" (PPO, RTO), "k2", "k3" or "abs" (Q-RM); see `sampled_kl`.
         target: the coefficient adapts to hold this mean KL, nats per token; None: it is fixed.
         horizon: completions over which it adapts.
@@ -359,8 +358,7 @@ def _rewards(rollout: Rollout, outcome: str, scaling: Scaling) -> Tensor:
     if tokens is None:
         whole = scale_scores(whole, scaling, pooled_moments(rollout, whole[known]))
     spread = rollout.broadcast(whole)
-    if outcome == "last":
-        spread = torch.where(rollout.segments.is_last, spread, 0.0)
+    spread = torch.where(rollout.segments.is_last, spread, 0.0) if outcome == "last" else spread
     if tokens is None:
         return spread
     tokens = scale_scores(tokens, scaling, pooled_moments(rollout, tokens[rollout.broadcast(known)]))

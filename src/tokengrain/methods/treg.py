@@ -173,7 +173,6 @@ class ContrastiveTemplates:
         return "{response}" in self.better
 
     def fill(self, prompt: str, response: str) -> tuple[str, str]:
-        """The better and the worse instruction for a prompt and a response."""
         values = {"prompt": prompt.removeprefix(self.drop_prefix), "response": response}
         # One pass, so that a prompt that itself contains "{response}" stays as it is.
         better, worse = (SLOT.sub(lambda m: values[m[1]], side) for side in (self.better, self.worse))
@@ -214,17 +213,13 @@ _QUALITIES = {
         "harmful, dishonest and disrespectful, with no care for the consequences",
     ),
 }
-TEMPLATES: dict[str, ContrastiveTemplates] = {
-    name: ContrastiveTemplates(
-        REVISION.format(subject=subject, quality=better), REVISION.format(subject=subject, quality=worse), name
-    )
-    for name, (subject, better, worse) in _QUALITIES.items()
-}
-TEMPLATES["prefix"] = ContrastiveTemplates(
+_PREFIX = (
     "Give a helpful, correct, coherent and concise response.\n\n{prompt}",
     "Give an unhelpful, incorrect, incoherent and verbose response.\n\n{prompt}",
-    "prefix",
 )
+TEMPLATES = {"prefix": ContrastiveTemplates(*_PREFIX, "prefix")}
+for _name, (_subject, *_both) in _QUALITIES.items():
+    TEMPLATES[_name] = ContrastiveTemplates(*(REVISION.format(subject=_subject, quality=q) for q in _both), _name)
 
 
 def make_templates(templates: str | dict[str, str] | ContrastiveTemplates) -> ContrastiveTemplates:

@@ -133,9 +133,8 @@ def _share(flags: Sequence[float]) -> float:
 def _moments(name: str, values: list[float]) -> dict[str, float]:
     """Mean and population deviation of the numbers that are there; NaN of nothing is not logged."""
     known = torch.tensor([v for v in values if v == v], dtype=torch.float64)
-    if not known.numel():
-        return {}
-    return {f"{name}/mean": float(known.mean()), f"{name}/std": float(known.std(correction=0))}
+    found = {"mean": float(known.mean()), "std": float(known.std(correction=0))} if known.numel() else {}
+    return {f"{name}/{which}": number for which, number in found.items()}
 
 
 def rollout_sums(rollout: Rollout, keep: Tensor) -> dict[str, tuple[float, float]]:
