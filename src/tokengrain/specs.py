@@ -21,23 +21,27 @@ class Strict(BaseModel):
 class TokenizerSpec(Strict):
     """A tokenizer that is made for the run (`model.tokenizer` of a model built from scratch)."""
 
-    type: Literal["bpe", "byte"] = Field("bpe", description="byte-level BPE trained on the data, or plain bytes")
-    vocab_size: int = Field(4096, ge=259, description="tokens of the BPE; a byte tokenizer has 258")
+    type: Literal["bpe", "byte"] = Field(
+        default="bpe", description="byte-level BPE trained on the data, or plain bytes"
+    )
+    vocab_size: int = Field(default=4096, ge=259, description="tokens of the BPE; a byte tokenizer has 258")
 
 
 class ModelSpec(Strict):
     """The model a run starts from: one that exists (`path`), or one built from scratch (`config`)."""
 
-    path: str | None = Field(None, description="folder, hub name, world://NAME, or @stage (an earlier stage)")
+    path: str | None = Field(default=None, description="folder, hub name, world://NAME, or @stage (an earlier stage)")
     config: dict[str, Any] | None = Field(
-        None, description="build from scratch: `model_type` and the fields of that architecture's config"
+        default=None, description="build from scratch: `model_type` and the fields of that architecture's config"
     )
     tokenizer: TokenizerSpec | str | None = Field(
-        None, description="with `config`: {type: bpe|byte, vocab_size}, or the path of a tokenizer"
+        default=None, description="with `config`: {type: bpe|byte, vocab_size}, or the path of a tokenizer"
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="type of the weights")
-    attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2, ...")
-    trust_remote_code: bool = Field(False, description="run the Python code that a model on the hub includes")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="type of the weights"
+    )
+    attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that a model on the hub includes")
 
     @model_validator(mode="before")
     @classmethod
@@ -83,20 +87,24 @@ class DataSpec(Strict):
         "several as a list, or as a mapping to weights"
     )
     eval: str | None = Field(
-        None, description="held-out rows: a file, hub name, ...; without it `eval_fraction` of the rows"
+        default=None, description="held-out rows: a file, hub name, ...; without it `eval_fraction` of the rows"
     )
-    split: str | None = Field(None, description="split of a hub data set, for train")
-    eval_split: str | None = Field(None, description="split of a hub data set, for eval")
-    eval_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rows held out when eval is not given")
-    limit: int | None = Field(None, gt=0, description="use only this many rows, the first ones (before holding out)")
+    split: str | None = Field(default=None, description="split of a hub data set, for train")
+    eval_split: str | None = Field(default=None, description="split of a hub data set, for eval")
+    eval_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the rows held out when eval is not given"
+    )
+    limit: int | None = Field(
+        default=None, gt=0, description="use only this many rows, the first ones (before holding out)"
+    )
     columns: dict[str, str] | None = Field(
-        None,
+        default=None,
         description="{prompt: question, completion: '{answer}'}: columns made from the rows' own, by name or template",
     )
-    streaming: bool = Field(False, description="read the rows while training: for sets larger than memory")
-    swap_pairs: bool = Field(False, description="exchange chosen and rejected: for a reverse DPO model")
+    streaming: bool = Field(default=False, description="read the rows while training: for sets larger than memory")
+    swap_pairs: bool = Field(default=False, description="exchange chosen and rejected: for a reverse DPO model")
     completions: Literal["chosen", "both"] = Field(
-        "chosen", description="of pairs, what an objective on single completions (aligndistil) learns from"
+        default="chosen", description="of pairs, what an objective on single completions (aligndistil) learns from"
     )
 
     @model_validator(mode="before")
@@ -124,12 +132,12 @@ class DataSpec(Strict):
 class LoraSpec(Strict):
     """LoRA adapters (peft): only they are trained; the reference is the model with them switched off."""
 
-    r: int = Field(16, gt=0, description="rank")
-    alpha: int = Field(32, gt=0, description="scale: the update is multiplied by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: str | list[str] | None = Field("all-linear", description="which modules get an adapter")
-    modules_to_save: list[str] | None = Field(None, description="modules trained in full and saved beside it")
-    use_rslora: bool = Field(False, description="divide alpha by the square root of r instead of r")
+    r: int = Field(default=16, gt=0, description="rank")
+    alpha: int = Field(default=32, gt=0, description="scale: the update is multiplied by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] | None = Field(default="all-linear", description="which modules get an adapter")
+    modules_to_save: list[str] | None = Field(default=None, description="modules trained in full and saved beside it")
+    use_rslora: bool = Field(default=False, description="divide alpha by the square root of r instead of r")
 
 
 class TeacherSpec(Strict):
@@ -137,15 +145,15 @@ class TeacherSpec(Strict):
 
     target: ModelSpec = Field(description="the model to go beyond: '@normal' or a path")
     contrast: ModelSpec | None = Field(
-        None, description="the model to go away from: '@reverse', a path, or the starting model"
+        default=None, description="the model to go away from: '@reverse', a path, or the starting model"
     )
     form: Literal["adaptive", "constant", "theorem1", "interpolation", "distil"] = Field(
-        "adaptive", description="how strong the extrapolation is; the paper's is adaptive"
+        default="adaptive", description="how strong the extrapolation is; the paper's is adaptive"
     )
-    r: float = Field(20.0, ge=0, description="adaptive: strength at total variation 1")
-    epsilon: float = Field(1e-3, gt=0, description="adaptive: strength where the models agree")
-    beta: float | None = Field(None, gt=0, description="constant, theorem1: strength is beta0 / beta")
-    temperature: float = Field(1.0, gt=0, description="divides the logits of policy and teacher")
+    r: float = Field(default=20.0, ge=0, description="adaptive: strength at total variation 1")
+    epsilon: float = Field(default=1e-3, gt=0, description="adaptive: strength where the models agree")
+    beta: float | None = Field(default=None, gt=0, description="constant, theorem1: strength is beta0 / beta")
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits of policy and teacher")
 
     def settings(self, objective: Mapping[str, Any]) -> dict[str, Any]:
         """What a teacher takes beside its models; `beta0` is a setting of the objective."""
@@ -155,6 +163,8 @@ class TeacherSpec(Strict):
 class PromptSpec(Strict):
     """How rows become prompts of an online stage."""
 
-    column: str = Field("prompt", description="the column with the prompt: text, or a list of messages")
-    template: str | None = Field(None, description="text with {column} slots, for prompts made of several columns")
-    chat: bool = Field(False, description="wrap a text prompt as a user's message for the chat template")
+    column: str = Field(default="prompt", description="the column with the prompt: text, or a list of messages")
+    template: str | None = Field(
+        default=None, description="text with {column} slots, for prompts made of several columns"
+    )
+    chat: bool = Field(default=False, description="wrap a text prompt as a user's message for the chat template")
