@@ -219,8 +219,10 @@ class AEPO:
         """Weights of the tokens' KL terms from the KL of this rollout on all ranks."""
         relaxed = None if found is None or self.rho == 1 else found.mask
         kl = sampled_kl(rollout.quantity("old_logps"), rollout.quantity("ref_logps"), "k3")
-        controlled = isinstance(controller, LinearBucketKL) and relaxed is not None
-        each = controlled_kl(kl, rollout.segments, relaxed) if controlled else rollout.segments.mean(kl)
+        if isinstance(controller, LinearBucketKL) and relaxed is not None:
+            each = controlled_kl(kl, rollout.segments, relaxed)
+        else:
+            each = rollout.segments.mean(kl)
         each = torch.where(rollout.segments.lengths > 0, each, torch.nan)
         controller.update(rollout.gather(bucket_sums(each, buckets)[None]).sum(0))
         weights = per_bucket(controller.weights, buckets, missing=1.0)

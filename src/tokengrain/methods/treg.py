@@ -219,7 +219,8 @@ _PREFIX = (
 )
 TEMPLATES = {"prefix": ContrastiveTemplates(*_PREFIX, "prefix")}
 for _name, (_subject, *_both) in _QUALITIES.items():
-    TEMPLATES[_name] = ContrastiveTemplates(*(REVISION.format(subject=_subject, quality=q) for q in _both), _name)
+    _better, _worse = (REVISION.format(subject=_subject, quality=quality) for quality in _both)
+    TEMPLATES[_name] = ContrastiveTemplates(_better, _worse, _name)
 
 
 def make_templates(templates: str | dict[str, str] | ContrastiveTemplates) -> ContrastiveTemplates:
