@@ -1,9 +1,10 @@
 """`TokenBatch`: prompts, each with any number of completions, and flat per-token vectors.
 
-A preference pair is a prompt with two completions (chosen first, rejected second), a group of samples a prompt with G.
-Per-token quantities are *flat* vectors `[N]` over the completion tokens that count, in order; `Segments` knows which
-completion each of them belongs to. Only `tokengrain.scoring` shifts between a token and the position that predicts it.
-Tool output or a user's turn inside a completion is context, and not in the flat vectors: `counted` is False there.
+A preference pair is a prompt with two completions (chosen first, rejected second); one chosen completion may stand
+against several rejected ones. A group of samples is a prompt with G. Per-token quantities are *flat* vectors `[N]` over
+the completion tokens that count, in order; `Segments` knows which completion each of them belongs to. Only
+`tokengrain.scoring` shifts between a token and the position that predicts it. Tool output or a user's turn inside a
+completion is context, and not in the flat vectors: `counted` is False there.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class Completion:
 
 @dataclass
 class Sample:
-    """One row of data as token ids: a prompt with its completions (a pair: chosen, rejected).
+    """One row of data as token ids: a prompt with its completions (pairs: the chosen one, then each rejected one).
 
     Args:
         prompt_ids: token ids of the prompt, BOS included where the tokenizer adds one.
@@ -214,6 +215,15 @@ class Sample:
     def n_tokens(self) -> int:
         """Tokens when the prompt is computed once for all completions: what memory grows with."""
         return len(self.prompt_ids) + sum(len(c.ids) for c in self.completions)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The preference pairs of a batch: the first completion of each prompt against each of its others in turn."""
+
+    completions: Tensor  # long [2P], of every pair its chosen and its rejected one
+    tokens: Tensor  # long, their counted tokens, as places in the batch's flat vectors; a chosen one's n times
+    segments: Segments  # of these tokens, for losses
 
 
 @dataclass(frozen=True)
@@ -297,8 +307,29 @@ class TokenBatch:
 
     @cached_property
     def is_pairs(self) -> bool:
-        """Whether every prompt has exactly two completions."""
-        return bool((torch.bincount(self.group, minlength=self.n_prompts) == 2).all())
+        """Whether every prompt has two completions or more, the first of which is preferred to each of the others."""
+        return bool((torch.bincount(self.group, minlength=self.n_prompts) >= 2).all())
+
+    @cached_property
+    def is_first(self) -> Tensor:
+        """Which completions are their prompt's first (of pairs: the chosen ones), bool `[C]`."""
+        return self.group.diff(prepend=self.group.new_full((1,), -1)) > 0
+
+    @cached_property
+    def is_chosen(self) -> Tensor:
+        """Whether each token belongs to its prompt's first completion, bool `[N]`."""
+        return self.segments.broadcast(self.is_first)
+
+    @cached_property
+    def pairs(self) -> Pairs | None:
+        """The preference pairs of a batch that `is_pairs`; None where its completions, as they are, are the pairs."""
+        if self.n_completions == 2 * self.n_prompts:
+            return None
+        rejected = (~self.is_first).nonzero()[:, 0]
+        chosen = self.is_first.nonzero()[:, 0][self.group[rejected]]
+        completions = torch.stack([chosen, rejected], 1).flatten()
+        tokens = _gather_index(self.segments.offsets, completions.tolist())
+        return Pairs(completions, tokens, Segments(offsets_of(self.segments.lengths[completions])))
 
     def prompt(self, index: int) -> Tensor:
         """Token ids of prompt `index`."""

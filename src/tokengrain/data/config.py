@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from tokengrain.batch import PromptRole
 from tokengrain.data.spans import SpanConfig
 from tokengrain.errors import DataError, RecipeError, require, shown
 
@@ -60,6 +61,8 @@ class TokenizeConfig:
             mapping of its fields, or its source alone; None: no such column. Rows with one completion have no spans,
             but tags are taken out of them too.
         chat: make messages of text rows: the prompt becomes the user's, a completion the assistant's.
+        prompt_role: what a prompt is to the model: "prefix", the beginning of its text, or "encoder", the input of an
+            encoder, which is tokenised apart from its completions. Trainers and runs set it by their model.
         on_dropped: "error" makes a row invalid if the chat template drops text of it (reasoning, tool calls, tools,
             content); "keep" trains on the rest, and the report counts such rows.
     """
@@ -75,6 +78,7 @@ class TokenizeConfig:
     spans: SpanConfig | str | None = None
     chat: bool = False
     on_dropped: OnDropped = "error"
+    prompt_role: PromptRole = "prefix"
 
     def __post_init__(self) -> None:
         if self.spans is not None:
@@ -84,7 +88,8 @@ class TokenizeConfig:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
             what = f"{name} is {shown(value)}; expected a whole number of at least {least}{optional}"
             require(whole or (value is None and optional), RecipeError, what)
-        kinds = {"truncation_side": TruncationSide, "on_invalid": OnInvalid, "on_dropped": OnDropped}
+        kinds: dict[str, Any] = {"truncation_side": TruncationSide, "on_invalid": OnInvalid, "on_dropped": OnDropped}
+        kinds["prompt_role"] = PromptRole
         for name, kind in kinds.items():
             value, choices = getattr(self, name), get_args(kind)
             require(value in choices, RecipeError, f"{name} is {shown(value)}; expected one of {', '.join(choices)}")

@@ -22,12 +22,15 @@ from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.formats import Example, pair_example, single_example
 from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
 from tokengrain.data.tokens import Clock, tokenizer_fingerprint
-from tokengrain.errors import fingerprint
+from tokengrain.errors import DataError, fingerprint
 from tokengrain.screen import Screen
 
 
 class SampleStore(Sequence[Sample]):
-    """A growing sequence of samples, all of one kind; they are made when asked for, so changing one changes nothing."""
+    """A growing sequence of samples, all of one kind; they are made when asked for, so changing one changes nothing.
+
+    All have the same columns, and one completion each or preference pairs (two completions or more).
+    """
 
     def __init__(self) -> None:
         # Flat arrays: 4 bytes per token where a list of ints takes about 36.
@@ -35,7 +38,7 @@ class SampleStore(Sequence[Sample]):
         self._columns: dict[str, array[float]] = {}
         # For each sample: where its prompt and each of its completions begin, in tokens and counted tokens.
         self._tokens_at, self._counted_at = array("q", [0]), array("q", [0])
-        self._parts = 0
+        self._starts = array("q", [0])  # of each sample, in parts: its prompt and its completions
         self._rows: list[int | str] = []
         self._raw: list[Mapping[str, Any]] = []
         self._digest = hashlib.sha256()
@@ -49,12 +52,12 @@ class SampleStore(Sequence[Sample]):
         return self._digest.hexdigest()[:16]
 
     def append(self, sample: Sample) -> None:
-        """Add a sample. Raises `ValueError` if it has other columns or another number of completions."""
-        names = sorted(sample.completions[0].columns)
+        """Add a sample. Raises `ValueError` if it has other columns, or is a pair among single completions."""
+        names, count = sorted(sample.completions[0].columns), len(sample.completions)
         if not self._rows:
-            self._parts = 1 + len(sample.completions)
             self._columns = {name: array("d") for name in names}
-        if len(sample.completions) != self._parts - 1 or names != sorted(self._columns):
+        first = self._starts[1] - 1 if self._rows else count
+        if (count > 1) != (first > 1) or names != sorted(self._columns):
             raise ValueError(f"sample {sample.row} differs from the others in its completions or columns")
         before, first = len(self._counted_at) - 1, self._tokens_at[-1]
         pieces = [(sample.prompt_ids, [False] * len(sample.prompt_ids))]
@@ -69,7 +72,8 @@ class SampleStore(Sequence[Sample]):
                 self._columns[name].extend(values)
         self._rows.append(sample.row)
         self._raw.append(sample.raw)
-        self._digest.update(self._tokens_at[-self._parts :].tobytes())
+        self._starts.append(self._starts[-1] + len(pieces))
+        self._digest.update(self._tokens_at[-len(pieces) :].tobytes())
         self._digest.update(self._ids[first:].tobytes() + self._counted[first:].tobytes())
         for name, stored in sorted(self._columns.items()):
             self._digest.update(name.encode() + stored[self._counted_at[before] :].tobytes())
@@ -77,8 +81,7 @@ class SampleStore(Sequence[Sample]):
     @property
     def lengths(self) -> list[int]:
         """Tokens of every sample, its prompt once (`Sample.n_tokens`)."""
-        ends = self._tokens_at[:: self._parts] if self._parts else self._tokens_at
-        return [end - start for start, end in pairwise(ends)]
+        return [self._tokens_at[end] - self._tokens_at[start] for start, end in pairwise(self._starts)]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -89,9 +92,9 @@ class SampleStore(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
-        part = index * self._parts
+        part, after = self._starts[index : index + 2]
         start, end = self._tokens_at[part : part + 2]
-        completions = [self._completion(part + 1 + i) for i in range(self._parts - 1)]
+        completions = [self._completion(i) for i in range(part + 1, after)]
         return Sample(self._ids[start:end].tolist(), completions, self._rows[index], self._raw[index])
 
     def _completion(self, part: int) -> Completion:
@@ -192,8 +195,15 @@ class PairDataset(Dataset[Sample]):
             self.clock.now = now
 
     def swapped(self) -> PairDataset:
-        """The same pairs with chosen and rejected exchanged."""
-        samples = (replace(s, completions=s.completions[::-1]) for s in self.samples)
+        """The same pairs with chosen and rejected exchanged. Raises `DataError` for several rejected completions."""
+
+        def swap(sample: Sample) -> Sample:
+            if len(sample.completions) == 2:
+                return replace(sample, completions=sample.completions[::-1])
+            what, value = "chosen and rejected cannot be swapped", f"{len(sample.completions) - 1} rejected completions"
+            raise DataError(what, file=self.name, row=sample.row, field="rejected", value=value, expected="one")
+
+        samples = map(swap, self.samples)
         remake = self.remake
         again = None if remake is None else lambda now: remake(now).swapped()
         return PairDataset(samples, self.report, f"{self.name} (swapped)", clock=self.clock, remake=again)

@@ -8,9 +8,11 @@ from typing import Any
 
 from tokengrain.batch import Completion, Sample
 from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig, check
-from tokengrain.data.formats import Example, canonical
+from tokengrain.data.formats import Example, canonical, has_several_rejected
 from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker, no_spans, parsed_list, token_column
 from tokengrain.data.tokens import Clock, Encoder, Rendered, Renderer, Tokens, seam
+
+SEVERAL = "spans go with one rejected completion, got several"
 
 
 @dataclass
@@ -63,12 +65,14 @@ class ExampleEncoder:
         for number, row in rows:
             try:
                 row = row if isinstance(row, Example) else canonical(row, self.config.chat)
+                if self.marker is not None:
+                    check(not has_several_rejected(row), "spans", SEVERAL, field="rejected", expected="one")
                 row, found = self.marker.read(row) if self.marker is not None else (row, {})
                 example = self.parse(row)
                 work.append(_Work(number, row, found, example, self.renderer(example)))
             except RowError as error:
                 work.append(error)
-        tokens = iter(self.encoder([r.text for w in work if isinstance(w, _Work) for r in w.rendered]))
+        tokens = iter(self.encoder.of([r for w in work if isinstance(w, _Work) for r in w.rendered]))
         return [w if isinstance(w, RowError) else self._encoded(w, [next(tokens) for _ in w.rendered]) for w in work]
 
     def _encoded(self, work: _Work, tokens: list[Tokens]) -> Encoded | RowError:
@@ -130,7 +134,8 @@ class ExampleEncoder:
         if limit is None or len(prompt) <= limit:
             return prompt
         if self.config.truncation_side == "right":
-            return prompt[:limit]
+            behind = self.encoder.suffix if prompt[-len(self.encoder.suffix) :] == self.encoder.suffix else []
+            return prompt[: max(limit - len(behind), 0)] + behind
         bos = 1 if prompt[0] == self.encoder.bos_id else 0
         return prompt[:bos] + prompt[len(prompt) - limit + bos :]
 
@@ -186,16 +191,24 @@ class ExampleEncoder:
         for completion, field, value in zip(completions, example.fields, example.completions):
             what, details = "no token of the completion is left to count", {"field": field, "value": value}
             check(completion.n_counted, "completion does not fit", what, **details, expected="at least one token")
-        if len(completions) > 1 and completions[0].ids == completions[1].ids:
+        for completion, field, value in zip(completions[1:], example.fields[1:], example.completions[1:]):
+            if completion.ids != completions[0].ids:
+                continue
             what = "is the same as 'chosen' " + ("once both are cut" if n_cut else "in the tokenizer's eyes")
             expected = "two completions that differ" + (f" within max_length {self.config.max_length}" * bool(n_cut))
-            value = example.completions[1]
-            raise RowError("chosen equals rejected", what, field=example.fields[1], value=value, expected=expected)
+            raise RowError("chosen equals rejected", what, field=field, value=value, expected=expected)
 
     def _check_positions(self, example: Example, prompt: list[int], completions: list[Completion]) -> None:
         most, what = self.model_positions, "prompt and completion are longer than the model's positions"
         expected = f"at most {most} (max_length and max_prompt_length cut rows)"
         for completion, field in zip(completions, example.fields):
             length = len(prompt) + len(completion.ids)
-            fits, got = most is None or length <= most, f"{len(prompt)} + {len(completion.ids)} = {length} tokens"
+            got = f"{len(prompt)} + {len(completion.ids)} = {length} tokens"
+            if self.encoder.apart:
+                length, what = (
+                    max(len(prompt), len(completion.ids)),
+                    what.replace("and completion are", "or completion is"),
+                )
+                got = f"{len(prompt)} and {len(completion.ids)} tokens"
+            fits = most is None or length <= most
             check(fits, "longer than the model", what, field=field, value=got, expected=expected)

@@ -10,6 +10,9 @@
 - other strings: the longest common beginning, cut back to the end of a word, so that the completions begin with the
   space before the first word that differs.
 
+Several rejected completions stand in a list, beside a `prompt`; their per-token columns then are lists of lists. A list
+of whole numbers in the place of a text is token ids, which are used as they are (docids of generative retrieval, say).
+
 Rows with one completion (`single_example`): `prompt` + `completion`, `messages`, `text`, or a preference row, whose
 chosen side is taken.
 """
@@ -21,12 +24,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from tokengrain.data.config import RowError, check
 
 Message = dict[str, Any]
-Content = str | list[Message]
+
+
+class TokenIds(tuple[int, ...]):
+    """Token ids in the place of a text."""
+
+
+Content = str | list[Message] | TokenIds
 
 TOKEN_COLUMNS = ("token_rewards", "ref_logps")
 _OPTIONAL = tuple(prefix + name for prefix in ("", "chosen_", "rejected_") for name in TOKEN_COLUMNS)
@@ -40,10 +49,13 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_r
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completions, text or messages throughout; `tools` and `template_kwargs` for the template."""
+    """A prompt with its completions, text or messages throughout, or token ids.
+
+    `tools` and `template_kwargs` are for the template.
+    """
 
     prompt: Content  # "" only for a row of plain `text`
-    completions: tuple[Content, ...] = ()  # chosen and rejected, or a single one
+    completions: tuple[Content, ...] = ()  # chosen and each rejected one, or a single one
     fields: tuple[str, ...] = ()  # the column of each completion, for messages
     token_columns: tuple[dict[str, Any], ...] = ()  # of each completion, `token_rewards` and `ref_logps` as in the row
     prefix: tuple[str, ...] = ()  # of the columns' names, per completion ("chosen_" for `chosen_token_rewards`)
@@ -58,31 +70,75 @@ class Example:
     @property
     def raw(self) -> dict[str, Content]:
         """Prompt and completions under their columns' names."""
-        return {"prompt": self.prompt, **dict(zip(self.fields, self.completions))}
+        named: dict[str, Any] = dict(zip(self.fields, self.completions))
+        if len(self.completions) > 2:
+            named = {"chosen": self.completions[0], "rejected": list(self.completions[1:])}
+        return {"prompt": self.prompt, **named}
 
 
 def pair_example(row: Any) -> Example:
-    """The prompt, chosen and rejected completion of a preference row. Raises `RowError`."""
+    """The prompt, chosen and rejected completions of a preference row. Raises `RowError`."""
     row = canonical(row)
-    chosen, rejected = content(row, "chosen"), content(row, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        name = "chosen" if isinstance(chosen, str) else "rejected"
-        what, expected = "is text while the other completion is messages", "both strings or both lists of messages"
-        raise RowError("mixed types", what, field=name, value=row[name], expected=expected)
-    if chosen == rejected and not (isinstance(chosen, str) and not chosen.strip()):  # that is an empty completion
-        what, expected = "is equal to 'chosen'", "two different completions"
-        raise RowError("chosen equals rejected", what, field="rejected", value=rejected, expected=expected)
+    chosen, rejected = content(row, "chosen"), _rejected(row)
+    fields = ("chosen", *rejected)
+    for name, other in rejected.items():
+        if _kind(chosen) != _kind(other):
+            field, value, against = ("chosen", chosen, other) if isinstance(chosen, str) else (name, other, chosen)
+            what = f"is {_kind(value)} while the other completion is {_kind(against)}"
+            expected = "both strings or both lists of messages"
+            raise RowError("mixed types", what, field=field, value=value, expected=expected)
+        if chosen == other and not (isinstance(chosen, str) and not chosen.strip()):  # that is an empty completion
+            what, expected = "is equal to 'chosen'", "two different completions"
+            raise RowError("chosen equals rejected", what, field=name, value=other, expected=expected)
+    completions = [chosen, *rejected.values()]
     if "prompt" in row:
-        prompt, chosen, rejected = _explicit(content(row, "prompt"), chosen, rejected)
+        prompt, *completions = _explicit(content(row, "prompt"), *completions)
         check_prompt(prompt)
     else:
         check_misspelt(row, "prompt", 0.82)
-        prompt, chosen, rejected = _split_pair(chosen, rejected)
-    check_completion(chosen, "chosen")
-    check_completion(rejected, "rejected")
-    fields, prefix = ("chosen", "rejected"), ("chosen_", "rejected_")
-    columns = tuple(token_columns(row, p) for p in prefix)
-    return Example(prompt, (chosen, rejected), fields, columns, prefix, **for_template(row))
+        what = "the column is missing, and completions of this kind do not show what they have in common"
+        alone = len(completions) == 2 and not isinstance(chosen, TokenIds)
+        check(alone, "missing column", what, field="prompt", expected="text, messages or token ids")
+        prompt, *completions = _split_pair(*completions)
+    for name, completion in zip(fields, completions, strict=True):
+        check_completion(completion, name)
+    prefix = ("chosen_", *("rejected_",) * len(rejected))
+    columns = (token_columns(row, "chosen_"), *_rejected_columns(row, len(rejected) if len(rejected) > 1 else None))
+    return Example(prompt, tuple(completions), fields, columns, prefix, **for_template(row))
+
+
+def _kind(value: Content) -> str:
+    return "text" if isinstance(value, str) else "token ids" if isinstance(value, TokenIds) else "messages"
+
+
+def _rejected(row: Mapping[str, Any]) -> dict[str, Content]:
+    """The rejected completions of a row by their names in messages; of one the column's."""
+    if not has_several_rejected(row):
+        return {"rejected": content(row, "rejected")}
+    named = {f"rejected[{i}]": item for i, item in enumerate(row["rejected"])}
+    return {name: content(named, name) for name in named}
+
+
+def has_several_rejected(row: Any) -> bool:
+    """Whether `rejected` is a list of completions, and not one that is a list."""
+    value = row.get("rejected") if isinstance(row, Mapping) else None
+    return _is_list(value) and bool(value) and all(isinstance(item, str) or _is_list(item) for item in value)
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
+def _rejected_columns(row: Mapping[str, Any], count: int | None) -> list[dict[str, Any]]:
+    """Per-token columns of each rejected completion; `count`: of several, None: of one."""
+    columns = token_columns(row, "rejected_")
+    if count is None:
+        return [columns]
+    for name, value in columns.items():
+        fits, expected = _is_list(value) and len(value) == count, f"{count} lists, one per rejected completion"
+        where = {"field": f"rejected_{name}", "value": value}
+        check(fits, "wrong type", "does not hold a list for each", **where, expected=expected)
+    return [{name: value[i] for name, value in columns.items()} for i in range(count)]
 
 
 def single_example(row: Any) -> Example:
@@ -177,6 +233,8 @@ def _as_messages(row: dict[str, Any]) -> None:
     for name in COMPLETIONS:
         if isinstance(row.get(name), str):
             row[name] = [_assistant(row[name])]
+    if _is_list(rejected) and any(isinstance(r, str) for r in rejected):
+        row["rejected"] = [[_assistant(r)] if isinstance(r, str) else r for r in rejected]
     if isinstance(several := row.get("completions"), Sequence) and not isinstance(several, str):
         row["completions"] = [[_assistant(c)] if isinstance(c, str) else c for c in several]
 
@@ -252,7 +310,7 @@ def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") ->
 
 
 def content(row: Mapping[str, Any], name: str) -> Content:
-    """The text or messages in a column. Raises `RowError`."""
+    """The text, messages or token ids in a column. Raises `RowError`."""
     if name not in row:
         check_misspelt(row, name, 0.6)
         raise RowError("missing column", "column is missing", field=name, expected=f"{name!r} among {list(row)}")
@@ -265,6 +323,10 @@ def content(row: Mapping[str, Any], name: str) -> Content:
     if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray)):
         expected = "a string, or a list of messages with role and content"
         raise RowError("wrong type", f"is of type {type(value).__name__}", field=name, value=value, expected=expected)
+    if value and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+        expected = "token ids of at least 0"
+        check(min(value) >= 0, "wrong type", "has a negative token id", field=name, value=min(value), expected=expected)
+        return TokenIds(value)
     kind = "prompt" if name == "prompt" else "completion"
     check(value, f"empty {kind}", "has no messages", field=name, value=value, expected="at least one message")
     return [_message(m, name, i) for i, m in enumerate(value)]
@@ -340,6 +402,8 @@ def check_prompt(prompt: Content, name: str = "prompt") -> None:
     if isinstance(prompt, str):
         check(prompt.strip(), "empty prompt", "is empty", field=name, value=prompt, expected="some text")
         return
+    if isinstance(prompt, TokenIds):
+        return
     check(prompt, "empty prompt", "has no messages", field=name, value=prompt, expected="at least one message")
     what, expected = "ends with the assistant's message", "a prompt that the assistant is to answer"
     check(prompt[-1]["role"] != "assistant", "wrong roles", what, field=name, value=prompt[-1], expected=expected)
@@ -351,6 +415,8 @@ def check_completion(completion: Content, name: str) -> None:
 
     if isinstance(completion, str):
         filled(completion.strip(), "completion is empty", completion)
+        return
+    if isinstance(completion, TokenIds):
         return
     filled(completion, "no message is left beside the prompt", completion, "an assistant's message")
     for message in (completion[0], completion[-1]):
@@ -375,7 +441,12 @@ def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> tuple[Any, ...]:
-    """Prompt and completions of one kind; completions that repeat the prompt's messages lose them."""
+    """Prompt and completions of one kind; completions that repeat the prompt's messages lose them.
+
+    Token ids go with a prompt of any kind, and a prompt of token ids with text.
+    """
+    if isinstance(completions[0], TokenIds) or (isinstance(prompt, TokenIds) and isinstance(completions[0], str)):
+        return prompt, *completions
     if isinstance(prompt, str) and isinstance(completions[0], str):
         return prompt, *completions
     if isinstance(prompt, list) and isinstance(completions[0], list):
@@ -383,8 +454,8 @@ def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> 
         return prompt, *(c[len(prompt) :] if repeated else c for c in completions)
     if isinstance(prompt, str):
         # Text beside messages: whole conversations that begin with it, or the answer to it.
-        first, last = completions[0], completions[-1]
-        shared = first[: common_length(first, last)] if len(completions) > 1 else first[:-1]
+        first = completions[0]
+        shared = first[: min(common_length(first, c) for c in completions[1:])] if completions[1:] else first[:-1]
         if any(m["role"] == "user" and m.get("content") == prompt for m in shared if isinstance(m, dict)):
             return shared, *(c[len(shared) :] for c in completions)
         if all(c[0]["role"] == "assistant" for c in completions if isinstance(c, list)):
@@ -441,7 +512,7 @@ def _common_words(first: str, second: str) -> int:
 
 def _split_messages(messages: Content) -> tuple[Content, Content]:
     expected = "a list of messages with role and content"
-    if isinstance(messages, str):
-        raise RowError("wrong type", "is text", field="messages", value=messages, expected=expected)
+    if not isinstance(messages, list):
+        raise RowError("wrong type", f"is {_kind(messages)}", field="messages", value=messages, expected=expected)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"] or [len(messages)]
     return messages[: answers[0]], messages[answers[0] : answers[-1] + 1]

@@ -194,8 +194,8 @@ class SpanMarker:
         for number, text in _texts(value):
             plain[number], stretches = self._read_tags(name, number, partial(strip_tags, text))
             spans += _of_message(number, stretches)
-        if isinstance(value, str):
-            return plain[None], spans
+        if not isinstance(value, list):
+            return (plain[None] if isinstance(value, str) else value), spans
         return [{**m, "content": plain[i]} if i in plain else m for i, m in enumerate(value)], spans
 
     def _tagged(self, row: Mapping[str, Any], name: str, found: Found, side: Marked) -> tuple[list[Any], str]:
@@ -290,7 +290,7 @@ def _texts(value: Content) -> Iterator[tuple[int | None, str]]:
         yield None, value
         return
     for number, message in enumerate(value):
-        if isinstance(message.get("content"), str):
+        if isinstance(message, dict) and isinstance(message.get("content"), str):
             yield number, message["content"]
 
 
@@ -300,7 +300,7 @@ def _bodies(side: Marked) -> Iterator[_Place]:
         if where is None:
             continue
         start, end = where
-        if not isinstance(side.content, str):
+        if isinstance(side.content, list):
             if side.content[number]["role"] != "assistant":
                 continue
             text = side.content[number]["content"]

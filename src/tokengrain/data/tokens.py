@@ -11,6 +11,9 @@ prompt boundary. A token that contains a character of the completion belongs to 
 prompt share its token ids, so the prompt is the longest common beginning of the tokens that hold nothing but prompt;
 whatever else there is goes to the completions, and counts. Hence always `prompt_ids + completion_ids` = the tokens of
 the whole text (+ EOS).
+
+An encoder's prompt is tokenised apart from its completions, each with the special tokens that the tokenizer puts around
+a source and in front of a target. Token ids that a row brings in the place of a text are used as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tokengrain.data.config import RowError, TokenizeConfig
-from tokengrain.data.formats import Example, Message, common_length
+from tokengrain.data.formats import Example, Message, TokenIds, common_length
 from tokengrain.errors import ModelError, fingerprint, require
 
 Span = tuple[int, int]
@@ -46,7 +49,10 @@ DATES = (
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of a prompt with one completion. All positions are characters of `text`."""
+    """The text of a prompt with one completion. All positions are characters of `text`.
+
+    `prompt_ids`, `ids`: those of prompt and completion, where the row gives them in the place of text.
+    """
 
     text: str
     prompt_end: int
@@ -57,6 +63,8 @@ class Rendered:
     closed: bool = False  # a token that ends a turn stands at the end; no EOS is to be added
     shown: tuple[Span | None, ...] | None = None  # `contents` as the template stripped them; None: it stripped none
     dropped: tuple[str, ...] = ()  # what the row says and the text lacks, where that is allowed
+    prompt_ids: TokenIds | None = None
+    ids: TokenIds | None = None
 
     def visible(self, message: int) -> Span:
         """The characters of a message's content that the text has."""
@@ -94,13 +102,18 @@ class Renderer:
 
     def __call__(self, example: Example) -> list[Rendered]:
         """One text per completion. Raises `RowError`, and `ModelError` where a template is lacking."""
-        if isinstance(example.prompt, str):
-            start = len(example.prompt)
-            texts = [example.prompt + c for c in example.completions if isinstance(c, str)]
-            return [Rendered(t, start, None, ((start, len(t)),)) for t in texts]
+        given = example.prompt if isinstance(example.prompt, TokenIds) else None
+        if isinstance(example.completions[0], TokenIds):
+            text, dropped = ("", ()) if given else self._prompt(example) if example.messages else (example.prompt, ())
+            made = Rendered(str(text), len(text), None, (None,), bool(example.messages), True, None, dropped, given)
+            return [replace(made, ids=c) for c in example.completions if isinstance(c, TokenIds)]
+        if isinstance(example.prompt, str) or given:
+            start = 0 if given else len(example.prompt)
+            texts = [str(example.prompt)[:start] + c for c in example.completions if isinstance(c, str)]
+            return [Rendered(t, start, None, ((start, len(t)),), prompt_ids=given) for t in texts]
         prompt, dropped = self._prompt(example)
         named = zip(example.completions, example.fields)
-        return [self._conversation(example, prompt, c, name, dropped) for c, name in named if not isinstance(c, str)]
+        return [self._conversation(example, prompt, c, name, dropped) for c, name in named if isinstance(c, list)]
 
     def prompt(self, example: Example) -> str:
         """The text of a prompt alone: what a model is given to go on from. Raises as `__call__`."""
@@ -354,6 +367,7 @@ class Tokens:
     starts: list[int] | None = None
     ends: list[int] | None = None
     ids_of: Any = field(default=None, repr=False)  # tokenises another text in the same way, where there are no offsets
+    prompt: int | None = None  # how many are the prompt's, where it is tokenised apart
 
     def within(self, position: int) -> int:
         """How many tokens at the start hold only characters before `position`."""
@@ -376,7 +390,8 @@ SPACE = "Ġ"  # how byte-level tokenizers write a space
 class Encoder:
     """Tokenises texts with a tokenizer: many at a time, with offsets where it has them.
 
-    `prefix`: ids that it puts before a text by itself (BOS). `eos_id`: None if the config does not ask for EOS.
+    `prefix`: ids that it puts before a text by itself (BOS), `suffix`: behind an encoder's prompt, `target_prefix`:
+    before a decoder's text. `eos_id`: None if the config does not ask for EOS.
     """
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
@@ -386,17 +401,53 @@ class Encoder:
         what = f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
         what += "expected one, since EOS ends every completion (or `add_eos: false`)"
         require(not config.add_eos or self.eos_id is not None, ModelError, what)
-        self.prefix = self._own_prefix()
+        self.apart = config.prompt_role == "encoder"
+        self.prefix, behind = self._around()
+        # A causal model's text goes on behind the prompt; a decoder's target has a beginning of its own.
+        self.suffix = behind if self.apart else []
+        self.target_prefix = self._around(target=True)[0] if self.apart else []
         self._spaces: dict[int, tuple[int, ...]] = {}
         self._trimmed = tokenizer.is_fast and self._trims_offsets()
 
-    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
-        """The tokens of each text, without special tokens that are not in the text."""
+    def of(self, rendered: Sequence[Rendered]) -> list[Tokens]:
+        """The tokens of prompts with completions: of the whole text, or of the two apart."""
+        apart = [self.apart or r.prompt_ids is not None or r.ids is not None for r in rendered]
+        whole = iter(self([r.text for r, two in zip(rendered, apart) if not two]))
+        parts = [r for r, two in zip(rendered, apart) if two]
+        prompts = self([r.text[: r.prompt_end] for r in parts])
+        completions = self([r.text[r.prompt_end :] for r in parts], target=self.apart)
+        joined = map(self._joined, parts, prompts, completions)
+        return [next(joined) if two else next(whole) for two in apart]
+
+    def _joined(self, rendered: Rendered, prompt: Tokens, completion: Tokens) -> Tokens:
+        """Prompt and completion that were tokenised apart; tokens without a text stand at the end of the prompt."""
+        end = rendered.prompt_end
+        around = ([], [], []) if rendered.special else (self.prefix, self.suffix, self.target_prefix)
+        first, last, start = (_bare(ids, place) for ids, place in zip(around, (0, end, end)))
+        before, behind = [first, prompt, last], [start, _shifted(completion, end)]
+        if rendered.prompt_ids is not None:
+            before = [_bare(rendered.prompt_ids, 0)]
+        if rendered.ids is not None:
+            behind = [_bare(rendered.ids, end)]
+
+        def ids_of(text: str) -> list[int]:
+            return self.of([replace(rendered, text=text, prompt_end=min(end, len(text)))])[0].ids
+
+        made = Tokens(rendered.text, [i for part in (*before, *behind) for i in part.ids], ids_of=ids_of)
+        made.prompt = sum(len(part.ids) for part in before)
+        if all(part.starts is not None for part in (*before, *behind)):
+            made.starts = [place for part in (*before, *behind) for place in part.starts or ()]
+            made.ends = [place for part in (*before, *behind) for place in part.ends or ()]
+        return made
+
+    def __call__(self, texts: Sequence[str], target: bool = False) -> list[Tokens]:
+        """The tokens of each text, without special tokens that are not in the text; `target`: what a decoder writes."""
         if not texts:
             return []
         if not self.tokenizer.is_fast:
-            return [Tokens(text, self._ids(text), ids_of=self._ids) for text in texts]
-        found = self._with_offsets(list(texts), return_attention_mask=False, return_token_type_ids=False)
+            return [Tokens(text, self._ids(text, target), ids_of=self._ids) for text in texts]
+        options = {"return_attention_mask": False, "return_token_type_ids": False}
+        found = self._with_offsets(list(texts), target, **options)
         tokens = []
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"]):
             if self._trimmed:
@@ -406,23 +457,29 @@ class Encoder:
             tokens.append(Tokens(text, ids, list(accumulate(starts, max)), list(accumulate(ends, max))))
         return tokens
 
-    def _with_offsets(self, texts: Any, **options: bool) -> Any:
-        return self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
+    def _with_offsets(self, texts: Any, target: bool = False, **options: bool) -> Any:
+        given: dict[str, Any] = {"text_target" if target else "text": texts, **options}
+        return self.tokenizer(**given, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
 
     def head(self, rendered: Rendered, tokens: Tokens) -> list[int]:
         """Ids to put before the tokens: what the tokenizer adds by itself, BOS never twice."""
-        if rendered.special or (self.prefix and tokens.ids[: len(self.prefix)] == self.prefix):
+        if (
+            tokens.prompt is not None
+            or rendered.special
+            or (self.prefix and tokens.ids[: len(self.prefix)] == self.prefix)
+        ):
             return []
         return self.prefix
 
     def tail(self, rendered: Rendered, tokens: Tokens) -> list[int]:
         """Ids to put behind the tokens: EOS, unless a token that ends the text is there already."""
-        if self.eos_id is None or rendered.closed or tokens.ids[-1:] == [self.eos_id]:
+        if self.eos_id is None or rendered.closed or tokens.ids[tokens.prompt or 0 :][-1:] == [self.eos_id]:
             return []
         return [self.eos_id]
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _ids(self, text: str, target: bool = False, special: bool = False) -> list[int]:
+        given = {"text_target" if target else "text": text}
+        return list(self.tokenizer(**given, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _trims_offsets(self) -> bool:
         """Whether offsets leave out the spaces that byte-level tokens begin with (as Llama 3's do)."""
@@ -443,16 +500,29 @@ class Encoder:
             return end - length, end
         return max(start - before, 0), end + behind
 
-    def _own_prefix(self) -> list[int]:
-        plain, full = self._ids("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
+    def _around(self, target: bool = False) -> tuple[list[int], list[int]]:
+        """What it puts before and behind a text by itself; `target`: one that a decoder writes."""
+        plain, full = self._ids("a", target), self._ids("a", target, special=True)
         for start in range(len(full) - len(plain) + 1):
             if plain and full[start : start + len(plain)] == plain:
-                return full[:start]
-        return [self.bos_id] if self.bos_id is not None and full[:1] == [self.bos_id] else []
+                return full[:start], full[start + len(plain) :]
+        return ([self.bos_id] if self.bos_id is not None and full[:1] == [self.bos_id] else []), []
+
+
+def _bare(ids: Sequence[int], place: int) -> Tokens:
+    """Tokens that stand for no character."""
+    return Tokens("", list(ids), [place] * len(ids), [place] * len(ids))
+
+
+def _shifted(tokens: Tokens, by: int) -> Tokens:
+    starts, ends = ([place + by for place in side or ()] for side in (tokens.starts, tokens.ends))
+    return tokens if tokens.starts is None else replace(tokens, starts=starts, ends=ends)
 
 
 def seam(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
     """The prompt boundary: how many tokens at the start are the prompt that all these texts share."""
+    if tokens[0].prompt is not None:
+        return tokens[0].prompt
     whole = [t.within(end) for t, end in zip(tokens, prompt_end)]
     shared = tokens[0].ids[: whole[0]]
     for other, count in zip(tokens[1:], whole[1:]):
@@ -472,6 +542,11 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
     if config is not None:
         values = {n: getattr(config, n) for n in ("max_length", "max_prompt_length", "truncation_side", "add_eos")}
         values |= {"chat": True} if config.chat else {}
+        if config.prompt_role == "encoder":
+            values |= {
+                "prompt_role": "encoder",
+                "languages": [getattr(tokenizer, f"{n}_lang", None) for n in ("src", "tgt")],
+            }
         parts.append({**values, "chat_template": template_text(config.chat_template)})
         parts.append(dict(config.chat_template_kwargs))
         parts += [config.span_config.describe()] if config.span_config is not None else []

@@ -133,7 +133,7 @@ class Retokenizer:
             require(left, DataError, what, row=sample.row, value=text, expected=expected)
             samples.append(sample)
             places += spans
-        return TokenBatch.from_samples(samples, batch.prompt_role), places
+        return TokenBatch.from_samples(samples), places
 
     def _text(self, batch: TokenBatch, completion: int) -> _Text:
         group = int(batch.group[completion])

@@ -41,7 +41,7 @@ def spans(batch: TokenBatch) -> Tensor:
     given = {"row": row, "value": counts, "expected": "a chosen and a rejected completion for every prompt"}
     require(batch.is_pairs, DataError, "spans as credit need pairs", **given)
     inside = (batch.columns["spans"] > 0).float()
-    return inside.where(batch.segments.is_chosen, -inside)
+    return inside.where(batch.is_chosen, -inside)
 
 
 @objective(

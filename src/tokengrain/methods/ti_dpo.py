@@ -20,6 +20,7 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, credit, objective
 from tokengrain.methods._pairs import log_ratios, margin_loss, pair_difference, pair_metrics, weight_metrics
+from tokengrain.scoring.encdec import is_encoder_decoder, start_id
 from tokengrain.scoring.model import evaluating
 from tokengrain.settings import Positive, Share
 
@@ -41,18 +42,23 @@ def gradient_attribution(batch: TokenBatch, *, model: Any) -> Tensor:
     The prediction is the largest logit after the last token; a token's number is the L1 norm of its gradient, so it is
     never negative. Each completion is computed on its own, without padding.
     """
-    network: nn.Module = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
-    embed: Any = network.get_input_embeddings()  # type: ignore[operator]  # transformers', which nn.Module lacks
+    network: Any = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    encoder = is_encoder_decoder(network)
+    embed = (network.get_decoder() if encoder else network).get_input_embeddings()
     device = next(network.parameters()).device
     parts = []
     with evaluating(network):
         for index, group in enumerate(batch.group.tolist()):
             prompt, completion = batch.prompt(group).to(device), batch.completion(index).to(device)
-            embeddings = embed(torch.cat([prompt, completion])[None]).detach().requires_grad_()
+            before = completion.new_tensor([start_id(network)]) if encoder else prompt
+            embeddings = embed(torch.cat([before, completion])[None]).detach().requires_grad_()
+            given = {"inputs_embeds": embeddings, "logits_to_keep": 1}
+            if encoder:
+                given = {"input_ids": prompt[None], "decoder_inputs_embeds": embeddings}
             with torch.enable_grad():
-                largest = network(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits[0, -1].max()
+                largest = network(**given, use_cache=False).logits[0, -1].max()
             (gradient,) = torch.autograd.grad(largest, embeddings)
-            parts.append(gradient[0, len(prompt) :].abs().sum(-1).float())
+            parts.append(gradient[0, len(before) :].abs().sum(-1).float())
     every = torch.cat(parts) if parts else torch.zeros(0, device=device)
     return every[batch.counted.to(device)].to(batch.device)
 

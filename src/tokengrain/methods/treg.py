@@ -25,6 +25,7 @@ from tokengrain.loss import LossOutput, token_weights
 from tokengrain.method import Card, checked_credit, credit, objective
 from tokengrain.methods._pairs import completion_lengths, log_ratios, margin_loss, pair_difference, pair_metrics
 from tokengrain.methods.simpo import simpo_gamma
+from tokengrain.scoring.prepare import prompt_role
 from tokengrain.scoring.reference import AdapterOffReference, has_adapter, scorer_fingerprint, scorer_logps
 from tokengrain.settings import NonNegative, Number, Positive, nearest
 
@@ -263,7 +264,7 @@ class ContrastivePrompting:
     shortened (then the copy of the prompt), the scored completion never; `shortened` of `scored` completions were.
 
     Args:
-        model: the scorer, normally the starting model (reference): a causal language model, or anything called like a
+        model: the scorer, normally the starting model (reference): a language model, or anything called like a
             `Reference`. It must follow instructions; a base model gives weak credit.
         tokenizer: its tokenizer, the same as the policy's.
         templates: a name in `TEMPLATES`, a mapping {"better": ..., "worse": ...} or `ContrastiveTemplates`.
@@ -300,6 +301,8 @@ class ContrastivePrompting:
         missing = "contrastive credit with chat: true, but the tokenizer has no chat template"
         require(self.chat_template or not self.chat, RecipeError, missing)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        scorer = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+        self.has_encoder = isinstance(scorer, nn.Module) and prompt_role(scorer) == "encoder"
         self.positions = positions if positions is not None else _positions(model)
         self.model, self.scored, self.shortened = model, 0, 0
         if isinstance(model, nn.Module) and (has_adapter(model) if adapter_off is None else adapter_off):
@@ -341,7 +344,8 @@ class ContrastivePrompting:
         copied = batch.completion(members[0]).tolist() if self.templates.shows_response else []
         pair = self._filled(prompt, copied)
         self.scored += len(members)
-        room = math.inf if self.positions is None else self.positions - max(len(batch.completion(c)) for c in members)
+        written = 0 if self.has_encoder else max(len(batch.completion(c)) for c in members)
+        room = math.inf if self.positions is None else self.positions - written
         if max(map(len, pair)) <= room:
             return pair
         self.shortened += len(members)
@@ -388,7 +392,7 @@ class ContrastivePrompting:
             return list(ids)
         ids = list(self.tokenizer(instruction)["input_ids"])
         # The completion goes on from here: an EOS that the tokenizer appends would end the text.
-        while ids and ids[-1] == self.tokenizer.eos_token_id:
+        while not self.has_encoder and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
         return ids
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.dataset import Report
-from tokengrain.data.formats import Example, canonical, check_mapping, check_prompt, content, for_template
+from tokengrain.data.formats import Example, TokenIds, canonical, check_mapping, check_prompt, content, for_template
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import Clock, Encoder, Renderer
 from tokengrain.errors import ModelError, RecipeError, RolloutError, require, shown
@@ -287,6 +287,8 @@ def _encoded(
     row = canonical(given, chat)
     prompt = content(row, "prompt")
     check_prompt(prompt, column)
+    if isinstance(prompt, TokenIds):
+        return list(prompt)
     if isinstance(prompt, str):
         ids = [*encoder.prefix, *encoder([prompt])[0].ids]
         bos = encoder.prefix[:1]

@@ -85,8 +85,8 @@ class EvalSums:
         if not real:
             return
         self.means.add_metrics(out.metrics, out.losses.numel())
-        self.means.add_lengths(batch.segments, pairs)
-        chosen = batch.segments.is_chosen if pairs else None
+        self.means.add_lengths(batch.segments, batch.is_first if pairs else None)
+        chosen = batch.is_chosen if pairs else None
         for name in MEASURES:
             if getattr(judged, name) is None:
                 continue
@@ -110,7 +110,8 @@ class EvalSums:
         # Tokens that were selected with the labels in hand rank pairs too well: whole completions are what counts.
         ranked = next((name for name in ("whole/accuracies", "rewards/accuracies") if name in found), None)
         if ranked is not None:
-            share = wilson(means.sums[ranked], counts.pairs)
+            # Pairs of one prompt are not independent: an interval is as wide as that of so many prompts.
+            share = wilson(means.sums[ranked] * counts.prompts / max(counts.pairs, 1), counts.prompts)
             found |= {"accuracy": share.value, "accuracy_low": share.low, "accuracy_high": share.high}
         if "nll/token" in found:  # sft: all of its losses are negative log-likelihoods
             found["perplexity"] = math.exp(min(float(losses.sum()) / max(counts.tokens, 1), 700.0))

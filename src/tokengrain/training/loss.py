@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengrain.batch import Segments, TokenBatch
+from tokengrain.batch import Pairs, Segments, TokenBatch
 from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import LossOutput, Role, resolve_role
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, as_credit, check_source_for_role, make_objective
@@ -28,8 +28,9 @@ class CreditUse:
     source: Any
     role: Role
 
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        return self.role(self.source(batch).detach().to(batch.device), batch.segments)
+    def __call__(self, batch: TokenBatch, pairs: Pairs | None = None) -> Tensor:
+        values = self.source(batch).detach().to(batch.device)
+        return self.role(values, batch.segments) if pairs is None else self.role(values[pairs.tokens], pairs.segments)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree on."""
@@ -68,7 +69,7 @@ class Judged:
     """One micro-batch judged by the objective; measures are per counted token `[N]`, nats, detached."""
 
     output: LossOutput  # with gradient in training
-    segments: Segments  # of the tokens that were judged; the objective may read only some of the batch's
+    segments: Segments  # of what the objective read: perhaps only some tokens, or a chosen one's for every pair
     entropy: Tensor | None = None
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
@@ -101,17 +102,22 @@ class PreferenceLoss:
     ) -> Judged:
         """Score `batch` with the policy's outermost module and apply the objective.
 
+        A completion that stands in several pairs is scored once; the objective sees it once per pair.
+
         Args:
             measure: also measure any of "entropy", "kl", "log_ratio" (detached), and "whole": score all counted
                 tokens, also those that the objective does not read, and add the metrics of whole completions.
             frozen_context: entered around reference, credit and teacher (mixed precision).
         """
         needs, main = set(self.objective.needs), self.objective.main
+        pairs = batch.pairs if self.objective.unit == "pairs" and batch.is_pairs else None
+        segments = batch.segments if pairs is None else pairs.segments
         with torch.no_grad(), frozen_context():
-            given = self._given(batch)
-            keep = self._reads(batch, given)
+            given = self._given(batch, pairs)
+            keep = self._reads(segments, given)
             whole = keep is None or "whole" in measure
-            part = batch if keep is None or whole else batch.narrow(keep)
+            read = keep if keep is None or pairs is None else _in_batch(keep, pairs, batch.segments.total)
+            part = batch if read is None or whole else batch.narrow(read)
             # A column of log-probabilities gives no KL over the whole vocabulary.
             wants_kl = "kl" in needs or ("kl" in measure and not isinstance(self.reference, ColumnReference))
             asked = {"logps", "distribution"} if wants_kl else {"logps"}
@@ -125,37 +131,43 @@ class PreferenceLoss:
         scores = score(model, part, tuple(want), reference=frozen.distribution, **taught, **self.score_options)
         found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
         scored: dict[str, Tensor] = {name: value for name, value in found.items() if value is not None}
-        read = scored
+        judged_tokens, all_segments = scored, segments
+        if pairs is not None:
+            places = pairs.tokens if read is None or whole else (read.cumsum(0) - 1)[pairs.tokens]
+            judged_tokens = {name: value[places] for name, value in scored.items()}
         if keep is not None:
             given = {name: value[keep] for name, value in given.items()}
-            read = {name: value[keep] for name, value in scored.items()} if whole else scored
-        segments = part.segments if keep is None else batch.segments.narrow(keep)
+            if whole or pairs is not None:
+                judged_tokens = {name: value[keep] for name, value in judged_tokens.items()}
+            segments = segments.narrow(keep)
         entropy, kl = (None if values is None else values.detach() for values in (scores.entropy, scored.get("kl")))
-        judged = Judged(self._apply(segments, read | given), segments, entropy, kl)
+        judged = Judged(self._apply(segments, judged_tokens | given), segments, entropy, kl)
         if "log_ratio" in measure and {"logps", "ref_logps"} <= scored.keys():
             judged.log_ratio = (scored["logps"] - scored["ref_logps"]).detach()
         if keep is not None and whole and main == "logps" and batch.is_pairs:
-            judged.output.metrics |= _whole_metrics(scored, batch.segments)
+            tokens = {name: value if pairs is None else value[pairs.tokens] for name, value in scored.items()}
+            judged.output.metrics |= _whole_metrics(tokens, all_segments)
         if balanced is not None and scores.aux_loss is not None:
             judged.balance = balanced[1] * scores.aux_loss
             judged.output.metrics |= {"aux_loss": scores.aux_loss.detach()}
         return judged
 
-    def _given(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Per-token quantities `[N]` that need no policy: credit in its role, and columns of the data."""
+    def _given(self, batch: TokenBatch, pairs: Pairs | None) -> dict[str, Tensor]:
+        """Quantities per judged token that need no policy: credit in its role, and columns of the data."""
         given = {}
         if self.credit is not None:
-            given[self.credit.role.provides] = self.credit(batch)
+            given[self.credit.role.provides] = self.credit(batch, pairs)
         needed = set(self.objective.needs) - FROZEN - TAUGHT - given.keys()
         for name in needed - batch.columns.keys():
             what = f"objective {self.objective.name} needs per-token {name}"
             raise DataError(what, field=name, row=batch.rows[0] if batch.rows else None)
         needed |= self.objective.optional & batch.columns.keys() - FROZEN
-        return given | {name: batch.columns[name] for name in needed}
+        columns = {name: batch.columns[name] for name in needed}
+        return given | {n: values if pairs is None else values[pairs.tokens] for n, values in columns.items()}
 
-    def _reads(self, batch: TokenBatch, given: Mapping[str, Tensor]) -> Tensor | None:
-        """The tokens to score, bool `[N]`; None: all."""
-        own = self.objective.reads(batch.segments, given)
+    def _reads(self, segments: Segments, given: Mapping[str, Tensor]) -> Tensor | None:
+        """The judged tokens that the loss looks at, bool; None: all."""
+        own = self.objective.reads(segments, given)
         if own is None and "selected" in given and "selected" not in self.objective.needs:
             own = given["selected"] > 0
         return own
@@ -173,6 +185,13 @@ class PreferenceLoss:
             plain = self.objective(segments=segments, **{n: v.detach() for n, v in args.items()})
         output.metrics = plain.metrics | weight_metrics(weights, segments)
         return output
+
+
+def _in_batch(keep: Tensor, pairs: Pairs, total: int) -> Tensor:
+    """Which of a batch's tokens any pair keeps, bool `[N]`."""
+    found = torch.zeros(total, dtype=torch.bool, device=keep.device)
+    found[pairs.tokens[keep]] = True
+    return found
 
 
 def _whole_metrics(scored: Mapping[str, Tensor], segments: Segments) -> dict[str, Tensor]:

@@ -243,14 +243,15 @@ class RolloutRecord:
             tokens = {name: record.output.tokens[name] for name in UPDATED if name in record.output.tokens}
             if not tokens:
                 continue
-            for completion, group in enumerate(record.group.tolist()):
-                if record.rows[group] not in rows:
+            batch = record.batch
+            for completion, group in enumerate(batch.group.tolist()):
+                if batch.rows[group] not in rows:
                     continue
-                start, end = record.segments.offsets[completion : completion + 2].tolist()
+                start, end = batch.segments.offsets[completion : completion + 2].tolist()
                 # By ids: masked completions are missing, and the prompt may stand in the rollout a second time.
-                ids = record.labels[start:end].tolist()
+                ids = batch.labels[start:end].tolist()
                 for entry in self.pending:
-                    if (entry["row"], entry["ids"]) == (record.rows[group], ids):
+                    if (entry["row"], entry["ids"]) == (batch.rows[group], ids):
                         entry |= {name: _rounded(values[start:end]) for name, values in tokens.items()}
 
     def write(self) -> None:

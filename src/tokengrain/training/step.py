@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokengrain.batch import Segments, TokenBatch
+from tokengrain.batch import Segments, TokenBatch, offsets_of
 from tokengrain.errors import RunError
 from tokengrain.loss import Counts, LossOutput
 from tokengrain.training.loss import Judged
@@ -135,7 +135,12 @@ class StepPlan:
 
 
 def counts_of(batch: TokenBatch) -> Counts:
-    return Counts.of(batch.segments, pairs=batch.is_pairs, prompts=batch.n_prompts)
+    pairs = batch.pairs if batch.is_pairs else None
+    counts = Counts.of(batch.segments, pairs=batch.is_pairs and pairs is None, prompts=batch.n_prompts)
+    if pairs is None:
+        return counts
+    chosen, _ = pairs.segments.pairs(pairs.segments.lengths)
+    return replace(counts, pairs=len(chosen), chosen_tokens=int(chosen.sum()))
 
 
 def plan_step(
@@ -197,12 +202,12 @@ class WeightedMeans:
         for (name, value), total in zip(vectors.items(), totals, strict=True):
             self.add(name, total, value.numel() if value.dim() else n_losses)
 
-    def add_lengths(self, segments: Segments, pairs: bool) -> None:
-        """Add counted tokens per completion, by side for pairs."""
-        lengths = segments.lengths.tolist()
-        sides = {"chosen": lengths[0::2], "rejected": lengths[1::2]} if pairs else {"completion": lengths}
+    def add_lengths(self, segments: Segments, chosen: Tensor | None) -> None:
+        """Add counted tokens per completion; of pairs by side, `chosen` being bool `[C]`."""
+        lengths = segments.lengths
+        sides = {"completion": lengths} if chosen is None else {"chosen": lengths[chosen], "rejected": lengths[~chosen]}
         for side, counted in sides.items():
-            self.add(f"lengths/{side}", sum(counted), len(counted))
+            self.add(f"lengths/{side}", int(counted.sum()), len(counted))
 
     def clear(self) -> None:
         self.sums.clear()
@@ -234,10 +239,7 @@ class WeightedMeans:
 class MicroRecord:
     """One micro-batch of the step, detached."""
 
-    rows: tuple[int | str, ...]  # of each prompt
-    group: Tensor  # prompt of each completion, long [C]
-    labels: Tensor  # the counted tokens, long [N]
-    segments: Segments
+    batch: TokenBatch
     output: LossOutput
     share: Tensor  # what it adds to the loss of the step
     entropy: Tensor | None  # nats per counted token [N]
@@ -247,26 +249,27 @@ class MicroRecord:
         out = judged.output
         tokens = out.token_losses.detach() if out.token_losses is not None else None
         output = replace(out, losses=out.losses.detach(), token_losses=tokens)
-        return cls(batch.rows, batch.group, batch.labels, batch.segments, output, share.detach(), judged.entropy)
+        return cls(batch, output, share.detach(), judged.entropy)
 
     def add_to(self, means: WeightedMeans) -> None:
         """Add the metrics, and the lengths, to a logging window."""
         means.add_metrics(self.output.metrics, self.output.losses.numel())
-        means.add_lengths(self.segments, self.output.unit == "pairs")
+        means.add_lengths(self.batch.segments, self.batch.is_first if self.output.unit == "pairs" else None)
         if self.entropy is not None:
             means.add("entropy", float(wide(self.entropy).sum()), self.entropy.numel())
 
     def row_losses(self) -> list[tuple[int | str, float]]:
         """Loss of every pair (or completion) with its row; a token term is added where it belongs."""
-        pairs = self.output.unit == "pairs"
-        rows = self.rows if pairs else [self.rows[g] for g in self.group.tolist()]
+        pairs, group, segments = self.output.unit == "pairs", self.batch.group, self.batch.segments
+        if pairs and self.batch.pairs is not None:
+            group, segments = group[self.batch.pairs.completions], self.batch.pairs.segments
+        rows = [self.batch.rows[g] for g in (group[0::2] if pairs else group).tolist()]
         losses, extra = self.output.losses, self.output.token_losses
         if extra is not None and self.output.token_unit == "chosen_tokens":
-            lengths = self.segments.lengths
-            losses = losses + Segments.from_lengths(lengths[0::2].tolist(), lengths.device).sum(extra)
+            losses = losses + Segments(offsets_of(segments.lengths[0::2])).sum(extra)
         elif extra is not None:
-            per_completion = self.segments.sum(extra)
-            losses = losses + (sum(self.segments.pairs(per_completion)) if pairs else per_completion)
+            per_completion = segments.sum(extra)
+            losses = losses + (sum(segments.pairs(per_completion)) if pairs else per_completion)
         return list(zip(rows, losses.tolist(), strict=True))
 
 

@@ -734,10 +734,10 @@ class Limits:
     def check_sample(self, sample: Any, where: object, *, pairs: bool) -> None:
         """Raise DataError if a row is no `Sample`, not a pair where pairs are needed, or does not fit the model."""
         count = len(_as_sample(sample, where).completions)
-        if pairs and count != 2:
-            what, expected = "a preference pair has two completions", "chosen and rejected"
+        if pairs and count < 2:
+            what, expected = "a preference pair has two completions", "a chosen one, then the rejected ones"
             raise DataError(what, file=where, row=sample.row, value=count, expected=expected)
-        fields = ("chosen", "rejected") if count == 2 else ("completion",) * count
+        fields = ("chosen", *("rejected",) * (count - 1)) if count > 1 else ("completion",) * count
         for field, completion in zip(fields, sample.completions, strict=True):
             lengths = len(sample.prompt_ids), len(completion.ids)
             length = max(lengths) if self.apart else sum(lengths)
