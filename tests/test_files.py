@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tokengrain.errors import atomic_write, file_fingerprint, fingerprint, read_json, write_json, write_text
+from tokengrain.errors import (
+    DataError,
+    RunError,
+    atomic_write,
+    file_fingerprint,
+    fingerprint,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def test_a_write_replaces_the_whole_file(tmp_path: Path) -> None:
@@ -26,18 +35,31 @@ def _interrupted_write(path: Path, error: BaseException) -> None:
         raise error
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+FULL, TOO_LARGE = OSError(28, "No space left on device"), OSError(27, "File too large")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (FULL, RunError, r"a\.txt could not be written: no space left on the device; free some"),
+        (TOO_LARGE, RunError, r"a\.txt could not be written: File too large"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (DataError("no"), DataError, "no"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, error: BaseException, raised: type[BaseException], message: str
+) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(type(error)):
+    with pytest.raises(raised, match=message):
         _interrupted_write(path, error)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_writer_that_never_wrote_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a.txt"):
+    with pytest.raises(RunError, match="No such file"), atomic_write(tmp_path / "a.txt"):
         pass
     assert os.listdir(tmp_path) == []
 

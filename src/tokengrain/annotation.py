@@ -9,7 +9,6 @@ run give the same file.
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import shutil
@@ -123,7 +122,7 @@ def annotate(
         if rank == 0:
             by_number: dict[int | str, Any] = dict(rows or ())
             originals = [s.raw if rows is None else by_number[s.row] for s in dataset.samples]
-            with explain_full_disk(job.output, job):
+            with keeping_shards(job):
                 write_manifest(job.output, merge(job, originals, manifest))
             shutil.rmtree(job.folder)
     return job.output
@@ -347,18 +346,14 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 @contextmanager
-def explain_full_disk(path: Path, job: Job) -> Iterator[None]:
-    """Turn "no space left" into an error that says what to do and what is kept."""
+def keeping_shards(job: Job) -> Iterator[None]:
+    """Around writing: an error also says what is kept."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "no space left" not in str(error).lower():
-            raise
-        free = shutil.disk_usage(path.parent).free / 2**20
+    except RunError as error:
         finished = sum(shard_matches(job.path(i), job.key) for i in range(job.n_shards))
         kept = f"{finished} of {job.n_shards} shards are finished and kept in {job.folder}"
-        advice = "Free some space and run the same command again: it continues from there"
-        raise RunError(f"the disk is full ({free:.0f} MiB free) while writing {path}; {kept}. {advice}") from error
+        raise RunError(f"{error}; {kept}, and the same command goes on from there") from error
 
 
 def read_samples(path: str | Path) -> Iterator[Sample]:
@@ -522,7 +517,7 @@ def _check_finite(job: Job, row: int | str, field: str, values: np.ndarray) -> N
 def _write(job: Job, shard: int, columns: Mapping[str, list[np.ndarray]]) -> None:
     path, table = job.path(shard), token_columns(job.dataset.samples[job.rows(shard)], job.roles, job.holes)
     table |= {name: list_column(parts) for name, parts in columns.items()}
-    with explain_full_disk(path, job):
+    with keeping_shards(job):
         write_shard(path, table, job.key)
 
 

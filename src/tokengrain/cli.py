@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tokengrain.bench.cli import bench_app
-from tokengrain.errors import RecipeError, RunError, TokengrainError, require
+from tokengrain.errors import RecipeError, RunError, TokengrainError, fault, require
 from tokengrain.screen import Screen
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with tokengrain.")]
@@ -496,21 +496,20 @@ def main(arguments: list[str] | None = None) -> None:
         where = f" (process {rank})" if rank != "0" else ""
         errors.print(f"[bold red]error:[/]{where} {escape(str(error))}")
         status = 2
-    except OSError as error:
-        # A file that cannot be read or written is for the user to mend; one without a file's name is not known to be.
-        if error.filename is None:
-            raise
-        errors.print(f"[bold red]error:[/] {escape(f'{error.filename2 or error.filename}: {error.strerror}')}")
-        status = 2
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stopped:
+        if isinstance(stopped.__cause__, EOFError):  # which click takes for Ctrl-D
+            raise stopped.__cause__ from None
         errors.print("stopped")
         status = 130
     except typer.Exit as stop:
         status = stop.exit_code
     except Exception as error:
-        # What click itself found wrong: an unknown option, a missing argument.
-        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+        if (reason := fault(error)) is not None:  # for the user to mend: a file, a disk, memory
+            errors.print(f"[bold red]error:[/] {escape(reason)}")
+            status = 2
+        elif hasattr(error, "exit_code") and hasattr(error, "show"):  # of click: an unknown option, say
+            error.show()
+            status = error.exit_code
+        else:
             raise
-        error.show()
-        status = error.exit_code
     sys.exit(status)

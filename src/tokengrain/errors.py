@@ -5,9 +5,12 @@ The command line prints the message without a traceback and exits with status 2.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,28 +80,129 @@ def require(condition: object, error: type[Exception], message: str, **details: 
         raise error(message, **details)
 
 
+# ---- What the machine refuses: a disk that is full, a file that cannot be read, memory ----
+
+
+def fault(error: BaseException, *, named: bool = True) -> str | None:
+    """What the machine refused, in words (`named`: with the file); None: the error is about something else."""
+    below: BaseException | None = error
+    while below is not None:  # libraries raise errors of their own over that of the system
+        full = isinstance(below, OSError) and below.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(below) or "(os error 28)" in str(below):
+            return "no space left on the device; free some, and run the same command again"
+        below = below.__cause__ or below.__context__
+    text = next(iter(str(error).splitlines()), "")
+    memory = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(m in str(error) for m in memory)):
+        return f"not enough memory ({text or 'MemoryError'}); make the model, the batches or the texts smaller"
+    if isinstance(error, RuntimeError) and ("StreamWriter" in text or "inline_container" in text):  # of torch.save
+        return "the disk refused what was written; is it full?"
+    if isinstance(error, OSError):
+        reason = os.strerror(error.errno) if error.errno else text or type(error).__name__
+        return f"{error.filename2 or error.filename}: {reason}" if named and error.filename is not None else reason
+    found = re.search(r"\(os error (\d+)\)", text)  # of libraries in Rust
+    return os.strerror(int(found[1])) if found else None
+
+
+@contextmanager
+def explained(kind: type[TokengrainError] = RunError, what: str = "") -> Iterator[None]:
+    """Turns what the machine refuses within into an error of that kind, which begins with `what`."""
+    try:
+        yield
+    except TokengrainError:
+        raise
+    except Exception as error:
+        if (reason := fault(error, named=not what)) is None:
+            raise
+        raise kind(f"{what}{reason}") from error
+
+
+# ---- Reading files: whole, and only those that end ----
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def regular_file(path: str | os.PathLike[str], kind: type[TokengrainError] = RunError) -> Path:
+    """The path of a file. Raises an error of that kind for anything else: pipes and devices may have no end."""
+    with explained(kind):
+        mode = os.stat(path).st_mode
+    found = _KINDS.get(stat.S_IFMT(mode), "a device")
+    require(stat.S_ISREG(mode), kind, f"{path} is {found}; expected a file")
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike[str], kind: type[TokengrainError] = RunError) -> str:
+    """A file's text (UTF-8). Raises an error of that kind, which names the file, if it has none."""
+    try:
+        with explained(kind):
+            return regular_file(path, kind).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise kind(f"{path} is damaged: not a text file in UTF-8 ({error})") from error
+
+
+def read_json(path: str | os.PathLike[str], kind: type[TokengrainError] = RunError) -> Any:
+    """A file's JSON. Raises an error of that kind, which names the file, if it has none."""
+    text = read_text(path, kind)
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path} is damaged: {error}") from error
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError` for a key that is given twice, of which json would take the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return made
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a log with one per line; one that a kill cut off is left out, no file is an empty log."""
+    entries = []
+    # As bytes: a cut may go through a character, and JSON leaves other ends of lines, such as U+2028, as they are.
+    with explained():
+        lines = regular_file(path).read_bytes().split(b"\n") if Path(path).exists() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
 # ---- Writing files so that a half-written one never passes for a whole one, and fingerprints of content ----
+
+_TEMPORARY = re.compile(r"\..*\.\d+\.\d+\.tmp(\.[^.]*)?", re.DOTALL)
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it to disk and rename it to `path`.
 
-    On any error (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was.
+    On any error (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was. Raises `RunError` for what
+    the machine refuses.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as pyarrow and pandas go by it. Threads may write one path at a time each.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{get_ident()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    with explained(RunError, f"{path} could not be written: "):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_write` in a folder and below; nobody else may be writing there."""
+    for path in folder.rglob(".*.tmp*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -112,22 +216,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a log with one per line; one that a kill cut off is left out, no file is an empty log."""
-    entries = []
-    # As bytes: a cut may go through a character, and JSON leaves other ends of lines, such as U+2028, as they are.
-    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return [entry for entry in entries if isinstance(entry, dict)]
-
-
 def fingerprint(value: Any) -> str:
     """16 hex digits that identify a JSON-like value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
@@ -138,7 +226,7 @@ def file_fingerprint(*paths: str | os.PathLike[str]) -> str:
     """16 hex digits that identify the content of files (not their names or times)."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
+        with explained(), open(regular_file(path), "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         digest.update(b"\0")

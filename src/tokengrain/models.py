@@ -40,9 +40,11 @@ from tokengrain.errors import (
     RecipeError,
     RunError,
     TokengrainError,
+    fault,
     file_fingerprint,
     fingerprint,
     read_json,
+    regular_file,
     require,
     write_json,
 )
@@ -82,12 +84,20 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / ADAPTER).is_file()
 
 
+def _adapter(path: str) -> dict[str, Any]:
+    """What an adapter's folder says of it."""
+    found = read_json(Path(path) / ADAPTER, ModelError)
+    require(isinstance(found, dict), ModelError, f"{path}/{ADAPTER} is damaged; expected an object")
+    return found
+
+
 def base_of_adapter(path: str) -> str:
     """Where the base model of an adapter folder is; ModelError if the adapter does not say or the base has gone."""
-    base = read_json(Path(path) / ADAPTER).get("base_model_name_or_path")
-    require(base, ModelError, f"{path}/{ADAPTER} does not name its base model (base_model_name_or_path)")
+    base = _adapter(path).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ModelError(f"{path}/{ADAPTER} does not name its base model (base_model_name_or_path)")
     if Path(base).is_dir() or not os.path.isabs(base):
-        return str(base)
+        return base
     # The base may be an earlier stage of the same run, whose folder was moved since.
     moved = Path(path).resolve().parent.parent / Path(base).parent.name / Path(base).name
     require(moved.is_dir(), ModelError, f"the base model of adapter {path} is not there: {base}")
@@ -96,14 +106,15 @@ def base_of_adapter(path: str) -> str:
 
 def load_tokenizer(spec: ModelSpec, path: str) -> Any:
     """The tokenizer in a model's folder, with a padding token."""
-    for place in (path, base_of_adapter(path)) if is_adapter(path) else (path,):
+    places = (path, base_of_adapter(path)) if is_adapter(path) else (path,)
+    for place in places:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
+            with library_errors(f"no tokenizer could be loaded from {path}", place):
+                tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
             break
-        except (OSError, ValueError, KeyError) as error:
-            reason = _first_line(error)
-    else:
-        raise ModelError(f"no tokenizer could be loaded from {path}: {reason}{_near_path(path)}")
+        except ModelError:
+            if place == places[-1]:
+                raise
     if tokenizer.pad_token_id is None:
         # Only saved files and `generate` ever use it: batches are not padded with it.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -272,11 +283,16 @@ def _some_tokens(adapted: Any) -> Tensor:
 @contextlib.contextmanager
 def library_errors(what: str, path: str | None = None) -> Iterator[None]:
     """What transformers, peft and safetensors raise on bad files, as a ModelError that begins with `what`."""
+    for file in sorted(Path(path).iterdir()) if path and Path(path).is_dir() else ():
+        if not file.is_dir():
+            regular_file(file, ModelError)
     try:
         yield
-    except (TokengrainError, MemoryError):
+    except TokengrainError:
         raise
     except Exception as error:  # corrupted files raise errors of many kinds
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and fault(error)):
+            raise  # of the machine
         damaged = _damaged(path) if path else ""
         raise ModelError(f"{what}: {damaged}{_first_line(error)}{_near_path(path) if path else ''}") from error
 
@@ -405,7 +421,7 @@ def load_reward_model(
             return reward_model_from(load_model(spec, path, merge_adapter=True))
         adapted = _with_adapter(load_reward_model(spec, base_of_adapter(path)), path, merge_adapter, train_adapter)
         if (file := Path(path) / STATISTICS).is_file():
-            for name, value in read_json(file).items():
+            for name, value in read_json(file, ModelError).items():
                 setattr(config_of(adapted), name, value)
         return adapted
     config = load_config(spec, path)
@@ -514,7 +530,7 @@ def save_statistics(path: str | Path, *statistics: ScoreStatistics) -> None:
 
 def is_reward_adapter(path: str) -> bool:
     """Whether an adapter folder is a reward model's, with its head, and not a policy's."""
-    return bool(read_json(Path(path) / ADAPTER).get("task_type") == "TOKEN_CLS")
+    return bool(_adapter(path).get("task_type") == "TOKEN_CLS")
 
 
 def is_classifier_config(config: Any, kind: str = TOKEN_CLASSIFIER) -> bool:
@@ -555,6 +571,7 @@ def _finished(model: Any, *, fresh: bool) -> nn.Module:
 # ---- The `init` stage: a model built from a config, with a tokenizer trained on the data.
 
 PAD, EOS = "<pad>", "<eos>"
+MOST_LAYERS = 10_000
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages")
 
 
@@ -594,11 +611,25 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
     message = f"model.config.vocab_size is {config.vocab_size}; expected at least {len(tokenizer)}, the "
     message += "tokens of the tokenizer (leave it out to get just that)"
     require(config.vocab_size >= len(tokenizer), RecipeError, message)
+    _check_size(config)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     if spec.dtype != "auto":
         model = model.to(getattr(torch, spec.dtype))
     model.save_pretrained(folder)
+
+
+def _check_size(config: Any) -> None:
+    """Raise RecipeError for a model that no machine like this one could hold; trying might end the process."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    what = f"model.config.num_hidden_layers is {layers}; expected at most {MOST_LAYERS}"
+    require(layers <= MOST_LAYERS, RecipeError, what)
+    with torch.device("meta"), library_errors("model.config cannot be built"):
+        needed = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes = ", ".join(f"{k} {v}" for k, v in config.to_diff_dict().items() if isinstance(v, int) and v > 2**16)
+    what = f"model.config ({sizes}) makes weights of {needed / 2**30:.3g} GiB; expected at most {memory / 2**30:.3g}"
+    require(needed <= memory, RecipeError, f"{what}, this machine's memory")
 
 
 def train_tokenizer(spec: TokenizerSpec, corpus: Iterable[str]) -> Any:

@@ -6,8 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -91,7 +90,11 @@ def rank(
     scores: list[float] = []
     lengths: list[int] = []
     quiet = not progress or not sys.stderr.isatty()
-    with _saving(result.output) as stream, progress_bar(f"ranking {rows.name}", quiet=quiet) as update:
+    with (
+        atomic_write(result.output) as temporary,
+        open(temporary, "w", encoding="utf-8") as stream,
+        progress_bar(f"ranking {rows.name}", quiet=quiet) as update,
+    ):
         source_rows = iter(rows)
         while group := list(islice(source_rows, BATCH_ROWS)):
             ready = _candidates(group, encoder, rows, tokenize, result)
@@ -232,12 +235,3 @@ def _merged(samples: Sequence[Sample]) -> list[Sample]:
         return list(samples)
     raw = {"prompt": first.raw["prompt"]} if "prompt" in first.raw else {}
     return [Sample(first.prompt_ids, [c for s in samples for c in s.completions], row=first.row, raw=raw)]
-
-
-@contextmanager
-def _saving(target: Path) -> Iterator[Any]:
-    try:
-        with atomic_write(target) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-            yield stream
-    except OSError as error:
-        raise RunError(f"{target} could not be written: {error.strerror or error}") from error

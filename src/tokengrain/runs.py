@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from tokengrain.errors import RunError, read_json, read_log, require, shown, write_json
+from tokengrain.errors import RunError, read_json, read_log, read_text, require, shown, write_json
+from tokengrain.settings import parse_yaml
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"  # what a stage may be called; its folder has the same name
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # names of the folders of checkpoints
@@ -130,10 +129,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a run, {} if there is no such file. Raises `RunError` if it holds something else."""
     if not path.exists():
         return {}
-    try:
-        found = read_json(path)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise RunError(f"{path} is damaged: {error}") from error
+    found = read_json(path)
     require(isinstance(found, dict), RunError, f"{path} is damaged: got {shown(found)}; expected an object")
     return found
 
@@ -150,11 +146,8 @@ def read_run(path: str | Path) -> Run:
     if not is_run(path):
         raise RunError(f"{path} is not a run folder: it has no run.json ({_what_it_holds(path)}")
     info = read_object(path / "run.json")
-    try:
-        recipe_file = path / "recipe.yaml"
-        recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.exists() else {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"{recipe_file} is damaged: {error}") from error
+    recipe_file = path / "recipe.yaml"
+    recipe = parse_yaml(read_text(recipe_file), f"{recipe_file} is damaged", RunError) if recipe_file.exists() else {}
     readable = recipe is None or isinstance(recipe, dict)
     require(readable, RunError, f"{recipe_file} is damaged: got {shown(recipe)}; expected a recipe")
     written = "status" in info

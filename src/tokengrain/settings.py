@@ -1,16 +1,19 @@
 """Settings read from a callable's signature, validated; and callables found by an import string.
 
 Objectives and credit sources are plain callables. Their hyper-parameters are the keyword-only arguments of their
-signature, with type and range written there once (`beta: Positive = 0.1`).
+signature, with type and range written there once (`beta: Positive = 0.1`). And the YAML that recipes are in.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
+import re
 import sys
 import types
 import typing
@@ -21,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import core_schema
 from torch import Tensor
 
-from tokengrain.errors import RecipeError, RunError, require, shown
+from tokengrain.errors import RecipeError, RunError, TokengrainError, require, shown
 
 
 def _not_bool(value: Any) -> Any:
@@ -59,6 +63,8 @@ Share = Annotated[float, Bounds(ge=0, le=1)]
 Smoothing = Annotated[float, Bounds(ge=0, lt=0.5)]
 Whole = Annotated[int, Bounds(ge=0)]
 Count = Annotated[int, Bounds(ge=1)]
+LARGEST = 1e18
+"""No number of a recipe or a row means more."""
 
 
 def load_named(name: str, known: Mapping[str, str], what: str) -> Callable[..., Any]:
@@ -214,3 +220,73 @@ def source_of(function: Callable[..., Any]) -> str:
         return inspect.getsource(function if named else type(function))
     except (OSError, TypeError):
         return ""
+
+
+# ---- YAML in which each thing is said once ----
+
+MOST_VALUES = 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.1 wants `1.0e-4`) and refuses repeated keys and alias bombs."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            why = f"its aliases make more than {MOST_VALUES} values, or a value part of itself"
+            raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+        return node
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node has, each as often as it is named."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known: of a node within itself
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+_Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (str, int, float, bool)) and key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key if isinstance(key, (str, int, float, bool)) else id(key))
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts quotes around text that `_Loader` would read as a number, such as `1e3`."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """YAML that `parse_yaml` reads as these values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_yaml(text: str, where: str, kind: type[TokengrainError] = RecipeError) -> Any:
+    """Parse YAML; where it is malformed, the error of that kind has the line number."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # for a wrong date, say, constructors raise what they like
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
+        raise kind(f"{where}:{line} not valid YAML: {getattr(error, 'problem', error)}") from error

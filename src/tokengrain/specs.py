@@ -24,7 +24,7 @@ class TokenizerSpec(Strict):
     type: Literal["bpe", "byte"] = Field(
         default="bpe", description="byte-level BPE trained on the data, or plain bytes"
     )
-    vocab_size: int = Field(default=4096, ge=259, description="tokens of the BPE; a byte tokenizer has 258")
+    vocab_size: int = Field(default=4096, ge=259, le=2**22, description="tokens of the BPE; a byte tokenizer has 258")
 
 
 class ModelSpec(Strict):
@@ -132,7 +132,7 @@ class DataSpec(Strict):
 class LoraSpec(Strict):
     """LoRA adapters (peft): only they are trained; the reference is the model with them switched off."""
 
-    r: int = Field(default=16, gt=0, description="rank")
+    r: int = Field(default=16, gt=0, le=2**16, description="rank")
     alpha: int = Field(default=32, gt=0, description="scale: the update is multiplied by alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] | None = Field(default="all-linear", description="which modules get an adapter")

@@ -268,7 +268,7 @@ def test_full_disk_says_what_to_do_and_keeps_shards(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(pq, "write_table", full)
     source = {"token_rewards": lambda batch: torch.ones(batch.segments.total)}
-    with pytest.raises(RunError, match=r"disk is full .*2 of 3 shards are finished and kept in .*again"):
+    with pytest.raises(RunError, match=r"no space left .*2 of 3 shards are finished and kept in .*same command"):
         quick(tmp_path / "out.parquet", source)
     assert len(list((tmp_path / "out.shards").iterdir())) == 2
     quick(tmp_path / "out.parquet", source)

@@ -25,6 +25,8 @@ from tokengrain.data.config import RowError, check
 from tokengrain.data.formats import CanonicalRow, Content, check_misspelt, content
 from tokengrain.data.spans import WORD, Level, SpanConfig, TagError, diff_spans, strip_tags, tagged_stretches
 from tokengrain.data.tokens import Rendered, Tokens
+from tokengrain.errors import once
+from tokengrain.settings import LARGEST
 
 LOGP_ROUNDING = 1e-3  # log-probabilities are at most 0, give or take this
 REASONS = {"token_rewards": "token rewards", "ref_logps": "reference log-probabilities", "spans": "spans"}
@@ -69,8 +71,8 @@ def no_spans(values: Sequence[Any], others: Sequence[Any]) -> bool:
 def parsed_list(name: str, value: Any, field: str) -> list[Any]:
     """The list that stands in a column, also as JSON text. Raises `RowError`."""
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError):  # text that is not JSON raises below
-            value = json.loads(value)
+        with suppress(ValueError, RecursionError):  # text that is not JSON raises below
+            value = json.loads(value, object_pairs_hook=once)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -83,7 +85,8 @@ def _number(value: Any, what: str, field: str, name: str, limit: float = math.in
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     for holds, problem, expected in (
         (lambda: is_number, "not a number", "a number"),
-        (lambda: math.isfinite(value), "not finite", "a finite number"),
+        (lambda: value == value and abs(value) != math.inf, "not finite", "a finite number"),
+        (lambda: abs(value) <= LARGEST, "too large", f"a number of at most {LARGEST:g}"),
         (lambda: value <= limit, "not a log-probability", "at most 0"),
     ):
         if not holds():
@@ -124,6 +127,9 @@ def _span(
     keys = "".join(f', "{key}": number' for key in also)
     whole = isinstance(span, Mapping) and {"start", "end", *also} <= span.keys()
     need(whole, "is not a span", f'{{"start": character, "end": character{keys}}}')
+    known = ("start", "end", "message", *(also or ("id",)))
+    other = [key for key, value in span.items() if value is not None and key not in known]  # null: of parquet's structs
+    need(not other, f"has an unknown key {other[0] if other else None!r}", f"{', '.join(known)}")
     texts = [i for i, place in enumerate(rendered.contents) if place is not None]
     message = span.get("message")
     one_of = f'"message": one of {texts}'
@@ -333,8 +339,8 @@ def _ids_of(values: Sequence[Any], field: str, side: Marked) -> list[float]:
     found = char_spans(values, field, COLUMN, side.rendered)
     given = [value.get("id") for value in values]
     if any(i is not None for i in given):
-        bad = next((i for i in given if isinstance(i, bool) or not isinstance(i, int) or i < 1), None)
-        usable, expected = bad is None and None not in given, "whole numbers of at least 1 for all spans, or no ids"
+        bad = next((i for i in given if isinstance(i, bool) or not isinstance(i, int) or not 1 <= i <= 2**24), None)
+        usable, expected = bad is None and None not in given, "whole numbers from 1 to 2**24 for all spans, or no ids"
         check(usable, REASONS[COLUMN], "a span's id is not usable", field=field, value=bad, expected=expected)
     bodies = {body.message: body for body in _bodies(side)}
     for number, (start, end, index) in enumerate(found, start=1):

@@ -29,10 +29,21 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from tokengrain.data.config import RowError
-from tokengrain.errors import DataError, RecipeError, file_fingerprint, fingerprint, require, shown
+from tokengrain.errors import (
+    DataError,
+    RecipeError,
+    explained,
+    file_fingerprint,
+    fingerprint,
+    once,
+    read_text,
+    regular_file,
+    require,
+    shown,
+)
+from tokengrain.settings import parse_yaml
 
 R = TypeVar("R", bound="Rows")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -61,6 +72,7 @@ def row_label(row: int, line: int | None) -> str:
 def opened(path: Path) -> Iterator[BufferedIOBase]:
     """The file's bytes, gunzipped if its name ends in .gz; damage becomes a `DataError`."""
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    regular_file(path, DataError)
     try:
         with opener(path, "rb") as stream:
             yield stream
@@ -95,7 +107,9 @@ def read_jsonl(path: Path) -> Iterator[Record]:
     filled = ((number, text) for number, text in lines(path) if text.strip())
     for row, (number, text) in enumerate(filled):
         try:
-            fields = json.loads(text)
+            fields, end = _decoded(text, len(text) - len(text.lstrip()))
+            if text[end:].strip():
+                raise json.JSONDecodeError("Extra data", text, end)
         except (RecursionError, ValueError) as error:
             at = getattr(error, "pos", 0)
             raise _json_error(path, row, number, at + 1, text, at, _why(error)) from error
@@ -165,7 +179,7 @@ def _array_rows(path: Path, source: _Window) -> Iterator[Record]:
         if not condition:
             raise _json_error(path, row, *source.where(position), source.text, position, why)
 
-    decode, row = json.JSONDecoder().raw_decode, 0
+    row = 0
     source.peek()
     source.position += 1  # the opening bracket
     separator = source.peek()
@@ -173,7 +187,7 @@ def _array_rows(path: Path, source: _Window) -> Iterator[Record]:
     while separator != "]":
         need(source.peek(), source.position, "the array is not closed")
         try:
-            fields, end = decode(source.text, source.position)
+            fields, end = _decoded(source.text, source.position)
         except (RecursionError, ValueError) as error:
             at = getattr(error, "pos", None)
             unfinished = at is not None and (_why(error).startswith("Unterminated") or at > len(source.text) - TAIL)
@@ -189,6 +203,37 @@ def _array_rows(path: Path, source: _Window) -> Iterator[Record]:
         need(separator and separator in ",]", source.position, why)
         source.position += 1
     need(not source.peek(), source.position, "text behind the end of the array")
+
+
+def _no_number(constant: str) -> float:
+    raise ArithmeticError(constant)  # NaN or Infinity, which Python takes for JSON
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=once, parse_constant=_no_number)
+_HUGE = re.compile(r"\d[eE]\+?\d{3}")
+
+
+def _decoded(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins there, and its end. Raises `ValueError`, also for repeated keys, NaN and infinity."""
+    try:
+        fields, end = _STRICT.raw_decode(text, start)
+        suspicious = _HUGE.search(text, start, end) is not None
+    except ArithmeticError:
+        fields, end = json.JSONDecoder().raw_decode(text, start)
+        suspicious = True
+    for place, value in _numbers(fields) if suspicious else ():
+        if not math.isfinite(value):
+            raise ValueError(f"field {place} is {value}, which is no number")
+    return fields, end
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every number with a point in a JSON value, and where it stands."""
+    if isinstance(value, float):
+        yield place, value
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        yield from _numbers(part, f"{place}[{key!r}]" if place else repr(key))
 
 
 def _why(error: Exception) -> str:
@@ -422,7 +467,8 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
     if isinstance(source, Rows):
         return source
     if isinstance(source, (str, PathLike)):
-        return _from_name(source, split, streaming)
+        with explained(DataError):
+            return _from_name(source, split, streaming)
     if type(source).__module__.split(".")[0] == "datasets":
         return _from_datasets(source, "dataset", split, streaming)
     weights = source if isinstance(source, Mapping) else {}
@@ -681,9 +727,9 @@ def _once(paths: Sequence[Path]) -> list[Path]:
 def _declared(folder: Path) -> dict[str, list[Path]]:
     """Split -> files, as the header of a hub data set's README says; {} where it does not."""
     readme = folder / "README.md"
-    header = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL) if readme.is_file() else None
+    header = re.match(r"---\n(.*?)\n---", read_text(readme, DataError), re.DOTALL) if readme.exists() else None
     try:
-        configs: Any = (yaml.safe_load(header.group(1)) or {}).get("configs") if header is not None else None
+        configs: Any = (parse_yaml(header.group(1), "") or {}).get("configs") if header is not None else None
         if not configs:
             return {}
         chosen = configs[0] if len(configs) == 1 else next(c for c in configs if c.get("config_name") == "default")
@@ -695,5 +741,5 @@ def _declared(folder: Path) -> dict[str, list[Path]]:
             matches = [p for pattern in patterns for p in folder.glob(pattern) if p.is_file() and file_kind(p)]
             found[str(entry["split"])] = sorted(set(matches))
         return found
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, StopIteration):
+    except (RecipeError, AttributeError, KeyError, TypeError, ValueError, StopIteration):
         return {}  # a header that says something else

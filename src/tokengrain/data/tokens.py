@@ -30,7 +30,7 @@ from typing import Any
 
 from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.formats import Example, Message, TokenIds, common_length
-from tokengrain.errors import ModelError, fingerprint, require
+from tokengrain.errors import ModelError, fingerprint, read_text, require
 
 Span = tuple[int, int]
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -303,7 +303,7 @@ def template_text(template: str | None) -> str | None:
     path = Path(template).expanduser()
     expected = "expected a Jinja template or the path of a file that holds one"
     require(path.is_file(), ModelError, f"chat_template is {template!r}; {expected}")
-    return path.read_text(encoding="utf-8")
+    return read_text(path, ModelError)
 
 
 def _contents(

@@ -19,7 +19,7 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import RecipeError, shown
 from tokengrain.recipe import schema
 from tokengrain.runs import CHECKPOINT
-from tokengrain.settings import nearest
+from tokengrain.settings import LARGEST, nearest
 from tokengrain.training.config import PreferenceConfig
 
 
@@ -82,10 +82,12 @@ def entries(values: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_finite(values: Any) -> Iterator[str]:
-    """What is wrong with numbers: NaN and infinity are none that a recipe can mean."""
+    """What is wrong with numbers: NaN, infinity and 1e30 are none that a recipe can mean."""
     for where, value in entries(values):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{where}: got {value}; expected a finite number"
+        elif isinstance(value, (int, float)) and abs(value) > LARGEST:
+            yield f"{where}: got {shown(value)}; expected a number of at most {LARGEST:g}"
 
 
 def check_shared(recipe: schema.Recipe, found: Mistakes) -> None:

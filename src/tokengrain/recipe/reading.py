@@ -18,68 +18,19 @@ Relative paths of data and models are relative to the working directory; `extend
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tokengrain.errors import RecipeError, require, shown
-from tokengrain.settings import nearest
+from tokengrain.errors import RecipeError, explained, read_text, require, shown
+from tokengrain.settings import nearest, parse_yaml
 from tokengrain.specs import WORLD
 
 Values = dict[str, Any]
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number (YAML 1.1 wants `1.0e-4`) and refuses repeated keys."""
-
-
-_Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, (str, int, float, bool)) and key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key if isinstance(key, (str, int, float, bool)) else id(key))
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that puts quotes around text that `_Loader` would read as a number, such as `1e3`."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
-def write_yaml(values: Values) -> str:
-    """YAML that `parse_yaml` reads as these values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML; where it is malformed, the `RecipeError` has the line number."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
-        raise RecipeError(f"{where}:{line} not valid YAML: {getattr(error, 'problem', error)}") from error
-
-
+@explained(RecipeError)
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe given as a path or as the name of one that comes with tokengrain ("tgdpo").
 
@@ -102,18 +53,16 @@ def recipe_folders() -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
+@explained(RecipeError)
 def read_file(path: Path, above: tuple[Path, ...] = ()) -> Values:
     """Read one recipe file with everything that it extends; `above`: files that extend it."""
     again = " -> ".join(str(p) for p in (*above, path))
     require(path.resolve() not in above, RecipeError, f"{path}: extends itself ({again})")
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         by = f" (extended by {above[-1]})" if above else ""
         kind = "is a folder, not a recipe file" if path.is_dir() else "no such recipe file"
         raise RecipeError(f"{path}: {kind}{by}{_near_file(path)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not a text file in UTF-8 ({error})") from error
+    text = read_text(path, RecipeError)
     values = parse_yaml(text, str(path))
     what = f"{path}: got {shown(values)}; expected a mapping of keys such as `method:` and `model:`"
     require(isinstance(values, dict), RecipeError, what)

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from tokengrain.recipe.reading import merge, write_yaml
+from tokengrain.recipe.reading import merge
 from tokengrain.runs import NAME
+from tokengrain.settings import write_yaml
 from tokengrain.specs import DataSpec, LoraSpec, ModelSpec, PromptSpec, Strict, TeacherSpec
 
 INIT = "init"
@@ -133,7 +134,7 @@ class Recipe(Strict):
     model: ModelSpec = Field(description="what to train")
     data: DataSpec = Field(description="preference pairs")
     output_dir: str = Field(description="the run folder")
-    seed: int = Field(default=0, ge=0, description="order of the rows, held-out rows, dropout, new weights")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="order of the rows, held-out rows, dropout, new weights")
     lora: LoraSpec | None = Field(default=None, description="train LoRA adapters instead of all weights")
     training: dict[str, Any] = Field(
         default_factory=dict, description="PreferenceConfig (all of transformers' TrainingArguments), for all stages"

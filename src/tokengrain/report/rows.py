@@ -23,7 +23,7 @@ from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import StoredRows, load_rows, with_columns
 from tokengrain.data.spans import SpanConfig
 from tokengrain.data.tokens import token_texts
-from tokengrain.errors import DataError, ModelError, RunError, read_json, require, shown
+from tokengrain.errors import DataError, ModelError, RunError, read_json, regular_file, require, shown
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.settings import code_named_by
 from tokengrain.worlds import is_world, load_world
@@ -108,10 +108,7 @@ def read_credit_samples(path: Path) -> list[CreditSample]:
     """Read and check `credit_samples.json`; an absent file is an empty list."""
     if not path.exists():
         return []
-    try:
-        entries = read_json(path)
-    except ValueError as error:  # or not UTF-8
-        raise DataError(f"not JSON: {error}", file=path) from error
+    entries = read_json(path, DataError)
     kind = type(entries).__name__
     require(isinstance(entries, list), DataError, "wrong content", file=path, value=kind, expected="a list of samples")
     return [_parse(path, row, entry) for row, entry in enumerate(entries)]
@@ -411,7 +408,7 @@ def read_rollouts(path: Path) -> list[Recorded]:
     if not path.exists():
         return []
     # Split at line ends only: `str.splitlines` would also cut at U+2028, which a completion may have in it.
-    *lines, rest = path.read_bytes().split(b"\n")
+    *lines, rest = regular_file(path).read_bytes().split(b"\n")
     found = []
     for number, line in enumerate([*lines, rest], start=1):
         if not line.strip():
@@ -419,7 +416,7 @@ def read_rollouts(path: Path) -> list[Recorded]:
         where = f"{path}: line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             if number > len(lines):
                 break
             raise RunError(f"{where} is damaged: {error}") from error

@@ -4,11 +4,17 @@ Also the script of the processes in which `builtin.py` does what may hang (mathe
 request a line and writes one JSON answer a line. It imports nothing of this package, so that it starts quickly.
 """
 
+import ctypes
 import json
 import multiprocessing
+import os
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from itertools import product
@@ -308,6 +314,8 @@ TASKS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (math_equal, read
 
 def work(link: Any, task: str, other: Any) -> None:
     """Answer the requests that come over the link, once what the task needs is loaded. `other` is its other end."""
+    with suppress(OSError, AttributeError):  # Linux: killed with the process that it is a copy of, which may be killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if task != "matches":
         _parsed("$1$")
     other.close()  # else it would never see that the process which it is a copy of has ended
@@ -322,7 +330,17 @@ def work(link: Any, task: str, other: Any) -> None:
         link.send(answer)
 
 
-def main(task: str) -> None:
+def end_with(parent: int) -> None:
+    """End this process, and its copy with it, when the one that started it has ended, however that was."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(1)
+
+
+def main(task: str, parent: int) -> None:
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     if task != "matches":
         _parsed("$1$")  # before the copies are made, which start at once then
     kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
@@ -352,4 +370,4 @@ def main(task: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

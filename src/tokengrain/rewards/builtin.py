@@ -20,7 +20,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from tokengrain.errors import RecipeError, fingerprint, read_json, require, shown, write_json
+from tokengrain.errors import RecipeError, TokengrainError, fingerprint, read_json, require, shown, write_json
 from tokengrain.rewards import answers
 from tokengrain.rewards.reward_model import RewardModel
 from tokengrain.rewards.suite import RESERVED, RewardError, RewardFailure, RewardFunction
@@ -65,7 +65,7 @@ class Workers:
                 process = self._free.get_nowait()
         if process is None or process.poll() is not None:
             # -P keeps this folder off the path, where a file might have the name of a library.
-            command, pipe = [sys.executable, "-P", answers.__file__, self.task], subprocess.PIPE
+            command, pipe = [sys.executable, "-P", answers.__file__, self.task, str(os.getpid())], subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -593,7 +593,7 @@ def _cached(path: Path | None) -> str | None:
         return None
     try:
         return str(read_json(path)["reply"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (TokengrainError, KeyError, TypeError) as error:
         raise RewardError(f"{path} is no answer of a judge ({type(error).__name__}); remove it") from None
 
 

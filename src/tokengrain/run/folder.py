@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import shutil
@@ -19,11 +18,24 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from tokengrain.errors import RunError, TokengrainError, fingerprint, read_json, require, shown, write_json, write_text
+from tokengrain.errors import (
+    RunError,
+    TokengrainError,
+    explained,
+    fault,
+    fingerprint,
+    read_json,
+    remove_temporaries,
+    require,
+    shown,
+    write_json,
+    write_text,
+)
 from tokengrain.recipe.schema import INIT, Recipe, dump_recipe
 from tokengrain.run.load import resolve_stages
 from tokengrain.run.stages import Stage
 from tokengrain.runs import FORMAT, TRAINED, Run, StageRecord, Status, is_run, read_run, read_stage, resume_command
+from tokengrain.training.checkpoint import STAGING
 
 # ---- The plan ----
 
@@ -117,10 +129,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     if run_dir.exists() and not run_dir.is_dir():  # the plan says what is wrong
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(run_dir / LOCK, timeout=0), run_dir / OWNER
     try:
-        lock.acquire()
+        with explained():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise RunError(f"{run_dir} is in use{_owner(owner)}; wait for it, or choose another with --output") from None
     try:
@@ -138,7 +151,7 @@ def _owner(path: Path) -> str:
     try:
         found = read_json(path)
         return f" by process {found['pid']} on {found['host']}, since {found['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just come, or is leaving
+    except (RunError, KeyError, TypeError):  # it has just come, or is leaving
         return ""
 
 
@@ -163,6 +176,15 @@ class RunFolder:
         self._began = False
         self._info: dict[str, Any] = {}
 
+    def tidy(self) -> None:
+        """Remove what killed processes left: temporary files, and beside a finished result what it was made from."""
+        if self.writes:
+            check_links(self.path)
+            remove_temporaries(self.path)
+            for plan in (plan for plan in self.plans if plan.action == "reuse"):
+                for left in (plan.path / STAGING, *plan.path.glob("*.shards")):
+                    shutil.rmtree(left, ignore_errors=True)
+
     def begin(self) -> None:
         """Make the folder this run's: `recipe.yaml` and `run.json`; drop results of other settings."""
         if self._began:
@@ -180,7 +202,6 @@ class RunFolder:
         }
         if not self.writes:
             return
-        check_links(self.path)
         kept = {p.stage.name for p in self.plans if p.action != "run" or p.record is not None}
         for record in read_run(self.path).stages if (self.path / "run.json").exists() else ():
             if record.name not in kept:
@@ -211,7 +232,7 @@ class RunFolder:
         plan.record.status = status
         plan.record.seconds += time.monotonic() - started
         if self.writes:
-            with suppress(OSError) if status != "done" else nullcontext():
+            with suppress(RunError) if status != "done" else nullcontext():
                 plan.record.save()
 
     def check_space(self) -> None:
@@ -259,20 +280,14 @@ class RunFolder:
             status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             resume = resume_command(Run(self.path, {}, {}, []))
             if self._began:
-                with suppress(OSError):
+                with suppress(RunError):
                     self._save(status)
                 if status == "interrupted":
                     console.print(f"stopped; what was done is kept in {self.path}", markup=False)
                     console.print(f"to continue: {resume}", soft_wrap=True, markup=False)
-            if not isinstance(error, TokengrainError) and _disk_is_full(error):
-                what = f"no space left on the disk of {self.path}; what was finished is kept"
-                raise RunError(f"{what}. Free some space and run {resume}") from error
-            raise
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
+            if isinstance(error, TokengrainError) or (reason := fault(error)) is None:
+                raise
+            raise RunError(f"{reason}. What was finished is kept in {self.path}; to continue: {resume}") from error
 
 
 def _size(path: str | None) -> int:

@@ -89,6 +89,7 @@ def _run(
     reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
     run = RunModels(recipe, console, state)
     folder = RunFolder(recipe, plans, writes=state.is_main_process)
+    folder.tidy()
     with folder.kept_in_order(console):
         _prepare(run, wanted, folder)
         for plan in wanted:

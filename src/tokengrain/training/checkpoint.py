@@ -7,21 +7,34 @@ number for the latest. A process killed in between leaves a folder that looks li
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import pickle
 import re
 import shutil
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from tokengrain.errors import RunError, fingerprint, read_log, require, write_text
+from tokengrain.errors import (
+    RunError,
+    TokengrainError,
+    explained,
+    fault,
+    fingerprint,
+    read_log,
+    regular_file,
+    require,
+    write_text,
+)
 
 STAGING = ".saving"
 STATE_FILE = "tokengrain_state.json"
@@ -140,24 +153,77 @@ def saving(what: str, staged: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
-        # safetensors has its own exception class, torch.save raises RuntimeError from its zip writer.
-        zipped = isinstance(error, RuntimeError) and "Writer" in str(error)
-        if not (isinstance(error, (OSError, SafetensorError)) or zipped):
+        reason = fault(error) or (str(error) if isinstance(error, (RunError, SafetensorError)) else None)
+        if reason is None:
             raise
         kept = last_complete_checkpoint(staged.parent.parent)
         intact = f"{kept} is intact" if kept else "there is no earlier checkpoint"
-        reason = "no space left on the device" if _is_full(error) else str(error)
         raise RunError(f"could not save {what} in {staged.parent.parent}: {reason}; {intact}") from error
 
 
-def _is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "os error 28" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+@contextmanager
+def reading(checkpoint: Path, what: str = "") -> Iterator[None]:
+    """Turn what a damaged checkpoint makes libraries raise into a RunError. No pickle in it may name code."""
+    forced = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch unpickles parts of a sharded checkpoint
+    before = os.environ.get(forced)
+    os.environ[forced] = "1"
+    try:
+        yield
+    except TokengrainError:
+        raise
+    except Exception as error:  # torch, pickle, zipfile and json raise errors of many kinds, EOFError among them
+        reason = next(iter(str(error).splitlines()), "")
+        raise RunError(
+            f"{checkpoint} is damaged or incomplete: {what}{type(error).__name__}: {reason}; {way_on(checkpoint)}"
+        ) from error
+    finally:
+        del os.environ[forced]
+        os.environ.update({} if before is None else {forced: before})
+
+
+def way_on(checkpoint: Path) -> str:
+    """How to go on without a checkpoint."""
+    earlier = [path.name for path in checkpoints(checkpoint.parent) if path != checkpoint]
+    return f"remove it to {f'resume from {earlier[-1]}' if earlier else 'begin anew'}"
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raise RunError for a file of a checkpoint that is cut off or no file at all, or a pickle that names code."""
+    for path in sorted(p for p in checkpoint.rglob("*") if not p.is_dir()):
+        with reading(checkpoint, f"{path.relative_to(checkpoint)}: "):
+            regular_file(path)
+            if path.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(path).close()
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.name == ".metadata":
+                with path.open("rb") as index:
+                    _Metadata(index).load()
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint, which torch unpickles as it is: it may name torch's own records only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What the pickle may name: classes of torch's records, types and sizes."""
+        known = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        plain = (module, name) in _PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        named = known and isinstance(getattr(sys.modules.get(module), name, None), type)
+        require(plain or named, RunError, f"the checkpoint's .metadata names {module}.{name}; it is not loaded")
+        return super().find_class(module, name)
+
+
+_PLAIN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+}
 
 
 def publish(staged: Path, target: Path) -> None:
@@ -214,12 +280,10 @@ def no_progress_bar() -> Iterator[None]:
 
 def append_text(path: Path, text: str) -> None:
     """Add text (whole lines) to the end of a file; its folder is made if need be."""
-    try:
+    with explained(RunError, f"could not write {path}: "):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
-        raise RunError(f"could not write {path}: {error.strerror}") from error
 
 
 class JsonlLog(TrainerCallback):

@@ -39,6 +39,18 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Inherited settings that would be without effect, or with a wrong one: the values that are allowed, and the reason."""
 
+_MOST: dict[str, int] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 2**24
+    ),
+    **dict.fromkeys(("prompts_per_rollout", "num_generations", "eval_generations", "max_new_tokens"), 2**24),
+    **dict.fromkeys(("minibatches", "rollout_epochs", "num_train_epochs", "dataloader_prefetch_factor"), 10**6),
+    **dict.fromkeys(("max_steps", "warmup_steps", "top_k"), 2**40),
+    **dict.fromkeys(("seed", "data_seed"), 2**32 - 1),
+    "dataloader_num_workers": 256,
+}
+"""The most that a number can mean; more would take the machine's memory or processes before anything is said."""
+
 
 @dataclass
 class PreferenceConfig(TrainingArguments):
@@ -106,6 +118,10 @@ class PreferenceConfig(TrainingArguments):
             ("chunk_tokens", chunk is None or _is_whole(chunk, 1), "a positive integer or null"),
         ):
             require(fits, RecipeError, f"{name} must be {expected}, got {getattr(self, name)!r}")
+        for name, most in _MOST.items():
+            value = getattr(self, name, None)
+            above = isinstance(value, (int, float)) and value > most
+            require(not above, RecipeError, f"{name} is {value!r}; expected at most {most}")
         for name, (allowed, reason) in _REFUSED.items():
             value = getattr(self, name)
             shown = " and ".join(map(repr, allowed))
@@ -261,6 +277,8 @@ class OnlineConfig(PreferenceConfig):
         instead = "no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
         instead += "lora, bf16 and max_tokens_per_microbatch"
         require(not self.fsdp and not launched_with("FSDP"), RecipeError, f"{what}. Expected {instead}")
+        many = max(self.prompts_per_rollout * self.num_generations, self.eval_generations)
+        require(many <= 2**24, RecipeError, f"a rollout would have {many} completions; expected at most {2**24}")
         alike = "a prompt's completions would all be the same"
         what = f"temperature is 0: {alike}, and no objective could tell them apart"
         instead = "a temperature above 0 (eval_temperature may be 0)"

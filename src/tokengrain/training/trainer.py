@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from tokengrain.batch import Sample, TokenBatch
@@ -52,6 +52,7 @@ from tokengrain.training.checkpoint import (
     STAGING,
     STATE_FILE,
     JsonlLog,
+    check_files,
     check_same_run,
     checkpoint_to_resume,
     checkpoints,
@@ -59,6 +60,7 @@ from tokengrain.training.checkpoint import (
     has_renamed_weights,
     last_complete_checkpoint,
     no_progress_bar,
+    reading,
     refuse_earlier_run,
     remove_folder,
     require_optimizer,
@@ -525,7 +527,12 @@ class PreferenceTrainer(Trainer):
             self._log_file.restart(None)
 
     def _restore(self, checkpoint: Path) -> None:
-        state = read_json(checkpoint / STATE_FILE)
+        check_files(checkpoint)
+        with reading(checkpoint, "its state: "):
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))  # what transformers will do
+            self._take_up(checkpoint, read_json(checkpoint / STATE_FILE))
+
+    def _take_up(self, checkpoint: Path, state: dict[str, Any]) -> None:
         for name, written in state.get("template_time", {}).items():
             dataset: Any = self._datasets.get(name)
             if hasattr(dataset, "set_time"):
@@ -560,8 +567,17 @@ class PreferenceTrainer(Trainer):
         """For subclasses: take up what `save_extra` left; every rank calls this, before training begins."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args)
-        self._load_renamed(resume_from_checkpoint)
+        with reading(Path(resume_from_checkpoint), "its weights: "):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args)
+            self._load_renamed(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint), "its optimiser: ") if checkpoint else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint), "its random state: ") if checkpoint else nullcontext():
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

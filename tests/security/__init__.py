@@ -1,0 +1,1 @@
+"""Attacks and faults: what may not be read, written, run, shown or waited for."""

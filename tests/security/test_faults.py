@@ -1,0 +1,351 @@
+"""A full disk, files that are none, damaged checkpoints, absurd numbers: one error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.test_stages import TGDPO, values
+from tests.training.test_resume import KillAt, build, in_child
+from tokengrain.cli import main
+from tokengrain.data.rows import load_rows
+from tokengrain.errors import DataError, ModelError, RecipeError, RunError, TokengrainError, read_json
+from tokengrain.models import load_model, load_tokenizer
+from tokengrain.run.load import load_recipe, make_recipe
+from tokengrain.run.runner import run_recipe
+from tokengrain.specs import ModelSpec
+from tokengrain.training.checkpoint import last_complete_checkpoint
+
+EVENTS = {"prompts": "sampled"}
+
+
+def run(recipe: dict[str, Any]) -> None:
+    run_recipe(make_recipe(recipe), console=Console(quiet=True))
+
+
+# ---- A disk that takes no more ----
+
+
+def outcome(work: Callable[[], None], bytes_of_a_file: int | None = None) -> str:
+    """What a child process made of it: "done", or the kind of the error and its message."""
+    reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def child() -> None:
+        if bytes_of_a_file is not None:  # no file may become longer: as on a full disk, the write fails half way
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
+        try:
+            work()
+            writer.send("done")
+        except BaseException as error:
+            writer.send(f"{type(error).__name__}: {error}")
+        os._exit(0)
+
+    in_child(child)
+    return str(reader.recv()) if reader.poll(1) else "nothing"
+
+
+SIZES = [0, 700, 20_000]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [s if s in SIZES else pytest.param(s, marks=pytest.mark.slow) for s in (0, 100, 700, 3000, 9000, 20_000, 40_000)],
+)
+def test_a_file_that_cannot_be_written_whole(size: int, tmp_path: Path) -> None:
+    recipe = values(tmp_path)
+    assert outcome(lambda: run(recipe), size).startswith("RunError: ")
+    assert not list(tmp_path.rglob("*.tmp*"))
+    assert outcome(lambda: run(recipe)) == "done"
+
+
+@pytest.fixture
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system that is really full soon, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", range(4, 400, 16), indirect=True)
+def test_a_full_disk_at_any_point(disk: Path, tmp_path: Path) -> None:
+    recipe = values(tmp_path, TGDPO, output_dir=str(disk / "run"))
+    found = outcome(lambda: run(recipe))
+    assert found == "done" or (found.startswith("RunError: ") and "no space left on the device" in found)
+
+
+# ---- Files that are no files ----
+
+
+def pipe(path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def device(path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    return path
+
+
+def sockets(path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(path))
+    return path
+
+
+def forbidden(path: Path) -> Path:
+    path.touch()
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    return path
+
+
+NO_FILES = [pipe, device, folder, forbidden]
+
+
+@pytest.mark.parametrize("make", NO_FILES)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json.gz", "rows.csv", "rows.parquet", "README.md"])
+def test_rows(make: Callable[[Path], Path], name: str, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text("{}\n")
+    path = make(tmp_path / name)
+    if name == "README.md" or make is folder:
+        path = tmp_path if name == "README.md" else path
+    with pytest.raises(DataError, match=r"expected a file|cannot be read|holds no file of rows"):
+        load_rows(path)
+
+
+@pytest.mark.parametrize("make", NO_FILES)
+def test_recipes(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        load_recipe(make(tmp_path / "r.yaml"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("finished")
+    run(values(place))
+    return place
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("make", NO_FILES)
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "train/stage.json", "metrics.json"])
+def test_run_folders(make: Callable[[Path], Path], name: str, copied: Path) -> None:
+    make(copied / "run" / name)
+    found = outcome(lambda: [run(values(copied)), main(["report", str(copied / "run")])])
+    assert found.startswith(("RunError", "SystemExit: 2")), found
+
+
+@pytest.mark.parametrize("make", NO_FILES)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_models(make: Callable[[Path], Path], name: str, copied: Path) -> None:
+    path = copied / "run" / "train" / "model"
+    if (name, make) == ("generation_config.json", folder):
+        pytest.skip("transformers passes over it")
+    make(path / name)
+    with pytest.raises(ModelError, match=rf"{name}|no (model|tokenizer) could be loaded"):
+        [load(ModelSpec(path=str(path)), str(path)) for load in (load_tokenizer, load_model)]
+
+
+# ---- Damaged checkpoints ----
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def halved(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def scrambled(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle - 40 : middle + 40] = bytes(80)
+    path.write_bytes(bytes(data))
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 3)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(Path.cwd() / "ran"),)
+
+
+def evil(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Evil()))
+
+
+def zipped_evil(path: Path) -> None:
+    torch.save({"state": Evil()}, path)
+
+
+FILES = ["rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json", "tokengrain_state.json"]
+DAMAGES = [emptied, halved, noise, evil, zipped_evil]
+FEW = {
+    ("rng_state.pth", emptied),
+    ("optimizer.pt", halved),
+    ("scheduler.pt", zipped_evil),
+    ("trainer_state.json", emptied),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("killed")
+    in_child(lambda: build(place, "full", [KillAt("log", 6)]).train() and None)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        pytest.param(name, damage, marks=[] if (name, damage) in FEW else pytest.mark.slow)
+        for name in [*FILES, "model.safetensors"]
+        for damage in DAMAGES
+    ],
+)
+def test_damaged_checkpoints(
+    name: str, damage: Callable[[Path], None], killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    last = last_complete_checkpoint(tmp_path)
+    assert last is not None
+    damage(last / name)
+    advice = r"remove it to resume from checkpoint-\d"
+    with pytest.raises(RunError, match=rf"{last.name} is damaged or incomplete: .*{advice}|{name} is damaged") as error:
+        build(tmp_path, "full").train(resume_from_checkpoint=True)
+    assert name.split(".")[0] in str(error.value) or "weights" in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- Numbers ----
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=99999999999999999999999",
+        "training.learning_rate=1e30",
+        "training.per_device_train_batch_size=1000000000000",
+        "training.gradient_accumulation_steps=1000000000000",
+        "training.dataloader_num_workers=100000",
+        "training.num_train_epochs=1e17",
+        "training.max_steps=10000000000000000000000",
+        "data.max_length=100000000000000000000000000",
+        "model.config.num_hidden_layers=1000000000",
+        "model.config.hidden_size=1000000000",
+        "model.config.vocab_size=100000000000000",
+        "model.tokenizer.vocab_size=100000000000",
+        "lora={r: 1000000000}",
+        "stages.train.objective.beta=.inf",
+        "stages.train.objective.beta=-1e400",
+    ],
+)
+def test_absurd_numbers_are_refused_at_once(override: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(values(tmp_path)))
+    with pytest.raises(TokengrainError, match=override.rpartition("=")[0].split(".")[-1].removesuffix("_size")):
+        run_recipe(load_recipe(path, overrides=[override]), console=Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}', "row 0.*key 'chosen' is given twice"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "x": {"y": 1, "y": 2}}', "key 'y' is given twice"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "score": NaN}', "field 'score' is nan, which is no number"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "s": [1, -Infinity]}', r"field 's'\[1\] is -inf"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "s": {"t": 1e999}}', r"field 's'\['t'\] is inf"),
+        ('{"prompt": ' + "[" * 100_000, "row 0"),
+        ('{"score": ' + "9" * 5000 + "}", "row 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_json_that_python_would_take(text: str, message: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{kind}"
+    path.write_text(text if kind == "jsonl" else f"[{text}]")
+    with pytest.raises(DataError, match=rf"rows\.{kind}: .*{message}"):
+        load_rows(path)
+
+
+def test_a_key_of_a_run_file_stands_once(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"status": "done", "status": "failed"}')
+    with pytest.raises(RunError, match=r"run\.json is damaged: key 'status' is given twice"):
+        read_json(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{a: " * 2000,
+        "a: &a [1]\nb: &b [*a, *a]\n"
+        + "".join(f"c{i}: &c{i} [{'*b' if not i else f'*c{i - 1}'}, *b]\n" for i in range(20)),
+        "a: &a\n  b: *a\n",
+        "seed: 2020-99-99",
+        "seed: !!timestamp x",
+        "seed: !!bool x",
+        "seed: !!python/object/apply:os.system [true]",
+        "seed: 0b",
+        "? [a, b]\n: 1",
+        "a: 1\na: 2",
+    ],
+)
+def test_yaml_that_is_no_recipe(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        load_recipe(path)
+
+
+# ---- What killed processes leave ----
+
+
+def test_what_a_killed_run_left_is_gone_after_the_next(copied: Path) -> None:
+    stage = copied / "run" / "train"
+    left = [copied / "run" / ".run.123.456.tmp.json", stage / ".log.9.1.tmp.jsonl", stage / ".saving" / "model" / "x"]
+    left.append(stage / "train.shards" / "shard-00000.parquet")
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    (copied / "run" / ".notes.tmp").write_text("the user's own")
+    run(values(copied))
+    assert not [path for path in left if path.exists()]
+    assert (copied / "run" / ".notes.tmp").exists()
