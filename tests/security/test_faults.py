@@ -66,7 +66,8 @@ SIZES = [0, 700, 20_000]
 )
 def test_a_file_that_cannot_be_written_whole(size: int, tmp_path: Path) -> None:
     recipe = values(tmp_path)
-    assert outcome(lambda: run(recipe), size).startswith("RunError: ")
+    found = outcome(lambda: run(recipe), size)
+    assert found.startswith("RunError: "), found
     assert not list(tmp_path.rglob("*.tmp*"))
     assert outcome(lambda: run(recipe)) == "done"
 
