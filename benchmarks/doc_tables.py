@@ -21,8 +21,8 @@ PICTURE_SOURCES = ["DPO: policy", "T-REG: contrastive prompting", "T-REG: policy
 def demo_table(metrics: dict[str, Any]) -> str:
     """The demo's methods as a Markdown table, with command, machine and date."""
     lines = [
-        "| | true reward | KL, nats | frontier share | wins vs base (95 % CI) | credit ρ / AUC | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| | true reward | KL, nats | frontier share | wins vs base (95 % CI) | credit ρ / AUC |",
+        "|---|---|---|---|---|---|",
     ]
     for r in metrics["methods"]:
         credit = "–" if r["credit_spearman"] is None else f"{r['credit_spearman']:.2f} / {r['credit_auc']:.2f}"
@@ -30,9 +30,10 @@ def demo_table(metrics: dict[str, Any]) -> str:
         wins, low, high = (100 * r[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
         lines.append(
             f"| {r['name']} | {r['true_reward']:.2f} ± {1.96 * r['true_reward_se']:.2f} | {r['kl']:.2f} | {share} "
-            f"| {wins:.0f} % ({low:.0f}–{high:.0f}) | {credit} | {r['seconds']:.0f} |"
+            f"| {wins:.0f} % ({low:.0f}–{high:.0f}) | {credit} |"
         )
-    made = f"`make demo`, {metrics['date']}, {metrics['machine']}, torch {metrics['versions']['torch']}."
+    made = "Written by `python -m benchmarks.doc_tables --demo runs/demo` from the numbers of "
+    made += f"`make demo`, {metrics['date']}, {metrics['machine']}, torch {metrics['versions']['torch']}."
     return "\n".join([*lines, "", f"{made} One seed; over five seeds: [the world `stories`](stories.md)."])
 
 

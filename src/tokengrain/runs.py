@@ -5,7 +5,7 @@
       run.json          method, versions, status, stages with their fingerprints
       metrics.json      written last
       init/             only when the model is built from scratch: model/
-      guide/  train/    stage.json, log.jsonl, metrics.json, model/ (weights and tokenizer)
+      guide/  train/    stage.json, log.jsonl, metrics.json, answers.json, model/ (weights, tokenizer, card)
       credit/           stage.json, train.parquet, eval.parquet, manifest.json
 
 Every file is written atomically, so whatever is there is whole; `status` says what is not there yet.
@@ -24,6 +24,8 @@ from tokengrain.settings import parse_yaml
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"  # what a stage may be called; its folder has the same name
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # names of the folders of checkpoints
 ROLLOUT_FILE = "rollouts.jsonl"
+ANSWERS = "answers.json"
+"""In the folder of a stage: `prompts`, and what the model said to them at the `start` and when `trained`."""
 FORMAT = 1  # of the layout and of what the fingerprints cover; part of every fingerprint
 TRAINED = ("sft", "train", "reward", "online")  # kinds of stages that make a trained model
 EQUAL = "no difference yet"  # `comparison` in metrics before training: the policy still is its reference

@@ -283,8 +283,18 @@ def _stage(stage: runs.StageRecord) -> dict[str, Any]:
         "kind": stage.kind,
         "seconds": stage.seconds,
         "note": _note(stage),
+        "answers": _answers(stage),
         **_compared(before, after, KEY, metrics.get("held_out")),
     }
+
+
+def _answers(stage: runs.StageRecord) -> list[tuple[str, str, str]]:
+    """Prompts, and what the model said to them before and after training."""
+    said = runs.read_object(path) if (path := stage.path / runs.ANSWERS).is_file() else {}
+    parts = [said.get(name) for name in ("prompts", "start", "trained")]
+    if not all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in parts):
+        return []
+    return [(visible(prompt), visible(start), visible(end)) for prompt, start, end in zip(*parts, strict=False)]
 
 
 def _note(stage: runs.StageRecord) -> str:

@@ -19,7 +19,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tokengrain import models
 from tokengrain.annotation import load_annotated
 from tokengrain.data.rows import Rows
-from tokengrain.errors import DataError, ModelError, RecipeError, fingerprint, read_json, require, write_json
+from tokengrain.errors import (
+    DataError,
+    ModelError,
+    RecipeError,
+    fingerprint,
+    read_json,
+    require,
+    write_json,
+    write_text,
+)
 from tokengrain.loss import resolve_role
 from tokengrain.method import (
     FROZEN,
@@ -37,7 +46,15 @@ from tokengrain.recipe.check import Mistakes, check_training
 from tokengrain.rewards.builtin import REWARDS, check_reward, make_reward, reward_objects
 from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rewards.suite import RewardFunction, RewardSuite
-from tokengrain.rollout.sampler import check_reachable, check_sampler, deciding
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import (
+    PromptItem,
+    SamplingConfig,
+    check_reachable,
+    check_sampler,
+    deciding,
+    decode,
+)
 from tokengrain.run import show
 from tokengrain.run.build import CreditSpec, RunModels, length_by_hand, open_rows, tokenize_config
 from tokengrain.run.stages import (
@@ -55,12 +72,13 @@ from tokengrain.run.stages import (
     model_content,
     store_credit,
 )
-from tokengrain.runs import EQUAL
-from tokengrain.scoring.model import lift_positions
+from tokengrain.runs import ANSWERS, EQUAL
+from tokengrain.scoring.model import lift_positions, positions
 from tokengrain.scoring.prepare import unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference
 from tokengrain.settings import load_callable, source_of, validate_settings
 from tokengrain.specs import LoraSpec, ModelSpec, TeacherSpec
+from tokengrain.training.card import model_card
 from tokengrain.training.checkpoint import STAGING, checkpoints, last_complete_checkpoint, remove_folder
 from tokengrain.training.config import OnlineConfig, PreferenceConfig
 from tokengrain.training.critic import Critic
@@ -68,6 +86,9 @@ from tokengrain.training.online import OnlineTrainer
 from tokengrain.training.rollout import PromptDataset
 from tokengrain.training.trainer import PreferenceTrainer, with_adapter
 from tokengrain.worlds import is_world, load_world
+
+ANSWERED, ANSWER_TOKENS = 3, 48
+"""Prompts whose answers before and after training are shown in the report, and most tokens of an answer."""
 
 WORLD_REWARD = "world"
 """Name of the reward that a world includes."""
@@ -276,6 +297,8 @@ class Trained(Stage):
             metrics["before"] = self.compared(plain_metrics(trainer.evaluate()), trainer.reference)
             if main:
                 write_json(metrics_file, metrics)
+        said = read_json(folder / ANSWERS) if checkpoint and (folder / ANSWERS).exists() else {}
+        self.note_answers(run, trainer, said, "start")
         run.console.print(models.trained(trainer.model, whole=self.lora is None))
         progress = show.ShowProgress(run.console, self.name)
         trainer.add_callback(progress)
@@ -291,10 +314,19 @@ class Trained(Stage):
         if has_eval:
             metrics["after"] = plain_metrics(trainer.evaluate())
         metrics |= self.save(run, trainer, folder / "model")
+        if main:
+            facts: dict[str, Any] = {
+                "name": f"{self.recipe.method}-{self.name}",
+                "method": self.recipe.method,
+                "metrics": metrics,
+            }
+            rows = self.recipe.data.train if self.data.stage is not None else self.data.train
+            write_text(folder / "model" / "README.md", model_card(trainer, **facts, data=rows))
         if main and "save_total_limit" not in self.training:  # the finished model is what is wanted
             for path in checkpoints(folder):
                 remove_folder(path)
             shutil.rmtree(folder / STAGING, ignore_errors=True)
+        self.note_answers(run, trainer, said, "trained")
         self.store_samples(run, trainer)
         return metrics
 
@@ -302,6 +334,9 @@ class Trained(Stage):
         """Save the finished model; returns further metrics of it."""
         trainer.save_model(str(folder))
         return {}
+
+    def note_answers(self, run: RunModels, trainer: Any, said: dict[str, Any], when: str) -> None:
+        """Note, if it is a policy, how it goes on from a few prompts. All processes take part."""
 
     def store_samples(self, run: RunModels, trainer: Any) -> None:
         """Store what the trained model says of a few pairs, if that is credit. All processes take part."""
@@ -599,6 +634,27 @@ class Train(Policy):
         keys = ("beta",) if compared else ("beta", "gamma", "gamma_beta_ratio")
         shared = {} if "selected" in objective.needs else {k: objective.hyper[k] for k in keys if k in objective.hyper}
         return make_objective("dpo" if compared else "simpo", **shared), None
+
+    def note_answers(self, run: RunModels, trainer: Any, said: dict[str, Any], when: str) -> None:
+        """Of the run's last stage: what the model says to a few held-out prompts, greedily, for the report.
+
+        Not where it cannot be sampled from as it stands: sharded, or an encoder-decoder.
+        """
+        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        last, plain = self.name == list(self.recipe.stages)[-1], hasattr(dataset, "__len__")
+        if not (last and plain) or trainer.is_fsdp_enabled or when in said:
+            return
+        model = trainer.evaluation_model()
+        prompts = [dataset[i].prompt_ids for i in range(min(ANSWERED, len(dataset)))]
+        room = (positions(unwrapped(model)) or math.inf) - max(map(len, prompts))
+        if not run.state.is_main_process or getattr(model.config, "is_encoder_decoder", False) or room < 1:
+            return
+        tokenizer, most = run.tokenizer(self.model), min(ANSWER_TOKENS, int(room))
+        items = [PromptItem(list(ids), row=number) for number, ids in enumerate(prompts)]
+        sampling = SamplingConfig(temperature=0, max_new_tokens=most)
+        said["prompts"] = decode(tokenizer, prompts)
+        said[when] = HFGenerate(model, tokenizer).sample(items, n=1, sampling=sampling).texts(tokenizer)
+        write_json(Path(trainer.args.output_dir) / ANSWERS, said)
 
     def store_samples(self, run: RunModels, trainer: Any) -> None:
         """Store each token's log-ratio of the trained policy to its reference (nats)."""

@@ -38,7 +38,16 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows
-from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, read_json, require, write_json
+from tokengrain.errors import (
+    DataError,
+    ModelError,
+    NonFiniteLossError,
+    RecipeError,
+    read_json,
+    require,
+    write_json,
+    write_text,
+)
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
 from tokengrain.models import check_sizes, load_model, load_tokenizer, trained
@@ -47,6 +56,7 @@ from tokengrain.scoring.model import evaluating, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
 from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, reshard, resolve_reference, shard
 from tokengrain.specs import ModelSpec
+from tokengrain.training.card import model_card
 from tokengrain.training.checkpoint import (
     LOG_FILE,
     STAGING,
@@ -654,6 +664,11 @@ class PreferenceTrainer(Trainer):
         main, wait = self.args.should_save, self.accelerator.wait_for_everyone
         with staged_folder(target, f"the model {target.name}", main=main, wait=wait, replace_files=True) as staged:
             super().save_model(str(staged), _internal_call=True)
+
+    def create_model_card(self, *, model_name: str | None = None, **_: Any) -> None:  # type: ignore[override]
+        """Write the model card into the output folder, for `push_to_hub`; see `tokengrain.training.card`."""
+        if self.is_world_process_zero():
+            write_text(self.output_path / "README.md", model_card(self, name=model_name or self.output_path.name))
 
 
 class StepHooks(TrainerCallback):

@@ -1,0 +1,155 @@
+"""The model card: what a trained model is, from which paper, data and settings, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokengrain.method import METHODS, Card
+from tokengrain.scoring.model import is_token_classifier
+from tokengrain.scoring.reference import is_peft
+
+SHOWN = {
+    "accuracy": "pair accuracy",
+    "reward": "reward",
+    "correct": "share correct",
+    "rewards/margins": "reward margin",
+    "kl": "KL to the reference, nats per token",
+    "entropy": "entropy, nats per token",
+    "perplexity": "perplexity",
+    "loss": "loss",
+}
+"""Held-out numbers of a card, in order."""
+
+SETTINGS = """
+    learning_rate lr_scheduler_type warmup_steps num_train_epochs per_device_train_batch_size
+    gradient_accumulation_steps optim weight_decay max_grad_norm bf16 seed num_generations prompts_per_rollout
+    max_new_tokens temperature
+"""
+
+LOADING = {
+    "model": """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(NAME)
+model = AutoModelForCausalLM.from_pretrained(NAME)""",
+    "adapter": """
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(NAME)
+model = AutoPeftModelForCausalLM.from_pretrained(NAME)  # loads the base model as well""",
+    "reward": """
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(NAME)
+model = AutoModelForTokenClassification.from_pretrained(NAME)  # one score per token""",
+    "reward adapter": """
+from tokengrain.models import load_trained_reward_model
+
+model = load_trained_reward_model(NAME)  # one score per token""",
+}
+
+
+def model_card(
+    trainer: Any, *, name: str, method: str | None = None, data: Any = None, metrics: Mapping[str, Any] | None = None
+) -> str:
+    """The card of a trainer's model as Markdown, with the metadata that the hub reads.
+
+    Args:
+        name: of the model.
+        method: a method's name, whose paper is cited; None: the one whose objective was trained.
+        data: the name of the rows; None: the data set's own.
+        metrics: `before`, `after` and `held_out` of a stage; None: the last evaluation.
+    """
+    model, objective = trainer.model, trainer.objective
+    adapter = is_peft(model)
+    reward = is_token_classifier(model.get_base_model() if adapter else model)
+    kind = " ".join(["reward"] * reward + ["adapter"] * adapter) or "model"
+    card = METHODS.get(method or "") or _trained_with(objective.name)
+    title = card.title if card is not None else method or objective.name
+    base = _base(model)
+    rows = str(data if data is not None else getattr(trainer.train_dataset, "name", "rows in memory"))
+    parts = [_metadata(base, adapter, reward, method or objective.name, rows)]
+    what = ("A token-level reward model" if reward else "A language model") + (" (a LoRA adapter)" if adapter else "")
+    start = f" from `{base}`" if base else ""
+    parts.append(f"# {name}\n\n{what}, trained{start} with {title} by tokengrain {version('tokengrain')}.")
+    parts.append("## Load it\n\n```python" + LOADING[kind].replace("NAME", repr(name)) + "\n```")
+    parts.append("## How it was trained\n\n" + _settings(trainer, rows, model if adapter else None))
+    parts.append("## Held-out numbers\n\n" + _numbers(trainer, metrics))
+    parts.append("## Paper\n\n" + _paper(card) if card is not None else "")
+    parts.append("Limits and risks were not assessed: what the data teach, the model has learned.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _trained_with(objective: str) -> Card | None:
+    named = METHODS.get(objective)
+    return named or next((card for card in METHODS.values() if card.objective == objective), None)
+
+
+def _base(model: Any) -> str:
+    """Where the weights came from: a hub name, or the last part of a path (others have no use for the rest)."""
+    place = str(getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return Path(place).name if place.startswith(("/", ".", "~")) else place
+
+
+def _metadata(base: str, adapter: bool, reward: bool, method: str, rows: str) -> str:
+    hub = re.compile(r"[\w.-]+/[\w.-]+")
+    values: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "token-classification" if reward else "text-generation",
+        "tags": ["tokengrain", method],
+    }
+    values |= {"base_model": base} if hub.fullmatch(base) else {}
+    values |= {"datasets": [rows]} if hub.fullmatch(rows) and not Path(rows).exists() else {}
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _settings(trainer: Any, rows: str, adapter: Any) -> str:
+    args, described = trainer.args, trainer.objective.describe()
+    given = ", ".join(f"{k} {v}" for k, v in described.items() if k != "name" and v is not None)
+    lines = [f"- data: `{rows}`", f"- objective: `{described.get('name', trainer.objective.name)}` ({given})"]
+    if getattr(trainer, "credit", None) is not None:
+        lines.append(f"- token credit: {trainer.credit.describe()}")
+    if adapter is not None:
+        config = adapter.peft_config[adapter.active_adapter]
+        lines.append(f"- LoRA: r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}")
+    values = {key: getattr(args, key) for key in SETTINGS.split() if hasattr(args, key)}
+    lines.append("- " + ", ".join(f"{key} {getattr(value, 'value', value)}" for key, value in values.items()))
+    lines.append(f"- {trainer.state.global_step} optimiser steps on {args.world_size} process(es)")
+    return "\n".join(lines)
+
+
+def _numbers(trainer: Any, metrics: Mapping[str, Any] | None) -> str:
+    if metrics is None:
+        logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+        metrics = {"after": {key.removeprefix("eval_"): value for key, value in logs[-1].items()}} if logs else {}
+    before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    rows = [
+        f"| {title} | {_number(before, key)} | {_number(after, key)} |" for key, title in SHOWN.items() if key in after
+    ]
+    if not rows:
+        return "None: no rows were held out."
+    count = f"On {metrics['held_out']} rows that were not trained on.\n\n" if "held_out" in metrics else ""
+    return count + "\n".join(["| | before | after |", "|---|---|---|", *rows])
+
+
+def _number(metrics: Mapping[str, Any], key: str) -> str:
+    if key not in metrics or metrics[key] != metrics[key]:  # NaN: a policy that still is its reference
+        return metrics.get("comparison", "–") if key == "accuracy" else "–"
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    interval = f" (95 % CI {low:.3f} to {high:.3f})" if low is not None and high is not None else ""
+    return f"{metrics[key]:.3f}{interval}"
+
+
+def _paper(card: Card) -> str:
+    bibtex = (
+        f"@misc{{arxiv-{card.arxiv},\n  title = {{{card.paper_title}}},\n  eprint = {{{card.arxiv}}},\n"
+        f"  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{card.arxiv}}},\n}}"
+    )
+    return f"[{card.paper_title}](https://arxiv.org/abs/{card.arxiv}), {card.venue}\n\n```bibtex\n{bibtex}\n```"
