@@ -514,3 +514,64 @@ def test_a_named_split_beside_other_files_is_no_choice(tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "notes.json")
     assert len(load_rows(tmp_path)) == len(ROWS), "train, whatever lies beside it"
+
+
+# ---- LLaMA-Factory's dataset_info.json
+
+SHARED = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "talk", "chosen": "good", "rejected": "bad"},
+    "tags": {"role_tag": "who", "content_tag": "said", "user_tag": "H", "assistant_tag": "A"},
+}
+SETS = {
+    "plain": {"file_name": "plain.jsonl", "ranking": True},
+    "alpaca": {
+        "file_name": "alpaca.jsonl",
+        "columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad", "system": "rules"},
+    },
+    "talks": {"file_name": "talks.jsonl", "ranking": True, **SHARED},
+    "images": {"file_name": "plain.jsonl", "columns": {"images": "pictures"}},
+    "elsewhere": {"hf_hub_url": "a/b"},
+}
+
+
+def llama_factory(folder: Path) -> Path:
+    said = [{"who": "H", "said": "the sky?"}]
+    good, bad = ({"who": "A", "said": text} for text in ("It is blue.", "It is black."))
+    write(folder / "plain.jsonl")
+    alpaca = {"q": "the sky?", "more": "today", "good": good["said"], "bad": bad["said"], "rules": "Be kind."}
+    write(folder / "alpaca.jsonl", [alpaca | {"instruction": "not this one"}])
+    write(folder / "talks.jsonl", [{"talk": said, "good": good, "bad": bad}])
+    (folder / "dataset_info.json").write_text(json.dumps(SETS))
+    return folder
+
+
+def test_llama_factorys_sets_and_columns(tmp_path):
+    folder = llama_factory(tmp_path)
+    assert list(load_rows(folder, split="plain")) == list(enumerate(ROWS))
+    tokenizer = words(template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    pairs = [prepare_pairs(load_rows(folder, split=name), tokenizer)[0].raw for name in ("alpaca", "talks")]
+    answers = {"chosen": [{"role": "assistant", "content": "It is blue."}]}
+    for raw, start, asked in zip(pairs, (1, 0), ("the sky?\ntoday", "the sky?")):
+        assert raw["prompt"][start:] == [{"role": "user", "content": asked}]
+        assert raw["chosen"] == answers["chosen"]
+    assert pairs[0]["prompt"][0] == {"role": "system", "content": "Be kind."}
+    with pytest.raises(DataError, match=r"which split is meant is not clear.*plain, alpaca, talks, images"):
+        load_rows(folder)
+    with pytest.raises(DataError, match=r"'images' of dataset_info.json has \['images'\]"):
+        load_rows(folder, split="images")
+    (folder / "dataset_info.json").write_text(json.dumps({"talks": {**SETS["talks"], "columns": {"messages": "x"}}}))
+    with pytest.raises(DataError, match="field 'x': dataset_info.json names a column that is missing"):
+        prepare_pairs(load_rows(folder), tokenizer)
+    assert load_rows(folder).fingerprint != load_rows(folder / "talks.jsonl").fingerprint
+
+
+def test_a_row_that_comes_several_times_is_never_on_both_sides(tmp_path):
+    names = [str(write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(6)])) for name in "ab"]
+    rows = load_rows({names[0]: 3, names[1]: 0.5})
+    assert len(rows) == 21
+    train, held_out = split_rows(rows, 0.4, seed=1)
+    texts = [[row["text"] for _, row in part] for part in (train, held_out)]
+    assert not set(texts[0]) & set(texts[1])
+    assert len(texts[1]) == len(set(texts[1])) == 4
+    assert 3 * 2 <= len(texts[0]) <= 21 - 4  # the weight of what is left counts

@@ -335,3 +335,70 @@ def test_a_template_that_writes_the_date_writes_the_same_for_all_rows_and_again_
     day.set_time(datetime(1999, 1, 1))
     assert gpt2_like().decode(day[0].prompt_ids).startswith("1999")
     assert prepare_pairs([ROW], gpt2_like(CHATML)).clock is None
+
+
+# ---- a prompt that ends with the beginning of the answer
+
+TRIMS = (  # as Llama 3 and Gemma 3 do
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKS = (  # as Qwen3 does: an empty thought where an answer has none, and none in the generation prompt
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if '</think>' in m.content %}{{ m.content }}{% else %}<think>\n\n</think>\n\n{{ m.content }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BEGUN = [user("the sky?"), assistant("It is")]
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMS])
+@pytest.mark.parametrize(("begun", "rest"), [("It is", " blue."), ("It is ", "blue.")])
+def test_a_prompt_that_begins_the_answer(template, begun, rest):
+    """What the template writes for the whole answer, cut behind its beginning: offline, alone and online."""
+    prompt = [user("the sky?"), assistant(begun)]
+    row = {"prompt": prompt, "chosen": [assistant(rest)], "rejected": [assistant(rest.replace("blue", "black"))]}
+    opening, whole = "<|im_start|>user\nthe sky?<|im_end|>\n<|im_start|>assistant\nIt is", " blue.<|im_end|>"
+    before, after = text(row, template=template)
+    assert before + after == opening + whole
+    assert before.rstrip() == opening
+    online = encode_prompts([{"prompt": prompt}], gpt2_like(template))[0].ids
+    assert gpt2_like().decode(online).rstrip() == opening
+    single = {"prompt": prompt, "completion": [assistant(rest)]}
+    assert "".join(text(single, template=template, prepare=prepare_sft)) == opening + whole
+
+
+def test_rewards_by_character_are_those_of_the_rest():
+    row = {"prompt": BEGUN, "chosen": [assistant(" blue.")], "rejected": [assistant(" black.")]}
+    spans = {"chosen_token_rewards": [{"start": 1, "end": 5, "reward": 2.0}], "rejected_token_rewards": []}
+    sample = prepare_pairs([row | spans], gpt2_like(CHATML))[0]
+    tokens = zip(sample.completions[0].ids, sample.completions[0].columns["token_rewards"])
+    assert gpt2_like().decode([i for i, value in tokens if value == 2.0]).strip() == "blue"
+    several = {**row, "chosen": [assistant(" blue."), user("sure?"), assistant("It is.")]}
+    completion = prepare_pairs([several], gpt2_like(CHATML))[0].completions[0]
+    counted = gpt2_like().decode([i for i, c in zip(completion.ids, completion.counted) if c])
+    assert counted == " blue.<|im_end|>It is.<|im_end|>"
+
+
+def test_a_thought_that_is_begun_goes_on():
+    thought, rest = [user("the sky?"), assistant("<think>\nwater")], [assistant(" is blue\n</think>\n\nblue.")]
+    row = {"prompt": thought, "chosen": rest, "rejected": [assistant("</think>\n\nblack.")]}
+    assert text(row, template=THINKS)[0].endswith("<|im_start|>assistant\n<think>\nwater")
+    plain = {"prompt": BEGUN, "chosen": [assistant(" blue.")], "rejected": [assistant(" black.")]}
+    assert text(plain, template=THINKS)[0].endswith("assistant\n<think>\n\n</think>\n\nIt is")
+    opens = THINKS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    online = encode_prompts([{"prompt": thought}], gpt2_like(opens))[0].ids
+    assert gpt2_like().decode(online).endswith("assistant\n<think>\nwater")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": [assistant("It is blue.")], "rejected": [assistant("It is black.")]}, "begins with the assistant's"),
+        ({"prompt": [user("the sky?"), assistant(" ")]}, "ends with the assistant's message.*that an answer begins"),
+    ],
+)
+def test_a_beginning_that_is_none(row, message):
+    given = {"prompt": BEGUN, "chosen": [assistant(" blue.")], "rejected": [assistant(" black.")]}
+    with pytest.raises(DataError, match=message):
+        prepare_pairs([given | row], gpt2_like(CHATML))

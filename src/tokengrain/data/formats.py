@@ -68,6 +68,11 @@ class Example:
         return [m for m in self.prompt if isinstance(m, dict)]
 
     @property
+    def begun(self) -> Message | None:
+        """The assistant's message that ends the prompt, if one does: the beginning of every completion's first."""
+        return next((m for m in self.messages[-1:] if m["role"] == "assistant"), None)
+
+    @property
     def raw(self) -> dict[str, Content]:
         """Prompt and completions under their columns' names."""
         named: dict[str, Any] = dict(zip(self.fields, self.completions))
@@ -405,8 +410,9 @@ def check_prompt(prompt: Content, name: str = "prompt") -> None:
     if isinstance(prompt, TokenIds):
         return
     check(prompt, "empty prompt", "has no messages", field=name, value=prompt, expected="at least one message")
-    what, expected = "ends with the assistant's message", "a prompt that the assistant is to answer"
-    check(prompt[-1]["role"] != "assistant", "wrong roles", what, field=name, value=prompt[-1], expected=expected)
+    begun = prompt[-1]["role"] != "assistant" or (text_of(prompt[-1]).strip() and not prompt[-1].get("tool_calls"))
+    what, expected = "ends with the assistant's message", "a message to answer, or the text that an answer begins with"
+    check(begun, "wrong roles", what, field=name, value=prompt[-1], expected=expected)
 
 
 def check_completion(completion: Content, name: str) -> None:
@@ -440,6 +446,11 @@ def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
 
 
+def text_of(message: Message) -> str:
+    """A message's content; "" where it has none, as a call of tools may."""
+    return str(message.get("content") or "")
+
+
 def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> tuple[Any, ...]:
     """Prompt and completions of one kind; completions that repeat the prompt's messages lose them.
 
@@ -451,6 +462,10 @@ def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> 
         return prompt, *completions
     if isinstance(prompt, list) and isinstance(completions[0], list):
         repeated = all(c[: len(prompt)] == prompt for c in completions)
+        begun = text_of(prompt[-1]) if prompt and prompt[-1]["role"] == "assistant" else ""
+        again = begun.strip() and all(c and isinstance(c[0], dict) and text_of(c[0]).startswith(begun) for c in completions)
+        what, expected = "begins with the assistant's message that ends the prompt", "what goes on from it"
+        check(not again or repeated, "wrong roles", what, field=field, value=completions[0][:1], expected=expected)
         return prompt, *(c[len(prompt) :] if repeated else c for c in completions)
     if isinstance(prompt, str):
         # Text beside messages: whole conversations that begin with it, or the answer to it.

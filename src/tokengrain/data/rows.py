@@ -19,6 +19,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedIOBase, TextIOWrapper
 from os import PathLike
@@ -322,12 +323,12 @@ class Rows:
         places: _Places | _Origins | None = None,
     ) -> None:
         self.name, self._items, self._fingerprint_of, self._places = name, items, fingerprint_of, places
-        self._columns: tuple[Mapping[str, str], ...] = ()
+        self._columns: tuple[Mapping[str, str] | LlamaFactorySet, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, fields in self._read():
             for columns in self._columns:
-                fields = _changed(fields, columns)
+                fields = columns.read(fields) if isinstance(columns, LlamaFactorySet) else _changed(fields, columns)
             yield number, fields
 
     def _read(self) -> Iterator[tuple[int, Any]]:
@@ -426,6 +427,11 @@ class _Origins(list[tuple[Rows, int]]):
         rows, own = self[number]
         return rows.place(own)
 
+    def key(self, number: int) -> tuple[int, int]:
+        """What the copies of a row have in common."""
+        rows, own = self[number]
+        return id(rows), own
+
 
 class RowStream(Rows):
     """Rows that are read as they are asked for; their number is not known beforehand."""
@@ -497,11 +503,15 @@ def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, 
         raise DataError("a streamed set cannot be split", file=rows.name, expected=expected)
     what, expected = "eval_fraction is out of range", "a number between 0 and 1"
     require(0 < eval_fraction < 1, DataError, what, value=eval_fraction, expected=expected)
-    what, expected = "too few rows to split", "at least 2 rows"
-    require(len(rows) >= 2, DataError, what, file=rows.name, value=len(rows), expected=expected)
-    count = min(max(round(eval_fraction * len(rows)), 1), len(rows) - 1)
-    held_out = set(random.Random(seed).sample(range(len(rows)), count))
-    train = [i for i in range(len(rows)) if i not in held_out]
+    # A source with a weight may give a row several times: all of them go to one side, and one is evaluated.
+    first, places = dict[Any, int](), rows._places if isinstance(rows._places, _Origins) else None
+    same = [first.setdefault(i if places is None else places.key(n), i) for i, n in enumerate(rows._numbers)]
+    different = sorted(first.values())
+    few = {"file": rows.name, "value": len(different), "expected": "at least 2 rows"}
+    require(len(different) >= 2, DataError, "too few rows to split", **few)
+    count = min(max(round(eval_fraction * len(different)), 1), len(different) - 1)
+    held_out = set(random.Random(seed).sample(different, count))
+    train = [i for i in range(len(rows)) if same[i] not in held_out]
     return rows.subset(train), rows.subset(sorted(held_out))
 
 
@@ -510,6 +520,8 @@ def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) 
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _from_datasets(_loaded(path), name, split, streaming)
+        if (known := llama_factory_sets(path)) and (split is None or split in known):
+            return known[choose_split(list(known), split, name)].rows(path, streaming)
         paths = files_of(path, split)
     elif path.exists():
         what, expected = "a single file has no splits", "split: none"
@@ -596,6 +608,76 @@ class _Filler(Formatter):
         if value is None:
             raise ValueError("a column is null")
         return super().format_field(value, format_spec)
+
+
+# ----------------------------------------------------------------------------------------------------
+# LLaMA-Factory's `dataset_info.json`: which file a set is, and what its columns and roles are called.
+
+ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
+SAME = ("history", "system", "tools", "chosen", "rejected")
+TAGS = {"user": "human", "assistant": "gpt", "observation": "observation", "function": "function_call"}
+
+
+@dataclass(frozen=True)
+class LlamaFactorySet:
+    """One set of a `dataset_info.json`: its name, and what is said of it."""
+
+    name: str
+    about: Mapping[str, Any]
+
+    def rows(self, folder: Path, streaming: bool) -> Rows:
+        """Its rows, in columns that are read everywhere. Raises `DataError` for what is not read."""
+        path, columns = folder / self.about["file_name"], self.about.get("columns", {})
+        other = [*(set(columns) - {*ALPACA, *SAME, "messages"}), *(set(self.about) & {"num_samples"})]
+        what, expected = f"set {self.name!r} of dataset_info.json has {other}", "text; `data.limit` for fewer rows"
+        require(not other, DataError, what, file=folder, expected=expected)
+        rows = _from_name(path, None, streaming)
+        if not columns and not self.about.get("tags"):
+            return rows
+        made = _copied(rows, lambda: fingerprint([rows.fingerprint, dict(self.about)]))
+        made._columns = (*rows._columns, self)
+        return made
+
+    def read(self, row: Any) -> Any:
+        """A row of the file under the names of its format's defaults; a `RowError` where it lacks a column."""
+        if not isinstance(row, Mapping):
+            return row
+        columns, shared = self.about.get("columns", {}), self.about.get("formatting") == "sharegpt"
+        names = {"messages": "conversations"} if shared else ALPACA
+        names = {**names, **{name: name for name in SAME}}
+        taken = {key: column for key, column in columns.items() if key in names and column is not None}
+        if missing := [column for column in taken.values() if column not in row]:
+            where = {"field": missing[0], "expected": f"a column among {list(row)}"}
+            return RowError("missing column", "dataset_info.json names a column that is missing", **where)
+        kept = {k: v for k, v in row.items() if k not in taken.values()}
+        made = {names[key]: row[column] for key, column in taken.items()}
+        if shared:
+            spoken = {"conversations", "chosen", "rejected"} & made.keys()
+            made |= {name: self._messages(made[name]) for name in spoken}
+        return {**kept, **made}
+
+    def _messages(self, value: Any) -> Any:
+        """Messages under ShareGPT's own names of roles."""
+        if isinstance(value, list):
+            return [self._messages(one) for one in value]
+        tags = self.about.get("tags", {})
+        role, text = tags.get("role_tag", "from"), tags.get("content_tag", "value")
+        if not isinstance(value, Mapping) or role not in value:
+            return value
+        roles = {tags.get(f"{who}_tag", usual): usual for who, usual in {**TAGS, "system": "system"}.items()}
+        return {"from": roles.get(value[role], value[role]), "value": value.get(text)}
+
+
+def llama_factory_sets(folder: Path) -> dict[str, LlamaFactorySet]:
+    """The sets of files that a folder's `dataset_info.json` lists, by name; none if it is another tool's."""
+    path = folder / "dataset_info.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return {}
+    listed = found.items() if isinstance(found, dict) else ()
+    own = {name: about for name, about in listed if isinstance(about, dict) and isinstance(about.get("file_name"), str)}
+    return {name: LlamaFactorySet(name, about) for name, about in own.items()}
 
 
 def _changed(fields: Any, columns: Mapping[str, str]) -> Any:

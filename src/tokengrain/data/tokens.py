@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tokengrain.data.config import RowError, TokenizeConfig
-from tokengrain.data.formats import Example, Message, TokenIds, common_length
+from tokengrain.data.formats import Example, Message, TokenIds, common_length, text_of
 from tokengrain.errors import ModelError, fingerprint, read_text, require
 
 Span = tuple[int, int]
@@ -37,6 +37,7 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Keys of a message, beside its content, that hold text which the assistant wrote.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WRITTEN = (*REASONING, "tool_plan", "tool_calls", "function_call")
+THINK = "<think>"
 DROPPED = "dropped by the template"
 DATE_PARTS = tuple(f"%{flag}{letter}" for flag in ("", "-") for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVehDFTRr")
 # Put before a template that asks for the date: transformers passes templates plain data only, no function.
@@ -128,8 +129,8 @@ class Renderer:
         what += "or rows of plain text (online: with `prompts.chat: false`)"
         require(self.template is not None or self.tokenizer.chat_template, ModelError, what)
         messages = example.messages
-        text = self._render(example, messages, "prompt", True)
-        ignored = example.tools and self._render(replace(example, tools=None), messages, "prompt", True) == text
+        text = self._opened(example)
+        ignored = example.tools and self._opened(replace(example, tools=None)) == text
         lacks = [("tools", "tools", n) for n in _names(example.tools) if ignored or not _has_word(text, n)]
         for number, message in enumerate(messages):
             if message["role"] == "assistant":  # templates leave earlier reasoning out on purpose
@@ -137,6 +138,17 @@ class Renderer:
                 message = {k: v for k, v in message.items() if k == "tool_calls"} | {"content": said}
             lacks += [("prompt", f"message {number}: {key}", part) for key, part in self._lacking(message, text)]
         return text, self._dropped(lacks)
+
+    def _opened(self, example: Example) -> str:
+        """A prompt's text up to where generation begins: behind the assistant's message, if one ends the prompt."""
+        begun, messages = example.begun, example.messages
+        if begun is None or THINK not in text_of(begun).rpartition("</think>")[2]:
+            return self._render(example, messages, "prompt", True, begun=begun is not None)
+        # Templates take a thought without an end for an answer, and may put an empty thought before it.
+        opening, said = self._render(example, messages[:-1], "prompt", True), text_of(begun)
+        if said.lstrip().startswith(THINK):
+            opening = opening.rstrip().removesuffix(THINK) if opening.rstrip().endswith(THINK) else opening
+        return opening + said
 
     def _dropped(self, lacks: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
         """Names of what the template dropped: (column, what of it, text). Raises `RowError` unless that is allowed."""
@@ -156,13 +168,17 @@ class Renderer:
         template = self.template or self.tokenizer.get_chat_template(None, example.tools)
         return DATES + template if self.dated else template
 
-    def _render(self, example: Example, messages: Sequence[Message], name: str, generation: bool) -> str:
+    def _render(
+        self, example: Example, messages: Sequence[Message], name: str, generation: bool, *, begun: bool = False
+    ) -> str:
+        """The template's text; for generation of another message or, with `begun`, of the rest of the last one."""
         try:
             return self.tokenizer.apply_chat_template(
                 [{"content": "", **m} for m in messages],  # a call of tools may have none
                 tools=example.tools,
                 chat_template=self._template(example) if self.dated else self.template,
-                add_generation_prompt=generation,
+                add_generation_prompt=generation and not begun,
+                continue_final_message=begun,
                 tokenize=False,
                 **self.variables(example),
             )
@@ -174,11 +190,17 @@ class Renderer:
     def _conversation(
         self, example: Example, prompt: str, completion: list[Message], name: str, dropped: tuple[str, ...]
     ) -> Rendered:
-        text = self._render(example, [*example.messages, *completion], name, False)
-        start = self._completion_start(example, prompt, completion, text, name)
+        whole, said = example, completion
+        if (begun := example.begun) is not None:  # the completion's first message goes on with it
+            joint = {**begun, **completion[0], "content": text_of(begun) + text_of(completion[0])}
+            whole, said = replace(example, prompt=example.messages[:-1]), [joint, *completion[1:]]
+        text = self._render(example, [*whole.messages, *said], name, False)
+        if begun is not None and not text.startswith(prompt):
+            raise self._other_prompt(prompt, text, name)
+        start = self._completion_start(whole, prompt, said, text, name)
         turns = [(start, len(text))]
         if len(completion) > 1:
-            turns = self._turns(example, prompt, completion, text, name, start)
+            turns = self._turns(whole, prompt, said, text, name, start)
         # A generation prompt may go on beyond what the template writes before an answer; the prompt ends as it does.
         text, moved = prompt + text[start:], len(prompt) - start
         turns = [(first + moved, last + moved) for first, last in turns]
@@ -209,13 +231,18 @@ class Renderer:
             alike = common_length(prompt[::-1], text[: max(at, 0)][::-1])
             if alike and str(before[-1].get("content") or " ").strip() in prompt[len(prompt) - alike :]:
                 return at
-            what = "the chat template renders the prompt differently once a completion follows"
-            expected = f"the rendered prompt to go on with {prompt[shared : shared + 40]!r}"
-            around = text[max(0, shared - 20) : shared + 40]
-            raise RowError("chat template", what, field=name, value=around, expected=expected)
+            raise self._other_prompt(prompt, text, name)
         # The answer's first characters may be those of the thinking block.
         at = text.rfind(said, least, shared + len(said)) if said else -1
         return shared if at < 0 else at
+
+    @staticmethod
+    def _other_prompt(prompt: str, text: str, name: str) -> RowError:
+        shared = common_length(prompt, text)
+        what = "the chat template renders the prompt differently once a completion follows"
+        expected = f"the rendered prompt to go on with {prompt[shared : shared + 40]!r}"
+        around = text[max(0, shared - 20) : shared + 40]
+        return RowError("chat template", what, field=name, value=around, expected=expected)
 
     def _turns(
         self, example: Example, prompt: str, completion: list[Message], text: str, name: str, start: int
