@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ class RunModels:
     recipe: Recipe
     console: Console
     state: Any  # accelerate's `PartialState`
+    time: str | None = None  # that chat templates write, ISO; None: now
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _datasets: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     _frozen: dict[str, Any] = field(default_factory=dict)
@@ -174,6 +176,9 @@ class RunModels:
         key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(tokenizer), positions, stage.row_form])
         if key not in self._datasets:
             made = [stage.prepare(rows, tokenizer, positions) if rows is not None else None for rows in stage.rows()]
+            for dataset in made:
+                if self.time is not None and hasattr(dataset, "set_time"):
+                    dataset.set_time(datetime.fromisoformat(self.time))
             self._datasets[key] = made[0], made[1]
             for part, dataset in zip(("training", "held-out"), made, strict=True):
                 show.print_rows(self.console, f"{stage.data.train}, {part} rows for {stage.kind}", dataset)

@@ -121,6 +121,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 LOCK, OWNER = ".lock", ".owner.json"
 INPUTS = "inputs"
 """Folder of rows and models that were given in memory, from Python."""
+TIME = "template_time"
+"""In `run.json`: the local time that chat templates write, the same for all stages and for `evaluate`."""
 
 
 @contextmanager
@@ -173,6 +175,8 @@ class RunFolder:
     def __init__(self, recipe: Recipe, plans: list[StagePlan], writes: bool) -> None:
         self.path = Path(recipe.output_dir)
         self.recipe, self.plans, self.writes = recipe, plans, writes
+        resumed = any(plan.record is not None for plan in plans) and is_run(self.path)
+        self.template_time = (read_run(self.path).info if resumed else {}).get(TIME) or datetime.now().isoformat()
         self._began = False
         self._info: dict[str, Any] = {}
 
@@ -196,6 +200,7 @@ class RunFolder:
             "status": "running",
             "started": _now(),
             "finished": None,
+            TIME: self.template_time,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": versions(),
             "stages": [{"name": p.stage.name, "kind": p.stage.kind, "fingerprint": p.fingerprint} for p in self.plans],

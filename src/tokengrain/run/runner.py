@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from tokengrain import settings
@@ -17,7 +18,7 @@ from tokengrain.errors import RecipeError, RolloutError, RunError, require, writ
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run import show
 from tokengrain.run.build import RunModels
-from tokengrain.run.folder import RunFolder, StagePlan, locked, make_plan
+from tokengrain.run.folder import TIME, RunFolder, StagePlan, locked, make_plan
 from tokengrain.run.load import load_recipe
 from tokengrain.run.trained import Trained
 from tokengrain.runs import read_run, resume_command
@@ -87,8 +88,8 @@ def _run(
         _warn_of_servers(console, wanted)
         return RunResult(Path(recipe.output_dir))
     reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
-    run = RunModels(recipe, console, state)
     folder = RunFolder(recipe, plans, writes=state.is_main_process)
+    run = RunModels(recipe, console, state, *broadcast_object_list([folder.template_time]))
     folder.tidy()
     with folder.kept_in_order(console):
         _prepare(run, wanted, folder)
@@ -202,7 +203,7 @@ def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, consol
         f"{found_run.path}: samples is {samples}, but nothing is sampled: the model is evaluated on rows with "
         "completions; expected a policy in a world, or one that was trained online",
     )
-    run = RunModels(recipe, console or Screen(quiet=True), PartialState())
+    run = RunModels(recipe, console or Screen(quiet=True), PartialState(), found_run.info.get(TIME))
     found: dict[str, Any] = {"run": str(found_run.path), "method": found_run.method, "data": data or recipe.data.train}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = stage.build(run, Path(scratch), plan.settings, weights, eval_data=data)
