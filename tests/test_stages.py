@@ -139,7 +139,8 @@ def test_metrics_have_the_interval_before_and_after(finished: Path) -> None:
     for stage in ("guide", "train"):  # an exact copy; and stored numbers of the same model, rounding apart
         before = metrics["stages"][stage]["before"]
         assert before["comparison"] == "no difference yet"
-        assert math.isnan(before["accuracy"])
+        assert [before[f"accuracy{end}"] for end in ("_low", "", "_high")] == [0.0, 0.5, 1.0]
+    assert metrics["stages"]["train"]["before"]["rounding"] < 1e-4
     assert "comparison" not in after
     assert "no difference yet" in write_report(finished / "run").read_text()
     assert metrics["final"] == after

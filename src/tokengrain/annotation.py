@@ -34,7 +34,7 @@ from tokengrain.data.dataset import PairDataset, prepare_pairs
 from tokengrain.data.rows import Rows, load_rows
 from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, require, write_json
 from tokengrain.method import as_credit, make_credit
-from tokengrain.scoring.reference import FrozenReference, scorer_fingerprint
+from tokengrain.scoring.reference import FrozenReference, LiveReference, scorer_fingerprint
 from tokengrain.screen import progress_bar
 
 CPU_TOKENS, GPU_TOKENS = 8_192, 32_768  # default token budget of one forward pass
@@ -134,6 +134,9 @@ def _quantities(
     """Everything that is stored, by column: what the sources give, the reference, and what the rows brought along."""
     quantities = dict(sources)
     if reference is not None:
+        if isinstance(reference, LiveReference):
+            reference = copy.copy(reference)
+            reference.stored = True
         shared = _SharedPass(reference)
         quantities = {name: shared.given_to(source) for name, source in sources.items()}
         quantities["ref_logps"] = lambda batch: shared(batch, {"logps"}).logps

@@ -588,8 +588,8 @@ class Rollout:
     Shapes: G prompts, C completions, N tokens of all completions; all tensors on the training device, without gradient.
     """
 
-    # Prompts with their completions. Columns: `sampling_logps` and `raw_logps` where the sampler knows them,
-    # `truncated`, `old_logps`, and the quantities that were asked for.
+    # Prompts with their completions. Columns: `sampling_logps` and `raw_logps` (at the temperature of `old_logps`) where
+    # the sampler knows them, `truncated`, `old_logps`, and the quantities that were asked for.
     batch: TokenBatch
     rewards: Tensor  # [C], outcomes; NaN where a completion could not be scored
     by_name: dict[str, Tensor]  # [C], of each reward function without its weight; NaN where it has none

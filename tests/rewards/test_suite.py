@@ -399,3 +399,51 @@ def test_where_no_reward_applies_there_is_none():
     assert result.correct()[[0, 2, 3]].tolist() == [1, 0, 1]
     assert result.correct("a").isnan().tolist() == [False, True, False, True]
     assert bool(result.correct().isnan()[1])
+
+
+def test_rewards_that_are_only_looked_at():
+    """Weight 0 and `evaluate_only` add nothing, and do not make a completion scored to which nothing else applies."""
+
+    def some(completions):
+        return [1.0, None, 2.0, None]
+
+    def broken(completions):
+        raise ValueError("no")
+
+    functions = [
+        RewardFunction(some, on_none="ignore"),
+        RewardFunction(words, weight=0.0),
+        RewardFunction(broken, evaluate_only=True, on_error="skip"),
+    ]
+    both = suite(*functions).score(rollouts())
+    assert both.total.tolist() == pytest.approx([1.0, math.nan, 2.0, math.nan], nan_ok=True)
+    assert both.by_name["words"].tolist() == [4.0, 2.0, 3.0, 1.0]
+    assert both.by_name["broken"].isnan().all()
+    trained = suite(*functions).score(rollouts(), evaluating=False)
+    assert list(trained.by_name) == ["some", "words"]
+    assert trained.valid.tolist() == [True, False, True, False]
+    assert trained.correct().tolist() == both.correct().tolist() == [1.0, 1.0, 1.0, 1.0]
+    alone = suite(RewardFunction(words, weight=0)).score(rollouts())
+    assert alone.total.tolist() == [0.0] * 4
+
+
+def test_the_trainers_state_is_given_as_it_is():
+    seen = []
+
+    def asks(completions, trainer_state):
+        seen.append(trainer_state)
+        return [0.0] * len(completions)
+
+    def takes_all(completions, **columns):
+        if len(completions) > 1:
+            raise ValueError("one at a time")
+        seen.append(columns["trainer_state"])
+        return [0.0]
+
+    state = object()
+    suite(asks, RewardFunction(takes_all, on_error="skip")).score(rollouts(), trainer_state=state)
+    assert seen == [state] * 5
+    suite(asks).score(rollouts())
+    assert seen[-1] is None
+    with pytest.raises(RewardError, match="have a column 'trainer_state', a name that rewards use"):
+        suite(asks).score(rollouts(raws=[{"prompt": "p", "trainer_state": 1}] * 2))

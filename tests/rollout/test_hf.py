@@ -149,12 +149,14 @@ def test_greedy_is_generates(tok, model):
 
 
 def test_the_models_own_generation_config_does_not_interfere(tok):
+    """Nor does its repetition penalty, which no log-probability would know of."""
     plain = llama().float()
-    want = ids_of(HFGenerate(plain, tok, cache="static").sample(items(tok), n=2, sampling=SAMPLING))
+    samplers = [HFGenerate(plain, tok, cache="static"), HFGenerate(plain, tok), HFContinuous(plain, tok)]
+    want = [ids_of(sampler.sample(items(tok), n=2, sampling=SAMPLING)) for sampler in samplers]
     plain.generation_config.repetition_penalty = 5.0
     plain.generation_config.top_k = 1
     plain.generation_config.min_new_tokens = 9
-    assert ids_of(HFGenerate(plain, tok, cache="static").sample(items(tok), n=2, sampling=SAMPLING)) == want
+    assert [ids_of(sampler.sample(items(tok), n=2, sampling=SAMPLING)) for sampler in samplers] == want
 
 
 def test_stop_strings(tok, model):

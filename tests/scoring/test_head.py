@@ -248,3 +248,12 @@ def test_errors_name_what_differs():
     short = Distribution(reference.hidden[1:], reference.head)
     with pytest.raises(ModelError, match=f"got {N - 1} tokens, expected {N}"):
         head_quantities(hidden, head, labels, ("kl",), short)
+
+
+@pytest.mark.parametrize("kind", [{}, {"scale": 3.0, "softcap": 1.5, "bias": True}])
+def test_a_temperature_divides_the_logits(kind):
+    hidden, head, labels, _ = problem(**kind)
+    hot = head_quantities(hidden, head.tempered(0.7), labels, ("logps", "entropy"))
+    logps = torch.log_softmax(head.logits(hidden) / 0.7, -1)
+    torch.testing.assert_close(hot["logps"], logps.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(hot["entropy"], -(logps.exp() * logps).sum(-1), rtol=1e-12, atol=1e-13)

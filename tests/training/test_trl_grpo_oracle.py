@@ -50,6 +50,10 @@ class Case:
     scale: str = "group"
     micro_batches: int = 1
 
+    @property
+    def temperature(self) -> float:
+        return float(self.trl.get("temperature", 1.0))
+
 
 TOKEN_MEAN: dict[str, Any] = {"reduction": "sum"}
 CASES = {
@@ -61,6 +65,9 @@ CASES = {
     "grpo with weighed KL": Case(
         {"loss_type": "grpo", "beta": 0.3, "use_bias_correction_kl": True},
         {"beta": 0.3, "kl": "k3", "kl_importance": True},
+    ),
+    "grpo at temperature 0.7": Case(
+        {"loss_type": "grpo", "temperature": 0.7, "beta": 0.3, "use_bias_correction_kl": False}, {"beta": 0.3}
     ),
     "dual clip": Case({"loss_type": "grpo", "delta": 1.5}, {"ratio_cap": 1.5}),
     "bnpo": Case({"loss_type": "bnpo"}, TOKEN_MEAN, "token_mean"),
@@ -184,7 +191,8 @@ def test_quantities_loss_and_gradient(name: str, tmp_path: Path) -> None:
     inputs = trainer._generate_and_score_completions([ROWS[int(g)] for g in batch.group])
     counted = inputs["completion_mask"].bool()
 
-    old, ref = score(mine, batch).logps.detach(), score(tiny_llama(), batch).logps.detach()
+    heat = case.temperature
+    old, ref = (score(m, batch, temperature=heat).logps.detach() for m in (mine, tiny_llama()))
     rewards = torch.tensor(reward(completions_of(batch)))
     advantages = group_advantages(rewards, batch.group, scale=case.scale, eps=TRL_EPS)
     torch.testing.assert_close(advantages, inputs["advantages"], rtol=TOLERANCE, atol=1e-6)
@@ -207,7 +215,7 @@ def test_quantities_loss_and_gradient(name: str, tmp_path: Path) -> None:
     ours, clipped = 0.0, 0.0
     for micro in batch.with_columns(**columns).split(None, parts=case.micro_batches):
         quantities = {name: micro.columns[name] for name in given}
-        output = case.loss(score(mine, micro).logps, micro.segments, **quantities, **case.ours)
+        output = case.loss(score(mine, micro, temperature=heat).logps, micro.segments, **quantities, **case.ours)
         share = make_normaliser(case.normaliser)(output, counts)  # type: ignore[arg-type]
         share.backward()
         ours += share.item()
@@ -250,7 +258,9 @@ SCHEDULE: dict[str, Any] = {
 EPOCHS, ROLLOUTS = 3, 2
 
 
-@pytest.mark.parametrize("name", ["grpo with weighed KL", "dapo with k3 KL", "dr_grpo", "gspo"])
+@pytest.mark.parametrize(
+    "name", ["grpo with weighed KL", "grpo at temperature 0.7", "dapo with k3 KL", "dr_grpo", "gspo"]
+)
 def test_every_step_of_a_run(name: str, tmp_path: Path) -> None:
     """Several rollouts with several updates on each, through both trainers' own loops."""
     case, batches = CASES[name], rollouts(ROLLOUTS)
@@ -267,6 +277,8 @@ def test_every_step_of_a_run(name: str, tmp_path: Path) -> None:
             max_new_tokens=MAX_LENGTH,
             shuffle_prompts=False,
             normaliser=case.normaliser,
+            temperature=case.temperature,
+            logps_at_temperature=True,
             use_cpu=True,
             disable_tqdm=True,
             save_strategy="no",

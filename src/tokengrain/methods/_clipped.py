@@ -238,7 +238,7 @@ def importance_weights(
 def sampler_mismatch(sampling_logps: Tensor, trainer_logps: Tensor, segments: Segments) -> dict[str, float]:
     """Metrics of the mismatch of the same tokens under both, nats per token. All 0 (ratios 1) if they agree.
 
-    The sampler's are `raw_logps` if the trainer scores at temperature 1. `k1` and `k3` estimate KL(sampler ||
+    The sampler's are `raw_logps`, at the temperature at which the trainer scores. `k1` and `k3` estimate KL(sampler ||
     trainer); ratios are trainer/sampler, of a token or of a whole completion (as far as it can be represented).
     """
     d = _log_ratio(sampling_logps, trainer_logps, segments)

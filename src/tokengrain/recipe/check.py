@@ -273,7 +273,7 @@ FOREIGN = {
     "max_prompt_length": "data.max_prompt_length",
     **dict.fromkeys(("use_vllm", "vllm_mode"), "sampler: {name: server, url: ...}"),
     "repetition_penalty": "not supported: samples would not be the policy's own",
-    "sync_ref_model": "not supported: the reference stays as it is",
+    **{name: f"training.{name}" for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")},
 }
 
 

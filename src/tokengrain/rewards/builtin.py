@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from tokengrain.errors import RecipeError, TokengrainError, fingerprint, read_json, require, shown, write_json
 from tokengrain.rewards import answers
 from tokengrain.rewards.reward_model import RewardModel
-from tokengrain.rewards.suite import RESERVED, RewardError, RewardFailure, RewardFunction
+from tokengrain.rewards.suite import RESERVED, STATE, RewardError, RewardFailure, RewardFunction
 from tokengrain.rewards.timemaster import TimeMaster
 from tokengrain.rollout.server import JsonClient, ServerError, gather
 from tokengrain.settings import (
@@ -545,7 +545,7 @@ class Judge:
     ) -> list[float | RewardFailure]:
         self.counts = {"requests": 0, "cached": 0}
         bodies = [
-            self._body(prompt, completion, {name: values[i] for name, values in columns.items()})
+            self._body(prompt, completion, {name: values[i] for name, values in columns.items() if name != STATE})
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         keys = [fingerprint(body) for body in bodies]
@@ -658,7 +658,7 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         name: a name in `REWARDS`, or an import string, "module:function" or "path.py:function".
         settings: the reward's own settings, without its objects (see `RewardKind`), and those of every reward
-            (`RewardFunction`: weight, timeout, on_error, error_value, on_none, name). Of a class that an import
+            (`RewardFunction`: weight, timeout, on_error, evaluate_only, ...). Of a class that an import
             string names, its keyword-only arguments are settings; a function has none.
 
     Raises:

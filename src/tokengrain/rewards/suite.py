@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["error", "skip", "value"]
 OnNone = Literal["error", "skip", "value", "ignore"]
-RESERVED = ("prompts", "prompt_ids", "prompt_ends", "completions", "completion_ids", "truncated")
+STATE = "trainer_state"
+RESERVED = ("prompts", "prompt_ids", "prompt_ends", "completions", "completion_ids", "truncated", STATE)
 # Tokens at the end of a prompt that `prompt_ends` shows: enough for a tag that a chat template opens.
 PROMPT_END = 16
 
@@ -64,11 +65,12 @@ class RewardFunction:
         function: `function(prompts=[...], completions=[...], **columns)`, one entry per completion in each list. It
             takes what its signature names: prompts as they stand in the rows, completions as text, the rows' other
             columns, `prompt_ids` and `completion_ids` (token ids), `prompt_ends` (the prompts' last tokens as text,
-            special ones included) and `truncated` (bools). It returns a list with an entry per completion: a number;
-            one number per token; or spans of characters {"start", "end", "reward"} (every token that shares a
-            character with one has its reward). It may be async.
+            special ones included), `truncated` (bools) and, as one object, `trainer_state` (transformers'
+            `TrainerState`; None outside training). It returns a list with an entry per completion: a number; one
+            number per token; or spans of characters {"start", "end", "reward"} (every token that shares a character
+            with one has its reward). It may be async.
         name: in logs and messages; no two of a suite may be equal.
-        weight: factor in the total.
+        weight: factor in the total; 0: the reward is logged, and nothing else.
         timeout: seconds one call may take; None: no limit, and the function runs in the calling thread. A
             function that is not async and hangs is left behind in its thread, as Python cannot end threads.
         on_error: what happens when the function raises, hangs or gives something that is no reward: "error"
@@ -79,7 +81,7 @@ class RewardFunction:
             rewards that apply to some rows only. None: as `on_error`.
         special_tokens: whether completions keep their special tokens, but the end-of-sequence and padding ones.
         messages: completions are lists with one assistant message, as TRL gives them for chats.
-
+        evaluate_only: it is asked in evaluation alone, and is no part of the total there either.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class RewardFunction:
         on_none: OnNone | None = None,
         special_tokens: bool = False,
         messages: bool = False,
+        evaluate_only: bool = False,
     ) -> None:
         given = locals()
         named = (name, getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__)
@@ -102,14 +105,16 @@ class RewardFunction:
         checked = validate_settings(f"reward {self.name!r}", RewardFunction, own)
         self.weight, self.timeout, self.error_value = (checked[k] for k in ("weight", "timeout", "error_value"))
         self.on_error, self.on_none = checked["on_error"], checked["on_none"] or checked["on_error"]
-        self.special_tokens, self.messages = special_tokens, messages
+        self.special_tokens, self.messages, self.evaluate_only = special_tokens, messages, evaluate_only
+        if evaluate_only:
+            self.weight = 0.0
         self.parameters = inspect.signature(function).parameters
         called = function if inspect.isroutine(function) else type(function).__call__
         # The function itself as well: it may be a partial of an async one.
         self.is_async = inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(function)
 
     def arguments(self, available: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Of the available columns those that the function takes. Raises `RewardError` if it needs another."""
+        """Of what is available, by name, what the function takes. Raises `RewardError` if it needs something else."""
         named = [p for p in self.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         missing = [p.name for p in named if p.default is p.empty and p.name not in available]
         what = f"reward {self.name!r} needs {', '.join(missing)}; the rows have {', '.join(sorted(available))}"
@@ -129,10 +134,11 @@ class RewardResult:
         token_rewards: float `[N]`, weighted sum of the rewards given per token or span, 0 where not valid; or None.
         by_name: per function, its own value `[C]` without the weight (of token rewards: their sum); NaN where it
             failed and was skipped, or does not apply.
-        valid: bool `[C]`: False where a reward failed and `on_error` is "skip", or where no reward applies. Leave
-            these out of group statistics, with advantage 0.
+        valid: bool `[C]`: False where a reward failed and `on_error` is "skip", or where no reward with a weight
+            applies. Leave these out of group statistics, with advantage 0.
         failures: what failed and was not raised.
         counts: further numbers that functions report, such as time-outs of the math checker.
+        evaluate_only: names of rewards that are no part of training.
     """
 
     total: Tensor
@@ -142,13 +148,15 @@ class RewardResult:
     valid: Tensor
     failures: tuple[RewardFailure, ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
+    evaluate_only: frozenset[str] = frozenset()
 
     def correct(self, name: str | None = None) -> Tensor:
         """Whether each completion is right, float `[C]`: its reward `name` is above 0.5; NaN where that is not known.
 
-        Without a name the first reward that applies to a completion decides.
+        Without a name the first reward that applies to a completion decides, of those that training has too.
         """
-        named = list(self.by_name.values()) if name is None else [self.by_name[name]]
+        own = [values for reward, values in self.by_name.items() if reward not in self.evaluate_only]
+        named = own or list(self.by_name.values()) if name is None else [self.by_name[name]]
         value = named[0]
         for other in named[1:]:
             value = value.where(value.isfinite(), other)
@@ -213,6 +221,9 @@ class RewardSuite:
         rollouts: Rollouts | TokenBatch,
         texts: Sequence[str] | None = None,
         rows: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        evaluating: bool = True,
+        trainer_state: Any = None,
     ) -> RewardResult:
         """The rewards of all completions.
 
@@ -220,6 +231,8 @@ class RewardSuite:
             rollouts: what a sampler gave, or a batch.
             texts: C texts of the completions; None: decoded with the tokenizer, without special tokens.
             rows: C data rows, whose columns the functions get; None: those of the prompts.
+            evaluating: also ask the functions that are `evaluate_only`.
+            trainer_state: for functions that ask for it.
 
         Raises:
             RewardError: a failure of a function with `on_error: error`; a column it needs is not there.
@@ -231,18 +244,19 @@ class RewardSuite:
         plain = decode(self.tokenizer, work.ids) if texts is None else texts
         what = f"{len(plain)} texts and {len(raws)} rows for {count} completions"
         require(len(plain) == count and len(raws) == count, RewardError, what)
-        columns = {**self._columns(work, raws), "completions": list(plain)}
-        shown_texts = [self._special(work.ids) if f.special_tokens else plain for f in self.functions]
+        columns = {**self._columns(work, raws), "completions": list(plain), STATE: trainer_state}
+        functions = [f for f in self.functions if evaluating or not f.evaluate_only]
+        shown_texts = [self._special(work.ids) if f.special_tokens else plain for f in functions]
         own = [
             [[{"role": "assistant", "content": text}] for text in texts] if f.messages else list(texts)
-            for f, texts in zip(self.functions, shown_texts)
+            for f, texts in zip(functions, shown_texts)
         ]
-        answers = call_all(self.functions, columns, own)
+        answers = call_all(functions, columns, own)
         judged = [
             [self._judge(function, answer[i], i, work, seen[i]) for i in range(count)]
-            for function, answer, seen in zip(self.functions, answers, shown_texts, strict=True)
+            for function, answer, seen in zip(functions, answers, shown_texts, strict=True)
         ]
-        return self._combined(judged, work)
+        return _combined(functions, judged, work)
 
     def check_golds(self, rows: Iterable[tuple[Any, Any, Mapping[str, Any]]]) -> None:
         """Read every row's right answer before anything is sampled; `rows` are (file, row, the row's columns).
@@ -314,44 +328,50 @@ class RewardSuite:
         logger.warning("%s (%s)", failure, "left out" if policy == "skip" else f"taken as {function.error_value:g}")
         return None if policy == "skip" else function.error_value, failure
 
-    def _combined(self, judged: list[list[Judged]], work: _Completions) -> RewardResult:
-        segments = Segments.from_lengths([len(c) for c in work.counted])
-        count = len(work.ids)
-        outcome = torch.zeros(count, dtype=torch.float64)
-        tokens = torch.zeros(segments.total, dtype=torch.float64)
-        # Where no reward applies there is none: not 0, which would be a reward like another.
-        each = list(zip(*judged, strict=True))
-        skipped = [any(value is None and failure is not None for value, failure in one) for one in each]
-        known = [any(value is not None for value, _ in one) for one in each]
-        valid = torch.tensor([k and not s for k, s in zip(known, skipped)], dtype=torch.bool)
-        by_name, dense, offsets = {}, False, segments.offsets.tolist()
-        for function, column in zip(self.functions, judged, strict=True):
-            own = torch.full((count,), math.nan, dtype=torch.float64)
-            for index, value in ((i, v) for i, (v, _) in enumerate(column) if v is not None):
-                if isinstance(value, list):
-                    own[index], dense = math.fsum(value), True
-                    part = torch.tensor(value, dtype=torch.float64)
-                    tokens[offsets[index] : offsets[index + 1]] += function.weight * part
-                else:
-                    own[index] = value
-                    outcome[index] += function.weight * value
-            by_name[function.name] = own.float()
-        tokens = tokens * segments.broadcast(valid.double())
-        outcome = outcome.where(valid, math.nan)
-        counts = {
-            f"{f.name}/{what}": float(number)
-            for f in self.functions
-            for what, number in getattr(f.function, "counts", {}).items()
-        }
-        return RewardResult(
-            total=(outcome + segments.sum(tokens)).float(),
-            outcome=outcome.float(),
-            token_rewards=tokens.float() if dense else None,
-            by_name=by_name,
-            valid=valid,
-            failures=tuple(failure for column in judged for _, failure in column if failure is not None),
-            counts=counts,
-        )
+
+def _combined(
+    functions: Sequence[RewardFunction], judged: Sequence[Sequence[Judged]], work: _Completions
+) -> RewardResult:
+    """The weighted sums of what the functions gave."""
+    segments = Segments.from_lengths([len(c) for c in work.counted])
+    count = len(work.ids)
+    outcome = torch.zeros(count, dtype=torch.float64)
+    tokens = torch.zeros(segments.total, dtype=torch.float64)
+    # Where no reward applies there is none: not 0, which would be a reward like another.
+    weighted = [column for function, column in zip(functions, judged) if function.weight]
+    each = list(zip(*weighted, strict=True))
+    skipped = [any(value is None and failure is not None for value, failure in one) for one in each]
+    known = [any(value is not None for value, _ in one) for one in each]
+    valid = torch.tensor([k and not s for k, s in zip(known, skipped)] if weighted else [True] * count)
+    by_name, dense, offsets = {}, False, segments.offsets.tolist()
+    for function, column in zip(functions, judged, strict=True):
+        own = torch.full((count,), math.nan, dtype=torch.float64)
+        for index, value in ((i, v) for i, (v, _) in enumerate(column) if v is not None):
+            if isinstance(value, list):
+                own[index], dense = math.fsum(value), dense or bool(function.weight)
+                part = torch.tensor(value, dtype=torch.float64)
+                tokens[offsets[index] : offsets[index + 1]] += function.weight * part
+            else:
+                own[index] = value
+                outcome[index] += function.weight * value
+        by_name[function.name] = own.float()
+    tokens = tokens * segments.broadcast(valid.double())
+    outcome = outcome.where(valid, math.nan)
+    counts = {
+        f"{f.name}/{what}": float(number)
+        for f in functions
+        for what, number in getattr(f.function, "counts", {}).items()
+    }
+    return RewardResult(
+        total=(outcome + segments.sum(tokens)).float(),
+        outcome=outcome.float(),
+        token_rewards=tokens.float() if dense else None,
+        by_name=by_name,
+        valid=valid,
+        failures=tuple(failure for column in judged for _, failure in column if failure is not None),
+        counts=counts,
+        evaluate_only=frozenset(f.name for f in functions if f.evaluate_only),
+    )
 
 
 _AS_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -487,7 +507,7 @@ def _listed(value: Any, count: int) -> list[Any]:
 
 
 def _only(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    return {name: values[index : index + 1] for name, values in arguments.items()}
+    return {k: v if k == STATE else v[index : index + 1] for k, v in arguments.items()}
 
 
 def _hung(function: RewardFunction) -> RewardFailure:

@@ -55,6 +55,11 @@ LONGEST_PAUSE, LONGEST_CONNECT = 60.0, 30.0
 # Bytes of an answer: at most this, and for each token that was asked for.
 MOST_BYTES, TOKEN_BYTES = 1 << 22, 512
 REDIRECTS = 3
+# What requests say themselves, and what would make completions no samples of the policy.
+OWN = frozenset(
+    "model prompt n max_tokens temperature top_p top_k min_p seed logprobs stop stop_token_ids ignore_eos "
+    "repetition_penalty presence_penalty frequency_penalty logit_bias min_tokens bad_words allowed_token_ids".split()
+)
 
 # ---- JSON over HTTP: bounded in time, size and number, with retries ----
 
@@ -317,7 +322,7 @@ class OpenAIServer:
             killed does not find its names taken.
         timeout, retries, backoff, api_key_env: see `JsonClient`.
         concurrency: most requests at a time.
-        extra: further fields of every completions request.
+        extra: further fields of every completions request; none that changes what is drawn, such as a penalty.
     """
 
     name = "server"
@@ -350,6 +355,9 @@ class OpenAIServer:
         self.base_model, self.flavour, self.how, self.adapter_name = model, flavour, refresh, adapter_name
         self.endpoints = VLLM if flavour == "vllm" else SGLANG
         self.concurrency, self.extra = concurrency, dict(extra or {})
+        taken = sorted(OWN & self.extra.keys())
+        what = f"sampler 'server': extra has {', '.join(taken)}; expected fields that do not change what is drawn"
+        require(not taken, RecipeError, what)
         self.logps: LogpKind = logps or self.endpoints.logps
         self.vocabulary = 2**31 if tokenizer is None else len(tokenizer)
         self.adapter: str | None = None

@@ -52,6 +52,8 @@ def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> No
 def with_interval(metrics: dict[str, Any], name: str = "accuracy") -> str:
     """`0.612 (95 % CI 0.551 to 0.670)`."""
     value = metrics[name]
+    if value is None:  # not a number
+        return "none"
     if f"{name}_low" not in metrics:
         return f"{value:.3f}"
     return f"{value:.3f} (95 % CI {metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import threading
@@ -100,7 +99,7 @@ _NEUTRAL = """
     logging_dir logging_strategy logging_steps logging_first_step log_level log_level_replica report_to run_name
     disable_tqdm project trackio_space_id eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
     eval_accumulation_steps save_strategy save_steps save_total_limit max_tokens_per_microbatch chunk_tokens log_entropy
-    rollout_samples rollout_samples_every eval_generations eval_temperature use_cpu dataloader_num_workers
+    rollout_samples rollout_samples_every eval_generations eval_temperature task_column use_cpu dataloader_num_workers
     dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
 """
 NEUTRAL = frozenset(_NEUTRAL.split())
@@ -198,15 +197,18 @@ class Trained(Stage):
 
     lora_config: Any = staticmethod(models.lora_config)
 
-    def compared(self, before: dict[str, Any], reference: Any) -> dict[str, Any]:
-        """Metrics before training; of a policy that still is its reference, which pair it prefers is no number.
+    def compared(self, before: dict[str, Any], reference: Any, rounding: float | None) -> dict[str, Any]:
+        """Metrics before training; of a policy that still is its reference, no pair is preferred: all are ties.
 
-        Where an annotate stage stored the starting model's log-probabilities, only rounding is left between the two.
+        Where an annotate stage stored the starting model's log-probabilities, only rounding is left between the two:
+        `rounding`, nats per completion (root mean square).
         """
         stored = self.data.stage is not None and isinstance(reference, ColumnReference)
-        if before.get("rewards/margins") == 0 or stored:
-            return before | {k: math.nan for k in before if "accura" in k} | {"comparison": EQUAL}
-        return before
+        if before.get("rewards/margins") != 0 and not stored:
+            return before
+        tie = {key: 0.0 if key.endswith("_low") else 1.0 if key.endswith("_high") else 0.5 for key in before}
+        noise = {"rounding": rounding} if stored and rounding is not None else {}
+        return before | {k: v for k, v in tie.items() if "accura" in k} | {"comparison": EQUAL} | noise
 
     def policy(self, run: RunModels, weights: str | None) -> tuple[Any, Any]:
         """`(model, configuration of a new adapter or None)`; see `build`. An adapter that exists is trained on."""
@@ -294,7 +296,8 @@ class Trained(Stage):
         if has_eval and hasattr(trainer.eval_dataset, "__len__"):
             metrics["held_out"] = len(trainer.eval_dataset)  # how many rows an interval is of
         if has_eval and "before" not in metrics:
-            metrics["before"] = self.compared(plain_metrics(trainer.evaluate()), trainer.reference)
+            before = plain_metrics(trainer.evaluate())
+            metrics["before"] = self.compared(before, trainer.reference, trainer.log_ratio_rms)
             if main:
                 write_json(metrics_file, metrics)
         said = read_json(folder / ANSWERS) if checkpoint and (folder / ANSWERS).exists() else {}

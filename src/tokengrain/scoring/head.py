@@ -43,6 +43,11 @@ class Head:
         logits = logits.to(accumulation_dtype(logits.dtype)) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def tempered(self, temperature: float) -> Head:
+        """The same with its logits divided by a temperature."""
+        cap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, scale=self.scale / temperature, softcap=cap)
+
     def detach(self) -> Head:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 

@@ -66,8 +66,12 @@ class ScoreRequest:
     max_row_tokens: int | None = None
     chunk_tokens: int | None = None
     one_forward: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        positive = self.temperature > 0 and (self.temperature == 1 or not self.want & {"kl", "teacher_kl"})
+        what = f"the temperature is {self.temperature:g}; expected a number above 0, and 1 beside 'kl' and 'teacher_kl'"
+        require(positive, ModelError, what)
         check_tokens("max_row_tokens", self.max_row_tokens)
         check_tokens("chunk_tokens", self.chunk_tokens)
 
@@ -234,10 +238,11 @@ def _head_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, label
     """By the fused head; or by the head's module itself, a chunk of tokens at a time, recomputed in backward."""
     head = live_head(lm, request.plan.scale, request.plan.softcap)
     if head is not None:
+        head = head.tempered(request.temperature)
         given = request.reference, request.teacher
         return head_quantities(hidden, head, labels, request.want, *given, chunk_tokens=request.chunk_tokens)
     project = whole_head(lm)
-    finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).finish
+    finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).tempered(request.temperature).finish
     names = request.want - {"hidden", "raw_logits", "aux_loss"}
 
     def chunk(span: slice) -> dict[str, Tensor]:
@@ -274,6 +279,7 @@ def quantities_from_logits(lm: nn.Module, request: ScoreRequest, own_forward: Ca
         if is_token_classifier(lm):
             outs.append({name: scores_of_logits(flat) for name in CLASSIFIER_WANTS if name in request.want})
         else:
+            flat = flat if request.temperature == 1 else flat.to(accumulation_dtype(flat.dtype)) / request.temperature
             outs.append(logits_quantities(flat, labels[target], request.want, *_given_at(request, target)))
         targets.append(target)
     return {name: _in_order([o[name] for o in outs], targets) for name in outs[0]}

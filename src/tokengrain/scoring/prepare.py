@@ -357,6 +357,16 @@ def _dtype(lm: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
     return autocast or autocast_type(weight.device.type) or weight.dtype
 
 
+def coarse(model: nn.Module) -> bool:
+    """Whether what is scored together changes a text's numbers by more than a little: in 16 bits, on a CPU.
+
+    There attention rounds otherwise in rows of another length, by tenths of a nat per completion; a pass for each row
+    (`max_row_tokens=1`) does not. GPUs choose other products for other sizes too, and would be far slower row by row.
+    """
+    lm = scored_model(model)
+    return device_of(lm).type == "cpu" and _dtype(lm, None).itemsize == 2
+
+
 def _head_forms(lm: nn.Module) -> list[tuple[float, float | None]]:
     """(scale, softcap) that models like this one may apply to their logits; the probe picks."""
     config = text_config(lm)

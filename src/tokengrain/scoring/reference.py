@@ -16,7 +16,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, fingerprint, require
 from tokengrain.scoring.head import Distribution, Head
 from tokengrain.scoring.model import evaluating, nested
-from tokengrain.scoring.prepare import prepare
+from tokengrain.scoring.prepare import coarse, prepare
 from tokengrain.scoring.score import head_of, score
 
 if TYPE_CHECKING:
@@ -39,17 +39,40 @@ class Reference(Protocol):
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores: ...
 
 
-class FrozenReference:
+class LiveReference:
+    """A model that is asked.
+
+    Attributes:
+        temperature: divides the logits of its log-probabilities.
+        stored: its numbers are kept, and compared with those of other batches: see `coarse`.
+    """
+
+    model: nn.Module
+    temperature = 1.0
+    stored = False
+
+    def _scores(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
+        most = 1 if self.stored and coarse(self.model) else None
+        return _score_frozen(self.model, batch, want, temperature=self.temperature, max_row_tokens=most)
+
+
+class FrozenReference(LiveReference):
     """Another model, for example a copy of the starting weights. It is put into evaluation mode and frozen for good."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
-        return _score_frozen(self.model, batch, want)
+        return self._scores(batch, want)
+
+    @torch.no_grad()
+    def move(self, policy: nn.Module, share: float) -> None:
+        """Move the weights this share of the way to the policy's, which has the same parameters."""
+        for own, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+            own.mul_(1.0 - share).add_(theirs.detach().to(own), alpha=share)
 
 
-class AdapterOffReference:
+class AdapterOffReference(LiveReference):
     """A PEFT model, maybe wrapped, with its adapter disabled: no second copy of the weights."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,10 +82,10 @@ class AdapterOffReference:
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
         peft = _peft_of(self.model)
         with _gradients_required_as_before(peft), peft.disable_adapter():
-            return _score_frozen(self.model, batch, want)
+            return self._scores(batch, want)
 
 
-class AdapterReference:
+class AdapterReference(LiveReference):
     """A PEFT model, maybe wrapped, with another of its adapters active: several models over one set of weights.
 
     The model that is trained keeps its active adapter, its mode and what requires gradients, on errors too. A
@@ -77,7 +100,7 @@ class AdapterReference:
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
         peft = _peft_of(self.model)
         with _gradients_required_as_before(peft), _adapter_on(peft, self.adapter):
-            return _score_frozen(self.model, batch, want)
+            return self._scores(batch, want)
 
 
 class ColumnReference:
@@ -112,11 +135,11 @@ def _check(want: Collection[str]) -> None:
     require(not unknown, ModelError, f"unknown reference quantity; got {unknown}, expected some of {list(WANTED)}")
 
 
-def _score_frozen(model: nn.Module, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
+def _score_frozen(model: nn.Module, batch: TokenBatch, want: Collection[str], **options: Any) -> ReferenceScores:
     _check(want)
     wanted = [{"logps": "logps", "distribution": "hidden"}[w] for w in WANTED if w in want]
     with evaluating(model):
-        scores = score(model, batch, wanted)
+        scores = score(model, batch, wanted, **options)
         whole = None if scores.hidden is None else Distribution(scores.hidden, head_of(model).detach())
     return ReferenceScores(scores.logps, whole)
 
@@ -179,7 +202,7 @@ def disable_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-class StartingAdapterReference:
+class StartingAdapterReference(LiveReference):
     """The policy as it was when training started, for training that resumes from a trained adapter.
 
     Holds a copy of what is trained; a call puts it in place and restores the present weights bit for bit, on
@@ -192,7 +215,7 @@ class StartingAdapterReference:
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
         with evaluating(self.model), self._swapped():
-            return _score_frozen(self.model, batch, want)
+            return self._scores(batch, want)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:

@@ -60,6 +60,7 @@ def score(
     layout: Layout | None = None,
     max_row_tokens: int | None = None,
     chunk_tokens: int | None = None,
+    temperature: float = 1.0,
 ) -> Scores:
     """Score a batch. Differentiable unless gradients are off; runs through `model(...)`, so hooks fire.
 
@@ -75,6 +76,7 @@ def score(
         max_row_tokens: bound on rows * length of one forward pass through the decoder. Sharded models (FSDP)
             always run exactly one, since all ranks must run equally many.
         chunk_tokens: tokens projected onto the vocabulary at a time; None chooses by memory.
+        temperature: divides the logits of log-probabilities and entropy.
 
     Returns:
         Scores on the model's device; all but hidden in float32 (float64 for a float64 model).
@@ -103,6 +105,7 @@ def score(
         max_row_tokens=max_row_tokens,
         chunk_tokens=chunk_tokens,
         one_forward=_is_sharded(lm),
+        temperature=temperature,
     )
     if prompt_learning(model) is not None:
         # Virtual tokens are put in by the PEFT model around ours, in its ordinary forward.

@@ -74,6 +74,9 @@ class PreferenceConfig(TrainingArguments):
         chunk_tokens: tokens whose logits are formed at a time; None: chosen by the scorer.
         log_entropy: also log the policy's entropy (nats per token) on training batches, at the cost of one more
             reduction over the vocabulary; evaluation always measures it.
+        sync_ref_model: every `ref_model_sync_steps` optimiser steps, the reference's weights become
+            `ref_model_mixup_alpha` times the policy's plus the rest of their own, as in TRL (TR-DPO, arXiv
+            2404.09656). The reference must have weights of its own.
         overwrite_output_dir: delete checkpoints and log of an earlier run in `output_dir` when training
             starts from scratch. Otherwise their presence is an error.
 
@@ -95,6 +98,9 @@ class PreferenceConfig(TrainingArguments):
     layout: Layout = "auto"
     chunk_tokens: int | None = None
     log_entropy: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
@@ -116,6 +122,8 @@ class PreferenceConfig(TrainingArguments):
             ("learning_rate", 0 <= float(rate) < math.inf, "finite and at least 0"),
             ("max_tokens_per_microbatch", most is None or _is_whole(most, 1), "a positive integer or null"),
             ("chunk_tokens", chunk is None or _is_whole(chunk, 1), "a positive integer or null"),
+            ("ref_model_mixup_alpha", 0 <= float(self.ref_model_mixup_alpha) <= 1, "from 0 to 1"),
+            ("ref_model_sync_steps", _is_whole(self.ref_model_sync_steps, 1), "a positive integer"),
         ):
             require(fits, RecipeError, f"{name} must be {expected}, got {getattr(self, name)!r}")
         for name, most in _MOST.items():
@@ -214,13 +222,16 @@ class OnlineConfig(PreferenceConfig):
         minibatches: optimiser steps per pass over a rollout.
         rollout_epochs: passes over a rollout.
         max_new_tokens: longest completion; without an end by then it is truncated.
-        temperature, top_p, top_k, min_p, stop, stop_ids: see `SamplingConfig`. Objectives take probabilities at
-            temperature 1; another one makes the samples off-policy, which the rollout credit "importance" can weigh.
+        temperature, top_p, top_k, min_p, stop, stop_ids: see `SamplingConfig`.
+        logps_at_temperature: all log-probabilities (of policy and reference) and entropies are taken at
+            `temperature`, as TRL and verl take them. Otherwise at 1: then another `temperature` makes the samples
+            off-policy, which the rollout credit "importance" can weigh.
         shuffle_prompts: a new order in every pass over the prompts.
         max_refills: how often, in one rollout, prompts that a filter with `refill` dropped are replaced by others.
             If there are still too few, the rollout is smaller.
         max_empty_rollouts: an error after so many rollouts in a row of which nothing was left to train on.
         correct_from: the reward whose values above 0.5 count as correct; None: the first one.
+        task_column: a column of the rows; what is earned is also logged by its values, as `task/<value>/...`.
         eval_generations: completions per prompt in evaluation; several only where eval_temperature is above 0.
         eval_temperature: 0 takes the most probable token. Other sampling settings are those of training.
         rollout_samples: completions per rollout that go to `rollouts.jsonl` with their tokens' numbers; 0: none.
@@ -240,12 +251,14 @@ class OnlineConfig(PreferenceConfig):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    logps_at_temperature: bool = False
     stop: list[str] = field(default_factory=list)
     stop_ids: list[int] | None = None
     shuffle_prompts: bool = True
     max_refills: int = 10
     max_empty_rollouts: int = 10
     correct_from: str | None = None
+    task_column: str | None = None
     eval_generations: int = 1
     eval_temperature: float = 0.0
     rollout_samples: int = 4
@@ -292,6 +305,11 @@ class OnlineConfig(PreferenceConfig):
         instead = "one of its metrics, such as reward or correct"
         require(best not in ("loss", "eval_loss"), RecipeError, f"{what}. Expected {instead}")
         refuse_epochs(self, "online training is one long pass")
+
+    @property
+    def logps_temperature(self) -> float:
+        """What divides the logits of all log-probabilities."""
+        return self.temperature if self.logps_at_temperature else 1.0
 
     @property
     def steps_per_rollout(self) -> int:

@@ -76,6 +76,7 @@ class EvalSums:
         self.means = WeightedMeans()
         self.counts = Counts()
         self.losses = torch.zeros(2, dtype=torch.float64)  # sums of the per-pair and of the token terms
+        self.squares = torch.zeros(2, dtype=torch.float64)  # of completions' log-ratios: their sum, and how many
         self.units: tuple[Any, Any] = ("pairs", "chosen_tokens")
 
     def add(self, batch: TokenBatch, judged: Judged, real: bool) -> None:
@@ -94,9 +95,17 @@ class EvalSums:
             self.means.add(name, float(values.sum()), values.numel())
             for side, mask in (("chosen", chosen), ("rejected", ~chosen)) if chosen is not None else ():
                 self.means.add(f"{name}_per_token/{side}", float(values[mask].sum()), int(mask.sum()))
+        if judged.log_ratio is not None:
+            sums = batch.segments.sum(wide(judged.log_ratio))
+            self.squares += torch.tensor([float(sums.square().sum()), float(sums.numel())], dtype=torch.float64)
         self.counts = self.counts + counts_of(batch)
         extra = wide(out.token_losses).sum() if out.token_losses is not None else torch.zeros(())
         self.losses += torch.stack([wide(out.losses).sum().cpu(), extra.double().cpu()])
+
+    def log_ratio_rms(self, device: torch.device) -> float | None:
+        """How far policy and reference are apart, nats per completion (root mean square); None if it is not known."""
+        total, count = all_reduce(self.squares, device).tolist()
+        return math.sqrt(total / count) if count else None
 
     def metrics(self, normaliser: str, device: torch.device) -> dict[str, float]:
         """Metrics of the whole set: `loss`, the objective's own, accuracy with 95 % interval, measures."""
@@ -122,25 +131,32 @@ def completion_metrics(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Metrics of an evaluation, from lists over completions per prompt: lengths, truncated, reward, by_name, correct.
 
     `reward` and `correct` get the ends of a 95 % interval (prompts are independent, completions of a prompt are not).
+    Of prompts with a `task` they are also given task by task.
     """
     lengths = [n for e in entries for n in e["lengths"]]
     truncated = sum(t for e in entries for t in e["truncated"])
     metrics = {"length": sum(lengths) / len(lengths), "truncated": truncated / len(lengths)}
     if not any("reward" in e for e in entries):
         return metrics
-    metrics |= _with_interval("reward", [_mean(e["reward"]) for e in entries])
+    metrics |= _earned("", entries)
     for name in entries[0]["by_name"]:
         metrics |= _with_interval(f"reward_{name}", [_mean(e["by_name"][name]) for e in entries], interval=False)
-    shares = [_mean(e["correct"]) for e in entries]
-    if not (known := [share for share in shares if share == share]):  # NaN: no reward applies
-        return metrics
-    found = mean_over_prompts(torch.tensor(known))
-    metrics |= {"correct": found.value, "correct_low": found.low, "correct_high": found.high}
+    for task in sorted({e["task"] for e in entries if "task" in e}):
+        metrics |= _earned(f"task/{task}/", [e for e in entries if e.get("task") == task])
     whole = [e["correct"] for e in entries if all(c == c for c in e["correct"])]
     if whole and (n := len(whole[0])) > 1:
         right = torch.tensor([int(sum(one)) for one in whole])
         for k in (2**i for i in range(n.bit_length())):
             metrics[f"pass@{k}"] = float(pass_at_k(n, right, k).mean())
+    return metrics
+
+
+def _earned(prefix: str, entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """`reward` and `correct` over prompts, with their intervals, where some reward applies."""
+    metrics = _with_interval(f"{prefix}reward", [_mean(e["reward"]) for e in entries])
+    if known := [share for share in (_mean(e["correct"]) for e in entries) if share == share]:
+        found, name = mean_over_prompts(torch.tensor(known)), f"{prefix}correct"
+        metrics |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
     return metrics
 
 

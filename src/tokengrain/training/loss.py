@@ -16,7 +16,7 @@ from tokengrain.loss import LossOutput, Role, resolve_role
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, as_credit, check_source_for_role, make_objective
 from tokengrain.methods._pairs import weight_metrics
 from tokengrain.scoring.model import balancing
-from tokengrain.scoring.prepare import scored_model
+from tokengrain.scoring.prepare import coarse, scored_model
 from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
 from tokengrain.scoring.score import score
 
@@ -87,10 +87,12 @@ class PreferenceLoss:
     teacher: Callable[[TokenBatch], Any] | None = None
     layout: Any = None
     chunk_tokens: int | None = None
+    temperature: float = 1.0  # of log-probabilities and entropy
+    stored: bool = False  # log-probabilities are compared with those that were stored: see `coarse`
 
     @property
     def score_options(self) -> dict[str, Any]:
-        return {"layout": self.layout, "chunk_tokens": self.chunk_tokens}
+        return {"layout": self.layout, "chunk_tokens": self.chunk_tokens, "temperature": self.temperature}
 
     def __call__(
         self,
@@ -114,8 +116,8 @@ class PreferenceLoss:
         segments = batch.segments if pairs is None else pairs.segments
         with torch.no_grad(), frozen_context():
             given = self._given(batch, pairs)
-            keep = self._reads(segments, given)
-            whole = keep is None or "whole" in measure
+            keep, alone = self._reads(segments, given), self.stored and coarse(model)
+            whole = keep is None or "whole" in measure or alone  # what comes behind a token takes part in its rounding
             read = keep if keep is None or pairs is None else _in_batch(keep, pairs, batch.segments.total)
             part = batch if read is None or whole else batch.narrow(read)
             # A column of log-probabilities gives no KL over the whole vocabulary.
@@ -127,8 +129,9 @@ class PreferenceLoss:
         want += ["entropy"] if "entropy" in measure and main == "logps" else []
         balanced = balancing(scored_model(model))
         want += ["aux_loss"] if balanced is not None else []
-        taught = {"teacher": teacher} if teacher is not None else {}
-        scores = score(model, part, tuple(want), reference=frozen.distribution, **taught, **self.score_options)
+        taught: dict[str, Any] = {"teacher": teacher} if teacher is not None else {}
+        options = {**taught, **self.score_options, "max_row_tokens": 1 if alone else None}
+        scores = score(model, part, tuple(want), reference=frozen.distribution, **options)
         found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
         scored: dict[str, Tensor] = {name: value for name, value in found.items() if value is not None}
         judged_tokens, all_segments = scored, segments
@@ -144,7 +147,7 @@ class PreferenceLoss:
         judged = Judged(self._apply(segments, judged_tokens | given), segments, entropy, kl)
         if "log_ratio" in measure and {"logps", "ref_logps"} <= scored.keys():
             judged.log_ratio = (scored["logps"] - scored["ref_logps"]).detach()
-        if keep is not None and whole and main == "logps" and batch.is_pairs:
+        if keep is not None and "whole" in measure and main == "logps" and batch.is_pairs:
             tokens = {name: value if pairs is None else value[pairs.tokens] for name, value in scored.items()}
             judged.output.metrics |= _whole_metrics(tokens, all_segments)
         if balanced is not None and scores.aux_loss is not None:

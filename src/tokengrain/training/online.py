@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.errors import RecipeError, RunError, require
+from tokengrain.errors import DataError, RecipeError, RunError, require
 from tokengrain.method import (
     FROZEN,
     TAUGHT,
@@ -54,7 +54,7 @@ from tokengrain.rollout.sampler import (
 )
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.scoring.prepare import causal_lm
-from tokengrain.scoring.reference import ColumnReference, is_peft, resolve_reference
+from tokengrain.scoring.reference import ColumnReference, LiveReference, is_peft, resolve_reference
 from tokengrain.scoring.score import head_of
 from tokengrain.settings import nearest
 from tokengrain.training.buffer import RolloutBuffer
@@ -150,7 +150,8 @@ class OnlineTrainer(PreferenceTrainer):
         self._needs = frozenset(bound.needs).union(*(c.needs for c in self.rollout_credits))
         self._described_credits = [described(c) for c in self.rollout_credits]
         self._tokenizer, self._tokenize, self.critic = processing_class, tokenize, critic
-        self._max_new_tokens = args.max_new_tokens
+        self._max_new_tokens, self._temperature = args.max_new_tokens, args.logps_temperature
+        self._task = args.task_column
         self.rewards = resolve_rewards(rewards, processing_class)
         self._check_rewards(bound, args)
         prompts = self._prompts(train_dataset, "train")
@@ -166,6 +167,7 @@ class OnlineTrainer(PreferenceTrainer):
         kwargs |= {"reference": reference, "teacher": teacher, "peft_config": peft_config}
         kwargs |= {"processing_class": processing_class, "eval_dataset": eval_dataset}
         super().__init__(model, args, objective=bound, train_dataset=prompts, **kwargs)
+        self.judge.temperature = args.logps_temperature
         self.sampler: Sampler = make_sampler(sampler, self.model, processing_class)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.ranks.together(lambda: check_reachable(self.sampler))
@@ -183,12 +185,15 @@ class OnlineTrainer(PreferenceTrainer):
         self._critic_ready = False
 
     def _check_rewards(self, objective: BoundObjective, args: OnlineConfig) -> None:
-        given = self.rewards is not None or any(credit.phase == "rewards" for credit in self.rollout_credits)
-        what = f"objective {objective.name!r} learns from rewards, got none"
+        functions = [] if self.rewards is None else self.rewards.functions
+        given = any(f.weight for f in functions) or any(c.phase == "rewards" for c in self.rollout_credits)
+        found = "only rewards of weight 0" if functions else "none"
+        what = f"objective {objective.name!r} learns from rewards, got {found}"
         require(given or ADVANTAGES not in objective.needs, RecipeError, what)
-        names = [] if self.rewards is None else [f.name for f in self.rewards.functions]
-        known = args.correct_from is None or args.correct_from in names
-        require(known, RecipeError, f"correct_from is {args.correct_from!r}{nearest(str(args.correct_from), names)}")
+        wanted, names = args.correct_from, [f.name for f in functions if not f.evaluate_only]
+        held = any(f.name == wanted for f in functions)
+        why = ", which is evaluate_only; expected a reward of training" if held else nearest(str(wanted), names)
+        require(wanted is None or wanted in names, RecipeError, f"correct_from is {wanted!r}{why}")
 
     @property
     def reference(self) -> Any:
@@ -199,6 +204,10 @@ class OnlineTrainer(PreferenceTrainer):
         wanted = self._needs & FROZEN
         self._live_reference = resolve_reference(reference, model, wanted, False) if wanted else None
         self._limits.check_models_in(self._live_reference, "reference")
+        if self._temperature != 1 and self._live_reference is not None:
+            what = f"logps_at_temperature: {type(self._live_reference).__name__} gives them at 1 alone"
+            require(isinstance(self._live_reference, LiveReference), RecipeError, what)
+            self._live_reference.temperature = self._temperature
         if "kl" in self.objective.needs:
             return self._live_reference
         takes = "ref_logps" in self.objective.needs | self.objective.optional
@@ -220,6 +229,9 @@ class OnlineTrainer(PreferenceTrainer):
             hint = " together; set max_prompt_length or max_new_tokens"
             self._limits.check_length(len(item.ids) + most, shown, hint, file=prompts.name, row=item.row)
             self._limits.check_ids(item.ids, file=prompts.name, row=item.row)
+            where: dict[str, Any] = {"file": prompts.name, "row": item.row, "field": self._task}
+            known = self._task is None or self._task in item.raw
+            require(known, DataError, "the column that names tasks is missing", **where)
 
     def _all_have(self, column: str) -> bool:
         return False  # prompts have no tokens to have columns of
@@ -302,6 +314,7 @@ class OnlineTrainer(PreferenceTrainer):
 
     def after_step(self) -> None:
         """After the optimiser's step: time, and the record of a rollout that is used up."""
+        super().after_step()
         self._minibatch = None
         self.state.epoch = self.source.drawn / len(self.source.prompts)
         # Seconds per rollout: every step is a part of one.
@@ -345,23 +358,27 @@ class OnlineTrainer(PreferenceTrainer):
                 sampled = self.sampler.sample(seeds, n=self.args.num_generations, sampling=sampling)
                 sampled = replace(sampled, prompts=tuple(items))
             with stats.timed("reward"):
-                return sampled, self._reward(sampled)
+                return sampled, self._reward(sampled, evaluating=False)
 
         sampled, result = self.ranks.together(work)
         rollout = self._rewarded(sampled, result)
-        stats.add(sampled, rollout, result)
+        stats.add(sampled, rollout, result, self._task)
         return rollout
 
-    def _reward(self, sampled: Rollouts) -> RewardResult | None:
-        if self.rewards is None:
+    def _reward(self, sampled: Rollouts, *, evaluating: bool) -> RewardResult | None:
+        if self.rewards is None or all(f.evaluate_only and not evaluating for f in self.rewards.functions):
             return None
         texts = None if self.rewards.tokenizer is not None else [""] * len(sampled.completions)
-        return self.rewards.score(sampled, texts)
+        return self.rewards.score(sampled, texts, evaluating=evaluating, trainer_state=self.state)
 
     def _rewarded(self, sampled: Rollouts, result: RewardResult | None) -> Rollout:
         """Completions and their rewards as rollout credits see them."""
         device = self.args.device
         batch = sampled.to_batch().to(device)
+        if self._temperature != 1:  # what the sampler says of the distribution that `old_logps` are of
+            batch.columns.pop("raw_logps", None)
+            if "sampling_logps" in batch.columns and not sampled.sampling.truncates:
+                batch.columns["raw_logps"] = batch.columns["sampling_logps"]
         by_name = {} if result is None else result.by_name
         tokens = None if result is None else result.token_rewards
         return Rollout(
@@ -375,7 +392,7 @@ class OnlineTrainer(PreferenceTrainer):
             max_new_tokens=self.args.max_new_tokens,
             max_tokens=self.args.max_tokens_per_microbatch,
             model=self.model,
-            head_of=lambda: head_of(self.model).detach(),
+            head_of=lambda: head_of(self.model).detach().tempered(self._temperature),
             exchange=self.ranks.exchange,
         )
 
@@ -493,14 +510,15 @@ class OnlineTrainer(PreferenceTrainer):
         sampler = getattr(self.sampler, "sampler", self.sampler)  # without branches
         with self.accelerator.autocast():
             sampled = sampler.sample(prompts, n=n, sampling=self.args.eval_sampling())
-        result, entries = self._reward(sampled), []
+        result, entries = self._reward(sampled, evaluating=True), []
         correct = None if result is None else result.correct(self.args.correct_from)
-        for index, (_, group) in enumerate(sampled):
+        for index, (prompt, group) in enumerate(sampled):
             entry: dict[str, Any] = {"lengths": [len(c.ids) for c in group], "truncated": [c.truncated for c in group]}
             part = slice(index * n, (index + 1) * n)
             if result is not None and correct is not None:
                 entry["reward"], entry["correct"] = result.total[part].tolist(), correct[part].tolist()
                 entry["by_name"] = {name: values[part].tolist() for name, values in result.by_name.items()}
+                entry |= {} if self._task is None else {"task": str(prompt.raw[self._task])}
             entries.append(entry)
         return entries
 
@@ -522,7 +540,7 @@ class OnlineTrainer(PreferenceTrainer):
             "sampler": describe_sampler(self.sampler),
             "sampling": json.loads(json.dumps(asdict(args.sampling()))),  # as a checkpoint has it
             **{name: getattr(args, name) for name in ("correct_from", "num_generations", "prompts_per_rollout")},
-            "rollout_epochs": args.rollout_epochs,
+            **{name: getattr(args, name) for name in ("rollout_epochs", "logps_at_temperature")},
             "critic": self.critic.describe() if self.critic is not None else None,
         }
 
@@ -581,6 +599,9 @@ def set_lengths(args: OnlineConfig, prompts: int) -> None:
 def check_credits(objective: BoundObjective, credits: Sequence[RolloutCredit], args: OnlineConfig, critic: Any) -> None:
     """Check that objective, rollout credits, critic and settings go together."""
     name, needs = objective.name, objective.needs
+    whole = (TAUGHT | {"kl"}) & needs
+    what = f"logps_at_temperature: objective {name!r} compares whole distributions, at temperature 1"
+    require(not whole or args.logps_temperature == 1, RecipeError, what)
     what = f"objective {name!r} learns from pairs of a chosen and a rejected completion; online training samples groups"
     require(objective.unit != "pairs", RecipeError, f"{what}: use grpo, gspo, dcpo, ppo or reinforce")
     what = f"objective {name!r} trains a reward model, not a policy that is sampled from"

@@ -35,6 +35,7 @@ class RolloutStats:
     total: list[float] = field(default_factory=list)  # sums of rewards; NaN where there is no score
     correct: list[float] = field(default_factory=list)
     by_name: dict[str, list[float]] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)  # where a column names them
     counts: dict[str, float] = field(default_factory=dict)
     context: int = 0  # tokens that completions only share with others they branch off from; they were drawn once
     prompts: int = 0
@@ -53,7 +54,9 @@ class RolloutStats:
         finally:
             self.seconds[phase] += time.perf_counter() - started
 
-    def add(self, sampled: Rollouts, rollout: Rollout, result: RewardResult | None) -> None:
+    def add(
+        self, sampled: Rollouts, rollout: Rollout, result: RewardResult | None, task_column: str | None
+    ) -> None:
         """Add what was sampled in one go."""
         self.lengths += [len(c.ids) for c in sampled.completions]
         self.context += sum(c.context for c in sampled.completions)
@@ -63,6 +66,8 @@ class RolloutStats:
         if result is None:
             return
         self.total += result.total.tolist()
+        if task_column is not None:
+            self.tasks += [str(sampled.prompts[g].raw[task_column]) for g in sampled.group]
         if rollout.correct is not None:
             self.correct += rollout.correct.tolist()
         for name, values in result.by_name.items():
@@ -118,12 +123,26 @@ def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
         metrics |= _moments(f"reward/{name}", [r for part in parts for r in part.by_name.get(name, [])])
     if known := [c for part in parts for c in part.correct if c == c]:
         metrics["reward/correct"] = _share(known)
+    metrics |= _by_task(parts)
     metrics["reward/invalid"] = _share([r != r for part in parts for r in part.total])
     metrics["reward/failures"] = float(sum(part.failures for part in parts))
     for name in parts[0].counts:
         metrics[f"reward/{name}"] = sum(part.counts.get(name, 0.0) for part in parts)
     metrics["rollout/informative"] = sum(part.informative for part in parts) / metrics["rollout/prompts"]
     return metrics
+
+
+def _by_task(parts: Sequence[RolloutStats]) -> dict[str, float]:
+    """Completions of each task, and the means of what they earned, where it is known."""
+    found: dict[str, float] = {}
+    tasks = [task for part in parts for task in part.tasks]
+    columns = {name: [v for part in parts for v in getattr(part, name)] for name in ("total", "correct")}
+    for task in sorted(set(tasks)):
+        found[f"task/{task}/completions"] = float(tasks.count(task))
+        for name, values in columns.items():
+            if known := [v for t, v in zip(tasks, values) if t == task and v == v]:
+                found[f"task/{task}/{'reward' if name == 'total' else name}"] = _share(known)
+    return found
 
 
 def _share(flags: Sequence[float]) -> float:

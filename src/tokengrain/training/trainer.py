@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import os
 import shutil
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -54,7 +57,16 @@ from tokengrain.models import check_sizes, load_model, load_tokenizer, trained
 from tokengrain.scoring.encdec import is_encoder_decoder, vocabularies
 from tokengrain.scoring.model import evaluating, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
-from tokengrain.scoring.reference import disable_dropout, is_peft, place_reference, reshard, resolve_reference, shard
+from tokengrain.scoring.reference import (
+    ColumnReference,
+    FrozenReference,
+    disable_dropout,
+    is_peft,
+    place_reference,
+    reshard,
+    resolve_reference,
+    shard,
+)
 from tokengrain.specs import ModelSpec
 from tokengrain.training.card import model_card
 from tokengrain.training.checkpoint import (
@@ -95,6 +107,10 @@ from tokengrain.training.step import (
 )
 
 NONFINITE_FILE = "nonfinite.json"
+REFERENCE_FILE = "reference.safetensors"
+"""In checkpoints: the weights of a reference that follows the policy."""
+
+SYNC = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 
 PASSED_ON = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 """Arguments of `transformers.Trainer` that have their meaning here; the others would be without effect."""
@@ -191,13 +207,14 @@ class PreferenceTrainer(Trainer):
         self._check_data(use)
         self._limits.check_tokenizer(processing_class)
         policy: Any = prepared_policy(model, args, peft_config)
-        reference = self._resolve_reference(reference, policy)
+        given, reference = reference, self._resolve_reference(reference, policy)
         for role, source in (("reference", reference), ("guide", use and use.source), ("teacher", teacher)):
             self._limits.check_models_in(source, role)
             for other in models_in(source):
                 lift_positions(unwrapped(other), longest)
         layout, chunk = args.layout, args.chunk_tokens
         self.judge = PreferenceLoss(self.objective, reference, use, teacher=teacher, layout=layout, chunk_tokens=chunk)
+        self.judge.stored = isinstance(self.judge.reference, ColumnReference) and self._all_have("ref_logps")
         if teacher is not None and is_peft(policy):  # adapters that are only asked are not saved
             policy.save_pretrained = partial(policy.save_pretrained, selected_adapters=[policy.active_adapter])
         # One process trains on one device; several need a launcher (torchrun, accelerate launch).
@@ -218,6 +235,11 @@ class PreferenceTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, StepHooks(self))  # before those that log and save
         self.remove_callback(PrinterCallback)
         self._reference_placed = False
+        self.log_ratio_rms: float | None = None  # of the last evaluation, see `EvalSums`
+        if args.sync_ref_model:
+            check_sync(self.reference, self.model, sharded=self.is_fsdp_enabled)
+            if given is not None:  # others may ask the same model
+                self.reference.model = copy.deepcopy(self.reference.model)
         self._staging: Path | None = None  # where a checkpoint is being saved
         self._peers: list[tuple[str, int]] = []
 
@@ -366,6 +388,8 @@ class PreferenceTrainer(Trainer):
 
     def after_step(self) -> None:
         """Called after the optimiser's step, before anything is logged or saved."""
+        if self.args.sync_ref_model and self.state.global_step % self.args.ref_model_sync_steps == 0:
+            self.reference.move(self.model, self.args.ref_model_mixup_alpha)
 
     # ---- A step that is not finite: its rows and the last good state are saved, and the run ends ----
 
@@ -458,6 +482,7 @@ class PreferenceTrainer(Trainer):
         if self.accelerator.is_fsdp2:
             reshard(model)
         metrics = sums.metrics(self.args.normaliser, self.args.device)
+        self.log_ratio_rms = sums.log_ratio_rms(self.args.device)
         return loop_output(metrics, metric_key_prefix, dataloader.n_samples)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -553,6 +578,8 @@ class PreferenceTrainer(Trainer):
         if self.is_world_process_zero():
             self._window.load_state(state["window"])  # the sum over ranks
             self._log_file.restart(state["step"])
+        if self.args.sync_ref_model:
+            self.reference.model.load_state_dict(load_file(checkpoint / REFERENCE_FILE), strict=False)
         self.restore_extra(checkpoint, state["extra"])
 
     def run_identity(self) -> dict[str, Any]:
@@ -564,6 +591,7 @@ class PreferenceTrainer(Trainer):
             "data": data_fingerprint(self.train_dataset),
             "prompts_per_step": prompts * self.accelerator.num_processes,
             **{n: getattr(self.args, n) for n in ("normaliser", "normaliser_constant", "seed", "data_seed")},
+            **{n: getattr(self.args, n) for n in SYNC if self.args.sync_ref_model},
         }
 
     def save_extra(self, staged: Path) -> dict[str, Any]:
@@ -623,6 +651,9 @@ class PreferenceTrainer(Trainer):
                 self._staging = staged.parent
                 super()._save_checkpoint(model, trial)
                 extra = self.save_extra(staged)
+                if self.args.sync_ref_model and main:
+                    own = {name: p.detach().contiguous() for name, p in self.reference.model.named_parameters()}
+                    save_file(own, staged / REFERENCE_FILE)
                 # The best one's name in this folder, which may have been moved: each rank loads it at the end.
                 best = run_dir / f"checkpoint-{self.state.best_global_step}"
                 if self.state.best_global_step and (best == target or best.is_dir()):
@@ -653,7 +684,7 @@ class PreferenceTrainer(Trainer):
             "loss": loss,
             "extra": extra,
         }
-        write_json(staged / STATE_FILE, state)
+        write_text(staged / STATE_FILE, json.dumps(state, indent=2))  # sums may be NaN, and must come back so
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights, config and tokenizer; beside the target first, so that no part is taken for the whole."""
@@ -703,6 +734,16 @@ def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any
     if is_peft(model) and (getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing):
         model.enable_input_require_grads()
     return model
+
+
+def check_sync(reference: Any, policy: nn.Module, *, sharded: bool) -> None:
+    """Check that a reference can follow the policy: its weights are its own, and of the same names and shapes."""
+    found = "none is asked" if reference is None else f"got {type(reference).__name__}"
+    what = f"sync_ref_model needs a reference with weights of its own (a copy, without lora or stored columns); {found}"
+    require(isinstance(reference, FrozenReference), RecipeError, what)
+    ours, theirs = ({n: p.shape for n, p in m.named_parameters()} for m in (policy, reference.model))
+    require(ours == theirs, RecipeError, "sync_ref_model: the reference's weights differ from the policy's in kind")
+    require(not sharded, RecipeError, "sync_ref_model does not work with fsdp; expected every process with a copy")
 
 
 def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:

@@ -338,6 +338,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two setters": ({"credit": ["group", "broadcast"]}, "both set the advantages"),
     "no advantages taken": ({"credit": ["group"], "objective": "sft"}, "takes no advantages"),
     "no rewards": ({"rewards": None}, "learns from rewards, got none"),
+    "only looked at": ({"rewards": RewardFunction(share_of_token, evaluate_only=True)}, "got only rewards of weight 0"),
+    "correct_from of evaluation": ({"correct_from": "wanted", "rewards": [share_of_token,
+        RewardFunction(wanted, name="wanted", evaluate_only=True)]}, "'wanted', which is evaluate_only"),
+    "no reference to sync": ({"sync_ref_model": True}, "weights of its own.*none is asked"),
+    "another's temperature": ({"logps_at_temperature": True, "temperature": 0.7, "reference": lambda batch, want: None,
+        "objective": make_objective("grpo", beta=0.1)}, "function gives them at 1 alone"),
     "no critic": ({"credit": [type("Step", (Stateless,), {"name": "v", "phase": "advantages", "needs": {"values"},
         "__call__": lambda self, step: None})()]}, "needs values, which a critic gives"),
     "unknown step": ({"credit": ["gruop"]}, "unknown online credit 'gruop'; did you mean 'group'"),
@@ -375,3 +381,69 @@ def test_steps_from_epochs(tmp_path: Path) -> None:
     trainer = make_online(tmp_path, max_steps=-1, num_train_epochs=2, minibatches=2, rollout_epochs=3)
     assert trainer.args.max_steps == 5 * 6  # 20 prompts are 5 rollouts of 4
     assert online_config(tmp_path).ignore_data_skip
+
+
+# ---- What is only looked at, by task, and what rewards know of training ----
+
+
+def test_metrics_by_task_and_rewards_of_evaluation(tmp_path: Path) -> None:
+    def rows(n: int, seed: int) -> list[PromptItem]:
+        return [replace(p, raw={"task": ("sums", "words", None)[i % 3]}) for i, p in enumerate(make_prompts(n, seed))]
+
+    steps: list[int] = []
+
+    def own(completion_ids: list[list[int]], task: list[str | None], trainer_state: Any) -> list[float | None]:
+        steps.append(trainer_state.global_step)
+        return [None if t is None else float(t == "sums") for t in task]
+
+    asked: list[int] = []
+
+    def held_out(completion_ids: list[list[int]]) -> list[float]:
+        asked.append(len(completion_ids))
+        return [5.0] * len(completion_ids)
+
+    trainer = make_online(
+        tmp_path,
+        rewards=[
+            RewardFunction(held_out, name="held_out", evaluate_only=True),
+            RewardFunction(own, name="own", on_none="ignore"),
+        ],
+        train_dataset=rows(12, 0),
+        eval_dataset=rows(6, 1),
+        task_column="task",
+        prompts_per_rollout=6,
+        max_steps=3,
+        shuffle_prompts=False,
+    )
+    trainer.train()
+    assert (steps, asked) == ([0, 1, 2], [])
+    for entry in (e for e in read_log(tmp_path / "log.jsonl") if "reward/mean" in e):
+        assert (entry["task/sums/reward"], entry["task/words/reward"]) == (1.0, 0.0)
+        assert (entry["task/sums/correct"], entry["task/words/correct"]) == (1.0, 0.0)
+        assert entry["task/sums/completions"] == entry["task/None/completions"] == 6.0
+        assert "task/None/reward" not in entry
+        assert "reward/held_out/mean" not in entry
+    found = trainer.evaluate()
+    assert asked == [6]
+    assert (found["eval_reward"], found["eval_correct"], found["eval_reward_held_out"]) == (0.5, 0.5, 5.0)
+    assert (found["eval_task/sums/reward"], found["eval_task/words/correct"]) == (1.0, 0.0)
+    assert found["eval_task/sums/correct_low"] <= found["eval_task/sums/correct"]
+    assert "eval_task/None/reward" not in found
+    with pytest.raises(DataError, match="row p0: field 'task': the column that names tasks is missing"):
+        make_online(tmp_path / "b", task_column="task")
+
+
+def test_log_probabilities_at_the_sampling_temperature(tmp_path: Path) -> None:
+    """They are what the sampler drew by: nothing is off-policy at the first update."""
+    trainer = make_online(tmp_path, temperature=0.6, logps_at_temperature=True, rollout_samples=0, num_generations=2)
+    buffer = trainer.rollout()
+    assert buffer is not None
+    assert buffer.batch is not None
+    logps = trainer.judge(trainer.model, buffer.batch).output.tokens["ratio"]
+    torch.testing.assert_close(logps, torch.ones_like(logps), atol=1e-5, rtol=0)
+    means = trainer._window.means()
+    assert means["mismatch/max_abs"] < 1e-4
+    plain = make_online(tmp_path / "b", temperature=0.6, rollout_samples=0, num_generations=2)
+    plain.rollout()
+    assert plain._window.means()["mismatch/max_abs"] < 1e-4
+    assert plain._window.means()["rollout/entropy"] > means["rollout/entropy"] + 0.05
