@@ -561,7 +561,7 @@ def test_llama_factorys_sets_and_columns(tmp_path):
     with pytest.raises(DataError, match=r"'images' of dataset_info.json has \['images'\]"):
         load_rows(folder, split="images")
     (folder / "dataset_info.json").write_text(json.dumps({"talks": {**SETS["talks"], "columns": {"messages": "x"}}}))
-    with pytest.raises(DataError, match="field 'x': dataset_info.json names a column that is missing"):
+    with pytest.raises(DataError, match=r"field 'x': dataset_info\.json names a column that is missing"):
         prepare_pairs(load_rows(folder), tokenizer)
     assert load_rows(folder).fingerprint != load_rows(folder / "talks.jsonl").fingerprint
 

@@ -68,10 +68,10 @@ def test_a_given_reference_is_left_alone_and_an_adapter_has_none(tmp_path: Path)
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in weights(other).items())
     assert not torch.equal(weights(trainer.reference.model)["lm_head.weight"], before["lm_head.weight"])
-    with pytest.raises(RecipeError, match="weights of its own .*; got AdapterOffReference"):
+    with pytest.raises(RecipeError, match=r"weights of its own .*; got AdapterOffReference"):
         make_trainer(tmp_path / "b", make_samples(8), peft_config=LoraConfig(r=2, target_modules=["q_proj"]), **SYNC)
+    wide = tiny_llama(intermediate_size=64)
     with pytest.raises(RecipeError, match="differ from the policy's in kind"):
-        wide = tiny_llama(intermediate_size=64)
         make_trainer(tmp_path / "c", make_samples(8), reference=wide, **SYNC)
     with pytest.raises(RecipeError, match="ref_model_sync_steps must be a positive integer"):
         make_trainer(tmp_path / "d", make_samples(8), **{**SYNC, "ref_model_sync_steps": 0})

@@ -463,7 +463,8 @@ def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> 
     if isinstance(prompt, list) and isinstance(completions[0], list):
         repeated = all(c[: len(prompt)] == prompt for c in completions)
         begun = text_of(prompt[-1]) if prompt and prompt[-1]["role"] == "assistant" else ""
-        again = begun.strip() and all(c and isinstance(c[0], dict) and text_of(c[0]).startswith(begun) for c in completions)
+        heads = [c[0] for c in completions if c and isinstance(c[0], dict)]
+        again = begun.strip() and all(text_of(m).startswith(begun) for m in heads)
         what, expected = "begins with the assistant's message that ends the prompt", "what goes on from it"
         check(not again or repeated, "wrong roles", what, field=field, value=completions[0][:1], expected=expected)
         return prompt, *(c[len(prompt) :] if repeated else c for c in completions)

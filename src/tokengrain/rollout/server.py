@@ -56,10 +56,11 @@ LONGEST_PAUSE, LONGEST_CONNECT = 60.0, 30.0
 MOST_BYTES, TOKEN_BYTES = 1 << 22, 512
 REDIRECTS = 3
 # What requests say themselves, and what would make completions no samples of the policy.
-OWN = frozenset(
-    "model prompt n max_tokens temperature top_p top_k min_p seed logprobs stop stop_token_ids ignore_eos "
-    "repetition_penalty presence_penalty frequency_penalty logit_bias min_tokens bad_words allowed_token_ids".split()
-)
+_OWN = """
+    model prompt n max_tokens temperature top_p top_k min_p seed logprobs stop stop_token_ids ignore_eos
+    repetition_penalty presence_penalty frequency_penalty logit_bias min_tokens bad_words allowed_token_ids
+"""
+OWN = frozenset(_OWN.split())
 
 # ---- JSON over HTTP: bounded in time, size and number, with retries ----
 

@@ -176,9 +176,9 @@ class RunModels:
         key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(tokenizer), positions, stage.row_form])
         if key not in self._datasets:
             made = [stage.prepare(rows, tokenizer, positions) if rows is not None else None for rows in stage.rows()]
-            for dataset in made:
-                if self.time is not None and hasattr(dataset, "set_time"):
-                    dataset.set_time(datetime.fromisoformat(self.time))
+            for dated in made if self.time is not None else ():
+                if dated is not None:
+                    dated.set_time(datetime.fromisoformat(str(self.time)))
             self._datasets[key] = made[0], made[1]
             for part, dataset in zip(("training", "held-out"), made, strict=True):
                 show.print_rows(self.console, f"{stage.data.train}, {part} rows for {stage.kind}", dataset)

@@ -204,10 +204,11 @@ class OnlineTrainer(PreferenceTrainer):
         wanted = self._needs & FROZEN
         self._live_reference = resolve_reference(reference, model, wanted, False) if wanted else None
         self._limits.check_models_in(self._live_reference, "reference")
-        if self._temperature != 1 and self._live_reference is not None:
-            what = f"logps_at_temperature: {type(self._live_reference).__name__} gives them at 1 alone"
-            require(isinstance(self._live_reference, LiveReference), RecipeError, what)
-            self._live_reference.temperature = self._temperature
+        live: Any = self._live_reference
+        if self._temperature != 1 and live is not None:
+            what = f"logps_at_temperature: {type(live).__name__} gives them at 1 alone"
+            require(isinstance(live, LiveReference), RecipeError, what)
+            live.temperature = self._temperature
         if "kl" in self.objective.needs:
             return self._live_reference
         takes = "ref_logps" in self.objective.needs | self.objective.optional
