@@ -588,7 +588,7 @@ class Rollout:
     Shapes: G prompts, C completions, N tokens of all completions; all tensors on the training device, without gradient.
     """
 
-    # Prompts with their completions. Columns: `sampling_logps` and `raw_logps` (at the temperature of `old_logps`) where
+    # Prompts with their completions. Columns: `sampling_logps` and `raw_logps` (at the temperature of `old_logps`), if
     # the sampler knows them, `truncated`, `old_logps`, and the quantities that were asked for.
     batch: TokenBatch
     rewards: Tensor  # [C], outcomes; NaN where a completion could not be scored

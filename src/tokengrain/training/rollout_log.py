@@ -54,9 +54,7 @@ class RolloutStats:
         finally:
             self.seconds[phase] += time.perf_counter() - started
 
-    def add(
-        self, sampled: Rollouts, rollout: Rollout, result: RewardResult | None, task_column: str | None
-    ) -> None:
+    def add(self, sampled: Rollouts, rollout: Rollout, result: RewardResult | None, task_column: str | None) -> None:
         """Add what was sampled in one go."""
         self.lengths += [len(c.ids) for c in sampled.completions]
         self.context += sum(c.context for c in sampled.completions)
