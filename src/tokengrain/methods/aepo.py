@@ -69,48 +69,32 @@ class AEPO:
     In mode "code" the threshold lags: the first rollout has none, so nothing is counted and its rewards stay as
     they are. The KL is that of the rollout, k3 between the policy that sampled and the reference, and its weights move
     once per rollout (in the released code once per micro-batch). A bucket that a rollout lacks keeps its state.
-
-    Args:
-        tokenizer: needed for triggers.
-        mode: which tokens are HWE tokens, see `_entropy_window`.
-        window: tokens.
-        quantile: of the threshold.
-        decay: of the threshold of mode "code", an exponential average of the rollouts', starting with the first.
-        triggers: words that may count in modes "code" and "token_semantic": "english", a list, or None: every token.
-        easy, medium: least shares of correct completions.
-        shape: "smooth", "lagrange" or "none" (accuracy alone).
-        targets: "batch": the rounded mean of the same rollout (the code); "lagged": the average of earlier ones,
-            and nothing is shaped in a bucket that has none.
-        target_ema: weight of the past in targets, which are noisy in buckets of few prompts; 0: the last one alone.
-        alpha_lr, alpha_max: step and bound of alpha. With targets "batch" it drifts by the residue of rounding alone.
-        strength_cap: bound of the strengths of "lagrange"; None: none.
-        preserve_order: no wrong completion outscores a correct one of its bucket, see `smooth_score`.
-        kl: what moves the weights: "log_ema" (the released code), "multiplicative" (the paper's Algorithm 1); "none":
-            no weights, and no reference is asked.
-        kl_target: nats per token; kl_interval: of "log_ema", rollouts between two moves; kl_step: of the other.
-        rho: weight of the KL of HWE tokens; None: 0.5 in mode "paper" (which gives no value), else 1.
     """
 
-    tokenizer: Any = None
-    mode: Mode = "code"
-    window: Count = 4
-    quantile: Share = 0.95
-    decay: Share = 0.99
-    triggers: Triggers = "english"
-    easy: Share = 2 / 3
+    tokenizer: Any = None  # needed for triggers
+    mode: Mode = "code"  # which tokens are HWE tokens, see `_entropy_window`
+    window: Count = 4  # tokens
+    quantile: Share = 0.95  # of the threshold
+    decay: Share = 0.99  # of the threshold of mode "code", an exponential average of the rollouts', from the first on
+    triggers: Triggers = "english"  # words that may count in modes "code" and "token_semantic"; None: every token
+    easy: Share = 2 / 3  # least shares of correct completions
     medium: Share = 1 / 3
-    shape: Literal["smooth", "lagrange", "none"] = "smooth"
+    shape: Literal["smooth", "lagrange", "none"] = "smooth"  # "none": accuracy alone
+    # "batch": the rounded mean of the same rollout (the code); "lagged": the average of earlier ones, and nothing is
+    # shaped in a bucket that has none.
     targets: Literal["batch", "lagged"] = "batch"
-    target_ema: Share = 0.0
-    alpha_lr: NonNegative = 0.05
+    target_ema: Share = 0.0  # weight of the past in targets, which are noisy in buckets of few prompts; 0: none
+    alpha_lr: NonNegative = 0.05  # step of alpha. With targets "batch" it drifts by the residue of rounding alone.
     alpha_max: Positive = 2.0
-    strength_cap: Positive | None = None
-    preserve_order: bool = False
+    strength_cap: Positive | None = None  # bound of the strengths of "lagrange"
+    preserve_order: bool = False  # no wrong completion outscores a correct one of its bucket, see `smooth_score`
+    # What moves the KL's weights: "log_ema" (the released code), "multiplicative" (the paper's Algorithm 1); "none": no
+    # weights, and no reference is asked.
     kl: Literal["log_ema", "multiplicative", "none"] = "log_ema"
-    kl_target: Positive = 0.01
-    kl_interval: Count = 1
-    kl_step: Positive = 0.1
-    rho: Share | None = None
+    kl_target: Positive = 0.01  # nats per token
+    kl_interval: Count = 1  # of "log_ema", rollouts between two moves
+    kl_step: Positive = 0.1  # of "multiplicative"
+    rho: Share | None = None  # weight of the KL of HWE tokens; None: 0.5 in mode "paper" (which gives no value), else 1
 
     # State: the threshold; per bucket the strength alpha, the target, the average that it comes from, and the strength
     # of "lagrange"; the KL controller's own.

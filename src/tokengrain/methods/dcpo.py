@@ -127,20 +127,15 @@ class DCPO:
 
     Statistics are by row id: they survive shuffles, epochs, resumes and another number of ranks. A prompt that stands
     twice in a rollout, on whichever ranks, is one visit.
-
-    Args:
-        ddof: of a visit's deviation: 1 as in the released code, 0 as in the paper (then the statistics are those of
-            all rewards pooled, if every visit has the same number).
-        window: weigh the past as at most so many visits, so that it fades when rewards drift; None: all of it.
-        normalize_by_std: False: differences to the means only.
-        solved: what a prompt's advantages are once its mean reward of all visits is the highest reward it can earn
-            (max_reward): "keep", or "zero", so that solved prompts are not pushed on.
-        max_reward: the highest reward, for solved "zero".
     """
 
+    # Of a visit's deviation: 1 as in the released code, 0 as in the paper (then the statistics are those of all rewards
+    # pooled, if every visit has the same number).
     ddof: Literal[0, 1] = 1
-    window: Count | None = None
-    normalize_by_std: bool = True
+    window: Count | None = None  # weigh the past as at most so many visits, so that it fades when rewards drift
+    normalize_by_std: bool = True  # else differences to the means only
+    # What a prompt's advantages are once its mean reward of all visits is the highest reward it can earn (max_reward):
+    # "keep", or "zero", so that solved prompts are not pushed on.
     solved: Literal["keep", "zero"] = "keep"
     max_reward: Number | None = None
     visits: dict[str, Visits] = field(default_factory=dict, init=False)

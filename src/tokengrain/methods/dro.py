@@ -59,59 +59,42 @@ class R3:
 
     A completion without the marker, or cut at the length limit, has no reward: it takes no part in its group and gets
     advantage 0.
-
-    Args:
-        tokenizer: of the policy; reference: the frozen model, for scorer "reference"; scorer: which model scores.
-        marker: text that ends the chain.
-        column: the row's reference answer: text, or a list of token ids that is taken as it is.
-        separator: text between chain and answer; end: the answer ends with the end-of-sequence token.
-        truncated: "keep" uses completions that were cut after their chain had ended.
-        baseline: subtract the reference's log-probabilities with the chain masked: "empty", by the marker alone, the
-            same for the whole group, so that as long as rewards are compared within it only the logs change;
-            "replaced", token by token by a placeholder, which differs between completions; "none". None: "empty", or
-            "none" with propagation.
-        propagation: correct for what a doubtful token does to later ones (then without a baseline).
-        gamma: how fast that fades, per token; 0: never. span: tokens within which it acts; None: all.
-        rule, share: the reflective tokens, from which it starts: "top": the share of largest σ, rounded up, the
-            earliest among equals; "threshold": σ >= share.
-        power: 1: weights go with the deviation, 2: with the variance, 0: the plain mean.
-        threshold: the deviation below which a token has weight 0, nats; ddof: of the deviation.
-        normalize: "sum": weights add up to 1 (R3 is a mean, nats per token), "mean": to their number, "none".
-        floor: least log-probability, since one at -50 swamps all others; None: none.
-        min_sigma: a completion whose largest σ is below it has no reward: what varies is noise.
-        weight: factor of R3; length_weight: of the reward for an answer as long as the reference,
-            1 - length_slope | |y| - |answer| | / |y|, which keeps a model from appending to its answers.
-        combine: "add" to the outcome there is, or "replace" it.
-        filter_top_k: leave out prompts whose reference is out of reach: the mean rank of the worst share
-            `filter_rho` of its tokens, for the policy, above this under every chain. None: no such filter.
-        filter_drop: leave out this share of the prompts, whose reference varies least over the chains. In every
-            rollout; the paper does both now and then, on the data.
     """
 
-    tokenizer: Any
-    reference: Any = None
-    scorer: Literal["policy", "reference"] = "policy"
-    marker: str = "</think>"
-    column: str = "reference"
-    separator: str = ""
-    end: bool = True
-    truncated: Literal["drop", "keep"] = "drop"
+    tokenizer: Any  # of the policy
+    reference: Any = None  # the frozen model, for scorer "reference"
+    scorer: Literal["policy", "reference"] = "policy"  # which model scores
+    marker: str = "</think>"  # text that ends the chain
+    column: str = "reference"  # the row's reference answer: text, or a list of token ids that is taken as it is
+    separator: str = ""  # text between chain and answer
+    end: bool = True  # the answer ends with the end-of-sequence token
+    truncated: Literal["drop", "keep"] = "drop"  # "keep" uses completions that were cut after their chain had ended
+    # Subtract the reference's log-probabilities with the chain masked: "empty", by the marker alone, the same for the
+    # whole group, so that as long as rewards are compared within it only the logs change; "replaced", token by token by
+    # a placeholder, which differs between completions; "none". None: "empty", or "none" with propagation.
     baseline: Literal["none", "empty", "replaced"] | None = None
-    propagation: bool = False
-    gamma: NonNegative = 0.5
-    span: int | None = None
+    propagation: bool = False  # correct for what a doubtful token does to later ones (then without a baseline)
+    gamma: NonNegative = 0.5  # how fast that fades, per token; 0: never
+    span: int | None = None  # tokens within which it acts; None: all
+    # The reflective tokens, from which it starts: "top": the share of largest σ, rounded up, the earliest among equals;
+    # "threshold": σ >= share.
     rule: Rule = "top"
     share: Positive = 0.1
-    power: NonNegative = 1.0
-    threshold: NonNegative = 0.0
-    normalize: Normalise = "sum"
-    ddof: Literal[0, 1] = 0
-    floor: Number | None = None
-    min_sigma: NonNegative = 0.0
-    weight: NonNegative = 1.0
+    power: NonNegative = 1.0  # 1: weights go with the deviation, 2: with the variance, 0: the plain mean
+    threshold: NonNegative = 0.0  # the deviation below which a token has weight 0, nats
+    normalize: Normalise = "sum"  # weights add up to 1 (R3 is a mean, nats per token); "mean": to their number
+    ddof: Literal[0, 1] = 0  # of the deviation
+    floor: Number | None = None  # least log-probability, since one at -50 swamps all others
+    min_sigma: NonNegative = 0.0  # a completion whose largest σ is below it has no reward: what varies is noise
+    weight: NonNegative = 1.0  # factor of R3
+    # Factor of the reward for an answer as long as the reference, 1 - length_slope | |y| - |answer| | / |y|, which
+    # keeps a model from appending to its answers.
     length_weight: NonNegative = 0.1
     length_slope: NonNegative = 0.5
-    combine: Literal["add", "replace"] = "add"
+    combine: Literal["add", "replace"] = "add"  # to the outcome there is, or instead of it
+    # Leave out prompts whose reference is out of reach: the mean rank of the worst share `filter_rho` of its tokens,
+    # for the policy, above this under every chain; and this share of the others, whose reference varies least over the
+    # chains. In every rollout; the paper does both now and then, on the data.
     filter_top_k: Positive | None = None
     filter_rho: Annotated[float, Bounds(gt=0, le=1)] = 0.1
     filter_drop: Share = 0.0

@@ -101,22 +101,13 @@ def reinforce_loss(
 @rollout_credit("token_rewards", phase="rewards", provides={"rewards"})
 @dataclass(kw_only=True)
 class TokenRewards:
-    """Rewards per token from a credit source.
+    """Rewards per token from a credit source."""
 
-    Args:
-        source: a credit source, a function of a `TokenBatch`, an import string of one, or a mapping: the source's
-            `name` with its settings and objects.
-        scale: factor.
-        clip: bound of the absolute value after scaling.
-        combine: "add" to the token rewards there are, or "replace" them.
-        outcome: False: the rewards per completion are set to 0, so that the token rewards are all there is.
-    """
-
-    source: Any
+    source: Any  # a credit source, a function of a `TokenBatch`, an import string of one, or a mapping with `name`
     scale: Number = 1.0
-    clip: Positive | None = None
-    combine: Literal["add", "replace"] = "add"
-    outcome: bool = True
+    clip: Positive | None = None  # bound of the absolute value after scaling
+    combine: Literal["add", "replace"] = "add"  # to the token rewards there are, or instead of them
+    outcome: bool = True  # else rewards per completion are set to 0, so that the token rewards are all there is
 
     def __post_init__(self) -> None:
         self.source = as_credit(self.source)
@@ -137,23 +128,16 @@ class TokenRewards:
 @rollout_credit("normalize", phase="rewards")
 @dataclass(kw_only=True)
 class Normalize:
-    """Puts rewards on a scale: (reward - mean) / deviation.
+    """Puts rewards on a scale: (reward - mean) / deviation."""
 
-    Args:
-        of: "outcome": of completions; "tokens": of tokens.
-        scaling: "zscore", "std" (not centred) or "centre" (not divided).
-        over: what mean and deviation are of: "running": everything seen so far, this rollout included, which is
-            saved with the run; "rollout": this rollout, of all ranks.
-        mean, std: fixed instead, such as those of a reward model on held-out data (RTO); both or neither.
-        clip: bound of the result's size.
-    """
-
-    of: Literal["outcome", "tokens"] = "outcome"
-    scaling: Scaling = "zscore"
+    of: Literal["outcome", "tokens"] = "outcome"  # rewards of completions, or of tokens
+    scaling: Scaling = "zscore"  # or "std" (not centred), "centre" (not divided)
+    # What mean and deviation are of: everything seen so far, this rollout included, which is saved with the run; or
+    # this rollout, of all ranks.
     over: Literal["running", "rollout"] = "running"
-    mean: Number | None = None
+    mean: Number | None = None  # fixed instead, such as those of a reward model on held-out data (RTO)
     std: Positive | None = None
-    clip: Positive | None = None
+    clip: Positive | None = None  # bound of the result's size
     moments: Moments = field(default=Moments(), init=False)
 
     def __post_init__(self) -> None:
@@ -185,19 +169,12 @@ class Normalize:
 @rollout_credit("kl_penalty", phase="rewards", needs={"ref_logps"})
 @dataclass(kw_only=True)
 class KLPenalty:
-    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593).
+    """Takes coef * KL to the reference off the reward of each token, as PPO does (arXiv 1909.08593)."""
 
-    Args:
-        coef: reward per nat, after any scaling; the first one, where it adapts.
-        form: what estimates the KL of a token: "k1" (PPO, RTO), "k2", "k3" or "abs" (Q-RM); see `sampled_kl`.
-        target: the coefficient adapts to hold this mean KL, nats per token; None: it is fixed.
-        horizon: completions over which it adapts.
-    """
-
-    coef: NonNegative = 0.01
-    form: SampledKL = "k1"
-    target: Positive | None = None
-    horizon: Positive = 10000.0
+    coef: NonNegative = 0.01  # reward per nat, after any scaling; the first one, where it adapts
+    form: SampledKL = "k1"  # what estimates the KL of a token: "k1" (PPO, RTO), "k2", "k3" or "abs" (Q-RM)
+    target: Positive | None = None  # the coefficient adapts to hold this mean KL, nats per token; None: it is fixed
+    horizon: Positive = 10000.0  # completions over which it adapts
 
     def __call__(self, rollout: Rollout) -> None:
         kl = sampled_kl(rollout.quantity("old_logps"), rollout.quantity("ref_logps"), self.form)

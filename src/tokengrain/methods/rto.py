@@ -55,33 +55,22 @@ class RTO:
     It adds to what was given per token. `normalize` (of the outcome) belongs before it, if the sentence reward is that
     of a reward model. Where the metric "rto/dominates" is often 1, the dense part is larger than the sentence reward
     and the method's gain is lost: lower beta1.
-
-    Args:
-        model: the guide: the policy trained by DPO, a model or a `Reference`; not for variant "ppo".
-        reference: what it was trained against; None: the reference of the run.
-        variant: where the dense part stands.
-        beta1: reward per nat of the guide's log-ratio; it replaces DPO's beta. 0: PPO.
-        beta2: weight of the KL penalty; with kl_target the first one.
-        beta3: weight of the sentence reward.
-        clip: bound of the dense part of a token, in reward, after beta1; "beta1": log-ratios to +-1, the authors'
-            script; None: none, as in the paper.
-        sentence_clip: bound of the sentence reward before beta3; None: none.
-        kl_target, kl_horizon: beta2 adapts to hold this mean KL, nats per token; None: it is fixed.
-        tokenizer, delimiters: for variant "semi": a token whose text ends in one of these ends a sentence.
     """
 
-    model: Any = None
-    reference: Any = None
-    tokenizer: Any = None
-    variant: Literal["rto", "semi", "delayed", "shaping", "ppo"] = "rto"
-    beta1: NonNegative = 0.05
-    beta2: NonNegative = 0.01
-    beta3: NonNegative = 1.0
+    model: Any = None  # the guide: the policy trained by DPO, a model or a `Reference`; not for variant "ppo"
+    reference: Any = None  # what it was trained against; None: the reference of the run
+    tokenizer: Any = None  # for variant "semi"
+    variant: Literal["rto", "semi", "delayed", "shaping", "ppo"] = "rto"  # where the dense part stands
+    beta1: NonNegative = 0.05  # reward per nat of the guide's log-ratio; it replaces DPO's beta. 0: PPO
+    beta2: NonNegative = 0.01  # weight of the KL penalty; with kl_target the first one
+    beta3: NonNegative = 1.0  # weight of the sentence reward
+    # Bound of the dense part of a token, in reward, after beta1; "beta1": log-ratios to +-1, the authors' script; None:
+    # none, as in the paper.
     clip: Positive | Literal["beta1"] | None = "beta1"
-    sentence_clip: Positive | None = 10.0
-    kl_target: Positive | None = None
+    sentence_clip: Positive | None = 10.0  # bound of the sentence reward before beta3
+    kl_target: Positive | None = None  # beta2 adapts to hold this mean KL, nats per token; None: it is fixed
     kl_horizon: Positive = 10000.0
-    delimiters: tuple[str, ...] = (".", "!", "?", "\n")
+    delimiters: tuple[str, ...] = (".", "!", "?", "\n")  # a token whose text ends in one of these ends a sentence
     _ends: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
