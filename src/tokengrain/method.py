@@ -235,7 +235,6 @@ class Part:
 
     @property
     def summary(self) -> str:
-        """The first line of its documentation, for listings."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0].rstrip(".")
 
     def source(self) -> dict[str, str]:
@@ -273,7 +272,6 @@ class Objective(Part):
 
     @property
     def takes_no_credit(self) -> str:
-        """Why it takes no token credit, if it takes none."""
         if self.no_credit or not self.online:
             return self.no_credit
         return "its credit is the advantages of a rollout, made by rollout credits"
@@ -295,7 +293,6 @@ class Objective(Part):
         return required | (self.quantities & {"ref_logps"} if refers else frozenset())
 
     def bind(self, **hyper: Any) -> BoundObjective:
-        """Fix and validate the hyper-parameters."""
         what = f"objective {self.name!r}"
         for name, value in self.fixed.items():
             if hyper.get(name, value) != value:
@@ -455,7 +452,6 @@ class CreditKind(_Settable):
         return checked | validate_settings(f"credit {self.name!r}", Transformed, shared)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Name and settings, for fingerprints; of a user's own function also its source."""
         code = {f"{key}_source": fingerprint(source_of(load_callable(given[key]))) for key in self.code if key in given}
         return {"name": self.name, **self.settings(given), **self.source(), **code}
 
@@ -554,7 +550,6 @@ def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str)
 
 
 def _joined(values: Sequence[Any], batch: TokenBatch, who: str) -> Tensor:
-    """One sequence per completion, as a flat tensor."""
     lengths = batch.segments.lengths.tolist()
     try:
         parts = [torch.as_tensor(v, dtype=torch.float32).reshape(-1) for v in values]
@@ -645,11 +640,9 @@ class Rollout:
         """The values of all ranks, tensors joined, others as a list with an entry per rank. Every rank must call it."""
         if not isinstance(values, Tensor):
             return self.exchange(values)
-        parts = self.exchange(values.detach().cpu())
-        return torch.cat(parts).to(values.device)
+        return torch.cat(self.exchange(values.detach().cpu())).to(values.device)
 
     def head(self) -> Head:
-        """The policy's head, detached."""
         if self.head_of is None:
             raise RunError("this rollout has no model to take a head from")
         return self.head_of()

@@ -102,7 +102,6 @@ class TokenizeConfig:
 
     @property
     def span_config(self) -> SpanConfig | None:
-        """Where spans come from; None: there are none."""
         return self.spans if isinstance(self.spans, SpanConfig) else None
 
     def skips(self, error: RowError) -> bool:

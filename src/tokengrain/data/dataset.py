@@ -80,7 +80,6 @@ class SampleStore(Sequence[Sample]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every sample, its prompt once (`Sample.n_tokens`)."""
         return [self._tokens_at[end] - self._tokens_at[start] for start, end in pairwise(self._starts)]
 
     def __len__(self) -> int:

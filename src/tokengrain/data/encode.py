@@ -107,7 +107,6 @@ class ExampleEncoder:
         return Encoded(sample, example.prefix[0], cut_prompt, n_cut, spanless, dropped, ended)
 
     def _mark_spans(self, work: _Work, completions: list[Completion], sides: list[Marked]) -> bool:
-        """Give a pair its column of spans; whether it has none."""
         if self.marker is None or len(completions) == 1:
             return False
         for completion, column in zip(completions, self.marker(work.row, work.found, sides)):

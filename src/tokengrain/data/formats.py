@@ -74,7 +74,6 @@ class Example:
 
     @property
     def raw(self) -> dict[str, Content]:
-        """Prompt and completions under their columns' names."""
         named: dict[str, Any] = dict(zip(self.fields, self.completions))
         if len(self.completions) > 2:
             named = {"chosen": self.completions[0], "rejected": list(self.completions[1:])}
@@ -151,9 +150,8 @@ def single_example(row: Any) -> Example:
     row = canonical(row)
     present = {name for name in KNOWN_COLUMNS if row.get(name) is not None}
     if {"chosen", "rejected"} <= present:
-        pair = pair_example(row)
-        only = {n: getattr(pair, n)[:1] for n in ("completions", "fields", "token_columns", "prefix")}
-        return replace(pair, **only)
+        pair, names = pair_example(row), ("completions", "fields", "token_columns", "prefix")
+        return replace(pair, **{name: getattr(pair, name)[:1] for name in names})
     prompt: Content = ""
     if "prompt" in present:
         name = "chosen" if "chosen" in present else "completion"
@@ -229,7 +227,6 @@ def _from_alpaca(row: dict[str, Any]) -> None:
 
 
 def _as_messages(row: dict[str, Any]) -> None:
-    """Make messages of a row's texts."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         row["prompt"], row["chosen"], row["rejected"] = _split_pair(chosen, rejected)
@@ -375,10 +372,9 @@ def _message(value: Any, name: str, index: int) -> Message:
 
 def _tool_call(call: Any, name: str) -> Any:
     """A tool call whose arguments are an object, also where they are given as JSON text."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    expected = 'an object with "name" and "arguments"'
-    if not isinstance(function, Mapping):
-        raise RowError("wrong type", "a tool call is not an object", field=name, value=call, expected=expected)
+    function: Any = call.get("function", call) if isinstance(call, Mapping) else None
+    what, expected = "a tool call is not an object", 'an object with "name" and "arguments"'
+    check(isinstance(function, Mapping), "wrong type", what, field=name, value=call, expected=expected)
     if isinstance(function.get("arguments"), str):
         function = {**function, "arguments": _parsed(function["arguments"], name, "arguments as an object") or {}}
     return {**call, "function": function} if "function" in call else function
@@ -416,22 +412,21 @@ def check_prompt(prompt: Content, name: str = "prompt") -> None:
 
 
 def check_completion(completion: Content, name: str) -> None:
-    def filled(there: object, what: str, value: Any, expected: str = "some text") -> None:
-        check(there, "empty completion", what, field=name, value=value, expected=expected)
-
+    empty: Any = {"reason": "empty completion", "field": name}
     if isinstance(completion, str):
-        filled(completion.strip(), "completion is empty", completion)
+        check(completion.strip(), what="completion is empty", value=completion, expected="some text", **empty)
         return
     if isinstance(completion, TokenIds):
         return
-    filled(completion, "no message is left beside the prompt", completion, "an assistant's message")
+    what, expected = "no message is left beside the prompt", "an assistant's message"
+    check(completion, what=what, value=completion, expected=expected, **empty)
     for message in (completion[0], completion[-1]):
         what = f"a completion begins or ends with the role {message['role']!r}"
         expected = "the assistant's message at the start and at the end"
         check(message["role"] == "assistant", "wrong roles", what, field=name, value=message, expected=expected)
     for message in completion:
         there = message.get("content", "").strip() or message.get("tool_calls") or message["role"] != "assistant"
-        filled(there, "completion is empty", message)
+        check(there, what="completion is empty", value=message, expected="some text", **empty)
 
 
 def token_columns(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -441,9 +436,8 @@ def token_columns(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Length of the longest beginning that two sequences (strings, lists) share."""
     length = min(len(first), len(second))
-    if first[:length] == second[:length]:
-        return length
-    return next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
+    alike = first[:length] == second[:length]
+    return length if alike else next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
 
 
 def text_of(message: Message) -> str:
@@ -519,8 +513,7 @@ def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _common_words(first: str, second: str) -> int:
     """Length of the common beginning, without a word that goes on differently and the spaces before it."""
     shared = first[: common_length(first, second)]
-    goes_on = [side[len(shared) : len(shared) + 1] for side in (first, second)]
-    if any(c.isalnum() for c in goes_on):
+    if any(side[len(shared) : len(shared) + 1].isalnum() for side in (first, second)):
         while shared and shared[-1].isalnum():
             shared = shared[:-1]
     return len(shared.rstrip(" "))

@@ -206,16 +206,13 @@ class SpanMarker:
 
     def _tagged(self, row: Mapping[str, Any], name: str, found: Found, side: Marked) -> tuple[list[Any], str]:
         """The tagged stretches of a completion as spans, and the column they come from."""
-        field, whole = name, content(row, name)
-        spans = found[name]
-        other = SIDES[name == "chosen"]
-        if row.get(f"{name}_masked") is not None:
-            field = f"{name}_masked"
-            spans = self._masked(field, content(row, field), whole)
+        field, whole, spans, masked = name, content(row, name), found[name], f"{name}_masked"
+        if row.get(masked) is not None:
+            field, spans = masked, self._masked(masked, content(row, masked), whole)
         else:
-            what, expected = "is missing while the other completion has its own", "tagged texts of both completions"
-            none = row.get(f"{other}_masked") is None
-            check(none, "missing column", what, field=f"{name}_masked", expected=f"{expected} or of none")
+            what, expected = "is missing while the other completion has its own", "tagged texts of both or of none"
+            none = row.get(f"{SIDES[name == 'chosen']}_masked") is None
+            check(none, "missing column", what, field=masked, expected=expected)
         # The column may begin with the prompt.
         before, key = len(whole) - len(side.content), "start" if isinstance(whole, str) else "message"
         behind, what = all(span[key] >= before for span in spans), "has tags in the prompt"
@@ -317,13 +314,13 @@ def _bodies(side: Marked) -> Iterator[_Place]:
 
 def _units(side: Marked, level: Level) -> Iterator[tuple[Hashable, _Place]]:
     """What is compared: words by their characters, or the ids of tokens by their place in `side.counted`."""
-    for body in _bodies(side):
+    for message, start, end in _bodies(side):
         if level == "word":
-            for word in WORD.finditer(side.rendered.text, body.start, body.end):
-                yield word.group(), _Place(body.message, *word.span())
+            words = WORD.finditer(side.rendered.text, start, end)
+            yield from ((word.group(), _Place(message, *word.span())) for word in words)
         else:
-            for index in tokens_of(body.start, body.end, side.tokens, side.counted):
-                yield side.tokens.ids[side.counted[index]], _Place(body.message, index, index + 1)
+            for index in tokens_of(start, end, side.tokens, side.counted):
+                yield side.tokens.ids[side.counted[index]], _Place(message, index, index + 1)
 
 
 def _column(row: Mapping[str, Any], field: str) -> list[Any]:

@@ -99,8 +99,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _utf8_error(where: str, error: UnicodeDecodeError, **details: Any) -> DataError:
     around = error.object[max(0, error.start - 12) : error.end + 12]
-    what = f"broken UTF-8 {where}: {error.reason}"
-    return DataError(what, value=around, expected="text encoded as UTF-8", **details)
+    return DataError(f"broken UTF-8 {where}: {error.reason}", value=around, expected="text encoded as UTF-8", **details)
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
@@ -248,7 +247,6 @@ def _json_error(path: Path, row: int, line: int, column: int, text: str, positio
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """The rows of one file."""
     readers = {"jsonl": read_jsonl, "json": read_json, "csv": _read_csv, "parquet": _read_parquet}
     kind, expected = file_kind(path), ".jsonl, .json, .csv or .parquet (each also with .gz)"
     if kind is None:

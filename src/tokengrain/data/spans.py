@@ -29,39 +29,33 @@ CLOSING_SIGNS = ".,;:!?)]}%’'\""
 
 @dataclass(frozen=True)
 class SpanConfig:
-    """Where the spans of a pair come from (`data.spans` in a recipe; a string is short for its `source`).
+    """Where the spans of a pair come from (`data.spans` in a recipe; a string is short for its `source`)."""
 
-    Args:
-        source: "diff": what differs between chosen and rejected; "tags": tags in the texts, or in the columns
-            `chosen_masked` and `rejected_masked`; "column": the columns `chosen_spans` and `rejected_spans`; or a
-            function `(row) -> (chosen spans, rejected spans)`, also as "module:function" or "path.py:function".
-        level: for "diff", as the next three: compare words (with punctuation, without white space) or tokens.
-        min_match_size: what both sides have in common counts as equal from so many words (tokens) on.
-        keep_one_sided: insertions and deletions are spans too, on the side that has them.
-        autojunk: difflib's own rule for long texts, as in the authors' code: in a rejected text of 200 or more words
-            (tokens), those that are over 1 % of it are not used to find what is equal, so that one edit can mark all
-            that follows.
-        tags: the opening and the closing tag; for "tags".
-        on_none: what becomes of a pair without a span: "keep" (all its tokens are shared), "skip", "error".
-    """
-
+    # "diff": what differs between chosen and rejected; "tags": tags in the texts, or in the columns `chosen_masked` and
+    # `rejected_masked`; "column": the columns `chosen_spans` and `rejected_spans`; or a function
+    # `(row) -> (chosen spans, rejected spans)`, also as "module:function" or "path.py:function".
     source: str | Callable[[Mapping[str, Any]], Any] = "diff"
-    level: Level = "word"
-    min_match_size: int = 1
-    keep_one_sided: bool = False
+    # For "diff".
+    level: Level = "word"  # compare words (with punctuation, without white space) or tokens
+    min_match_size: int = 1  # what both sides have in common counts as equal from so many words (tokens) on
+    keep_one_sided: bool = False  # insertions and deletions are spans too, on the side that has them
+    # Difflib's own rule for long texts, as in the authors' code: in a rejected text of 200 or more words (tokens) those
+    # that are over 1 % of it are not used to find what is equal, so that one edit can mark all that follows.
     autojunk: bool = False
-    tags: Sequence[str] = ("<MASK>", "</MASK>")
-    on_none: OnNone = "keep"
+    tags: Sequence[str] = ("<MASK>", "</MASK>")  # opening and closing; for "tags"
+    on_none: OnNone = "keep"  # what becomes of a pair without a span: all its tokens are shared; or "skip", "error"
 
     def __post_init__(self) -> None:
         source = self.source
         named = isinstance(source, str) and (source in SOURCES or ":" in source)
         near = get_close_matches(str(source), SOURCES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        expected = f"one of {', '.join(SOURCES)}, or 'module:function' or 'path.py:function'{hint}"
+        expected = f"one of {', '.join(SOURCES)}, or 'module:function' or 'path.py:function'"
+        expected += f"; did you mean {near[0]!r}?" if near else ""
         require(named or callable(source), RecipeError, f"spans.source is {shown(source)}; expected {expected}")
-        for name, choices in (("level", get_args(Level)), ("on_none", get_args(OnNone))):
-            value = getattr(self, name)
+        for name, value, choices in (
+            ("level", self.level, get_args(Level)),
+            ("on_none", self.on_none, get_args(OnNone)),
+        ):
             what = f"spans.{name} is {shown(value)}; expected one of {', '.join(choices)}"
             require(value in choices, RecipeError, what)
         size, tags = self.min_match_size, self.tags
@@ -119,11 +113,9 @@ def diff_spans(
     Source: RRPO's diff (`get_diff_signs` of the authors' VideoChat2 code), with difflib's junk rule off.
     """
     matcher = SequenceMatcher(None, chosen, rejected, autojunk=autojunk)
-    # The last block is difflib's end mark: empty, behind both sequences.
-    *blocks, end = matcher.get_matching_blocks()
+    *blocks, end = matcher.get_matching_blocks()  # `end` is difflib's mark: empty, behind both sequences
     equal = [(0, 0, 0), *(b for b in blocks if b.size >= min_match_size), end]
-    marks = [0] * len(chosen), [0] * len(rejected)
-    count = 0
+    marks, count = ([0] * len(chosen), [0] * len(rejected)), 0
     for (a, b, size), (next_a, next_b, _) in pairwise(equal):
         gaps = (a + size, next_a), (b + size, next_b)
         empty = sum(start == stop for start, stop in gaps)
@@ -163,8 +155,7 @@ def strip_tags(text: str, opening: str, closing: str) -> tuple[str, list[tuple[i
     pieces = split_tags(text, opening, closing)
     out, stretches = "", []
     for index, (piece, tagged) in enumerate(pieces):
-        padded = tagged and len(piece) > 2 and piece[0] == piece[-1] == " " and piece.strip() == piece[1:-1]
-        if padded:
+        if tagged and len(piece) > 2 and piece[0] == piece[-1] == " " and piece.strip() == piece[1:-1]:
             behind = "".join(p for p, _ in pieces[index + 1 :])[:1]
             piece = piece if out and not out[-1].isspace() else piece[1:]
             piece = piece[:-1] if not behind or behind.isspace() or behind in CLOSING_SIGNS else piece

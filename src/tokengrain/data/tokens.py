@@ -68,7 +68,6 @@ class Rendered:
     ids: TokenIds | None = None
 
     def visible(self, message: int) -> Span:
-        """The characters of a message's content that the text has."""
         return (self.shown or self.contents)[message] or (0, 0)
 
 
@@ -376,7 +375,6 @@ def _texts_of(value: Any) -> Iterator[str]:
 
 
 def _names(tools: Any) -> list[str]:
-    """Names of tools or tool calls."""
     entries = [tool.get("function", tool) for tool in tools or () if isinstance(tool, Mapping)]
     return [entry["name"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)]
 
@@ -516,7 +514,6 @@ class Encoder:
         return any(token.startswith(SPACE) and probe[start : start + 1] != " " for token, (start, _) in placed)
 
     def _with_spaces(self, token_id: int, start: int, end: int) -> tuple[int, int]:
-        """The characters of a token whose offsets were trimmed."""
         if token_id not in self._spaces:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
             counts = (len(token) - len(rest) for rest in (token.lstrip(SPACE), token.rstrip(SPACE)))

@@ -98,8 +98,7 @@ def sequence_log_ratio(logps: Tensor, old_logps: Tensor, segments: Segments) -> 
 
     Its value is the mean of the completion's log-ratios, its gradient that of the token's own log-probability.
     """
-    whole = segments.broadcast(segments.mean((logps - old_logps).detach()))
-    return whole + (logps - logps.detach())
+    return segments.broadcast(segments.mean((logps - old_logps).detach())) + (logps - logps.detach())
 
 
 def policy_loss(

@@ -141,8 +141,7 @@ class Retokenizer:
         what = "a completion in which not every token counts (several turns, or tool output) cannot be read by a "
         what += "reward model with another tokenizer"
         expected = "completions of one turn, or a reward model with the policy's tokenizer"
-        whole = bool(batch.counted[start:end].all())
-        require(whole, DataError, what, row=row_of(batch, completion), expected=expected)
+        require(batch.counted[start:end].all(), DataError, what, row=row_of(batch, completion), expected=expected)
         prompt_ids, ids = batch.prompt(group).tolist(), batch.completion(completion).tolist()
         text, spans = decoded_spans(self.tokenizer, prompt_ids, ids)
         ended = bool(ids) and ids[-1] in self.tokenizer.all_special_ids
@@ -165,7 +164,6 @@ class Retokenizer:
         return rendered if ended else replace(rendered, text=rendered.text[: place[1]], closed=False)
 
     def _sample(self, texts: list[_Text], tokens: list[Tokens]) -> tuple[Sample, list[Places]]:
-        """One prompt with its completions in the reward model's tokens."""
         cut = seam(tokens, [t.rendered.prompt_end for t in texts])
         head = self.encoder.head(texts[0].rendered, tokens[0])
         prompt = [*head, *tokens[0].ids[:cut]]

@@ -167,5 +167,4 @@ def mean(values: Tensor) -> float:
 
 
 def pooled_moments(rollout: Rollout, values: Tensor) -> Moments:
-    """Mean and spread of the values of all ranks."""
     return sum(rollout.gather(Moments.of(values)), Moments())

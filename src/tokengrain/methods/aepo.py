@@ -272,7 +272,6 @@ def bucket_sums(values: Tensor, buckets: Tensor) -> Tensor:
 
 
 def bucket_means(sums: Tensor) -> dict[str, float]:
-    """The mean of every bucket that has values."""
     return {name: s / n for name, (s, n) in zip(BUCKETS, sums.tolist(), strict=True) if n}
 
 

@@ -132,8 +132,7 @@ class ContrastiveTeacher:
         temperature: float = 1.0,
     ) -> None:
         needs = "no second model" if form == "distil" else "a second model, the contrast"
-        fits = (contrast is None) == (form == "distil")
-        require(fits, RecipeError, f"a teacher of form {form!r} needs {needs}")
+        require((contrast is None) == (form == "distil"), RecipeError, f"a teacher of form {form!r} needs {needs}")
         self.target, self.contrast, self.temperature = target, contrast, temperature
         self.strength = teacher_strength(form, r=r, epsilon=epsilon, beta0=beta0, beta=beta)
 

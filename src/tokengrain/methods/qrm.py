@@ -145,10 +145,8 @@ class RewardModelCredit:
         return fingerprint([*settings, model_fingerprint(self.model), *map(tokenizer_fingerprint, both)])
 
     def _scores(self, batch: TokenBatch) -> Tensor:
-        """Unscaled scores `[N]` of the batch's own tokens."""
         if self.retokenizer is None:
             return frozen_token_scores(self.model, batch)
         other, places = self.retokenizer(batch)
         scores = other.segments.split(frozen_token_scores(self.model, other.to(batch.device)))
-        parts = [aligned_scores(s.double(), p.reward, p.policy) for s, p in zip(scores, places, strict=True)]
-        return torch.cat(parts)
+        return torch.cat([aligned_scores(s.double(), p.reward, p.policy) for s, p in zip(scores, places, strict=True)])

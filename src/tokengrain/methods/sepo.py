@@ -54,6 +54,5 @@ def sepo_loss(
     keep = sepo_reads(segments, selected=selected)
     kept = segments.narrow(keep)
     output = simpo_loss(logps[keep], kept, beta=gamma, gamma=margin)
-    counts = kept.lengths.to(logps.dtype)
-    output.metrics["selected/chosen"], output.metrics["selected/rejected"] = kept.pairs(counts)
+    output.metrics["selected/chosen"], output.metrics["selected/rejected"] = kept.pairs(kept.lengths.to(logps.dtype))
     return output

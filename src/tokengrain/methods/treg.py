@@ -143,20 +143,14 @@ SLOT = re.compile(r"\{(prompt|response)\}")  # every other brace is literal
 
 @dataclass(frozen=True)
 class ContrastiveTemplates:
-    """Two opposite instructions.
+    """Two opposite instructions, worded alike otherwise. The slot `{prompt}` is required, `{response}` optional."""
 
-    Args:
-        better: instruction that asks for a better response. `{prompt}` is required, `{response}` optional.
-        worse: its opposite, worded alike otherwise.
-        name: for messages and fingerprints.
-        drop_prefix: a beginning that the prompt loses before it fills `{prompt}`, so that an instruction can replace
-            it: with drop_prefix "write", better "write kindly{prompt}" turns "write about the sea" into "write kindly
-            about the sea". A prompt without it is an error when scored.
-    """
-
-    better: str
+    better: str  # asks for a better response
     worse: str
-    name: str = "custom"
+    name: str = "custom"  # for messages and fingerprints
+    # A beginning that the prompt loses before it fills `{prompt}`, so that an instruction can replace it: with "write",
+    # better "write kindly{prompt}" turns "write about the sea" into "write kindly about the sea". A prompt without it
+    # is an error when scored.
     drop_prefix: str = ""
 
     def __post_init__(self) -> None:

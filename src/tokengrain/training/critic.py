@@ -247,6 +247,5 @@ class Critic:
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scheduler"] is not None:
-            what = "the critic has no schedule yet; call begin() before load()"
-            require(self._scheduler is not None, RunError, what)
+            require(self._scheduler is not None, RunError, "the critic has no schedule yet; call begin() before load()")
             self._scheduler.load_state_dict(state["scheduler"])

@@ -55,7 +55,6 @@ class RolloutStats:
             self.seconds[phase] += time.perf_counter() - started
 
     def add(self, sampled: Rollouts, rollout: Rollout, result: RewardResult | None, task_column: str | None) -> None:
-        """Add what was sampled in one go."""
         self.lengths += [len(c.ids) for c in sampled.completions]
         self.context += sum(c.context for c in sampled.completions)
         self.truncated += [c.truncated for c in sampled.completions]
@@ -100,7 +99,6 @@ def rollout_metrics(
 
 
 def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
-    """Metrics of what all ranks sampled."""
     lengths = torch.tensor([n for part in parts for n in part.lengths], dtype=torch.float64)
     tokens = float(lengths.sum()) - sum(part.context for part in parts)
     metrics = {

@@ -189,7 +189,6 @@ class WeightedMeans:
         self.weights: dict[str, float] = {}
 
     def add(self, name: str, total: float, weight: float) -> None:
-        """Add `total`, the sum over `weight` things."""
         self.sums[name] = self.sums.get(name, 0.0) + float(total)
         self.weights[name] = self.weights.get(name, 0.0) + float(weight)
 
