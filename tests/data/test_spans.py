@@ -5,10 +5,9 @@ import random
 
 import pytest
 
-from tokengrain.data.config import TokenizeConfig
-from tokengrain.data.spans import (
+from tokengrain.data.config import SpanConfig, TokenizeConfig
+from tokengrain.data.marking import (
     WORD,
-    SpanConfig,
     TagError,
     diff_spans,
     parse_span_tags,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.vectors.layout import Pairs, from_logits, pair_results
 from tests.vectors.runner import Case, adapter
-from tokengrain.data.spans import diff_spans, parse_span_tags
+from tokengrain.data.marking import diff_spans, parse_span_tags
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.methods.rrpo import rrpo_loss, span_rewards
 

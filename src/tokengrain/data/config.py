@@ -1,14 +1,15 @@
-"""How rows become token ids: `TokenizeConfig`, and the error for one bad row."""
+"""How rows become token ids: `SpanConfig` and `TokenizeConfig`, and the error for one bad row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from tokengrain.batch import PromptRole
-from tokengrain.data.spans import SpanConfig
 from tokengrain.errors import DataError, RecipeError, require, shown
+from tokengrain.settings import load_callable, nearest, source_of
 
 BATCH_ROWS = 256  # rows that are tokenised together
 NO_SPAN = "no span"  # the reason of pairs without a span, which `spans.on_none` decides about
@@ -34,10 +35,82 @@ def check(condition: object, reason: str, what: str, **details: Any) -> None:
         raise RowError(reason, what, **details)
 
 
+SOURCES = ("diff", "tags", "column")
+Level = Literal["word", "token"]
+OnNone = Literal["keep", "skip", "error"]
 TruncationSide = Literal["left", "right"]
 OnInvalid = Literal["error", "skip"]
 OnDropped = Literal["error", "keep"]
 LENGTHS = (("max_length", 2, ", or none"), ("max_prompt_length", 1, ", or none"), ("min_completion_length", 1, ""))
+
+
+@dataclass(frozen=True)
+class SpanConfig:
+    """Where the spans of a pair come from (`data.spans` in a recipe; a string is short for its `source`)."""
+
+    # "diff": what differs between chosen and rejected; "tags": tags in the texts, or in the columns `chosen_masked` and
+    # `rejected_masked`; "column": the columns `chosen_spans` and `rejected_spans`; or a function
+    # `(row) -> (chosen spans, rejected spans)`, also as "module:function" or "path.py:function".
+    source: str | Callable[[Mapping[str, Any]], Any] = "diff"
+    # For "diff".
+    level: Level = "word"  # compare words (with punctuation, without white space) or tokens
+    min_match_size: int = 1  # what both sides have in common counts as equal from so many words (tokens) on
+    keep_one_sided: bool = False  # insertions and deletions are spans too, on the side that has them
+    # Difflib's own rule for long texts, as in the authors' code: in a rejected text of 200 or more words (tokens) those
+    # that are over 1 % of it are not used to find what is equal, so that one edit can mark all that follows.
+    autojunk: bool = False
+    tags: Sequence[str] = ("<MASK>", "</MASK>")  # opening and closing; for "tags"
+    on_none: OnNone = "keep"  # what becomes of a pair without a span: all its tokens are shared; or "skip", "error"
+
+    def __post_init__(self) -> None:
+        source = self.source
+        named = isinstance(source, str) and (source in SOURCES or ":" in source)
+        near = get_close_matches(str(source), SOURCES, n=1)
+        expected = f"one of {', '.join(SOURCES)}, or 'module:function' or 'path.py:function'"
+        expected += f"; did you mean {near[0]!r}?" if near else ""
+        require(named or callable(source), RecipeError, f"spans.source is {shown(source)}; expected {expected}")
+        for name, value, choices in (
+            ("level", self.level, get_args(Level)),
+            ("on_none", self.on_none, get_args(OnNone)),
+        ):
+            what = f"spans.{name} is {shown(value)}; expected one of {', '.join(choices)}"
+            require(value in choices, RecipeError, what)
+        size, tags = self.min_match_size, self.tags
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        require(whole, RecipeError, f"spans.min_match_size is {shown(size)}; expected a whole number of at least 1")
+        texts = isinstance(tags, Sequence) and not isinstance(tags, str) and all(isinstance(t, str) and t for t in tags)
+        what = f"spans.tags is {shown(tags)}; expected two texts that differ, opening and closing"
+        require(texts and len(set(tags)) == len(tags) == 2, RecipeError, what)
+        object.__setattr__(self, "tags", tuple(tags))
+
+    @classmethod
+    def of(cls, value: Any) -> SpanConfig:
+        """From settings, a mapping of them (as in a recipe), or the source alone. Raises `RecipeError`."""
+        if isinstance(value, SpanConfig):
+            return value
+        if isinstance(value, str) or callable(value):
+            return cls(source=value)
+        names = list(cls.__dataclass_fields__)
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"spans is {shown(value)}; expected a source, or a mapping of {', '.join(names)}")
+        for name in value:
+            require(name in names, RecipeError, f"spans.{name}: unknown key{nearest(name, names)}")
+        return cls(**value)
+
+    def load(self) -> Callable[[Mapping[str, Any]], Any] | None:
+        """The user's function, if the source is one. Raises `RecipeError` where there is none of that name."""
+        if isinstance(self.source, str):
+            return load_callable(self.source) if ":" in self.source else None
+        return self.source
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON-like values, a function with its source text: for fingerprints."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"tags": list(self.tags)}
+        function = self.load()
+        if function is not None:
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            values["source"] = [name, source_of(function)]
+        return values
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import SequenceMatcher
 from functools import partial
 from itertools import groupby, pairwise
 from numbers import Real
 from typing import Any, NamedTuple
 
-from tokengrain.data.config import RowError, check
+from tokengrain.data.config import Level, RowError, SpanConfig, check
 from tokengrain.data.formats import CanonicalRow, Content, check_misspelt, content
-from tokengrain.data.spans import WORD, Level, SpanConfig, TagError, diff_spans, strip_tags, tagged_stretches
 from tokengrain.data.tokens import Rendered, Tokens
 from tokengrain.errors import once
 from tokengrain.settings import LARGEST
@@ -350,3 +351,123 @@ def _ids_of(values: Sequence[Any], field: str, side: Marked) -> list[float]:
 def _mark(column: list[float], span: int, side: Marked, start: int, end: int) -> None:
     for index in tokens_of(start, end, side.tokens, side.counted):
         column[index] = column[index] or float(span)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The pure parts: the diff of two sequences, and text with tags.
+
+# Words with their apostrophes and hyphens; characters of scripts without spaces, and signs, one by one.
+_NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+(?:['’-][^\W{_NO_SPACES}]+)*|[^\w\s]")
+
+CLOSING_SIGNS = ".,;:!?)]}%’'\""
+
+
+def diff_spans(
+    chosen: Sequence[Hashable],
+    rejected: Sequence[Hashable],
+    *,
+    min_match_size: int = 1,
+    keep_one_sided: bool = False,
+    autojunk: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Where two sequences differ: 0 for a shared item, k for one in the k-th span, one number per item.
+
+    Ratcliff–Obershelp matching blocks (`difflib.SequenceMatcher`); blocks shorter than `min_match_size` do not count.
+    What lies between two blocks is a span if neither side is empty there, so that the k-th spans of both sides belong
+    together. An insertion or deletion (and so text that was moved, which is one of each) is 0 unless `keep_one_sided`.
+
+    Source: RRPO's diff (`get_diff_signs` of the authors' VideoChat2 code), with difflib's junk rule off.
+    """
+    matcher = SequenceMatcher(None, chosen, rejected, autojunk=autojunk)
+    *blocks, end = matcher.get_matching_blocks()  # `end` is difflib's mark: empty, behind both sequences
+    equal = [(0, 0, 0), *(b for b in blocks if b.size >= min_match_size), end]
+    marks, count = ([0] * len(chosen), [0] * len(rejected)), 0
+    for (a, b, size), (next_a, next_b, _) in pairwise(equal):
+        gaps = (a + size, next_a), (b + size, next_b)
+        empty = sum(start == stop for start, stop in gaps)
+        if empty == 2 or (empty == 1 and not keep_one_sided):
+            continue
+        count += 1
+        for side, (start, stop) in zip(marks, gaps):
+            side[start:stop] = [count] * (stop - start)
+    return marks
+
+
+class TagError(ValueError):
+    """Tags that do not pair up; the message says which and where."""
+
+
+def split_tags(text: str, opening: str, closing: str) -> list[tuple[str, bool]]:
+    """Pieces of a text in order, with whether each stood between tags. Raises `TagError` if they do not pair up."""
+    pieces: list[tuple[str, bool]] = []
+    inside, at, opened = False, 0, 0
+    for found in re.finditer(f"{re.escape(opening)}|{re.escape(closing)}", text):
+        if (found.group() == opening) == inside:
+            why = f"stands within the stretch that begins at {opened}" if inside else "closes nothing"
+            raise TagError(f"{found.group()} at character {found.start()} {why}")
+        pieces.append((text[at : found.start()], inside))
+        inside, at, opened = not inside, found.end(), found.start()
+    if inside:
+        raise TagError(f"{opening} at character {opened} is not closed")
+    return [*pieces, (text[at:], False)]
+
+
+def strip_tags(text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without tags, and the tagged stretches `[start, end)`, but for empty ones, as characters of it.
+
+    The space that `<MASK> … </MASK>` puts on either side goes as well where it would double another one, or stand at
+    the end of the text or before punctuation.
+    """
+    pieces = split_tags(text, opening, closing)
+    out, stretches = "", []
+    for index, (piece, tagged) in enumerate(pieces):
+        if tagged and len(piece) > 2 and piece[0] == piece[-1] == " " and piece.strip() == piece[1:-1]:
+            behind = "".join(p for p, _ in pieces[index + 1 :])[:1]
+            piece = piece if out and not out[-1].isspace() else piece[1:]
+            piece = piece[:-1] if not behind or behind.isspace() or behind in CLOSING_SIGNS else piece
+        if tagged and piece:
+            stretches.append((len(out), len(out) + len(piece)))
+        out += piece
+    return out, stretches
+
+
+def tagged_stretches(marked: str, text: str, opening: str, closing: str) -> list[tuple[int, int]]:
+    """The tagged stretches of `marked` as characters of `text`, the same text without tags; white space aside."""
+    at = [i for i, c in enumerate(text) if not c.isspace()]
+    position, stretches = 0, []
+    for piece, tagged in split_tags(marked, opening, closing):
+        first = position
+        for c in "".join(piece.split()):
+            if position == len(at) or text[at[position]] != c:
+                where = at[position] if position < len(at) else len(text)
+                raise TagError(f"without its tags it goes on otherwise from character {where} of the untagged text on")
+            position += 1
+        if tagged and position > first:
+            stretches.append((at[first], at[position - 1] + 1))
+    if position < len(at):
+        raise TagError(f"without its tags it ends at character {at[position]} of the untagged text")
+    return stretches
+
+
+def parse_span_tags(ids: Sequence[int], *, space_id: int, open_id: int, close_id: int) -> tuple[list[int], list[int]]:
+    """Token ids with tag tokens, as the authors' code reads them: `(ids without tags, span of each)`.
+
+    A tag takes a stand-alone space token before it along, or else one behind it. The k-th opening tag begins
+    span k. Unlike the authors' parser (`process_masked_tokens`) a tag at the very end is a tag too.
+    """
+    kept, spans = list[int](), list[int]()
+    span, inside, k = 0, False, 0
+    while k < len(ids):
+        first, second = ids[k], ids[k + 1] if k + 1 < len(ids) else None
+        spaced = first == space_id and second in (open_id, close_id)
+        tag = second if spaced else first
+        if tag not in (open_id, close_id):
+            kept.append(first)
+            spans.append(span if inside else 0)
+            k += 1
+            continue
+        inside = tag == open_id
+        span += inside
+        k += 2 if spaced or second == space_id else 1
+    return kept, spans

@@ -18,10 +18,9 @@ from transformers import AutoTokenizer
 from tokengrain import runs
 from tokengrain.annotation import column_name, read_manifest
 from tokengrain.batch import TokenBatch
-from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.config import SpanConfig, TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import StoredRows, load_rows, with_columns
-from tokengrain.data.spans import SpanConfig
 from tokengrain.data.tokens import token_texts
 from tokengrain.errors import DataError, ModelError, RunError, read_json, regular_file, require, shown
 from tokengrain.runs import ROLLOUT_FILE
