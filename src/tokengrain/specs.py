@@ -21,9 +21,7 @@ class Strict(BaseModel):
 class TokenizerSpec(Strict):
     """A tokenizer that is made for the run (`model.tokenizer` of a model built from scratch)."""
 
-    type: Literal["bpe", "byte"] = Field(
-        default="bpe", description="byte-level BPE trained on the data, or plain bytes"
-    )
+    type: Literal["bpe", "byte"] = Field(default="bpe", description="byte-level BPE trained on the data, or bytes")
     vocab_size: int = Field(default=4096, ge=259, le=2**22, description="tokens of the BPE; a byte tokenizer has 258")
 
 
@@ -37,11 +35,9 @@ class ModelSpec(Strict):
     tokenizer: TokenizerSpec | str | None = Field(
         default=None, description="with `config`: {type: bpe|byte, vocab_size}, or the path of a tokenizer"
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        default="float32", description="type of the weights"
-    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(default="float32", description="type of weights")
     attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2, ...")
-    trust_remote_code: bool = Field(default=False, description="run the Python code that a model on the hub includes")
+    trust_remote_code: bool = Field(default=False, description="run the Python code of a model on the hub")
 
     @model_validator(mode="before")
     @classmethod
@@ -91,12 +87,8 @@ class DataSpec(Strict):
     )
     split: str | None = Field(default=None, description="split of a hub data set, for train")
     eval_split: str | None = Field(default=None, description="split of a hub data set, for eval")
-    eval_fraction: float = Field(
-        default=0.1, ge=0, lt=1, description="share of the rows held out when eval is not given"
-    )
-    limit: int | None = Field(
-        default=None, gt=0, description="use only this many rows, the first ones (before holding out)"
-    )
+    eval_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of rows held out when eval is not given")
+    limit: int | None = Field(default=None, gt=0, description="use only this many rows, the first (before holding out)")
     columns: dict[str, str] | None = Field(
         default=None,
         description="{prompt: question, completion: '{answer}'}: columns made from the rows' own, by name or template",
@@ -164,7 +156,5 @@ class PromptSpec(Strict):
     """How rows become prompts of an online stage."""
 
     column: str = Field(default="prompt", description="the column with the prompt: text, or a list of messages")
-    template: str | None = Field(
-        default=None, description="text with {column} slots, for prompts made of several columns"
-    )
+    template: str | None = Field(default=None, description="text with {column} slots, for prompts of several columns")
     chat: bool = Field(default=False, description="wrap a text prompt as a user's message for the chat template")
