@@ -26,6 +26,7 @@ from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -128,7 +129,8 @@ def load_model(
     if is_adapter(path):
         base = load_model(spec, base_of_adapter(path))
         return _with_adapter(base, path, merge_adapter, train_adapter)
-    return from_files(AutoModelForCausalLM, "model", spec, path)
+    kind = AutoModelForSeq2SeqLM if load_config(spec, path).is_encoder_decoder else AutoModelForCausalLM
+    return from_files(kind, "model", spec, path)
 
 
 def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: bool = False, **more: Any) -> nn.Module:

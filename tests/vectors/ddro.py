@@ -14,8 +14,8 @@ from tokengrain.methods.ddro import ddro_loss
 from tokengrain.methods.dpo import sft_loss
 from tokengrain.retrieval.docids import GENERIC_TERMS, ProductQuantiser, code_tokens, title_url
 from tokengrain.retrieval.metrics import mean_metrics, ranking_metrics
-from tokengrain.retrieval.negatives import stratum_sizes
 from tokengrain.retrieval.search import Trie, beam_search
+from tokengrain.retrieval.words import stratum_sizes
 
 
 @adapter("ddro", "ddro_loss")

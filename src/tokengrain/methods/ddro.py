@@ -16,9 +16,19 @@ from torch import Tensor
 
 from tokengrain.batch import Segments
 from tokengrain.loss import LossOutput
-from tokengrain.method import objective
+from tokengrain.method import Card, objective
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.settings import NonNegative, Positive
+
+CARD = Card(
+    "ddro",
+    "DDRO",
+    "relevant docids over others",
+    "Lightweight and Direct Document Relevance Optimization for Generative Information Retrieval",
+    "2504.05181",
+    "SIGIR 2025",
+    trains="encoder-decoder, offline pairs of docids",
+)
 
 
 @objective("ddro")

@@ -130,7 +130,7 @@ def check_reference(
     """`@name` must be an earlier stage (one `above`) of one of the `kinds`."""
     if name in above:
         if above[name].kind not in kinds:
-            made = "a model, not rows of data" if kinds == ("annotate",) else above[name].makes
+            made = "a model, not rows of data" if "annotate" in kinds else above[name].makes
             found.add(where, f"'@{name}' is a stage of kind {above[name].kind}, which makes {made}")
     elif name in recipe.stages:
         found.add(where, f"'@{name}' comes later than (or is) the stage that uses it; stages run in order")
@@ -166,6 +166,9 @@ _KINDS: dict[str, type[pydantic.BaseModel]] = {
     "reward": schema.RewardStage,
     "online": schema.OnlineStage,
     "annotate": schema.AnnotateStage,
+    "index": schema.IndexStage,
+    "negatives": schema.NegativesStage,
+    "retrieve": schema.RetrieveStage,
 }
 _BLOCKS: dict[str, type[pydantic.BaseModel]] = {
     "model": specs.ModelSpec,

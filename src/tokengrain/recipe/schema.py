@@ -124,7 +124,65 @@ class AnnotateStage(StageSettings):
     _from_name = field_validator("credit", mode="before")(_named)
 
 
-Stage = Annotated[SftStage | TrainStage | RewardStage | OnlineStage | AnnotateStage, Field(discriminator="kind")]
+class IndexStage(StageSettings):
+    """Docids for documents, a model that has their tokens, and rows that teach it where documents are."""
+
+    kind: Literal["index"]
+    scheme: Literal["given", "pq", "hierarchical", "title_url"] = Field(
+        default="given",
+        description="given: the documents' `docid`, or a table; pq: product quantisation; hierarchical: clusters of "
+        "clusters; title_url: text of URL or title",
+    )
+    documents: str | None = Field(
+        default=None,
+        description="rows with key, title, text, url, docid; default: the world's, or those that rows name",
+    )
+    docids: str | None = Field(default=None, description="a parquet table of docids (columns key and docid)")
+    levels: int = Field(default=3, gt=0, description="pq, hierarchical: tokens per docid (the paper's pq: 24)")
+    codes: int = Field(default=16, gt=1, description="pq, hierarchical: codes per level (the paper's pq: 256)")
+    dimensions: int = Field(default=64, gt=0, description="of the vectors that LSA makes of documents")
+    vectors: str | None = Field(default=None, description="a .npy file with a vector per document, in place of LSA's")
+    own_head: bool = Field(default=False, description="an output layer of its own for the model (the paper's pq)")
+    passages: int = Field(default=1, ge=0, description="passages of each document that the sft stage learns from")
+    passage_words: int = Field(default=48, gt=0, description="words of a passage")
+    terms: int = Field(default=4, ge=0, description="stand-ins for queries per document: 4 to 12 of its words")
+
+
+class NegativesStage(StageSettings):
+    """Pairs of docids: a relevant document's and another's."""
+
+    kind: Literal["negatives"]
+    source: Literal["auto", "rows", "bm25", "model"] = Field(
+        default="auto", description="rows: those given; bm25; model: its own ranking; auto: the first that there is"
+    )
+    count: int = Field(default=8, gt=0, description="negatives per query")
+    strata: list[list[int]] | None = Field(
+        default=None, description="first and last rank of each; default: bm25 1-100, 101-500, 501-1000, model its beams"
+    )
+    remainder: Literal["last", "first"] = Field(
+        default="last", description="what does not divide by the strata comes from the last, or again from the first"
+    )
+    beams: int = Field(default=20, gt=0, description="model: docids found per query")
+
+
+class RetrieveStage(StageSettings):
+    """Search among docids for the held-out queries, and metrics of the rankings."""
+
+    kind: Literal["retrieve"]
+    before: ModelSpec | None = Field(default=None, description="another model to search with: '@sft'")
+    beams: int = Field(default=20, gt=0, description="beams; as many as docids give the exact ranking")
+    length: Literal["sum", "mean"] = Field(default="sum", description="log-probabilities summed, or their mean")
+    renormalise: bool = Field(default=False, description="probabilities among the tokens of docids alone")
+    metrics: list[str] = Field(
+        default_factory=lambda: ["MRR@10", "Hit@1", "Hit@10", "R@10", "NDCG@10"], description="see docs/retrieval.md"
+    )
+    baselines: bool = Field(default=True, description="BM25 and LSA beside the model, where documents have text")
+
+
+Stage = Annotated[
+    SftStage | TrainStage | RewardStage | OnlineStage | AnnotateStage | IndexStage | NegativesStage | RetrieveStage,
+    Field(discriminator="kind"),
+]
 
 
 class Recipe(Strict):

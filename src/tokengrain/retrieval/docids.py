@@ -38,6 +38,7 @@ class Docids:
         tokens: their docids, an end token included where the scheme has one.
         file: where they come from, for messages.
         scheme: how they were made.
+        places: file and row that each comes from, for messages; none: rows of `file`.
 
     Raises:
         DataError: no documents; a name twice; a document without docid; a docid that another one begins with.
@@ -47,22 +48,22 @@ class Docids:
     tokens: tuple[tuple[int, ...], ...]
     file: str = "docids"
     scheme: str = "given"
+    places: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         require(self.keys, DataError, "there are no documents, so no trie of docids", file=self.file)
-        seen: dict[str, int] = {}
         for row, (key, docid) in enumerate(zip(self.keys, self.tokens, strict=True)):
-            what = f"this document is also in row {seen.get(key)}"
-            require(seen.setdefault(key, row) == row, DataError, what, file=self.file, row=row, field="key", value=key)
+            twice = self.row[key] != row
+            self._check(not twice, row, "the key is that of a later document too", "another key", "key", value=key)
             self._check(docid, row, "the document has no docid", "at least one token id", "docid", value=key)
         ordered = sorted((docid, row) for row, docid in enumerate(self.tokens))
-        for (docid, row), (after, other) in pairwise(ordered):
-            what = f"the docid is the beginning of that in row {other}, which could never be told from it"
-            fine = docid == after or after[: len(docid)] != docid
-            require(fine, DataError, what, file=self.file, row=row, field="docid", value=list(docid), expected=ENDED)
+        for (docid, row), (after, _) in pairwise(ordered):
+            what = f"the docid is the beginning of another, {list(after)}"
+            self._check(docid == after or after[: len(docid)] != docid, row, what, ENDED, "docid", value=list(docid))
 
     def _check(self, holds: object, row: int, what: str, expected: str, field: str, value: object) -> None:
-        require(holds, DataError, what, file=self.file, row=row, field=field, value=value, expected=expected)
+        file, place = self.places[row] if self.places else (self.file, row)
+        require(holds, DataError, what, file=file, row=place, field=field, value=value, expected=expected)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -117,7 +118,7 @@ class Docids:
         return cls(tuple(map(str, table["key"].to_pylist())), docids, str(path), scheme)
 
 
-ENDED = "docids with an end token, or none of which begins another"
+ENDED = "an end token, so that the two can be told apart"
 
 
 # ---- Vectors -> codes ----

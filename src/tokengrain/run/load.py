@@ -12,11 +12,13 @@ from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_finite, check_shared, entries, explain
 from tokengrain.recipe.reading import find_recipe, parse_override, read_file, resolve
 from tokengrain.recipe.schema import INIT, Recipe
+from tokengrain.run.retrieval import Index, Negatives, Retrieve
 from tokengrain.run.stages import Annotate, Init, Stage
 from tokengrain.run.trained import Online, Reward, Sft, Train
 from tokengrain.settings import check_trusted
 
-KINDS: dict[str, type[Stage]] = {kind.kind: kind for kind in (Init, Sft, Train, Reward, Online, Annotate)}
+_KINDS = (Init, Sft, Train, Reward, Online, Annotate, Index, Negatives, Retrieve)
+KINDS: dict[str, type[Stage]] = {kind.kind: kind for kind in _KINDS}
 
 
 class StageDataError(Exception):
@@ -26,7 +28,7 @@ class StageDataError(Exception):
 def resolve_stages(recipe: Recipe) -> list[Stage]:
     """The stages in order, each with everything it inherits; `init` first if the model is built from scratch.
 
-    A stage starts from its own `model`, else from the last sft stage before it, else from the recipe's model.
+    A stage starts from its own `model`, else from the last index or sft stage before it, else from the recipe's model.
     `data` and `training` of a stage are laid over the recipe's, key by key.
     """
     above: dict[str, Stage] = {}
@@ -40,7 +42,7 @@ def resolve_stages(recipe: Recipe) -> list[Stage]:
         except pydantic.ValidationError as error:
             raise StageDataError(name, error) from None
         above[name] = KINDS[own.kind](name, recipe, own, own.model or model, data, dict(above))
-        if own.kind == "sft":
+        if own.kind in ("index", "sft"):
             model = model.at("@" + name)
     return list(above.values())
 

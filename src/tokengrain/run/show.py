@@ -42,6 +42,8 @@ def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> No
         parts.append(f"held-out reward {with_interval(after, 'reward')}")
     elif "perplexity" in after:
         parts.append(f"held-out perplexity {after['perplexity']:.2f}")
+    if "queries" in metrics:
+        parts.append(", ".join(f"{name} {after[name]:.3f}" for name in after if not name.endswith(("_low", "_high"))))
     if "rows" in metrics:
         parts.append(", ".join(f"{count} rows in {name}.parquet" for name, count in metrics["rows"].items()))
     if "vocabulary" in metrics:
@@ -70,6 +72,9 @@ _ROWS = {
     "kl": "KL to the reference (nats/token)",
     "entropy": "entropy (nats/token)",
     "loss": "loss",
+    "MRR@10": "MRR@10",
+    "Hit@10": "Hit@10",
+    "mass": "probability of docids",
 }
 
 

@@ -2,6 +2,7 @@
 
 Init        a model built from scratch
 Annotate    a credit source over the data, stored
+Index, Negatives, Retrieve    docids, pairs of them, search among them (retrieval.py)
 Trained     everything that trains a model
   Sft         supervised fine-tuning
   Reward      a token-level reward model
@@ -27,7 +28,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
-from tokengrain.errors import fingerprint, read_json, write_json
+from tokengrain.errors import RecipeError, fingerprint, read_json, require, write_json
 from tokengrain.method import CREDIT
 from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_data, check_reference
@@ -48,8 +49,11 @@ from tokengrain.specs import DataSpec, ModelSpec
 from tokengrain.training.checkpoint import STAGING, publish, saving
 from tokengrain.worlds import is_world, load_world
 
-LANGUAGE = (INIT, "sft", "train", "online")
+LANGUAGE = (INIT, "index", "sft", "train", "online")
 """Kinds of stages that make a language model."""
+
+ROWS = ("annotate", "index", "negatives")
+"""Kinds of stages that make rows for others, as their `data: '@stage'`."""
 
 SAMPLED_PAIRS = 8
 """Pairs whose credit is stored in the run folder for `report` and `inspect`."""
@@ -114,7 +118,7 @@ class Stage:
                     place = f"{where}.{key}"
                     check_reference(place, asked.spec.stage, asked.kinds, self.above, self.recipe, found)
         if self.data.stage is not None:
-            check_reference(f"{where}.data", self.data.stage, ("annotate",), self.above, self.recipe, found)
+            check_reference(f"{where}.data", self.data.stage, ROWS, self.above, self.recipe, found)
 
     _starts: ClassVar[tuple[str, ...]] = LANGUAGE
 
@@ -193,6 +197,10 @@ class Stage:
 
     def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Do it, from the start or from what is in the folder; returns its metrics."""
+        raise NotImplementedError
+
+    def made(self, run: RunModels, user: Stage, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+        """`(training, held-out or None)`: the rows that it made, for a later stage with `settings` that uses them."""
         raise NotImplementedError
 
 
@@ -358,6 +366,15 @@ class Annotate(Stage):
         options = {k: getattr(self.own, k) for k in ("reference_logps", "shard_rows", "max_tokens")}
         credit = credit_content(self.credit, run_dir, above)
         return {**super().decides(run_dir, above), "credit": credit, **options, "bf16": self.bf16}
+
+    def made(self, run: RunModels, user: Stage, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The annotated data sets, checked to belong to the stage that uses them."""
+        marks = file_marks(run, user, settings, self.data, user.model)
+        files = annotated_files(run.run_dir / self.name)
+        tokenizer = run.tokenizer(user.model)
+        require(files[0].exists(), RecipeError, f"stage {self.name!r} has written no {files[0].name}")
+        train, held_out = (load_annotated(f, tokenizer, marks) if f.exists() else None for f in files)
+        return train, held_out
 
     def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Write the rows with their token credit; finished shards of an earlier attempt are kept."""

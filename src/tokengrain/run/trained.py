@@ -17,7 +17,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokengrain import models
-from tokengrain.annotation import load_annotated
 from tokengrain.data.rows import Rows
 from tokengrain.errors import (
     DataError,
@@ -61,12 +60,10 @@ from tokengrain.run.stages import (
     LANGUAGE,
     Asked,
     Stage,
-    annotated_files,
     check_given_files,
     check_source,
     credit_asks,
     credit_content,
-    file_marks,
     first_pairs,
     in_words,
     model_content,
@@ -230,20 +227,11 @@ class Trained(Stage):
 
     def datasets(self, run: RunModels, settings: Mapping[str, Any], eval_data: str | None) -> tuple[Any, Any]:
         """`(training, held-out or None)`; `eval_data`: held-out rows from another source."""
-        train, held_out = self._annotated(run, settings) if self.data.stage is not None else run.datasets(self)
+        maker = self.above.get(str(self.data.stage))
+        train, held_out = run.datasets(self) if maker is None else maker.made(run, self, settings)
         if eval_data is not None:
             data = self.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
             held_out = run.datasets(replace(self, data=data))[0]
-        return train, held_out
-
-    def _annotated(self, run: RunModels, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The data sets that an annotate stage made, checked to belong to this stage."""
-        maker = self.above[str(self.data.stage)]
-        marks = file_marks(run, self, settings, maker.data, self.model)
-        files = annotated_files(run.run_dir / maker.name)
-        tokenizer = run.tokenizer(self.model)
-        require(files[0].exists(), RecipeError, f"stage {maker.name!r} has written no {files[0].name}")
-        train, held_out = (load_annotated(f, tokenizer, marks) if f.exists() else None for f in files)
         return train, held_out
 
     def build(

@@ -16,6 +16,7 @@ from tokengrain.errors import RecipeError
 from tokengrain.evaluation.credit import CreditTruth
 from tokengrain.settings import nearest
 from tokengrain.worlds.arithmetic import ArithmeticOptions, ArithmeticWorld
+from tokengrain.worlds.library import LibraryOptions, LibraryWorld
 from tokengrain.worlds.revision import RevisionOptions, RevisionWorld
 from tokengrain.worlds.stories import StoriesOptions, StoriesWorld
 
@@ -64,6 +65,7 @@ class World(Protocol):
 WORLDS: dict[str, tuple[Callable[[Any], World], Any]] = {
     "stories": (StoriesWorld, StoriesOptions),
     "arithmetic": (ArithmeticWorld, ArithmeticOptions),
+    "library": (LibraryWorld, LibraryOptions),
     "revision": (RevisionWorld, RevisionOptions),
 }
 """Each world with the dataclass of its address's options."""

@@ -1,4 +1,4 @@
-"""Documents that a query is not about: drawn from a ranking by BM25 or by the model itself, in strata of ranks."""
+"""Rankings by words, BM25 and LSA; and negatives, drawn from a ranking in strata of ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tokengrain.errors import DataError, require
 from tokengrain.settings import check_choice
@@ -46,8 +48,14 @@ class BM25:
         self.postings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for word, entries in found.items():
             where, times = np.array(entries).T
-            rarity = math.log(1 + (self.count - len(entries) + 0.5) / (len(entries) + 0.5))
-            self.postings[word] = where, rarity * times / (times + norm[where])
+            self.postings[word] = where, self._rarity(len(entries)) * times / (times + norm[where])
+
+    def _rarity(self, documents: int) -> float:
+        return math.log(1 + (self.count - documents + 0.5) / (documents + 0.5))
+
+    def rarity(self, word: str) -> float:
+        """Weight of a word that few documents have, nats."""
+        return self._rarity(len(self.postings[word][0]) if word in self.postings else 0)
 
     def scores(self, query: Sequence[str]) -> np.ndarray:
         """The score of every document, float64 `[documents]`."""
@@ -60,7 +68,44 @@ class BM25:
 
     def ranking(self, query: Sequence[str]) -> list[int]:
         """All documents, the best first; of equal ones the earlier."""
-        return list(map(int, np.argsort(-self.scores(query), kind="stable")))
+        return best_first(self.scores(query))
+
+
+def best_first(scores: np.ndarray) -> list[int]:
+    return list(map(int, np.argsort(-scores, kind="stable")))
+
+
+class LSA:
+    """Latent semantic analysis: documents as vectors, the first singular vectors of their words' weights.
+
+    A weight is log(1 + times) · rarity, a document's weights have length 1, and so has its vector.
+
+    Args:
+        documents: their words.
+        dimensions: of the vectors; fewer where there are fewer documents or words.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[str]], dimensions: int = 64, seed: int = 0) -> None:
+        self._bm25 = BM25(documents)
+        self._column = {word: i for i, word in enumerate(self._bm25.postings)}
+        require(self._column, DataError, "the documents have no words to make vectors from")
+        rows = torch.stack([self._weights(d) for d in documents])
+        dimensions = min(dimensions, *rows.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            left, size, self._right = torch.svd_lowrank(rows.to_sparse(), q=dimensions, niter=4)
+        self.vectors = torch.nn.functional.normalize(left * size, dim=1)
+
+    def _weights(self, document: Sequence[str]) -> Tensor:
+        weights = torch.zeros(len(self._column), dtype=torch.float64)
+        for word, times in Counter(document).items():
+            if word in self._column:
+                weights[self._column[word]] = math.log1p(times) * self._bm25.rarity(word)
+        return torch.nn.functional.normalize(weights, dim=0)
+
+    def ranking(self, query: Sequence[str]) -> list[int]:
+        """All documents, the nearest first."""
+        return best_first((self.vectors @ (self._weights(query) @ self._right)).numpy())
 
 
 def stratum_sizes(count: int, strata: int = 3, remainder: Remainder = "last") -> tuple[list[int], int]:

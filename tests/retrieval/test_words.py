@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokengrain.errors import DataError
-from tokengrain.retrieval.negatives import BM25, draw_negatives, stratum_sizes, words
+from tokengrain.retrieval.words import BM25, draw_negatives, stratum_sizes, words
 
 CORPUS = ["The cat sat on the mat.", "Dogs and cats; cats and dogs!", "A mat, a mat: 3 mats", "nothing here", "dog"]
 

@@ -1,0 +1,226 @@
+"""The stages index, negatives and retrieve, on small models and rows of every form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tokengrain.errors import DataError, ModelError, RecipeError, TokengrainError
+from tokengrain.retrieval.docids import Docids
+from tokengrain.run.load import load_recipe
+from tokengrain.run.runner import run_recipe
+
+TOPICS = ("fish", "bread", "stars", "trains", "clocks", "rivers")
+WORDS = ("<pad>", "</s>", "<unk>", *TOPICS, "about", "the", "site.org", "a", "page", "of", "deep", "old", "new")
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 that knows a few words, with more embeddings than its tokenizer has tokens."""
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(WORDS) + 3, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def documents(folder: Path, **more: Any) -> Path:
+    rows = [
+        {
+            "key": f"k{i}",
+            "title": f"the {t}",
+            "text": f"about {t} a page of {t} {a}",
+            "url": f"site.org/{a}/{t}/x{i}",
+            **more,
+        }
+        for i, (t, a) in enumerate((t, a) for t in TOPICS for a in ("old", "new"))
+    ]
+    return write(folder / "documents.jsonl", rows)
+
+
+def keyed(folder: Path, **changes: Any) -> Path:
+    rows = [
+        {"query": f"about the {t} {a}", "positive": f"k{2 * i + j}"}
+        for i, t in enumerate(TOPICS)
+        for j, a in enumerate(("old", "new"))
+    ]
+    rows[3] |= changes
+    return write(folder / "triples.jsonl", rows)
+
+
+STEPS = ("stages.sft.training.max_steps=2", "stages.train.training.max_steps=2", "training.bf16=false")
+
+
+def run(t5: Path, data: Path, output: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    recipe = load_recipe(
+        "recipes/ddro.yaml", str(t5), str(data), (*STEPS, "data.eval_fraction=0.25", *overrides), output
+    )
+    return run_recipe(recipe, **options).metrics
+
+
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "text": [
+        {"prompt": f"about {t}", "chosen": f"{t} page", "rejected": f"{o} page"} for t, o in zip(TOPICS, TOPICS[::-1])
+    ],
+    "ids": [
+        {"query": f"about {t}", "pos_docid": [3 + i, 19], "neg_docid": [[8 - i, 19], [3, 20]]}
+        for i, t in enumerate(TOPICS)
+    ],
+    "keys": [
+        {"query": f"about {t}", "positive": t, "negatives": [o, "stars"]}
+        for t, o in (("fish", "bread"), ("bread", "fish"), ("trains", "old"), ("old", "clocks"))
+    ],
+}
+
+
+@pytest.mark.parametrize("form", ["ids", *(pytest.param(form, marks=pytest.mark.slow) for form in ("text", "keys"))])
+def test_rows_alone_are_enough(t5: Path, tmp_path: Path, form: str) -> None:
+    metrics = run(t5, write(tmp_path / "rows.jsonl", FORMS[form]), tmp_path / "run")
+    stages = metrics["stages"]
+    assert stages["negatives"]["source"] == "rows"
+    assert 0 <= stages["evaluate"]["after"]["MRR@10"] <= 1
+    table = Docids.load(tmp_path / "run/index/docids.parquet")
+    if form == "ids":
+        assert table.of("4 19") == (4, 19)
+    else:  # text with its end token
+        assert table.tokens[0][-1] == 1
+
+
+@pytest.mark.parametrize(
+    "scheme", ["pq", *(pytest.param(s, marks=pytest.mark.slow) for s in ("hierarchical", "title_url"))]
+)
+def test_docids_are_made_of_documents(t5: Path, tmp_path: Path, scheme: str) -> None:
+    shape = ("stages.index.levels=2", "stages.index.codes=4", "stages.index.dimensions=8", "stages.index.own_head=true")
+    given = (f"stages.index.documents={documents(tmp_path)}", f"stages.index.scheme={scheme}", *shape)
+    stages = run(t5, keyed(tmp_path), tmp_path / "run", *given)["stages"]
+    assert stages["negatives"]["source"] == "bm25"
+    assert {"before", "after", "bm25", "lsa"} <= set(stages["evaluate"])
+    assert stages["evaluate"]["bm25"]["MRR@10"] > 0.5
+    table, model = (
+        Docids.load(tmp_path / "run/index/docids.parquet"),
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run/train/model"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/train/model")
+    if scheme == "title_url":
+        assert table.of("k0") == (2, 3, WORDS.index("old"), WORDS.index("site.org"), 1)
+    else:
+        assert min(min(d) for d in table.tokens) == len(WORDS) + 3
+        assert tokenizer.convert_ids_to_tokens(table.tokens[0][0]).startswith("<0:")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    lines = [json.loads(line) for line in (tmp_path / "run/evaluate/rankings.jsonl").read_text().splitlines()]
+    assert len(lines) == stages["evaluate"]["queries"] == 3
+    assert {"MRR@10", "found"} <= set(lines[0]["after"])
+
+
+def test_negatives_never_share_a_docid_with_what_is_relevant(t5: Path, tmp_path: Path) -> None:
+    given = (
+        f"stages.index.documents={documents(tmp_path)}",
+        "stages.index.scheme=pq",
+        "stages.index.levels=1",
+        "stages.index.codes=3",
+    )
+    metrics = run(
+        t5, keyed(tmp_path), tmp_path / "run", *given, "stages.negatives.source=model", "stages.negatives.beams=3"
+    )
+    assert metrics["stages"]["index"]["sharing"] == 9
+    table = pq.read_table(tmp_path / "run/negatives/train.parquet")
+    assert all(c != r for c, r in zip(table["chosen"].to_pylist(), table["rejected"].to_pylist()))
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_reused_and_other_documents_are_noticed(t5: Path, tmp_path: Path) -> None:
+    data, given = keyed(tmp_path), f"stages.index.documents={documents(tmp_path, docid='the fish')}"
+    with pytest.raises(DataError, match=r"no query .* has a negative"):  # all share one docid
+        run(t5, data, tmp_path / "run", given)
+    documents(tmp_path)
+    given = (given, "stages.index.scheme=title_url")
+    run(t5, data, tmp_path / "run", *given, overwrite=True)
+    run(t5, data, tmp_path / "run", *given)
+    documents(tmp_path, title="other")
+    with pytest.raises(TokengrainError, match="'index' differs"):
+        run(t5, data, tmp_path / "run", *given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positive": None}, "triples.jsonl: row 3.*: the query has no relevant document; expected a document in one"),
+        ({"positive": "k99"}, "row 3.*: field 'positive': there is no docid for it; got 'k99'; expected one of the 12"),
+        ({"negatives": ["k1", "k3"]}, "row 3.*: field 'negatives': a negative has the docid of .* 'k3'; got 'k3'"),
+        ({"query": " "}, "row 3.*: field 'query': the row has no query; got ' '"),
+        ({"positive": [[1, "x"]]}, "row 3.*: field 'positive': this names no document; got"),
+        ({"positive": [5, 6]}, "row 3.*: field 'positive': no document has this docid; got \\[5, 6\\]"),
+    ],
+)
+def test_rows_that_cannot_be_used(t5: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    given = (f"stages.index.documents={documents(tmp_path)}", "stages.index.scheme=title_url")
+    with pytest.raises(DataError, match=message):
+        run(t5, keyed(tmp_path, **changes), tmp_path / "run", *given)
+    assert not (tmp_path / "run/index/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("docid", "message"),
+    [
+        (
+            [3, 99],
+            "documents.jsonl: row 0.*: field 'docid': a docid has a token outside the .*; got 99; expected a token id",
+        ),
+        (None, "documents.jsonl: row 0.*: the document has no docid; got 'k0'; expected a docid"),
+    ],
+)
+def test_docids_that_cannot_be_used(t5: Path, tmp_path: Path, docid: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        run(t5, keyed(tmp_path), tmp_path / "run", f"stages.index.documents={documents(tmp_path, docid=docid)}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.index.scheme=pq", "stages.index.documents: scheme pq makes docids of documents; expected a file"),
+        ("stages.negatives.data=@sft", "stages.negatives.data: '@sft' is a stage of kind sft, which makes"),
+        (
+            "stages.negatives.data=rows.jsonl",
+            "stages.negatives.data: missing; expected '@STAGE', a stage of kind index",
+        ),
+        ("stages.negatives.strata=[[5, 1]]", "stages.negatives.strata: got \\[5, 1\\]; expected \\[first rank"),
+        (
+            "stages.evaluate.metrics=[MMR@10]",
+            "stages.evaluate.metrics: there is no metric 'MMR@10'; did you mean 'MRR'",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_run(t5: Path, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("recipes/ddro.yaml", str(t5), str(keyed(tmp_path)), (*STEPS, override), tmp_path / "run")
+
+
+def test_a_decoder_alone_cannot_be_indexed(tmp_path: Path) -> None:
+    recipe = load_recipe("recipes/ddro.yaml", "world://stories", "world://library", STEPS, tmp_path / "run")
+    with pytest.raises(ModelError, match="is no encoder-decoder, and a stage of kind index needs one"):
+        run_recipe(recipe)
