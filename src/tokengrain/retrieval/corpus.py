@@ -17,8 +17,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokengrain.batch import Completion, Sample
-from tokengrain.data.dataset import PairDataset
 from tokengrain.data.rows import Rows
 from tokengrain.errors import DataError, atomic_write, require
 from tokengrain.retrieval.docids import Docids
@@ -167,52 +165,34 @@ def documents_of(queries: Sequence[NamedQuery]) -> list[Document]:
     return list(found.values())
 
 
-# ---- Rows of docids: kept in parquet, read as samples ----
+# ---- Rows of docids, in the columns that training reads ----
 
 
 @dataclass(frozen=True)
 class DocidRow:
-    """A prompt with one docid, or with a relevant one before another; `row` is the query's."""
+    """A prompt with a docid, and perhaps with others that are not relevant; `row` is the query's."""
 
     prompt: str
-    docids: tuple[tuple[int, ...], ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[tuple[int, ...], ...] = ()
     row: str = ""
 
 
-NAMES = ("chosen", "rejected")
-
-
 def save_rows(rows: Sequence[DocidRow], path: str | PathLike[str]) -> None:
-    """Write columns `prompt`, `chosen`, `rejected` (token ids) and `row`."""
-    columns = {"prompt": [row.prompt for row in rows], "row": [row.row for row in rows]}
-    for i in range(len(rows[0].docids)):
-        columns[NAMES[i]] = pa.array([list(row.docids[i]) for row in rows], pa.list_(pa.int64()))
+    """Write columns `prompt`, `chosen` and, where there are any, `rejected` (token ids), and `row`."""
+    columns: dict[str, Any] = {"prompt": [row.prompt for row in rows], "row": [row.row for row in rows]}
+    columns["chosen"] = pa.array([list(row.chosen) for row in rows], pa.list_(pa.int64()))
+    if any(row.rejected for row in rows):
+        listed = [[list(docid) for docid in row.rejected] for row in rows]
+        columns["rejected"] = pa.array(listed, pa.list_(pa.list_(pa.int64())))
     with atomic_write(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
 
 
-def load_samples(path: str | PathLike[str], tokenizer: Any, longest: int | None) -> PairDataset:
-    """The inverse of `save_rows`, as samples: docids as they are, prompts as an encoder reads them."""
-    table = pq.read_table(path)
-    prompts, names = table["prompt"].to_pylist(), [name for name in NAMES if name in table.column_names]
-    docids = [table[name].to_pylist() for name in names]
-    ids, rows = prompt_ids(tokenizer, prompts, longest), table["row"].to_pylist()
-
-    def samples() -> Iterator[Sample]:
-        for i, prompt in enumerate(prompts):
-            own = [listed[i] for listed in docids]
-            raw = {"prompt": prompt, **{name: tokenizer.decode(d) for name, d in zip(names, own)}}
-            yield Sample(ids[i], [Completion(d) for d in own], row=rows[i] or i, raw=raw)
-
-    return PairDataset(samples(), name=str(path))
-
-
 def prompt_ids(tokenizer: Any, texts: Sequence[str], longest: int | None) -> list[list[int]]:
-    """Texts as an encoder reads them: with the tokenizer's own end token, and cut before it."""
-    ids = tokenizer(list(texts), add_special_tokens=True).input_ids
-    end = tokenizer.eos_token_id
-    ids = [row if end is None or (row and row[-1] == end) else [*row, end] for row in ids]
-    return [row if longest is None or len(row) <= longest else [*row[: longest - 1], row[-1]] for row in ids]
+    """Texts as an encoder reads them: with the tokenizer's own special tokens, the end cut if they are too long."""
+    more = {} if longest is None else {"truncation": True, "max_length": longest}
+    return list(tokenizer(list(texts), add_special_tokens=True, **more).input_ids)
 
 
 def indexing_texts(

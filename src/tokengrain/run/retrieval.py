@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tokengrain import models
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows, load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, atomic_write, require, write_text
 from tokengrain.evaluation.statistics import mean_interval
@@ -34,7 +35,6 @@ from tokengrain.retrieval.corpus import (
     Query,
     documents_of,
     indexing_texts,
-    load_samples,
     prompt_ids,
     read_documents,
     read_queries,
@@ -64,9 +64,10 @@ class DocidStage(Stage):
 
     def made(self, run: RunModels, user: Stage, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         folder, tokenizer = run.run_dir / self.name, run.tokenizer(user.model)
-        longest = tokenize_config(user.data).max_prompt_length
+        config = replace(tokenize_config(user.data), prompt_role="encoder", truncation_side="right")
+        make = prepare_pairs if user.row_form == "pairs" else prepare_sft
         files = [folder / f"{part}.parquet" for part in PARTS]
-        train, held_out = (load_samples(f, tokenizer, longest) if f.exists() else None for f in files)
+        train, held_out = (make(str(file), tokenizer, config) if file.exists() else None for file in files)
         return train, held_out
 
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
@@ -208,7 +209,7 @@ class Index(DocidStage):
         """Queries with what was clicked, else with what is relevant; training rows also have texts of documents."""
         own = self.own
         found = [
-            DocidRow(query.text, (docids.of(key),), query.row)
+            DocidRow(query.text, docids.of(key), row=query.row)
             for query in queries
             if query.held_out is held_out
             for key in (query.relevant if held_out else query.clicked or query.relevant)
@@ -217,7 +218,7 @@ class Index(DocidStage):
             bm25 = BM25([d.words for d in documents])
             sizes = {"passages": own.passages, "words_each": own.passage_words, "terms": own.terms}
             texts = indexing_texts(documents, bm25.rarity, **sizes, seed=self.recipe.seed)
-            found += [DocidRow(text, (docids.of(key),), key) for key, text in texts]
+            found += [DocidRow(text, docids.of(key), row=key) for key, text in texts]
         return found
 
 
@@ -297,11 +298,8 @@ class Negatives(DocidStage):
         for part in PARTS:
             queries = [query for query in corpus.queries if query.held_out is (part == "eval")]
             rankings = self._rankings(run, corpus, queries, source)
-            rows = [
-                row
-                for q, ranking in zip(queries, rankings)
-                for row in self._pairs(corpus.docids, q, ranking, source, draw)
-            ]
+            pairs = [self._pairs(corpus.docids, q, ranking, source, draw) for q, ranking in zip(queries, rankings)]
+            rows = [row for row in pairs if row.rejected]
             if rows and run.state.is_main_process:
                 save_rows(rows, folder / f"{part}.parquet")
             counts |= {part: len(rows)} if rows else {}
@@ -332,16 +330,16 @@ class Negatives(DocidStage):
 
     def _pairs(
         self, docids: Docids, query: Query, ranking: Sequence[int], source: str, draw: random.Random
-    ) -> list[DocidRow]:
-        """One for a held-out query: it only measures."""
+    ) -> DocidRow:
+        """A relevant docid before others; before one of a held-out query, which only measures."""
         relevant = {docids.of(key) for key in query.relevant}
         excluded = [docid in relevant for docid in docids.tokens]
         own: Strata = STRATA if source == "bm25" else [(1, max(len(ranking), 1))]
         strata = [(low, high) for low, high in self.own.strata] if self.own.strata else own
         count = 1 if query.held_out else self.own.count
         drawn = draw_negatives(ranking, excluded, count, draw, strata=strata, remainder=self.own.remainder)
-        positives = [docids.of(key) for key in query.relevant]
-        return [DocidRow(query.text, (draw.choice(positives), docids.tokens[d]), query.row) for d in drawn]
+        chosen = docids.of(draw.choice(query.relevant))
+        return DocidRow(query.text, chosen, tuple(docids.tokens[d] for d in drawn), query.row)
 
 
 class Retrieve(DocidStage):
