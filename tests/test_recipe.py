@@ -475,9 +475,8 @@ def test_every_method_has_a_recipe() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipes_run_what_the_registry_says(path: Path) -> None:
     method = METHODS[path.stem]
-    last = resolve_stages(load_recipe(path))[-1]
-    assert last.objective is not None
-    assert last.objective["name"] == method.objective
+    objectives = [stage.objective for stage in resolve_stages(load_recipe(path)) if stage.objective is not None]
+    assert objectives[-1]["name"] == method.objective
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
