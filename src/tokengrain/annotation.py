@@ -37,6 +37,7 @@ from tokengrain.method import as_credit, make_credit
 from tokengrain.scoring.reference import FrozenReference, LiveReference, scorer_fingerprint
 from tokengrain.screen import progress_bar
 
+Source = Callable[[TokenBatch], Tensor]
 CPU_TOKENS, GPU_TOKENS = 8_192, 32_768  # default token budget of one forward pass
 
 
@@ -58,9 +59,8 @@ def annotate(
 ) -> Path:
     """Write the rows of a data set with their token credit to one parquet file.
 
-    Per-token columns that the data set has already, such as spans, are in it too. Call it again after a kill or a full
-    disk: finished shards are not computed again. Call it in every process of a `torch.distributed` world
-    (`accelerate launch`, `torchrun`) to share the work.
+    Per-token columns that the data set has already, such as spans, are in it too. Called again after a kill or a full
+    disk it continues. Call it in every process of `accelerate launch` or `torchrun` to share the work.
 
     Args:
         rows_source: preference pairs (anything `tokengrain.data.load_rows` takes), or a prepared data set.
@@ -99,12 +99,11 @@ def annotate(
     require(len(dataset), DataError, "there are no rows to annotate", file=dataset.name)
     place = torch.device(device) if device is not None else _device_of([*sources.values(), reference])
     quantities = _quantities(dataset, sources, reference)
-    marks = dict[str, str]()
-    if sources and "source" not in (fingerprints or {}):
+    marks = dict(fingerprints or {})
+    if sources and "source" not in marks:
         marks["source"] = fingerprint({name: as_credit(source).fingerprint() for name, source in sources.items()})
-    if reference is not None and not {"model", "reference"} & set(fingerprints or {}):
+    if reference is not None and not {"model", "reference"} & set(marks):
         marks["reference"] = scorer_fingerprint(reference)
-    marks |= fingerprints or {}
     budget = max_tokens or (CPU_TOKENS if place.type == "cpu" else GPU_TOKENS)
     content = {"format": FORMAT, "fingerprints": marks, "columns": list(quantities)}
     # What a shard holds depends on the tokens and on what was batched together too.
@@ -129,8 +128,8 @@ def annotate(
 
 
 def _quantities(
-    dataset: PairDataset, sources: Mapping[str, Callable[[TokenBatch], Tensor]], reference: Callable[..., Any] | None
-) -> dict[str, Callable[[TokenBatch], Tensor]]:
+    dataset: PairDataset, sources: Mapping[str, Source], reference: Callable[..., Any] | None
+) -> dict[str, Source]:
     """Everything that is stored, by column: what the sources give, the reference, and what the rows brought along."""
     quantities = dict(sources)
     if reference is not None:
@@ -193,7 +192,6 @@ def _device_of(holders: Sequence[Any]) -> torch.device:
     return torch.device("cpu")
 
 
-# ----------------------------------------------------------------------------------------------------
 # What an annotated file says of itself: which columns were computed, and what they were computed with. It is in the
 # file's own metadata, so a copied file stays checked; `manifest.json` beside it says the same for people.
 
@@ -211,7 +209,6 @@ def column_name(role: str, name: str) -> str:
 
 
 def is_annotated(path: object) -> TypeGuard[str | Path]:
-    """Whether `path` is a parquet file that `annotate` wrote."""
     return isinstance(path, (str, Path)) and METADATA in _metadata(path)
 
 
@@ -280,7 +277,6 @@ def digest(columns: Mapping[str, Any]) -> str:
     return fingerprint({name: column.to_pylist() for name, column in columns.items()})
 
 
-# ----------------------------------------------------------------------------------------------------
 # The file: a parquet file with every column of the rows and, for pairs, `prompt_ids`, `chosen_ids`, `rejected_ids` and
 # per-token columns `chosen_<name>` and `rejected_<name>` (`<name>` is `token_rewards`, `ref_logps`, ...); rows with one
 # completion have `completion_ids` and `<name>`. Spans are in `chosen_token_spans` and `rejected_token_spans`, because
@@ -301,8 +297,8 @@ def token_columns(samples: Sequence[Sample], roles: Sequence[str], holes: bool) 
         completions = [s.completions[index] for s in samples]
         columns[f"{role}_ids"] = list_column([np.asarray(c.ids, np.int32) for c in completions])
         if holes:
-            counted = [c.counted if c.counted is not None else [True] * len(c.ids) for c in completions]
-            columns[f"{role}_counted"] = list_column([np.asarray(c, bool) for c in counted])
+            counted = [np.asarray(c.counted or [True] * len(c.ids), bool) for c in completions]
+            columns[f"{role}_counted"] = list_column(counted)
     return columns
 
 
@@ -389,7 +385,6 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
 
 
 def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
-    """A list column as one numpy array per row."""
     column = table.column(name).combine_chunks()
     values = column.values.to_numpy(zero_copy_only=False)
     return [values[start:end] for start, end in pairwise(column.offsets.to_numpy())]
@@ -397,10 +392,8 @@ def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Job:
-    """One annotation: what every shard needs to know."""
-
     dataset: PairDataset
-    quantities: Mapping[str, Callable[[TokenBatch], Tensor]]
+    quantities: Mapping[str, Source]
     output: Path
     key: str
     shard_rows: int
@@ -418,7 +411,6 @@ class Job:
 
     @cached_property
     def holes(self) -> bool:
-        """Whether some tokens of completions do not count."""
         return any(c.counted is not None for s in self.dataset.samples for c in s.completions)
 
     @property
@@ -467,9 +459,8 @@ def _compute_shard(job: Job, shard: int, update: Callable[..., None]) -> dict[st
         batch = TokenBatch.from_samples([rows[i] for i in index])
         on_device = batch.to(job.device)
         with torch.no_grad():
-            found = {name: quantity(on_device) for name, quantity in job.quantities.items()}
-        values = {name: _checked(job, name, value, batch).detach().float() for name, value in found.items()}
-        results.append((index, values, batch))
+            found = {name: _checked(job, name, quantity(on_device), batch) for name, quantity in job.quantities.items()}
+        results.append((index, found, batch))
         update(advance=batch.n_tokens)
     names = [column_name(role, name) for name in job.quantities for role in job.roles]
     out = {name: [np.empty(0, np.float32)] * len(rows) for name in names}
@@ -506,7 +497,7 @@ def _checked(job: Job, name: str, values: Any, batch: TokenBatch) -> Tensor:
         wanted = f"a tensor of shape ({batch.segments.total},) for the batch that starts with this row"
         what = f"the source of {name!r} gave a wrong number of values"
         raise DataError(what, file=job.dataset.name, row=batch.rows[0], value=got, expected=wanted)
-    return values
+    return values.detach().float()
 
 
 def _check_finite(job: Job, row: int | str, field: str, values: np.ndarray) -> None:

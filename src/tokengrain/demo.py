@@ -89,8 +89,6 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
 
 
 def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dict[str, Any]:
-    """One line of the result, in the names that the report reads."""
-
     def error(key: str) -> float:
         return (found[f"{key}_high"] - found[f"{key}_low"]) / (2 * Z95)
 
@@ -111,7 +109,6 @@ def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dic
 
 
 def _samples(output: Path) -> list[dict[str, Any]]:
-    """The token credit that each method's run stored, as one list."""
     return [
         {**entry, "source": f"{title}: {_SOURCES.get(entry['source'], entry['source'])}"}
         for method, title in METHODS.items()

@@ -212,9 +212,7 @@ def _candidates(
     return ready
 
 
-def _scored(
-    rows: Sequence[Sequence[Sample]], source: Any, pooling: Pooling, budget: int, device: Any
-) -> list[list[float]]:
+def _scored(rows: Sequence[list[Sample]], source: Any, pooling: Pooling, budget: int, device: Any) -> list[list[float]]:
     """The score of every completion, micro-batch by micro-batch; completions with one prompt share it."""
     units = [_merged(row) for row in rows]
     samples = [sample for unit in units for sample in unit]

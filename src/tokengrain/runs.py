@@ -65,8 +65,6 @@ class StageRecord:
 
 @dataclass
 class Run:
-    """A run folder that was read."""
-
     path: Path
     info: dict[str, Any]  # content of `run.json`
     recipe: dict[str, Any]  # content of `recipe.yaml`
@@ -99,7 +97,6 @@ class Run:
 
     @property
     def credit_stages(self) -> list[StageRecord]:
-        """Finished stages that stored token rewards."""
         return [s for s in self.stages if s.kind == "annotate" and s.status == "done"]
 
     @property
@@ -112,12 +109,10 @@ class Run:
 
     @property
     def model_path(self) -> Path:
-        """Folder of the model that the run produced."""
         return self.final_stage.model_path
 
 
 def read_stage(path: Path) -> StageRecord | None:
-    """The record of the stage in folder `path`, or None if no stage has started there."""
     if not (path / "stage.json").exists():
         return None
     record = read_object(path / "stage.json")
@@ -170,7 +165,6 @@ def _what_it_holds(path: Path) -> str:
 
 
 def unfinished_message(run: Run) -> str:
-    """What a run that is not finished has, and how to continue it."""
     done = [s.name for s in run.stages if s.status == "done"]
     status, stages = f"(status: {run.status})", ", ".join(run.names)
     parts = [f"{run.path} is not finished {status}", f"finished stages: {', '.join(done) or 'none'} of {stages}"]

@@ -17,13 +17,11 @@ from tokengrain.method import CREDIT, METHODS, OBJECTIVES, PHASES, ROLLOUT_CREDI
 
 
 def methods_table() -> str:
-    """Every method: what it is, the idea, its recipe."""
     rows = [f"| [{m.title}]({m.page}) | {m.idea} | [{m.name}]({m.recipe}) |" for m in METHODS.values()]
     return "\n".join(["| method | idea | recipe |", "|---|---|---|", *rows])
 
 
 def papers_table() -> str:
-    """The same with credit and paper, for the documentation."""
     head = ["| method | credit | objective | trains | paper |", "|---|---|---|---|---|"]
     rows = [
         f"| [{m.title}]({m.page.removeprefix('docs/')}) | {m.credit} | `{m.objective}` | {m.trains} | "
@@ -110,7 +108,6 @@ def cell(credit: str, objective: str) -> str:
 
 
 def matrix_page() -> str:
-    """The table and the reasons, as a page of the documentation."""
     columns = [name for name, objective in objectives().items() if objective.accepts]
     lines = [
         "# Any credit with any objective",

@@ -46,11 +46,6 @@ def test_round_trip_of_tokens_credit_and_truth(tmp_path: Path) -> None:
     assert [[s.source for s in group] for group in by_pair(samples)] == [["a", "b"], ["a", "b"]]
 
 
-def test_count_limits_prompts() -> None:
-    batch = make_batch()
-    assert len(collect_credit_samples(batch, make_tokenizer(), {"a": torch.zeros(9)}, count=1)) == 1
-
-
 def test_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(8,\), expected \(9,\)"):
         collect_credit_samples(make_batch(), make_tokenizer(), {"a": torch.zeros(8)})

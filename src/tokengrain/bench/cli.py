@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from tokengrain.errors import RecipeError
 from tokengrain.screen import Screen
@@ -19,6 +20,8 @@ bench_app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+Several = list[str] | None
+FUNCTION = "path.py:function or module:function"
 OF_WORLDS = ("world", "regime", "seeds", "steps", "prompts", "generations", "jobs")
 OF_TEXTS = ("model", "how", "tokens", "rows", "seed")
 """Options of `credit` that act only without `--data`, or only with it."""
@@ -34,47 +37,24 @@ def _refuse(context: typer.Context, options: Sequence[str], why: str) -> None:
 @bench_app.command()
 def credit(
     context: typer.Context,
-    world: Annotated[str, typer.Option("--world", "-w", help="World whose exact credit is known.")] = "world://stories",
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...: pairs, trainings and samples of their own.")] = 5,
-    regime: Annotated[
-        list[str] | None, typer.Option(help="Value of the world's option regime: noisy, clean; can be repeated.")
-    ] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option("--source", "-s", help="Credit source; can be repeated. Default in a world: all of them."),
-    ] = None,
-    own: Annotated[
-        list[str] | None,
-        typer.Option("--credit", "-c", metavar="FUNCTION", help="Your own: path.py:function or module:function."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="With --data: folder, hub name or world://NAME.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Rows with good answers: do the corruption test on them.")
-    ] = None,
-    how: Annotated[list[str] | None, typer.Option(help="Corruption: random, unlikely, swap; can be repeated.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Corrupted places per answer.")] = 2,
-    rows: Annotated[int, typer.Option(min=1, help="Most answers to corrupt.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps of each training, of 32 pairs, in a world (default: 120; of chains: 60)."),
-    ] = None,
-    prompts: Annotated[
-        int | None, typer.Option(min=2, help="Prompts to judge samples of, per seed (default: the world's).")
-    ] = None,
-    generations: Annotated[
-        int, typer.Option("--generations", "-g", min=2, help="Completions per prompt in arithmetic and revision.")
-    ] = 8,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes, one thread each, in a world.")] = 1,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder (default: runs/bench/credit or .../corruption).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_run_code: Annotated[
-        bool, typer.Option("--trust-run-code", help="Run Python code that a run folder's recipe names. Read it first.")
-    ] = False,
+    world: Annotated[str, Option("--world", "-w", help="World whose exact credit is known.")] = "world://stories",
+    seeds: Annotated[int, Option(min=1, help="Seeds 0, 1, ...: pairs, trainings and samples of their own.")] = 5,
+    regime: Annotated[Several, Option(help="Value of the world's option regime, noisy or clean; repeatable.")] = None,
+    source: Annotated[Several, Option("--source", "-s", help="Credit source; repeatable. In a world: all.")] = None,
+    own: Annotated[Several, Option("--credit", "-c", metavar="FUNCTION", help=f"Your own: {FUNCTION}.")] = None,
+    model: Annotated[str | None, Option("--model", "-m", help="With --data: folder, hub name, world://NAME.")] = None,
+    data: Annotated[str | None, Option("--data", "-d", help="Rows with good answers: do the corruption test.")] = None,
+    how: Annotated[Several, Option(help="Corruption: random, unlikely, swap; repeatable.")] = None,
+    tokens: Annotated[int, Option(min=1, help="Corrupted places per answer.")] = 2,
+    rows: Annotated[int, Option(min=1, help="Most answers to corrupt.")] = 200,
+    seed: Annotated[int, Option(min=0, help="Of the corruption.")] = 0,
+    steps: Annotated[int | None, Option(min=1, help="Of each training, of 32 pairs (120; chains: 60).")] = None,
+    prompts: Annotated[int | None, Option(min=2, help="Prompts to judge per seed (default: the world's).")] = None,
+    generations: Annotated[int, Option("--generations", "-g", min=2, help="Completions per prompt (chains).")] = 8,
+    jobs: Annotated[int, Option("--jobs", "-j", min=1, help="Processes, one thread each, in a world.")] = 1,
+    output: Annotated[Path | None, Option("--output", "-o", help="Folder (default: in runs/bench).")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
+    trust_run_code: Annotated[bool, Option("--trust-run-code", help="Run the code that a run's recipe names.")] = False,
 ) -> None:
     """Is the credit right? Compare credit sources with the truth, or see whether they find corrupted tokens.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import yaml
@@ -45,8 +44,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Corrupted:
+class Corrupted(NamedTuple):
     """Answers before and after the corruption: same lengths, one completion per prompt.
 
     `marked`: bool `[N]`, the corrupted places; `left_out`: answers that were too short to corrupt.
@@ -69,8 +67,8 @@ def corrupt(
     """
     message = f"how is {how!r}, tokens is {tokens}; expected one of {get_args(How)} and at least 1"
     require(how in get_args(How) and tokens >= 1, RecipeError, message)
-    one_each = batch.n_completions == batch.n_prompts
-    require(one_each, DataError, "the corruption test takes one answer per prompt", value=batch.n_completions)
+    one = batch.n_completions == batch.n_prompts
+    require(one, DataError, "the corruption test takes one answer per prompt", value=batch.n_completions)
     require(how != "unlikely" or model is not None, RecipeError, "corruption 'unlikely' needs a model")
     special = set(tokenizer.all_special_ids)
     pool = [t for t in batch.labels.tolist() if t not in special]
@@ -79,9 +77,7 @@ def corrupt(
     corrupted: list[Sample] = []
     marked: list[bool] = []
     for i in range(batch.n_prompts):
-        ids = batch.completion(i).tolist()
-        counted = _counted(batch, i)
-        row = batch.rows[i] if batch.rows else i
+        ids, counted, row = batch.completion(i).tolist(), _counted(batch, i), batch.rows[i] if batch.rows else i
         generator = torch.Generator().manual_seed(int(fingerprint([seed, ids]), 16) >> 1)
         usable = [k and t not in special for t, k in zip(ids, counted, strict=True)]
         if how == "swap":
@@ -131,7 +127,6 @@ def _places(usable: Sequence[bool], count: int, generator: torch.Generator) -> l
 
 
 def _other(candidates: Sequence[int], token: int, generator: torch.Generator) -> int:
-    """A candidate that is not `token`."""
     start = int(torch.randint(len(candidates), (1,), generator=generator))
     for step in range(len(candidates)):
         if (found := candidates[(start + step) % len(candidates)]) != token:
@@ -168,10 +163,9 @@ def _swapped(
 def corruption_test(
     sources: Mapping[str, Credit], data: Corrupted, *, neighbours: int = NEIGHBOURS, seed: int = 0
 ) -> tuple[list[dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
-    """How each source's credit reacts to the corruption: each of `MEASURES` per answer, then its mean over answers.
+    """An entry per source: the mean over answers of each of `MEASURES`, `deviation` (the unit of `drop`), its cost.
 
-    Returns one entry per source: `source`, `measures` (in words: `bench.page.TEXT_NOTES`), `deviation` (the standard
-    deviation that `drop` is in) and its cost; and its credit: (clean, corrupted).
+    The second value is the credit of each source: (clean, corrupted).
     """
     entries, credit = [], {}
     for name, source in sources.items():
@@ -252,17 +246,15 @@ def bench_corruption(
     """The corruption test on real text; `random` and `surprise` are always among the sources.
 
     Args:
-        model: folder, hub name or world://: its tokenizer reads the rows, and it is the reference of sources
-            that need one (None: the model of the first run folder among the sources).
+        model: folder, hub name or world://: its tokenizer reads the rows, and it is the reference of sources that need
+            one (None: the model of the first run folder among the sources).
         data: rows with good answers (of pairs the chosen ones): file, hub name or world://.
-        sources: each a name of a credit source, a recipe's `credit:` as YAML ("{name: guide, model: ...}"), or
-            a run folder, whose credit is taken (without one: its reward model's scores, or the log-ratio of its
-            policy to its start).
+        sources: each a name of a credit source, a recipe's `credit:` as YAML ("{name: guide, model: ...}"), or a run
+            folder: its credit, else its reward model's scores, else the log-ratio of its policy to its start.
         credit: your own: functions `(batch) -> [N]`, or import strings of them.
         rows: at most so many answers.
 
-    Returns:
-        The content of `credit.json`: `corruptions`, one entry per `how`.
+    Returns: The content of `credit.json`: `corruptions`, one entry per `how`.
     """
     console = console or Screen(stderr=True)
     model = model or _model_of_runs(sources)
@@ -303,12 +295,11 @@ def bench_corruption(
 
 
 def _model_of_runs(sources: Sequence[str]) -> str:
-    for text in sources:
-        if is_run(text):
-            with code_named_by(Path(text) / "recipe.yaml"):
-                found = load_recipe(Path(text) / "recipe.yaml").model.path
-            if found is not None:
-                return found
+    for recipe in (Path(text) / "recipe.yaml" for text in sources if is_run(text)):
+        with code_named_by(recipe):
+            found = load_recipe(recipe).model.path
+        if found is not None:
+            return found
     raise RecipeError("the corruption test needs a model: give one with --model, or a run folder as a source")
 
 

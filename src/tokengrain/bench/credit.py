@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
@@ -64,10 +65,10 @@ def bench_credit(
     generations: int = GENERATIONS,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Compare credit sources with the exact credit of a world.
+    """Compare credit sources with the exact credit of a world; writes `credit.json`, `credit.md` and `credit.html`.
 
-    Every seed has its own pairs, its own trainings and its own completions to judge. Finished (seed, source)s
-    are kept in `credit.jsonl`; a second call does what is missing. Writes `credit.json`, `credit.md` and `credit.html`.
+    Every seed has pairs, trainings and completions of its own. Finished ones are kept in `credit.jsonl`; a second call
+    does what is missing.
 
     Args:
         sources: names in `SOURCES` (None: all that the world offers).
@@ -222,22 +223,20 @@ def repair_log(log: Path) -> None:
 
 def summarise(runs: Sequence[dict[str, Any]], sources: Sequence[BenchSource]) -> list[dict[str, Any]]:
     """Single runs as one entry per regime, question and source, the best first: means over seeds with intervals."""
-
-    def rank(entry: dict[str, Any]) -> float:
-        mean = entry["measures"][QUESTIONS[entry["question"]].ranked_by]["mean"]
-        return 2.0 if mean is None else -mean
-
+    parts = list(dict.fromkeys((run["regime"], run["question"]) for run in runs))
     entries = []
-    for regime, question in dict.fromkeys((run["regime"], run["question"]) for run in runs):
-        part = []
-        for source in sources:
-            mine = [r for r in runs if (r["regime"], r["question"], r["source"]) == (regime, question, source.name)]
-            if mine:
-                about = {"regime": regime, "question": question, "source": source.name, "kind": source.kind}
-                about |= {"what": source.what, "trains": list(source.trains), "seeds": len(mine)}
-                part.append({**about, "measures": {m: _over_seeds([r[m] for r in mine]) for m in MEASURES}})
-        entries += sorted(part, key=rank)
-    return entries
+    for (regime, question), source in product(parts, sources):
+        mine = [r for r in runs if (r["regime"], r["question"], r["source"]) == (regime, question, source.name)]
+        if mine:
+            about = {"regime": regime, "question": question, "source": source.name, "kind": source.kind}
+            about |= {"what": source.what, "trains": list(source.trains), "seeds": len(mine)}
+            entries.append({**about, "measures": {m: _over_seeds([r[m] for r in mine]) for m in MEASURES}})
+
+    def place(entry: dict[str, Any]) -> tuple[int, float]:
+        mean = entry["measures"][QUESTIONS[entry["question"]].ranked_by]["mean"]
+        return parts.index((entry["regime"], entry["question"])), 2.0 if mean is None else -mean
+
+    return sorted(entries, key=place)
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ HEADINGS = {
 DECIMALS = {"ece": 3, "seconds": 3, "passes": 0, "reads": 1, "training_seconds": 0}
 """Of measures that are not shown with two."""
 COSTS = ("seconds", "passes", "reads", "training_seconds")
+Entries = Sequence[Mapping[str, Any]]
 Group = tuple[str, tuple[str, ...], str]  # a table: title, measures, and the note under it
 SIZE: Group = (
     "Size: calibration",
@@ -139,7 +140,6 @@ def _world(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of the corruption test."""
     tables = []
     for part in result["corruptions"]:
         notes = [*TEXT_NOTES, f"Credit that knows nothing reaches a top-1 of {fixed(part['chance_top1'])}."]
@@ -156,8 +156,7 @@ def _texts(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def by_part(entries: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
-    """The entries of each (regime, question), in order."""
+def by_part(entries: Entries) -> list[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
     parts = dict.fromkeys((e["regime"], e["question"]) for e in entries)
     return [(part, [e for e in entries if (e["regime"], e["question"]) == part]) for part in parts]
 
@@ -172,9 +171,7 @@ def _left_out(entries: Sequence[Mapping[str, str]], question: str) -> list[str]:
     return [f"Left out: {listed}."] if reasons else []
 
 
-def _table(
-    title: str, names: Sequence[str], entries: Sequence[Mapping[str, Any]], notes: Sequence[str]
-) -> dict[str, Any]:
+def _table(title: str, names: Sequence[str], entries: Entries, notes: Sequence[str]) -> dict[str, Any]:
     rows = [[e["source"], *(_cell(e["measures"][name], name) for name in names)] for e in entries]
     return {"title": title, "columns": ["source", *(HEADINGS.get(n, n) for n in names)], "rows": rows, "notes": notes}
 
@@ -192,7 +189,7 @@ def _cell(measure: Mapping[str, Any], name: str) -> tuple[str, str]:
     return fixed(mean, decimals), around
 
 
-def _maps(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def _maps(entries: Entries, names: Sequence[str]) -> dict[str, Any]:
     samples = []
     for entry in entries:
         sides = [entry[name] for name in ("chosen", "rejected") if name in entry]
@@ -221,7 +218,7 @@ def terminal_tables(result: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _terminal_table(title: str, entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+def _terminal_table(title: str, entries: Entries, names: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title or None, title_justify="left")
     table.add_column("source", overflow="fold")
     for name in names:

@@ -47,9 +47,9 @@ class Draw(NamedTuple):
 class Question:
     """One way to ask whether credit is right.
 
-    The tokens to point at are those of lowest truth that `draw` gives (of highest, if not `low`); `exact` is credit
-    that is right by definition; `steps` and `beta` are of trainings; tables are sorted by `ranked_by`; `sides` are
-    names of the two completions of a prompt that are shown.
+    Credit should point at the tokens of lowest truth that `draw` gives (of highest, if not `low`); `exact` does;
+    `steps` and `beta` are of trainings; tables are sorted by `ranked_by`; `sides` names the two completions shown of a
+    prompt.
     """
 
     name: str
@@ -63,7 +63,6 @@ class Question:
 
 
 def questions_of(world: Any) -> list[Question]:
-    """The questions that a world has an answer to."""
     if isinstance(world, RevisionWorld):
         return [ON_CHAINS, ON_REFERENCES]
     return [ON_CHAINS] if isinstance(world, ArithmeticWorld) else [ON_PAIRS]
@@ -180,11 +179,10 @@ def measure(source: Credit, truth: CreditTruth, question: Question = ON_PAIRS) -
 
 @dataclass
 class OnlineCredit:
-    """Credit of sampled completions as the steps of online training give it in the first rollout.
+    """Credit of sampled completions as `steps` of online training give it in their first rollout, which every call is.
 
-    The policy is the base model, which is also the reference; completions are graded by the world. Every call is a
-    rollout of its own, with `steps` without a past. `read` takes the credit `[N]` from the rollout, and `needs` further
-    quantities for it; `critic` gives `values`.
+    The policy is the base model and its own reference; the world grades. `read` takes the credit `[N]` from the
+    rollout, `needs` are further quantities for it, `critic` gives `values`.
     """
 
     world: Any
@@ -232,9 +230,7 @@ def advantages(rollout: Rollout, steps: Sequence[Any]) -> Tensor:
     return rollout.advantages
 
 
-def train_critic(
-    world: Any, *, seed: int, steps: int, generations: int, prompts: int = 8, learning_rate: float = 1e-3
-) -> Any:
+def train_critic(world: Any, *, seed: int, steps: int, generations: int) -> Any:
     """A critic that starts from the base model and learns the outcomes of its samples on the training prompts."""
     items = world.items([parse_prompt(row["prompt"]) for row in world.prompts()])
     sampling = world.sampling(seed_of("critic", seed))
@@ -244,9 +240,9 @@ def train_critic(
     batch = batch.with_columns(returns=returns)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        critic = Critic(world.reference, lr=learning_rate, clip_range=None, max_tokens_per_microbatch=MAX_TOKENS)
+        critic = Critic(world.reference, lr=1e-3, clip_range=None, max_tokens_per_microbatch=MAX_TOKENS)
     critic.begin(max_steps=steps)
     rng = rng_of("critic", seed)
     for _ in range(steps):
-        critic.update(batch.select(sorted(rng.sample(range(batch.n_prompts), min(prompts, batch.n_prompts)))))
+        critic.update(batch.select(sorted(rng.sample(range(batch.n_prompts), min(8, batch.n_prompts)))))
     return critic

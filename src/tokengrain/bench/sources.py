@@ -31,7 +31,6 @@ PAIRS = 32  # rows per step of a training
 
 
 def world_samples(world: Any) -> list[Sample]:
-    """The training pairs of a world's seed as the trainer takes them."""
     made = prepare_pairs(load_rows(list(world.pairs())), world.tokenizer, TokenizeConfig())
     return [made[i] for i in range(len(made))]
 
@@ -53,10 +52,9 @@ def train_on(
     pairs: int = PAIRS,
     **given: Any,
 ) -> Any:
-    """A model after a short training (Adam with β₂ 0.98, linear decay after 10 steps of warm-up), in evaluation mode.
+    """A model (None: the world's base) after a short training on `pairs` rows a step, in evaluation mode.
 
-    `model`: what to train (None: a fresh copy of the world's base model); `pairs`: rows per step; `given`: further
-    arguments of `PreferenceTrainer`.
+    Adam with β₂ 0.98, linear decay after 10 steps of warm-up; `given`: further arguments of `PreferenceTrainer`.
     """
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(world.base_model())
@@ -141,11 +139,10 @@ NEEDED = {  # what a source is missing that answers only this question
 
 @dataclass(frozen=True)
 class BenchSource:
-    """A credit source of the comparison.
+    """A credit source of the comparison: controls read the world, or nothing; the others are what a user could have.
 
-    `kind`: a control reads the world, or nothing; untrained and trained are what a user could have. `build` makes it
-    for one seed, with the models of `TRAININGS` in `trains`; it has an answer to these `questions`, and `reads` an
-    attribute that a world may lack. `code` identifies a function of the user's.
+    `build` makes it for one seed, with the models of `TRAININGS` in `trains`; it answers `questions`, `reads` an
+    attribute that a world may lack, and `code` identifies a function of the user's.
     """
 
     name: str

@@ -105,10 +105,9 @@ def lowest_hits(credit: Tensor, marked: Tensor, segments: Segments, k: Tensor | 
 class Calibration(NamedTuple):
     """Whether the size of credit means something.
 
-    `scale`: the factor s that brings s·credit nearest to the truth (least squares through the origin); `r2`: what it
-    then explains; `ece`: expected calibration error of the chance that truth < 0; `skill`: its Brier skill over the
-    base rate; `bins`: by quantile of credit, the mean `credit`, `predicted` and `observed` share of truth < 0,
-    `tokens`.
+    `scale`: the factor that brings it nearest to the truth; `r2`: what it then explains; `ece`: expected calibration
+    error of the chance that truth < 0; `skill`: its Brier skill over the base rate; `bins`: by quantile of credit, the
+    mean `credit`, `predicted` and `observed` share of truth < 0, and `tokens`.
     """
 
     scale: float
@@ -121,10 +120,9 @@ class Calibration(NamedTuple):
 def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibration:
     """Calibration of credit against the truth, `[n]`; `completions` is the completion of every token.
 
-    The chance P(truth < 0 | credit) = σ(a − b·credit) is fitted on every other completion and judged on the
-    others, and the other way round. Tokens are then put into `BINS` bins by quantile of credit (equal credit
-    shares a bin); `ece` is the mean over tokens of |observed − predicted| of their bin. Credit that says
-    nothing predicts the base rate and so has `ece` near 0: read it together with `skill`.
+    P(truth < 0 | credit) = σ(a − b·credit) is fitted on every other completion and judged on the others, and the other
+    way round; `ece` is the mean over tokens of |observed − predicted| of their bin. Credit that says nothing predicts
+    the base rate, with an `ece` near 0: read it together with `skill`.
     """
     credit, truth = _checked(credit, truth)
     negative, fold = (truth < 0).double(), completions.cpu() % 2

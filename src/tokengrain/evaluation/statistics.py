@@ -19,6 +19,7 @@ from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.score import score
 
 CONFIDENCE = 0.95  # of every interval
+Values = Tensor | Sequence[float]
 Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
@@ -46,7 +47,7 @@ def wilson(successes: float, n: int) -> Estimate:
     return Estimate(p, low, min(1.0, centre + half) if successes < n else 1.0)
 
 
-def mean_interval(values: Tensor | Sequence[float], strata: Tensor | None = None) -> Estimate:
+def mean_interval(values: Values, strata: Tensor | None = None) -> Estimate:
     """Normal interval of a mean of independent values `[n]`; differences between strata do not widen it."""
     x = torch.as_tensor(values, dtype=torch.float64)
     n_strata, centre = 1, x.mean()
@@ -132,9 +133,7 @@ def classification(
     return Classification(right.total() / len(pairs), math.fsum(f1) / len(f1), by_class, unread)
 
 
-def win_rate(
-    scores: Tensor | Sequence[float], other: Tensor | Sequence[float], prompts: Tensor | None = None
-) -> Estimate:
+def win_rate(scores: Values, other: Values, prompts: Tensor | None = None) -> Estimate:
     """Share of pairs `[n]` in which `scores` is higher, ties half; the prompts are strata (None: Wilson's interval)."""
     a, b = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
     message = f"expected two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}"

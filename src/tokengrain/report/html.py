@@ -28,6 +28,8 @@ MAX_TOKENS = 600  # per completion; more is cut, and said so
 MAX_PIECES = 20_000  # tokens in all heat maps of recorded rollouts together: about 1.4 MB
 MAX_COMPLETIONS = 8  # of a recorded prompt
 TRUTH = "exact advantage"
+Metrics = Mapping[str, Any]
+Part = dict[str, Any]  # of the page, as its template reads it
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -51,7 +53,6 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 
 def render(contents: Contents) -> str:
-    """The page as text."""
     pairs, scales = heat_maps(contents.samples)
     most = MAX_PIECES // max(len(contents.rollouts), 1)
     sizes = ((680, 400, "wide"), (360, 340, "narrow")) if contents.marks else ()
@@ -75,7 +76,6 @@ def render(contents: Contents) -> str:
 
 
 def environment() -> Any:
-    """The templates, with the filters they use."""
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("tokengrain.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -118,14 +118,12 @@ def seconds(value: float | None) -> str:
 
 
 def swatch(series: Series, line: bool = True) -> str:
-    """The sign of a series in a legend."""
     css = f"s{series.style} d{series.style}"
     inner = f'<path class="line {css}" d="M1 8H25"/>' if line else marker(8, 8, series.style)
     return f'<svg class="swatch" viewBox="0 0 {26 if line else 16} 16" aria-hidden="true">{inner}</svg>'
 
 
 def _best(methods: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Column to the method with the highest value in it."""
     best = {}
     for column in ("true_reward", "frontier_share", "win_rate", "credit_spearman", "credit_auc"):
         known = [m for m in methods if isinstance(m.get(column), int | float)]
@@ -134,7 +132,7 @@ def _best(methods: Sequence[dict[str, Any]]) -> dict[str, str]:
     return best
 
 
-# Numbers of the summary, in order, with their names for people; all others are folded away.
+# Mapping[str, Any] of the summary, in order, with their names for people; all others are folded away.
 KEY = {
     "accuracy": "pair accuracy (95 % interval)",
     "reward": "reward (95 % interval)",
@@ -163,8 +161,6 @@ UNMOVED = 0.01  # nats per completion: a policy this near to the base has no sha
 
 @dataclass
 class Contents:
-    """Everything the page needs, as plain values."""
-
     kind: str
     title: str
     subtitle: str
@@ -234,7 +230,6 @@ def _demo(path: Path, metrics: Mapping[str, Any]) -> Contents:
 
 
 def _styles(names: Sequence[str]) -> dict[str, int]:
-    """Style of each method: grey for the base, then the palette in order."""
     others = [name for name in names if _slug(name) != "base"]
     return {name: others.index(name) % 7 if name in others else BASE_STYLE for name in names}
 
@@ -298,7 +293,6 @@ def _answers(stage: runs.StageRecord) -> list[tuple[str, str, str]]:
 
 
 def _note(stage: runs.StageRecord) -> str:
-    """What a stage without held-out numbers made."""
     if stage.kind == "init":
         return "A new model, not trained yet."
     manifest = stage.path / MANIFEST
@@ -315,9 +309,7 @@ def _world(path: Path) -> list[dict[str, Any]]:
     return _compared(found.get("world_base") or {}, after, WORLD, after.get("samples"))["rows"]
 
 
-def _compared(
-    before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str], n: int | None
-) -> dict[str, list[dict[str, Any]]]:
+def _compared(before: Metrics, after: Metrics, titles: Mapping[str, str], n: int | None) -> dict[str, list[Part]]:
     """A table of numbers before and after: `rows` those with a title, `more` the others; intervals are of n."""
     names = [m for m in {**after, **before} if is_shown(m, {**before, **after}[m])]
 
@@ -499,9 +491,7 @@ def pieces(side: Side, scale: float) -> list[Piece]:
     return out
 
 
-def rollout_maps(
-    identity: str, name: str, completions: Sequence[rows.Recorded], most: int = MAX_PIECES
-) -> dict[str, Any]:
+def rollout_maps(identity: str, name: str, completions: Sequence[rows.Recorded], most: int = MAX_PIECES) -> Part:
     """A stage's recorded rollouts for the template, with at most `most` tokens in all heat maps, evenly spread."""
     there = rows.recorded_columns(completions)
     columns = [c for c in rows.VIEWS if c in there]
@@ -526,9 +516,7 @@ def _rollout_sides(one: rows.Recorded, columns: Sequence[str]) -> dict[str, Side
     return {c: rows.merged(rows.side_of(one, c, MAX_TOKENS)) for c in there}
 
 
-def _rollout_step(
-    group: Sequence[rows.Recorded], sides: Sequence[dict[str, Side]], scales: dict[str, float]
-) -> dict[str, Any]:
+def _rollout_step(group: Sequence[rows.Recorded], sides: Sequence[dict[str, Side]], scales: dict[str, float]) -> Part:
     """The completions of a prompt, of which as many are shown as have `sides`."""
     marks = [m for one in group for m in one.clipped or ()]
     completions = []

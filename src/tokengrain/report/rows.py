@@ -74,14 +74,13 @@ def collect_credit_samples(
     credit: Mapping[str, Tensor],
     *,
     truth: Tensor | None = None,
-    count: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The entries of `credit_samples.json` for the first `count` prompts of a batch, from credit `[N]` by source."""
+    """The entries of `credit_samples.json` for the prompts of a batch, from credit `[N]` by source."""
     values = {name: _listed(batch, tensor) for name, tensor in credit.items()}
     exact = _listed(batch, truth) if truth is not None else None
     entries: list[dict[str, Any]] = []
     groups = batch.group.tolist()
-    for g in range(batch.n_prompts)[:count]:
+    for g in range(batch.n_prompts):
         about = {"prompt": tokenizer.decode(batch.prompt(g).tolist(), skip_special_tokens=False)}
         row = {"row": batch.rows[g]} if batch.rows else {}
         completions = [c for c, group in enumerate(groups) if group == g]
@@ -163,6 +162,8 @@ def colour_scale(values: Sequence[float | None]) -> float:
 
 
 ROLES = ("chosen", "rejected", "completion")
+Row = Mapping[str, Any]
+Numbers = Sequence[int] | None  # of rows; None: the first ones
 CREDIT = "token_rewards"
 SPANS = "spans"
 
@@ -200,7 +201,7 @@ def read_token_rows(
     return _from_file(path, rows, count, field, tokenizer, {} if spans is None else {"spans": spans})
 
 
-def _picked(samples: Sequence[CreditSample], rows: Sequence[int] | None, count: int, path: Path) -> list[CreditSample]:
+def _picked(samples: Sequence[CreditSample], rows: Numbers, count: int, path: Path) -> list[CreditSample]:
     """Samples of the wanted rows; a pair seen by several sources is one row."""
     groups = by_pair(samples)
     names = [g[0].row if g[0].row is not None else i for i, g in enumerate(groups)]
@@ -210,7 +211,7 @@ def _picked(samples: Sequence[CreditSample], rows: Sequence[int] | None, count: 
     return [s for name, group in zip(names, groups, strict=True) if name in wanted for s in group]
 
 
-def _from_folder(path: Path, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any) -> list[CreditSample]:
+def _from_folder(path: Path, rows: Numbers, count: int, field: str, tokenizer: Any) -> list[CreditSample]:
     if (path / FILE).is_file() and field == CREDIT:
         return _picked(read_credit_samples(path / FILE), rows, count, path / FILE)
     run = runs.read_run(path)
@@ -236,7 +237,7 @@ def _no_numbers(run: runs.Run, field: str) -> str:
     )
 
 
-def _spans_of_run(path: Path, rows: Sequence[int] | None, count: int, tokenizer: Any, spans: Any) -> list[CreditSample]:
+def _spans_of_run(path: Path, rows: Numbers, count: int, tokenizer: Any, spans: Any) -> list[CreditSample]:
     """The spans of a run's training pairs: as annotated, or marked again as its recipe says."""
     run = runs.read_run(path)
     tokenizer = tokenizer if tokenizer is not None else _run_tokenizer(path)
@@ -263,7 +264,7 @@ def _run_tokenizer(folder: Path) -> Path | None:
 
 
 def _from_file(
-    path: Path | str, rows: Sequence[int] | None, count: int, field: str, tokenizer: Any, settings: Mapping[str, Any]
+    path: Path | str, rows: Numbers, count: int, field: str, tokenizer: Any, settings: Row
 ) -> list[CreditSample]:
     """Rows of a file (or world); `settings`: how they become tokens, among other keys of a recipe's `data:`."""
     source, split = str(path), settings.get("split")
@@ -288,9 +289,7 @@ def _from_file(
     return [_sample(data, number, picked[number], field, tokenizer, settings) for number in numbers]
 
 
-def _sample(
-    data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
-) -> CreditSample:
+def _sample(data: Any, number: int, row: Row, field: str, tokenizer: Any, settings: Row) -> CreditSample:
     file, place = data.place(number)
     columns = {role: column_name(role, field) for role in ROLES}
     roles = [role for role in ROLES if row.get(columns[role]) is not None]
@@ -329,9 +328,7 @@ def _likely_source(row: Mapping[str, Any]) -> str:
     return "tags" if row.get("chosen_masked") is not None or SpanConfig().tags[0] in texts else "diff"
 
 
-def _from_text(
-    data: Any, number: int, row: Mapping[str, Any], field: str, tokenizer: Any, settings: Mapping[str, Any]
-) -> CreditSample:
+def _from_text(data: Any, number: int, row: Row, field: str, tokenizer: Any, settings: Row) -> CreditSample:
     """A row without token ids: tokenised here, as training would."""
     _check_tokenizer(tokenizer, data.name)
     prepare = prepare_pairs if row.get("rejected") is not None else prepare_sft

@@ -102,7 +102,6 @@ class Frame:
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
     def axes(self, x_label: str, y_label: str = "") -> None:
-        """Grid, ticks and labels."""
         bottom, right = self.height - self.bottom, self.width - self.right
         for value in nice_ticks(*self.y_range, max(4, self.height // 50)):
             y = self.y(value)
@@ -141,7 +140,6 @@ class Frame:
 
 
 def tick(value: float) -> str:
-    """A tick's label: short, without trailing zeros."""
     if value and (abs(value) < 1e-3 or abs(value) >= MANY):
         return f"{value:.3g}".replace("-", "−")
     return f"{value:,.4g}".replace("-", "−") if abs(value) < 1e4 else f"{value / 1000:,.0f}k".replace("-", "−")
@@ -187,7 +185,6 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, width: int = 
 
 
 def marker(x: float, y: float, style: int, size: float = 5) -> str:
-    """A point; its shape and colour come from `style`."""
     css, corners = f'class="mark s{style % N_STYLES}"', CORNERS[style % len(CORNERS)]
     if not corners:
         return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>'
@@ -195,9 +192,7 @@ def marker(x: float, y: float, style: int, size: float = 5) -> str:
     return f'<polygon {css} points="{points}"/>'
 
 
-def frontier_chart(
-    curve: Sequence[Point], marks: Sequence[Mark], width: int = 680, height: int = 400, css: str = ""
-) -> str:
+def frontier_chart(curve: Sequence[Point], marks: Sequence[Mark], width: int, height: int, css: str = "") -> str:
     """Reward against KL with the exact frontier (may be empty); one labelled point with error bars per method."""
     right = max([m.x + (m.x_error or 0) for m in marks] + [0.0]) * 1.25 or max([x for x, _ in curve] + [1.0])
     shown = clip(curve, right)

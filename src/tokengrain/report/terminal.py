@@ -93,7 +93,6 @@ def _print_rows(console: Console, samples: Sequence[CreditSample], text_of: Call
 
 
 def _print_row(console: Console, heading: str, prompt: str, sides: Sequence[tuple[Text, Text]]) -> None:
-    """A prompt and its completions, each with a title."""
     console.rule(Text(heading, "dim"), align="left", style="dim")
     table = Table.grid(padding=(0, 2))
     table.add_row(Text("prompt", "dim"), Text(visible(prompt.strip()), "dim"))

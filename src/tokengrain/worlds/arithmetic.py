@@ -23,7 +23,17 @@ from tokengrain.evaluation.credit import CreditTruth, auc, parts_of, recovery
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 from tokengrain.worlds import base_models, chains
-from tokengrain.worlds.base_models import BOS, EOS, PAD, Progress, Training, check_least, check_option, single_thread
+from tokengrain.worlds.base_models import (
+    BOS,
+    EOS,
+    PAD,
+    Progress,
+    Trained,
+    Training,
+    check_least,
+    check_option,
+    single_thread,
+)
 from tokengrain.worlds.chains import IDS, Audit, Cut, Ending, Ids, Problem, Texts, parse_prompt, rng_of, seed_of
 
 Split = Literal["train", "eval"]
@@ -123,8 +133,8 @@ def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
 
 def warm_start(
     settings: WarmStart, vocabulary: int, draw: Callable[[int], list[Example]], progress: Progress | None = None
-) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train a base model, on fresh examples in every step; the model in evaluation mode, and a report."""
+) -> Trained:
+    """Train a base model, on fresh examples in every step."""
     start = time.perf_counter()
     model = base_models.small_llama(settings, vocabulary=vocabulary, positions=settings.positions, tied=False).train()
     if settings.muon:
@@ -156,8 +166,7 @@ CHECKED_STEP = 9
 """Tokens of a step that is checked once: label, operator, operand, two digits, `?`, two digits, separator."""
 
 
-def longest_problem(levels: Sequence[int]) -> int:
-    """In steps."""
+def most_steps(levels: Sequence[int]) -> int:
     return max(levels) + chains.EASY - 1
 
 
@@ -189,14 +198,13 @@ class ArithmeticWorld:
         return SIZES[self.options.size]
 
     def _model_settings(self) -> dict[str, Any]:
-        """What the base model depends on."""
         found = {"format": FORMAT, "world": self.name, "levels": self.trained_levels, "largest": self.size.largest}
         return found | asdict(self.warm_start)
 
     @cached_property
     def warm_start(self) -> WarmStart:
         """The size's settings, with positions enough for the longest problem that the base model is trained on."""
-        settings, needed = self.size.warm_start, self._positions(longest_problem(self.trained_levels))
+        settings, needed = self.size.warm_start, self._positions(most_steps(self.trained_levels))
         return replace(settings, positions=max(settings.positions, needed))
 
     def _positions(self, steps: int) -> int:
@@ -218,7 +226,7 @@ class ArithmeticWorld:
     @property
     def max_new_tokens(self) -> int:
         """Room for the longest sensible completion: every step checked once."""
-        return self._longest(longest_problem(self.levels))
+        return self._longest(most_steps(self.levels))
 
     def base_model(self) -> Path:
         """Folder of the warm-started base model; see `ensure_model`."""
@@ -227,7 +235,7 @@ class ArithmeticWorld:
         warm = self.warm_start
         rng = rng_of(self.name, "warm start", warm.seed)
 
-        def train(progress: Progress) -> tuple[Any, dict[str, Any]]:
+        def train(progress: Progress) -> Trained:
             model, report = warm_start(warm, len(self.vocabulary), lambda n: self._examples(n, rng), progress)
             return model, settings | report
 
@@ -263,7 +271,6 @@ class ArithmeticWorld:
             raise DataError(f"not a token of world {self.name}", value=error.args[0], expected="its symbols") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
         return "".join(self.vocabulary[i] for i in ids if self.vocabulary[i] not in chains.SPECIAL)
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -310,8 +317,7 @@ class ArithmeticWorld:
     def pairs(
         self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
-        """Pairs of a right and a wrong sample of the base model (`chosen_reward` 1, `rejected_reward` 0), for guides
-        and reward models. Completions that never end are left out, so that nothing is trained to stop there.
+        """Right against wrong samples of the base model (rewards 1 and 0); completions that never end are left out.
 
         `slope` must be None: there is no label noise here. `eval` pairs, 200 at most, are about held-out problems.
         """
@@ -411,10 +417,9 @@ class ArithmeticWorld:
         split: Split = "eval",
         progress: Progress | None = None,
     ) -> dict[str, float | None]:
-        """Evaluate a policy (a PEFT model too) on its own samples at temperature 1; flat numbers, see `chain_metrics`.
+        """A policy (a PEFT model too) on n samples (None: k, or 16) of so many prompts (None: all) at temperature 1.
 
-        n samples (None: k, or 16) of so many prompts of the split (None: all); k is the largest of pass@k, avg@k,
-        maj@k.
+        k is the largest of pass@k, avg@k and maj@k; the numbers are those of `chain_metrics`.
         """
         n = n if n is not None else 16 if k is None else k
         drawn = [parse_prompt(row["prompt"]) for row in self.prompts(split, prompts)]

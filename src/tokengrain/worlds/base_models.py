@@ -77,6 +77,7 @@ class Training:
 
 
 Progress = Callable[[int, int], None]  # called with (done, of how many)
+Trained = tuple[LlamaForCausalLM, dict[str, Any]]  # a base model in evaluation mode, and a report of its training
 
 
 def small_llama(settings: Training, *, vocabulary: int, positions: int, tied: bool) -> LlamaForCausalLM:
@@ -137,11 +138,7 @@ def descend(
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """One torch thread while the block runs.
-
-    The worlds' models are too small to gain from more, and sums in another order give other weights: on one thread
-    a machine's results do not depend on how many cores it has.
-    """
+    """One torch thread while the block runs: on more, sums in another order would give other weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -161,7 +158,7 @@ def shipped_weights() -> dict[str, str]:
     return {name.removesuffix(".safetensors"): digest for digest, name in (line.split() for line in lines)}
 
 
-def load_shipped(name: str, digest: str) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+def load_shipped(name: str, digest: str) -> Trained:
     """A shipped base model and the report of its training; ModelError if the file is not the one that was shipped."""
     file = WEIGHTS / f"{name}.safetensors"
     found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
@@ -182,13 +179,10 @@ def model_folder(name: str, key: str) -> Path:
     return cache / "worlds" / (f"{name}-{key}" + (f"-{digest[:8]}" if digest else ""))
 
 
-def ensure_model(
-    folder: Path, train: Callable[[Progress], tuple[Any, dict[str, Any]]], tokenizer: Any, title: str, steps: int
-) -> Path:
+def ensure_model(folder: Path, train: Callable[[Progress], Trained], tokenizer: Any, title: str, steps: int) -> Path:
     """Folder with a base model, its tokenizer and `pretraining.json`; shipped weights are taken, others trained.
 
-    Training takes one thread. Of several processes that ask at once, one trains and the others wait. An interrupted
-    training leaves nothing.
+    Of several processes that ask at once, one trains and the others wait. An interrupted training leaves nothing.
     """
     if folder.is_dir():
         return folder

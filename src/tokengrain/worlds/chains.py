@@ -34,7 +34,6 @@ _PROMPT = re.compile(r"(\d\d)((?:[a-h][+-][1-9])+):")
 
 
 def rng_of(*purpose: Any) -> random.Random:
-    """A random generator of its own for each purpose."""
     return random.Random(seed_of(*purpose))
 
 
@@ -44,7 +43,6 @@ def seed_of(*purpose: Any) -> int:
 
 
 def applied(operator: str, total: int, operand: int) -> int:
-    """`total ± operand`, modulo 100, as two digits are written."""
     return (total + operand if operator == "+" else total - operand) % 100
 
 
@@ -62,7 +60,6 @@ class Problem:
 
     @cached_property
     def totals(self) -> tuple[int, ...]:
-        """The running total after each step."""
         totals = [self.start]
         for operator, operand in self.steps:
             totals.append(applied(operator, totals[-1], operand))
@@ -127,7 +124,6 @@ def problem_stream(
 
 @lru_cache(maxsize=65536)
 def parse_prompt(text: str) -> Problem:
-    """The problem that a prompt states."""
     match = _PROMPT.fullmatch(text)
     steps = match.group(2) if match else ""
     if not match or steps[::3] != LABELS[: len(steps) // 3]:
@@ -277,14 +273,11 @@ Kind = Literal["sum", "copy", "format", "answer", "truncation"]
 
 @dataclass(frozen=True)
 class Audit:
-    """What became of a chain.
+    """Whether a chain's reward is 1; if not, the culprit's place among its tokens (None: it has none) and kind.
 
-    Attributes:
-        correct: whether the reward is 1.
-        index: place of the culprit among the completion's tokens; None for a correct chain, or one without tokens.
-        kind: `sum`, a digit of a total; `copy`, a label, operator or operand of a step whose total is wrong; `format`,
-            a token that cannot stand where it stands; `answer`, a digit after `>` that is not the last total's;
-            `truncation`, the last token of a chain that never ends. None for a correct chain.
+    `sum`: a digit of a total; `copy`: a label, operator or operand of a step whose total is wrong; `format`: a token
+    that cannot stand there; `answer`: a digit after `>` that is not the last total's; `truncation`: the last of an
+    endless one.
     """
 
     correct: bool
@@ -293,10 +286,9 @@ class Audit:
 
 
 def audit(problem: Problem, tokens: Sequence[str], ending: Ending = "answer") -> Audit:
-    """Find the culprit of a completion whose reward is 0.
+    """Find the culprit of a completion whose reward is 0: it lies in the first of the steps that stay wrong to the end.
 
-    Totals are compared with the true ones. A wrong total that a check corrects, or that a later step makes up for, is
-    not to blame: the culprit lies in the first step of those that stay wrong to the end.
+    A wrong total that a check corrects, or that a later step makes up for, is not to blame.
     """
     tokens = upto(tokens, ending)
     if is_correct(problem, tokens, ending):
@@ -359,15 +351,13 @@ def correct(
 
 
 def chain_metrics(
-    problems: Sequence[Problem], rollouts: Rollouts, ending: Ending = "answer", k: int | None = None
+    problems: Sequence[Problem], rollouts: Rollouts, ending: Ending, k: int | None
 ) -> dict[str, float | None]:
-    """Measures of a policy's samples, n of each problem.
+    """Measures of a policy's samples, n of each problem; None where there are no samples of that kind.
 
-    Returns:
-        Those of `sample_metrics`, each with `_low` and `_high` of a 95 % interval over prompts; `accuracy_level_L` and
-        `pass@k_level_L` likewise; `length`, `length_correct`, `length_wrong` (tokens; None without such samples);
-        `truncated`, `well_formed` (shares); `culprit_KIND`, the share of wrong samples with a culprit of this kind
-        (None without wrong samples).
+    Those of `sample_metrics`, also by level as `accuracy_level_L` and `pass@k_level_L`, each with `_low` and `_high`;
+    `length`, `length_correct`, `length_wrong` in tokens; shares `truncated`, `well_formed`; `culprit_KIND` of wrong
+    ones.
     """
     tokens = [[symbols(c.ids) for c in group] for group in rollouts.groups]
     audits = [[audit(p, t, ending) for t in group] for p, group in zip(problems, tokens, strict=True)]

@@ -14,7 +14,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.rollout.sampler import SamplingConfig
 from tokengrain.worlds import chains
-from tokengrain.worlds.arithmetic import CHECKED_STEP, SIZES, ArithmeticOptions, ArithmeticWorld, Size, longest_problem
+from tokengrain.worlds.arithmetic import CHECKED_STEP, SIZES, ArithmeticOptions, ArithmeticWorld, Size, most_steps
 from tokengrain.worlds.base_models import EOS, check_option
 from tokengrain.worlds.chains import LABELS, MARKER, Ending, Problem, parse_prompt, rng_of
 
@@ -53,11 +53,10 @@ def write_reference(
     *,
     last_only: bool = False,
 ) -> Reference:
-    """An answer that restates a problem with totals (its own, or a chain's), a sentence of `filler` words for each
-    step.
+    """An answer that restates a problem with totals (its own, or a chain's), and `filler` words for each step.
 
-    After the separator `;` a sentence's words are the first of their pairs with chance 0.5 + style, after `,` with
-    0.5 − style; without separators always 0.5. `last_only` leaves out all totals but the last.
+    After the separator `;` they are the first of their pairs with chance 0.5 + style, after `,` with 0.5 − style,
+    without separators with 0.5. `last_only` leaves out all totals but the last.
     """
     tokens: list[str] = []
     roles: list[Role] = []
@@ -110,12 +109,10 @@ class RevisionOptions(ArithmeticOptions):
 class RevisionWorld(ArithmeticWorld):
     """For rewards that come from a reference text instead of a checker (DRO).
 
-    A completion is a chain as in `arithmetic`, `>` and an answer that restates the problem with the chain's totals
-    among filler words. Rows have a `reference`, the right answer in fixed words. How likely its totals are depends on
-    the chain, and how likely its words are on the chain's separators, which mean nothing.
-
-    Made by `load_world("world://revision")`. The true reward is 1 if the chain's last total is right; samples for
-    evaluation end with `>`.
+    A completion is a chain as in `arithmetic`, `>`, and an answer that restates the problem with the chain's totals
+    among filler words; the true reward is 1 if the chain's last total is right. Rows have a `reference`, the right
+    answer. How likely its totals are depends on the chain, and its words depend on the chain's separators, which mean
+    nothing.
     """
 
     name = "revision"
@@ -165,7 +162,7 @@ class RevisionWorld(ArithmeticWorld):
         if whole:
             return found
         return replace(
-            found, max_new_tokens=CHECKED_STEP * longest_problem(self.levels) + 1, stop_ids=(self.marker, self.eos)
+            found, max_new_tokens=CHECKED_STEP * most_steps(self.levels) + 1, stop_ids=(self.marker, self.eos)
         )
 
     @property

@@ -21,17 +21,15 @@ from tokengrain.evaluation.credit import CreditTruth, parts_of, recovery
 from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, wilson, win_rate
 from tokengrain.scoring.model import evaluating
 from tokengrain.worlds import base_models
-from tokengrain.worlds.base_models import Progress, Training, check_least, check_option
+from tokengrain.worlds.base_models import Progress, Trained, Training, check_least, check_option
 from tokengrain.worlds.stories_grammar import SIZES, UNK, Grammar, Prompt, Walk
 
 Split = Literal["train", "eval"]
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Completions from the grammar: ids `[n, L]` with `<end>`, the state before each token, true reward `[n]`."""
 
-    prompts: list[Prompt]
     ids: Tensor
     states: Tensor
     lengths: Tensor
@@ -60,7 +58,7 @@ def sample(grammar: Grammar, prompts: Sequence[Prompt], generator: torch.Generat
         state = grammar.edge_next[table, state, edge]
         done = state == grammar.finished
     ids_, states_ = torch.stack(ids, 1), torch.stack(states, 1)
-    return Samples(list(prompts), ids_, states_, (states_ != grammar.finished).sum(1), rewards)
+    return Samples(ids_, states_, (states_ != grammar.finished).sum(1), rewards)
 
 
 def preference_pairs(
@@ -69,11 +67,10 @@ def preference_pairs(
     """Pairs of base samples; P(first is chosen) = σ(slope · (R1 − R2)). The plain prompts take turns."""
     rows: list[dict[str, Any]] = []
     while len(rows) < n:
-        count = n - len(rows)
-        prompts = [grammar.plain[(len(rows) + i) % len(grammar.plain)] for i in range(count)]
+        prompts = grammar.turns(n - len(rows), first=len(rows))
         both = sample(grammar, [p for p in prompts for _ in range(2)], generator)
         first, second = both.rewards[0::2], both.rewards[1::2]
-        u = torch.rand(count, generator=generator, dtype=torch.float64)
+        u = torch.rand(len(prompts), generator=generator, dtype=torch.float64)
         first_wins = (u < (slope * (first - second)).sigmoid()).tolist()
         for i, (prompt, wins) in enumerate(zip(prompts, first_wins)):
             chosen, rejected = (2 * i, 2 * i + 1) if wins else (2 * i + 1, 2 * i)
@@ -124,9 +121,8 @@ def soft_values(grammar: Grammar, beta: float | Tensor) -> Tensor:
     """
     many = isinstance(beta, Tensor)
     tables = slice(0, grammar.n_places if many else None)
-    temperature = beta[:, None, None, None] if isinstance(beta, Tensor) else beta
-    shape = grammar.edge_logp[tables].shape[:2]
-    values = torch.zeros((*beta.shape, *shape) if isinstance(beta, Tensor) else shape, dtype=torch.float64)
+    temperature, batch = (beta[:, None, None, None], beta.shape) if isinstance(beta, Tensor) else (beta, ())
+    values = torch.zeros((*batch, *grammar.edge_logp[tables].shape[:2]), dtype=torch.float64)
     for level in grammar.levels[1:]:
         logp = grammar.edge_logp[tables, level]
         ahead = grammar.edge_reward[tables, level] + _next(values, grammar.edge_next[tables, level])
@@ -211,8 +207,7 @@ CreditKind = Literal["advantage", "reward", "worth"]
 class WorldCredit:
     """A credit source that reads the grammar: a batch to one number per counted token, `[N]`.
 
-    `kind`: `advantage`, the exact soft advantage A(s, a) at β = 1; `reward`, the token's own reward; `worth`, what the
-    word looks worth without context.
+    `advantage`: exact and soft, at β = 1; `reward`: the token's own; `worth`: what a word looks worth without context.
     """
 
     def __init__(self, grammar: Grammar, kind: CreditKind) -> None:
@@ -243,8 +238,7 @@ class WorldCredit:
 ROWS = 512  # sequences per forward pass
 
 
-@dataclass(frozen=True)
-class Rollout:
+class Rollout(NamedTuple):
     """Completions that a model sampled: alive up to `<end>` included; `logps` `[n, L, V]`, before each token."""
 
     prompts: list[Prompt]
@@ -274,7 +268,7 @@ def _logps(logits: Tensor) -> Tensor:
 
 def prompt_tensor(grammar: Grammar, prompts: Sequence[Prompt]) -> Tensor:
     """Token ids `[n, L]` of prompts of one length, `<s>` in front."""
-    return torch.tensor([[grammar.bos, *grammar.encode(p.text)] for p in prompts])
+    return torch.tensor([grammar.prompt_ids(p.text) for p in prompts])
 
 
 def rollout(
@@ -390,9 +384,8 @@ class Pool(NamedTuple):
 
 
 def make_pool(grammar: Grammar, prompts: list[Prompt], generator: torch.Generator) -> Pool:
-    """One sampled sequence per prompt."""
     drawn = sample(grammar, prompts, generator)
-    heads = [[grammar.bos, *grammar.encode(p.text)] for p in prompts]
+    heads = [grammar.prompt_ids(p.text) for p in prompts]
     lengths = torch.tensor([len(h) for h in heads]) + drawn.lengths
     shape = (len(prompts), int(lengths.max()))
     ids = torch.full(shape, grammar.pad)
@@ -429,10 +422,7 @@ def _soft_cross_entropy(model: LlamaForCausalLM, pool: Pool, index: Tensor, tabl
     return -(target * logp).sum(-1), target
 
 
-def pretrain(
-    grammar: Grammar, settings: Pretraining, progress: Progress | None = None
-) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train a base model; it in evaluation mode, and a report."""
+def pretrain(grammar: Grammar, settings: Pretraining, progress: Progress | None = None) -> Trained:
     start = time.perf_counter()
     generator, per = torch.Generator().manual_seed(settings.seed), len(grammar.plain)
     counts = [round(share * settings.pool) for share in MIX]
@@ -446,16 +436,14 @@ def pretrain(
     batches = _batches(pool, settings, generator)
     losses = (_soft_cross_entropy(model, pool, index, table)[0].mean() for index in batches)
     base_models.descend(model, optimizers, losses, settings, progress)
-    seconds = time.perf_counter() - start
-    report = {**divergence(grammar, model.eval()), "seconds": round(seconds, 1), "threads": torch.get_num_threads()}
-    return model, report
+    seconds = round(time.perf_counter() - start, 1)
+    return model, divergence(grammar, model.eval()) | {"seconds": seconds, "threads": torch.get_num_threads()}
 
 
 @torch.no_grad()
 def divergence(grammar: Grammar, model: LlamaForCausalLM, n: int = 1200, seed: int = 1) -> dict[str, float]:
     """KL(grammar || model) on fresh plain samples, in nats per token and per completion."""
-    prompts = [grammar.plain[i % len(grammar.plain)] for i in range(n)]
-    pool = make_pool(grammar, prompts, torch.Generator().manual_seed(seed))
+    pool = make_pool(grammar, grammar.turns(n), torch.Generator().manual_seed(seed))
     table = grammar.dense(grammar.edge_logp.exp(), 0.0).float()
     cross, target = _soft_cross_entropy(model, pool, torch.arange(n), table)
     kl = cross - torch.special.entr(target).sum(-1)
@@ -472,13 +460,12 @@ SETTINGS = {
 
 
 def ensure_base_model(grammar: Grammar, settings: Pretraining) -> Path:
-    """Folder with the base model; trains it if it is missing; see `ensure_model`."""
     key = fingerprint([FORMAT, grammar.fingerprint, asdict(settings)])
     folder = base_models.model_folder(f"stories-{grammar.size.name}", key)
 
-    def train(progress: Progress) -> tuple[Any, dict[str, Any]]:
+    def train(progress: Progress) -> Trained:
         model, report = pretrain(grammar, settings, progress)
-        return model, {**asdict(settings), **report}
+        return model, asdict(settings) | report
 
     return base_models.ensure_model(folder, train, build_tokenizer(grammar), "world://stories", settings.steps)
 
@@ -563,9 +550,9 @@ class StoriesWorld:
         self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
         """Preference pairs labelled with the true reward; `eval` has a random stream of its own."""
-        n = n if n is not None else (self.n_pairs if split == "train" else EVAL_PAIRS)
-        slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
         check_option("stories", "split", split, get_args(Split))
+        n = n if n is not None else self.n_pairs if split == "train" else EVAL_PAIRS
+        slope, seed = self.slope if slope is None else slope, self.options.seed if seed is None else seed
         stream = torch.Generator().manual_seed(int(fingerprint(["stories", "pairs", split, seed]), 16) >> 1)
         return preference_pairs(self.grammar, n, slope, stream, split)
 
@@ -574,7 +561,7 @@ class StoriesWorld:
         grammar, samples = self.grammar, []
         for row in rows:
             completions = [Completion([*grammar.encode(row[k]), grammar.eos]) for k in ("chosen", "rejected")]
-            samples.append(Sample([grammar.bos, *grammar.encode(row["prompt"])], completions, row=row["id"], raw=row))
+            samples.append(Sample(grammar.prompt_ids(row["prompt"]), completions, row=row["id"], raw=row))
         return TokenBatch.from_samples(samples)
 
     def credit(self, kind: CreditKind = "advantage") -> WorldCredit:
@@ -587,17 +574,17 @@ class StoriesWorld:
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Base samples, never the training pairs, with the exact advantage and the decision mask of every token."""
-        n = CREDIT_SAMPLES * len(self.grammar.plain) // 2 if prompts is None else prompts
+        grammar = self.grammar
+        n = CREDIT_SAMPLES * len(grammar.plain) // 2 if prompts is None else prompts
         batch = self.token_batch(self.pairs("eval", n=n, seed=seed))
-        advantage = advantages(self.grammar, soft_values(self.grammar, 1.0))
+        advantage = advantages(grammar, soft_values(grammar, 1.0))
         # Something is decided where A deviates under the base.
-        p = self.grammar.dense(self.grammar.edge_logp.exp(), 0.0)
+        p = grammar.dense(grammar.edge_logp.exp(), 0.0)
         mean = (p * advantage).sum(-1, keepdim=True)
         decides = (p * (advantage - mean).square()).sum(-1).sqrt() > 1e-3
-        walk, ids, counted = walk_batch(self.grammar, batch)
-        tables = walk.tables[:, None]
-        values, masked = advantage[tables, walk.states, ids], decides[tables, walk.states]
-        return CreditTruth(batch, values[counted], masked[counted])
+        walk, ids, counted = walk_batch(grammar, batch)
+        at = walk.tables[:, None], walk.states
+        return CreditTruth(batch, advantage[(*at, ids)][counted], decides[at][counted])
 
     @cached_property
     def _credit_truth(self) -> CreditTruth:
@@ -612,14 +599,12 @@ class StoriesWorld:
         return [prompt for prompt in self.grammar.plain for _ in range(n)]
 
     def _base_sample_rewards(self, reference: Any, n: int, seed: int) -> Tensor:
-        own = reference is self.__dict__.get("reference")
-        if own and (n, seed) in self._base_rewards:
-            return self._base_rewards[n, seed]
-        # Another stream than the policy's: with the same one both would draw alike.
-        sampled = rollout(reference, self.grammar, self._eval_prompts(n), seed=seed + 1_000_003).true_rewards
-        if own:
-            self._base_rewards[n, seed] = sampled
-        return sampled
+        kept = self._base_rewards if reference is self.__dict__.get("reference") else {}
+        if (n, seed) not in kept:
+            # Another stream than the policy's: with the same one both would draw alike.
+            sampled = rollout(reference, self.grammar, self._eval_prompts(n), seed=seed + 1_000_003)
+            kept[n, seed] = sampled.true_rewards
+        return kept[n, seed]
 
     def evaluate(
         self,
@@ -652,6 +637,5 @@ class StoriesWorld:
         """log π(token) − log π_ref(token) of every counted token of plain-prompt completions, `[N]`."""
         prompts = [self.grammar.parse_prompt(batch.prompt(int(g)).tolist()) for g in batch.group]
         _, ids, counted = walk_batch(self.grammar, batch)
-        at = ids[..., None]
-        of = [completion_logps(m, self.grammar, prompts, ids).gather(-1, at)[..., 0] for m in (model, reference)]
-        return (of[0] - of[1])[counted]
+        logps = [completion_logps(m, self.grammar, prompts, ids).gather(-1, ids[..., None]) for m in (model, reference)]
+        return (logps[0] - logps[1])[..., 0][counted]

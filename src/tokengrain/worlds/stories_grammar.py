@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -68,36 +69,6 @@ SIZES = {
 }
 
 
-class Lexicon:
-    """The words of a grammar of the given size, by class; nouns by place, adjectives and verbs by sign."""
-
-    def __init__(self, size: Size) -> None:
-        def cut(words: Sequence[str]) -> tuple[str, ...]:
-            return tuple(words[: size.words])
-
-        self.places = tuple(CAST)[: size.places]
-        self.heroes = {place: cut(CAST[place][0]) for place in self.places}
-        self.villains = {place: cut(CAST[place][1]) for place in self.places}
-        self.thing: dict[str, tuple[str, ...]] = {place: (CAST[place][2],) for place in self.places}
-        self.adjectives = {sign: cut(words) for sign, words in ADJECTIVES.items()}
-        self.verbs = {sign: cut(words) for sign, words in VERBS.items()}
-        self.intensifiers, self.openers = cut(INTENSIFIERS), cut(OPENERS)
-
-    def nouns(self, place: str) -> tuple[str, ...]:
-        return (*self.heroes[place], *self.villains[place], *self.thing[place])
-
-    def vocabulary(self) -> list[str]:
-        """All tokens, special ones first; a token's id is its place in this list."""
-        nouns = [w for p in self.places for w in self.nouns(p)]
-        qualities = [w for sign in (+1, -1, 0) for w in (*self.adjectives[sign], *self.verbs[sign])]
-        function_words = [*self.intensifiers, *self.openers, FLIP, WAS, NOT, NEVER, AND, BUT, THE, STOP]
-        return [*SPECIAL, *PROMPT_WORDS, *self.places, *nouns, *qualities, *function_words]
-
-    def worth(self) -> dict[str, int]:
-        """What a verb or adjective looks worth without its context: +1 or −1; other words are worth 0."""
-        return {w: sign for sign in (+1, -1) for w in (*self.adjectives[sign], *self.verbs[sign])}
-
-
 # The rules: which words may follow in a state, how likely, and what they earn.
 #
 # prompt      write [kindly|rudely] about the PLACE in the sun|rain :
@@ -140,11 +111,31 @@ BROKEN, FINISHED, CLOSING = State("broken"), State("finished"), State("closing")
 
 
 class Rules:
-    """The grammatical continuations of every state of a grammar of the given size."""
+    """The words of a grammar of the given size, by class, and the grammatical continuations of every state."""
 
     def __init__(self, size: Size) -> None:
-        self.size = size
-        self.lexicon = Lexicon(size)
+        def cut(words: Sequence[str]) -> tuple[str, ...]:
+            return tuple(words[: size.words])
+
+        self.size, self.places = size, tuple(CAST)[: size.places]
+        self.heroes = {place: cut(CAST[place][0]) for place in self.places}
+        self.villains = {place: cut(CAST[place][1]) for place in self.places}
+        self.thing: dict[str, tuple[str, ...]] = {place: (CAST[place][2],) for place in self.places}
+        self.nouns = {p: (*self.heroes[p], *self.villains[p], *self.thing[p]) for p in self.places}
+        self.adjectives = {sign: cut(words) for sign, words in ADJECTIVES.items()}
+        self.verbs = {sign: cut(words) for sign, words in VERBS.items()}
+        self.intensifiers, self.openers = cut(INTENSIFIERS), cut(OPENERS)
+
+    def vocabulary(self) -> list[str]:
+        """All tokens, special ones first; a token's id is its place in this list."""
+        nouns = [word for place in self.places for word in self.nouns[place]]
+        qualities = [w for sign in (+1, -1, 0) for w in (*self.adjectives[sign], *self.verbs[sign])]
+        function_words = [*self.intensifiers, *self.openers, FLIP, WAS, NOT, NEVER, AND, BUT, THE, STOP]
+        return [*SPECIAL, *PROMPT_WORDS, *self.places, *nouns, *qualities, *function_words]
+
+    def worth(self) -> dict[str, int]:
+        """What a verb or adjective looks worth without its context: +1 or −1; other words are worth 0."""
+        return {w: sign for sign in (+1, -1) for w in (*self.adjectives[sign], *self.verbs[sign])}
 
     def explore(self) -> dict[State, list[Edge]]:
         """All states that can be reached, with their edges, and the two absorbing states."""
@@ -159,7 +150,7 @@ class Rules:
 
     def place_of(self, word: str) -> int | None:
         """The place that a noun belongs to; None for words that fit everywhere."""
-        return next((i for i, p in enumerate(self.lexicon.places) if word in self.lexicon.nouns(p)), None)
+        return next((i for i, place in enumerate(self.places) if word in self.nouns[place]), None)
 
     def _spread(
         self, weight: float, words: Sequence[str] | Mapping[str, Sequence[str]]
@@ -168,7 +159,7 @@ class Rules:
 
         Word j weighs 1/(1+((j+place) mod n)), so that places prefer different words.
         """
-        n_places = len(self.lexicon.places)
+        n_places = len(self.places)
         out: dict[str, list[float]] = {}
         for place, here in enumerate(words.values() if isinstance(words, Mapping) else [words] * n_places):
             inside = [1 / (1 + (j + place) % len(here)) for j in range(len(here))]
@@ -177,13 +168,13 @@ class Rules:
         return [(word, tuple(weights)) for word, weights in out.items()]
 
     def _one(self, word: str, weight: float) -> tuple[str, tuple[float, ...]]:
-        return word, (weight,) * len(self.lexicon.places)
+        return word, (weight,) * len(self.places)
 
     def _after_nothing(self, s: State) -> Iterator[Edge]:
         more = P_MORE if s.sentence >= self.size.required else 1.0
         if more < 1:
             yield Edge(*self._one(EOS, 1 - more), FINISHED)
-        for word, w in self._spread(more * P_OPENER, self.lexicon.openers):
+        for word, w in self._spread(more * P_OPENER, self.openers):
             yield Edge(word, w, s._replace(kind="opening"))
         yield Edge(*self._one(FLIP, more * P_FLIP), s._replace(kind="opening", flip=-1))
         yield Edge(*self._one(THE, more * (1 - P_OPENER - P_FLIP)), s._replace(kind="article"))
@@ -193,7 +184,7 @@ class Rules:
 
     def _after_article(self, s: State) -> Iterator[Edge]:
         hero = 1 / (1 + math.exp(-SUBJECT_BIAS * s.mood))
-        for cast, weight, words in ((+1, hero, self.lexicon.heroes), (-1, 1 - hero, self.lexicon.villains)):
+        for cast, weight, words in ((+1, hero, self.heroes), (-1, 1 - hero, self.villains)):
             for word, w in self._spread(weight, words):
                 yield Edge(word, w, s._replace(kind="subject", cast=cast))
 
@@ -203,20 +194,20 @@ class Rules:
         yield from self._verbs(s, (1 - P_WAS) * (1 - P_NEVER))
 
     def _after_never(self, s: State) -> Iterator[Edge]:
-        return self._verbs(s, 1.0)
+        yield from self._verbs(s, 1.0)
 
     def _verbs(self, s: State, weight: float) -> Iterator[Edge]:
         turned = s.flip * (-1 if s.kind == "never" else 1)
-        for sign, share in self._polarity(s, self.lexicon.verbs).items():
-            for word, w in self._spread(weight * share, self.lexicon.verbs[sign]):
+        for sign, share in self._polarity(s, self.verbs).items():
+            for word, w in self._spread(weight * share, self.verbs[sign]):
                 yield Edge(word, w, s._replace(kind="verb", verb=sign * turned))
 
     def _after_verb(self, s: State) -> Iterator[Edge]:
         yield Edge(*self._one(THE, 1.0), s._replace(kind="object"))
 
     def _after_object(self, s: State) -> Iterator[Edge]:
-        lexicon, shares = self.lexicon, (P_HERO_OBJECT, P_VILLAIN_OBJECT, P_THING_OBJECT)
-        for worth, weight, words in zip((+1, -1, 0), shares, (lexicon.heroes, lexicon.villains, lexicon.thing)):
+        shares = (P_HERO_OBJECT, P_VILLAIN_OBJECT, P_THING_OBJECT)
+        for worth, weight, words in zip((+1, -1, 0), shares, (self.heroes, self.villains, self.thing)):
             for word, w in self._spread(weight, words):
                 yield Edge(word, w, *self._rewarded(s, s.verb * worth))
 
@@ -228,7 +219,7 @@ class Rules:
         yield from self._qualities(s, 1.0)
 
     def _qualities(self, s: State, weight: float) -> Iterator[Edge]:
-        for word, w in self._spread(weight * P_INTENSIFIER, self.lexicon.intensifiers):
+        for word, w in self._spread(weight * P_INTENSIFIER, self.intensifiers):
             yield Edge(word, w, s._replace(kind="intensifier"))
         yield from self._adjectives(s, weight * (1 - P_INTENSIFIER), strength=1)
 
@@ -236,8 +227,8 @@ class Rules:
         yield from self._adjectives(s, 1.0, strength=2)
 
     def _adjectives(self, s: State, weight: float, strength: int) -> Iterator[Edge]:
-        for sign, share in self._polarity(s, self.lexicon.adjectives).items():
-            for word, w in self._spread(weight * share, self.lexicon.adjectives[sign]):
+        for sign, share in self._polarity(s, self.adjectives).items():
+            for word, w in self._spread(weight * share, self.adjectives[sign]):
                 yield Edge(word, w, *self._rewarded(s, sign * s.flip * s.negation * strength))
 
     def _polarity(self, s: State, words: Mapping[int, Sequence[str]]) -> dict[int, float]:
@@ -309,34 +300,25 @@ class Grammar:
     def __init__(self, size: Size) -> None:
         self.size = size
         self.rules = Rules(size)
-        self.lexicon = self.rules.lexicon
-        self.vocabulary = self.lexicon.vocabulary()
+        self.vocabulary = self.rules.vocabulary()
         self.token = {word: i for i, word in enumerate(self.vocabulary)}
         self.pad, self.bos, self.eos, self.unk = (self.token[w] for w in (PAD, BOS, EOS, UNK))
         edges = self.rules.explore()
         self.states = list(edges)
         self.index = {state: i for i, state in enumerate(self.states)}
         self.broken, self.finished = self.index[BROKEN], self.index[FINISHED]
+        self.n_places = len(self.rules.places)
         self._fill_transitions(edges)
         self._fill_edges(list(edges.values()))
         self.legal = self.dense(torch.ones_like(self.edge_logp), 0.0) > 0
         self.levels = self._levels()
+        self.longest = len(self.levels) - 1  # tokens of the longest grammatical completion, `<end>` included
         self.prompts = self._prompts()
-        self.plain = [p for p in self.prompts if p.table < len(self.lexicon.places)]
+        self.plain = [p for p in self.prompts if p.table < self.n_places]
         self._ids = {tuple(self.encode(p.text)): p for p in self.prompts}
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest grammatical completion, `<end>` included."""
-        return len(self.levels) - 1
-
-    @property
-    def n_places(self) -> int:
-        return len(self.lexicon.places)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the vocabulary, the rules, the rewards and the base distributions."""
         tables = (self.next_state, self.reward, self.edge_token, self.edge_logp.exp())
         # Rounded, so that the last bits of exp and log on another machine do not matter.
         digests = [sha256((t.double() * 1e9).round().long().numpy().tobytes()).hexdigest() for t in tables]
@@ -377,7 +359,7 @@ class Grammar:
         self.edge_next = self.next_state.gather(-1, self.edge_token).where(valid, self.finished)
         self.edge_reward = self.reward.gather(-1, self.edge_token).where(valid, 0.0)
         self.worth = torch.zeros(len(self.vocabulary), dtype=torch.float64)
-        for word, value in self.lexicon.worth().items():
+        for word, value in self.rules.worth().items():
             self.worth[self.token[word]] = value
         self.edge_logp = self._tilted(weight.log())
 
@@ -402,20 +384,25 @@ class Grammar:
 
     def _prompts(self) -> list[Prompt]:
         prompts = []
-        for i, instruction in enumerate(INSTRUCTIONS):
-            for p, place in enumerate(self.lexicon.places):
-                for weather, mood in WEATHER.items():
-                    words = ["write", instruction, "about", "the", place, "in", "the", weather, ":"]
-                    start = self.index[State("nothing", 0, mood)]
-                    prompts.append(Prompt(" ".join(filter(None, words)), i * self.n_places + p, start))
+        for table, (instruction, place) in enumerate(product(INSTRUCTIONS, self.rules.places)):
+            for weather, mood in WEATHER.items():
+                words = ["write", instruction, "about", "the", place, "in", "the", weather, ":"]
+                start = self.index[State("nothing", 0, mood)]
+                prompts.append(Prompt(" ".join(filter(None, words)), table, start))
         return prompts
+
+    def turns(self, n: int, first: int = 0) -> list[Prompt]:
+        """n plain prompts, which take turns."""
+        return [self.plain[(first + i) % len(self.plain)] for i in range(n)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of words separated by spaces, without special tokens around them."""
         return [self.token.get(word, self.unk) for word in text.split()]
 
+    def prompt_ids(self, text: str) -> list[int]:
+        return [self.bos, *self.encode(text)]
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Words of token ids, special tokens left out."""
         special = (self.pad, self.bos, self.eos)
         return " ".join(self.vocabulary[i] for i in ids if i not in special)
 
