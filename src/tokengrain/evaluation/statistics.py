@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -160,19 +160,14 @@ class Frontier:
 
     kl: Sequence[float]
     reward: Sequence[float]
-    _root: Tensor = field(init=False, repr=False, compare=False)
-    _reward: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        kl = torch.tensor(self.kl, dtype=torch.float64)
-        reward = torch.tensor(self.reward, dtype=torch.float64)
+        kl, reward = (torch.tensor(values, dtype=torch.float64) for values in (self.kl, self.reward))
         message = f"a frontier needs as many rewards as KLs and at least 2, got {len(reward)} and {len(kl)}"
         require(len(kl) == len(reward) and len(kl) >= 2, ValueError, message)
         rising = kl[0] == 0 and (kl.diff() >= 0).all() and (reward.diff() >= -1e-9).all()
         message = "a frontier needs KLs that start at 0 and increase, and rewards that do not decrease"
         require(rising, ValueError, message)
-        object.__setattr__(self, "_root", kl.sqrt())
-        object.__setattr__(self, "_reward", reward)
 
     @property
     def base_reward(self) -> float:
@@ -180,12 +175,12 @@ class Frontier:
 
     def best_reward(self, kl: Tensor | float) -> Tensor:
         """R*(KL), the best mean reward at these KLs (nats; below 0 counts as 0)."""
+        roots = torch.tensor(self.kl, dtype=torch.float64).sqrt()
+        rewards = torch.tensor(self.reward, dtype=torch.float64)
         root = torch.as_tensor(kl, dtype=torch.float64).clamp(min=0).sqrt()
-        right = torch.searchsorted(self._root, root.contiguous()).clamp(1, len(self._root) - 1)
-        x0, x1 = self._root[right - 1], self._root[right]
-        y0, y1 = self._reward[right - 1], self._reward[right]
-        part = ((root - x0) / (x1 - x0).clamp(min=1e-12)).clamp(0, 1)
-        return y0 + part * (y1 - y0)
+        right = torch.searchsorted(roots, root.contiguous()).clamp(1, len(roots) - 1)
+        part = ((root - roots[right - 1]) / (roots[right] - roots[right - 1]).clamp(min=1e-12)).clamp(0, 1)
+        return rewards[right - 1] + part * (rewards[right] - rewards[right - 1])
 
     def share(self, reward: Tensor | float, kl: Tensor | float) -> Tensor:
         """f = (R − R0)/(R*(KL) − R0): 0 is the reference, 1 is on the frontier; 0 where KL < `MIN_KL`."""

@@ -148,95 +148,82 @@ class Rules:
                 waiting += [edge.next for edge in found[state]]
         return found
 
-    def place_of(self, word: str) -> int | None:
-        """The place that a noun belongs to; None for words that fit everywhere."""
-        return next((i for i, place in enumerate(self.places) if word in self.nouns[place]), None)
-
-    def _spread(
-        self, weight: float, words: Sequence[str] | Mapping[str, Sequence[str]]
-    ) -> list[tuple[str, tuple[float, ...]]]:
-        """The words of a class of this weight, the same everywhere or by place, with their weight in each place.
+    def _edges(
+        self, words: Sequence[str] | Mapping[str, Sequence[str]], weight: float, ahead: State, reward: float = 0.0
+    ) -> Iterator[Edge]:
+        """The words of a class of this weight, the same everywhere or by place, which all lead to one state.
 
         Word j weighs 1/(1+((j+place) mod n)), so that places prefer different words.
         """
         n_places = len(self.places)
-        out: dict[str, list[float]] = {}
+        weights: dict[str, list[float]] = {}
         for place, here in enumerate(words.values() if isinstance(words, Mapping) else [words] * n_places):
             inside = [1 / (1 + (j + place) % len(here)) for j in range(len(here))]
             for word, w in zip(here, inside):
-                out.setdefault(word, [0.0] * n_places)[place] = weight * w / sum(inside)
-        return [(word, tuple(weights)) for word, weights in out.items()]
-
-    def _one(self, word: str, weight: float) -> tuple[str, tuple[float, ...]]:
-        return word, (weight,) * len(self.places)
+                weights.setdefault(word, [0.0] * n_places)[place] = weight * w / sum(inside)
+        return (Edge(word, tuple(by_place), ahead, reward) for word, by_place in weights.items())
 
     def _after_nothing(self, s: State) -> Iterator[Edge]:
         more = P_MORE if s.sentence >= self.size.required else 1.0
         if more < 1:
-            yield Edge(*self._one(EOS, 1 - more), FINISHED)
-        for word, w in self._spread(more * P_OPENER, self.openers):
-            yield Edge(word, w, s._replace(kind="opening"))
-        yield Edge(*self._one(FLIP, more * P_FLIP), s._replace(kind="opening", flip=-1))
-        yield Edge(*self._one(THE, more * (1 - P_OPENER - P_FLIP)), s._replace(kind="article"))
+            yield from self._edges([EOS], 1 - more, FINISHED)
+        yield from self._edges(self.openers, more * P_OPENER, s._replace(kind="opening"))
+        yield from self._edges([FLIP], more * P_FLIP, s._replace(kind="opening", flip=-1))
+        yield from self._edges([THE], more * (1 - P_OPENER - P_FLIP), s._replace(kind="article"))
 
     def _after_opening(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(THE, 1.0), s._replace(kind="article"))
+        return self._edges([THE], 1.0, s._replace(kind="article"))
 
     def _after_article(self, s: State) -> Iterator[Edge]:
         hero = 1 / (1 + math.exp(-SUBJECT_BIAS * s.mood))
-        for cast, weight, words in ((+1, hero, self.heroes), (-1, 1 - hero, self.villains)):
-            for word, w in self._spread(weight, words):
-                yield Edge(word, w, s._replace(kind="subject", cast=cast))
+        yield from self._edges(self.heroes, hero, s._replace(kind="subject", cast=+1))
+        yield from self._edges(self.villains, 1 - hero, s._replace(kind="subject", cast=-1))
 
     def _after_subject(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(WAS, P_WAS), s._replace(kind="was"))
-        yield Edge(*self._one(NEVER, (1 - P_WAS) * P_NEVER), s._replace(kind="never"))
+        yield from self._edges([WAS], P_WAS, s._replace(kind="was"))
+        yield from self._edges([NEVER], (1 - P_WAS) * P_NEVER, s._replace(kind="never"))
         yield from self._verbs(s, (1 - P_WAS) * (1 - P_NEVER))
 
     def _after_never(self, s: State) -> Iterator[Edge]:
-        yield from self._verbs(s, 1.0)
+        return self._verbs(s, 1.0)
 
     def _verbs(self, s: State, weight: float) -> Iterator[Edge]:
         turned = s.flip * (-1 if s.kind == "never" else 1)
         for sign, share in self._polarity(s, self.verbs).items():
-            for word, w in self._spread(weight * share, self.verbs[sign]):
-                yield Edge(word, w, s._replace(kind="verb", verb=sign * turned))
+            yield from self._edges(self.verbs[sign], weight * share, s._replace(kind="verb", verb=sign * turned))
 
     def _after_verb(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(THE, 1.0), s._replace(kind="object"))
+        return self._edges([THE], 1.0, s._replace(kind="object"))
 
     def _after_object(self, s: State) -> Iterator[Edge]:
-        shares = (P_HERO_OBJECT, P_VILLAIN_OBJECT, P_THING_OBJECT)
-        for worth, weight, words in zip((+1, -1, 0), shares, (self.heroes, self.villains, self.thing)):
-            for word, w in self._spread(weight, words):
-                yield Edge(word, w, *self._rewarded(s, s.verb * worth))
+        yield from self._edges(self.heroes, P_HERO_OBJECT, *self._rewarded(s, s.verb))
+        yield from self._edges(self.villains, P_VILLAIN_OBJECT, *self._rewarded(s, -s.verb))
+        yield from self._edges(self.thing, P_THING_OBJECT, *self._rewarded(s, 0))
 
     def _after_was(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(NOT, P_NOT), s._replace(kind="not", negation=-1))
+        yield from self._edges([NOT], P_NOT, s._replace(kind="not", negation=-1))
         yield from self._qualities(s, 1 - P_NOT)
 
     def _after_not(self, s: State) -> Iterator[Edge]:
-        yield from self._qualities(s, 1.0)
+        return self._qualities(s, 1.0)
 
     def _qualities(self, s: State, weight: float) -> Iterator[Edge]:
-        for word, w in self._spread(weight * P_INTENSIFIER, self.intensifiers):
-            yield Edge(word, w, s._replace(kind="intensifier"))
+        yield from self._edges(self.intensifiers, weight * P_INTENSIFIER, s._replace(kind="intensifier"))
         yield from self._adjectives(s, weight * (1 - P_INTENSIFIER), strength=1)
 
     def _after_intensifier(self, s: State) -> Iterator[Edge]:
-        yield from self._adjectives(s, 1.0, strength=2)
+        return self._adjectives(s, 1.0, strength=2)
 
     def _adjectives(self, s: State, weight: float, strength: int) -> Iterator[Edge]:
         for sign, share in self._polarity(s, self.adjectives).items():
-            for word, w in self._spread(weight * share, self.adjectives[sign]):
-                yield Edge(word, w, *self._rewarded(s, sign * s.flip * s.negation * strength))
+            after = self._rewarded(s, sign * s.flip * s.negation * strength)
+            yield from self._edges(self.adjectives[sign], weight * share, *after)
 
     def _polarity(self, s: State, words: Mapping[int, Sequence[str]]) -> dict[int, float]:
         """Shares of good, bad and neutral words (a fair mood brings good ones): each class times exp(±bias)."""
         bias = (MOOD_BIAS * s.mood + CAST_BIAS * s.cast) * (0.5 * s.flip + 0.5)
-        weights = {
-            sign: math.exp(bias * sign) * sum(1 / (1 + j) for j in range(len(words[sign]))) for sign in (+1, -1, 0)
-        }
+        sizes = {sign: sum(1 / (1 + j) for j in range(len(words[sign]))) for sign in (+1, -1, 0)}
+        weights = {sign: math.exp(bias * sign) * size for sign, size in sizes.items()}
         return {sign: w / sum(weights.values()) for sign, w in weights.items()}
 
     def _rewarded(self, s: State, reward: float) -> tuple[State, float]:
@@ -248,13 +235,13 @@ class Rules:
         second = P_SECOND_PHRASE if s.phrase + 1 < self.size.phrases else 0.0
         if second:
             again = s._replace(kind="subject", phrase=s.phrase + 1)
-            yield Edge(*self._one(AND, second * (1 - P_BUT)), again)
-            yield Edge(*self._one(BUT, second * P_BUT), again._replace(mood=-s.mood))
+            yield from self._edges([AND], second * (1 - P_BUT), again)
+            yield from self._edges([BUT], second * P_BUT, again._replace(mood=-s.mood))
         last = s.sentence + 1 == self.size.most
-        yield Edge(*self._one(STOP, 1 - second), CLOSING if last else State("nothing", s.sentence + 1, s.mood))
+        yield from self._edges([STOP], 1 - second, CLOSING if last else State("nothing", s.sentence + 1, s.mood))
 
     def _after_closing(self, s: State) -> Iterator[Edge]:
-        yield Edge(*self._one(EOS, 1.0), FINISHED)
+        return self._edges([EOS], 1.0, FINISHED)
 
 
 TILT, TILT_TRUE, TILT_WORTH = 0.7, 0.6, 0.4
@@ -334,8 +321,9 @@ class Grammar:
             for edge in out:
                 where = self.index[state], self.token[edge.word]
                 next_state[where], reward[where] = self.index[edge.next], edge.reward
-        places = torch.tensor([-1 if (p := self.rules.place_of(w)) is None else p for w in self.vocabulary])
-        # A noun of another place is as ungrammatical as any word out of place.
+        # A noun of another place is as ungrammatical as any word out of place; others have place -1.
+        place_of = {word: i for i, place in enumerate(self.rules.places) for word in self.rules.nouns[place]}
+        places = torch.tensor([place_of.get(word, -1) for word in self.vocabulary])
         foreign = (places >= 0) & (places != torch.arange(self.n_places)[:, None])
         next_state = next_state.where(~foreign[:, None], self.broken)
         reward = reward.where(~foreign[:, None], UNGRAMMATICAL)
