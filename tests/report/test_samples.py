@@ -54,7 +54,7 @@ def test_wrong_length_is_refused() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "is damaged: Expecting"),
         ("{}", "expected a list of samples"),
         ('[{"prompt": "p"}]', "row 0: not a credit sample"),
         ('[{"chosen": {"tokens": ["a"], "credit": [NaN]}}]', "row 0: field 'chosen.credit': token 0 has no finite"),
@@ -76,7 +76,7 @@ def test_damaged_file(tmp_path: Path, content: str, message: str) -> None:
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "credit_samples.json"
     path.write_bytes(b"\xff\xfe[]")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match="is damaged: Expecting"):
         read_credit_samples(path)
 
 
