@@ -76,7 +76,7 @@ def test_damaged_file(tmp_path: Path, content: str, message: str) -> None:
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "credit_samples.json"
     path.write_bytes(b"\xff\xfe[]")
-    with pytest.raises(DataError, match="is damaged: Expecting"):
+    with pytest.raises(DataError, match="is damaged"):
         read_credit_samples(path)
 
 
