@@ -165,14 +165,15 @@ def load_annotated(
 ) -> PairDataset:
     """An annotated file as a data set to train on; the stored token ids are used as they are.
 
-    If a tokenizer is given, the ids must lie in its vocabulary. The fingerprints are compared by `check_manifest`.
+    If a tokenizer is given, prompts must lie in its vocabulary (docids may lie beyond). `check_manifest` compares the
+    fingerprints.
     """
     path = Path(path)
     check_manifest(path, expected_fingerprints or {})
 
     def within(samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
-            highest = max([*sample.prompt_ids, *(t for c in sample.completions for t in c.ids)], default=0)
+            highest = max(sample.prompt_ids, default=0)
             if tokenizer is not None and highest >= len(tokenizer):
                 raise RunError(f"{path} has token id {highest}, but the tokenizer has only {len(tokenizer)} tokens")
             yield sample
@@ -280,8 +281,9 @@ def digest(columns: Mapping[str, Any]) -> str:
 # The file: a parquet file with every column of the rows and, for pairs, `prompt_ids`, `chosen_ids`, `rejected_ids` and
 # per-token columns `chosen_<name>` and `rejected_<name>` (`<name>` is `token_rewards`, `ref_logps`, ...); rows with one
 # completion have `completion_ids` and `<name>`. Spans are in `chosen_token_spans` and `rejected_token_spans`, because
-# the rows' own `chosen_spans` hold characters. A list of numbers is as long as the list of ids of its completion;
-# tokens that do not count (tool output, user turns) hold 0, and `<role>_counted` says which those are.
+# the rows' own `chosen_spans` hold characters. Further rejected completions have `rejected_2_ids` and so on. A list of
+# numbers is as long as the list of ids of its completion; tokens that do not count (tool output, user turns) hold 0,
+# and `<role>_counted` says which those are.
 
 
 def list_column(parts: Sequence[np.ndarray]) -> pa.Array:
@@ -291,10 +293,14 @@ def list_column(parts: Sequence[np.ndarray]) -> pa.Array:
 
 
 def token_columns(samples: Sequence[Sample], roles: Sequence[str], holes: bool) -> dict[str, pa.Array]:
-    """The exact token ids of the samples, and which tokens count if any of the data set does not."""
+    """The exact token ids of the samples, and which tokens count if any of the data set does not.
+
+    A row that has fewer rejected completions than others has empty lists.
+    """
+    none = Completion([])
     columns = {"prompt_ids": list_column([np.asarray(s.prompt_ids, np.int32) for s in samples])}
     for index, role in enumerate(roles):
-        completions = [s.completions[index] for s in samples]
+        completions = [s.completions[index] if index < len(s.completions) else none for s in samples]
         columns[f"{role}_ids"] = list_column([np.asarray(c.ids, np.int32) for c in completions])
         if holes:
             counted = [np.asarray(c.counted or [True] * len(c.ids), bool) for c in completions]
@@ -381,7 +387,7 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
             completions.append(Completion(tokens.tolist(), None if keep is None else keep.tolist(), columns))
         per_role.append(completions)
     for row, (prompt, raw, *completions) in enumerate(zip(prompts, raws, *per_role, strict=True)):
-        yield Sample(prompt.tolist(), list(completions), row=row, raw=raw)
+        yield Sample(prompt.tolist(), [c for c in completions if c.ids], row=row, raw=raw)
 
 
 def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
@@ -402,12 +408,10 @@ class Job:
 
     @cached_property
     def roles(self) -> tuple[str, ...]:
-        """Names of a row's completions: ("chosen", "rejected") for pairs, else ("completion",)."""
-        first = self.dataset[0]
-        count = f"{len(first.completions)} completions"
-        what = "only pairs and single completions can be annotated"
-        require(len(first.completions) <= 2, DataError, what, row=first.row, value=count, expected="one or two")
-        return ("chosen", "rejected") if len(first.completions) == 2 else ("completion",)
+        """Names of a row's completions: ("chosen", "rejected", "rejected_2", ...) for pairs, else ("completion",)."""
+        most = max(len(s.completions) for s in self.dataset.samples)
+        more = (f"rejected_{i}" for i in range(2, most))
+        return ("chosen", "rejected", *more) if most > 1 else ("completion",)
 
     @cached_property
     def holes(self) -> bool:
@@ -467,9 +471,9 @@ def _compute_shard(job: Job, shard: int, update: Callable[..., None]) -> dict[st
     # Only here: reading a value earlier would stop the GPU after every batch.
     for index, values, batch in results:
         cuts = batch.segments.offsets[1:-1].tolist()
+        sides = [(place, side) for place, i in enumerate(index) for side in range(len(rows[i].completions))]
         for name, tensor in values.items():
-            for position, part in enumerate(np.split(tensor.cpu().numpy(), cuts)):
-                place, side = divmod(position, len(job.roles))
+            for (place, side), part in zip(sides, np.split(tensor.cpu().numpy(), cuts), strict=True):
                 row, column = rows[index[place]], column_name(job.roles[side], name)
                 _check_finite(job, row.row, column, part)
                 if (counted := row.completions[side].counted) is not None:

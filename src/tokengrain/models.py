@@ -50,6 +50,7 @@ from tokengrain.errors import (
     write_json,
 )
 from tokengrain.methods._shaping import Moments
+from tokengrain.scoring.encdec import is_encoder_decoder
 from tokengrain.scoring.model import (
     HEADS,
     TOKEN_CLASSIFIER,
@@ -125,12 +126,17 @@ def load_tokenizer(spec: ModelSpec, path: str) -> Any:
 def load_model(
     spec: ModelSpec, path: str, *, merge_adapter: bool = False, train_adapter: bool = False
 ) -> torch.nn.Module:
-    """The causal language model at `path`; an adapter folder is put on its base, and folded into it or trained."""
+    """The language model at `path`; an adapter folder is put on its base, and folded into it or trained."""
     if is_adapter(path):
         base = load_model(spec, base_of_adapter(path))
         return _with_adapter(base, path, merge_adapter, train_adapter)
-    kind = AutoModelForSeq2SeqLM if load_config(spec, path).is_encoder_decoder else AutoModelForCausalLM
-    return from_files(kind, "model", spec, path)
+    encoder = load_config(spec, path).is_encoder_decoder
+    message = f"decoder_start_id is {spec.decoder_start_id}; expected none, since {path} has no decoder beside an "
+    require(encoder or spec.decoder_start_id is None, ModelError, message + "encoder")
+    model: Any = from_files(AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM, "model", spec, path)
+    for owner in (model.config, model.generation_config) if spec.decoder_start_id is not None else ():
+        owner.decoder_start_token_id = spec.decoder_start_id
+    return model
 
 
 def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: bool = False, **more: Any) -> nn.Module:
@@ -191,7 +197,7 @@ def _merged(adapted: Any, path: str) -> Any:
     lm = adapted.get_base_model()
     tokens = _some_tokens(adapted)
     with library_errors(what), evaluating(adapted):
-        before = adapted(input_ids=tokens).logits.clone()
+        before = _logits(adapted, tokens).clone()
         sides = [lm.get_input_embeddings(), lm.get_output_embeddings()]
         bases = [getattr(m, "base_layer", None) or getattr(m, "original_module", m) for m in sides]
         if None not in sides and any(hasattr(m, "base_layer") or hasattr(m, "modules_to_save") for m in sides):
@@ -199,7 +205,7 @@ def _merged(adapted: Any, path: str) -> Any:
                 bases[1].weight = nn.Parameter(bases[1].weight.detach().clone())
             lm.config.tie_word_embeddings = text_config(lm).tie_word_embeddings = False
         merged = adapted.merge_and_unload()
-        after = merged(input_ids=tokens).logits
+        after = _logits(merged, tokens)
     if before.shape[-1] == 1:  # scores: their spread is over the tokens
         before, after = before.transpose(1, 2), after.transpose(1, 2)
     apart = float(relative_error(after, before).max())
@@ -236,14 +242,14 @@ def merge(path: str, output: str | os.PathLike[str], dtype: str = "auto") -> Pat
     size = vocabulary(merged)
     tokens = torch.arange(0, size, max(1, size // 24))[None, :24]
     with torch.no_grad():
-        before = merged(input_ids=tokens).logits
+        before = _logits(merged, tokens)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".merging-", dir=target.parent))
     try:
         merged.to(getattr(torch, dtype)).save_pretrained(staged)
         load_tokenizer(spec, path).save_pretrained(staged)
         with torch.no_grad():
-            after = load(ModelSpec(path=str(staged)), str(staged)).eval()(input_ids=tokens).logits
+            after = _logits(load(ModelSpec(path=str(staged)), str(staged)).eval(), tokens)
         apart = float((after - before).norm() / before.norm())
         message = f"{path} cannot be merged in {dtype}: the saved model gives other logits"
         message += f" (relative difference {apart:.2g})"
@@ -271,6 +277,13 @@ def trained(model: Any, *, whole: bool = False) -> str:
     message = f"only {own[0][0]} of {kind} would be trained, {shown[0]} of {shown[1]} parameters; "
     require(not heads or not (whole or is_peft(model)), ModelError, message + "expected the other weights too")
     return f"trains {shown[0]} of {shown[1]} parameters"
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    """A model's logits of a text `[1, n]`, which a decoder beside an encoder writes too."""
+    given = {"input_ids": tokens, **({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})}
+    logits: Tensor = model(**given).logits
+    return logits
 
 
 def _some_tokens(adapted: Any) -> Tensor:
@@ -609,13 +622,15 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
     tokenizer.save_pretrained(folder)
     AutoConfig.for_model(model_type).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if encoder := bool(getattr(AutoConfig.for_model(model_type), "is_encoder_decoder", False)):
+        ids |= {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
     config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **values})
     message = f"model.config.vocab_size is {config.vocab_size}; expected at least {len(tokenizer)}, the "
     message += "tokens of the tokenizer (leave it out to get just that)"
     require(config.vocab_size >= len(tokenizer), RecipeError, message)
     _check_size(config)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM).from_config(config)
     if spec.dtype != "auto":
         model = model.to(getattr(torch, spec.dtype))
     model.save_pretrained(folder)
@@ -627,7 +642,8 @@ def _check_size(config: Any) -> None:
     what = f"model.config.num_hidden_layers is {layers}; expected at most {MOST_LAYERS}"
     require(layers <= MOST_LAYERS, RecipeError, what)
     with torch.device("meta"), library_errors("model.config cannot be built"):
-        needed = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        made: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        needed = 4 * sum(p.numel() for p in made.from_config(config).parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes = ", ".join(f"{k} {v}" for k, v in config.to_diff_dict().items() if isinstance(v, int) and v > 2**16)
     what = f"model.config ({sizes}) makes weights of {needed / 2**30:.3g} GiB; expected at most {memory / 2**30:.3g}"

@@ -37,6 +37,9 @@ class ModelSpec(Strict):
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(default="float32", description="type of weights")
     attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2, ...")
+    decoder_start_id: int | None = Field(
+        default=None, ge=0, description="of an encoder-decoder whose config lacks it: the token before every completion"
+    )
     trust_remote_code: bool = Field(default=False, description="run the Python code of a model on the hub")
 
     @model_validator(mode="before")

@@ -24,7 +24,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -601,7 +601,13 @@ class StopStrings:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token, joined the decoded whole: the last token of a character has it, the others ""."""
+    """Text of each token, joined the decoded whole: the last token of a character has it, the others "".
+
+    An id that the tokenizer does not have (a docid's) is shown as its number.
+    """
+    if (size := len(tokenizer)) <= max(ids, default=0):
+        runs = [(known, list(run)) for known, run in groupby(ids, key=lambda i: i < size)]
+        return [t for known, run in runs for t in (token_texts(tokenizer, run) if known else [f" <{i}>" for i in run])]
     texts: list[str] = []
     start = read = 0  # decode only from `start`: the last token that was read whole gives the context for spaces
     for end in range(1, len(ids) + 1):

@@ -305,17 +305,16 @@ def _sample(data: Any, number: int, row: Row, field: str, tokenizer: Any, settin
     if spans or any(row.get(f"{role}_ids") is None for role in roles):
         return _from_text(data, number, row, field, tokenizer, settings)
     _check_tokenizer(tokenizer, data.name)
-    sides, size = [], len(tokenizer)
+    sides, size, ids = [], len(tokenizer), row.get("prompt_ids")
+    highest, wrong = max(ids or (), default=-1), "this is not the tokenizer of the file"
+    known = {"value": f"token id {highest}", "expected": f"ids below {size}, the tokenizer's size"}
+    require(highest < size, DataError, wrong, **where, field="prompt_ids", **known)
     for role in roles:
         tokens, values = list(row[f"{role}_ids"]), list(row[columns[role]])
         _check_numbers(values, len(tokens), gaps=False, **where, field=columns[role])
         counted = row.get(f"{role}_counted")
         numbers = [v if counted is None or counted[i] else None for i, v in enumerate(values)]
-        highest, wrong = max(tokens, default=-1), "this is not the tokenizer of the file"
-        known = {"value": f"token id {highest}", "expected": f"ids below {size}, the tokenizer's size"}
-        require(highest < size, DataError, wrong, **where, field=f"{role}_ids", **known)
         sides.append(Side(token_texts(tokenizer, tokens), numbers))
-    ids = row.get("prompt_ids")
     prompt = tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
     return CreditSample(prompt, field, tuple(sides), number)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from tokengrain import models
+from tokengrain.batch import PromptRole
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.rows import Rows, load_rows, split_rows, with_columns
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
@@ -173,9 +175,12 @@ class RunModels:
         tokenizer = self.tokenizer(model)
         config = models.load_config(model, self.path(model))
         positions = positions_of(config, length_by_hand(self.recipe, stage.data))
-        key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(tokenizer), positions, stage.row_form])
+        role: PromptRole = "encoder" if getattr(config, "is_encoder_decoder", False) else "prefix"
+        form = [positions, stage.row_form, role]
+        key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(tokenizer), *form])
         if key not in self._datasets:
-            made = [stage.prepare(rows, tokenizer, positions) if rows is not None else None for rows in stage.rows()]
+            prepare = partial(stage.prepare, tokenizer=tokenizer, positions=positions, role=role)
+            made = [prepare(rows) if rows is not None else None for rows in stage.rows()]
             for dated in made if self.time is not None else ():
                 if dated is not None:
                     dated.set_time(datetime.fromisoformat(str(self.time)))

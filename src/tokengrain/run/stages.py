@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from tokengrain import models
 from tokengrain.annotation import annotate, check_manifest, is_annotated, load_annotated
-from tokengrain.batch import TokenBatch
+from tokengrain.batch import PromptRole, TokenBatch
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
-from tokengrain.errors import RecipeError, fingerprint, read_json, require, write_json
+from tokengrain.errors import ModelError, RecipeError, fingerprint, read_json, require, write_json
 from tokengrain.method import CREDIT
 from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_data, check_reference
@@ -83,6 +83,7 @@ class Stage:
     makes: ClassVar[str] = "a language model"
 
     training: ClassVar[Any] = {}
+    needs_causal: ClassVar[str] = ""  # why no encoder-decoder will do, where that is so
 
     # What a stage has only where its kind says so.
     objective = property(lambda self: getattr(self.own, "objective", None))
@@ -163,10 +164,11 @@ class Stage:
         """What its rows become; stages of one form share them."""
         return "pairs"
 
-    def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
+    def prepare(self, rows: Any, tokenizer: Any, positions: int | None, role: PromptRole) -> Any:
         """Rows as the data set that the stage reads."""
         make = prepare_pairs if self.row_form == "pairs" else prepare_sft
-        dataset: Any = make(rows, tokenizer, tokenize_config(self.data), model_positions=positions)
+        config = replace(tokenize_config(self.data), prompt_role=role)
+        dataset: Any = make(rows, tokenizer, config, model_positions=positions)
         dataset.max_length = length_by_hand(self.recipe, self.data)
         return dataset.swapped() if self.data.swap_pairs else dataset
 
@@ -179,6 +181,9 @@ class Stage:
         tokenizer = run.tokenizer(self.model)
         config = models.load_config(self.model, run.path(self.model))
         models.check_vocabulary(tokenizer, config, str(self.model.path), str(self.model.path))
+        what = f"{self.model.path} is an encoder-decoder; a stage of kind {self.kind} needs a causal language model, "
+        fits = not (self.needs_causal and getattr(config, "is_encoder_decoder", False))
+        require(fits, ModelError, what + self.needs_causal)
         for role, asked in self.asks.items():
             if asked.spec.stage is None and not asked.own_text:
                 names = f"the policy {self.model.path}", f"the {role} {asked.spec.path}"

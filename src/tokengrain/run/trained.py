@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokengrain import models
+from tokengrain.batch import PromptRole
 from tokengrain.data.rows import Rows
 from tokengrain.errors import (
     DataError,
@@ -71,7 +72,7 @@ from tokengrain.run.stages import (
 )
 from tokengrain.runs import ANSWERS, EQUAL
 from tokengrain.scoring.model import lift_positions, positions
-from tokengrain.scoring.prepare import unwrapped
+from tokengrain.scoring.prepare import prompt_role, unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference
 from tokengrain.settings import load_callable, source_of, validate_settings
 from tokengrain.specs import LoraSpec, ModelSpec, TeacherSpec
@@ -223,7 +224,8 @@ class Trained(Stage):
             return model, None
         if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
             model.name_or_path = str(Path(path).resolve())
-        return model, self.lora_config(self.lora)
+        own = {"task_type": "SEQ_2_SEQ_LM"} if prompt_role(model) == "encoder" else {}
+        return model, self.lora_config(self.lora, **own)
 
     def datasets(self, run: RunModels, settings: Mapping[str, Any], eval_data: str | None) -> tuple[Any, Any]:
         """`(training, held-out or None)`; `eval_data`: held-out rows from another source."""
@@ -427,6 +429,7 @@ class Reward(Trained):
     """Trains a token-level reward model on preference pairs."""
 
     kind = "reward"
+    needs_causal = "whose decoder has read prompt and completion where it scores a token"
     settings = schema.RewardStage
     makes = "a reward model, for a reward or credit {name: reward_model}"
     _starts = (*LANGUAGE, "reward")
@@ -665,6 +668,7 @@ class Online(Policy):
     """Trains on completions that the policy samples itself, scored by reward functions."""
 
     kind = "online"
+    needs_causal = "since samplers go on from a prompt's own tokens"
     settings = schema.OnlineStage
     config = OnlineConfig
     trainer = OnlineTrainer
@@ -805,7 +809,7 @@ class Online(Policy):
             if rows is not None:
                 RewardSuite(rewards).check_golds((*rows.place(place), row) for place, row in rows)
 
-    def prepare(self, rows: Any, tokenizer: Any, positions: int | None) -> Any:
+    def prepare(self, rows: Any, tokenizer: Any, positions: int | None, role: PromptRole) -> Any:
         config, options = tokenize_config(self.data), self.own.prompts.model_dump()
         return PromptDataset.from_rows(rows, tokenizer, config, name=rows.name, **options)
 

@@ -23,6 +23,7 @@ import shutil
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -193,6 +194,8 @@ class PreferenceTrainer(Trainer):
         self.objective: BoundObjective = resolve_objective(objective)
         self.normaliser = make_normaliser(args.normaliser, args.normaliser_constant)
         # By a name for messages; of several evaluation sets one may be called "train".
+        self._role = prompt_role(model)
+        tokenize = replace(tokenize or TokenizeConfig(), prompt_role=self._role)
         samples = partial(as_samples, processing_class, tokenize, self.objective.unit == "pairs")
         several, train_dataset = isinstance(eval_dataset, Mapping), samples(train_dataset)
         eval_dataset = {n: samples(d) for n, d in eval_dataset.items()} if several else samples(eval_dataset)
@@ -203,7 +206,7 @@ class PreferenceTrainer(Trainer):
         check_together(self.objective, use.role if use is not None else None, teacher)
         longest = max((getattr(d, "max_length", None) or 0 for d in self._datasets.values()), default=0)
         lift_positions(unwrapped(model), longest)
-        self._limits, self._role = Limits(model), prompt_role(model)
+        self._limits = Limits(model)
         self._check_data(use)
         self._limits.check_tokenizer(processing_class)
         policy: Any = prepared_policy(model, args, peft_config)
