@@ -34,7 +34,7 @@ lint: setup  ## ruff (lint and format), mypy, docs build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
 
 format: setup  ## Rewrite files to the project's format
 	$(BIN)/ruff check --fix .
@@ -64,7 +64,7 @@ docs-tables: setup  ## Write the tables of README and documentation from the met
 	$(BIN)/python -m tokengrain.tables
 
 docs: docs-tables  ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -6,9 +6,14 @@ import ast
 import importlib
 import importlib.util
 import re
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import tokengrain
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -40,6 +45,23 @@ def test_the_picture_of_a_step_is_the_one_its_script_draws() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "images" / "step.svg").read_text(encoding="utf-8") == module.picture()
+
+
+def test_the_navigation_lists_every_page() -> None:
+    def pages(entries: Any) -> Iterator[str]:
+        for entry in entries:
+            for place in entry.values():
+                yield from [place] if isinstance(place, str) else pages(place)
+
+    config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    listed = list(pages(config["project"]["nav"]))
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md"))
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: tokengrain\.(\w+)$", text, re.MULTILINE)) | set(re.findall(r"^`(\w+)`", text, re.M))
+    assert {*tokengrain.__all__} - {"__version__"} <= named
 
 
 def test_the_readme_keeps_to_its_plan() -> None:

@@ -127,7 +127,8 @@ class Trained(Stage):
 
     def args(self, folder: Path | str) -> Any:
         """The trainer's settings."""
-        given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **self.training}
+        named = {"run_name": f"{Path(self.recipe.output_dir).name}/{self.name}"}
+        given = {**DEFAULTS, **named, "use_cpu": not torch.accelerator.is_available(), **self.training}
         return self.config(output_dir=str(folder), seed=self.recipe.seed, **given)
 
     @cached_property

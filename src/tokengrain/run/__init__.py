@@ -1,0 +1,1 @@
+"""Running recipes: one class per kind of stage, and the run folder."""
