@@ -105,7 +105,7 @@ def test_annotate_then_train(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (("train", "{folder}/nothing.yaml"), "no such recipe file"),
         (("train", "nothing"), "no such recipe file"),
         (("train", "{recipe}", "--data", "{folder}/nothing.jsonl"), "nothing.jsonl"),
-        (("train", "{recipe}", "--model", "{folder}/nothing"), "no tokenizer could be loaded"),
+        (("train", "{recipe}", "--model", "{folder}/nothing"), "nothing; there is no such folder"),
         (("train", "{recipe}", "--model", "world://storys", "--data", "world://stories"), "did you mean 'stories'"),
         (("train", "{recipe}", "--model", "world://stories"), "give --model and --data together"),
         (("train", "dpo", "--data", "{folder}/rows.jsonl"), "give --model and --data together"),

@@ -149,6 +149,7 @@ def shrunk(recipe: Path, changes: dict[str, Any], folder: Path) -> dict[str, Any
     }
     return {
         "extends": str(recipe),
+        "settings": "paper",
         "model": {"config": model, "tokenizer": str(folder / "tokenizer")},
         "data": {"train": str(folder / "rows.jsonl"), "eval_fraction": 0.0},
         **({"lora": {"r": 2, "alpha": 4}} if given.lora is not None else {}),

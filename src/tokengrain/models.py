@@ -326,11 +326,31 @@ def _damaged(path: str) -> str:
 def load_config(spec: ModelSpec, path: str) -> Any:
     """The architecture's config, without the weights."""
     place = base_of_adapter(path) if is_adapter(path) else path
+    is_there = Path(place).is_dir() or not (os.path.isabs(place) or place.startswith((".", "~")))
+    require(is_there, ModelError, f"no model at {place}{_near_path(place)}")
     with library_errors(f"no model at {place}", place):
         config = AutoConfig.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
     if place != path and (saved := adapter_embeddings(path)):
         config.get_text_config().vocab_size = max(saved.values())
     return config
+
+
+def skeleton(spec: ModelSpec, path: str | None) -> nn.Module:
+    """The model of a spec without its numbers, on the meta device; `path` None: one that is built from scratch."""
+    if path is not None:
+        config = load_config(spec, path)
+    else:
+        made = spec.tokenizer or TokenizerSpec()
+        tokens = made.vocab_size if isinstance(made, TokenizerSpec) else len(load_tokenizer(spec, made))
+        values: dict[str, Any] = {"vocab_size": tokens, **(spec.config or {})}
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with library_errors(f"no model could be made of the config in {path}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def parameters(spec: ModelSpec, path: str | None) -> int:
+    """How many parameters the model of a spec has; see `skeleton`."""
+    return sum(weight.numel() for weight in skeleton(spec, path).parameters())
 
 
 def check_vocabulary(tokenizer: Any, config: Any, tokens_of: str, model: str) -> None:

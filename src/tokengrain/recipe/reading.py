@@ -10,6 +10,7 @@
       credit: {kind: annotate, credit: {name: guide, model: "@guide", beta: 0.3}}
       train:  {kind: train, data: "@credit", objective: {name: tgdpo, beta: 0.3, alpha: 0.5}}
     on_world: {...}             # laid over the rest while `model` is a world://
+    settings: paper             # optional: `paper: {...}` fills what is not set; nothing is fitted to rows and model
     extends: other.yaml         # optional: start from another file
 
 Relative paths of data and models are relative to the working directory; `extends` to the recipe's own folder.
@@ -127,9 +128,9 @@ def model_path(model: Any) -> str | None:
 
 
 def resolve(values: Values, model: str | None, data: str | None, overrides: Sequence[tuple[list[str], Any]]) -> Values:
-    """Apply `--model`, `--data`, `on_world` (only where the model is a world by then) and the overrides.
+    """Apply `--model`, `--data`, `paper`, `on_world` (only where the model is a world by then) and the overrides.
 
-    Overrides, as (path of keys, value), win over `on_world`, which wins over the rest.
+    Overrides, as (path of keys, value), win over `on_world`, which wins over the rest, which wins over `paper`.
     """
     values = copy.deepcopy(values)
     replaced = {"model": (model, ("path", "config", "tokenizer")), "data": (data, ("train", "eval"))}
@@ -142,11 +143,11 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
         _check_same_kind(values)
     # What decides whether `on_world` counts comes first; the rest once, on top of all: a list that `on_world` replaces
     # has its entries only then, and another name drops the settings of `on_world` too.
-    early = ("model", "on_world")
+    early = ("model", "on_world", "settings", "paper")
     for keys, value in overrides:
         if keys[0] in early:
             set_path(values, keys, value)
-    values = _on_world(values, data)
+    values = _on_world(_with_paper(values), data)
     for keys, value in overrides:
         if keys[0] not in early:
             set_path(values, keys, value)
@@ -164,17 +165,31 @@ def _check_same_kind(values: Values) -> None:
     require(len(toys) != 1, RecipeError, f"{what}: {why}")
 
 
+def _block(values: Values, name: str) -> Values:
+    """Settings for a case of their own, taken out of the recipe."""
+    block = values.pop(name, None) or {}
+    require(isinstance(block, dict), RecipeError, f"{name}: got {shown(block)}; expected a mapping of settings")
+    for key in ("model", "on_world", "paper", "settings", "extends"):
+        where = f"{name}.{key}"
+        require(key not in block, RecipeError, f"{where}: cannot be set there; set it at the top of the recipe")
+    return block
+
+
+def _with_paper(values: Values) -> Values:
+    """`values` without `paper`, which fills what is not set if the recipe asks for the paper's settings."""
+    paper = _block(values, "paper")
+    if values.get("settings") != "paper":
+        return values
+    stages = {name: stage for name, stage in paper.get("stages", {}).items() if name in values.get("stages", {})}
+    return merge({**paper, "stages": stages}, values)
+
+
 def _on_world(values: Values, data: str | None) -> Values:
     """`values` without `on_world`, which is laid over the rest if the model is a world."""
-    on_world = values.pop("on_world", None)
-    mapping = on_world is None or isinstance(on_world, dict)
-    require(mapping, RecipeError, f"on_world: got {shown(on_world)}; expected a mapping of settings")
+    on_world = _block(values, "on_world")
     path = model_path(values.get("model"))
     if not on_world or path is None or not path.startswith(WORLD):
         return values
-    for key in ("model", "on_world", "extends"):
-        where = f"on_world.{key}"
-        require(key not in on_world, RecipeError, f"{where}: cannot be set there; set it at the top of the recipe")
     if data is not None and isinstance(on_world.get("data"), dict):
         on_world = {**on_world, "data": {k: v for k, v in on_world["data"].items() if k not in ("train", "eval")}}
     base = dict(values)

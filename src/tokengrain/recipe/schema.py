@@ -194,6 +194,11 @@ class Recipe(Strict):
     output_dir: str = Field(description="the run folder")
     seed: int = Field(default=0, ge=0, lt=2**32, description="order of the rows, held-out rows, dropout, new weights")
     lora: LoraSpec | None = Field(default=None, description="train LoRA adapters instead of all weights")
+    settings: Literal["fitted", "paper"] = Field(
+        default="fitted",
+        description="fitted: rate, batch, epochs and warm-up that are not set follow from rows and model (not in a "
+        "world); paper: those that the method was published with",
+    )
     training: dict[str, Any] = Field(
         default_factory=dict, description="PreferenceConfig (all of transformers' TrainingArguments), for all stages"
     )

@@ -271,8 +271,7 @@ def _stage(stage: runs.StageRecord) -> dict[str, Any]:
     """A stage's part of the summary: its name, kind, seconds and held-out numbers before and after."""
     metrics = stage.metrics
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    if "comparison" in before or abs(before.get("rewards/margins", 1.0)) < 1e-6:  # the policy still is its reference
-        before = {k: EQUAL if "accura" in k and not k.endswith(("_low", "_high")) else v for k, v in before.items()}
+    before, after = _unequal(before), _unequal(after)
     return {
         "name": stage.name,
         "kind": stage.kind,
@@ -290,6 +289,13 @@ def _answers(stage: runs.StageRecord) -> list[tuple[str, str, str]]:
     if not all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in parts):
         return []
     return [(visible(prompt), visible(start), visible(end)) for prompt, start, end in zip(*parts, strict=False)]
+
+
+def _unequal(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metrics without an accuracy of a policy that still is its reference."""
+    if "comparison" not in metrics and abs(metrics.get("rewards/margins", 1.0)) >= 1e-6:
+        return metrics
+    return {k: EQUAL if "accura" in k and not k.endswith(("_low", "_high")) else v for k, v in metrics.items()}
 
 
 def _note(stage: runs.StageRecord) -> str:

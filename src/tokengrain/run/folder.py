@@ -32,6 +32,7 @@ from tokengrain.errors import (
     write_text,
 )
 from tokengrain.recipe.schema import INIT, Recipe, dump_recipe
+from tokengrain.run.fit import Outlook, fit
 from tokengrain.run.load import resolve_stages
 from tokengrain.run.stages import Stage
 from tokengrain.runs import FORMAT, TRAINED, Run, StageRecord, Status, is_run, read_run, read_stage, resume_command
@@ -49,6 +50,7 @@ class StagePlan:
     stage: Stage
     path: Path
     settings: dict[str, Any]  # what decides its result: settings, and fingerprints of its inputs
+    outlook: Outlook | None = None  # of one that trains
     record: StageRecord | None = None  # what is on disk, if it was started before with the same settings
     action: Action = "run"
 
@@ -57,16 +59,19 @@ class StagePlan:
         return fingerprint(self.settings)
 
 
-def make_plan(recipe: Recipe, *, overwrite: bool = False) -> list[StagePlan]:
+def make_plan(recipe: Recipe, *, overwrite: bool = False, processes: int = 1) -> list[StagePlan]:
     """Decide for every stage whether it runs, resumes or is reused. Reads, and changes nothing.
 
+    The stages have the settings that were fitted to rows and model (`fit`), and so has their `recipe`.
     Raises `RunError`, saying what differs, if the run folder holds something else and is not to be overwritten.
     """
+    recipe, outlooks = fit(recipe, processes)
     run_dir = Path(recipe.output_dir)
     plans: list[StagePlan] = []
     for stage in resolve_stages(recipe):
         above = {plan.stage.name: plan.fingerprint for plan in plans}
-        plans.append(StagePlan(stage, run_dir / stage.name, stage.decides(run_dir, above)))
+        settings, outlook = stage.decides(run_dir, above), outlooks.get(stage.name)
+        plans.append(StagePlan(stage, run_dir / stage.name, settings, outlook))
     _check_folder(recipe, plans, overwrite)
     for plan in plans:
         record = read_stage(plan.path)

@@ -77,10 +77,12 @@ def run_recipe(
 def _run(
     recipe: Recipe, state: Any, console: Console, *, overwrite: bool, dry_run: bool, until: str | None
 ) -> RunResult:
-    plans = make_plan(recipe, overwrite=overwrite)
+    plans = make_plan(recipe, overwrite=overwrite, processes=state.num_processes)
+    recipe = plans[0].stage.recipe
     wanted = plans[: 1 + [p.stage.name for p in plans].index(until)] if until is not None else plans
     stages = [(p.stage.name, p.stage.kind, p.stage.describe(), p.action) for p in wanted]
     show.print_plan(console, f"{recipe.method}: {recipe.output_dir}", stages)
+    show.print_outlooks(console, {p.stage.name: p.outlook for p in wanted if p.outlook is not None})
     state.wait_for_everyone()
     if dry_run:
         for plan in wanted:
@@ -195,7 +197,7 @@ def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, consol
     final, weights = found_run.final_stage, str(found_run.model_path)
     recipe = load_recipe(found_run.path / "recipe.yaml", output=found_run.path)
     plan = next(p for p in make_plan(recipe) if p.stage.name == final.name)
-    stage = plan.stage
+    stage, recipe = plan.stage, plan.stage.recipe
     assert isinstance(stage, Trained)  # `final_stage` is one
     require(
         samples is None or stage.in_world or stage.samples_rows,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def print_plan(console: Console, title: str, stages: Iterable[tuple[str, str, st
     console.print(table)
 
 
+def print_outlooks(console: Console, outlooks: Mapping[str, Any]) -> None:
+    """What each stage that trains will do: rows, batch, steps, rate; and what was chosen for it, with the reason."""
+    for name, found in outlooks.items():
+        console.print(f"{name}: {found}", highlight=False, markup=False)
+    for reasons in dict.fromkeys(found.reasons for found in outlooks.values()):
+        if reasons:
+            console.print(f"chosen here: {reasons}", highlight=False, markup=False, style="dim")
+
+
 def print_rows(console: Console, what: str, dataset: Any) -> None:
     """How many rows were skipped, cut or without a span, if any were."""
     report = getattr(dataset, "report", None)
@@ -37,7 +47,7 @@ def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> No
     parts = [f"{seconds:.0f} s"]
     after = metrics.get("after", {})
     if "accuracy" in after:
-        parts.append(f"held-out accuracy {with_interval(after)}")
+        parts.append(f"held-out accuracy {_accuracy(after)}")
     elif "reward" in after:
         parts.append(f"held-out reward {with_interval(after, 'reward')}")
     elif "perplexity" in after:
@@ -59,6 +69,11 @@ def with_interval(metrics: dict[str, Any], name: str = "accuracy") -> str:
     if f"{name}_low" not in metrics:
         return f"{value:.3f}"
     return f"{value:.3f} (95 % CI {metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f})"
+
+
+def _accuracy(metrics: dict[str, Any]) -> str:
+    """Of a policy that still is its reference it is no number."""
+    return str(metrics.get("comparison") or with_interval(metrics))
 
 
 _ROWS = {
@@ -87,9 +102,8 @@ def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
         shown = name
         for key, title in _ROWS.items():
             if key in after:
-                old = with_interval(before, key) if key in before else ""
-                old = before.get("comparison", old) if key == "accuracy" else old
-                table.add_row(shown, title, old, with_interval(after, key))
+                shape = _accuracy if key == "accuracy" else partial(with_interval, name=key)
+                table.add_row(shown, title, shape(before) if key in before else "", shape(after))
                 shown = ""
     if table.row_count:
         console.print(table, highlight=False)
@@ -150,7 +164,9 @@ class ShowProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        numbers = "  ".join(f"{title} {logs[key]:.3f}" for key, title in SHOWN.items() if logs and key in logs)
+        tied = logs is not None and logs.get("rewards/margins") == 0  # nobody prefers either side of a pair yet
+        shown = {k: title for k, title in SHOWN.items() if logs and k in logs and not (tied and "accura" in k)}
+        numbers = "  ".join(f"{title} {logs[key]:.3f}" for key, title in shown.items() if logs)
         if not numbers or not state.is_world_process_zero or self.console.quiet:
             return
         if self._bar is not None:

@@ -341,6 +341,18 @@ def first_pairs(dataset: Any) -> TokenBatch:
     return TokenBatch.from_samples([dataset[i] for i in range(min(SAMPLED_PAIRS, len(dataset)))])
 
 
+def same_rewards(file: Path) -> float | None:
+    """The one token reward that all counted tokens of an annotated file have; None if there are several."""
+    dataset = load_annotated(file)
+    values = (torch.tensor(c.columns["token_rewards"]) for sample in dataset.samples for c in sample.completions)
+    found: set[float] = set()
+    for part in values:
+        found |= set(part.unique().tolist())
+        if len(found) > 1:
+            return None
+    return found.pop() if found else None
+
+
 class Annotate(Stage):
     """Runs a credit source over the rows and stores one number per token."""
 
@@ -410,4 +422,9 @@ class Annotate(Stage):
             batch = first_pairs(load_annotated(files[1] if files[1].exists() else files[0]))
             name = f"credit: {self.credit.get('name')}"
             store_credit(run, self, batch, name, batch.columns["token_rewards"])
+            if (same := same_rewards(files[0])) is not None:
+                run.console.print(
+                    f"  [yellow]warning:[/] every token reward is {same:g}, so no token is told from another. Is the "
+                    "model that the credit asks the same as its reference, or was it trained at all?"
+                )
         return {"rows": counts}

@@ -154,6 +154,9 @@ class Trained(Stage):
             self.check_objective(self.bound)
         if len(found.lines) == before:
             self.check_parts(where, self.bound, found)
+            if self.data.swap_pairs and self.row_form != "pairs":
+                what = "swap_pairs is true, but the stage reads no pairs, so nothing would be exchanged"
+                found.add(f"{where}.data", f"{what}; expected a stage that does, or none")
 
     def check_objective(self, objective: BoundObjective) -> None:
         """Raises `RecipeError` unless a stage of this kind can train with the objective."""
@@ -197,18 +200,20 @@ class Trained(Stage):
 
     lora_config: Any = staticmethod(models.lora_config)
 
-    def compared(self, before: dict[str, Any], reference: Any, rounding: float | None) -> dict[str, Any]:
-        """Metrics before training; of a policy that still is its reference, no pair is preferred: all are ties.
+    def compared(
+        self, metrics: dict[str, Any], reference: Any, rounding: float | None = None, *, before: bool = False
+    ) -> dict[str, Any]:
+        """Metrics of held-out rows; of a policy that still is its reference, no pair is preferred: all are ties.
 
-        Where an annotate stage stored the starting model's log-probabilities, only rounding is left between the two:
-        `rounding`, nats per completion (root mean square).
+        Before training, where an annotate stage stored the starting model's log-probabilities, only rounding is left
+        between the two: `rounding`, nats per completion (root mean square).
         """
-        stored = self.data.stage is not None and isinstance(reference, ColumnReference)
-        if before.get("rewards/margins") != 0 and not stored:
-            return before
-        tie = {key: 0.0 if key.endswith("_low") else 1.0 if key.endswith("_high") else 0.5 for key in before}
+        stored = before and self.data.stage is not None and isinstance(reference, ColumnReference)
+        if metrics.get("rewards/margins") != 0 and not stored:
+            return metrics
+        tie = {key: 0.0 if key.endswith("_low") else 1.0 if key.endswith("_high") else 0.5 for key in metrics}
         noise = {"rounding": rounding} if stored and rounding is not None else {}
-        return before | {k: v for k, v in tie.items() if "accura" in k} | {"comparison": EQUAL} | noise
+        return metrics | {k: v for k, v in tie.items() if "accura" in k} | {"comparison": EQUAL} | noise
 
     def policy(self, run: RunModels, weights: str | None) -> tuple[Any, Any]:
         """`(model, configuration of a new adapter or None)`; see `build`. An adapter that exists is trained on."""
@@ -289,7 +294,7 @@ class Trained(Stage):
             metrics["held_out"] = len(trainer.eval_dataset)  # how many rows an interval is of
         if has_eval and "before" not in metrics:
             before = plain_metrics(trainer.evaluate())
-            metrics["before"] = self.compared(before, trainer.reference, trainer.log_ratio_rms)
+            metrics["before"] = self.compared(before, trainer.reference, trainer.log_ratio_rms, before=True)
             if main:
                 write_json(metrics_file, metrics)
         said = read_json(folder / ANSWERS) if checkpoint and (folder / ANSWERS).exists() else {}
@@ -307,7 +312,7 @@ class Trained(Stage):
             raise KeyboardInterrupt
         metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
         if has_eval:
-            metrics["after"] = plain_metrics(trainer.evaluate())
+            metrics["after"] = self.compared(plain_metrics(trainer.evaluate()), trainer.reference, before=False)
         metrics |= self.save(run, trainer, folder / "model")
         if main:
             facts: dict[str, Any] = {
@@ -350,7 +355,8 @@ class Trained(Stage):
         """The objective's metrics of the held-out rows, if there are any."""
         if trainer.eval_dataset is None:
             return {}
-        return {"objective": trainer.objective.describe(), "held_out": plain_metrics(trainer.evaluate())}
+        metrics = self.compared(plain_metrics(trainer.evaluate()), trainer.reference, before=False)
+        return {"objective": trainer.objective.describe(), "held_out": metrics}
 
     def world_numbers(self, run: RunModels, model: Any, weights: str, samples: int | None) -> dict[str, Any]:
         """What the world says of the model, and of the one that the run started from."""

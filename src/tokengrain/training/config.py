@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+import torch
 from torch.utils.data import IterableDataset
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from tokengrain.batch import Sample
@@ -188,6 +189,22 @@ def endless(dataset: Any, args: PreferenceConfig) -> Any:
     what = f"dataloader_num_workers is {args.dataloader_num_workers}; each of them would read the whole stream"
     require(args.dataloader_num_workers <= 1, RecipeError, f"{what}. Expected 0 or 1, or rows in memory")
     return RepeatedStream(dataset)
+
+
+def check_rate(args: PreferenceConfig, steps: int, where: str = "training") -> None:
+    """Raises `RecipeError` if the learning rate is 0 at every one of so many optimiser steps."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.SGD([weight], lr=float(args.learning_rate))
+    warmup, more = args.get_warmup_steps(steps), cast(Any, args.lr_scheduler_kwargs)
+    schedule: Any = get_scheduler(args.lr_scheduler_type, optimiser, warmup, steps, scheduler_specific_kwargs=more)
+    for _ in range(steps if args.learning_rate else 0):
+        if optimiser.param_groups[0]["lr"] > 0:
+            return
+        optimiser.step()
+        schedule.step()
+    what = f"{where}: the learning rate is 0 at every one of {steps} steps, so nothing would be learned"
+    how = f"learning_rate {args.learning_rate:g}, {warmup} steps of warm-up"
+    raise RecipeError(f"{what} ({how}); expected a smaller batch, more epochs or warmup_steps: 0")
 
 
 def refuse_epochs(args: PreferenceConfig, reason: str) -> None:

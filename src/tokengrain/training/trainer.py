@@ -90,7 +90,7 @@ from tokengrain.training.checkpoint import (
     rotate,
     staged_folder,
 )
-from tokengrain.training.config import PreferenceConfig, endless, launched_with
+from tokengrain.training.config import PreferenceConfig, check_rate, endless, launched_with
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
 from tokengrain.training.loss import CreditUse, PreferenceLoss, resolve_credit, resolve_objective
 from tokengrain.training.step import (
@@ -226,6 +226,7 @@ class PreferenceTrainer(Trainer):
         what = "fsdp is set, which needs several processes (torchrun, accelerate launch); got one"
         require(not args.fsdp or args.world_size > 1, RecipeError, what)
         self._reset_step()
+        self._own_schedule = "optimizers" not in kwargs
         kwargs |= {"train_dataset": endless(train_dataset, args), "eval_dataset": eval_dataset}
         collate: Any = self._collate  # to batches that are no dicts
         super().__init__(policy, args, data_collator=collate, processing_class=processing_class, **kwargs)
@@ -549,7 +550,12 @@ class PreferenceTrainer(Trainer):
         return naming_lost_ranks(self._peers)
 
     def on_train_begin(self) -> None:
-        """Called before the first step: takes up the sums of losses that transformers starts at 0."""
+        """Called before the first step, which must not be without effect, like all after it.
+
+        Takes up the sums of losses that transformers starts at 0.
+        """
+        if self._own_schedule:
+            check_rate(self.args, self.state.max_steps)
         if self._resumed_loss is not None:
             self._total_loss_scalar, since = self._resumed_loss
             self._tr_loss += since

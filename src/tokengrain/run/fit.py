@@ -1,0 +1,233 @@
+"""What follows from rows, model and device where a recipe does not say: rate, batch, epochs, warm-up, precision.
+
+docs/fitting.md has the reasons and the sources of the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokengrain import models
+from tokengrain.errors import fingerprint
+from tokengrain.recipe.schema import Recipe
+from tokengrain.run.build import locate, open_rows
+from tokengrain.run.load import resolve_stages
+from tokengrain.run.trained import Online, Trained
+from tokengrain.specs import ModelSpec
+from tokengrain.training.config import check_rate
+
+STEPS = 50  # a stage has at least so many optimiser steps, where its rows allow
+EPOCHS = 4  # a small set is gone through at most so often
+SEEN = 400  # rows are repeated, at most EPOCHS times, until so many were seen
+BATCH = 128  # pairs per step, at most: the batch of most published preference runs
+COMPLETIONS = 8, 256  # of a rollout: at least, at most
+RATES = {"train": 5e-7, "online": 1e-6, "reward": 5e-6, "sft": 1e-5}  # for all weights of 8 billion parameters
+LORA = 10  # times the rate of all weights
+LARGEST_RATE = 1e-3
+
+
+def learning_rate(kind: str, parameters: int, *, lora: bool) -> float:
+    """The rate of a kind of stage for a model of so many parameters, to two digits."""
+    rate = RATES[kind] * (8e9 / parameters) ** 0.6 * (LORA if lora else 1)
+    return float(f"{min(rate, LARGEST_RATE):.1e}")
+
+
+@dataclass
+class Outlook:
+    """What a stage that trains will do, as far as it is known before; `chosen`: what was fitted for it, and to what."""
+
+    rows: int | None = None
+    held_out: int | None = None
+    parameters: int = 0
+    chosen: dict[str, str] = field(default_factory=dict)
+    args: Any = None  # the trainer's settings, with everything fitted
+    steps: int | None = None
+
+    def __str__(self) -> str:
+        """`54 rows, 6 held out; batch 4, 4 epochs: 56 steps, 5 of warm-up; rate 5.8e-06`."""
+        args, parts = self.args, []
+        if self.rows is not None:
+            parts.append(f"{self.rows} rows" + (f", {self.held_out} held out" if self.held_out else ""))
+        work = f"batch {_pairs(args)}" if not hasattr(args, "prompts_per_rollout") else _rollout(args)
+        if self.steps is not None:
+            epochs = f", {args.num_train_epochs:g} epochs" if args.max_steps <= 0 and args.num_train_epochs != 1 else ""
+            warm = args.get_warmup_steps(self.steps)
+            work += f"{epochs}: {self.steps} steps" + (f", {warm} of warm-up" if warm else "")
+        return "; ".join([*parts, work, f"rate {float(args.learning_rate):.2g}"])
+
+    @property
+    def reasons(self) -> str:
+        """`chosen: batch and epochs for at least 50 steps; rate for all weights of 134.5 M parameters`."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.chosen.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join(f"{' and '.join(names)} {reason}" for reason, names in by_reason.items())
+
+
+def _pairs(args: Any) -> int:
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _rollout(args: Any) -> str:
+    several = f" x {args.num_generations} completions" if args.num_generations > 1 else ""
+    each = f", {args.steps_per_rollout} steps each" if args.steps_per_rollout > 1 else ""
+    return f"rollouts of {args.prompts_per_rollout} prompts{several}{each}"
+
+
+def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]:
+    """`(the recipe with what was fitted, what each stage that trains will do)`.
+
+    A world's recipes and the papers' settings are left as they are. Raises `RecipeError` for a stage whose learning
+    rate would be 0 at every step, and what reading rows and the model's config raises.
+    """
+    own = not recipe.model.is_world
+    fits = own and recipe.settings == "fitted"
+    if fits and not {"bf16", "fp16", "use_cpu"} & set(recipe.training) and _computes_in_bf16():
+        recipe = recipe.model_copy(update={"training": {**recipe.training, "bf16": True}})
+    outlooks: dict[str, Outlook] = {}
+    stages = dict(recipe.stages)
+    counts: dict[str, tuple[int | None, int | None]] = {}
+    sizes: dict[str, int] = {}
+    for stage in resolve_stages(recipe):
+        if isinstance(stage, Trained):
+            found = outlooks[stage.name] = Outlook()
+            if own:
+                found.rows, found.held_out = _count(stage, counts)
+                found.parameters = _size(stage, recipe, sizes)
+            if fits:
+                stages[stage.name] = _fitted(stage, found, processes)
+    recipe = recipe.model_copy(update={"stages": stages})
+    for stage in resolve_stages(recipe):
+        if isinstance(stage, Trained):
+            found = outlooks[stage.name]
+            found.args = stage.args("unused")
+            found.steps = _steps(found.args, found.rows)
+            if found.steps is not None:
+                check_rate(found.args, found.steps, f"stages.{stage.name}")
+    return recipe, outlooks
+
+
+def _computes_in_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _count(stage: Trained, known: dict[str, tuple[int | None, int | None]]) -> tuple[int | None, int | None]:
+    """How many rows there are to train on, and how many are held out; None of a stream, whose length is not known."""
+    data = stage.data if stage.data.stage is None else stage.above[stage.data.stage].data
+    prompts = isinstance(stage, Online)
+    if (key := fingerprint([data.model_dump(), prompts])) not in known:
+        rows = open_rows(data, stage.recipe.seed, prompts=prompts)
+        train, held_out = (len(part) if isinstance(part, Sized) else None for part in rows)
+        known[key] = train, held_out
+    return known[key]
+
+
+def _size(stage: Trained, recipe: Recipe, known: dict[str, int]) -> int:
+    """Parameters of the model that the stage starts from."""
+    spec: ModelSpec = stage.existing.model if stage.existing.model.stage is None else recipe.model
+    if (key := fingerprint(spec.model_dump())) not in known:
+        known[key] = models.parameters(spec, None if spec.path is None else locate(spec, Path(recipe.output_dir)))
+    return known[key]
+
+
+def _fitted(stage: Trained, found: Outlook, processes: int) -> Any:
+    """The stage's own settings with those that it lacks."""
+    given, lora = stage.training, stage.lora is not None
+    made: dict[str, Any] = {}
+    if found.rows is not None:
+        chosen = fit_rollout if isinstance(stage, Online) else fit_batch
+        made |= chosen(given, found, processes)
+    weights = f"for {'LoRA' if lora else 'all weights'} of {found.parameters / 1e6:.4g} M parameters"
+    if "learning_rate" not in given:
+        made["learning_rate"] = learning_rate(stage.kind, found.parameters, lora=lora)
+        found.chosen["rate"] = weights
+    own = stage.own.model_copy(update={"training": {**stage.own.training, **made}})
+    if getattr(own, "critic", None) is not None and "lr" not in own.critic:
+        rate = learning_rate("reward", found.parameters, lora=False)
+        found.chosen[f"the critic's rate {rate:g}"] = weights
+        own = own.model_copy(update={"critic": {**own.critic, "lr": rate}})
+    return own
+
+
+def _epochs(given: dict[str, Any], rows: int, made: dict[str, Any], chosen: list[str]) -> float:
+    if "num_train_epochs" in given:
+        return float(given["num_train_epochs"])
+    epochs = min(EPOCHS, max(1, math.ceil(SEEN / rows)))
+    if given.get("max_steps", -1) <= 0:
+        made["num_train_epochs"] = epochs
+        chosen.append("epochs")
+    return epochs
+
+
+def _largest(most: int, enough: Any) -> int:
+    """The largest power of 2, at most `most`, that is `enough`; else 1."""
+    return next((2**i for i in reversed(range(most.bit_length())) if 2**i <= most and enough(2**i)), 1)
+
+
+def fit_batch(given: dict[str, Any], found: Outlook, processes: int) -> dict[str, Any]:
+    """Batch, epochs and warm-up of a stage that learns from rows."""
+    made: dict[str, Any] = {}
+    chosen: list[str] = []
+    rows, epochs = found.rows or 1, _epochs(given, found.rows or 1, made, chosen)
+    device, accumulated = given.get("per_device_train_batch_size"), given.get("gradient_accumulation_steps")
+    if device is None:
+        pairs = _largest(BATCH, lambda size: epochs * math.ceil(rows / size) >= STEPS)
+        share = max(1, pairs // processes // (accumulated or 1))
+        device = share if accumulated else min(share, 8)
+        made["per_device_train_batch_size"] = device
+        if accumulated is None:
+            made["gradient_accumulation_steps"] = accumulated = max(1, share // device)
+        chosen.insert(0, "batch")
+    steps = given.get("max_steps", -1)
+    if steps <= 0:
+        steps = math.ceil(epochs * _steps_per_epoch(rows, device * processes, accumulated or 1))
+    return made | _fit_warmup(given, found, chosen, steps, steps // 10)
+
+
+def fit_rollout(given: dict[str, Any], found: Outlook, processes: int) -> dict[str, Any]:
+    """Prompts per rollout, epochs and warm-up of a stage that learns from samples."""
+    made: dict[str, Any] = {}
+    chosen: list[str] = []
+    rows, epochs = found.rows or 1, _epochs(given, found.rows or 1, made, chosen)
+    generations, cuts = given.get("num_generations", 8), given.get("minibatches", 1) * processes
+    each = given.get("minibatches", 1) * given.get("rollout_epochs", 1)
+    prompts = given.get("prompts_per_rollout")
+    if prompts is None:
+        least, most = (max(1, math.ceil(count / generations)) for count in COMPLETIONS)
+        size = _largest(max(most, 1), lambda size: epochs * rows / size * each >= STEPS)
+        prompts = made["prompts_per_rollout"] = math.ceil(max(size, least) / cuts) * cuts
+        chosen.insert(0, "prompts per rollout")
+    steps = given.get("max_steps", -1)
+    steps = steps if steps > 0 else math.ceil(epochs * rows / prompts) * each
+    return made | _fit_warmup(given, found, chosen, steps, min(10, steps // 10))
+
+
+def _fit_warmup(given: dict[str, Any], found: Outlook, chosen: list[str], steps: int, warmup: int) -> dict[str, Any]:
+    """Also how often the log gets an entry: a curve has at least 20 points."""
+    if chosen:
+        enough = f"for at least {STEPS} steps" if steps >= STEPS else "as far as the rows go"
+        found.chosen[" and ".join(chosen)] = enough
+    fits = {"warmup_steps": warmup, "logging_steps": max(1, min(10, steps // 20))}
+    return {name: value for name, value in fits.items() if name not in given}
+
+
+def _steps_per_epoch(rows: int, batch: int, accumulated: int) -> int:
+    return max(1, math.ceil(math.ceil(rows / batch) / accumulated))
+
+
+def _steps(args: Any, rows: int | None) -> int | None:
+    """Optimiser steps, as the trainers count them; None where the rows are not known."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    if rows is None:
+        return None
+    if hasattr(args, "prompts_per_rollout"):
+        return math.ceil(args.num_train_epochs * rows / args.prompts_per_rollout) * int(args.steps_per_rollout)
+    batch = args.per_device_train_batch_size * args.world_size
+    return math.ceil(args.num_train_epochs * _steps_per_epoch(rows, batch, args.gradient_accumulation_steps))

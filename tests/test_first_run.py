@@ -1,0 +1,247 @@
+"""The first hour: on 60 rows of one's own and a small model, every recipe learns in one command, without settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tokengrain
+from tokengrain.cli import main
+from tokengrain.errors import RecipeError
+from tokengrain.models import train_tokenizer
+from tokengrain.run.fit import Outlook, fit, fit_batch, fit_rollout, learning_rate
+from tokengrain.specs import TokenizerSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = sorted(
+    path.stem
+    for path in (ROOT / "recipes").glob("*.yaml")
+    if all(stage.kind != "online" for stage in tokengrain.load_recipe(path).stages.values())
+)
+QUICK = ("dpo", "qrm", "simpo")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOUNS = ["cat", "dog", "bird", "fish", "tree", "house", "river", "stone", "cloud", "lamp", "door", "road"]
+ENDS = ("and small", "and old", "and green", "today", "in the rain")
+CHAT = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `my/sft-model`, a llama of 0.2 M random parameters, and 60 rows in `pairs.jsonl`."""
+    folder = tmp_path_factory.mktemp("mine")
+    rows = [
+        {"prompt": f"Tell me about the {noun}.", "chosen": f" It is kind {end}.", "rejected": f" It is rude {end}."}
+        for noun in NOUNS
+        for end in ENDS
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer(TokenizerSpec(vocab_size=400), (text for row in rows for text in row.values()))
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder / "my" / "sft-model")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids))
+    model.save_pretrained(folder / "my" / "sft-model")
+    return folder
+
+
+def run(recipe: str, mine: Path, output: Path, **more: Any) -> Any:
+    model, data = str(mine / "my" / "sft-model"), str(mine / "pairs.jsonl")
+    return tokengrain.train(recipe, model=model, data=data, output=output, quiet=True, **more)
+
+
+def check_learned(stage: dict[str, Any], log: list[dict[str, Any]]) -> None:
+    """At least 50 steps, a falling loss with 20 points, and held-out pairs told apart (or a teacher come nearer)."""
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    few = len(losses) // 4
+    before, after = stage["before"], stage["after"]
+    assert stage["train"]["steps"] >= 50
+    assert len(losses) >= 20
+    assert sum(losses[-few:]) < sum(losses[:few])
+    assert after["loss"] < before["loss"]
+    if "rewards/margins" in after:
+        assert after["rewards/margins"] > max(0.0, before["rewards/margins"])
+        assert after["accuracy"] == 1.0
+    else:
+        assert after["kl/teacher"] < before["kl/teacher"]
+
+
+@pytest.mark.parametrize(
+    "recipe", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OFFLINE]
+)
+def test_every_offline_recipe_learns_without_settings(recipe: str, mine: Path, tmp_path: Path) -> None:
+    run(recipe, mine, tmp_path / "run")
+    for stage in tokengrain.read_run(tmp_path / "run").stages:
+        if stage.kind != "annotate":
+            check_learned(stage.metrics, stage.log())
+
+
+@pytest.mark.slow
+def test_adapters_learn_without_settings(mine: Path, tmp_path: Path) -> None:
+    run("dpo", mine, tmp_path / "run", lora={"r": 8})
+    (stage,) = tokengrain.read_run(tmp_path / "run").stages
+    check_learned(stage.metrics, stage.log())
+
+
+def test_the_first_command_of_the_readme_as_it_is_printed(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(mine)
+    (line,) = (text for text in README.splitlines() if text.startswith("    tokengrain train tgdpo"))
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(line, comments=True)[1:])
+    out = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "54 rows, 6 held out; batch 4, 4 epochs: 56 steps, 5 of warm-up; rate" in out
+    assert "chosen here: batch and epochs for at least 50 steps; rate for all weights of 0." in out
+    assert "warning" not in out
+    stages = {stage.name: stage for stage in tokengrain.read_run(mine / "runs" / "tgdpo").stages}
+    for name in ("guide", "train"):
+        check_learned(stages[name].metrics, stages[name].log())
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_as_it_is_printed(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine)
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if ".train(" in b)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["result"].metrics["final"]["accuracy"] == 1.0
+
+
+# ---- What is chosen ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "batch", "epochs", "steps"),
+    [
+        (10, {}, 1, 4, 40),
+        (54, {}, 4, 4, 56),
+        (200, {}, 8, 2, 50),
+        (1_000, {}, 16, 1, 63),
+        (7_200, {}, 128, 1, 57),
+        (60_000, {}, 128, 1, 469),
+        (54, {"num_train_epochs": 1}, 1, 1, 54),
+        (54, {"per_device_train_batch_size": 16}, 16, 4, 16),
+        (54, {"gradient_accumulation_steps": 2}, 4, 4, 56),
+        (54, {"max_steps": 7}, 4, None, 7),
+    ],
+)
+def test_batch_and_epochs_leave_steps_enough(
+    rows: int, given: dict[str, Any], batch: int, epochs: int | None, steps: int
+) -> None:
+    found = Outlook(rows=rows)
+    made = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **given}
+    made |= fit_batch(given, found, 1)
+    assert made["per_device_train_batch_size"] * made["gradient_accumulation_steps"] == batch
+    assert made.get("num_train_epochs") == epochs
+    assert made["warmup_steps"] == steps // 10
+    assert steps / made["logging_steps"] >= min(20, steps)
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "prompts", "epochs"),
+    [
+        (54, {}, 4, 4),
+        (54, {"num_generations": 1}, 8, 4),
+        (7_473, {}, 32, 1),
+        (7_473, {"num_generations": 1}, 128, 1),
+        (54, {"minibatches": 8}, 32, 4),
+    ],
+)
+def test_rollouts_leave_steps_enough(rows: int, given: dict[str, Any], prompts: int, epochs: int) -> None:
+    made = fit_rollout(given, Outlook(rows=rows), 1)
+    assert (made["prompts_per_rollout"], made["num_train_epochs"]) == (prompts, epochs)
+
+
+def test_processes_share_the_batch() -> None:
+    made = fit_batch({}, Outlook(rows=60_000), 4)
+    assert made["per_device_train_batch_size"] * made["gradient_accumulation_steps"] == 32
+    assert fit_rollout({"minibatches": 2}, Outlook(rows=54), 3)["prompts_per_rollout"] % 6 == 0
+
+
+def test_the_rate_falls_with_the_size_and_rises_for_adapters() -> None:
+    sizes = (10**6, 10**8, 10**9, 8 * 10**9, 7 * 10**10)
+    rates = [learning_rate("train", size, lora=False) for size in sizes]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[3] == 5e-7
+    assert learning_rate("train", sizes[3], lora=True) == 5e-6
+    assert learning_rate("sft", 1, lora=True) == 1e-3
+
+
+def test_the_table_of_rates_in_the_docs_is_true() -> None:
+    page = (ROOT / "docs" / "fitting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`( with LoRA)? \| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for kind, lora, *shown in rows:
+        sizes = (8e9, 134.5e6, 1.5e9, 8e9, 70e9)
+        assert [float(s) for s in shown] == [learning_rate(kind, int(size), lora=bool(lora)) for size in sizes]
+
+
+def test_what_is_set_stays_and_the_papers_settings_can_be_had(mine: Path, tmp_path: Path) -> None:
+    where = {"model": str(mine / "my" / "sft-model"), "data": str(mine / "pairs.jsonl")}
+    fitted, _ = fit(tokengrain.load_recipe("tgdpo", **where, overrides=["training.learning_rate=1e-5"]))
+    assert fitted.training["learning_rate"] == 1e-5
+    assert "learning_rate" not in fitted.stages["train"].training
+    assert fitted.stages["train"].training["num_train_epochs"] == 4
+    paper, outlooks = fit(
+        tokengrain.load_recipe("tgdpo", **where, overrides=["settings=paper", "training.max_steps=9"])
+    )
+    assert paper.training["learning_rate"] == 7e-7
+    assert paper.training["gradient_accumulation_steps"] == 16
+    assert not outlooks["train"].chosen
+    world, _ = fit(tokengrain.load_recipe("tgdpo"))
+    assert world == tokengrain.load_recipe("tgdpo")
+
+
+def test_a_rate_of_0_at_every_step_is_an_error_before_training(mine: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"stages\.train: the learning rate is 0 at every one of 1 steps"):
+        run("dpo", mine, tmp_path / "run", settings="paper")
+    with pytest.raises(RecipeError, match=r"every one of 56 steps.*learning_rate 0"):
+        run("dpo", mine, tmp_path / "run", training__learning_rate=0.0)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- What teaches nothing is said ----
+
+
+def test_a_credit_that_tells_no_token_from_another_is_said(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(mine / "my" / "sft-model")
+    recipe = {
+        "method": "guided",
+        "model": model,
+        "data": str(mine / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "stages": {"credit": {"kind": "annotate", "credit": {"name": "guide", "model": model}}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    tokengrain.train(tmp_path / "recipe.yaml")
+    assert capsys.readouterr().out.count("every token reward is 0, so no token is told from another") == 1
+
+
+@pytest.mark.parametrize("kind", ["sft", "online"])
+def test_swapping_what_is_no_pair_is_an_error(kind: str, mine: Path, tmp_path: Path) -> None:
+    stage = {"kind": kind, "data": {"swap_pairs": True}, **({"rewards": ["numeric"]} if kind == "online" else {})}
+    if kind == "online":
+        stage["credit"] = ["group"]
+    with pytest.raises(RecipeError, match="swap_pairs is true, but the stage reads no pairs"):
+        run("dpo", mine, tmp_path / "run", stages={"train": stage})
+
+
+def test_a_policy_that_did_not_move_has_no_accuracy(mine: Path, tmp_path: Path) -> None:
+    """The rate is so small that float32 does not see the steps."""
+    result = run("dpo", mine, tmp_path / "run", training__learning_rate=1e-30, training__max_steps=1)
+    assert result.metrics["final"]["comparison"] == "no difference yet"
+    assert result.metrics["final"]["accuracy"] == 0.5
