@@ -28,7 +28,7 @@ ANSWERS = "answers.json"
 """In the folder of a stage: `prompts`, and what the model said to them at the `start` and when `trained`."""
 FORMAT = 1  # of the layout and of what the fingerprints cover; part of every fingerprint
 TRAINED = ("sft", "train", "reward", "online")  # kinds of stages that make a trained model
-EQUAL = "no difference yet"  # `comparison` in metrics before training: the policy still is its reference
+EQUAL = "no difference yet"  # `comparison` in metrics: the policy still is its reference
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
