@@ -98,8 +98,8 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
         if isinstance(stage, Trained):
             found = outlooks[stage.name] = Outlook()
             if own:
-                found.rows, found.held_out = _count(stage, counts)
                 found.parameters = _size(stage, recipe, sizes)
+                found.rows, found.held_out = _count(stage, counts)
             if fits:
                 stages[stage.name] = _fitted(stage, found, processes)
     recipe = recipe.model_copy(update={"stages": stages})
