@@ -32,7 +32,7 @@ from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import PairDataset, prepare_pairs
 from tokengrain.data.rows import Rows, load_rows
-from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, read_json, require, write_json
+from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, foreign, read_json, require, write_json
 from tokengrain.method import as_credit, make_credit
 from tokengrain.scoring.reference import FrozenReference, LiveReference, scorer_fingerprint
 from tokengrain.screen import progress_bar
@@ -224,14 +224,12 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """What an annotated file was made with: from the file, else from `manifest.json` beside it."""
     path = Path(path)
     require(path.is_file(), RunError, f"{path}: there is no such annotated file; run `tokengrain annotate` first")
-    try:
+    with foreign(f"{path}: not a parquet file written by annotate: "):
         metadata = pq.read_schema(path).metadata or {}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not a parquet file written by annotate ({error})") from error
-    if METADATA in metadata:
-        return json.loads(metadata[METADATA])
-    beside = path.with_name(MANIFEST)
-    files = read_json(beside).get("files", {}) if beside.is_file() else {}
+        if METADATA in metadata:
+            return dict(json.loads(metadata[METADATA]))
+        beside = path.with_name(MANIFEST)
+        files = read_json(beside).get("files", {}) if beside.is_file() else {}
     what = "does not say which model, tokenizer and data its token rewards were made with, so they cannot be checked"
     advice = "Annotate again, or give the file as ordinary `data` with token reward columns"
     require(path.name in files, RunError, f"{path}: {what}. {advice}")

@@ -118,6 +118,18 @@ def explained(kind: type[TokengrainError] = RunError, what: str = "") -> Iterato
         raise kind(f"{what}{reason}") from error
 
 
+@contextmanager
+def foreign(what: str, kind: type[TokengrainError] = RunError, then: str = "") -> Iterator[None]:
+    """Around reading what others may have written: what damage makes of our code and of libraries is one error."""
+    try:
+        yield
+    except TokengrainError:
+        raise
+    except Exception as error:  # EOFError, UnpicklingError, KeyError, ...: damage has many kinds
+        reason = fault(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise kind(f"{what}{reason}{then}") from error
+
+
 # ---- Reading files: whole, and only those that end ----
 
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}

@@ -16,9 +16,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from tokengrain.errors import RunError, read_json, read_log, read_text, require, shown, write_json
+from pydantic import TypeAdapter
+
+from tokengrain.errors import RunError, foreign, read_json, read_log, read_text, require, shown, write_json
 from tokengrain.settings import parse_yaml
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"  # what a stage may be called; its folder has the same name
@@ -115,11 +117,9 @@ class Run:
 def read_stage(path: Path) -> StageRecord | None:
     if not (path / "stage.json").exists():
         return None
-    record = read_object(path / "stage.json")
-    try:
-        return StageRecord(path=path, **record)
-    except TypeError as error:
-        raise RunError(f"{path / 'stage.json'} is not a stage record of tokengrain: {error}") from error
+    with foreign(f"{path / 'stage.json'} is not a stage record of tokengrain: "):
+        record = StageRecord(path=path, **read_object(path / "stage.json"))
+        return TypeAdapter(StageRecord).validate_python(vars(record), strict=True)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def read_run(path: str | Path) -> Run:
     recipe = parse_yaml(read_text(recipe_file), f"{recipe_file} is damaged", RunError) if recipe_file.exists() else {}
     readable = recipe is None or isinstance(recipe, dict)
     require(readable, RunError, f"{recipe_file} is damaged: got {shown(recipe)}; expected a recipe")
-    written = "status" in info
+    written = info.get("status") in get_args(Status)
     require(written, RunError, f"{path / 'run.json'} was not written by `tokengrain train`: it has no status")
     run = Run(path, info, recipe or {}, stages=[])
     run.stages += [record for name in run.names if (record := read_stage(path / name)) is not None]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from rich.console import Console
 
 from tests.test_stages import TGDPO, values
@@ -27,7 +28,7 @@ from tokengrain.models import load_model, load_tokenizer
 from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.runner import run_recipe
 from tokengrain.specs import ModelSpec
-from tokengrain.training.checkpoint import last_complete_checkpoint
+from tokengrain.training.checkpoint import check_files, last_complete_checkpoint
 
 EVENTS = {"prompts": "sampled"}
 
@@ -255,6 +256,22 @@ def test_damaged_checkpoints(
         build(tmp_path, "full").train(resume_from_checkpoint=True)
     assert name.split(".")[0] in str(error.value) or "weights" in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_index_of_a_sharded_checkpoint_names_records_only(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(3, 2), "step": 3, "names": ["a", None]}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+    check_files(tmp_path)
+    for call in (Evil(), _named("torch.distributed.checkpoint.filesystem", "os.mkdir"), _named("builtins", "eval")):
+        (tmp_path / ".metadata").write_bytes(call if isinstance(call, bytes) else pickle.dumps(call))
+        with pytest.raises(RunError, match=r"\.metadata names \S+; it is not loaded"):
+            check_files(tmp_path)
+
+
+def _named(module: str, name: str) -> bytes:
+    """A pickle of a call of `module.name` with one argument."""
+    words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name))
+    return b"\x80\x04" + words + b"\x93\x8c\x03ran\x85R."
 
 
 # ---- Numbers ----

@@ -14,7 +14,7 @@ import yaml
 
 from tokengrain import runs
 from tokengrain.annotation import MANIFEST
-from tokengrain.errors import ModelError, RunError, require, write_text
+from tokengrain.errors import ModelError, RunError, foreign, require, write_text
 from tokengrain.method import METHODS
 from tokengrain.report import rows
 from tokengrain.report.rows import WEAKEST, CreditSample, Side, by_pair, colour_scale, read_token_rows
@@ -48,7 +48,9 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
         DataError: a damaged `credit_samples.json`; names the entry.
     """
     path = Path(output) if output is not None else Path(run_dir) / NAME
-    write_text(path, render(read_contents(run_dir)))
+    with foreign(f"{run_dir} cannot be shown, its files are not as tokengrain writes them: "):
+        page = render(read_contents(run_dir))
+    write_text(path, page)
     return path
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokengrain.errors import RunError
+from tokengrain.errors import RunError, foreign
 from tokengrain.report.rows import (
     CREDIT,
     SPANS,
@@ -69,7 +69,8 @@ def inspect_rows(
         _print_rollouts(console, recorded, rows, count, field or "advantages")
         return
     field = field or CREDIT
-    samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
+    with foreign(f"{source} cannot be shown, its files are not as tokengrain writes them: "):
+        samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
     if field == SPANS:
         _print_spans(console, samples)
         return

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,10 +25,10 @@ from transformers.utils import logging
 
 from tokengrain.errors import (
     RunError,
-    TokengrainError,
     explained,
     fault,
     fingerprint,
+    foreign,
     read_log,
     regular_file,
     require,
@@ -168,14 +167,8 @@ def reading(checkpoint: Path, what: str = "") -> Iterator[None]:
     before = os.environ.get(forced)
     os.environ[forced] = "1"
     try:
-        yield
-    except TokengrainError:
-        raise
-    except Exception as error:  # torch, pickle, zipfile and json raise errors of many kinds, EOFError among them
-        reason = next(iter(str(error).splitlines()), "")
-        raise RunError(
-            f"{checkpoint} is damaged or incomplete: {what}{type(error).__name__}: {reason}; {way_on(checkpoint)}"
-        ) from error
+        with foreign(f"{checkpoint} is damaged or incomplete: {what}", then=f"; {way_on(checkpoint)}"):
+            yield
     finally:
         del os.environ[forced]
         os.environ.update({} if before is None else {forced: before})
@@ -208,21 +201,23 @@ class _Metadata(pickle.Unpickler):
     """Reads the index of a sharded checkpoint, which torch unpickles as it is: it may name torch's own records only."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle may name: classes of torch's records, types and sizes."""
-        known = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        plain = (module, name) in _PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        named = known and isinstance(getattr(sys.modules.get(module), name, None), type)
-        require(plain or named, RunError, f"the checkpoint's .metadata names {module}.{name}; it is not loaded")
+        """What the pickle names, if that is a plain record, size or type; no other code is reached from there."""
+        known = name in _RECORDS.get(module, "").split()
+        known = known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        require(known, RunError, f"the checkpoint's .metadata names {module}.{name}; it is not loaded")
         return super().find_class(module, name)
 
 
-_PLAIN = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
+_STORED = "torch.distributed.checkpoint."
+_RECORDS = {
+    f"{_STORED}metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata "
+    "TensorProperties ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{_STORED}filesystem": "_StorageInfo _StoragePrefix",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+    "builtins": "set",
+    "pathlib": "PosixPath Path",
 }
 
 
