@@ -1,9 +1,8 @@
 """Run a credit source over a data set once, and store the numbers beside the rows.
 
-The data set is cut into shards of consecutive rows. Rank r of W computes shards r, r + W, ...; each is
-written as soon as it is done, so a killed run continues where it stopped. At the end rank 0 puts the shards
-together. What is in a shard does not depend on who computed it, so one process, two processes and a resumed
-run give the same file.
+The rows are cut into shards. Rank r of W computes shards r, r + W, ...; each is written as soon as it is done, so a
+killed run continues where it stopped, and rank 0 puts them together. What is in a shard does not depend on who computed
+it: one process, two processes and a resumed run give the same file.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def credit(
     world: Annotated[str, Option("--world", "-w", help="World whose exact credit is known.")] = "world://stories",
     seeds: Annotated[int, Option(min=1, help="Seeds 0, 1, ...: pairs, trainings and samples of their own.")] = 5,
     regime: Annotated[Several, Option(help="Value of the world's option regime, noisy or clean; repeatable.")] = None,
-    source: Annotated[Several, Option("--source", "-s", help="Credit source; repeatable. In a world: all.")] = None,
+    source: Annotated[Several, Option("--source", "-s", help="Credit source; repeatable (in a world: all).")] = None,
     own: Annotated[Several, Option("--credit", "-c", metavar="FUNCTION", help=f"Your own: {FUNCTION}.")] = None,
     model: Annotated[str | None, Option("--model", "-m", help="With --data: folder, hub name, world://NAME.")] = None,
     data: Annotated[str | None, Option("--data", "-d", help="Rows with good answers: do the corruption test.")] = None,
@@ -58,11 +58,10 @@ def credit(
 ) -> None:
     """Is the credit right? Compare credit sources with the truth, or see whether they find corrupted tokens.
 
-    In a world: token credit against the truth, over seeds. A seed takes one or two minutes of one core; finished
-    parts are kept, and the same command resumes from there. In stories the truth is the exact soft advantage of every
-    token. In arithmetic and revision it is the first wrong token of sampled chains, and credit of the online methods is
-    compared too (outcome, thr, rto, gae, ...); in revision also which tokens of a reference answer depend on the
-    reasoning (r3).
+    In a world: credit against the truth, over seeds of one or two minutes each; the same command resumes what was
+    stopped. In stories the truth is the exact soft advantage of every token; in arithmetic and revision it is the first
+    wrong token of sampled chains, also for credit of the online methods (outcome, thr, rto, gae, ...), and in revision
+    which tokens of a reference answer depend on the reasoning (r3).
 
     On your own text (--data): a few tokens of good answers are corrupted; does credit fall there? A source is a
     name, a recipe's credit as YAML, or a run folder.

@@ -31,9 +31,8 @@ Group = tuple[str, tuple[str, ...], str]  # a table: title, measures, and the no
 SIZE: Group = (
     "Size: calibration",
     ("scale", "r2", "skill", "ece"),
-    "Scale: the factor that brings credit nearest to the truth; R²: what it then explains, below 0 if less than a "
-    "constant. Skill: how much better than the base rate credit predicts that a token lowers the reward (1 perfect, 0 "
-    "nothing); ECE: how far these predictions are off.",
+    "Scale: the factor that brings credit nearest to the truth; R²: what it then explains. Skill: how much better than "
+    "the base rate credit predicts that a token lowers the reward (1 perfect, 0 nothing); ECE: how far off it is.",
 )
 COST: Group = (
     "Cost",
@@ -42,40 +41,37 @@ COST: Group = (
     "tokens that models read per credited token; training s: before there is any credit.",
 )
 SEEDS = "Mean over seeds, ± half of the 95 % t interval. AUC is the chance that"
-FIRST: dict[str, Group] = {
+FIRST: dict[str, Group] = {  # the table of each question that is about what it asks
     "pairs": (
         "Order: agreement with the exact advantage",
         ("spearman", "auc", "auc_harm", "top1", "alarm"),
-        f"{SEEDS} a token with advantage above 0.3 has more credit than one below −0.3; AUC harm, that one below −0.3 "
-        "has less than any other at which something was decided. ρ: rank correlation with the exact soft advantage "
-        "over these. top-1: how often the lowest credit of a completion with a token below −0.3 is at its lowest "
-        "advantage; random credit: {top1_chance}. Alarm: chance that such a completion has a lower lowest credit than "
-        "another.",
+        f"{SEEDS} a token with advantage above 0.3 has more credit than one below −0.3; AUC harm: that one below −0.3 "
+        "has less than any other decision token. ρ: rank correlation. top-1: how often the lowest credit of a "
+        "completion with such a token is at its lowest advantage; random credit: {top1_chance}. Alarm: chance that "
+        "such a completion has a lower lowest credit than another.",
     ),
     "chain": (
         "Place: is the first wrong token found?",
         ("auc_inside", "place1", "place3", "share", "auc_harm", "spearman"),
         f"{SEEDS} the first wrong token has less credit than another decision token: inside, of its completion (an "
-        "outcome spread over a completion has 0.5); harm, of all completions, right ones too. top-1, top-3: how often "
-        "it has the lowest credit of its completion, or one of the three lowest; random credit: {place1_chance} and "
-        "{place3_chance}. Share: its part of the completion's sum of |credit|; uniform credit: {place1_chance}. ρ: "
-        "rank correlation with −1 at the first wrong token and 0 at other decision tokens.",
+        "outcome spread over it has 0.5); harm, of all completions. top-1, top-3: how often it has the lowest credit "
+        "of its completion, or one of the three lowest; random credit: {place1_chance} and {place3_chance}. Share: its "
+        "part of the sum of |credit|; uniform credit: {place1_chance}. ρ: rank correlation with −1 there and 0 at "
+        "other decision tokens.",
     ),
     "reference": (
         "Reference: are the tokens found that depend on the reasoning?",
         ("auc", "auc_inside", "place1", "place3", "share"),
-        f"{SEEDS} a token which depends on the reasoning has more credit than one that does not; inside: in the same "
-        "reference answer. top-1, top-3: how many of the one or three highest of a reference are such tokens; random "
-        "credit: {place1_chance}. Share: their part of the sum of |credit|; uniform credit: {place1_chance}.",
+        f"{SEEDS} such a token of the reference answer has more credit than another; inside: of the same reference. "
+        "top-1, top-3: how many of its one or three highest are such tokens; random credit: {place1_chance}. Share: "
+        "their part of the sum of |credit|; uniform credit: {place1_chance}.",
     ),
 }
-"""The table of each question that is about what it asks; docs/bench-credit.md has the definitions."""
 TEXT_NOTES = (
     "Mean over answers with its 95 % bootstrap interval. AUC: chance that a corrupted token has lower credit than an "
     "untouched one of the same answer; then than its next few neighbours, and than all others. Drop: credit in the "
-    "clean answer minus credit in the corrupted one at the same place, in standard deviations of the source; then at "
-    "neighbours, and at later untouched tokens. top-1, top-k: share of the lowest, and of the k lowest, that are "
-    "corrupted.",
+    "clean answer minus that in the corrupted one, in standard deviations; then at neighbours, and at later untouched "
+    "tokens. top-1, top-k: share of the lowest, and of the k lowest, that are corrupted.",
     "A source that is no better than surprise has found what is unusual, not what is wrong.",
 )
 CHANCES = ("top1_chance", "place1_chance", "place3_chance")  # what these notes are filled with

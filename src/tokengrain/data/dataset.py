@@ -7,13 +7,11 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice, pairwise
 from typing import Any, Protocol, cast, overload
 
-from rich.progress import Progress
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from tokengrain.batch import Completion, Sample
@@ -23,7 +21,7 @@ from tokengrain.data.formats import Example, pair_example, single_example
 from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
 from tokengrain.data.tokens import Clock, tokenizer_fingerprint
 from tokengrain.errors import DataError, fingerprint
-from tokengrain.screen import Screen
+from tokengrain.screen import progress_bar
 
 
 class SampleStore(Sequence[Sample]):
@@ -344,9 +342,10 @@ def _prepare(
         parts = [rows.fingerprint, tokenizer_fingerprint(tokenizer, config), parse.__name__]
         return IterablePairDataset(rows, encoder, fingerprint(parts))
     samples, report = SampleStore(), Report()
-    with _progress(f"tokenising {rows.name}", len(rows)) as advance:
+    quiet = len(rows) < PROGRESS_ROWS or not sys.stderr.isatty()
+    with progress_bar(f"tokenising {rows.name}", len(rows), quiet=quiet) as update:
         for _, sample in _samples(rows, encoder, rows, report):
-            advance()
+            update(advance=1)
             if sample is not None:
                 samples.append(sample)
 
@@ -408,12 +407,3 @@ def _same_columns(result: Encoded, names: Collection[str]) -> Encoded | RowError
     what = "is missing, although earlier rows have it" if lacks else "is there, although earlier rows lack it"
     field, expected = result.prefix + differing[0], "values in all rows or in none"
     return RowError("missing column", what, field=field, expected=expected)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, for many rows; yields what to call after each."""
-    quiet = total < PROGRESS_ROWS or not sys.stderr.isatty()
-    with Progress(console=Screen(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

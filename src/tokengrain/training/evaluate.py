@@ -120,8 +120,8 @@ class EvalSums:
         ranked = next((name for name in ("whole/accuracies", "rewards/accuracies") if name in found), None)
         if ranked is not None:
             # Pairs of one prompt are not independent: an interval is as wide as that of so many prompts.
-            share = wilson(means.sums[ranked] * counts.prompts / max(counts.pairs, 1), counts.prompts)
-            found |= {"accuracy": share.value, "accuracy_low": share.low, "accuracy_high": share.high}
+            right = means.sums[ranked] * counts.prompts / max(counts.pairs, 1)
+            found |= wilson(right, counts.prompts).named("accuracy")
         if "nll/token" in found:  # sft: all of its losses are negative log-likelihoods
             found["perplexity"] = math.exp(min(float(losses.sum()) / max(counts.tokens, 1), 700.0))
         return found
@@ -155,8 +155,7 @@ def _earned(prefix: str, entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """`reward` and `correct` over prompts, with their intervals, where some reward applies."""
     metrics = _with_interval(f"{prefix}reward", [_mean(e["reward"]) for e in entries])
     if known := [share for share in (_mean(e["correct"]) for e in entries) if share == share]:
-        found, name = mean_over_prompts(torch.tensor(known)), f"{prefix}correct"
-        metrics |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+        metrics |= mean_over_prompts(torch.tensor(known)).named(f"{prefix}correct")
     return metrics
 
 
@@ -171,5 +170,4 @@ def _with_interval(name: str, per_prompt: Sequence[float], *, interval: bool = T
         return {}
     if len(known) < 2 or not interval:
         return {name: sum(known) / len(known)}
-    found = mean_interval(known)
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    return mean_interval(known).named(name)
