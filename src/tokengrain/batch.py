@@ -148,17 +148,14 @@ def first_fit(sizes: Sequence[int], max_tokens: int | None) -> list[list[int]]:
     """
     if max_tokens is None:
         return [list(range(len(sizes)))] if sizes else []
-    bins: list[list[int]] = []
-    room: list[int] = []
+    bins, room = list[list[int]](), list[int]()
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        for b, free in enumerate(room):
-            if sizes[index] <= free:
-                bins[b].append(index)
-                room[b] -= sizes[index]
-                break
-        else:
-            bins.append([index])
-            room.append(max_tokens - sizes[index])
+        b = next((b for b, free in enumerate(room) if sizes[index] <= free), len(bins))
+        if b == len(bins):
+            bins.append([])
+            room.append(max_tokens)
+        bins[b].append(index)
+        room[b] -= sizes[index]
     return [sorted(b) for b in bins]
 
 

@@ -94,48 +94,17 @@ class Card:
 
 def objective(name: str, **about: Any) -> Callable[[F], F]:
     """Register a loss function; `about` are attributes of `Objective`: unit, reads, roles, ..."""
-
-    def register(function: F) -> F:
-        OBJECTIVES.add(name, Objective(name, function, **about), function)
-        return function
-
-    return register
+    return OBJECTIVES.register(name, **about)
 
 
 def credit(name: str, *, values: Values | Callable[[Settings], Values] = "any", **about: Any) -> Callable[[F], F]:
     """Register a credit source; `about` are attributes of `CreditKind`: column, reward_model, check, ..."""
-
-    def register(function: F) -> F:
-        kind = CreditKind(name, function, meaning=values, **about)
-        if inspect.isclass(function):
-            _give(function, name=name, values=kind.values)
-        CREDIT.add(name, kind, function)
-        return function
-
-    return register
+    return CREDIT.register(name, meaning=values, **about)
 
 
 def rollout_credit(name: str, **about: Any) -> Callable[[F], F]:
-    """Register a credit of online training; `about` are attributes of `RolloutCreditKind`: phase, needs, ...
-
-    A class gets these as attributes, and the methods of one without state, unless it has its own.
-    """
-
-    def register(function: F) -> F:
-        kind = RolloutCreditKind(name, function, **about)
-        if inspect.isclass(function):
-            fixed = {k: v for k, v in kind.attributes({}).items() if not callable(getattr(kind, k, None))}
-            _give(function, **fixed, state_dict=Stateless.state_dict, load_state_dict=Stateless.load_state_dict)
-        ROLLOUT_CREDIT.add(name, kind, function)
-        return function
-
-    return register
-
-
-def _give(cls: Any, **attributes: Any) -> None:
-    for name, value in attributes.items():
-        if not hasattr(cls, name):
-            setattr(cls, name, value)
+    """Register a rollout credit; `about` are attributes of `RolloutCreditKind`: phase, needs, ..."""
+    return ROLLOUT_CREDIT.register(name, **about)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -145,15 +114,26 @@ def _give(cls: Any, **attributes: Any) -> None:
 class Registry(Mapping[str, T]):
     """What is registered under a name, in order of names or of `order`; the first look-up loads the methods.
 
-    `what` the names are of, for messages; `own(name, function)` makes an entry of a user's callable, if there can be.
+    `what` the names are of, for messages; `make(name, function, **about)` makes an entry, if they are of functions.
     """
 
-    def __init__(
-        self, what: str, own: Callable[[str, Any], T] | None = None, order: Callable[[T], Any] | None = None
-    ) -> None:
-        self.what, self._own, self._order = what, own, order
+    def __init__(self, what: str, make: Any = None, order: Callable[[T], Any] | None = None) -> None:
+        self.what, self._make, self._order = what, make, order
         self._entries: dict[str, T] = {}
         self._homes: dict[str, tuple[str, str]] = {}
+
+    def register(self, name: str, **about: Any) -> Callable[[F], F]:
+        """A decorator; a class gets the attributes of its part that it lacks."""
+
+        def decorate(function: F) -> F:
+            entry = self._make(name, function, **about)
+            for attribute, value in entry.of_class().items() if inspect.isclass(function) else ():
+                if not hasattr(function, attribute):
+                    setattr(function, attribute, value)
+            self.add(name, entry, function)
+            return function
+
+        return decorate
 
     def add(self, name: str, entry: T, home: Any) -> None:
         """Register `entry` of `home`, a function, class or module; one that is run again replaces its own entry."""
@@ -169,7 +149,7 @@ class Registry(Mapping[str, T]):
         if isinstance(name, str):
             if name in self:
                 return self._entries[name]
-            if self._own is None or ":" not in name:
+            if self._make is None or ":" not in name:
                 broken = "".join(f"; {module} could not be imported: {why}" for module, why in BROKEN.items())
                 raise RecipeError(f"unknown {self.what} {name!r}{nearest(name, self)}{broken}")
             function = load_callable(name)
@@ -177,8 +157,8 @@ class Registry(Mapping[str, T]):
             part: Any = entry
             if part.function is function and not getattr(part, "fixed", None):
                 return replace(part, name=name) if isinstance(name, str) else entry
-        assert self._own is not None  # only parts of a method are looked up by function
-        return self._own(name if isinstance(name, str) else _name_of(function), function)
+        made: T = self._make(name if isinstance(name, str) else _name_of(function), function)
+        return made
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
@@ -236,6 +216,10 @@ class Part:
     @property
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").partition("\n")[0].rstrip(".")
+
+    def of_class(self) -> dict[str, Any]:
+        """What a class that is registered gets as attributes, unless it has its own."""
+        return {}
 
     def source(self) -> dict[str, str]:
         """What fingerprints must know beside the settings."""
@@ -438,6 +422,9 @@ class CreditKind(_Settable):
     code: tuple[str, ...] = ()  # settings that are import strings of code, whose source counts in fingerprints
 
     values = property(lambda self: self.values_with({}))
+
+    def of_class(self) -> dict[str, Any]:
+        return {"name": self.name, "values": self.values}
 
     def values_with(self, settings: Mapping[str, Any]) -> str:
         return str(self._of(self.meaning, settings))
@@ -700,6 +687,10 @@ class RolloutCreditKind(_Settable):
     group: bool = False  # its `needs_group`
     refill: bool | Callable[[Settings], bool] = False
     limit: Callable[[float, Settings], Any] | None = None  # of (max_new_tokens, settings), before sampling; may raise
+
+    def of_class(self) -> dict[str, Any]:
+        fixed = {k: v for k, v in self.attributes({}).items() if not callable(getattr(self, k, None))}
+        return {**fixed, "state_dict": Stateless.state_dict, "load_state_dict": Stateless.load_state_dict}
 
     def attributes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What the trainer asks of a credit with these settings."""

@@ -49,10 +49,10 @@ class Bounds:
     le: float | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        bounds: dict[str, Any] = {"gt": self.gt, "ge": self.ge, "lt": self.lt, "le": self.le}
         if source is int:
-            bounds: dict[str, Any] = {"gt": self.gt, "ge": self.ge, "lt": self.lt, "le": self.le}
             return core_schema.int_schema(**bounds, strict=True)
-        number = core_schema.float_schema(gt=self.gt, ge=self.ge, lt=self.lt, le=self.le, allow_inf_nan=False)
+        number = core_schema.float_schema(**bounds, allow_inf_nan=False)
         return core_schema.no_info_before_validator_function(_not_bool, number)
 
 
@@ -63,8 +63,7 @@ Share = Annotated[float, Bounds(ge=0, le=1)]
 Smoothing = Annotated[float, Bounds(ge=0, lt=0.5)]
 Whole = Annotated[int, Bounds(ge=0)]
 Count = Annotated[int, Bounds(ge=1)]
-LARGEST = 1e18
-"""No number of a recipe or a row means more."""
+LARGEST = 1e18  # no number of a recipe or a row means more
 
 
 def load_named(name: str, known: Mapping[str, str], what: str) -> Callable[..., Any]:
@@ -78,9 +77,7 @@ def load_named(name: str, known: Mapping[str, str], what: str) -> Callable[..., 
 def nearest(name: str, names: Collection[str]) -> str:
     """`"; did you mean 'beta'?"`, or the names there are, for an unknown `name`."""
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(sorted(names)) or 'none'}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(names)) or 'none'}"
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -95,11 +92,8 @@ def keyword_types(function: Callable[..., Any], also: Collection[str] = ()) -> d
     # A class carries its annotations in `__init__`, an object in `__call__`.
     own: Any = function if inspect.isroutine(function) else type(function).__call__
     hints = get_type_hints(function.__init__ if inspect.isclass(function) else own, include_extras=True)
-    return {
-        name: hints.get(name, Any)
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY or name in also
-    }
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY or p.name in also}
 
 
 def is_tensor_type(annotation: Any) -> bool:

@@ -198,16 +198,12 @@ class ExampleEncoder:
             raise RowError("chosen equals rejected", what, field=field, value=value, expected=expected)
 
     def _check_positions(self, example: Example, prompt: list[int], completions: list[Completion]) -> None:
-        most, what = self.model_positions, "prompt and completion are longer than the model's positions"
+        apart, most = self.encoder.apart, self.model_positions
+        what = f"prompt {'or completion is' if apart else 'and completion are'} longer than the model's positions"
         expected = f"at most {most} (max_length and max_prompt_length cut rows)"
         for completion, field in zip(completions, example.fields):
-            length = len(prompt) + len(completion.ids)
-            got = f"{len(prompt)} + {len(completion.ids)} = {length} tokens"
-            if self.encoder.apart:
-                length, what = (
-                    max(len(prompt), len(completion.ids)),
-                    what.replace("and completion are", "or completion is"),
-                )
-                got = f"{len(prompt)} and {len(completion.ids)} tokens"
+            first, second = len(prompt), len(completion.ids)
+            length = max(first, second) if apart else first + second
+            got = f"{first} and {second} tokens" if apart else f"{first} + {second} = {length} tokens"
             fits = most is None or length <= most
             check(fits, "longer than the model", what, field=field, value=got, expected=expected)

@@ -488,19 +488,13 @@ class Encoder:
 
     def head(self, rendered: Rendered, tokens: Tokens) -> list[int]:
         """Ids to put before the tokens: what the tokenizer adds by itself, BOS never twice."""
-        if (
-            tokens.prompt is not None
-            or rendered.special
-            or (self.prefix and tokens.ids[: len(self.prefix)] == self.prefix)
-        ):
-            return []
-        return self.prefix
+        there = self.prefix and tokens.ids[: len(self.prefix)] == self.prefix
+        return [] if tokens.prompt is not None or rendered.special or there else self.prefix
 
     def tail(self, rendered: Rendered, tokens: Tokens) -> list[int]:
         """Ids to put behind the tokens: EOS, unless a token that ends the text is there already."""
-        if self.eos_id is None or rendered.closed or tokens.ids[tokens.prompt or 0 :][-1:] == [self.eos_id]:
-            return []
-        return [self.eos_id]
+        there = rendered.closed or tokens.ids[tokens.prompt or 0 :][-1:] == [self.eos_id]
+        return [] if self.eos_id is None or there else [self.eos_id]
 
     def _ids(self, text: str, target: bool = False, special: bool = False) -> list[int]:
         given = {"text_target" if target else "text": text}
@@ -567,10 +561,8 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
         values = {n: getattr(config, n) for n in ("max_length", "max_prompt_length", "truncation_side", "add_eos")}
         values |= {"chat": True} if config.chat else {}
         if config.prompt_role == "encoder":
-            values |= {
-                "prompt_role": "encoder",
-                "languages": [getattr(tokenizer, f"{n}_lang", None) for n in ("src", "tgt")],
-            }
+            languages = [getattr(tokenizer, f"{n}_lang", None) for n in ("src", "tgt")]
+            values |= {"prompt_role": "encoder", "languages": languages}
         parts.append({**values, "chat_template": template_text(config.chat_template)})
         parts.append(dict(config.chat_template_kwargs))
         parts += [config.span_config.describe()] if config.span_config is not None else []

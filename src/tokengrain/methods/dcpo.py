@@ -67,10 +67,9 @@ def dcpo_loss(
     """The clipped policy loss with dynamic bounds.
 
     Args:
-        logps, segments, old_logps, advantages, ref_logps, entropy, weights, beta, kl, kl_importance, clamp, reduction,
-            max_length: see `policy_loss`; the paper has no KL term.
         epsilon_low, epsilon_high: the paper's values (its released script has others).
         ratio_max: bound of the ratio for both signs of the advantage; above 1.
+        others: see `policy_loss`; the paper has no KL term.
     """
     require(ratio_max > 1, ValueError, f"ratio_max must be above 1, got {ratio_max}")
     old_logps = old_logps.detach()

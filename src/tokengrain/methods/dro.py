@@ -217,17 +217,11 @@ class R3:
         firsts = [sum(p[0] for p in parts[:rank]) for rank in range(len(parts))]
         all_logps, all_ranks, all_lengths = ([v for p in parts for v in p[i]] for i in (1, 2, 3))
         all_groups = [first + g for first, p in zip(firsts, parts, strict=True) for g in p[4]]
-        judged = filter_prompts(
-            torch.tensor(all_logps),
-            torch.tensor(all_ranks),
-            Segments.from_lengths(all_lengths),
-            torch.tensor(all_groups, dtype=torch.long),
-            rho=self.filter_rho,
-            # Prompts without a usable chain have rank infinity.
-            top_k=torch.finfo(torch.float32).max if self.filter_top_k is None else self.filter_top_k,
-            drop=self.filter_drop,
-            ddof=self.ddof,
-        )
+        top_k = torch.finfo(torch.float32).max if self.filter_top_k is None else self.filter_top_k
+        settings: Any = {"rho": self.filter_rho, "top_k": top_k, "drop": self.filter_drop, "ddof": self.ddof}
+        where = Segments.from_lengths(all_lengths), torch.tensor(all_groups, dtype=torch.long)
+        # Prompts without a usable chain have rank infinity.
+        judged = filter_prompts(torch.tensor(all_logps), torch.tensor(all_ranks), *where, **settings)
         keep = torch.zeros(sum(p[0] for p in parts), dtype=torch.bool)
         keep[: len(judged.keep)] = judged.keep
         rollout.drop(keep[firsts[own] : firsts[own] + mine[0]].to(rollout.batch.device))
@@ -392,9 +386,8 @@ def references_of(batch: TokenBatch, tokenizer: Any, column: str, separator: str
             ids += [tokenizer.eos_token_id] if end else []
         elif isinstance(given, Sequence) and all(isinstance(i, int) for i in given):
             ids = list(given)
-        if not ids:
-            row, expected = batch.rows[number] if batch.rows else number, "text, or a list of token ids"
-            raise DataError("no reference answer", row=row, field=column, value=given, expected=expected)
+        row, expected = batch.rows[number] if batch.rows else number, "text, or a list of token ids"
+        require(ids, DataError, "no reference answer", row=row, field=column, value=given, expected=expected)
         references.append(ids)
     return references
 

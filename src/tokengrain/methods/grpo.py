@@ -100,12 +100,11 @@ def grpo_loss(
     """The clipped policy loss on groups of sampled completions.
 
     Args:
-        logps, segments, old_logps, advantages, ref_logps, entropy, weights, kl_weights, beta, kl, kl_importance,
-            clamp, reduction, max_length: see `policy_loss`.
         epsilon: the ratio is clipped below at 1 - epsilon, and above at 1 + epsilon.
         epsilon_high: if given, it is clipped above at 1 + epsilon_high (DAPO's clip-higher: 0.28).
         ratio_cap: bound of the ratio where the advantage is negative (dual clip; verl: 3 or 10).
         importance: "token": ratio of each token; "sequence": one ratio per completion, see `gspo_loss`.
+        others: see `policy_loss`.
     """
     check_choice("importance", importance, Importance)
     old_logps = old_logps.detach()

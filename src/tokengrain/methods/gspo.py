@@ -57,10 +57,9 @@ def gspo_loss(
 
     Args:
         logps: log-probabilities under the policy `[N]`, nats; in float32 or wider, for clip ranges so narrow.
-        segments, old_logps, advantages, ref_logps, entropy, weights, ratio_cap, beta, kl, kl_importance, clamp:
-            as for `grpo_loss`.
-        epsilon, epsilon_high: distance of the bounds from 1. The defaults are the paper's; a range such as
-            PPO's 0.2 would never clip a mean of many tokens.
+        epsilon, epsilon_high: distance of the bounds from 1. The defaults are the paper's; a range such as PPO's 0.2
+            would never clip a mean of many tokens.
+        others: as for `grpo_loss`.
     """
     given: Any = {"old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps, "entropy": entropy}
     given |= {"weights": weights, "epsilon": epsilon, "epsilon_high": epsilon_high, "ratio_cap": ratio_cap}

@@ -63,9 +63,9 @@ def ppo_policy_loss(
     """PPO's policy loss with one advantage per token.
 
     Args:
-        logps, segments, old_logps, advantages, reduction, max_length: see `policy_loss`.
         clip_range: the ratio of the two policies is clipped to 1 -/+ this; None: no clipping.
         ratio_cap: bound of the ratio where the advantage is negative (dual clip); None: none.
+        others: see `policy_loss`.
 
     Returns:
         `losses` [C]; metrics as for GRPO, and "ratio/outside", the share of tokens whose ratio lies outside the range,

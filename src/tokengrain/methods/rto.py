@@ -81,15 +81,11 @@ class RTO:
 
     def __call__(self, rollout: Rollout) -> None:
         known, ref_logps = scored(rollout), rollout.quantity("ref_logps")
-        found = self.rewards(
-            rollout.quantity("old_logps"),
-            rollout.segments,
-            ref_logps=ref_logps,
-            dpo_logps=self._logps(self.model, rollout, ref_logps),
-            dpo_ref_logps=self._logps(self.reference, rollout, ref_logps),
-            sentence_rewards=torch.where(known, rollout.rewards, 0.0),
-            ends=self._sentence_ends(rollout.batch.labels) if self.variant == "semi" else None,
-        )
+        guide, start = (self._logps(scorer, rollout, ref_logps) for scorer in (self.model, self.reference))
+        given = {"ref_logps": ref_logps, "dpo_logps": guide, "dpo_ref_logps": start}
+        given["sentence_rewards"] = torch.where(known, rollout.rewards, 0.0)
+        ends = self._sentence_ends(rollout.batch.labels) if self.variant == "semi" else None
+        found = self.rewards(rollout.quantity("old_logps"), rollout.segments, **given, ends=ends)
         # The sentence reward stays the outcome, so that group methods and logs see it apart.
         at_end = torch.where(rollout.segments.is_last, rollout.broadcast(found.sentence), 0.0)
         dense = found.rewards - at_end

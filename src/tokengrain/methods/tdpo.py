@@ -88,13 +88,12 @@ def tdpo_loss(
     """TDPO on preference pairs.
 
     Args:
-        kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`,
-            nats, with gradient to the policy.
+        kl: forward KL(reference || policy) over the full vocabulary in the state before each token `[N]`, nats, with
+            gradient to the policy.
         beta: strength of the tie to the reference.
         alpha: weight of the difference of sequential KLs in TDPO2; TDPO1 has none (it is 1 there).
         variant: "tdpo2" (KL of the chosen side without gradient) or "tdpo1".
-        average_log_prob: divide log-ratio and KL of each completion by its length. The authors' helper has
-            this switch; their training never uses it.
+        average_log_prob: divide by the completion's length; in the authors' helper, never used by their training.
 
     Returns:
         `losses` [P]; rewards in the metrics are beta * (log-ratio + sequential KL) in both variants.

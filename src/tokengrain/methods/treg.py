@@ -88,8 +88,7 @@ def treg_simpo_loss(
     R = -(β / length) Σ_t r_t log π_t,  w = sg(σ(γ - (ρ_w - ρ_l))).
 
     Args:
-        alpha, sequence_weight: as in `treg_loss`; there is no reference.
-        beta, gamma_beta_ratio, gamma: as in `simpo_loss`.
+        alpha, sequence_weight: as in `treg_loss`; beta, gamma_beta_ratio, gamma: as in `simpo_loss`.
         margin_in_sequence_weight: whether w contains γ, as SimPO's gradient does.
     """
     scale = beta / completion_lengths(segments, logps)
@@ -324,10 +323,9 @@ class ContrastivePrompting:
         text = [t.better, t.worse, t.drop_prefix]
         return fingerprint([self.name, text, chat, self.positions, scorer_fingerprint(self.model)])
 
-    def preview(self, prompt: str, response: str) -> tuple[str, str]:
+    def preview(self, prompt: str, response: str) -> tuple[str, ...]:
         """Both contexts as text, as the scorer will see them, up to where the completion's tokens follow."""
-        better, worse = (self._tokenised(text) for text in self.templates.fill(prompt, response))
-        return self.tokenizer.decode(better), self.tokenizer.decode(worse)
+        return tuple(self.tokenizer.decode(self._tokenised(text)) for text in self.templates.fill(prompt, response))
 
     def _instructions(self, batch: TokenBatch, members: list[int]) -> Pair:
         """The two instructions, short enough for these completions of a prompt; both sides lose the same.
@@ -375,15 +373,14 @@ class ContrastivePrompting:
 
     def _tokenised(self, instruction: str) -> list[int]:
         if self.chat:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": instruction}],
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+            options = {
+                "add_generation_prompt": True,
+                "tokenize": True,
+                "return_dict": False,
                 **self.chat_template_kwargs,
-            )
-            return list(ids)
+            }
+            messages = [{"role": "user", "content": instruction}]
+            return list(self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options))
         ids = list(self.tokenizer(instruction)["input_ids"])
         # The completion goes on from here: an EOS that the tokenizer appends would end the text.
         while not self.has_encoder and ids and ids[-1] == self.tokenizer.eos_token_id:
@@ -415,7 +412,6 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> str:
     texts = []
     for message in messages:
         content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(part.get("text", "") for part in content)
+        content = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         texts.append(content if len(messages) == 1 else f"{str(message.get('role', '')).capitalize()}: {content}")
     return "\n\n".join(texts)
