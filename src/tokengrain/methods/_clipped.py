@@ -279,15 +279,10 @@ def value_loss(
 ) -> LossOutput:
     """Squared error of a critic, the larger of that of V and that of V clipped to a range around its old value.
 
-    Args:
-        values: V of the state before each token `[N]`; returns: what it should be `[N]`, without gradient.
-        old_values: V when the completions were sampled `[N]`, needed with clip_range.
-        clip_range: V is clipped to old_values -/+ this; where that gives the larger error the gradient is 0. None: not.
-        weight: 1 is Q-RM's, 0.5 OpenRLHF's (RTO).
-        reduction, max_length: see `policy_loss`.
-
-    Returns:
-        `losses` [C]; "values/error" is that of V itself, "values/clipped" how often the clipped one is larger.
+    `values` are V of the state before each token `[N]`, `returns` what it should be. V is clipped to old_values, those
+    of sampling, -/+ clip_range; where that gives the larger error the gradient is 0. `weight` is 1 in Q-RM, 0.5 in
+    OpenRLHF (RTO). Of the metrics "values/error" is that of V itself, "values/clipped" how often the clipped one is
+    larger.
     """
     error = (values - returns.detach()) ** 2
     metrics = {"values/mean": segments.mean(values.detach()), "values/error": segments.mean(error.detach())}

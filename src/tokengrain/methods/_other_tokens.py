@@ -109,8 +109,7 @@ class Retokenizer:
     """Turns a batch in the policy's tokens into one in the reward model's.
 
     A prompt of messages is rendered with the reward model's chat template, and the completion as its answer; other
-    prompts are decoded. A completion that the policy ended (its last token is a special one) ends with the reward
-    model's end of turn or EOS, one that was cut short does not.
+    prompts are decoded. A completion whose last token is a special one ends with the reward model's end of turn or EOS.
     """
 
     def __init__(self, tokenizer: Any, reward_tokenizer: Any) -> None:
@@ -174,8 +173,7 @@ class Retokenizer:
             own = found.ids[cut:]
             # A completion that was cut short has no EOS, unless nothing else is left of it (half a character, a space).
             tail = self.encoder.tail(text.rendered, found) if text.ended or not own else []
-            spans = self._spans(text, found, prompt, cut)
-            spans += [(len(text.rendered.text),) * 2 for _ in tail]
+            spans = self._spans(text, found, prompt, cut) + [(len(text.rendered.text),) * 2 for _ in tail]
             completions.append(Completion(own + tail))
             places.append(Places(text.policy, spans))
         return Sample(prompt, completions), places

@@ -124,8 +124,8 @@ class SmoothAdvantages:
 class DCPO:
     """Smooth advantage standardisation, one advantage per completion.
 
-    Statistics are by row id: they survive shuffles, epochs, resumes and another number of ranks. A prompt that stands
-    twice in a rollout, on whichever ranks, is one visit.
+    Statistics are by row id: they survive shuffles, epochs, resumes and another number of ranks. A prompt that is twice
+    in a rollout, on whichever ranks, is one visit.
     """
 
     # Of a visit's deviation: 1 as in the released code, 0 as in the paper (then the statistics are those of all rewards

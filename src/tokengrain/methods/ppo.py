@@ -45,8 +45,6 @@ CARD = Card(
     page="rto",
 )
 
-# Losses.
-
 
 @objective("ppo", unit="completions")
 def ppo_policy_loss(
@@ -255,10 +253,7 @@ class Advantages(NamedTuple):
 def gae(
     rewards: Tensor, segments: Segments, *, values: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
 ) -> Advantages:
-    """A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, per completion, of rewards `[N]`; see `gae_credit`.
-
-    `values` are V of the state before each token `[N]`; None: 0.
-    """
+    """A_t = δ_t + γ λ A_{t+1}, δ_t = r_t + γ V_{t+1} - V_t, per completion, of rewards and V (None: 0) `[N]`."""
     r = rewards.detach()
     V = torch.zeros_like(r) if values is None else values.detach()
     dtype = torch.promote_types(torch.promote_types(r.dtype, V.dtype), torch.float32)
@@ -276,10 +271,7 @@ def gae(
 
 
 def whitened(advantages: Tensor, moments: Moments | None = None, *, variance_floor: float = 1e-8) -> Tensor:
-    """Mean 0 and population variance 1 over all tokens of the rollout (not of a minibatch): `[N] -> [N]`, detached.
-
-    `moments` are those of all ranks' tokens. Constant advantages give 0.
-    """
+    """Mean 0 and population variance 1 over all ranks' tokens of the rollout: `[N] -> [N]`, detached; 0 if constant."""
     moments = Moments.of(advantages) if moments is None else moments
     return (advantages.detach() - moments.mean) / max(moments.std**2, variance_floor) ** 0.5
 

@@ -108,8 +108,7 @@ class RTO:
     ) -> RTORewards:
         """The reward of every token, equation 4.7, from log-probabilities `[N]` of the policy that sampled.
 
-        dpo_ref_logps are those of what the guide was trained against; None: ref_logps. `sentence_rewards` are s
-        `[C]`; `ends`, for variant "semi", tells tokens that end a sentence, bool `[N]`.
+        `sentence_rewards` are s `[C]`; `ends`, for variant "semi", says which tokens end a sentence, bool `[N]`.
         """
         raw = (self.beta1 * (dpo_logps - (ref_logps if dpo_ref_logps is None else dpo_ref_logps))).detach()
         if self.variant == "ppo":

@@ -26,7 +26,7 @@ from torch import Tensor
 from tokengrain.batch import Segments
 from tokengrain.errors import RunError
 from tokengrain.method import Card, Rollout, rollout_credit
-from tokengrain.methods._shaping import mean
+from tokengrain.methods._shaping import mean, reduce_groups
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Head, accumulation_dtype
 from tokengrain.settings import Bounds, Number, Share
@@ -217,13 +217,12 @@ def influence_threshold(
     values: Tensor, segments: Segments, group: Tensor, correct: Tensor, *, beta: float, quantile: float | None = None
 ) -> Tensor:
     """τ `[G]` of THR, or for NTHR of the influence without lengths; -inf in groups without a correct completion."""
-    means = torch.where((correct == 1) & (segments.lengths > 0), segments.mean(values), float("inf"))
-    smallest = values.new_full(torch.bincount(group).shape, float("inf")).scatter_reduce(0, group, means, "amin")
-    anchored = smallest < float("inf")
-    tau = torch.where(anchored, beta * smallest, float("-inf"))
-    for g in anchored.nonzero().flatten().tolist():
-        if quantile is not None:
-            tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
+    means = torch.where((correct == 1) & (segments.lengths > 0), segments.mean(values), torch.inf)
+    smallest = reduce_groups(means, group, torch.inf, "amin")
+    anchored = smallest < torch.inf
+    tau = torch.where(anchored, beta * smallest, -torch.inf)
+    for g in anchored.nonzero().flatten().tolist() if quantile is not None else ():
+        tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
     return tau
 
 

@@ -141,8 +141,8 @@ class Critic:
             for value in [*self.model.parameters(), *self.model.buffers()]:
                 dist.broadcast(value.detach(), 0)
         name = self.settings["schedule"]
-        known = name == "constant" or max_steps is not None
-        require(known, RecipeError, f"critic: schedule {name!r} needs the number of optimiser steps (max_steps)")
+        what = f"critic: schedule {name!r} needs the number of optimiser steps (max_steps)"
+        require(name == "constant" or max_steps is not None, RecipeError, what)
         self._scheduler = get_scheduler(
             "constant_with_warmup" if name == "constant" else name,
             self.optimizer,

@@ -80,13 +80,10 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Every number of a finished rollout, the same on all ranks, which all call this; `keep`: bool `[G]`."""
     scored = "old_logps" in rollout.quantities
-    own = {
-        "stats": stats,
-        "sums": rollout_sums(rollout, keep[rollout.group]) if scored else {},
-        "mismatch": {},  # of the sampler's log-probabilities and the trainer's; nothing where the sampler has none
-        "credit": {name: (value, 1.0) for name, value in rollout.metrics.items()},
-        "kept": int(keep.sum()),
-    }
+    own: dict[str, Any] = {"stats": stats, "sums": {}, "mismatch": {}, "kept": int(keep.sum())}
+    own["credit"] = {name: (value, 1.0) for name, value in rollout.metrics.items()}
+    if scored:
+        own["sums"] = rollout_sums(rollout, keep[rollout.group])
     if scored and "raw_logps" in rollout.quantities:
         logps, old_logps = rollout.quantities["raw_logps"], rollout.quantity("old_logps")
         own["mismatch"] = sampler_mismatch(logps, old_logps, rollout.segments)
