@@ -350,7 +350,7 @@ def bad_rows():
     yield (
         "tags",
         {**masked(TAGGED), "rejected_masked": " <MASK>red</MASK>. The sea is cold, not."},
-        "'rejected_masked': without its tags it goes on otherwise from character 1 ",
+        "'rejected_masked': without its tags it differs from character 1 ",
     )
     yield "column", ROW, r"'chosen_spans': column is missing; expected a list of .* or \[\]"
     yield "column", {**ROW, "choosen_spans": []}, "'chosen_spans': column is missing; 'choosen_spans' has a similar"

@@ -69,7 +69,7 @@ def _bpe(use_regex: bool) -> Tokenizer:
 
 @cache
 def merging_bpe(bos: bool = False, template: str | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that merges across words and lines, and so across almost any seam."""
+    """Byte-level BPE that merges across words and lines, and so across almost any boundary."""
     return _fast(_bpe(use_regex=False), bos, template)
 
 

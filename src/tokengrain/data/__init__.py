@@ -1,1 +1,1 @@
-"""Rows of text -> samples of token ids: formats, chat templates, the seam, truncation, rewards."""
+"""Rows of text -> samples of token ids: formats, chat templates, the prompt boundary, truncation, rewards."""

@@ -10,7 +10,7 @@ from tokengrain.batch import Completion, Sample
 from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig, check
 from tokengrain.data.formats import Example, canonical, has_several_rejected
 from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker, no_spans, parsed_list, token_column
-from tokengrain.data.tokens import Clock, Encoder, Rendered, Renderer, Tokens, seam
+from tokengrain.data.tokens import Clock, Encoder, Rendered, Renderer, Tokens, prompt_boundary
 
 SEVERAL = "spans go with one rejected completion, got several"
 
@@ -83,7 +83,7 @@ class ExampleEncoder:
 
     def _encode(self, work: _Work, tokens: list[Tokens]) -> Encoded:
         example, rendered = work.example, work.rendered
-        cut = seam(tokens, [r.prompt_end for r in rendered])
+        cut = prompt_boundary(tokens, [r.prompt_end for r in rendered])
         head = self.encoder.head(rendered[0], tokens[0])
         prompt = [*head, *tokens[0].ids[:cut]]
         if not prompt:

@@ -438,7 +438,7 @@ def tagged_stretches(marked: str, text: str, opening: str, closing: str) -> list
         for c in "".join(piece.split()):
             if position == len(at) or text[at[position]] != c:
                 where = at[position] if position < len(at) else len(text)
-                raise TagError(f"without its tags it goes on otherwise from character {where} of the untagged text on")
+                raise TagError(f"without its tags it differs from character {where} of the untagged text on")
             position += 1
         if tagged and position > first:
             stretches.append((at[first], at[position - 1] + 1))

@@ -537,7 +537,7 @@ def _shifted(tokens: Tokens, by: int) -> Tokens:
     return tokens if tokens.starts is None else replace(tokens, starts=starts, ends=ends)
 
 
-def seam(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
+def prompt_boundary(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
     """The prompt boundary: how many tokens at the start are the prompt that all these texts share."""
     if tokens[0].prompt is not None:
         return tokens[0].prompt

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokengrain.batch import Completion, Sample, TokenBatch, row_of
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.formats import Example
-from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, seam
+from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, prompt_boundary
 from tokengrain.errors import DataError, ModelError, RecipeError, require
 
 # Token scores across tokenizers: from the tokens of one to those of another, by the characters they share.
@@ -163,7 +163,7 @@ class Retokenizer:
         return rendered if ended else replace(rendered, text=rendered.text[: place[1]], closed=False)
 
     def _sample(self, texts: list[_Text], tokens: list[Tokens]) -> tuple[Sample, list[Places]]:
-        cut = seam(tokens, [t.rendered.prompt_end for t in texts])
+        cut = prompt_boundary(tokens, [t.rendered.prompt_end for t in texts])
         head = self.encoder.head(texts[0].rendered, tokens[0])
         prompt = [*head, *tokens[0].ids[:cut]]
         if not prompt and self.encoder.bos_id is not None:
@@ -184,7 +184,7 @@ class Retokenizer:
             return list(zip(tokens.starts[cut:], tokens.ends[cut:], strict=True))
         decoded, spans = decoded_spans(self.reward_tokenizer, prompt, tokens.ids[cut:])
         first = text.rendered.text.rfind(decoded)
-        what = f"the reward model's tokenizer {type(self.reward_tokenizer).__name__} tells no offsets and does not "
+        what = f"the reward model's tokenizer {type(self.reward_tokenizer).__name__} gives no offsets and does not "
         what += f"give the text back: got {decoded[:60]!r}; expected a part of {text.rendered.text[-80:]!r}"
         require(first >= 0, ModelError, what)
         return [(first + low, first + high) for low, high in spans]

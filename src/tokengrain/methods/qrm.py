@@ -127,7 +127,7 @@ class RewardModelCredit:
             self.values = "order"
         statistics = statistics_of(model)
         what = f"scaling {scaling!r} needs token_score_mean and token_score_std in the reward model's config, which "
-        what += "has them not; measure them with measure_scores(model, dataset), or use scaling 'none'"
+        what += "lacks them; measure them with measure_scores(model, dataset), or use scaling 'none'"
         require(statistics is not None or scaling == "none", ModelError, what)
         self.statistics = statistics or ScoreStatistics(0.0, 1.0)
         self.retokenizer = retokenizer_for(tokenizer, reward_tokenizer)

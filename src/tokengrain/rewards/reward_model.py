@@ -73,7 +73,7 @@ class RewardModel:
         self.pooling = self._pooling(self.pooling)
         message = (
             f"reward 'reward_model': scaling {self.scaling!r} needs completion_score_mean and completion_score_std in "
-            "the reward model's config, which has them not; expected scaling: none (and the rollout credit normalize)"
+            "the reward model's config, which lacks them; expected scaling: none (and the rollout credit normalize)"
         )
         require(self.statistics is not None or self.scaling == "none", ModelError, message)
         self.retokenizer = retokenizer_for(self.tokenizer, self.reward_tokenizer)

@@ -108,7 +108,7 @@ def test_a_token_across_the_seam_belongs_to_the_completion():
     prompt, chosen, rejected = "Oh my! The sky is", " blue.", " black."
     full = ids_of(tokenizer, prompt + chosen)
     prompt_alone = ids_of(tokenizer, prompt)
-    assert full[: len(prompt_alone)] != prompt_alone, "the tokenizer must merge across this seam"
+    assert full[: len(prompt_alone)] != prompt_alone, "the tokenizer must merge across this boundary"
     sample = prepare_pairs([{"prompt": prompt, "chosen": chosen, "rejected": rejected}], tokenizer)[0]
     text = tokenizer.decode(sample.prompt_ids)
     assert prompt.startswith(text)
