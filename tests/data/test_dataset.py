@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.data.test_seam import ids_of, random_rows
+from tests.data.test_prompt_boundary import ids_of, random_rows
 from tests.data.tokenizers import CHATML, gpt2_like, llama_like, unigram
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import TokenizeConfig
