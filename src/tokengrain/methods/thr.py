@@ -221,8 +221,9 @@ def influence_threshold(
     smallest = reduce_groups(means, group, torch.inf, "amin")
     anchored = smallest < torch.inf
     tau = torch.where(anchored, beta * smallest, -torch.inf)
-    for g in anchored.nonzero().flatten().tolist() if quantile is not None else ():
-        tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
+    if quantile is not None:
+        for g in anchored.nonzero().flatten().tolist():
+            tau[g] = torch.quantile(values[group[segments.ids] == g].abs(), quantile)
     return tau
 
 
