@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tokengrain.errors import RunError, write_json
-from tokengrain.runs import StageRecord, read_run
+from tokengrain.runs import StageRecord, read_run, read_stage
 
 
 def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
@@ -21,3 +22,14 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
         (tmp_path / "train" / name).mkdir()
     with pytest.raises(RunError, match=r"'train' is interrupted \(checkpoint at step 16\); to continue: tokengrain"):
         _ = read_run(tmp_path).model_path
+
+
+def test_a_stage_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = StageRecord("train", tmp_path / "train", "train", "done", "f", {"a": 1}, 2.5)
+    written.save()
+    assert read_stage(tmp_path / "train") == written
+    record = json.loads((tmp_path / "train" / "stage.json").read_text())
+    for wrong in ({"seconds": {}}, {"status": "odd"}, {"name": 3}, {"settings": []}, {"more": 1}):
+        (tmp_path / "train" / "stage.json").write_text(json.dumps({**record, **wrong}))
+        with pytest.raises(RunError, match=r"stage\.json is not a stage record of tokengrain"):
+            read_stage(tmp_path / "train")

@@ -119,7 +119,7 @@ def read_stage(path: Path) -> StageRecord | None:
         return None
     with foreign(f"{path / 'stage.json'} is not a stage record of tokengrain: "):
         record = StageRecord(path=path, **read_object(path / "stage.json"))
-        return TypeAdapter(StageRecord).validate_python(vars(record), strict=True)
+        return TypeAdapter(StageRecord).validate_python(vars(record))
 
 
 def read_object(path: Path) -> dict[str, Any]:
