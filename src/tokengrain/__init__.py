@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tokengrain.method import METHODS as METHODS
     from tokengrain.method import make_credit as make_credit
     from tokengrain.method import make_objective as make_objective
+    from tokengrain.report.html import show_credit as show_credit
     from tokengrain.report.html import write_report as write_report
     from tokengrain.rewards.builtin import make_reward as make_reward
     from tokengrain.rewards.suite import RewardSuite as RewardSuite
@@ -67,6 +68,7 @@ _HOME = {
     "load_world": "tokengrain.worlds",
     "METHODS": "tokengrain.method",
     "write_report": "tokengrain.report.html",
+    "show_credit": "tokengrain.report.html",
     "TokengrainError": "tokengrain.errors",
 }
 

@@ -6,14 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import yaml
+from torch import Tensor
 
 from tokengrain import runs
 from tokengrain.annotation import MANIFEST
+from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, RunError, foreign, require, write_text
 from tokengrain.method import METHODS
 from tokengrain.report import rows
@@ -75,6 +78,42 @@ def render(contents: Contents) -> str:
             best=_best(contents.methods),
         )
     )
+
+
+def show_credit(
+    batch: TokenBatch,
+    tokenizer: Any,
+    credit: Mapping[str, Tensor],
+    *,
+    truth: Tensor | None = None,
+    count: int = 3,
+    height: int = 420,
+) -> Shown:
+    """Heat maps of token credit, for a notebook's cell.
+
+    Args:
+        batch: prompts with their completions, as `TokenBatch.from_samples` makes them.
+        tokenizer: for the tokens' text.
+        credit: `[N]` by the name that is shown: one number per completion token that counts.
+        truth: the exact credit `[N]`, where a world knows it.
+        count: how many prompts are shown.
+        height: of the cell's output, in pixels.
+    """
+    entries = rows.collect_credit_samples(batch, tokenizer, credit, truth=truth)  # prompt by prompt
+    pairs, scales = heat_maps(rows.parsed(entries[: count * len(credit)]))
+    maps = environment().get_template("cell.html.j2").render(pairs=pairs, scales=scales)
+    frame = '<iframe srcdoc="{}" style="width: 100%; height: {}px; border: 0" title="token credit"></iframe>'
+    return Shown(frame.format(escape(maps), height))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """HTML that notebooks show in place of a value."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 
 def environment() -> Any:

@@ -109,10 +109,15 @@ def read_credit_samples(path: Path) -> list[CreditSample]:
     entries = read_json(path, DataError)
     kind = type(entries).__name__
     require(isinstance(entries, list), DataError, "wrong content", file=path, value=kind, expected="a list of samples")
+    return parsed(entries, path)
+
+
+def parsed(entries: Sequence[Any], path: Path | None = None) -> list[CreditSample]:
+    """The entries of `credit_samples.json`, checked; `path` is for messages."""
     return [_parse(path, row, entry) for row, entry in enumerate(entries)]
 
 
-def _parse(path: Path, row: int, entry: Any) -> CreditSample:
+def _parse(path: Path | None, row: int, entry: Any) -> CreditSample:
     right = isinstance(entry, dict) and "chosen" in entry
     require(right, DataError, "not a credit sample", file=path, row=row, expected="an object with a 'chosen' side")
     sides, place = [], {"file": path, "row": row}
