@@ -23,17 +23,7 @@ from tokengrain.evaluation.credit import CreditTruth, auc, parts_of, recovery
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 from tokengrain.worlds import base_models, chains
-from tokengrain.worlds.base_models import (
-    BOS,
-    EOS,
-    PAD,
-    Progress,
-    Trained,
-    Training,
-    check_least,
-    check_option,
-    single_thread,
-)
+from tokengrain.worlds.base_models import BOS, EOS, PAD, Progress, Training, check_least, check_option, single_thread
 from tokengrain.worlds.chains import IDS, Audit, Cut, Ending, Ids, Problem, Texts, parse_prompt, rng_of, seed_of
 
 Split = Literal["train", "eval"]
@@ -133,7 +123,7 @@ def _loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> Tensor:
 
 def warm_start(
     settings: WarmStart, vocabulary: int, draw: Callable[[int], list[Example]], progress: Progress | None = None
-) -> Trained:
+) -> base_models.Trained:
     """Train a base model, on fresh examples in every step."""
     start = time.perf_counter()
     model = base_models.small_llama(settings, vocabulary=vocabulary, positions=settings.positions, tied=False).train()
@@ -235,7 +225,7 @@ class ArithmeticWorld:
         warm = self.warm_start
         rng = rng_of(self.name, "warm start", warm.seed)
 
-        def train(progress: Progress) -> Trained:
+        def train(progress: Progress) -> base_models.Trained:
             model, report = warm_start(warm, len(self.vocabulary), lambda n: self._examples(n, rng), progress)
             return model, settings | report
 
