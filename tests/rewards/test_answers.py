@@ -18,6 +18,12 @@ SHARED = Path(__file__).parents[3] / "shared"
 needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
 
 RIGHT = r"""
+11/2 | 5.5
+10/3 | \frac{10}{3}
+3 1/2 | 3.5
+The answer is 12. | 12
+We have $x=3$, so it is $\boxed{12}$. | 12
+7:30 | 7:30 \text{ p.m.}
 -\frac{1}{2} | -0.5
 -\frac{1}{2} | \frac{-1}{2}
 \frac{-1}{2} | -\frac12
@@ -141,6 +147,10 @@ n = 7 | 7
 1 | 100\%
 """
 WRONG = r"""
+31/2 | 3.5
+10/3 | 1
+We have $x=3$, so it is $\boxed{12}$. | 3
+7:30 a.m. | 7:30 pm
 -\frac{1}{2} | \frac{1}{2}
 25\% | 52\%
 \$36 | \$63
@@ -218,6 +228,10 @@ x > 3 | [3,\infty)
 """
 # Golds and completions in which nothing, or something else than a box, marks the answer.
 TEXTS = [
+    ("8", "<think>so \\boxed{9}</think>\n\n**8**", 1),
+    ("9", "<think>so \\boxed{9}</think>\n\n**8**", 0),
+    ("9", "<think>so \\boxed{9}</think>\n\nDone.", 1),
+    ("E", "The correct choice is **E**.", 1),
     ("5", "#### 5", 1),
     ("5", "#### 6", 0),
     ("reason 1+1\n#### 5", "so \\boxed{5}", 1),
@@ -332,6 +346,7 @@ def test_math_reads_a_column_as_what_it_is():
         ),
         *(("3:4", None), ("2k+2", None), ("(3, 4)", None), ("2k", None), ("x", None), ("", None), (None, None)),
         *((True, None), (float("nan"), None), ("1,2,3", None), ("3, 500", None), ("1e99999", None), ("1/0", None)),
+        *(("11/2", "5.5"), ("10/3", "10/3"), (r"It is $\boxed{12}$, of 3.", "12"), ("2 1/3", "7/3")),
         *(("50%", "50"), ("$1,250.50", "1250.5"), ("5 apples", "5"), ("18 dollars", "18"), (r"5\text{ cm}^2", "5")),
         *(("The answer is 72.", "72"), ("it says 3 and 4", None), ("steps 1 2\n#### 72", "72"), ("#### 72 eggs", "72")),
         *((r"3 \times 10^{4}", "30000"), (r"-\dfrac12", "-1/2"), (".5", "1/2"), ("007", "7"), (r"60^\circ", "60")),
@@ -352,6 +367,7 @@ def test_numbers_in_a_text():
     ]
     assert numbers_in(r"\frac{3}{4} of 10{,}000") == [Fraction(3, 4), 10000]
     assert number_of("3.14.15") is None
+    assert numbers_in("The answer is -3. It is -$5, x -3, total - 2") == [-3, -5, 3, 2]
 
 
 def test_numeric():
@@ -372,6 +388,7 @@ def test_numeric():
     assert last(["It is 5", "It is 0.00001", "It is 1e-5"], answer=[1e-05] * 3) == [0, 1, 1]
     marked = make_reward("numeric").function
     assert marked(["#### -$5", "#### -$5"], answer=["-5", "5"]) == [1, 0]
+    assert marked(["#### 1 000", "#### 11/2", "#### 3 1/2"], answer=["1000", "5.5", "3.5"]) == [1, 1, 1]
     with pytest.raises(RewardError, match="the column 'answer' has no number; got '2k\\+2'"):
         marked(["#### 2"], answer=["2k+2"])
     assert dict(marked.unreadable(["1", "2k+2", ["3", "x"], 5])).keys() == {1, 2}

@@ -24,7 +24,7 @@ from typing import Any
 
 MARKED = re.compile(r"####[ \t]*([^\n]*)")
 BOX = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])\s*")
-SAID = re.compile(r"(?i)\banswer(?:\s+is)?\W*?(?::|\bis\b)\s*([^\n]+)")
+SAID = re.compile(r"(?i)\b(?:answer|(?:correct|right) (?:choice|option))(?:\s+is)?\W*?(?::|\bis\b)\s*([^\n]+)")
 
 
 def boxed(text: str) -> str | None:
@@ -91,7 +91,7 @@ WHOLE = r"(?:\d+\.?\d*|\.\d+)"
 POWER = r"(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*\{?\s*(-?\s*\d+)\s*\}?"
 NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:\\?\$|\\text\{{\$\}}|USD|EUR|€|£)?\s*(?P<inner>[-+]?)\s*"
-    rf"(?:(?P<mixed>\d+)\s*(?=\\frac|\d+\s*/)\s*)?"
+    rf"(?:(?P<mixed>\d+)(?:\s*(?=\\frac)|\s+(?=\d+\s*/)))?"
     rf"(?:\\frac\s*(?P<top>\{{\s*-?{WHOLE}\s*\}}|\d)\s*(?P<bottom>\{{\s*-?{WHOLE}\s*\}}|\d)"
     rf"|(?P<value>{WHOLE})(?:\s*/\s*(?P<over>{WHOLE}))?(?:[eE](?P<e>[-+]?\d+)|\s*{POWER})?)"
     rf"\s*(?:\\?\$)?\s*(?P<unit>{UNIT})?\.?"
@@ -133,8 +133,9 @@ def _fraction(text: str) -> Fraction:
 
 
 IN_TEXT = re.compile(
-    r"(?:(?<![\w)\]}])(?<![\w)\]}] )-\s?)?(?:\\?\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?"
-    r"(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?![\d.]))?"
+    # A minus behind a number, a bracket or a letter takes away; behind a word ("it is -3") it is a sign.
+    r"(?:(?<![\w)\]}])(?:(?<![\w)\]}] )-\s?|(?<![\d)\]}] )(?<!\b[A-Za-z] )-))?"
+    r"(?:\\?\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?![\d.]))?"
 )
 
 
@@ -160,8 +161,8 @@ def gold_number(gold: Any) -> Fraction | None:
     gold = gold.item() if hasattr(gold, "item") else gold
     if gold is None or isinstance(gold, bool):
         return None
-    text = str(gold)
-    marked = MARKED.findall(text)
+    text, marked = str(gold), MARKED.findall(str(gold))
+    text = text if marked else boxed(text) or text
     whole = number_of(marked[-1] if marked else text)
     if whole is not None:
         return whole
@@ -178,6 +179,7 @@ def gold_number(gold: Any) -> Fraction | None:
 CHOICE = re.compile(r"(?i)\W*(?:option|choice|answer)?\W*\b([A-J])\b(?:\s*[).:\]].*|\W*)", re.DOTALL)
 BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
 RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
+CLOCK = re.compile(r"([\d.:]+)([ap]?)\.?m?\.?", re.IGNORECASE)
 FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|sqrt|log|exp|abs|pi|ln")
 
 
@@ -208,7 +210,11 @@ def same_text(gold: str, answer: str) -> bool | None:
     if words is not None:
         return words == words_of(answer)
     if RATIO.fullmatch(one):
-        return False
+        mine, theirs = (CLOCK.fullmatch(text) for text in squeezed)
+        if not mine or not theirs or mine[1] != theirs[1]:
+            return False
+        half = {found[2].casefold() for found in (mine, theirs) if found[2]}
+        return len(half) < 2  # of a day, which need not be said
     if "_" in one and (base := BASE.fullmatch(one)):
         found = BASE.fullmatch(squeezed[1])
         return found is not None and found[1] == base[1] and found[2] in (None, base[2])
@@ -249,10 +255,15 @@ def _sympy(found: list[Any]) -> bool:
     return any(not isinstance(one, str) for one in found)
 
 
+def gold_of(text: str) -> str:
+    """What a column's text gives as the answer: all of it or, of a whole solution, what is marked, boxed or said."""
+    found = [MARKED.findall(text)[-1:], [boxed(text) or ""], SAID.findall(text)[-1:]]
+    return next((part[0] for part in found if part and part[0].strip()), text)
+
+
 def readable(gold: str) -> bool:
     """Whether `math` understands a gold: a number, words, or what math-verify reads."""
-    marked = MARKED.findall(gold)
-    gold = marked[-1] if marked else gold
+    gold = gold_of(gold)
     if number_of(gold) is not None or words_of(gold) is not None or same_text(gold, "?") is False:
         return True
     return _sympy(_parsed(f"$\\boxed{{{latex(gold)}}}$"))
@@ -265,7 +276,9 @@ def math_equal(golds: Sequence[str], completion: str) -> bool | None:
 
 
 def _equal(gold: str, completion: str) -> bool | None:
-    gold = marked[-1] if (marked := MARKED.findall(gold)) else gold
+    gold, final = gold_of(gold), completion.rpartition("</think>")[2]
+    if BOX.search(final) or SAID.search(final) or re.search(r"\d", final):  # what is thought before is no answer
+        completion = final
     box, marked, said = boxed(completion), MARKED.findall(completion), SAID.findall(completion)
     answer = box if box is not None else marked[-1] if marked else None
     if answer is not None:

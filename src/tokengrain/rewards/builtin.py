@@ -227,8 +227,9 @@ class NumericMatch(Match):
     def _answer(self, completion: str) -> Fraction | None:
         marked = answers.MARKED.findall(completion)
         if self.style == "gsm8k" or (self.style == "flexible" and marked):
-            found = answers.numbers_in(marked[-1]) if marked else []
-            return found[0] if found else None
+            whole = answers.number_of(marked[-1]) if marked else None
+            found = answers.numbers_in(marked[-1]) if marked and whole is None else []
+            return found[0] if found else whole
         if self.style == "boxed":
             box = answers.boxed(completion) or ""
             whole, found = answers.number_of(box), answers.numbers_in(box)

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokengrain import models
+from tokengrain.annotation import is_annotated
 from tokengrain.batch import PromptRole
 from tokengrain.data.rows import Rows
 from tokengrain.errors import (
@@ -208,7 +209,8 @@ class Trained(Stage):
         Before training, where an annotate stage stored the starting model's log-probabilities, only rounding is left
         between the two: `rounding`, nats per completion (root mean square).
         """
-        stored = before and self.data.stage is not None and isinstance(reference, ColumnReference)
+        annotated = self.data.stage is not None or is_annotated(self.data.train)  # by this model: that is checked
+        stored = before and annotated and isinstance(reference, ColumnReference)
         if metrics.get("rewards/margins") != 0 and not stored:
             return metrics
         tie = {key: 0.0 if key.endswith("_low") else 1.0 if key.endswith("_high") else 0.5 for key in metrics}
