@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +31,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -41,6 +44,7 @@ from tokengrain.errors import (
     RecipeError,
     RunError,
     TokengrainError,
+    atomic_write,
     fault,
     file_fingerprint,
     fingerprint,
@@ -129,7 +133,8 @@ def load_model(
     """The language model at `path`; an adapter folder is put on its base, and folded into it or trained."""
     if is_adapter(path):
         base = load_model(spec, base_of_adapter(path))
-        return _with_adapter(base, path, merge_adapter, train_adapter)
+        # Folded and rounded to few bits again, the two would not be what they are apart.
+        return _with_adapter(base, path, merge_adapter and not spec.quantised, train_adapter)
     encoder = load_config(spec, path).is_encoder_decoder
     message = f"decoder_start_id is {spec.decoder_start_id}; expected none, since {path} has no decoder beside an "
     require(encoder or spec.decoder_start_id is None, ModelError, message + "encoder")
@@ -146,6 +151,8 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
     tensors are missing, which would be random numbers, or left over.
     """
     how = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
+    if spec.quantised:
+        how["quantization_config"] = _bits(spec)
     with library_errors(f"no {what} could be loaded from {path}", path):
         model, found = kind.from_pretrained(path, output_loading_info=True, **how, **more)
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -159,6 +166,18 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
         message = f"the weights in {path} {verb} tensors of {type(model).__name__}: {shown}"
         require(not names, ModelError, message.replace("other tensors of", "tensors that are none of"))
     return model
+
+
+def _bits(spec: ModelSpec) -> BitsAndBytesConfig:
+    """4 bits as in QLoRA: nf4, the scales quantised again. Computes in the type of the other weights."""
+    missing = "load_in_4bit and load_in_8bit need bitsandbytes: pip install 'tokengrain[quantise]'"
+    require(find_spec("bitsandbytes"), ModelError, missing)
+    if spec.load_in_8bit:
+        # With a threshold, columns are outliers by all tokens of a batch: a token's numbers would depend on the others.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **nf4)
 
 
 def _with_adapter(base: nn.Module, path: str, merge: bool, train: bool) -> Any:
@@ -259,6 +278,18 @@ def merge(path: str, output: str | os.PathLike[str], dtype: str = "auto") -> Pat
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return target
+
+
+def recast(folder: Path, dtype: str) -> None:
+    """Change the type of the weights in a saved model's folder (an adapter's too), and what its config says of it."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as content:
+            about = content.metadata()
+        tensors = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in load_file(file).items()}
+        with atomic_write(file) as temporary:
+            save_file(tensors, temporary, about)
+    if (config := folder / "config.json").is_file():
+        write_json(config, {**read_json(config), "dtype": dtype})
 
 
 def trained(model: Any, *, whole: bool = False) -> str:
@@ -508,7 +539,7 @@ def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
 
 def lora_config(lora: LoraSpec, **own: Any) -> Any:
     """A recipe's `lora:` as peft's configuration."""
-    names = ("r", "target_modules", "modules_to_save", "use_rslora")
+    names = ("r", "target_modules", "modules_to_save", "use_rslora", "use_dora")
     given = {"task_type": "CAUSAL_LM", "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     return import_peft().LoraConfig(**{**given, **{name: getattr(lora, name) for name in names}, **own})
 

@@ -36,6 +36,11 @@ class ModelSpec(Strict):
         default=None, description="with `config`: {type: bpe|byte, vocab_size}, or the path of a tokenizer"
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(default="float32", description="type of weights")
+    load_in_4bit: bool | None = Field(default=None, description="frozen weights in 4 bits (nf4), for lora: QLoRA")
+    load_in_8bit: bool | None = Field(default=None, description="frozen weights in 8 bits, for lora")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="type of the finished model on disk; default: as it was trained"
+    )
     attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2, ...")
     decoder_start_id: int | None = Field(
         default=None, ge=0, description="of an encoder-decoder whose config lacks it: the token before every completion"
@@ -57,7 +62,16 @@ class ModelSpec(Strict):
         require(not built or "model_type" in (self.config or {}), ValueError, what)
         what = "tokenizer goes with config (a model built from scratch); a model at a path has its own"
         require(built or self.tokenizer is None, ValueError, what)
+        both = self.load_in_4bit and self.load_in_8bit
+        require(not both, ValueError, "load_in_4bit and load_in_8bit are both set; expected one of them")
+        what = "a model built from scratch is not loaded in 4 or 8 bits; drop load_in_4bit and load_in_8bit"
+        require(not (built and self.quantised), ValueError, what)
         return self
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the weights are loaded in 4 or 8 bits, so that only an adapter can be trained."""
+        return bool(self.load_in_4bit or self.load_in_8bit)
 
     @property
     def stage(self) -> str | None:
@@ -133,6 +147,7 @@ class LoraSpec(Strict):
     target_modules: str | list[str] | None = Field(default="all-linear", description="which modules get an adapter")
     modules_to_save: list[str] | None = Field(default=None, description="modules trained in full and saved beside it")
     use_rslora: bool = Field(default=False, description="divide alpha by the square root of r instead of r")
+    use_dora: bool = Field(default=False, description="weights as magnitude and direction, of which LoRA is the latter")
 
 
 class TeacherSpec(Strict):

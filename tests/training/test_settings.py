@@ -60,7 +60,7 @@ def test_settings_of_another_class_are_named(tmp_path: Path) -> None:
 
 def test_rows_of_text_are_named(tmp_path: Path) -> None:
     rows: Any = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(DataError, match=r"train: a row is not tokenised; got 'dict'; expected a Sample, which"):
+    with pytest.raises(RecipeError, match="rows of text need a tokenizer"):
         make_trainer(tmp_path, rows, objective="dpo")
     with pytest.raises(DataError, match="a row is not tokenised"):
         make_trainer(tmp_path, make_samples(4), objective="simpo").evaluate(rows)

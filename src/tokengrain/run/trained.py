@@ -145,6 +145,11 @@ class Trained(Stage):
         super().check(found)
         where = f"stages.{self.name}"
         check_training(self.own.training, self.config, f"{where}.training", found)
+        if self.model.quantised and self.lora is None:
+            what = "weights in 4 or 8 bits are not trained; set lora, or drop load_in_4bit and load_in_8bit"
+            found.add(f"{where}.model", what)
+        if self.model.quantised and self.kind == "reward":
+            found.add(f"{where}.model", "a reward model is not loaded in 4 or 8 bits; drop load_in_4bit, load_in_8bit")
         if self.data.streaming:
             if self.data.eval is None and self.data.eval_fraction > 0:
                 found.add(where, "rows cannot be held out of a stream; give data.eval, or set data.eval_fraction: 0")
@@ -317,6 +322,8 @@ class Trained(Stage):
             metrics["after"] = self.compared(plain_metrics(trainer.evaluate()), trainer.reference, before=False)
         metrics |= self.save(run, trainer, folder / "model")
         if main:
+            if self.model.save_dtype is not None:
+                models.recast(folder / "model", self.model.save_dtype)
             facts: dict[str, Any] = {
                 "name": f"{self.recipe.method}-{self.name}",
                 "method": self.recipe.method,
@@ -374,8 +381,8 @@ class Trained(Stage):
 
 def _check_same_lora(lora: LoraSpec, path: str) -> None:
     saved = read_json(Path(path) / models.ADAPTER)
-    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
-        value, there = getattr(lora, ours), saved.get(theirs)
+    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora"), ("use_dora", "use_dora")):
+        value, there = getattr(lora, ours), saved.get(theirs, False)
         require(
             value == there,
             ModelError,

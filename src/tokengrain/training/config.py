@@ -78,6 +78,8 @@ class PreferenceConfig(TrainingArguments):
         sync_ref_model: every `ref_model_sync_steps` optimiser steps, the reference's weights become
             `ref_model_mixup_alpha` times the policy's plus the rest of their own, as in TRL (TR-DPO, arXiv
             2404.09656). The reference must have weights of its own.
+        early_stopping_patience: end training after so many evaluations without a better `metric_for_best_model`; needs
+            `load_best_model_at_end`. None: never.
         overwrite_output_dir: delete checkpoints and log of an earlier run in `output_dir` when training
             starts from scratch. Otherwise their presence is an error.
 
@@ -102,6 +104,7 @@ class PreferenceConfig(TrainingArguments):
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
     ref_model_sync_steps: int = 512
+    early_stopping_patience: int | None = None
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
@@ -116,6 +119,7 @@ class PreferenceConfig(TrainingArguments):
     def _refuse_what_cannot_work(self) -> None:
         layouts, optimiser = get_args(Layout), str(getattr(self.optim, "value", self.optim))
         rate, most, chunk = self.learning_rate, self.max_tokens_per_microbatch, self.chunk_tokens
+        waits = self.early_stopping_patience
         for name, fits, expected in (
             ("remove_unused_columns", self.remove_unused_columns is False, "False in preference training"),
             ("logging_nan_inf_filter", self.logging_nan_inf_filter is False, "False in preference training"),
@@ -123,6 +127,8 @@ class PreferenceConfig(TrainingArguments):
             ("learning_rate", 0 <= float(rate) < math.inf, "finite and at least 0"),
             ("max_tokens_per_microbatch", most is None or _is_whole(most, 1), "a positive integer or null"),
             ("chunk_tokens", chunk is None or _is_whole(chunk, 1), "a positive integer or null"),
+            ("early_stopping_patience", waits is None or _is_whole(waits, 1), "a positive integer or null"),
+            ("load_best_model_at_end", waits is None or self.load_best_model_at_end, "true: early stopping seeks it"),
             ("ref_model_mixup_alpha", 0 <= float(self.ref_model_mixup_alpha) <= 1, "from 0 to 1"),
             ("ref_model_sync_steps", _is_whole(self.ref_model_sync_steps, 1), "a positive integer"),
         ):

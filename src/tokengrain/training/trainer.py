@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
@@ -234,6 +234,9 @@ class PreferenceTrainer(Trainer):
         done = self.is_fsdp_enabled or not (args.fsdp or launched_with("FSDP"))
         require(done, RecipeError, f"{asked}, but accelerate does not shard on this device, as on CPU")
         prepare(self.model, layout=args.layout)  # on its device by now, and not yet wrapped
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+            args.restore_callback_states_from_checkpoint = True  # how long it has waited already
         self._log_file = JsonlLog(self.output_path / LOG_FILE)
         self.add_callback(self._log_file)
         self.callback_handler.callbacks.insert(0, StepHooks(self))  # before those that log and save

@@ -1,0 +1,98 @@
+"""Memory and adapters in recipes: 4 and 8 bits under LoRA, DoRA, the type on disk; and training that ends early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.test_stages import run, values
+from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
+from tokengrain.errors import ModelError, RecipeError, read_json
+from tokengrain.models import load_model, train_tokenizer
+from tokengrain.run.load import make_recipe
+from tokengrain.specs import ModelSpec, TokenizerSpec
+
+LORA = {"r": 4, "alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Wide enough for the blocks of 64 that 4-bit weights are scaled in."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(TokenizerSpec(type="byte"), ())
+    size: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
+    size |= {"max_position_embeddings": 128, "initializer_range": 0.05}
+    tiny_llama(vocab_size=len(tokenizer), **size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_lora_on_few_bits(bits: str, base: str, tmp_path: Path) -> None:
+    """QLoRA: the run's model learns, and the adapter is one for the base as it was saved."""
+    result = run(values(tmp_path, model={"path": base, bits: True}, lora=LORA))
+    stage = result.metrics["stages"]["train"]
+    assert stage["before"]["comparison"] == "no difference yet"
+    assert stage["after"]["rewards/margins"] > 0
+    quantised: Any = load_model(ModelSpec(path=base, **{bits: True}), base)
+    projection = quantised.model.layers[0].self_attn.q_proj
+    assert type(projection).__name__ == {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}[bits]
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.arange(2, 60)[None]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (whole, quantised)]
+        trained = AutoPeftModelForCausalLM.from_pretrained(result.model_path)
+        moved = trained(input_ids=ids).logits
+    assert 0 < float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.5
+    assert float((moved - logits[0]).abs().max()) > 0
+
+
+def test_what_few_bits_cannot_do(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="weights in 4 or 8 bits are not trained; set lora"):
+        make_recipe(values(tmp_path, model={"path": base, "load_in_4bit": True}))
+    with pytest.raises(RecipeError, match="expected one of them"):
+        make_recipe(values(tmp_path, model={"path": base, "load_in_4bit": True, "load_in_8bit": True}, lora=LORA))
+    reward = {"train": {"kind": "reward", "objective": {"name": "qrm"}}}
+    with pytest.raises(RecipeError, match="a reward model is not loaded in 4 or 8 bits"):
+        make_recipe(values(tmp_path, reward, model={"path": base, "load_in_8bit": True}, lora=LORA))
+    monkeypatch.setattr("tokengrain.models.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'tokengrain\[quantise\]'"):
+        load_model(ModelSpec(path=base, load_in_8bit=True), base)
+
+
+def test_dora_and_modules_to_save(base: str, tmp_path: Path) -> None:
+    lora = {**LORA, "use_dora": True, "modules_to_save": ["embed_tokens"]}
+    result = run(values(tmp_path, model={"path": base}, lora=lora))
+    config = read_json(result.model_path / "adapter_config.json")
+    assert config["use_dora"] is True
+    names = load_file(result.model_path / "adapter_model.safetensors").keys()
+    assert any("lora_magnitude_vector" in name for name in names)
+    assert any("embed_tokens" in name for name in names)
+
+
+@pytest.mark.parametrize("over", [{}, {"lora": LORA}], ids=["full", "adapter"])
+def test_the_type_on_disk(over: dict[str, Any], base: str, tmp_path: Path) -> None:
+    result = run(values(tmp_path, model={"path": base, "save_dtype": "bfloat16"}, **over))
+    (file,) = result.model_path.glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    loaded = (AutoPeftModelForCausalLM if over else AutoModelForCausalLM).from_pretrained(result.model_path)
+    assert over or loaded.dtype == torch.bfloat16
+
+
+def test_training_ends_early(tmp_path: Path) -> None:
+    """At a rate at which the loss only rises: after two evaluations without a better one."""
+    how: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    how |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "learning_rate": 3.0, "max_steps": 30}
+    trainer = make_trainer(tmp_path / "out", make_samples(16), eval_dataset=make_samples(8, 1), **how)
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    best = losses.index(min(losses))
+    assert trainer.state.global_step == best + 3 < 30
+    with pytest.raises(RecipeError, match="load_best_model_at_end must be true: early stopping seeks it"):
+        tiny_config(tmp_path, early_stopping_patience=2)
