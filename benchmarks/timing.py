@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -52,12 +53,14 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_alternating(setting: Setting, names: list[str], repeats: int, warmup: int = 1) -> list[Timing]:
+def time_alternating(
+    setting: Any, names: list[str], repeats: int, warmup: int = 1, steps: Mapping[str, Any] = STEPS
+) -> list[Timing]:
     """One step of each in turn, `repeats` times, after `warmup` rounds."""
-    steps = {name: STEPS[name](setting) for name in names}
-    timings = {name: Timing(step.name, [], float("nan")) for name, step in steps.items()}
+    made = {name: steps[name](setting) for name in names}
+    timings = {name: Timing(step.name, [], float("nan")) for name, step in made.items()}
     for round_ in range(warmup + repeats):
-        for name, step in steps.items():
+        for name, step in made.items():
             gc.collect()
             synchronise(setting.device)
             start = time.perf_counter()
@@ -109,16 +112,16 @@ def _measure_peak(setting: Setting, name: str) -> float:
         before = torch.cuda.memory_allocated()
         small.step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    sampler = _ResidentSampler()
+    sampler = ResidentSampler()
     with sampler:
         small.step()
     return (sampler.peak - sampler.before) / 2**20
 
 
-class _ResidentSampler:
+class ResidentSampler:
     """Peak resident bytes of this process while the block runs, sampled every millisecond."""
 
-    def __enter__(self) -> _ResidentSampler:
+    def __enter__(self) -> ResidentSampler:
         self.before = self.peak = _resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -13,7 +13,7 @@ from tests.scoring.encdec import FAMILIES, alone, tiny_seq2seq
 from tests.scoring.models import VOCAB, batch_of, gradients, joined, small_batch, standard_batch, tiny
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring.encdec import encoder_rows
+from tokengrain.scoring.encdec import RepeatedStates, encoder_rows
 from tokengrain.scoring.layouts import RowCosts
 from tokengrain.scoring.prepare import causal_lm, prepare, prompt_role
 from tokengrain.scoring.reference import AdapterOffReference
@@ -67,6 +67,34 @@ def test_the_encoder_reads_every_prompt_once():
     model.get_encoder().register_forward_pre_hook(lambda m, a, kw: read.append(kw["input_ids"].shape), with_kwargs=True)
     score(model, batch_of((9, (4, 7, 3, 5)), (9, (2, 2, 2))))
     assert read == [(2, 9)]
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_keys_and_values_are_projected_once_per_prompt(name):
+    model, batch = tiny_seq2seq(name), batch_of((9, (4, 7, 3, 5)), (9, (2, 2, 2)))
+    prepare(model)
+    projected = []
+    kind = {"t5": "EncDecAttention.k", "bart": "encoder_attn.k_proj"}[name]
+    for key, module in model.named_modules():
+        if key.endswith(kind):
+            module.register_forward_hook(
+                lambda module, args, out: projected.append((type(args[0]), type(out), len(out)))
+            )
+    torch.testing.assert_close(score(model, batch).logps, alone(model, batch)["logps"], rtol=0, atol=1e-12)
+    assert projected[:2] == [(RepeatedStates, torch.Tensor, 7)] * 2
+
+
+def test_repeated_states():
+    states, prompt = torch.randn(2, 9, 16, requires_grad=True), torch.tensor([0, 0, 1])
+    weight, linear = torch.randn(4, 16), torch.nn.functional.linear
+    repeated = RepeatedStates.of(states, prompt)
+    (grad,) = torch.autograd.grad(linear(repeated, weight).sum(), states)
+    (expected,) = torch.autograd.grad(linear(states[prompt], weight).sum(), states)
+    torch.testing.assert_close(grad, expected)
+    assert type(repeated * 1.0) is torch.Tensor
+    with torch.no_grad():  # what is written to no longer stands for the prompts' states
+        written = RepeatedStates.of(states.detach().clone(), prompt).add_(1.0)
+    torch.testing.assert_close(linear(written, weight), linear(states[prompt] + 1.0, weight))
 
 
 def test_a_row_ends_with_its_last_counted_token():

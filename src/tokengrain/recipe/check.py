@@ -121,6 +121,7 @@ def check_data(values: Mapping[str, Any], where: str, found: Mistakes) -> None:
     """The same for the keys of a `data:` that say how rows become tokens."""
     rest = {k: v for k, v in values.items() if k not in specs.DataSpec.model_fields}
     legal = field_types(TokenizeConfig) | dict.fromkeys(specs.DataSpec.model_fields, Any)
+    del legal["prompt_role"]  # which the model says
     found.lines += check_keys(rest, legal, where)
 
 

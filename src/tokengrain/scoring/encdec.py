@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
-from tokengrain.scoring.layouts import RowCosts, Source, buckets
+from tokengrain.scoring.layouts import RowCosts, Source, buckets, version_of
 
 Kind = Literal["decoder", "encoder-decoder"]
 
@@ -78,6 +79,38 @@ class EncoderRows:
     def seen(self, rows: DecoderRows, states: Tensor) -> Tensor:
         """`[G, ...]` of the prompts to `[B, ...]` of the completions."""
         return states if rows.prompt is None else states.index_select(0, rows.prompt)
+
+
+class RepeatedStates(Tensor):
+    """An encoder's states `[B, P, H]`, one row per completion, that know those of the prompts `[G, P, H]`.
+
+    Every layer of the decoder projects them to keys and values. Where that is a plain linear map, it is applied to the
+    prompts' and its result repeated. Whatever else a model does with them gives an ordinary tensor.
+    """
+
+    states: Tensor
+    prompt: Tensor
+    written: int | None
+
+    @staticmethod
+    def of(states: Tensor, prompt: Tensor | None) -> Tensor:
+        """The states of each completion's prompt, by index; of None the same."""
+        if prompt is None:
+            return states
+        repeated = states.index_select(0, prompt)
+        if torch.compiler.is_compiling():
+            return repeated
+        found = repeated.as_subclass(RepeatedStates)
+        found.states, found.prompt, found.written = states, prompt, version_of(found)
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first, *rest = args or (None,)
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear and isinstance(first, RepeatedStates) and version_of(first) == first.written:
+                return func(first.states, *rest, **(kwargs or {})).index_select(0, first.prompt)
+            return func(*args, **(kwargs or {}))
 
 
 class _Row(NamedTuple):
@@ -149,7 +182,7 @@ def last_hidden_states(lm: nn.Module, rows: Sequence[EncoderRows]) -> Iterator[t
         for part in prompts.completions:
             last = decoder(
                 input_ids=part.input_ids,
-                encoder_hidden_states=prompts.seen(part, states),
+                encoder_hidden_states=RepeatedStates.of(states, part.prompt),
                 encoder_attention_mask=prompts.seen(part, prompts.mask),
                 use_cache=False,
             ).last_hidden_state

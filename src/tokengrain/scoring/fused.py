@@ -37,6 +37,7 @@ def head_quantities(
     teacher: Teacher | None = None,
     *,
     chunk_tokens: int | None = None,
+    sparing: bool = False,
 ) -> dict[str, Tensor]:
     """Per-token quantities `{name: [N]}` of the head's distribution, differentiable in `hidden`, weight and bias.
 
@@ -49,6 +50,7 @@ def head_quantities(
         want: of "logps", "entropy", "kl" (KL(q||p) over the whole vocabulary) and "teacher_kl" (KL(p||q)), all in nats.
         reference, teacher: q of "kl" and of "teacher_kl", needed for them; they get no gradient.
         chunk_tokens: tokens projected at a time; None chooses by memory, and may keep what backward needs.
+        sparing: where memory chooses, take half as much at a time and keep a quarter as much for backward.
 
     Raises:
         ModelError: "kl" or "teacher_kl" without its q, or with one of another number of tokens or another vocabulary.
@@ -63,7 +65,9 @@ def head_quantities(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # Inside the function gradients are always off, so whether there will be a backward is noted here.
     backward = torch.is_grad_enabled()
-    job = Job(head.scale, head.softcap, labels, names, known, teacher, banned, autocast, chunk_tokens, backward)
+    job = Job(
+        head.scale, head.softcap, labels, names, known, teacher, banned, autocast, chunk_tokens, backward, sparing
+    )
     with torch.autocast(device, enabled=False):
         values = _HeadQuantities.apply(hidden, head.weight, head.bias, job)
     return dict(zip(job.outputs, values))
@@ -302,6 +306,7 @@ class Job:
     autocast: torch.dtype | None  # of the student's and the reference's products
     chunk_tokens: int | None
     backward: bool  # whether there may be one
+    sparing: bool = False
 
     def __post_init__(self) -> None:
         check_tokens("chunk_tokens", self.chunk_tokens)
@@ -328,7 +333,8 @@ class Job:
     def chunks(self, n: int, vocab: int, dtype: torch.dtype) -> list[slice]:
         rows = self.chunk_tokens
         if rows is None:
-            rows = max(MIN_CHUNK_TOKENS, room(CHUNK_BYTES, self.labels.device) // (vocab * dtype.itemsize))
+            size = room(CHUNK_BYTES, self.labels.device) // (2 if self.sparing else 1)
+            rows = max(MIN_CHUNK_TOKENS, size // (vocab * dtype.itemsize))
             # Even chunks: the last one is not a sliver.
             rows = -(-n // -(-n // rows)) if n else rows
         return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
@@ -337,7 +343,8 @@ class Job:
         """Whether the bases of all tokens may stay in memory until backward (entropy's are not kept)."""
         kept = sum(name != "entropy" for name in self.names)
         size = kept * n * vocab * dtype.itemsize
-        return self.chunk_tokens is None and 0 < size <= room(KEEP_BYTES, self.labels.device)
+        most = room(KEEP_BYTES, self.labels.device) // (4 if self.sparing else 1)
+        return self.chunk_tokens is None and 0 < size <= most
 
 
 class Scratch:

@@ -423,7 +423,7 @@ class TreeMask(Tensor):
     def of(mask: Tensor, trees: list[TreeSpans]) -> TreeMask:
         """The same mask, knowing its trees."""
         found = mask.as_subclass(TreeMask)
-        found.trees, found.version = trees, _version(found)
+        found.trees, found.version = trees, version_of(found)
         return found
 
     @classmethod
@@ -447,7 +447,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Attention by parts, or None where it must be done in the ordinary way."""
-    if not isinstance(attn_mask, TreeMask) or _version(attn_mask) != attn_mask.version:
+    if not isinstance(attn_mask, TreeMask) or version_of(attn_mask) != attn_mask.version:
         return None
     if dropout_p or is_causal or enable_gqa or query.dim() != 4:
         return None
@@ -507,7 +507,7 @@ class _TreeAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _version(mask: Tensor) -> int | None:
+def version_of(mask: Tensor) -> int | None:
     """How often it was written to; None where nobody counts, in inference mode."""
     return None if mask.is_inference() else mask._version
 

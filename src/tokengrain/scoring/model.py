@@ -240,7 +240,9 @@ def _head_quantities(lm: nn.Module, request: ScoreRequest, hidden: Tensor, label
     if head is not None:
         head = head.tempered(request.temperature)
         given = request.reference, request.teacher
-        return head_quantities(hidden, head, labels, request.want, *given, chunk_tokens=request.chunk_tokens)
+        # Of an encoder-decoder's short rows the logits are most of what a step holds.
+        how: dict[str, Any] = {"chunk_tokens": request.chunk_tokens, "sparing": request.plan.kind != "decoder"}
+        return head_quantities(hidden, head, labels, request.want, *given, **how)
     project = whole_head(lm)
     finish = Head(torch.empty(0), None, request.plan.scale, request.plan.softcap).tempered(request.temperature).finish
     names = request.want - {"hidden", "raw_logits", "aux_loss"}
