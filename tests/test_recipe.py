@@ -13,7 +13,7 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import RecipeError
 from tokengrain.method import METHODS
 from tokengrain.methods.grpo import grpo_loss
-from tokengrain.recipe.check import FOREIGN
+from tokengrain.recipe.check import FOREIGN, PENALTIES
 from tokengrain.recipe.reading import find_recipe, merge, parse_override, parse_yaml, read_file, resolve
 from tokengrain.recipe.schema import dump_recipe
 from tokengrain.run.build import open_rows
@@ -523,6 +523,9 @@ def test_rows_of_several_files(tmp_path: Path) -> None:
 
 def test_names_that_other_libraries_have() -> None:
     """One table: each name gets its hint, and what it leads to is there."""
+    for name in PENALTIES:
+        with pytest.raises(RecipeError, match=f"training.{name}: unknown key; there is no such penalty"):
+            load_recipe("grpo", overrides=[f"stages.train.training.{name}=1"])
     for name, target in FOREIGN.items():
         with pytest.raises(RecipeError) as error:
             load_recipe("grpo", overrides=[f"stages.train.training.{name}=1"])

@@ -564,6 +564,17 @@ def test_llama_factorys_sets_and_columns(tmp_path):
     with pytest.raises(DataError, match=r"field 'x': dataset_info\.json names a column that is missing"):
         prepare_pairs(load_rows(folder), tokenizer)
     assert load_rows(folder).fingerprint != load_rows(folder / "talks.jsonl").fingerprint
+    (folder / "dataset_info.json").write_text(json.dumps({"talks": {**SETS["talks"], "columns": ["x"]}}))
+    with pytest.raises(DataError, match=r"'talks' of dataset_info\.json: columns is no object; got \['x'\]"):
+        load_rows(folder)
+
+
+def test_files_of_no_split_are_those_to_train_on(tmp_path):
+    """As `datasets` has it."""
+    write(tmp_path / "rows.jsonl")
+    assert list(load_rows(tmp_path, split="train")) == list(enumerate(ROWS))
+    with pytest.raises(DataError, match="there is no such split; got 'test'"):
+        load_rows(tmp_path, split="test")
 
 
 def test_a_row_that_comes_several_times_is_never_on_both_sides(tmp_path):

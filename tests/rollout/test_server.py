@@ -87,6 +87,13 @@ def test_what_the_log_probabilities_are_of(kind, sampling, known):
     assert set(rollouts.to_batch().columns) == known | {"truncated"}
 
 
+def test_no_field_may_change_what_is_drawn():
+    for extra in ({"repetition_penalty": 1.1}, {"priority": 1, "presence_penalty": 0.5}, {"temperature": 0.5}):
+        with pytest.raises(RecipeError, match=f"extra has {list(extra)[-1]}; expected fields that do not change"):
+            OpenAIServer("http://localhost:1", model="m", extra=extra)
+    assert OpenAIServer("http://localhost:1", model="m", extra={"priority": 1}).extra == {"priority": 1}
+
+
 @pytest.mark.parametrize("fault", [500, 503, 429, "garbage", "hang", "drop"])
 def test_passing_faults_are_retried(fault):
     with serving(completions) as stub:

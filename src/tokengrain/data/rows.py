@@ -625,7 +625,11 @@ class LlamaFactorySet:
 
     def rows(self, folder: Path, streaming: bool) -> Rows:
         """Its rows, in columns that are read everywhere. Raises `DataError` for what is not read."""
-        path, columns = folder / self.about["file_name"], self.about.get("columns", {})
+        for key in ("columns", "tags"):
+            value = self.about.get(key) or {}
+            what, expected = f"set {self.name!r} of dataset_info.json: {key} is no object", "names by ours"
+            require(isinstance(value, dict), DataError, what, file=folder, value=value, expected=expected)
+        path, columns = folder / self.about["file_name"], self.about.get("columns") or {}
         other = [*(set(columns) - {*ALPACA, *SAME, "messages"}), *(set(self.about) & {"num_samples"})]
         what, expected = f"set {self.name!r} of dataset_info.json has {other}", "text; `data.limit` for fewer rows"
         require(not other, DataError, what, file=folder, expected=expected)
@@ -640,7 +644,7 @@ class LlamaFactorySet:
         """A row of the file under the names of its format's defaults; a `RowError` where it lacks a column."""
         if not isinstance(row, Mapping):
             return row
-        columns, shared = self.about.get("columns", {}), self.about.get("formatting") == "sharegpt"
+        columns, shared = self.about.get("columns") or {}, self.about.get("formatting") == "sharegpt"
         names = {"messages": "conversations"} if shared else ALPACA
         names = {**names, **{name: name for name in SAME}}
         taken = {key: column for key, column in columns.items() if key in names and column is not None}
@@ -658,7 +662,7 @@ class LlamaFactorySet:
         """Messages under ShareGPT's own names of roles."""
         if isinstance(value, list):
             return [self._messages(one) for one in value]
-        tags = self.about.get("tags", {})
+        tags = self.about.get("tags") or {}
         role, text = tags.get("role_tag", "from"), tags.get("content_tag", "value")
         if not isinstance(value, Mapping) or role not in value:
             return value
@@ -768,7 +772,7 @@ def _of_split(paths: Sequence[Path], split: str | None, source: Path) -> list[Pa
     for path in paths:
         by_label.setdefault(_label(path), []).append(path)
     named = sorted(label for label in by_label if _words(label) & set(WORDS))
-    if split is None and not named:
+    if split in (None, "train") and not named:
         return list(paths)
     if split is None and not _matching(by_label, "train"):
         # One named split beside other files is no choice.

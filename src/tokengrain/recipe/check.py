@@ -276,14 +276,18 @@ FOREIGN = {
     "reward_funcs": "rewards: [...]",
     "max_prompt_length": "data.max_prompt_length",
     **dict.fromkeys(("use_vllm", "vllm_mode"), "sampler: {name: server, url: ...}"),
-    "repetition_penalty": "not supported: samples would not be the policy's own",
-    **{name: f"training.{name}" for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")},
 }
+
+
+# What would make completions no samples of the policy, while no log-probability would say so.
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "logit_bias")
 
 
 def _unknown_key(where: str, name: str, legal: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
     """`elsewhere`: keys of other places, with their path."""
     path, legal = f"{where}.{name}" if where else str(name), sorted(legal)
+    if name in PENALTIES:
+        return f"{path}: unknown key; there is no such penalty, because samples would not be the policy's own"
     if name in FOREIGN:
         return f"{path}: unknown key; the {name} of other libraries is here: {FOREIGN[name]}"
     near = get_close_matches(name, list(elsewhere or ()), n=1, cutoff=0.6)

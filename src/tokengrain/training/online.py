@@ -280,6 +280,8 @@ class OnlineTrainer(PreferenceTrainer):
                     "they differ, but no completion was correct (reward above 0.5), by which filter_groups judges; "
                     "set its metric: reward, or name another reward in correct_from"
                 )
+            elif self._stats.total and all(map(math.isnan, self._stats.total)):
+                why = "no reward applied to any completion (all gave None, or failed and were skipped)"
         return next(self.buffer)
 
     def rollout(self) -> RolloutBuffer | None:

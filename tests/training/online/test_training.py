@@ -115,6 +115,15 @@ def test_rewards_that_differ_and_are_never_correct_are_named(tmp_path: Path) -> 
         trainer.train()
 
 
+def test_rewards_of_which_none_applies_are_named(tmp_path: Path) -> None:
+    none = RewardFunction(lambda completion_ids: [None] * len(completion_ids), name="none", on_none="ignore")
+    trainer = make_online(
+        tmp_path, rewards=none, credit=["filter_groups", "group"], max_refills=0, max_empty_rollouts=2
+    )
+    with pytest.raises(RunError, match=r"nothing was left .*no reward applied to any completion"):
+        trainer.train()
+
+
 def test_a_row_is_judged_by_the_reward_that_applies_to_it(tmp_path: Path) -> None:
     """Two tasks with a reward each: neither is filtered out, and where none applies nothing is learnt."""
     items = [replace(item, raw={"task": task}) for item, task in zip(make_prompts(6), ("a", "b", "none") * 2)]
