@@ -39,7 +39,7 @@ from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.runner import run_recipe
 from tokengrain.runs import read_run
 
-SLOW = 4_000
+SLOW = 1_500
 
 
 def fuzzed(
