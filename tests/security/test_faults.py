@@ -19,9 +19,11 @@ import torch
 import torch.distributed.checkpoint
 from rich.console import Console
 
+from tests.test_error_messages import tokenizer
 from tests.test_stages import TGDPO, values
 from tests.training.test_resume import KillAt, build, in_child
 from tokengrain.cli import main
+from tokengrain.data.dataset import prepare_sft
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, TokengrainError, read_json
 from tokengrain.models import load_model, load_tokenizer
@@ -322,6 +324,20 @@ def test_json_that_python_would_take(text: str, message: str, kind: str, tmp_pat
     path.write_text(text if kind == "jsonl" else f"[{text}]")
     with pytest.raises(DataError, match=rf"rows\.{kind}: .*{message}"):
         load_rows(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": {"from": "human"}, "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": 5}]},
+        {"prompt": "a", "completion": "b", "tools": "[" * 100_000},
+        {"prompt": "a", "completion": "b", "token_rewards": "[" * 100_000},
+    ],
+)
+def test_rows_that_a_fuzzer_found(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="row 0"):
+        prepare_sft([row], tokenizer(chat=True))
 
 
 def test_a_key_of_a_run_file_stands_once(tmp_path: Path) -> None:

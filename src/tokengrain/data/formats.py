@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from tokengrain.data.config import RowError, check
+from tokengrain.errors import once
 
 Message = dict[str, Any]
 
@@ -306,8 +307,8 @@ def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") ->
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
+        return json.loads(value, object_pairs_hook=once) if value.strip() else None
+    except (ValueError, RecursionError) as error:
         raise RowError("wrong type", f"is no JSON: {error}", field=name, value=value, expected=expected) from error
 
 
@@ -344,7 +345,8 @@ def _message(value: Any, name: str, index: int) -> Message:
     message = without_nulls(value)
     if "role" not in message and "from" in message:  # ShareGPT
         role = message.pop("from")
-        message = {"role": ROLES.get(role, role), "content": message.pop("value", None), **message}
+        role = ROLES.get(role, role) if isinstance(role, str) else role
+        message = {"role": role, "content": message.pop("value", None), **message}
         if role == "function_call":
             calls = _parsed(message.pop("content"), name, "a function call: name and arguments")
             calls = calls if isinstance(calls, list) else [calls]
@@ -352,6 +354,8 @@ def _message(value: Any, name: str, index: int) -> Message:
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise bad(f"{where} has no role", "a role, a string")
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            raise bad(f"the tool_calls of {where} are no list", "a list of calls", message["tool_calls"])
         message["tool_calls"] = [_tool_call(call, name) for call in message["tool_calls"]]
     text = message.get("content")
     if text is None and message.get("tool_calls"):
