@@ -38,9 +38,9 @@ def card_of(folder: Path, stage: str = "train") -> tuple[dict[str, Any], str]:
 def loaded_as_it_says(body: str, path: Path) -> Any:
     """Runs the card's own code, with the folder in place of the name."""
     code = re.findall(r"```python\n(.*?)```", body, re.DOTALL)[0]
-    name = re.findall(r'"?\'?([\w-]+)\'?"?\)', code)[0]
+    name = re.findall(r'"([\w-]+)"\)', code)[0]
     space: dict[str, Any] = {}
-    exec(code.replace(repr(name), repr(str(path))), space)
+    exec(code.replace(f'"{name}"', repr(str(path))), space)
     return space["model"]
 
 
@@ -53,7 +53,7 @@ def test_a_policys_card(over: dict[str, Any], library: str, kind: str, tmp_path:
     run(values(tmp_path, {"train": DPO}, method="dpo", **over))
     front, body = card_of(tmp_path)
     assert front == {"library_name": library, "pipeline_tag": "text-generation", "tags": ["tokengrain", "dpo"]}
-    assert "trained from" in body
+    assert "language model" in body
     assert "with DPO by tokengrain" in body
     assert "arxiv.org/abs/2305.18290" in body
     assert "eprint = {2305.18290}" in body
@@ -87,6 +87,15 @@ def test_answers_before_and_after(tmp_path: Path) -> None:
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "what the model says, before and after" in page
     assert f'<p class="prompt">{said["prompts"][0]}</p>' in page
+
+
+def test_a_model_that_cannot_be_sampled_from_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no sampling here")
+
+    monkeypatch.setattr("tokengrain.run.trained.HFGenerate.sample", fails)
+    assert run(values(tmp_path)).metrics["final"]["loss"] < 1
+    assert not (tmp_path / "run" / "train" / "answers.json").exists()
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -325,6 +325,7 @@ class Trained(Stage):
             if self.model.save_dtype is not None:
                 models.recast(folder / "model", self.model.save_dtype)
             facts: dict[str, Any] = {
+                "base": self.recipe.model.path or "",
                 "name": f"{self.recipe.method}-{self.name}",
                 "method": self.recipe.method,
                 "metrics": metrics,
@@ -664,7 +665,12 @@ class Train(Policy):
         items = [PromptItem(list(ids), row=number) for number, ids in enumerate(prompts)]
         sampling = SamplingConfig(temperature=0, max_new_tokens=most)
         said["prompts"] = decode(tokenizer, prompts)
-        said[when] = HFGenerate(model, tokenizer).sample(items, n=1, sampling=sampling).texts(tokenizer)
+        try:
+            found = HFGenerate(model, tokenizer).sample(items, n=1, sampling=sampling)
+        except Exception as error:  # whatever it is: these are for show, and the run goes on
+            run.console.print(f"no answers for the report: {error}", markup=False)
+            return
+        said[when] = found.texts(tokenizer)
         write_json(Path(trainer.args.output_dir) / ANSWERS, said)
 
     def store_samples(self, run: RunModels, trainer: Any) -> None:

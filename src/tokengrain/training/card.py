@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -57,12 +58,19 @@ model = load_trained_reward_model(NAME)  # one score per token""",
 
 
 def model_card(
-    trainer: Any, *, name: str, method: str | None = None, data: Any = None, metrics: Mapping[str, Any] | None = None
+    trainer: Any,
+    *,
+    name: str,
+    base: str | None = None,
+    method: str | None = None,
+    data: Any = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> str:
     """The card of a trainer's model as Markdown, with the metadata that the hub reads.
 
     Args:
         name: of the model.
+        base: what training started from; None: what the model says of itself.
         method: a method's name, whose paper is cited; None: the one whose objective was trained.
         data: the name of the rows; None: the data set's own.
         metrics: `before`, `after` and `held_out` of a stage; None: the last evaluation.
@@ -73,13 +81,13 @@ def model_card(
     kind = " ".join(["reward"] * reward + ["adapter"] * adapter) or "model"
     card = METHODS.get(method or "") or _trained_with(objective.name)
     title = card.title if card is not None else method or objective.name
-    base = _base(model)
+    base = _base(model) if base is None else _short(base)
     rows = str(data if data is not None else getattr(trainer.train_dataset, "name", "rows in memory"))
     parts = [_metadata(base, adapter, reward, method or objective.name, rows)]
     what = ("A token-level reward model" if reward else "A language model") + (" (a LoRA adapter)" if adapter else "")
     start = f" from `{base}`" if base else ""
     parts.append(f"# {name}\n\n{what}, trained{start} with {title} by tokengrain {version('tokengrain')}.")
-    parts.append("## Load it\n\n```python" + LOADING[kind].replace("NAME", repr(name)) + "\n```")
+    parts.append("## Load it\n\n```python" + LOADING[kind].replace("NAME", json.dumps(name)) + "\n```")
     parts.append("## How it was trained\n\n" + _settings(trainer, rows, model if adapter else None))
     parts.append("## Held-out numbers\n\n" + _numbers(trainer, metrics))
     parts.append("## Paper\n\n" + _paper(card) if card is not None else "")
@@ -95,6 +103,10 @@ def _trained_with(objective: str) -> Card | None:
 def _base(model: Any) -> str:
     """Where the weights came from: a hub name, or the last part of a path (others have no use for the rest)."""
     place = str(getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return _short(place)
+
+
+def _short(place: str) -> str:
     return Path(place).name if place.startswith(("/", ".", "~")) else place
 
 
@@ -140,8 +152,10 @@ def _numbers(trainer: Any, metrics: Mapping[str, Any] | None) -> str:
 
 
 def _number(metrics: Mapping[str, Any], key: str) -> str:
-    if key not in metrics or metrics[key] != metrics[key]:  # NaN: a policy that still is its reference
-        return metrics.get("comparison", "–") if key == "accuracy" else "–"
+    if key == "accuracy" and "comparison" in metrics:  # a policy that still is its reference
+        return str(metrics["comparison"])
+    if key not in metrics or metrics[key] != metrics[key]:  # NaN
+        return "–"
     low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
     interval = f" (95 % CI {low:.3f} to {high:.3f})" if low is not None and high is not None else ""
     return f"{metrics[key]:.3f}{interval}"
