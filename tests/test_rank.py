@@ -93,6 +93,18 @@ def test_pairs_and_parquet_and_their_accuracy(folder: str, tmp_path: Path) -> No
     assert [r["best"] for r in rows] == [0 if r["scores"][0] >= r["scores"][1] else 1 for r in rows]
 
 
+def test_several_rejected_completions_are_as_many_pairs(folder: str, tmp_path: Path) -> None:
+    several = [{**row, "rejected": [row["rejected"], " blue.", " night"]} for row in PAIRS]
+    apart = [{**row, "rejected": other} for row in several for other in row["rejected"]]
+    found = [
+        rank(written(tmp_path / f"{name}.jsonl", rows), folder, output=tmp_path / f"{name}.ranked.jsonl")
+        for name, rows in (("several", several), ("apart", apart))
+    ]
+    assert found[0].pairs == found[1].pairs == 18
+    assert found[0].accuracy == found[1].accuracy
+    assert len(read(found[0].output)[0]["scores"]) == 4
+
+
 def test_messages(folder: str, tmp_path: Path) -> None:
     row = {
         "prompt": [{"role": "user", "content": "the sky?"}],

@@ -106,8 +106,10 @@ def rank(
                 ranked = {**row, "scores": values, "best": values.index(max(values))}
                 stream.write(json.dumps(ranked, ensure_ascii=False, default=str) + "\n")
                 if "chosen" in row and "completions" not in row:
-                    scores += values
-                    lengths += [c.completions[0].n_counted for c in candidates]
+                    counted = [c.completions[0].n_counted for c in candidates]
+                    for i in range(1, len(values)):  # of several rejected completions each makes a pair
+                        scores += [values[0], values[i]]
+                        lengths += [counted[0], counted[i]]
             result.rows += len(ready)
             update(advance=len(group))
         skipped = f"{result.skipped} rows skipped"

@@ -343,7 +343,7 @@ def _from_text(data: Any, number: int, row: Row, field: str, tokenizer: Any, set
     position = next(i for i, (n, _) in enumerate(data) if n == number)
     sample = prepare(data.subset([position]), tokenizer, config).samples[0]
     sides = []
-    for completion in sample.completions:
+    for completion in sample.completions[: len(SIDES)]:
         file, place = data.place(number)
         there = field in completion.columns
         require(there, DataError, "the row has no such values", file=file, row=place, field=field)
