@@ -43,7 +43,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check the recipe,
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo.")] = Path("runs/demo"),
-    samples: Annotated[int, typer.Option(min=1, help="Stories per prompt for the evaluation.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Stories per prompt for the evaluation.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train again what is there already.")] = False,
 ) -> None:
     """Train five methods on a small world whose optimum is known, and show which tokens got credit.
@@ -278,12 +278,12 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in a benchmark's answers.")] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers per prompt.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=10**6, help="Answers per prompt.")] = 1,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Default: 0; for MT-Bench what its authors take per category.")
     ] = None,
     top_p: Annotated[float, typer.Option(help="Smallest set of tokens with this probability.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**24, help="Most tokens of an answer.")] = 1024,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first rows.")] = None,
     dtype: Annotated[

@@ -28,7 +28,7 @@ from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, TokengrainError, read_json
 from tokengrain.models import load_model, load_tokenizer
 from tokengrain.run.load import load_recipe, make_recipe
-from tokengrain.run.runner import run_recipe
+from tokengrain.run.runner import evaluate_run, run_recipe
 from tokengrain.specs import ModelSpec
 from tokengrain.training.checkpoint import check_files, last_complete_checkpoint
 
@@ -338,6 +338,11 @@ def test_json_that_python_would_take(text: str, message: str, kind: str, tmp_pat
 def test_rows_that_a_fuzzer_found(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="row 0"):
         prepare_sft([row], tokenizer(chat=True))
+
+
+def test_no_machine_samples_so_often(finished: Path) -> None:
+    with pytest.raises(RecipeError, match=r"samples is 1000000000000; expected at most 1000000"):
+        evaluate_run(finished / "run", samples=10**12)
 
 
 def test_a_key_of_a_run_file_stands_once(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def credit(
     steps: Annotated[int | None, Option(min=1, help="Of each training, of 32 pairs (120; chains: 60).")] = None,
     prompts: Annotated[int | None, Option(min=2, help="Prompts to judge per seed (default: the world's).")] = None,
     generations: Annotated[int, Option("--generations", "-g", min=2, help="Completions per prompt (chains).")] = 8,
-    jobs: Annotated[int, Option("--jobs", "-j", min=1, help="Processes, one thread each, in a world.")] = 1,
+    jobs: Annotated[int, Option("--jobs", "-j", min=1, max=256, help="Processes, one thread each, in a world.")] = 1,
     output: Annotated[Path | None, Option("--output", "-o", help="Folder (default: in runs/bench).")] = None,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
     trust_run_code: Annotated[bool, Option("--trust-run-code", help="Run the code that a run's recipe names.")] = False,

@@ -199,6 +199,7 @@ def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, consol
     plan = next(p for p in make_plan(recipe) if p.stage.name == final.name)
     stage, recipe = plan.stage, plan.stage.recipe
     assert isinstance(stage, Trained)  # `final_stage` is one
+    require(samples is None or samples <= 10**6, RecipeError, f"samples is {samples}; expected at most {10**6}")
     require(
         samples is None or stage.in_world or stage.samples_rows,
         RunError,
