@@ -376,12 +376,16 @@ def skeleton(spec: ModelSpec, path: str | None) -> nn.Module:
         values: dict[str, Any] = {"vocab_size": tokens, **(spec.config or {})}
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     with library_errors(f"no model could be made of the config in {path}"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: nn.Module = kind.from_config(config, trust_remote_code=spec.trust_remote_code)
+        return model
 
 
-def parameters(spec: ModelSpec, path: str | None) -> int:
-    """How many parameters the model of a spec has; see `skeleton`."""
-    return sum(weight.numel() for weight in skeleton(spec, path).parameters())
+def adapter_size(model: nn.Module, lora: LoraSpec) -> int:
+    """How many parameters a new adapter of a `skeleton` has. Raises ModelError where its target modules are not."""
+    with library_errors("lora does not fit the model"), torch.device("meta"):
+        adapted = import_peft().get_peft_model(model, lora_config(lora))
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
 def check_vocabulary(tokenizer: Any, config: Any, tokens_of: str, model: str) -> None:

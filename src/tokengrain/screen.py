@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,12 +51,46 @@ def progress_bar(
     quiet: bool = False,
     console: Console | None = None,
 ) -> Iterator[Callable[..., None]]:
-    """A bar on standard error, which `stays` at the end or goes; yields rich's update, called `update(advance=1)`."""
+    """A bar on standard error, which `stays` at the end or goes; yields rich's update, called `update(advance=1)`.
+
+    Without a terminal it is a line per tenth of the way, and per new description.
+    """
     left = TimeRemainingColumn(elapsed_when_finished=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), left)
     console = console or Screen(stderr=True)
+    if not (console.is_terminal or quiet):
+        yield _Lines(console, what, total, done).update
+        return
     with Progress(*columns, console=console, transient=not stays, disable=quiet) as bar:
         yield partial(bar.update, bar.add_task(what, total=total, completed=done))
+
+
+@dataclass
+class _Lines:
+    """Progress where there is no terminal."""
+
+    console: Console
+    description: str
+    total: int | None
+    done: float
+    shown: float = 0.0
+
+    def update(
+        self,
+        *,
+        advance: float = 0,
+        completed: float | None = None,
+        total: int | None = None,
+        description: str | None = None,
+        **more: object,
+    ) -> None:
+        self.done, self.total = self.done + advance if completed is None else completed, total or self.total
+        new = description not in (None, self.description)
+        self.description = description or self.description
+        if new or (self.total and self.done - self.shown >= self.total / 10):
+            self.shown = self.done
+            of = f" of {self.total:,}" if self.total else ""
+            self.console.print(f"{self.description}: {self.done:,.0f}{of}", highlight=False, markup=False)
 
 
 class _Speed(ProgressColumn):

@@ -20,7 +20,7 @@ from tokengrain.run.build import locate, open_rows
 from tokengrain.run.load import resolve_stages
 from tokengrain.run.trained import Online, Trained
 from tokengrain.specs import ModelSpec
-from tokengrain.training.config import check_rate
+from tokengrain.training.config import check_packages, check_rate
 
 STEPS = 50  # a stage has at least so many optimiser steps, where its rows allow
 EPOCHS = 4  # a small set is gone through at most so often
@@ -45,6 +45,8 @@ class Outlook:
     rows: int | None = None
     held_out: int | None = None
     parameters: int = 0
+    trained: int = 0
+    gib: float = 0.0  # of weights, gradients and the optimiser's state, and of frozen copies
     chosen: dict[str, str] = field(default_factory=dict)
     args: Any = None  # the trainer's settings, with everything fitted
     steps: int | None = None
@@ -59,7 +61,12 @@ class Outlook:
             epochs = f", {args.num_train_epochs:g} epochs" if args.max_steps <= 0 and args.num_train_epochs != 1 else ""
             warm = args.get_warmup_steps(self.steps)
             work += f"{epochs}: {self.steps} steps" + (f", {warm} of warm-up" if warm else "")
-        return "; ".join([*parts, work, f"rate {float(args.learning_rate):.2g}"])
+        parts += [work, f"rate {float(args.learning_rate):.2g}"]
+        if self.parameters:
+            share = "all" if self.trained == self.parameters else f"{self.trained / 1e6:.4g} of"
+            parts.append(f"trains {share} {self.parameters / 1e6:.4g} M parameters")
+            parts.append(f"about {self.gib:.2g} GiB and the activations of {_pass(args)}")
+        return "; ".join(parts)
 
     @property
     def reasons(self) -> str:
@@ -80,6 +87,12 @@ def _rollout(args: Any) -> str:
     return f"rollouts of {args.prompts_per_rollout} prompts{several}{each}"
 
 
+def _pass(args: Any) -> str:
+    """What is computed at a time, which decides the memory of activations."""
+    most = args.max_tokens_per_microbatch
+    return f"at most {most:,} tokens" if most else "a batch"
+
+
 def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]:
     """`(the recipe with what was fitted, what each stage that trains will do)`.
 
@@ -93,12 +106,12 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
     outlooks: dict[str, Outlook] = {}
     stages = dict(recipe.stages)
     counts: dict[str, tuple[int | None, int | None]] = {}
-    sizes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for stage in resolve_stages(recipe):
         if isinstance(stage, Trained):
             found = outlooks[stage.name] = Outlook()
             if own:
-                found.parameters = _size(stage, recipe, sizes)
+                found.parameters, found.trained = _size(stage, recipe, sizes)
                 found.rows, found.held_out = _count(stage, counts)
             if fits:
                 stages[stage.name] = _fitted(stage, found, processes)
@@ -107,7 +120,8 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
         if isinstance(stage, Trained):
             found = outlooks[stage.name]
             found.args = stage.args("unused")
-            found.steps = _steps(found.args, found.rows)
+            found.steps, found.gib = _steps(found.args, found.rows), _gib(stage, found)
+            check_packages(found.args)
             if found.steps is not None:
                 check_rate(found.args, found.steps, f"stages.{stage.name}")
     return recipe, outlooks
@@ -128,12 +142,28 @@ def _count(stage: Trained, known: dict[str, tuple[int | None, int | None]]) -> t
     return known[key]
 
 
-def _size(stage: Trained, recipe: Recipe, known: dict[str, int]) -> int:
-    """Parameters of the model that the stage starts from."""
+def _size(stage: Trained, recipe: Recipe, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """Parameters of the model that the stage starts from, and how many of them (or of its adapter) are trained."""
     spec: ModelSpec = stage.existing.model if stage.existing.model.stage is None else recipe.model
-    if (key := fingerprint(spec.model_dump())) not in known:
-        known[key] = models.parameters(spec, None if spec.path is None else locate(spec, Path(recipe.output_dir)))
+    lora = stage.lora
+    key = fingerprint([spec.model_dump(), lora and lora.model_dump()])
+    if key not in known:
+        model = models.skeleton(spec, None if spec.path is None else locate(spec, Path(recipe.output_dir)))
+        count = sum(weight.numel() for weight in model.parameters())
+        known[key] = count, count if lora is None else models.adapter_size(model, lora)
     return known[key]
+
+
+_STATE = {"sgd": 0, "rmsprop": 4, "adafactor": 0, "lion": 4}  # bytes per trained weight; of AdamW 8
+
+
+def _gib(stage: Trained, found: Outlook) -> float:
+    """Memory of what stays: the policy, what is trained of it, and the frozen models that the stage asks."""
+    width = {"bfloat16": 2, "float16": 2}.get(stage.model.dtype, 4)
+    optim = str(getattr(found.args.optim, "value", found.args.optim))
+    state = 2 if "8bit" in optim else next((n for name, n in _STATE.items() if optim.startswith(name)), 8)
+    copies = 1 + len(stage.asks) + (stage.lora is None and stage.has_reference)
+    return (copies * found.parameters * width + found.trained * (width + state)) / 2**30
 
 
 def _fitted(stage: Trained, found: Outlook, processes: int) -> Any:

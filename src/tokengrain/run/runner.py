@@ -85,8 +85,8 @@ def _run(
     show.print_outlooks(console, {p.stage.name: p.outlook for p in wanted if p.outlook is not None})
     state.wait_for_everyone()
     if dry_run:
-        for plan in wanted:
-            plan.stage.check_golds()
+        run = RunModels(recipe, console, state)
+        _check(run, [p for p in wanted if p.action != "reuse" and _can_be_read(run, p)])
         _warn_of_servers(console, wanted)
         return RunResult(Path(recipe.output_dir))
     reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
@@ -120,14 +120,25 @@ def _prepare(run: RunModels, plans: list[StagePlan], folder: RunFolder) -> None:
         folder.begin()
         _run_stage(run, pending[0], folder)
         pending.pop(0).action = "reuse"
-    with run.console.status("checking models and data") if run.console.is_terminal else nullcontext():
-        for plan in pending:
-            plan.stage.check_models(run)
-            plan.stage.check_golds()
-        for plan in pending:
-            plan.stage.check_rows(run, plan.settings)
+    _check(run, pending)
     folder.check_space()
     folder.begin()
+
+
+def _check(run: RunModels, plans: list[StagePlan]) -> None:
+    """Models, vocabularies, right answers, rows."""
+    with run.console.status("checking models and data") if run.console.is_terminal else nullcontext():
+        for plan in plans:
+            plan.stage.check_models(run)
+            plan.stage.check_golds()
+        for plan in plans:
+            plan.stage.check_rows(run, plan.settings)
+
+
+def _can_be_read(run: RunModels, plan: StagePlan) -> bool:
+    """Whether a stage's rows can be tokenised before the run: a world's model may have to be made for that."""
+    model = plan.stage.existing.model
+    return plan.stage.kind != INIT and not model.is_world and (model.stage is None or Path(run.path(model)).exists())
 
 
 def _warn_of_servers(console: Console, plans: list[StagePlan]) -> None:

@@ -29,10 +29,10 @@ def print_plan(console: Console, title: str, stages: Iterable[tuple[str, str, st
 def print_outlooks(console: Console, outlooks: Mapping[str, Any]) -> None:
     """What each stage that trains will do: rows, batch, steps, rate; and what was chosen for it, with the reason."""
     for name, found in outlooks.items():
-        console.print(f"{name}: {found}", highlight=False, markup=False)
+        console.print(f"{name}: {found}", highlight=False, markup=False, soft_wrap=True)
     for reasons in dict.fromkeys(found.reasons for found in outlooks.values()):
         if reasons:
-            console.print(f"chosen here: {reasons}", highlight=False, markup=False, style="dim")
+            console.print(f"chosen here: {reasons}", highlight=False, markup=False, soft_wrap=True, style="dim")
 
 
 def print_rows(console: Console, what: str, dataset: Any) -> None:
@@ -133,14 +133,12 @@ class ShowProgress(TrainerCallback):
         self.console, self.name = console, name
         self._bar: Progress | None = None
         self._task: Any = None
-        self._last_line = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or self.console.quiet:
             return
-        self._last_line = time.monotonic()
         warmup = args.get_warmup_steps(state.max_steps)
         if warmup >= state.max_steps:
             self.console.print(
@@ -171,9 +169,10 @@ class ShowProgress(TrainerCallback):
             return
         if self._bar is not None:
             self._bar.update(self._task, numbers=numbers)
-        elif time.monotonic() - self._last_line > QUIET_SECONDS:
-            self._last_line = time.monotonic()
-            self.console.print(f"  {self.name}: step {state.global_step} of {state.max_steps}  {numbers}")
+        else:
+            self.console.print(
+                f"  {self.name}: step {state.global_step} of {state.max_steps}  {numbers}", soft_wrap=True
+            )
 
     def close(self, *state: Any, **kwargs: Any) -> None:
         """Take the bar off the screen (also after an error)."""

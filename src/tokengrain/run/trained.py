@@ -118,6 +118,11 @@ class Trained(Stage):
     trainer: ClassVar[type[PreferenceTrainer]] = PreferenceTrainer
 
     @property
+    def has_reference(self) -> bool:
+        """Whether a frozen copy of the starting model stands beside the policy."""
+        return self.reference in (None, "copy") and self.data.stage is None and bool(self.bound.needs & FROZEN)
+
+    @property
     def lora(self) -> LoraSpec | None:
         return schema.stage_lora(self.recipe.lora, self.own)
 
@@ -556,6 +561,14 @@ class Train(Policy):
     @property
     def asks(self) -> dict[str, Asked]:
         return {**credit_asks(self.credit), **super().asks}
+
+    def describe(self) -> str:
+        maker = self.above.get(str(self.data.stage)) if self.credit is None else None
+        given = self.credit if maker is None else {"name": (maker.credit or {}).get("name")}
+        if not self.bound.roles or not given:
+            return super().describe()
+        role = resolve_role(given.get("as"), self.bound.roles, self.bound.name, self.bound.no_credit)
+        return f"{super().describe()}, credit {given.get('name', 'column')} as {role.name}"
 
     def check(self, found: Mistakes) -> None:
         if self.credit is not None:

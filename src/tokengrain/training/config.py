@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import count
 from typing import Any, cast, get_args
 
 import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 
 from tokengrain.batch import Sample
@@ -211,6 +214,35 @@ def check_rate(args: PreferenceConfig, steps: int, where: str = "training") -> N
     what = f"{where}: the learning rate is 0 at every one of {steps} steps, so nothing would be learned"
     how = f"learning_rate {args.learning_rate:g}, {warmup} steps of warm-up"
     raise RecipeError(f"{what} ({how}); expected a smaller batch, more epochs or warmup_steps: 0")
+
+
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "comet_ml": ("comet_ml",)}
+_OPTIMISERS = {
+    "bitsandbytes": r"8bit|bnb|paged|ademamix",
+    "galore_torch": "galore",
+    "schedulefree": "schedule_free",
+    "apollo_torch": "apollo",
+    "grokadamw": "grokadamw",
+    "torchao": r"adamw_torch_\dbit",
+    "optimi": "stable_adamw",
+    "apex": "apex",
+}
+
+
+def check_packages(args: PreferenceConfig) -> None:
+    """Raises `RecipeError` if a tracker or the optimiser needs a package that is not installed."""
+    asked = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+    for name in filter(None, asked):
+        known = _TRACKERS.get(name, (name,)) if name in INTEGRATION_TO_CALLBACK else ()
+        there = name in ("none", "all") or not known or any(find_spec(package) for package in known)
+        what = f"report_to is {name!r}, and the package {' or '.join(known)} is not installed"
+        require(there, RecipeError, f"{what}: pip install {known[0] if known else name}")
+    optimiser = str(getattr(args.optim, "value", args.optim))
+    needed = next((package for package, names in _OPTIMISERS.items() if re.search(names, optimiser)), None)
+    if optimiser.startswith("adamw_torch_") and needed == "bitsandbytes":
+        needed = "torchao"
+    what = f"optim is {optimiser!r}, and the package {needed} is not installed"
+    require(needed is None or find_spec(needed), RecipeError, f"{what}: pip install {needed}")
 
 
 def refuse_epochs(args: PreferenceConfig, reason: str) -> None:
