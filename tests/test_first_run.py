@@ -17,6 +17,7 @@ from tokengrain.cli import main
 from tokengrain.errors import RecipeError
 from tokengrain.models import train_tokenizer
 from tokengrain.run.fit import Outlook, fit, fit_batch, fit_rollout, learning_rate
+from tokengrain.screen import Screen, progress_bar
 from tokengrain.specs import TokenizerSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,3 +246,102 @@ def test_a_policy_that_did_not_move_has_no_accuracy(mine: Path, tmp_path: Path) 
     result = run("dpo", mine, tmp_path / "run", training__learning_rate=1e-30, training__max_steps=1)
     assert result.metrics["final"]["comparison"] == "no difference yet"
     assert result.metrics["final"]["accuracy"] == 0.5
+
+
+# ---- What can be known before training ----
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return stop.value.code, " ".join(out.split()), " ".join(err.split())
+
+
+def test_the_plan_and_the_dry_run(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = f"model={mine / 'my' / 'sft-model'}", f"data={mine / 'pairs.jsonl'}", "--dry-run", "-o", str(tmp_path / "run")
+    status, out, _ = call(capsys, "train", "tgdpo", *own, "lora.r=4", "batch=8", "lr=1e-4")
+    assert status == 0
+    assert "credit guide as reward" in out
+    assert "54 rows, 6 held out; batch 8, 4 epochs: 28 steps, 2 of warm-up; rate 0.0001; trains 0." in out
+    assert "GiB and the activations of at most 16,384 tokens" in out
+    assert not (tmp_path / "run").exists()
+    for given, expected in (
+        ("lora.target_modules=[q_porj]", "lora does not fit the model: Target modules"),
+        ("training.optim=galore_adamw", "optim is 'galore_adamw', and the package galore_torch is not installed"),
+        ("training.report_to=clearml", "report_to is 'clearml', and the package clearml is not installed"),
+        ("data.eval=nothing.jsonl", "nothing.jsonl"),
+    ):
+        status, _, err = call(capsys, "train", "dpo", *own, "lora.r=4", given)
+        assert status == 2, err
+        assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("dpo",), "dpo is a recipe: tokengrain train dpo"),
+        (("train", "dpo", "--model_name_or_path", "x"), "the model_name_or_path of other libraries is here: --model"),
+        (("train", "dpo", "--per_device_train_batch_size", "8"), "is here: --batch"),
+        (("train", "dpo", "--weight_decay", "0.1"), "is here: training.weight_decay=VALUE"),
+        (("train", "dpo", "pairs.jsonl"), "expected key=value"),
+        (("train", "dpo", "model=a", "--model", "b"), "model is given twice"),
+        (("train", "dpo", "training.learning_rte=1"), "error: command line: training.learning_rte: unknown key"),
+        (("train", "dpo", "-s", "stages.train.objective.bta=1"), "error: command line: stages.train.objective"),
+        (("train", "dpo", "data.max_length=3"), "command line: stages.train.data: max_length 3"),
+        (("train", "dpo", "lr=fast"), "command line: training.learning_rate: got 'fast'"),
+    ],
+)
+def test_what_is_typed_is_understood(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
+) -> None:
+    status, _, err = call(capsys, *arguments)
+    assert status == 2
+    assert expected in err
+
+
+def test_short_names_count_for_all_stages() -> None:
+    recipe = tokengrain.load_recipe("rto", overrides=["lr=1e-5", "epochs=2", "batch=16"])
+    for stage in recipe.stages.values():
+        assert not {"learning_rate", "num_train_epochs", "max_steps"} & set(stage.training)
+    assert recipe.training["learning_rate"] == 1e-5
+    assert recipe.training["num_train_epochs"] == 2
+    assert "max_steps" not in recipe.training
+    assert (
+        recipe.training["per_device_train_batch_size"] == recipe.stages["train"].training["prompts_per_rollout"] == 16
+    )
+
+
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("base", 4, console=Screen()) as update:
+        update(advance=1, description="DPO")
+        update(completed=2)
+        update(completed=2.1)
+    assert capsys.readouterr().out.splitlines() == ["DPO: 1 of 4", "DPO: 2 of 4"]
+
+
+def test_a_saved_recipe_works_from_any_folder(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine)
+    more: Any = {"quiet": True, "training__max_steps": 2}
+    tokengrain.train("dpo", model="my/sft-model", data="pairs.jsonl", output="runs/here", **more)
+    monkeypatch.chdir(tmp_path)
+    again = tokengrain.train(mine / "runs" / "here" / "recipe.yaml", quiet=True)
+    assert again.reused == ["train"]
+    assert again.path == mine / "runs" / "here"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_that_nobody_solves_are_said(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(60)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokengrain.train(
+        "grpo",
+        model=str(mine / "my" / "sft-model"),
+        data=str(tmp_path / "prompts.jsonl"),
+        output=tmp_path / "run",
+        training__max_steps=2,
+        stages__train__training__max_new_tokens=4,
+    )
+    out = capsys.readouterr().out
+    assert "rollouts of 4 prompts x 8 completions: 2 steps" in out
+    assert "all rewards equal in 8 of 8 groups, which teach nothing: this model cannot solve these prompts" in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -31,6 +32,16 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Any key of the recipe, dotted; can be given several times."),
 ]
+GivenArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="The same without --set; also model, data, lr, epochs, batch."),
+]
+RateOption = Annotated[float | None, typer.Option("--lr", min=0, help="Learning rate of all stages.")]
+EpochsOption = Annotated[float | None, typer.Option("--epochs", min=0, help="How often all stages see their rows.")]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Pairs per step and process; online: prompts per rollout.")
+]
+LoraOption = Annotated[int | None, typer.Option("--lora-r", min=1, help="Train LoRA adapters of this rank.")]
 OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="Run folder instead of the recipe's.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace results of other settings that are in the run folder.")
@@ -61,9 +72,14 @@ def demo(
 
 def train(
     recipe: RecipeArgument,
+    given: GivenArgument = None,
     model: ModelOption = None,
     data: DataOption = None,
     sets: SetOption = None,
+    lr: RateOption = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    lora_r: LoraOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
@@ -79,21 +95,27 @@ def train(
 
         tokengrain train recipes/tgdpo.yaml --model my/model --data pairs.jsonl
 
-        tokengrain train dpo --set training.learning_rate=1e-6 --set stages.train.objective.beta=0.3
+        tokengrain train dpo model=my/model data=pairs.jsonl lr=1e-5 lora.r=16 stages.train.objective.beta=0.3
 
         accelerate launch -m tokengrain train dpo
     """
-    from tokengrain.run.load import load_recipe
     from tokengrain.run.runner import run_recipe
 
-    run_recipe(load_recipe(recipe, model, data, sets or [], output), overwrite=overwrite, dry_run=dry_run)
+    short = {"lr": lr, "epochs": epochs, "batch": batch, "lora.r": lora_r}
+    loaded = _loaded(recipe, given, {"model": model, "data": data}, short, sets, output)
+    run_recipe(loaded, overwrite=overwrite, dry_run=dry_run)
 
 
 def annotate(
     recipe: RecipeArgument,
+    given: GivenArgument = None,
     model: ModelOption = None,
     data: DataOption = None,
     sets: SetOption = None,
+    lr: RateOption = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    lora_r: LoraOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -106,15 +128,39 @@ def annotate(
 
         tokengrain annotate treg --model my/model --data pairs.jsonl
     """
-    from tokengrain.run.load import load_recipe
     from tokengrain.run.runner import run_recipe
 
-    loaded = load_recipe(recipe, model, data, sets or [], output)
+    short = {"lr": lr, "epochs": epochs, "batch": batch, "lora.r": lora_r}
+    loaded = _loaded(recipe, given, {"model": model, "data": data}, short, sets, output)
     names = [name for name, stage in loaded.stages.items() if stage.kind == "annotate"]
     require(names, RecipeError, f"{recipe} has no stage of kind annotate, so there is nothing to annotate")
     result = run_recipe(loaded, until=names[-1], overwrite=overwrite)
     for file in sorted((result.path / names[-1]).glob("*.parquet")):
         typer.echo(file)
+
+
+def _loaded(
+    recipe: str,
+    given: list[str] | None,
+    places: dict[str, str | None],
+    short: dict[str, Any],
+    sets: list[str] | None,
+    output: str | None,
+) -> Any:
+    """The recipe with what the command line says; what stands there twice is an error."""
+    from tokengrain.run.load import load_recipe
+
+    overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        what = f"got {text!r} after the recipe; expected key=value, such as lr=1e-5 or training.seed=1"
+        require(equals and key, typer.BadParameter, what)
+        if key not in places:
+            overrides.append(text)
+            continue
+        require(places[key] is None, typer.BadParameter, f"{key} is given twice: {places[key]} and {value}")
+        places[key] = value
+    return load_recipe(recipe, places["model"], places["data"], [*overrides, *(sets or ())], output)
 
 
 def evaluate(
@@ -482,6 +528,52 @@ def _leave_processes() -> None:
         distributed.destroy_process_group()
 
 
+_OF_TRL = {
+    "model_name_or_path": "--model",
+    "dataset_name": "--data",
+    "learning_rate": "--lr",
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch",
+    "output_dir": "--output",
+    "use_peft": "--lora-r 16",
+    "lora_r": "--lora-r",
+    "lora_alpha": "lora.alpha=VALUE",
+    "lora_dropout": "lora.dropout=VALUE",
+    "lora_target_modules": "lora.target_modules='[q_proj, v_proj]'",
+    "beta": "stages.train.objective.beta=VALUE",
+    "loss_type": "stages.train.objective.loss_type=VALUE",
+    "max_length": "data.max_length=VALUE",
+    "max_prompt_length": "data.max_prompt_length=VALUE",
+    "dataset_train_split": "data.split=VALUE",
+    "dataset_test_split": "data.eval_split=VALUE",
+    "torch_dtype": "model.dtype=VALUE",
+    "dtype": "model.dtype=VALUE",
+    "attn_implementation": "model.attn_implementation=VALUE",
+    "warmup_ratio": "training.warmup_steps=0.1 (below 1 it is a share)",
+    "num_generations": "stages.train.training.num_generations=VALUE",
+    "max_completion_length": "stages.train.training.max_new_tokens=VALUE",
+}
+"""Options of TRL's command line, and what they are here."""
+
+
+def _hint(error: Any) -> str | None:
+    """Where what was typed is to be found, if it is a recipe's name or another library's option."""
+    if type(error).__name__ == "NoSuchOption":
+        from tokengrain.recipe.check import field_types
+        from tokengrain.training.config import PreferenceConfig
+
+        name = str(error.option_name).lstrip("-").replace("-", "_")
+        here = _OF_TRL.get(name) or (f"training.{name}=VALUE" if name in field_types(PreferenceConfig) else None)
+        return f"[bold]hint:[/] the {escape(name)} of other libraries is here: {escape(here)}" if here else None
+    found = re.search(r"No such command ['\"]([\w-]+)['\"]", error.format_message())
+    if found:
+        from tokengrain.recipe.reading import recipe_folders
+
+        if any((folder / f"{found[1]}.yaml").is_file() for folder in recipe_folders()):
+            return f"[bold]hint:[/] {found[1]} is a recipe: tokengrain train {found[1]}"
+    return None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Status 2: an error the user can act on; 130: stopped by the user; 1: any other error."""
     _quiet()
@@ -509,6 +601,8 @@ def main(arguments: list[str] | None = None) -> None:
             status = 2
         elif hasattr(error, "exit_code") and hasattr(error, "show"):  # of click: an unknown option, say
             error.show()
+            if hint := _hint(error):
+                errors.print(hint)
             status = error.exit_code
         else:
             raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
@@ -46,16 +47,35 @@ class Mistakes:
         except (RecipeError, ValueError, TypeError, ImportError) as error:
             self.add(where, " ".join(str(error).split()))
 
-    def error(self, source: str) -> RecipeError:
-        """All of them as one error."""
-        if len(self.lines) == 1:
-            return RecipeError(f"{source}: {self.lines[0]}")
-        listed = "\n".join(f"  - {line}" for line in self.lines)
-        return RecipeError(f"{source}: {len(self.lines)} mistakes\n{listed}")
+    def error(self, source: str, given: Collection[str] = ()) -> RecipeError:
+        """All of them as one error; those about keys that were `given` on the command line are not the file's."""
+        own = [any(_is_about(line, key) for key in given) for line in self.lines]
+        source = COMMAND_LINE if all(own) else source
+        lines = [
+            f"{COMMAND_LINE}: {x}" if o and source != COMMAND_LINE else x for x, o in zip(self.lines, own, strict=True)
+        ]
+        if len(lines) == 1:
+            return RecipeError(f"{source}: {lines[0]}")
+        listed = "\n".join(f"  - {line}" for line in lines)
+        return RecipeError(f"{source}: {len(lines)} mistakes\n{listed}")
 
-    def raise_if_any(self, source: str) -> None:
+    def raise_if_any(self, source: str, given: Collection[str] = ()) -> None:
         if self.lines:
-            raise self.error(source)
+            raise self.error(source, given)
+
+
+COMMAND_LINE = "command line"
+
+
+def _is_about(line: str, key: str) -> bool:
+    """Whether a mistake is about a dotted key, or what is below it; or about what is above it, and names the key."""
+    place, _, what = line.partition(": ")
+    place, key = (re.sub(r"\[(\d+)\]", r".\1", text) + "." for text in (place, key))
+    if not key.startswith("stages."):  # what a stage inherits
+        place = re.sub(r"^stages\.[^.]+\.", "", place)
+    return place.startswith(key) or (
+        key.startswith(place) and (key.split(".")[-2] in what or what.startswith("unknown"))
+    )
 
 
 # ---- What concerns the recipe as a whole; the rest is for the constructors of its stages' parts to say ----
@@ -181,7 +201,9 @@ _BLOCKS: dict[str, type[pydantic.BaseModel]] = {
 }
 
 
-def explain(error: pydantic.ValidationError, source: str, where: Sequence[str] = ()) -> RecipeError:
+def explain(
+    error: pydantic.ValidationError, source: str, where: Sequence[str] = (), given: Collection[str] = ()
+) -> RecipeError:
     """All of pydantic's complaints as one error, at most one per key; `where`: keys above those that it names."""
     messages: dict[str, str] = {}
     for found in error.errors():
@@ -191,7 +213,7 @@ def explain(error: pydantic.ValidationError, source: str, where: Sequence[str] =
             messages[path] += f" or {_EXPECTED[item['type']]}"
         else:
             messages.setdefault(path, _message(item, path))
-    return Mistakes(messages.values()).error(source)
+    return Mistakes(messages.values()).error(source, given)
 
 
 def _dotted(loc: tuple[Any, ...]) -> str:

@@ -149,9 +149,33 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
             set_path(values, keys, value)
     values = _on_world(_with_paper(values), data)
     for keys, value in overrides:
-        if keys[0] not in early:
+        if len(keys) == 1 and keys[0] in SHORT_NAMES:
+            _set_short(values, keys[0], value)
+        elif keys[0] not in early:
             set_path(values, keys, value)
     return values
+
+
+SHORT_NAMES = {
+    "lr": ("learning_rate", "learning_rate"),
+    "epochs": ("num_train_epochs", "num_train_epochs max_steps"),
+    "batch": ("per_device_train_batch_size", "per_device_train_batch_size gradient_accumulation_steps"),
+}
+"""Short for a key of `training:`, for all stages; with those that say otherwise for one of them, or something else."""
+
+
+def _set_short(values: Values, name: str, value: Any) -> None:
+    key, others = SHORT_NAMES[name]
+    for place in ([], *(["stages", stage] for stage in values.get("stages") or {})):
+        here: Any = values
+        for part in place:
+            here = here[part]
+        if isinstance(here, dict) and isinstance(training := here.get("training"), dict):
+            kept = {k: v for k, v in training.items() if k not in others.split()}
+            set_path(values, [*place, "training"], kept)
+        if name == "batch" and isinstance(here, dict) and here.get("kind") == "online":
+            set_path(values, [*place, "training", "prompts_per_rollout"], value)
+    set_path(values, ["training", key], value)
 
 
 def _check_same_kind(values: Values) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -205,9 +206,29 @@ class Recipe(Strict):
     stages: dict[Annotated[str, Field(pattern=NAME)], Stage] = Field(min_length=1, description="run in this order")
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that loads to the same recipe: merged, with nothing left to other files."""
-    return write_yaml({**recipe.model_dump(mode="json", exclude_unset=True), "seed": recipe.seed})
+def dump_recipe(recipe: Recipe, *, anchored: bool = False) -> str:
+    """The recipe as YAML that loads to the same recipe: merged, with nothing left to other files.
+
+    If `anchored`, models and data that are files or folders have absolute paths, so that it works from any folder.
+    """
+    values = {**recipe.model_dump(mode="json", exclude_unset=True), "seed": recipe.seed}
+    return write_yaml(_anchored(values) if anchored else values)
+
+
+_PLACES = ("model", "path", "data", "train", "eval", "reference", "reverse", "target", "contrast", "tokenizer")
+_AS_THEY_ARE = ("rewards", "critic", "sampler", "objective", "training")  # they count as they are written
+
+
+def _anchored(values: Any, key: str = "") -> Any:
+    if isinstance(values, dict):
+        if key == "train" and values and all(isinstance(weight, (int, float)) for weight in values.values()):
+            return {_anchored(source, key): weight for source, weight in values.items()}
+        return {k: v if k in _AS_THEY_ARE else _anchored(v, str(k)) for k, v in values.items()}
+    if isinstance(values, list):
+        return [_anchored(value, key) if key in _PLACES else value for value in values]
+    if key in _PLACES and isinstance(values, str) and (place := Path(values).expanduser()).exists():
+        return str(place.resolve())
+    return values
 
 
 def stage_data(base: DataSpec, over: dict[str, Any] | str | None) -> DataSpec:

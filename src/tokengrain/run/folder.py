@@ -217,7 +217,7 @@ class RunFolder:
             if record.name not in kept:
                 shutil.rmtree(record.path)
         (self.path / "metrics.json").unlink(missing_ok=True)
-        write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
+        write_text(self.path / "recipe.yaml", dump_recipe(self.recipe, anchored=True))
         self._save("running")
 
     def _save(self, status: Status) -> None:

@@ -10,7 +10,7 @@ import pydantic
 
 from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_finite, check_shared, entries, explain
-from tokengrain.recipe.reading import find_recipe, parse_override, read_file, resolve
+from tokengrain.recipe.reading import SHORT_NAMES, find_recipe, parse_override, read_file, resolve
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run.retrieval import Index, Negatives, Retrieve
 from tokengrain.run.stages import Annotate, Init, Stage
@@ -92,23 +92,28 @@ def load_recipe(
     parsed = [parse_override(text) for text in overrides]
     if output is not None:
         parsed.append((["output_dir"], str(output)))
-    recipe = make_recipe(resolve(read_file(path), model, data, parsed), source=str(path))
+    given = [".".join(keys) for keys, _ in parsed]
+    recipe = make_recipe(resolve(read_file(path), model, data, parsed), str(path), given)
     for place, value in entries(recipe.model_dump(), "recipe"):
         if place.endswith(".trust_remote_code") and value:  # a model's own Python code may run
             check_trusted(f"trust_remote_code ({place.rpartition('.')[0]})")
     return recipe
 
 
-def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
-    """A recipe from plain values, validated in full: keys, types, hyper-parameters, combinations."""
-    Mistakes(check_finite(values)).raise_if_any(source)
+def make_recipe(values: dict[str, Any], source: str = "recipe", given: Sequence[str] = ()) -> Recipe:
+    """A recipe from plain values, validated in full: keys, types, hyper-parameters, combinations.
+
+    Mistakes are those of the `source`, but for keys that were `given` on the command line.
+    """
+    given = [".".join(("training", SHORT_NAMES[key][0])) if key in SHORT_NAMES else key for key in given]
+    Mistakes(check_finite(values)).raise_if_any(source, given)
     try:
         recipe = Recipe.model_validate(values)
         mistakes = check_recipe(recipe)
     except pydantic.ValidationError as error:
-        raise explain(error, source) from None
+        raise explain(error, source, given=given) from None
     except StageDataError as wrong:
         stage, refused = wrong.args
-        raise explain(refused, source, ("stages", stage, "data")) from None
-    mistakes.raise_if_any(source)
+        raise explain(refused, source, ("stages", stage, "data"), given) from None
+    mistakes.raise_if_any(source, given)
     return recipe

@@ -900,6 +900,12 @@ class Online(Policy):
     def check_server(self, *, patient: bool = True) -> None:
         check_reachable(self.own.sampler, patient=patient)
 
+    def save(self, run: RunModels, trainer: Any, folder: Path) -> dict[str, Any]:
+        """Also says where groups of completions taught nothing, if those are most."""
+        if (groups := trainer.groups).equal > groups.seen / 2:
+            run.console.print(f"  [yellow]warning:[/] {groups}", soft_wrap=True)
+        return {**super().save(run, trainer, folder), "groups": vars(groups)}
+
     def held_out(self, trainer: Any, samples: int | None) -> dict[str, Any]:
         """Also says how held-out prompts are completed: `samples` times if given, unless the world samples."""
         args = trainer.args

@@ -22,7 +22,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,35 @@ SAMPLER_FOLDER = ".sampler"
 ADVANTAGES = "advantages"
 SCORED = frozenset({OLD_LOGPS, "entropy", "values"})
 """Quantities that the trainer computes for an objective, beside those of the reference."""
+
+
+@dataclass
+class Groups:
+    """How many groups of completions this process has seen, and in how many of them all have the same reward."""
+
+    seen: int = 0
+    equal: int = 0
+    right: int = 0  # of the equal ones, those in which all completions are correct
+
+    def add(self, rollout: Rollout) -> None:
+        count = rollout.batch.n_prompts
+        low, high, correct = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+        group, rewards = rollout.group.cpu(), rollout.rewards.cpu().double()
+        low.scatter_reduce_(0, group, rewards, "amin", include_self=False)
+        high.scatter_reduce_(0, group, rewards, "amax", include_self=False)
+        if rollout.correct is not None:
+            correct.scatter_reduce_(0, group, rollout.correct.cpu().double(), "amin", include_self=False)
+        self.seen, self.equal = self.seen + count, self.equal + int((low == high).sum())
+        self.right += int(((low == high) & (correct == 1)).sum())
+
+    def __str__(self) -> str:
+        wrong = self.equal - self.right
+        why = (
+            "this model cannot solve these prompts"
+            if wrong >= self.right
+            else "this model solves these prompts already"
+        )
+        return f"all rewards equal in {self.equal} of {self.seen} groups, which teach nothing: {why}"
 
 
 class OnlineTrainer(PreferenceTrainer):
@@ -153,6 +182,7 @@ class OnlineTrainer(PreferenceTrainer):
         self._max_new_tokens, self._temperature = args.max_new_tokens, args.logps_temperature
         self._task = args.task_column
         self.rewards = resolve_rewards(rewards, processing_class)
+        self.groups = Groups()
         self._check_rewards(bound, args)
         prompts = self._prompts(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
@@ -365,6 +395,8 @@ class OnlineTrainer(PreferenceTrainer):
 
         sampled, result = self.ranks.together(work)
         rollout = self._rewarded(sampled, result)
+        if result is not None and self.args.num_generations > 1:
+            self.groups.add(rollout)
         stats.add(sampled, rollout, result, self._task)
         return rollout
 
