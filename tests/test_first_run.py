@@ -332,7 +332,7 @@ def test_a_saved_recipe_works_from_any_folder(mine: Path, tmp_path: Path, monkey
 
 
 def test_prompts_that_nobody_solves_are_said(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(60)]
+    rows = [{"prompt": f"What is {n} + {n}?", "answer": "987654321"} for n in range(60)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokengrain.train(
         "grpo",

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tokengrain.errors import RecipeError, explained, read_text, require, shown
+from tokengrain.runs import is_run
 from tokengrain.settings import nearest, parse_yaml
 from tokengrain.specs import WORLD
 
@@ -67,6 +68,8 @@ def read_file(path: Path, above: tuple[Path, ...] = ()) -> Values:
     values = parse_yaml(text, str(path))
     what = f"{path}: got {shown(values)}; expected a mapping of keys such as `method:` and `model:`"
     require(isinstance(values, dict), RecipeError, what)
+    if path.name == "recipe.yaml" and is_run(path.parent):  # of a run, which is where the file is now
+        values["output_dir"] = str(path.parent)
     bases = values.pop("extends", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     named = isinstance(bases, list) and all(isinstance(b, str) for b in bases)
