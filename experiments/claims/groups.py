@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from experiments.claims import (
     aligndistil,
+    library,
     online_aepo,
     online_arithmetic,
     online_chasing,
@@ -21,7 +22,7 @@ from experiments.claims import (
 )
 from experiments.claims.framework import Group
 
-_OFFLINE = (rrpo.GROUP, sepo.GROUP, aligndistil.GROUP, qrm.GROUP, stories.NOISY, stories.CLEAN)
+_OFFLINE = (rrpo.GROUP, sepo.GROUP, aligndistil.GROUP, qrm.GROUP, stories.NOISY, stories.CLEAN, library.GROUP)
 _ONLINE = (
     online_rto.GROUP,
     online_digits.GROUP,
