@@ -127,6 +127,11 @@ def load_tokenizer(spec: ModelSpec, path: str) -> Any:
     return tokenizer
 
 
+def auto_class(config: Any) -> Any:
+    """Which of transformers' classes makes the language model of a config."""
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
 def load_model(
     spec: ModelSpec, path: str, *, merge_adapter: bool = False, train_adapter: bool = False
 ) -> torch.nn.Module:
@@ -135,10 +140,10 @@ def load_model(
         base = load_model(spec, base_of_adapter(path))
         # Folded and rounded to few bits again, the two would not be what they are apart.
         return _with_adapter(base, path, merge_adapter and not spec.quantised, train_adapter)
-    encoder = load_config(spec, path).is_encoder_decoder
+    config = load_config(spec, path)
     message = f"decoder_start_id is {spec.decoder_start_id}; expected none, since {path} has no decoder beside an "
-    require(encoder or spec.decoder_start_id is None, ModelError, message + "encoder")
-    model: Any = from_files(AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM, "model", spec, path)
+    require(config.is_encoder_decoder or spec.decoder_start_id is None, ModelError, message + "encoder")
+    model: Any = from_files(auto_class(config), "model", spec, path)
     for owner in (model.config, model.generation_config) if spec.decoder_start_id is not None else ():
         owner.decoder_start_token_id = spec.decoder_start_id
     return model
@@ -376,8 +381,7 @@ def skeleton(spec: ModelSpec, path: str | None) -> nn.Module:
         values: dict[str, Any] = {"vocab_size": tokens, **(spec.config or {})}
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     with library_errors(f"no model could be made of the config in {path}"), torch.device("meta"):
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model: nn.Module = kind.from_config(config, trust_remote_code=spec.trust_remote_code)
+        model: nn.Module = auto_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
         return model
 
 
@@ -677,7 +681,7 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
     tokenizer.save_pretrained(folder)
     AutoConfig.for_model(model_type).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if encoder := bool(getattr(AutoConfig.for_model(model_type), "is_encoder_decoder", False)):
+    if getattr(AutoConfig.for_model(model_type), "is_encoder_decoder", False):
         ids |= {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
     config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **values})
     message = f"model.config.vocab_size is {config.vocab_size}; expected at least {len(tokenizer)}, the "
@@ -685,7 +689,7 @@ def build(spec: ModelSpec, rows: Iterable[tuple[int, Any]], seed: int, folder: P
     require(config.vocab_size >= len(tokenizer), RecipeError, message)
     _check_size(config)
     torch.manual_seed(seed)
-    model = (AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM).from_config(config)
+    model = auto_class(config).from_config(config)
     if spec.dtype != "auto":
         model = model.to(getattr(torch, spec.dtype))
     model.save_pretrained(folder)
@@ -697,8 +701,7 @@ def _check_size(config: Any) -> None:
     what = f"model.config.num_hidden_layers is {layers}; expected at most {MOST_LAYERS}"
     require(layers <= MOST_LAYERS, RecipeError, what)
     with torch.device("meta"), library_errors("model.config cannot be built"):
-        made: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        needed = 4 * sum(p.numel() for p in made.from_config(config).parameters())
+        needed = 4 * sum(p.numel() for p in auto_class(config).from_config(config).parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes = ", ".join(f"{k} {v}" for k, v in config.to_diff_dict().items() if isinstance(v, int) and v > 2**16)
     what = f"model.config ({sizes}) makes weights of {needed / 2**30:.3g} GiB; expected at most {memory / 2**30:.3g}"

@@ -132,8 +132,11 @@ def _computes_in_bf16() -> bool:
 
 
 def _count(stage: Trained, known: dict[str, tuple[int | None, int | None]]) -> tuple[int | None, int | None]:
-    """How many rows there are to train on, and how many are held out; None of a stream, whose length is not known."""
-    data = stage.data if stage.data.stage is None else stage.above[stage.data.stage].data
+    """How many rows there are to train on, and are held out; None where that is not known yet, as of a stream."""
+    maker = stage.above.get(str(stage.data.stage))
+    if maker is not None and maker.kind != "annotate":  # it makes other rows than it reads
+        return None, None
+    data = stage.data if maker is None else maker.data
     prompts = isinstance(stage, Online)
     if (key := fingerprint([data.model_dump(), prompts])) not in known:
         rows = open_rows(data, stage.recipe.seed, prompts=prompts)
