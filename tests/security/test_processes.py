@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tokengrain.rewards.builtin import Workers
 
 HANGS = """
 from tokengrain.rewards.builtin import Workers
@@ -49,3 +52,11 @@ def test_the_processes_of_rewards_end_with_a_killed_run() -> None:
         finally:
             run.send_signal(signal.SIGKILL)
     assert until(lambda: not any(map(alive, started)), 10), f"{list(filter(alive, started))} are still there"
+
+
+def test_what_rewards_are_done_with_is_closed(recwarn: pytest.WarningsRecorder) -> None:
+    workers = Workers("matches")
+    assert workers.map([["a", 0, False, "cat"]], 20.0) == [True]
+    del workers
+    gc.collect()
+    assert not [w for w in recwarn if "unclosed" in str(w.message)]

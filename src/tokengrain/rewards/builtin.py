@@ -86,8 +86,10 @@ class Workers:
 
     def __del__(self) -> None:
         with suppress(Exception):  # the interpreter may be going down
-            while (pipe := self._free.get_nowait().stdin) is not None:
-                pipe.close()  # it ends, and its copy with it
+            while True:
+                process = self._free.get_nowait()
+                for pipe in filter(None, (process.stdin, process.stdout)):
+                    pipe.close()  # it ends, and its copy with it
 
     def __reduce__(self) -> Any:
         return Workers, (self.task,)
