@@ -22,7 +22,7 @@ from tokengrain.run.load import make_recipe
 )
 def test_when_evaluation_decides_its_steps_do(training: dict[str, Any], decides: bool, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": "Say", "chosen": " nice", "rejected": " bad"}) + "\n")
+    rows.write_text((json.dumps({"prompt": "Say", "chosen": " nice", "rejected": " bad"}) + "\n") * 2)
     found = {
         make_plan(
             make_recipe(
