@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -53,14 +52,12 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_alternating(
-    setting: Any, names: list[str], repeats: int, warmup: int = 1, steps: Mapping[str, Any] = STEPS
-) -> list[Timing]:
+def time_alternating(setting: Setting, names: list[str], repeats: int, warmup: int = 1) -> list[Timing]:
     """One step of each in turn, `repeats` times, after `warmup` rounds."""
-    made = {name: steps[name](setting) for name in names}
-    timings = {name: Timing(step.name, [], float("nan")) for name, step in made.items()}
+    steps = {name: STEPS[name](setting) for name in names}
+    timings = {name: Timing(step.name, [], float("nan")) for name, step in steps.items()}
     for round_ in range(warmup + repeats):
-        for name, step in made.items():
+        for name, step in steps.items():
             gc.collect()
             synchronise(setting.device)
             start = time.perf_counter()
