@@ -597,7 +597,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     An id that the tokenizer does not have (a docid's) is shown as its number.
     """
-    if (size := len(tokenizer)) <= max(ids, default=0):
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    if size is not None and size <= max(ids, default=0):
         runs = [(known, list(run)) for known, run in groupby(ids, key=lambda i: i < size)]
         return [t for known, run in runs for t in (token_texts(tokenizer, run) if known else [f" <{i}>" for i in run])]
     texts: list[str] = []

@@ -44,6 +44,7 @@ from tokengrain.run.build import (
     tokenize_config,
 )
 from tokengrain.runs import FORMAT
+from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.specs import DataSpec, ModelSpec
 from tokengrain.training.checkpoint import STAGING, publish, saving
@@ -365,6 +366,12 @@ class Annotate(Stage):
         return credit_asks(self.credit)
 
     @property
+    def layout(self) -> dict[str, Any]:
+        """The layout that the policy will be scored in, where the recipe names one."""
+        given = self.recipe.training.get("layout")
+        return {} if given is None else {"layout": given}
+
+    @property
     def bf16(self) -> bool:
         """As the policy will be scored: a reference in another precision is not equal to it at the start."""
         return bool(self.recipe.training.get("bf16", False))
@@ -382,7 +389,7 @@ class Annotate(Stage):
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
         options = {k: getattr(self.own, k) for k in ("reference_logps", "shard_rows", "max_tokens")}
         credit = credit_content(self.credit, run_dir, above)
-        return {**super().decides(run_dir, above), "credit": credit, **options, "bf16": self.bf16}
+        return {**super().decides(run_dir, above), "credit": credit, **options, "bf16": self.bf16, **self.layout}
 
     def made(self, run: RunModels, user: Stage, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         """The annotated data sets, checked to belong to the stage that uses them."""
@@ -396,7 +403,10 @@ class Annotate(Stage):
     def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Write the rows with their token credit; finished shards of an earlier attempt are kept."""
         tokenizer, files, counts = run.tokenizer(self.model), annotated_files(folder), {}
-        reference = FrozenReference(run.frozen(self.model)) if self.own.reference_logps else None
+        frozen = run.frozen(self.model) if self.own.reference_logps else None
+        reference = None if frozen is None else FrozenReference(frozen)
+        if frozen is not None and self.layout:
+            prepare(frozen, **self.layout)
         source = run.credit(self.credit, self.model)
         marks = file_marks(run, self, settings, self.data, self.model)
         for dataset, rows, output in zip(run.datasets(self), self.rows(), files, strict=True):
