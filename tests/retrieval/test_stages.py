@@ -21,6 +21,7 @@ from transformers import (
 from tokengrain.errors import DataError, ModelError, RecipeError, TokengrainError
 from tokengrain.retrieval.docids import Docids
 from tokengrain.run.load import load_recipe
+from tokengrain.run.retrieval import grow
 from tokengrain.run.runner import run_recipe
 
 TOPICS = ("fish", "bread", "stars", "trains", "clocks", "rivers")
@@ -135,6 +136,16 @@ def test_docids_are_made_of_documents(t5: Path, tmp_path: Path, scheme: str) -> 
     lines = [json.loads(line) for line in (tmp_path / "run/evaluate/rankings.jsonl").read_text().splitlines()]
     assert len(lines) == stages["evaluate"]["queries"] == 3
     assert {"MRR@10", "found"} <= set(lines[0]["after"])
+
+
+def test_new_tokens_are_as_far_apart_as_the_old(t5: Path) -> None:
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(t5), AutoTokenizer.from_pretrained(t5)
+    grow(model, tokenizer, Docids(("a", "b"), ((21, 25), (24, 26)), scheme="pq"), own_head=False)
+    embeddings = model.get_input_embeddings().weight.detach()
+    old, new = embeddings[:21], embeddings[21:]
+    assert len(new) == 6 == len(tokenizer) - len(WORDS) - 3
+    assert new.std(0).mean() > 0.5 * old.std(0).mean()
+    assert tokenizer.convert_ids_to_tokens([21, 24, 25]) == ["<0:0>", "<0:3>", "<1:0>"]
 
 
 def test_negatives_never_share_a_docid_with_what_is_relevant(t5: Path, tmp_path: Path) -> None:

@@ -234,8 +234,14 @@ def grow(model: Any, tokenizer: Any, docids: Docids, own_head: bool) -> None:
             first = min(tokens) if level else models.vocabulary(model)
             names |= {token: f"<{level}:{token - first}>" for token in set(tokens)}
     tokenizer.add_tokens([names[token] for token in sorted(names)])
-    if size > models.vocabulary(model):
-        model.resize_token_embeddings(size)
+    if size > (before := models.vocabulary(model)):
+        # By default new rows are nearly equal, and codes would have to come apart first: these spread like the old.
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for weight in {
+            id(e.weight): e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings())
+        }.values():
+            old, new = weight.data[:before], weight.data[before:]
+            new.copy_(old.mean(0) + old.std(0) * torch.randn_like(new))
     if own_head:
         head = model.get_output_embeddings()
         weight = head.weight.detach().clone()

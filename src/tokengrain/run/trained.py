@@ -564,7 +564,7 @@ class Train(Policy):
 
     def describe(self) -> str:
         maker = self.above.get(str(self.data.stage)) if self.credit is None else None
-        given = self.credit if maker is None else {"name": (maker.credit or {}).get("name")}
+        given = self.credit if maker is None or maker.credit is None else {"name": maker.credit.get("name")}
         if not self.bound.roles or not given:
             return super().describe()
         role = resolve_role(given.get("as"), self.bound.roles, self.bound.name, self.bound.no_credit)
