@@ -122,3 +122,18 @@ def test_the_trainers_hint_at_trls_names(model_dir: Path, tmp_path: Path) -> Non
         tokengrain.PreferenceTrainer(str(model_dir), args, train_dataset=ROWS, ref_model=None)
     with pytest.raises(RecipeError, match="need a tokenizer"):
         tokengrain.PreferenceTrainer(tiny_llama(), args, train_dataset=ROWS)
+    with pytest.raises(RecipeError, match="a second model as reference=..."):
+        tokengrain.PreferenceTrainer(tiny_llama(), tiny_llama(), train_dataset=ROWS)
+    for given in ({"train": ROWS}, datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))):
+        with pytest.raises(DataError, match=r"of 'train'; expected a list of rows or one data set"):
+            tokengrain.PreferenceTrainer(str(model_dir), args, train_dataset=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("beta", r"make_objective\(NAME, beta="), ("max_length", "TokenizeConfig"), ("learning_rat", "'learning_rate'")],
+)
+def test_the_configs_hint_at_trls_settings(name: str, hint: str, tmp_path: Path) -> None:
+    for config in (tokengrain.PreferenceConfig, tokengrain.OnlineConfig):
+        with pytest.raises(RecipeError, match=f"{config.__name__} has no setting '{name}'; .*{hint}"):
+            config(str(tmp_path), **{name: 1})

@@ -396,6 +396,13 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_misspelt_model_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"no model at my-modle: .*did you mean 'my-model'\?"):
+        run(values(tmp_path, model="my-modle"))
+
+
 def test_a_guide_with_another_vocabulary(finished: Path, tmp_path: Path) -> None:
     other = {"config": LLAMA, "tokenizer": {"type": "bpe", "vocab_size": 270}}
     run(values(tmp_path, {"train": {"kind": "sft", "training": {"max_steps": 1}}}, model=other))

@@ -253,7 +253,7 @@ def merge(path: str, output: str | os.PathLike[str], dtype: str = "auto") -> Pat
         ModelError: no adapter, one that cannot be merged, a merged model that computes something else.
         RunError: the output is in use.
     """
-    require(is_adapter(path), ModelError, f"{path} is no adapter: it has no {ADAPTER}")
+    require(is_adapter(path), ModelError, f"{path} is no adapter (no {ADAPTER}), so there is nothing to merge")
     target = Path(output)
     free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     require(free, RunError, f"{target} exists; give another folder with --output")
@@ -449,19 +449,19 @@ def _file_hash(path: Path, size: int, modified: int) -> str:
 def _first_line(error: BaseException) -> str:
     """The first line of an error; with the next one, which has the reason, if it ends in a colon."""
     first, *more = (str(error).strip() or repr(error)).splitlines()
-    return f"{first} {' '.join(more[0].split())}" if first.endswith(":") and more else first
+    return f"{first} {' '.join(more[0].split())}" if first.endswith(":") and more else first.rstrip(".")
 
 
 def _near_path(path: str) -> str:
-    if Path(path).is_dir():
+    """Why there is nothing at a model's path, with the folder of a similar name."""
+    if (place := Path(path)).is_dir():
         return ""
-    parent = Path(path).parent
-    if parent.is_dir() and str(parent) != ".":
-        names = [p.name for p in parent.iterdir() if p.is_dir()]
-        close = difflib.get_close_matches(Path(path).name, names, n=1)
-        return "; there is no such folder" + (f", did you mean {str(parent / close[0])!r}?" if close else "")
-    hint = "the hub is not asked while HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "no such folder"
-    return f"; {hint}"
+    beside = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
+    close = difflib.get_close_matches(place.name, beside, n=1)
+    from_hub = str(place.parent) == "." or not place.parent.is_dir()
+    offline = from_hub and os.environ.get("HF_HUB_OFFLINE")
+    hint = "no such folder, and the hub is not asked while HF_HUB_OFFLINE is set" if offline else "there is no such folder"
+    return f"; {hint}" + (f", did you mean {str(place.parent / close[0])!r}?" if close else "")
 
 
 def import_peft() -> Any:

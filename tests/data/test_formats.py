@@ -103,7 +103,7 @@ BAD = {
     "missing column": (
         {"prompt": "a", "chosen": "b"},
         "rejected",
-        "column is missing; expected 'rejected' among",
+        "column is missing; expected 'rejected' among ['prompt', 'chosen'], or made from these by `data.columns`",
     ),
     "misspelt column": (
         {"prompt": "a", "choosen": "b", "rejected": "c"},

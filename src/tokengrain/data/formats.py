@@ -316,7 +316,8 @@ def content(row: Mapping[str, Any], name: str) -> Content:
     """The text, messages or token ids in a column. Raises `RowError`."""
     if name not in row:
         check_misspelt(row, name, 0.6)
-        raise RowError("missing column", "column is missing", field=name, expected=f"{name!r} among {list(row)}")
+        expected = f"{name!r} among {list(row)}, or made from these by `data.columns`"
+        raise RowError("missing column", "column is missing", field=name, expected=expected)
     value = row[name]
     if isinstance(value, str):
         _check_encodable(value, name)

@@ -6,10 +6,11 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import count
-from typing import Any, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import torch
 from torch.utils.data import IterableDataset
@@ -54,6 +55,17 @@ _MOST: dict[str, int] = {
     "dataloader_num_workers": 256,
 }
 """The most that a number can mean; more would take the machine's memory or processes before anything is said."""
+
+
+_OF_TRL = {
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), "objective=make_objective(NAME, {name}=...)"),
+    "loss_type": "objective=make_objective('dpo', loss_type=...), or another objective",
+    **dict.fromkeys(("max_length", "max_prompt_length"), "tokenize=TokenizeConfig({name}=...)"),
+    "max_completion_length": "max_new_tokens of OnlineConfig",
+    "num_iterations": "rollout_epochs of OnlineConfig",
+    "model_init_kwargs": "a loaded model",
+}
+"""Where the settings of TRL's configs are here: arguments of the trainer, if nothing else is said."""
 
 
 @dataclass
@@ -109,6 +121,15 @@ class PreferenceConfig(TrainingArguments):
     ref_model_sync_steps: int = 512
     early_stopping_patience: int | None = None
     overwrite_output_dir: bool = False
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        names = [f.name for f in fields(cls)]
+        for name in sorted(settings.keys() - set(names)):
+            here, near = _OF_TRL.get(name, "").format(name=name), get_close_matches(name, names, n=1)
+            hint = f"; the {name} of TRL's configs is here: {here}" if here else ""
+            hint = hint or (f"; did you mean {near[0]!r}?" if near else "")
+            raise RecipeError(f"{cls.__name__} has no setting {name!r}{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._refuse_what_cannot_work()

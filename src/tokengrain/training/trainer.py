@@ -119,7 +119,7 @@ PASSED_ON = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 TRL_NAMES = {
     "ref_model": "reference",
     "tokenizer": "processing_class",
-    "loss_type": "objective=make_objective('dpo', ...); `tokengrain methods` lists the objectives",
+    "loss_type": "objective=make_objective('dpo', loss_type=...); `tokengrain methods` lists the objectives",
     "beta": "objective=make_objective('dpo', beta=...)",
     "reward_funcs": "rewards, of OnlineTrainer",
     "formatting_func": "rows with prompt, chosen and rejected; data.columns of a recipe makes them by template",
@@ -760,8 +760,9 @@ def check_sync(reference: Any, policy: nn.Module, *, sharded: bool) -> None:
 
 def check_arguments(args: Any, kind: type, given: Collection[str]) -> None:
     """Check the settings' class, and the names of arguments for `transformers.Trainer`: others would be ignored."""
-    fits = isinstance(args, kind)
-    require(fits, RecipeError, f"the trainer's settings are {type(args).__name__}; expected {kind.__name__}")
+    what = f"the trainer's settings are {type(args).__name__}; expected {kind.__name__}"
+    what += ", and a second model as reference=..." if isinstance(args, nn.Module) else ""
+    require(isinstance(args, kind), RecipeError, what)
     for name in (name for name in TRL_NAMES if name in given):
         raise RecipeError(f"the trainer takes no {name}; what TRL calls {name} is here: {TRL_NAMES[name]}")
     if unknown := sorted(set(given) - set(PASSED_ON)):
@@ -782,6 +783,9 @@ def loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 def as_samples(tokenizer: Any, config: TokenizeConfig | None, pairs: bool, data: Any) -> Any:
     """Rows of text, whatever holds them, as samples; data sets of samples as they are."""
+    if isinstance(data, Mapping):
+        what = f"the rows are a {type(data).__name__} of {', '.join(map(repr, data))}"
+        raise DataError(f"{what}; expected a list of rows or one data set, such as data['train']")
     text = isinstance(data, (str, os.PathLike, Rows)) or type(data).__module__.split(".")[0] == "datasets"
     if not text and not (isinstance(data, Sequence) and len(data) and isinstance(data[0], Mapping)):
         return data
