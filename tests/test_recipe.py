@@ -531,10 +531,18 @@ def test_names_that_other_libraries_have() -> None:
             load_recipe("grpo", overrides=[f"stages.train.training.{name}=1"])
         assert f"stages.train.training.{name}: unknown key" in str(error.value)
         assert str(error.value).endswith(f"is here: {target}")
-        place, _, key = target.partition(".")
+        place, _, key = target.partition(",")[0].partition(".")
         there = {
             "training": OnlineConfig.__dataclass_fields__,
             "objective": {"name", *signature(grpo_loss).parameters},
             "data": TokenizeConfig.__dataclass_fields__,
         }
         assert place not in there or key in there[place], target
+    for override, place in (
+        ("beta=0.3", "objective.beta"),
+        ("training.max_completion_length=9", "training.max_new_tokens"),
+        ("training.max_new_tokens=9", "training.max_new_tokens"),
+        ("max_new_tokens=9", "training.max_new_tokens"),
+    ):
+        with pytest.raises(RecipeError, match=rf"unknown key; .*: '?stages\.train\.{place}"):
+            load_recipe("grpo", overrides=[override])

@@ -24,6 +24,13 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
         _ = read_run(tmp_path).model_path
 
 
+def test_a_misspelt_run_gets_a_suggestion(tmp_path: Path) -> None:
+    (tmp_path / "tgdpo").mkdir()
+    (tmp_path / "tgdpo" / "run.json").write_text("{}")
+    with pytest.raises(RunError, match="tgdp: no such run folder; did you mean '.*tgdpo'"):
+        read_run(tmp_path / "tgdp")
+
+
 def test_a_stage_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = StageRecord("train", tmp_path / "train", "train", "done", "f", {"a": 1}, 2.5)
     written.save()

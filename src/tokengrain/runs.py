@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -138,7 +139,11 @@ def is_run(path: str | Path) -> bool:
 def read_run(path: str | Path) -> Run:
     """Read a run folder, finished or not. Raises `RunError`, saying what is there instead, if it is none."""
     path = Path(path)
-    require(path.exists(), RunError, f"{path}: no such run folder; `tokengrain train RECIPE` makes one")
+    if not path.exists():
+        beside = [p.name for p in path.parent.iterdir() if is_run(p)] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "`tokengrain train RECIPE` makes one"
+        raise RunError(f"{path}: no such run folder; {hint}")
     require(path.is_dir(), RunError, f"{path} is a file; expected the folder of a run (one with run.json in it)")
     if not is_run(path):
         raise RunError(f"{path} is not a run folder: it has no run.json ({_what_it_holds(path)}")

@@ -21,7 +21,7 @@ from tokengrain.errors import RecipeError, shown
 from tokengrain.recipe import schema
 from tokengrain.runs import CHECKPOINT
 from tokengrain.settings import LARGEST, nearest
-from tokengrain.training.config import PreferenceConfig
+from tokengrain.training.config import OnlineConfig, PreferenceConfig
 
 
 class Mistakes:
@@ -291,7 +291,7 @@ FOREIGN = {
     **dict.fromkeys(("epsilon", "clip_ratio", "cliprange"), "objective.epsilon"),
     **dict.fromkeys(("epsilon_high", "clip_ratio_high"), "objective.epsilon_high"),
     "log_completions": "training.rollout_samples",
-    "loss_type": "objective.name",
+    "loss_type": "objective.name, or objective.loss_type of dpo",
     "scale_rewards": "credit: [{name: group, scale: ...}]",
     "mask_truncated_completions": "credit: [..., mask_truncated]",
     "reward_weights": "rewards: [{name: ..., weight: ...}]",
@@ -300,6 +300,9 @@ FOREIGN = {
     **dict.fromkeys(("use_vllm", "vllm_mode"), "sampler: {name: server, url: ...}"),
 }
 
+
+ONLINE = OnlineConfig.__dataclass_fields__.keys() - PreferenceConfig.__dataclass_fields__.keys()
+"""Settings of online stages alone."""
 
 # What would make completions no samples of the policy, while no log-probability would say so.
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "logit_bias")
@@ -310,8 +313,14 @@ def _unknown_key(where: str, name: str, legal: Iterable[str], elsewhere: Mapping
     path, legal = f"{where}.{name}" if where else str(name), sorted(legal)
     if name in PENALTIES:
         return f"{path}: unknown key; there is no such penalty, because samples would not be the policy's own"
+    outside = not where.startswith("stages")
     if name in FOREIGN:
-        return f"{path}: unknown key; the {name} of other libraries is here: {FOREIGN[name]}"
+        here = FOREIGN[name]
+        of_stage = here.partition(".")[2] in ONLINE or here.startswith(("objective", "credit", "rewards", "sampler"))
+        here = f"stages.train.{here}" if outside and of_stage else here
+        return f"{path}: unknown key; the {name} of other libraries is here: {here}"
+    if name in ONLINE and outside:
+        return f"{path}: unknown key; it is of online stages: 'stages.train.training.{name}'"
     near = get_close_matches(name, list(elsewhere or ()), n=1, cutoff=0.6)
     if elsewhere and near and not get_close_matches(name, legal, n=1, cutoff=0.5):
         return f"{path}: unknown key; did you mean {elsewhere[near[0]]!r}?"
