@@ -122,7 +122,7 @@ def test_the_trainers_hint_at_trls_names(model_dir: Path, tmp_path: Path) -> Non
         tokengrain.PreferenceTrainer(str(model_dir), args, train_dataset=ROWS, ref_model=None)
     with pytest.raises(RecipeError, match="need a tokenizer"):
         tokengrain.PreferenceTrainer(tiny_llama(), args, train_dataset=ROWS)
-    with pytest.raises(RecipeError, match="a second model as reference=..."):
+    with pytest.raises(RecipeError, match="a second model as reference="):
         tokengrain.PreferenceTrainer(tiny_llama(), tiny_llama(), train_dataset=ROWS)
     for given in ({"train": ROWS}, datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))):
         with pytest.raises(DataError, match=r"of 'train'; expected a list of rows or one data set"):

@@ -6,7 +6,8 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tokengrain.models import train_tokenizer
 from tokengrain.run.fit import Outlook, fit, fit_batch, fit_rollout, learning_rate
 from tokengrain.screen import Screen, progress_bar
 from tokengrain.specs import TokenizerSpec
+from tokengrain.training.online import Groups
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = sorted(
@@ -344,4 +346,17 @@ def test_prompts_that_nobody_solves_are_said(mine: Path, tmp_path: Path, capsys:
     )
     out = capsys.readouterr().out
     assert "rollouts of 4 prompts x 8 completions: 2 steps" in out
-    assert "all rewards equal in 8 of 8 groups, which teach nothing: this model cannot solve these prompts" in out
+    assert "all rewards equal in 8 of 8 groups, which teach nothing: their completions are all cut at max_new" in out
+
+
+@pytest.mark.parametrize(
+    ("correct", "truncated", "why"),
+    [(0, 0, "cannot solve"), (0, 1, "are all cut at max_new_tokens"), (1, 0, "solves these"), (1, 1, "solves these")],
+)
+def test_why_groups_teach_nothing(correct: int, truncated: int, why: str) -> None:
+    group, same = torch.tensor([0, 0, 1, 1]), torch.ones(4)
+    groups, batch = Groups(), SimpleNamespace(n_prompts=2)
+    told = {"rewards": same * correct, "correct": same * correct, "truncated": same * truncated}
+    groups.add(cast(Any, SimpleNamespace(batch=batch, group=group, **told)))
+    assert (groups.seen, groups.equal) == (2, 2)
+    assert why in str(groups)

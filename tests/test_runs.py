@@ -27,7 +27,7 @@ def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
 def test_a_misspelt_run_gets_a_suggestion(tmp_path: Path) -> None:
     (tmp_path / "tgdpo").mkdir()
     (tmp_path / "tgdpo" / "run.json").write_text("{}")
-    with pytest.raises(RunError, match="tgdp: no such run folder; did you mean '.*tgdpo'"):
+    with pytest.raises(RunError, match=r"tgdp: no such run folder; did you mean '.*tgdpo'"):
         read_run(tmp_path / "tgdp")
 
 

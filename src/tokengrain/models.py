@@ -460,7 +460,7 @@ def _near_path(path: str) -> str:
     close = difflib.get_close_matches(place.name, beside, n=1)
     from_hub = str(place.parent) == "." or not place.parent.is_dir()
     offline = from_hub and os.environ.get("HF_HUB_OFFLINE")
-    hint = "no such folder, and the hub is not asked while HF_HUB_OFFLINE is set" if offline else "there is no such folder"
+    hint = "there is no such folder" + (", and the hub is not asked while HF_HUB_OFFLINE is set" if offline else "")
     return f"; {hint}" + (f", did you mean {str(place.parent / close[0])!r}?" if close else "")
 
 

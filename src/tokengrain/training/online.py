@@ -91,25 +91,30 @@ class Groups:
     seen: int = 0
     equal: int = 0
     right: int = 0  # of the equal ones, those in which all completions are correct
+    cut: int = 0  # and those in which none is, and all are truncated
 
     def add(self, rollout: Rollout) -> None:
         count = rollout.batch.n_prompts
-        low, high, correct = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+        low, high, correct, cut = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
         group, rewards = rollout.group.cpu(), rollout.rewards.cpu().double()
         low.scatter_reduce_(0, group, rewards, "amin", include_self=False)
         high.scatter_reduce_(0, group, rewards, "amax", include_self=False)
+        cut.scatter_reduce_(0, group, rollout.truncated.cpu().double(), "amin", include_self=False)
         if rollout.correct is not None:
             correct.scatter_reduce_(0, group, rollout.correct.cpu().double(), "amin", include_self=False)
-        self.seen, self.equal = self.seen + count, self.equal + int((low == high).sum())
-        self.right += int(((low == high) & (correct == 1)).sum())
+        equal, right = low == high, correct == 1
+        self.seen, self.equal = self.seen + count, self.equal + int(equal.sum())
+        self.right += int((equal & right).sum())
+        self.cut += int((equal & ~right & (cut == 1)).sum())
 
     def __str__(self) -> str:
         wrong = self.equal - self.right
-        why = (
-            "this model cannot solve these prompts"
-            if wrong >= self.right
-            else "this model solves these prompts already"
-        )
+        if wrong < self.right:
+            why = "this model solves these prompts already"
+        elif 2 * self.cut > wrong:
+            why = "their completions are all cut at max_new_tokens"
+        else:
+            why = "this model cannot solve these prompts"
         return f"all rewards equal in {self.equal} of {self.seen} groups, which teach nothing: {why}"
 
 
