@@ -137,12 +137,13 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
         return
     lock, owner = FileLock(run_dir / LOCK, timeout=0), run_dir / OWNER
-    try:
-        with explained():
-            run_dir.mkdir(parents=True, exist_ok=True)
+    with explained():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
             lock.acquire()
-    except Timeout:
-        raise RunError(f"{run_dir} is in use{_owner(owner)}; wait for it, or choose another with --output") from None
+        except Timeout:  # an OSError too
+            what = f"{run_dir} is in use{_owner(owner)}; wait for it, or choose another with --output"
+            raise RunError(what) from None
     try:
         write_json(owner, {"pid": os.getpid(), "host": platform.node(), "since": _now()})
         yield
