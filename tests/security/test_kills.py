@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.security.test_processes import below
 from tests.test_stages import DPO, TGDPO, values
 from tokengrain.run.load import load_recipe
 from tokengrain.run.runner import run_recipe
@@ -83,10 +85,10 @@ class Started:
         return self._wait()
 
     def kill(self) -> None:
-        if self.pid is not None and os.getpgid(self.pid) == self.pid:
-            os.killpg(self.pid, signal.SIGKILL)
-        else:
-            os.kill(int(self.pid or 0), signal.SIGKILL)
+        assert self.pid is not None
+        for process in (self.pid, *below(self.pid)):  # those of torchrun have sessions of their own
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         self.end()
 
 
