@@ -92,6 +92,15 @@ def broken(*lists: list[str]) -> list[float]:
     raise OSError("no network")
 
 
+@pytest.mark.parametrize("scores", [["good", 0.5], [0.5], [0.5, 0.5, 0.5], [[], 0.5]])
+def test_what_is_no_score_is_a_failure(scores: list[Any]) -> None:
+    """Of another number of scores than answers nobody knows whose they are: all fail."""
+    scored = TimeMaster(labels=LABELS, judge=lambda r, c, e: scores)
+    given = [text("impulsive", "one"), text("impulsive", "two")]
+    assert scored(given, label=["impulsive"] * 2) == pytest.approx([1, 1.25 if len(scores) == 2 else 1])
+    assert scored.counts["timemaster/judge_failures"] == (1 if len(scores) == 2 else 2)
+
+
 def test_a_judge_that_raises_is_worth_nothing() -> None:
     scored = TimeMaster(labels=LABELS, judge=broken)
     assert scored([text("impulsive", "see")], label=["impulsive"]) == [1.0]

@@ -72,7 +72,7 @@ class TimeMaster:
         accuracy, format, soft: weights of the parts; soft 0: no judge is asked.
         judge: scores in [0, 1] of answers with a right class: `judge(reasonings, classes, extensions)`, called with
             lists, or an import string of one. It is asked once about equal answers. None, no number, a number out
-            of range and an error are a failure, worth 0 and counted.
+            of range, an error, and another number of scores than answers are failures, worth 0 and counted.
         generic: regular expressions; an extension in which one is found, in small letters, has at most `cap`.
     """
 
@@ -164,9 +164,12 @@ class TimeMaster:
             scores = list(self._judge(*lists))
         except Exception:  # whatever a judge raises: its answers are worth 0, and counted
             scores = []
-        scores += [None] * (len(new) - len(scores))
-        for (key, answer), score in zip(new.items(), scores):
-            value = math.nan if score is None else float(score)
+        # Of too few or too many scores nobody knows which is whose.
+        for (key, answer), score in zip(new.items(), scores) if len(scores) == len(new) else ():
+            try:
+                value = float(score)  # type: ignore[arg-type] # None, and whatever else a judge gives
+            except (TypeError, ValueError):
+                continue
             if 0 <= value <= 1:
                 bland = any(pattern.search(answer.extension.lower()) for pattern in self._generic)
                 self._scores[key] = min(value, self.cap) if bland else value
