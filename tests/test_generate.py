@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -229,3 +230,46 @@ def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert "torch: " in shown
     assert "devices: " in shown
     assert "secret" not in shown
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": None}, "row 1: field 'prompt': the row is no prompt; got None; expected text or messages"),
+        ({"prompt": 5}, "row 1: field 'prompt': the row is no prompt; got 5"),
+        ({"prompt": [{"role": "user"}]}, "row 1: field 'prompt': "),
+    ],
+)
+def test_a_row_that_is_no_prompt(chat: str, tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        generate(chat, [ROWS[0], row], tmp_path / "out.jsonl", max_new_tokens=2, batch_rows=1)
+
+
+@pytest.mark.parametrize("turns", [[], "Say four.", [4], None])
+def test_turns_that_are_none(chat: str, tmp_path: Path, turns: Any) -> None:
+    with pytest.raises(DataError, match="row 0: field 'turns': the row is no prompt; got .*; expected a list of texts"):
+        generate(chat, [{"question_id": 1, "turns": turns}], tmp_path / "out.jsonl", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": -1}, {"batch_rows": 0}, {"samples": 0}])
+def test_counts_are_positive(plain: str, tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(RecipeError, match=f"{next(iter(wrong))} is "):
+        generate(plain, ROWS, tmp_path / "out.jsonl", **wrong)  # type: ignore[arg-type]
+
+
+def test_answers_of_another_format_are_not_taken(chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark's prompts go through the chat template; the same rows as plain ones do not."""
+    rows = [{"uid": str(n), "prompt": f"Say {n}."} for n in range(2)]
+    answers, calls = module.Speaker.answers, []
+
+    def interrupted(self: Any, asked: Any, sampling: Any) -> Any:
+        calls.append(len(asked))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answers(self, asked, sampling)
+
+    monkeypatch.setattr(module.Speaker, "answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(chat, rows, tmp_path / "out.jsonl", max_new_tokens=2, batch_rows=1)
+    with pytest.raises(RunError, match="answers with other settings"):
+        generate(chat, rows, tmp_path / "out.jsonl", format="rows", max_new_tokens=2, batch_rows=1)

@@ -74,7 +74,7 @@ FORMATS = {
     "mt_bench": Format(
         frozenset({"question_id", "turns"}),
         (".jsonl",),
-        lambda row: list(row["turns"]),
+        lambda row: row["turns"],
         _mt_answer,
         temperature=lambda row: MT_BENCH_TEMPERATURES.get(str(row.get("category")), 0.7),
     ),
@@ -142,6 +142,7 @@ def generate(
         DataError: a row that is no prompt. ModelError, RolloutError: a model or prompt that does not fit.
         RecipeError, RunError: a setting that does not fit; an output that exists.
     """
+    require(limit is None or limit >= 1, RecipeError, f"limit is {limit}; expected at least 1")
     path = str(read_run(model).model_path) if is_run(model) else os.path.expanduser(model)
     label = name or Path(model).name
     rows = [row for _, row in islice(iter(load_rows(prompts)), limit)]
@@ -149,8 +150,10 @@ def generate(
     target, part = _target(output, form, overwrite), Path(f"{output}.part")
     one = form.benchmark and form is not FORMATS["mt_bench"]
     require(samples >= 1 and not (one and samples > 1), RecipeError, f"samples is {samples}; expected 1")
+    require(batch_rows >= 1, RecipeError, f"batch_rows is {batch_rows}; expected at least 1")
     sampling = SamplingConfig(temperature=0, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     given = {**asdict(sampling), "temperature": temperature, "samples": samples, "system": system, "chat": chat}
+    given["format"] = next(key for key, each in FORMATS.items() if each is form)
     mark = fingerprint([models.model_fingerprint(path), fingerprint(rows), given, dtype])
     done = _kept(part, mark, overwrite)
     resumed = len(done)
@@ -197,6 +200,12 @@ def _format(name: str | None, rows: Sequence[Any], file: str) -> Format:
         value = list(row) if isinstance(row, Mapping) else row
         what = "the row is no prompt"
         require(fits, DataError, what, file=file, row=number, value=value, expected=expected)
+        assert form is not None  # it fits
+        turns, field = form.turns(row), next(iter(form.columns - {"uid", "question_id"}))
+        kinds = str if form.benchmark else (str, list)
+        said = isinstance(turns, list) and turns and all(turn and isinstance(turn, kinds) for turn in turns)
+        expected = "a list of texts" if field == "turns" else "text" if form.benchmark else "text or messages"
+        require(said, DataError, what, file=file, row=number, field=field, value=row[field], expected=expected)
     assert form is not None  # there is a row, and it fits
     return form
 
@@ -255,7 +264,11 @@ class Speaker:
                     groups[how[place]].append(place)
             for sampling, places in groups.items():
                 prompts = [self._prompt(place, asked[place], said[place]) for place in places]
-                items = encode_prompts(prompts, self.tokenizer, file=self.file)
+                try:
+                    items = encode_prompts(prompts, self.tokenizer, file=self.file)
+                except DataError as error:  # its row is one of these prompts
+                    about = {key: getattr(error, key) for key in ("field", "value", "expected")}
+                    raise DataError(error.what, file=self.file, row=places[int(str(error.row))][0], **about) from None
                 found = self.sampler.sample(items, n=1, sampling=sampling).texts(self.tokenizer)
                 for place, text in zip(places, found, strict=True):
                     said[place].append(text.strip() if self.benchmark else text)
