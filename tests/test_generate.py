@@ -247,7 +247,9 @@ def test_a_row_that_is_no_prompt(chat: str, tmp_path: Path, row: dict[str, Any],
 
 @pytest.mark.parametrize("turns", [[], "Say four.", [4], None])
 def test_turns_that_are_none(chat: str, tmp_path: Path, turns: Any) -> None:
-    with pytest.raises(DataError, match="row 0: field 'turns': the row is no prompt; got .*; expected a list of texts"):
+    with pytest.raises(
+        DataError, match=r"row 0: field 'turns': the row is no prompt; got .*; expected a list of texts"
+    ):
         generate(chat, [{"question_id": 1, "turns": turns}], tmp_path / "out.jsonl", max_new_tokens=2)
 
 

@@ -8,7 +8,6 @@ asks for it. The gate keeps a judge from making a wrong class worth more than a 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
