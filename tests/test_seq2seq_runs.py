@@ -78,6 +78,10 @@ def test_dpo_from_the_command_line(model, pairs, tmp_path):
     trained = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "train" / "model")
     start = AutoModelForSeq2SeqLM.from_pretrained(model)
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+    card = (tmp_path / "run" / "train" / "model" / "README.md").read_text()
+    assert "pipeline_tag: text2text-generation" in card
+    assert "model = AutoModelForSeq2SeqLM.from_pretrained(" in card
+    assert "Causal" not in card
 
 
 def test_tgdpo_on_docids_with_several_negatives(model, docids, tmp_path):
@@ -94,6 +98,7 @@ def test_lora_after_sft(model, pairs, tmp_path):
     pytest.importorskip("peft")
     lora = {"lora__r": 2, "lora__alpha": 4}
     result = tokengrain.train("dpo", model=str(model), data=str(pairs), output=tmp_path, **lora, **QUICK)
+    assert "AutoPeftModelForSeq2SeqLM.from_pretrained(" in (Path(result.model_path) / "README.md").read_text()
     saved = json.loads((Path(result.model_path) / "adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_2_SEQ_LM"
     merged = models.load_model(ModelSpec(path=str(result.model_path)), str(result.model_path), merge_adapter=True)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from tokengrain.method import METHODS, Card
+from tokengrain.scoring.encdec import is_encoder_decoder
 from tokengrain.scoring.model import is_token_classifier
 from tokengrain.scoring.reference import is_peft
 
@@ -77,17 +78,20 @@ def model_card(
     """
     model, objective = trainer.model, trainer.objective
     adapter = is_peft(model)
-    reward = is_token_classifier(model.get_base_model() if adapter else model)
+    whole = model.get_base_model() if adapter else model
+    reward, encoder = is_token_classifier(whole), is_encoder_decoder(whole)
     kind = " ".join(["reward"] * reward + ["adapter"] * adapter) or "model"
     card = METHODS.get(method or "") or _trained_with(objective.name)
     title = card.title if card is not None else method or objective.name
     base = _base(model) if base is None else _short(base)
     rows = str(data if data is not None else getattr(trainer.train_dataset, "name", "rows in memory"))
-    parts = [_metadata(base, adapter, reward, method or objective.name, rows)]
+    task = "token-classification" if reward else "text2text-generation" if encoder else "text-generation"
+    parts = [_metadata(base, adapter, task, method or objective.name, rows)]
     what = ("A token-level reward model" if reward else "A language model") + (" (a LoRA adapter)" if adapter else "")
     start = f" from `{base}`" if base else ""
     parts.append(f"# {name}\n\n{what}, trained{start} with {title} by tokengrain {version('tokengrain')}.")
-    parts.append("## Load it\n\n```python" + LOADING[kind].replace("NAME", json.dumps(name)) + "\n```")
+    loading = LOADING[kind].replace("ForCausalLM", "ForSeq2SeqLM") if encoder else LOADING[kind]
+    parts.append("## Load it\n\n```python" + loading.replace("NAME", json.dumps(name)) + "\n```")
     parts.append("## How it was trained\n\n" + _settings(trainer, rows, model if adapter else None))
     parts.append("## Held-out numbers\n\n" + _numbers(trainer, metrics))
     parts.append("## Paper\n\n" + _paper(card) if card is not None else "")
@@ -110,11 +114,11 @@ def _short(place: str) -> str:
     return Path(place).name if place.startswith(("/", ".", "~")) else place
 
 
-def _metadata(base: str, adapter: bool, reward: bool, method: str, rows: str) -> str:
+def _metadata(base: str, adapter: bool, task: str, method: str, rows: str) -> str:
     hub = re.compile(r"[\w.-]+/[\w.-]+")
     values: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "token-classification" if reward else "text-generation",
+        "pipeline_tag": task,
         "tags": ["tokengrain", method],
     }
     values |= {"base_model": base} if hub.fullmatch(base) else {}
