@@ -207,6 +207,17 @@ def test_what_is_set_stays_and_the_papers_settings_can_be_had(mine: Path, tmp_pa
     assert world == tokengrain.load_recipe("tgdpo")
 
 
+def test_what_was_fitted_holds_on_every_machine(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's recipe.yaml is read again by `evaluate`, perhaps where a GPU computes in bf16, or on more processes."""
+    where = {"model": str(mine / "my" / "sft-model"), "data": str(mine / "pairs.jsonl")}
+    fitted, _ = fit(tokengrain.load_recipe("dpo", **where))
+    monkeypatch.setattr("tokengrain.run.fit._computes_in_bf16", lambda: True)
+    assert fit(fitted, processes=2)[0] == fitted
+    half = tokengrain.load_recipe("dpo", **where, overrides=["stages.train.training.fp16=true"])
+    assert fit(half)[1]["train"].args.fp16
+    assert fit(tokengrain.load_recipe("dpo", **where))[0].training["bf16"]
+
+
 def test_a_rate_of_0_at_every_step_is_an_error_before_training(mine: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"stages\.train: the learning rate is 0 at every one of 1 steps"):
         run("dpo", mine, tmp_path / "run", settings="paper")

@@ -101,8 +101,8 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
     """
     own = not recipe.model.is_world
     fits = own and recipe.settings == "fitted"
-    if fits and not {"bf16", "fp16", "use_cpu"} & set(recipe.training) and _computes_in_bf16():
-        recipe = recipe.model_copy(update={"training": {**recipe.training, "bf16": True}})
+    if fits and not {"bf16", "fp16", "use_cpu"} & set(recipe.training):  # false too: for `evaluate` elsewhere
+        recipe = recipe.model_copy(update={"training": {**recipe.training, "bf16": _computes_in_bf16()}})
     outlooks: dict[str, Outlook] = {}
     stages = dict(recipe.stages)
     counts: dict[str, tuple[int | None, int | None]] = {}
@@ -176,6 +176,8 @@ def _fitted(stage: Trained, found: Outlook, processes: int) -> Any:
     if found.rows is not None:
         chosen = fit_rollout if isinstance(stage, Online) else fit_batch
         made |= chosen(given, found, processes)
+    if {"fp16", "use_cpu"} & set(stage.own.training) and "bf16" not in stage.own.training:
+        made["bf16"] = False
     weights = f"for {'LoRA' if lora else 'all weights'} of {found.parameters / 1e6:.4g} M parameters"
     if "learning_rate" not in given:
         made["learning_rate"] = learning_rate(stage.kind, found.parameters, lora=lora)
