@@ -74,6 +74,8 @@ def test_what_cannot_be_kept_says_so(recipe: Path, model_dir: Path) -> None:
         tokengrain.train(recipe, model=name, data=[("a", "b")])
     with pytest.raises(DataError, match="of several splits one"):
         tokengrain.train(recipe, model=name, data=datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)))
+    with pytest.raises(DataError, match=r"got 'IterableDataset'; expected .* of a stream its rows"):
+        tokengrain.train(recipe, model=name, data=datasets.Dataset.from_list(ROWS).to_iterable_dataset())
     with pytest.raises(RecipeError, match="a model at a path has its own"):
         tokengrain.train(recipe, model=name, data=ROWS, tokenizer=AutoTokenizer.from_pretrained(model_dir))
     with pytest.raises(ModelError, match="expected a name or a model"):

@@ -102,8 +102,14 @@ def _rows(rows: Any, inputs: Path) -> Any:
         return str(rows)
     what, expected = "these are no rows", "a name, a list of rows (mappings), or a datasets.Dataset"
     if type(rows).__module__.split(".")[0] == "datasets":
-        known = hasattr(rows, "to_parquet") and not isinstance(rows, Mapping)
-        require(known, DataError, what, value=type(rows).__name__, expected=f"{expected}; of several splits one")
+        known = hasattr(rows, "_fingerprint") and not isinstance(rows, Mapping)
+        require(
+            known,
+            DataError,
+            what,
+            value=type(rows).__name__,
+            expected=f"{expected}; of several splits one, of a stream its rows",
+        )
         target = inputs / f"rows-{fingerprint([rows._fingerprint])}.parquet"
         if not target.exists():
             inputs.mkdir(parents=True, exist_ok=True)
