@@ -46,6 +46,14 @@ def test_a_quantiser_knows_its_own_codes() -> None:
     assert torch.equal(quantiser.encode(quantiser.decode(codes)), codes)
 
 
+def test_a_part_with_few_different_vectors_has_few_codes() -> None:
+    vectors = torch.tensor([[float(i), 0.0, float(i % 2)] for i in range(6)])
+    quantiser = ProductQuantiser.fit(vectors, levels=3, codes=6)
+    codes = quantiser.encode(vectors)
+    assert [len(set(column.tolist())) for column in codes.T] == [6, 1, 2]
+    assert torch.equal(quantiser.decode(codes), vectors.double())
+
+
 def test_codes_are_those_of_nanopq() -> None:
     nanopq = pytest.importorskip("nanopq")
     vectors = blobs(10, 30).float()
@@ -145,4 +153,10 @@ def test_a_document_without_docid() -> None:
 def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x.parquet: field 'docid': a table of docids lacks a column"):
+        Docids.load(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"key": ["a"], "docid": ["12 13"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="field 'docid': the column has no token ids; got 'string'; expected lists of"):
+        Docids.load(tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").write_text("key,docid")
+    with pytest.raises(DataError, match=r"x\.parquet is no table of docids: ArrowInvalid"):
         Docids.load(tmp_path / "x.parquet")

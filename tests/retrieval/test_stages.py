@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,8 +21,8 @@ from transformers import (
 
 from tokengrain.errors import DataError, ModelError, RecipeError, TokengrainError
 from tokengrain.retrieval.docids import Docids
-from tokengrain.run.load import load_recipe
-from tokengrain.run.retrieval import grow
+from tokengrain.run.load import load_recipe, resolve_stages
+from tokengrain.run.retrieval import Index, grow
 from tokengrain.run.runner import run_recipe
 
 TOPICS = ("fish", "bread", "stars", "trains", "clocks", "rivers")
@@ -203,6 +204,10 @@ def test_rows_that_cannot_be_used(t5: Path, tmp_path: Path, changes: dict[str, A
             "documents.jsonl: row 0.*: field 'docid': a docid has a token outside the .*; got 99; expected a token id",
         ),
         (None, "documents.jsonl: row 0.*: the document has no docid; got 'k0'; expected a docid"),
+        (5, "documents.jsonl: row 0.*: field 'docid': this is no docid; got 5; expected a docid .token ids, or text"),
+        ([3.5, 4], "row 0.*: field 'docid': this is no docid; got"),
+        (["3"], "row 0.*: field 'docid': this is no docid; got"),
+        (" ", "row 0.*: field 'docid': this is no docid; got ' '"),
     ],
 )
 def test_docids_that_cannot_be_used(t5: Path, tmp_path: Path, docid: Any, message: str) -> None:
@@ -229,6 +234,39 @@ def test_docids_that_cannot_be_used(t5: Path, tmp_path: Path, docid: Any, messag
 def test_recipes_that_cannot_be_run(t5: Path, tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("recipes/ddro.yaml", str(t5), str(keyed(tmp_path)), (*STEPS, override), tmp_path / "run")
+
+
+def index(t5: Path, folder: Path, *overrides: str) -> Index:
+    given = (f"stages.index.documents={documents(folder)}", "stages.index.scheme=pq", *STEPS, *overrides)
+    recipe = load_recipe("recipes/ddro.yaml", str(t5), str(keyed(folder)), given, folder / "run")
+    return cast(Index, next(stage for stage in resolve_stages(recipe) if stage.kind == "index"))
+
+
+@pytest.mark.parametrize("levels", [5, 24])
+def test_any_number_of_levels_goes_with_vectors_of_words(t5: Path, tmp_path: Path, levels: int) -> None:
+    """12 documents have vectors of at most 12 numbers, and the default of 64 is no multiple of the paper's 24."""
+    stage = index(t5, tmp_path, f"stages.index.levels={levels}", "stages.index.codes=4")
+    table = stage.docids(stage.read()[0], AutoTokenizer.from_pretrained(t5), len(WORDS) + 3)
+    assert {len(docid) for docid in table.tokens} == {levels}
+    assert len(set(table.tokens)) > 6
+
+
+@pytest.mark.parametrize("wrong", ["short", "flat", "nan", "text", "missing"])
+def test_vectors_that_cannot_be_used(t5: Path, tmp_path: Path, wrong: str) -> None:
+    made = {"short": np.ones((3, 6)), "flat": np.ones(12), "nan": np.full((12, 6), np.nan), "text": np.array(["a"])}
+    if wrong in made:
+        np.save(tmp_path / "v.npy", made[wrong])
+    stage = index(t5, tmp_path, f"stages.index.vectors={tmp_path / 'v.npy'}")
+    with pytest.raises(DataError, match=r"v\.npy"):
+        stage.docids(stage.read()[0], AutoTokenizer.from_pretrained(t5), len(WORDS) + 3)
+
+
+def test_other_vectors_are_another_index(t5: Path, tmp_path: Path) -> None:
+    stage, decided = index(t5, tmp_path, f"stages.index.vectors={tmp_path / 'v.npy'}"), []
+    for seed in (0, 0, 1):
+        np.save(tmp_path / "v.npy", np.random.default_rng(seed).normal(size=(12, 6)))
+        decided.append(stage.decides(tmp_path / "run", {}))
+    assert decided[0] == decided[1] != decided[2]
 
 
 def test_a_decoder_alone_cannot_be_indexed(tmp_path: Path) -> None:

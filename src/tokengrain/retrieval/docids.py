@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tokengrain.errors import DataError, atomic_write, require
+from tokengrain.errors import DataError, atomic_write, foreign, require
 
 GENERIC_TERMS = ("index", "page", "item", "view", "default", "home")
 
@@ -109,10 +109,15 @@ class Docids:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Docids:
         """The inverse of `save`; any parquet file with these columns will do. Raises `DataError`."""
-        table = pq.read_table(path)
+        with foreign(f"{path} is no table of docids: ", DataError):
+            table = pq.read_table(path)
         for field in ("key", "docid"):
             there = field in table.column_names
             require(there, DataError, "a table of docids lacks a column", file=path, field=field)
+        kind: Any = table.schema.field("docid").type
+        ids = pa.types.is_integer(getattr(kind, "value_type", None) or kind) and hasattr(kind, "value_type")
+        what = "the column has no token ids"
+        require(ids, DataError, what, file=path, field="docid", value=str(kind), expected="lists of whole numbers")
         docids = tuple(tuple(docid or ()) for docid in table["docid"].to_pylist())
         scheme = (table.schema.metadata or {}).get(b"scheme", b"given").decode()
         return cls(tuple(map(str, table["key"].to_pylist())), docids, str(path), scheme)
@@ -144,7 +149,10 @@ class ProductQuantiser:
         what = f"vectors of {vectors.shape[1]} numbers cannot be cut into {levels} parts of one length"
         require(vectors.shape[1] % levels == 0, DataError, what)
         generator = torch.Generator().manual_seed(seed)
-        return cls(torch.stack([kmeans(part, codes, generator)[0] for part in vectors.double().chunk(levels, 1)]))
+        found = [kmeans(part, codes, generator)[0] for part in vectors.double().chunk(levels, 1)]
+        # A part with few different vectors has few centroids; its first one again is never the first of the nearest.
+        most = max(map(len, found))
+        return cls(torch.stack([torch.cat([c, c[:1].expand(most - len(c), -1)]) for c in found]))
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Numbers of the nearest centroids, long `[n, M]`; of equally near ones the first."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokengrain.errors import DataError, require
+from tokengrain.scoring.encdec import start_id
 from tokengrain.settings import check_choice
 
 LengthRule = Literal["sum", "mean"]
@@ -246,10 +247,9 @@ def search(
         queries_at_once: bounds the memory.
     """
     trie = trie.to(model.device)
-    start_id = model.config.decoder_start_token_id
-    found = []
+    first, found = start_id(model), []
     for begin in range(0, len(prompts), queries_at_once):
         part = prompts[begin : begin + queries_at_once]
         settings: dict[str, Any] = {"beams": beams, "length": length, "renormalise": renormalise}
-        found += beam_search(EncoderDecoderSteps(model, part), len(part), trie, start_id=start_id, **settings)
+        found += beam_search(EncoderDecoderSteps(model, part), len(part), trie, start_id=first, **settings)
     return found

@@ -24,7 +24,16 @@ import torch
 from tokengrain import models
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows, load_rows
-from tokengrain.errors import DataError, ModelError, RecipeError, atomic_write, require, write_text
+from tokengrain.errors import (
+    DataError,
+    ModelError,
+    RecipeError,
+    atomic_write,
+    file_fingerprint,
+    foreign,
+    require,
+    write_text,
+)
 from tokengrain.evaluation.statistics import mean_interval
 from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_reference
@@ -73,6 +82,7 @@ class DocidStage(Stage):
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
         own = self.own.model_dump(exclude={"kind", "model", "data", "before"}, exclude_none=True)
         contents = {k: load_rows(v).fingerprint for k, v in own.items() if k in ("documents", "docids")}
+        contents |= {k: file_fingerprint(own[k]) for k in own.keys() & {"vectors"}}
         asked = {key: above[str(one.spec.stage)] for key, one in self.asks.items() if one.spec.stage}
         return {**super().decides(run_dir, above), **own, **contents, **asked}
 
@@ -158,23 +168,33 @@ class Index(DocidStage):
     def _text_docid(self, document: Document, tokenizer: Any) -> tuple[int, ...]:
         given: Any = document.docid if self.own.scheme == "given" else title_url(document.url, document.title)
         given = given.tolist() if hasattr(given, "tolist") else given
-        where: dict[str, Any] = {"file": document.file, "row": document.row, "value": document.key}
+        where: dict[str, Any] = {"file": document.file, "row": document.row}
         needed = "a docid (token ids, or text)" if self.own.scheme == "given" else "a title, or a URL of words"
-        require(given is not None and len(given), DataError, "the document has no docid", **where, expected=needed)
+        what = "the document has no docid"
+        require(given is not None, DataError, what, **where, value=document.key, expected=needed)
+        ids = isinstance(given, (list, tuple)) and given and all(type(token) is int for token in given)
+        fine = ids or (isinstance(given, str) and given.strip())
+        require(fine, DataError, "this is no docid", **where, field="docid", value=given, expected=needed)
         if isinstance(given, str):
             return text_tokens(
                 given, lambda text: tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id
             )
-        return tuple(map(int, given))
+        return tuple(given)
 
     def _codes(self, documents: Sequence[Document]) -> torch.Tensor:
         own, seed = self.own, self.recipe.seed
         if own.vectors is not None:
-            vectors = torch.from_numpy(np.load(own.vectors))
-            what = f"{own.vectors} has {len(vectors)} vectors for {len(documents)} documents"
-            require(len(vectors) == len(documents), DataError, what)
+            with foreign(f"{own.vectors} holds no vectors: ", DataError):
+                vectors = torch.from_numpy(np.load(own.vectors))
+                finite = vectors.ndim == 2 and bool(vectors.isfinite().all())
+            what = f"{own.vectors} is an array {list(vectors.shape)} for {len(documents)} documents"
+            fine = finite and len(vectors) == len(documents)
+            require(fine, DataError, what, expected="a row of finite numbers for each document")
         else:
-            vectors = LSA([d.words for d in documents], own.dimensions, seed).vectors
+            dimensions = own.levels * math.ceil(own.dimensions / own.levels)
+            vectors = LSA([d.words for d in documents], dimensions, seed).vectors
+            # Few documents have vectors of fewer numbers; parts of one length need a multiple of `levels`.
+            vectors = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % own.levels))
         if own.scheme == "hierarchical":
             return hierarchical_codes(vectors, own.levels, own.codes, seed)
         return ProductQuantiser.fit(vectors, own.levels, own.codes, seed).encode(vectors)
@@ -232,7 +252,7 @@ def grow(model: Any, tokenizer: Any, docids: Docids, own_head: bool) -> None:
     if docids.scheme in ("pq", "hierarchical"):
         for level, tokens in enumerate(zip(*docids.tokens, strict=True)):
             first = min(tokens) if level else models.vocabulary(model)
-            names |= {token: f"<{level}:{token - first}>" for token in set(tokens)}
+            names |= {token: f"<{level}:{token - first}>" for token in names.keys() & set(tokens)}
     tokenizer.add_tokens([names[token] for token in sorted(names)])
     if size > (before := models.vocabulary(model)):
         # By default new rows are nearly equal, and codes would have to come apart first: these spread like the old.
