@@ -54,7 +54,6 @@ from tokengrain.errors import (
     write_json,
 )
 from tokengrain.methods._shaping import Moments
-from tokengrain.scoring.encdec import is_encoder_decoder
 from tokengrain.scoring.model import (
     HEADS,
     TOKEN_CLASSIFIER,
@@ -62,6 +61,7 @@ from tokengrain.scoring.model import (
     evaluating,
     head_name,
     input_embeddings,
+    is_encoder_decoder,
     output_embeddings,
     positions_of,
     text_config,

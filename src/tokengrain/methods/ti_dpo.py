@@ -20,8 +20,8 @@ from tokengrain.batch import Segments, TokenBatch
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, credit, objective
 from tokengrain.methods._pairs import log_ratios, margin_loss, pair_difference, pair_metrics, weight_metrics
-from tokengrain.scoring.encdec import is_encoder_decoder, start_id
-from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.encdec import start_id
+from tokengrain.scoring.model import evaluating, is_encoder_decoder
 from tokengrain.settings import Positive, Share
 
 CARD = Card(

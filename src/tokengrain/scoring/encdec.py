@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,6 @@ from torch.nn import functional as F
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
 from tokengrain.scoring.layouts import RowCosts, Source, buckets, version_of
-
-Kind = Literal["decoder", "encoder-decoder"]
-
-
-def is_encoder_decoder(lm: nn.Module) -> bool:
-    """Whether it is a sequence-to-sequence model (T5, BART, ...)."""
-    return bool(getattr(getattr(lm, "config", None), "is_encoder_decoder", False))
-
-
-def kind_of(lm: nn.Module) -> Kind:
-    return "encoder-decoder" if is_encoder_decoder(lm) else "decoder"
 
 
 def start_id(lm: nn.Module) -> int:
@@ -50,12 +39,6 @@ def vocabularies(lm: nn.Module) -> tuple[int, int]:
     model: Any = lm
     prompt, completion = (part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder()))
     return int(prompt.weight.shape[0]), int(completion.weight.shape[0])
-
-
-def logits_bias(lm: nn.Module) -> Tensor | None:
-    """`final_logits_bias` `[V]`, which BART and its kind add to the head's logits."""
-    found = getattr(lm, "final_logits_bias", None)
-    return found.flatten() if isinstance(found, Tensor) else None
 
 
 @dataclass(frozen=True)

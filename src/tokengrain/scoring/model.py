@@ -21,11 +21,8 @@ from tokengrain.batch import TokenBatch, row_of
 from tokengrain.errors import ModelError, require
 from tokengrain.scoring.encdec import (
     EncoderRows,
-    Kind,
     encoder_rows,
-    is_encoder_decoder,
     last_hidden_states,
-    logits_bias,
     own_inputs,
     start_id,
     vocabularies,
@@ -34,6 +31,7 @@ from tokengrain.scoring.fused import CHUNK_BYTES, check_tokens, head_quantities,
 from tokengrain.scoring.head import Distribution, Head, Teacher, accumulation_dtype, logits_quantities
 from tokengrain.scoring.layouts import Layout, MaskForm, RowCosts, Rows, build_masks, plan_rows
 
+Kind = Literal["decoder", "encoder-decoder"]
 TOKEN_CLASSIFIER = "ForTokenClassification"  # how transformers' names of these models end
 HEADS = ("score", "classifier")  # what transformers calls their head
 CLASSIFIER_WANTS = ("token_scores", "values")  # what they give
@@ -325,6 +323,21 @@ def vocabulary(lm: nn.Module) -> int:
 
 
 LIFTED = "_tokengrain_positions"
+
+
+def is_encoder_decoder(lm: nn.Module) -> bool:
+    """Whether it is a sequence-to-sequence model (T5, BART, ...)."""
+    return bool(getattr(getattr(lm, "config", None), "is_encoder_decoder", False))
+
+
+def kind_of(lm: nn.Module) -> Kind:
+    return "encoder-decoder" if is_encoder_decoder(lm) else "decoder"
+
+
+def logits_bias(lm: nn.Module) -> Tensor | None:
+    """`final_logits_bias` `[V]`, which BART and its kind add to the head's logits."""
+    found = getattr(lm, "final_logits_bias", None)
+    return found.flatten() if isinstance(found, Tensor) else None
 
 
 def positions(lm: nn.Module) -> int | None:

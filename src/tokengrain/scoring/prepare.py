@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokengrain.batch import Completion, PromptRole, Sample, TokenBatch
 from tokengrain.errors import ModelError, require
-from tokengrain.scoring.encdec import is_encoder_decoder, kind_of, start_id
+from tokengrain.scoring.encdec import start_id
 from tokengrain.scoring.head import Head
 from tokengrain.scoring.layouts import OTHER_WINDOWS, PROBED_WINDOW, Layout, MaskForm, NotShareableError, mask_forms
 from tokengrain.scoring.model import (
@@ -26,7 +26,9 @@ from tokengrain.scoring.model import (
     evaluating,
     head_name,
     input_embeddings,
+    is_encoder_decoder,
     is_token_classifier,
+    kind_of,
     nested,
     positions_of,
     run,

@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from tokengrain.method import METHODS, Card
-from tokengrain.scoring.encdec import is_encoder_decoder
-from tokengrain.scoring.model import is_token_classifier
+from tokengrain.scoring.model import is_encoder_decoder, is_token_classifier
 from tokengrain.scoring.reference import is_peft
 
 SHOWN = {

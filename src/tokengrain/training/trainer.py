@@ -55,8 +55,8 @@ from tokengrain.errors import (
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
 from tokengrain.models import check_sizes, load_model, load_tokenizer, trained
-from tokengrain.scoring.encdec import is_encoder_decoder, vocabularies
-from tokengrain.scoring.model import evaluating, lift_positions, positions
+from tokengrain.scoring.encdec import vocabularies
+from tokengrain.scoring.model import evaluating, is_encoder_decoder, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
 from tokengrain.scoring.reference import (
     ColumnReference,
