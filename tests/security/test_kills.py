@@ -38,7 +38,7 @@ ONLINE: dict[str, Any] = {
     "credit": [{"name": "group"}],
     "prompts": {"chat": False},
     "training": {
-        "prompts_per_rollout": 2,
+        "prompts_per_rollout": 4,
         "num_generations": 2,
         "minibatches": 2,
         "max_new_tokens": 6,
