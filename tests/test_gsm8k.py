@@ -144,6 +144,7 @@ def test_the_recipe_runs_without_manual_steps(tmp_path: Path) -> None:
         "data.limit": 16,
         "stages.train.data.limit": 16,
         "stages.sft.training.num_train_epochs": 1,
+        "stages.sft.training.warmup_steps": 0,
         "stages.train.training.max_steps": 2,
         "stages.train.training.prompts_per_rollout": 4,
         "stages.train.training.num_generations": 2,

@@ -242,7 +242,6 @@ def test_sft_messages():
 
 
 BAD = {
-    "ends with the assistant's message": {**PAIR, "prompt": [user("a"), assistant("b")]},
     "begins or ends with the role 'user'": {**PAIR, "rejected": [assistant("a"), user("b")]},
     "message 0 has no role": {**PAIR, "chosen": [{"content": "a"}]},
     "the content of message 0 is of type int": {**PAIR, "chosen": [{"role": "assistant", "content": 3}]},

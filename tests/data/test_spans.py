@@ -171,9 +171,9 @@ def test_texts_given_twice():
     plain = " The sky, it is blue ."
     tagged = f"The {OPEN} sky {CLOSE}, it  is {OPEN}blue{CLOSE}."
     assert [plain[s:e] for s, e in tagged_stretches(tagged, plain, OPEN, CLOSE)] == ["sky", "blue"]
-    with pytest.raises(TagError, match="otherwise from character 16 of the untagged text"):
+    with pytest.raises(TagError, match="differs from character 16 of the untagged text"):
         tagged_stretches(tagged.replace("blue", "green"), plain, OPEN, CLOSE)
-    with pytest.raises(TagError, match="otherwise from character 22"):
+    with pytest.raises(TagError, match="differs from character 22"):
         tagged_stretches(tagged + " Yes", plain, OPEN, CLOSE)
     with pytest.raises(TagError, match="ends at character 21"):
         tagged_stretches(tagged[:-1], plain, OPEN, CLOSE)

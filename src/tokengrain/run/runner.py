@@ -86,7 +86,10 @@ def _run(
     state.wait_for_everyone()
     if dry_run:
         run = RunModels(recipe, console, state)
-        _check(run, [p for p in wanted if p.action != "reuse" and _can_be_read(run, p)])
+        pending = [plan for plan in wanted if plan.action != "reuse"]
+        for plan in pending:
+            plan.stage.check_golds()  # for which no model has to be there
+        _check(run, [plan for plan in pending if _can_be_read(run, plan)])
         _warn_of_servers(console, wanted)
         return RunResult(Path(recipe.output_dir))
     reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
