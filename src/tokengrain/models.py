@@ -660,6 +660,9 @@ def check_config(values: dict[str, Any]) -> str | None:
     for key in values:
         if key not in legal:
             return f"config.{key}: unknown key of a {model_type} config{nearest(key, legal)}"
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        if isinstance(layers := values.get(key), int) and layers > MOST_LAYERS:  # configs list their layers
+            return f"config.{key}: got {layers}; expected at most {MOST_LAYERS}"
     try:
         cls(**{k: v for k, v in values.items() if k != "model_type"})
     except Exception as error:  # configs validate themselves with exceptions of many kinds

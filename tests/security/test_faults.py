@@ -299,7 +299,6 @@ def _named(module: str, name: str) -> bytes:
         "stages.train.objective.beta=-1e400",
     ],
 )
-@pytest.mark.slow  # one that is not refused may take all memory of the machine
 def test_absurd_numbers_are_refused_at_once(override: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(values(tmp_path)))
