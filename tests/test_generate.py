@@ -128,19 +128,25 @@ def test_mt_bench_answers_turn_by_turn(chat: str, plain: str, tmp_path: Path, mo
         generate(plain, questions, tmp_path / "plain.jsonl", max_new_tokens=5)
 
 
-def test_a_stop_costs_nothing(plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same call goes on to the same answers; one with other settings does not take them."""
-    how: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
-    whole = generate(plain, ROWS, tmp_path / "whole.jsonl", **how)
+def _stopped_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ctrl-C at the model's `number`th batch; returns how many answers each batch was asked for."""
     answers, calls = module.Speaker.answers, []
 
     def interrupted(self: Any, asked: Any, sampling: Any) -> Any:
         calls.append(len(asked))
-        if len(calls) == 3:
+        if len(calls) == number:
             raise KeyboardInterrupt
         return answers(self, asked, sampling)
 
     monkeypatch.setattr(module.Speaker, "answers", interrupted)
+    return calls
+
+
+def test_a_stop_costs_nothing(plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call goes on to the same answers; one with other settings does not take them."""
+    how: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    whole = generate(plain, ROWS, tmp_path / "whole.jsonl", **how)
+    calls = _stopped_at_call(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         generate(plain, ROWS, tmp_path / "out.jsonl", batch_rows=2, **how)
     assert not (tmp_path / "out.jsonl").exists()
@@ -262,15 +268,7 @@ def test_counts_are_positive(plain: str, tmp_path: Path, wrong: dict[str, int]) 
 def test_answers_of_another_format_are_not_taken(chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A benchmark's prompts go through the chat template; the same rows as plain ones do not."""
     rows = [{"uid": str(n), "prompt": f"Say {n}."} for n in range(2)]
-    answers, calls = module.Speaker.answers, []
-
-    def interrupted(self: Any, asked: Any, sampling: Any) -> Any:
-        calls.append(len(asked))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return answers(self, asked, sampling)
-
-    monkeypatch.setattr(module.Speaker, "answers", interrupted)
+    _stopped_at_call(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         generate(chat, rows, tmp_path / "out.jsonl", max_new_tokens=2, batch_rows=1)
     with pytest.raises(RunError, match="answers with other settings"):

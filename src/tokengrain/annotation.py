@@ -129,7 +129,7 @@ def annotate(
 def _quantities(
     dataset: PairDataset, sources: Mapping[str, Source], reference: Callable[..., Any] | None
 ) -> dict[str, Source]:
-    """Everything that is stored, by column: what the sources give, the reference, and what the rows brought along."""
+    """Everything that is stored, by column: what the sources give, the reference, and what the rows have already."""
     quantities = dict(sources)
     if reference is not None:
         if isinstance(reference, LiveReference):
@@ -355,7 +355,7 @@ def keeping_shards(job: Job) -> Iterator[None]:
     except RunError as error:
         finished = sum(shard_matches(job.path(i), job.key) for i in range(job.n_shards))
         kept = f"{finished} of {job.n_shards} shards are finished and kept in {job.folder}"
-        raise RunError(f"{error}; {kept}, and the same command goes on from there") from error
+        raise RunError(f"{error}; {kept}, and the same command continues from there") from error
 
 
 def read_samples(path: str | Path) -> Iterator[Sample]:

@@ -86,7 +86,7 @@ def train(
 ) -> None:
     """Run a recipe: its stages in order, each run, resumed or reused.
 
-    Stopped or killed, the same command goes on from the last checkpoint. Several processes: put
+    If it was stopped or killed, the same command resumes from the last checkpoint. Several processes: put
     `accelerate launch -m` in front.
 
     Examples:
@@ -122,7 +122,7 @@ def annotate(
     """Store token rewards beside the rows: run a recipe's stages up to its last annotate stage.
 
     The result is a parquet file in the run folder with the columns chosen_token_rewards,
-    rejected_token_rewards and *_ref_logps. `tokengrain train` with the same recipe goes on from it.
+    rejected_token_rewards and *_ref_logps. `tokengrain train` with the same recipe continues from there.
 
     Example:
 
@@ -337,7 +337,7 @@ def generate(
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
 ) -> None:
-    """Answer a file of prompts, also those of AlpacaEval, Arena-Hard and MT-Bench. Stopped, the same command goes on.
+    """Answer a file of prompts, also those of AlpacaEval, Arena-Hard and MT-Bench. Stopped, it resumes.
 
     Examples:
 
@@ -540,10 +540,8 @@ _OF_TRL = {
     "lora_alpha": "lora.alpha=VALUE",
     "lora_dropout": "lora.dropout=VALUE",
     "lora_target_modules": "lora.target_modules='[q_proj, v_proj]'",
-    "beta": "stages.train.objective.beta=VALUE",
     "loss_type": "stages.train.objective.loss_type=VALUE",
     "max_length": "data.max_length=VALUE",
-    "max_prompt_length": "data.max_prompt_length=VALUE",
     "dataset_train_split": "data.split=VALUE",
     "dataset_test_split": "data.eval_split=VALUE",
     "torch_dtype": "model.dtype=VALUE",
@@ -551,7 +549,6 @@ _OF_TRL = {
     "attn_implementation": "model.attn_implementation=VALUE",
     "warmup_ratio": "training.warmup_steps=0.1 (below 1 it is a share)",
     "num_generations": "stages.train.training.num_generations=VALUE",
-    "max_completion_length": "stages.train.training.max_new_tokens=VALUE",
 }
 """Options of TRL's command line, and what they are here."""
 
@@ -559,11 +556,13 @@ _OF_TRL = {
 def _hint(error: Any) -> str | None:
     """Where what was typed is to be found, if it is a recipe's name or another library's option."""
     if type(error).__name__ == "NoSuchOption":
-        from tokengrain.recipe.check import field_types
+        from tokengrain.recipe.check import FOREIGN, field_types
         from tokengrain.training.config import PreferenceConfig
 
         name = str(error.option_name).lstrip("-").replace("-", "_")
         here = _OF_TRL.get(name) or (f"training.{name}=VALUE" if name in field_types(PreferenceConfig) else None)
+        if here is None and (of_recipe := FOREIGN.get(name, "")).startswith(("objective.", "training.", "data.")):
+            here = f"{'' if of_recipe.startswith('data') else 'stages.train.'}{of_recipe}=VALUE"
         return f"[bold]hint:[/] the {escape(name)} of other libraries is here: {escape(here)}" if here else None
     found = re.search(r"No such command ['\"]([\w-]+)['\"]", error.format_message())
     if found:

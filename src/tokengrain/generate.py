@@ -19,9 +19,8 @@ from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, fingerprint, read_log, require, write_text
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
-from tokengrain.run import show
 from tokengrain.runs import is_run, read_run
-from tokengrain.screen import Screen
+from tokengrain.screen import progress_bar
 from tokengrain.specs import ModelSpec
 
 Row = Mapping[str, Any]
@@ -117,7 +116,7 @@ def generate(
 ) -> Generation:
     """Answer every prompt of a file, and write the answers at once when all are there.
 
-    What is done is kept beside the output (`OUTPUT.part`), so that the same call goes on after a stop, to the same
+    What is done is kept beside the output (`OUTPUT.part`), so that after a stop the same call resumes, to the same
     answers: they depend on the seed and the row, not on the batch.
 
     Args:
@@ -161,7 +160,7 @@ def generate(
         speaker = Speaker(path, dtype, chat, form.benchmark, system, str(prompts))
         pending = [number for number in range(len(rows)) if number not in done]
         with (
-            show.counted(Screen(stderr=True), f"answers of {path}") as progress,
+            progress_bar(f"answers of {path}", len(rows), done=resumed) as update,
             open(part, "a", encoding="utf-8") as stream,
         ):
             for start in range(0, len(pending), batch_rows):
@@ -174,7 +173,7 @@ def generate(
                     stream.write(json.dumps({"row": number, "texts": done[number]}, ensure_ascii=False) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
-                progress(len(done), len(rows))
+                update(completed=len(done))
     answers = [form.answer(row, done[number], label) for number, row in enumerate(rows)]
     if target.suffix == ".jsonl":
         write_text(target, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -189,7 +190,7 @@ def token_weights(
 #     span        spans: runs of selected tokens, numbered (RRPO)
 
 
-class Role:
+class Role(ABC):
     """Credit `[N]` to the quantity `[N]` called `provides`; its settings are its attributes."""
 
     name: ClassVar[str]
@@ -200,8 +201,9 @@ class Role:
         """What must be meaningful in the credit: "sign" (and size), or "order" (within a completion)."""
         return "sign"
 
+    @abstractmethod
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
-        raise NotImplementedError
+        """The quantity that the role makes of credit."""
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, **vars(self)}

@@ -93,6 +93,11 @@ class _Lines:
             self.console.print(f"{self.description}: {self.done:,.0f}{of}", highlight=False, markup=False)
 
 
+def counting(update: Callable[..., None]) -> Callable[[int, int], None]:
+    """A bar's update as a function of how many are done, and of how many."""
+    return lambda done, total: update(completed=done, total=total)
+
+
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed or 0

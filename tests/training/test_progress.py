@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import io
 
-import pytest
 from rich.console import Console
 
 from tests.credit.small import llama, tokenizer
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
-from tokengrain.run import show
+from tokengrain.screen import counting, progress_bar
 
 
-def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_without_a_terminal() -> None:
     out = io.StringIO()
-    with show.counted(Console(file=out, width=80), "samples") as tell:
-        tell(1, 4)  # too soon after the first line
-        monkeypatch.setattr(show, "QUIET_SECONDS", -1.0)
-        tell(2, 4)
-    assert out.getvalue() == "  samples\n  samples: 2 of 4\n"
+    with progress_bar("samples", console=Console(file=out, width=80)) as update:
+        counting(update)(2, 4)
+    assert out.getvalue() == "samples: 2 of 4\n"
 
 
 def test_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
-    with show.counted(Console(file=out, width=80, force_terminal=True), "samples") as tell:
-        tell(3, 4)
+    with progress_bar("samples", console=Console(file=out, width=80, force_terminal=True)) as update:
+        counting(update)(3, 4)
     assert "samples" in out.getvalue()
     assert "3/4" in out.getvalue()
 
 
 def test_nothing_where_nothing_is_to_be_shown() -> None:
     out = io.StringIO()
-    with show.counted(Console(file=out, quiet=True), "samples") as tell:
-        tell(3, 4)
+    with progress_bar("samples", quiet=True, console=Console(file=out)) as update:
+        counting(update)(3, 4)
     assert not out.getvalue()
 
 

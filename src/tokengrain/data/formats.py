@@ -464,7 +464,7 @@ def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> 
         begun = text_of(prompt[-1]) if prompt and prompt[-1]["role"] == "assistant" else ""
         heads = [c[0] for c in completions if c and isinstance(c[0], dict)]
         again = begun.strip() and all(text_of(m).startswith(begun) for m in heads)
-        what, expected = "begins with the assistant's message that ends the prompt", "what goes on from it"
+        what, expected = "begins with the assistant's message that ends the prompt", "what continues it"
         check(not again or repeated, "wrong roles", what, field=field, value=completions[0][:1], expected=expected)
         return prompt, *(c[len(prompt) :] if repeated else c for c in completions)
     if isinstance(prompt, str):
@@ -516,7 +516,7 @@ def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _common_words(first: str, second: str) -> int:
-    """Length of the common beginning, without a word that goes on differently and the spaces before it."""
+    """Length of the common beginning, without a word that continues differently and the spaces before it."""
     shared = first[: common_length(first, second)]
     if any(side[len(shared) : len(shared) + 1].isalnum() for side in (first, second)):
         while shared and shared[-1].isalnum():

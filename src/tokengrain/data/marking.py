@@ -41,7 +41,7 @@ def token_column(
     """`kept` numbers, one per token that counts once the completion is cut, from a row's column. Raises `RowError`.
 
     `value` is numbers, spans (rewards only), or either as JSON text (CSV files). `counted` has the index into
-    `tokens.ids` of every counted token of the uncut completion; those behind the text go on from `len(tokens.ids)`.
+    `tokens.ids` of every counted token of the uncut completion; those behind the text count from `len(tokens.ids)`.
     """
     values = parsed_list(name, value, field)
     if name == "token_rewards" and values and isinstance(values[0], Mapping):

@@ -116,7 +116,7 @@ class Renderer:
         return [self._conversation(example, prompt, c, name, dropped) for c, name in named if isinstance(c, list)]
 
     def prompt(self, example: Example) -> str:
-        """The text of a prompt alone: what a model is given to go on from. Raises as `__call__`."""
+        """The text of a prompt alone: what a model is given to continue. Raises as `__call__`."""
         return example.prompt if isinstance(example.prompt, str) else self._prompt(example)[0]
 
     def _prompt(self, example: Example) -> tuple[str, tuple[str, ...]]:
@@ -190,7 +190,7 @@ class Renderer:
         self, example: Example, prompt: str, completion: list[Message], name: str, dropped: tuple[str, ...]
     ) -> Rendered:
         whole, said = example, completion
-        if (begun := example.begun) is not None:  # the completion's first message goes on with it
+        if (begun := example.begun) is not None:  # the completion's first message continues it
             joint = {**begun, **completion[0], "content": text_of(begun) + text_of(completion[0])}
             whole, said = replace(example, prompt=example.messages[:-1]), [joint, *completion[1:]]
         text = self._render(example, [*whole.messages, *said], name, False)
@@ -200,7 +200,7 @@ class Renderer:
         turns = [(start, len(text))]
         if len(completion) > 1:
             turns = self._turns(whole, prompt, said, text, name, start)
-        # A generation prompt may go on beyond what the template writes before an answer; the prompt ends as it does.
+        # A generation prompt may be longer than what the template writes before an answer; the prompt ends as it does.
         text, moved = prompt + text[start:], len(prompt) - start
         turns = [(first + moved, last + moved) for first, last in turns]
         for number, (first, last) in enumerate(turns):  # white space behind an end-of-turn token does not count
@@ -219,7 +219,7 @@ class Renderer:
         """Where the completion begins in the template's text."""
         if text.startswith(prompt):
             return len(prompt)
-        # A generation prompt may go on beyond what the template writes before an answer (an empty thinking
+        # A generation prompt may be longer than what the template writes before an answer (an empty thinking
         # block, say); then the completion begins where the two part. The messages must be rendered alike.
         before, shared = example.messages, common_length(prompt, text)
         said = (completion[0].get("content") or "").strip()
@@ -239,7 +239,7 @@ class Renderer:
     def _other_prompt(prompt: str, text: str, name: str) -> RowError:
         shared = common_length(prompt, text)
         what = "the chat template renders the prompt differently once a completion follows"
-        expected = f"the rendered prompt to go on with {prompt[shared : shared + 40]!r}"
+        expected = f"the rendered prompt to continue with {prompt[shared : shared + 40]!r}"
         around = text[max(0, shared - 20) : shared + 40]
         return RowError("chat template", what, field=name, value=around, expected=expected)
 
@@ -428,7 +428,7 @@ class Encoder:
         require(not config.add_eos or self.eos_id is not None, ModelError, what)
         self.apart = config.prompt_role == "encoder"
         self.prefix, behind = self._around()
-        # A causal model's text goes on behind the prompt; a decoder's target has a beginning of its own.
+        # A causal model's text continues the prompt; a decoder's target has a beginning of its own.
         self.suffix = behind if self.apart else []
         self.target_prefix = self._around(target=True)[0] if self.apart else []
         self._spaces: dict[int, tuple[int, ...]] = {}

@@ -382,7 +382,7 @@ class ContrastivePrompting:
             messages = [{"role": "user", "content": instruction}]
             return list(self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options))
         ids = list(self.tokenizer(instruction)["input_ids"])
-        # The completion goes on from here: an EOS that the tokenizer appends would end the text.
+        # The completion continues from here: an EOS that the tokenizer appends would end the text.
         while not self.has_encoder and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
         return ids

@@ -88,10 +88,9 @@ class Docids:
             DataError: there is no such document.
         """
         expected = f"one of the {len(self)} documents of {self.file}"
-        known = self.row.get(str(key))
         where: dict[str, Any] = {"file": file, "row": row, "field": field}
-        require(known is not None, DataError, "there is no docid for it", **where, value=key, expected=expected)
-        return self.tokens[known]  # type: ignore[index] # checked
+        require(str(key) in self.row, DataError, "there is no docid for it", **where, value=key, expected=expected)
+        return self.tokens[self.row[str(key)]]
 
     def check_vocabulary(self, size: int) -> None:
         """Raises `DataError` for a docid with a token that a model with `size` tokens does not have."""

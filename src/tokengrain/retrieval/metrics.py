@@ -35,13 +35,14 @@ class Ranking(NamedTuple):
     def of(cls, ranked: Sequence[Any], truth: Collection[Hashable]) -> Ranking:
         ties: list[Tie] = []
         seen: set[Hashable] = set()
+        relevant = set(truth)
         for entry in ranked:
             tied = entry if isinstance(entry, (list, tuple, set, frozenset)) else [entry]
             new = set(tied) - seen
             if new:
-                ties.append(Tie(len(seen), len(new), len(new & set(truth))))
+                ties.append(Tie(len(seen), len(new), len(new & relevant)))
                 seen |= new
-        return cls(ties, len(set(truth)))
+        return cls(ties, len(relevant))
 
     @property
     def length(self) -> int:
@@ -129,7 +130,7 @@ def ranking_metrics(
             list.
 
     Raises:
-        DataError: a metric that there is not.
+        DataError: an unknown metric.
     """
     wanted: dict[str, tuple[Callable[[Ranking, int], float], int | None]] = {}
     for name in metrics:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokengrain.errors import DataError, require
 from tokengrain.scoring.encdec import start_id
+from tokengrain.scoring.model import evaluating
 from tokengrain.settings import check_choice
 
 LengthRule = Literal["sum", "mean"]
@@ -114,7 +115,7 @@ class Found(NamedTuple):
 
 
 Step = Callable[[Tensor, Tensor], Tensor]
-"""`step(parents [n], tokens [n]) -> [n, V]` log-probabilities: beam i goes on from beam `parents[i]` of the last call
+"""`step(parents [n], tokens [n]) -> [n, V]` log-probabilities: beam i continues beam `parents[i]` of the last call
 with `tokens[i]`; in the first call, beams are queries and tokens the start token."""
 
 
@@ -133,8 +134,8 @@ def beam_search(
     Args:
         step: the model; see `Step`.
         length: how log-probabilities become a score: "sum", which is what DDRO trains, or "mean" (per token), by
-            which transformers ranks by default. With "mean" a query ends as there: when `beams` docids are whole
-            and the best beam's mean so far is below theirs.
+            which transformers ranks by default. A query then ends as transformers ends it: when `beams` docids
+            are whole and the best beam's mean so far is below theirs.
         renormalise: probabilities are divided by those of the tokens that the trie allows, so that those of all
             docids add up to 1.
     """
@@ -156,7 +157,7 @@ def beam_search(
         order = order[torch.argsort(query[order], stable=True)]
         which, child, total, query = which[order], child[order], total[order], query[order]
         divisor = 1 if length == "sum" else steps
-        ends = (trie.ends[child] >= 0) & (_place(query) < beams)  # as there: backups beyond the beams do not count
+        ends = (trie.ends[child] >= 0) & (_place(query) < beams)  # as in transformers: no backups
         for q, docid, score in zip(query[ends].tolist(), trie.ends[child[ends]].tolist(), total[ends].tolist()):
             pools[q].add(docid, score / divisor)
         on = torch.nonzero(~trie.is_leaf(child)).flatten()
@@ -240,7 +241,7 @@ def search(
     """The docids that an encoder-decoder ranks highest for each prompt; see `beam_search`.
 
     With as many beams as docids the ranking is exact, and `exp` of the sums adds up to the probability that the model
-    generates a docid at all. Give a model in evaluation mode.
+    generates a docid at all.
 
     Args:
         prompts: token ids of the queries.
@@ -251,5 +252,6 @@ def search(
     for begin in range(0, len(prompts), queries_at_once):
         part = prompts[begin : begin + queries_at_once]
         settings: dict[str, Any] = {"beams": beams, "length": length, "renormalise": renormalise}
-        found += beam_search(EncoderDecoderSteps(model, part), len(part), trie, start_id=first, **settings)
+        with evaluating(model):
+            found += beam_search(EncoderDecoderSteps(model, part), len(part), trie, start_id=first, **settings)
     return found

@@ -89,11 +89,11 @@ class LSA:
         self._bm25 = BM25(documents)
         self._column = {word: i for i, word in enumerate(self._bm25.postings)}
         require(self._column, DataError, "the documents have no words to make vectors from")
-        rows = torch.stack([self._weights(d) for d in documents])
+        rows = torch.stack([self._weights(d).to_sparse() for d in documents]).coalesce()
         dimensions = min(dimensions, *rows.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            left, size, self._right = torch.svd_lowrank(rows.to_sparse(), q=dimensions, niter=4)
+            left, size, self._right = torch.svd_lowrank(rows, q=dimensions, niter=4)
         self.vectors = torch.nn.functional.normalize(left * size, dim=1)
 
     def _weights(self, document: Sequence[str]) -> Tensor:
@@ -147,5 +147,6 @@ def draw_negatives(
         drawn += generator.sample(group, min(size, len(group)))
     if again and groups[0]:
         drawn += generator.choices(groups[0], k=again)
-    rest = (d for d in ranking if not excluded[d] and d not in set(drawn))
+    taken = set(drawn)
+    rest = (d for d in ranking if not excluded[d] and d not in taken)
     return drawn + [d for d, _ in zip(rest, range(count - len(drawn)))]

@@ -34,7 +34,7 @@ def boxed(text: str) -> str | None:
         return None
     rest = text[found[-1].end() :]
     if not rest.startswith("{"):
-        return re.match(r"[^\s$]*", rest).group()  # type: ignore[union-attr] # always matches
+        return re.split(r"[\s$]", rest, maxsplit=1)[0]
     return rest[1 : end - 1] if (end := _closed(rest)) else ""
 
 

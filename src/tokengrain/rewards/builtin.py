@@ -10,6 +10,7 @@ import queue
 import re
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from tokengrain.errors import RecipeError, TokengrainError, fingerprint, read_json, require, shown, write_json
 from tokengrain.rewards import answers
 from tokengrain.rewards.reward_model import RewardModel
-from tokengrain.rewards.suite import RESERVED, STATE, RewardError, RewardFailure, RewardFunction
+from tokengrain.rewards.suite import STATE, RewardError, RewardFailure, RewardFunction, column_of, unreadable
 from tokengrain.rewards.timemaster import TimeMaster
 from tokengrain.rollout.server import JsonClient, ServerError, gather
 from tokengrain.settings import (
@@ -98,13 +99,6 @@ class Workers:
 # ---- Whether an answer is the column's: exact text, numbers, mathematics, a class ----
 
 
-def column_of(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:
-    known = sorted(set(columns) - set(RESERVED))
-    what = f"needs the column {name!r}; the rows have {known} (setting `column` of {reward!r})"
-    require(name in columns, RewardError, what)
-    return columns[name]
-
-
 def extractor(pattern: str | None, what: str) -> re.Pattern[str] | None:
     """A pattern with exactly one group, or none. Raises `RecipeError`."""
     if pattern is None:
@@ -131,7 +125,7 @@ def last_match(pattern: re.Pattern[str] | None, text: str) -> str | None:
 
 
 @dataclass(kw_only=True, eq=False)
-class Match:
+class Match(ABC):
     """A reward that compares an answer with the column's, or with one of a list of acceptable ones."""
 
     name: ClassVar[str]
@@ -140,11 +134,11 @@ class Match:
     wrong: Number = 0.0
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[Any]:
-        golds = column_of(columns, self.column, self.name)
-        return [self.reward(c, g) for c, g in zip(completions, golds, strict=True)]
+        return self.compare(completions, [self.golds(value) for value in column_of(columns, self.column, self.name)])
 
-    def reward(self, completion: str, value: Any) -> float:
-        return self.right if self.is_right(completion, self.golds(value)) else self.wrong
+    @abstractmethod
+    def compare(self, completions: Sequence[str], golds: Sequence[list[Any]]) -> list[Any]:
+        """Rewards of completions, each with its acceptable answers."""
 
     def golds(self, value: Any) -> list[Any]:
         """The acceptable answers. Raises `RewardError` if there is none, or one cannot be read."""
@@ -155,18 +149,11 @@ class Match:
 
     def unreadable(self, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """Which of the column's values are no answer, and why: before anything is sampled."""
-        for index, value in enumerate(values):
-            try:
-                self.golds(value)
-            except RewardError as error:
-                yield index, str(error)
+        return unreadable(self.golds, values)
 
+    @abstractmethod
     def gold(self, value: Any) -> Any:
         """A value of the column, read. Raises `RewardError` if it cannot be."""
-        raise NotImplementedError
-
-    def is_right(self, completion: str, golds: Sequence[Any]) -> bool:
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True, eq=False)
@@ -190,9 +177,10 @@ class ExactMatch(Match):
         require(value is not None, RewardError, f"the column {self.column!r} is empty")
         return self._plain(str(value))
 
-    def is_right(self, completion: str, golds: Sequence[str]) -> bool:
-        answer = last_match(self._pattern, completion)
-        return answer is not None and self._plain(answer) in golds
+    def compare(self, completions: Sequence[str], golds: Sequence[list[Any]]) -> list[Any]:
+        found = [last_match(self._pattern, completion) for completion in completions]
+        right = [one is not None and self._plain(one) in wanted for one, wanted in zip(found, golds, strict=True)]
+        return [self.right if one else self.wrong for one in right]
 
     def _plain(self, text: str) -> str:
         return text.strip().casefold() if self.ignore_case else text.strip()
@@ -222,7 +210,11 @@ class NumericMatch(Match):
             raise RewardError(f"the column {self.column!r} has no number; got {shown(value)}")
         return found
 
-    def is_right(self, completion: str, golds: Sequence[Fraction]) -> bool:
+    def compare(self, completions: Sequence[str], golds: Sequence[list[Any]]) -> list[Any]:
+        right = [self._is_right(*each) for each in zip(completions, golds, strict=True)]
+        return [self.right if one else self.wrong for one in right]
+
+    def _is_right(self, completion: str, golds: Sequence[Fraction]) -> bool:
         answer = self._answer(completion)
         return answer is not None and any(abs(answer - gold) <= Fraction(self.tolerance) for gold in golds)
 
@@ -266,8 +258,7 @@ class MathMatch(Match):
         self.counts = {"timeouts": 0}
         self._equal, self._readable = Workers("math_equal"), Workers("readable")
 
-    def __call__(self, completions: Sequence[str], **columns: Any) -> list[float | RewardFailure]:
-        golds = [self.golds(value) for value in column_of(columns, self.column, self.name)]
+    def compare(self, completions: Sequence[str], golds: Sequence[list[Any]]) -> list[Any]:
         self.counts = {"timeouts": 0}
         calls = list(zip(golds, completions, strict=True))
         found = self._equal.map(calls, self.seconds)
@@ -330,8 +321,11 @@ class Classification(Match):
         names = "|".join(re.escape(label) for label in sorted(self._labels or (), key=len, reverse=True))
         self._mentions = re.compile(rf"(?<!\w)(?:{names})(?!\w)") if names else None
 
-    def reward(self, completion: str, value: Any) -> float:
-        golds, answer = self.golds(value), last_match(self._pattern, completion)
+    def compare(self, completions: Sequence[str], golds: Sequence[list[Any]]) -> list[Any]:
+        return [self._reward(*each) for each in zip(completions, golds, strict=True)]
+
+    def _reward(self, completion: str, golds: list[Any]) -> float:
+        answer = last_match(self._pattern, completion)
         if answer is not None and self._mentions is not None:
             mentioned = self._mentions.findall(self._plain(answer))
             answer = mentioned[-1] if mentioned else None

@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +38,23 @@ PROMPT_END = 16
 
 class RewardError(TokengrainError):
     """A reward that raised, hung, or gave something that is no reward; names the function and the row."""
+
+
+def column_of(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:
+    """The column that a reward compares with. Raises `RewardError` if the rows do not have it."""
+    known = sorted(set(columns) - set(RESERVED))
+    what = f"needs the column {name!r}; the rows have {known} (setting `column` of {reward!r})"
+    require(name in columns, RewardError, what)
+    return columns[name]
+
+
+def unreadable(read: Callable[[Any], Any], values: Sequence[Any]) -> Iterator[tuple[int, str]]:
+    """Which of the values `read` refuses, and why."""
+    for index, value in enumerate(values):
+        try:
+            read(value)
+        except RewardError as error:
+            yield index, str(error)
 
 
 @dataclass(frozen=True)

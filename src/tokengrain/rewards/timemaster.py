@@ -9,12 +9,12 @@ asks for it. The gate keeps a judge from making a wrong class worth more than a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from tokengrain.errors import RecipeError, fingerprint, require, shown
-from tokengrain.rewards.suite import RewardError
+from tokengrain.rewards.suite import RewardError, column_of, unreadable
 from tokengrain.settings import NonNegative, Share, load_callable
 
 Parser = Literal["strict", "first_valid_label", "first_block"]
@@ -105,9 +105,7 @@ class TimeMaster:
     def __call__(
         self, completions: Sequence[str], prompt_ends: Sequence[str] | None = None, **columns: Any
     ) -> list[float]:
-        what = f"reward {self.name!r} needs the column {self.column!r}; the rows have {sorted(columns)}"
-        require(self.column in columns, RewardError, what)
-        truths = [self.gold(value) for value in columns[self.column]]
+        truths = [self.gold(value) for value in column_of(columns, self.column, self.name)]
         ends = prompt_ends or [""] * len(completions)
         opened = ["<think>" * end.rstrip().endswith("<think>") + text for text, end in zip(completions, ends)]
         answers = [self.read(text) for text in opened]
@@ -141,10 +139,9 @@ class TimeMaster:
         require(known is not None, RewardError, what)
         return str(known)
 
-    def unreadable(self, values: Sequence[Any]) -> list[tuple[int, str]]:
+    def unreadable(self, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """Which of the column's values are no class, and why: before anything is sampled."""
-        what = f"the column {self.column!r} is %s; expected one of {self.labels}"
-        return [(i, what % shown(v)) for i, v in enumerate(values) if self._known(str(v)) is None]
+        return unreadable(self.gold, values)
 
     def _judged(self, answers: Sequence[Answer | None]) -> list[float]:
         """Soft scores; 0 where there is nothing to judge, or the judge failed."""
@@ -160,13 +157,13 @@ class TimeMaster:
         assert self._judge is not None
         lists = [list(part) for part in zip(*((a.reasoning, str(a.label), a.extension) for a in new.values()))]
         try:
-            scores = list(self._judge(*lists))
+            scores: list[Any] = list(self._judge(*lists))
         except Exception:  # whatever a judge raises: its answers are worth 0, and counted
             scores = []
         # Of too few or too many scores nobody knows which is whose.
         for (key, answer), score in zip(new.items(), scores) if len(scores) == len(new) else ():
             try:
-                value = float(score)  # type: ignore[arg-type] # None, and whatever else a judge gives
+                value = float(score)
             except (TypeError, ValueError):
                 continue
             if 0 <= value <= 1:

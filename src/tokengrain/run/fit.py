@@ -18,9 +18,9 @@ from tokengrain.errors import fingerprint
 from tokengrain.recipe.schema import Recipe
 from tokengrain.run.build import locate, open_rows
 from tokengrain.run.load import resolve_stages
-from tokengrain.run.trained import Online, Trained
+from tokengrain.run.trained import Trained
 from tokengrain.specs import ModelSpec
-from tokengrain.training.config import check_packages, check_rate
+from tokengrain.training.config import check_packages, check_rate, pass_steps, rollout_steps
 
 STEPS = 50  # a stage has at least so many optimiser steps, where its rows allow
 EPOCHS = 4  # a small set is gone through at most so often
@@ -56,7 +56,7 @@ class Outlook:
         args, parts = self.args, []
         if self.rows is not None:
             parts.append(f"{self.rows} rows" + (f", {self.held_out} held out" if self.held_out else ""))
-        work = f"batch {_pairs(args)}" if not hasattr(args, "prompts_per_rollout") else _rollout(args)
+        work = args.batch_in_words
         if self.steps is not None:
             epochs = f", {args.num_train_epochs:g} epochs" if args.max_steps <= 0 and args.num_train_epochs != 1 else ""
             warm = args.get_warmup_steps(self.steps)
@@ -75,16 +75,6 @@ class Outlook:
         for name, reason in self.chosen.items():
             by_reason.setdefault(reason, []).append(name)
         return "; ".join(f"{' and '.join(names)} {reason}" for reason, names in by_reason.items())
-
-
-def _pairs(args: Any) -> int:
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
-
-
-def _rollout(args: Any) -> str:
-    several = f" x {args.num_generations} completions" if args.num_generations > 1 else ""
-    each = f", {args.steps_per_rollout} steps each" if args.steps_per_rollout > 1 else ""
-    return f"rollouts of {args.prompts_per_rollout} prompts{several}{each}"
 
 
 def _pass(args: Any) -> str:
@@ -120,7 +110,9 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
         if isinstance(stage, Trained):
             found = outlooks[stage.name]
             found.args = stage.args("unused")
-            found.steps, found.gib = _steps(found.args, found.rows), _gib(stage, found)
+            rows = 0 if found.args.max_steps > 0 else found.rows  # which then do not matter
+            found.steps = None if rows is None else found.args.steps_for(rows)
+            found.gib = _gib(stage, found)
             check_packages(found.args)
             if found.steps is not None:
                 check_rate(found.args, found.steps, f"stages.{stage.name}")
@@ -137,9 +129,8 @@ def _count(stage: Trained, known: dict[str, tuple[int | None, int | None]]) -> t
     if maker is not None and maker.kind != "annotate":  # it makes other rows than it reads
         return None, None
     data = stage.data if maker is None else maker.data
-    prompts = isinstance(stage, Online)
-    if (key := fingerprint([data.model_dump(), prompts])) not in known:
-        rows = open_rows(data, stage.recipe.seed, prompts=prompts)
+    if (key := fingerprint([data.model_dump(), stage.samples_rows])) not in known:
+        rows = open_rows(data, stage.recipe.seed, prompts=stage.samples_rows)
         train, held_out = (len(part) if isinstance(part, Sized) else None for part in rows)
         known[key] = train, held_out
     return known[key]
@@ -174,7 +165,7 @@ def _fitted(stage: Trained, found: Outlook, processes: int) -> Any:
     given, lora = stage.training, stage.lora is not None
     made: dict[str, Any] = {}
     if found.rows is not None:
-        chosen = fit_rollout if isinstance(stage, Online) else fit_batch
+        chosen = fit_rollout if stage.samples_rows else fit_batch
         made |= chosen(given, found, processes)
     if {"fp16", "use_cpu"} & set(stage.own.training) and "bf16" not in stage.own.training:
         made["bf16"] = False
@@ -221,7 +212,7 @@ def fit_batch(given: dict[str, Any], found: Outlook, processes: int) -> dict[str
         chosen.insert(0, "batch")
     steps = given.get("max_steps", -1)
     if steps <= 0:
-        steps = math.ceil(epochs * _steps_per_epoch(rows, device * processes, accumulated or 1))
+        steps = pass_steps(epochs, rows, device * processes, accumulated or 1)
     return made | _fit_warmup(given, found, chosen, steps, steps // 10)
 
 
@@ -239,7 +230,7 @@ def fit_rollout(given: dict[str, Any], found: Outlook, processes: int) -> dict[s
         prompts = made["prompts_per_rollout"] = math.ceil(max(size, least) / cuts) * cuts
         chosen.insert(0, "prompts per rollout")
     steps = given.get("max_steps", -1)
-    steps = steps if steps > 0 else math.ceil(epochs * rows / prompts) * each
+    steps = steps if steps > 0 else rollout_steps(epochs, rows, prompts, each)
     return made | _fit_warmup(given, found, chosen, steps, min(10, steps // 10))
 
 
@@ -250,19 +241,3 @@ def _fit_warmup(given: dict[str, Any], found: Outlook, chosen: list[str], steps:
         found.chosen[" and ".join(chosen)] = enough
     fits = {"warmup_steps": warmup, "logging_steps": max(1, min(10, steps // 20))}
     return {name: value for name, value in fits.items() if name not in given}
-
-
-def _steps_per_epoch(rows: int, batch: int, accumulated: int) -> int:
-    return max(1, math.ceil(math.ceil(rows / batch) / accumulated))
-
-
-def _steps(args: Any, rows: int | None) -> int | None:
-    """Optimiser steps, as the trainers count them; None where the rows are not known."""
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    if rows is None:
-        return None
-    if hasattr(args, "prompts_per_rollout"):
-        return math.ceil(args.num_train_epochs * rows / args.prompts_per_rollout) * int(args.steps_per_rollout)
-    batch = args.per_device_train_batch_size * args.world_size
-    return math.ceil(args.num_train_epochs * _steps_per_epoch(rows, batch, args.gradient_accumulation_steps))

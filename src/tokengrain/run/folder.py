@@ -284,7 +284,7 @@ class RunFolder:
 
     @contextmanager
     def kept_in_order(self, console: Console) -> Iterator[None]:
-        """Leave a true status behind, whatever happens, and say how to go on."""
+        """Leave a true status behind, whatever happens, and say how to resume."""
         try:
             yield
         except BaseException as error:

@@ -297,7 +297,7 @@ class Corpus:
     ) -> list[list[Found]]:
         """What a model finds for queries."""
         ids = prompt_ids(tokenizer, [query.text for query in queries], longest)
-        return search(model.eval(), ids, Trie(self.docids.tokens), **how)
+        return search(model, ids, Trie(self.docids.tokens), **how)
 
 
 class Negatives(DocidStage):

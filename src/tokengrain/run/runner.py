@@ -87,9 +87,7 @@ def _run(
     if dry_run:
         run = RunModels(recipe, console, state)
         pending = [plan for plan in wanted if plan.action != "reuse"]
-        for plan in pending:
-            plan.stage.check_golds()  # for which no model has to be there
-        _check(run, [plan for plan in pending if _can_be_read(run, plan)])
+        _check(run, pending, [plan for plan in pending if _can_be_read(run, plan)])
         _warn_of_servers(console, wanted)
         return RunResult(Path(recipe.output_dir))
     reused = [plan.stage.name for plan in wanted if plan.action == "reuse"]
@@ -105,7 +103,7 @@ def _run(
             folder.pause()
             state.wait_for_everyone()
             command = resume_command(read_run(folder.path))
-            console.print(f"to go on with training: {command}", soft_wrap=True, markup=False)
+            console.print(f"to continue training: {command}", soft_wrap=True, markup=False)
             return RunResult(folder.path, {}, reused)
         metrics = folder.finish()
     state.wait_for_everyone()
@@ -123,18 +121,19 @@ def _prepare(run: RunModels, plans: list[StagePlan], folder: RunFolder) -> None:
         folder.begin()
         _run_stage(run, pending[0], folder)
         pending.pop(0).action = "reuse"
-    _check(run, pending)
+    _check(run, pending, pending)
     folder.check_space()
     folder.begin()
 
 
-def _check(run: RunModels, plans: list[StagePlan]) -> None:
-    """Models, vocabularies, right answers, rows."""
+def _check(run: RunModels, plans: list[StagePlan], readable: list[StagePlan]) -> None:
+    """Right answers; and of the stages whose model can be read, models, vocabularies and rows."""
     with run.console.status("checking models and data") if run.console.is_terminal else nullcontext():
-        for plan in plans:
+        for plan in readable:
             plan.stage.check_models(run)
-            plan.stage.check_golds()
         for plan in plans:
+            plan.stage.check_golds()
+        for plan in readable:
             plan.stage.check_rows(run, plan.settings)
 
 

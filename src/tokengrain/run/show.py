@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +121,6 @@ SHOWN = {
     "reward/correct": "correct",
     "rollout/length": "length",
 }
-QUIET_SECONDS = 15.0
 
 
 class ShowProgress(TrainerCallback):
@@ -146,7 +143,9 @@ class ShowProgress(TrainerCallback):
                 "use a smaller batch, more epochs, or training.warmup_steps=0"
             )
         if self.console.is_terminal:
-            self._bar = _bar(self.console)
+            columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+            before, after = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
+            self._bar = Progress(before, *columns, after, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=state.max_steps, numbers="")
 
@@ -181,29 +180,3 @@ class ShowProgress(TrainerCallback):
             self._bar = None
 
     on_train_end = close
-
-
-@contextmanager
-def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far something has come, by a bar or (without a terminal) lines; gives `progress(done, total)`."""
-    if not console.is_terminal or console.quiet:
-        console.print(f"  {title}")
-        last = time.monotonic()
-
-        def lines(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > QUIET_SECONDS:
-                last = time.monotonic()
-                console.print(f"  {title}: {done} of {total}")
-
-        yield lines
-        return
-    with _bar(console) as bar:
-        task = bar.add_task(title, total=None, numbers="")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _bar(console: Console) -> Progress:
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    before, after = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
-    return Progress(before, *columns, after, console=console, transient=True)

@@ -14,6 +14,7 @@ Trained     everything that trains a model
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(ABC):
     """A stage of a recipe, with everything it inherits, and the stages `above` it by name."""
 
     name: str
@@ -152,9 +153,9 @@ class Stage:
 
     # ---- build: rows ----
 
+    @abstractmethod
     def describe(self) -> str:
         """One line: what the stage does, to what, with what."""
-        raise NotImplementedError
 
     def rows(self) -> tuple[Rows, Rows | None]:
         """`(training rows, held-out rows or None)`."""
@@ -190,10 +191,10 @@ class Stage:
                 names = f"the policy {self.model.path}", f"the {role} {asked.spec.path}"
                 models.check_same_vocabulary(tokenizer, run.tokenizer(asked.spec), *names)
 
-    def check_server(self, *, patient: bool = True) -> None:
+    def check_server(self, *, patient: bool = True) -> None:  # noqa: B027  # most kinds have none
         """Raises `RolloutError` if the stage samples from a server that does not answer."""
 
-    def check_golds(self) -> None:
+    def check_golds(self) -> None:  # noqa: B027  # most kinds have none
         """Raises `DataError` for a row whose right answer a reward cannot read."""
 
     def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
@@ -201,13 +202,9 @@ class Stage:
         if self.data.stage is None:
             run.datasets(self, like=self.existing.model)
 
+    @abstractmethod
     def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Do it, from the start or from what is in the folder; returns its metrics."""
-        raise NotImplementedError
-
-    def made(self, run: RunModels, user: Stage, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-        """`(training, held-out or None)`: the rows that it made, for a later stage with `settings` that uses them."""
-        raise NotImplementedError
 
 
 def model_content(spec: ModelSpec, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ from tokengrain.runs import ANSWERS, EQUAL
 from tokengrain.scoring.model import lift_positions, positions
 from tokengrain.scoring.prepare import prompt_role, unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference
+from tokengrain.screen import counting, progress_bar
 from tokengrain.settings import load_callable, source_of, validate_settings
 from tokengrain.specs import LoraSpec, ModelSpec, TeacherSpec
 from tokengrain.training.card import model_card
@@ -247,7 +248,7 @@ class Trained(Stage):
 
     def datasets(self, run: RunModels, settings: Mapping[str, Any], eval_data: str | None) -> tuple[Any, Any]:
         """`(training, held-out or None)`; `eval_data`: held-out rows from another source."""
-        maker = self.above.get(str(self.data.stage))
+        maker: Any = self.above.get(str(self.data.stage))
         train, held_out = run.datasets(self) if maker is None else maker.made(run, self, settings)
         if eval_data is not None:
             data = self.data.model_copy(update={"train": eval_data, "eval": None, "eval_fraction": 0.0})
@@ -351,7 +352,7 @@ class Trained(Stage):
         return {}
 
     def note_answers(self, run: RunModels, trainer: Any, said: dict[str, Any], when: str) -> None:
-        """Note, if it is a policy, how it goes on from a few prompts. All processes take part."""
+        """Note, if it is a policy, how it continues a few prompts. All processes take part."""
 
     def store_samples(self, run: RunModels, trainer: Any) -> None:
         """Store what the trained model says of a few pairs, if that is credit. All processes take part."""
@@ -380,8 +381,8 @@ class Trained(Stage):
         world, found = load_world(str(self.recipe.data.train)), {}
         for key, judged in (("world", model), ("world_base", run.frozen(self.recipe.model))):
             title = f"samples of the {'trained' if key == 'world' else 'base'} model in the world {world.name}"
-            with show.counted(run.console, title) as progress:
-                found[key] = world.evaluate(judged, n=samples, seed=self.recipe.seed, progress=progress)
+            with progress_bar(title, quiet=run.console.quiet) as update:
+                found[key] = world.evaluate(judged, n=samples, seed=self.recipe.seed, progress=counting(update))
         return found
 
 
@@ -680,7 +681,7 @@ class Train(Policy):
         said["prompts"] = decode(tokenizer, prompts)
         try:
             found = HFGenerate(model, tokenizer).sample(items, n=1, sampling=sampling)
-        except Exception as error:  # whatever it is: these are for show, and the run goes on
+        except Exception as error:  # whatever it is: these are for show, and the run continues
             run.console.print(f"no answers for the report: {error}", markup=False)
             return
         said[when] = found.texts(tokenizer)
@@ -703,7 +704,7 @@ class Online(Policy):
     """Trains on completions that the policy samples itself, scored by reward functions."""
 
     kind = "online"
-    needs_causal = "since samplers go on from a prompt's own tokens"
+    needs_causal = "since samplers continue the prompt's own tokens"
     settings = schema.OnlineStage
     config = OnlineConfig
     trainer = OnlineTrainer

@@ -207,7 +207,9 @@ def _backward(
             d_bias.addmv_(basis.t(), factor * job.scale)
     if d_weight is not None:
         d_weight = d_weight.to(head.weight.dtype)
-    return d_hidden, d_weight, None if d_bias is None else d_bias.to(head.bias.dtype)  # type: ignore[union-attr]  # then there is a bias
+    if d_bias is not None and head.bias is not None:
+        d_bias = d_bias.to(head.bias.dtype)
+    return d_hidden, d_weight, d_bias
 
 
 def _recomputed_bases(

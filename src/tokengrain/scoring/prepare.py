@@ -123,7 +123,7 @@ def language_model(model: nn.Module) -> nn.Module:
     return inner
 
 
-SAMPLED = "sampling, which goes on from a prompt's own tokens"
+SAMPLED = "sampling, which continues the prompt's own tokens"
 
 
 def causal_lm(model: nn.Module, why: str = SAMPLED) -> nn.Module:

@@ -175,7 +175,7 @@ def reading(checkpoint: Path, what: str = "") -> Iterator[None]:
 
 
 def way_on(checkpoint: Path) -> str:
-    """How to go on without a checkpoint."""
+    """How to continue without a checkpoint."""
     earlier = [path.name for path in checkpoints(checkpoint.parent) if path != checkpoint]
     return f"remove it to {f'resume from {earlier[-1]}' if earlier else 'begin anew'}"
 

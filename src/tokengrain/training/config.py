@@ -140,6 +140,19 @@ class PreferenceConfig(TrainingArguments):
             self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
         super().__post_init__()
 
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps of training on so many rows."""
+        if self.max_steps > 0:
+            return self.max_steps
+        batch = self.per_device_train_batch_size * self.world_size
+        return pass_steps(self.num_train_epochs, rows, batch, self.gradient_accumulation_steps)
+
+    @property
+    def batch_in_words(self) -> str:
+        """What an optimiser step learns from, for people."""
+        pairs = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return f"batch {pairs}"
+
     def _refuse_what_cannot_work(self) -> None:
         layouts, optimiser = get_args(Layout), str(getattr(self.optim, "value", self.optim))
         rate, most, chunk = self.learning_rate, self.max_tokens_per_microbatch, self.chunk_tokens
@@ -176,6 +189,16 @@ class PreferenceConfig(TrainingArguments):
             )
 
 
+def pass_steps(epochs: float, rows: int, batch: int, accumulated: int) -> int:
+    """Optimiser steps of passes over rows, as transformers counts them; `batch`: rows of all devices at a time."""
+    return math.ceil(epochs * max(1, math.ceil(math.ceil(rows / batch) / accumulated)))
+
+
+def rollout_steps(epochs: float, prompts: int, per_rollout: int, each: int) -> int:
+    """Optimiser steps of passes over prompts, `each` per rollout."""
+    return math.ceil(epochs * prompts / per_rollout) * each
+
+
 def launched_with(what: str) -> bool:
     return LAUNCHER.get(f"ACCELERATE_USE_{what}", "false").lower() in ("1", "true")
 
@@ -198,7 +221,7 @@ class RepeatedStream(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         if hasattr(self.stream, "load_state_dict"):
-            # It would go on where an earlier run in this process stopped.
+            # It would continue where an earlier run in this process stopped.
             self.stream.load_state_dict({"next_row": 0})
         for number in count():
             if hasattr(self.stream, "set_epoch"):
@@ -390,6 +413,17 @@ class OnlineConfig(PreferenceConfig):
     @property
     def steps_per_rollout(self) -> int:
         return self.minibatches * self.rollout_epochs
+
+    def steps_for(self, rows: int) -> int:
+        if self.max_steps > 0:
+            return self.max_steps
+        return rollout_steps(self.num_train_epochs, rows, self.prompts_per_rollout, self.steps_per_rollout)
+
+    @property
+    def batch_in_words(self) -> str:
+        several = f" x {self.num_generations} completions" if self.num_generations > 1 else ""
+        each = f", {self.steps_per_rollout} steps each" if self.steps_per_rollout > 1 else ""
+        return f"rollouts of {self.prompts_per_rollout} prompts{several}{each}"
 
     def sampling(self) -> SamplingConfig:
         """How rollouts are sampled; `.at(rollout)` gives the seed of each."""

@@ -41,6 +41,7 @@ from tokengrain.method import (
     make_rollout_credit,
     resolve_rollout_credit,
 )
+from tokengrain.methods._shaping import reduce_groups
 from tokengrain.rewards.builtin import make_reward
 from tokengrain.rewards.suite import RewardResult, RewardSuite
 from tokengrain.rollout.sampler import (
@@ -94,18 +95,16 @@ class Groups:
     cut: int = 0  # and those in which none is, and all are truncated
 
     def add(self, rollout: Rollout) -> None:
-        count = rollout.batch.n_prompts
-        low, high, correct, cut = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
-        group, rewards = rollout.group.cpu(), rollout.rewards.cpu().double()
-        low.scatter_reduce_(0, group, rewards, "amin", include_self=False)
-        high.scatter_reduce_(0, group, rewards, "amax", include_self=False)
-        cut.scatter_reduce_(0, group, rollout.truncated.cpu().double(), "amin", include_self=False)
-        if rollout.correct is not None:
-            correct.scatter_reduce_(0, group, rollout.correct.cpu().double(), "amin", include_self=False)
-        equal, right = low == high, correct == 1
-        self.seen, self.equal = self.seen + count, self.equal + int(equal.sum())
+        group, truncated = rollout.group, rollout.truncated
+        correct = torch.zeros_like(truncated) if rollout.correct is None else rollout.correct
+        low, high = (
+            reduce_groups(rollout.rewards, group, x, how) for x, how in ((math.inf, "amin"), (-math.inf, "amax"))
+        )
+        right, cut = (reduce_groups(flags.to(group), group, 1, "amin") == 1 for flags in (correct, truncated))
+        equal = low == high
+        self.seen, self.equal = self.seen + rollout.batch.n_prompts, self.equal + int(equal.sum())
         self.right += int((equal & right).sum())
-        self.cut += int((equal & ~right & (cut == 1)).sum())
+        self.cut += int((equal & ~right & cut).sum())
 
     def __str__(self) -> str:
         wrong = self.equal - self.right
@@ -174,7 +173,7 @@ class OnlineTrainer(PreferenceTrainer):
         args = args or OnlineConfig()
         check_arguments(args, OnlineConfig, kwargs)
         model, processing_class = loaded(model, processing_class)
-        causal_lm(model, "online training: samplers go on from a prompt's own tokens")
+        causal_lm(model, "online training: samplers continue the prompt's own tokens")
         args = copy.copy(args)  # what follows from the prompts is set in it, and another trainer has others
         bound = resolve_objective(objective)
         self.rollout_credits = resolve_rollout_credit(credit)
@@ -632,8 +631,7 @@ def set_lengths(args: OnlineConfig, prompts: int) -> None:
     what = f"prompts_per_rollout is {args.prompts_per_rollout}, which {parts} do not divide"
     require(args.prompts_per_rollout % cuts == 0, RecipeError, f"{what}; expected a multiple of {cuts}")
     args.per_device_train_batch_size = args.prompts_per_rollout // cuts
-    if args.max_steps <= 0:
-        args.max_steps = math.ceil(args.num_train_epochs * prompts / args.prompts_per_rollout) * args.steps_per_rollout
+    args.max_steps = args.steps_for(prompts)
 
 
 def check_credits(objective: BoundObjective, credits: Sequence[RolloutCredit], args: OnlineConfig, critic: Any) -> None:

@@ -54,7 +54,7 @@ from tokengrain.errors import (
 )
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
-from tokengrain.models import check_sizes, load_model, load_tokenizer, trained
+from tokengrain.models import check_sizes, import_peft, load_model, load_tokenizer, trained
 from tokengrain.scoring.encdec import vocabularies
 from tokengrain.scoring.model import evaluating, is_encoder_decoder, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
@@ -708,10 +708,16 @@ class PreferenceTrainer(Trainer):
         with staged_folder(target, f"the model {target.name}", main=main, wait=wait, replace_files=True) as staged:
             super().save_model(str(staged), _internal_call=True)
 
-    def create_model_card(self, *, model_name: str | None = None, **_: Any) -> None:  # type: ignore[override]
-        """Write the model card into the output folder, for `push_to_hub`; see `tokengrain.training.card`."""
+    def create_model_card(self, *args: Any, **settings: Any) -> None:
+        """Write the model card into the output folder, for `push_to_hub`; see `tokengrain.training.card`.
+
+        It takes `model_name` alone of what transformers' own takes: the rest is known of the run.
+        """
+        name = settings.pop("model_name", None) or self.output_path.name
+        found = ", ".join(map(str, [*args, *settings]))
+        require(not found, RecipeError, f"the model card takes no {found}; expected model_name alone")
         if self.is_world_process_zero():
-            write_text(self.output_path / "README.md", model_card(self, name=model_name or self.output_path.name))
+            write_text(self.output_path / "README.md", model_card(self, name=name))
 
 
 class StepHooks(TrainerCallback):
@@ -732,10 +738,8 @@ class StepHooks(TrainerCallback):
 
 def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
     """`model` with a new adapter, whose random numbers come from `args.seed`."""
-    from peft import get_peft_model
-
     set_seed(args.seed)
-    return get_peft_model(model, peft_config)
+    return import_peft().get_peft_model(model, peft_config)
 
 
 def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:

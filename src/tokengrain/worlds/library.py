@@ -118,7 +118,8 @@ class LibraryWorld:
         self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
         """Preference rows as text: the relevant document's codes, and those of another one of its cluster."""
-        rows, draw = self.prompts(split), random.Random(f"library pairs {split} {seed or self.options.seed}")
+        seed = self.options.seed if seed is None else seed
+        rows, draw = self.prompts(split), random.Random(f"library pairs {split} {seed}")
         found = []
         for i, row in enumerate(rows[:n]):
             d = int(row["positive"][1:])
@@ -226,7 +227,7 @@ class LibraryWorld:
         """
         rows = self.prompts("eval")
         ids = prompt_ids(self.tokenizer, [row["query"] for row in rows], None)
-        found = search(model.eval(), ids, self.trie, beams=len(self.docids))
+        found = search(model, ids, self.trie, beams=len(self.docids))
         key = {docid: f"d{i}" for i, docid in enumerate(self.docids)}
         rankings: list[Sequence[Any]] = [[key[one.docid] for one in each] for each in found]
         truth = [[row["positive"]] for row in rows]
