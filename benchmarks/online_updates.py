@@ -26,8 +26,8 @@ from tokengrain.loss import Counts, make_normaliser
 from tokengrain.method import Rollout, make_objective
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import ColumnReference, FrozenReference
-from tokengrain.training.loss import PreferenceLoss
 from tokengrain.training.rollout import RolloutScorer
+from tokengrain.training.step import PreferenceLoss
 
 BETA = 0.04
 TWICE = Setting(prompt=(192, 320), completion=(64, 192))

@@ -34,7 +34,7 @@ from tokengrain.errors import write_json
 from tokengrain.method import make_objective
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import FrozenReference, disable_dropout
-from tokengrain.training.loss import PreferenceLoss
+from tokengrain.training.step import PreferenceLoss
 
 
 @dataclass(frozen=True)

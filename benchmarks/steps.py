@@ -20,7 +20,7 @@ from tokengrain.method import make_objective
 from tokengrain.methods.aligndistil import ContrastiveTeacher
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import FrozenReference
-from tokengrain.training.loss import PreferenceLoss
+from tokengrain.training.step import PreferenceLoss
 
 LEARNING_RATE = 1e-5
 BETA, ALPHA = 0.1, 0.5

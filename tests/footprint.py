@@ -44,11 +44,12 @@ def files_that_run(recipe: str) -> dict[str, int]:
             seen.add(frame.f_code)
 
     with tempfile.TemporaryDirectory() as folder:
+        run_recipe = tokengrain.run_recipe  # found before anything counts: `tokengrain` imports it on first use
         loaded = tokengrain.load_recipe(recipe, overrides=shortened(recipe), output=Path(folder) / "run")
         threading.setprofile(profile)
         sys.setprofile(profile)
         try:
-            tokengrain.run_recipe(loaded)
+            run_recipe(loaded)
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from tokengrain.method import CreditSource, make_credit, make_objective
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.methods.rrpo import rrpo_loss, rrpo_reads, span_rewards
 from tokengrain.scoring.reference import ColumnReference
-from tokengrain.training.loss import PreferenceLoss
+from tokengrain.training.step import PreferenceLoss
 
 LENGTHS = (4, 5, 3, 2)
 SPANS = (0, 1, 1, 0, 0, 1, 0, 2, 2, 1, 0, 2, 0, 1)

@@ -16,7 +16,7 @@ from tokengrain.errors import RecipeError
 from tokengrain.loss import make_role
 from tokengrain.method import make_credit, make_objective
 from tokengrain.scoring.reference import FrozenReference
-from tokengrain.training.loss import CreditUse, Judged, PreferenceLoss
+from tokengrain.training.step import CreditUse, Judged, PreferenceLoss
 
 
 def noise(batch: TokenBatch) -> Tensor:

@@ -26,7 +26,7 @@ from tokengrain.method import CREDIT, FROZEN, make_credit, make_objective
 from tokengrain.methods.aligndistil import ContrastiveTeacher
 from tokengrain.models import reward_model_from
 from tokengrain.scoring.reference import FrozenReference
-from tokengrain.training.loss import PreferenceLoss, resolve_credit
+from tokengrain.training.step import PreferenceLoss, resolve_credit
 
 
 def rows(n: int, completions: int = 2, columns: tuple[str, ...] = ()) -> list[Sample]:

@@ -17,8 +17,7 @@ from tokengrain.errors import DataError, read_log
 from tokengrain.loss import make_normaliser
 from tokengrain.method import make_objective
 from tokengrain.scoring.reference import FrozenReference
-from tokengrain.training.loss import PreferenceLoss, resolve_credit
-from tokengrain.training.step import counts_of
+from tokengrain.training.step import PreferenceLoss, counts_of, resolve_credit
 
 VOCABULARY = 61
 OBJECTIVES = (

@@ -14,8 +14,7 @@ from tokengrain.batch import PromptRole, Sample, TokenBatch
 from tokengrain.errors import DataError, require
 from tokengrain.evaluation.statistics import mean_interval, mean_over_prompts, pass_at_k, wilson
 from tokengrain.loss import Counts, LossOutput, make_normaliser
-from tokengrain.training.loss import Judged
-from tokengrain.training.step import HostBatch, WeightedMeans, all_reduce, counts_of, wide
+from tokengrain.training.step import HostBatch, Judged, WeightedMeans, all_reduce, counts_of, wide
 
 MEASURES = ("entropy", "kl", "log_ratio")
 WHOLE = "whole"

@@ -63,7 +63,6 @@ from tokengrain.training.checkpoint import no_progress_bar
 from tokengrain.training.config import OnlineConfig
 from tokengrain.training.critic import Critic
 from tokengrain.training.evaluate import chosen_dataset, completion_metrics, loop_output
-from tokengrain.training.loss import CreditUse, resolve_objective
 from tokengrain.training.rollout import (
     OLD_LOGPS,
     PromptDataset,
@@ -75,7 +74,7 @@ from tokengrain.training.rollout import (
     kept,
 )
 from tokengrain.training.rollout_log import RolloutRecord, RolloutStats, rollout_metrics
-from tokengrain.training.step import HostBatch
+from tokengrain.training.step import CreditUse, HostBatch, resolve_objective
 from tokengrain.training.trainer import PreferenceTrainer, check_arguments, loaded
 
 CRITIC, BUFFER = "critic", "rollout"

@@ -92,10 +92,11 @@ from tokengrain.training.checkpoint import (
 )
 from tokengrain.training.config import PreferenceConfig, check_rate, endless, launched_with
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
-from tokengrain.training.loss import CreditUse, PreferenceLoss, resolve_credit, resolve_objective
 from tokengrain.training.step import (
+    CreditUse,
     HostBatch,
     MicroRecord,
+    PreferenceLoss,
     StepPlan,
     WeightedMeans,
     all_gather,
@@ -104,6 +105,8 @@ from tokengrain.training.step import (
     naming_lost_ranks,
     nonfinite_report,
     plan_step,
+    resolve_credit,
+    resolve_objective,
     totals,
 )
 
