@@ -1,7 +1,7 @@
 """The directions of imports, and where an import may stand.
 
     cli -> run -> recipe -> training, report -> rewards, worlds -> rollout, annotation, models, retrieval -> methods
-    -> method -> loss, data, evaluation -> scoring -> batch, errors, specs, settings
+    -> method -> loss, data, evaluation -> scoring -> batch -> vision, errors, specs, settings
 
 A module imports its own room and rooms to its right. `method` names no method: it finds them by being there.
 """
@@ -33,7 +33,7 @@ LEVELS = (
     ("loss", "data", "evaluation"),
     ("scoring",),
     ("batch", "specs"),
-    ("settings", "screen"),
+    ("settings", "screen", "vision"),
     ("errors",),
 )
 HEIGHT = {room: len(LEVELS) - i for i, level in enumerate(LEVELS) for room in level}

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import tokengrain
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch
+from tokengrain.data.dataset import SampleStore
+from tokengrain.rollout.sampler import PromptItem
+from tokengrain.training.buffer import RolloutBuffer, concatenate
+from tokengrain.vision import Vision, collate, seen
 
 LENGTHS = [3, 0, 2, 4, 0]
 
@@ -232,3 +240,81 @@ def test_16_bit_values_are_added_up_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(segments.sum(values / 100).detach(), torch.tensor([1000.0, 601.0]).to(dtype))
     (grad,) = torch.autograd.grad(means.float().sum(), values)
     torch.testing.assert_close(grad, (1 / segments.broadcast(segments.lengths)).to(dtype))
+
+
+class TestVision:
+    """What a prompt shows goes wherever the prompt goes."""
+
+    def _vision(self, seed: int, height: int) -> Vision:
+        return Vision({"pixel_values": torch.full((1, 3, height, 4), float(seed))}, None, 9, patches=7)
+
+    def _samples(self) -> list[Sample]:
+        samples = [_sample(i, 3, 2, 4) for i in range(4)]
+        for i in (0, 1, 3):
+            samples[i].vision = self._vision(i, i + 1)
+        return samples
+
+    def test_it_follows_its_prompt(self) -> None:
+        samples = self._samples()
+        given = [s.vision for s in samples]
+        batch = TokenBatch.from_samples(samples)
+        assert list(batch.vision) == given
+        assert list(batch.select([3, 2, 0]).vision) == [given[3], None, given[0]]
+        assert list(batch.narrow(torch.zeros(24, dtype=torch.bool)).vision) == given
+        parts = batch.split(20)
+        assert len(parts) > 1
+        by_row = dict(zip(batch.rows, given, strict=True))
+        assert all(part.vision == tuple(by_row[row] for row in part.rows) for part in parts)
+        again = batch.with_endings([[1]] * 8, [[2]] * 4)
+        assert list(again.vision) == given
+        assert [batch.sample(i).vision for i in range(4)] == given
+        assert [s.again([]).vision for s in samples] == given
+        joined = concatenate([batch.select([2]), batch.select([1, 2, 0])])
+        assert list(joined.vision) == [None, given[1], None, given[0]]
+        store = SampleStore()
+        for sample in samples:
+            store.append(sample)
+        assert [s.vision for s in store] == given
+        moved = batch.to("cpu").vision[3]
+        assert moved is not None
+        assert torch.equal(moved.inputs["pixel_values"], torch.full((1, 3, 4, 4), 3.0))
+        assert TokenBatch.from_samples([samples[2]]).vision == ()
+
+    def test_a_prompt_is_as_large_as_its_patches(self) -> None:
+        samples = self._samples()
+        assert samples[0].n_tokens == 3 + 6 + 7
+        assert [len(part.rows) for part in TokenBatch.from_samples(samples).split(16)] == [1, 1, 1, 1]
+
+    def test_a_rollout_keeps_it_in_its_checkpoint(self, tmp_path: Path) -> None:
+        item = PromptItem([5, 6, 7], row=4, vision=Vision({"pixel_values": torch.ones(2, 3)}, torch.ones(3, 3), 2))
+        longer = item.then([8, 9], "4/branch").vision
+        assert longer is not None
+        assert longer.positions is not None
+        assert longer.positions.tolist() == [[1, 1, 1, 2, 3]] * 3
+        assert longer.next == 4
+        batch = TokenBatch.from_samples([item.sample([Completion([1, 2])]), Sample([5], [Completion([1])], row=5)])
+        RolloutBuffer(batch, batch.select([1]), minibatches=1, epochs=1, seed=0).save(tmp_path / "buffer.pt")
+        back = next(RolloutBuffer.load([tmp_path / "buffer.pt"], 0, 1, {})).batch.vision
+        assert back[1] is None
+        assert item.vision is not None
+        assert back[0] is not None
+        assert seen(back[0]) == seen(item.vision)
+        assert back[0].next == 2
+
+    def test_collated_inputs_are_padded_with_zeros(self) -> None:
+        video = Vision({"pixel_values_videos": torch.ones(1, 2)})
+        joined = collate([self._vision(1, 2), self._vision(2, 4), video])
+        assert joined["pixel_values"].shape == (2, 3, 4, 4)
+        assert joined["pixel_values"].sum((1, 2, 3)).tolist() == [1 * 3 * 2 * 4, 2 * 3 * 4 * 4]
+        assert joined["pixel_values_videos"].shape == (1, 2)
+
+    def test_samples_are_made_where_rows_become_tokens(self) -> None:
+        """Everywhere else a sample is made from another, by `again`, `sample` or `then`, which keep the vision."""
+        source = Path(tokengrain.__file__).parent
+        making = re.compile(r"(?<!Credit)\b(Sample|PromptItem)\(")
+        found = {str(p.relative_to(source)) for p in source.rglob("*.py") if making.search(p.read_text("utf-8"))}
+        from_rows = {"data/dataset.py", "data/encode.py", "rollout/sampler.py", "annotation.py", "run/trained.py"}
+        worlds = {f"worlds/{name}.py" for name in ("arithmetic", "library", "stories")}
+        # Another text in the prompt's place: a probe's, an instruction, a reward model's.
+        of_text = {"scoring/prepare.py", "methods/treg.py", "methods/_other_tokens.py", "rewards/reward_model.py"}
+        assert found == {"batch.py"} | from_rows | worlds | of_text

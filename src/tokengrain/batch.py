@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokengrain.vision import Vision
+
 
 def offsets_of(lengths: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
     """Where segments of these lengths begin and end in a flat vector, long `[C + 1]`."""
@@ -201,17 +203,24 @@ class Sample:
         completions: its completions.
         row: identifies the row in messages and logs (row number or id).
         raw: the row it was made from, for credit sources that need text.
+        vision: the prompt's images and videos, whose placeholder tokens are among its ids.
     """
 
     prompt_ids: list[int]
     completions: list[Completion]
     row: int | str = 0
     raw: Mapping[str, Any] = field(default_factory=dict)
+    vision: Vision | None = None
 
     @property
     def n_tokens(self) -> int:
-        """Tokens when the prompt is computed once for all completions: what memory grows with."""
-        return len(self.prompt_ids) + sum(len(c.ids) for c in self.completions)
+        """Tokens when the prompt is computed once for all completions, and patches: what memory grows with."""
+        patches = 0 if self.vision is None else self.vision.patches
+        return len(self.prompt_ids) + patches + sum(len(c.ids) for c in self.completions)
+
+    def again(self, completions: Sequence[Completion], **changes: Any) -> Sample:
+        """The same prompt, with all that belongs to it, and other completions (or another `row` or `raw`)."""
+        return replace(self, completions=list(completions), **changes)
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,7 @@ class TokenBatch:
         columns: per-token values `[N]` (or `[N, H]`), for example `token_rewards`, `ref_logps`.
         rows: one identifier per prompt.
         raw: the rows the prompts were made from (may be empty mappings).
+        vision: per prompt its images and videos, None where it has none; empty: none has.
         prompt_role: "prefix" (decoder-only) or "encoder" (the prompt is the encoder's input).
     """
 
@@ -251,6 +261,7 @@ class TokenBatch:
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: tuple[int | str, ...] = ()
     raw: tuple[Mapping[str, Any], ...] = ()
+    vision: tuple[Vision | None, ...] = ()
     prompt_role: PromptRole = "prefix"
 
     @classmethod
@@ -272,6 +283,7 @@ class TokenBatch:
             columns=columns,
             rows=tuple(s.row for s in samples),
             raw=tuple(s.raw for s in samples),
+            vision=tuple(s.vision for s in samples) if any(s.vision is not None for s in samples) else (),
             prompt_role=prompt_role,
         )
 
@@ -338,11 +350,21 @@ class TokenBatch:
         start, end = self.completion_offsets[index : index + 2].tolist()
         return self.completion_ids[start:end]
 
+    def sample(self, index: int, completions: Sequence[Completion] = (), **changes: Any) -> Sample:
+        """Prompt `index`, with all that belongs to it, and other completions (or another `row` or `raw`)."""
+        own: dict[str, Any] = {
+            "row": self.rows[index] if self.rows else index,
+            "raw": self.raw[index] if self.raw else {},
+            "vision": self.vision[index] if self.vision else None,
+        }
+        return Sample(self.prompt(index).tolist(), list(completions), **(own | changes))
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with every tensor on `device`."""
         names = ("prompt_ids", "prompt_offsets", "completion_ids", "completion_offsets", "counted", "group")
         moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
+        vision = tuple(v and v.to(device) for v in self.vision)
+        return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()}, vision=vision)
 
     def with_columns(self, **columns: Tensor) -> TokenBatch:
         """The same batch with per-token columns added or replaced; each `[N]` or `[N, ...]`."""
@@ -383,6 +405,7 @@ class TokenBatch:
             columns={k: v[flat] for k, v in self.columns.items()},
             rows=tuple(self.rows[g] for g in prompts) if self.rows else (),
             raw=tuple(self.raw[g] for g in prompts) if self.raw else (),
+            vision=tuple(self.vision[g] for g in prompts) if self.vision else (),
         )
 
     def with_endings(
@@ -393,10 +416,7 @@ class TokenBatch:
         The prompt is computed once for all its starts. Starts and the G endings are token ids; `group` has the prompt
         of each start, not decreasing; None: those of the batch's completions.
         """
-        rows: Sequence[int | str] = self.rows or range(len(endings))
-        raw: Sequence[Mapping[str, Any]] = self.raw or [{}] * len(endings)
-        prompts = [self.prompt(g).tolist() for g in range(len(endings))]
-        samples = [Sample(ids, [], row=row, raw=given) for ids, row, given in zip(prompts, rows, raw, strict=True)]
+        samples = [self.sample(g) for g in range(len(endings))]
         for start, number in zip(starts, self.group.tolist() if group is None else group, strict=True):
             ids, counted = [*start, *endings[number]], [False] * len(start) + [True] * len(endings[number])
             samples[number].completions.append(Completion(ids, counted))
@@ -422,13 +442,15 @@ class TokenBatch:
         return [self.select(b) for b in bins]
 
     def _sizes(self) -> Tensor:
-        """Of every prompt, with its completions, what memory grows with: tokens, long `[G]`.
+        """Of every prompt, with its completions, what memory grows with: tokens and patches, long `[G]`.
 
         An encoder-decoder projects a prompt's states for the cross attention of each of its completions: about an
         eighth of what a token takes in the decoder.
         """
         prompts, lengths = self.prompt_offsets.diff(), self.completion_offsets.diff()
         sizes = prompts.index_add(0, self.group, lengths)
+        if self.vision:
+            sizes = sizes + sizes.new_tensor([0 if v is None else v.patches for v in self.vision])
         if self.prompt_role == "prefix":
             return sizes
         return sizes + prompts * torch.bincount(self.group, minlength=self.n_prompts) // 8

@@ -234,4 +234,4 @@ def _merged(samples: Sequence[Sample]) -> list[Sample]:
     if any(s.prompt_ids != first.prompt_ids for s in samples):
         return list(samples)
     raw = {"prompt": first.raw["prompt"]} if "prompt" in first.raw else {}
-    return [Sample(first.prompt_ids, [c for s in samples for c in s.completions], row=first.row, raw=raw)]
+    return [first.again([c for s in samples for c in s.completions], raw=raw)]

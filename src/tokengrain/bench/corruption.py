@@ -77,7 +77,7 @@ def corrupt(
     corrupted: list[Sample] = []
     marked: list[bool] = []
     for i in range(batch.n_prompts):
-        ids, counted, row = batch.completion(i).tolist(), _counted(batch, i), batch.rows[i] if batch.rows else i
+        ids, counted = batch.completion(i).tolist(), _counted(batch, i)
         generator = torch.Generator().manual_seed(int(fingerprint([seed, ids]), 16) >> 1)
         usable = [k and t not in special for t, k in zip(ids, counted, strict=True)]
         if how == "swap":
@@ -93,7 +93,7 @@ def corrupt(
         # Only the prompt's text: a source that reads the answer's would see the clean one.
         raw = {k: v for k, v in batch.raw[i].items() if k == "prompt"} if batch.raw else {}
         for samples, answer in ((clean, ids), (corrupted, changed)):
-            samples.append(Sample(batch.prompt(i).tolist(), [Completion(answer, counted)], row=row, raw=raw))
+            samples.append(batch.sample(i, [Completion(answer, counted)], raw=raw))
         marked += [p in places for p, k in enumerate(counted) if k]
     require(clean, DataError, "no answer is long enough to be corrupted", expected="answers of at least two words")
     both = [TokenBatch.from_samples(samples) for samples in (clean, corrupted)]
@@ -366,7 +366,7 @@ def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Te
     batches, samples = (data.clean, data.corrupted), []
     for i in range(min(SHOWN, data.clean.n_prompts)):
         completions = [Completion(b.completion(i).tolist(), _counted(b, i)) for b in batches]
-        samples.append(Sample(data.clean.prompt(i).tolist(), completions, row=data.clean.rows[i]))
+        samples.append(data.clean.sample(i, completions, raw={}))
     marks = {"corrupted tokens": (torch.zeros(len(data.marked)), -data.marked.float())}
     pairs = {}
     for name, values in (marks | credit).items():

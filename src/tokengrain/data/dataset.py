@@ -22,6 +22,7 @@ from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
 from tokengrain.data.tokens import Clock, tokenizer_fingerprint
 from tokengrain.errors import DataError, fingerprint
 from tokengrain.screen import progress_bar
+from tokengrain.vision import Vision, seen
 
 
 class SampleStore(Sequence[Sample]):
@@ -39,6 +40,7 @@ class SampleStore(Sequence[Sample]):
         self._starts = array("q", [0])  # of each sample, in parts: its prompt and its completions
         self._rows: list[int | str] = []
         self._raw: list[Mapping[str, Any]] = []
+        self._vision: list[Vision | None] = []
         self._digest = hashlib.sha256()
 
     @property
@@ -70,11 +72,13 @@ class SampleStore(Sequence[Sample]):
                 self._columns[name].extend(values)
         self._rows.append(sample.row)
         self._raw.append(sample.raw)
+        self._vision.append(sample.vision)
         self._starts.append(self._starts[-1] + len(pieces))
         self._digest.update(self._tokens_at[-len(pieces) :].tobytes())
         self._digest.update(self._ids[first:].tobytes() + self._counted[first:].tobytes())
         for name, stored in sorted(self._columns.items()):
             self._digest.update(name.encode() + stored[self._counted_at[before] :].tobytes())
+        self._digest.update("".join(seen(sample.vision)).encode())
 
     @property
     def lengths(self) -> list[int]:
@@ -92,7 +96,8 @@ class SampleStore(Sequence[Sample]):
         part, after = self._starts[index : index + 2]
         start, end = self._tokens_at[part : part + 2]
         completions = [self._completion(i) for i in range(part + 1, after)]
-        return Sample(self._ids[start:end].tolist(), completions, self._rows[index], self._raw[index])
+        own = self._rows[index], self._raw[index], self._vision[index]
+        return Sample(self._ids[start:end].tolist(), completions, *own)
 
     def _completion(self, part: int) -> Completion:
         start, end = self._tokens_at[part : part + 2]

@@ -148,7 +148,7 @@ class Branching:
             prompt, parent = found.prompts[b.prompt], found.groups[b.prompt][b.parent]
             # A row of its own, so that it draws other numbers than its parent.
             row = f"{prompt.row}/branch {number} of {b.parent} at {b.length}"
-            items.append(PromptItem(prompt.ids + parent.ids[: b.length], row=row, raw=prompt.raw))
+            items.append(prompt.then(parent.ids[: b.length], row))
         out: dict[int, SampledCompletion] = {}
         for part in self._together(items, branches, sampling.max_new_tokens):
             room = sampling.max_new_tokens - min(branches[i].length for i in part)

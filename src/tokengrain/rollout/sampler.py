@@ -25,17 +25,34 @@ from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import Clock, Encoder, Renderer
 from tokengrain.errors import ModelError, RecipeError, RolloutError, require, shown
 from tokengrain.settings import load_named, validate_settings
+from tokengrain.vision import Vision
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class PromptItem:
-    """One prompt to sample from: token ids (at least one, BOS included), its row's id, and the row it was made from."""
+    """One prompt to sample from.
+
+    Attributes:
+        ids: token ids, at least one, BOS included.
+        row: its row's id.
+        raw: the row it was made from.
+        vision: its images and videos.
+    """
 
     ids: list[int]
     row: int | str = 0
     raw: Mapping[str, Any] = field(default_factory=dict)
+    vision: Vision | None = None
+
+    def sample(self, completions: Sequence[Completion]) -> Sample:
+        """The prompt, with all that belongs to it, and completions of it."""
+        return Sample(self.ids, list(completions), self.row, self.raw, self.vision)
+
+    def then(self, ids: Sequence[int], row: int | str) -> PromptItem:
+        """The prompt with more tokens of text behind it, in a row of its own."""
+        return replace(self, ids=[*self.ids, *ids], row=row, vision=self.vision and self.vision.then(len(ids)))
 
 
 @dataclass(frozen=True)
@@ -187,7 +204,7 @@ class Rollouts:
                 columns = {name: getattr(c, name)[c.context :] for name in names}
                 columns["truncated"] = [float(c.truncated)] * own
                 completions.append(Completion(c.ids, [False] * c.context + [True] * own, columns))
-            samples.append(Sample(prompt.ids, completions, row=prompt.row, raw=prompt.raw))
+            samples.append(prompt.sample(completions))
         return TokenBatch.from_samples(samples)
 
     def __iter__(self) -> Iterator[tuple[PromptItem, tuple[SampledCompletion, ...]]]:

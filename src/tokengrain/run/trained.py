@@ -671,14 +671,14 @@ class Train(Policy):
         if not (last and plain) or trainer.is_fsdp_enabled or when in said:
             return
         model = trainer.evaluation_model()
-        prompts = [dataset[i].prompt_ids for i in range(min(ANSWERED, len(dataset)))]
-        room = (positions(unwrapped(model)) or math.inf) - max(map(len, prompts))
+        held_out = [dataset[i] for i in range(min(ANSWERED, len(dataset)))]
+        room = (positions(unwrapped(model)) or math.inf) - max(len(sample.prompt_ids) for sample in held_out)
         if not run.state.is_main_process or getattr(model.config, "is_encoder_decoder", False) or room < 1:
             return
         tokenizer, most = run.tokenizer(self.model), min(ANSWER_TOKENS, int(room))
-        items = [PromptItem(list(ids), row=number) for number, ids in enumerate(prompts)]
+        items = [PromptItem(s.prompt_ids, row=number, vision=s.vision) for number, s in enumerate(held_out)]
         sampling = SamplingConfig(temperature=0, max_new_tokens=most)
-        said["prompts"] = decode(tokenizer, prompts)
+        said["prompts"] = decode(tokenizer, [item.ids for item in items])
         try:
             found = HFGenerate(model, tokenizer).sample(items, n=1, sampling=sampling)
         except Exception as error:  # whatever it is: these are for show, and the run continues

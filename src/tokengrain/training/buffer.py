@@ -13,6 +13,7 @@ import torch
 from tokengrain.batch import TokenBatch, offsets_of
 from tokengrain.rollout.sampler import derived_seed
 from tokengrain.training.step import HostBatch
+from tokengrain.vision import Vision
 
 _TENSORS = ("prompt_ids", "prompt_offsets", "completion_ids", "completion_offsets", "counted", "group")
 _SETTINGS = ("minibatches", "epochs", "seed")
@@ -23,6 +24,7 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     first = batches[0]
     if len(batches) == 1:
         return first
+    some = any(b.vision for b in batches)
     groups = accumulate((b.n_prompts for b in batches[:-1]), initial=0)
     return replace(
         first,
@@ -35,6 +37,7 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
         columns={name: torch.cat([b.columns[name] for b in batches]) for name in first.columns},
         rows=tuple(row for b in batches for row in b.rows),
         raw=tuple(raw for b in batches for raw in b.raw),
+        vision=tuple(one for b in batches for one in b.vision or [None] * b.n_prompts) if some else (),
     )
 
 
@@ -131,9 +134,11 @@ class RolloutBuffer:
 
 def _packed(batch: TokenBatch) -> dict[str, Any]:
     fields = {name: getattr(batch, name) for name in _TENSORS}
-    return {**fields, "columns": dict(batch.columns), "rows": list(batch.rows), "prompt_role": batch.prompt_role}
+    vision = [one and one.state() for one in batch.vision]
+    columns, rows = dict(batch.columns), list(batch.rows)
+    return {**fields, "columns": columns, "rows": rows, "vision": vision, "prompt_role": batch.prompt_role}
 
 
 def _unpacked(state: Mapping[str, Any], raw: Mapping[int | str, Any]) -> TokenBatch:
-    rows = tuple(state["rows"])
-    return TokenBatch(**{**state, "rows": rows}, raw=tuple(raw.get(row, {}) for row in rows))
+    rows, vision = tuple(state["rows"]), tuple(one and Vision(**one) for one in state["vision"])
+    return TokenBatch(**{**state, "rows": rows, "vision": vision}, raw=tuple(raw.get(row, {}) for row in rows))

@@ -34,6 +34,7 @@ from tokengrain.errors import (
     require,
     write_text,
 )
+from tokengrain.vision import seen
 
 STAGING = ".saving"
 STATE_FILE = "tokengrain_state.json"
@@ -98,7 +99,8 @@ def data_fingerprint(data: Any) -> str | None:
     """Identity of training data: its own, or that of a list of samples; None for a stream, which is read once."""
     if (known := getattr(data, "fingerprint", None)) is not None or data is None or not hasattr(data, "__len__"):
         return known
-    rows = ([s.row, s.prompt_ids, [c.ids for c in s.completions]] for s in (data[i] for i in range(len(data))))
+    samples = (data[i] for i in range(len(data)))
+    rows = ([s.row, s.prompt_ids, [c.ids for c in s.completions], *seen(s.vision)] for s in samples)
     return fingerprint([fingerprint(row) for row in rows])
 
 

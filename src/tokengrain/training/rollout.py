@@ -27,6 +27,7 @@ from tokengrain.scoring.score import in_parts, score
 from tokengrain.training.buffer import concatenate
 from tokengrain.training.critic import Critic
 from tokengrain.training.step import all_gather
+from tokengrain.vision import seen
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class PromptDataset(Sequence[PromptItem]):
         what = "several prompts have the same id"
         require(count == 1, DataError, what, file=name, row=row, field="id", expected="its own")
         self.by_row = {item.row: item for item in self.items}
-        self.fingerprint = fingerprint([fingerprint([i.row, i.ids]) for i in self.items])
+        self.fingerprint = fingerprint([fingerprint([i.row, i.ids, *seen(i.vision)]) for i in self.items])
         self.clock: Clock | None = None  # of a chat template that writes the date
         self.remake: Callable[[datetime], PromptDataset] | None = None
 
