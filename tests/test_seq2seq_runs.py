@@ -78,10 +78,26 @@ def test_dpo_from_the_command_line(model, pairs, tmp_path):
     trained = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "train" / "model")
     start = AutoModelForSeq2SeqLM.from_pretrained(model)
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+    said = json.loads((tmp_path / "run" / "train" / "answers.json").read_text())
+    assert {len(said[when]) for when in ("prompts", "start", "trained")} == {2}  # as many as are held out
     card = (tmp_path / "run" / "train" / "model" / "README.md").read_text()
     assert "pipeline_tag: text2text-generation" in card
     assert "model = AutoModelForSeq2SeqLM.from_pretrained(" in card
     assert "Causal" not in card
+
+
+def test_generate_answers_as_transformers_does(model, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts = ["what is blue?", "black", "the night sea is black and the sky"]
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    told = ["generate", str(model), str(file), "-o", str(out), "--max-new-tokens", "8"]
+    result = CliRunner().invoke(app, told)
+    assert result.exit_code == 0, result.output
+    lm, tokenizer, expected = AutoModelForSeq2SeqLM.from_pretrained(model).eval(), around("$A </s>"), []
+    for prompt in prompts:
+        ids = lm.generate(tokenizer(prompt, return_tensors="pt").input_ids, max_new_tokens=8, do_sample=False)[0]
+        expected.append(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    assert [json.loads(line)["completion"] for line in out.read_text().splitlines()] == expected
 
 
 def test_tgdpo_on_docids_with_several_negatives(model, docids, tmp_path):

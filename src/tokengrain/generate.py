@@ -15,11 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from tokengrain import models
+from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, fingerprint, read_log, require, write_text
-from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.local import answering
 from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
 from tokengrain.runs import is_run, read_run
+from tokengrain.scoring.prepare import prompt_role
 from tokengrain.screen import progress_bar
 from tokengrain.specs import ModelSpec
 
@@ -246,7 +248,7 @@ class Speaker:
         self.tokenizer = models.load_tokenizer(spec, path)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model = models.load_model(spec, path, merge_adapter=True).to(device).requires_grad_(False)
-        self.sampler = HFGenerate(model, self.tokenizer)
+        self.sampler, self.config = answering(model, self.tokenizer), TokenizeConfig(prompt_role=prompt_role(model))
         self.file, self.benchmark = file, benchmark
         self.chat = (benchmark and bool(self.tokenizer.chat_template)) if chat is None else chat
         what = "a system message needs a chat template, which the model lacks, and chat"
@@ -264,7 +266,7 @@ class Speaker:
             for sampling, places in groups.items():
                 prompts = [self._prompt(place, asked[place], said[place]) for place in places]
                 try:
-                    items = encode_prompts(prompts, self.tokenizer, file=self.file)
+                    items = encode_prompts(prompts, self.tokenizer, self.config, file=self.file)
                 except DataError as error:  # its row is one of these prompts
                     about = {key: getattr(error, key) for key in ("field", "value", "expected")}
                     raise DataError(error.what, file=self.file, row=places[int(str(error.row))][0], **about) from None

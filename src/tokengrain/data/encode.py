@@ -88,7 +88,7 @@ class ExampleEncoder:
         prompt = [*head, *tokens[0].ids[:cut]]
         if not prompt:
             prompt, cut = self._least_prompt(example, tokens)
-        kept_prompt = self._cut_prompt(prompt)
+        kept_prompt = self.encoder.cut(prompt)
         completions, sides, n_cut = [], [], 0
         for side, (r, t) in enumerate(zip(rendered, tokens)):
             completion, where, shortened = self._completion(example, side, r, t, cut, len(kept_prompt))
@@ -127,16 +127,6 @@ class ExampleEncoder:
         what = "prompt has no token of its own, and the tokenizer has no BOS to stand for it"
         expected = "a longer prompt, or a tokenizer with BOS"
         raise RowError("empty prompt", what, field="prompt", value=example.prompt, expected=expected)
-
-    def _cut_prompt(self, prompt: list[int]) -> list[int]:
-        limit = self.config.max_prompt_length
-        if limit is None or len(prompt) <= limit:
-            return prompt
-        if self.config.truncation_side == "right":
-            behind = self.encoder.suffix if prompt[-len(self.encoder.suffix) :] == self.encoder.suffix else []
-            return prompt[: max(limit - len(behind), 0)] + behind
-        bos = 1 if prompt[0] == self.encoder.bos_id else 0
-        return prompt[:bos] + prompt[len(prompt) - limit + bos :]
 
     def _completion(
         self, example: Example, side: int, rendered: Rendered, tokens: Tokens, cut: int, prompt_length: int

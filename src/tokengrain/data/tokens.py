@@ -426,6 +426,7 @@ class Encoder:
         what = f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
         what += "expected one, since EOS ends every completion (or `add_eos: false`)"
         require(not config.add_eos or self.eos_id is not None, ModelError, what)
+        self.longest, self.side = config.max_prompt_length, config.truncation_side
         self.apart = config.prompt_role == "encoder"
         self.prefix, behind = self._around()
         # A causal model's text continues the prompt; a decoder's target has a beginning of its own.
@@ -495,6 +496,17 @@ class Encoder:
         """Ids to put behind the tokens: EOS, unless a token that ends the text is there already."""
         there = rendered.closed or tokens.ids[tokens.prompt or 0 :][-1:] == [self.eos_id]
         return [] if self.eos_id is None or there else [self.eos_id]
+
+    def cut(self, prompt: list[int]) -> list[int]:
+        """A prompt of at most `max_prompt_length` tokens; what the tokenizer puts around a text stays."""
+        limit = self.longest
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        if self.side == "right":
+            behind = self.suffix if prompt[-len(self.suffix) :] == self.suffix else []
+            return prompt[: max(limit - len(behind), 0)] + behind
+        bos = 1 if prompt[0] == self.bos_id else 0
+        return prompt[:bos] + prompt[len(prompt) - limit + bos :]
 
     def _ids(self, text: str, target: bool = False, special: bool = False) -> list[int]:
         given = {"text_target" if target else "text": text}

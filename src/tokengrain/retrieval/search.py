@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tokengrain.errors import DataError, require
-from tokengrain.scoring.encdec import start_id
+from tokengrain.scoring.encdec import DecoderSteps, start_id
 from tokengrain.scoring.model import evaluating
 from tokengrain.settings import check_choice
 
@@ -196,37 +195,6 @@ def _log_sum(values: Tensor, which: Tensor, count: int) -> Tensor:
     return top + values.new_zeros(count).index_add(0, which, (values - top[which]).exp()).log()
 
 
-class EncoderDecoderSteps:
-    """The steps of an encoder-decoder: the encoder runs once per query, the decoder once per token of a beam.
-
-    Args:
-        prompts: token ids of the queries.
-    """
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
-        rows = [torch.tensor(list(prompt), device=model.device) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id or 0)
-        lengths = torch.tensor([len(row) for row in rows], device=model.device)
-        self.mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
-        self.states = model.get_encoder()(input_ids=ids, attention_mask=self.mask).last_hidden_state
-        self.model, self.cache = model, None
-
-    def __call__(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        if self.cache is not None:
-            self.cache.reorder_cache(parents)
-        self.mask, self.states = self.mask[parents], self.states[parents]
-        output = self.model(
-            encoder_outputs=(self.states,),
-            attention_mask=self.mask,
-            decoder_input_ids=tokens[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache = output.past_key_values
-        logits = output.logits[:, -1]
-        return torch.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, -1)
-
-
 @torch.no_grad()
 def search(
     model: Any,
@@ -253,5 +221,5 @@ def search(
         part = prompts[begin : begin + queries_at_once]
         settings: dict[str, Any] = {"beams": beams, "length": length, "renormalise": renormalise}
         with evaluating(model):
-            found += beam_search(EncoderDecoderSteps(model, part), len(part), trie, start_id=first, **settings)
+            found += beam_search(DecoderSteps(model, part), len(part), trie, start_id=first, **settings)
     return found

@@ -33,8 +33,9 @@ from tokengrain.rollout.sampler import (
     occurrences,
     stop_ids_of,
 )
-from tokengrain.scoring.model import device_of, evaluating
-from tokengrain.scoring.prepare import SAMPLED, causal_lm
+from tokengrain.scoring.encdec import DecoderSteps, start_id
+from tokengrain.scoring.model import device_of, evaluating, is_encoder_decoder
+from tokengrain.scoring.prepare import SAMPLED, causal_lm, language_model, prompt_learning, prompt_role
 from tokengrain.settings import Count, nearest, validate_settings
 
 # ---- Drawing the next token ----
@@ -258,6 +259,24 @@ def decode_generate(
     )
 
 
+def decode_beside(steps: DecoderSteps, first: int, forced: int | None, n: int, picker: Picker, drawn: Drawn) -> None:
+    """Draw `n` completions of each prompt into `drawn` with an encoder-decoder.
+
+    They stand behind the start token `first`, and begin with `forced` if it is given.
+    """
+    rows = torch.arange(drawn.rows, device=drawn.device)
+    parents, tokens = rows // n, torch.full_like(rows, first)
+    for step in range(drawn.steps):
+        logits = steps(parents, tokens)
+        if forced is not None and step == 0:
+            logits = torch.full_like(logits, -torch.inf).index_fill(1, rows.new_tensor([forced]), 0.0)
+        tokens, logps, raw = picker(logits, rows, step)
+        parents = (~drawn.add(rows, step, tokens, logps, raw)).nonzero()[:, 0]
+        if not len(parents):
+            break
+        rows, tokens = rows[parents], tokens[parents]
+
+
 # ---- The samplers ----
 
 
@@ -285,7 +304,9 @@ def ready(
         f"row {longest.row}: {len(longest.ids)} prompt tokens and max_new_tokens {sampling.max_new_tokens} are "
         f"more than the model's {positions} positions; expected a shorter prompt or fewer new tokens"
     )
-    require(positions is None or len(longest.ids) + sampling.max_new_tokens <= positions, RolloutError, what)
+    both = (len(longest.ids), sampling.max_new_tokens)
+    needed = max(both) if is_encoder_decoder(sampler.lm) else sum(both)
+    require(positions is None or needed <= positions, RolloutError, what)
     stop_ids = sampling.stop_ids if sampling.stop_ids is not None else stop_ids_of(sampler.tokenizer, sampler.lm)
     return checked, stop_ids, StopStrings(sampler.tokenizer, sampling.stop) if sampling.stop else None
 
@@ -373,20 +394,47 @@ class HFGenerate:
         chosen, copies = part
         where = [p * n + k for p in chosen for k in copies]
         device = device_of(self.lm)
-        pad_id = stop_ids[0] if stop_ids else 0
-        ids, mask = padded([prompts[p].ids for p in chosen], pad_id, device)
         picker = Picker(sampling, numbers[where], device)
         drawn = Drawn(len(where), sampling.max_new_tokens, device, stop_ids, stops)
-        if self._shares:
-            self._shares = decode_shared(self.model, self.lm, ids, mask, len(copies), picker, drawn)
-        if not self._shares:
-            static = self.cache == "static"
-            decode_generate(self.model, ids, mask, len(copies), picker, drawn, pad_id=pad_id, static=static)
+        self._draw([prompts[p].ids for p in chosen], len(copies), picker, drawn)
         columns = (drawn.ids, drawn.logps, drawn.raw, drawn.lengths, drawn.stopped)
         return {
             place: SampledCompletion(ids[:length], logps[:length], raw[:length], "stop" if stopped else "length")
             for place, ids, logps, raw, length, stopped in zip(where, *(c.tolist() for c in columns), strict=True)
         }
+
+    def _draw(self, prompts: Sequence[Sequence[int]], n: int, picker: Picker, drawn: Drawn) -> None:
+        pad_id = int(drawn.stop_ids[0]) if len(drawn.stop_ids) else 0
+        ids, mask = padded(prompts, pad_id, drawn.device)
+        if self._shares:
+            self._shares = decode_shared(self.model, self.lm, ids, mask, n, picker, drawn)
+        if not self._shares:
+            static = self.cache == "static"
+            decode_generate(self.model, ids, mask, n, picker, drawn, pad_id=pad_id, static=static)
+
+
+class Seq2SeqGenerate(HFGenerate):
+    """Samples from an encoder-decoder, for answers: online training takes causal models only.
+
+    A completion begins with what the model's generation config forces there (the language of mBART-50).
+    """
+
+    def refresh(self, model_or_path: Any) -> None:
+        """Sample from another model."""
+        self.model = module_of(model_or_path, self.name)
+        self.lm = language_model(self.model)
+        message = f"{type(self.lm).__name__} is no encoder-decoder, or has an adapter with virtual tokens; "
+        fits = is_encoder_decoder(self.lm) and prompt_learning(self.model) is None
+        require(fits, ModelError, message + "expected one such as T5, without these")
+
+    def _draw(self, prompts: Sequence[Sequence[int]], n: int, picker: Picker, drawn: Drawn) -> None:
+        forced = getattr(self.lm.generation_config, "forced_bos_token_id", None)
+        decode_beside(DecoderSteps(self.model, prompts), start_id(self.lm), forced, n, picker, drawn)
+
+
+def answering(model: Any, tokenizer: Any) -> HFGenerate:
+    """The sampler of a model of either kind."""
+    return (Seq2SeqGenerate if prompt_role(model) == "encoder" else HFGenerate)(model, tokenizer)
 
 
 SIZES = frozenset({"num_blocks", "max_batch_tokens", "max_memory_percent"})

@@ -280,7 +280,7 @@ def encode_prompts(
                 report.skip(error.reason, str(located))
                 continue
             raise located from None
-        kept = _cut(ids, config, encoder.bos_id)
+        kept = encoder.cut(ids)
         report.kept += 1
         report.prompts_cut += len(kept) < len(ids)
         items.append(PromptItem(kept, row=row.get("id", number), raw=dict(row)))
@@ -307,18 +307,10 @@ def _encoded(
     if isinstance(prompt, TokenIds):
         return list(prompt)
     if isinstance(prompt, str):
-        ids = [*encoder.prefix, *encoder([prompt])[0].ids]
+        ids = [*encoder.prefix, *encoder([prompt])[0].ids, *encoder.suffix]
         bos = encoder.prefix[:1]
         return ids[1:] if bos and ids[1:2] == bos else ids
     return encoder([renderer.prompt(Example(prompt, **for_template(row)))])[0].ids
-
-
-def _cut(ids: list[int], config: TokenizeConfig, bos_id: int | None) -> list[int]:
-    limit = config.max_prompt_length
-    if limit is None or len(ids) <= limit or config.truncation_side == "right":
-        return ids[:limit]
-    bos = 1 if ids[0] == bos_id else 0
-    return ids[:bos] + ids[len(ids) - limit + bos :]
 
 
 def stop_ids_of(tokenizer: Any, model: Any = None) -> tuple[int, ...]:

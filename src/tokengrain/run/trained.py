@@ -47,7 +47,7 @@ from tokengrain.recipe.check import Mistakes, check_training
 from tokengrain.rewards.builtin import REWARDS, check_reward, make_reward, reward_objects
 from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rewards.suite import RewardFunction, RewardSuite
-from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.local import answering
 from tokengrain.rollout.sampler import (
     PromptItem,
     SamplingConfig,
@@ -664,7 +664,7 @@ class Train(Policy):
     def note_answers(self, run: RunModels, trainer: Any, said: dict[str, Any], when: str) -> None:
         """Of the run's last stage: what the model says to a few held-out prompts, greedily, for the report.
 
-        Not where it cannot be sampled from as it stands: sharded, or an encoder-decoder.
+        Not where it cannot be sampled from as it stands: sharded.
         """
         dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
         last, plain = self.name == list(self.recipe.stages)[-1], hasattr(dataset, "__len__")
@@ -672,15 +672,16 @@ class Train(Policy):
             return
         model = trainer.evaluation_model()
         held_out = [dataset[i] for i in range(min(ANSWERED, len(dataset)))]
-        room = (positions(unwrapped(model)) or math.inf) - max(len(sample.prompt_ids) for sample in held_out)
-        if not run.state.is_main_process or getattr(model.config, "is_encoder_decoder", False) or room < 1:
+        before = 0 if prompt_role(model) == "encoder" else max(len(sample.prompt_ids) for sample in held_out)
+        room = (positions(unwrapped(model)) or math.inf) - before
+        if not run.state.is_main_process or room < 1:
             return
-        tokenizer, most = run.tokenizer(self.model), min(ANSWER_TOKENS, int(room))
+        tokenizer, most = run.tokenizer(self.model), int(min(ANSWER_TOKENS, room))
         items = [PromptItem(s.prompt_ids, row=number, vision=s.vision) for number, s in enumerate(held_out)]
         sampling = SamplingConfig(temperature=0, max_new_tokens=most)
         said["prompts"] = decode(tokenizer, [item.ids for item in items])
         try:
-            found = HFGenerate(model, tokenizer).sample(items, n=1, sampling=sampling)
+            found = answering(model, tokenizer).sample(items, n=1, sampling=sampling)
         except Exception as error:  # whatever it is: these are for show, and the run continues
             run.console.print(f"no answers for the report: {error}", markup=False)
             return

@@ -1,5 +1,7 @@
 """Encoder-decoders: the encoder reads every prompt once, the decoder each completion beside its prompt's states.
 
+`encoder_rows` and `last_hidden_states` score completions; `DecoderSteps` writes them.
+
     encoder   prompt                               one row per prompt
     decoder   start | d_1 | d_2 | ... | d_{n-1}    one row per completion, which predicts d_1, ..., d_n
 
@@ -179,3 +181,41 @@ def own_inputs(rows: Sequence[EncoderRows]) -> Iterator[tuple[dict[str, Tensor],
             ids, mask = (prompts.seen(part, value) for value in (prompts.input_ids, prompts.mask))
             inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": part.input_ids}
             yield inputs, part.source, part.target
+
+
+# ---- One token after another ----
+
+
+class DecoderSteps:
+    """Decoding by an encoder-decoder: the encoder runs once per prompt, the decoder once per token of a row.
+
+    `steps(parents [n], tokens [n]) -> [n, V]` log-probabilities: row i continues row `parents[i]` of the last call with
+    `tokens[i]`; in the first call, rows are prompts and tokens the start token.
+
+    Args:
+        prompts: token ids.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
+        rows = [torch.tensor(list(prompt)) for prompt in prompts]
+        ids, mask = _padded(rows, model.device)
+        self.mask = mask.long()
+        self.encoded = model.get_encoder()(input_ids=ids, attention_mask=self.mask)
+        self.model, self.cache = model, None
+
+    def __call__(self, parents: Tensor, tokens: Tensor) -> Tensor:
+        if not torch.equal(parents, torch.arange(len(self.mask), device=parents.device)):
+            self.mask, states = self.mask[parents], self.encoded.last_hidden_state[parents]
+            self.encoded = type(self.encoded)(last_hidden_state=states)  # Switch takes no tuple
+            if self.cache is not None:
+                self.cache.reorder_cache(parents)
+        output = self.model(
+            encoder_outputs=self.encoded,
+            attention_mask=self.mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = output.past_key_values
+        logits = output.logits[:, -1]
+        return torch.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, -1)
