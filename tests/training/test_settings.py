@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.training.config import LAUNCHER
+from tokengrain.training.config import LAUNCHER, check_processes
 from tokengrain.training.trainer import PreferenceTrainer
 
 REFUSED: dict[str, Any] = {
@@ -114,6 +114,7 @@ def test_a_worker_of_its_own_may_read_a_stream(tmp_path: Path) -> None:
         ("ACCELERATE_USE_FSDP", "accelerate was started with FSDP, but accelerate does not shard on this device"),
         ("ACCELERATE_USE_DEEPSPEED", "accelerate was started with DeepSpeed, which is not supported"),
         ("ACCELERATE_USE_MEGATRON_LM", "accelerate was started with Megatron-LM, which is not supported"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "accelerate was started with tensor, context or sequence parallelism"),
     ],
 )
 def test_what_the_launcher_was_asked_for_is_what_runs_or_an_error(
@@ -122,6 +123,14 @@ def test_what_the_launcher_was_asked_for_is_what_runs_or_an_error(
     monkeypatch.setitem(LAUNCHER, variable, "true")
     with pytest.raises(RecipeError, match=message):
         make_trainer(tmp_path, make_samples(4), objective="dpo")
+
+
+def test_processes_that_would_each_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job script that sets RANK and WORLD_SIZE, and no LOCAL_RANK: on GPUs accelerate then joins nothing."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_processes(4)
+    with pytest.raises(RecipeError, match="WORLD_SIZE is 4, but this process trains alone .* LOCAL_RANK"):
+        check_processes(1)
 
 
 def test_fsdp_of_one_trainer_says_nothing_about_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

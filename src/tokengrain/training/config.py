@@ -179,7 +179,12 @@ class PreferenceConfig(TrainingArguments):
             shown = " and ".join(map(repr, allowed))
             message = f"{name} is not supported, except {shown}, got {value!r}; {reason}"
             require(getattr(value, "value", value) in allowed, RecipeError, message)
-        for variable, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        parallel = "tensor, context or sequence parallelism"
+        for variable, what in (
+            ("DEEPSPEED", "DeepSpeed"),
+            ("MEGATRON_LM", "Megatron-LM"),
+            ("PARALLELISM_CONFIG", parallel),
+        ):
             message = f"accelerate was started with {what}, which is not supported; use fsdp (FSDP2) to shard the model"
             require(not launched_with(variable), RecipeError, message)
         if optimiser in ("lomo", "adalomo") or optimiser.endswith("_layerwise"):
@@ -201,6 +206,17 @@ def rollout_steps(epochs: float, prompts: int, per_rollout: int, each: int) -> i
 
 def launched_with(what: str) -> bool:
     return LAUNCHER.get(f"ACCELERATE_USE_{what}", "false").lower() in ("1", "true")
+
+
+def check_processes(world: int) -> None:
+    """Raises `RecipeError` if a launcher started several processes that do not know each other: each would train alone.
+
+    accelerate joins them by LOCAL_RANK, which job scripts that set RANK and WORLD_SIZE themselves tend to forget.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    what = f"WORLD_SIZE is {started}, but this process trains alone (world size {world}); expected RANK, LOCAL_RANK, "
+    what += "WORLD_SIZE, MASTER_ADDR and MASTER_PORT in every process, as torchrun sets them"
+    require(world > 1 or not started.isdecimal() or int(started) <= 1, RecipeError, what)
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -90,7 +90,7 @@ from tokengrain.training.checkpoint import (
     rotate,
     staged_folder,
 )
-from tokengrain.training.config import PreferenceConfig, check_rate, endless, launched_with
+from tokengrain.training.config import PreferenceConfig, check_processes, check_rate, endless, launched_with
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
 from tokengrain.training.step import (
     CreditUse,
@@ -228,6 +228,7 @@ class PreferenceTrainer(Trainer):
         args._n_gpu = min(args._n_gpu, 1)
         what = "fsdp is set, which needs several processes (torchrun, accelerate launch); got one"
         require(not args.fsdp or args.world_size > 1, RecipeError, what)
+        check_processes(args.world_size)
         self._reset_step()
         self._own_schedule = "optimizers" not in kwargs
         kwargs |= {"train_dataset": endless(train_dataset, args), "eval_dataset": eval_dataset}
