@@ -1,5 +1,7 @@
 """Sampling from a model in this process."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import (
@@ -13,9 +15,10 @@ from transformers import (
 )
 
 from tests.credit.small import llama, tokenizer
+from tests.scoring.models import SHARING, tiny
 from tokengrain.errors import ModelError, RecipeError, RolloutError
 from tokengrain.methods._clipped import sampler_mismatch
-from tokengrain.rollout.local import Drawn, HFContinuous, HFGenerate, Picker
+from tokengrain.rollout.local import Drawn, HFContinuous, HFGenerate, Picker, prefill_of
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 from tokengrain.scoring.score import score
 
@@ -99,13 +102,43 @@ def test_log_probabilities_are_the_models(tok, kind):
     if kind == "mamba":  # padding on the left goes through its state
         prompts = [PromptItem([1, 5 + i, 7], row=i) for i in range(4)]
     sampling = SamplingConfig(max_new_tokens=12, stop_ids=(2, 3, 4))
-    sampler = HFGenerate(model, tok)
-    batch = sampler.sample(prompts, n=3, sampling=sampling).to_batch()
-    assert sampler._shares == (kind != "mamba")
+    rollouts = HFGenerate(model, tok).sample(prompts, n=3, sampling=sampling)
+    batch = rollouts.to_batch()
+    assert rollouts.metrics == {"rollout/shared_prefill": float(kind != "mamba")}
     layout = "separate" if kind == "mamba" else None
     logps = score(model, batch, layout=layout).logps.detach()
     torch.testing.assert_close(batch.columns["raw_logps"], logps, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(batch.columns["sampling_logps"], batch.columns["raw_logps"])
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_families_compute_a_prompt_once(family):
+    """A probe finds it, so that a new name in transformers could take it away: here it must not."""
+    prompts = [PromptItem([5, 6, 7, 8], row=0), PromptItem([9, 10], row=1)]
+    sampling = SamplingConfig(max_new_tokens=4, stop_ids=())
+    model = tiny(family, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        rollouts = HFGenerate(model).sample(prompts, n=2, sampling=sampling)
+    assert rollouts.metrics["rollout/shared_prefill"] == 1
+    assert prefill_of(model, model).keep == {"logits_to_keep": 1}
+    logps = score(model, rollouts.to_batch(), layout="separate").logps.detach()
+    torch.testing.assert_close(rollouts.to_batch().columns["raw_logps"], logps, atol=2e-5, rtol=1e-4)
+
+
+def test_a_model_that_cannot_share_prompts_says_so_once(tok):
+    model, prompts = small("gpt2"), items(tok)
+    want = ids_of(HFGenerate(model, tok).sample(prompts, n=2, sampling=SAMPLING))
+    other = small("gpt2")
+    forward = other.forward
+    # The argument has another name, which the model ignores like all that it does not know.
+    other.forward = lambda *a, **k: forward(*a, **{n: v for n, v in k.items() if n != "position_ids"})
+    sampler = HFGenerate(other, tok)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel computes a prompt anew .*: its logits differ") as caught:
+        rollouts = [sampler.sample(prompts, n=2, sampling=SAMPLING) for _ in range(2)][1]
+    assert len(caught) == 1
+    assert rollouts.metrics == {"rollout/shared_prefill": 0.0}
+    assert ids_of(rollouts).keys() == want.keys()
 
 
 def test_sampling_log_probabilities(tok, model):

@@ -129,7 +129,7 @@ def test_processes_that_would_each_train_alone(monkeypatch: pytest.MonkeyPatch) 
     """A job script that sets RANK and WORLD_SIZE, and no LOCAL_RANK: on GPUs accelerate then joins nothing."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     check_processes(4)
-    with pytest.raises(RecipeError, match="WORLD_SIZE is 4, but this process trains alone .* LOCAL_RANK"):
+    with pytest.raises(RecipeError, match=r"WORLD_SIZE is 4, but this process trains alone .* LOCAL_RANK"):
         check_processes(1)
 
 

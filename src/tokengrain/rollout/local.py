@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,26 @@ from tokengrain.rollout.sampler import (
     occurrences,
     stop_ids_of,
 )
-from tokengrain.scoring.encdec import DecoderSteps, start_id
-from tokengrain.scoring.model import device_of, evaluating, is_encoder_decoder
-from tokengrain.scoring.prepare import SAMPLED, causal_lm, language_model, prompt_learning, prompt_role
+from tokengrain.scoring.encdec import DecoderSteps, cache_of, start_id
+from tokengrain.scoring.model import (
+    autocast_type,
+    device_of,
+    evaluating,
+    is_encoder_decoder,
+    text_config,
+    vocabulary,
+)
+from tokengrain.scoring.prepare import (
+    SAMPLED,
+    TOLERANCE,
+    causal_lm,
+    language_model,
+    probe_batch,
+    prompt_learning,
+    prompt_role,
+    relative_error,
+    signature,
+)
 from tokengrain.settings import Count, nearest, validate_settings
 
 # ---- Drawing the next token ----
@@ -108,6 +126,7 @@ def _warpers(sampling: SamplingConfig) -> Any:
 
 # ---- Decoding a batch ----
 
+PREFILLS = "_tokengrain_prefills"
 # Finished rows are dropped once they are this share of the batch: dropping copies the cache.
 FINISHED_SHARE = 1 / 8
 
@@ -142,15 +161,6 @@ class Drawn:
         return done
 
 
-def shares_prefill(model: nn.Module, lm: nn.Module) -> bool:
-    """Whether a prompt's cache can be copied for each of its completions: plain caches, explicit positions."""
-    names = inspect.signature(type(lm).forward).parameters
-    stateful = getattr(lm, "_is_stateful", False) or (
-        hasattr(model, "active_peft_config") and getattr(model.active_peft_config, "is_prompt_learning", False)
-    )
-    return not stateful and {"position_ids", "past_key_values", "attention_mask"} <= set(names)
-
-
 def plain_cache(cache: Any) -> bool:
     """Whether every layer of a cache is keys and values that can be repeated and selected by row."""
     layers = getattr(cache, "layers", ())
@@ -166,22 +176,85 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
     return ids, mask
 
 
-def decode_shared(model: Any, lm: nn.Module, ids: Tensor, mask: Tensor, n: int, picker: Picker, drawn: Drawn) -> bool:
+@dataclass(frozen=True)
+class Prefill:
+    """How a prompt is computed once for all its completions, or the `reason` why it cannot be."""
+
+    keep: Mapping[str, Any] = field(default_factory=dict)  # arguments that leave the logits of the last token alone
+    reason: str | None = None
+
+
+class _Forced:
+    """In the place of a `Picker`: takes given tokens, long `[R, T]`, and remembers the logits `[R, V]` of each step."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.logits = tokens, list[Tensor]()
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.logits.append(logits)
+        return self.tokens[rows, step], logits[:, 0], logits[:, 0]
+
+
+def prefill_of(model: nn.Module, lm: nn.Module) -> Prefill:
+    """How `lm`, the causal language model in `model`, shares prompts; found once by a tiny experiment, kept on it.
+
+    A model that cannot do it is several times as slow where prompts are long: a warning says why, once.
+    """
+    known: dict[Any, Prefill] = vars(lm).setdefault(PREFILLS, {})
+    key = (prompt_learning(model) is not None, *signature(lm))
+    if key not in known:
+        known[key] = found = _probed(model, lm)
+        if found.reason is not None:
+            what = f"{type(lm).__name__} computes a prompt anew for each of its completions: {found.reason}"
+            warnings.warn(what, stacklevel=2)
+    return known[key]
+
+
+def _probed(model: nn.Module, lm: nn.Module) -> Prefill:
+    """Compares logits with a shared prompt, padding and a cache with those of each text alone."""
+    if prompt_learning(model) is not None:
+        return Prefill(reason="its adapter puts virtual tokens before every text")
+    device, lengths = device_of(lm), ((5, (3, 3)), (3, (3, 3)))
+    batch = probe_batch(text_config(lm), vocabulary(lm), None, lengths=lengths).to(device)
+    prompts, completions = [batch.prompt(g) for g in (0, 1)], [batch.completion(c) for c in range(4)]
+    ids, mask = padded([p.tolist() for p in prompts], 0, device)
+    forced, drawn, call = _Forced(torch.stack(completions)), Drawn(4, 3, device, ()), cast(Any, model)
+    try:
+        texts = [torch.cat([prompts[c // 2], completions[c]])[None] for c in range(4)]
+        own = torch.stack([call(input_ids=text).logits[0, -4:-1] for text in texts])
+        keep = {"logits_to_keep": 1}
+        try:
+            keep = keep if call(input_ids=texts[0], **keep).logits.shape[1] == 1 else {}
+        except TypeError:
+            keep = {}
+        decode_shared(call, keep, ids, mask, 2, forced, drawn)
+    except Exception as error:
+        return Prefill(reason=str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"[:160])
+    dtype = autocast_type(device.type) or own.dtype
+    exact = dtype in (torch.float32, torch.float64)
+    differences = relative_error(torch.stack(forced.logits, 1).to(dtype if exact else torch.float32), own)
+    # In 16 bits the median: rounding alone may route a token of a mixture of experts differently.
+    found = float(differences.max() if exact else differences.median())
+    return Prefill(
+        keep, f"its logits differ from each text's alone by {found:.2g}" if found > TOLERANCE[dtype] else None
+    )
+
+
+def decode_shared(
+    model: Any, keep: Mapping[str, Any], ids: Tensor, mask: Tensor, n: int, picker: Any, drawn: Drawn
+) -> None:
     """Draw `n` completions of each prompt into `drawn`, those of a prompt next to each other.
 
-    `ids` and `mask` `[B, L]` are prompts padded on the left; `lm` is the causal language model in `model`. False if
-    the model turned out to have a cache that cannot be copied; then nothing was drawn.
+    `ids` and `mask` `[B, L]` are prompts padded on the left; for `keep` see `Prefill`. Raises ModelError if the model
+    has a cache that cannot be copied; then nothing was drawn.
     """
     device = ids.device
     ragged = not bool(mask.all())
-    keep: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(type(lm).forward).parameters:
-        keep["logits_to_keep"] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask if ragged else None, position_ids=positions, **keep)
-    cache = out.past_key_values
-    if not plain_cache(cache):
-        return False
+    out = model(input_ids=ids, attention_mask=mask if ragged else None, position_ids=positions, use_cache=True, **keep)
+    given = cache_of(out)
+    (cache,) = given.values()
+    require(plain_cache(cache), ModelError, f"its {type(cache).__name__} cannot be copied row by row")
     logits = out.logits[:, -1]
     if n > 1:
         cache.batch_repeat_interleave(n)
@@ -206,11 +279,13 @@ def decode_shared(model: Any, lm: nn.Module, ids: Tensor, mask: Tensor, n: int, 
             input_ids=tokens[:, None],
             attention_mask=mask if ragged else None,
             position_ids=position,
-            past_key_values=cache,
+            use_cache=True,
+            **given,
             **keep,
         )
-        cache, logits = out.past_key_values, out.logits[:, -1]
-    return True
+        given = cache_of(out)
+        (cache,) = given.values()
+        logits = out.logits[:, -1]
 
 
 class PickProcessor:
@@ -316,7 +391,8 @@ class HFGenerate:
     """Samples from a transformers model, in batches of prompts of similar length.
 
     With a dynamic cache a prompt is computed once for all its completions, and completions that have ended leave the
-    batch; a static cache, and models that cannot do it (recurrent, hybrid), go through `model.generate`.
+    batch. A static cache, and models that a probe shows cannot do it (recurrent, hybrid: with a warning, once), go
+    through `model.generate`. The metric `rollout/shared_prefill` is 1 or 0.
 
     The model is used in evaluation mode without gradients. On one device, the same seed, prompts and weights give the
     same completions, whatever the batches are, up to the rounding of logits.
@@ -350,7 +426,6 @@ class HFGenerate:
         """Sample from another model. (A model that is being trained is always sampled from as it is.)"""
         self.model = module_of(model_or_path, self.name)
         self.lm = causal_lm(self.model, SAMPLED)
-        self._shares = self.cache == "dynamic" and shares_prefill(self.model, self.lm)
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:
         """`n` completions of each prompt. Raises `RolloutError` for prompts that leave no room."""
@@ -364,7 +439,8 @@ class HFGenerate:
                 if self.progress is not None:
                     self.progress(len(found), len(prompts) * n)
         groups = tuple(tuple(found[p * n + k] for k in range(n)) for p in range(len(prompts)))
-        return Rollouts(asked, groups, sampling, time.perf_counter() - started)
+        metrics = {"rollout/shared_prefill": float(self._shared)}
+        return Rollouts(asked, groups, sampling, time.perf_counter() - started, metrics)
 
     def _batches(self, prompts: Sequence[PromptItem], n: int, new_tokens: int) -> list[tuple[list[int], range]]:
         """Prompts by length, longest first, and which of their completions: what fits the budget together."""
@@ -406,10 +482,12 @@ class HFGenerate:
     def _draw(self, prompts: Sequence[Sequence[int]], n: int, picker: Picker, drawn: Drawn) -> None:
         pad_id = int(drawn.stop_ids[0]) if len(drawn.stop_ids) else 0
         ids, mask = padded(prompts, pad_id, drawn.device)
-        if self._shares:
-            self._shares = decode_shared(self.model, self.lm, ids, mask, n, picker, drawn)
-        if not self._shares:
-            static = self.cache == "static"
+        static = self.cache == "static"
+        prefill = Prefill(reason="the cache is static") if static else prefill_of(self.model, self.lm)
+        self._shared = prefill.reason is None
+        if self._shared:
+            decode_shared(self.model, prefill.keep, ids, mask, n, picker, drawn)
+        else:
             decode_generate(self.model, ids, mask, n, picker, drawn, pad_id=pad_id, static=static)
 
 
@@ -428,6 +506,7 @@ class Seq2SeqGenerate(HFGenerate):
         require(fits, ModelError, message + "expected one such as T5, without these")
 
     def _draw(self, prompts: Sequence[Sequence[int]], n: int, picker: Picker, drawn: Drawn) -> None:
+        self._shared = True
         forced = getattr(self.lm.generation_config, "forced_bos_token_id", None)
         decode_beside(DecoderSteps(self.model, prompts), start_id(self.lm), forced, n, picker, drawn)
 

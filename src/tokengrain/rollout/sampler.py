@@ -164,12 +164,16 @@ class SampledCompletion:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """P prompts in the order given, the completions of each (C in all), how they were drawn, and the time it took."""
+    """P prompts in the order given, the completions of each (C in all), how they were drawn, and the time it took.
+
+    `metrics`: what the sampler has to say of itself, logged as it stands.
+    """
 
     prompts: tuple[PromptItem, ...]
     groups: tuple[tuple[SampledCompletion, ...], ...]
     sampling: SamplingConfig
     seconds: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def completions(self) -> list[SampledCompletion]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import ModelError
+from tokengrain.errors import ModelError, require
 from tokengrain.scoring.layouts import RowCosts, Source, buckets, version_of
 
 
@@ -186,6 +186,16 @@ def own_inputs(rows: Sequence[EncoderRows]) -> Iterator[tuple[dict[str, Tensor],
 # ---- One token after another ----
 
 
+def cache_of(output: Any) -> dict[str, Any]:
+    """The cache in a model's output, by the name that the model takes it back under. Raises ModelError without one.
+
+    transformers has called it `past_key_values`, then `cache`.
+    """
+    found = {name: value for name, value in output.items() if hasattr(value, "get_seq_length")}
+    require(len(found) == 1, ModelError, "the model's output has no cache of keys and values")
+    return found
+
+
 class DecoderSteps:
     """Decoding by an encoder-decoder: the encoder runs once per prompt, the decoder once per token of a row.
 
@@ -201,21 +211,22 @@ class DecoderSteps:
         ids, mask = _padded(rows, model.device)
         self.mask = mask.long()
         self.encoded = model.get_encoder()(input_ids=ids, attention_mask=self.mask)
-        self.model, self.cache = model, None
+        self.model = model
+        self.cache: dict[str, Any] = {}
 
     def __call__(self, parents: Tensor, tokens: Tensor) -> Tensor:
         if not torch.equal(parents, torch.arange(len(self.mask), device=parents.device)):
             self.mask, states = self.mask[parents], self.encoded.last_hidden_state[parents]
             self.encoded = type(self.encoded)(last_hidden_state=states)  # Switch takes no tuple
-            if self.cache is not None:
-                self.cache.reorder_cache(parents)
+            for cache in self.cache.values():
+                cache.reorder_cache(parents)
         output = self.model(
             encoder_outputs=self.encoded,
             attention_mask=self.mask,
             decoder_input_ids=tokens[:, None],
-            past_key_values=self.cache,
             use_cache=True,
+            **self.cache,
         )
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         logits = output.logits[:, -1]
         return torch.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, -1)

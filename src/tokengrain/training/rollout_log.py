@@ -43,6 +43,7 @@ class RolloutStats:
     failures: int = 0
     refills: int = 0  # rounds of sampling after the first
     sampling_seconds: float = 0.0  # as the sampler measured it
+    sampler: dict[str, float] = field(default_factory=dict)  # what it said of itself, in the last round
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
@@ -60,6 +61,7 @@ class RolloutStats:
         self.truncated += [c.truncated for c in sampled.completions]
         self.prompts += len(sampled.prompts)
         self.sampling_seconds += sampled.seconds
+        self.sampler |= sampled.metrics
         if result is None:
             return
         self.total += result.total.tolist()
@@ -109,6 +111,7 @@ def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
         # Ranks sample at the same time.
         "rollout/tokens_per_second": tokens / max(max(part.sampling_seconds for part in parts), 1e-9),
     }
+    metrics |= summed([{name: (value, 1.0) for name, value in part.sampler.items()} for part in parts])
     if not any(part.total for part in parts):
         return metrics
     metrics |= _moments("reward", [r for part in parts for r in part.total])

@@ -19,6 +19,7 @@ from tokengrain.batch import Completion, Sample, Segments, TokenBatch
 from tokengrain.errors import RecipeError, fingerprint, require
 from tokengrain.evaluation.credit import CreditTruth, parts_of, recovery
 from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, wilson, win_rate
+from tokengrain.scoring.encdec import cache_of
 from tokengrain.scoring.model import evaluating
 from tokengrain.worlds import base_models
 from tokengrain.worlds.base_models import Progress, Trained, Training, check_least, check_option
@@ -282,11 +283,11 @@ def rollout(
     generator = torch.Generator().manual_seed(seed)
     done = torch.zeros(len(prompts), dtype=torch.bool)
     ids, logps, alive = [], [], []
-    feed, cache = prompt_tensor(grammar, prompts).to(device), None
+    feed, cache = prompt_tensor(grammar, prompts).to(device), dict[str, Any]()
     with evaluating(model):
         for _ in range(grammar.longest):
-            out = model(input_ids=feed, past_key_values=cache, use_cache=True)
-            logp, cache = _logps(out.logits[:, -1]), out.past_key_values
+            out = model(input_ids=feed, use_cache=True, **cache)
+            logp, cache = _logps(out.logits[:, -1]), cache_of(out)
             cumulative = logp.exp().cumsum(-1)
             u = torch.rand(len(prompts), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
             token = (u >= cumulative).sum(-1).clamp(max=cumulative.shape[-1] - 1)
