@@ -139,6 +139,20 @@ def test_docids_are_made_of_documents(t5: Path, tmp_path: Path, scheme: str) -> 
     assert {"MRR@10", "found"} <= set(lines[0]["after"])
 
 
+def test_padding_of_docids_counts_if_it_is_asked_for(t5: Path, tmp_path: Path) -> None:
+    """In the rows of the sft stage alone: pairs and search have docids as they are."""
+    data, given = write(tmp_path / "rows.jsonl", FORMS["text"]), ("stages.index.pad_counts=true",)
+    data.write_text(data.read_text().replace("fish page", "fish page of old fish"))
+    run(t5, data, tmp_path / "run", *given, until="negatives")
+    table = Docids.load(tmp_path / "run/index/docids.parquet")
+    assert {len(docid) for docid in table.tokens} == {3, 6}
+    taught = pq.read_table(tmp_path / "run/index/train.parquet")["chosen"].to_pylist()
+    assert {len(docid) for docid in taught} == {6}
+    assert any(docid[2:] == [1, 0, 0, 0] for docid in taught)
+    chosen = pq.read_table(tmp_path / "run/negatives/train.parquet")["chosen"].to_pylist()
+    assert set(map(tuple, chosen)) <= set(table.tokens)
+
+
 def test_new_tokens_are_as_far_apart_as_the_old(t5: Path) -> None:
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(t5), AutoTokenizer.from_pretrained(t5)
     grow(model, tokenizer, Docids(("a", "b"), ((21, 25), (24, 26)), scheme="pq"), own_head=False)

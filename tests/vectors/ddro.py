@@ -12,33 +12,45 @@ from tests.vectors.runner import Case, adapter
 from tokengrain.loss import make_normaliser
 from tokengrain.methods.ddro import ddro_loss
 from tokengrain.methods.dpo import sft_loss
-from tokengrain.retrieval.docids import GENERIC_TERMS, ProductQuantiser, code_tokens, title_url
+from tokengrain.retrieval.docids import GENERIC_TERMS, ProductQuantiser, code_tokens, padded, title_url
 from tokengrain.retrieval.metrics import mean_metrics, ranking_metrics
 from tokengrain.retrieval.search import Trie, beam_search
 from tokengrain.retrieval.words import stratum_sizes
 
 
+def _counted(x: dict[str, Any], name: str, labels: Any, pad_id: int | None, pad_counts: bool = False) -> Tensor:
+    """Which labels count, bool `[B, L]`: by the mask; without one all but -100 and padding, and none beyond a row."""
+    if name in x and not pad_counts:
+        return _padded(x[name]).bool()
+    rows = labels if isinstance(labels, list) else list(labels)
+    within = _padded([torch.ones_like(row) for row in rows]).bool()
+    there = _padded(labels)
+    return within & (there != -100) & (torch.ones_like(within) if pad_counts or pad_id is None else there != pad_id)
+
+
 @adapter("ddro", "ddro_loss")
 def loss(case: Case) -> dict[str, Any]:
-    """Positions are not shifted: position t scores label t."""
-    settings, x = case.settings("beta", "nll_weight"), case.inputs
-    labels = [_padded(x[f"{side}_labels"]) for side in ("pos", "neg")]
-    masks = [
-        _padded(x[f"{side}_mask"]).bool() if f"{side}_mask" in x else torch.ones_like(label, dtype=torch.bool)
-        for side, label in zip(("pos", "neg"), labels)
-    ]
-    pairs = Pairs(*masks)
+    """Positions are not shifted: position t scores label t. Without labels the log-probabilities are given."""
+    p, x = case.settings("beta", "nll_weight", "pad_id", "eos_id", "decoder_start_id", "pad_counts"), case.inputs
+    settings = {name: p[name] for name in ("beta", "nll_weight") if name in p}
+    shapes = [x[f"{side}_labels"] if f"{side}_labels" in x else _logps(x, "policy", side) for side in ("pos", "neg")]
+    about = p.get("pad_id") if "pos_labels" in x else None, bool(p.get("pad_counts"))
+    pairs = Pairs(*(_counted(x, f"{side}_mask", shape, *about) for side, shape in zip(("pos", "neg"), shapes)))
 
     def logps(model: str) -> Tensor:
+        if f"{model}_pos_logits" not in x:
+            return pairs.flat(*(_padded(_logps(x, model, side)) for side in ("pos", "neg")))
         logits = (_padded(x[f"{model}_{side}_logits"]) for side in ("pos", "neg"))
-        return from_logits(pairs.flat(*logits), pairs.flat(*labels), ("logps",))["logps"]
+        return from_logits(pairs.flat(*logits), pairs.flat(*map(_padded, shapes)), ("logps",))["logps"]
 
     policy, ref = logps("policy"), logps("ref")
     output = ddro_loss(policy, pairs.segments, ref_logps=ref, **settings)
     value = make_normaliser("mean")(output, pairs.counts)
-    (gradient,) = torch.autograd.grad(value, policy, retain_graph=True)
     ref_sums = pairs.segments.pairs(pairs.segments.sum(ref))
-    m = output.metrics
+    m, gradient = output.metrics, {}
+    if policy.requires_grad:
+        (grad,) = torch.autograd.grad(value, policy, retain_graph=True)
+        gradient = dict(zip(("grad_pos_token_logps", "grad_neg_token_logps"), pairs.padded(grad)))
     return {
         "loss": value,
         "per_example": output.losses,
@@ -49,24 +61,33 @@ def loss(case: Case) -> dict[str, Any]:
         "pos_reward": m["rewards/chosen"],
         "neg_reward": m["rewards/rejected"],
         **dict(zip(("pos_token_logps", "neg_token_logps"), pairs.padded(policy))),
-        **dict(zip(("grad_pos_token_logps", "grad_neg_token_logps"), pairs.padded(gradient))),
+        **gradient,
     }
+
+
+def _logps(x: dict[str, Any], model: str, side: str) -> Any:
+    return next(x[name] for name in (f"{model}_{side}_token_logps", f"{model}_{side}_logps") if name in x)
 
 
 @adapter("ddro", "docid_sft_loss")
 def docid_sft(case: Case) -> dict[str, Any]:
     """With padding: the authors' labels, of which every position counts. Without: those of the docids."""
-    p, x = case.settings("pad_id", "eos_id", "decoder_start_id"), case.inputs
-    logits, labels = _padded(x["logits"]).detach().requires_grad_(), _padded(x["labels"])
-    mask = _padded(x["mask"]).bool() if "mask" in x else labels != p.get("pad_id", 0)
+    p, x = case.settings("pad_id", "eos_id", "decoder_start_id", "pad_counts"), case.inputs
+    pad_id, logits = p.get("pad_id", 0), x["logits"]
+    logits = [row if row.requires_grad else row.requires_grad_() for row in logits]
+    own = _counted(x, "mask", x["labels"], pad_id)
+    docids = [row[keep].tolist() for row, keep in zip(_padded(x["labels"]), own)]
+    labels = torch.tensor(padded(docids, pad_id))
     results: dict[str, Any] = {}
-    for name, counted in (("pad_counts", torch.ones_like(mask)), ("pad_ignored", mask)):
-        rows = Rows(counted)
+    for name, counted in (("pad_counts", torch.ones_like(labels).bool()), ("pad_ignored", own[:, : labels.shape[1]])):
+        # Rows of logits as long as their own docids say nothing about padding.
+        rows = Rows(counted & _padded([torch.ones(len(row)) for row in logits]).bool()[:, : labels.shape[1]])
         logps = from_logits(rows.flat(logits), rows.flat(labels), ("logps",))["logps"]
         value = rows.normalised(sft_loss(logps, rows.segments), "mean")
-        (results[f"grad_logits_{name}"],) = torch.autograd.grad(value, logits)
-        results[f"loss_{name}"] = value.detach()
-    return results | {"decoder_input_ids": F.pad(labels[:, :-1], (1, 0), value=p["decoder_start_id"])}
+        results[f"grad_logits_{name}"] = _padded(list(torch.autograd.grad(value, logits, retain_graph=True)))
+        results[f"loss_{name}"] = value
+    results["loss"] = results["loss_pad_counts" if p.get("pad_counts") else "loss_pad_ignored"]
+    return results | {"decoder_input_ids": F.pad(labels[:, :-1], (1, 0), value=p.get("decoder_start_id", 0))}
 
 
 @adapter("ddro", "trie_allowed")
@@ -84,44 +105,56 @@ def trie_allowed(case: Case) -> dict[str, Any]:
 
 @adapter("ddro", "constrained_beam_search")
 def constrained_beam_search(case: Case) -> dict[str, Any]:
-    p = case.settings("num_beams", "num_return", "max_new_tokens", "start_id", "pad_id", "eos_id", "append_eos")
-    table = {tuple(map(int, key.split(","))): row for key, row in case.inputs["logprob_table"].items()}
+    names = ("num_beams", "num_return", "max_new_tokens", "start_id", "pad_id", "eos_id", "append_eos", "renormalise")
+    p = case.settings(*names, renormalised="renormalise")
+    rows = {key: [float(value) for value in row] for key, row in case.inputs["logprob_table"].items()}
+    table = {tuple(map(int, key.split(","))): row for key, row in rows.items()}
     end = [p["eos_id"]] if p.get("append_eos") else []
     trie = Trie([_ints(d) + end for d in case.inputs["docids"]])
     # The lists have docids with their end tokens or without.
     shown = {i for docids in (v for k, v in case.expected.items() if "ranked" in k) for d in docids for i in d}
 
-    def ranked(beams: int, count: int, length: Any) -> tuple[list[list[int]], list[float]]:
+    def ranked(beams: int, count: int, length: Any, share: bool) -> tuple[list[list[int]], list[float]]:
         prefixes: list[tuple[int, ...]] = [()]
 
         def step(parents: Tensor, tokens: Tensor) -> Tensor:
             prefixes[:] = [(*prefixes[b], t) for b, t in zip(parents.tolist(), tokens.tolist())]
             return torch.tensor([table[prefix] for prefix in prefixes], dtype=torch.float64)
 
-        (found,) = beam_search(step, 1, trie, start_id=p["start_id"], beams=beams, length=length)
+        options = {"start_id": p["start_id"], "beams": beams, "length": length, "renormalise": share}
+        (found,) = beam_search(step, 1, trie, **options)
         cut = len(end) if p["eos_id"] not in shown else 0
         return [list(d[: len(d) - cut]) for d, _ in found[:count]], [score for _, score in found[:count]]
 
     results: dict[str, Any] = {}
-    results["ranked"], results["scores"] = ranked(p["num_beams"], p["num_return"], "sum")
-    normalised = ranked(p["num_beams"], p["num_return"], "mean")
-    results["ranked_length_normalised"], results["scores_length_normalised"] = normalised
-    results["exhaustive_ranked"], results["exhaustive_scores"] = ranked(len(trie), len(trie), "sum")
+    sizes, whole, share = (p["num_beams"], p.get("num_return", p["num_beams"])), (len(trie),) * 2, p.get("renormalise")
+    asked = {"": (*sizes, "sum"), "_length_normalised": (*sizes, "mean"), "exhaustive": (*whole, "sum")}
+    for name, how in asked.items():
+        keys = (
+            ("exhaustive_ranked", "exhaustive_scores") if name == "exhaustive" else (f"ranked{name}", f"scores{name}")
+        )
+        results |= dict(zip(keys, ranked(*how, bool(share))))  # type: ignore[arg-type]
+        for key, value in zip(keys, ranked(*how, True)):  # type: ignore[arg-type]
+            results |= {f"{key}_{word}": value for word in ("renormalised", "renormalise")}
     return results
 
 
 @adapter("ddro", "ranking_metrics")
 def metrics(case: Case) -> dict[str, Any]:
     names = case.settings("metrics")["metrics"]
-    per_query = ranking_metrics(case.inputs["predictions"], case.inputs["truth"], names)
+    # Documents may be numbers; those of one docid are listed together.
+    listed = {name: _plain(case.inputs[name]) for name in ("predictions", "truth")}
+    truth = [found if isinstance(found, list) else [found] for found in listed["truth"]]
+    per_query = ranking_metrics(listed["predictions"], truth, names)
     return {"per_query": per_query, "mean": mean_metrics(per_query)}
 
 
 @adapter("ddro", "pq_docid")
 def pq_docid(case: Case) -> dict[str, Any]:
     p = case.settings("vocab_size", "level_stride")
-    codes = ProductQuantiser(case.inputs["codewords"]).encode(case.inputs["vectors"])
-    return {"codes": codes, "docid_tokens": code_tokens(codes, p["vocab_size"], p.get("level_stride"))}
+    quantiser = ProductQuantiser(case.inputs["codewords"])
+    codes, stride = quantiser.encode(case.inputs["vectors"]), p.get("level_stride", quantiser.codewords.shape[1])
+    return {"codes": codes, "docid_tokens": code_tokens(codes, p["vocab_size"], stride)}
 
 
 @adapter("ddro", "tu_docid_string")
@@ -138,6 +171,13 @@ def negative_groups(case: Case) -> dict[str, Any]:
     remainder = {"ms_marco": "last", "msmarco": "last", "nq": "first"}[p["scheme"].lower()]
     sizes, again = stratum_sizes(p["n_negatives"], len(case.inputs["rank_ranges"]), remainder)  # type: ignore[arg-type]
     return {"top_mid_lower": sizes, "refill_from_top_with_replacement": again}
+
+
+def _plain(values: Any) -> Any:
+    """Nested lists without tensors, whole numbers as such."""
+    if isinstance(values, Tensor):
+        return values.long().tolist()
+    return [_plain(value) for value in values] if isinstance(values, list) else values
 
 
 def _ints(values: Any) -> list[int]:

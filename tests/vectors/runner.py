@@ -50,7 +50,7 @@ class Case:
         wanted = {key.removeprefix("grad_") for key in keys if key.startswith("grad_")} | controls
         inputs = {}
         for name, value in data.get("inputs", {}).items():
-            if not _numbers(value):
+            if not _numbers(value) or (isinstance(value, list) and any(map(_ragged, value))):
                 inputs[name] = value
                 continue
             dtype = torch.long if name.endswith(("labels", "ids")) else torch.float64

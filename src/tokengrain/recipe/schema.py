@@ -144,6 +144,10 @@ class IndexStage(StageSettings):
     dimensions: int = Field(default=64, gt=0, description="of the vectors that LSA makes of documents")
     vectors: str | None = Field(default=None, description="a .npy file with a vector per document, in place of LSA's")
     own_head: bool = Field(default=False, description="an output layer of its own for the model (the paper's pq)")
+    pad_counts: bool = Field(
+        default=False,
+        description="pad the docids that the sft stage learns to the longest; padding counts, as in the authors' code",
+    )
     passages: int = Field(default=1, ge=0, description="passages of each document that the sft stage learns from")
     passage_words: int = Field(default=48, gt=0, description="words of a passage")
     terms: int = Field(default=4, ge=0, description="stand-ins for queries per document: 4 to 12 of its words")

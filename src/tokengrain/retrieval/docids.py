@@ -125,6 +125,12 @@ class Docids:
 ENDED = "an end token, so that the two can be told apart"
 
 
+def padded(docids: Sequence[Sequence[int]], pad_id: int) -> tuple[tuple[int, ...], ...]:
+    """Docids as long as the longest by padding, which a model then learns like their own tokens."""
+    longest = max(map(len, docids))
+    return tuple((*docid, *[pad_id] * (longest - len(docid))) for docid in docids)
+
+
 # ---- Vectors -> codes ----
 
 

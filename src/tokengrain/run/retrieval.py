@@ -54,6 +54,7 @@ from tokengrain.retrieval.docids import (
     ProductQuantiser,
     code_tokens,
     hierarchical_codes,
+    padded,
     text_tokens,
     title_url,
 )
@@ -204,7 +205,10 @@ class Index(DocidStage):
         documents, named = self.read()
         docids = self.docids(documents, tokenizer, models.vocabulary(model))
         queries = [query.resolved(docids) for query in named]
-        rows = {part: self._sft_rows(documents, docids, queries, part == "eval") for part in PARTS}
+        taught = docids
+        if self.own.pad_counts:
+            taught = replace(docids, tokens=padded(docids.tokens, tokenizer.pad_token_id))
+        rows = {part: self._sft_rows(documents, taught, queries, part == "eval") for part in PARTS}
         if run.state.is_main_process:
             torch.manual_seed(self.recipe.seed)
             grow(model, tokenizer, docids, self.own.own_head)
