@@ -492,7 +492,8 @@ def test_every_key_of_the_schema_is_documented() -> None:
     from tokengrain import specs
     from tokengrain.recipe import schema
 
-    models = [specs.ModelSpec, specs.TokenizerSpec, specs.DataSpec, specs.LoraSpec, specs.TeacherSpec, specs.PromptSpec]
+    models = [specs.ModelSpec, specs.TokenizerSpec, specs.DataSpec, specs.SeriesSpec, specs.LoraSpec]
+    models += [specs.TeacherSpec, specs.PromptSpec]
     models += [schema.Recipe, schema.RewardStage, schema.OnlineStage]
     models += [schema.SftStage, schema.TrainStage, schema.AnnotateStage]
     for model in models:

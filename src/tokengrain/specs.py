@@ -90,14 +90,32 @@ class ModelSpec(Strict):
         return self.path if self.path is not None else f"new {(self.config or {}).get('model_type')} model"
 
 
+class SeriesSpec(Strict):
+    """How rows with a `series` become prompts with a plot of it (`data.series`)."""
+
+    question: str = Field(description="what is asked of every plot: the text of the user's message")
+    classes: dict[str, str] = Field(
+        default_factory=dict, description="{label: name}; without it labels stay as they are"
+    )
+    width: float = Field(default=6.0, gt=0, le=100, description="of the figure in inches, before it is trimmed")
+    height: float = Field(default=2.5, gt=0, le=100, description="the same")
+    dpi: int = Field(default=100, gt=0, le=1000, description="dots per inch")
+    line_width: float = Field(default=2.0, gt=0, le=100, description="in points")
+    font: str = Field(default="DejaVu Sans", description="family of the letters; the default comes with matplotlib")
+    font_size: float = Field(default=8.0, gt=0, le=100, description="in points")
+    xlabel: str = Field(default="Timestamp", description="text below the plot")
+    ylabel: str = Field(default="Value", description="text beside it")
+    title: str = Field(default="", description="text above it, which must not give the class away")
+
+
 class DataSpec(Strict):
     """Where rows come from; the other keys of `data:` say how they become tokens (`TokenizeConfig`)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     train: str | list[str] | dict[str, float] = Field(
-        description="file (.json .jsonl .csv .parquet, also .gz), folder, pattern, hub name, world://NAME, or @stage; "
-        "several as a list, or as a mapping to weights"
+        description="file (.json .jsonl .csv .parquet .ts, also .gz), folder, pattern, hub name, world://NAME, or "
+        "@stage; several as a list, or as a mapping to weights"
     )
     eval: str | None = Field(
         default=None, description="held-out rows: a file, hub name, ...; without it `eval_fraction` of the rows"
@@ -109,6 +127,9 @@ class DataSpec(Strict):
     columns: dict[str, str] | None = Field(
         default=None,
         description="{prompt: question, completion: '{answer}'}: columns made from the rows' own, by name or template",
+    )
+    series: SeriesSpec | None = Field(
+        default=None, description="rows with a `series` column become prompts with a plot of it; its settings"
     )
     streaming: bool = Field(default=False, description="read the rows while training: for sets larger than memory")
     swap_pairs: bool = Field(default=False, description="exchange chosen and rejected: for a reverse DPO model")
@@ -123,6 +144,7 @@ class DataSpec(Strict):
 
     @model_validator(mode="after")
     def _limit_of_rows(self) -> DataSpec:
+        require(self.series is None or not self.streaming, ValueError, "data.series does not go with data.streaming")
         what = "data.limit does not go with data.streaming; use training.max_steps"
         require(self.limit is None or not self.streaming, ValueError, what)
         return self

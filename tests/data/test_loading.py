@@ -445,7 +445,7 @@ def test_csv_fields_may_be_long(tmp_path):
 def test_unreadable(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("x")
-    assert "is not of a known format; got '.tsv'; expected .jsonl, .json, .csv or .parquet" in error_of(path)
+    assert "is not of a known format; got '.tsv'; expected .jsonl, .json, .csv, .parquet or .ts" in error_of(path)
 
 
 def test_rows_that_are_not_objects(tmp_path):

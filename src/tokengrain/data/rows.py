@@ -51,9 +51,9 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CHUNK = 1 << 20  # bytes
 TAIL = 64  # a JSON error nearer than this to the end of what was read may only mean that more must be read
 
-# Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, each also gzipped. Every reader is a
-# generator of `Record`s that holds one row, line or batch in memory, never the file. Damage is a `DataError` that says
-# where in the file it is.
+# Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, time series, each also gzipped. Every
+# reader is a generator of `Record`s that holds one row, line or batch in memory, never the file. Damage is a
+# `DataError` that says where in the file it is.
 
 
 class Record(NamedTuple):
@@ -247,8 +247,8 @@ def _json_error(path: Path, row: int, line: int, column: int, text: str, positio
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    readers = {"jsonl": read_jsonl, "json": read_json, "csv": _read_csv, "parquet": _read_parquet}
-    kind, expected = file_kind(path), ".jsonl, .json, .csv or .parquet (each also with .gz)"
+    readers = {"jsonl": read_jsonl, "json": read_json, "csv": _read_csv, "parquet": _read_parquet, "ts": read_series}
+    kind, expected = file_kind(path), ".jsonl, .json, .csv, .parquet or .ts (each also with .gz)"
     if kind is None:
         raise DataError("is not of a known format", file=path, value="".join(path.suffixes), expected=expected)
     return readers[kind](path)
@@ -277,6 +277,33 @@ def _read_csv(path: Path) -> Iterator[Record]:
     except csv.Error as error:
         label = row_label(row + 1, reader.line_num)
         raise DataError(f"malformed CSV: {error}", file=path, row=label, expected="comma-separated values") from error
+
+
+def read_series(path: Path) -> Iterator[Record]:
+    """Time series with classes, `v1,v2,...:label` below `@data`: rows with `series`, lists of numbers, and `label`.
+
+    Classes are taken from the rows, as headers are not always right about them. A row of several channels has a list
+    for each, with colons between.
+    """
+    row, data = 0, False
+    for number, line in lines(path):
+        text = line.strip()
+        if not text or text.startswith(("#", "@")):
+            data = data or text.lower() == "@data"
+            continue
+        where = {"file": path, "row": row_label(row, number)}
+        require(data, DataError, "values stand before @data", value=text[:30], expected="a .ts file", **where)
+        *channels, label = text.split(":")
+        what = "has no label"
+        require(channels and label, DataError, what, value=text[-30:], expected="v1,v2,...:label", **where)
+        try:
+            series = [[float(value) for value in channel.split(",")] for channel in channels]
+        except ValueError as error:
+            raise DataError(f"holds what is no number: {error}", field="series", expected="v1,v2", **where) from None
+        finite = all(math.isfinite(value) for channel in series for value in channel)
+        require(finite, DataError, "holds a number that is not finite", field="series", expected="numbers", **where)
+        yield Record({"series": series, "label": label}, str(path), row, number)
+        row += 1
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -457,11 +484,11 @@ def load_rows(source: Any, *, split: str | None = None, streaming: bool = False)
     """Rows from a source, whatever it is.
 
     Args:
-        source: a path of a .jsonl, .json (an array, or lines), .csv or .parquet file, each also gzipped, or a pattern
-            of such paths (`data/train-*.parquet`); a folder of such files, or one written by `datasets.save_to_disk`;
-            a list of mappings; a `datasets.Dataset`, `IterableDataset` or dictionary of them; or, where no such path
-            exists, the name of a dataset on the hub. Several: a list of names, or name -> weight. A `Rows` is returned
-            as it is.
+        source: a path of a .jsonl, .json (an array, or lines), .csv, .parquet or .ts file, each also gzipped, or a
+            pattern of such paths (`data/train-*.parquet`); a folder of such files, or one written by
+            `datasets.save_to_disk`; a list of mappings; a `datasets.Dataset`, `IterableDataset` or dictionary of them;
+            or, where no such path exists, the name of a dataset on the hub. Several: a list of names, or name ->
+            weight. A `Rows` is returned as it is.
         split: which split of a folder, dataset dictionary or hub dataset. Default: the only one, or "train".
         streaming: read rows as they are asked for; for sets larger than memory.
 
@@ -700,7 +727,14 @@ def _changed(fields: Any, columns: Mapping[str, str]) -> Any:
 # ----------------------------------------------------------------------------------------------------
 # Which files of a folder are meant, by split: as `datasets` reads folders, but what is ambiguous is an error.
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".ts": "ts",
+}
 # Words that name a split, and the ones that `datasets` takes for the same.
 SPLITS = {
     "train": ("train", "training"),
@@ -729,7 +763,7 @@ def files_of(folder: Path, split: str | None) -> list[Path]:
         which = {"file": folder, "value": [p.name for p in folders], "expected": "the path of one of them"}
         require(named or len(folders) < 2, DataError, "which of the subfolders is meant is not clear", **which)
     what = "the folder holds no file of rows"
-    require(paths, DataError, what, file=folder, expected=".jsonl, .json, .csv or .parquet")
+    require(paths, DataError, what, file=folder, expected=".jsonl, .json, .csv, .parquet or .ts")
     return _once(_of_split(paths, split, folder))
 
 
@@ -743,7 +777,7 @@ def choose_split(names: Collection[str], split: str | None, source: str) -> str:
 
 
 def file_kind(path: Path) -> str | None:
-    """The format by suffix ("jsonl", "json", "csv", "parquet"), `.gz` aside; None if it is another."""
+    """The format by suffix ("jsonl", "json", "csv", "parquet", "ts"), `.gz` aside; None if it is another."""
     return KINDS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 

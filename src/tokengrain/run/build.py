@@ -18,6 +18,7 @@ from tokengrain import models
 from tokengrain.batch import PromptRole
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.rows import Rows, load_rows, split_rows, with_columns
+from tokengrain.data.series import plotted
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
 from tokengrain.errors import ModelError, RecipeError, fingerprint, require
 from tokengrain.method import CREDIT, ROLLOUT_CREDIT, CreditKind
@@ -52,8 +53,10 @@ def open_rows(data: DataSpec, seed: int, *, prompts: bool = False) -> tuple[Rows
 def _source(source: Any, split: str | None, data: DataSpec, part: str, prompts: bool = False) -> Rows:
     if not is_world(source):
         rows = load_rows(source, split=split, streaming=data.streaming)
+        rows = rows if data.series is None else plotted(rows, data.series)
         return with_columns(rows, data.columns) if data.columns else rows
-    name, given = ("columns", data.columns) if split is None else ("split", split)
+    own = {"columns": data.columns, "split": split, "series": data.series}
+    name, given = next(((name, given) for name, given in own.items() if given), ("", None))
     require(not given, RecipeError, f"data.{name} is {given!r}; expected none beside {source}, whose rows are its own")
     world: Any = load_world(source)
     if not prompts:
