@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow lint format bench claims hh world-weights docs-tables docs clean
+.PHONY: help setup demo test test-slow lint format bench claims real hh world-weights docs-tables docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,11 @@ claims: setup  ## The papers' claims and the credit sources, over five seeds (ab
 	cp runs/bench/credit-arithmetic/credit.md docs/results/credit_arithmetic.md
 	$(BIN)/tokengrain bench credit --world 'world://revision?size=small' --jobs 2 --output runs/bench/credit-revision
 	cp runs/bench/credit-revision/credit.md docs/results/credit_revision.md
+
+real: setup  ## Get a published model and tokenizers (30 s, into the cache), and run the tests on them (tens of minutes)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf sentencepiece
+	$(BIN)/python -m tests.real.models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/real
 
 hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
 	$(BIN)/python -m benchmarks.hh --output docs/results

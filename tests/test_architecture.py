@@ -27,7 +27,7 @@ LEVELS = (
     ("report",),
     ("training", "tables"),
     ("rewards", "worlds", "rank", "runs"),
-    ("rollout", "annotation", "models", "retrieval"),
+    ("rollout", "annotation", "corruption", "models", "retrieval"),
     ("methods",),
     ("method",),
     ("loss", "data", "evaluation"),

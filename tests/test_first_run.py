@@ -240,9 +240,18 @@ def test_a_credit_that_tells_no_token_from_another_is_said(
         "output_dir": str(tmp_path / "run"),
         "stages": {"credit": {"kind": "annotate", "credit": {"name": "guide", "model": model}}},
     }
+    recipe["stages"]["credit"]["self_check"] = True
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    tokengrain.train(tmp_path / "recipe.yaml")
-    assert capsys.readouterr().out.count("every token reward is 0, so no token is told from another") == 1
+    result = tokengrain.train(tmp_path / "recipe.yaml")
+    shown = capsys.readouterr().out
+    assert shown.count("every token reward is 0, so no token is told from another") == 1
+    assert "warning: credit should be lower where an answer is corrupted" in " ".join(shown.split())
+    checked = result.metrics["stages"]["credit"]["self_check"]
+    assert (checked["auc"], checked["answers"]) == (0.5, 6)
+    recipe["stages"]["credit"] = {"kind": "annotate", "credit": "column", "self_check": True}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(RecipeError, match="self_check: credit column comes with the rows"):
+        tokengrain.load_recipe(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("kind", ["sft", "online"])

@@ -12,10 +12,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.credit.small import llama, tokenizer
-from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.batch import Completion, Sample, Segments, TokenBatch
 from tokengrain.bench.cli import bench_app
-from tokengrain.bench.corruption import MEASURES, bench_corruption, chance_top1, corrupt, corruption_test, surroundings
+from tokengrain.bench.corruption import MEASURES, bench_corruption, chance_top1, corruption_test, surroundings
+from tokengrain.corruption import corrupt, self_check
 from tokengrain.errors import DataError, RecipeError, read_json, write_json
+from tokengrain.evaluation.credit import added_auc, auc
 from tokengrain.method import make_credit
 
 TEXTS = [
@@ -140,6 +142,52 @@ def test_random_credit_does_not_fall_anywhere() -> None:
     entries, _ = corruption_test({"random": make_credit("random")}, found)
     assert entries[0]["measures"]["drop"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "answers": 4}
     assert entries[0]["passes"] == 0
+
+
+def test_a_self_check_says_which_way_credit_points() -> None:
+    samples = [answers().sample(i % 4, [Completion(answers().completion(i % 4).tolist())]) for i in range(12)]
+    clean = {tuple(s.completions[0].ids): s for s in samples}
+
+    def knows(batch: TokenBatch) -> torch.Tensor:
+        """−1 where a token is not the one of the nearest clean answer."""
+        out = []
+        for i in range(batch.n_prompts):
+            mine = batch.completion(i)
+            others = [torch.tensor(ids) for ids in clean if len(ids) == len(mine)]
+            out.append(-(min((mine != o for o in others), key=lambda differs: int(differs.sum()))).float())
+        return torch.cat(out)
+
+    right = self_check(knows, samples, tokenizer())
+    assert right.auc == 1
+    assert right.what().startswith("credit is lower where an answer is corrupted: AUC 1.00")
+    wrong = self_check(lambda batch: -knows(batch), samples, tokenizer())
+    assert wrong.auc == 0
+    assert "it points the wrong way: AUC 0.00" in wrong.what()
+    none = self_check(lambda batch: torch.zeros(len(batch.labels)), samples, tokenizer())
+    assert "cannot be told from chance: AUC 0.50" in none.what()
+
+
+def test_what_credit_adds_to_surprise() -> None:
+    """Nothing if it repeats surprise or knows nothing, all that is missing if it knows; NaN without places."""
+    generator = torch.Generator().manual_seed(0)
+    segments = Segments.from_lengths([12] * 40)
+    marked = (segments.positions == 5) | (segments.positions == 9)
+    surprise = torch.randn(segments.total, generator=generator) - marked.float()
+    truth = -marked.float() + 0.1 * torch.randn(segments.total, generator=generator)
+    noise = torch.randn(segments.total, generator=generator)
+    alone = torch.stack(
+        [torch.tensor(auc(-s, m)) for s, m in zip(*map(segments.split, (surprise, marked)), strict=True)]
+    )
+    gains = {
+        name: added_auc(c, surprise, marked, segments)
+        for name, c in (("same", 3 * surprise - 1), ("truth", truth), ("upside down", -truth), ("noise", noise))
+    }
+    assert gains["same"].abs().max() < 1e-9
+    torch.testing.assert_close(gains["truth"], 1 - alone.double())
+    torch.testing.assert_close(gains["upside down"], gains["truth"])
+    assert abs(float(gains["noise"].mean())) < 0.03
+    none = added_auc(noise, surprise, marked & (segments.ids < 3), segments)
+    assert none[3:].isnan().all()
 
 
 def test_what_cannot_be_corrupted(tmp_path: Path) -> None:

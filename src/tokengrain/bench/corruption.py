@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 import yaml
@@ -15,14 +14,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.batch import Completion, TokenBatch
 from tokengrain.bench.page import write_pages
 from tokengrain.bench.questions import Credit, credit_and_cost
 from tokengrain.bench.sources import own_source
+from tokengrain.corruption import Corrupted, corrupt, counted_of
 from tokengrain.data.dataset import prepare_sft
-from tokengrain.data.tokens import token_texts
-from tokengrain.errors import DataError, RecipeError, fingerprint, require
-from tokengrain.evaluation.credit import auc, lowest_hits
+from tokengrain.errors import RecipeError, require
+from tokengrain.evaluation.credit import added_auc, auc, lowest_hits
 from tokengrain.evaluation.statistics import bootstrap
 from tokengrain.method import CREDIT, make_credit
 from tokengrain.models import load_config
@@ -30,134 +29,16 @@ from tokengrain.report.rows import collect_credit_samples
 from tokengrain.run.build import CreditSpec, RunModels, open_rows, tokenize_config
 from tokengrain.run.load import load_recipe, make_recipe, resolve_stages
 from tokengrain.runs import is_run, read_run
-from tokengrain.scoring.model import evaluating, positions_of
-from tokengrain.scoring.score import distribution_of
+from tokengrain.scoring.model import positions_of
 from tokengrain.screen import Screen
 from tokengrain.settings import code_named_by
 from tokengrain.specs import ModelSpec
 
-How = Literal["random", "unlikely", "swap"]
 NEIGHBOURS = 3  # tokens after a corrupted one that are its neighbours: the model is still startled there
 PART = 16
 MEASURES = (
-    "auc", "auc_neighbours", "auc_elsewhere", "drop", "drop_neighbours", "drop_elsewhere", "top1", "topk",
+    "auc", "auc_neighbours", "auc_elsewhere", "gain", "drop", "drop_neighbours", "drop_elsewhere", "top1", "topk",
 )  # fmt: skip
-
-
-class Corrupted(NamedTuple):
-    """Answers before and after the corruption: same lengths, one completion per prompt.
-
-    `marked`: bool `[N]`, the corrupted places; `left_out`: answers that were too short to corrupt.
-    """
-
-    clean: TokenBatch
-    corrupted: TokenBatch
-    marked: Tensor
-    left_out: int
-
-
-def corrupt(
-    batch: TokenBatch, tokenizer: Any, *, how: How = "random", tokens: int = 2, seed: int = 0, model: Any = None
-) -> Corrupted:
-    """Change up to `tokens` tokens of good answers, one completion per prompt, no two next to each other.
-
-    "random" puts in another token, drawn from the answers of all rows; "unlikely" one of the half of these that `model`
-    finds least likely there; "swap" exchanges neighbouring words. Special tokens are never touched or put in. Which
-    places change does not depend on the other rows.
-    """
-    message = f"how is {how!r}, tokens is {tokens}; expected one of {get_args(How)} and at least 1"
-    require(how in get_args(How) and tokens >= 1, RecipeError, message)
-    one = batch.n_completions == batch.n_prompts
-    require(one, DataError, "the corruption test takes one answer per prompt", value=batch.n_completions)
-    require(how != "unlikely" or model is not None, RecipeError, "corruption 'unlikely' needs a model")
-    special = set(tokenizer.all_special_ids)
-    pool = [t for t in batch.labels.tolist() if t not in special]
-    unlikely = _unlikely(batch, pool, model) if how == "unlikely" else None
-    clean: list[Sample] = []
-    corrupted: list[Sample] = []
-    marked: list[bool] = []
-    for i in range(batch.n_prompts):
-        ids, counted = batch.completion(i).tolist(), _counted(batch, i)
-        generator = torch.Generator().manual_seed(int(fingerprint([seed, ids]), 16) >> 1)
-        usable = [k and t not in special for t, k in zip(ids, counted, strict=True)]
-        if how == "swap":
-            changed, places = _swapped(ids, usable, tokenizer, tokens, generator)
-        else:
-            places = _places(usable, tokens, generator)
-            changed = list(ids)
-            for place in places:
-                candidates = pool if unlikely is None else unlikely(i, sum(counted[:place]))
-                changed[place] = _other(candidates, ids[place], generator)
-        if not places or not any(k and p not in places for p, k in enumerate(counted)):
-            continue
-        # Only the prompt's text: a source that reads the answer's would see the clean one.
-        raw = {k: v for k, v in batch.raw[i].items() if k == "prompt"} if batch.raw else {}
-        for samples, answer in ((clean, ids), (corrupted, changed)):
-            samples.append(batch.sample(i, [Completion(answer, counted)], raw=raw))
-        marked += [p in places for p, k in enumerate(counted) if k]
-    require(clean, DataError, "no answer is long enough to be corrupted", expected="answers of at least two words")
-    both = [TokenBatch.from_samples(samples) for samples in (clean, corrupted)]
-    return Corrupted(both[0], both[1], torch.tensor(marked), batch.n_prompts - len(clean))
-
-
-def _unlikely(batch: TokenBatch, pool: Sequence[int], model: Any) -> Callable[[int, int], list[int]]:
-    """Per row and counted place, the half of the data's tokens that a model finds least likely."""
-    ids, offsets = torch.tensor(sorted(set(pool))), batch.segments.offsets.tolist()
-    with evaluating(model):
-        parts = [distribution_of(model, batch.select([i])) for i in range(batch.n_prompts)]
-    hidden, head = torch.cat([p.hidden for p in parts]), parts[0].head
-
-    def candidates(row: int, place: int) -> list[int]:
-        at = offsets[row] + place
-        logits = head.logits(hidden[at : at + 1])[0].cpu()
-        return ids[logits[ids].argsort()[: max(2, len(ids) // 2)]].tolist()
-
-    return candidates
-
-
-def _places(usable: Sequence[bool], count: int, generator: torch.Generator) -> list[int]:
-    """At most `count` usable places, no two next to each other."""
-    chosen: list[int] = []
-    for place in torch.randperm(len(usable), generator=generator).tolist():
-        if usable[place] and all(abs(place - other) > 1 for other in chosen):
-            chosen.append(place)
-        if len(chosen) == count:
-            break
-    return chosen
-
-
-def _other(candidates: Sequence[int], token: int, generator: torch.Generator) -> int:
-    start = int(torch.randint(len(candidates), (1,), generator=generator))
-    for step in range(len(candidates)):
-        if (found := candidates[(start + step) % len(candidates)]) != token:
-            return found
-    raise DataError("the answers consist of one token only", value=token)
-
-
-def _swapped(
-    ids: Sequence[int], usable: Sequence[bool], tokenizer: Any, count: int, generator: torch.Generator
-) -> tuple[list[int], list[int]]:
-    """The ids with `count` pairs of neighbouring words exchanged, and all places of these words."""
-    texts = token_texts(tokenizer, ids)
-    begins = [i for i, text in enumerate(texts) if i and text[:1].isspace()]
-    words = [range(a, b) for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]
-    pairs = [
-        (first, second)
-        for first, second in pairwise(words)
-        if all(usable[p] for p in (*first, *second)) and [ids[p] for p in first] != [ids[p] for p in second]
-    ]
-    changed, places = list(ids), set[int]()
-    for i in torch.randperm(len(pairs), generator=generator).tolist():
-        first, second = pairs[i]
-        around = range(first.start - 1, second.stop + 1)
-        if len(places) and any(p in places for p in around):
-            continue
-        changed[first.start : second.stop] = [*(ids[p] for p in second), *(ids[p] for p in first)]
-        places |= {*first, *second}
-        count -= 1
-        if not count:
-            break
-    return changed, sorted(places)
 
 
 def corruption_test(
@@ -165,17 +46,21 @@ def corruption_test(
 ) -> tuple[list[dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
     """An entry per source: the mean over answers of each of `MEASURES`, `deviation` (the unit of `drop`), its cost.
 
-    The second value is the credit of each source: (clean, corrupted).
+    `gain` needs a source named "surprise". The second value is the credit of each source: (clean, corrupted).
     """
-    entries, credit = [], {}
+    credit, costs = {}, {}
     for name, source in sources.items():
         before, _ = credit_and_cost(source, data.clean, PART)
-        now, cost = credit_and_cost(source, data.corrupted, PART)
+        now, costs[name] = credit_and_cost(source, data.corrupted, PART)
+        credit[name] = (before, now)
+    entries = []
+    for name, (before, now) in credit.items():
         deviation = float(before.std())
         columns = _per_answer(data, before, now, neighbours, deviation)
+        if "surprise" in credit:
+            columns["gain"] = added_auc(now, credit["surprise"][1], data.marked, data.corrupted.segments)
         measures = {name: _interval(values, seed) for name, values in columns.items()}
-        entries.append({"source": name, "measures": measures, "deviation": deviation, **cost})
-        credit[name] = (before, now)
+        entries.append({"source": name, "measures": measures, "deviation": deviation, **costs[name]})
     return entries, credit
 
 
@@ -365,7 +250,7 @@ def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Te
     """Heat maps of the first answers: clean beside corrupted; first of all which tokens were corrupted."""
     batches, samples = (data.clean, data.corrupted), []
     for i in range(min(SHOWN, data.clean.n_prompts)):
-        completions = [Completion(b.completion(i).tolist(), _counted(b, i)) for b in batches]
+        completions = [Completion(b.completion(i).tolist(), counted_of(b, i)) for b in batches]
         samples.append(data.clean.sample(i, completions, raw={}))
     marks = {"corrupted tokens": (torch.zeros(len(data.marked)), -data.marked.float())}
     pairs = {}
@@ -373,8 +258,3 @@ def _samples(data: Corrupted, tokenizer: Any, credit: dict[str, tuple[Tensor, Te
         before, now = (b.segments.split(v) for b, v in zip(batches, values, strict=True))
         pairs[name] = torch.cat([part for i in range(len(samples)) for part in (before[i], now[i])])
     return collect_credit_samples(TokenBatch.from_samples(samples), tokenizer, pairs)
-
-
-def _counted(batch: TokenBatch, index: int) -> list[bool]:
-    start, end = batch.completion_offsets[index : index + 2].tolist()
-    return batch.counted[start:end].tolist()

@@ -69,17 +69,19 @@ FIRST: dict[str, Group] = {  # the table of each question that is about what it 
 }
 TEXT_NOTES = (
     "Mean over answers with its 95 % bootstrap interval. AUC: chance that a corrupted token has lower credit than an "
-    "untouched one of the same answer; then than its next few neighbours, and than all others. Drop: credit in the "
+    "untouched one of the same answer; then than its next few neighbours, and than all others. Gain: AUC of the source "
+    "and surprise together (a logistic function, judged on other answers than it is fitted on) minus that of surprise "
+    "alone: what the source adds. Drop: credit in the "
     "clean answer minus that in the corrupted one, in standard deviations; then at neighbours, and at later untouched "
     "tokens. top-1, top-k: share of the lowest, and of the k lowest, that are corrupted.",
-    "A source that is no better than surprise has found what is unusual, not what is wrong.",
+    "A source whose gain over surprise is not above 0 has found what is unusual, not what is wrong.",
 )
 CHANCES = ("top1_chance", "place1_chance", "place3_chance")  # what these notes are filled with
 SHORT = {
     "pairs": ("spearman", "auc", "top1", "skill", "seconds", "passes"),
     "chain": ("auc_inside", "place1", "place3", "share", "seconds", "passes"),
     "reference": ("auc", "auc_inside", "place3", "share", "seconds", "passes"),
-    "text": ("auc", "drop", "drop_neighbours", "top1"),
+    "text": ("auc", "gain", "drop", "top1"),
 }
 """What a terminal shows of it."""
 PAGE = "credit.html"

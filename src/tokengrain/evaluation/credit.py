@@ -133,8 +133,8 @@ def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibrati
     for part in (0, 1):
         if not (fold == part).any() or not (fold != part).any():
             return Calibration(scale, r2, float("nan"), float("nan"), [])
-        a, b = _logistic(credit[fold != part], negative[fold != part])
-        predicted[fold == part] = torch.sigmoid(a - b * credit[fold == part])
+        a, b = _logistic(credit[fold != part, None], negative[fold != part])
+        predicted[fold == part] = torch.sigmoid(a + b * credit[fold == part])
     rate = float(negative.mean())
     brier = float((predicted - negative).square().mean())
     skill = 1 - brier / (rate * (1 - rate)) if 0 < rate < 1 else float("nan")
@@ -149,29 +149,51 @@ def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibrati
     return Calibration(scale, r2, ece, skill, bins)
 
 
-def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """`(a, b)` of P(y = 1) = σ(a − b·x) by damped Newton, with a faint pull towards 0 that keeps both finite."""
-    centre, spread = float(x.mean()), float(x.std(correction=0)) or 1.0
-    design = torch.stack([torch.ones_like(x), -(x - centre) / spread], 1)
-    pull = 1e-4 * torch.eye(2, dtype=x.dtype)
+def _logistic(features: Tensor, y: Tensor) -> tuple[float, Tensor]:
+    """`(a, b)` of P(y = 1) = σ(a + features · b), `[n, k]`, by damped Newton.
+
+    A faint pull towards 0 keeps both finite.
+    """
+    centre, spread = features.mean(0), features.std(0, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    design = torch.cat([torch.ones_like(features[:, :1]), (features - centre) / spread], 1)
+    pull = 1e-4 * torch.eye(design.shape[1], dtype=design.dtype)
 
     def loss(w: Tensor) -> float:
         fit = torch.nn.functional.binary_cross_entropy_with_logits(design @ w, y)
         return float(fit + 0.5 * w @ pull @ w)
 
-    w = x.new_zeros(2)
+    w = design.new_zeros(design.shape[1])
     for _ in range(100):
         p = torch.sigmoid(design @ w)
-        gradient = design.T @ (p - y) / len(x) + pull @ w
-        curvature = (design.T * (p * (1 - p))) @ design / len(x) + pull
+        gradient = design.T @ (p - y) / len(y) + pull @ w
+        curvature = (design.T * (p * (1 - p))) @ design / len(y) + pull
         step, now = torch.linalg.solve(curvature, gradient), loss(w)
         while loss(w - step) > now and float(step.abs().max()) > 1e-12:
             step = step / 2
         w = w - step
         if float(step.abs().max()) < 1e-9:
             break
-    intercept, slope = w.tolist()
-    return intercept + slope * centre / spread, slope / spread
+    slopes = w[1:] / spread
+    return float(w[0] - slopes @ centre), slopes
+
+
+def added_auc(credit: Tensor, known: Tensor, marked: Tensor, segments: Segments) -> Tensor:
+    """What credit knows beyond another source `known`, per completion `[C]`; all others flat `[N]`.
+
+    The AUC of finding the marked tokens by a logistic function of both, fitted on every other completion and judged on
+    the others, minus the AUC of low `known` alone. About 0 for credit that says nothing new; NaN where none is marked.
+    """
+    features = torch.stack([known, credit], 1).double().cpu()
+    marked, fold = marked.cpu().bool(), segments.ids.cpu() % 2
+    score = torch.full((len(marked),), float("nan"), dtype=torch.float64)
+    for part in (0, 1):
+        if marked[fold != part].any():
+            a, b = _logistic(features[fold != part], marked[fold != part].double())
+            score[fold == part] = a + features[fold == part] @ b
+    parts = zip(segments.split(score), segments.split(known), segments.split(marked), strict=True)
+    gains = [auc(s, m) - auc(-k, m) if not s.isnan().any() else float("nan") for s, k, m in parts]
+    return torch.tensor(gains, dtype=torch.float64)
 
 
 def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

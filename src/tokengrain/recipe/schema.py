@@ -121,6 +121,7 @@ class AnnotateStage(StageSettings):
     reference_logps: bool = Field(default=True, description="store the starting model's log-probabilities as well")
     shard_rows: int = Field(default=512, gt=0, description="rows per shard: what a kill can lose")
     max_tokens: int | None = Field(default=None, gt=0, description="token budget of one forward pass")
+    self_check: bool = Field(default=False, description="ask for credit of corrupted answers; warn if it does not fall")
 
     _from_name = field_validator("credit", mode="before")(_named)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from tokengrain import models
 from tokengrain.annotation import annotate, check_manifest, is_annotated, load_annotated
 from tokengrain.batch import PromptRole, TokenBatch
+from tokengrain.corruption import self_check
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
@@ -58,6 +59,7 @@ ROWS = ("annotate", "index", "negatives")
 """Kinds of stages that make rows for others, as their `data: '@stage'`."""
 
 SAMPLED_PAIRS = 8
+CHECKED_ANSWERS = 32  # of a credit's self-check
 """Pairs whose credit is stored in the run folder for `report` and `inspect`."""
 
 
@@ -379,6 +381,9 @@ class Annotate(Stage):
         if self.data.streaming:
             found.add(where, "a streamed data set cannot be annotated; set data.streaming: false")
         check_source(self.credit, f"{where}.credit", found)
+        name = str(self.credit.get("name"))
+        if self.own.self_check and name in CREDIT and CREDIT.find(name).column:
+            found.add(f"{where}.self_check", f"credit {name} comes with the rows, and says nothing of other answers")
 
     def describe(self) -> str:
         return f"credit {in_words(self.credit.get('name'), self.credit)} of {self.data.train}"
@@ -405,6 +410,7 @@ class Annotate(Stage):
         if frozen is not None and self.layout:
             prepare(frozen, **self.layout)
         source = run.credit(self.credit, self.model)
+        checked = self._self_check(run, source) if self.own.self_check else {}
         marks = file_marks(run, self, settings, self.data, self.model)
         for dataset, rows, output in zip(run.datasets(self), self.rows(), files, strict=True):
             if dataset is None:
@@ -434,4 +440,13 @@ class Annotate(Stage):
                     f"  [yellow]warning:[/] every token reward is {same:g}, so no token is told from another. Is the "
                     "model that the credit asks the same as its reference, or was it trained at all?"
                 )
-        return {"rows": counts}
+        return {"rows": counts, **checked}
+
+    def _self_check(self, run: RunModels, source: Any) -> dict[str, Any]:
+        """Whether credit falls at corrupted tokens of held-out answers, or of training's if there are none."""
+        dataset = next(d for d in reversed(run.datasets(self)) if d is not None)
+        samples = [dataset[i] for i in range(min(CHECKED_ANSWERS, len(dataset)))]
+        found = self_check(source, samples, run.tokenizer(self.model), seed=self.recipe.seed)
+        sign = "" if found.low > 0.5 else "[yellow]warning:[/] "
+        run.console.print(f"  {sign}{found.what()}", highlight=False)
+        return {"self_check": found._asdict()}
