@@ -8,7 +8,7 @@ A *tree* is a prompt with some of its completions; a row holds one tree (or seve
 Position ids restart at the prompt's end for every completion, which attends to its prompt and itself (`visible`). A
 completion's token is predicted by the one before it, the first by the prompt's last: this module is the only place that
 knows. Tokens after the last counted one are left out. Scores of tokens that were read are asked for at the token
-("itself" below), which is then in the rows too.
+("itself" below), which is then in the rows too. A prompt's images stand in it as placeholder tokens.
 """
 
 from __future__ import annotations
@@ -73,10 +73,19 @@ class RowCosts:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What a model asks of rows with images or videos."""
+
+    placeholders: frozenset[int] = frozenset()  # tokens in whose place features are put, which padding must not be
+    rope: bool = False  # three positions per token
+    blocks: bool = False  # tokens of one image see each other
+
+
+@dataclass(frozen=True)
 class Rows:
     """One rectangle of tokens: B rows of width L, n counted tokens predicted in it."""
 
-    input_ids: Tensor  # long [B, L], padded on the right with each row's first token
+    input_ids: Tensor  # long [B, L], padded on the right with a token of each row's text
     tree: Tensor  # long [B, L], which prompt of the row a token belongs to; -1 for padding
     branch: Tensor  # long [B, L], 0 in the prompt, k in its k-th completion
     position: Tensor  # long [B, L], the logical position, 0 at the prompt's first token
@@ -84,6 +93,11 @@ class Rows:
     source: Tensor  # long [n], flat position in [B * L] that predicts a counted token (or is it)
     target: Tensor  # long [n], index of that counted token in the batch's flat vectors
     causal: bool  # whether every row is one plain text, so that no mask is needed
+    prompts: tuple[int, ...]  # the batch's prompts in the order of the rows: a repeated one is there again
+    # Of prompts with images or videos: None where the model does not need it.
+    rope: Tensor | None = None  # long [3, B, L], positions of models with several per token
+    types: Tensor | None = None  # long [B, L], 0 for text, 1 for an image's token, 2 for a video's
+    block: Tensor | None = None  # long [B, L], the prompt's image that a token belongs to, -1 for none
 
     def to(self, device: torch.device) -> Rows:
         moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -112,8 +126,9 @@ Row = TypeVar("Row", bound=HasLength)
 class Source:
     """A batch's lengths as Python numbers, and its ids on the CPU."""
 
-    def __init__(self, batch: TokenBatch, itself: bool = False) -> None:
-        self.itself = itself
+    def __init__(self, batch: TokenBatch, itself: bool = False, sight: Sight | None = None) -> None:
+        self.itself, self.sight = itself, sight
+        self.vision = batch.vision or (None,) * batch.n_prompts
         self.prompt_ids, self.completion_ids = batch.prompt_ids.cpu(), batch.completion_ids.cpu()
         self.counted = batch.counted.cpu()
         self.prompt_bounds = batch.prompt_offsets.tolist()
@@ -147,6 +162,7 @@ def plan_rows(
     one_forward: bool = False,
     pack: bool = False,
     itself: bool = False,
+    sight: Sight | None = None,
 ) -> list[Rows]:
     """Lay a batch out in rectangles, one forward pass each, on the CPU. Raises ValueError for an empty prompt.
 
@@ -156,8 +172,9 @@ def plan_rows(
         one_forward: put everything into one rectangle: ranks that shard a model must run equally many.
         pack: put several trees into one row (FlexAttention skips what is masked).
         itself: counted tokens are looked up at themselves and not where they are predicted.
+        sight: of a batch with images or videos.
     """
-    source = Source(batch, itself)
+    source = Source(batch, itself, sight)
     trees = [t for g in range(batch.n_prompts) for t in _trees(source, g, layout, costs)]
     if pack:
         packed = first_fit([t.length for t in trees], None if one_forward else max_row_tokens)
@@ -209,14 +226,21 @@ def _build(source: Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) -
     width = max(sum(t.length for t in row) for row in rows)
     width = -(-width // multiple) * multiple
     shape = (len(rows), width)
-    ids, branch, position = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     tree_index, once = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
+    made = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "branch", "position")}
+    sight = source.sight
+    if sight is not None:
+        made["types"] = torch.zeros(shape, dtype=torch.long)
+        made |= {"rope": torch.zeros((3, *shape), dtype=torch.long)} if sight.rope else {}
+        made |= {"block": torch.full(shape, -1)} if sight.blocks else {}
     sources, targets = [], []
     for r, row in enumerate(rows):
         at = 0
         for number, tree in enumerate(row):
             span = slice(at, at + tree.length)
-            ids[r, span], branch[r, span], position[r, span] = _tree_tensors(source, tree)
+            for name, values in _tree_tensors(source, tree).items():
+                if name in made:
+                    made[name][..., r, span] = values
             tree_index[r, span] = number
             repeated = tree.completions[:1] != tuple(source.completions[tree.prompt][:1])
             once[r, at + (source.prompt_length(tree.prompt) if repeated else 0) : at + tree.length] = True
@@ -224,24 +248,47 @@ def _build(source: Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) -
                 sources.append(index + (r * width + at))
                 targets.append(flat)
             at += tree.length
-        ids[r, at:] = ids[r, 0]
-        position[r, at:] = torch.arange(at, width) if len(row) == 1 and row[0].causal else 0
+        made["input_ids"][r, at:] = _padding(made["input_ids"][r], sight)
+        made["position"][r, at:] = torch.arange(at, width) if len(row) == 1 and row[0].causal else 0
     empty = torch.empty(0, dtype=torch.long)
-    causal = all(len(row) == 1 and row[0].causal for row in rows)
-    source_index = torch.cat([empty, *sources])
-    return Rows(ids, tree_index, branch, position, once, source_index, torch.cat([empty, *targets]), causal)
+    return Rows(
+        tree=tree_index,
+        once=once,
+        source=torch.cat([empty, *sources]),
+        target=torch.cat([empty, *targets]),
+        causal=all(len(row) == 1 and row[0].causal for row in rows),
+        prompts=tuple(tree.prompt for row in rows for tree in row),
+        **made,
+    )
 
 
-def _tree_tensors(source: Source, tree: _Tree) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, branches and positions `[length]` of a tree."""
-    a, b = source.prompt_bounds[tree.prompt : tree.prompt + 2]
+def _padding(ids: Tensor, sight: Sight | None) -> int:
+    """A token of the row's text; where that has none but placeholders, any other."""
+    asking = sight.placeholders if sight is not None else frozenset[int]()
+    return next(token for token in (*ids[:1].tolist(), *range(len(asking) + 1)) if token not in asking)
+
+
+def _tree_tensors(source: Source, tree: _Tree) -> dict[str, Tensor]:
+    """The fields `[length]` of `Rows` that a tree fills; `rope` `[3, length]`."""
+    (a, b), vision = source.prompt_bounds[tree.prompt : tree.prompt + 2], source.vision[tree.prompt]
+    length, text = tree.length, torch.zeros(tree.length - (b - a), dtype=torch.long)
     ids, branches, positions = [source.prompt_ids[a:b]], [torch.zeros(b - a)], [torch.arange(b - a)]
     for k, c in enumerate(tree.completions):
         kept = source.kept[c]
         ids.append(source.completion_ids[source.bounds[c] : source.bounds[c] + kept])
         branches.append(torch.full((kept,), k + 1.0))
         positions.append(torch.arange(b - a, b - a + kept))
-    return torch.cat(ids), torch.cat(branches).long(), torch.cat(positions)
+    position = torch.cat(positions)
+    made = {"input_ids": torch.cat(ids), "branch": torch.cat(branches).long(), "position": position}
+    if vision is None:
+        return {**made, "rope": position.expand(3, -1)}
+    if vision.positions is not None:
+        # A completion goes on where the prompt's largest position ends: an image takes fewer than it has tokens.
+        after = (position[b - a :] - (b - a) + vision.next).expand(3, -1)
+        made["rope"] = torch.cat([vision.positions, after], 1)
+    for name, given, fill in (("types", vision.types, 0), ("block", vision.blocks, -1)):
+        made[name] = torch.full((length,), fill) if given is None else torch.cat([given, text + fill])
+    return made
 
 
 def _predictors(source: Source, tree: _Tree) -> list[tuple[Tensor, Tensor]]:
@@ -276,6 +323,7 @@ class MaskForm:
 
     # Sliding window (None: all) per kind of layer; the key "" alone: the model takes one mask, not one per kind.
     windows: Mapping[str, int | None]
+    blocks: bool = False  # whether the tokens of one image see each other
 
     @property
     def window(self) -> int | None:
@@ -311,10 +359,16 @@ def mask_forms(config: Any) -> list[MaskForm]:
 
 
 def _visible(rows: Rows, window: int | None, row: Tensor | slice, query: Any, key: Any) -> Any:
-    """The rule: an earlier token of the same tree, in the prompt or one's own branch, within the window."""
+    """The rule: an earlier token of the same tree, in the prompt or one's own branch, within the window.
+
+    With blocks a later one of the same image too; the window still cuts the earlier ones.
+    """
     same_tree = rows.tree[row, query] == rows.tree[row, key]
     own = (rows.branch[row, key] == 0) | (rows.branch[row, key] == rows.branch[row, query])
-    seen = same_tree & own & (key <= query)
+    before = key <= query
+    if rows.block is not None:
+        before = before | ((rows.block[row, key] == rows.block[row, query]) & (rows.block[row, key] >= 0))
+    seen = same_tree & own & before
     if window is not None:
         seen = seen & (rows.position[row, key] > rows.position[row, query] - window)
     return seen
@@ -354,7 +408,7 @@ def build_masks(rows: Rows, form: MaskForm, dtype: torch.dtype, costs: RowCosts,
     """What to pass as `attention_mask`: a mask, or a mapping from kinds of layers to masks."""
     windows = set(form.windows.values())
     made: dict[int | None, Any] = {w: _block(rows, w) if flex else dense_mask(rows, w, dtype) for w in windows}
-    if None in made and not flex and costs.by_parts and not torch.compiler.is_compiling():
+    if None in made and not flex and costs.by_parts and rows.block is None and not torch.compiler.is_compiling():
         trees = tree_spans(rows)
         if worth_it(rows, trees, costs):
             made[None] = TreeMask.of(made[None], trees)

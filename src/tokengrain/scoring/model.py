@@ -10,7 +10,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ from tokengrain.scoring.encdec import (
 from tokengrain.scoring.fused import CHUNK_BYTES, check_tokens, head_quantities, room
 from tokengrain.scoring.head import Distribution, Head, Teacher, accumulation_dtype, logits_quantities
 from tokengrain.scoring.layouts import Layout, MaskForm, RowCosts, Rows, build_masks, plan_rows
+from tokengrain.scoring.vision import Seeing, checked, placeholders
 
 Kind = Literal["decoder", "encoder-decoder"]
 TOKEN_CLASSIFIER = "ForTokenClassification"  # how transformers' names of these models end
@@ -65,6 +66,7 @@ class ScoreRequest:
     chunk_tokens: int | None = None
     one_forward: bool = False
     temperature: float = 1.0
+    seeing: Seeing | None = None  # of a batch with images or videos; `run` sets it
 
     def __post_init__(self) -> None:
         positive = self.temperature > 0 and (self.temperature == 1 or not self.want & {"kl", "teacher_kl"})
@@ -78,10 +80,11 @@ def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -
     """The quantities of a request, flat `[N]` (or `[N, H]`), in the order of the batch's flat vectors."""
     device, dtype = device_of(lm), request.plan.autocast
     own = dtype is not None and autocast_type(device.type) is None
+    encoder, fused = request.plan.kind == "encoder-decoder", request.plan.head == "fused"
+    request = _looked(lm, request, own_forward)
     with torch.autocast(device.type, dtype=dtype) if own else contextlib.nullcontext():
-        if request.plan.head == "logits":
-            maskless = lambda input_ids, attention_mask: own_forward(input_ids=input_ids)  # noqa: E731
-            encoder = request.plan.kind == "encoder-decoder"
+        if not fused:
+            maskless = lambda attention_mask, **inputs: own_forward(**inputs)  # noqa: E731
             return quantities_from_logits(lm, request, own_forward if encoder else maskless)
         (hidden, gates), labels = _hidden(lm, request), request.batch.labels.to(device)
         out = {"hidden": hidden} if "hidden" in request.want else {}
@@ -92,6 +95,22 @@ def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -
         if is_token_classifier(lm):
             return out | {name: scores_of_hidden(lm, hidden) for name in CLASSIFIER_WANTS if name in request.want}
         return out | _head_quantities(lm, request, hidden, labels)
+
+
+def _looked(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -> ScoreRequest:
+    """The request with its images and videos placed among the tokens of their prompts."""
+    batch, plan, seen = request.batch, request.plan, any(v is not None for v in request.batch.vision)
+    takes = bool(placeholders(lm.config)) and plan.kind == "decoder" and not is_token_classifier(lm)
+    require(takes or not seen, ModelError, f"{type(lm).__name__} takes no images or videos, and the batch has some")
+    if not takes:
+        return request
+    base = decoder_of(lm)
+    placed = checked(lm, base, batch)
+    if not seen:
+        return request
+    forward = own_forward if plan.head == "logits" else base.forward
+    seeing = Seeing(lm, base, batch, plan.masks is not None and plan.masks.blocks, forward)
+    return replace(request, batch=placed, seeing=seeing)
 
 
 def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
@@ -107,6 +126,7 @@ def rows_of(lm: nn.Module, request: ScoreRequest) -> list[Rows]:
         one_forward=request.one_forward,
         pack=uses_flex(config) and layout != "separate",
         itself=is_token_classifier(lm) and "values" not in request.want,
+        sight=None if request.seeing is None else request.seeing.sight,
     )
     return [r.to(device) for r in rows]
 
@@ -132,7 +152,7 @@ def _costs(config: Any, device: torch.device, plan: ModelPlan) -> RowCosts:
     too: policy and reference then run in the same rectangles and, while equal, give the same numbers.) A GPU is idle
     below about a thousand tokens.
     """
-    plain = plan.masks is not None and plan.masks.window is None
+    plain = plan.masks is not None and plan.masks.window is None and not plan.masks.blocks
     by_parts = plain and device.type == "cpu" and getattr(config, "_attn_implementation", None) == "sdpa"
     size, layers, overhead = getattr(config, "hidden_size", 1024), getattr(config, "num_hidden_layers", 24), 1024
     if device.type == "cpu":
@@ -147,7 +167,11 @@ def uses_flex(config: Any) -> bool:
 def _check_fits(lm: nn.Module, batch: TokenBatch) -> None:
     limit, apart = positions(lm), is_encoder_decoder(lm)
     if limit is not None and batch.n_completions and not apart:
-        prompts, lengths = batch.prompt_offsets.diff()[batch.group], batch.completion_offsets.diff()
+        prompts, lengths = batch.prompt_offsets.diff(), batch.completion_offsets.diff()
+        if batch.vision:  # an image of h x w tokens may take max(h, w) positions
+            reach = zip(prompts.tolist(), batch.vision, strict=True)
+            prompts = prompts.new_tensor([n if v is None else v.next for n, v in reach])
+        prompts = prompts[batch.group]
         worst = int((prompts + lengths).argmax())
         prompt, length = int(prompts[worst]), int(lengths[worst])
         if prompt + length > limit:
@@ -182,13 +206,13 @@ def _hidden(lm: nn.Module, request: ScoreRequest) -> tuple[Tensor, list[tuple[Te
     decoder = decoder_of(lm)
     parts, targets, gates = [], [], []
     for rows in rows_of(lm, request):
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {} if request.seeing is None else request.seeing.inputs(rows)
         if not rows.causal:
             assert request.plan.masks is not None
             config, dtype = text_config(lm), input_embeddings(lm).weight.dtype
             costs = _costs(config, rows.input_ids.device, request.plan)
             kwargs["attention_mask"] = build_masks(rows, request.plan.masks, dtype, costs, flex=uses_flex(config))
-            kwargs["position_ids"] = rows.position
+            kwargs.setdefault("position_ids", rows.position)
         if "aux_loss" in request.want:
             kwargs["output_router_logits"] = True
         found = decoder(input_ids=rows.input_ids, use_cache=False, **kwargs)
@@ -276,7 +300,9 @@ def quantities_from_logits(lm: nn.Module, request: ScoreRequest, own_forward: Ca
         width = inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]
         logits = own_forward(**inputs).logits[:, -width:]
         flat = logits.reshape(-1, logits.shape[-1]).index_select(0, source)
-        if is_token_classifier(lm):
+        if "own_logits" in request.want:
+            outs.append({"own_logits": flat})
+        elif is_token_classifier(lm):
             outs.append({name: scores_of_logits(flat) for name in CLASSIFIER_WANTS if name in request.want})
         else:
             flat = flat if request.temperature == 1 else flat.to(accumulation_dtype(flat.dtype)) / request.temperature
@@ -291,7 +317,9 @@ def _own_inputs(lm: nn.Module, request: ScoreRequest) -> Iterator[tuple[dict[str
         yield from own_inputs(encoder_rows_of(lm, request))
         return
     for rows in rows_of(lm, request):
-        yield {"input_ids": rows.input_ids, "attention_mask": (rows.tree >= 0).long()}, rows.source, rows.target
+        more = {} if request.seeing is None else request.seeing.inputs(rows)
+        inputs = {"input_ids": rows.input_ids, "attention_mask": (rows.tree >= 0).long(), **more}
+        yield inputs, rows.source, rows.target
 
 
 # ---- The parts of a Hugging Face model, which PyTorch's types know nothing of, through adapters and shards.

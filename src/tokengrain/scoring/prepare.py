@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from tokengrain.scoring.model import (
     text_config,
     vocabulary,
 )
+from tokengrain.scoring.vision import placeholders
 
 CLASSIFIER = "expected a decoder such as Llama or Qwen"
 PLANS = "_tokengrain_plans"
@@ -91,6 +92,32 @@ def plan_for(model: nn.Module, lm: nn.Module, layout: Layout | None) -> ModelPla
             how = "cannot share prompts, so completions run separately"
         warnings.warn(f"{type(lm).__name__} {how}: {plan.reason}", stacklevel=4)
     return replace(plan, layout=layout if plan.masks is not None else "separate")
+
+
+def plan_to_see(
+    model: nn.Module, lm: nn.Module, plan: ModelPlan, batch: TokenBatch, layout: Layout | None
+) -> ModelPlan:
+    """The plan for a batch with images or videos: that for text, or what a second probe found, with the first batch.
+
+    Raises ModelError for layout="shared" and a model that cannot share prompts with images.
+    """
+    name, wanted = type(lm).__name__, layout or vars(lm).get(TOLD, "auto")
+    virtual = prompt_learning(model) is not None
+    require(not virtual, ModelError, f"an adapter that puts virtual tokens before every text of {name} takes no images")
+    if plan.head == "logits" or not placeholders(lm.config):
+        return plan
+    plans: dict[tuple[Any, ...], ModelPlan] = vars(lm).setdefault(PLANS, {})
+    kinds = frozenset(name for vision in batch.vision if vision is not None for name in vision.inputs)
+    sharing = plan.masks is not None
+    key = (kinds, sharing, *signature(lm))
+    if key not in plans:
+        plans[key] = _probe_with_images(model, lm, plan, batch)
+        if sharing and plans[key].masks is None:
+            warnings.warn(f"{name} cannot share prompts with images: {plans[key].reason}", stacklevel=3)
+    found = plans[key]
+    can = wanted != "shared" or found.masks is not None
+    require(can, ModelError, f"{name} cannot share prompts with images: {found.reason}")
+    return replace(found, layout=plan.layout if found.masks is not None else "separate")
 
 
 def _found_out(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
@@ -237,13 +264,64 @@ def probe(model: nn.Module, lm: nn.Module, *, sharing: bool) -> ModelPlan:
     return plan
 
 
+def _probe_with_images(model: nn.Module, lm: nn.Module, plan: ModelPlan, batch: TokenBatch) -> ModelPlan:
+    """Made-up completions of the batch's own prompts: the model's own logits of each text against separate rows, and
+    these against shared ones, without and with images whose tokens see each other.
+    """
+    call: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    batch = _with_made_up_completions(lm, batch)
+    device, dtype = device_of(lm), _dtype(lm, plan.autocast)
+    with evaluating(call), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        separate, own = (
+            call(token_batch=_request(batch, p, "separate", want))[want]
+            for p, want in ((plan, "raw_logits"), (replace(plan, head="logits"), "own_logits"))
+        )
+        finished = Head(torch.empty(0), None, plan.scale, plan.softcap).finish(separate)
+        apart = float(relative_error(finished, own).max())
+        if apart > TOLERANCE[dtype]:
+            reason = f"with images its logits are not its head's alone (difference {apart:.2g})"
+            return replace(plan, head="logits", masks=None, reason=reason)
+        if plan.masks is None:
+            return plan
+        # The better one: in 16 bits even the wrong one may come near.
+        forms = [replace(plan.masks, blocks=blocks) for blocks in (False, True)]
+        tried = [_difference(call, lm, plan, batch, form) for form in forms]
+    difference, reason = min(tried)
+    if difference <= TOLERANCE[dtype]:
+        return replace(plan, masks=forms[tried.index((difference, reason))])
+    return replace(plan, masks=None, reason=reason)
+
+
+def _with_made_up_completions(lm: nn.Module, batch: TokenBatch) -> TokenBatch:
+    """Of every kind of input the shortest prompt that has it, with completions of a few tokens of text.
+
+    They are no longer than its own, which have to fit the model.
+    """
+    lengths, longest = batch.prompt_offsets.diff().tolist(), [1] * batch.n_prompts
+    for prompt, length in zip(batch.group.tolist(), batch.completion_offsets.diff().tolist(), strict=True):
+        longest[prompt] = max(longest[prompt], length)
+    shortest: dict[frozenset[str], int] = {}
+    for prompt, vision in enumerate(batch.vision):
+        if vision is not None:
+            names = frozenset(vision.inputs)
+            shortest[names] = min(prompt, shortest.get(names, prompt), key=lambda p: lengths[p])
+    texts = probe_batch(text_config(lm), vocabulary(lm), None, ((2, (4, 6)),), placeholders(lm.config))
+    made = [texts.completion(c).tolist() for c in range(2)]
+    chosen = sorted(shortest.values())
+    return TokenBatch.from_samples([batch.sample(p, [Completion(ids[: longest[p]]) for ids in made]) for p in chosen])
+
+
 def probe_batch(
-    config: Any, vocab: int, window: int | None, lengths: Lengths = ((9, (4, 6, 4)), (5, (5, 4)))
+    config: Any,
+    vocab: int,
+    window: int | None,
+    lengths: Lengths = ((9, (4, 6, 4)), (5, (5, 4))),
+    avoid: Collection[int] = (),
 ) -> TokenBatch:
     """Made-up texts of (prompt, completions) lengths; the first prompt is longer than a short window."""
     special = [getattr(config, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")]
-    avoid = {t for s in special for t in (s if isinstance(s, (list, tuple)) else [s]) if isinstance(t, int)}
-    avoid = avoid if vocab > 2 * len(avoid) + 8 else set()
+    ends = {t for s in special for t in (s if isinstance(s, (list, tuple)) else [s]) if isinstance(t, int)}
+    avoid = {*avoid, *(ends if vocab > 2 * len(ends) + 8 else ())}
     limit = positions_of(config) or 1 << 30
     (first, completions), *more = lengths
     first = max(2, min(limit - max(completions), max(first, (window or 0) + 3)))
@@ -314,7 +392,7 @@ def _head_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
     encoder = plan.kind == "encoder-decoder"
     # Prompts and completions of two lengths in an encoder-decoder's rows: padding must change nothing.
     lengths: Lengths = ((5, (5,)), (3, (4,))) if encoder else ((5, (5,)),)
-    batch = probe_batch(text_config(lm), vocabulary(lm), None, lengths=lengths)
+    batch = probe_batch(text_config(lm), vocabulary(lm), None, lengths, placeholders(lm.config))
     start = Completion(batch.completion(0).tolist()[:3])
     short = TokenBatch.from_samples([Sample(batch.prompt(0).tolist(), [start])])
     (begun, *_), (own, autocast, missing) = (_own_logits(call, lm, b) for b in (short, batch))
@@ -412,21 +490,28 @@ def _sharing_plan(call: nn.Module, lm: nn.Module, plan: ModelPlan) -> ModelPlan:
 def _compared(call: nn.Module, lm: nn.Module, plan: ModelPlan, forms: list[MaskForm]) -> tuple[int | None, str]:
     """Which form of masks gives the hidden states of each text alone; or None, and why."""
     config, dtype = text_config(lm), _dtype(lm, plan.autocast)
-    batch = probe_batch(config, vocabulary(lm), _window(config))
+    batch = probe_batch(config, vocabulary(lm), _window(config), avoid=placeholders(lm.config))
     separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
     reason = ""
     for index, form in enumerate(forms):
-        trial = replace(plan, masks=form)
-        try:
-            shared = call(token_batch=_request(batch, trial, "shared", "hidden"))["hidden"]
-        except Exception as error:
-            reason = f"it does not take a mask per token pair ({_short(error)})"
-            continue
-        difference = _hidden_error(shared, separate, batch, dtype)
+        difference, reason = _difference(call, lm, plan, batch, form, separate)
         if difference <= TOLERANCE[dtype]:
             return index, ""
-        reason = f"hidden states differ from those of each text alone (relative difference {difference:.2g})"
     return None, reason
+
+
+def _difference(
+    call: nn.Module, lm: nn.Module, plan: ModelPlan, batch: TokenBatch, form: MaskForm, separate: Tensor | None = None
+) -> tuple[float, str]:
+    """How far hidden states of shared rows are from `separate` ones, with masks of this form; and that in words."""
+    if separate is None:
+        separate = call(token_batch=_request(batch, plan, "separate", "hidden"))["hidden"]
+    try:
+        shared = call(token_batch=_request(batch, replace(plan, masks=form), "shared", "hidden"))["hidden"]
+    except Exception as error:
+        return float("inf"), f"it does not take a mask per token pair ({_short(error)})"
+    difference = _hidden_error(shared, separate, batch, _dtype(lm, plan.autocast))
+    return difference, f"hidden states differ from those of each text alone (relative difference {difference:.2g})"
 
 
 def _hidden_error(shared: Tensor, separate: Tensor, batch: TokenBatch, dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from tokengrain.scoring.model import (
     text_config,
     whole_head,
 )
-from tokengrain.scoring.prepare import language_model, plan_for, prompt_learning, scored_model
+from tokengrain.scoring.prepare import language_model, plan_for, plan_to_see, prompt_learning, scored_model
 
 Want = Literal["logps", "entropy", "hidden", "kl", "teacher_kl", "token_scores", "values", "aux_loss"]
 WANTS: tuple[str, ...] = get_args(Want)
@@ -95,6 +95,8 @@ def score(
     has_encoder = plan.kind == "encoder-decoder" or batch.prompt_role != "encoder"
     message = f'the batch has prompt_role="encoder", and {type(lm).__name__} has no encoder; expected "prefix"'
     require(has_encoder, ModelError, message)
+    if any(vision is not None for vision in batch.vision):
+        plan = plan_to_see(model, lm, plan, batch, layout)
     request = ScoreRequest(
         batch,
         frozenset(want),
