@@ -19,11 +19,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.scoring.encdec import FAMILIES, alone, tiny_seq2seq
+from tests.scoring.models import VOCAB, standard_batch
 from tokengrain.errors import DataError, ModelError, RecipeError, TokengrainError
 from tokengrain.retrieval.docids import Docids
 from tokengrain.run.load import load_recipe, resolve_stages
 from tokengrain.run.retrieval import Index, grow
 from tokengrain.run.runner import run_recipe
+from tokengrain.scoring.score import score
 
 TOPICS = ("fish", "bread", "stars", "trains", "clocks", "rivers")
 WORDS = ("<pad>", "</s>", "<unk>", *TOPICS, "about", "the", "site.org", "a", "page", "of", "deep", "old", "new")
@@ -163,6 +166,37 @@ def test_new_tokens_are_as_far_apart_as_the_old(t5: Path) -> None:
     assert tokenizer.convert_ids_to_tokens([21, 24, 25]) == ["<0:0>", "<0:3>", "<1:0>"]
 
 
+class Counted:
+    """A tokenizer, as far as `grow` is concerned."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def add_tokens(self, tokens: list[str]) -> None:
+        self.size += len(tokens)
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "marian"])  # whose positions are made when it is loaded
+def test_a_grown_model_is_the_same_when_it_is_loaded(name: str, own_head: bool, tmp_path: Path) -> None:
+    model, batch = tiny_seq2seq(name).eval(), standard_batch()
+    model.config.decoder_start_token_id = 1
+    rows = [(VOCAB, VOCAB + 4), (VOCAB + 1, VOCAB + 5)]
+    grow(model, Counted(VOCAB), Docids(("a", "b"), tuple(rows), scheme="pq"), own_head=own_head)
+    expected, loaded = alone(model, batch)["logps"], model
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        loaded.save_pretrained(folder)
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float64).eval()
+    head = loaded.get_output_embeddings().weight
+    assert len(head) == VOCAB + 6
+    assert own_head is False or head is not loaded.get_input_embeddings().weight
+    torch.testing.assert_close(alone(loaded, batch)["logps"], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(score(loaded, batch).logps, expected, rtol=0, atol=1e-8)
+
+
 def test_negatives_never_share_a_docid_with_what_is_relevant(t5: Path, tmp_path: Path) -> None:
     given = (
         f"stages.index.documents={documents(tmp_path)}",
@@ -195,7 +229,10 @@ def test_a_finished_run_is_reused_and_other_documents_are_noticed(t5: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"positive": None}, "triples.jsonl: row 3.*: the query has no relevant document; expected a document in one"),
+        (
+            {"positive": None},
+            "triples.jsonl: row 3.*: field 'positive': the query has no relevant document; expected a document in one",
+        ),
         ({"positive": "k99"}, "row 3.*: field 'positive': there is no docid for it; got 'k99'; expected one of the 12"),
         ({"negatives": ["k1", "k3"]}, "row 3.*: field 'negatives': a negative has the docid of .* 'k3'; got 'k3'"),
         ({"query": " "}, "row 3.*: field 'query': the row has no query; got ' '"),
@@ -217,7 +254,7 @@ def test_rows_that_cannot_be_used(t5: Path, tmp_path: Path, changes: dict[str, A
             [3, 99],
             "documents.jsonl: row 0.*: field 'docid': a docid has a token outside the .*; got 99; expected a token id",
         ),
-        (None, "documents.jsonl: row 0.*: the document has no docid; got 'k0'; expected a docid"),
+        (None, "documents.jsonl: row 0.*: field 'docid': the document has no docid; got 'k0'; expected a docid"),
         (5, "documents.jsonl: row 0.*: field 'docid': this is no docid; got 5; expected a docid .token ids, or text"),
         ([3.5, 4], "row 0.*: field 'docid': this is no docid; got"),
         (["3"], "row 0.*: field 'docid': this is no docid; got"),
@@ -227,6 +264,32 @@ def test_rows_that_cannot_be_used(t5: Path, tmp_path: Path, changes: dict[str, A
 def test_docids_that_cannot_be_used(t5: Path, tmp_path: Path, docid: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         run(t5, keyed(tmp_path), tmp_path / "run", f"stages.index.documents={documents(tmp_path, docid=docid)}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pos_docid": [3, 99]}, "rows.jsonl: row 2.*: field 'pos_docid': a docid has a token outside the .*; got 99"),
+        ({"neg_docid": [[3, 99]]}, "rows.jsonl: row 2.*: field 'neg_docid': a docid has a token outside the"),
+        ({"pos_docid": [3]}, "rows.jsonl: row 2.*: field 'pos_docid': the docid is the beginning of another, .3, 19."),
+        ({"neg_docid": [[3]]}, "rows.jsonl: row 2.*: field 'neg_docid': the docid is the beginning of another"),
+        ({"neg_docid": [[5, 19]]}, "rows.jsonl: row 2.*: field 'neg_docid': a negative has the docid of the relevant"),
+        ({"pos_docid": [True, 4]}, "rows.jsonl: row 2.*: field 'pos_docid': this is no docid; got"),
+    ],
+)
+def test_docids_in_rows_that_cannot_be_used(t5: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    rows = [dict(row) for row in FORMS["ids"]]
+    rows[2] |= changes
+    with pytest.raises(DataError, match=message):
+        run(t5, write(tmp_path / "rows.jsonl", rows), tmp_path / "run")
+
+
+def test_a_table_is_named_where_its_docids_cannot_be_used(t5: Path, tmp_path: Path) -> None:
+    keys = tuple(f"k{i}" for i in range(12))
+    Docids(keys, tuple((3 + i // 4, 99 if i == 7 else 8 + i % 4) for i in range(12))).save(tmp_path / "table.parquet")
+    given = (f"stages.index.documents={documents(tmp_path)}", f"stages.index.docids={tmp_path / 'table.parquet'}")
+    with pytest.raises(DataError, match=r"table\.parquet: row 7: field 'docid': a docid has a token outside"):
+        run(t5, keyed(tmp_path), tmp_path / "run", *given)
 
 
 @pytest.mark.parametrize(

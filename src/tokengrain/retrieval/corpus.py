@@ -34,7 +34,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Document:
-    """A document as its row has it; `file` and `row` say where."""
+    """A document as its row has it; `file`, `row` and `column` (of its docid) say where."""
 
     key: str
     title: str = ""
@@ -43,6 +43,7 @@ class Document:
     docid: Any = None
     file: str = ""
     row: Any = 0
+    column: str = "docid"
 
     @property
     def words(self) -> list[str]:
@@ -84,7 +85,8 @@ class NamedQuery:
             for kind, (column, names) in self.names.items()
         }
         wanted = f"a document in one of the columns {', '.join(COLUMNS['relevant'])}"
-        require(found.get("relevant"), DataError, "the query has no relevant document", **where, expected=wanted)
+        column, what = self.names.get("relevant", (COLUMNS["relevant"][0], ()))[0], "the query has no relevant document"
+        require(found.get("relevant"), DataError, what, **where, field=column, expected=wanted)
         relevant = {docids.of(key): key for key in found["relevant"]}
         for key in found.get("negatives", ()):
             same = relevant.get(docids.of(key))
@@ -110,10 +112,11 @@ def read_documents(rows: Rows) -> list[Document]:
     for number, row in rows:
         file, place = rows.place(number)
         key = next((row[name] for name in ("key", "id") if row.get(name) is not None), None)
-        require(key is not None, DataError, "the document has no key", file=file, row=place, expected="a key or an id")
+        where: dict[str, Any] = {"file": file, "row": place}
+        require(key is not None, DataError, "the document has no key", **where, field="key", expected="a key or an id")
         text = row.get("text") if row.get("text") is not None else row.get("body")
         given = str(row.get("title") or ""), str(text or ""), row.get("url"), row.get("docid")
-        found.append(Document(str(key), *given, file=file, row=place))
+        found.append(Document(str(key), *given, **where))
     return found
 
 
@@ -158,10 +161,10 @@ def documents_of(queries: Sequence[NamedQuery]) -> list[Document]:
     """The documents that rows of queries name, where there is no list of them: each is its docid, or the text of it."""
     found: dict[Name, Document] = {}
     for query in queries:
-        for _, names in query.names.values():
+        for column, names in query.names.values():
             for name in names:
                 key = name if isinstance(name, str) else " ".join(map(str, name))
-                found.setdefault(name, Document(key, docid=name, file=query.file, row=query.row))
+                found.setdefault(name, Document(key, docid=name, file=query.file, row=query.row, column=column))
     return list(found.values())
 
 

@@ -38,7 +38,7 @@ class Docids:
         tokens: their docids, an end token included where the scheme has one.
         file: where they come from, for messages.
         scheme: how they were made.
-        places: file and row that each comes from, for messages; none: rows of `file`.
+        places: file, row and column that each comes from, for messages; none: rows of `file`.
 
     Raises:
         DataError: no documents; a name twice; a document without docid; a docid that another one begins with.
@@ -48,7 +48,7 @@ class Docids:
     tokens: tuple[tuple[int, ...], ...]
     file: str = "docids"
     scheme: str = "given"
-    places: tuple[tuple[str, Any], ...] = ()
+    places: tuple[tuple[str, Any, str], ...] = ()
 
     def __post_init__(self) -> None:
         require(self.keys, DataError, "there are no documents, so no trie of docids", file=self.file)
@@ -62,8 +62,9 @@ class Docids:
             self._check(docid == after or after[: len(docid)] != docid, row, what, ENDED, "docid", value=list(docid))
 
     def _check(self, holds: object, row: int, what: str, expected: str, field: str, value: object) -> None:
-        file, place = self.places[row] if self.places else (self.file, row)
-        require(holds, DataError, what, file=file, row=place, field=field, value=value, expected=expected)
+        file, place, column = self.places[row] if self.places else (self.file, row, "docid")
+        named = column if field == "docid" else field
+        require(holds, DataError, what, file=file, row=place, field=named, value=value, expected=expected)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -149,10 +149,11 @@ class Index(DocidStage):
         """The table, by the scheme; codes get the tokens behind a vocabulary of the given size."""
         own = self.own
         keys = tuple(document.key for document in documents)
-        places = tuple((document.file, document.row) for document in documents)
+        places = tuple((document.file, document.row, document.column) for document in documents)
         file = own.docids or own.documents or str(self.data.train)
         if own.docids is not None:
             table = Docids.load(own.docids)
+            table.check_vocabulary(vocabulary)
             named = own.documents is not None
             found = [table.of(d.key, file=d.file, row=d.row, field="key") for d in documents] if named else table.tokens
             table = Docids(keys, tuple(found), own.docids, places=places) if named else table
@@ -169,13 +170,14 @@ class Index(DocidStage):
     def _text_docid(self, document: Document, tokenizer: Any) -> tuple[int, ...]:
         given: Any = document.docid if self.own.scheme == "given" else title_url(document.url, document.title)
         given = given.tolist() if hasattr(given, "tolist") else given
-        where: dict[str, Any] = {"file": document.file, "row": document.row}
-        needed = "a docid (token ids, or text)" if self.own.scheme == "given" else "a title, or a URL of words"
-        what = "the document has no docid"
-        require(given is not None, DataError, what, **where, value=document.key, expected=needed)
+        column, needed = document.column, "a docid (token ids, or text)"
+        if self.own.scheme == "title_url":
+            column, needed = "title", "a title, or a URL of words"
+        where: dict[str, Any] = {"file": document.file, "row": document.row, "field": column, "expected": needed}
+        require(given is not None, DataError, "the document has no docid", **where, value=document.key)
         ids = isinstance(given, (list, tuple)) and given and all(type(token) is int for token in given)
         fine = ids or (isinstance(given, str) and given.strip())
-        require(fine, DataError, "this is no docid", **where, field="docid", value=given, expected=needed)
+        require(fine, DataError, "this is no docid", **where, value=given)
         if isinstance(given, str):
             return text_tokens(
                 given, lambda text: tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id
@@ -261,6 +263,10 @@ def grow(model: Any, tokenizer: Any, docids: Docids, own_head: bool) -> None:
     if size > (before := models.vocabulary(model)):
         # By default new rows are nearly equal, and codes would have to come apart first: these spread like the old.
         model.resize_token_embeddings(size, mean_resizing=False)
+        for part in ("encoder", "decoder"):  # which T5Gemma forgets
+            config: Any = getattr(model.config, part, None)
+            if hasattr(config, "vocab_size"):
+                config.vocab_size = size
         for weight in {
             id(e.weight): e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings())
         }.values():
@@ -269,9 +275,9 @@ def grow(model: Any, tokenizer: Any, docids: Docids, own_head: bool) -> None:
     if own_head:
         head = model.get_output_embeddings()
         weight = head.weight.detach().clone()
-        # Equal weights would be tied again when they are loaded.
+        # Equal weights would be tied again when they are loaded. The config goes on saying that weights are tied: those
+        # of encoder and decoder are, and T5 divides by the root of its width only then.
         head.weight = torch.nn.Parameter(weight + 0.01 * weight.std() * torch.randn_like(weight))
-        model.config.tie_word_embeddings = False
 
 
 def _save_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
