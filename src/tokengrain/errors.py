@@ -159,7 +159,14 @@ def read_json(path: str | os.PathLike[str], kind: type[TokengrainError] = RunErr
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise kind(f"{path} is damaged: {error}") from error
+        raise kind(f"{path} is damaged: {problem(error)}") from error
+
+
+def problem(error: Exception) -> str:
+    """What is wrong with JSON or YAML in words; a file whose brackets nest too deeply ends Python's own recursion."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(getattr(error, "problem", None) or error)
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

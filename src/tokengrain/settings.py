@@ -29,7 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import core_schema
 from torch import Tensor
 
-from tokengrain.errors import RecipeError, RunError, TokengrainError, require, shown
+from tokengrain.errors import RecipeError, RunError, TokengrainError, problem, require, shown
 
 
 def _not_bool(value: Any) -> Any:
@@ -283,4 +283,4 @@ def parse_yaml(text: str, where: str, kind: type[TokengrainError] = RecipeError)
     except Exception as error:  # for a wrong date, say, constructors raise what they like
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
-        raise kind(f"{where}:{line} not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise kind(f"{where}:{line} not valid YAML: {problem(error)}") from error

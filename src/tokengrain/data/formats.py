@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from tokengrain.data.config import RowError, check
-from tokengrain.errors import once
+from tokengrain.errors import once, problem
 
 Message = dict[str, Any]
 
@@ -309,7 +309,8 @@ def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") ->
     try:
         return json.loads(value, object_pairs_hook=once) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise RowError("wrong type", f"is no JSON: {error}", field=name, value=value, expected=expected) from error
+        what = f"is no JSON: {problem(error)}"
+        raise RowError("wrong type", what, field=name, value=value, expected=expected) from error
 
 
 def content(row: Mapping[str, Any], name: str) -> Content:

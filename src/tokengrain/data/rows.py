@@ -39,6 +39,7 @@ from tokengrain.errors import (
     file_fingerprint,
     fingerprint,
     once,
+    problem,
     read_text,
     regular_file,
     require,
@@ -237,8 +238,8 @@ def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _why(error: Exception) -> str:
-    """What is wrong with JSON; brackets nested too deeply and numbers of thousands of digits have no position."""
-    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+    """What is wrong with JSON, without its own position."""
+    return getattr(error, "msg", problem(error))
 
 
 def _json_error(path: Path, row: int, line: int, column: int, text: str, position: int, why: str) -> DataError:

@@ -22,7 +22,7 @@ from tokengrain.data.config import SpanConfig, TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import StoredRows, load_rows, with_columns
 from tokengrain.data.tokens import token_texts
-from tokengrain.errors import DataError, ModelError, RunError, read_json, regular_file, require, shown
+from tokengrain.errors import DataError, ModelError, RunError, problem, read_json, regular_file, require, shown
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.settings import code_named_by
 from tokengrain.worlds import is_world, load_world
@@ -419,7 +419,7 @@ def read_rollouts(path: Path) -> list[Recorded]:
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             if number > len(lines):
                 break
-            raise RunError(f"{where} is damaged: {error}") from error
+            raise RunError(f"{where} is damaged: {problem(error)}") from error
         found.append(_recorded(where, entry))
     return found
 
