@@ -1,8 +1,10 @@
 """`prepare` and `score` on models as people have them: copied, pickled, wrapped, in training mode."""
 
 import copy
+import functools
 import inspect
 import pickle
+import types
 import warnings
 
 import pytest
@@ -34,6 +36,30 @@ def test_prepare_is_idempotent_and_ordinary_calls_stay():
     assert inspect.signature(model.forward) == signature
     generated = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
     assert generated.shape == (1, 5)
+
+
+def test_forwards_of_others_around_ours_and_ours_around_theirs():
+    """TRL's trainers put a forward around the one they find that looks like the class's: a reference, then theirs."""
+    model, ids, calls = tiny("llama"), torch.tensor([[5, 6, 7]]), []
+    before, plain = logps(model), model(input_ids=ids).logits
+
+    def wrap(number):
+        inner = model.forward
+
+        @functools.wraps(type(model).forward)
+        def theirs(self, *args, **kwargs):
+            calls.append(number)
+            return inner(*args, **kwargs)
+
+        model.forward = types.MethodType(theirs, model)
+
+    for number in (1, 2):
+        wrap(number)
+        assert torch.equal(logps(model), before)
+        assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, plain)
+        calls.clear()
+        assert torch.equal(model(input_ids=ids).logits, plain)
+        assert calls == list(range(number, 0, -1))
 
 
 def test_a_copy_uses_its_own_weights():

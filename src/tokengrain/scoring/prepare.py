@@ -41,7 +41,7 @@ CLASSIFIER = "expected a decoder such as Llama or Qwen"
 PLANS = "_tokengrain_plans"
 TOLD = "_tokengrain_layout"
 TOLD_REASON = "_tokengrain_warned"
-ORIGINAL = "_tokengrain_original_forward"
+REPLACED = "_tokengrain_replaced"
 MARK = "_tokengrain_dispatches"
 
 
@@ -203,11 +203,6 @@ def prompt_learning(model: nn.Module) -> nn.Module | None:
     return peft if at_work else None
 
 
-def original_forward(lm: nn.Module) -> Callable[..., Any]:
-    """The forward `install` replaced."""
-    return vars(lm).get(ORIGINAL) or types.MethodType(type(lm).forward, lm)
-
-
 def install(lm: nn.Module) -> None:
     """Replace the instance's `forward` by one that also takes `token_batch=`; idempotent.
 
@@ -216,10 +211,11 @@ def install(lm: nn.Module) -> None:
     """
     if _is_installed(lm):
         return
-    if "forward" in vars(lm):
-        # Somebody (accelerate) wrapped it before: keep theirs for ordinary calls.
-        vars(lm)[ORIGINAL] = vars(lm)["forward"]
-    vars(lm)["forward"] = types.MethodType(_dispatcher(type(lm)), lm)
+    # Somebody (accelerate, TRL) may have wrapped it before: ordinary calls go to theirs. Theirs may end in a forward of
+    # ours again, which has what it replaced at its own place of the list.
+    replaced = vars(lm).setdefault(REPLACED, [])
+    replaced.append(vars(lm).get("forward"))
+    vars(lm)["forward"] = types.MethodType(_dispatcher(type(lm), len(replaced) - 1), lm)
 
 
 def _is_installed(lm: nn.Module) -> bool:
@@ -227,12 +223,11 @@ def _is_installed(lm: nn.Module) -> bool:
     return forward is not None and hasattr(inspect.unwrap(forward, stop=lambda f: hasattr(f, MARK)), MARK)
 
 
-def _dispatcher(cls: Any) -> Callable[..., Any]:
+def _dispatcher(cls: Any, place: int) -> Callable[..., Any]:
     # Pickle finds a bound method by its function's name, hence "forward".
     def forward(self: nn.Module, *args: Any, token_batch: Any = None, **kwargs: Any) -> Any:
-        if token_batch is None:
-            return original_forward(self)(*args, **kwargs)
-        return run(self, token_batch, original_forward(self))
+        original = vars(self)[REPLACED][place] or types.MethodType(type(self).forward, self)
+        return original(*args, **kwargs) if token_batch is None else run(self, token_batch, original)
 
     forward.__doc__ = cls.forward.__doc__
     # Trainer and generate look at the signature to see which arguments a model takes.
