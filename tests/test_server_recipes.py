@@ -15,7 +15,7 @@ from tests.test_cli import call
 from tests.test_sampler_recipes import BRANCHING, log, online, same, trained
 from tests.test_stages import LLAMA, run
 from tests.training.online.tiny import make_online
-from tokengrain.errors import RecipeError, RolloutError
+from tokengrain.errors import DataError, RecipeError, RolloutError
 from tokengrain.rewards.suite import RewardError
 from tokengrain.run.runner import evaluate_run
 from tokengrain.runs import read_run
@@ -81,6 +81,24 @@ def test_a_server_loads_adapters_and_a_killed_run_goes_on(tmp_path: Path) -> Non
             run(online(tmp_path, served_by(moved, refresh="adapter"), name="parts", model=base, lora=lora))
         assert len(again.loaded) == 3
         assert same(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
+
+
+def test_a_server_that_samples_from_another_model_stops_the_run(tmp_path: Path) -> None:
+    served = other_llama()
+    for parameter in served.model.parameters():
+        parameter.data *= 8  # a distribution of its own
+    served.reload = lambda body: {"results": [None]}  # it says that it has taken the weights
+    with serving(served) as stub, pytest.raises(RolloutError, match=r"differ from the policy's by .* nats per token"):
+        run(online(tmp_path, served_by(stub, refresh="checkpoint")))
+    assert not log(tmp_path / "run")
+
+
+def test_a_prompt_that_a_server_has_no_room_for(tmp_path: Path) -> None:
+    served = other_llama()
+    served.longest = 9
+    with serving(served) as stub, pytest.raises(DataError, match=r"longer than the server's max_model_len"):
+        run(online(tmp_path, served_by(stub, refresh="checkpoint")))
+    assert not served.loaded
 
 
 def test_branching_on_top_of_a_server(tmp_path: Path) -> None:

@@ -75,7 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             status, headers, content = fault[0], fault[1], "".join(fault[2:]).encode() or b"{}"
         elif isinstance(fault, int):
             status, content = fault, json.dumps({"error": {"message": f"fault {fault}"}}).encode()
-        content = content or json.dumps(self.server.answer(self.path, body)).encode()
+        try:
+            content = content or json.dumps(self.server.answer(self.path, body)).encode()
+        except KeyError as error:  # what an answer says of a path, or of a model, that it does not know
+            status, content = 404, json.dumps({"error": {"message": f"no {error}"}}).encode()
         try:
             self.send_response(status)
             headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
@@ -125,24 +128,39 @@ class Served:
         model: the one it samples from where no adapter is named; "checkpoint" replaces it.
         adapters: models with an adapter, by its name.
         loaded: the folders that it has loaded, in order.
+        version: the name of its weights; longest: its `max_model_len`.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.adapters, self.loaded, self.lock = model, {}, [], threading.Lock()
+        self.version, self.longest, self.first, self.paused = "default", 64, model, False
+        self.tokenizer: Any = None
+
+    def start_anew(self) -> None:
+        """Be as it was when it was started, as after a crash."""
+        self.model, self.version, self.adapters = self.first, "default", {}
 
     def __call__(self, path: str, body: Any) -> Any:
         with self.lock:
             return {
-                "/v1/models": lambda body: {"data": [{"id": name} for name in ("m", *self.adapters)]},
+                "/v1/models": lambda body: {
+                    "data": [{"id": name, "max_model_len": self.longest} for name in ("m", *self.adapters)]
+                },
+                **({"/tokenize": lambda body: {"tokens": self.tokenizer(body["prompt"])}} if self.tokenizer else {}),
+                "/pause?mode=wait": lambda body: self.pause(True),
+                "/resume": lambda body: self.pause(False),
+                "/weight_info": lambda body: {"weight_version": self.version},
+                "/update_weight_version": self.rename,
                 "/v1/completions": self.completions,
                 "/collective_rpc": self.reload,
-                "/reset_prefix_cache": lambda body: {},
+                "/reset_prefix_cache": lambda body: {"success": True},
                 "/v1/load_lora_adapter": self.load,
                 "/v1/unload_lora_adapter": lambda body: self.adapters.pop(body["lora_name"]) and {},
             }[path](body)
 
     def completions(self, body: Any) -> Any:
-        model = self.adapters.get(body["model"], self.model)
+        assert not self.paused
+        model = {"m": self.model, **self.adapters}[body["model"]]
         sampling = SamplingConfig(max_new_tokens=body["max_tokens"], stop_ids=tuple(body["stop_token_ids"]))
         item = PromptItem(body["prompt"], row=body["seed"])
         group = HFGenerate(model).sample([item], n=body["n"], sampling=sampling).groups[0]
@@ -158,10 +176,19 @@ class Served:
             ]
         }
 
+    def pause(self, on: bool) -> Any:
+        self.paused = on
+        return {"status": "paused" if on else "resumed"}
+
+    def rename(self, body: Any) -> Any:
+        self.version = body["new_version"]
+        return {"success": True, "new_version": self.version}
+
     def reload(self, body: Any) -> Any:
+        assert self.paused
         self.loaded.append(body["kwargs"]["weights_path"])
         self.model = type(self.model).from_pretrained(self.loaded[-1])
-        return {}
+        return {"results": [None]}
 
     def load(self, body: Any) -> Any:
         from peft import PeftModel

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tests.credit.small import llama
+from tests.credit.small import llama, tokenizer
 from tests.rollout.stub import Served, serving
 from tokengrain.errors import RecipeError, RolloutError
 from tokengrain.methods._clipped import sampler_mismatch
@@ -35,6 +35,11 @@ def completions(path, body):
 
 def server(stub, **kwargs):
     return OpenAIServer(stub.url, model="m", **{"backoff": 0.01, "retries": 2, "timeout": 5.0, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tokenizer()
 
 
 def test_ids_and_log_probabilities_come_back_in_order():
@@ -162,7 +167,7 @@ def test_malformed_answers(spoil, message):
 
 def test_whether_a_server_is_there():
     def models(path, body):
-        assert (path, body) == ("/v1/models", None)
+        assert (path, body) == ("/v1/models", None)  # without a tokenizer of ours nothing else is asked
         return {"data": [{"id": "m"}, {"id": "other"}]}
 
     with serving(models) as stub:
@@ -239,12 +244,16 @@ def test_adapters_are_loaded_under_a_new_name_each_time(tmp_path, caplog):
 
 def test_checkpoints(tmp_path):
     with serving(lambda path, body: {"success": True}) as stub:
-        server(stub, refresh="checkpoint").refresh(tmp_path)
+        first = server(stub, refresh="checkpoint")
+        first.refresh(tmp_path)
         server(stub, refresh="checkpoint", flavour="sglang").refresh(str(tmp_path))
         folder = str(tmp_path.resolve())
         assert stub.requests == [
+            ("/pause?mode=wait", {}),
             ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
             ("/reset_prefix_cache", {}),
+            ("/update_weight_version", {"new_version": first.weights.name}),
+            ("/resume", {}),
             ("/update_weights_from_disk", {"model_path": folder, "flush_cache": True}),
         ]
         stub.requests.clear()
@@ -271,6 +280,139 @@ def test_a_model_behind_the_server_agrees_with_the_trainer():
     with torch.no_grad():
         logps = score(model, batch).logps
     assert sampler_mismatch(batch.columns["raw_logps"], logps, batch.segments)["mismatch/max_abs"] < 1e-4
+
+
+def saved(folder, seed):
+    """Another model's weights on disk, and the model."""
+    torch.manual_seed(seed)
+    model = llama().float()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def off(sampler, model):
+    """How far the log-probabilities of a rollout are from the model's, in nats."""
+    rollouts = sampler.sample(PROMPTS, n=2, sampling=SAMPLING)
+    batch = rollouts.to_batch()
+    with torch.no_grad():
+        logps = score(model, batch).logps
+    return sampler_mismatch(batch.columns["raw_logps"], logps, batch.segments)["mismatch/max_abs"], rollouts
+
+
+def test_what_a_server_started_anew_answers_is_drawn_again(tmp_path, caplog):
+    model, served = saved(tmp_path, 3), Served(llama().float())
+    with serving(served) as stub:
+        sampler = server(stub, refresh="checkpoint", concurrency=1, timeout=60)
+        sampler.refresh(tmp_path)
+        far, whole = off(sampler, model)
+        assert far < 1e-4
+        assert whole.metrics == {"rollout/redrawn": 0, "rollout/servers_lost": 0, "rollout/weights_version": 1}
+        answer, asked = stub.answer, []
+
+        def crashes(path, body):
+            asked.append(path)
+            if asked.count("/v1/completions") == 2:
+                served.start_anew()
+            return answer(path, body)
+
+        stub.answer = crashes
+        far, again = off(sampler, model)
+        assert far < 1e-4
+        assert again.groups == whole.groups
+        assert again.metrics["rollout/redrawn"] == 6
+        assert "was started anew; it is given the present weights again" in caplog.text
+        stub.answer = lambda path, body: served.start_anew() or answer(path, body)
+        with pytest.raises(ServerError, match="row r0: the server lost its weights 3 times"):
+            sampler.sample(PROMPTS, n=2, sampling=SAMPLING)
+        # One that does not say which weights it has is believed, and asked once.
+        asked.clear()
+        stub.answer = lambda path, body: asked.append(path) or {"/v1/completions": served}[path](path, body)
+        other = server(stub, refresh="checkpoint")
+        other.weights = sampler.weights
+        for _ in range(2):
+            other.sample(PROMPTS, n=1, sampling=SAMPLING)
+        assert asked.count("/weight_info") == 1
+
+
+def test_an_adapter_that_a_server_has_lost_is_loaded_again(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(llama().float(), config).eval()
+    model.save_pretrained(tmp_path)
+    served = Served(llama().float())
+    with serving(served) as stub:
+        sampler = server(stub, refresh="adapter", timeout=60)
+        sampler.refresh(tmp_path)
+        assert off(sampler, model)[0] < 1e-4
+        served.start_anew()
+        far, rollouts = off(sampler, model)
+        assert far < 1e-4
+        assert rollouts.metrics["rollout/redrawn"] == 6
+        assert list(served.adapters) == [sampler.adapter]
+        served.start_anew()
+        sampler.refresh(tmp_path)  # the one before is gone already
+        assert list(served.adapters) == [sampler.adapter]
+
+
+def test_several_servers_share_the_work_and_one_that_dies_loses_it(tmp_path, caplog):
+    model = saved(tmp_path, 3)
+    prompts = [PromptItem([1, 3, 4 + i], row=i) for i in range(5)]
+    with serving(Served(model)) as alone:
+        want = server(alone, timeout=60).sample(prompts, n=2, sampling=SAMPLING).groups
+    first, second = Served(llama().float()), Served(llama().float())
+    with serving(first) as one:
+        with serving(second) as two:
+            sampler = OpenAIServer(
+                [one.url, two.url], model="m", refresh="checkpoint", retries=2, backoff=0.01, concurrency=4
+            )
+            sampler.check_reachable()
+            assert sampler.longest == 64
+            sampler.refresh(tmp_path)
+            assert (first.version, second.version) == (sampler.weights.name,) * 2
+            one.delay = two.delay = 0.02
+            assert sampler.sample(prompts, n=2, sampling=SAMPLING).groups == want
+            asked = [sum(path == "/v1/completions" for path, _ in stub.requests) for stub in (one, two)]
+            assert min(asked) >= 2
+            address = two.url
+        rollouts = sampler.sample(prompts, n=2, sampling=SAMPLING)
+        assert rollouts.groups == want
+        assert rollouts.metrics["rollout/servers_lost"] == 1
+        assert f"{address}/v1/completions" in caplog.text
+        assert "the other servers do its work until the next refresh" in caplog.text
+        sampler.refresh(tmp_path)  # it is tried again, and left alone again
+        assert sampler.weights.lost == {1}
+        assert sampler.sample(prompts, n=2, sampling=SAMPLING).groups == want
+    with pytest.raises(ServerError, match=r"row \d: http.*/v1/completions: .*attempts: 3"):
+        sampler.sample(prompts, n=2, sampling=SAMPLING)
+    with pytest.raises(ServerError, match=one.url):
+        sampler.refresh(tmp_path)
+    with pytest.raises(RecipeError, match="url is an empty list"):
+        OpenAIServer([], model="m")
+
+
+def test_a_server_that_fails_to_load_goes_on_with_what_it_has(tmp_path):
+    served = Served(llama().float())
+    with serving(served) as stub:
+        sampler = server(stub, refresh="checkpoint", retries=0)
+        stub.faults[:] = [(200, {}), 500]
+        with pytest.raises(ServerError, match="status 500"):
+            sampler.refresh(tmp_path)
+        assert stub.requests[-1][0] == "/resume"
+        assert sampler.weights.version == 0
+
+
+def test_a_server_with_another_tokenizer(tok):
+    served = Served(llama().float())
+    served.tokenizer = lambda text: tok(text, add_special_tokens=False)["input_ids"]
+    with serving(served) as stub:
+        OpenAIServer(stub.url, tok, model="m").check_reachable()
+        served.tokenizer = lambda text: [1, 2, 3]
+        with pytest.raises(RecipeError, match=r"has another tokenizer: .* is \[1, 2, 3\] there"):
+            OpenAIServer(stub.url, tok, model="m").check_reachable()
 
 
 def test_keys_and_addresses(monkeypatch):

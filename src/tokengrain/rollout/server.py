@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -50,7 +51,11 @@ logger = logging.getLogger(__name__)
 # Too many requests, server busy or broken: another attempt may succeed. Other codes are final.
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # There is a server, but no such path, or not for this.
-NO_LIST = frozenset({404, 405, 501})
+UNKNOWN = frozenset({404, 405, 501})
+# A text whose tokens a server is asked for, to see whether it has the trainer's tokenizer.
+SPOKEN = "The na\u00efve answer is 12 + 3.5 = 15.5\n"
+# How often a rollout is drawn again from servers that were started anew meanwhile.
+ROUNDS = 3
 LONGEST_PAUSE, LONGEST_CONNECT = 60.0, 30.0
 # Bytes of an answer: at most this, and for each token that was asked for.
 MOST_BYTES, TOKEN_BYTES = 1 << 22, 512
@@ -279,6 +284,18 @@ def finished(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 # ---- The sampler ----
 
+
+class _Request(NamedTuple):
+    """A prompt, its place among those of the call, and how often its row came before."""
+
+    place: int
+    prompt: PromptItem
+    seen: int
+
+
+# The server that was asked, by its place, and the completions; None: it does not have the weights to sample from.
+_Answer = tuple[int, tuple[SampledCompletion, ...] | None]
+
 Flavour = Literal["vllm", "sglang"]
 LogpKind = Literal["raw", "tempered", "processed"]
 Refresh = Literal["none", "checkpoint", "adapter"]
@@ -300,15 +317,28 @@ SGLANG = Endpoints(
 )
 
 
+class Weights(NamedTuple):
+    """What the servers sample from: their own weights (version 0), or what they were last given."""
+
+    version: int = 0
+    folder: str | None = None
+    name: str | None = None  # of the version, on the servers; of the adapter, where it is one
+    lost: frozenset[int] = frozenset()  # servers, by their place, that do not have them or do not answer
+
+
 class OpenAIServer:
-    """Samples from a vLLM or SGLang server. Prompts and completions go over the wire as token ids.
+    """Samples from vLLM or SGLang servers. Prompts and completions go over the wire as token ids.
 
     One request per prompt asks for all its completions, so that the server shares the prompt; several requests
     run at a time. The server must be started with log-probabilities of the sampled token allowed (the default)
     and the trainer's tokenizer.
 
+    Of several servers, each request goes to the one with the fewest under way. One that stops answering is left alone
+    until the next `refresh`, and its requests go to the others. A server that was started anew, with the weights it
+    starts with, is given the present ones, and what it answered meanwhile is drawn again.
+
     Args:
-        url: the server's root, for example "http://localhost:8000".
+        url: the server's root, for example "http://localhost:8000", or a list of them.
         tokenizer: the trainer's; an answer with a token id beyond it is an error.
         model: the model's name on the server.
         flavour: "vllm" or "sglang".
@@ -322,8 +352,12 @@ class OpenAIServer:
         adapter_name: what the names of adapters begin with; the rest is drawn for each sampler, so that a run that was
             killed does not find its names taken.
         timeout, retries, backoff, api_key_env: see `JsonClient`.
-        concurrency: most requests at a time.
+        concurrency: most requests at a time, over all servers.
         extra: further fields of every completions request; none that changes what is drawn, such as a penalty.
+
+    Attributes:
+        weights: what the servers sample from. A rank that did not call `refresh` takes over that of the one that did.
+        longest: most tokens of prompt and completion, as `check_reachable` found it; None: not known.
     """
 
     name = "server"
@@ -334,7 +368,7 @@ class OpenAIServer:
 
     def __init__(
         self,
-        url: str,
+        url: str | list[str],
         tokenizer: Any = None,
         *,
         model: str,
@@ -352,7 +386,10 @@ class OpenAIServer:
         given = locals()
         own = {name: given[name] for name in keyword_types(OpenAIServer, ("url",))}
         self.given = validate_settings("sampler 'server'", OpenAIServer, own, also=("url",))
-        self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, api_key_env=api_key_env)
+        urls = [url] if isinstance(url, str) else list(url)
+        require(urls, RecipeError, "sampler 'server': url is an empty list; expected an address or several")
+        self.clients = [JsonClient(one, timeout, retries, backoff, api_key_env) for one in urls]
+        self.busy = [0] * len(urls)  # requests under way on each
         self.base_model, self.flavour, self.how, self.adapter_name = model, flavour, refresh, adapter_name
         self.endpoints = VLLM if flavour == "vllm" else SGLANG
         self.concurrency, self.extra = concurrency, dict(extra or {})
@@ -360,9 +397,10 @@ class OpenAIServer:
         what = f"sampler 'server': extra has {', '.join(taken)}; expected fields that do not change what is drawn"
         require(not taken, RecipeError, what)
         self.logps: LogpKind = logps or self.endpoints.logps
-        self.vocabulary = 2**31 if tokenizer is None else len(tokenizer)
-        self.adapter: str | None = None
-        self.version, self._own = 0, secrets.token_hex(4)
+        self.tokenizer, self.vocabulary = tokenizer, 2**31 if tokenizer is None else len(tokenizer)
+        self.weights, self._own = Weights(), secrets.token_hex(4)
+        self.longest: int | None = None
+        self._mute: set[int] = set()  # servers that do not say which weights they have
 
     @classmethod
     def check(cls, **settings: Any) -> None:
@@ -370,20 +408,49 @@ class OpenAIServer:
         cls(**{**settings, "api_key_env": None})
 
     def check_reachable(self, *, patient: bool = True) -> None:
-        """Ask the server which models it has; if not patient, once and for no longer than 5 s.
+        """Ask every server for its models and tokenizer; if not patient, once and for no longer than 5 s.
 
-        Raises `ServerError` if nobody answers or the key is refused, `RecipeError` if vLLM has no model of this name.
+        Raises `ServerError` if nobody answers or the key is refused, `RecipeError` if vLLM has no model of this name or
+        another tokenizer.
         """
-        client = self.client.briefer(30.0, self.client.retries) if patient else self.client.briefer(5.0)
+        for client in self.clients:
+            client = client.briefer(30.0, client.retries) if patient else client.briefer(5.0)
+            try:
+                models = client.post("/v1/models", None, _models)
+                spoken = self._spoken(client)
+            except ServerError as error:
+                if error.status in UNKNOWN:
+                    continue
+                raise ServerError(f"sampler 'server': {error}; expected a running {self.flavour} server") from None
+            known = self.flavour != "vllm" or not models or self.base_model in models
+            what = f"sampler 'server': {client.url} has no model {self.base_model!r}{nearest(self.base_model, models)}"
+            require(known, RecipeError, what)
+            what = f"sampler 'server': {client.url} has another tokenizer: {SPOKEN!r} is {spoken} there; expected that "
+            require(spoken is None or spoken == self._own_ids(), RecipeError, f"{what}of the model being trained")
+            lengths = [n for n in (models.get(self.base_model), self.longest) if n is not None]
+            self.longest = min(lengths, default=None)
+
+    def _own_ids(self) -> list[int]:
+        return list(self.tokenizer(SPOKEN, add_special_tokens=False)["input_ids"])
+
+    def _spoken(self, client: JsonClient) -> list[int] | None:
+        """The server's token ids of a text; None where neither it nor we have a tokenizer to ask."""
+        if self.flavour != "vllm" or not callable(self.tokenizer):
+            return None
+        body = {"model": self.base_model, "prompt": SPOKEN, "add_special_tokens": False}
         try:
-            names = client.post("/v1/models", None, _model_names)
-        except ServerError as error:
-            if error.status in NO_LIST:
-                return
-            raise ServerError(f"sampler 'server': {error}; expected a running {self.flavour} server") from None
-        known = self.flavour != "vllm" or not names or self.base_model in names
-        what = f"sampler 'server': {client.url} has no model {self.base_model!r}{nearest(self.base_model, names)}"
-        require(known, RecipeError, what)
+            return client.briefer(10.0).post("/tokenize", body, _tokens)
+        except ServerError:
+            return None  # an older server, or a wrong model, which is said in words of its own
+
+    @property
+    def client(self) -> JsonClient:
+        return self.clients[0]
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that is sampled from."""
+        return self.weights.name if self.how == "adapter" else None
 
     @property
     def model(self) -> str:
@@ -396,20 +463,107 @@ class OpenAIServer:
         """`n` completions of each prompt. Raises `RolloutError` (`ServerError`), naming the row."""
         started = time.perf_counter()
         prompts = checked_prompts(prompts, n)
-        work, tokens = list(zip(prompts, occurrences(prompts), strict=True)), n * sampling.max_new_tokens
+        if self.how == "none":  # else lost ones have to be refreshed first
+            self.weights = Weights()
+        found: list[Any] = [None] * len(prompts)
+        work = [_Request(i, p, seen) for i, (p, seen) in enumerate(zip(prompts, occurrences(prompts), strict=True))]
+        before, redrawn = self.weights.lost, 0
+        for _ in range(ROUNDS):
+            ask = partial(gather, self.client, self._asking(n, sampling), work, self.concurrency)
+            answers = finished(ask)
+            stale = self._renew({at for at, _ in answers}, {at for at, group in answers if group is None})
+            for request, (at, group) in zip(work, answers, strict=True):
+                found[request.place] = None if at in stale else group
+            work = [request for request in work if found[request.place] is None]
+            redrawn += len(work) * n
+            if not work:
+                break
+        else:
+            what = f"row {work[0].prompt.row}: the server lost its weights {ROUNDS} times during a rollout"
+            raise ServerError(f"{what}; expected one that stays up")
+        metrics = {"rollout/redrawn": redrawn, "rollout/servers_lost": len(self.weights.lost - before)}
+        metrics |= {"rollout/weights_version": self.weights.version}
+        return Rollouts(prompts, tuple(found), sampling, time.perf_counter() - started, metrics)
 
-        async def one(http: httpx.AsyncClient, item: tuple[PromptItem, int]) -> tuple[SampledCompletion, ...]:
-            prompt, seen = item
-            body = self._body(prompt, seen, n, sampling)
+    def _asking(
+        self, n: int, sampling: SamplingConfig
+    ) -> Callable[[httpx.AsyncClient, _Request], Coroutine[Any, Any, _Answer]]:
+        """Asks the server with the fewest requests under way, and another one where that does not answer."""
+        tokens = n * sampling.max_new_tokens
+
+        async def one(http: httpx.AsyncClient, request: _Request) -> _Answer:
+            body = self._body(request.prompt, request.seen, n, sampling)
+            while True:
+                usable = [at for at in range(len(self.clients)) if at not in self.weights.lost]
+                at = min(usable, key=lambda at: self.busy[at], default=0)
+                client, last = self.clients[at], len(usable) <= 1
+                client = client if last else client.briefer(client.timeout, min(client.retries, 1))
+                self.busy[at] += 1
+                try:
+                    read = partial(self._read, n=n, sampling=sampling)
+                    return at, await client.ask(http, "/v1/completions", body, read, tokens)
+                except ServerError as error:
+                    if error.status == 404 and self.adapter is not None:  # started anew, without our adapter
+                        return at, None
+                    if error.status is not None or last:
+                        raise ServerError(f"row {request.prompt.row}: {error}") from None
+                    self._lose(at, error)
+                finally:
+                    self.busy[at] -= 1
+
+        return one
+
+    def _lose(self, at: int, error: ServerError) -> None:
+        if at not in self.weights.lost:
+            logger.warning("%s; the other servers do its work until the next refresh", error)
+            self.weights = self.weights._replace(lost=self.weights.lost | {at})
+
+    def _renew(self, used: set[int], bare: set[int]) -> set[int]:
+        """Which of the servers `used` sample from other weights; they are given the present ones, or are lost.
+
+        `bare`: those that have said so themselves.
+        """
+        if self.weights.folder is None:
+            return set()
+
+        async def one(http: httpx.AsyncClient, at: int) -> bool:
+            client = self.clients[at]
             try:
-                return await self.client.ask(
-                    http, "/v1/completions", body, lambda a: self._read(a, n, sampling), tokens
-                )
+                if at not in bare and await self._is_current(http, at):
+                    return False
+                logger.warning("%s was started anew; it is given the present weights again", client.url)
+                await self._load_again(http, client)
             except ServerError as error:
-                raise ServerError(f"row {prompt.row}: {error}") from None
+                if len(self.weights.lost) + 1 >= len(self.clients):
+                    raise
+                self._lose(at, error)
+            return True
 
-        groups = finished(lambda: gather(self.client, one, work, self.concurrency))
-        return Rollouts(prompts, tuple(groups), sampling, time.perf_counter() - started)
+        places = sorted(used)
+        renewed = finished(lambda: gather(self.client, one, places, self.concurrency))
+        return {at for at, stale in zip(places, renewed, strict=True) if stale}
+
+    async def _load_again(self, http: httpx.AsyncClient, client: JsonClient) -> None:
+        try:
+            await self._load(http, client, self.weights, None)
+        except ServerError as error:
+            # Another rank may have been quicker to give the adapter back.
+            there = error.status == 400 and self.how == "adapter"
+            if not there or self.weights.name not in await client.ask(http, "/v1/models", None, _models):
+                raise
+
+    async def _is_current(self, http: httpx.AsyncClient, at: int) -> bool:
+        """Whether a server says that it has the present weights, or does not say which it has."""
+        if self.how == "adapter" or self.flavour != "vllm" or at in self._mute:
+            return True
+        try:
+            version = await self.clients[at].ask(http, "/weight_info", None, _version)
+        except ServerError as error:
+            if error.status not in UNKNOWN:
+                raise
+            self._mute.add(at)
+            return True
+        return version == self.weights.name
 
     def _body(self, prompt: PromptItem, seen: int, n: int, sampling: SamplingConfig) -> dict[str, Any]:
         body = {
@@ -481,50 +635,82 @@ class OpenAIServer:
         raise ValueError(f"the answer's {reason}")
 
     def refresh(self, model_or_path: Any) -> None:
-        """Load the folder of an adapter or checkpoint on the server and sample from it. Raises `RolloutError`."""
+        """Load the folder of an adapter or checkpoint on the servers and sample from it. Raises `RolloutError`.
+
+        Of several servers, those that cannot load it are not asked any more, with a warning.
+        """
         path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else Path()
         what = f"a server loads weights from a folder, got {model_or_path!r}; save the model first"
         require(path != Path() and path.is_dir(), RolloutError, what)
         what = f"{self.client.url} is not to be refreshed; expected refresh: adapter or checkpoint"
         require(self.how != "none", RolloutError, what)
-        folder = str(path.resolve())
-        if self.how == "adapter":
-            self._load_adapter(folder)
-        elif self.flavour == "sglang":
-            self._do("/update_weights_from_disk", model_path=folder, flush_cache=True)
-        else:
-            self._do("/collective_rpc", method="reload_weights", kwargs={"weights_path": folder})
-            self._do("/reset_prefix_cache")  # cached prompts were computed with the old weights
-        self.version += 1
-
-    def _load_adapter(self, folder: str) -> None:
         # A new name each time: the server's caches go by the name, and requests under way keep the old one.
-        name, before = f"{self.adapter_name}-{self._own}-{self.version + 1}", self.adapter
-        self._do(self.endpoints.load_adapter, lora_name=name, lora_path=folder)
-        self.adapter = name
-        if before is not None:
-            self._do(self.endpoints.unload_adapter, lora_name=before)
+        version, before = self.weights.version + 1, self.weights.name
+        new = Weights(version, str(path.resolve()), f"{self.adapter_name}-{self._own}-{version}")
+
+        async def load(http: httpx.AsyncClient, client: JsonClient) -> ServerError | None:
+            try:
+                await self._load(http, client, new, before)
+            except ServerError as error:
+                return error
+            return None
+
+        errors = finished(lambda: gather(self.client, load, self.clients, len(self.clients)))
+        lost = {at: error for at, error in enumerate(errors) if error is not None}
+        if len(lost) == len(errors):
+            raise lost[0]
+        self.weights = new
+        for at, error in lost.items():
+            self._lose(at, error)
+
+    async def _load(self, http: httpx.AsyncClient, client: JsonClient, new: Weights, before: str | None) -> None:
+        do = partial(self._do, http, client)
+        if self.how == "adapter":
+            await do(self.endpoints.load_adapter, lora_name=new.name, lora_path=new.folder)
+            if before is not None:  # gone already where the server was started anew
+                await self._do_if_known(http, client, self.endpoints.unload_adapter, lora_name=before)
+        elif self.flavour == "sglang":
+            await do("/update_weights_from_disk", model_path=new.folder, flush_cache=True)
+        else:
+            # Requests under way end first, those that come meanwhile wait.
+            await self._do_if_known(http, client, "/pause?mode=wait")
+            try:
+                await do("/collective_rpc", method="reload_weights", kwargs={"weights_path": new.folder})
+                await do("/reset_prefix_cache")  # cached prompts were computed with the old weights
+                await self._do_if_known(http, client, "/update_weight_version", new_version=new.name)
+            finally:
+                await self._do_if_known(http, client, "/resume")
 
     def release(self) -> None:
         """Unload the adapter, if one is loaded; a server that does not answer is left alone, with a warning."""
-        if self.adapter is None:
-            return
-        try:
-            self.client.briefer(10.0).post(self.endpoints.unload_adapter, {"lora_name": self.adapter}, _succeeded)
-        except ServerError as error:
-            logger.warning("adapter %s stays on the server: %s", self.adapter, error)
-        self.adapter = None
+        name = self.adapter
+        for client in self.clients if name is not None else ():
+            try:
+                client.briefer(10.0).post(self.endpoints.unload_adapter, {"lora_name": name}, _succeeded)
+            except ServerError as error:
+                logger.warning("adapter %s stays on the server: %s", name, error)
+        self.weights = Weights(self.weights.version)
 
     def sleep(self) -> None:
-        """Have the server free its device memory (vLLM: `--enable-sleep-mode` and VLLM_SERVER_DEV_MODE=1)."""
-        self._do(self.endpoints.sleep)
+        """Have the servers free their device memory (vLLM: `--enable-sleep-mode` and VLLM_SERVER_DEV_MODE=1)."""
+        for client in self.clients:
+            client.post(self.endpoints.sleep, {}, _succeeded)
 
     def wake_up(self) -> None:
         """Undo `sleep`."""
-        self._do(self.endpoints.wake_up)
+        for client in self.clients:
+            client.post(self.endpoints.wake_up, {}, _succeeded)
 
-    def _do(self, path: str, **body: Any) -> None:
-        self.client.post(path, body, _succeeded)
+    async def _do(self, http: httpx.AsyncClient, client: JsonClient, path: str, **body: Any) -> None:
+        await client.ask(http, path, body, _succeeded)
+
+    async def _do_if_known(self, http: httpx.AsyncClient, client: JsonClient, path: str, **body: Any) -> None:
+        """The same where the server knows the path; older ones do not."""
+        try:
+            await self._do(http, client, path, **body)
+        except ServerError as error:
+            if error.status not in UNKNOWN:
+                raise
 
 
 def _whole(value: Any, below: int) -> bool:
@@ -538,11 +724,27 @@ def _ids_from_names(tokens: Any) -> list[int]:
     return [int(t.removeprefix("token_id:")) for t in tokens]
 
 
-def _model_names(answer: Any) -> list[str]:
+def _models(answer: Any) -> dict[str, int | None]:
+    """The longest sequence of each model, in tokens; None where the server does not say."""
     try:
-        return [str(model["id"]) for model in answer["data"]]
-    except (KeyError, TypeError):
+        found = {str(model["id"]): model.get("max_model_len") for model in answer["data"]}
+    except (AttributeError, KeyError, TypeError):
         raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
+    return {name: length if _whole(length, 2**40) else None for name, length in found.items()}
+
+
+def _tokens(answer: Any) -> list[int]:
+    tokens = answer.get("tokens") if isinstance(answer, dict) else None
+    if not isinstance(tokens, list) or not all(_whole(t, 2**31) for t in tokens):
+        raise ValueError(f"the answer has no token ids: {shown(answer)}")
+    return tokens
+
+
+def _version(answer: Any) -> str:
+    version = answer.get("weight_version") if isinstance(answer, dict) else None
+    if not isinstance(version, str):
+        raise ValueError(f"the answer has no weight_version: {shown(answer)}")
+    return version
 
 
 def _succeeded(answer: Any) -> None:

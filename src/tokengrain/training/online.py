@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.data.config import TokenizeConfig
-from tokengrain.errors import DataError, RecipeError, RunError, require
+from tokengrain.errors import DataError, RecipeError, RolloutError, RunError, require
 from tokengrain.method import (
     FROZEN,
     TAUGHT,
@@ -80,6 +80,8 @@ from tokengrain.training.trainer import PreferenceTrainer, check_arguments, load
 CRITIC, BUFFER = "critic", "rollout"
 SAMPLER_FOLDER = ".sampler"
 ADVANTAGES = "advantages"
+FAR = 0.5
+"""Nats per token that log-probabilities of sampler and trainer never differ by on average, whatever their precision."""
 SCORED = frozenset({OLD_LOGPS, "entropy", "values"})
 """Quantities that the trainer computes for an objective, beside those of the reference."""
 
@@ -204,6 +206,7 @@ class OnlineTrainer(PreferenceTrainer):
         self.sampler: Sampler = make_sampler(sampler, self.model, processing_class)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.ranks.together(lambda: check_reachable(self.sampler))
+        self._check_room()
         seed = args.seed if args.data_seed is None else args.data_seed
         self.source = PromptSource(prompts, PromptOrder(len(prompts), seed, shuffle=args.shuffle_prompts), self.ranks)
         most, autocast, options = args.max_tokens_per_microbatch, self.accelerator.autocast, self.judge.score_options
@@ -267,6 +270,13 @@ class OnlineTrainer(PreferenceTrainer):
             known = self._task is None or self._task in item.raw
             require(known, DataError, "the column that names tasks is missing", **where)
 
+    def _check_room(self) -> None:
+        """Raises `DataError` if a prompt leaves no room for a completion on a server that takes less than the model."""
+        longest = getattr(getattr(self.sampler, "sampler", self.sampler), "longest", None)
+        if longest is not None and (self._limits.positions is None or longest < self._limits.positions):
+            self._limits.positions, self._limits.whose = longest, "the server's max_model_len"
+            self._check_data(None)
+
     def _all_have(self, column: str) -> bool:
         return False  # prompts have no tokens to have columns of
 
@@ -319,8 +329,10 @@ class OnlineTrainer(PreferenceTrainer):
 
     def rollout(self) -> RolloutBuffer | None:
         """Make a rollout: sample, reward, score, assign credit. None: nothing of it is left to train on."""
-        self._refresh_sampler()
         stats = self._stats = RolloutStats()
+        if self._server() is not None:
+            with stats.timed("refresh"):
+                self._refresh_sampler()
         rollout = self._sample(stats)
         if self.ranks.largest(int(kept(rollout).sum())):
             with stats.timed("scoring"):
@@ -331,12 +343,14 @@ class OnlineTrainer(PreferenceTrainer):
                 self._assign_credit(rollout)
         keep = kept(rollout)
         most = self.ranks.largest(int(keep.sum()))
-        for name, value in rollout_metrics(stats, rollout, keep, self.ranks.exchange).items():
+        metrics = rollout_metrics(stats, rollout, keep, self.ranks.exchange)
+        self._check_weights_of_server(metrics)
+        for name, value in metrics.items():
             self._window.add(name, value, 1.0)
         self.rollouts += 1
         if not most:
             return None
-        self.record.begin(rollout, keep, self.state.global_step)
+        self.record.begin(rollout, keep, self.state.global_step, stats.sampler.get("rollout/weights_version"))
         return self._cut(rollout, keep, most)
 
     def finish_step(self) -> None:
@@ -489,7 +503,7 @@ class OnlineTrainer(PreferenceTrainer):
         what = f"sampler {server.name!r}: refresh is {server.how!r}, but {trained} is trained"
         require(adapter == (server.how == "adapter"), RecipeError, what)
 
-        def load() -> tuple[str | None, int] | None:
+        def load() -> Any:
             if not self.is_world_process_zero():
                 return None
             folder = self.output_path / SAMPLER_FOLDER
@@ -500,11 +514,18 @@ class OnlineTrainer(PreferenceTrainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             server.refresh(folder)  # the server may read it again: it stays until the next one
-            return server.adapter, server.version
+            return server.weights
 
-        # Other ranks ask the same server, for the adapter under its new name.
-        found = next(f for f in self.ranks.exchange(self.ranks.together(load)) if f is not None)
-        server.adapter, server.version = found
+        # Other ranks ask the same servers, for these weights.
+        server.weights = next(f for f in self.ranks.exchange(self.ranks.together(load)) if f is not None)
+
+    def _check_weights_of_server(self, metrics: Mapping[str, float]) -> None:
+        """Raises `RolloutError` if a server that was given the policy's weights samples from another distribution."""
+        if self._server() is None or not metrics.get("mismatch/mean_abs", 0.0) > FAR:
+            return
+        off = metrics["mismatch/mean_abs"]
+        what = f"the server's log-probabilities differ from the policy's by {off:.2g} nats per token"
+        raise RolloutError(f"{what}; expected a server started with this model, whose logps setting says what it gives")
 
     def _release_sampler(self) -> None:
         """Remove what `_refresh_sampler` left, here and on the server, once no more is sampled. All ranks call this."""
@@ -514,7 +535,6 @@ class OnlineTrainer(PreferenceTrainer):
         if self.is_world_process_zero():
             server.release()
             shutil.rmtree(self.output_path / SAMPLER_FOLDER, ignore_errors=True)
-        server.adapter = None  # the next refresh names another
 
     def _server(self) -> Any:
         """The sampler that has to be given weights, also under one that branches; or None."""

@@ -53,7 +53,7 @@ class RolloutStats:
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - started
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def add(self, sampled: Rollouts, rollout: Rollout, result: RewardResult | None, task_column: str | None) -> None:
         self.lengths += [len(c.ids) for c in sampled.completions]
@@ -94,7 +94,7 @@ def rollout_metrics(
     metrics["rollout/prompts_kept"] = float(sum(r["kept"] for r in ranks))
     metrics |= summed([r["sums"] for r in ranks]) | joined_mismatch([r["mismatch"] for r in ranks])
     metrics |= summed([r["credit"] for r in ranks])
-    return metrics | {f"seconds/{name}": max(r["stats"].seconds[name] for r in ranks) for name in PHASES}
+    return metrics | {f"seconds/{name}": max(r["stats"].seconds[name] for r in ranks) for name in stats.seconds}
 
 
 def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
@@ -197,17 +197,18 @@ DIGITS = 5
 class RolloutRecord:
     """Collects `count` completions of every `every`-th rollout and writes them when it is used up, one line each.
 
-    A line has rollout, step (optimiser steps before it), row, completion (index in its group), prompt_ids, ids; with a
-    tokenizer prompt, text and tokens (text of each id); truncated, reward (the sum), rewards (by name); per token the
-    `COLUMNS` that are known; and of objectives that have them ratio (of the policy to the one that sampled, at the
-    completion's last update before the optimiser step) and clipped (-1, 0, 1).
+    A line has rollout, step (optimiser steps before it), weights (of a server: the version that it had), row,
+    completion (index in its group), prompt_ids, ids; with a tokenizer prompt, text and tokens (text of each id);
+    truncated, reward (the sum), rewards (by name); per token the `COLUMNS` that are known; and of objectives that have
+    them ratio (of the policy to the one that sampled, at the completion's last update before the optimiser step) and
+    clipped (-1, 0, 1).
     """
 
     def __init__(self, path: Path, tokenizer: Any, *, count: int, every: int) -> None:
         self.path, self.tokenizer, self.count, self.every = path, tokenizer, count, every
         self.pending: list[dict[str, Any]] = []
 
-    def begin(self, rollout: Rollout, keep: Tensor, optimiser_step: int) -> None:
+    def begin(self, rollout: Rollout, keep: Tensor, optimiser_step: int, version: float | None = None) -> None:
         """Take completions of one prompt; of a large group the best and the worst.
 
         It is the last prompt whose completions earned credit, else the last one: the first is updated while the policy
@@ -229,6 +230,7 @@ class RolloutRecord:
             places = sorted(order[:half] + (order[half - self.count :] if self.count > half else []))
         for completion in places:
             entry = {"rollout": rollout.index, "step": optimiser_step, **self._of(rollout, prompt, completion)}
+            entry |= {} if version is None else {"weights": int(version)}
             self.pending.append({**entry, "completion": completion - first})
 
     def _of(self, rollout: Rollout, prompt: int, completion: int) -> dict[str, Any]:

@@ -821,7 +821,7 @@ class Limits:
 
     def __init__(self, model: Any) -> None:
         inner = unwrapped(model)
-        self.positions = positions(inner)
+        self.positions, self.whose = positions(inner), "the model's positions"
         self.vocabulary = self.prompt_vocabulary = vocabulary_size(model)
         self.apart = is_encoder_decoder(inner)  # prompt and completion stand in sequences of their own
         if self.apart:
@@ -845,7 +845,7 @@ class Limits:
         """Raise DataError if a sequence of prompt and completion is longer than the model's positions."""
         if self.positions is not None and length > self.positions:
             joint = "prompt or completion is" if self.apart else "prompt and completion are"
-            what = f"{joint} longer than the model's positions"
+            what = f"{joint} longer than {self.whose}"
             raise DataError(what, **where, value=shown, expected=f"at most {self.positions}{hint}")
 
     def check_ids(self, ids: list[int], vocabulary: int | None = None, **where: Any) -> None:

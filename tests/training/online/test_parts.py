@@ -90,12 +90,12 @@ class Served:
     name, how = "served", "checkpoint"
 
     def __init__(self) -> None:
-        self.version, self.adapter = 0, None
+        self.weights = 0
         self.inner: Any = None
 
     def refresh(self, path: Any) -> None:
         self.inner = HFGenerate(AutoModelForCausalLM.from_pretrained(path))
-        self.version += 1
+        self.weights += 1
 
     def release(self) -> None:
         self.inner = None
@@ -108,7 +108,7 @@ def test_a_server_samples_from_the_present_weights(tmp_path: Path) -> None:
     served = Served()
     trainer = make_online(tmp_path / "served", sampler=served, minibatches=2, max_steps=6)
     trainer.train()
-    assert served.version == 3  # one per rollout
+    assert served.weights == 3  # one per rollout
     assert served.inner is None
     assert not (tmp_path / "served" / ".sampler").exists()
     direct = make_online(tmp_path / "direct", minibatches=2, max_steps=6)
