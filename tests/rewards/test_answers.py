@@ -145,6 +145,22 @@ n = 7 | 7
 6 | 3!
 \frac{1}{2} | 50\%
 1 | 100\%
+\{x \mid x > 2\} | (2, \infty)
+\{x : -1 \le x < 4\} | [-1,4)
+(-\infty,-2)\cup(2,\infty) | x<-2 \text{ or } x>2
+x \le -2 \text{ or } x \ge 2 | (-\infty,-2] \cup [2,\infty)
+$2.5 million | 2500000
+2.5 million | 2.5
+1.2 \text{ billion} | 1200000000
+3 x 10^8 | 300000000
+\textbf{(C)}\ 12 | C
+\textbf{(C)}\ 12 | 12
+(A) \frac{1}{2} | 0.5
+3:30 p.m. | 3{:}30\text{ PM}
+1/3 | 0.\overline{3}
+0.\overline{12} | \frac{4}{33}
+0.1\overline{6} | \frac16
+5 cm | 5\text{ centimeters}
 """
 WRONG = r"""
 31/2 | 3.5
@@ -225,6 +241,16 @@ x > 3 | [3,\infty)
 51 | \sqrt{51}
 2^{8} | 8
 8 | 2^8
+5 kg | 5 g
+5\text{ cm} | 5\text{ mm}
+2.5 million | 2.5 billion
+x \le -2 \text{ or } x \ge 2 | x \ge 2
+(-\infty,-2)\cup(2,\infty) | x \le -2 \text{ or } x>2
+\{x \mid x > 2\} | [2, \infty)
+\textbf{(C)}\ 12 | B
+\textbf{(C)}\ 12 | 13
+1/3 | 0.3
+0.\overline{12} | 0.12
 """
 # Golds and completions in which nothing, or something else than a box, marks the answer.
 TEXTS = [
@@ -274,6 +300,14 @@ TEXTS = [
     ("3", "\\boxed3", 1),
     ("\\frac12", "\\boxed\\frac12", 1),
     ("5", "**", 0),
+    ("5", "<think>4</think><answer>5</answer>", 1),
+    ("5", "<think>5</think><answer>4</answer>", 0),
+    ("x^2+1", "<answer>1+x^2</answer>", 1),
+    ("\\frac{1}{2}", "<answer> The answer is $\\boxed{0.5}$. </answer>", 1),
+    ("5", "<answer>4</answer> or <answer>5</answer>", 1),
+    ("B", "I choose option B", 1),
+    ("B", "So I pick option A", 0),
+    ("C", "**(C)** 12", 1),
 ]
 
 
@@ -382,6 +416,13 @@ def test_numeric():
         (r"\boxed{\text{5 of } 12}", "12", 1),
         (r"\boxed{5", "5", 0),
         (r"\boxed{20}", ["18", "20"], 1),
+        (r"\boxed{x = 5}", "5", 1),
+        (r"\boxed{2 \times 9 = 18}", "18", 1),
+        (r"\boxed{0.\overline{3}}", "1/3", 1),
+        (r"\boxed{\$1.5 million}", "1500000", 1),
+        # Several numbers, or one within something else, are not the number.
+        *((rf"\boxed{{{box}}}", "2", 0) for box in ("1, 2", r"1 \text{ or } 2", "2x", "x+2", r"2\pi", "(1,2)", "1:2")),
+        *((rf"\boxed{{{box}}}", "2", 0) for box in (r"\sqrt{2}", "3^2", "2x = 8")),
     ):
         assert boxes([text], answer=[gold]) == [want], (text, gold)
     last = make_reward("numeric", style="flexible").function
@@ -392,6 +433,16 @@ def test_numeric():
     with pytest.raises(RewardError, match="the column 'answer' has no number; got '2k\\+2'"):
         marked(["#### 2"], answer=["2k+2"])
     assert dict(marked.unreadable(["1", "2k+2", ["3", "x"], 5])).keys() == {1, 2}
+
+
+def test_golds_are_read_once_for_a_group():
+    seen, reward = [], make_reward("numeric").function
+    read = reward.gold
+    reward.gold = lambda value: seen.append(value) or read(value)
+    first, other = "".join(["1", "2"]), ["12", "13"]
+    assert reward(["#### 12"] * 3 + ["#### 13"], answer=[first, first, other, other]) == [1, 1, 1, 1]
+    assert seen == ["12", "12", "13"]
+    assert reward(["#### 1", "#### 2"], answer=np.array([1.0, 2.0])) == [1, 1]
 
 
 def test_several_right_answers():

@@ -157,7 +157,8 @@ def children(pid):
 def test_format():
     good = "<think>a\nb</think>\n<answer>c</answer>"
     texts = [good, f" {good}\n", f"{good} and", good.replace("<think>", "", 1), "<think>" + good, ""]
-    assert rewards("format", texts) == [1, 1, 0, 0, 0, 0]
+    assert rewards("format", texts, prompt_ends=["..."] * 6) == [1, 1, 0, 0, 0, 0]
+    assert rewards("format", texts) == [1, 1, 0, 1, 0, 0]  # the prompts, which may have opened it, are not known
     assert rewards("format", ["so #### 12"], {"pattern": r"#### \d+", "whole": False, "right": 0.5}) == [0.5]
     opened = ["...<think>\n", "...", "<think>"]  # by the chat template, at the end of the prompt
     texts = ["I add.</think>\n<answer>4</answer>"] * 2 + [good]

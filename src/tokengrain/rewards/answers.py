@@ -24,7 +24,11 @@ from typing import Any
 
 MARKED = re.compile(r"####[ \t]*([^\n]*)")
 BOX = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])\s*")
-SAID = re.compile(r"(?i)\b(?:answer|(?:correct|right) (?:choice|option))(?:\s+is)?\W*?(?::|\bis\b)\s*([^\n]+)")
+TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+SAID = re.compile(
+    r"(?i)\b(?:(?:answer|(?:correct|right) (?:choice|option))(?:\s+is)?\W*?(?::|\bis\b)"
+    r"|(?:choose|pick|select)\s+(?:option|choice)\b)\s*([^\n]+)"
+)
 
 
 def boxed(text: str) -> str | None:
@@ -75,7 +79,7 @@ def plain(text: str) -> str:
         if box and text[box.end() :].startswith("{") and _closed(text[box.end() :]) == len(text) - box.end():
             text = text[box.end() + 1 : -1]
     text = re.sub(r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])\s*", "", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("\\varnothing", "\\emptyset")
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("\\varnothing", "\\emptyset").replace("{:}", ":")
     if re.match(r"[-+]?\s*(?:\\?\$)?\s*\d{1,3}(?!\d)", text) and not re.search(r"\d,\s+\d", text):
         grouped = re.sub(BETWEEN_DIGITS, "", text)
         # 3,5,700 is a list: each group after the first has three digits.
@@ -88,7 +92,7 @@ def plain(text: str) -> str:
 
 UNIT = rf"(?:{WORDING}|\^?\{{?\\circ\}}?|\\degree|\\?%|[A-Za-z.]+(?:[ /*-][A-Za-z.]+)*)(?:\s*\^\{{?\d\}}?)?"
 WHOLE = r"(?:\d+\.?\d*|\.\d+)"
-POWER = r"(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*\{?\s*(-?\s*\d+)\s*\}?"
+POWER = r"(?:\\times|\\cdot|[*x])\s*10\s*(?:\^|\*\*)\s*\{?\s*(-?\s*\d+)\s*\}?"
 NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:\\?\$|\\text\{{\$\}}|USD|EUR|€|£)?\s*(?P<inner>[-+]?)\s*"
     rf"(?:(?P<mixed>\d+)(?:\s*(?=\\frac)|\s+(?=\d+\s*/)))?"
@@ -97,12 +101,17 @@ NUMBER = re.compile(
     rf"\s*(?:\\?\$)?\s*(?P<unit>{UNIT})?\.?"
 )
 MOST_DIGITS = 400
+REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}")
+MULTIPLE = re.compile(r"\s*\b(?:(hundred)|(thousand)|(million)|(billion)|(trillion))s?\b", re.IGNORECASE)
+TENS = (2, 3, 6, 9, 12)  # powers of these words
 
 
 def number_of(text: str) -> Fraction | None:
     """The number that the whole text is, a unit behind it aside; None if it is not one."""
     text = plain(text)
-    found = NUMBER.fullmatch(text) if len(text) <= MOST_DIGITS else None
+    if len(text) > MOST_DIGITS:
+        return None
+    found = NUMBER.fullmatch(REPEATING.sub(_repeating, text))
     if not found:
         return None
     part = found.groupdict()
@@ -125,11 +134,36 @@ def number_of(text: str) -> Fraction | None:
     except ZeroDivisionError:
         return None
     value += int(part["mixed"] or 0)
+    if multiple := MULTIPLE.match(re.sub(WORDING, r"\1", unit).strip()):
+        value *= 10 ** TENS[(multiple.lastindex or 1) - 1]
     return -value if (part["sign"] == "-") != (part["inner"] == "-") else value
 
 
 def _fraction(text: str) -> Fraction:
     return Fraction(Decimal(text.strip("{} \t\n")))
+
+
+def _repeating(found: re.Match[str]) -> str:
+    """0.1666..., written with a bar over the 6, as a fraction."""
+    first, repeated = found[1] + found[2], found[3]
+    top = int(first + repeated) - int(first or "0")
+    return f"\\frac{{{top}}}{{{10 ** len(found[2]) * (10 ** len(repeated) - 1)}}}"
+
+
+def one_number(text: str) -> Fraction | None:
+    """The number that a text gives: all of it, a side of an equation, or the only one of a sentence; else None."""
+    for whole in (text, re.sub(WORDING, " ", text)):
+        if (value := number_of(whole)) is not None:
+            return value
+    sides = re.split(r"=|\\approx", plain(text))
+    values = {value for side in sides if (value := number_of(side)) is not None}
+    names = r"\s*(?:[A-Za-z]+(?:_\{?\w+\}?)?|(?:[\d\s+*/().-]|\\times|\\cdot)+)\s*"
+    if len(sides) > 1 and len(values) == 1 and all(re.fullmatch(names, s) or number_of(s) is not None for s in sides):
+        return values.pop()
+    # A sentence with one number has it; in `2k+2`, `3:4` or (3, 4) nobody could say which.
+    found = numbers_in(text)
+    words = re.fullmatch(r"(?:[A-Za-z'\"]{2,}[,:.]?\s+)+(?:is |= ?)?\S*\d\S*(?:\s+[A-Za-z]{2,})*", text.strip())
+    return found[0] if words and len(found) == 1 else None
 
 
 IN_TEXT = re.compile(
@@ -161,17 +195,14 @@ def gold_number(gold: Any) -> Fraction | None:
     gold = gold.item() if hasattr(gold, "item") else gold
     if gold is None or isinstance(gold, bool):
         return None
-    text, marked = str(gold), MARKED.findall(str(gold))
-    text = text if marked else boxed(text) or text
-    whole = number_of(marked[-1] if marked else text)
-    if whole is not None:
-        return whole
-    found = numbers_in(marked[-1] if marked else text)
-    if marked:
-        return found[0] if found else None
-    # A sentence with one number has it; in `2k+2`, `3:4` or (3, 4) nobody could say which.
-    words = re.fullmatch(r"(?:[A-Za-z'\"]{2,}[,:.]?\s+)+(?:is |= ?)?\S*\d\S*(?:\s+[A-Za-z]{2,})*", text.strip())
-    return found[0] if words and len(found) == 1 else None
+    marked = MARKED.findall(str(gold))
+    return marked_number(marked[-1]) if marked else one_number(boxed(str(gold)) or str(gold))
+
+
+def marked_number(text: str) -> Fraction | None:
+    """The number that stands behind `####`: the first, where there are several."""
+    whole, found = one_number(text), numbers_in(text)
+    return whole if whole is not None or not found else found[0]
 
 
 # ---- Whether an answer is right: by its text where that decides, else by math-verify ----
@@ -220,16 +251,44 @@ def same_text(gold: str, answer: str) -> bool | None:
         return found is not None and found[1] == base[1] and found[2] in (None, base[2])
     numbers = number_of(gold), number_of(answer)
     if None not in numbers:
-        if numbers[0] == numbers[1]:
-            return True
+        # "2.5 million" is 2500000 and, where only one of the two says it, 2.5.
+        said, bare = [MULTIPLE.search(t) for t in (one, other)], [number_of(MULTIPLE.sub("", t)) for t in (one, other)]
+        if numbers[0] == numbers[1] or (bare[0] == bare[1] and None in said):
+            return len({unit for t in (one, other) if (unit := _measure(t))}) < 2
         percents = ["%" in t for t in (one, other)]
         return None if any(percents) or "." in one + other else False
     return None
 
 
+def _measure(text: str) -> str | None:
+    """The known unit behind a number."""
+    found = NUMBER.fullmatch(text)
+    bare = re.sub(WORDING, r"\1", found["unit"] or "").strip().lower() if found else ""
+    return bare if bare in "mm cm dm m km mg g kg ml l s ms min h in ft yd mi lb oz".split() else None
+
+
+def intervals(text: str) -> str:
+    """Inequalities joined by "or", and sets that inequalities build, as intervals; any other text as it is."""
+    built = re.fullmatch(r"\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|\||:)(.*)\\\}", text)
+    plainer = re.sub(r"\\leq?(?![a-z])|<=", "≤", re.sub(r"\\geq?(?![a-z])|>=", "≥", built[1] if built else text))
+    parts = re.split(r"\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|\bor\b|\\lor|\\vee", plainer)
+    found = [re.fullmatch(r"(?:([^<>≤≥]+)([<≤]))?\s*[a-z]\s*([<≤>≥])([^<>≤≥]+)", part.strip()) for part in parts]
+    if not built and len(parts) == 1:
+        return text
+    made = []
+    for one in found:
+        if one is None or (one[1] and one[3] in ">≥"):
+            return text
+        low = f"{'[' if one[2] == '≤' else '('}{one[1]}" if one[1] else "(-\\infty"
+        up = one[3] in "<≤"
+        right, left = f"{one[4]}{']' if one[3] == '≤' else ')'}", f"{'[' if one[3] == '≥' else '('}{one[4]}"
+        made.append(f"{low},{right}" if up else f"{left},\\infty)")
+    return "\\cup ".join(made)
+
+
 def latex(text: str) -> str:
     """The text as mathematics that math-verify reads: units, `\\pm` and Python's notation written out."""
-    text = plain(text)
+    text = intervals(plain(text))
     if (value := number_of(text)) is not None and "%" not in text:
         exact = value.denominator == 1
         return str(value) if exact else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
@@ -257,8 +316,15 @@ def _sympy(found: list[Any]) -> bool:
 
 def gold_of(text: str) -> str:
     """What a column's text gives as the answer: all of it or, of a whole solution, what is marked, boxed or said."""
-    found = [MARKED.findall(text)[-1:], [boxed(text) or ""], SAID.findall(text)[-1:]]
+    found = [MARKED.findall(text)[-1:], [boxed(text) or ""], TAGGED.findall(text)[-1:], SAID.findall(text)[-1:]]
     return next((part[0] for part in found if part and part[0].strip()), text)
+
+
+def alternatives(gold: str) -> list[str]:
+    """The letter and the text of a gold that is a choice with its text, as in "(C) 12"; else the gold."""
+    bare = re.sub(WORDING, r"\1", plain(gold))
+    choice = re.fullmatch(r"\(([A-J])\)\s*((?:\\frac|\\sqrt|\\?\$|-?\d|[A-Za-z]{2}).*)", bare)
+    return [choice[1], choice[2]] if choice else [gold]
 
 
 def readable(gold: str) -> bool:
@@ -271,21 +337,23 @@ def readable(gold: str) -> bool:
 
 def math_equal(golds: Sequence[str], completion: str) -> bool | None:
     """Whether the completion's last answer is one of the golds; None if no gold can be read."""
-    found = [_equal(gold, completion) for gold in golds]
+    found = [_equal(each, completion) for gold in golds for each in alternatives(gold_of(gold))]
     return None if all(one is None for one in found) else any(found)
 
 
 def _equal(gold: str, completion: str) -> bool | None:
-    gold, final = gold_of(gold), completion.rpartition("</think>")[2]
-    if BOX.search(final) or SAID.search(final) or re.search(r"\d", final):  # what is thought before is no answer
-        completion = final
+    final = completion.rpartition("</think>")[2]
+    tagged = TAGGED.findall(final)
+    if tagged or BOX.search(final) or SAID.search(final) or re.search(r"\d", final):
+        completion = tagged[-1] if tagged else final  # what is thought before is no answer
     box, marked, said = boxed(completion), MARKED.findall(completion), SAID.findall(completion)
     answer = box if box is not None else marked[-1] if marked else None
     if answer is not None:
         return bool(answer.strip()) and _same(gold, answer, f"$\\boxed{{{latex(answer)}}}$")
     # Nothing marks it: what is said to be the answer, all of it, or what math-verify finds.
     last = said[-1] if said else completion
-    known = _same(gold, last, f"$\\boxed{{{latex(last)}}}$") if said else same_text(gold, last) or False
+    whole = said or tagged
+    known = _same(gold, last, f"$\\boxed{{{latex(last)}}}$") if whole else same_text(gold, last) or False
     return known or (_same(gold, None, completion.translate(SIGNS)) if words_of(gold) is None else False)
 
 

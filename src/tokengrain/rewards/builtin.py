@@ -134,7 +134,11 @@ class Match(ABC):
     wrong: Number = 0.0
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[Any]:
-        return self.compare(completions, [self.golds(value) for value in column_of(columns, self.column, self.name)])
+        read: dict[int, list[Any]] = {}  # a prompt's completions have one value among them
+        for value in (values := list(column_of(columns, self.column, self.name))):
+            if id(value) not in read:
+                read[id(value)] = self.golds(value)
+        return self.compare(completions, [read[id(value)] for value in values])
 
     @abstractmethod
     def compare(self, completions: Sequence[str], golds: Sequence[list[Any]]) -> list[Any]:
@@ -195,8 +199,8 @@ class NumericMatch(Match):
     Args:
         column: the right answer: a number, or text as above; or a list of right answers.
         style: where the completion's answer stands: "gsm8k" behind the last `####`; "boxed" in the last
-            `\\boxed{}`; "last": the last number, wherever it is; "flexible": behind `####` if there is one, else
-            the last number.
+            `\\boxed{}`, which holds no other; "last": the last number, wherever it is; "flexible": behind `####` if
+            there is one, else the last number.
         tolerance: largest absolute difference that counts as equal.
     """
 
@@ -221,13 +225,9 @@ class NumericMatch(Match):
     def _answer(self, completion: str) -> Fraction | None:
         marked = answers.MARKED.findall(completion)
         if self.style == "gsm8k" or (self.style == "flexible" and marked):
-            whole = answers.number_of(marked[-1]) if marked else None
-            found = answers.numbers_in(marked[-1]) if marked and whole is None else []
-            return found[0] if found else whole
+            return answers.marked_number(marked[-1]) if marked else None
         if self.style == "boxed":
-            box = answers.boxed(completion) or ""
-            whole, found = answers.number_of(box), answers.numbers_in(box)
-            return whole if whole is not None or not found else found[-1]
+            return answers.one_number(answers.boxed(completion) or "")
         found = answers.numbers_in(completion)
         return found[-1] if found else None
 
@@ -379,7 +379,9 @@ class FormatPattern:
         self, completions: Sequence[str], prompt_ends: Sequence[str] | None = None
     ) -> list[float | RewardFailure]:
         texts = [c.strip() for c in completions]
-        for index, end in enumerate(prompt_ends or ()):
+        first = re.match(r"<\w+>", self.pattern)
+        unknown = first[0] if first else ""  # called without the prompts, by hand: they may have opened it
+        for index, end in enumerate([unknown] * len(texts) if prompt_ends is None else prompt_ends):
             opened = OPENED.search(end)
             if opened and opened[1] in self.pattern and not texts[index].startswith(opened[1]):
                 texts[index] = opened[1] + texts[index]

@@ -431,15 +431,18 @@ def _from_batch(batch: TokenBatch) -> _Completions:
 
 
 def call_all(
-    functions: Sequence[RewardFunction], columns: Mapping[str, Sequence[Any]], seen: Sequence[Sequence[Any]]
+    functions: Sequence[RewardFunction],
+    columns: Mapping[str, Sequence[Any]],
+    seen: Sequence[Sequence[Any]] | None = None,
 ) -> list[list[Any]]:
     """Every function's list with an entry per completion; where it failed a `RewardFailure` stands.
 
     Async functions run at the same time as each other and as the others, which run one after the other. `seen` are
-    the completions as each function sees them. Raises `RewardError` if it needs a column that the rows do not have.
+    the completions as each function sees them, if not as the column has them. Raises `RewardError` if it needs a column that the rows do not have.
     """
     count = len(columns["completions"])
-    arguments = [f.arguments({**columns, "completions": c}) for f, c in zip(functions, seen, strict=True)]
+    each = [columns["completions"]] * len(functions) if seen is None else seen
+    arguments = [f.arguments({**columns, "completions": c}) for f, c in zip(functions, each, strict=True)]
     waiting = [i for i, f in enumerate(functions) if f.is_async]
     results: list[list[Any]] = [[] for _ in functions]
 

@@ -561,7 +561,7 @@ class PreferenceTrainer(Trainer):
 
         Takes up the sums of losses that transformers starts at 0.
         """
-        if self._own_schedule:
+        if self._own_schedule and self.args.learning_rate:  # 0 by hand is what it says, as in transformers
             check_rate(self.args, self.state.max_steps)
         if self._resumed_loss is not None:
             self._total_loss_scalar, since = self._resumed_loss
