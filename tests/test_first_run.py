@@ -218,6 +218,31 @@ def test_what_was_fitted_holds_on_every_machine(mine: Path, monkeypatch: pytest.
     assert fit(tokengrain.load_recipe("dpo", **where))[0].training["bf16"]
 
 
+def test_rows_are_cut_to_what_the_model_reads(mine: Path) -> None:
+    """Without a word about lengths a model of 2,048 positions or fewer is neither lifted nor warned of."""
+
+    def lengths(recipe: str = "dpo", *settings: str) -> tuple[int | None, int | None]:
+        where = {"model": str(mine / "my" / "sft-model"), "data": str(mine / "pairs.jsonl")}
+        data = fit(tokengrain.load_recipe(recipe, **where, overrides=list(settings)))[0].data.tokenize
+        return data.get("max_length"), data.get("max_prompt_length")
+
+    path = mine / "my" / "sft-model" / "config.json"
+    config = path.read_text()
+    assert lengths() == (2048, 1800)
+    try:
+        path.write_text(json.dumps({**json.loads(config), "max_position_embeddings": 1024}))
+        assert lengths() == (1024, 900)
+        assert lengths("rto") == (1152, 1024)  # its prompts are cut at 1024 by the recipe
+        assert lengths("dpo", "data.max_length=512") == (512, 450)
+        assert lengths("dpo", "data.max_length=512", "data.max_prompt_length=500") == (512, 500)
+        assert lengths("dpo", "data.max_prompt_length=100") == (1024, 100)
+        assert lengths("dpo", "data.max_length=null") == (None, None)
+        assert lengths("grpo") == (None, 1024)
+        assert lengths("dpo", "settings=paper", "training.warmup_steps=0") == (2048, 1800)
+    finally:
+        path.write_text(config)
+
+
 def test_a_rate_of_0_at_every_step_is_an_error_before_training(mine: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"stages\.train: the learning rate is 0 at every one of 1 steps"):
         run("dpo", mine, tmp_path / "run", settings="paper")

@@ -468,6 +468,7 @@ def test_evaluation_repeats_the_runs_numbers(finished: Path, tmp_path: Path) -> 
     found = evaluate_run(finished / "run")
     after = read_run(finished / "run").metrics["final"]
     assert found["held_out"]["accuracy"] == after["accuracy"]
+    assert found["rows"] == read_run(finished / "run").metrics["stages"]["train"]["held_out"]
     assert found["held_out"]["loss"] == pytest.approx(after["loss"], rel=1e-5)
     assert json.loads((finished / "run" / "evaluation.json").read_text()) == found
     rows = write_rows(tmp_path / "more.jsonl", n=3)
@@ -635,6 +636,5 @@ def test_a_world_is_read_no_further_than_its_positions(tmp_path: Path) -> None:
         ("world://stories",) * 2 + (None,),
         ("a/model", str(write_rows(tmp_path / "r.jsonl")), 2048),
     ):
-        recipe = load_recipe("dpo", model, data)
-        assert recipe.data.tokenize["max_length"] == 2048
+        recipe = load_recipe("dpo", model, data, overrides=["settings=paper", "data.max_length=2048"])
         assert length_by_hand(recipe, recipe.data) == expected

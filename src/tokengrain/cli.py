@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tokengrain.bench.cli import bench_app
-from tokengrain.errors import RecipeError, RunError, TokengrainError, fault, require
+from tokengrain.errors import RecipeError, RunError, TokengrainError, fault, json_text, require
 from tokengrain.screen import Screen
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with tokengrain.")]
@@ -193,10 +193,10 @@ def evaluate(
 
     found = evaluate_run(run, data=data, samples=samples, console=Screen(stderr=True), trust_run_code=trust_run_code)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json_text(found), nl=False)
         return
     titles = {
-        "held_out": "held-out rows",
+        "held_out": f"{found['rows']} held-out rows" if "rows" in found else "held-out rows",
         "sampling": "their completions",
         "world": "world",
         "world_base": "world (base model)",

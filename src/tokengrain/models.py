@@ -388,7 +388,7 @@ def skeleton(spec: ModelSpec, path: str | None) -> nn.Module:
 def adapter_size(model: nn.Module, lora: LoraSpec) -> int:
     """How many parameters a new adapter of a `skeleton` has. Raises ModelError where its target modules are not."""
     with library_errors("lora does not fit the model"), torch.device("meta"):
-        adapted = import_peft().get_peft_model(model, lora_config(lora))
+        adapted = import_peft().get_peft_model(model, lora_config(lora, init_lora_weights=True))
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
@@ -547,7 +547,7 @@ def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
 
 def lora_config(lora: LoraSpec, **own: Any) -> Any:
     """A recipe's `lora:` as peft's configuration."""
-    names = ("r", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+    names = ("r", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights")
     given = {"task_type": "CAUSAL_LM", "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     return import_peft().LoraConfig(**{**given, **{name: getattr(lora, name) for name in names}, **own})
 

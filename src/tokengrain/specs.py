@@ -170,6 +170,11 @@ class LoraSpec(Strict):
     modules_to_save: list[str] | None = Field(default=None, description="modules trained in full and saved beside it")
     use_rslora: bool = Field(default=False, description="divide alpha by the square root of r instead of r")
     use_dora: bool = Field(default=False, description="weights as magnitude and direction, of which LoRA is the latter")
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = Field(
+        default=True,
+        description="how the adapter starts; pissa: as the largest singular vectors of the weights, olora: as their QR "
+        "decomposition, which both leave the rest in the base",
+    )
 
 
 class TeacherSpec(Strict):

@@ -224,6 +224,7 @@ def thinks(text_, thought):
 DROPPING = {
     "content": CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
     "role": CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"),
+    "arguments": TOOLS.replace("{{ c.function.arguments | tojson }}", ""),
 }
 
 
@@ -234,6 +235,8 @@ DROPPING = {
         ({"chosen": [thinks("It is blue.", "the night")]}, CHATML, "chosen", "0: reasoning_content"),
         ({"chosen": [{**call("sky", at="sea"), "content": "blue"}]}, CHATML, "chosen", "0: tool_calls"),
         ({"tools": [tool("sky")]}, CHATML, "tools", "tools"),
+        ({"chosen": [call("sky", i=4)]}, DROPPING["arguments"], "chosen", "0: tool_calls"),
+        ({"chat_template_kwargs": {"xml_tools": ["sky"]}}, CHATML, "chat_template_kwargs", "xml_tools"),
         ({"system": "Be kind."}, DROPPING["role"], "prompt", "0: content"),
     ],
 )
@@ -335,6 +338,25 @@ def test_a_template_that_writes_the_date_writes_the_same_for_all_rows_and_again_
     day.set_time(datetime(1999, 1, 1))
     assert gpt2_like().decode(day[0].prompt_ids).startswith("1999")
     assert prepare_pairs([ROW], gpt2_like(CHATML)).clock is None
+
+
+def test_a_date_is_written_as_strftime_writes_it_wherever_the_template_asks():
+    formats = ("%e %B %Y", "%-d/%_m", "%A, %H:%M", "%d %b %Y")
+    for form in formats:
+        for template in (
+            "{%set day = strftime_now('" + form + "') %}{%if strftime_now is defined%}{{ day }}{%endif%}|" + CHATML,
+            CHATML.replace(
+                "{% if add_generation_prompt %}",
+                "{% if not day is defined %}{% set day = strftime_now('" + form + "') %}"
+                "{% endif %}{% if add_generation_prompt %}{{ day }}|",
+            ),
+        ):
+            dataset = prepare_pairs([ROW], gpt2_like(template), TokenizeConfig(on_dropped="keep"))
+            assert dataset.clock.now.strftime(form) + "|" in gpt2_like().decode(dataset[0].prompt_ids), (form, template)
+    given = prepare_pairs(
+        [ROW], gpt2_like("{{ strftime_now(form) }}|" + CHATML), TokenizeConfig(chat_template_kwargs={"form": "%j"})
+    )
+    assert given.clock.now.strftime("%j|") in gpt2_like().decode(given[0].prompt_ids)
 
 
 # ---- a prompt that ends with the beginning of the answer

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from tests.test_stages import run, values
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.errors import ModelError, RecipeError, read_json
-from tokengrain.models import load_model, train_tokenizer
+from tokengrain.models import load_model, merge, train_tokenizer
 from tokengrain.run.load import make_recipe
+from tokengrain.run.runner import evaluate_run
+from tokengrain.scoring.reference import AdapterOffReference
 from tokengrain.specs import ModelSpec, TokenizerSpec
 
 LORA = {"r": 4, "alpha": 8}
@@ -74,6 +76,23 @@ def test_dora_and_modules_to_save(base: str, tmp_path: Path) -> None:
     names = load_file(result.model_path / "adapter_model.safetensors").keys()
     assert any("lora_magnitude_vector" in name for name in names)
     assert any("embed_tokens" in name for name in names)
+
+
+@pytest.mark.parametrize("start", ["pissa"])
+def test_an_adapter_that_starts_as_a_part_of_the_base(start: str, base: str, tmp_path: Path) -> None:
+    lora = {**LORA, "init_lora_weights": start}
+    result = run(values(tmp_path, model={"path": base}, lora=lora))
+    stage = result.metrics["stages"]["train"]
+    assert stage["before"]["comparison"] == "no difference yet"
+    assert stage["after"]["rewards/margins"] > 0
+    found = evaluate_run(result.path)["held_out"]
+    assert found["rewards/margins"] == pytest.approx(stage["after"]["rewards/margins"], rel=1e-3)
+    adapted, ids = load_model(ModelSpec(path=str(result.model_path)), str(result.model_path)), torch.arange(2, 60)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(merge(str(result.model_path), tmp_path / "merged"))
+        assert torch.allclose(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-4)
+    with pytest.raises(ModelError, match=f"init_lora_weights '{start}' takes a part of the base's weights"):
+        AdapterOffReference(adapted)
 
 
 @pytest.mark.parametrize("over", [{}, {"lora": LORA}], ids=["full", "adapter"])

@@ -39,7 +39,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 WRITTEN = (*REASONING, "tool_plan", "tool_calls", "function_call")
 THINK = "<think>"
 DROPPED = "dropped by the template"
-DATE_PARTS = tuple(f"%{flag}{letter}" for flag in ("", "-") for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVehDFTRr")
+DATE_PART = re.compile(r"(?<!\{)%[-_0^#]?[A-Za-z]")
+SHORT = re.compile(r"[A-Za-z0-9_.+-]{1,4}")  # what may stand in any other word
 # Put before a template that asks for the date: transformers passes templates plain data only, no function.
 DATES = (
     "{%- macro strftime_now(format) -%}{%- set made = namespace(text=format) -%}"
@@ -78,12 +79,12 @@ class Clock:
         self.now = now or datetime.now()
         self.shown: tuple[str, ...] = ()  # the parts of a date that the template writes
 
-    def parts(self, names: Sequence[str] = DATE_PARTS) -> dict[str, str]:
-        return {name: self.now.strftime(name) for name in names}
+    def parts(self) -> dict[str, str]:
+        return {name: self.now.strftime(name) for name in self.shown}
 
     def reads(self, now: datetime) -> bool:
         """Whether the template would write the same at another time."""
-        return self.parts(self.shown) == Clock(now).parts(self.shown)
+        return self.parts() == {name: now.strftime(name) for name in self.shown}
 
 
 class Renderer:
@@ -95,7 +96,8 @@ class Renderer:
         self.clock, self.source = clock or Clock(), str(self.template or tokenizer.chat_template)
         self.dated = "strftime_now" in self.source
         if self.dated:
-            self.clock.shown = tuple(part for part in DATE_PARTS if part in self.source)
+            written = self.source + json.dumps(config.chat_template_kwargs, default=str)
+            self.clock.shown = tuple(sorted(set(DATE_PART.findall(written))))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
         self.end_marks = tuple(mark for mark in marks if mark.strip())
@@ -131,6 +133,8 @@ class Renderer:
         text = self._opened(example)
         ignored = example.tools and self._opened(replace(example, tools=None)) == text
         lacks = [("tools", "tools", n) for n in _names(example.tools) if ignored or not _has_word(text, n)]
+        unread = {name: value for name, value in example.template_kwargs.items() if name not in self.source}
+        lacks += [("chat_template_kwargs", n, part) for n, value in unread.items() for part in _texts_of(value)]
         for number, message in enumerate(messages):
             if message["role"] == "assistant":  # templates leave earlier reasoning out on purpose
                 said = (message.get("content") or "").rpartition("</think>")[2]
@@ -315,7 +319,8 @@ class Renderer:
             named = key == "content" or any(name in self.source for name in reads)
             for part in _texts_of(message.get(key)):
                 forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-                if not (named and any("".join(form.split()) in squeezed for form in forms)):
+                found = named and any("".join(form.split()) in squeezed for form in forms)
+                if not found or (key == "tool_calls" and SHORT.fullmatch(part) and not _has_word(text, part)):
                     yield key, part
             if key == "tool_calls":
                 names = _names(message.get(key))
@@ -359,7 +364,7 @@ def _contents(
 
 
 def _texts_of(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON: keys (of tool calls, those of their arguments) and leaves."""
+    """Every text and number in a value of JSON: keys (of tool calls, those of their arguments) and leaves."""
     if isinstance(value, Mapping):
         if "function" in value or "arguments" in value:
             yield from _texts_of(value.get("function", value).get("arguments"))
@@ -372,6 +377,8 @@ def _texts_of(value: Any) -> Iterator[str]:
             yield from _texts_of(inner)
     elif isinstance(value, str):
         yield value
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield json.dumps(value)
 
 
 def _names(tools: Any) -> list[str]:

@@ -264,7 +264,8 @@ def _measure(text: str) -> str | None:
     """The known unit behind a number."""
     found = NUMBER.fullmatch(text)
     bare = re.sub(WORDING, r"\1", found["unit"] or "").strip().lower() if found else ""
-    return bare if bare in "mm cm dm m km mg g kg ml l s ms min h in ft yd mi lb oz".split() else None
+    known = r"[mcdk]?m|[mk]?g|ml|l|ms|s|min|h|in|ft|yd|mi|lb|oz"
+    return bare if re.fullmatch(known, bare) else None
 
 
 def intervals(text: str) -> str:

@@ -438,7 +438,8 @@ def call_all(
     """Every function's list with an entry per completion; where it failed a `RewardFailure` stands.
 
     Async functions run at the same time as each other and as the others, which run one after the other. `seen` are
-    the completions as each function sees them, if not as the column has them. Raises `RewardError` if it needs a column that the rows do not have.
+    the completions as each function sees them, if not as the column has them. Raises `RewardError` if it needs a
+    column that the rows do not have.
     """
     count = len(columns["completions"])
     each = [columns["completions"]] * len(functions) if seen is None else seen

@@ -19,7 +19,8 @@ from tokengrain.recipe.schema import Recipe
 from tokengrain.run.build import locate, open_rows
 from tokengrain.run.load import resolve_stages
 from tokengrain.run.trained import Trained
-from tokengrain.specs import ModelSpec
+from tokengrain.scoring.model import positions_of
+from tokengrain.specs import DataSpec, ModelSpec
 from tokengrain.training.config import check_packages, check_rate, pass_steps, rollout_steps
 
 STEPS = 50  # a stage has at least so many optimiser steps, where its rows allow
@@ -30,6 +31,7 @@ COMPLETIONS = 8, 256  # of a rollout: at least, at most
 RATES = {"train": 5e-7, "online": 1e-6, "reward": 5e-6, "sft": 1e-5}  # for all weights of 8 billion parameters
 LORA = 10  # times the rate of all weights
 LARGEST_RATE = 1e-3
+LENGTH = 2048  # tokens of a prompt with a completion, at most, where the model reads so many
 
 
 def learning_rate(kind: str, parameters: int, *, lora: bool) -> float:
@@ -93,6 +95,8 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
     fits = own and recipe.settings == "fitted"
     if fits and not {"bf16", "fp16", "use_cpu"} & set(recipe.training):  # false too: for `evaluate` elsewhere
         recipe = recipe.model_copy(update={"training": {**recipe.training, "bf16": _computes_in_bf16()}})
+    if fits and not all(getattr(stage, "samples_rows", False) for stage in resolve_stages(recipe)):
+        recipe = recipe.model_copy(update={"data": _cut(recipe)})
     outlooks: dict[str, Outlook] = {}
     stages = dict(recipe.stages)
     counts: dict[str, tuple[int | None, int | None]] = {}
@@ -121,6 +125,17 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
 
 def _computes_in_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _cut(recipe: Recipe) -> DataSpec:
+    """The recipe's `data:` with lengths that its rows are cut to, where it gives none."""
+    given = recipe.data.tokenize
+    path = None if recipe.model.path is None else locate(recipe.model, Path(recipe.output_dir))
+    config = models.skeleton(recipe.model, None).config if path is None else models.load_config(recipe.model, path)
+    most, prompt = min(LENGTH, positions_of(config) or LENGTH), given.get("max_prompt_length")
+    length = given.get("max_length", most if (prompt or 0) < most else prompt + most // 8)
+    made = {"max_length": length, "max_prompt_length": length and length * 225 // 256}
+    return DataSpec.model_validate({**recipe.data.model_dump(exclude_unset=True), **made, **given})
 
 
 def _count(stage: Trained, known: dict[str, tuple[int | None, int | None]]) -> tuple[int | None, int | None]:

@@ -97,7 +97,7 @@ def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
     table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
     for name, stage in metrics["stages"].items():
         before, after = stage.get("before", {}), stage.get("after", {})
-        shown = name
+        shown = f"{name} ({stage['held_out']} rows)" if "held_out" in stage else name
         for key, title in _ROWS.items():
             if key in after:
                 shape = _accuracy if key == "accuracy" else partial(with_interval, name=key)

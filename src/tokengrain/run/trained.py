@@ -372,7 +372,8 @@ class Trained(Stage):
         if trainer.eval_dataset is None:
             return {}
         metrics = self.compared(plain_metrics(trainer.evaluate()), trainer.reference, before=False)
-        return {"objective": trainer.objective.describe(), "held_out": metrics}
+        count = {"rows": len(trainer.eval_dataset)} if hasattr(trainer.eval_dataset, "__len__") else {}
+        return {"objective": trainer.objective.describe(), **count, "held_out": metrics}
 
     def world_numbers(self, run: RunModels, model: Any, weights: str, samples: int | None) -> dict[str, Any]:
         """What the world says of the model, and of the one that the run started from."""

@@ -77,7 +77,15 @@ class AdapterOffReference(LiveReference):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        _peft_of(model)
+        for config in _peft_of(model).peft_config.values():
+            start = str(getattr(config, "init_lora_weights", True)).lower()
+            what = (
+                f"init_lora_weights {start!r} takes a part of the base's weights into the adapter, so that the model "
+            )
+            what += (
+                "with its adapter off is not the one that training starts from; expected the default reference, or copy"
+            )
+            require(start in ("true", "false", "none", "gaussian", "orthogonal", "eva"), ModelError, what)
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
         peft = _peft_of(self.model)

@@ -743,6 +743,9 @@ class StepHooks(TrainerCallback):
 def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
     """`model` with a new adapter, whose random numbers come from `args.seed`."""
     set_seed(args.seed)
+    start = str(getattr(peft_config, "init_lora_weights", ""))
+    what = f"init_lora_weights {start!r} changes the base by random numbers, drawn anew when the adapter is loaded"
+    require("niter" not in start, ModelError, f"{what}; expected 'pissa'")
     return import_peft().get_peft_model(model, peft_config)
 
 
