@@ -132,8 +132,8 @@ def _cut(recipe: Recipe) -> DataSpec:
     given = recipe.data.tokenize
     path = None if recipe.model.path is None else locate(recipe.model, Path(recipe.output_dir))
     config = models.skeleton(recipe.model, None).config if path is None else models.load_config(recipe.model, path)
-    most, prompt = min(LENGTH, positions_of(config) or LENGTH), given.get("max_prompt_length")
-    length = given.get("max_length", most if (prompt or 0) < most else prompt + most // 8)
+    most, prompt = min(LENGTH, positions_of(config) or LENGTH), given.get("max_prompt_length") or 0
+    length = given.get("max_length", most if prompt < most else prompt + most // 8)
     made = {"max_length": length, "max_prompt_length": length and length * 225 // 256}
     return DataSpec.model_validate({**recipe.data.model_dump(exclude_unset=True), **made, **given})
 
