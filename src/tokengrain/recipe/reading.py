@@ -208,7 +208,7 @@ def _with_paper(values: Values) -> Values:
     if values.get("settings") != "paper":
         return values
     stages = {name: stage for name, stage in paper.get("stages", {}).items() if name in values.get("stages", {})}
-    return merge({**paper, "stages": stages}, values)
+    return merge({**paper, "stages": stages}, _opened(values, paper))
 
 
 def _on_world(values: Values, data: str | None) -> Values:
@@ -219,10 +219,13 @@ def _on_world(values: Values, data: str | None) -> Values:
         return values
     if data is not None and isinstance(on_world.get("data"), dict):
         on_world = {**on_world, "data": {k: v for k, v in on_world["data"].items() if k not in ("train", "eval")}}
-    base = dict(values)
-    if isinstance(base.get("data"), str) and isinstance(on_world.get("data"), dict):
-        base["data"] = {"train": base["data"]}
-    return merge(base, on_world)
+    return merge(_opened(values, on_world), on_world)
+
+
+def _opened(values: Values, block: Values) -> Values:
+    """`values` whose `data:`, if it is a source alone, can be laid over or under that of a block."""
+    alone = isinstance(values.get("data"), str) and isinstance(block.get("data"), dict)
+    return {**values, "data": {"train": values["data"]}} if alone else values
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
