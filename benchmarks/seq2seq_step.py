@@ -1,4 +1,5 @@
-"""Time a DPO step of a T5 with several negatives a query against the same step written plainly, and its memory.
+"""Time a DPO step of a T5 with several negatives a query against the same step written plainly, and its memory; and
+search among docids against transformers' constrained beam search.
 
     python -m benchmarks.seq2seq_step
     python -m benchmarks.seq2seq_step --queries 8 --query 32-64 --docid 8-16
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5ForConditionalGeneration
 
 from benchmarks.preference_step import _bounds
@@ -32,6 +35,7 @@ from benchmarks.timing import ResidentSampler, Timing, machine, ratio
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import write_json
 from tokengrain.method import make_objective
+from tokengrain.retrieval.search import Trie, search
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import FrozenReference, disable_dropout
 from tokengrain.training.step import PreferenceLoss
@@ -168,6 +172,41 @@ def alternating(setting: Setting, repeats: int) -> dict[str, list[Timing]]:
     return found
 
 
+def search_seconds(setting: Setting, repeats: int, beams: int = 20, documents: int = 1400) -> dict[str, Any]:
+    """CPU seconds to find docids for the queries, all at once and by `generate` with `prefix_allowed_tokens_fn`.
+
+    Docids are a hierarchy of 14 x 14 x 8 codes with an end token. Both find the same ones.
+    """
+    draw, model = random.Random(setting.seed), build_model(setting).eval()
+    docids = {(*(2 + 14 * level + draw.randrange(14) for level in range(2)), 30 + draw.randrange(8), 1)
+              for _ in range(documents)}  # fmt: skip
+    trie, queries = Trie(sorted(docids)), [sample.prompt_ids for sample in build_samples(setting)]
+    allowed = trie.allowed_fn(pad_id=0)
+    options: dict[str, Any] = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
+    options |= {"max_new_tokens": 4, "do_sample": False, "early_stopping": False, "prefix_allowed_tokens_fn": allowed}
+
+    def ours() -> list[list[tuple[int, ...]]]:
+        return [[one.docid for one in found] for found in search(model, queries, trie, beams=beams)]
+
+    def generate() -> list[list[tuple[int, ...]]]:
+        ids = pad_sequence([torch.tensor(query) for query in queries], batch_first=True)
+        mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(query)] for query in queries])).long()
+        found = model.generate(ids, attention_mask=mask, **options)[:, 1:].view(len(queries), beams, -1).tolist()
+        return [[tuple(docid) for docid in each] for each in found]
+
+    runs = {"tokengrain": ours, "generate": generate}
+    same = ours() == generate()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.process_time()
+            run()
+            found[name].append(time.process_time() - begin)
+    pair = [Timing(name, found[name], float("nan")) for name in reversed(runs)]
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {"beams": beams, "docids": len(trie), "same_docids": same, "cpu_seconds": medians, "faster": ratio(*pair)}
+
+
 def peak_memory(setting: Setting, name: str) -> float:
     """Peak MiB of a step above models and optimiser, in a fresh process."""
     code = "import benchmarks.seq2seq_step as b\n"
@@ -218,6 +257,7 @@ def main(
         "loss_difference": abs(plain.second_loss - ours.second_loss),
         "peak_mib": memory,
         "memory_share": memory["ours"] / memory["plain"],
+        "search": search_seconds(setting, repeats),
     }
     print(json.dumps(found, indent=1))
     if output is not None:

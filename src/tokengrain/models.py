@@ -158,8 +158,13 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
     how = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
     if spec.quantised:
         how["quantization_config"] = _bits(spec)
-    with library_errors(f"no {what} could be loaded from {path}", path):
-        model, found = kind.from_pretrained(path, output_loading_info=True, **how, **more)
+    log = logging.get_logger("transformers.modeling_utils")
+    log.addFilter(_tied_as_saved)
+    try:
+        with library_errors(f"no {what} could be loaded from {path}", path):
+            model, found = kind.from_pretrained(path, output_loading_info=True, **how, **more)
+    finally:
+        log.removeFilter(_tied_as_saved)
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if fresh_head:
         missing = [name for name in missing if name.split(".")[0] not in HEADS]
@@ -171,6 +176,11 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
         message = f"the weights in {path} {verb} tensors of {type(model).__name__}: {shown}"
         require(not names, ModelError, message.replace("other tensors of", "tensors that are none of"))
     return model
+
+
+def _tied_as_saved(record: Any) -> bool:
+    """Not the advice to change the config of a model with a head of its own: encoder and decoder would come untied."""
+    return "will NOT tie them" not in record.getMessage()
 
 
 def _bits(spec: ModelSpec) -> BitsAndBytesConfig:

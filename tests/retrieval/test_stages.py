@@ -22,11 +22,13 @@ from transformers import (
 from tests.scoring.encdec import FAMILIES, alone, tiny_seq2seq
 from tests.scoring.models import VOCAB, standard_batch
 from tokengrain.errors import DataError, ModelError, RecipeError, TokengrainError
+from tokengrain.models import load_model
 from tokengrain.retrieval.docids import Docids
 from tokengrain.run.load import load_recipe, resolve_stages
 from tokengrain.run.retrieval import Index, grow
 from tokengrain.run.runner import run_recipe
 from tokengrain.scoring.score import score
+from tokengrain.specs import ModelSpec
 
 TOPICS = ("fish", "bread", "stars", "trains", "clocks", "rivers")
 WORDS = ("<pad>", "</s>", "<unk>", *TOPICS, "about", "the", "site.org", "a", "page", "of", "deep", "old", "new")
@@ -195,6 +197,18 @@ def test_a_grown_model_is_the_same_when_it_is_loaded(name: str, own_head: bool, 
     assert own_head is False or head is not loaded.get_input_embeddings().weight
     torch.testing.assert_close(alone(loaded, batch)["logps"], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(score(loaded, batch).logps, expected, rtol=0, atol=1e-8)
+
+
+def test_a_head_of_its_own_is_loaded_without_advice_that_would_untie_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_seq2seq("bart")
+    grow(model, Counted(VOCAB), Docids(("a", "b"), ((VOCAB,), (VOCAB + 1,)), scheme="pq"), own_head=True)
+    model.save_pretrained(tmp_path)
+    load_model(ModelSpec(path=str(tmp_path)), str(tmp_path))
+    assert "tie" not in caplog.text
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert "will NOT tie them" in caplog.text
 
 
 def test_negatives_never_share_a_docid_with_what_is_relevant(t5: Path, tmp_path: Path) -> None:

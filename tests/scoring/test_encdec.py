@@ -13,11 +13,13 @@ from tests.scoring.encdec import FAMILIES, alone, tiny_seq2seq
 from tests.scoring.models import VOCAB, batch_of, gradients, joined, small_batch, standard_batch, tiny
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
+from tokengrain.method import make_objective
 from tokengrain.scoring.encdec import RepeatedStates, encoder_rows
 from tokengrain.scoring.layouts import RowCosts
 from tokengrain.scoring.prepare import causal_lm, prepare, prompt_role
 from tokengrain.scoring.reference import AdapterOffReference
 from tokengrain.scoring.score import distribution_of, score
+from tokengrain.training.step import PreferenceLoss
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -58,6 +60,12 @@ def test_nothing_is_random_once_dropout_is_off(name):
     model, batch = tiny_seq2seq(name, router_jitter_noise=0.5, encoder_layerdrop=0.5), standard_batch()
     in_training = score(model, batch).logps
     torch.testing.assert_close(in_training, score(model.eval(), batch).logps, rtol=0, atol=1e-12)
+
+
+def test_a_load_balancing_loss_is_refused():
+    model = tiny_seq2seq("switch", output_router_logits=True)
+    with pytest.raises(ModelError, match="output_router_logits: true, and a load-balancing loss that is not known"):
+        PreferenceLoss(make_objective("simpo"), None, None)(model, small_batch())
 
 
 def test_the_encoder_reads_every_prompt_once():
