@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tests.test_vectors import _file
 from tests.vectors.runner import run_case
@@ -95,6 +96,23 @@ def test_padding_counts_if_it_is_asked_for(counts: bool, form: str) -> None:
     result = run_case("ddro", case)
     assert not result.failed, result
     assert not result.skipped_keys, result
+
+
+def test_padding_beyond_the_longest_docid_counts_too() -> None:
+    """Rows are as long as the longest docid that there may be. Another padding id, and a mask with holes."""
+    logits = [[[0.0, 1.0, 2.0]] * 4, [[1.0, 0.0, 0.0]] * 4]
+    logp = [torch.tensor(row).log_softmax(-1) for row in logits]
+    labels, mask = [[0, 1, 2, 2], [1, 2, 2, 2]], [[1, 1, 0, 0], [0, 1, 0, 0]]
+    every = [-logp[b][t][labels[b][t]].item() for b in range(2) for t in range(4)]
+    kept = [every[0], every[1], every[5]]
+    case = {
+        "name": "wide",
+        "params": {"pad_id": 2, "eos_id": 1, "decoder_start_id": 2},
+        "inputs": {"logits": logits, "labels": labels, "mask": mask},
+        "expected": {"loss_pad_counts": sum(every) / 8, "loss_pad_ignored": sum(kept) / 3, "loss": sum(kept) / 3},
+    }
+    result = run_case("ddro", {**case, "function": "docid_sft_loss"})
+    assert not result.failed, result
 
 
 def test_ragged_docids_have_no_padding_to_count() -> None:

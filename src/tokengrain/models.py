@@ -158,7 +158,7 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
     how = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
     if spec.quantised:
         how["quantization_config"] = _bits(spec)
-    log = logging.get_logger("transformers.modeling_utils")
+    log: Any = logging.get_logger("transformers.modeling_utils")
     log.addFilter(_tied_as_saved)
     try:
         with library_errors(f"no {what} could be loaded from {path}", path):

@@ -76,12 +76,12 @@ def docid_sft(case: Case) -> dict[str, Any]:
     pad_id, logits = p.get("pad_id", 0), x["logits"]
     logits = [row if row.requires_grad else row.requires_grad_() for row in logits]
     own = _counted(x, "mask", x["labels"], pad_id)
-    docids = [row[keep].tolist() for row, keep in zip(_padded(x["labels"]), own)]
-    labels = torch.tensor(padded(docids, pad_id))
+    labels = torch.tensor(padded([row.tolist() for row in x["labels"]], pad_id))
+    labels = labels.masked_fill(labels == -100, pad_id)
     results: dict[str, Any] = {}
-    for name, counted in (("pad_counts", torch.ones_like(labels).bool()), ("pad_ignored", own[:, : labels.shape[1]])):
+    for name, counted in (("pad_counts", torch.ones_like(labels).bool()), ("pad_ignored", own)):
         # Rows of logits as long as their own docids say nothing about padding.
-        rows = Rows(counted & _padded([torch.ones(len(row)) for row in logits]).bool()[:, : labels.shape[1]])
+        rows = Rows(counted & _padded([torch.ones(len(row)) for row in logits]).bool())
         logps = from_logits(rows.flat(logits), rows.flat(labels), ("logps",))["logps"]
         value = rows.normalised(sft_loss(logps, rows.segments), "mean")
         results[f"grad_logits_{name}"] = _padded(list(torch.autograd.grad(value, logits, retain_graph=True)))
