@@ -6,18 +6,21 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.scoring.test_as_people_have_them import SAMPLES, causal
+from tests.tiny_vlms import FAMILIES, tiny_vlm
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError
 from tokengrain.models import (
     check_vocabulary,
+    freeze_vision,
     load_config,
     load_model,
     load_reward_model,
     load_trained_reward_model,
+    lora_config,
     trained,
 )
 from tokengrain.scoring.score import score
-from tokengrain.specs import ModelSpec
+from tokengrain.specs import LoraSpec, ModelSpec
 from tokengrain.training.critic import critic_model
 
 SPEC = ModelSpec(path="unused")
@@ -181,3 +184,34 @@ def test_a_tokenizer_longer_than_the_vocabulary_is_a_warning():
         check_vocabulary(range(65), config, "t", "m")
     with pytest.raises(ModelError, match="the tokenizer of t has 640; they must share one tokenizer"):
         check_vocabulary(range(640), config, "t", "m")
+
+
+class TestModelsThatSee:
+    @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "gemma3", "idefics3"])
+    def test_they_load_with_their_towers(self, tmp_path, family):
+        model = tiny_vlm(family, dtype=torch.float32)
+        model.save_pretrained(tmp_path)
+        loaded = load_model(SPEC, str(tmp_path))
+        assert type(loaded) is type(model)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_lora_is_on_the_language_model_and_freezing_on_the_rest(self, family):
+        model = tiny_vlm(family)
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
+        language = {id(p) for part in (decoder, head) for p in part.parameters()}
+        freeze_vision(model)
+        assert {id(p) for p in model.parameters() if p.requires_grad} == language
+        assert len(language) < len(list(model.parameters()))
+        layers = sum(isinstance(m, torch.nn.Linear) for m in decoder.modules())
+        adapted = get_peft_model(model, lora_config(LoraSpec(r=2), model))
+        names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+        assert len(names) == 2 * layers
+        assert not any("vis" in name or "project" in name or "connector" in name for name in names)
+        named = lora_config(LoraSpec(r=2, target_modules=["q_proj"]), model)
+        assert named.target_modules == {"q_proj"}
+
+    def test_freezing_needs_something_to_freeze(self):
+        with pytest.raises(ModelError, match="freeze is vision, and LlamaForCausalLM has no vision tower"):
+            freeze_vision(causal("llama"))
+        assert lora_config(LoraSpec(), causal("llama")).target_modules == "all-linear"

@@ -272,6 +272,8 @@ IMPOSSIBLE = [
     (["training.output_dir=x"], "cannot be set here; set output_dir at the top"),
     (["data.max_length=10", "data.max_prompt_length=10"], "leaves 0 tokens for a completion"),
     (["training.normaliser_constant=0", "training.deepspeed=x.json"], "deepspeed"),
+    (["model={path: x, freeze: vision}", "lora={r: 2}"], "model.freeze: no stage trains all weights of this model"),
+    (["stages.credit.model={path: x, freeze: vision}"], "stages.credit.model.freeze: no stage trains all weights"),
 ]
 
 

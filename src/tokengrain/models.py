@@ -25,9 +25,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -67,7 +69,7 @@ from tokengrain.scoring.model import (
     text_config,
     vocabulary,
 )
-from tokengrain.scoring.prepare import TOLERANCE, relative_error
+from tokengrain.scoring.prepare import TOLERANCE, relative_error, unwrapped
 from tokengrain.scoring.reference import disable_dropout, is_peft
 from tokengrain.scoring.token_scores import (
     CompletionStatistics,
@@ -78,6 +80,7 @@ from tokengrain.scoring.token_scores import (
     pooled_scores,
     set_statistics,
 )
+from tokengrain.scoring.vision import placeholders, tower
 from tokengrain.settings import nearest
 from tokengrain.specs import LoraSpec, ModelSpec, TokenizerSpec
 
@@ -129,7 +132,18 @@ def load_tokenizer(spec: ModelSpec, path: str) -> Any:
 
 def auto_class(config: Any) -> Any:
     """Which of transformers' classes makes the language model of a config."""
-    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    sees = bool(placeholders(config)) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def freeze_vision(model: nn.Module) -> None:
+    """Train neither the vision tower nor the projector behind it. Raises ModelError if the model has none."""
+    _, parameters = tower(unwrapped(model))
+    require(parameters, ModelError, f"freeze is vision, and {type(model).__name__} has no vision tower")
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 def load_model(
@@ -398,7 +412,7 @@ def skeleton(spec: ModelSpec, path: str | None) -> nn.Module:
 def adapter_size(model: nn.Module, lora: LoraSpec) -> int:
     """How many parameters a new adapter of a `skeleton` has. Raises ModelError where its target modules are not."""
     with library_errors("lora does not fit the model"), torch.device("meta"):
-        adapted = import_peft().get_peft_model(model, lora_config(lora, init_lora_weights=True))
+        adapted = import_peft().get_peft_model(model, lora_config(lora, model, init_lora_weights=True))
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
@@ -555,18 +569,26 @@ def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
     return _finished(made.train(model.training), fresh=True)
 
 
-def lora_config(lora: LoraSpec, **own: Any) -> Any:
-    """A recipe's `lora:` as peft's configuration."""
+def lora_config(lora: LoraSpec, model: Any, **own: Any) -> Any:
+    """A recipe's `lora:` as peft's configuration for a model.
+
+    "all-linear" leaves out the vision tower and its projector.
+    """
+    if lora.target_modules == "all-linear" and tower(model)[1]:
+        decoder = model.get_decoder()
+        inside = next(name for name, module in model.named_modules() if module is decoder)
+        layers = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+        own["target_modules"] = rf"{re.escape(inside)}\..*\.({'|'.join(sorted(layers))})"
     names = ("r", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights")
     given = {"task_type": "CAUSAL_LM", "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     return import_peft().LoraConfig(**{**given, **{name: getattr(lora, name) for name in names}, **own})
 
 
-def reward_lora_config(lora: LoraSpec) -> Any:
+def reward_lora_config(lora: LoraSpec, model: Any = None) -> Any:
     """The same for a reward model: the head is trained in full and saved."""
     saved = [*HEADS, *(m for m in lora.modules_to_save or () if m not in HEADS)]
     # "all-linear" would put a LoRA on the head, which is trained as it is.
-    return lora_config(lora, task_type="TOKEN_CLS", exclude_modules=list(HEADS), modules_to_save=saved)
+    return lora_config(lora, model, task_type="TOKEN_CLS", exclude_modules=list(HEADS), modules_to_save=saved)
 
 
 def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_tokens: int = 8192) -> ScoreStatistics:

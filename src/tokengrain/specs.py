@@ -45,6 +45,9 @@ class ModelSpec(Strict):
     decoder_start_id: int | None = Field(
         default=None, ge=0, description="of an encoder-decoder whose config lacks it: the token before every completion"
     )
+    freeze: Literal["vision"] | None = Field(
+        default=None, description="vision: train all weights but those of the vision tower and its projector"
+    )
     trust_remote_code: bool = Field(default=False, description="run the Python code of a model on the hub")
 
     @model_validator(mode="before")
@@ -166,7 +169,9 @@ class LoraSpec(Strict):
     r: int = Field(default=16, gt=0, le=2**16, description="rank")
     alpha: int = Field(default=32, gt=0, description="scale: the update is multiplied by alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: str | list[str] | None = Field(default="all-linear", description="which modules get an adapter")
+    target_modules: str | list[str] | None = Field(
+        default="all-linear", description="which modules get an adapter; all-linear: those of the language model"
+    )
     modules_to_save: list[str] | None = Field(default=None, description="modules trained in full and saved beside it")
     use_rslora: bool = Field(default=False, description="divide alpha by the square root of r instead of r")
     use_dora: bool = Field(default=False, description="weights as magnitude and direction, of which LoRA is the latter")

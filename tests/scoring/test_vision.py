@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 import tokengrain.scoring.model
+import tokengrain.scoring.vision
 from tests.scoring.models import tiny
 from tests.tiny_vlms import FAMILIES, QWEN, SPECIAL, prompt, tiny_vlm, video_prompt
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import ModelError
+from tokengrain.models import freeze_vision, lora_config
 from tokengrain.scoring.layouts import plan_rows
 from tokengrain.scoring.prepare import PLANS
+from tokengrain.scoring.reference import AdapterOffReference, resolve_reference
 from tokengrain.scoring.score import score
+from tokengrain.specs import LoraSpec
 from tokengrain.vision import Vision
 
 VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
@@ -173,20 +178,21 @@ def test_what_shares_text_but_not_images_runs_separately_and_says_so() -> None:
     assert float((logps(model, text, "shared") - own(model, text)).abs().max()) < 1e-12
 
 
-class TestTower:
-    def calls(self, model: Any) -> list[int]:
-        """Counts, from now on, passes through the vision tower."""
-        names = ("visual", "vision_tower", "vision_model")
-        found = next(module for name, module in model.named_modules() if name.endswith(names))
-        count = [0]
-        found.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-        return count
+def calls(model: Any) -> list[int]:
+    """Counts, from now on, passes through the vision tower."""
+    names = ("visual", "vision_tower", "vision_model")
+    found = next(module for name, module in model.named_modules() if name.endswith(names))
+    count = [0]
+    found.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    return count
 
+
+class TestTower:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_it_runs_once_for_all_rows(self, family: str) -> None:
         model, samples = tiny_vlm(family), pictures(family)
         logps(model, samples)  # probes
-        count = self.calls(model)
+        count = calls(model)
         batch = TokenBatch.from_samples([*samples, samples[0].again(answers(5), row="again")])
         score(model, batch, layout="separate", max_row_tokens=1)
         assert count == [1]
@@ -274,3 +280,84 @@ def test_nothing_is_said_where_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logps(tiny_vlm("qwen2_5_vl"), pictures("qwen2_5_vl"), "auto")
+
+
+class TestFrozenTower:
+    """Its features are computed once for policy and reference, whatever comes first."""
+
+    def policy(self, adapter: bool) -> tuple[Any, Any]:
+        """A policy whose tower is frozen, and its reference."""
+        model = tiny_vlm("qwen2_5_vl")
+        if not adapter:
+            freeze_vision(model)
+            return model, resolve_reference(None, model, {"ref_logps"}, False)
+        policy = get_peft_model(model, lora_config(LoraSpec(r=2), model))
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                parameter.add_(0.1 * ("lora_B" in name))
+        return policy, AdapterOffReference(policy)
+
+    @pytest.mark.parametrize("adapter", [False, True])
+    def test_it_runs_once_for_policy_and_reference(self, adapter: bool) -> None:
+        policy, reference = self.policy(adapter)
+        samples = pictures("qwen2_5_vl")
+        batch = TokenBatch.from_samples(samples)
+        expected = logps(policy, samples), reference(batch, {"logps"}).logps
+        assert adapter == (not torch.equal(expected[0].detach(), expected[1]))
+        counts = [calls(model) for model in ([policy] if adapter else [policy, reference.model])]
+        again = TokenBatch.from_samples(pictures("qwen2_5_vl"))
+        found = score(policy.train(), again).logps, reference(again, {"logps"}).logps
+        assert sum(c[0] for c in counts) == 1
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        # Everything is where it is trained, and nothing where it is not.
+        seen = {name for name, p in policy.named_parameters() if p.requires_grad}
+        assert not any("visual" in name for name in seen)
+        gradients = torch.autograd.grad(found[0].sum(), [p for p in policy.parameters() if p.requires_grad])
+        assert all(g.any() for g in gradients)
+
+    def test_what_is_remembered_is_forgotten_when_the_tower_changes(self) -> None:
+        policy, _ = self.policy(False)
+        samples = pictures("qwen2_5_vl")
+        before = logps(policy, samples)
+        weight = policy.model.visual.patch_embed.proj.weight
+        weight.data *= 1.1  # in a way that autograd does not notice
+        changed = logps(policy, samples)
+        assert float((changed - before).detach().abs().max()) > 1e-3
+        assert float((changed.detach() - own(policy, samples).detach()).abs().max()) < 1e-12
+
+    def test_a_trained_or_random_tower_is_asked_again(self) -> None:
+        model, samples = tiny_vlm("llava"), pictures("llava")
+        logps(model, samples)
+        count = calls(model)
+        logps(model, samples)
+        model.model.vision_tower.requires_grad_(False)  # the projector is trained
+        logps(model, samples)
+        assert count == [2]
+        freeze_vision(model)
+        for module in model.model.vision_tower.modules():
+            module.dropout = 0.5 if hasattr(module, "dropout") else None
+        model.train()
+        logps(model, samples)
+        assert logps(model, samples) is not None
+        assert count == [4]
+
+    def test_room_is_limited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        policy, _ = self.policy(False)
+        samples = pictures("qwen2_5_vl")
+        logps(policy, samples)
+        count = calls(policy)
+        monkeypatch.setattr(tokengrain.scoring.vision, "KEPT_BYTES", 7 * 32 * 8)  # the second prompt's 7 tokens
+        again = pictures("qwen2_5_vl")
+        logps(policy, again)
+        logps(policy, again[2:])
+        assert count == [1]
+        logps(policy, again[:1])
+        assert count == [2]
+
+    def test_a_reference_that_follows_leaves_what_is_shared_alone(self) -> None:
+        policy, reference = self.policy(False)
+        weight = policy.model.visual.patch_embed.proj.weight
+        assert reference.model.model.visual.patch_embed.proj.weight is weight
+        before = weight.clone()
+        reference.move(policy, 0.5)
+        assert torch.equal(weight, before)

@@ -155,11 +155,13 @@ def _size(stage: Trained, recipe: Recipe, known: dict[str, tuple[int, int]]) -> 
     """Parameters of the model that the stage starts from, and how many of them (or of its adapter) are trained."""
     spec: ModelSpec = stage.existing.model if stage.existing.model.stage is None else recipe.model
     lora = stage.lora
-    key = fingerprint([spec.model_dump(), lora and lora.model_dump()])
+    key = fingerprint([spec.model_dump(), stage.model.freeze, lora and lora.model_dump()])
     if key not in known:
         model = models.skeleton(spec, None if spec.path is None else locate(spec, Path(recipe.output_dir)))
-        count = sum(weight.numel() for weight in model.parameters())
-        known[key] = count, count if lora is None else models.adapter_size(model, lora)
+        if stage.model.freeze is not None and lora is None:
+            models.freeze_vision(model)
+        count, own = (sum(w.numel() for w in model.parameters() if w.requires_grad or every) for every in (True, False))
+        known[key] = count, own if lora is None else models.adapter_size(model, lora)
     return known[key]
 
 

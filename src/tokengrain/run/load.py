@@ -53,6 +53,7 @@ def check_recipe(recipe: Recipe) -> Mistakes:
     check_shared(recipe, found)
     for stage in stages:
         stage.check(found)
+    _check_freezing(recipe, stages, found)
     if found.lines:
         return found
     # What is legal key by key may still not go together. What all stages inherit is complained about once.
@@ -67,6 +68,21 @@ def check_recipe(recipe: Recipe) -> Mistakes:
     for (_, line), names in places.items():
         found.lines.append(f"stages.{names[0]}.{line}" if len(names) == 1 else line)
     return found
+
+
+def _check_freezing(recipe: Recipe, stages: Sequence[Stage], found: Mistakes) -> None:
+    """Note where `freeze` is asked of a model whose weights nobody trains."""
+    what = "no stage trains all weights of this model (with lora only adapters are trained), so it freezes nothing"
+    inherits = [stage for stage in stages if stage.own is None or stage.own.model is None]
+    if recipe.model.freeze and not any(stage.trains_weights for stage in inherits):
+        found.add("model.freeze", what)
+    for stage in stages:
+        own = stage.own and stage.own.model
+        if own is not None and own.freeze and not stage.trains_weights:
+            found.add(f"stages.{stage.name}.model.freeze", what)
+        for key, asked in stage.asks.items() if not found.lines else ():
+            if asked.spec.freeze and asked.spec != stage.model:
+                found.add(f"stages.{stage.name}.{key}.freeze", what)
 
 
 def load_recipe(

@@ -48,6 +48,7 @@ from tokengrain.run.build import (
 from tokengrain.runs import FORMAT
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import FrozenReference
+from tokengrain.scoring.vision import placeholders
 from tokengrain.specs import DataSpec, ModelSpec
 from tokengrain.training.checkpoint import STAGING, publish, saving
 from tokengrain.worlds import is_world, load_world
@@ -88,6 +89,7 @@ class Stage(ABC):
 
     training: ClassVar[Any] = {}
     needs_causal: ClassVar[str] = ""  # why no encoder-decoder will do, where that is so
+    trains_weights: ClassVar[Any] = False  # all of the model's own, not an adapter's
 
     # What a stage has only where its kind says so.
     objective = property(lambda self: getattr(self.own, "objective", None))
@@ -184,6 +186,8 @@ class Stage(ABC):
             return  # an earlier stage will make it, from a model that is checked
         tokenizer = run.tokenizer(self.model)
         config = models.load_config(self.model, run.path(self.model))
+        seeing = self.model.freeze is None or placeholders(config)
+        require(seeing, ModelError, f"model.freeze is vision, and {self.model.path} has no vision tower")
         models.check_vocabulary(tokenizer, config, str(self.model.path), str(self.model.path))
         what = f"{self.model.path} is an encoder-decoder; a stage of kind {self.kind} needs a causal language model, "
         fits = not (self.needs_causal and getattr(config, "is_encoder_decoder", False))

@@ -127,6 +127,8 @@ class Trained(Stage):
     def lora(self) -> LoraSpec | None:
         return schema.stage_lora(self.recipe.lora, self.own)
 
+    trains_weights = property(lambda self: self.lora is None)
+
     @property
     def training(self) -> dict[str, Any]:
         """Keys of `training:`, the stage's over the recipe's."""
@@ -238,13 +240,15 @@ class Trained(Stage):
             _check_same_lora(self.lora, path)
             options = {"train_adapter": True}
         model = self.load(path, **options)
+        if self.model.freeze is not None and self.lora is None:
+            models.freeze_vision(model)
         lift_positions(unwrapped(model), length_by_hand(self.recipe, self.data))
         if self.lora is None or options:
             return model, None
         if Path(path).is_dir():  # the adapter names its base; a relative path would hold in this directory only
             model.name_or_path = str(Path(path).resolve())
         own = {"task_type": "SEQ_2_SEQ_LM"} if prompt_role(model) == "encoder" else {}
-        return model, self.lora_config(self.lora, **own)
+        return model, self.lora_config(self.lora, model, **own)
 
     def datasets(self, run: RunModels, settings: Mapping[str, Any], eval_data: str | None) -> tuple[Any, Any]:
         """`(training, held-out or None)`; `eval_data`: held-out rows from another source."""

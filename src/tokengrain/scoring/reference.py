@@ -16,8 +16,9 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, fingerprint, require
 from tokengrain.scoring.head import Distribution, Head
 from tokengrain.scoring.model import evaluating, nested
-from tokengrain.scoring.prepare import coarse, prepare
+from tokengrain.scoring.prepare import coarse, prepare, unwrapped
 from tokengrain.scoring.score import head_of, score
+from tokengrain.scoring.vision import tower
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,7 +70,8 @@ class FrozenReference(LiveReference):
     def move(self, policy: nn.Module, share: float) -> None:
         """Move the weights this share of the way to the policy's, which has the same parameters."""
         for own, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
-            own.mul_(1.0 - share).add_(theirs.detach().to(own), alpha=share)
+            if own is not theirs:  # what nobody trains may be shared
+                own.mul_(1.0 - share).add_(theirs.detach().to(own), alpha=share)
 
 
 class AdapterOffReference(LiveReference):
@@ -286,7 +288,12 @@ def resolve_reference(reference: Any, model: nn.Module, needs: Collection[str], 
         return ColumnReference()
     if is_peft(model):
         return AdapterOffReference(model) if adapter_is_neutral(model) else StartingAdapterReference(model)
-    return FrozenReference(disable_dropout(copy.deepcopy(model)))
+    return FrozenReference(disable_dropout(_copied(model)))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy. A vision tower that is frozen stays one, so that what it sees is computed once."""
+    return copy.deepcopy(model, {id(p): p for p in tower(unwrapped(model))[1] if not p.requires_grad})
 
 
 def place_reference(reference: Reference | None, accelerator: Accelerator, layout: Any) -> None:

@@ -177,7 +177,7 @@ class Seeing:
         self, kind: str, function: Callable[..., Any], names: set[str], own: Mapping[int, Vision]
     ) -> dict[int, Features]:
         """Remembered ones; the others in one pass through the tower. A prompt that is there twice is seen once."""
-        memory = Memory.of(self.lm, self.base)
+        memory = Memory.of(self.lm)
         known = {vision: found for vision in own.values() if memory and (found := memory.get(vision, kind))}
         left = {vision: p for p, vision in own.items() if vision not in known}
         if left:
@@ -273,9 +273,11 @@ def _joined(features: Sequence[Features]) -> Any:
 # ---- Frozen towers: what they gave is remembered, for the reference after the policy.
 
 
-def tower(lm: Any, base: Any) -> tuple[list[nn.Module], list[nn.Parameter]]:
+def tower(lm: Any) -> tuple[list[nn.Module], list[nn.Parameter]]:
     """The modules and parameters of vision tower and projector: the model's without head and language model."""
-    decoder = lm.get_decoder()
+    if not placeholders(getattr(lm, "config", None)):
+        return [], []
+    base, decoder = lm.base_model, lm.get_decoder()
     if not isinstance(decoder, nn.Module) or decoder is base:
         return [], []
     language = [*decoder.modules(), *lm.get_input_embeddings().modules(), base]
@@ -293,9 +295,9 @@ class Memory:
         self.tower = tower
 
     @classmethod
-    def of(cls, lm: Any, base: Any) -> Memory | None:
+    def of(cls, lm: Any) -> Memory | None:
         """None where the tower is trained, random (dropout), adapted or sharded."""
-        modules, parameters = tower(lm, base)
+        modules, parameters = tower(lm)
         if not parameters or any(p.requires_grad or hasattr(p, "device_mesh") for p in parameters):
             return None
         if torch.is_inference_mode_enabled() or any(_draws(m) or hasattr(m, "base_layer") for m in modules):
