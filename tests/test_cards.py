@@ -93,7 +93,7 @@ def test_a_model_that_cannot_be_sampled_from_is_trained(tmp_path: Path, monkeypa
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no sampling here")
 
-    monkeypatch.setattr("tokengrain.run.trained.HFGenerate.sample", fails)
+    monkeypatch.setattr("tokengrain.run.trained.answering", fails)
     assert run(values(tmp_path)).metrics["final"]["loss"] < 1
     assert not (tmp_path / "run" / "train" / "answers.json").exists()
 

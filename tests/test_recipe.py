@@ -96,6 +96,24 @@ def test_the_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
     assert resolve_stages(again) == resolve_stages(recipe)
 
 
+def test_a_runs_recipe_names_its_files_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "documents.jsonl").write_text('{"key": "a", "text": "b"}\n')
+    recipe = load_recipe("ddro", overrides=["stages.index.documents=documents.jsonl"])
+    named = yaml.safe_load(dump_recipe(recipe, anchored=True))["stages"]["index"]["documents"]
+    assert named == str(tmp_path / "documents.jsonl")
+
+
+@pytest.mark.parametrize("stages", [None, 5, "x", [1], [{"name": 5}]])
+def test_stages_that_are_none(stages: Any, tmp_path: Path) -> None:
+    values = {**BASE, "settings": "paper"}
+    for short in ((), ("lr=1e-5", "batch=2")):
+        assert "stages: got" in error_of(tmp_path, *short, values={**values, "stages": stages})
+        message = error_of(tmp_path, *short, values={**values, "paper": {"stages": stages}})
+        assert "paper.stages: got" in message
+        assert "expected a mapping of stages" in message
+
+
 def test_override_values_are_yaml() -> None:
     assert parse_override("a.b=1e-4") == (["a", "b"], 1e-4)
     assert parse_override("a=-2E+3") == (["a"], -2000.0)

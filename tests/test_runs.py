@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tokengrain.errors import RunError, write_json
-from tokengrain.runs import StageRecord, read_run, read_stage
+from tokengrain.runs import StageRecord, read_run, read_stage, spoken
 
 
 def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
@@ -40,3 +41,12 @@ def test_a_stage_is_read_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / "train" / "stage.json").write_text(json.dumps({**record, **wrong}))
         with pytest.raises(RunError, match=r"stage\.json is not a stage record of tokengrain"):
             read_stage(tmp_path / "train")
+
+
+def test_metrics_for_people() -> None:
+    """A resumed run reads the null that stands for NaN, on which the model's card stopped."""
+    metrics: dict[str, Any] = {"reward": None, "kl": float("nan"), "loss": 0.5, "correct": 0.25}
+    metrics |= {"correct_low": 0.1, "correct_high": 0.4}
+    shown = [spoken(metrics, name) for name in ("reward", "kl", "loss", "correct")]
+    assert shown == ["none", "none", "0.500", "0.250 (95 % CI 0.100 to 0.400)"]
+    assert spoken({"accuracy": 0.5, "comparison": "no difference yet"}, "accuracy") == "no difference yet"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
 
 from tokengrain.bench.cli import bench_app
 from tokengrain.errors import RecipeError, RunError, TokengrainError, fault, json_text, require
-from tokengrain.screen import Screen
+from tokengrain.screen import Screen, labelled
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with tokengrain.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, as `tokengrain train` wrote it.")]
@@ -418,7 +416,7 @@ def methods(
         _print_matrix(markdown)
         return
     if as_json:
-        typer.echo(json.dumps([asdict(method) for method in METHODS.values()], indent=2))
+        typer.echo(json_text([asdict(method) for method in METHODS.values()]), nl=False)
         return
     columns = ("method", "credit", "objective", "trains", "paper", "recipe")
     table = Table(*(Column(name, overflow="fold") for name in columns), box=None, pad_edge=False)
@@ -518,7 +516,7 @@ def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
     if str(message) in _shown:
         return
     _shown.add(str(message))
-    Screen(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}")
+    Screen(stderr=True, highlight=False, soft_wrap=True).print(labelled("warning", str(message)))
 
 
 def _leave_processes() -> None:
@@ -563,13 +561,13 @@ def _hint(error: Any) -> str | None:
         here = _OF_TRL.get(name) or (f"training.{name}=VALUE" if name in field_types(PreferenceConfig) else None)
         if here is None and (of_recipe := FOREIGN.get(name, "")).startswith(("objective.", "training.", "data.")):
             here = f"{'' if of_recipe.startswith('data') else 'stages.train.'}{of_recipe}=VALUE"
-        return f"[bold]hint:[/] the {escape(name)} of other libraries is here: {escape(here)}" if here else None
+        return f"the {name} of other libraries is here: {here}" if here else None
     found = re.search(r"No such command ['\"]([\w-]+)['\"]", error.format_message())
     if found:
         from tokengrain.recipe.reading import recipe_folders
 
         if any((folder / f"{found[1]}.yaml").is_file() for folder in recipe_folders()):
-            return f"[bold]hint:[/] {found[1]} is a recipe: tokengrain train {found[1]}"
+            return f"{found[1]} is a recipe: tokengrain train {found[1]}"
     return None
 
 
@@ -584,8 +582,8 @@ def main(arguments: list[str] | None = None) -> None:
             _leave_processes()
     except TokengrainError as error:
         rank = os.environ.get("RANK", "0")
-        where = f" (process {rank})" if rank != "0" else ""
-        errors.print(f"[bold red]error:[/]{where} {escape(str(error))}")
+        where = f"(process {rank}) " if rank != "0" else ""
+        errors.print(labelled("error", f"{where}{error}", "bold red"))
         status = 2
     except (KeyboardInterrupt, typer.Abort) as stopped:
         if isinstance(stopped.__cause__, EOFError):  # which click takes for Ctrl-D
@@ -596,12 +594,12 @@ def main(arguments: list[str] | None = None) -> None:
         status = stop.exit_code
     except Exception as error:
         if (reason := fault(error)) is not None:  # for the user to mend: a file, a disk, memory
-            errors.print(f"[bold red]error:[/] {escape(reason)}")
+            errors.print(labelled("error", reason, "bold red"))
             status = 2
         elif hasattr(error, "exit_code") and hasattr(error, "show"):  # of click: an unknown option, say
             error.show()
             if hint := _hint(error):
-                errors.print(hint)
+                errors.print(labelled("hint", hint, "bold"))
             status = error.exit_code
         else:
             raise

@@ -20,7 +20,7 @@ from tokengrain.errors import RunError, read_json, require, write_json
 from tokengrain.report.html import write_report
 from tokengrain.run.load import load_recipe
 from tokengrain.run.runner import run_recipe
-from tokengrain.screen import Screen, progress_bar
+from tokengrain.screen import Screen, labelled, progress_bar
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
 
@@ -45,13 +45,12 @@ def run_demo(
     others = sorted(p.name for p in output.iterdir() if p.name not in known) if output.exists() else []
     message = f"{output} holds something else ({', '.join(others[:3])}); give another folder with --output"
     require(not others, RunError, message)
-    console.print(
-        "[bold]tokengrain demo[/]: which tokens earned the reward?\n"
-        "A tiny model tells short stories. Their true reward is known token by token, and so is the best policy that "
-        "any method could reach. Five methods learn from the same 1,000 preference pairs; a third of the labels are "
-        "wrong.",
-        highlight=False,
+    what = (
+        "which tokens earned the reward?\nA tiny model tells short stories. Their true reward is known token by token, "
+        "and so is the best policy that any method could reach. Five methods learn from the same 1,000 preference "
+        "pairs; a third of the labels are wrong."
     )
+    console.print(labelled("tokengrain demo", what, "bold"))
     try:
         rows, world = _train_all(output, samples, overwrite, console)
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ Every file is written atomically, so whatever is there is whole; `status` says w
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,23 @@ ANSWERS = "answers.json"
 FORMAT = 1  # of the layout and of what the fingerprints cover; part of every fingerprint
 TRAINED = ("sft", "train", "reward", "online")  # kinds of stages that make a trained model
 EQUAL = "no difference yet"  # `comparison` in metrics: the policy still is its reference
+TITLES = {
+    "accuracy": "pair accuracy",
+    "reward": "reward",
+    "correct": "correct, share of completions",
+    "length": "tokens per completion",
+    "truncated": "truncated, share of completions",
+    "rewards/margins": "reward margin",
+    "kl/teacher": "KL to the teacher, nats per token",
+    "kl": "KL to the reference, nats per token",
+    "entropy": "entropy, nats per token",
+    "perplexity": "perplexity",
+    "loss": "loss",
+    "MRR@10": "MRR@10",
+    "Hit@10": "Hit@10",
+    "mass": "probability of docids",
+}
+"""Held-out numbers for people, in order."""
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
@@ -167,6 +185,16 @@ def _what_it_holds(path: Path) -> str:
     if runs:
         return f"{found}; it contains runs: {', '.join(runs[:8])}"
     return f"{found}; the run is the folder above: {path.parent}" if is_run(path.parent) else found
+
+
+def spoken(metrics: Mapping[str, Any], name: str) -> str:
+    """A metric for people, `0.612 (95 % CI 0.551 to 0.670)`; NaN, which JSON holds as null, is "none"."""
+    if name == "accuracy" and "comparison" in metrics:  # of a policy that still is its reference
+        return str(metrics["comparison"])
+    value, low, high = (metrics.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None or value != value:
+        return "none"
+    return f"{value:.3f}" + (f" (95 % CI {low:.3f} to {high:.3f})" if None not in (low, high) else "")
 
 
 def unfinished_message(run: Run) -> str:

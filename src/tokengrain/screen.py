@@ -27,18 +27,22 @@ def visible(text: str) -> str:
 
 
 class Screen(Console):
-    """A console that shows control characters of any text as signs, and never turns `:name:` into an emoji.
+    """A console for text of others: control characters are shown as signs, `[tags]` and `:names:` stay what they are.
 
-    File names, rows, messages of servers and of libraries reach the terminal through here. Text of others in a string
-    with rich's markup is still to be escaped, or printed with `markup=False`.
+    File names, rows, messages of servers and of libraries reach the terminal through here.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(emoji=False, **options)
+        super().__init__(emoji=False, markup=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+def labelled(label: str, text: str, style: str = "yellow") -> Text:
+    """`label: text`, the label in a style."""
+    return Text.assemble((f"{label}:", style), f" {text}")
 
 
 @contextmanager
@@ -56,7 +60,7 @@ def progress_bar(
     Without a terminal it is a line per tenth of the way, and per new description.
     """
     left = TimeRemainingColumn(elapsed_when_finished=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), left)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Speed(), left)
     console = console or Screen(stderr=True)
     if not (console.is_terminal or quiet):
         yield _Lines(console, what, total, done).update

@@ -184,8 +184,9 @@ def test_the_header_of_a_hub_clone_says_which_files(tmp_path):
     assert labels(tmp_path) == ["main/train"]
     assert labels(tmp_path, "prefs") == ["main/more"]
     assert "expected one of train, prefs" in error_of(tmp_path, split="test")
-    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
-    assert "which of the subfolders" in error_of(tmp_path)
+    for header in ("license: [", "configs: [{config_name: default, data_files: /elsewhere/*.jsonl}]"):
+        (tmp_path / "README.md").write_text(f"---\n{header}\n---\n")
+        assert "which of the subfolders" in error_of(tmp_path)
 
 
 def test_the_same_file_in_two_formats(tmp_path):

@@ -152,6 +152,21 @@ def test_single_completions_of_other_formats():
     assert completion.startswith('<call>sky {"at": "sea"}</call><|im_end|>\n<|im_start|>tool\nblue<|im_end|>')
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"history": [["the sky?", "Blue.", "?"]]}, r"field 'history': is no list of pairs; got \[\['the sky\?'"),
+        ({"history": 5}, "field 'history': is no list of pairs; got 5"),
+        ({"history": "[["}, "field 'history': is no JSON"),
+        ({"input": 5}, "field 'input': is not text; got 5; expected a string"),
+        ({"tools": 5}, "field 'tools': is no list; got 5; expected a list of tools"),
+    ],
+)
+def test_columns_of_alpaca_that_are_none(columns, message):
+    with pytest.raises(DataError, match=message):
+        ids({"instruction": "the sea?", "output": "Green.", **columns}, prepare=prepare_sft)
+
+
 def test_a_system_column():
     with_message = {**ROW, "prompt": [{"role": "system", "content": "Be kind."}, *ROW["prompt"]]}
     for row in (ROW, with_message, ALIKE["prompt as text"], ALIKE["null prompt"], ALIKE["alpaca"]):

@@ -15,8 +15,8 @@ from benchmarks.picture import write_picture
 
 from tests.report.folders import METHODS, PAIRS, credit_entries, make_demo, make_run, write
 from tokengrain.errors import DataError, RunError
-from tokengrain.report.html import write_report
-from tokengrain.report.svg import number, tick
+from tokengrain.report.html import short, write_report
+from tokengrain.report.svg import nice_ticks, number, tick
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
 
@@ -332,6 +332,12 @@ def test_lines_of_a_log_that_are_no_objects_are_left_out(tmp_path: Path) -> None
     whole = write_report(run).read_text(encoding="utf-8")
     log.write_bytes(log.read_bytes() + b'[1]\nnull\n{"step": 121, "note": "\xc3')
     assert write_report(run).read_text(encoding="utf-8") == whole
+
+
+def test_small_numbers_are_not_shown_as_nothing() -> None:
+    assert [number(v) for v in (0.05, 0.0012, 0.00012, -0.0004)] == ["0.050", "0.001", "0.0001", "−0.0004"]
+    assert [short(v) for v in (0.004, -0.0011, 0.0002)] == ["0.004", "−0.001", "2.0e−04"]
+    assert nice_ticks(0, 4e-13) == [0, 1e-13, 2e-13, 3e-13, 4e-13], "the KL of two equal models is rounding"
 
 
 def test_numbers_of_an_exploded_loss_are_short() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,11 @@ def test_summary_names_the_top_tokens(annotated: Path, tokenizer_path: Path) -> 
     assert f"{len(words)} tokens in 6 rows: {share:.0%} above 0, mean size {size:.3f}" in text
     assert "most credit:  kind +1.0" in text
     assert "least credit: cruel −1.0" in text
+
+
+def test_an_infinite_ratio_has_full_colour() -> None:
+    assert style_of(math.inf) == style_of(1.0)
+    assert style_of(-math.inf) == style_of(-1.0)
 
 
 def test_sign_shows_in_more_than_colour() -> None:

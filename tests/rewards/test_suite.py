@@ -350,6 +350,8 @@ def test_right_answers_are_read_before_anything_is_sampled():
     assert str(error.value) == (
         "f.jsonl: row 1: field 'answer': reward 'numeric': the column 'answer' has no number; got '2k+2' (2 of 3 rows)"
     )
+    with pytest.raises(DataError, match="row 1: field 'answer': reward 'cosine': the column 'answer' has no number"):
+        RewardSuite([make_reward("cosine", base="numeric", max_length=8)]).check_golds(rows)
     RewardSuite([make_reward("numeric", on_error="skip"), words]).check_golds(rows)
     RewardSuite([make_reward("numeric")]).check_golds(rows[:1])
 

@@ -7,10 +7,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
 from tokengrain.cli import main
-from tokengrain.screen import Screen
+from tokengrain.run.show import print_plan, print_result
+from tokengrain.screen import Screen, labelled, progress_bar
 
 EVIL = "f\x1b]0;title\x07\x1b[31mx\x9b2J\u202e"
 
@@ -47,10 +49,32 @@ def test_tables_and_own_colours_stay(tmp_path: Path) -> None:
     table = Table("name")
     table.add_row(f"row {EVIL}")
     screen.print(table)
-    screen.print("[bold red]error:[/] \x1b[2J", highlight=False)
+    screen.print(labelled("error", "\x1b[2J", "bold red"))
     shown = out.getvalue()
     assert "\x1b[1;31merror:" in shown
     assert "␛[2J" in shown
     assert "row f␛]0;title" in shown
     assert "\x1b]0" not in shown
     assert "\x1b[2J" not in shown
+
+
+@pytest.mark.parametrize("console", [Screen, Console])
+def test_brackets_in_names_of_a_run_are_no_tags(console: type[Console]) -> None:
+    """Rich would leave out `[v2]`, and stop the run at `[/x]`, which closes nothing."""
+    out = io.StringIO()
+    screen, name = console(file=out, width=120), "my/[v2]model[/x]"
+    print_plan(screen, f"dpo: runs/{name}", [("train", "train", f"dpo from {name}", "run")])
+    stages = {"train": {"before": {}, "after": {"accuracy": 0.5}}}
+    print_result(screen, {"method": name, "seconds": 1, "stages": stages}, Path(name))
+    assert out.getvalue().count(name) == 4
+
+
+def test_brackets_in_the_table_of_an_evaluation() -> None:
+    out = io.StringIO()
+    table = Table("measure", "value")
+    table.add_row("reward/my[/x].py", "0.5")
+    Screen(file=out, width=80).print(table)
+    with progress_bar("rows of a[/x].jsonl", 2, console=Screen(file=out, width=80, force_terminal=True)):
+        pass
+    assert "reward/my[/x].py" in out.getvalue()
+    assert "rows of a[/x].jsonl" in out.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from tokengrain.errors import RecipeError
+from tokengrain.errors import RecipeError, json_text
 from tokengrain.screen import Screen
 
 bench_app = typer.Typer(
@@ -100,7 +99,7 @@ def credit(
         given = {"seeds": seeds, "regimes": regime or (), "jobs": jobs, "steps": steps, "prompts": prompts}
         result = bench_credit(world, sources=source or None, generations=generations, output=folder, **given, **shared)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json_text(result), nl=False)
         return
     console = Screen()
     for table in terminal_tables(result):

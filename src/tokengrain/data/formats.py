@@ -218,9 +218,15 @@ def check_mapping(row: Any) -> None:
 
 
 def _from_alpaca(row: dict[str, Any]) -> None:
-    before = [pair for pair in row.get("history") or () if isinstance(pair, Sequence) and len(pair) == 2]
+    before = _parsed(row.get("history"), "history", "a list of pairs (instruction, output)") or []
+    pairs = _is_list(before) and all(_is_list(pair) and len(pair) == 2 for pair in before)
+    what, expected = "is no list of pairs", "a list of pairs (instruction, output)"
+    check(pairs, "wrong type", what, field="history", value=before, expected=expected)
     turns = [m for ask, answer in before for m in (_user(ask), _assistant(answer))]
-    query = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    given = row.get("input") or ""
+    text = isinstance(given, str)
+    check(text, "wrong type", "is not text", field="input", value=given, expected="a string")
+    query = "\n".join(part for part in (row["instruction"], given) if part)
     row["prompt"] = [*turns, _user(query)]
     if row.get("output") is not None and row.get("completion") is None and row.get("chosen") is None:
         row["completion"] = row["output"]
@@ -294,6 +300,8 @@ def for_template(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row gives the chat template beside messages: `tools` and `template_kwargs` of `Example`."""
     tools, kwargs = (_parsed(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
     tools = [tools] if isinstance(tools, Mapping) else tools or None
+    listed = tools is None or _is_list(tools)
+    check(listed, "wrong type", "is no list", field="tools", value=tools, expected="a list of tools, or JSON text")
     if tools is not None:
         tools = without_nulls([_parsed(tool, "tools") for tool in tools])
     fits, what = kwargs is None or isinstance(kwargs, Mapping), f"is of type {type(kwargs).__name__}"

@@ -860,5 +860,5 @@ def _declared(folder: Path) -> dict[str, list[Path]]:
             matches = [p for pattern in patterns for p in folder.glob(pattern) if p.is_file() and file_kind(p)]
             found[str(entry["split"])] = sorted(set(matches))
         return found
-    except (RecipeError, AttributeError, KeyError, TypeError, ValueError, StopIteration):
+    except (RecipeError, AttributeError, KeyError, TypeError, ValueError, StopIteration, NotImplementedError):
         return {}  # a header that says something else

@@ -169,14 +169,13 @@ SHORT_NAMES = {
 
 def _set_short(values: Values, name: str, value: Any) -> None:
     key, others = SHORT_NAMES[name]
-    for place in ([], *(["stages", stage] for stage in values.get("stages") or {})):
-        here: Any = values
-        for part in place:
-            here = here[part]
-        if isinstance(here, dict) and isinstance(training := here.get("training"), dict):
+    stages = values.get("stages")
+    named = stages.items() if isinstance(stages, dict) else ()
+    for place, here in (([], values), *((["stages", stage], own) for stage, own in named if isinstance(own, dict))):
+        if isinstance(training := here.get("training"), dict):
             kept = {k: v for k, v in training.items() if k not in others.split()}
             set_path(values, [*place, "training"], kept)
-        if name == "batch" and isinstance(here, dict) and here.get("kind") == "online":
+        if name == "batch" and here.get("kind") == "online":
             set_path(values, [*place, "training", "prompts_per_rollout"], value)
     set_path(values, ["training", key], value)
 
@@ -199,6 +198,9 @@ def _block(values: Values, name: str) -> Values:
     for key in ("model", "on_world", "paper", "settings", "extends"):
         where = f"{name}.{key}"
         require(key not in block, RecipeError, f"{where}: cannot be set there; set it at the top of the recipe")
+    stages = block.get("stages", {})
+    what = f"{name}.stages: got {shown(stages)}; expected a mapping of stages"
+    require(isinstance(stages, dict), RecipeError, what)
     return block
 
 
@@ -207,7 +209,8 @@ def _with_paper(values: Values) -> Values:
     paper = _block(values, "paper")
     if values.get("settings") != "paper":
         return values
-    stages = {name: stage for name, stage in paper.get("stages", {}).items() if name in values.get("stages", {})}
+    own = values.get("stages")
+    stages = {k: v for k, v in paper.get("stages", {}).items() if isinstance(own, dict) and k in own}
     return merge({**paper, "stages": stages}, _opened(values, paper))
 
 

@@ -220,7 +220,8 @@ def dump_recipe(recipe: Recipe, *, anchored: bool = False) -> str:
     return write_yaml(_anchored(values) if anchored else values)
 
 
-_PLACES = ("model", "path", "data", "train", "eval", "reference", "reverse", "target", "contrast", "tokenizer")
+_PLACES = {"model", "path", "data", "train", "eval", "reference", "reverse", "target", "contrast", "tokenizer"}
+_PLACES |= {"documents", "docids", "vectors"}  # of an index stage
 _AS_THEY_ARE = ("rewards", "critic", "sampler", "objective", "training")  # they count as they are written
 
 

@@ -173,21 +173,8 @@ def _best(methods: Sequence[dict[str, Any]]) -> dict[str, str]:
     return best
 
 
-# Mapping[str, Any] of the summary, in order, with their names for people; all others are folded away.
-KEY = {
-    "accuracy": "pair accuracy (95 % interval)",
-    "reward": "reward (95 % interval)",
-    "correct": "correct, share of completions (95 % interval)",
-    "length": "tokens per completion",
-    "truncated": "truncated, share of completions",
-    "rewards/margins": "reward margin",
-    "kl": "KL to the reference, nats per token",
-    "entropy": "entropy, nats per token",
-    "perplexity": "perplexity",
-    "loss": "loss",
-}
 WORLD = {
-    "reward": "true reward (95 % interval)",
+    "reward": "true reward",
     "kl": "KL to the base, nats per completion",
     "best_reward": "best possible reward at that KL",
     "share": "frontier share",
@@ -196,6 +183,7 @@ WORLD = {
     "length": "tokens per completion",
     "entropy": "entropy, nats per token",
 }
+"""What a world measures, for people, in order."""
 BASE_STYLE = 7  # grey
 UNMOVED = 0.01  # nats per completion: a policy this near to the base has no share of the frontier
 
@@ -319,7 +307,7 @@ def _stage(stage: runs.StageRecord) -> dict[str, Any]:
         "seconds": stage.seconds,
         "note": _note(stage),
         "answers": _answers(stage),
-        **_compared(before, after, KEY, metrics.get("held_out")),
+        **_compared(before, after, runs.TITLES, metrics.get("held_out")),
     }
 
 
@@ -363,6 +351,7 @@ def _compared(before: Metrics, after: Metrics, titles: Mapping[str, str], n: int
     def row(name: str) -> dict[str, Any]:
         # "eval_rewards/accuracies" becomes "rewards: accuracies"
         title = titles.get(name) or name.removeprefix("eval_").replace("/", ": ").replace("_", " ")
+        title += " (95 % interval)" * (f"{name}_low" in {**before, **after})
         return {"name": title, "before": with_interval(before, name, n), "after": with_interval(after, name, n)}
 
     more = [m for m in names if m not in titles and not (m == "rewards/accuracies" and "accuracy" in names)]

@@ -46,7 +46,7 @@ class Mark(NamedTuple):
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` for people: `digits` significant digits, a real minus sign, "–" for nothing."""
+    """`value` for people: at most `digits` significant digits and decimals, a real minus sign, "–" for nothing."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -56,8 +56,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if abs(value) < 10 ** -(digits + 1) or abs(value) >= MANY:
         text = f"{value:.1e}"
     else:
-        decimals = digits - 1 - math.floor(math.log10(abs(value)))
-        text = f"{value:,.{min(max(decimals, 0), digits)}f}"
+        place = math.floor(math.log10(abs(value)))  # of the first digit, which is always shown
+        text = f"{value:,.{max(min(digits - 1 - place, digits), -place, 0)}f}"
     return text.replace("-", "−")
 
 
@@ -76,7 +76,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 @dataclass

@@ -200,7 +200,7 @@ def heat(side: Side, scale: float, coloured: bool) -> Text:
 
 def style_of(strength: float) -> str:
     """Rich style for a credit as a part of full colour: blue above 0, orange and underlined below."""
-    step = min(3, int(abs(strength) * 4))
+    step = int(min(abs(strength) * 4, 3))
     return "" if abs(strength) < WEAKEST else (_BLUE if strength > 0 else _ORANGE)[step]
 
 

@@ -450,8 +450,15 @@ class CosineLength:
     threshold: Share = 0.5
 
     def __post_init__(self) -> None:
-        check_reward(self.base, self.settings or {})
         self._base: Any = make_reward(self.base, **(self.settings or {})).function
+
+    @property
+    def column(self) -> str:
+        return str(self._base.column)
+
+    def unreadable(self, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
+        """Of the base: which of the column's values are no answer, and why."""
+        yield from self._base.unreadable(values)
 
     def __call__(
         self, completions: Sequence[str], completion_ids: Sequence[Any], truncated: Sequence[bool], **columns: Any

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from rich.text import Text
 
 from tokengrain import settings
 from tokengrain.errors import RecipeError, RolloutError, RunError, require, write_json
@@ -154,7 +155,7 @@ def _warn_of_servers(console: Console, plans: list[StagePlan]) -> None:
 
 
 def _run_stage(run: RunModels, plan: StagePlan, folder: RunFolder) -> None:
-    run.console.print(f"[bold]{plan.stage.name}[/]  {plan.stage.describe()}")
+    run.console.print(Text.assemble((plan.stage.name, "bold"), f"  {plan.stage.describe()}"))
     folder.start(plan)
     run.state.wait_for_everyone()
     started = time.monotonic()

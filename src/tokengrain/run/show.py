@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokengrain.runs import TITLES, spoken
+from tokengrain.screen import labelled
 
 _ACTIONS = {"run": "run", "resume": "resume", "reuse": "reuse (done, same settings)"}
 
@@ -18,9 +21,9 @@ _ACTIONS = {"run": "run", "resume": "resume", "reuse": "reuse (done, same settin
 def print_plan(console: Console, title: str, stages: Iterable[tuple[str, str, str, str]]) -> None:
     """A line per stage: its name, its kind, what it does, and whether it runs, resumes or is reused."""
     columns = (Column(name, overflow="fold") for name in ("stage", "kind", "what", "plan"))
-    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(*columns, title=Text(title), title_justify="left", box=None, pad_edge=False)
     for *what, action in stages:
-        table.add_row(*what, _ACTIONS[action], style="dim" if action == "reuse" else "")
+        table.add_row(*map(Text, what), _ACTIONS[action], style="dim" if action == "reuse" else "")
     console.print(table)
 
 
@@ -45,9 +48,9 @@ def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> No
     parts = [f"{seconds:.0f} s"]
     after = metrics.get("after", {})
     if "accuracy" in after:
-        parts.append(f"held-out accuracy {_accuracy(after)}")
+        parts.append(f"held-out accuracy {spoken(after, 'accuracy')}")
     elif "reward" in after:
-        parts.append(f"held-out reward {with_interval(after, 'reward')}")
+        parts.append(f"held-out reward {spoken(after, 'reward')}")
     elif "perplexity" in after:
         parts.append(f"held-out perplexity {after['perplexity']:.2f}")
     if "queries" in metrics:
@@ -59,50 +62,18 @@ def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> No
     console.print(f"  done: {'; '.join(parts)}", highlight=False)
 
 
-def with_interval(metrics: dict[str, Any], name: str = "accuracy") -> str:
-    """`0.612 (95 % CI 0.551 to 0.670)`."""
-    value = metrics[name]
-    if value is None:  # not a number
-        return "none"
-    if f"{name}_low" not in metrics:
-        return f"{value:.3f}"
-    return f"{value:.3f} (95 % CI {metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f})"
-
-
-def _accuracy(metrics: dict[str, Any]) -> str:
-    """Of a policy that still is its reference it is no number."""
-    return str(metrics.get("comparison") or with_interval(metrics))
-
-
-_ROWS = {
-    "accuracy": "held-out accuracy",
-    "reward": "held-out reward",
-    "correct": "held-out share correct",
-    "length": "length (tokens)",
-    "rewards/margins": "reward margin",
-    "perplexity": "perplexity",
-    "kl/teacher": "KL to the teacher (nats/token)",
-    "kl": "KL to the reference (nats/token)",
-    "entropy": "entropy (nats/token)",
-    "loss": "loss",
-    "MRR@10": "MRR@10",
-    "Hit@10": "Hit@10",
-    "mass": "probability of docids",
-}
-
-
 def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
     """The held-out numbers of every trained stage, before and after, and where the run is."""
-    title, columns = f"{metrics['method']} in {metrics['seconds']:.0f} s", ("stage", "held-out rows", "before", "after")
-    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    title = Text(f"{metrics['method']} in {metrics['seconds']:.0f} s")
+    table = Table(
+        "stage", "held-out rows", "before", "after", title=title, title_justify="left", box=None, pad_edge=False
+    )
     for name, stage in metrics["stages"].items():
         before, after = stage.get("before", {}), stage.get("after", {})
         shown = f"{name} ({stage['held_out']} rows)" if "held_out" in stage else name
-        for key, title in _ROWS.items():
-            if key in after:
-                shape = _accuracy if key == "accuracy" else partial(with_interval, name=key)
-                table.add_row(shown, title, shape(before) if key in before else "", shape(after))
-                shown = ""
+        for key in (key for key in TITLES if key in after):
+            table.add_row(shown, TITLES[key], spoken(before, key) if key in before else "", spoken(after, key))
+            shown = ""
     if table.row_count:
         console.print(table, highlight=False)
     else:
@@ -138,10 +109,8 @@ class ShowProgress(TrainerCallback):
             return
         warmup = args.get_warmup_steps(state.max_steps)
         if warmup >= state.max_steps:
-            self.console.print(
-                f"  [yellow]warning:[/] only {state.max_steps} steps, of which {warmup} warm the learning rate up: "
-                "use a smaller batch, more epochs, or training.warmup_steps=0"
-            )
+            what = f"only {state.max_steps} steps, of which {warmup} warm the learning rate up: use a smaller batch, "
+            self.console.print(labelled("  warning", what + "more epochs, or training.warmup_steps=0"), soft_wrap=True)
         if self.console.is_terminal:
             columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
             before, after = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")

@@ -49,6 +49,7 @@ from tokengrain.runs import FORMAT
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.scoring.vision import placeholders
+from tokengrain.screen import labelled
 from tokengrain.specs import DataSpec, ModelSpec
 from tokengrain.training.checkpoint import STAGING, publish, saving
 from tokengrain.worlds import is_world, load_world
@@ -59,9 +60,8 @@ LANGUAGE = (INIT, "index", "sft", "train", "online")
 ROWS = ("annotate", "index", "negatives")
 """Kinds of stages that make rows for others, as their `data: '@stage'`."""
 
-SAMPLED_PAIRS = 8
+SAMPLED_PAIRS = 8  # whose credit is stored in the run folder for `report` and `inspect`
 CHECKED_ANSWERS = 32  # of a credit's self-check
-"""Pairs whose credit is stored in the run folder for `report` and `inspect`."""
 
 
 class Asked(NamedTuple):
@@ -440,10 +440,9 @@ class Annotate(Stage):
             name = f"credit: {self.credit.get('name')}"
             store_credit(run, self, batch, name, batch.columns["token_rewards"])
             if (same := same_rewards(files[0])) is not None:
-                run.console.print(
-                    f"  [yellow]warning:[/] every token reward is {same:g}, so no token is told from another. Is the "
-                    "model that the credit asks the same as its reference, or was it trained at all?"
-                )
+                what = f"every token reward is {same:g}, so no token is told from another. Is the model that the "
+                what += "credit asks the same as its reference, or was it trained at all?"
+                run.console.print(labelled("  warning", what), soft_wrap=True)
         return {"rows": counts, **checked}
 
     def _self_check(self, run: RunModels, source: Any) -> dict[str, Any]:
@@ -451,6 +450,6 @@ class Annotate(Stage):
         dataset = next(d for d in reversed(run.datasets(self)) if d is not None)
         samples = [dataset[i] for i in range(min(CHECKED_ANSWERS, len(dataset)))]
         found = self_check(source, samples, run.tokenizer(self.model), seed=self.recipe.seed)
-        sign = "" if found.low > 0.5 else "[yellow]warning:[/] "
-        run.console.print(f"  {sign}{found.what()}", highlight=False)
+        said = found.what() if found.low > 0.5 else labelled("warning", found.what())
+        run.console.print("  ", said, sep="", highlight=False)
         return {"self_check": found._asdict()}

@@ -75,7 +75,7 @@ from tokengrain.runs import ANSWERS, EQUAL
 from tokengrain.scoring.model import lift_positions, positions
 from tokengrain.scoring.prepare import prompt_role, unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference
-from tokengrain.screen import counting, progress_bar
+from tokengrain.screen import counting, labelled, progress_bar
 from tokengrain.settings import load_callable, source_of, validate_settings
 from tokengrain.specs import LoraSpec, ModelSpec, TeacherSpec
 from tokengrain.training.card import model_card
@@ -910,7 +910,7 @@ class Online(Policy):
     def save(self, run: RunModels, trainer: Any, folder: Path) -> dict[str, Any]:
         """Also says where groups of completions taught nothing, if those are most."""
         if (groups := trainer.groups).equal > groups.seen / 2:
-            run.console.print(f"  [yellow]warning:[/] {groups}", soft_wrap=True)
+            run.console.print(labelled("  warning", str(groups)), soft_wrap=True)
         return {**super().save(run, trainer, folder), "groups": vars(groups)}
 
     def held_out(self, trainer: Any, samples: int | None) -> dict[str, Any]:

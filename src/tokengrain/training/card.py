@@ -12,20 +12,9 @@ from typing import Any
 import yaml
 
 from tokengrain.method import METHODS, Card
+from tokengrain.runs import TITLES, spoken
 from tokengrain.scoring.model import is_encoder_decoder, is_token_classifier
 from tokengrain.scoring.reference import is_peft
-
-SHOWN = {
-    "accuracy": "pair accuracy",
-    "reward": "reward",
-    "correct": "share correct",
-    "rewards/margins": "reward margin",
-    "kl": "KL to the reference, nats per token",
-    "entropy": "entropy, nats per token",
-    "perplexity": "perplexity",
-    "loss": "loss",
-}
-"""Held-out numbers of a card, in order."""
 
 SETTINGS = """
     learning_rate lr_scheduler_type warmup_steps num_train_epochs per_device_train_batch_size
@@ -146,22 +135,14 @@ def _numbers(trainer: Any, metrics: Mapping[str, Any] | None) -> str:
         metrics = {"after": {key.removeprefix("eval_"): value for key, value in logs[-1].items()}} if logs else {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     rows = [
-        f"| {title} | {_number(before, key)} | {_number(after, key)} |" for key, title in SHOWN.items() if key in after
+        f"| {title} | {spoken(before, key) if key in before else '–'} | {spoken(after, key)} |"
+        for key, title in TITLES.items()
+        if key in after
     ]
     if not rows:
         return "None: no rows were held out."
     count = f"On {metrics['held_out']} rows that were not trained on.\n\n" if "held_out" in metrics else ""
     return count + "\n".join(["| | before | after |", "|---|---|---|", *rows])
-
-
-def _number(metrics: Mapping[str, Any], key: str) -> str:
-    if key == "accuracy" and "comparison" in metrics:  # a policy that still is its reference
-        return str(metrics["comparison"])
-    if key not in metrics or metrics[key] != metrics[key]:  # NaN
-        return "–"
-    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-    interval = f" (95 % CI {low:.3f} to {high:.3f})" if low is not None and high is not None else ""
-    return f"{metrics[key]:.3f}{interval}"
 
 
 def _paper(card: Card) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -37,10 +38,10 @@ def check_option(world: str, name: str, value: object, allowed: Collection[str])
 
 
 def check_least(world: str, options: object, least: Mapping[str, float]) -> None:
-    """Raise a RecipeError if an option is below its least value; None, the world's default, is allowed."""
+    """Raise a RecipeError if an option is below its least value, or infinite; None, the default, is allowed."""
     for name, bound in least.items():
         value = getattr(options, name)
-        fits = value is None or value >= bound
+        fits = value is None or bound <= value < math.inf
         require(fits, RecipeError, f"world {world}: {name} is {value}; expected at least {bound}")
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.errors import fingerprint
+from tokengrain.errors import RecipeError, fingerprint, require
 from tokengrain.evaluation.credit import CreditTruth, parts_of, recovery
 from tokengrain.retrieval.corpus import prompt_ids
 from tokengrain.retrieval.metrics import mean_metrics, ranking_metrics
@@ -54,6 +54,11 @@ class LibraryOptions:
     noise: float = 0.4
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_least("library", self, {"seed": 0})
+        message = f"world library: noise is {self.noise}; expected a probability, from 0 to 1"
+        require(0 <= self.noise <= 1, RecipeError, message)
+
 
 class LibraryWorld:
     """Documents, queries, clicks, and what is best. The base model knows nothing yet: its weights are random."""
@@ -62,7 +67,6 @@ class LibraryWorld:
 
     def __init__(self, options: LibraryOptions | None = None) -> None:
         self.options = options or LibraryOptions()
-        check_least("library", self.options, {"noise": 0, "seed": 0})
         draw = random.Random(f"library {self.options.seed}")
         self._shared, self._own = [], []  # keywords of each document's cluster, and its own
         for _ in range(CLUSTERS):
