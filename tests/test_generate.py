@@ -195,11 +195,13 @@ def test_merge(dtype: str, plain: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.strip() == str(tmp_path / "whole")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert merged.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
-    generate(str(trained), ROWS, tmp_path / "a.jsonl", max_new_tokens=6, limit=1)
+    generate(trained, ROWS, tmp_path / "a.jsonl", max_new_tokens=6, limit=1)
     assert len(lines(tmp_path / "a.jsonl")) == 1
     if dtype == "auto":
         said = greedy(str(tmp_path / "whole"), ROWS[0]["prompt"], 6)
         assert lines(tmp_path / "a.jsonl")[0]["completion"] == said != greedy(plain, ROWS[0]["prompt"], 6)
+    with pytest.raises(ModelError, match="no adapter"):  # a path as an object is a path
+        models.merge(tmp_path / "whole", tmp_path / "again")
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()
         == AutoTokenizer.from_pretrained(plain).get_vocab()

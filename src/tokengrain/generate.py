@@ -98,7 +98,7 @@ class Generation:
 
 
 def generate(
-    model: str,
+    model: str | os.PathLike[str],
     prompts: Any,
     output: str | os.PathLike[str],
     *,
@@ -144,6 +144,7 @@ def generate(
         RecipeError, RunError: a setting that does not fit; an output that exists.
     """
     require(limit is None or limit >= 1, RecipeError, f"limit is {limit}; expected at least 1")
+    model = os.fspath(model)
     path = str(read_run(model).model_path) if is_run(model) else os.path.expanduser(model)
     label = name or Path(model).name
     rows = [row for _, row in islice(iter(load_rows(prompts)), limit)]

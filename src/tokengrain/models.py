@@ -264,7 +264,7 @@ def _merged(adapted: Any, path: str) -> Any:
     return merged
 
 
-def merge(path: str, output: str | os.PathLike[str], dtype: str = "auto") -> Path:
+def merge(path: str | os.PathLike[str], output: str | os.PathLike[str], dtype: str = "auto") -> Path:
     """Write the adapter at `path`, folded into its base, as a whole model with its tokenizer; returns the folder.
 
     It is folded in float32 and compared with base and adapter; what was saved is loaded again and compared with that.
@@ -277,6 +277,7 @@ def merge(path: str, output: str | os.PathLike[str], dtype: str = "auto") -> Pat
         ModelError: no adapter, one that cannot be merged, a merged model that computes something else.
         RunError: the output is in use.
     """
+    path = os.fspath(path)
     require(is_adapter(path), ModelError, f"{path} is no adapter (no {ADAPTER}), so there is nothing to merge")
     target = Path(output)
     free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
@@ -538,11 +539,12 @@ def load_reward_model(
     return _finished(model, fresh=fresh)
 
 
-def load_trained_reward_model(path: str, *, dtype: Any = "auto", merge: bool = True) -> nn.Module:
+def load_trained_reward_model(path: str | os.PathLike[str], *, dtype: Any = "auto", merge: bool = True) -> nn.Module:
     """A reward model that was trained before, ready to score: in evaluation mode, without gradients.
 
     An adapter is folded into its base if `merge`. Raises ModelError for a causal model, whose head would be random.
     """
+    path = os.fspath(path)
     spec = ModelSpec(path=path, dtype=dtype)
     trained = is_reward_adapter(path) if is_adapter(path) else is_classifier_config(load_config(spec, path))
     message = f"{path} is not a reward model but a language model; expected a token classifier with one label, such as "

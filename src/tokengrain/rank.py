@@ -44,7 +44,7 @@ class Ranking:
 
 def rank(
     file: Any,
-    model: str | nn.Module | Callable[..., Any],
+    model: str | os.PathLike[str] | nn.Module | Callable[..., Any],
     *,
     output: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
@@ -154,8 +154,8 @@ def _single(row: Any, prompt: Any, completion: Any, name: str) -> Example:
 
 def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int | None]:
     """`(reward model or credit source, tokenizer, device, positions)`."""
-    if isinstance(model, str):
-        path = os.path.expanduser(model)
+    if isinstance(model, (str, os.PathLike)):
+        path = os.path.expanduser(os.fspath(model))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = models.load_trained_reward_model(path).to(device)
         tokenizer = tokenizer or models.load_tokenizer(ModelSpec(path=path), path)
