@@ -21,6 +21,7 @@ from tokengrain import models
 from tokengrain.cli import main
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError
 from tokengrain.generate import generate
+from tokengrain.rollout.local import HFGenerate
 
 ROWS = [{"prompt": f"Question {n}: four?", "level": n} for n in range(5)]
 
@@ -108,9 +109,9 @@ def test_mt_bench_answers_turn_by_turn(chat: str, plain: str, tmp_path: Path, mo
         {"question_id": 82, "category": "writing", "turns": ["Say six.", "Again."]},
     ]
     heat = []
-    sample = module.HFGenerate.sample
+    sample = HFGenerate.sample
     monkeypatch.setattr(
-        module.HFGenerate,
+        HFGenerate,
         "sample",
         lambda self, *a, **k: heat.append(k["sampling"].temperature) or sample(self, *a, **k),
     )
