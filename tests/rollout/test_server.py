@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.credit.small import llama, tokenizer
-from tests.rollout.stub import Served, serving
+from tests.rollout.stub import ANSWERS, Served, serving, shape
 from tokengrain.errors import RecipeError, RolloutError
 from tokengrain.methods._clipped import sampler_mismatch
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
@@ -413,6 +413,45 @@ def test_a_server_with_another_tokenizer(tok):
         served.tokenizer = lambda text: [1, 2, 3]
         with pytest.raises(RecipeError, match=r"has another tokenizer: .* is \[1, 2, 3\] there"):
             OpenAIServer(stub.url, tok, model="m").check_reachable()
+
+
+def test_the_stub_answers_as_a_real_server_did(tmp_path):
+    """What vLLM 0.32.0 answered, recorded: it is read, and the stub says nothing that it does not say."""
+    recorded = {(r["path"], r["status"]): r for r in json.loads(ANSWERS.read_text())}
+    drawn = recorded["/v1/completions", 200]
+    with serving(lambda path, body: recorded[path, 200]["answer"]) as stub:
+        sampler = OpenAIServer(stub.url, range(2**20), model="tiny", refresh="checkpoint")
+        sampler.check_reachable()
+        assert sampler.longest == 384
+        sampler.refresh(tmp_path)
+        sampler.weights = sampler.weights._replace(name="v")  # what the recorded server was told
+        sampling = SamplingConfig(max_new_tokens=3, temperature=0.7)
+        found = sampler.sample([PromptItem(drawn["body"]["prompt"])], n=2, sampling=sampling)
+    choices = drawn["answer"]["choices"]
+    assert [c.ids for c in found.completions] == [c["token_ids"] for c in choices]
+    assert [c.raw_logps for c in found.completions] == [c["logprobs"]["token_logprobs"] for c in choices]
+    model = llama().float()
+    model.save_pretrained(tmp_path)
+    served = Served(model)
+    served.tokenizer = lambda text: [1, 2]
+    for (path, status), one in recorded.items():
+        body = one["body"] and {**one["body"], "stop_token_ids": [2]}
+        if path == "/collective_rpc":
+            body["kwargs"]["weights_path"] = str(tmp_path)
+        if "model" in (body or {}):
+            body["model"] = {"tiny": "m"}.get(body["model"], body["model"])
+        if status == 404:
+            with pytest.raises(KeyError):
+                served(path, body)
+        else:
+            assert within(shape(served(path, body)), shape(one["answer"])), path
+
+
+def within(ours, theirs):
+    """Whether each key of `ours` is in `theirs`, with the same kind of value."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return all(name in theirs and within(value, theirs[name]) for name, value in ours.items())
+    return within(ours[0], theirs[0]) if isinstance(ours, list) and isinstance(theirs, list) else ours == theirs
 
 
 def test_keys_and_addresses(monkeypatch):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from tokengrain.worlds.stories import StoriesWorld, optimal_logp
 from tokengrain.worlds.stories_grammar import Grammar
+
+
+class _Cache(NamedTuple):
+    tables: Tensor
+    states: Tensor
+
+    def get_seq_length(self) -> int:
+        return 1
 
 
 class TabularModel(nn.Module):
@@ -31,23 +39,23 @@ class TabularModel(nn.Module):
         table[:, [grammar.broken, grammar.finished], grammar.eos] = 0.0
         self.register_buffer("table", table)
 
-    def forward(self, input_ids: Tensor, past_key_values: tuple[Tensor, Tensor] | None = None, **_: Any) -> Any:
-        """Logits `[B, L, V]`: log-probabilities, 0 over the prompt. The cache is (tables, states)."""
+    def forward(self, input_ids: Tensor, cache: _Cache | None = None, **_: Any) -> Any:
+        """Logits `[B, L, V]`: log-probabilities, 0 over the prompt."""
         grammar, ids = self.grammar, input_ids
         logits = torch.zeros((*ids.shape, len(grammar.vocabulary)), dtype=torch.float64)
-        if past_key_values is None:
+        if cache is None:
             colon = (ids == grammar.token[":"]).int().argmax(1).tolist()
             prompts = [grammar.parse_prompt(row[: c + 1].tolist()) for row, c in zip(ids, colon)]
             tables = torch.tensor([p.table for p in prompts])
             states = torch.tensor([p.start for p in prompts])
             first = torch.tensor(colon)
         else:
-            (tables, states), first = past_key_values, torch.full((len(ids),), -1)
+            (tables, states), first = cache, torch.full((len(ids),), -1)
         for i in range(ids.shape[1]):
             moved = grammar.next_state[tables, states, ids[:, i]]
             states = moved.where(i > first, states)
             logits[:, i] = self.table[tables, states].where((i >= first)[:, None], 0.0)
-        return SimpleNamespace(logits=logits, past_key_values=(tables, states))
+        return ModelOutput(logits=logits, cache=_Cache(tables, states))
 
 
 def optimal_model(world: StoriesWorld, beta: float) -> TabularModel:

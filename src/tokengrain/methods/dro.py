@@ -17,7 +17,7 @@ tokens; `segments` cuts them into C completions, `group` `[C]` is the prompt of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -184,7 +184,8 @@ class R3:
 
     def _logps(self, rollout: Rollout, batch: TokenBatch) -> Tensor:
         scorer = rollout.model if self.scorer == "policy" else self.reference
-        found = in_parts(batch, rollout.max_tokens, lambda part: {"logps": scorer_logps(scorer, part)})
+        measure = lambda part: {"logps": scorer_logps(scorer, part)}  # noqa: E731
+        found = in_parts(batch, rollout.max_tokens, measure, rollout.passes)
         return found["logps"].to(rollout.batch.device)
 
     def _masked(
@@ -210,7 +211,7 @@ class R3:
         tokens = scored.segments.broadcast(usable)
         ranks = torch.ones_like(logps)
         if self.filter_top_k is not None:
-            ranks = reference_ranks(rollout.model, scored, rollout.max_tokens).to(logps)
+            ranks = reference_ranks(rollout.model, scored, rollout.max_tokens, rollout.passes).to(logps)
         lengths, group = scored.segments.lengths[usable].tolist(), scored.group[usable].tolist()
         mine = (rollout.batch.n_prompts, logps[tokens].tolist(), ranks[tokens].tolist(), lengths, group)
         parts, own = shares(rollout, mine)
@@ -392,7 +393,12 @@ def references_of(batch: TokenBatch, tokenizer: Any, column: str, separator: str
     return references
 
 
-def reference_ranks(model: nn.Module, batch: TokenBatch, max_tokens: int | None = None) -> Tensor:
+def reference_ranks(
+    model: nn.Module,
+    batch: TokenBatch,
+    max_tokens: int | None = None,
+    passes: Callable[[int], int] | None = None,
+) -> Tensor:
     """Ranks of the reference's tokens among the vocabulary, long `[N]`, 1 first."""
     head = head_of(model)
 
@@ -404,4 +410,4 @@ def reference_ranks(model: nn.Module, batch: TokenBatch, max_tokens: int | None 
         return {"ranks": torch.cat([token_ranks(head.logits(h), y) for h, y in parts])}
 
     with evaluating(model):
-        return in_parts(batch, max_tokens, measure)["ranks"]
+        return in_parts(batch, max_tokens, measure, passes)["ranks"]

@@ -314,6 +314,22 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     fsdp2_prepare_model(accelerator, model)
 
 
+def gathered(model: nn.Module, *, trained_only: bool, keep: bool) -> dict[str, Tensor] | None:
+    """A sharded model's weights, whole, in host memory; None where they are not to be kept. All ranks call this.
+
+    One tensor is gathered at a time: a rank that keeps none of them never holds more than its shards and one tensor.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {}
+    for name, value in model.state_dict().items():
+        if name in trained or not trained_only:
+            whole: Any = value.detach()
+            whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+            if keep:
+                state[name] = whole.cpu()
+    return state if keep else None
+
+
 def reshard(model: nn.Module) -> None:
     """Put a sharded model's parameters back into shards.
 

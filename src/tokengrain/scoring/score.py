@@ -180,12 +180,20 @@ _PLACE = "place"
 
 
 def in_parts(
-    batch: TokenBatch, max_tokens: int | None, measure: Callable[[TokenBatch], dict[str, Tensor]]
+    batch: TokenBatch,
+    max_tokens: int | None,
+    measure: Callable[[TokenBatch], dict[str, Tensor]],
+    passes: Callable[[int], int] | None = None,
 ) -> dict[str, Tensor]:
-    """Measure a batch micro-batch by micro-batch; the values `[N, ...]` in the batch's own order."""
+    """Measure a batch micro-batch by micro-batch; the values `[N, ...]` in the batch's own order.
+
+    `passes`: how many passes all ranks make, by how many this one needs: of a sharded model, equally many.
+    """
     indexed = batch.with_columns(**{_PLACE: torch.arange(batch.segments.total, device=batch.device)})
     parts = indexed.split(max_tokens)
     found = [measure(part) for part in parts]
+    for _ in range(passes(len(parts)) - len(parts) if passes is not None else 0):
+        measure(min(parts, key=lambda part: part.n_tokens))
     place = torch.cat([part.columns[_PLACE] for part in parts])
     ordered = {}
     for name in found[0]:

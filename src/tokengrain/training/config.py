@@ -400,11 +400,6 @@ class OnlineConfig(PreferenceConfig):
         what = f"gradient_accumulation_steps is {accumulated}; in online training a minibatch is an optimiser step"
         instead = "set minibatches, and max_tokens_per_microbatch for memory"
         require(accumulated == 1, RecipeError, f"{what}: {instead}")
-        where = f"fsdp is {self.fsdp!r}" if self.fsdp else "accelerate was started with FSDP"
-        what = f"{where}; online training does not shard the model, because every process samples with all of it"
-        instead = "no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and for memory "
-        instead += "lora, bf16 and max_tokens_per_microbatch"
-        require(not self.fsdp and not launched_with("FSDP"), RecipeError, f"{what}. Expected {instead}")
         many = max(self.prompts_per_rollout * self.num_generations, self.eval_generations)
         require(many <= 2**24, RecipeError, f"a rollout would have {many} completions; expected at most {2**24}")
         alike = "a prompt's completions would all be the same"

@@ -55,12 +55,12 @@ from tokengrain.rollout.sampler import (
 )
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.scoring.prepare import causal_lm
-from tokengrain.scoring.reference import ColumnReference, LiveReference, is_peft, resolve_reference
+from tokengrain.scoring.reference import ColumnReference, LiveReference, gathered, is_peft, resolve_reference
 from tokengrain.scoring.score import head_of
 from tokengrain.settings import nearest
 from tokengrain.training.buffer import RolloutBuffer
 from tokengrain.training.checkpoint import no_progress_bar
-from tokengrain.training.config import OnlineConfig
+from tokengrain.training.config import OnlineConfig, launched_with
 from tokengrain.training.critic import Critic
 from tokengrain.training.evaluate import chosen_dataset, completion_metrics, loop_output
 from tokengrain.training.rollout import (
@@ -189,6 +189,7 @@ class OnlineTrainer(PreferenceTrainer):
         self.rewards = resolve_rewards(rewards, processing_class)
         self.groups = Groups()
         self._check_rewards(bound, args)
+        check_sharding(args, sampler)
         prompts = self._prompts(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._prompts(data, name) for name, data in eval_dataset.items()}
@@ -211,7 +212,10 @@ class OnlineTrainer(PreferenceTrainer):
         self.source = PromptSource(prompts, PromptOrder(len(prompts), seed, shuffle=args.shuffle_prompts), self.ranks)
         most, autocast, options = args.max_tokens_per_microbatch, self.accelerator.autocast, self.judge.score_options
         models = self.model, self.reference, critic
-        self.scorer = RolloutScorer(*models, max_tokens=most, mixed_precision=autocast, options=options)
+        self._passes = self.ranks.largest if self.is_fsdp_enabled else None
+        self.scorer = RolloutScorer(
+            *models, max_tokens=most, mixed_precision=autocast, options=options, passes=self._passes
+        )
         path, shown = self.output_path / ROLLOUT_FILE, args.rollout_samples if self.is_world_process_zero() else 0
         self.record = RolloutRecord(path, processing_class, count=shown, every=args.rollout_samples_every)
         self.rollouts = 0
@@ -340,6 +344,7 @@ class OnlineTrainer(PreferenceTrainer):
                 needed |= {name for credit in self.rollout_credits for name in credit.needs}
                 self.scorer.add(rollout, needed | ({"entropy"} if self.args.log_entropy else set()))
             with stats.timed("credit"):
+                self._hold_head(rollout)
                 self._assign_credit(rollout)
         keep = kept(rollout)
         most = self.ranks.largest(int(keep.sum()))
@@ -446,7 +451,14 @@ class OnlineTrainer(PreferenceTrainer):
             model=self.model,
             head_of=lambda: head_of(self.model).detach().tempered(self._temperature),
             exchange=self.ranks.exchange,
+            passes=self._passes,
         )
+
+    def _hold_head(self, rollout: Rollout) -> None:
+        """Of a sharded policy, gather the head that credits may ask for: all ranks at once, not where one needs it."""
+        if self.is_fsdp_enabled and any("hidden" in credit.needs for credit in self.rollout_credits):
+            head = head_of(self.model).detach().tempered(self._temperature)
+            rollout.head_of = lambda: head
 
     def _assign_credit(self, rollout: Rollout) -> None:
         """Rewards to advantages, token by token."""
@@ -504,13 +516,15 @@ class OnlineTrainer(PreferenceTrainer):
         require(adapter == (server.how == "adapter"), RecipeError, what)
 
         def load() -> Any:
-            if not self.is_world_process_zero():
+            main = self.is_world_process_zero()
+            state = gathered(self.model, trained_only=adapter, keep=main) if self.is_fsdp_enabled else None
+            if not main:
                 return None
             folder = self.output_path / SAMPLER_FOLDER
             policy: Any = self.model
             shutil.rmtree(folder, ignore_errors=True)
             with no_progress_bar():
-                policy.save_pretrained(folder)
+                policy.save_pretrained(folder, state_dict=state)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             server.refresh(folder)  # the server may read it again: it stays until the next one
@@ -641,6 +655,17 @@ class OnlineTrainer(PreferenceTrainer):
             seen[credit.name] += 1
             found[credit.name if seen[credit.name] == 1 else f"{credit.name}-{seen[credit.name]}"] = credit
         return found
+
+
+def check_sharding(args: OnlineConfig, sampler: Any) -> None:
+    """Raises `RecipeError` if the model is sharded and the sampler needs all of it in every process."""
+    where = f"fsdp is {args.fsdp!r}" if args.fsdp else "accelerate was started with FSDP"
+    name = sampler.get("name") if isinstance(sampler, Mapping) else sampler
+    serves, name = name == "server" or hasattr(sampler, "how"), getattr(sampler, "name", name) or "hf"
+    what = f"{where}; sampler {name!r} needs the whole model in every process, which has a shard of it"
+    instead = "the sampler server, or no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and "
+    instead += "for memory lora, bf16 and max_tokens_per_microbatch"
+    require(serves or not (args.fsdp or launched_with("FSDP")), RecipeError, f"{what}. Expected {instead}")
 
 
 def set_lengths(args: OnlineConfig, prompts: int) -> None:

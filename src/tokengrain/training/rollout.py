@@ -223,6 +223,7 @@ class RolloutScorer:
     max_tokens: int | None
     mixed_precision: Callable[[], AbstractContextManager[Any]]  # around every forward pass
     options: dict[str, Any]  # passed to `score`
+    passes: Callable[[int], int] | None = None  # see `in_parts`
 
     def add(self, rollout: Rollout, names: Collection[str]) -> None:
         """Add those of `names` to the rollout's columns that it does not have."""
@@ -230,7 +231,8 @@ class RolloutScorer:
         if not wanted or not rollout.batch.n_completions:
             return
         with torch.no_grad():
-            found = in_parts(rollout.batch, self.max_tokens, lambda part: self._measure(part, wanted))
+            measure = lambda part: self._measure(part, wanted)  # noqa: E731
+            found = in_parts(rollout.batch, self.max_tokens, measure, self.passes)
         rollout.quantities.update(found)
 
     def _measure(self, part: TokenBatch, wanted: set[str]) -> dict[str, Tensor]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from tests.rollout.stub import Served, serving
 from tests.training.online.tiny import make_online, make_prompts
-from tests.training.ranks import on_ranks
+from tests.training.ranks import on_ranks, sharding_on_cpu
+from tests.training.test_ranks import FSDP
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RunError, read_log
@@ -111,6 +115,76 @@ def resumed(folder: Path, **settings: Any) -> Any:
 
     here.make_online = made
     return run(folder, **settings)
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "weights": {"objective": make_objective("grpo", beta=0.1), "credit": ["group", "thr"], "minibatches": 2},
+    "adapter": {"objective": make_objective("grpo", beta=0.1), "adapter": True},
+}
+
+
+def from_server(
+    folder: Path, url: str, *, sharded: bool, adapter: bool = False, resume: bool = False, **given: Any
+) -> Any:
+    """Weights (whole), evaluation and rollouts of training that samples from a stub of a server."""
+    sampler = {"name": "server", "url": url, "model": "m", "refresh": "adapter" if adapter else "checkpoint"}
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "max_tokens_per_microbatch": 25, **given}
+    if adapter:
+        from peft import LoraConfig
+
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=True)
+        settings["peft_config"] = config
+    with sharding_on_cpu():
+        trainer = make_online(
+            folder,
+            model=tiny_llama(dtype=torch.float64),
+            eval_dataset=make_prompts(5, seed=2),
+            sampler={**sampler, "timeout": 60},
+            **settings,
+            **(FSDP if sharded else {}),
+        )
+        before = trainer.evaluate()  # nothing is sharded yet
+        trainer.train(resume_from_checkpoint=resume)
+        metrics = trainer.evaluate()
+        assert sharded == any(isinstance(p, DTensor) for p in trainer.model.parameters())
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    parts = {n.replace("module.", ""): v.detach().cpu().clone().numpy() for n, v in state.items()}
+    return parts, before["eval_reward"], metrics["eval_reward"], trainer.rollout_state()
+
+
+@pytest.mark.parametrize("case", ["weights", pytest.param("adapter", marks=pytest.mark.slow)])
+def test_a_sharded_policy_samples_from_a_server(case: str, tmp_path: Path) -> None:
+    """FSDP2 gives the gradients, weights and evaluation of DDP; the server has what the last step left."""
+    found = {}
+    for name, sharded in (("ddp", False), ("fsdp2", True)):
+        served = Served(tiny_llama(dtype=torch.float64))
+        with serving(served) as stub:
+            work = partial(from_server, tmp_path / name, stub.url, sharded=sharded, max_steps=3, **SHARDED[case])
+            found[name] = on_ranks(2, work)[0]
+    for name, value in found["ddp"][0].items():
+        torch.testing.assert_close(
+            torch.from_numpy(found["fsdp2"][0][name]), torch.from_numpy(value), rtol=1e-6, atol=1e-8
+        )
+    assert found["fsdp2"][1:] == found["ddp"][1:]
+    logs = [[e for e in read_log(tmp_path / d / "log.jsonl") if "loss" in e] for d in ("ddp", "fsdp2")]
+    assert len(logs[0]) == len(logs[1]) == 3
+    for ours, theirs in zip(*logs, strict=True):
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-6)
+        assert theirs.get("mismatch/max_abs", 0.0) < 1e-4
+        assert theirs.keys() == ours.keys()
+
+
+@pytest.mark.slow
+def test_a_sharded_policy_resumes(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"minibatches": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    settings |= {"lr_scheduler_type": "constant", "sharded": True, "objective": make_objective("grpo", beta=0.1)}
+    with serving(Served(tiny_llama(dtype=torch.float64))) as stub:
+        whole = on_ranks(2, partial(from_server, tmp_path / "whole", stub.url, max_steps=5, **settings))
+        on_ranks(2, partial(from_server, tmp_path / "parts", stub.url, max_steps=3, **settings))
+        parts = on_ranks(2, partial(from_server, tmp_path / "parts", stub.url, max_steps=5, resume=True, **settings))
+    for name, value in whole[0][0].items():
+        assert (value == parts[0][0][name]).all(), name
+    assert whole[0][2:] == parts[0][2:]
 
 
 def test_a_reward_that_fails_on_one_rank_ends_both(tmp_path: Path) -> None:
