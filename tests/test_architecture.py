@@ -40,7 +40,7 @@ HEIGHT = {room: len(LEVELS) - i for i, level in enumerate(LEVELS) for room in le
 
 # Packages that are installed only with an extra, or only on some machines: imported where they are used.
 OPTIONAL = {"bitsandbytes", "deepspeed", "liger_kernel", "math_verify", "matplotlib", "sglang", "tensorboard", "trl"}
-OPTIONAL |= {"flash_attn", "jupyter", "peft", "wandb"}
+OPTIONAL |= {"PIL", "av", "flash_attn", "jupyter", "peft", "wandb"}
 
 # Parts of torch and accelerate that not every build or version has.
 SOMETIMES = ("torch.distributed.", "torch.nn.attention.flex_attention", "accelerate.utils.fsdp_utils")

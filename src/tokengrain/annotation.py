@@ -30,7 +30,11 @@ from torch import Tensor
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import PairDataset, prepare_pairs
+from tokengrain.data.encode import pictures_of
+from tokengrain.data.formats import stored_row
 from tokengrain.data.rows import Rows, load_rows
+from tokengrain.data.tokens import text_tokenizer
+from tokengrain.data.vision import folder_of
 from tokengrain.errors import DataError, RunError, atomic_write, fingerprint, foreign, read_json, require, write_json
 from tokengrain.method import as_credit, make_credit
 from tokengrain.scoring.reference import FrozenReference, LiveReference, scorer_fingerprint
@@ -63,7 +67,7 @@ def annotate(
 
     Args:
         rows_source: preference pairs (anything `tokengrain.data.load_rows` takes), or a prepared data set.
-        tokenizer: the tokenizer (may be None with a data set that is prepared already).
+        tokenizer: the tokenizer, or the processor of a model that sees (None with a data set that is prepared already).
         tokenize_config: how rows become tokens.
         sources: column name to credit source, for example `{"token_rewards": make_credit("guide", ...)}`; a source
             maps a batch to `[N]` finite numbers. May be empty if there is a reference.
@@ -118,12 +122,21 @@ def annotate(
         compute_shards(job, rank, size, progress)
     with agreement(size):
         if rank == 0:
-            by_number: dict[int | str, Any] = dict(rows or ())
-            originals = [s.raw if rows is None else by_number[s.row] for s in dataset.samples]
+            originals = _originals(dataset, rows, tokenize_config)
             with keeping_shards(job):
                 write_manifest(job.output, merge(job, originals, manifest))
             shutil.rmtree(job.folder)
     return job.output
+
+
+def _originals(dataset: PairDataset, rows: Rows | None, config: TokenizeConfig | None) -> list[dict[str, Any]]:
+    """The rows of the samples as the file keeps them, which lies elsewhere than theirs."""
+    by_number: dict[Any, Any] = dict(rows or ())
+    found = []
+    for row, raw in zip(dataset.samples.rows, dataset.samples.raws, strict=True):
+        file = None if rows is None else rows.place(int(row))[0]
+        found.append(stored_row(raw if rows is None else by_number[row], folder_of(file, config or TokenizeConfig())))
+    return found
 
 
 def _quantities(
@@ -160,22 +173,26 @@ def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> boo
 
 
 def load_annotated(
-    path: str | os.PathLike[str], tokenizer: Any = None, expected_fingerprints: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    expected_fingerprints: Mapping[str, str] | None = None,
+    config: TokenizeConfig | None = None,
 ) -> PairDataset:
     """An annotated file as a data set to train on; the stored token ids are used as they are.
 
-    If a tokenizer is given, prompts must lie in its vocabulary (docids may lie beyond). `check_manifest` compares the
-    fingerprints.
+    If a tokenizer is given, prompts must lie in its vocabulary (docids may lie beyond); a processor also reads the
+    rows' pictures, as `config` says. `check_manifest` compares the fingerprints.
     """
     path = Path(path)
     check_manifest(path, expected_fingerprints or {})
+    sees, tokenizer = pictures_of(tokenizer, config), tokenizer and text_tokenizer(tokenizer)
 
     def within(samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
             highest = max(sample.prompt_ids, default=0)
             if tokenizer is not None and highest >= len(tokenizer):
                 raise RunError(f"{path} has token id {highest}, but the tokenizer has only {len(tokenizer)} tokens")
-            yield sample
+            yield sample if sees is None else sees(sample, path)
 
     return PairDataset(within(read_samples(path)), name=str(path))
 

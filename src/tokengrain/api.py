@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
+from tokengrain.data.formats import stored_row
+from tokengrain.data.pictures import as_json
 from tokengrain.errors import DataError, ModelError, RecipeError, fingerprint, require, write_text
+from tokengrain.models import load_reader
 from tokengrain.recipe.reading import Values, find_recipe, read_file, resolve
 from tokengrain.recipe.schema import Recipe
 from tokengrain.run.folder import INPUTS
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import RunResult, run_recipe
 from tokengrain.screen import Screen
+from tokengrain.specs import ModelSpec
 
 TRL_NAMES = {
     "train_dataset": "data",
@@ -61,7 +64,7 @@ def train(
             is saved to `inputs/` in the run folder, so that the run can be resumed, and trained from there.
         data: instead of the recipe's training rows: a name, a list of rows or a `datasets.Dataset` (saved likewise).
         eval_data: held-out rows, likewise; without it a part of the rows is held out.
-        tokenizer: of a model in memory; None: the one at the place where the model was loaded from.
+        tokenizer: of a model in memory, or its processor; None: the one at the place where the model was loaded from.
         output: the run folder, instead of the recipe's.
         overwrite: replace results of other settings in the run folder.
         quiet: show nothing.
@@ -131,7 +134,7 @@ def _line(number: int, row: Any) -> str:
     where: Any = {"file": "list of rows", "row": number, "expected": "a mapping of names to text, numbers and lists"}
     require(isinstance(row, Mapping), DataError, "a row is not a mapping", value=type(row).__name__, **where)
     try:
-        return json.dumps(dict(row), ensure_ascii=False)
+        return json.dumps(stored_row(row, Path.cwd()), ensure_ascii=False, default=as_json)
     except (TypeError, ValueError) as error:
         raise DataError(f"a row cannot be written as JSON: {error}", **where) from error
 
@@ -148,7 +151,7 @@ def _model(model: Any, tokenizer: Any, inputs: Path) -> str | None:
         place = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
         what = f"the {kind} does not say where its tokenizer is; give tokenizer="
         require(place, ModelError, what)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = load_reader(ModelSpec(path=place), place)
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

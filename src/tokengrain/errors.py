@@ -250,9 +250,17 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """16 hex digits that identify a JSON-like value; the order of keys does not matter."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    """16 hex digits that identify a JSON-like value, images and arrays in it too; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_identified)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _identified(value: Any) -> Any:
+    """Values that JSON lacks: of images (PIL) and arrays the content, of others their text."""
+    if not (hasattr(value, "tobytes") and (hasattr(value, "getbands") or getattr(value, "shape", None))):
+        return str(value)
+    kind = [str(getattr(value, name, "")) for name in ("mode", "size", "dtype", "shape")]
+    return [*kind, hashlib.sha256(value.tobytes()).hexdigest()]
 
 
 def file_fingerprint(*paths: str | os.PathLike[str]) -> str:

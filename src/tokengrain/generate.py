@@ -16,7 +16,11 @@ import torch
 
 from tokengrain import models
 from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.formats import stored_row
+from tokengrain.data.pictures import KINDS, as_json
 from tokengrain.data.rows import load_rows
+from tokengrain.data.tokens import text_tokenizer
+from tokengrain.data.vision import folder_of
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, fingerprint, read_log, require, write_text
 from tokengrain.rollout.local import answering
 from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
@@ -26,6 +30,9 @@ from tokengrain.screen import progress_bar
 from tokengrain.specs import ModelSpec
 
 Row = Mapping[str, Any]
+PICTURES = [name for kind in KINDS for name in (kind, f"{kind}s")]
+"""Columns of a row that go with its prompt."""
+
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -147,7 +154,9 @@ def generate(
     model = os.fspath(model)
     path = str(read_run(model).model_path) if is_run(model) else os.path.expanduser(model)
     label = name or Path(model).name
-    rows = [row for _, row in islice(iter(load_rows(prompts)), limit)]
+    folder = folder_of(prompts, TokenizeConfig())
+    read = (row for _, row in islice(iter(load_rows(prompts)), limit))
+    rows = [stored_row(row, folder) if isinstance(row, Mapping) else row for row in read]
     form = _format(format, rows, str(prompts))
     target, part = _target(output, form, overwrite), Path(f"{output}.part")
     one = form.benchmark and form is not FORMATS["mt_bench"]
@@ -170,7 +179,9 @@ def generate(
                 chosen = pending[start : start + batch_rows]
                 asked = {(n, k): list(form.turns(rows[n])) for n in chosen for k in range(samples)}
                 heat = {n: form.temperature(rows[n]) if temperature is None else temperature for n in chosen}
-                said = speaker.answers(asked, {place: replace(sampling, temperature=heat[place[0]]) for place in asked})
+                seen = {n: {name: rows[n][name] for name in PICTURES if name in rows[n]} for n in chosen}
+                how = {place: replace(sampling, temperature=heat[place[0]]) for place in asked}
+                said = speaker.answers(asked, seen, how)
                 for number in chosen:
                     done[number] = [said[number, k] for k in range(samples)]
                     stream.write(json.dumps({"row": number, "texts": done[number]}, ensure_ascii=False) + "\n")
@@ -179,9 +190,10 @@ def generate(
                 update(completed=len(done))
     answers = [form.answer(row, done[number], label) for number, row in enumerate(rows)]
     if target.suffix == ".jsonl":
-        write_text(target, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        lines = (json.dumps(answer, ensure_ascii=False, default=as_json) + "\n" for answer in answers)
+        write_text(target, "".join(lines))
     else:
-        write_text(target, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
+        write_text(target, json.dumps(answers, ensure_ascii=False, indent=1, default=as_json) + "\n")
     part.unlink(missing_ok=True)
     return Generation(target, len(rows), resumed)
 
@@ -246,18 +258,21 @@ class Speaker:
         self, path: str, dtype: Dtype, chat: bool | None, benchmark: bool, system: str | None, file: str
     ) -> None:
         spec = ModelSpec(path=path, dtype=dtype)
-        self.tokenizer = models.load_tokenizer(spec, path)
+        self.reader = models.load_reader(spec, path)
+        self.tokenizer = text_tokenizer(self.reader)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model = models.load_model(spec, path, merge_adapter=True).to(device).requires_grad_(False)
         self.sampler, self.config = answering(model, self.tokenizer), TokenizeConfig(prompt_role=prompt_role(model))
         self.file, self.benchmark = file, benchmark
-        self.chat = (benchmark and bool(self.tokenizer.chat_template)) if chat is None else chat
+        self.chat = (benchmark and bool(self.reader.chat_template)) if chat is None else chat
         what = "a system message needs a chat template, which the model lacks, and chat"
         require(system is None or self.chat, ModelError, what)
         self.before = [{"role": "system", "content": system}] if system is not None else []
 
-    def answers(self, asked: Mapping[Place, list[Any]], how: Mapping[Place, SamplingConfig]) -> dict[Place, list[str]]:
-        """What the model says to each list of the user's turns."""
+    def answers(
+        self, asked: Mapping[Place, list[Any]], seen: Mapping[int, Row], how: Mapping[Place, SamplingConfig]
+    ) -> dict[Place, list[str]]:
+        """What the model says to each list of the user's turns; `seen` are the pictures of the rows."""
         said: dict[Place, list[str]] = {place: [] for place in asked}
         for turn in range(max(map(len, asked.values()))):
             groups: dict[SamplingConfig, list[Place]] = defaultdict(list)
@@ -265,9 +280,9 @@ class Speaker:
                 if turn < len(turns):
                     groups[how[place]].append(place)
             for sampling, places in groups.items():
-                prompts = [self._prompt(place, asked[place], said[place]) for place in places]
+                prompts = [{**seen[p[0]], **self._prompt(p, asked[p], said[p])} for p in places]
                 try:
-                    items = encode_prompts(prompts, self.tokenizer, self.config, file=self.file)
+                    items = encode_prompts(prompts, self.reader, self.config, file=self.file)
                 except DataError as error:  # its row is one of these prompts
                     about = {key: getattr(error, key) for key in ("field", "value", "expected")}
                     raise DataError(error.what, file=self.file, row=places[int(str(error.row))][0], **about) from None

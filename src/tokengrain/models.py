@@ -40,6 +40,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from tokengrain.batch import Segments, TokenBatch
+from tokengrain.data.vision import load_processor
 from tokengrain.errors import (
     DataError,
     ModelError,
@@ -127,6 +128,20 @@ def load_tokenizer(spec: ModelSpec, path: str) -> Any:
     if tokenizer.pad_token_id is None:
         # Only saved files and `generate` ever use it: batches are not padded with it.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_reader(spec: ModelSpec, path: str) -> Any:
+    """What makes tokens of rows: the processor of a model that sees, else its tokenizer, with a padding token."""
+    tokenizer = load_tokenizer(spec, path)
+    config = load_config(spec, path)
+    for place in (path, base_of_adapter(path)) if is_adapter(path) else (path,):
+        with library_errors(f"no processor could be loaded from {path}", place):
+            processor = load_processor(config, place, trust_remote_code=spec.trust_remote_code)
+        if processor is not None:
+            if processor.tokenizer.pad_token_id is None:
+                processor.tokenizer.pad_token = tokenizer.pad_token
+            return processor
     return tokenizer
 
 

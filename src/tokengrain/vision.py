@@ -57,6 +57,8 @@ class Vision:
     @property
     def fingerprint(self) -> str:
         """32 hex digits over the model's inputs."""
+        if (known := getattr(self.inputs, "fingerprint", None)) is not None:
+            return str(known)
         digest = hashlib.blake2b(digest_size=16)
         for name, value in sorted(self.inputs.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

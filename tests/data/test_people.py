@@ -223,8 +223,11 @@ def test_no_spans_on_this_side(other):
 
 def test_images_are_not_dropped():
     parts = [{"type": "text", "text": "the sky?"}, {"type": "image_url", "image_url": "x"}]
+    with pytest.raises(DataError, match=r"field 'prompt': the row has pictures, and \w+ reads text alone"):
+        ids({**ROW, "prompt": [{"role": "user", "content": parts}]})
+    parts[1] = {"type": "input_audio", "input_audio": "x"}
     with pytest.raises(
-        DataError, match=r"field 'prompt': the content of message 0 has a part that is not text; got .*image"
+        DataError, match=r"content of message 0 has a part that is neither text nor a picture; got .*au"
     ):
         ids({**ROW, "prompt": [{"role": "user", "content": parts}]})
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from tokengrain.batch import PromptRole
 from tokengrain.errors import DataError, RecipeError, require, shown
-from tokengrain.settings import load_callable, nearest, source_of
+from tokengrain.settings import Count, Positive, load_callable, nearest, source_of, validate_settings
 
 BATCH_ROWS = 256  # rows that are tokenised together
 NO_SPAN = "no span"  # the reason of pairs without a span, which `spans.on_none` decides about
@@ -113,6 +113,51 @@ class SpanConfig:
         return values
 
 
+class _Pictures:
+    """Settings of pictures, checked where they are made."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.removesuffix("Config").lower()
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        require(given, RecipeError, f"{name} is empty; expected settings of {name}s, or none")
+        validate_settings(name, type(self), given, also=tuple(vars(self)))
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """From settings or a mapping of them. Raises `RecipeError`."""
+        if value is None or isinstance(value, cls):
+            return value
+        name, fields = cls.__name__.removesuffix("Config").lower(), list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{name} is {shown(value)}; expected a mapping of {', '.join(fields)}")
+        for key in value:
+            require(key in fields, RecipeError, f"{name}.{key}: unknown key{nearest(key, fields)}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class ImageConfig(_Pictures):
+    """How images are read (`data.image` in a recipe). Sizes are in pixels, width times height."""
+
+    min_pixels: Count | None = None  # smaller images are made larger
+    max_pixels: Count | None = None  # larger images are made smaller; None: as the model's processor does
+    folder: str | None = None  # what paths in rows are relative to; None: the folder of the file of rows
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least, most = self.min_pixels or 0, self.max_pixels or self.min_pixels or 0
+        require(least <= most, RecipeError, f"image.min_pixels is {least}; expected at most max_pixels, {most}")
+
+
+@dataclass(frozen=True)
+class VideoConfig(_Pictures):
+    """How videos are read (`data.video` in a recipe)."""
+
+    frames: Count | None = None  # of a longer video so many frames, evenly spaced; None: 32
+    max_pixels: Count | None = None  # larger frames are made smaller
+    fps: Positive | None = None  # of videos that are lists of frames, per second; None: as the model's processor does
+
+
 @dataclass(frozen=True)
 class TokenizeConfig:
     """Settings of tokenisation. All lengths are in tokens.
@@ -138,6 +183,7 @@ class TokenizeConfig:
             encoder, which is tokenised apart from its completions. Trainers and runs set it by their model.
         on_dropped: "error" makes a row invalid if the chat template drops text of it (reasoning, tool calls, tools,
             content); "keep" trains on the rest, and the report counts such rows.
+        image, video: how pictures are read: an `ImageConfig`, a `VideoConfig`, or mappings of their fields.
     """
 
     max_length: int | None = None
@@ -152,10 +198,14 @@ class TokenizeConfig:
     chat: bool = False
     on_dropped: OnDropped = "error"
     prompt_role: PromptRole = "prefix"
+    image: ImageConfig | None = None
+    video: VideoConfig | None = None
 
     def __post_init__(self) -> None:
         if self.spans is not None:
             object.__setattr__(self, "spans", SpanConfig.of(self.spans))
+        object.__setattr__(self, "image", ImageConfig.of(self.image))
+        object.__setattr__(self, "video", VideoConfig.of(self.video))
         for name, least, optional in LENGTHS:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= least

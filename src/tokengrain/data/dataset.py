@@ -20,6 +20,7 @@ from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.formats import Example, pair_example, single_example
 from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
 from tokengrain.data.tokens import Clock, tokenizer_fingerprint
+from tokengrain.data.vision import Memory, whole
 from tokengrain.errors import DataError, fingerprint
 from tokengrain.screen import progress_bar
 from tokengrain.vision import Vision, seen
@@ -41,6 +42,7 @@ class SampleStore(Sequence[Sample]):
         self._rows: list[int | str] = []
         self._raw: list[Mapping[str, Any]] = []
         self._vision: list[Vision | None] = []
+        self._memory = Memory()
         self._digest = hashlib.sha256()
 
     @property
@@ -72,13 +74,22 @@ class SampleStore(Sequence[Sample]):
                 self._columns[name].extend(values)
         self._rows.append(sample.row)
         self._raw.append(sample.raw)
-        self._vision.append(sample.vision)
+        self._vision.append(self._memory.hold(sample.vision))
         self._starts.append(self._starts[-1] + len(pieces))
         self._digest.update(self._tokens_at[-len(pieces) :].tobytes())
         self._digest.update(self._ids[first:].tobytes() + self._counted[first:].tobytes())
         for name, stored in sorted(self._columns.items()):
             self._digest.update(name.encode() + stored[self._counted_at[before] :].tobytes())
         self._digest.update("".join(seen(sample.vision)).encode())
+
+    @property
+    def rows(self) -> Sequence[int | str]:
+        return tuple(self._rows)
+
+    @property
+    def raws(self) -> Sequence[Mapping[str, Any]]:
+        """What the samples were made from."""
+        return tuple(self._raw)
 
     @property
     def lengths(self) -> list[int]:
@@ -96,7 +107,7 @@ class SampleStore(Sequence[Sample]):
         part, after = self._starts[index : index + 2]
         start, end = self._tokens_at[part : part + 2]
         completions = [self._completion(i) for i in range(part + 1, after)]
-        own = self._rows[index], self._raw[index], self._vision[index]
+        own = self._rows[index], self._raw[index], whole(self._vision[index])
         return Sample(self._ids[start:end].tolist(), completions, *own)
 
     def _completion(self, part: int) -> Completion:
@@ -277,7 +288,7 @@ class IterablePairDataset(IterableDataset[Sample]):
         for number, sample in _samples(ours, self._encoder, self.rows, self.report):
             self._next_row = number + 1
             if sample is not None:
-                yield sample
+                yield replace(sample, vision=whole(sample.vision))
 
 
 class Prepare(Protocol):
@@ -305,7 +316,7 @@ def prepare_pairs(
 
     Args:
         source: `Rows` or anything `load_rows` takes.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, or the processor of a model that sees.
         config: lengths, EOS, chat template, what to do about invalid rows.
         model_positions: longest sequence the model takes, in tokens (`max_position_embeddings`); None: not checked.
 
@@ -342,7 +353,7 @@ def _prepare(
     clock: Clock | None = None,
 ) -> PairDataset | IterablePairDataset:
     config, rows = config or TokenizeConfig(), load_rows(source)
-    encoder = ExampleEncoder(tokenizer, config, parse, model_positions, clock)
+    encoder = ExampleEncoder(tokenizer, config, parse, model_positions, clock, rows.place)
     if not isinstance(rows, StoredRows):
         parts = [rows.fingerprint, tokenizer_fingerprint(tokenizer, config), parse.__name__]
         return IterablePairDataset(rows, encoder, fingerprint(parts))
@@ -353,6 +364,7 @@ def _prepare(
             update(advance=1)
             if sample is not None:
                 samples.append(sample)
+    encoder.pictures.check_used()
 
     def remake(now: datetime) -> PairDataset:
         return cast(PairDataset, _prepare(rows, tokenizer, config, parse, model_positions, Clock(now)))
@@ -399,7 +411,8 @@ def _samples(
 
 
 def _encoded(source: Iterator[tuple[int, Any]], encoder: ExampleEncoder) -> Iterator[tuple[int, Encoded | RowError]]:
-    while group := list(islice(source, BATCH_ROWS)):
+    size = BATCH_ROWS // 16 if encoder.pictures.sees else BATCH_ROWS  # pictures are larger than texts
+    while group := list(islice(source, size)):
         yield from zip((n for n, _ in group), encoder(group))
 
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tokengrain.batch import Completion, Sample
 from tokengrain.data.config import NO_SPAN, RowError, TokenizeConfig, check
-from tokengrain.data.formats import Example, canonical, has_several_rejected
+from tokengrain.data.formats import (
+    Example,
+    canonical,
+    has_several_rejected,
+    pair_example,
+    single_example,
+    stored_row,
+)
 from tokengrain.data.marking import COLUMN, Found, Marked, SpanMarker, no_spans, parsed_list, token_column
-from tokengrain.data.tokens import Clock, Encoder, Rendered, Renderer, Tokens, prompt_boundary
+from tokengrain.data.pictures import paths_in
+from tokengrain.data.rows import Rows
+from tokengrain.data.tokens import Clock, Encoder, Rendered, Renderer, Tokens, prompt_boundary, text_tokenizer
+from tokengrain.data.vision import PictureReader, View, folder_of
 
 SEVERAL = "spans go with one rejected completion, got several"
 
@@ -37,26 +49,30 @@ class _Work:
     found: Found  # the spans of the tags
     example: Example
     rendered: list[Rendered]
+    view: View | None
 
 
 class ExampleEncoder:
     """Turns rows into samples, many at a time; `parse` is `pair_example` or `single_example`.
 
-    `model_positions` is the longest sequence the model takes, in tokens (None: not checked); `clock` the time for a
-    template that writes the date.
+    `processor` is a tokenizer, or the processor of a model that sees. `model_positions` is the longest sequence the
+    model takes, in tokens (None: not checked); `clock` the time for a template that writes the date; `place(number)`
+    says where a row is from, which the paths of its pictures are relative to.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        processor: Any,
         config: TokenizeConfig,
         parse: Callable[[Any], Example],
         model_positions: int | None = None,
         clock: Clock | None = None,
+        place: Callable[[int], tuple[str, str]] | None = None,
     ) -> None:
         self.config, self.parse, self.model_positions = config, parse, model_positions
-        self.encoder = Encoder(tokenizer, config)
-        self.renderer = Renderer(tokenizer, config, clock)
+        self.encoder = Encoder(processor, config)
+        self.renderer = Renderer(processor, config, clock)
+        self.pictures, self.place = PictureReader(processor, config), place
         self.marker = SpanMarker(config.span_config) if config.span_config is not None else None
 
     def __call__(self, rows: Sequence[tuple[int, Any]]) -> list[Encoded | RowError]:
@@ -69,11 +85,21 @@ class ExampleEncoder:
                     check(not has_several_rejected(row), "spans", SEVERAL, field="rejected", expected="one")
                 row, found = self.marker.read(row) if self.marker is not None else (row, {})
                 example = self.parse(row)
-                work.append(_Work(number, row, found, example, self.renderer(example)))
+                work.append(_Work(number, row, found, example, *self._seen(number, example)))
             except RowError as error:
                 work.append(error)
         tokens = iter(self.encoder.of([r for w in work if isinstance(w, _Work) for r in w.rendered]))
         return [w if isinstance(w, RowError) else self._encoded(w, [next(tokens) for _ in w.rendered]) for w in work]
+
+    def _seen(self, number: int, example: Example) -> tuple[list[Rendered], View | None]:
+        """The row's texts, the tokens of its pictures in their places, and these."""
+        rendered = self.renderer(example)
+        view = self.pictures(example, rendered[0].text[: rendered[0].prompt_end], self.place and self.place(number)[0])
+        for side, one in enumerate(rendered):
+            self.pictures.check_completion(one.text[one.prompt_end :], one.ids, example.fields[side])
+        if view is not None:
+            rendered = [one.with_prompt(view.expanded(one.text[: one.prompt_end])) for one in rendered]
+        return rendered, view
 
     def _encoded(self, work: _Work, tokens: list[Tokens]) -> Encoded | RowError:
         try:
@@ -89,6 +115,7 @@ class ExampleEncoder:
         if not prompt:
             prompt, cut = self._least_prompt(example, tokens)
         kept_prompt = self.encoder.cut(prompt)
+        self.pictures.check_whole(prompt, kept_prompt, work.view)
         completions, sides, n_cut = [], [], 0
         for side, (r, t) in enumerate(zip(rendered, tokens)):
             completion, where, shortened = self._completion(example, side, r, t, cut, len(kept_prompt))
@@ -98,7 +125,8 @@ class ExampleEncoder:
         self._check_completions(example, completions, n_cut)
         self._check_positions(example, kept_prompt, completions)
         spanless = self._mark_spans(work, completions, sides)
-        sample = Sample(kept_prompt, completions, row=work.number, raw=example.raw)
+        vision = None if work.view is None else work.view.vision(kept_prompt)
+        sample = Sample(kept_prompt, completions, work.number, example.raw, vision)
         dropped = tuple(dict.fromkeys(name for r in rendered for name in r.dropped))
         # The text of a rendered template, to which EOS was added behind its end-of-turn token.
         plain = [r for r, t in zip(rendered, tokens) if not r.special and self.encoder.tail(r, t)]
@@ -197,3 +225,32 @@ class ExampleEncoder:
             got = f"{first} and {second} tokens" if apart else f"{first} + {second} = {length} tokens"
             fits = most is None or length <= most
             check(fits, "longer than the model", what, field=field, value=got, expected=expected)
+
+
+def pictures_of(processor: Any, config: TokenizeConfig | None) -> Callable[[Sample, object], Sample] | None:
+    """Gives samples whose token ids were stored the pictures of their rows; None for what reads text alone."""
+    if processor is None or text_tokenizer(processor) is processor:
+        return None
+    config = config or TokenizeConfig()
+    renderer, pictures = Renderer(processor, config), PictureReader(processor, config)
+
+    def seen(sample: Sample, file: object) -> Sample:
+        try:
+            row = canonical(sample.raw, config.chat)
+            example = pair_example(row) if len(sample.completions) > 1 else single_example(row)
+            view = pictures(example, renderer.prompt(example), file)
+            pictures.check_whole(sample.prompt_ids, sample.prompt_ids, view)
+        except RowError as error:
+            raise error.located(file, sample.row) from None
+        return sample if view is None else replace(sample, vision=view.vision(sample.prompt_ids))
+
+    return seen
+
+
+def picture_files(rows: Rows, config: TokenizeConfig) -> list[Path]:
+    """The files of pictures that rows name and that are there; none of a stream, which is read once."""
+    found: set[str] = set()
+    for number, row in () if rows.streaming else rows:
+        with suppress(RowError):  # said when the row is read
+            found |= set(paths_in(stored_row(row, folder_of(rows.place(number)[0], config))))
+    return sorted(path for path in map(Path, found) if path.is_file())

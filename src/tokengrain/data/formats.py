@@ -15,6 +15,9 @@ of whole numbers in the place of a text is token ids, which are used as they are
 
 Rows with one completion (`single_example`): `prompt` + `completion`, `messages`, `text`, or a preference row, whose
 chosen side is taken.
+
+Pictures stand in the prompt: as parts of its messages, or in the columns `image` or `images`, `video` or `videos`,
+which fill the places that messages have for them (`{"type": "image"}`), or stand before the first user's text.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
 
 from tokengrain.data.config import RowError, check
+from tokengrain.data.pictures import KINDS, held, stored
 from tokengrain.errors import once, problem
 
 Message = dict[str, Any]
@@ -48,6 +53,13 @@ HUMAN, ASSISTANT = "Human:", "\n\nAssistant:"
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 
 
+class Given(NamedTuple):
+    """The images or the videos of a prompt, in the order of its text, as the row has them."""
+
+    column: str  # for messages
+    sources: list[Any]
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt with its completions, text or messages throughout, or token ids.
@@ -62,6 +74,7 @@ class Example:
     prefix: tuple[str, ...] = ()  # of the columns' names, per completion ("chosen_" for `chosen_token_rewards`)
     tools: list[Any] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Given] = field(default_factory=dict)  # by kind; none of a kind that the row lacks
 
     @property
     def messages(self) -> list[Message]:
@@ -78,6 +91,8 @@ class Example:
         named: dict[str, Any] = dict(zip(self.fields, self.completions))
         if len(self.completions) > 2:
             named = {"chosen": self.completions[0], "rejected": list(self.completions[1:])}
+        if not self.messages:  # else the prompt's parts hold them
+            named |= {f"{kind}s": given.sources for kind, given in self.pictures.items()}
         return {"prompt": self.prompt, **named}
 
 
@@ -107,9 +122,10 @@ def pair_example(row: Any) -> Example:
         prompt, *completions = _split_pair(*completions)
     for name, completion in zip(fields, completions, strict=True):
         check_completion(completion, name)
+    prompt, pictures = pictured(row, prompt)
     prefix = ("chosen_", *("rejected_",) * len(rejected))
     columns = (token_columns(row, "chosen_"), *_rejected_columns(row, len(rejected) if len(rejected) > 1 else None))
-    return Example(prompt, tuple(completions), fields, columns, prefix, **for_template(row))
+    return Example(prompt, tuple(completions), fields, columns, prefix, **for_template(row), pictures=pictures)
 
 
 def _kind(value: Content) -> str:
@@ -174,8 +190,10 @@ def single_example(row: Any) -> Example:
         expected = "prompt + completion, messages, text, or prompt + chosen + rejected"
         raise RowError("missing column", what, value=list(row), expected=expected)
     check_completion(completion, name)
+    prompt, pictures = pictured(row, prompt)
     prefix = "chosen_" if name == "chosen" else ""
-    return Example(prompt, (completion,), (name,), (token_columns(row, prefix),), (prefix,), **for_template(row))
+    columns, more = (token_columns(row, prefix),), {**for_template(row), "pictures": pictures}
+    return Example(prompt, (completion,), (name,), columns, (prefix,), **more)
 
 
 class CanonicalRow(dict[str, Any]):
@@ -372,16 +390,133 @@ def _message(value: Any, name: str, index: int) -> Message:
         message.pop("content", None)
         return message
     if isinstance(text, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in text]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) < len(parts) or not parts:
-            other = next((part for part, t in zip(text, parts) if not isinstance(t, str)), text)
-            raise bad(f"the content of {where} has a part that is not text", '{"type": "text", "text": ...}', other)
-        message["content"] = text = "".join(texts)
-    if not isinstance(text, str):
-        raise bad(f"the content of {where} is of type {type(text).__name__}", "a string", text)
-    _check_encodable(text, name)
+        parts = [_part(part, name) for part in text]
+        if None in parts or not parts:
+            other = next((given for given, part in zip(text, parts) if part is None), text)
+            what = f"the content of {where} has a part that is neither text nor a picture"
+            raise bad(what, '{"type": "text", "text": ...} or {"type": "image", "image": ...}', other)
+        seen = any(part["type"] in KINDS for part in parts if part is not None)
+        message["content"] = parts if seen else "".join(part["text"] for part in parts if part is not None)
+    elif not isinstance(text, str):
+        raise bad(f"the content of {where} is of type {type(text).__name__}", "a string, or a list of parts", text)
+    _check_encodable(text_of(message), name)
     return message
+
+
+# ---- Pictures ----
+
+
+def _part(part: Any, column: str) -> dict[str, Any] | None:
+    """A part of a message's content: text, or a picture under its kind where the part has it. None: neither."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        return None
+    kind = str(part.get("type")).removesuffix("_url")
+    if kind not in KINDS:
+        return {"type": "text", "text": part["text"]} if isinstance(part.get("text"), str) else None
+    source = next((part[key] for key in (kind, f"{kind}_url", "url", "path") if key in part), None)
+    if isinstance(source, Mapping) and "url" in source:  # OpenAI's form
+        source = source["url"]
+    if source is None and "bytes" in part:
+        source = {"bytes": part["bytes"]}
+    return {"type": kind, **({} if source is None else {kind: _held(source, column)})}
+
+
+def _held(source: Any, column: str) -> Any:
+    try:
+        return held(source)
+    except RowError as error:
+        raise RowError(error.reason, error.what, field=column, value=error.value, expected=error.expected) from None
+
+
+def pictured(row: Mapping[str, Any], prompt: Content) -> tuple[Content, dict[str, Given]]:
+    """The prompt with a picture in every place that its messages have for one, and all its pictures by kind.
+
+    Raises `RowError` where their numbers differ. A text's places are known when its tokens are.
+    """
+    found = {kind: given for kind in KINDS if (given := _column_of(row, kind)) is not None}
+    if not isinstance(prompt, list):
+        return prompt, found
+    made = [{**m, "content": [dict(p) for p in m["content"]]} if _has_parts(m) else m for m in prompt]
+    for kind in KINDS:
+        own: Given = found.get(kind, Given("prompt", []))
+        column, sources = own.column, own.sources
+        if sources and not _places(made, kind):
+            made = _with_places(made, kind, len(sources))
+        places = _places(made, kind)
+        empty = [place for place in places if kind not in place]
+        what, expected = f"the messages have {len(empty)} places for {kind}s", f"as many as {kind}s in the columns"
+        check(len(empty) == len(sources), "pictures", what, field=column, value=len(sources), expected=expected)
+        for place, source in zip(empty, sources):
+            place[kind] = source
+        if places:
+            found[kind] = Given(column, [place[kind] for place in places])
+    return made, found
+
+
+MESSAGES = ("prompt", "messages", "conversations", *COMPLETIONS)
+
+
+def stored_row(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The row as a file keeps it that lies elsewhere: pictures as `{"bytes", "path"}`, paths, which are relative to
+    `folder`, absolute. A row without pictures stays as it is.
+    """
+    made = dict(row)
+    for kind in KINDS:
+        if made.get(kind) is not None:
+            made[kind] = stored(made[kind], folder)
+        if made.get(f"{kind}s") is not None:
+            made[f"{kind}s"] = [stored(source, folder) for source in made[f"{kind}s"]]
+    for name in MESSAGES:
+        made |= {name: _stored_messages(made[name], folder)} if _is_list(made.get(name)) else {}
+    return made
+
+
+def _stored_messages(messages: Sequence[Any], folder: Path) -> Any:
+    parts = [[_part(p, "prompt") for p in m["content"]] if _has_parts(m) else None for m in messages]
+    if not any(part is not None and part["type"] in KINDS for content in parts for part in content or ()):
+        return messages
+    made = []
+    for message, content in zip(messages, parts):  # all as lists: a column has one type
+        content = content or [{"type": "text", "text": message.get("content") or ""}]
+        kept = [p and {k: stored(v, folder) if k in KINDS else v for k, v in p.items()} for p in content]
+        made.append({**message, "content": kept})
+    return made
+
+
+def _has_parts(message: Any) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("content"), list)
+
+
+def _column_of(row: Mapping[str, Any], kind: str) -> Given | None:
+    """The pictures in a row's columns of a kind; None if there are none."""
+    for column in (f"{kind}s", kind):
+        value = row.get(column)
+        if value is None:
+            continue
+        several = column == f"{kind}s"
+        given = _is_list(value) or not several
+        check(given, "wrong type", f"is of type {type(value).__name__}", field=column, value=value, expected="a list")
+        sources = [_held(source, column) for source in (value if several else [value])]
+        there, expected = all(source is not None for source in sources), f"{kind}s, or an empty list"
+        check(there, "pictures", "holds null", field=column, value=value, expected=expected)
+        return Given(column, sources) if sources else None
+    return None
+
+
+def _places(messages: Sequence[Message], kind: str) -> list[dict[str, Any]]:
+    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    return [part for content in contents for part in content if part["type"] == kind]
+
+
+def _with_places(messages: list[Message], kind: str, count: int) -> list[Message]:
+    """The messages with places for pictures before the text of the first user's."""
+    at = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+    content = messages[at].get("content") or ""
+    before = [{"type": kind} for _ in range(count)]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return [*messages[:at], {**messages[at], "content": [*before, *parts]}, *messages[at + 1 :]]
 
 
 def _tool_call(call: Any, name: str) -> Any:
@@ -439,6 +574,8 @@ def check_completion(completion: Content, name: str) -> None:
         expected = "the assistant's message at the start and at the end"
         check(message["role"] == "assistant", "wrong roles", what, field=name, value=message, expected=expected)
     for message in completion:
+        what, expected = "a completion has a picture", "pictures in the prompt only"
+        check(not _has_parts(message), "pictures", what, value=message, field=name, expected=expected)
         there = message.get("content", "").strip() or message.get("tool_calls") or message["role"] != "assistant"
         check(there, what="completion is empty", value=message, expected="some text", **empty)
 
@@ -455,8 +592,9 @@ def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def text_of(message: Message) -> str:
-    """A message's content; "" where it has none, as a call of tools may."""
-    return str(message.get("content") or "")
+    """A message's text; "" where it has none, as a call of tools may."""
+    content = message.get("content") or ""
+    return "".join(part.get("text", "") for part in content) if isinstance(content, list) else str(content)
 
 
 def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> tuple[Any, ...]:

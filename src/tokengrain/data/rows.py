@@ -601,12 +601,24 @@ def _from_datasets(source: Any, name: str, split: str | None, streaming: bool) -
         return RowStream(name, source, lambda: fingerprint([name, str(source.split), str(source.info.version)]))
     what, kind = "this is not a source of rows", type(source).__name__
     require(isinstance(source, datasets.Dataset), DataError, what, value=kind, expected="a datasets.Dataset")
+    features = {name: _undecoded(feature) for name, feature in source.features.items()}
+    if features != dict(source.features):
+        source = source.cast(datasets.Features(features))
 
     def fingerprint_of() -> str:
         # Of the rows themselves: `Dataset._fingerprint` differs between processes for some transforms.
         return hashlib.sha256("".join(map(fingerprint, source)).encode()).hexdigest()[:16]
 
     return (RowStream if streaming else StoredRows)(name, source, fingerprint_of)
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type with its pictures as bytes and paths, which are the same in every process."""
+    if isinstance(feature, (datasets.Image, datasets.Video)):
+        return type(feature)(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature), length=feature.length)
+    return {name: _undecoded(part) for name, part in feature.items()} if isinstance(feature, dict) else feature
 
 
 def with_columns(rows: R, columns: Mapping[str, str]) -> R:

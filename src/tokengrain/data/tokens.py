@@ -22,8 +22,10 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,17 @@ class Rendered:
     def visible(self, message: int) -> Span:
         return (self.shown or self.contents)[message] or (0, 0)
 
+    def with_prompt(self, prompt: str) -> Rendered:
+        """The same with another text of the prompt."""
+        by = len(prompt) - self.prompt_end
+        turns, contents, shown = (
+            None if spans is None else tuple(span and (span[0] + by, span[1] + by) for span in spans)
+            for spans in (self.turns, self.contents, self.shown)
+        )
+        text = prompt + self.text[self.prompt_end :]
+        moved: Any = {"turns": turns, "contents": contents, "shown": shown}
+        return replace(self, text=text, prompt_end=len(prompt), **moved)
+
 
 class Clock:
     """The time that a chat template reads (`strftime_now`): the same for all rows, and kept when a run resumes."""
@@ -88,11 +101,15 @@ class Clock:
 
 
 class Renderer:
-    """Renders examples with a tokenizer's chat template, or the one in `config`; `clock` is the time it writes."""
+    """Renders examples with the chat template of a tokenizer or processor, or the one in `config`.
 
-    def __init__(self, tokenizer: Any, config: TokenizeConfig, clock: Clock | None = None) -> None:
-        self.tokenizer, self.config = tokenizer, config
-        self.template = template_text(config.chat_template)
+    `clock` is the time it writes.
+    """
+
+    def __init__(self, processor: Any, config: TokenizeConfig, clock: Clock | None = None) -> None:
+        self.tokenizer = tokenizer = text_tokenizer(processor)
+        self.config, self.sees = config, processor is not tokenizer
+        self.template = template_text(config.chat_template) or (processor.chat_template if self.sees else None)
         self.clock, self.source = clock or Clock(), str(self.template or tokenizer.chat_template)
         self.dated = "strftime_now" in self.source
         if self.dated:
@@ -137,7 +154,7 @@ class Renderer:
         lacks += [("chat_template_kwargs", n, part) for n, value in unread.items() for part in _texts_of(value)]
         for number, message in enumerate(messages):
             if message["role"] == "assistant":  # templates leave earlier reasoning out on purpose
-                said = (message.get("content") or "").rpartition("</think>")[2]
+                said = text_of(message).rpartition("</think>")[2]
                 message = {k: v for k, v in message.items() if k == "tool_calls"} | {"content": said}
             lacks += [("prompt", f"message {number}: {key}", part) for key, part in self._lacking(message, text)]
         return text, self._dropped(lacks)
@@ -177,7 +194,7 @@ class Renderer:
         """The template's text; for generation of another message or, with `begun`, of the rest of the last one."""
         try:
             return self.tokenizer.apply_chat_template(
-                [{"content": "", **m} for m in messages],  # a call of tools may have none
+                [self._message(m) for m in messages],
                 tools=example.tools,
                 chat_template=self._template(example) if self.dated else self.template,
                 add_generation_prompt=generation and not begun,
@@ -189,6 +206,31 @@ class Renderer:
             what = f"the chat template cannot render the messages ({type(error).__name__}: {error})"
             roles, expected = [m["role"] for m in messages], "roles and fields that the template knows"
             raise RowError("chat template", what, field=name, value=roles, expected=expected) from error
+
+    def _message(self, message: Message) -> Message:
+        """A message as the template reads it: of pictures only their places."""
+        content = message.get("content", "")  # a call of tools may have none
+        if isinstance(content, list):
+            content = [{k: v for k, v in part.items() if k in ("type", "text")} for part in content]
+        elif self._lists:
+            content = [{"type": "text", "text": content}] if content else []
+        return {**message, "content": content}
+
+    @cached_property
+    def _lists(self) -> bool:
+        """Whether the template writes a message's content only where it is a list of parts."""
+        if not self.sees:
+            return False
+        probe = "probe of content"
+        written = []
+        for content in (probe, [{"type": "text", "text": probe}]):
+            with suppress(Exception):  # templates raise what they like
+                messages, template = [{"role": "user", "content": content}], self.template
+                text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+                written.append(probe in text)
+                continue
+            written.append(False)
+        return written == [False, True]
 
     def _conversation(
         self, example: Example, prompt: str, completion: list[Message], name: str, dropped: tuple[str, ...]
@@ -226,13 +268,13 @@ class Renderer:
         # A generation prompt may be longer than what the template writes before an answer (an empty thinking
         # block, say); then the completion begins where the two part. The messages must be rendered alike.
         before, shared = example.messages, common_length(prompt, text)
-        said = (completion[0].get("content") or "").strip()
+        said = text_of(completion[0]).strip()
         least = len(self._render(example, before, "prompt", False).rstrip())
         if shared < least:
             # Mistral's templates write the system message before the last user's only if no answer follows.
             at = text.rfind(said) if len(completion) == 1 else -1
             alike = common_length(prompt[::-1], text[: max(at, 0)][::-1])
-            if alike and str(before[-1].get("content") or " ").strip() in prompt[len(prompt) - alike :]:
+            if alike and (text_of(before[-1]) or " ").strip() in prompt[len(prompt) - alike :]:
                 return at
             raise self._other_prompt(prompt, text, name)
         # The answer's first characters may be those of the thinking block.
@@ -317,7 +359,10 @@ class Renderer:
             # transformers gives templates every kind of reasoning under the names of all.
             reads = REASONING if key in REASONING else (key,)
             named = key == "content" or any(name in self.source for name in reads)
-            for part in _texts_of(message.get(key)):
+            value = message.get(key)
+            if key == "content" and isinstance(value, list):
+                value = [part["text"] for part in value if "text" in part]
+            for part in _texts_of(value):
                 forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
                 found = named and any("".join(form.split()) in squeezed for form in forms)
                 if not found or (key == "tool_calls" and SHORT.fullmatch(part) and not _has_word(text, part)):
@@ -419,15 +464,20 @@ class Tokens:
 SPACE = "Ġ"  # how byte-level tokenizers write a space
 
 
+def text_tokenizer(processor: Any) -> Any:
+    """The tokenizer in a processor of text and pictures; a tokenizer as it is."""
+    return processor.tokenizer if hasattr(processor, "image_processor") else processor
+
+
 class Encoder:
-    """Tokenises texts with a tokenizer: many at a time, with offsets where it has them.
+    """Tokenises texts with a tokenizer, or that of a processor: many at a time, with offsets where it has them.
 
     `prefix`: ids that it puts before a text by itself (BOS), `suffix`: behind an encoder's prompt, `target_prefix`:
     before a decoder's text. `eos_id`: None if the config does not ask for EOS.
     """
 
-    def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, processor: Any, config: TokenizeConfig) -> None:
+        self.tokenizer = tokenizer = text_tokenizer(processor)
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id if config.add_eos else None
         what = f"the tokenizer {type(tokenizer).__name__} has no EOS token, got eos_token None; "
@@ -567,8 +617,12 @@ def prompt_boundary(tokens: Sequence[Tokens], prompt_end: Sequence[int]) -> int:
     return len(shared)
 
 
-def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) -> str:
-    """16 hex digits that identify what a tokenizer does, with the settings of `config` that change tokens or spans."""
+def tokenizer_fingerprint(processor: Any, config: TokenizeConfig | None = None) -> str:
+    """16 hex digits that identify what a tokenizer or processor does.
+
+    With it count the settings of `config` that change tokens, spans or pictures.
+    """
+    tokenizer = text_tokenizer(processor)
     if tokenizer.is_fast:
         # Truncation and padding are what the last call asked for, not what the tokenizer is.
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -576,6 +630,8 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     parts: list[Any] = [rules, dict(tokenizer.special_tokens_map), tokenizer.chat_template]
+    if processor is not tokenizer:
+        parts.append([processor.to_dict(), processor.chat_template])
     if config is not None:
         values = {n: getattr(config, n) for n in ("max_length", "max_prompt_length", "truncation_side", "add_eos")}
         values |= {"chat": True} if config.chat else {}
@@ -585,6 +641,7 @@ def tokenizer_fingerprint(tokenizer: Any, config: TokenizeConfig | None = None) 
         parts.append({**values, "chat_template": template_text(config.chat_template)})
         parts.append(dict(config.chat_template_kwargs))
         parts += [config.span_config.describe()] if config.span_config is not None else []
+        parts += [asdict(given) for given in (config.image, config.video) if given is not None]
     return fingerprint(parts)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -37,6 +38,7 @@ from tokengrain.rollout.sampler import (
 from tokengrain.scoring.encdec import DecoderSteps, cache_of, start_id
 from tokengrain.scoring.model import (
     autocast_type,
+    decoder_of,
     device_of,
     evaluating,
     is_encoder_decoder,
@@ -54,7 +56,9 @@ from tokengrain.scoring.prepare import (
     relative_error,
     signature,
 )
+from tokengrain.scoring.vision import TYPES, placed, placeholders
 from tokengrain.settings import Count, nearest, validate_settings
+from tokengrain.vision import Vision, collate
 
 # ---- Drawing the next token ----
 
@@ -74,10 +78,16 @@ def uniforms(prompts: Sequence[PromptItem], n: int, sampling: SamplingConfig) ->
 
 
 class Picker:
-    """Draws tokens by the inverse of the cumulative distribution, with `uniforms` for R completions, `[R, T]`."""
+    """Draws tokens by the inverse of the cumulative distribution, with `uniforms` for R completions, `[R, T]`.
 
-    def __init__(self, sampling: SamplingConfig, numbers: Tensor, device: torch.device) -> None:
+    Tokens that are `forbidden`, since they stand for images, have probability 0.
+    """
+
+    def __init__(
+        self, sampling: SamplingConfig, numbers: Tensor, device: torch.device, forbidden: Collection[int] = ()
+    ) -> None:
         self.sampling = sampling
+        self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=device)
         # MPS has no float64.
         self.wide = torch.float32 if device.type == "mps" else torch.float64
         self.numbers = numbers.to(device=device, dtype=self.wide)
@@ -91,14 +101,20 @@ class Picker:
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         raw = logits.log_softmax(-1)
+        if len(self.forbidden):
+            logits = logits.index_fill(-1, self.forbidden, -torch.inf)
         if self.sampling.temperature == 0:
             tokens = logits.argmax(-1)
             drawn = torch.zeros_like(raw[:, 0])
         else:
-            used = raw if self.warpers is None else self.warpers(None, logits).log_softmax(-1)
+            unchanged = self.warpers is None and not len(self.forbidden)
+            used = raw if unchanged else self._warped(logits).log_softmax(-1)
             tokens = self._draw(used, self.numbers[rows, step])
             drawn = used.gather(1, tokens[:, None])[:, 0]
         return tokens, drawn, raw.gather(1, tokens[:, None])[:, 0]
+
+    def _warped(self, logits: Tensor) -> Tensor:
+        return logits if self.warpers is None else self.warpers(None, logits)
 
     def _draw(self, logps: Tensor, uniform: Tensor) -> Tensor:
         cumulative = logps.to(self.wide).exp().cumsum(-1)
@@ -177,6 +193,38 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What a model is given of the images and videos of B prompts."""
+
+    inputs: Mapping[str, Tensor]  # arguments of the model's forward
+    positions: Tensor | None  # long `[3, B, L]` of models with several per token
+    after: Tensor  # long `[B]`, the position of the first token drawn
+
+
+def sight_of(lm: Any, prompts: Sequence[PromptItem], mask: Tensor) -> Sight | None:
+    """The images and videos of prompts, padded on the left as `mask` `[B, L]` says; None: there are none."""
+    if all(prompt.vision is None for prompt in prompts):
+        return None
+    base, asking, three, types, after = decoder_of(lm), placeholders(lm.config), [], [], []
+    visions = []
+    for prompt, row in zip(prompts, mask.cpu(), strict=True):
+        ids, pad = torch.tensor(prompt.ids), len(row) - len(prompt.ids)
+        vision = placed(base, asking, ids, prompt.vision or Vision({}))
+        visions += [vision] if prompt.vision is not None else []
+        plain = torch.arange(len(ids)).expand(3, -1)
+        own, last = (plain, len(ids)) if prompt.vision is None else (vision.positions, vision.next)
+        three.append(F.pad(plain if own is None else own, (pad, 0)))
+        types.append(F.pad(torch.zeros_like(ids) if vision.types is None else vision.types, (pad, 0)))
+        after.append(last)
+    weight, accepted = lm.get_input_embeddings().weight, inspect.signature(lm.forward).parameters
+    inputs = collate(visions) | {name: torch.stack(types) for name in TYPES}
+    inputs = {name: value.to(weight.device) for name, value in inputs.items() if name in accepted}
+    inputs = {name: v.to(weight.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+    ropes = torch.stack(three, 1).to(weight.device) if hasattr(base, "get_rope_index") else None
+    return Sight(inputs, ropes, torch.tensor(after, device=weight.device))
+
+
+@dataclass(frozen=True)
 class Prefill:
     """How a prompt is computed once for all its completions, or the `reason` why it cannot be."""
 
@@ -241,26 +289,37 @@ def _probed(model: nn.Module, lm: nn.Module) -> Prefill:
 
 
 def decode_shared(
-    model: Any, keep: Mapping[str, Any], ids: Tensor, mask: Tensor, n: int, picker: Any, drawn: Drawn
+    model: Any,
+    keep: Mapping[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    n: int,
+    picker: Any,
+    drawn: Drawn,
+    sight: Sight | None = None,
 ) -> None:
     """Draw `n` completions of each prompt into `drawn`, those of a prompt next to each other.
 
-    `ids` and `mask` `[B, L]` are prompts padded on the left; for `keep` see `Prefill`. Raises ModelError if the model
-    has a cache that cannot be copied; then nothing was drawn.
+    `ids` and `mask` `[B, L]` are prompts padded on the left, `sight` their images; for `keep` see `Prefill`. Raises
+    ModelError if the model has a cache that cannot be copied; then nothing was drawn.
     """
     device = ids.device
     ragged = not bool(mask.all())
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask if ragged else None, position_ids=positions, use_cache=True, **keep)
+    positions, seen = (mask.cumsum(1) - 1).clamp(min=0), dict[str, Any]()
+    position = positions[:, -1:]
+    if sight is not None:
+        seen, position = dict(sight.inputs), sight.after[:, None] - 1
+        positions = positions if sight.positions is None else sight.positions
+    padding = mask if ragged else None
+    out = model(input_ids=ids, attention_mask=padding, position_ids=positions, use_cache=True, **seen, **keep)
     given = cache_of(out)
     (cache,) = given.values()
     require(plain_cache(cache), ModelError, f"its {type(cache).__name__} cannot be copied row by row")
     logits = out.logits[:, -1]
     if n > 1:
         cache.batch_repeat_interleave(n)
-        logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions))
+        logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position))
     rows = torch.arange(len(logits), device=device)
-    position = positions[:, -1:]
     active = torch.ones(len(rows), dtype=torch.bool, device=device)
     for step in range(drawn.steps):
         tokens, logps, raw = picker(logits, rows, step)
@@ -307,7 +366,16 @@ class PickProcessor:
 
 
 def decode_generate(
-    model: Any, ids: Tensor, mask: Tensor, n: int, picker: Picker, drawn: Drawn, *, pad_id: int, static: bool
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    n: int,
+    picker: Picker,
+    drawn: Drawn,
+    sight: Sight | None = None,
+    *,
+    pad_id: int,
+    static: bool,
 ) -> None:
     """The same draws with `model.generate`: for caches of fixed size, and for models whose cache cannot be copied."""
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -331,6 +399,7 @@ def decode_generate(
         generation_config=config,
         logits_processor=LogitsProcessorList([pick]),
         stopping_criteria=StoppingCriteriaList([pick.finished]),
+        **({} if sight is None else sight.inputs),
     )
 
 
@@ -371,7 +440,12 @@ def ready(
 
     Raises `RolloutError`, for instance if a prompt with `max_new_tokens` goes beyond the model's positions.
     """
-    checked = checked_prompts(prompts, n)
+    checked, asking, name = checked_prompts(prompts, n), placeholders(sampler.lm.config), type(sampler.lm).__name__
+    for prompt in prompts:
+        what = f"row {prompt.row}: the prompt has images or videos, and {name} reads text alone"
+        require(prompt.vision is None or asking, RolloutError, what)
+        what = f"row {prompt.row}: the prompt has tokens that stand for images in {name}, and comes without them"
+        require(prompt.vision is not None or asking.keys().isdisjoint(prompt.ids), RolloutError, what)
     needs_tokenizer(sampler.tokenizer, sampling.stop)
     positions = getattr(sampler.lm.config.get_text_config(), "max_position_embeddings", None)
     longest = max(prompts, key=lambda p: len(p.ids))
@@ -444,10 +518,11 @@ class HFGenerate:
 
     def _batches(self, prompts: Sequence[PromptItem], n: int, new_tokens: int) -> list[tuple[list[int], range]]:
         """Prompts by length, longest first, and which of their completions: what fits the budget together."""
-        order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p].ids))
+        sizes = [len(p.ids) + (p.vision.patches if p.vision is not None else 0) for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda p: -sizes[p])
         batches: list[tuple[list[int], range]] = []
         while order:
-            rows = max(1, self.max_batch_tokens // (len(prompts[order[0]].ids) + new_tokens))
+            rows = max(1, self.max_batch_tokens // (sizes[order[0]] + new_tokens))
             if rows < n:
                 batches += [([order[0]], range(k, min(n, k + rows))) for k in range(0, n, rows)]
                 order = order[1:]
@@ -470,25 +545,29 @@ class HFGenerate:
         chosen, copies = part
         where = [p * n + k for p in chosen for k in copies]
         device = device_of(self.lm)
-        picker = Picker(sampling, numbers[where], device)
+        picker = Picker(sampling, numbers[where], device, placeholders(self.lm.config))
         drawn = Drawn(len(where), sampling.max_new_tokens, device, stop_ids, stops)
-        self._draw([prompts[p].ids for p in chosen], len(copies), picker, drawn)
+        self._draw([prompts[p] for p in chosen], len(copies), picker, drawn)
         columns = (drawn.ids, drawn.logps, drawn.raw, drawn.lengths, drawn.stopped)
         return {
             place: SampledCompletion(ids[:length], logps[:length], raw[:length], "stop" if stopped else "length")
             for place, ids, logps, raw, length, stopped in zip(where, *(c.tolist() for c in columns), strict=True)
         }
 
-    def _draw(self, prompts: Sequence[Sequence[int]], n: int, picker: Picker, drawn: Drawn) -> None:
-        pad_id = int(drawn.stop_ids[0]) if len(drawn.stop_ids) else 0
-        ids, mask = padded(prompts, pad_id, drawn.device)
+    def _draw(self, prompts: Sequence[PromptItem], n: int, picker: Picker, drawn: Drawn) -> None:
+        asking = placeholders(self.lm.config)  # which no padding may be
+        pad_id = next(i for i in (*drawn.stop_ids.tolist(), *range(len(asking) + 1)) if i not in asking)
+        ids, mask = padded([p.ids for p in prompts], pad_id, drawn.device)
         static = self.cache == "static"
         prefill = Prefill(reason="the cache is static") if static else prefill_of(self.model, self.lm)
         self._shared = prefill.reason is None
         if self._shared:
-            decode_shared(self.model, prefill.keep, ids, mask, n, picker, drawn)
+            sight = sight_of(self.lm, prompts, mask)
+            decode_shared(self.model, prefill.keep, ids, mask, n, picker, drawn, sight)
         else:
-            decode_generate(self.model, ids, mask, n, picker, drawn, pad_id=pad_id, static=static)
+            copies = [prompt for prompt in prompts for _ in range(n)]
+            sight = sight_of(self.lm, copies, mask.repeat_interleave(n, 0))
+            decode_generate(self.model, ids, mask, n, picker, drawn, sight, pad_id=pad_id, static=static)
 
 
 class Seq2SeqGenerate(HFGenerate):
@@ -505,10 +584,10 @@ class Seq2SeqGenerate(HFGenerate):
         fits = is_encoder_decoder(self.lm) and prompt_learning(self.model) is None
         require(fits, ModelError, message + "expected one such as T5, without these")
 
-    def _draw(self, prompts: Sequence[Sequence[int]], n: int, picker: Picker, drawn: Drawn) -> None:
+    def _draw(self, prompts: Sequence[PromptItem], n: int, picker: Picker, drawn: Drawn) -> None:
         self._shared = True
         forced = getattr(self.lm.generation_config, "forced_bos_token_id", None)
-        decode_beside(DecoderSteps(self.model, prompts), start_id(self.lm), forced, n, picker, drawn)
+        decode_beside(DecoderSteps(self.model, [p.ids for p in prompts]), start_id(self.lm), forced, n, picker, drawn)
 
 
 def answering(model: Any, tokenizer: Any) -> HFGenerate:
@@ -556,6 +635,8 @@ class HFContinuous:
         lm: Any = causal_lm(model, SAMPLED)
         what = f"{type(lm).__name__} keeps a recurrent state; continuous batching needs attention only"
         require(not getattr(lm, "_is_stateful", False), ModelError, what)
+        what = f"{type(lm).__name__} has tokens that stand for images, which continuous batching could draw, and it is "
+        require(not placeholders(lm.config), ModelError, what + "given no images; expected the sampler 'hf'")
         self.model, self.lm = model, lm
 
     def sample(self, prompts: Sequence[PromptItem], *, n: int, sampling: SamplingConfig) -> Rollouts:

@@ -20,9 +20,20 @@ from torch import Tensor
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.dataset import Report
-from tokengrain.data.formats import Example, TokenIds, canonical, check_mapping, check_prompt, content, for_template
+from tokengrain.data.formats import (
+    Example,
+    TokenIds,
+    canonical,
+    check_mapping,
+    check_prompt,
+    content,
+    for_template,
+    pictured,
+    stored_row,
+)
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import Clock, Encoder, Renderer
+from tokengrain.data.vision import Memory, PictureReader
 from tokengrain.errors import ModelError, RecipeError, RolloutError, require, shown
 from tokengrain.settings import load_named, validate_settings
 from tokengrain.vision import Vision
@@ -39,12 +50,14 @@ class PromptItem:
         row: its row's id.
         raw: the row it was made from.
         vision: its images and videos.
+        messages: of a prompt with images its messages, for servers that write the tokens themselves.
     """
 
     ids: list[int]
     row: int | str = 0
     raw: Mapping[str, Any] = field(default_factory=dict)
     vision: Vision | None = None
+    messages: Sequence[Mapping[str, Any]] | None = field(default=None, repr=False)
 
     def sample(self, completions: Sequence[Completion]) -> Sample:
         """The prompt, with all that belongs to it, and completions of it."""
@@ -52,7 +65,8 @@ class PromptItem:
 
     def then(self, ids: Sequence[int], row: int | str) -> PromptItem:
         """The prompt with more tokens of text behind it, in a row of its own."""
-        return replace(self, ids=[*self.ids, *ids], row=row, vision=self.vision and self.vision.then(len(ids)))
+        vision = self.vision and self.vision.then(len(ids))
+        return replace(self, ids=[*self.ids, *ids], row=row, vision=vision, messages=None)
 
 
 @dataclass(frozen=True)
@@ -250,7 +264,7 @@ def checked_prompts(prompts: Sequence[PromptItem], n: int) -> tuple[PromptItem, 
 
 def encode_prompts(
     rows: Rows | Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+    processor: Any,
     config: TokenizeConfig | None = None,
     *,
     column: str = "prompt",
@@ -263,6 +277,7 @@ def encode_prompts(
     """Prompts as token ids, of `column`'s text or messages. The other columns stay in `raw`, for rewards.
 
     Args:
+        processor: a tokenizer, or the processor of a model that sees.
         template: text with `{column}` placeholders that makes the prompt; `column` is then its name in messages.
         chat: take a prompt of text as the user's message of a chat.
         file: where the rows come from, for messages; `Rows` know it themselves.
@@ -273,27 +288,38 @@ def encode_prompts(
         ModelError: messages without a chat template.
     """
     config = config or TokenizeConfig()
-    renderer, encoder = Renderer(tokenizer, config, clock), Encoder(tokenizer, config)
+    renderer, encoder = Renderer(processor, config, clock), Encoder(processor, config)
+    pictures, memory = PictureReader(processor, config), Memory()
     items, report = [], Report() if report is None else report
     for number, (place, row) in enumerate(rows if isinstance(rows, Rows) else enumerate(rows)):
+        where = rows.place(place) if isinstance(rows, Rows) else (file, number)
         try:
-            ids = _encoded(row, renderer, encoder, column, template, chat)
+            example = _prompt_of(row, column, template, chat)
+            text = "" if isinstance(example.prompt, TokenIds) else renderer.prompt(example)
+            view = pictures(example, text, where[0])
+            ids = _ids(example, text if view is None else view.expanded(text), encoder)
+            kept = encoder.cut(ids)
+            pictures.check_whole(ids, kept, view, column)
         except RowError as error:
-            located = error.located(*(rows.place(place) if isinstance(rows, Rows) else (file, number)))
+            located = error.located(*where)
             if config.on_invalid == "skip":
                 report.skip(error.reason, str(located))
                 continue
             raise located from None
-        kept = encoder.cut(ids)
         report.kept += 1
         report.prompts_cut += len(kept) < len(ids)
-        items.append(PromptItem(kept, row=row.get("id", number), raw=dict(row)))
+        item = PromptItem(kept, row=row.get("id", number), raw=dict(row))
+        if view is not None:
+            whole = len(kept) == len(ids) and not example.tools and not example.template_kwargs
+            messages = stored_row({"prompt": example.messages}, view.folder)["prompt"] if whole else None
+            item = replace(item, vision=memory.hold(view.vision(kept)), messages=messages or None)
+        items.append(item)
+    pictures.check_used()
     return items
 
 
-def _encoded(
-    row: Mapping[str, Any], renderer: Renderer, encoder: Encoder, column: str, template: str | None, chat: bool
-) -> list[int]:
+def _prompt_of(row: Mapping[str, Any], column: str, template: str | None, chat: bool) -> Example:
+    """A row's prompt, its pictures in their places."""
     check_mapping(row)
     given: Any = row
     if template is not None:
@@ -308,13 +334,18 @@ def _encoded(
     row = canonical(given, chat)
     prompt = content(row, "prompt")
     check_prompt(prompt, column)
-    if isinstance(prompt, TokenIds):
-        return list(prompt)
-    if isinstance(prompt, str):
-        ids = [*encoder.prefix, *encoder([prompt])[0].ids, *encoder.suffix]
-        bos = encoder.prefix[:1]
-        return ids[1:] if bos and ids[1:2] == bos else ids
-    return encoder([renderer.prompt(Example(prompt, **for_template(row)))])[0].ids
+    prompt, found = pictured(row, prompt)
+    return Example(prompt, **for_template(row), pictures=found)
+
+
+def _ids(example: Example, text: str, encoder: Encoder) -> list[int]:
+    if isinstance(example.prompt, TokenIds):
+        return list(example.prompt)
+    if not isinstance(example.prompt, str):
+        return encoder([text])[0].ids
+    ids = [*encoder.prefix, *encoder([text])[0].ids, *encoder.suffix]
+    bos = encoder.prefix[:1]
+    return ids[1:] if bos and ids[1:2] == bos else ids
 
 
 def stop_ids_of(tokenizer: Any, model: Any = None) -> tuple[int, ...]:

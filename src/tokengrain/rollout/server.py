@@ -6,6 +6,7 @@ What a server says is not trusted: neither its size and time, nor where it point
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import httpx
 
 from tokengrain.data.marking import LOGP_ROUNDING
+from tokengrain.data.pictures import content_of
 from tokengrain.errors import RecipeError, RolloutError, require, shown
 from tokengrain.rollout.sampler import (
     PromptItem,
@@ -492,7 +494,9 @@ class OpenAIServer:
         tokens = n * sampling.max_new_tokens
 
         async def one(http: httpx.AsyncClient, request: _Request) -> _Answer:
-            body = self._body(request.prompt, request.seen, n, sampling)
+            body, path = self._body(request.prompt, request.seen, n, sampling), "/v1/completions"
+            if request.prompt.vision is not None:
+                body, path = self._with_images(body, request.prompt), "/v1/chat/completions"
             while True:
                 usable = [at for at in range(len(self.clients)) if at not in self.weights.lost]
                 at = min(usable, key=lambda at: self.busy[at], default=0)
@@ -500,8 +504,8 @@ class OpenAIServer:
                 client = client if last else client.briefer(client.timeout, min(client.retries, 1))
                 self.busy[at] += 1
                 try:
-                    read = partial(self._read, n=n, sampling=sampling)
-                    return at, await client.ask(http, "/v1/completions", body, read, tokens)
+                    read = partial(self._read, n=n, sampling=sampling, prompt=request.prompt)
+                    return at, await client.ask(http, path, body, read, tokens)
                 except ServerError as error:
                     if error.status == 404 and self.adapter is not None:  # started anew, without our adapter
                         return at, None
@@ -593,8 +597,24 @@ class OpenAIServer:
             body |= {"stop_token_ids": list(sampling.stop_ids), "ignore_eos": True}
         return body | self.extra
 
-    def _read(self, answer: Any, n: int, sampling: SamplingConfig) -> tuple[SampledCompletion, ...]:
+    def _with_images(self, body: dict[str, Any], prompt: PromptItem) -> dict[str, Any]:
+        """The request as a chat, whose images are parts of its messages: a server takes none beside token ids.
+
+        The server writes the prompt's tokens itself; `_read` compares them. Raises `RolloutError` where it cannot.
+        """
+        what = f"row {prompt.row}: the prompt has images, "
+        require(self.flavour == "vllm", RolloutError, f"{what}which are sent to vLLM only; expected the sampler 'hf'")
+        fits = "expected whole messages without tools, with images in them, or the sampler 'hf'"
+        require(prompt.messages, RolloutError, f"{what}and a server writes no such prompt as it is; {fits}")
+        changed = {"messages": [_for_server(m, prompt.row) for m in prompt.messages or ()], "logprobs": True}
+        held = {f"{i}": -100 for i in _placeholders(prompt)}
+        kept = {name: value for name, value in body.items() if name != "prompt"}
+        return {**kept, **changed, "top_logprobs": 0, "logit_bias": held}
+
+    def _read(self, answer: Any, n: int, sampling: SamplingConfig, prompt: PromptItem) -> tuple[SampledCompletion, ...]:
         """The completions in an answer. Raises `ValueError` where it is not what was asked for."""
+        if prompt.vision is not None and isinstance(answer, dict):
+            _check_prompt(answer.get("prompt_token_ids"), prompt)
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != n or not all(isinstance(c, dict) for c in choices):
             raise ValueError(f"the answer has no list of {n} choices")
@@ -604,6 +624,8 @@ class OpenAIServer:
         drawn = self.logps == "processed" or (self.logps == "tempered" and not sampling.truncates) or sampling.is_model
         for place, choice in enumerate(choices):
             ids, logps, finish = self._choice(choice, sampling.max_new_tokens)
+            if (held := _placeholders(prompt).intersection(ids)) and prompt.vision is not None:
+                raise ValueError(f"the answer's completion has token {min(held)}, which stands for an image")
             index = choice.get("index", place)
             found[index if _whole(index, n) else None] = SampledCompletion(
                 ids, logps if drawn else None, logps if raw else None, finish
@@ -618,6 +640,8 @@ class OpenAIServer:
         if not isinstance(logprobs, dict):
             raise ValueError(f"the answer's logprobs are {shown(logprobs)}; expected an object")
         logps: Any = logprobs.get("token_logprobs")
+        if isinstance(said := logprobs.get("content"), list):  # of a chat
+            logps = [part.get("logprob") if isinstance(part, dict) else None for part in said]
         ids = _ids_from_names(logprobs.get("tokens")) if ids is None else ids
         count = len(logps) if isinstance(logps, list) else "no"
         if not isinstance(ids, list) or not ids or not all(_whole(i, self.vocabulary) for i in ids):
@@ -711,6 +735,35 @@ class OpenAIServer:
         except ServerError as error:
             if error.status not in UNKNOWN:
                 raise
+
+
+def _placeholders(prompt: PromptItem) -> set[int]:
+    """The tokens of a prompt that stand for its images."""
+    types = None if prompt.vision is None else prompt.vision.types
+    return set() if types is None else {i for i, kind in zip(prompt.ids, types.tolist(), strict=True) if kind}
+
+
+def _for_server(message: Mapping[str, Any], row: int | str) -> dict[str, Any]:
+    """A message in OpenAI's form, images as data URLs."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    parts = []
+    for part in content:
+        require(part["type"] != "video", RolloutError, f"row {row}: videos are sent to no server; expected 'hf'")
+        if part["type"] == "image":
+            url = "data:image;base64," + base64.b64encode(content_of(part["image"], None)[0]).decode()
+            part = {"type": "image_url", "image_url": {"url": url}}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _check_prompt(ids: Any, prompt: PromptItem) -> None:
+    """Raises `ValueError` unless the server has read the prompt's tokens as they are trained on."""
+    if ids != prompt.ids:
+        count = f"{len(ids)} tokens" if isinstance(ids, list) else shown(ids)
+        expected = "the same chat template and sizes of images"
+        raise ValueError(f"the server read another prompt ({count}, ours has {len(prompt.ids)}); expected {expected}")
 
 
 def _whole(value: Any, below: int) -> bool:

@@ -17,10 +17,11 @@ from rich.console import Console
 from tokengrain import models
 from tokengrain.batch import PromptRole
 from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.encode import picture_files
 from tokengrain.data.rows import Rows, load_rows, split_rows, with_columns
 from tokengrain.data.series import plotted
-from tokengrain.data.tokens import template_text, tokenizer_fingerprint
-from tokengrain.errors import ModelError, RecipeError, fingerprint, require
+from tokengrain.data.tokens import template_text, text_tokenizer, tokenizer_fingerprint
+from tokengrain.errors import ModelError, RecipeError, file_fingerprint, fingerprint, require
 from tokengrain.method import CREDIT, ROLLOUT_CREDIT, CreditKind
 from tokengrain.recipe.schema import Recipe
 from tokengrain.rewards.reward_model import load_completion_model
@@ -71,11 +72,15 @@ def _source(source: Any, split: str | None, data: DataSpec, part: str, prompts: 
 def data_fingerprint(data: DataSpec) -> str:
     """Identifies the content of the sources (not their names)."""
     sources = [(data.train, data.split, "train"), (data.eval, data.eval_split, "eval")]
-    contents = [
-        load_world(source).fingerprint if is_world(source) else _source(source, split, data, part).fingerprint
-        for source, split, part in sources
-        if source is not None
-    ]
+    contents: list[Any] = []
+    for source, split, part in sources:
+        if is_world(source):
+            contents.append(load_world(source).fingerprint)
+        elif source is not None:
+            rows = _source(source, split, data, part)
+            contents.append(rows.fingerprint)
+            if files := picture_files(rows, TokenizeConfig(image=data.tokenize.get("image"))):
+                contents.append(file_fingerprint(*files))
     return fingerprint(contents)
 
 
@@ -159,14 +164,18 @@ class RunModels:
 
         A reward model that reads text for itself needs its own template.
         """
+        return text_tokenizer(self.reader(spec, own_template=own_template))
+
+    def reader(self, spec: ModelSpec, *, own_template: bool = False) -> Any:
+        """What reads rows for a model: its processor if it sees, else its tokenizer; the template as above."""
         path = self.path(spec)
         key = f"{path} {own_template}"
         if key not in self._tokenizers:
-            tokenizer = models.load_tokenizer(spec, path)
+            reader = models.load_reader(spec, path)
             template = template_text(self.recipe.data.tokenize.get("chat_template"))
             if template is not None and not own_template:  # so that it is saved with the trained model
-                tokenizer.chat_template = template
-            self._tokenizers[key] = tokenizer
+                reader.chat_template = text_tokenizer(reader).chat_template = template
+            self._tokenizers[key] = reader
         return self._tokenizers[key]
 
     def datasets(self, stage: Any, like: ModelSpec | None = None) -> tuple[Any, Any]:
@@ -175,14 +184,14 @@ class RunModels:
         `like` lends its tokenizer and positions while the stage's own model does not exist yet.
         """
         model = like or stage.model
-        tokenizer = self.tokenizer(model)
+        reader = self.reader(model)
         config = models.load_config(model, self.path(model))
         positions = positions_of(config, length_by_hand(self.recipe, stage.data))
         role: PromptRole = "encoder" if getattr(config, "is_encoder_decoder", False) else "prefix"
         form = [positions, stage.row_form, role]
-        key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(tokenizer), *form])
+        key = fingerprint([stage.data.model_dump(), tokenizer_fingerprint(reader), *form])
         if key not in self._datasets:
-            prepare = partial(stage.prepare, tokenizer=tokenizer, positions=positions, role=role)
+            prepare = partial(stage.prepare, tokenizer=reader, positions=positions, role=role)
             made = [prepare(rows) if rows is not None else None for rows in stage.rows()]
             for dated in made if self.time is not None else ():
                 if dated is not None:

@@ -308,11 +308,11 @@ def file_marks(
 
     The numbers must belong to the model of `stage`; `like` exists already and has its tokenizer.
     """
-    tokenizer, config = run.tokenizer(like), tokenize_config(stage.data)
+    reader, config = run.reader(like), tokenize_config(stage.data)
     marks = {
         "model": settings["model"]["content"],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "chat_template": fingerprint([config.chat_template or tokenizer.chat_template]),
+        "tokenizer": tokenizer_fingerprint(reader),
+        "chat_template": fingerprint([config.chat_template or reader.chat_template]),
         "tokenize": fingerprint(stage.data.tokenize),
         "data": data_fingerprint(rows),
     }
@@ -401,9 +401,9 @@ class Annotate(Stage):
         """The annotated data sets, checked to belong to the stage that uses them."""
         marks = file_marks(run, user, settings, self.data, user.model)
         files = annotated_files(run.run_dir / self.name)
-        tokenizer = run.tokenizer(user.model)
+        given = run.reader(user.model), marks, tokenize_config(user.data)
         require(files[0].exists(), RecipeError, f"stage {self.name!r} has written no {files[0].name}")
-        train, held_out = (load_annotated(f, tokenizer, marks) if f.exists() else None for f in files)
+        train, held_out = (load_annotated(f, *given) if f.exists() else None for f in files)
         return train, held_out
 
     def run(self, run: RunModels, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -280,7 +280,7 @@ class Trained(Stage):
             args,
             train_dataset=train,
             eval_dataset=held_out,
-            processing_class=run.tokenizer(self.model),
+            processing_class=run.reader(self.model),
             peft_config=peft_config,
             **self.parts(run, model, weights, None if eval_data is None else held_out),
             teacher=teacher,

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.tokens import text_tokenizer
 from tokengrain.errors import DataError, RecipeError, RolloutError, RunError, require
 from tokengrain.method import (
     FROZEN,
@@ -183,10 +184,11 @@ class OnlineTrainer(PreferenceTrainer):
         check_credits(bound, self.rollout_credits, args, critic)
         self._needs = frozenset(bound.needs).union(*(c.needs for c in self.rollout_credits))
         self._described_credits = [described(c) for c in self.rollout_credits]
-        self._tokenizer, self._tokenize, self.critic = processing_class, tokenize, critic
+        self._reader, self._tokenize, self.critic = processing_class, tokenize, critic
+        tokenizer = processing_class and text_tokenizer(processing_class)
         self._max_new_tokens, self._temperature = args.max_new_tokens, args.logps_temperature
         self._task = args.task_column
-        self.rewards = resolve_rewards(rewards, processing_class)
+        self.rewards = resolve_rewards(rewards, tokenizer)
         self.groups = Groups()
         self._check_rewards(bound, args)
         check_sharding(args, sampler)
@@ -204,7 +206,7 @@ class OnlineTrainer(PreferenceTrainer):
         kwargs |= {"processing_class": processing_class, "eval_dataset": eval_dataset}
         super().__init__(model, args, objective=bound, train_dataset=prompts, **kwargs)
         self.judge.temperature = args.logps_temperature
-        self.sampler: Sampler = make_sampler(sampler, self.model, processing_class)
+        self.sampler: Sampler = make_sampler(sampler, self.model, tokenizer)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.ranks.together(lambda: check_reachable(self.sampler))
         self._check_room()
@@ -217,7 +219,7 @@ class OnlineTrainer(PreferenceTrainer):
             *models, max_tokens=most, mixed_precision=autocast, options=options, passes=self._passes
         )
         path, shown = self.output_path / ROLLOUT_FILE, args.rollout_samples if self.is_world_process_zero() else 0
-        self.record = RolloutRecord(path, processing_class, count=shown, every=args.rollout_samples_every)
+        self.record = RolloutRecord(path, tokenizer, count=shown, every=args.rollout_samples_every)
         self.rollouts = 0
         self.buffer: RolloutBuffer | None = None
         self._minibatch: HostBatch | None = None
@@ -255,7 +257,7 @@ class OnlineTrainer(PreferenceTrainer):
         return ColumnReference() if takes and "ref_logps" in self._needs else None
 
     def _prompts(self, data: Any, name: str) -> PromptDataset:
-        return PromptDataset.of(data if data is not None else [], self._tokenizer, name=name, config=self._tokenize)
+        return PromptDataset.of(data if data is not None else [], self._reader, name=name, config=self._tokenize)
 
     def _check_data(self, credit: CreditUse | None) -> None:
         for dataset in self._datasets.values():

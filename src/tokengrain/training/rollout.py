@@ -131,20 +131,20 @@ class PromptDataset(Sequence[PromptItem]):
 
     @classmethod
     def of(
-        cls, data: Any, tokenizer: Any, config: TokenizeConfig | None = None, *, name: str = "train"
+        cls, data: Any, processor: Any, config: TokenizeConfig | None = None, *, name: str = "train"
     ) -> PromptDataset:
         """Prompts of a `PromptDataset`, of `PromptItem`s, or of rows or their file (see `encode_prompts`)."""
         if isinstance(data, PromptDataset):
             return data
         if isinstance(data, (str, PathLike, Rows)):
             read = load_rows(data)
-            return cls.from_rows(read, tokenizer, config, name=read.name)
+            return cls.from_rows(read, processor, config, name=read.name)
         name, rows = getattr(data, "name", name), list(data)
         if not rows or isinstance(rows[0], PromptItem):
             return cls(rows, name=name)
         what = "rows of text need a tokenizer (processing_class) to become prompts; or pass PromptItems"
-        require(tokenizer is not None, RecipeError, what)
-        return cls.from_rows(rows, tokenizer, config, name=name, file=name)
+        require(processor is not None, RecipeError, what)
+        return cls.from_rows(rows, processor, config, name=name, file=name)
 
     def __len__(self) -> int:
         return len(self.items)

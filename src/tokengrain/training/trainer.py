@@ -42,6 +42,7 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import Rows
+from tokengrain.data.tokens import text_tokenizer
 from tokengrain.errors import (
     DataError,
     ModelError,
@@ -54,7 +55,7 @@ from tokengrain.errors import (
 )
 from tokengrain.loss import make_normaliser
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, check_together
-from tokengrain.models import check_sizes, import_peft, load_model, load_tokenizer, trained
+from tokengrain.models import check_sizes, import_peft, load_model, load_reader, trained
 from tokengrain.scoring.encdec import vocabularies
 from tokengrain.scoring.model import evaluating, is_encoder_decoder, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
@@ -160,7 +161,7 @@ class PreferenceTrainer(Trainer):
             `TokenBatch -> Teacher`.
         train_dataset, eval_dataset: rows: a name, a list of mappings, a `datasets.Dataset`, whatever `load_rows` takes;
             or map-style or iterable data sets of `Sample`s, as `prepare_pairs` makes them, or lists of them.
-        processing_class: the tokenizer, saved with the model.
+        processing_class: the tokenizer, or the processor of a model that sees; saved with the model.
         tokenize: how rows become tokens.
         peft_config: wrap the model in a new adapter.
         kwargs: passed on to `transformers.Trainer`: callbacks, optimizers, optimizer_cls_and_kwargs.
@@ -211,7 +212,7 @@ class PreferenceTrainer(Trainer):
         lift_positions(unwrapped(model), longest)
         self._limits = Limits(model)
         self._check_data(use)
-        self._limits.check_tokenizer(processing_class)
+        self._limits.check_tokenizer(processing_class and text_tokenizer(processing_class))
         policy: Any = prepared_policy(model, args, peft_config)
         given, reference = reference, self._resolve_reference(reference, policy)
         for role, source in (("reference", reference), ("guide", use and use.source), ("teacher", teacher)):
@@ -788,7 +789,7 @@ def loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if not isinstance(model, (str, os.PathLike)):
         return model, tokenizer
     spec = ModelSpec(path=str(model))
-    tokenizer = load_tokenizer(spec, str(model)) if tokenizer is None else tokenizer
+    tokenizer = load_reader(spec, str(model)) if tokenizer is None else tokenizer
     return load_model(spec, str(model), train_adapter=True), tokenizer
 
 
