@@ -449,6 +449,9 @@ def test_a_stages_data_is_named_with_its_stage(tmp_path: Path) -> None:
 
 
 def test_settings_of_critic_and_world_reward_are_checked(tmp_path: Path) -> None:
+    assert "stages.train.critic: critic: lr = -1: Input should be greater than 0" in error_of(
+        tmp_path, "stages.train.critic={lr: -1}", values=ONLINE
+    )
     assert "stages.train.critic: critic: unknown setting 'lrr'; did you mean 'lr'?" in error_of(
         tmp_path, "stages.train.critic={lrr: 1}", values=ONLINE
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -113,7 +113,8 @@ def annotate(
     parts = {"tokens": dataset.fingerprint, "shard_rows": shard_rows, "max_tokens": budget}
     job = Job(dataset, quantities, Path(output), fingerprint({**content, **parts}), shard_rows, budget, place)
     manifest = {**content, "roles": list(job.roles), "rows": len(dataset), "key": job.key}
-    if _already_done(job, manifest, overwrite):
+    originals = partial(_originals, dataset, rows, tokenize_config)
+    if _already_done(job, manifest, originals, overwrite):
         if rank == 0:  # a run killed right after the merge left these
             write_manifest(job.output, read_manifest(job.output))
             shutil.rmtree(job.folder, ignore_errors=True)
@@ -122,9 +123,8 @@ def annotate(
         compute_shards(job, rank, size, progress)
     with agreement(size):
         if rank == 0:
-            originals = _originals(dataset, rows, tokenize_config)
             with keeping_shards(job):
-                write_manifest(job.output, merge(job, originals, manifest))
+                write_manifest(job.output, merge(job, own_columns(originals(), manifest), manifest))
             shutil.rmtree(job.folder)
     return job.output
 
@@ -156,14 +156,17 @@ def _quantities(
     return quantities | {name: make_credit("column", column=name) for name in dataset.columns if name not in quantities}
 
 
-def _already_done(job: Job, manifest: Mapping[str, Any], overwrite: bool) -> bool:
+def _already_done(
+    job: Job, manifest: Mapping[str, Any], originals: Callable[[], Sequence[Mapping[str, Any]]], overwrite: bool
+) -> bool:
     """Whether the output is there and the one wanted; an output made with something else is an error."""
     if not job.output.exists():
         return False
     stored: dict[str, Any] = {}
     with suppress(RunError):
         stored = read_manifest(job.output)
-    if {k: v for k, v in stored.items() if k != DIGEST} == manifest:
+    same = {k: v for k, v in stored.items() if k != DIGEST} == manifest
+    if same and stored.get(DIGEST) == digest(own_columns(originals(), manifest)):
         return True
     found = differences(stored.get("fingerprints", {}), manifest["fingerprints"])
     why = f"was made with {'; with '.join(found)}" if found else "has other rows, columns or settings"
@@ -287,6 +290,13 @@ def computed_columns(manifest: Mapping[str, Any]) -> set[str]:
     return ids | {column_name(r, n) for r in roles for n in manifest["columns"]}
 
 
+def own_columns(rows: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> dict[str, pa.Array]:
+    """The columns that the rows have of their own."""
+    computed = computed_columns(manifest)
+    names = dict.fromkeys(name for row in rows for name in row if name not in computed)
+    return {name: _array([row.get(name) for row in rows]) for name in names}
+
+
 def digest(columns: Mapping[str, Any]) -> str:
     """Identifies the rows' own columns: an edited row does not have the tokens that its numbers belong to."""
     return fingerprint({name: column.to_pylist() for name, column in columns.items()})
@@ -334,14 +344,12 @@ def shard_matches(path: Path, key: str) -> bool:
     return _metadata(path).get(METADATA) == key.encode()
 
 
-def merge(job: Job, rows: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def merge(job: Job, originals: Mapping[str, pa.Array], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Put rows and shards together, one row group per shard; gives the manifest with a digest of the rows' columns."""
     output, shards = job.output, [job.path(i) for i in range(job.n_shards)]
     for left in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         left.unlink()  # of a run that was killed while merging
     computed = pq.read_schema(shards[0]).remove_metadata()
-    names = dict.fromkeys(name for row in rows for name in row if name not in computed.names)
-    originals = {name: _array([row.get(name) for row in rows]) for name in names}
     fields = [pa.field(name, column.type) for name, column in originals.items()]
     manifest = {**manifest, DIGEST: digest(originals)}
     metadata = {METADATA: json.dumps(manifest, sort_keys=True).encode()}

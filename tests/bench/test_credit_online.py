@@ -215,6 +215,8 @@ def test_what_cannot_be_judged_is_refused_or_left_out_with_its_reason(world: Any
         chosen_sources(["r3"], world)
     with pytest.raises(RecipeError, match=r"'thr' cannot be judged in world 'stories': it needs groups"):
         bench_credit("world://stories?size=one-sentence", sources=["thr"], console=Console(quiet=True))
+    with pytest.raises(RecipeError, match="'guide' cannot be judged in world 'library': it trains a causal language"):
+        chosen_sources(["guide"], load_world("world://library"))
     with pytest.raises(RecipeError, match="did you mean 'thr'"):
         chosen_sources(["thrr"], world)
     with pytest.raises(RecipeError, match="generations must be at least 2"):

@@ -121,6 +121,18 @@ def test_finished_file_is_used_again(finished: Path) -> None:
     assert finished.stat().st_mtime_ns == before
 
 
+def test_rows_with_another_column_are_not_taken_for_those_of_the_file(tmp_path: Path) -> None:
+    """The tokens are the same, the rows are not."""
+
+    def made(note: str) -> Path:
+        rows, sources = [{**row, "note": note} for row in make_rows()[:4]], {"token_rewards": make_credit("random")}
+        return annotate(rows, make_tokenizer(), None, sources, output=tmp_path / "a.parquet", progress=False)
+
+    assert made("old") == made("old")
+    with pytest.raises(RunError, match="is there already and has other rows, columns or settings"):
+        made("new")
+
+
 def test_output_made_with_another_model_is_not_overwritten(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "train.parquet"
     output.write_bytes(finished.read_bytes())

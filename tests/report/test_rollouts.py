@@ -295,6 +295,13 @@ def test_report_of_bare_lines_and_of_unscored_completions(tmp_path: Path) -> Non
     assert re.sub(r"<[^>]+>", "", part).count("5 9") == 1
 
 
+def test_a_number_beyond_floats_is_damage(tmp_path: Path) -> None:
+    file = tmp_path / "rollouts.jsonl"
+    file.write_text('{"rollout": 0, "step": 0, "ids": [1], "reward": 1' + "0" * 400 + "}\n")
+    with pytest.raises(RunError, match=r"rollouts\.jsonl cannot be shown, .*OverflowError"):
+        inspect_rows(file)
+
+
 def test_recorded_text_cannot_become_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     entry = line(0, 0, 1, tokens=[evil], prompt=evil, row=evil, rewards={evil: 1.0, "<b>": 0.0})

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tokengrain.errors import DataError
+from tokengrain.errors import DataError, RecipeError
 from tokengrain.retrieval.metrics import mean_metrics, ranking_metrics
+from tokengrain.worlds import load_world
 
 NAMES = ("MRR@3", "MRR", "R@2", "R@5", "P@3", "Hit@1", "Hit@3", "NDCG@4", "MAP@4", "MAP")
 
@@ -77,3 +78,11 @@ def test_no_relevant_document_and_no_ranking() -> None:
 def test_an_unknown_metric(name: str) -> None:
     with pytest.raises(DataError, match="there is no metric"):
         ranking_metrics([["a"]], [{"a"}], (name,))
+
+
+def test_the_library_refuses_what_would_have_no_effect() -> None:
+    world = load_world("world://library")
+    with pytest.raises(RecipeError, match="slope must be None, got 2"):
+        world.pairs(slope=2.0)
+    with pytest.raises(RecipeError, match="the ranking is exact, nothing is sampled; got 8 samples"):
+        world.evaluate(None, n=8)

@@ -158,6 +158,8 @@ class BenchSource:
         """Why it cannot be asked this; "" if it can."""
         if question.name not in self.questions:
             return f"it needs {' or '.join(NEEDED[name] for name in self.questions)}"
+        if self.trains and getattr(world, "encoder_decoder", False):
+            return f"it trains a causal language model, and the one of {world.name!r} is an encoder-decoder"
         if self.reads and not hasattr(world, self.reads):
             return f"it reads the world's {self.reads!r}, and {world.name!r} has none"
         return ""

@@ -181,16 +181,6 @@ _EXPECTED = {
     "none_required": _WORDS[type(None)],
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), _WORDS[dict]),
 }
-_KINDS: dict[str, type[pydantic.BaseModel]] = {
-    "sft": schema.SftStage,
-    "train": schema.TrainStage,
-    "reward": schema.RewardStage,
-    "online": schema.OnlineStage,
-    "annotate": schema.AnnotateStage,
-    "index": schema.IndexStage,
-    "negatives": schema.NegativesStage,
-    "retrieve": schema.RetrieveStage,
-}
 _BLOCKS: dict[str, type[pydantic.BaseModel]] = {
     "model": specs.ModelSpec,
     "data": specs.DataSpec,
@@ -218,7 +208,7 @@ def explain(
 
 def _dotted(loc: tuple[Any, ...]) -> str:
     """pydantic's location as the user wrote it: without the tags of unions."""
-    if len(loc) > 2 and loc[0] == "stages" and loc[2] in _KINDS:
+    if len(loc) > 2 and loc[0] == "stages" and loc[2] in schema.KINDS:
         loc = loc[:2] + loc[3:]
     tags = ("TokenizerSpec", "str", "[key]")
     return ".".join(t for t in map(str, loc) if t not in tags and not t.startswith(("list[", "dict[", "const")))
@@ -230,8 +220,8 @@ def _class_at(loc: tuple[Any, ...]) -> type[pydantic.BaseModel]:
     for part in reversed(above):
         if part in _BLOCKS:
             return _BLOCKS[part]
-        if len(above) > 2 and part == above[2] and above[0] == "stages" and part in _KINDS:
-            return _KINDS[part]
+        if len(above) > 2 and part == above[2] and above[0] == "stages" and part in schema.KINDS:
+            return schema.KINDS[part]
     return schema.Recipe
 
 
@@ -245,9 +235,9 @@ def _message(item: Any, path: str) -> str:
         case "missing":
             return f"{path}: missing; {field.description if field else ''}"
         case "union_tag_not_found":
-            return f"{path}.kind: missing; expected one of {', '.join(_KINDS)}"
+            return f"{path}.kind: missing; expected one of {', '.join(schema.KINDS)}"
         case "union_tag_invalid":
-            return _wrong(f"{path}.kind", item["ctx"]["tag"], f"one of {', '.join(_KINDS)}", _KINDS)
+            return _wrong(f"{path}.kind", item["ctx"]["tag"], f"one of {', '.join(schema.KINDS)}", schema.KINDS)
         case "value_error":
             return f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
         case "string_pattern_mismatch" if path.startswith("stages"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -189,6 +189,9 @@ Stage = Annotated[
     SftStage | TrainStage | RewardStage | OnlineStage | AnnotateStage | IndexStage | NegativesStage | RetrieveStage,
     Field(discriminator="kind"),
 ]
+KINDS: dict[str, type[StageSettings]] = {
+    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(Stage)[0])
+}
 
 
 class Recipe(Strict):

@@ -65,11 +65,11 @@ def inspect_rows(
     """
     console, field = console or Screen(), SPANS if spans is not None else field
     recorded = rollout_file(Path(source)) if field != SPANS else None
-    if recorded is not None:
-        _print_rollouts(console, recorded, rows, count, field or "advantages")
-        return
-    field = field or CREDIT
     with foreign(f"{source} cannot be shown, its files are not as tokengrain writes them: "):
+        if recorded is not None:
+            _print_rollouts(console, recorded, rows, count, field or "advantages")
+            return
+        field = field or CREDIT
         samples = read_token_rows(source, rows=rows, count=count, field=field, tokenizer=tokenizer, spans=spans)
     if field == SPANS:
         _print_spans(console, samples)

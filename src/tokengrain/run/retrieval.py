@@ -108,7 +108,6 @@ class Index(DocidStage):
     """Makes docids, the model's tokens for them, and rows that teach it where documents are."""
 
     kind = "index"
-    settings = schema.IndexStage
     makes = "a language model that knows docids, and rows of them"
 
     def check(self, found: Mistakes) -> None:
@@ -314,7 +313,6 @@ class Negatives(DocidStage):
     """Pairs every query's relevant documents with others."""
 
     kind = "negatives"
-    settings = schema.NegativesStage
     makes = "pairs of docids, not a model"
 
     def check(self, found: Mistakes) -> None:
@@ -382,7 +380,6 @@ class Retrieve(DocidStage):
     """Searches for the held-out queries with a model, and perhaps with another before it."""
 
     kind = "retrieve"
-    settings = schema.RetrieveStage
     makes = "rankings, not a model"
 
     @property

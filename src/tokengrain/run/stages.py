@@ -32,7 +32,6 @@ from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import template_text, tokenizer_fingerprint
 from tokengrain.errors import ModelError, RecipeError, fingerprint, read_json, require, write_json
 from tokengrain.method import CREDIT
-from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_data, check_reference
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.report.rows import FILE, collect_credit_samples
@@ -84,7 +83,6 @@ class Stage(ABC):
     above: Mapping[str, Stage] = field(default_factory=dict, repr=False)
 
     kind: ClassVar[str]
-    settings: ClassVar[type[schema.StageSettings] | None] = None
     makes: ClassVar[str] = "a language model"
 
     training: ClassVar[Any] = {}
@@ -361,7 +359,6 @@ class Annotate(Stage):
     """Runs a credit source over the rows and stores one number per token."""
 
     kind = "annotate"
-    settings = schema.AnnotateStage
     makes = "token rewards, not a model"
 
     @property

@@ -114,7 +114,6 @@ CHOOSING = frozenset(_CHOOSING.split())
 class Trained(Stage):
     """Trains a model and saves it."""
 
-    settings: ClassVar[type[schema.StageSettings] | None] = schema.TrainedSettings
     config: ClassVar[type[PreferenceConfig]] = PreferenceConfig
     trainer: ClassVar[type[PreferenceTrainer]] = PreferenceTrainer
 
@@ -446,7 +445,6 @@ class Sft(Trained):
     """Supervised fine-tuning on the chosen completions (or on `prompt` and `completion`)."""
 
     kind = "sft"
-    settings = schema.SftStage
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -458,7 +456,6 @@ class Reward(Trained):
 
     kind = "reward"
     needs_causal = "whose decoder has read prompt and completion where it scores a token"
-    settings = schema.RewardStage
     makes = "a reward model, for a reward or credit {name: reward_model}"
     _starts = (*LANGUAGE, "reward")
     lora_config = staticmethod(models.reward_lora_config)
@@ -562,7 +559,6 @@ class Train(Policy):
     """Trains on preference pairs."""
 
     kind = "train"
-    settings = schema.TrainStage
 
     @property
     def asks(self) -> dict[str, Asked]:
@@ -711,7 +707,6 @@ class Online(Policy):
 
     kind = "online"
     needs_causal = "since samplers continue the prompt's own tokens"
-    settings = schema.OnlineStage
     config = OnlineConfig
     trainer = OnlineTrainer
     credit = property(lambda self: None)  # the steps of its `credit:` are no source of credit for rows

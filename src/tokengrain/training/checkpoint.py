@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from tokengrain.errors import (
     require,
     write_text,
 )
+from tokengrain.runs import CHECKPOINT
 from tokengrain.vision import seen
 
 STAGING = ".saving"
@@ -42,15 +42,13 @@ LOG_FILE = "log.jsonl"
 RUN_SUMMARY = "train_runtime"
 """Key of the entry that transformers logs when training has ended."""
 
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Complete checkpoints in `output_dir`, oldest first."""
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _CHECKPOINT.match(p.name)) and p.is_dir()]
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
     # The state file is the last one written; a folder without it was made by something else.
     return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from tokengrain.scoring.prepare import causal_lm, prepare
 from tokengrain.scoring.reference import disable_dropout, is_peft
 from tokengrain.scoring.score import in_parts, score
 from tokengrain.scoring.token_scores import completion_statistics_of, statistics_of
+from tokengrain.settings import Count, NonNegative, Positive, Share, Whole, keyword_types, validate_settings
 from tokengrain.training.step import HostBatch, all_reduce, plan_step, several_ranks, wide
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
@@ -82,27 +83,22 @@ class Critic:
         self,
         source: nn.Module,
         *,
-        lr: float = 9e-6,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = 1.0,
-        clip_range: float | None = 0.2,
-        weight: float = 0.5,
+        lr: Positive = 9e-6,
+        betas: tuple[Share, Share] = (0.9, 0.95),
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 0.0,
+        max_grad_norm: Positive | None = 1.0,
+        clip_range: Positive | None = 0.2,
+        weight: NonNegative = 0.5,
         reduction: Literal["mean", "sum"] = "mean",
         schedule: Schedule = "constant",
-        warmup_steps: int = 0,
+        warmup_steps: Whole = 0,
         fresh_head: bool = False,
         use_statistics: bool = True,
-        max_tokens_per_microbatch: int | None = None,
+        max_tokens_per_microbatch: Count | None = None,
     ) -> None:
-        for name, value in (("lr", lr), ("clip_range", clip_range), ("max_grad_norm", max_grad_norm)):
-            usable = value is None or value > 0
-            require(usable, RecipeError, f"critic: {name} is {value}; expected a number above 0")
-        what = f"critic: reduction is {reduction!r}; expected 'mean' or 'sum'"
-        require(reduction in ("mean", "sum"), RecipeError, what)
-        what = f"critic: schedule is {schedule!r}; expected one of {', '.join(get_args(Schedule))}"
-        require(schedule in get_args(Schedule), RecipeError, what)
+        given = locals()
+        validate_settings("critic", Critic, {name: given[name] for name in keyword_types(Critic)})
         what = "critic: fresh_head is for a whole model; give an adapter with a head of its own"
         require(not fresh_head or not is_peft(source), RecipeError, what)
         self._loss: dict[str, Any] = {"clip_range": clip_range, "weight": weight, "reduction": reduction}

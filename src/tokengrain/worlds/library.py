@@ -64,6 +64,7 @@ class LibraryWorld:
     """Documents, queries, clicks, and what is best. The base model knows nothing yet: its weights are random."""
 
     name = "library"
+    encoder_decoder = True
 
     def __init__(self, options: LibraryOptions | None = None) -> None:
         self.options = options or LibraryOptions()
@@ -121,7 +122,11 @@ class LibraryWorld:
     def pairs(
         self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
     ) -> list[dict[str, Any]]:
-        """Preference rows as text: the relevant document's codes, and those of another one of its cluster."""
+        """Preference rows as text: the relevant document's codes, and those of another one of its cluster.
+
+        `slope` must be None: the noise is that of clicks.
+        """
+        require(slope is None, RecipeError, f"world library: pairs are right; slope must be None, got {slope}")
         seed = self.options.seed if seed is None else seed
         rows, draw = self.prompts(split), random.Random(f"library pairs {split} {seed}")
         found = []
@@ -224,11 +229,12 @@ class LibraryWorld:
     def evaluate(
         self, model: Any, n: int | None = None, seed: int = 0, *, progress: Callable[[int, int], None] | None = None
     ) -> dict[str, float | None]:
-        """The exact ranking of all documents for the held-out queries, beside the best one.
+        """The exact ranking of all documents for the held-out queries, beside the best one; `n` must be None.
 
         Returns:
             `mrr` and `hit` (at 10) with those of the best ranking, and `mass`, the probability of docids.
         """
+        require(n is None, RecipeError, f"world library: the ranking is exact, nothing is sampled; got {n} samples")
         rows = self.prompts("eval")
         ids = prompt_ids(self.tokenizer, [row["query"] for row in rows], None)
         found = search(model, ids, self.trie, beams=len(self.docids))

@@ -206,9 +206,9 @@ def test_refusals(tmp_path):
     assert all(torch.equal(v, before[n]) for n, v in critic.model.state_dict().items())
     with pytest.raises(RecipeError, match="needs the number of optimiser steps"):
         Critic(reward_model(), schedule="cosine").begin()
-    with pytest.raises(RecipeError, match=r"schedule is 'poly'; expected one of constant, linear, cosine, cosine_with"):
+    with pytest.raises(RecipeError, match=r"schedule = 'poly': Input should be 'constant', 'linear', 'cosine'"):
         Critic(reward_model(), schedule="poly")
-    with pytest.raises(RecipeError, match="lr is 0"):
+    with pytest.raises(RecipeError, match="lr = 0: Input should be greater than 0"):
         Critic(reward_model(), lr=0)
     with pytest.raises(RunError, match="holds no critic"):
         critic.load(tmp_path)
