@@ -31,7 +31,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from benchmarks.preference_step import _bounds
 from benchmarks.steps import BETA, optimiser_of
-from benchmarks.timing import ResidentSampler, Timing, machine, ratio
+from benchmarks.timing import ResidentSampler, Timing, alternating, machine, ratio
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import write_json
 from tokengrain.method import make_objective
@@ -154,24 +154,6 @@ class Plain(Step):
 STEPS = {"ours": Ours, "plain": Plain}
 
 
-CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
-
-
-def alternating(setting: Setting, repeats: int) -> dict[str, list[Timing]]:
-    """Timings of ours and of the plain step by clock, after a first step of each."""
-    steps = [step(setting) for step in STEPS.values()]
-    found = {clock: [Timing(step.name, [], float("nan")) for step in steps] for clock in CLOCKS}
-    for round_ in range(repeats + 1):
-        for place, step in enumerate(steps):
-            before = {clock: read() for clock, read in CLOCKS.items()}
-            loss = step.step()
-            for clock, read in CLOCKS.items():
-                timing = found[clock][place]
-                timing.second_loss = loss if round_ == 1 else timing.second_loss
-                timing.seconds += [read() - before[clock]] if round_ else []
-    return found
-
-
 def search_seconds(setting: Setting, repeats: int, beams: int = 20, documents: int = 1400) -> dict[str, Any]:
     """CPU seconds to find docids for the queries, all at once and by `generate` with `prefix_allowed_tokens_fn`.
 
@@ -245,7 +227,7 @@ def main(
     """Print both steps' seconds, their ratio, and the peak memory of each."""
     setting = replace(Setting(), queries=queries, negatives=negatives, vocabulary=vocabulary)
     setting = replace(setting, query=_bounds(query), docid=_bounds(docid))
-    timings = alternating(setting, repeats)
+    timings = alternating([step(setting) for step in STEPS.values()], repeats)
     ours, plain = timings["seconds"]
     memory = {name: peak_memory(setting, name) for name in STEPS}
     found = {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -68,6 +69,26 @@ def time_alternating(setting: Setting, names: list[str], repeats: int, warmup: i
             if round_ >= warmup:
                 timings[name].seconds.append(time.perf_counter() - start)
     return list(timings.values())
+
+
+CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+
+
+def alternating(steps: Sequence[Any], repeats: int) -> dict[str, list[Timing]]:
+    """Timings of objects with a `name` and a `step()` in turn, by clock, after a first step of each.
+
+    Other processes do not stretch a process's CPU seconds.
+    """
+    found = {clock: [Timing(step.name, [], float("nan")) for step in steps] for clock in CLOCKS}
+    for round_ in range(repeats + 1):
+        for place, step in enumerate(steps):
+            before = {clock: read() for clock, read in CLOCKS.items()}
+            loss = step.step()
+            for clock, read in CLOCKS.items():
+                timing = found[clock][place]
+                timing.second_loss = loss if round_ == 1 else timing.second_loss
+                timing.seconds += [read() - before[clock]] if round_ else []
+    return found
 
 
 def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
