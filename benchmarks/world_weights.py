@@ -12,13 +12,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from tokengrain.demo import WORLD
 from tokengrain.errors import read_json, write_text
+from tokengrain.models import auto_class
 from tokengrain.worlds import base_models, is_world, load_world
 
 CONFIG = [
@@ -41,13 +44,24 @@ def worlds_in_use() -> set[str]:
     return {WORLD, *(recipe["model"] for recipe in recipes if is_world(recipe.get("model")))}
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """What a config is made from again; of a model that sees, all that differs from the defaults."""
+    if not hasattr(config, "vision_config"):
+        return {key: getattr(config, key) for key in CONFIG}
+    others = ("transformers_version", "architectures", "dtype")
+    return {key: value for key, value in config.to_diff_dict().items() if key not in others}
+
+
 def write_weights(folder: Path, target: Path) -> str:
     """Write the weights in a model's folder, with its config and report, as one file; returns its SHA-256."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    model = auto_class(config).from_pretrained(folder)
     report = {k: v for k, v in read_json(folder / "pretraining.json").items() if k != "seconds"}
-    made = {"config": {key: getattr(model.config, key) for key in CONFIG}, "report": report}
+    made = {"config": settings_of(model.config), "report": report}
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+    if all(torch.equal(value, value.half().float()) for value in tensors.values()):  # nothing is lost in half the room
+        tensors = {name: value.half() for name, value in tensors.items()}
     save_file(tensors, target, {"made": json.dumps(made)})
     target.chmod(0o644)
     return hashlib.sha256(target.read_bytes()).hexdigest()

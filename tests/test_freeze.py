@@ -58,9 +58,8 @@ RTO = {"credit": [{"name": "rto", "model": "@guide", "beta1": 0.5, "beta2": 0.1}
 R3 = {"name": "r3", "marker": "#", "column": "reference", "filter_top_k": None, "filter_drop": 0.0}
 
 OWN: dict[str, dict[str, Any]] = {
-    "aepo": {
-        "train": {"credit": [{"name": "aepo", "triggers": None, "quantile": 0.6, "window": 2}, {"name": "group"}]}
-    },
+    "aepo": {"train": {"credit": [AEPO, {"name": "group"}]}},
+    "aepo_images": {"train": {"credit": [AEPO, {"name": "group"}]}},
     "dapo": {
         "train": {
             "credit": [

@@ -69,6 +69,17 @@ DAPO = Card(
     credit="the group's mean, of groups that differ; length penalty",
     objective="grpo",
 )
+TIMEMASTER = Card(
+    "timemaster",
+    "TimeMaster",
+    "series as plots; form, then class",
+    "TimeMaster: Training Time-Series Multimodal LLMs to Reason via Reinforcement Learning",
+    "2506.13705",
+    "2025",
+    trains="policy that sees, online",
+    credit="the group's mean of a reward for form, class and a judged part",
+    objective="grpo",
+)
 
 Importance = Literal["token", "sequence"]
 Scale = Literal["group", "none", "batch"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -34,24 +34,31 @@ from tokengrain.worlds import is_world, load_world
 # ---- Rows ----
 
 
-def open_rows(data: DataSpec, seed: int, *, prompts: bool = False) -> tuple[Rows, Rows | None]:
-    """`(training rows, held-out rows or None)` of a source; of a world `prompts`, if wanted, instead of pairs.
+OfWorld = Literal["pairs", "prompts", "demonstrations"]
 
-    Without `data.eval` a world gives fresh rows, and of any other source a part is held out.
+
+def open_rows(
+    data: DataSpec, seed: int, *, prompts: bool = False, demonstrations: bool = False
+) -> tuple[Rows, Rows | None]:
+    """`(training rows, held-out rows or None)` of a source.
+
+    A world has pairs, `prompts`, and perhaps `demonstrations`, single completions to imitate; without them its pairs
+    serve. Without `data.eval` a world gives fresh rows, and of any other source a part is held out.
     """
-    train: Any = _source(data.train, data.split, data, "train", prompts)
+    wanted: OfWorld = "prompts" if prompts else "demonstrations" if demonstrations else "pairs"
+    train: Any = _source(data.train, data.split, data, "train", wanted)
     if data.limit is not None:
         train = train.subset(range(min(data.limit, len(train))))
     if data.eval is not None:
-        return train, _source(data.eval, data.eval_split, data, "eval", prompts)
+        return train, _source(data.eval, data.eval_split, data, "eval", wanted)
     if data.eval_fraction == 0:
         return train, None
     if is_world(data.train):
-        return train, _source(data.train, None, data, "eval", prompts)
+        return train, _source(data.train, None, data, "eval", wanted)
     return split_rows(train, data.eval_fraction, seed)
 
 
-def _source(source: Any, split: str | None, data: DataSpec, part: str, prompts: bool = False) -> Rows:
+def _source(source: Any, split: str | None, data: DataSpec, part: str, wanted: OfWorld = "pairs") -> Rows:
     if not is_world(source):
         rows = load_rows(source, split=split, streaming=data.streaming)
         rows = rows if data.series is None else plotted(rows, data.series)
@@ -60,8 +67,8 @@ def _source(source: Any, split: str | None, data: DataSpec, part: str, prompts: 
     name, given = next(((name, given) for name, given in own.items() if given), ("", None))
     require(not given, RecipeError, f"data.{name} is {given!r}; expected none beside {source}, whose rows are its own")
     world: Any = load_world(source)
-    if not prompts:
-        return load_rows(world.pairs(part))
+    if wanted != "prompts":
+        return load_rows(getattr(world, wanted, world.pairs)(part))
     has_prompts = callable(getattr(world, "prompts", None))  # those of `stories` are plain texts
     require(
         has_prompts, RecipeError, f"world {world.name} has no prompts with checkable answers; use world://arithmetic"

@@ -446,6 +446,9 @@ class Sft(Trained):
 
     kind = "sft"
 
+    def rows(self) -> tuple[Rows, Rows | None]:
+        return open_rows(self.data, self.recipe.seed, demonstrations=True)
+
     @property
     def objective(self) -> dict[str, Any]:
         return {"name": "sft"}

@@ -16,8 +16,11 @@ from tokengrain.errors import RecipeError
 from tokengrain.evaluation.credit import CreditTruth
 from tokengrain.settings import nearest
 from tokengrain.worlds.arithmetic import ArithmeticOptions, ArithmeticWorld
+from tokengrain.worlds.clips import ClipsOptions, ClipsWorld
 from tokengrain.worlds.library import LibraryOptions, LibraryWorld
 from tokengrain.worlds.revision import RevisionOptions, RevisionWorld
+from tokengrain.worlds.series import SeriesOptions, SeriesWorld
+from tokengrain.worlds.shapes import ShapesOptions, ShapesWorld
 from tokengrain.worlds.stories import StoriesOptions, StoriesWorld
 
 PREFIX = "world://"
@@ -67,6 +70,9 @@ WORLDS: dict[str, tuple[Callable[[Any], World], Any]] = {
     "arithmetic": (ArithmeticWorld, ArithmeticOptions),
     "library": (LibraryWorld, LibraryOptions),
     "revision": (RevisionWorld, RevisionOptions),
+    "series": (SeriesWorld, SeriesOptions),
+    "clips": (ClipsWorld, ClipsOptions),
+    "shapes": (ShapesWorld, ShapesOptions),
 }
 """Each world with the dataclass of its address's options."""
 

@@ -1,4 +1,4 @@
-"""Base models of the worlds: small Llamas, shipped or trained once per machine, and kept in a cache.
+"""Base models of the worlds: small models, shipped or trained once per machine, and kept in a cache.
 
 The weights of the worlds that recipes and the demo use come with the package (`weights/`), so that everybody starts
 from the same ones: trained anew, they would differ with the processor's rounding.
@@ -24,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import load_model
 from tokenizers import processors
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.errors import ModelError, RecipeError, require, write_json
+from tokengrain.models import auto_class
 from tokengrain.screen import progress_bar
 
 PAD, BOS, EOS = "<pad>", "<s>", "<end>"  # the first three tokens of every world, in this order
@@ -45,7 +46,7 @@ def check_least(world: str, options: object, least: Mapping[str, float]) -> None
         require(fits, RecipeError, f"world {world}: {name} is {value}; expected at least {bound}")
 
 
-def fast_tokenizer(core: Any, *, positions: int, **special: str) -> PreTrainedTokenizerFast:
+def fast_tokenizer(core: Any, *, positions: int, **special: Any) -> PreTrainedTokenizerFast:
     """A tokenizer of the library `tokenizers` for transformers; it puts `<s>` in front and never appends `<end>`."""
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
@@ -78,7 +79,7 @@ class Training:
 
 
 Progress = Callable[[int, int], None]  # called with (done, of how many)
-Trained = tuple[LlamaForCausalLM, dict[str, Any]]  # a base model in evaluation mode, and a report of its training
+Trained = tuple[Any, dict[str, Any]]  # a base model in evaluation mode, and a report of its training
 
 
 def small_llama(settings: Training, *, vocabulary: int, positions: int, tied: bool) -> LlamaForCausalLM:
@@ -114,7 +115,7 @@ def muon_and_adamw(model: nn.Module, learning_rate: float) -> list[torch.optim.O
 
 
 def descend(
-    model: LlamaForCausalLM,
+    model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     losses: Iterable[Tensor],
     settings: Training,
@@ -168,9 +169,16 @@ def load_shipped(name: str, digest: str) -> Trained:
     with safe_open(file, "pt") as content:
         made = json.loads(content.metadata()["made"])
     with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(LlamaConfig(**made["config"])).float()
-    load_model(model, file)
+        model = built(made["config"])
+    load_model(model, file)  # weights of 16 bits become those of 32 that they were
     return model.eval(), made["report"]
+
+
+def built(config: dict[str, Any]) -> Any:
+    """An untrained model from the settings of its config; a Llama unless they say otherwise."""
+    kind = config.get("model_type", LlamaConfig.model_type)
+    made = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+    return auto_class(made).from_config(made).float()
 
 
 def model_folder(name: str, key: str) -> Path:
