@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow test-vllm lint format bench claims real hh world-weights docs-tables docs clean
+.PHONY: help setup demo test test-slow test-vllm test-verl lint format bench claims real hh world-weights docs-tables docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,16 @@ test-slow: setup  ## Run the tests marked slow (tens of minutes)
 
 test-vllm: setup .venvs/vllm/.done  ## Run the sampler and online training against a real vLLM server (3.5 GB, minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/engines/test_vllm.py
+
+.venvs/verl/.done: integrations/verl/pyproject.toml
+	$(PYTHON) -m venv .venvs/verl
+	.venvs/verl/bin/pip install --quiet --disable-pip-version-check verl==0.9.1 scipy pytest
+	# Without dependencies: verl 0.9.1 asks for transformers below 5.11.
+	.venvs/verl/bin/pip install --quiet --disable-pip-version-check --no-deps -e . -e integrations/verl
+	@touch $@
+
+test-verl: .venvs/verl/.done  ## Run the plugin for verl against verl's own losses, and in a worker of Ray
+	.venvs/verl/bin/python -m pytest -q -m verl tests/engines/test_verl.py
 
 lint: setup  ## ruff (lint and format), mypy, docs build
 	$(BIN)/ruff check .
