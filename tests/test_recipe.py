@@ -18,6 +18,7 @@ from tokengrain.recipe.reading import find_recipe, merge, parse_override, parse_
 from tokengrain.recipe.schema import dump_recipe
 from tokengrain.run.build import open_rows
 from tokengrain.run.load import load_recipe, make_recipe, resolve_stages
+from tokengrain.run.runner import run_recipe
 from tokengrain.runs import TRAINED
 from tokengrain.specs import DataSpec
 from tokengrain.training.config import OnlineConfig
@@ -446,6 +447,30 @@ def test_a_stages_data_is_named_with_its_stage(tmp_path: Path) -> None:
         tmp_path, "stages.guide.data.limit=x"
     )
     assert "stages.guide.data.eval: got {'limit': 5}" in error_of(tmp_path, "stages.guide.data.eval.limit=5")
+
+
+def test_the_offline_source_of_a_step_is_checked_and_counts_with_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a stage would be reused although its credit is another now."""
+    monkeypatch.chdir(tmp_path)
+    step = "stages.train.credit=[{{name: token_rewards, source: {}}}]"
+    for source, message in (("surprize", "did you mean 'surprise'"), ("5", "got 5; expected a name, or a mapping")):
+        found = error_of(tmp_path, step.format(source), values=ONLINE)
+        assert "stages.train.credit[0].source: " in found
+        assert message in found
+    for source in ("my.py:credit", "{name: 'my.py:credit'}"):
+        decided = []
+        for number in (1, 2):
+            (tmp_path / "my.py").write_text(f"def credit(batch):\n    return batch.columns['x'] * {number}\n")
+            recipe = load_recipe("grpo", overrides=[step.format(source)])
+            decided.append(resolve_stages(recipe)[-1].decides(tmp_path, {}))
+        assert decided[0] != decided[1]
+
+
+def test_a_run_until_a_stage_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="until is 'trian', no stage; did you mean 'train'"):
+        run_recipe(load_recipe("dpo", output=tmp_path / "run"), until="trian", dry_run=True)
 
 
 def test_settings_of_critic_and_world_reward_are_checked(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.data.tokenizers import words
-from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.dataset import prepare_sft
 from tokengrain.data.rows import load_rows, split_rows, with_columns
 from tokengrain.errors import DataError, RecipeError
@@ -62,3 +63,11 @@ def test_a_row_without_the_column_is_named_or_skipped(streaming: bool, bad: str,
 def test_a_template_that_is_none(template: str) -> None:
     with pytest.raises(RecipeError, match=r"columns\.prompt"):
         with_columns(load_rows(ROWS), {"prompt": template})
+
+
+@pytest.mark.parametrize("meta", [None, "text", {}, []])
+def test_a_template_that_reads_within_a_column(meta: Any) -> None:
+    rows = dict(with_columns(load_rows([{"meta": {"q": "why?"}}, {"meta": meta}]), {"prompt": "Q: {meta[q]}"}))
+    assert rows[0]["prompt"] == "Q: why?"
+    with pytest.raises(RowError, match="cannot make the column"):
+        raise rows[1]

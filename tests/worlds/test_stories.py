@@ -68,6 +68,13 @@ def test_what_there_is_not_is_refused_by_name(tiny):
             open_rows(DataSpec(train=TINY, **{name: value}), 0)
 
 
+def test_one_sample_per_prompt_has_intervals_too(tiny):
+    found = tiny.evaluate(tiny.reference, n=1, credit=False)
+    for name in ("reward", "share", "win_rate"):
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+    assert found["reward_low"] < found["reward_high"]
+
+
 def test_options_and_one_object_per_address(world):
     clean = load_world("world://stories?regime=clean&seed=3&pairs=12")
     assert (clean.slope, clean.n_pairs, clean.options.seed) == (1.0, 12, 3)

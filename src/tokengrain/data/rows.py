@@ -730,7 +730,7 @@ def _changed(fields: Any, columns: Mapping[str, str]) -> Any:
         try:
             filled = "{" in template or "}" in template
             made[name] = _Filler().vformat(template, (), fields) if filled else fields[template]
-        except (LookupError, ValueError, AttributeError) as error:
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
             what = f"cannot make the column ({type(error).__name__}: {error})"
             expected = f"columns with a value among {list(fields)}"
             return RowError("missing column", what, field=name, value=template, expected=expected)

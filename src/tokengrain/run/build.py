@@ -21,7 +21,7 @@ from tokengrain.data.encode import picture_files
 from tokengrain.data.rows import Rows, load_rows, split_rows, with_columns
 from tokengrain.data.series import plotted
 from tokengrain.data.tokens import template_text, text_tokenizer, tokenizer_fingerprint
-from tokengrain.errors import ModelError, RecipeError, file_fingerprint, fingerprint, require
+from tokengrain.errors import ModelError, RecipeError, file_fingerprint, fingerprint, require, shown
 from tokengrain.method import CREDIT, ROLLOUT_CREDIT, CreditKind
 from tokengrain.recipe.schema import Recipe
 from tokengrain.rewards.reward_model import load_completion_model
@@ -131,6 +131,13 @@ class CreditSpec:
     def kind(self) -> CreditKind:
         """What is registered under the name. Raises `RecipeError` if nothing is."""
         return CREDIT.find(self.name)
+
+
+def named_source(given: Any) -> Mapping[str, Any]:
+    """The offline source of a step: a name, or a mapping with one."""
+    source = {"name": given} if isinstance(given, str) else given
+    require(isinstance(source, Mapping), RecipeError, f"got {shown(source)}; expected a name, or a mapping with one")
+    return source
 
 
 # ---- All of it, loaded once ----
@@ -263,7 +270,7 @@ class RunModels:
         if "tokenizer" in kind.objects:
             arguments["tokenizer"] = self.tokenizer(start)
         if source is not None:
-            arguments["source"] = self.credit({"name": source} if isinstance(source, str) else source, start)
+            arguments["source"] = self.credit(named_source(source), start)
         return kind.make(**arguments)
 
     def release(self) -> None:

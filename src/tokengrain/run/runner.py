@@ -24,7 +24,7 @@ from tokengrain.run.load import load_recipe
 from tokengrain.run.trained import Trained
 from tokengrain.runs import read_run, resume_command
 from tokengrain.screen import Screen
-from tokengrain.settings import code_named_by
+from tokengrain.settings import code_named_by, nearest
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -80,7 +80,9 @@ def _run(
 ) -> RunResult:
     plans = make_plan(recipe, overwrite=overwrite, processes=state.num_processes)
     recipe = plans[0].stage.recipe
-    wanted = plans[: 1 + [p.stage.name for p in plans].index(until)] if until is not None else plans
+    names = [plan.stage.name for plan in plans]
+    require(until is None or until in names, RecipeError, f"until is {until!r}, no stage{nearest(str(until), names)}")
+    wanted = plans[: 1 + names.index(until)] if until is not None else plans
     stages = [(p.stage.name, p.stage.kind, p.stage.describe(), p.action) for p in wanted]
     show.print_plan(console, f"{recipe.method}: {recipe.output_dir}", stages)
     show.print_outlooks(console, {p.stage.name: p.outlook for p in wanted if p.outlook is not None})
@@ -213,7 +215,8 @@ def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, consol
     plan = next(p for p in make_plan(recipe) if p.stage.name == final.name)
     stage, recipe = plan.stage, plan.stage.recipe
     assert isinstance(stage, Trained)  # `final_stage` is one
-    require(samples is None or samples <= 10**6, RecipeError, f"samples is {samples}; expected at most {10**6}")
+    fits = samples is None or 1 <= samples <= 10**6
+    require(fits, RecipeError, f"samples is {samples}; expected at least 1 and at most {10**6}")
     require(
         samples is None or stage.in_world or stage.samples_rows,
         RunError,

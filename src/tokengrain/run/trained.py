@@ -57,7 +57,7 @@ from tokengrain.rollout.sampler import (
     decode,
 )
 from tokengrain.run import show
-from tokengrain.run.build import CreditSpec, RunModels, length_by_hand, open_rows, tokenize_config
+from tokengrain.run.build import CreditSpec, RunModels, length_by_hand, named_source, open_rows, tokenize_config
 from tokengrain.run.stages import (
     LANGUAGE,
     Asked,
@@ -794,15 +794,15 @@ class Online(Policy):
             kind.settings(settings)
             for key in sorted({"source", *CreditSpec.MODELS} & set(step) - kind.objects):
                 found.add(f"{where}.{key}", f"credit {name} takes no {key}; drop it")
-            if isinstance(step.get("source"), dict):
+            if step.get("source") is not None:
                 with found.at(f"{where}.source"):
-                    source = CreditSpec.of(step["source"])
+                    source = CreditSpec.of(named_source(step["source"]))
                     source.kind.settings(source.settings)
             return str(kind.attributes({})["phase"])
         return None
 
     def _check_refresh(self, sampler: dict[str, Any], where: str, found: Mistakes) -> None:
-        """A server must be told how it gets the present weights."""
+        """A server needs to know how it gets the present weights."""
         given = self.own.sampler
         if "sampler" in sampler:
             sampler, given, where = sampler["sampler"], given.get("sampler"), f"{where}.sampler"
@@ -821,8 +821,14 @@ class Online(Policy):
         named = [one["name"] for one in (*own.rewards, *own.credit, own.sampler) if ":" in one.get("name", "")]
         # Another body is another reward.
         functions = {name: fingerprint(source_of(load_callable(name))) for name in named}
-        asked = {k: model_content(a.spec, run_dir, above) for k, a in self.asks.items()}
-        return {**super().decides(run_dir, above), "online": values, "asked": asked, "functions": functions}
+        sources = [named_source(step["source"]) for step in own.credit if step.get("source") is not None]
+        return {
+            **super().decides(run_dir, above),
+            "online": values,
+            "asked": {k: model_content(a.spec, run_dir, above) for k, a in self.asks.items()},
+            "functions": functions,
+            "sources": [credit_content(source, run_dir, above) for source in sources],
+        }
 
     # ---- build ----
 

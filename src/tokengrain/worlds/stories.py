@@ -328,7 +328,9 @@ def policy_metrics(
     reward, kl, entropy, length = (
         (x * sampled.alive).sum(1) for x in (step_reward, step_kl, step_entropy, torch.ones_like(step_kl))
     )
-    strata = torch.unique(torch.tensor([(q.table, q.start) for q in sampled.prompts]), dim=0, return_inverse=True)[1]
+    places = torch.tensor([(q.table, q.start) for q in sampled.prompts])
+    prompts, inverse = torch.unique(places, dim=0, return_inverse=True)
+    strata = inverse if len(prompts) < len(places) else None  # nothing varies within a prompt that has one sample
     r, k = mean_interval(reward, strata), mean_interval(kl, strata)
     share = bootstrap(lambda m: frontier.share(m[..., 0], m[..., 1]), torch.stack([reward, kl], 1), strata)
     return {
