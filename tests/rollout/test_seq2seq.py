@@ -25,10 +25,15 @@ def seq2seq(name: str, **changes: Any) -> Any:
     return tiny_seq2seq(name, dtype=torch.float32, **changes).eval()
 
 
-@pytest.mark.parametrize(("name", "forced"), [("t5", None), ("bart", None), ("mbart", 7), ("switch", None)])
+@pytest.mark.parametrize(
+    ("name", "forced"), [("t5", None), ("bart", None), ("mbart", 7), ("switch", None), ("marian", 5)]
+)
 def test_greedy_answers_are_those_of_transformers(name: str, forced: int | None) -> None:
     model = seq2seq(name)
     model.generation_config.forced_bos_token_id = forced
+    if name == "marian":  # the most probable token, were it not banned
+        model.final_logits_bias[:, 11] = 50.0
+        model.generation_config.bad_words_ids = [[11], [5, 6]]
     sampler = answering(model, None)
     assert type(sampler) is Seq2SeqGenerate
     found = sampler.sample(PROMPTS, n=2, sampling=GREEDY)

@@ -403,15 +403,17 @@ def decode_generate(
     )
 
 
-def decode_beside(steps: DecoderSteps, first: int, forced: int | None, n: int, picker: Picker, drawn: Drawn) -> None:
-    """Draw `n` completions of each prompt into `drawn` with an encoder-decoder.
+def decode_beside(steps: DecoderSteps, first: int, config: Any, n: int, picker: Picker, drawn: Drawn) -> None:
+    """Draw `n` completions of each prompt into `drawn` with an encoder-decoder, behind the start token `first`.
 
-    They stand behind the start token `first`, and begin with `forced` if it is given.
+    Of the generation config two rules hold: a forced first token (mBART-50's language), and tokens that are never
+    written (Marian's padding, which would otherwise be the most probable).
     """
     rows = torch.arange(drawn.rows, device=drawn.device)
     parents, tokens = rows // n, torch.full_like(rows, first)
+    forced, banned = config.forced_bos_token_id, [i for ids in config.bad_words_ids or () if len(ids) == 1 for i in ids]
     for step in range(drawn.steps):
-        logits = steps(parents, tokens)
+        logits = steps(parents, tokens).index_fill(1, rows.new_tensor(banned), -torch.inf)
         if forced is not None and step == 0:
             logits = torch.full_like(logits, -torch.inf).index_fill(1, rows.new_tensor([forced]), 0.0)
         tokens, logps, raw = picker(logits, rows, step)
@@ -573,7 +575,7 @@ class HFGenerate:
 class Seq2SeqGenerate(HFGenerate):
     """Samples from an encoder-decoder, for answers: online training takes causal models only.
 
-    A completion begins with what the model's generation config forces there (the language of mBART-50).
+    Of the model's generation config it keeps the forced first token and single banned tokens, and nothing else.
     """
 
     def refresh(self, model_or_path: Any) -> None:
@@ -586,8 +588,8 @@ class Seq2SeqGenerate(HFGenerate):
 
     def _draw(self, prompts: Sequence[PromptItem], n: int, picker: Picker, drawn: Drawn) -> None:
         self._shared = True
-        forced = getattr(self.lm.generation_config, "forced_bos_token_id", None)
-        decode_beside(DecoderSteps(self.model, [p.ids for p in prompts]), start_id(self.lm), forced, n, picker, drawn)
+        steps, config = DecoderSteps(self.model, [p.ids for p in prompts]), cast(Any, self.lm).generation_config
+        decode_beside(steps, start_id(self.lm), config, n, picker, drawn)
 
 
 def answering(model: Any, tokenizer: Any) -> HFGenerate:
