@@ -23,6 +23,7 @@ from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, measure, qu
 from tokengrain.bench.sources import PAIRS, SOURCES, Bench, BenchSource, chosen_sources, left_out, own_source
 from tokengrain.errors import RecipeError, fingerprint, read_log, require, write_text
 from tokengrain.evaluation.statistics import mean_of_runs
+from tokengrain.report.pictures import patch_credit
 from tokengrain.report.rows import collect_credit_samples
 from tokengrain.screen import Screen, progress_bar
 from tokengrain.worlds import load_world
@@ -194,7 +195,9 @@ def run_unit(
                 first = truth.batch.select(range(min(SHOWN, truth.batch.n_prompts)))
                 n = first.segments.total
                 credit_of = {source.name: values[:n]}
-                samples = collect_credit_samples(first, world.tokenizer, credit_of, truth=truth.advantages[:n])
+                maps = patch_credit(world.reference, first) if first.vision else ()
+                exact = truth.advantages[:n]
+                samples = collect_credit_samples(first, world.tokenizer, credit_of, truth=exact, maps=maps)
             line = {
                 "key": key_of(unit, source),
                 "regime": unit.regime,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tokengrain.batch import Sample
 from tokengrain.bench import questions
@@ -30,8 +30,18 @@ from tokengrain.training.trainer import PreferenceTrainer
 PAIRS = 32  # rows per step of a training
 
 
+def reader_of(world: Any) -> Any:
+    """What reads a world's rows: its processor if they have pictures, else its tokenizer."""
+    return getattr(world, "processor", world.tokenizer)
+
+
+def fresh_base(world: Any) -> Any:
+    """A copy of a world's base model that can be trained."""
+    return deepcopy(world.reference).requires_grad_(True)
+
+
 def world_samples(world: Any) -> list[Sample]:
-    made = prepare_pairs(load_rows(list(world.pairs())), world.tokenizer, TokenizeConfig())
+    made = prepare_pairs(load_rows(list(world.pairs())), reader_of(world), TokenizeConfig())
     return [made[i] for i in range(len(made))]
 
 
@@ -57,7 +67,7 @@ def train_on(
     Adam with β₂ 0.98, linear decay after 10 steps of warm-up; `given`: further arguments of `PreferenceTrainer`.
     """
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(world.base_model())
+        model = fresh_base(world)
     with tempfile.TemporaryDirectory() as folder:
         config = PreferenceConfig(
             output_dir=folder,
@@ -74,7 +84,7 @@ def train_on(
             use_cpu=True,
         )
         trainer = PreferenceTrainer(
-            model, config, objective=objective, train_dataset=rows, processing_class=world.tokenizer, **given
+            model, config, objective=objective, train_dataset=rows, processing_class=reader_of(world), **given
         )
         trainer.train()
     return trainer.model.eval()
@@ -112,7 +122,7 @@ class Bench:
 
 def _reward_model(bench: Bench, pooling: str) -> Any:
     """A reward model that starts from the world's base; its scale is set on the pairs it was trained on."""
-    base = AutoModelForCausalLM.from_pretrained(bench.world.base_model())
+    base = fresh_base(bench.world)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.seed)  # of the head's first weights
         model = reward_model_from(base)
@@ -160,6 +170,8 @@ class BenchSource:
             return f"it needs {' or '.join(NEEDED[name] for name in self.questions)}"
         if self.trains and getattr(world, "encoder_decoder", False):
             return f"it trains a causal language model, and the one of {world.name!r} is an encoder-decoder"
+        if hasattr(world, "processor") and {"qrm", "last"}.intersection(self.trains):
+            return f"it is a reward model, which reads text alone, and {world.name!r} has pictures"
         if self.reads and not hasattr(world, self.reads):
             return f"it reads the world's {self.reads!r}, and {world.name!r} has none"
         return ""

@@ -20,6 +20,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, RunError, foreign, require, write_text
 from tokengrain.method import METHODS
 from tokengrain.report import rows
+from tokengrain.report.pictures import drawn
 from tokengrain.report.rows import WEAKEST, CreditSample, Side, by_pair, colour_scale, read_token_rows
 from tokengrain.report.svg import Mark, Point, Series, frontier_chart, line_chart, marker, number, signed
 from tokengrain.runs import EQUAL, ROLLOUT_FILE
@@ -86,6 +87,7 @@ def show_credit(
     credit: Mapping[str, Tensor],
     *,
     truth: Tensor | None = None,
+    maps: Sequence[list[Any]] = (),
     count: int = 3,
     height: int = 420,
 ) -> Shown:
@@ -96,14 +98,15 @@ def show_credit(
         tokenizer: for the tokens' text.
         credit: `[N]` by the name that is shown: one number per completion token that counts.
         truth: the exact credit `[N]`, where a world knows it.
+        maps: of prompts with pictures, what each patch is credited with (`tokengrain.report.pictures.patch_credit`).
         count: how many prompts are shown.
         height: of the cell's output, in pixels.
     """
-    entries = rows.collect_credit_samples(batch, tokenizer, credit, truth=truth)  # prompt by prompt
+    entries = rows.collect_credit_samples(batch, tokenizer, credit, truth=truth, maps=maps)  # by prompt
     pairs, scales = heat_maps(rows.parsed(entries[: count * len(credit)]))
-    maps = environment().get_template("cell.html.j2").render(pairs=pairs, scales=scales)
+    page = environment().get_template("cell.html.j2").render(pairs=pairs, scales=scales)
     frame = '<iframe srcdoc="{}" style="width: 100%; height: {}px; border: 0" title="token credit"></iframe>'
-    return Shown(frame.format(escape(maps), height))
+    return Shown(frame.format(escape(page), height))
 
 
 @dataclass(frozen=True)
@@ -466,7 +469,9 @@ def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], li
             shown += [(s.source, s.sides[i]) for s in group]
             maps = [{"source": source, "pieces": pieces(side, scales[source])} for source, side in shown]
             sides.append({"name": name, "maps": maps, "cut": max(0, len(tokens) - MAX_TOKENS)})
-        pairs.append({"prompt": visible(first.prompt.strip()), "row": first.row, "sides": sides})
+        pictures = [drawn(picture) for picture in first.pictures]
+        about = {"prompt": visible(first.prompt.strip()), "row": first.row, "pictures": pictures}
+        pairs.append({**about, "sides": sides})
     return pairs, list(scales.items())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,18 +14,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from tokengrain import runs
 from tokengrain.annotation import column_name, read_manifest
 from tokengrain.batch import TokenBatch
-from tokengrain.data.config import SpanConfig, TokenizeConfig
+from tokengrain.data.config import RowError, SpanConfig, TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import StoredRows, load_rows, with_columns
-from tokengrain.data.tokens import token_texts
+from tokengrain.data.tokens import text_tokenizer, token_texts
 from tokengrain.errors import DataError, ModelError, RunError, problem, read_json, regular_file, require, shown
+from tokengrain.models import load_reader
+from tokengrain.report.pictures import shown as shown_pictures
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.settings import code_named_by
+from tokengrain.specs import ModelSpec
 from tokengrain.worlds import is_world, load_world
 
 # `credit_samples.json` in a run folder is a list with one entry per pair (or row, with `chosen` only) and source:
@@ -32,6 +35,9 @@ from tokengrain.worlds import is_world, load_world
 #     {"prompt": str, "source": str, "row": int | str,
 #      "chosen":   {"tokens": [str], "credit": [float], "truth": [float]},
 #      "rejected": {"tokens": [str], "credit": [float], "truth": [float]}}
+#
+# Of a prompt with pictures also "pictures": [{"png": base64, "size": [width, height], "patches": [[float]]}], the last
+# optional: what each patch of the picture is credited with.
 #
 # `tokens` give the completion when joined; `credit` has one number per token, or null for a token that does not count;
 # `truth` (optional) is the exact advantage, where the world knows it.
@@ -61,6 +67,7 @@ class CreditSample:
     source: str
     sides: tuple[Side, ...]
     row: int | str | None = None
+    pictures: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,14 +81,22 @@ def collect_credit_samples(
     credit: Mapping[str, Tensor],
     *,
     truth: Tensor | None = None,
+    maps: Sequence[list[Any]] = (),
 ) -> list[dict[str, Any]]:
-    """The entries of `credit_samples.json` for the prompts of a batch, from credit `[N]` by source."""
+    """The entries of `credit_samples.json` for the prompts of a batch, from credit `[N]` by source.
+
+    `maps` are the values of each prompt's patches, as `patch_credit` gives them.
+    """
     values = {name: _listed(batch, tensor) for name, tensor in credit.items()}
     exact = _listed(batch, truth) if truth is not None else None
     entries: list[dict[str, Any]] = []
     groups = batch.group.tolist()
     for g in range(batch.n_prompts):
-        about = {"prompt": tokenizer.decode(batch.prompt(g).tolist(), skip_special_tokens=False)}
+        seen = bool(batch.vision) and batch.vision[g] is not None
+        ids = batch.prompt(g).tolist()
+        about: dict[str, Any] = {"prompt": prompt_text(tokenizer, ids) if seen else tokenizer.decode(ids)}
+        if seen and batch.raw:
+            about["pictures"] = shown_pictures(batch.raw[g], maps[g] if maps else None)
         row = {"row": batch.rows[g]} if batch.rows else {}
         completions = [c for c, group in enumerate(groups) if group == g]
         texts = {c: token_texts(tokenizer, batch.completion(c).tolist()) for c in completions}
@@ -91,6 +106,13 @@ def collect_credit_samples(
                 entry[side] = {"tokens": texts[c], "credit": lists[c]} | ({"truth": exact[c]} if exact else {})
             entries.append(entry)
     return entries
+
+
+def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """A prompt's text with every run of a picture's tokens as one of them."""
+    runs = [(token, len(list(run))) for token, run in groupby(ids)]
+    special = set(tokenizer.all_special_ids)
+    return str(tokenizer.decode([t for t, n in runs for _ in range(1 if t in special else n)]))
 
 
 def _listed(batch: TokenBatch, values: Tensor) -> list[list[float | None]]:
@@ -132,7 +154,24 @@ def _parse(path: Path | None, row: int, entry: Any) -> CreditSample:
             require(right, DataError, "not lists", **here, value=values, expected="a list")
             _check_numbers(values, len(tokens), gaps=True, **here)
         sides.append(Side(tokens, credit, truth))
-    return CreditSample(str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row"))
+    pictures = entry.get("pictures", [])
+    what, expected = "no pictures", "a list of {png, size, patches}"
+    require(isinstance(pictures, list), DataError, what, **place, field="pictures", value=pictures, expected=expected)
+    for picture in pictures:
+        right = _is_picture(picture)
+        require(right, DataError, what, **place, field="pictures", value=picture, expected=expected)
+    about = str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row")
+    return CreditSample(*about, tuple(pictures))
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether it is one as `credit_samples.json` has it; the text of its PNG goes into HTML as it is."""
+    if not isinstance(value, dict) or not isinstance(value.get("png"), str):
+        return False
+    size, patches = value.get("size"), value.get("patches", [[0.0]])
+    numbers = [*size, *(v for line in patches for v in line)] if isinstance(size, list) and len(size) == 2 else [None]
+    finite = all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
+    return finite and re.fullmatch(r"[A-Za-z0-9+/=]*", value["png"]) is not None
 
 
 def _check_numbers(values: Sequence[Any], tokens: int, *, gaps: bool, **place: Any) -> None:
@@ -287,10 +326,7 @@ def _from_file(
     if tokenizer is None and runs.is_run(run):
         tokenizer = _run_tokenizer(run)
     if isinstance(tokenizer, str | Path):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no tokenizer could be loaded from {tokenizer}: {error}") from error
+        tokenizer = load_reader(ModelSpec(path=str(tokenizer)), str(tokenizer))
     return [_sample(data, number, picked[number], field, tokenizer, settings) for number in numbers]
 
 
@@ -310,6 +346,7 @@ def _sample(data: Any, number: int, row: Row, field: str, tokenizer: Any, settin
     if spans or any(row.get(f"{role}_ids") is None for role in roles):
         return _from_text(data, number, row, field, tokenizer, settings)
     _check_tokenizer(tokenizer, data.name)
+    tokenizer = text_tokenizer(tokenizer)
     sides, size, ids = [], len(tokenizer), row.get("prompt_ids")
     highest, wrong = max(ids or (), default=-1), "this is not the tokenizer of the file"
     known = {"value": f"token id {highest}", "expected": f"ids below {size}, the tokenizer's size"}
@@ -320,8 +357,18 @@ def _sample(data: Any, number: int, row: Row, field: str, tokenizer: Any, settin
         counted = row.get(f"{role}_counted")
         numbers = [v if counted is None or counted[i] else None for i, v in enumerate(values)]
         sides.append(Side(token_texts(tokenizer, tokens), numbers))
-    prompt = tokenizer.decode(list(ids)) if ids is not None else str(row.get("prompt", ""))
-    return CreditSample(prompt, field, tuple(sides), number)
+    pictures = pictures_in(row, file)
+    text = prompt_text if pictures else lambda t, i: t.decode(i)
+    prompt = text(tokenizer, list(ids)) if ids is not None else str(row.get("prompt", ""))
+    return CreditSample(prompt, field, tuple(sides), number, pictures)
+
+
+def pictures_in(row: Row, file: str) -> tuple[dict[str, Any], ...]:
+    """The pictures of a row of this file, small; paths are relative to the file's folder."""
+    try:
+        return tuple(shown_pictures(row, folder=Path(file).parent if Path(file).is_file() else None))
+    except RowError as error:
+        raise DataError(error.what, file=file, field=error.field, value=error.value, expected=error.expected) from None
 
 
 def _likely_source(row: Mapping[str, Any]) -> str:
@@ -342,16 +389,18 @@ def _from_text(data: Any, number: int, row: Row, field: str, tokenizer: Any, set
         config = replace(config, spans=replace(config.span_config, on_none="keep"))
     position = next(i for i, (n, _) in enumerate(data) if n == number)
     sample = prepare(data.subset([position]), tokenizer, config).samples[0]
-    sides = []
+    sides, tokenizer = [], text_tokenizer(tokenizer)
+    file, place = data.place(number)
     for completion in sample.completions[: len(SIDES)]:
-        file, place = data.place(number)
         there = field in completion.columns
         require(there, DataError, "the row has no such values", file=file, row=place, field=field)
         values = iter(float(v) for v in completion.columns[field])
         counted = completion.counted or [True] * len(completion.ids)
         credit = [next(values) if keep else None for keep in counted]
         sides.append(Side(token_texts(tokenizer, completion.ids), credit))
-    return CreditSample(tokenizer.decode(sample.prompt_ids), field, tuple(sides), number)
+    pictures = pictures_in(row, file)
+    prompt = prompt_text(tokenizer, sample.prompt_ids) if pictures else tokenizer.decode(sample.prompt_ids)
+    return CreditSample(prompt, field, tuple(sides), number, pictures)
 
 
 def _check_tokenizer(tokenizer: Any, name: str) -> None:

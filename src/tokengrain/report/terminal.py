@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokengrain.errors import RunError, foreign
+from tokengrain.report.pictures import half_blocks
 from tokengrain.report.rows import (
     CREDIT,
     SPANS,
@@ -89,8 +90,19 @@ def _has_colour(console: Console) -> bool:
 def _print_rows(console: Console, samples: Sequence[CreditSample], text_of: Callable[[Side], Text]) -> None:
     for sample in samples:
         sides = [(Text(title, "bold"), text_of(side)) for title, side in zip(sample.names, sample.sides, strict=True)]
-        _print_row(console, f"row {sample.row}" if sample.row is not None else "", sample.prompt, sides)
+        heading = f"row {sample.row}" if sample.row is not None else ""
+        _print_row(console, heading, sample.prompt, [*_pictures(console, sample), *sides])
     console.print()
+
+
+def _pictures(console: Console, sample: CreditSample) -> list[tuple[Text, Text]]:
+    """A row's pictures in half blocks, where the console has all colours; elsewhere only their sizes."""
+    if not sample.pictures:
+        return []
+    if console.color_system == "truecolor":
+        return [(Text("picture", "dim"), half_blocks(picture)) for picture in sample.pictures]
+    sizes = ", ".join(f"{picture['size'][0]}x{picture['size'][1]}" for picture in sample.pictures)
+    return [(Text("pictures", "dim"), Text(sizes, "dim"))]
 
 
 def _print_row(console: Console, heading: str, prompt: str, sides: Sequence[tuple[Text, Text]]) -> None:

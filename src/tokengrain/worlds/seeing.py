@@ -343,9 +343,9 @@ class SeeingWorld(ABC):
     # ---- Rows ----
 
     def drawn(self, purpose: str, split: Split, n: int, seed: int | None = None) -> list[Scene]:
-        """Scenes of a split; the held-out ones are the same for all seeds."""
+        """Scenes of a split; without a `seed` the held-out ones are the same for all seeds of the world."""
         check_option(self.name, "split", split, get_args(Split))
-        own = 0 if split == "eval" else self.options.seed if seed is None else seed
+        own = seed if seed is not None else 0 if split == "eval" else self.options.seed
         return self.scenes(n, random_of(self.name, purpose, split, own))
 
     def row(self, scene: Scene, identity: str) -> dict[str, Any]:
