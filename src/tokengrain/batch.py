@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokengrain.errors import DataError, require
 from tokengrain.vision import Vision
 
 
@@ -483,6 +484,13 @@ def _gather_index(offsets: Tensor, segments: Iterable[int]) -> Tensor:
     ranges = [torch.arange(bounds[s], bounds[s + 1]) for s in segments]
     index = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
     return index.to(offsets.device)
+
+
+def without_vision(batch: TokenBatch, why: str) -> None:
+    """Raises DataError for the first prompt with images or videos, where another text is put in its place."""
+    seeing = next((p for p, vision in enumerate(batch.vision) if vision is not None), None)
+    row = None if seeing is None else batch.rows[seeing] if batch.rows else seeing
+    require(seeing is None, DataError, f"the prompt has images or videos, and {why}", row=row, expected="text alone")
 
 
 def row_of(batch: TokenBatch, completion: int) -> int | str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.tiny_vlms import prompt, tiny_vlm
 from tokengrain import Completion, Sample, Segments, TokenBatch, make_credit, make_objective
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.methods.ti_dpo import importance_weights, ti_dpo_loss
@@ -127,3 +128,20 @@ def test_tokens_that_do_not_count_have_no_number() -> None:
     part = TokenBatch.from_samples([Sample([4, 1], [Completion([2, 5, 9], counted=[True, False, True])])])
     source = make_credit("gradient_attribution", model=lm)
     assert source(part).tolist() == source(whole)[[0, 2]].tolist()
+
+
+def test_attribution_behind_a_picture() -> None:
+    """By the gradient of embeddings in which the features were put by hand."""
+    lm, (ids, vision) = tiny_vlm("llava"), prompt("llava", [(32, 32)], "what is this ?")
+    answer = [13, 17, 19]
+    sample = Sample(ids, [Completion(answer)], vision=vision)
+    found = make_credit("gradient_attribution", model=lm)(TokenBatch.from_samples([sample]))
+    text = torch.tensor([ids + answer])
+    leaf = lm.get_input_embeddings()(text).detach().requires_grad_()
+    features = torch.cat(list(lm.model.get_image_features(vision.inputs["pixel_values"].double()).pooler_output))
+    whole = leaf.masked_scatter((text == lm.config.image_token_id)[..., None], features)
+    (gradient,) = torch.autograd.grad(lm(inputs_embeds=whole).logits[0, -1].max(), leaf)
+    torch.testing.assert_close(found.double(), gradient[0, len(ids) :].abs().sum(-1), atol=1e-6, rtol=1e-6)
+    blind = Sample(ids, [Completion(answer)], vision=prompt("llava", [(32, 32)], "what is this ?", seed=5)[1])
+    other = make_credit("gradient_attribution", model=lm)(TokenBatch.from_samples([blind]))
+    assert not torch.allclose(found, other, rtol=1e-3)

@@ -70,6 +70,15 @@ def test_token_scores_are_pooled_as_in_the_loss(max_tokens: int) -> None:
     assert said(RewardModel(model=tokens_model("mean"), pooling="last")) == pytest.approx(last, abs=1e-5)
 
 
+def test_rows_with_pictures_are_not_judged_blindly() -> None:
+    reward = RewardModel(model=tokens_model())
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
+    for prompts, columns in ((["a"], {"images": [["a.png"]]}), (["a"], {"video": ["a.mp4"]}), ([parts], {})):
+        with pytest.raises(RewardError, match="have images or videos, which the reward model does not see"):
+            reward(prompts, [[3, 4]], [[5]], **columns)
+    assert reward(["a"], [[3, 4]], [[5]], images=[None]) == reward(["a"], [[3, 4]], [[5]])
+
+
 def test_scaling_by_the_statistics_in_the_config() -> None:
     model = tokens_model()
     raw = said(RewardModel(model=model))

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from tests.scoring.models import plain, standard_batch, tiny
+from tests.scoring.test_vision import own, pictures
+from tests.tiny_vlms import tiny_vlm
+from tokengrain.batch import TokenBatch
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.score import score
 
@@ -46,3 +49,19 @@ def test_packed_rows_equal_plain_transformers(name, monkeypatch):
         separate = score(model, batch, layout="separate").logps
     torch.testing.assert_close(shared, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(separate, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_uncompiled_flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_packed_rows_with_images(family):
+    """Three positions a token; and images whose tokens see each other, as part of the block mask."""
+    batch = TokenBatch.from_samples(pictures(family))
+    expected = own(tiny_vlm(family, dtype=torch.float32), pictures(family)).detach()
+    model = tiny_vlm(family, dtype=torch.float32)
+    model.get_decoder().set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        assert prepare(model).masks is not None
+        found = score(model, batch, layout="shared").logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

@@ -9,13 +9,16 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 import tokengrain.scoring.model
 import tokengrain.scoring.vision
 from tests.scoring.models import tiny
-from tests.tiny_vlms import FAMILIES, QWEN, SPECIAL, prompt, tiny_vlm, video_prompt
+from tests.tiny_vlms import FAMILIES, QWEN, SPECIAL, prompt, tiny_vlm, tokenizer, video_prompt
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.errors import ModelError
+from tokengrain.errors import DataError, ModelError
+from tokengrain.method import make_credit
+from tokengrain.methods._other_tokens import Retokenizer
 from tokengrain.models import freeze_vision, lora_config
 from tokengrain.scoring.layouts import plan_rows
 from tokengrain.scoring.prepare import PLANS
@@ -171,11 +174,11 @@ def test_what_shares_text_but_not_images_runs_separately_and_says_so() -> None:
     samples = pictures("llava")
     with pytest.warns(UserWarning, match="cannot share prompts with images: hidden states differ from those of each"):
         found = logps(model, samples, "auto")
-    assert float((found - own(model, samples)).abs().max()) < 1e-12
+    assert float((found - own(model, samples)).detach().abs().max()) < 1e-12
     with pytest.raises(ModelError, match="cannot share prompts with images"):
         logps(model, samples, "shared")
     text = [sample for sample in samples if sample.vision is None]
-    assert float((logps(model, text, "shared") - own(model, text)).abs().max()) < 1e-12
+    assert float((logps(model, text, "shared") - own(model, text)).detach().abs().max()) < 1e-12
 
 
 def calls(model: Any) -> list[int]:
@@ -185,6 +188,25 @@ def calls(model: Any) -> list[int]:
     count = [0]
     found.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     return count
+
+
+class Odd(LlavaForConditionalGeneration):
+    """Its logits with images are not its head's alone."""
+
+    def forward(self, **inputs: Any) -> Any:
+        found = super().forward(**inputs)
+        found.logits = found.logits * (1.5 if {"pixel_values", "mm_encoder_outputs"} & set(inputs) else 1.0)
+        return found
+
+
+def test_a_head_that_is_other_with_images_is_left_to_the_model() -> None:
+    model, (one, text, two) = tiny_vlm("llava"), pictures("llava")
+    model.__class__ = Odd
+    expected = own(model, [one, two])
+    with pytest.warns(UserWarning, match="with images its logits are not its head's alone"):
+        found = logps(model, [one, two], "auto")
+    assert float((found - expected).detach().abs().max()) < 1e-12
+    assert float((logps(model, [text]) - own(model, [text])).detach().abs().max()) < 1e-12
 
 
 class TestTower:
@@ -269,6 +291,14 @@ class TestErrors:
         message = "row none: a completion holds token .*, which stands for an image in Gemma3ForConditionalGeneration"
         with pytest.raises(ModelError, match=message):
             logps(model, samples)
+
+    def test_a_credit_that_puts_text_in_the_prompts_place(self) -> None:
+        batch = TokenBatch.from_samples(pictures("llava")[:2])
+        source = make_credit("contrastive", model=tiny("llama"), tokenizer=tokenizer("llava"))
+        with pytest.raises(DataError, match="row one: the prompt has images or videos, and contrastive instructions"):
+            source(batch)
+        with pytest.raises(DataError, match="row one: the prompt has images or videos, and the reward model reads"):
+            Retokenizer(tokenizer("llava"), tokenizer("gemma3"))(batch)
 
     def test_a_model_without_eyes(self) -> None:
         samples = [Sample([4, 5], answers(2), vision=pictures("llava")[0].vision)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokengrain.batch import Completion, Sample, TokenBatch, row_of
+from tokengrain.batch import Completion, Sample, TokenBatch, row_of, without_vision
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.formats import Example
 from tokengrain.data.tokens import Encoder, Rendered, Renderer, Tokens, prompt_boundary
@@ -118,6 +118,7 @@ class Retokenizer:
         self.encoder, self.renderer = Encoder(reward_tokenizer, config), Renderer(reward_tokenizer, config)
 
     def __call__(self, batch: TokenBatch) -> tuple[TokenBatch, list[Places]]:
+        without_vision(batch, "the reward model reads its text with another tokenizer")
         batch = batch.to("cpu")
         texts = [self._text(batch, c) for c in range(batch.n_completions)]
         tokens = self.encoder([t.rendered.text for t in texts])

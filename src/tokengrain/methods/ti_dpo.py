@@ -11,6 +11,8 @@ this is its ablation "no triplet loss". The paper measures I with the moving pol
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from tokengrain.method import Card, credit, objective
 from tokengrain.methods._pairs import log_ratios, margin_loss, pair_difference, pair_metrics, weight_metrics
 from tokengrain.scoring.encdec import start_id
 from tokengrain.scoring.model import evaluating, is_encoder_decoder
+from tokengrain.scoring.prepare import unwrapped
+from tokengrain.scoring.vision import arguments
 from tokengrain.settings import Positive, Share
 
 CARD = Card(
@@ -40,7 +44,7 @@ def gradient_attribution(batch: TokenBatch, *, model: Any) -> Tensor:
     """How much each token's input embedding moves the model's prediction behind the completion.
 
     The prediction is the largest logit after the last token; a token's number is the L1 norm of its gradient, so it is
-    never negative. Each completion is computed on its own, without padding.
+    never negative. Each completion is computed on its own, without padding, behind its prompt with the pictures.
     """
     network: Any = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
     encoder = is_encoder_decoder(network)
@@ -51,16 +55,34 @@ def gradient_attribution(batch: TokenBatch, *, model: Any) -> Tensor:
         for index, group in enumerate(batch.group.tolist()):
             prompt, completion = batch.prompt(group).to(device), batch.completion(index).to(device)
             before = completion.new_tensor([start_id(network)]) if encoder else prompt
-            embeddings = embed(torch.cat([before, completion])[None]).detach().requires_grad_()
+            ids = torch.cat([before, completion])[None]
+            embeddings = embed(ids).detach().requires_grad_()
             given = {"inputs_embeds": embeddings, "logits_to_keep": 1}
             if encoder:
                 given = {"input_ids": prompt[None], "decoder_inputs_embeds": embeddings}
-            with torch.enable_grad():
+            vision = batch.vision[group] if batch.vision else None
+            if vision is not None:  # the model looks for placeholders among the ids
+                seen = arguments(unwrapped(network), prompt, vision, len(completion))
+                given = {"input_ids": ids, "logits_to_keep": 1, **seen}
+            with torch.enable_grad(), _embedded(embed, embeddings if vision is not None else None):
                 largest = network(**given, use_cache=False).logits[0, -1].max()
             (gradient,) = torch.autograd.grad(largest, embeddings)
             parts.append(gradient[0, len(before) :].abs().sum(-1).float())
     every = torch.cat(parts) if parts else torch.zeros(0, device=device)
     return every[batch.counted.to(device)].to(batch.device)
+
+
+@contextmanager
+def _embedded(embed: nn.Module, embeddings: Tensor | None) -> Iterator[None]:
+    """The layer gives these embeddings for whatever tokens."""
+    if embeddings is None:
+        yield
+        return
+    hook = embed.register_forward_hook(lambda module, args, output: embeddings)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def importance_weights(scores: Tensor, segments: Segments, importance: float, width: float) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of
+from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of, without_vision
 from tokengrain.errors import DataError, RecipeError, fingerprint, require
 from tokengrain.loss import LossOutput, token_weights
 from tokengrain.method import Card, checked_credit, credit, objective
@@ -304,6 +304,7 @@ class ContrastivePrompting:
             self.model = AdapterOffReference(model)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
+        without_vision(batch, "contrastive instructions are text in its place")
         # Without a copy of the response all completions of a prompt follow the same instruction.
         groups = list(range(batch.n_completions)) if self.templates.shows_response else batch.group.tolist()
         samples: tuple[list[Sample], list[Sample]] = ([], [])

@@ -79,10 +79,24 @@ class RewardModel:
         self.retokenizer = retokenizer_for(self.tokenizer, self.reward_tokenizer)
 
     def __call__(
-        self, prompts: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
+        self,
+        prompts: Sequence[Any],
+        prompt_ids: Sequence[list[int]],
+        completion_ids: Sequence[list[int]],
+        image: Any = None,
+        images: Any = None,
+        video: Any = None,
+        videos: Any = None,
     ) -> list[float]:
-        """One number per completion. Raises `RewardError` for tokens or positions that the model does not have."""
+        """One number per completion.
+
+        Raises `RewardError` for tokens or positions that the model does not have, and for rows with pictures.
+        """
         require(all(completion_ids), RewardError, "the completion is empty; expected at least one token")
+        pictures = any(any(column) for column in (image, images, video, videos) if column is not None)
+        parts = (m["content"] for p in prompts if isinstance(p, list) for m in p if isinstance(m.get("content"), list))
+        seeing = pictures or any(part.get("type") in ("image", "video") for content in parts for part in content)
+        require(not seeing, RewardError, "the prompts have images or videos, which the reward model does not see")
         batch = TokenBatch.from_samples(self._samples(prompts, prompt_ids, completion_ids))
         if self.retokenizer is not None:
             batch, _ = self.retokenizer(batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -93,6 +93,24 @@ def checked(lm: Any, base: Any, batch: TokenBatch) -> TokenBatch:
     return replace(batch, vision=tuple(visions) if batch.vision else ())
 
 
+def tensors(lm: Any, visions: Iterable[Vision | None], accepted: Container[str]) -> dict[str, Tensor]:
+    """The inputs of several prompts, those that are accepted, on the model's device and in its precision."""
+    weight = lm.get_input_embeddings().weight
+    joined = collate([vision for vision in visions if vision is not None])
+    moved = {name: value.to(weight.device) for name, value in joined.items() if name in accepted}
+    return {name: v.to(weight.dtype) if v.is_floating_point() else v for name, v in moved.items()}
+
+
+def arguments(lm: Any, ids: Tensor, vision: Vision, more: int) -> dict[str, Any]:
+    """What the model's own forward is given beside the tokens of one prompt `[P]` and `more` tokens behind it."""
+    accepted = inspect.signature(lm.forward).parameters
+    whole = placed(lm.base_model, placeholders(lm.config), ids.cpu(), vision).then(more)
+    assert whole.types is not None
+    found = tensors(lm, [vision], accepted)
+    found |= {name: whole.types[None].to(ids.device) for name in TYPES if name in accepted}
+    return found if whole.positions is None else {**found, "position_ids": whole.positions[:, None].to(ids.device)}
+
+
 def row_named(batch: TokenBatch, prompt: int) -> str:
     return f"row {batch.rows[prompt] if batch.rows else prompt}"
 
@@ -135,7 +153,10 @@ class Seeing:
         self.lm, self.base, self.batch = lm, base, batch
         self.asking = placeholders(lm.config)
         self.sight = Sight(frozenset(self.asking), hasattr(base, "get_rope_index"), blocks)
-        self.accepts = frozenset(inspect.signature(forward).parameters)
+        taken = [inspect.signature(forward).parameters]
+        if any(p.kind is p.VAR_KEYWORD for p in taken[0].values()):  # it hands them on
+            taken.append(inspect.signature(base.forward).parameters)
+        self.accepts = frozenset(name for names in taken for name in names)
 
     def inputs(self, rows: Rows) -> dict[str, Any]:
         """The arguments for one rectangle of rows, beside its ids and masks."""
@@ -147,14 +168,8 @@ class Seeing:
             own = {kind: [one[p] for p in prompts if p in one] for kind, one in self.features.items()}
             found["mm_encoder_outputs"] = {kind: _joined(some) for kind, some in own.items() if some}
         elif prompts:
-            found |= {name: value for name, value in self._collated(prompts).items() if name in self.accepts}
+            found |= tensors(self.lm, (self.batch.vision[p] for p in prompts), self.accepts)
         return found
-
-    def _collated(self, prompts: Iterable[int]) -> dict[str, Tensor]:
-        weight = self.lm.get_input_embeddings().weight
-        joined = collate([vision for p in prompts if (vision := self.batch.vision[p]) is not None])
-        moved = {name: value.to(weight.device) for name, value in joined.items()}
-        return {name: v.to(weight.dtype) if v.is_floating_point() else v for name, v in moved.items()}
 
     @cached_property
     def features(self) -> dict[str, dict[int, Features]] | None:
@@ -195,8 +210,7 @@ class Seeing:
         wanted = {p: self._asked(p, kind) for p in own}
 
         def run(prompts: list[int]) -> Any:
-            given = {name: value for name, value in self._collated(prompts).items() if name in names}
-            return function(**given, return_dict=True)
+            return function(**tensors(self.lm, (self.batch.vision[p] for p in prompts), names), return_dict=True)
 
         output = run(own)
         if _made(output, [self.batch.vision[p] for p in own], names) == list(wanted.values()):
