@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from huggingface_hub import HfApi, constants
 from tests.test_stages import DPO, run, values
 from tests.training.tiny import make_samples, make_trainer
 from tokengrain.report.html import write_report
+from tokengrain.training.card import _numbers
 
 LORA = {"lora": {"r": 2, "alpha": 4}}
 QRM = {"kind": "reward", "objective": {"name": "qrm"}}
@@ -96,6 +98,14 @@ def test_a_model_that_cannot_be_sampled_from_is_trained(tmp_path: Path, monkeypa
     monkeypatch.setattr("tokengrain.run.trained.answering", fails)
     assert run(values(tmp_path)).metrics["final"]["loss"] < 1
     assert not (tmp_path / "run" / "train" / "answers.json").exists()
+
+
+def test_an_online_evaluation_stands_in_the_card() -> None:
+    """It has no loss."""
+    state = SimpleNamespace(log_history=[{"loss": 0.1, "step": 1}, {"eval_reward": 0.5, "eval_correct": 0.25}])
+    shown = _numbers(SimpleNamespace(state=state), None)
+    assert "| reward | – | 0.500 |" in shown
+    assert "| correct, share of completions | – | 0.250 |" in shown
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -45,6 +45,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tokengrain.demo.run_recipe", interrupted)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / ".metrics.17.140.tmp.json").write_text("{")  # a demo was killed while it wrote
     screen = Console(file=io.StringIO(), width=80)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path / "demo", samples=2, console=screen)

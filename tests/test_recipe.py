@@ -459,13 +459,23 @@ def test_the_offline_source_of_a_step_is_checked_and_counts_with_its_code(
         found = error_of(tmp_path, step.format(source), values=ONLINE)
         assert "stages.train.credit[0].source: " in found
         assert message in found
-    for source in ("my.py:credit", "{name: 'my.py:credit'}"):
+    judged = "stages.train.rewards=[{name: timemaster, labels: [a, b], judge: 'my.py:credit'}]"
+    for override in (step.format("my.py:credit"), step.format("{name: 'my.py:credit'}"), judged):
         decided = []
         for number in (1, 2):
             (tmp_path / "my.py").write_text(f"def credit(batch):\n    return batch.columns['x'] * {number}\n")
-            recipe = load_recipe("grpo", overrides=[step.format(source)])
+            recipe = load_recipe("grpo", overrides=[override])
             decided.append(resolve_stages(recipe)[-1].decides(tmp_path, {}))
         assert decided[0] != decided[1]
+
+
+def test_a_folder_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dpo").mkdir()
+    assert find_recipe("dpo").name == "dpo.yaml"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RecipeError, match="mine: is a folder, not a recipe file"):
+        load_recipe("mine")
 
 
 def test_a_run_until_a_stage_that_is_none(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from tokengrain.errors import RunError, read_json, require, write_json
+from tokengrain.errors import RunError, is_temporary, read_json, require, write_json
 from tokengrain.report.html import write_report
 from tokengrain.run.load import load_recipe
 from tokengrain.run.runner import run_recipe
@@ -42,7 +42,8 @@ def run_demo(
     require(not output.exists() or output.is_dir(), RunError, f"{output} is a file; the demo needs a folder")
     # An earlier demo may be continued; anything else in the folder is someone's work.
     known = {*METHODS, "metrics.json", "credit_samples.json", "report.html"}
-    others = sorted(p.name for p in output.iterdir() if p.name not in known) if output.exists() else []
+    there = [path for path in output.iterdir() if not is_temporary(path)] if output.exists() else []
+    others = sorted({path.name for path in there} - known)
     message = f"{output} holds something else ({', '.join(others[:3])}); give another folder with --output"
     require(not others, RunError, message)
     what = (

@@ -218,10 +218,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what `atomic_write` leaves if its process is killed."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes left of `atomic_write` in a folder and below; nobody else may be writing there."""
     for path in folder.rglob(".*.tmp*"):
-        if _TEMPORARY.fullmatch(path.name):
+        if is_temporary(path):
             path.unlink(missing_ok=True)
 
 

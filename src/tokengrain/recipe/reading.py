@@ -39,11 +39,13 @@ def find_recipe(name: str | Path) -> Path:
     Looks at the path itself, `recipes/NAME.yaml` in the working directory, then the recipes of the package.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) > 1:
+    if path.suffix in (".yaml", ".yml") or path.is_file() or len(path.parts) > 1:
         return path
     for folder in recipe_folders():
         if (found := folder / f"{name}.yaml").is_file():
             return found
+    if path.exists():  # `read_file` says what it is
+        return path
     names = sorted({p.stem for folder in recipe_folders() for p in folder.glob("*.yaml")})
     raise RecipeError(f"{name}: no such recipe file{nearest(str(name), names)}")
 

@@ -631,12 +631,14 @@ class RewardKind(NamedTuple):
         what: one line for listings.
         objects: arguments that are not settings: in a recipe `model` is a model, the tokenizers are the runner's.
         defaults: of the settings that every reward has, where they are others.
+        code: settings that are import strings of code, whose source counts in fingerprints.
     """
 
     build: Any
     what: str
     objects: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = {}
+    code: tuple[str, ...] = ()
 
 
 REWARDS = {
@@ -647,7 +649,9 @@ REWARDS = {
     "format": RewardKind(FormatPattern, "the completion matches a regular expression"),
     "overlong": RewardKind(SoftOverlong, "DAPO's penalty near the length limit"),
     "cosine": RewardKind(CosineLength, "a reward for being right that depends on the length"),
-    "timemaster": RewardKind(TimeMaster, "a form, a right class and a judge's score of the rest (TimeMaster)"),
+    "timemaster": RewardKind(
+        TimeMaster, "a form, a right class and a judge's score of the rest (TimeMaster)", code=("judge",)
+    ),
     "judge": RewardKind(Judge, "a language model's score, from an OpenAI-compatible server"),
     "reward_model": RewardKind(
         RewardModel,

@@ -24,6 +24,7 @@ from tokengrain.errors import (
     explained,
     fault,
     fingerprint,
+    is_temporary,
     read_json,
     remove_temporaries,
     require,
@@ -89,7 +90,8 @@ def _check_folder(recipe: Recipe, plans: list[StagePlan], overwrite: bool) -> No
     require(run_dir.is_dir(), RunError, f"output_dir {run_dir} is a file; choose a folder that does not exist yet")
     if not is_run(run_dir):
         what = "is not empty and not a run of tokengrain (no run.json)"
-        others = [path for path in run_dir.iterdir() if path.name not in (LOCK, OWNER, INPUTS)]
+        own = (LOCK, OWNER, INPUTS)
+        others = [path for path in run_dir.iterdir() if path.name not in own and not is_temporary(path)]
         require(not others, RunError, f"output_dir {run_dir} {what}; choose another with --output")
         return
     if overwrite:

@@ -817,8 +817,12 @@ class Online(Policy):
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
         own = self.own
         values = own.model_dump(include={"rewards", "credit", "critic", "prompts"})
-        values["sampler"] = deciding(check_sampler(own.sampler))
-        named = [one["name"] for one in (*own.rewards, *own.credit, own.sampler) if ":" in one.get("name", "")]
+        sampler = check_sampler(own.sampler)
+        values["sampler"] = deciding(sampler)
+        parts = [*own.rewards, *own.credit, own.sampler, sampler.get("sampler")]  # which branching has within
+        named = [part["name"] for part in parts if part and ":" in part.get("name", "")]
+        kinds = [(REWARDS[reward["name"]], reward) for reward in own.rewards if reward["name"] in REWARDS]
+        named += [str(reward[key]) for kind, reward in kinds for key in kind.code if reward.get(key) is not None]
         # Another body is another reward.
         functions = {name: fingerprint(source_of(load_callable(name))) for name in named}
         sources = [named_source(step["source"]) for step in own.credit if step.get("source") is not None]

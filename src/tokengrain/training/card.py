@@ -131,7 +131,7 @@ def _settings(trainer: Any, rows: str, adapter: Any) -> str:
 
 def _numbers(trainer: Any, metrics: Mapping[str, Any] | None) -> str:
     if metrics is None:
-        logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+        logs = [log for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
         metrics = {"after": {key.removeprefix("eval_"): value for key, value in logs[-1].items()}} if logs else {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     rows = [
