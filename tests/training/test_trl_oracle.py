@@ -134,7 +134,9 @@ def compare(trainer: Any, theirs: list[tuple[float, float]], their_model: Any) -
             torch.testing.assert_close(mine, trls, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma3", "llava"))]
+)
 def test_images(family: str, tmp_path: Path) -> None:
     """Prompts with one image, two, and none; the vision tower is trained too."""
     sizes = [[(32, 32)], [(32, 48), (16, 32)], [(64, 32)], [(32, 32)], [(16, 32)]]
