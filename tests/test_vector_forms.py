@@ -138,6 +138,21 @@ def test_documents_that_are_numbers_and_share_docids() -> None:
     assert not result.failed, result
 
 
+@pytest.mark.parametrize(
+    ("docids", "table"),
+    [(["a", "b"], {"a": ["d4"], "b": ["d3", "d5"]}), ([[7, 1], [7, 2]], {"7,1": ["d4"], "7,2": ["d3", "d5"]})],
+)
+def test_a_table_of_documents_that_share_docids(docids: Any, table: Any) -> None:
+    case = {
+        "name": "table",
+        "params": {"metrics": ["MRR@10", "Hit@2"]},
+        "inputs": {"predictions": [docids], "truth": [["d5"]], "docid_to_documents": table},
+        "expected": {"per_query": [{"MRR@10": (1 / 2 + 1 / 3) / 2, "Hit@2": 0.5}]},
+    }
+    result = run_case("ddro", {**case, "function": "ranking_metrics"})
+    assert not result.failed, result
+
+
 def test_search_with_shared_probabilities() -> None:
     """Those of what the trie allows are divided by their sum, at every step."""
     table = {"0": [-9, -9, -1.0, -2.0], "0,2": [-9, -1.5, -1.5, -9], "0,3": [-9, -0.5, -9, -9]}

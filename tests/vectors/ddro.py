@@ -142,10 +142,17 @@ def constrained_beam_search(case: Case) -> dict[str, Any]:
 @adapter("ddro", "ranking_metrics")
 def metrics(case: Case) -> dict[str, Any]:
     names = case.settings("metrics")["metrics"]
-    # Documents may be numbers; those of one docid are listed together.
+    # Documents may be numbers; those of one docid are listed together, or a table says which they are.
     listed = {name: _plain(case.inputs[name]) for name in ("predictions", "truth")}
     truth = [found if isinstance(found, list) else [found] for found in listed["truth"]]
-    per_query = ranking_metrics(listed["predictions"], truth, names)
+    table = next((value for value in case.inputs.values() if isinstance(value, dict)), {})
+
+    def documents(docid: Any) -> Any:
+        key = ",".join(map(str, docid)) if isinstance(docid, list) else str(docid)
+        return table.get(key, docid)
+
+    predictions = [[documents(docid) for docid in each] for each in listed["predictions"]]
+    per_query = ranking_metrics(predictions, truth, names)
     return {"per_query": per_query, "mean": mean_metrics(per_query)}
 
 
