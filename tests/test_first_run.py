@@ -269,7 +269,7 @@ def test_a_credit_that_tells_no_token_from_another_is_said(
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     result = tokengrain.train(tmp_path / "recipe.yaml")
     shown = capsys.readouterr().out
-    assert shown.count("every token reward is 0, so no token is told from another") == 1
+    assert shown.count("every token reward is 0, so all tokens count alike") == 1
     assert "warning: credit should be lower where an answer is corrupted" in " ".join(shown.split())
     checked = result.metrics["stages"]["credit"]["self_check"]
     assert (checked["auc"], checked["answers"]) == (0.5, 6)

@@ -265,7 +265,7 @@ IMPOSSIBLE = [
     ),
     (["stages.credit.credit={name: guide}"], "stages.credit.credit.model: missing"),
     (["stages.credit.credit={name: random, model: '@guide'}"], "credit random asks no such model"),
-    (["stages.train.credit={name: random}"], "bring token rewards already"),
+    (["stages.train.credit={name: random}"], "have token rewards already"),
     (["stages.guide.credit={name: random}"], "say which: `as: weight` or `as: selection`"),
     (["stages.guide.reference=adapter_off"], "adapter_off needs lora"),
     (

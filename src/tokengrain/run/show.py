@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from tokengrain.runs import TITLES, spoken
 from tokengrain.screen import labelled
@@ -102,9 +102,7 @@ class ShowProgress(TrainerCallback):
         self._bar: Progress | None = None
         self._task: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.console.quiet:
             return
         warmup = args.get_warmup_steps(state.max_steps)
@@ -118,18 +116,11 @@ class ShowProgress(TrainerCallback):
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=state.max_steps, numbers="")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         tied = logs is not None and logs.get("rewards/margins") == 0  # nobody prefers either side of a pair yet
         shown = {k: title for k, title in SHOWN.items() if logs and k in logs and not (tied and "accura" in k)}
         numbers = "  ".join(f"{title} {logs[key]:.3f}" for key, title in shown.items() if logs)

@@ -437,7 +437,7 @@ class Annotate(Stage):
             name = f"credit: {self.credit.get('name')}"
             store_credit(run, self, batch, name, batch.columns["token_rewards"])
             if (same := same_rewards(files[0])) is not None:
-                what = f"every token reward is {same:g}, so no token is told from another. Is the model that the "
+                what = f"every token reward is {same:g}, so all tokens count alike. Is the model that the "
                 what += "credit asks the same as its reference, or was it trained at all?"
                 run.console.print(labelled("  warning", what), soft_wrap=True)
         return {"rows": counts, **checked}

@@ -602,7 +602,7 @@ class Train(Policy):
         role = resolve_role(credit.role, objective.roles, objective.name, objective.no_credit)
         check_together(objective, role, self.teacher)
         alone = self.data.stage is None or credit.kind.column_with(credit.settings)
-        require(alone, RecipeError, f"the data '@{self.data.stage}' bring token rewards already; drop one")
+        require(alone, RecipeError, f"the data '@{self.data.stage}' have token rewards already; drop one")
         reason = why_not(credit.kind.values_with(credit.settings), role.uses)
         require(not reason, RecipeError, f"{credit.name} as {role.name}: {reason}")
 
