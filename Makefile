@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow test-vllm test-verl lint format bench claims real hh world-weights docs-tables docs clean
+.PHONY: help setup demo test test-slow test-vllm test-verl test-ray test-lowest lint format bench claims real hh world-weights docs-tables docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,27 @@ test-vllm: setup .venvs/vllm/.done  ## Run the sampler and online training again
 
 test-verl: .venvs/verl/.done  ## Run the plugin for verl against verl's own losses, and in a worker of Ray
 	.venvs/verl/bin/python -m pytest -q -m verl tests/engines/test_verl.py
+
+.venvs/ray/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venvs/ray
+	.venvs/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data,train]==2.60.0' pytest -e .
+	@touch $@
+
+test-ray: .venvs/ray/.done  ## Run the trainer in Ray Train and a credit in Ray Data
+	.venvs/ray/bin/python -m pytest -q -m ray tests/engines/test_ray.py
+
+# The lowest versions that pyproject.toml allows. PyPI has torch 2.11 for CUDA alone (gigabytes, it runs on CPUs too);
+# `make test-lowest LOWEST_TORCH=torch==2.13.0` takes another.
+LOWEST_TORCH ?= torch==2.11.0
+.venvs/lowest/.done: pyproject.toml
+	$(PYTHON) -m venv .venvs/lowest
+	.venvs/lowest/bin/pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=.venvs/lowest .venvs/lowest/bin/uv pip install --quiet --upgrade --resolution lowest-direct \
+		'$(LOWEST_TORCH)' -e '.[dev]'
+	@touch $@
+
+test-lowest: .venvs/lowest/.done  ## Run all tests but those marked slow with the lowest supported versions
+	OMP_NUM_THREADS=1 .venvs/lowest/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: setup  ## ruff (lint and format), mypy, docs build
 	$(BIN)/ruff check .

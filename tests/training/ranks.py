@@ -13,6 +13,12 @@ from typing import Any
 import torch
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def on_ranks(world: int, work: Callable[[], Any], timeout: float = 180, killed: Collection[int] = ()) -> list[Any]:
     """What `work` returned on every rank. It is called after the fork, so closures are fine.
 
@@ -20,9 +26,7 @@ def on_ranks(world: int, work: Callable[[], Any], timeout: float = 180, killed: 
         killed: ranks that will not return; nothing is said of them.
     """
     context = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     children = []
     for rank, (_, sender) in enumerate(pipes):
