@@ -119,7 +119,7 @@ def train_online(
             rewards=world.reward if rewards is None else rewards,
             credit=[_with_tokenizer(step, world.tokenizer) for step in credit],
             train_dataset=world.prompts(),
-            processing_class=world.tokenizer,
+            processing_class=getattr(world, "processor", world.tokenizer),
         )
         trainer.train()
         history = trainer.state.log_history

@@ -17,12 +17,14 @@ from experiments.claims import (
     online_thr,
     qrm,
     rrpo,
+    seeing,
     sepo,
     stories,
 )
 from experiments.claims.framework import Group
 
 _OFFLINE = (rrpo.GROUP, sepo.GROUP, aligndistil.GROUP, qrm.GROUP, stories.NOISY, stories.CLEAN, library.GROUP)
+_SEEING = (seeing.SERIES, seeing.CLIPS)
 _ONLINE = (
     online_rto.GROUP,
     online_digits.GROUP,
@@ -35,4 +37,4 @@ _ONLINE = (
     online_arithmetic.GROUP,
     online_revision.GROUP,
 )
-GROUPS: dict[str, Group] = {group.name: group for group in (*_OFFLINE, *_ONLINE)}
+GROUPS: dict[str, Group] = {group.name: group for group in (*_OFFLINE, *_ONLINE, *_SEEING)}
