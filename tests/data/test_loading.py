@@ -160,6 +160,7 @@ def test_splits_that_begin_alike(tmp_path):
         (["train.csv", "dev.csv"], "validation", ["dev"]),
         (["part-00000.jsonl", "part-00001.jsonl"], None, ["part"]),
         (["a.jsonl", "b.jsonl"], None, ["a", "b"]),
+        (["default/train/0000.parquet", "default/test/0000.parquet"], None, ["default/train/0000"]),
         (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], None, ["data/train"]),
         (["train/0.jsonl", "test/0.jsonl"], None, ["train/0"]),
         (["train/0.jsonl", "test/0.jsonl"], "test", ["test/0"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 from benchmarks.picture import write_picture
+from rich.console import Console
 
 from tests.report.folders import METHODS, PAIRS, credit_entries, make_demo, make_run, write
 from tokengrain.errors import DataError, RunError
 from tokengrain.report.html import short, write_report
 from tokengrain.report.svg import nice_ticks, number, tick
+from tokengrain.report.terminal import inspect_rows
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
 
@@ -207,7 +210,11 @@ def test_equal_maps_are_shown_once(tmp_path: Path) -> None:
     write(run / "credit_samples.json", [*entries, *(times(e, f) for f in (0.5, -1.0, 1.0) for e in guides)])
     text = html.unescape(write_report(run).read_text())
     shown = dict.fromkeys(re.findall(r'data-name="([^"]+)"', text))
-    assert list(shown) == ["guide = 2.0 × 0.5 of guide = 1 of guide", "policy", "-1 of guide"]
+    titles = ["guide = 2.0 × 0.5 of guide = 1 of guide", "policy", "-1 of guide"]
+    assert list(shown) == titles
+    out = io.StringIO()
+    inspect_rows(run, console=Console(file=out, width=100, color_system=None))
+    assert [line for line in out.getvalue().splitlines() if "guide" in line or line == "policy"] == titles
 
 
 def test_run_without_credit_says_so(tmp_path: Path) -> None:

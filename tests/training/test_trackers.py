@@ -23,6 +23,9 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found.Reload()
     assert {"train/loss", "train/rewards/margins", "eval/accuracy"} <= set(found.Tags()["scalars"])
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4]
+    (text,) = found.Tensors("token credit/text_summary")[0].tensor_proto.string_val
+    assert b"| row | completion | credit | tokens |" in text
+    assert b"log-ratio of train" in text
     assert '"run_name": "run/train"' in str(found.Tensors("args/text_summary")[0].tensor_proto.string_val[0])
 
 
@@ -45,3 +48,5 @@ def test_trackio(tmp_path: Path) -> None:
         rows = store.execute("select run_name, metrics from metrics").fetchall()
     assert {name for name, _ in rows} == {"run/train"}
     assert any("train/rewards/margins" in str(metrics) for _, metrics in rows)
+    (kept,) = [metrics for _, metrics in rows if "token credit" in str(metrics)]
+    assert "html" in str(kept).lower()

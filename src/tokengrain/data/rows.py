@@ -769,6 +769,9 @@ def files_of(folder: Path, split: str | None) -> list[Path]:
         require(found, DataError, what, file=folder, value=split)
         return found
     paths = _rows_in(folder)
+    below = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    if not paths and len(below) == 1 and not _rows_in(below[0]):  # default/train/0000.parquet, as the hub converts
+        return files_of(below[0], split)
     if not paths:
         folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and _rows_in(p))
         named = [p for p in folders if p.name == "data" or _words(p.name) & set(WORDS)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from tokengrain.errors import ModelError, RunError, foreign, require, write_text
 from tokengrain.method import METHODS
 from tokengrain.report import rows
 from tokengrain.report.pictures import drawn
-from tokengrain.report.rows import WEAKEST, CreditSample, Side, by_pair, colour_scale, read_token_rows
+from tokengrain.report.rows import WEAKEST, CreditSample, Side, by_pair, colour_scale, one_of_equals, read_token_rows
 from tokengrain.report.svg import Mark, Point, Series, frontier_chart, line_chart, marker, number, signed
 from tokengrain.runs import EQUAL, ROLLOUT_FILE
 from tokengrain.screen import visible
@@ -103,10 +104,28 @@ def show_credit(
         height: of the cell's output, in pixels.
     """
     entries = rows.collect_credit_samples(batch, tokenizer, credit, truth=truth, maps=maps)  # by prompt
-    pairs, scales = heat_maps(rows.parsed(entries[: count * len(credit)]))
-    page = environment().get_template("cell.html.j2").render(pairs=pairs, scales=scales)
+    page = maps_page(rows.parsed(entries[: count * len(credit)]))
     frame = '<iframe srcdoc="{}" style="width: 100%; height: {}px; border: 0" title="token credit"></iframe>'
     return Shown(frame.format(escape(page), height))
+
+
+def maps_page(samples: Sequence[CreditSample]) -> str:
+    """A page of nothing but heat maps."""
+    pairs, scales = heat_maps(samples)
+    page: str = environment().get_template("cell.html.j2").render(pairs=pairs, scales=scales)
+    return page
+
+
+def maps_table(samples: Sequence[CreditSample]) -> str:
+    """The same as a table in Markdown, each token followed by its credit, for what shows no colours."""
+    lines = ["| row | completion | credit | tokens |", "|---|---|---|---|"]
+    for sample in one_of_equals(samples)[: 2 * MAX_PAIRS]:
+        for name, side in zip(sample.names, sample.sides, strict=True):
+            tokens = zip(side.tokens[:MAX_TOKENS], side.credit, strict=False)
+            marked = "".join(t if v is None else f"{t}[{signed(v)}]" for t, v in tokens)
+            cells = (" ".join(cell.split()) for cell in (str(sample.row), name, sample.source, visible(marked)))
+            lines.append("| " + " | ".join(re.sub(r"([\\|<`*_])", r"\\\1", cell) for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -473,40 +492,6 @@ def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], li
         about = {"prompt": visible(first.prompt.strip()), "row": first.row, "pictures": pictures}
         pairs.append({**about, "sides": sides})
     return pairs, list(scales.items())
-
-
-def one_of_equals(samples: Sequence[CreditSample]) -> list[CreditSample]:
-    """Samples without sources whose heat maps would equal an earlier source's, which then names both.
-
-    Maps are equal if all credit is the same but for a positive factor: colour is relative to a source's own scale.
-    """
-    values: dict[str, dict[Any, float | None]] = {}
-    for place, group in enumerate(by_pair(samples)):
-        for s in group:
-            numbered = ((i, j, v) for i, side in enumerate(s.sides) for j, v in enumerate(side.credit))
-            values.setdefault(s.source, {}).update({(place, i, j): v for i, j, v in numbered})
-    titles: dict[str, str] = {}
-    for source, mine in values.items():
-        for shown in titles:
-            if (factor := _factor(mine, values[shown])) is not None:
-                same = "" if abs(factor - 1) < 1e-3 else f"{number(factor, 2)} × "
-                titles[shown] += f" = {same}{source}"
-                break
-        else:
-            titles[source] = source
-    return [replace(s, source=titles[s.source]) for s in samples if s.source in titles]
-
-
-def _factor(values: Mapping[Any, float | None], base: Mapping[Any, float | None]) -> float | None:
-    """The f > 0 with base = f · values up to rounding; None if there is none or all values are 0."""
-    if values.keys() != base.keys() or any((values[k] is None) != (base[k] is None) for k in values):
-        return None
-    pairs = [(v, b) for k, v in values.items() if v is not None and (b := base[k]) is not None]
-    squares = sum(v * v for v, _ in pairs)
-    factor = sum(v * b for v, b in pairs) / squares if squares else 0.0
-    largest = max((abs(b) for _, b in pairs), default=0.0)
-    near = all(abs(b - factor * v) <= 1e-3 * largest for v, b in pairs)
-    return factor if factor > 0 and near else None
 
 
 def pieces(side: Side, scale: float) -> list[Piece]:

@@ -24,6 +24,7 @@ from tokengrain.data.rows import StoredRows, load_rows, with_columns
 from tokengrain.data.tokens import text_tokenizer, token_texts
 from tokengrain.errors import DataError, ModelError, RunError, problem, read_json, regular_file, require, shown
 from tokengrain.models import load_reader
+from tokengrain.report import svg
 from tokengrain.report.pictures import shown as shown_pictures
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.settings import code_named_by
@@ -197,6 +198,40 @@ def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:
         seen[text, s.source] += 1
         group.append(replace(s, row=group[0].row) if group else s)
     return list(groups.values())
+
+
+def one_of_equals(samples: Sequence[CreditSample]) -> list[CreditSample]:
+    """Samples without sources whose heat maps would equal an earlier source's, which then names both.
+
+    Maps are equal if all credit is the same but for a positive factor: colour is relative to a source's own scale.
+    """
+    values: dict[str, dict[Any, float | None]] = {}
+    for place, group in enumerate(by_pair(samples)):
+        for s in group:
+            numbered = ((i, j, v) for i, side in enumerate(s.sides) for j, v in enumerate(side.credit))
+            values.setdefault(s.source, {}).update({(place, i, j): v for i, j, v in numbered})
+    titles: dict[str, str] = {}
+    for source, mine in values.items():
+        for first in titles:
+            if (factor := _factor(mine, values[first])) is not None:
+                same = "" if abs(factor - 1) < 1e-3 else f"{svg.number(factor, 2)} × "
+                titles[first] += f" = {same}{source}"
+                break
+        else:
+            titles[source] = source
+    return [replace(s, source=titles[s.source]) for s in samples if s.source in titles]
+
+
+def _factor(values: Mapping[Any, float | None], base: Mapping[Any, float | None]) -> float | None:
+    """The f > 0 with base = f · values up to rounding; None if there is none or all values are 0."""
+    if values.keys() != base.keys() or any((values[k] is None) != (base[k] is None) for k in values):
+        return None
+    pairs = [(v, b) for k, v in values.items() if v is not None and (b := base[k]) is not None]
+    squares = sum(v * v for v, _ in pairs)
+    factor = sum(v * b for v, b in pairs) / squares if squares else 0.0
+    largest = max((abs(b) for _, b in pairs), default=0.0)
+    near = all(abs(b - factor * v) <= 1e-3 * largest for v, b in pairs)
+    return factor if factor > 0 and near else None
 
 
 def colour_scale(values: Sequence[float | None]) -> float:

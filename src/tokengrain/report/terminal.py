@@ -24,6 +24,7 @@ from tokengrain.report.rows import (
     Side,
     by_prompt,
     colour_scale,
+    one_of_equals,
     read_rollouts,
     read_token_rows,
     recorded_columns,
@@ -75,6 +76,7 @@ def inspect_rows(
     if field == SPANS:
         _print_spans(console, samples)
         return
+    samples = one_of_equals(samples)
     for name in dict.fromkeys(s.source for s in samples):
         shown, coloured = [s for s in samples if s.source == name], _has_colour(console)
         scale = colour_scale([v for s in shown for side in s.sides for v in side.credit])

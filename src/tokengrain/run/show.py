@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from tokengrain.report.html import maps_page, maps_table
+from tokengrain.report.rows import read_credit_samples
 from tokengrain.runs import TITLES, spoken
 from tokengrain.screen import labelled
 
@@ -92,6 +94,30 @@ SHOWN = {
     "reward/correct": "correct",
     "rollout/length": "length",
 }
+
+
+class LogMaps(TrainerCallback):
+    """Gives heat maps of token credit to the trackers that show pages or tables, as training ends.
+
+    `store` puts the stage's own credit into `file`, which has the earlier stages' already.
+    """
+
+    def __init__(self, trainer: Any, file: Path, store: Callable[[], None]) -> None:
+        self.trainer, self.file, self.store = trainer, file, store
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.store()
+        if not state.is_world_process_zero or not (samples := read_credit_samples(self.file)):
+            return
+        page = maps_page(samples)
+        for tracker in self.trainer.callback_handler.callbacks:
+            known = vars(tracker)
+            if known.get("tb_writer") is not None:
+                tracker.tb_writer.add_text("token credit", maps_table(samples), state.global_step)
+            for library in filter(None, (known.get("_wandb"), known.get("_trackio"))):
+                library.log({"token credit": library.Html(page)})
+            if known.get("_ml_flow") is not None and known["_ml_flow"].active_run():
+                tracker._ml_flow.log_text(page, f"token-credit-{state.global_step}.html")
 
 
 class ShowProgress(TrainerCallback):

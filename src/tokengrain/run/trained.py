@@ -44,6 +44,7 @@ from tokengrain.method import (
 )
 from tokengrain.recipe import schema
 from tokengrain.recipe.check import Mistakes, check_training
+from tokengrain.report.rows import FILE
 from tokengrain.rewards.builtin import REWARDS, check_reward, make_reward, reward_objects
 from tokengrain.rewards.reward_model import check_completion_model
 from tokengrain.rewards.suite import RewardFunction, RewardSuite
@@ -318,6 +319,9 @@ class Trained(Stage):
         run.console.print(models.trained(trainer.model, whole=self.lora is None))
         progress = show.ShowProgress(run.console, self.name)
         trainer.add_callback(progress)
+        if trainer.args.report_to:  # before the trackers' own callbacks, which close them as training ends
+            maps = show.LogMaps(trainer, run.run_dir / FILE, partial(self.store_samples, run, trainer))
+            trainer.callback_handler.callbacks.insert(0, maps)
         try:
             with StopOnSignal(run.state.num_processes) as stop:
                 trainer.add_callback(stop)
