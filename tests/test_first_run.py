@@ -30,6 +30,7 @@ OFFLINE = sorted(
 )
 QUICK = ("dpo", "qrm", "simpo")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    ((?:pip|tokengrain) .*)$", README.partition("## A method")[0], re.MULTILINE)
 NOUNS = ["cat", "dog", "bird", "fish", "tree", "house", "river", "stone", "cloud", "lamp", "door", "road"]
 ENDS = ("and small", "and old", "and green", "today", "in the rain")
 CHAT = (
@@ -96,21 +97,36 @@ def test_adapters_learn_without_settings(mine: Path, tmp_path: Path) -> None:
     check_learned(stage.metrics, stage.log())
 
 
-def test_the_first_command_of_the_readme_as_it_is_printed(
-    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(mine)
-    (line,) = (text for text in README.splitlines() if text.startswith("    tokengrain train tgdpo"))
+def said(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command of the README prints when it is run as it stands there."""
     with pytest.raises(SystemExit) as stop:
         main(shlex.split(line, comments=True)[1:])
     out = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
+    assert stop.value.code == 0, out
+    return out
+
+
+def test_the_first_commands_of_the_readme_as_they_are_printed(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(mine)
+    out = said(COMMANDS[2], capsys)
     assert "54 rows, 6 held out; batch 4, 4 epochs: 56 steps, 5 of warm-up; rate" in out
     assert "chosen here: batch and epochs for at least 50 steps; rate for all weights of 0." in out
     assert "warning" not in out
     stages = {stage.name: stage for stage in tokengrain.read_run(mine / "runs" / "tgdpo").stages}
     for name in ("guide", "train"):
         check_learned(stages[name].metrics, stages[name].log())
+    assert "most credit: " in said(COMMANDS[3], capsys)
+    assert (mine / said(COMMANDS[4], capsys)).read_text().count("<section") >= 4
+
+
+@pytest.mark.slow
+def test_the_demo_of_the_readme_as_it_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "DPO" in said(COMMANDS[1], capsys)
 
 
 @pytest.mark.slow

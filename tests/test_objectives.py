@@ -164,6 +164,13 @@ def test_online_objectives_know_what_a_rollout_may_bring() -> None:
     assert make_objective("dpo", reference_free=True).optional == frozenset()  # offline, stored columns are not read
 
 
+def test_a_loss_type_in_the_place_of_an_objective_says_whose_it_is() -> None:
+    with pytest.raises(RecipeError, match=r"unknown objective 'ipo'; it is a loss_type of dpo: \{name: dpo"):
+        make_objective("ipo")
+    with pytest.raises(RecipeError, match="unknown objective 'smipo'; did you mean 'simpo'"):
+        make_objective("smipo")
+
+
 @pytest.mark.parametrize(
     ("loss", "arguments", "message"),
     [

@@ -33,7 +33,7 @@ TRL_NAMES = {
     "ref_model": "stages__train__reference='folder or hub name'; the default is the starting model",
     "args": "training__learning_rate=..., training__num_train_epochs=...: keys of the recipe",
     "peft_config": "lora={'r': 16, 'alpha': 32}",
-    "loss_type": "stages__train__objective={'name': ...}",
+    "loss_type": "stages__train__objective={'name': 'dpo', 'loss_type': ...}, or another objective",
     "reward_funcs": "stages__train__rewards=[...]",
 }
 """What TRL's trainers call what is said otherwise here."""
@@ -89,7 +89,8 @@ def train(
             model, data, eval_data = _model(model, tokenizer, inputs), _rows(data, inputs), _rows(eval_data, inputs)
         if eval_data is not None:
             parsed.append((["data", "eval"], eval_data))
-        recipe = make_recipe(resolve(values, model, data, parsed), source=str(path))
+        given = {".".join(keys): f"argument {'__'.join(keys)}" for keys, _ in parsed}
+        recipe = make_recipe(resolve(values, model, data, parsed), source=str(path), given=given)
     return run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=quiet))
 
 

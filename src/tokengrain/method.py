@@ -151,7 +151,7 @@ class Registry(Mapping[str, T]):
                 return self._entries[name]
             if self._make is None or ":" not in name:
                 broken = "".join(f"; {module} could not be imported: {why}" for module, why in BROKEN.items())
-                raise RecipeError(f"unknown {self.what} {name!r}{nearest(name, self)}{broken}")
+                raise RecipeError(f"unknown {self.what} {name!r}{self._value_of(name) or nearest(name, self)}{broken}")
             function = load_callable(name)
         for entry in self._entries.values():
             part: Any = entry
@@ -159,6 +159,15 @@ class Registry(Mapping[str, T]):
                 return replace(part, name=name) if isinstance(name, str) else entry
         made: T = self._make(name if isinstance(name, str) else _name_of(function), function)
         return made
+
+    def _value_of(self, name: str) -> str | None:
+        """Of a name that is a value of an entry's setting, what to write: `ipo` is a `loss_type` of dpo."""
+        for known in self:
+            function = getattr(self._entries[known], "function", None)
+            for setting, kind in keyword_types(function).items() if callable(function) else ():
+                if name in get_args(kind):
+                    return f"; it is a {setting} of {known}: {{name: {known}, {setting}: {name}}}"
+        return None
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:

@@ -119,7 +119,9 @@ def pair_example(row: Any) -> Example:
         what = "the column is missing, and completions of this kind do not show what they have in common"
         alone = len(completions) == 2 and not isinstance(chosen, TokenIds)
         check(alone, "missing column", what, field="prompt", expected="text, messages or token ids")
-        prompt, *completions = _split_pair(*completions)
+        asked = next((name for name in ("question", "query", "problem", "input") if row.get(name)), None)
+        hint = f", or data.columns: {{prompt: {asked}}}" if asked else ""
+        prompt, *completions = _split_pair(*completions, hint)
     for name, completion in zip(fields, completions, strict=True):
         check_completion(completion, name)
     prompt, pictures = pictured(row, prompt)
@@ -627,8 +629,8 @@ def _explicit(prompt: Content, *completions: Content, field: str = "chosen") -> 
     raise RowError("mixed types", what, field=field, value=completions[0], expected=f"{expected} of messages")
 
 
-def _split_pair(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The implicit prompt, and what is left of either side."""
+def _split_pair(chosen: Any, rejected: Any, hint: str = "") -> tuple[Any, Any, Any]:
+    """The implicit prompt, and what is left of either side; `hint`: what else an error may expect."""
     if isinstance(chosen, str) and _is_dialogue(chosen) and _is_dialogue(rejected):
         return _split_dialogues(chosen, rejected)
     at = _common_words(chosen, rejected) if isinstance(chosen, str) else common_length(chosen, rejected)
@@ -636,7 +638,7 @@ def _split_pair(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if not prompt:
         what = "there is no prompt: no such column, and the completions do not begin alike"
         both, expected = {"chosen": chosen, "rejected": rejected}, "a column 'prompt', or chosen and rejected that both"
-        raise RowError("empty prompt", what, field="prompt", value=both, expected=f"{expected} begin with it")
+        raise RowError("empty prompt", what, field="prompt", value=both, expected=f"{expected} begin with it{hint}")
     check_prompt(prompt)
     return prompt, chosen, rejected
 

@@ -7,10 +7,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import pydantic
@@ -22,6 +23,8 @@ from tokengrain.recipe import schema
 from tokengrain.runs import CHECKPOINT
 from tokengrain.settings import LARGEST, nearest
 from tokengrain.training.config import OnlineConfig, PreferenceConfig
+
+NOT_GIVEN: Mapping[str, str] = MappingProxyType({})
 
 
 class Mistakes:
@@ -47,24 +50,19 @@ class Mistakes:
         except (RecipeError, ValueError, TypeError, ImportError) as error:
             self.add(where, " ".join(str(error).split()))
 
-    def error(self, source: str, given: Collection[str] = ()) -> RecipeError:
-        """All of them as one error; those about keys that were `given` on the command line are not the file's."""
-        own = [any(_is_about(line, key) for key in given) for line in self.lines]
-        source = COMMAND_LINE if all(own) else source
-        lines = [
-            f"{COMMAND_LINE}: {x}" if o and source != COMMAND_LINE else x for x, o in zip(self.lines, own, strict=True)
-        ]
+    def error(self, source: str, given: Mapping[str, str] = NOT_GIVEN) -> RecipeError:
+        """All of them as one error; `given`: keys that came from elsewhere than the `source`, and from where."""
+        places = [next((p for key, p in given.items() if _is_about(line, key)), None) for line in self.lines]
+        source = places[0] or source if len(set(places)) == 1 else source
+        lines = [f"{p}: {x}" if p and p != source else x for x, p in zip(self.lines, places, strict=True)]
         if len(lines) == 1:
             return RecipeError(f"{source}: {lines[0]}")
         listed = "\n".join(f"  - {line}" for line in lines)
         return RecipeError(f"{source}: {len(lines)} mistakes\n{listed}")
 
-    def raise_if_any(self, source: str, given: Collection[str] = ()) -> None:
+    def raise_if_any(self, source: str, given: Mapping[str, str] = NOT_GIVEN) -> None:
         if self.lines:
             raise self.error(source, given)
-
-
-COMMAND_LINE = "command line"
 
 
 def _is_about(line: str, key: str) -> bool:
@@ -74,7 +72,7 @@ def _is_about(line: str, key: str) -> bool:
     if not key.startswith("stages."):  # what a stage inherits
         place = re.sub(r"^stages\.[^.]+\.", "", place)
     return place.startswith(key) or (
-        key.startswith(place) and (key.split(".")[-2] in what or what.startswith("unknown"))
+        key.startswith(place) and (key.split(".")[-2] in what.lower() or what.startswith("unknown"))
     )
 
 
@@ -192,7 +190,7 @@ _BLOCKS: dict[str, type[pydantic.BaseModel]] = {
 
 
 def explain(
-    error: pydantic.ValidationError, source: str, where: Sequence[str] = (), given: Collection[str] = ()
+    error: pydantic.ValidationError, source: str, where: Sequence[str] = (), given: Mapping[str, str] = NOT_GIVEN
 ) -> RecipeError:
     """All of pydantic's complaints as one error, at most one per key; `where`: keys above those that it names."""
     messages: dict[str, str] = {}
@@ -291,6 +289,8 @@ FOREIGN = {
 }
 
 
+OF_STAGES = ("objective", "credit", "rewards", "reference", "teacher", "sampler", "critic", "prompts")
+
 ONLINE = OnlineConfig.__dataclass_fields__.keys() - PreferenceConfig.__dataclass_fields__.keys()
 """Settings of online stages alone."""
 
@@ -304,6 +304,10 @@ def _unknown_key(where: str, name: str, legal: Iterable[str], elsewhere: Mapping
     if name in PENALTIES:
         return f"{path}: unknown key; there is no such penalty, because samples would not be the policy's own"
     outside = not where.startswith("stages")
+    if not where and name in OF_STAGES:
+        return f"{path}: unknown key; it is of stages: 'stages.train.{name}'"
+    if elsewhere and name in elsewhere:
+        return f"{path}: unknown key; did you mean {elsewhere[name]!r}?"
     if name in FOREIGN:
         here = FOREIGN[name]
         of_stage = here.partition(".")[2] in ONLINE or here.startswith(("objective", "credit", "rewards", "sampler"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from tokengrain.recipe import schema
-from tokengrain.recipe.check import Mistakes, check_finite, check_shared, entries, explain
+from tokengrain.recipe.check import NOT_GIVEN, Mistakes, check_finite, check_shared, entries, explain
 from tokengrain.recipe.reading import SHORT_NAMES, find_recipe, parse_override, read_file, resolve
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run.retrieval import Index, Negatives, Retrieve
@@ -108,7 +108,7 @@ def load_recipe(
     parsed = [parse_override(text) for text in overrides]
     if output is not None:
         parsed.append((["output_dir"], str(output)))
-    given = [".".join(keys) for keys, _ in parsed]
+    given = {".".join(keys): "command line" for keys, _ in parsed}
     recipe = make_recipe(resolve(read_file(path), model, data, parsed), str(path), given)
     for place, value in entries(recipe.model_dump(), "recipe"):
         if place.endswith(".trust_remote_code") and value:  # a model's own Python code may run
@@ -116,12 +116,12 @@ def load_recipe(
     return recipe
 
 
-def make_recipe(values: dict[str, Any], source: str = "recipe", given: Sequence[str] = ()) -> Recipe:
+def make_recipe(values: dict[str, Any], source: str = "recipe", given: Mapping[str, str] = NOT_GIVEN) -> Recipe:
     """A recipe from plain values, validated in full: keys, types, hyper-parameters, combinations.
 
-    Mistakes are those of the `source`, but for keys that were `given` on the command line.
+    Mistakes are those of the `source`, but for keys that were `given` elsewhere: key -> where.
     """
-    given = [".".join(("training", SHORT_NAMES[key][0])) if key in SHORT_NAMES else key for key in given]
+    given = {f"training.{SHORT_NAMES[k][0]}" if k in SHORT_NAMES else k: place for k, place in given.items()}
     Mistakes(check_finite(values)).raise_if_any(source, given)
     try:
         recipe = Recipe.model_validate(values)

@@ -23,6 +23,7 @@ from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import NormaliserName
 from tokengrain.rollout.sampler import SamplingConfig, derived_seed
 from tokengrain.scoring.layouts import Layout
+from tokengrain.settings import nearest
 
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_USE_")}
 """What `accelerate launch` was asked for. Read at import: where a setting asks for FSDP, the same variables are set."""
@@ -293,6 +294,8 @@ def check_packages(args: PreferenceConfig) -> None:
     """Raises `RecipeError` if a tracker or the optimiser needs a package that is not installed."""
     asked = args.report_to if isinstance(args.report_to, list) else [args.report_to]
     for name in filter(None, asked):
+        what = f"report_to is {name!r}, which is no tracker{nearest(name, INTEGRATION_TO_CALLBACK)}"
+        require(name in ("none", "all") or name in INTEGRATION_TO_CALLBACK, RecipeError, what)
         known = _TRACKERS.get(name, (name,)) if name in INTEGRATION_TO_CALLBACK else ()
         there = name in ("none", "all") or not known or any(find_spec(package) for package in known)
         what = f"report_to is {name!r}, and the package {' or '.join(known)} is not installed"
