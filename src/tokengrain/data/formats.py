@@ -121,7 +121,7 @@ def pair_example(row: Any) -> Example:
         check(alone, "missing column", what, field="prompt", expected="text, messages or token ids")
         asked = next((name for name in ("question", "query", "problem", "input") if row.get(name)), None)
         hint = f", or data.columns: {{prompt: {asked}}}" if asked else ""
-        prompt, *completions = _split_pair(*completions, hint)
+        prompt, *completions = _split_pair(completions[0], completions[1], hint)
     for name, completion in zip(fields, completions, strict=True):
         check_completion(completion, name)
     prompt, pictures = pictured(row, prompt)
