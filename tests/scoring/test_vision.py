@@ -297,7 +297,7 @@ class TestErrors:
     def test_a_credit_that_puts_text_in_the_prompts_place(self) -> None:
         batch = TokenBatch.from_samples(pictures("llava")[:2])
         source = make_credit("contrastive", model=tiny("llama"), tokenizer=tokenizer("llava"))
-        with pytest.raises(DataError, match="row one: the prompt has images or videos, and contrastive instructions"):
+        with pytest.raises(DataError, match="row one: the prompt's images do not say where their tokens stand"):
             source(batch)
         with pytest.raises(DataError, match="row one: the prompt has images or videos, and the reward model reads"):
             Retokenizer(tokenizer("llava"), tokenizer("gemma3"))(batch)

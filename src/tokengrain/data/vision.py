@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -117,22 +117,24 @@ class PictureReader:
             start = 1 if kept[:1] == ids[:1] == [self.tokenizer.bos_token_id] else 0
             gone = range(start, start + len(ids) - len(kept))
         what, value = "the prompt is cut within its pictures", f"{len(ids)} tokens, {wanted} of them of pictures"
-        check(self._needed(ids).isdisjoint(gone), "pictures", what, field=field, value=value, expected=NEVER_CUT)
-
-    def _needed(self, ids: Sequence[int]) -> set[int]:
-        """Where the tokens of pictures stand, with the special tokens around them."""
-        special = self.ids | set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        needed = {place for place, i in enumerate(ids) if i in self.ids}
-        for step in (1, -1):
-            for place in sorted(needed):
-                while 0 <= (place := place + step) < len(ids) and ids[place] in special:
-                    needed.add(place)
-        return needed
+        needed = picture_places(ids, self.ids, self.tokenizer)
+        check(needed.isdisjoint(gone), "pictures", what, field=field, value=value, expected=NEVER_CUT)
 
     def check_used(self) -> None:
         """Raises `RecipeError` for settings of pictures that no row has. Called once all rows are read."""
         for kind in sorted(self.unused):
             raise RecipeError(f"{kind} is set, and no row has a picture of that kind; drop it")
+
+
+def picture_places(ids: Sequence[int], placeholders: Collection[int], tokenizer: Any) -> set[int]:
+    """Where the tokens of pictures stand in a prompt, with the special tokens around them."""
+    special = {*placeholders, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    places = {place for place, i in enumerate(ids) if i in placeholders}
+    for step in (1, -1):
+        for place in sorted(places):
+            while 0 <= (place := place + step) < len(ids) and ids[place] in special:
+                places.add(place)
+    return places
 
 
 class View:

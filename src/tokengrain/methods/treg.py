@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of, without_vision
+from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of
+from tokengrain.data.vision import picture_places
 from tokengrain.errors import DataError, RecipeError, fingerprint, require
 from tokengrain.loss import LossOutput, token_weights
 from tokengrain.method import Card, checked_credit, credit, objective
@@ -28,6 +29,7 @@ from tokengrain.methods.simpo import simpo_gamma
 from tokengrain.scoring.prepare import prompt_role
 from tokengrain.scoring.reference import AdapterOffReference, has_adapter, scorer_fingerprint, scorer_logps
 from tokengrain.settings import NonNegative, Number, Positive, nearest
+from tokengrain.vision import Vision
 
 TREG = Card(
     "treg",
@@ -255,6 +257,7 @@ class ContrastivePrompting:
     The completion's token ids are appended to each instruction as they are, never tokenised again. Where an
     instruction with its completion exceeds the model's positions, the copy of the response inside the instruction is
     shortened (then the copy of the prompt), the scored completion never; `shortened` of `scored` completions were.
+    Images of the prompt stand before the instruction's text.
 
     Args:
         model: the scorer, normally the starting model (reference): a language model, or anything called like a
@@ -304,7 +307,6 @@ class ContrastivePrompting:
             self.model = AdapterOffReference(model)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        without_vision(batch, "contrastive instructions are text in its place")
         # Without a copy of the response all completions of a prompt follow the same instruction.
         groups = list(range(batch.n_completions)) if self.templates.shows_response else batch.group.tolist()
         samples: tuple[list[Sample], list[Sample]] = ([], [])
@@ -313,8 +315,11 @@ class ContrastivePrompting:
             members = [c for c, g in enumerate(groups) if g == group]
             places = [slice(*offsets[c : c + 2]) for c in members]
             completions = [Completion(batch.completion_ids[p].tolist(), batch.counted[p].tolist()) for p in places]
+            vision = batch.vision[int(batch.group[members[0]])] if batch.vision else None
+            # In another prompt: its tokens stand elsewhere, where scoring finds them.
+            vision = vision and Vision(vision.inputs, patches=vision.patches)
             for side, ids in zip(samples, self._instructions(batch, members), strict=True):
-                side.append(Sample(ids, completions, row=row_of(batch, members[0])))
+                side.append(Sample(ids, completions, row=row_of(batch, members[0]), vision=vision))
         better, worse = (self._logps(side, batch) for side in samples)
         return checked_credit(contrastive_token_rewards(better, worse), batch, self.name)
 
@@ -333,9 +338,9 @@ class ContrastivePrompting:
 
         The response's copy loses its end; if that is not enough, the prompt loses its beginning.
         """
-        prompt = self._prompt_text(batch, members[0])
+        prompt, seen = self._prompt_text(batch, members[0]), self._images(batch, members[0])
         copied = batch.completion(members[0]).tolist() if self.templates.shows_response else []
-        pair = self._filled(prompt, copied)
+        pair = self._filled(prompt, copied, seen)
         self.scored += len(members)
         written = 0 if self.has_encoder else max(len(batch.completion(c)) for c in members)
         room = math.inf if self.positions is None else self.positions - written
@@ -345,20 +350,34 @@ class ContrastivePrompting:
         keep = len(copied)
         while keep > 0 and (excess := max(map(len, pair)) - int(room)) > 0:
             keep = max(0, keep - excess)
-            pair = self._filled(prompt, copied[:keep])
+            pair = self._filled(prompt, copied[:keep], seen)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         keep = len(ids)
         while keep > 0 and (excess := max(map(len, pair)) - int(room)) > 0:
             keep = max(0, keep - excess)
-            pair = self._filled(self.tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=True), [])
+            pair = self._filled(self.tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=True), [], seen)
         length, what = max(map(len, pair)), "the completion leaves no room for the instruction of contrastive prompting"
         got, expected = f"{length} tokens of instruction", f"at most {room}, of {self.positions} positions"
         require(length <= room, DataError, what, row=row_of(batch, members[0]), value=got, expected=expected)
         return pair
 
-    def _filled(self, prompt: str, response_ids: list[int]) -> Pair:
+    def _filled(self, prompt: str, response_ids: list[int], seen: list[int]) -> Pair:
         better, worse = self.templates.fill(prompt, self.tokenizer.decode(response_ids, skip_special_tokens=True))
-        return self._tokenised(better), self._tokenised(worse)
+        return self._tokenised(better, seen), self._tokenised(worse, seen)
+
+    def _images(self, batch: TokenBatch, completion: int) -> list[int]:
+        """The tokens of the prompt's images, with the marks around them."""
+        group = int(batch.group[completion])
+        vision = batch.vision[group] if batch.vision else None
+        if vision is None:
+            return []
+        ids = batch.prompt(group).tolist()
+        types = vision.types
+        what = "the prompt's images do not say where their tokens stand, which contrastive prompting needs"
+        require(types is not None, DataError, what, row=row_of(batch, completion), expected="types in its vision")
+        held = {i for i, kind in zip(ids, [] if types is None else types.tolist()) if kind}
+        ends = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+        return [ids[place] for place in sorted(picture_places(ids, held, self.tokenizer)) if ids[place] not in ends]
 
     def _prompt_text(self, batch: TokenBatch, completion: int) -> str:
         group = int(batch.group[completion])
@@ -372,17 +391,20 @@ class ContrastivePrompting:
         require(text.startswith(self.templates.drop_prefix), DataError, what, **details)
         return text
 
-    def _tokenised(self, instruction: str) -> list[int]:
+    def _tokenised(self, instruction: str, seen: Sequence[int] = ()) -> list[int]:
         if self.chat:
-            options = {
-                "add_generation_prompt": True,
-                "tokenize": True,
-                "return_dict": False,
-                **self.chat_template_kwargs,
-            }
+            options = {"add_generation_prompt": True, "tokenize": not seen, **self.chat_template_kwargs}
+            options |= {} if seen else {"return_dict": False}
             messages = [{"role": "user", "content": instruction}]
-            return list(self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options))
+            made = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
+            if not seen:
+                return list(made)
+            before, _, behind = made.rpartition(instruction)
+            parts = self.tokenizer([before, instruction + behind], add_special_tokens=False)["input_ids"]
+            return [*parts[0], *seen, *parts[1]]
         ids = list(self.tokenizer(instruction)["input_ids"])
+        start = 1 if ids[:1] == [self.tokenizer.bos_token_id] else 0
+        ids[start:start] = seen
         # The completion continues from here: an EOS that the tokenizer appends would end the text.
         while not self.has_encoder and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
