@@ -20,7 +20,7 @@ from tokengrain.run.build import open_rows
 from tokengrain.run.load import load_recipe, make_recipe, resolve_stages
 from tokengrain.run.runner import run_recipe
 from tokengrain.runs import TRAINED
-from tokengrain.specs import DataSpec
+from tokengrain.specs import DataSpec, LoraSpec, ModelSpec
 from tokengrain.training.config import OnlineConfig
 
 ROOT = Path(__file__).parent.parent
@@ -599,11 +599,14 @@ def test_names_that_other_libraries_have() -> None:
         there = {
             "training": OnlineConfig.__dataclass_fields__,
             "objective": {"name", *signature(grpo_loss).parameters},
-            "data": TokenizeConfig.__dataclass_fields__,
+            "data": {*TokenizeConfig.__dataclass_fields__, *DataSpec.model_fields},
+            "lora": LoraSpec.model_fields,
+            "model": ModelSpec.model_fields,
         }
-        assert place not in there or key in there[place], target
+        assert not key or place not in there or key in there[place], target
     for override, place in (
         ("beta=0.3", "objective.beta"),
+        ("objective=grpo", "objective"),
         ("training.max_completion_length=9", "training.max_new_tokens"),
         ("training.max_new_tokens=9", "training.max_new_tokens"),
         ("max_new_tokens=9", "training.max_new_tokens"),

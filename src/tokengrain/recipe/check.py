@@ -265,7 +265,7 @@ def _number_hint(value: Any, number: bool) -> str:
         return ""
 
 
-# What TRL, verl and OpenRLHF call settings that have another name or place here.
+# What TRL, verl, OpenRLHF, axolotl and LLaMA-Factory call settings that have another name or place here.
 FOREIGN = {
     **dict.fromkeys(("num_iterations", "ppo_epochs", "num_ppo_epochs"), "training.rollout_epochs"),
     **dict.fromkeys(("steps_per_generation", "num_mini_batches", "ppo_mini_batch_size"), "training.minibatches"),
@@ -285,6 +285,19 @@ FOREIGN = {
     "reward_weights": "rewards: [{name: ..., weight: ...}]",
     "reward_funcs": "rewards: [...]",
     "max_prompt_length": "data.max_prompt_length",
+    **dict.fromkeys(("sequence_len", "cutoff_len"), "data.max_length"),
+    "num_epochs": "training.num_train_epochs",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    **dict.fromkeys(("base_model", "model_name_or_path"), "model"),
+    **dict.fromkeys(("datasets", "dataset"), "data.train"),
+    **dict.fromkeys(("val_set_size", "val_size"), "data.eval_fraction"),
+    **dict.fromkeys(("lora_r", "lora_rank"), "lora.r"),
+    "lora_alpha": "lora.alpha",
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "lora.target_modules"),
+    **dict.fromkeys(("adapter", "finetuning_type"), "lora: {r: 16}, or null for all weights"),
+    **{name: f"model.{name}" for name in ("load_in_4bit", "load_in_8bit")},
+    "pref_beta": "objective.beta",
+    "pref_loss": "objective.name, or objective.loss_type of dpo",
     **dict.fromkeys(("use_vllm", "vllm_mode"), "sampler: {name: server, url: ...}"),
 }
 
