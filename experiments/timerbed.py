@@ -97,7 +97,7 @@ def main(folder: Path, seeds: int = 1) -> None:
             (known, labels), (asked, truth) = world.parts["TRAIN"], world.parts["TEST"]
             found = {k: nearest_accuracy(known, labels, asked, truth, k) for k in ("values", "spectrum")}
             print(f"{task}, seed {seed}, {len(world.labels)} classes: nearest neighbours {found}", flush=True)
-            model, _ = world._trained()
+            model, _ = world.trained()
             print("  after SFT", _short(world.evaluate(model, n=8)), flush=True)
             reward = TimeMaster(labels=world.labels, extension="none")
             objective = make_objective("grpo", epsilon=0.2, beta=0.0)

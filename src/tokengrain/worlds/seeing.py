@@ -289,7 +289,7 @@ class SeeingWorld(ABC):
         folder = base_models.model_folder(self.name, fingerprint(settings))
 
         def train(progress: Progress) -> base_models.Trained:
-            model, report = self._trained(progress)
+            model, report = self.trained(progress)
             return model, settings | report
 
         return base_models.ensure_model(folder, train, self.processor, f"world://{self.name}", self.warmth.steps)
@@ -300,7 +300,8 @@ class SeeingWorld(ABC):
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.base_model(), dtype=torch.float32)
         return model.requires_grad_(False).eval()
 
-    def _trained(self, progress: Progress | None = None) -> base_models.Trained:
+    def trained(self, progress: Progress | None = None) -> base_models.Trained:
+        """A new model after the training that `warmth` describes, and a report of it."""
         start, warmth = time.perf_counter(), self.warmth
         random = random_of(self.name, "warm start", warmth.seed)
         model = small_vlm(warmth, self.vocabulary, self.size).train()
