@@ -134,6 +134,8 @@ def load_tokenizer(spec: ModelSpec, path: str) -> Any:
 def load_reader(spec: ModelSpec, path: str) -> Any:
     """What makes tokens of rows: the processor of a model that sees, else its tokenizer, with a padding token."""
     tokenizer = load_tokenizer(spec, path)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file() and not is_adapter(path):
+        return tokenizer  # there is nothing but a tokenizer
     config = load_config(spec, path)
     for place in (path, base_of_adapter(path)) if is_adapter(path) else (path,):
         with library_errors(f"no processor could be loaded from {path}", place):
