@@ -351,7 +351,7 @@ def test_the_plan_and_the_dry_run(mine: Path, tmp_path: Path, capsys: pytest.Cap
         (("train", "dpo", "model=a", "--model", "b"), "model is given twice"),
         (("train", "dpo", "training.learning_rte=1"), "error: command line: training.learning_rte: unknown key"),
         (("train", "dpo", "-s", "stages.train.objective.bta=1"), "error: command line: stages.train.objective"),
-        (("train", "dpo", "data.max_length=3"), "command line: stages.train.data: max_length 3"),
+        (("train", "dpo", "data.max_length=1"), "command line: stages.train.data: max_length is 1"),
         (("train", "dpo", "lr=fast"), "command line: training.learning_rate: got 'fast'"),
     ],
 )

@@ -133,11 +133,11 @@ def _stopped_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ctrl-C at the model's `number`th batch; returns how many answers each batch was asked for."""
     answers, calls = module.Speaker.answers, []
 
-    def interrupted(self: Any, asked: Any, sampling: Any) -> Any:
+    def interrupted(self: Any, asked: Any, *more: Any) -> Any:
         calls.append(len(asked))
         if len(calls) == number:
             raise KeyboardInterrupt
-        return answers(self, asked, sampling)
+        return answers(self, asked, *more)
 
     monkeypatch.setattr(module.Speaker, "answers", interrupted)
     return calls

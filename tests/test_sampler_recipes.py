@@ -130,7 +130,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         ),
         (
             ["stages.train.training.fsdp=full_shard"],
-            "stages.train.training: fsdp is 'full_shard'; online training does not",
+            "stages.train.training: fsdp is 'full_shard'; sampler 'hf' needs the whole model in every process",
         ),
     ],
 )

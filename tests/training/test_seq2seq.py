@@ -163,7 +163,7 @@ def sources(tokenizer: Any) -> dict[str, Any]:
 class Words:
     """A tokenizer of numbers, as T5's: an end token behind every text."""
 
-    chat_template, eos_token_id = None, 1
+    chat_template, bos_token_id, eos_token_id = None, None, 1
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [*(3 + ord(c) % (VOCAB - 3) for c in text), 1]}

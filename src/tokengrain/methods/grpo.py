@@ -8,6 +8,8 @@
               (arXiv 2503.14476)
     Dr. GRPO  reduction "constant", normaliser "mean", credit group with scale "none" (arXiv 2503.20783)
 
+TimeMaster (arXiv 2506.13705) is GRPO on plots of time series, after SFT, with a reward of its own.
+
 A reward that is NaN belongs to a completion that could not be scored: it is left out of mean and deviation, and its
 advantage is 0.
 """

@@ -16,7 +16,7 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from tokengrain.batch import Completion, Sample, TokenBatch
+from tokengrain.batch import Completion, TokenBatch
 from tokengrain.data.formats import pictured
 from tokengrain.data.pictures import frames, image
 from tokengrain.scoring.model import evaluating
@@ -66,7 +66,7 @@ def patch_credit(model: nn.Module, batch: TokenBatch) -> list[list[np.ndarray]]:
             leaf = {n: v.clone().requires_grad_() for n, v in vision.inputs.items() if n.startswith("pixel_values")}
             vision = replace(vision, inputs={**vision.inputs, **leaf})
         first = batch.group.tolist().index(g)
-        samples.append(Sample(batch.prompt(g).tolist(), [Completion(batch.completion(first).tolist())], vision=vision))
+        samples.append(batch.sample(g, [Completion(batch.completion(first).tolist())], vision=vision))
         leaves.append(leaf)
     with evaluating(model), _unfrozen(model), torch.enable_grad():
         logps = score(model, TokenBatch.from_samples(samples), want=("logps",)).logps

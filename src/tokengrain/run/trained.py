@@ -83,7 +83,7 @@ from tokengrain.training.card import model_card
 from tokengrain.training.checkpoint import STAGING, checkpoints, last_complete_checkpoint, remove_folder
 from tokengrain.training.config import OnlineConfig, PreferenceConfig
 from tokengrain.training.critic import Critic
-from tokengrain.training.online import OnlineTrainer
+from tokengrain.training.online import OnlineTrainer, check_sharding
 from tokengrain.training.rollout import PromptDataset
 from tokengrain.training.trainer import PreferenceTrainer, with_adapter
 from tokengrain.worlds import is_world, load_world
@@ -757,6 +757,8 @@ class Online(Policy):
                 self._check_reward(reward, f"{where}.rewards[{index}]", found)
         with found.at(f"{where}.sampler"):
             self._check_refresh(check_sampler(own.sampler), f"{where}.sampler", found)
+        with found.at(f"{where}.training"):
+            check_sharding(self.training.get("fsdp"), own.sampler)
         if own.critic is not None:
             with found.at(f"{where}.critic"):
                 validate_settings("critic", Critic, {k: v for k, v in own.critic.items() if k != "model"})

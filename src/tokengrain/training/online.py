@@ -191,7 +191,7 @@ class OnlineTrainer(PreferenceTrainer):
         self.rewards = resolve_rewards(rewards, tokenizer)
         self.groups = Groups()
         self._check_rewards(bound, args)
-        check_sharding(args, sampler)
+        check_sharding(args.fsdp, sampler)
         prompts = self._prompts(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._prompts(data, name) for name, data in eval_dataset.items()}
@@ -659,15 +659,15 @@ class OnlineTrainer(PreferenceTrainer):
         return found
 
 
-def check_sharding(args: OnlineConfig, sampler: Any) -> None:
+def check_sharding(fsdp: Any, sampler: Any) -> None:
     """Raises `RecipeError` if the model is sharded and the sampler needs all of it in every process."""
-    where = f"fsdp is {args.fsdp!r}" if args.fsdp else "accelerate was started with FSDP"
+    where = f"fsdp is {fsdp!r}" if fsdp else "accelerate was started with FSDP"
     name = sampler.get("name") if isinstance(sampler, Mapping) else sampler
     serves, name = name == "server" or hasattr(sampler, "how"), getattr(sampler, "name", name) or "hf"
     what = f"{where}; sampler {name!r} needs the whole model in every process, which has a shard of it"
     instead = "the sampler server, or no fsdp: several processes each with a copy (accelerate launch --multi_gpu), and "
     instead += "for memory lora, bf16 and max_tokens_per_microbatch"
-    require(serves or not (args.fsdp or launched_with("FSDP")), RecipeError, f"{what}. Expected {instead}")
+    require(serves or not (fsdp or launched_with("FSDP")), RecipeError, f"{what}. Expected {instead}")
 
 
 def set_lengths(args: OnlineConfig, prompts: int) -> None:
