@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,19 @@ def test_the_page_shows_pictures_and_patches(truth: Any, tmp_path: Path) -> None
     assert np.array_equal(read(samples[0].pictures[0]["png"]), scene.frames[0])
 
 
+ONE = base64.b64encode(png(np.zeros((1, 1, 3), np.uint8))).decode()
+BOMB = base64.b64encode(b"PNG.." + b"...\x00\x00\x28\x00IDAT" + zlib.compress(bytes(10**7))).decode()
+
+
 @pytest.mark.parametrize(
     "picture",
     [
+        {"png": ONE[:60], "size": [1, 1]},
+        {"png": ONE, "size": [1, 10**9]},
+        {"png": ONE, "size": [0, 0]},
+        {"png": ONE, "size": [1, 1], "patches": 3},
+        {"png": ONE, "size": [1, 1], "patches": [[float("nan")]]},
+        {"png": BOMB, "size": [1, 1]},
         {"png": '"/><script>', "size": [1, 1]},
         {"png": "", "size": [1]},
         {"png": "", "size": ["a", 1]},

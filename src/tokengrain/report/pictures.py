@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -144,7 +145,7 @@ def drawn(picture: Mapping[str, Any]) -> dict[str, Any]:
 
 def half_blocks(picture: Mapping[str, Any], most: int = 48) -> Text:
     """A picture for the terminal, two pixels in each character, at most so many columns wide."""
-    pixels = _decoded(base64.b64decode(picture["png"]), *picture["size"])
+    pixels = _decoded(picture)
     step = -(-pixels.shape[1] // most)
     pixels = pixels[::step, ::step]
     pixels = pixels[: len(pixels) // 2 * 2].astype(int)
@@ -156,12 +157,24 @@ def half_blocks(picture: Mapping[str, Any], most: int = 48) -> Text:
     return text
 
 
-def _decoded(content: bytes, width: int, height: int) -> np.ndarray:
-    """The pixels of a PNG that `png` wrote."""
-    at, parts = 8, []
+def _decoded(picture: Mapping[str, Any]) -> np.ndarray:
+    """The pixels of a picture that `shown` made. Raises an error of some kind for anything else."""
+    width, height = picture["size"]
+    content, at, parts = base64.b64decode(picture["png"], validate=True), 8, []
     while at < len(content):
         size = int.from_bytes(content[at : at + 4], "big")
         parts += [content[at + 8 : at + 8 + size]] if content[at + 4 : at + 8] == b"IDAT" else []
         at += size + 12
-    lines = np.frombuffer(zlib.decompress(b"".join(parts)), np.uint8).reshape(height, 3 * width + 1)
-    return lines[:, 1:].reshape(height, width, 3)
+    expected = (3 * width + 1) * height
+    lines = zlib.decompressobj().decompress(b"".join(parts), expected + 1)  # a bomb stops there
+    return np.frombuffer(lines, np.uint8).reshape(height, 3 * width + 1)[:, 1:].reshape(height, width, 3)
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is a picture as `shown` makes them: what stands in `credit_samples.json` is not trusted."""
+    try:
+        whole = all(type(side) is int and 1 <= side <= SIDE for side in value["size"])
+        numbers = all(math.isfinite(v) for line in value.get("patches", []) for v in line)
+        return whole and numbers and bool(_decoded(value).size)
+    except Exception:  # whatever is wrong with it
+        return False

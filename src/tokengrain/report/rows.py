@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from tokengrain.data.tokens import text_tokenizer, token_texts
 from tokengrain.errors import DataError, ModelError, RunError, problem, read_json, regular_file, require, shown
 from tokengrain.models import load_reader
 from tokengrain.report import svg
+from tokengrain.report.pictures import is_picture
 from tokengrain.report.pictures import shown as shown_pictures
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.settings import code_named_by
@@ -159,20 +159,9 @@ def _parse(path: Path | None, row: int, entry: Any) -> CreditSample:
     what, expected = "no pictures", "a list of {png, size, patches}"
     require(isinstance(pictures, list), DataError, what, **place, field="pictures", value=pictures, expected=expected)
     for picture in pictures:
-        right = _is_picture(picture)
-        require(right, DataError, what, **place, field="pictures", value=picture, expected=expected)
+        require(is_picture(picture), DataError, what, **place, field="pictures", value=picture, expected=expected)
     about = str(entry.get("prompt", "")), str(entry.get("source", "")), tuple(sides), entry.get("row")
     return CreditSample(*about, tuple(pictures))
-
-
-def _is_picture(value: Any) -> bool:
-    """Whether it is one as `credit_samples.json` has it; the text of its PNG goes into HTML as it is."""
-    if not isinstance(value, dict) or not isinstance(value.get("png"), str):
-        return False
-    size, patches = value.get("size"), value.get("patches", [[0.0]])
-    numbers = [*size, *(v for line in patches for v in line)] if isinstance(size, list) and len(size) == 2 else [None]
-    finite = all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
-    return finite and re.fullmatch(r"[A-Za-z0-9+/=]*", value["png"]) is not None
 
 
 def _check_numbers(values: Sequence[Any], tokens: int, *, gaps: bool, **place: Any) -> None:
