@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,3 +89,14 @@ def seen(vision: Vision | None) -> list[str]:
 def _padded(part: Tensor, sizes: Sequence[int]) -> Tensor:
     missing = [wanted - own for wanted, own in zip(sizes, part.shape[1:], strict=True)]
     return F.pad(part, [n for after in reversed(missing) for n in (0, after)]) if any(missing) else part
+
+
+def picture_places(ids: Sequence[int], placeholders: Collection[int], tokenizer: Any) -> set[int]:
+    """Where the tokens of pictures stand in a prompt, with the special tokens around them."""
+    special = {*placeholders, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    places = {place for place, i in enumerate(ids) if i in placeholders}
+    for step in (1, -1):
+        for place in sorted(places):
+            while 0 <= (place := place + step) < len(ids) and ids[place] in special:
+                places.add(place)
+    return places

@@ -268,7 +268,7 @@ def test_a_conversation_is_the_prompt_of_a_multi_turn_row() -> None:
     seen: list[str] = []
     source = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE)
     tokenised = source._tokenised
-    source._tokenised = lambda text: seen.append(text) or tokenised(text)  # type: ignore[method-assign, func-returns-value]
+    source._tokenised = lambda text, *more: seen.append(text) or tokenised(text, *more)  # type: ignore[method-assign, func-returns-value]
     source(TokenBatch.from_samples([Sample([4], [Completion([4])], raw={"prompt": turns})]))
     assert "User: write about the sea\n\nAssistant: the sea was calm\n\nUser: not calm" in seen[0]
     source(TokenBatch.from_samples([Sample([4], [Completion([4])], raw={"prompt": turns[:1]})]))
@@ -283,8 +283,8 @@ def test_long_contexts_lose_the_copies_never_the_completion() -> None:
     seen: list[list[int]] = []
     tokenised = source._tokenised
 
-    def watch(text: str) -> list[int]:
-        seen.append(tokenised(text))
+    def watch(text: str, *more: list[int]) -> list[int]:
+        seen.append(tokenised(text, *more))
         return seen[-1]
 
     source._tokenised = watch  # type: ignore[method-assign]

@@ -27,6 +27,10 @@ def shape(value: Any) -> Any:
     return [shape(value[0])] if isinstance(value, list) and value else type(value).__name__
 
 
+# transformers replaces `tie_weights` of all models while it loads one: two threads at once would leave it replaced.
+LOADING = threading.Lock()
+
+
 class Stub(ThreadingHTTPServer):
     """`answer(path, body)` gives the JSON (body None: a GET).
 
@@ -198,7 +202,8 @@ class Served:
     def reload(self, body: Any) -> Any:
         assert self.paused
         self.loaded.append(body["kwargs"]["weights_path"])
-        self.model = type(self.model).from_pretrained(self.loaded[-1])
+        with LOADING:
+            self.model = type(self.model).from_pretrained(self.loaded[-1])
         return {"results": [None]}
 
     def load(self, body: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -33,7 +33,7 @@ from tokengrain.data.formats import Example, Given, text_of
 from tokengrain.data.pictures import KINDS, bounded, frames, image, pillow
 from tokengrain.data.tokens import text_tokenizer
 from tokengrain.errors import DataError, ModelError, RecipeError, read_json, require
-from tokengrain.vision import Vision
+from tokengrain.vision import Vision, picture_places
 
 MEMORY = 1 << 29  # bytes of tensors that a data set keeps; pictures beyond are read again whenever they are needed
 OF_TEXT = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "text_replacement_offsets"}
@@ -124,17 +124,6 @@ class PictureReader:
         """Raises `RecipeError` for settings of pictures that no row has. Called once all rows are read."""
         for kind in sorted(self.unused):
             raise RecipeError(f"{kind} is set, and no row has a picture of that kind; drop it")
-
-
-def picture_places(ids: Sequence[int], placeholders: Collection[int], tokenizer: Any) -> set[int]:
-    """Where the tokens of pictures stand in a prompt, with the special tokens around them."""
-    special = {*placeholders, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    places = {place for place, i in enumerate(ids) if i in placeholders}
-    for step in (1, -1):
-        for place in sorted(places):
-            while 0 <= (place := place + step) < len(ids) and ids[place] in special:
-                places.add(place)
-    return places
 
 
 class View:

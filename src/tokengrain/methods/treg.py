@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch, row_of
-from tokengrain.data.vision import picture_places
 from tokengrain.errors import DataError, RecipeError, fingerprint, require
 from tokengrain.loss import LossOutput, token_weights
 from tokengrain.method import Card, checked_credit, credit, objective
@@ -29,7 +28,7 @@ from tokengrain.methods.simpo import simpo_gamma
 from tokengrain.scoring.prepare import prompt_role
 from tokengrain.scoring.reference import AdapterOffReference, has_adapter, scorer_fingerprint, scorer_logps
 from tokengrain.settings import NonNegative, Number, Positive, nearest
-from tokengrain.vision import Vision
+from tokengrain.vision import Vision, picture_places
 
 TREG = Card(
     "treg",
