@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5ForConditionalGeneration
 
 from benchmarks.preference_step import _bounds
-from benchmarks.steps import BETA, optimiser_of
+from benchmarks.steps import BETA, Step, optimiser_of
 from benchmarks.timing import ResidentSampler, Timing, alternating, machine, ratio
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import write_json
@@ -84,8 +85,8 @@ def build_samples(setting: Setting) -> list[Sample]:
     ]
 
 
-class Step:
-    """Reference forward, policy forward, loss, backward, AdamW."""
+class Both(Step):
+    """What ours and the plain step share."""
 
     name = ""
 
@@ -95,21 +96,12 @@ class Step:
         self.samples = build_samples(setting)
         self.prepare(setting)
 
+    @abstractmethod
     def prepare(self, setting: Setting) -> None:
-        raise NotImplementedError
-
-    def loss(self) -> Tensor:
-        raise NotImplementedError
-
-    def step(self) -> float:
-        loss = self.loss()
-        loss.backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        return loss.item()
+        """Make what is not timed."""
 
 
-class Ours(Step):
+class Ours(Both):
     name = "tokengrain"
 
     def prepare(self, setting: Setting) -> None:
@@ -121,7 +113,7 @@ class Ours(Step):
         return self.judge(self.policy, self.batch).output.losses.mean()
 
 
-class Plain(Step):
+class Plain(Both):
     name = "plain transformers"
 
     def prepare(self, setting: Setting) -> None:

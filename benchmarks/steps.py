@@ -8,6 +8,8 @@ outside all three, except what TRL's `training_step` does inside (its metrics).
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,24 @@ def optimiser_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 TEACHER = {"beta0": BETA, "r": 20.0}
+
+
+class Step(ABC):
+    """Reference forward, policy forward, loss, backward, AdamW, of a subclass that has `policy` and `optimiser`."""
+
+    policy: Any
+    optimiser: torch.optim.Optimizer
+
+    @abstractmethod
+    def loss(self) -> Tensor:
+        """The loss of one step, with gradient."""
+
+    def step(self) -> float:
+        loss = self.loss()
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return loss.item()
 
 
 class OursStep:

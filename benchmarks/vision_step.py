@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.preference_step import _bounds
-from benchmarks.steps import BETA, optimiser_of
+from benchmarks.steps import BETA, Step, optimiser_of
 from benchmarks.timing import alternating, machine, ratio
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import write_json
@@ -103,8 +104,8 @@ def build_samples(setting: Setting) -> list[Sample]:
     ]
 
 
-class Step:
-    """Reference forward, policy forward, loss, backward, AdamW."""
+class Both(Step):
+    """What ours and the plain step share."""
 
     name = ""
 
@@ -115,21 +116,12 @@ class Step:
         self.samples = build_samples(setting)
         self.prepare()
 
+    @abstractmethod
     def prepare(self) -> None:
-        raise NotImplementedError
-
-    def loss(self) -> Tensor:
-        raise NotImplementedError
-
-    def step(self) -> float:
-        loss = self.loss()
-        loss.backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        return loss.item()
+        """Make what is not timed."""
 
 
-class Ours(Step):
+class Ours(Both):
     name = "tokengrain"
 
     def prepare(self) -> None:
@@ -143,7 +135,7 @@ class Ours(Step):
         return self.judge(self.policy, TokenBatch.from_samples(fresh)).output.losses.mean()
 
 
-class Plain(Step):
+class Plain(Both):
     name = "plain transformers"
 
     def prepare(self) -> None:

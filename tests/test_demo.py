@@ -23,9 +23,10 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.usefixtures("small_demo")
 def test_table_files_and_repeat(tmp_path: Path) -> None:
-    screen = Console(file=io.StringIO(), width=80)
+    shown = io.StringIO()
+    screen = Console(file=shown, width=80)
     report = demo.run_demo(tmp_path / "demo", samples=4, console=screen)
-    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    text = shown.getvalue()
     assert "TGDPO" in text
     assert "frontier" in text
     assert report.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
@@ -47,10 +48,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tokengrain.demo.run_recipe", interrupted)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / ".metrics.17.140.tmp.json").write_text("{")  # a demo was killed while it wrote
-    screen = Console(file=io.StringIO(), width=80)
+    shown = io.StringIO()
+    screen = Console(file=shown, width=80)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path / "demo", samples=2, console=screen)
-    assert "resumes from there" in " ".join(screen.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "resumes from there" in " ".join(shown.getvalue().split())
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

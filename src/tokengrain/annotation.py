@@ -368,7 +368,7 @@ def _array(values: list[Any]) -> pa.Array:
     """A column of Python values; of mixed types (parquet has none) as JSON text."""
     try:
         return pa.array(values, from_pandas=False)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+    except pa.ArrowException:  # values that no type of Arrow holds together
         return pa.array([json.dumps(v, ensure_ascii=False, default=str) for v in values], pa.string())
 
 

@@ -354,11 +354,20 @@ class TokenBatch:
     def sample(self, index: int, completions: Sequence[Completion] = (), **changes: Any) -> Sample:
         """Prompt `index`, with all that belongs to it, and other completions (or another `row` or `raw`)."""
         own: dict[str, Any] = {
-            "row": self.rows[index] if self.rows else index,
+            "row": self.row(index),
             "raw": self.raw[index] if self.raw else {},
             "vision": self.vision[index] if self.vision else None,
         }
         return Sample(self.prompt(index).tolist(), list(completions), **(own | changes))
+
+    def row(self, prompt: int) -> int | str:
+        """The row of a prompt; without rows its number."""
+        return self.rows[prompt] if self.rows else prompt
+
+    @property
+    def sees(self) -> bool:
+        """Whether any prompt has images or videos."""
+        return any(vision is not None for vision in self.vision)
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with every tensor on `device`."""
@@ -488,12 +497,11 @@ def _gather_index(offsets: Tensor, segments: Iterable[int]) -> Tensor:
 
 def without_vision(batch: TokenBatch, why: str) -> None:
     """Raises DataError for the first prompt with images or videos, where another text is put in its place."""
-    seeing = next((p for p, vision in enumerate(batch.vision) if vision is not None), None)
-    row = None if seeing is None else batch.rows[seeing] if batch.rows else seeing
-    require(seeing is None, DataError, f"the prompt has images or videos, and {why}", row=row, expected="text alone")
+    for prompt, vision in enumerate(batch.vision):
+        what, row = f"the prompt has images or videos, and {why}", batch.row(prompt)
+        require(vision is None, DataError, what, row=row, expected="text alone")
 
 
 def row_of(batch: TokenBatch, completion: int) -> int | str:
     """The row that a completion belongs to."""
-    group = int(batch.group[completion])
-    return batch.rows[group] if batch.rows else group
+    return batch.row(int(batch.group[completion]))

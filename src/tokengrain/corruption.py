@@ -33,7 +33,7 @@ class Corrupted(NamedTuple):
 
 
 def corrupt(
-    batch: TokenBatch, tokenizer: Any, *, how: How = "random", tokens: int = 2, seed: int = 0, model: Any = None
+    batch: TokenBatch, tokenizer: Any, *, how: str = "random", tokens: int = 2, seed: int = 0, model: Any = None
 ) -> Corrupted:
     """Change up to `tokens` tokens of good answers, one completion per prompt, no two next to each other.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,10 @@ class Vision:
         )
         return replace(self, positions=where, next=self.next + count, types=types, blocks=blocks)
 
+    def placeholders(self, ids: Sequence[int]) -> set[int]:
+        """The tokens that stand for pictures in the prompt, whose ids `[P]` are given; none where `types` is None."""
+        return set() if self.types is None else {i for i, kind in zip(ids, self.types.tolist(), strict=True) if kind}
+
     @property
     def fingerprint(self) -> str:
         """32 hex digits over the model's inputs."""
@@ -89,6 +93,11 @@ def seen(vision: Vision | None) -> list[str]:
 def _padded(part: Tensor, sizes: Sequence[int]) -> Tensor:
     missing = [wanted - own for wanted, own in zip(sizes, part.shape[1:], strict=True)]
     return F.pad(part, [n for after in reversed(missing) for n in (0, after)]) if any(missing) else part
+
+
+def padding_token(preferred: Iterable[int], placeholders: Collection[int]) -> int:
+    """The first of these tokens that stands for no picture, else any other: a placeholder would ask for features."""
+    return next(token for token in (*preferred, *range(len(placeholders) + 1)) if token not in placeholders)
 
 
 def picture_places(ids: Sequence[int], placeholders: Collection[int], tokenizer: Any) -> set[int]:

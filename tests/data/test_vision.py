@@ -295,7 +295,7 @@ def test_pictures_beyond_memory_are_read_again(monkeypatch, tmp_path):
     rows, made_once = [row(picture(i)) for i in range(4)], made_by_hand(QWEN)
     kept = prepare_pairs(rows, made_once)
     assert kept[1].vision is kept[1].vision
-    monkeypatch.setattr(vision, "MEMORY", 30_000)
+    monkeypatch.setattr(vision, "ROOM", 30_000)
     made, items = prepare_pairs(rows, made_once), encode_prompts(rows, made_once)
     assert made.fingerprint == kept.fingerprint
     copied = pickle.loads(pickle.dumps([item.vision for item in items]))  # as for the workers of a data loader
@@ -306,7 +306,7 @@ def test_pictures_beyond_memory_are_read_again(monkeypatch, tmp_path):
         assert all(torch.equal(items[number].vision.inputs[n], v) for n, v in sample.vision.inputs.items())
     path = tmp_path / "a.png"
     path.write_bytes(png(picture(0)))
-    monkeypatch.setattr(vision, "MEMORY", 0)
+    monkeypatch.setattr(vision, "ROOM", 0)
     changing = prepare_pairs([row(str(path))], processor(QWEN))
     path.write_bytes(png(picture(9)))
     with pytest.raises(DataError, match="a picture has changed since the rows were read"):

@@ -128,13 +128,13 @@ def constrained_beam_search(case: Case) -> dict[str, Any]:
 
     results: dict[str, Any] = {}
     sizes, whole, share = (p["num_beams"], p.get("num_return", p["num_beams"])), (len(trie),) * 2, p.get("renormalise")
-    asked = {"": (*sizes, "sum"), "_length_normalised": (*sizes, "mean"), "exhaustive": (*whole, "sum")}
+    asked: dict[str, Any] = {"": (*sizes, "sum"), "_length_normalised": (*sizes, "mean"), "exhaustive": (*whole, "sum")}
     for name, how in asked.items():
         keys = (
             ("exhaustive_ranked", "exhaustive_scores") if name == "exhaustive" else (f"ranked{name}", f"scores{name}")
         )
-        results |= dict(zip(keys, ranked(*how, bool(share))))  # type: ignore[arg-type]
-        for key, value in zip(keys, ranked(*how, True)):  # type: ignore[arg-type]
+        results |= dict(zip(keys, ranked(*how, bool(share))))
+        for key, value in zip(keys, ranked(*how, True)):
             results |= {f"{key}_{word}": value for word in ("renormalised", "renormalise")}
     return results
 
@@ -175,8 +175,8 @@ def title_and_url(case: Case) -> dict[str, Any]:
 @adapter("ddro", "negative_group_sizes")
 def negative_groups(case: Case) -> dict[str, Any]:
     p = case.settings("n_negatives", "scheme")
-    remainder = {"ms_marco": "last", "msmarco": "last", "nq": "first"}[p["scheme"].lower()]
-    sizes, again = stratum_sizes(p["n_negatives"], len(case.inputs["rank_ranges"]), remainder)  # type: ignore[arg-type]
+    remainder: Any = {"ms_marco": "last", "msmarco": "last", "nq": "first"}[p["scheme"].lower()]
+    sizes, again = stratum_sizes(p["n_negatives"], len(case.inputs["rank_ranges"]), remainder)
     return {"top_mid_lower": sizes, "refill_from_top_with_replacement": again}
 
 

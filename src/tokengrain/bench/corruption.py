@@ -150,7 +150,7 @@ def bench_corruption(
     answers = prepare_sft(found, tokenizer, tokenize_config(stage.data), model_positions=longest)
     batch = TokenBatch.from_samples([answers[i] for i in range(min(rows, len(answers)))])
     named = [_source(text, model, data) for text in [*BASELINES, *(s for s in sources if s not in BASELINES)]]
-    named += [(own.name, own.build(None)) for own in map(own_source, credit)]  # type: ignore[arg-type]  # needs no bench
+    named += [(own.name, own.build(None)) for own in map(own_source, credit)]
     listed: dict[str, Credit] = {}
     for name, source in named:
         listed[name if name not in listed else f"{name} ({len(listed)})"] = source
@@ -158,7 +158,7 @@ def bench_corruption(
     samples: list[dict[str, Any]] = []
     for way in track(how, description="corruptions", console=console, transient=True):
         scorer = loaded.frozen(stage.model) if way == "unlikely" else None
-        corrupted = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)  # type: ignore[arg-type]  # one of HOW
+        corrupted = corrupt(batch, tokenizer, how=way, tokens=tokens, seed=seed, model=scorer)
         entries, values = corruption_test(listed, corrupted, seed=seed)
         chance = chance_top1(corrupted)
         parts.append({"how": way, "chance_top1": chance, "left_out": corrupted.left_out, "sources": entries})

@@ -158,7 +158,7 @@ class BenchSource:
     name: str
     kind: Literal["truth", "control", "untrained", "trained", "own"]
     what: str
-    build: Callable[[Bench], Credit]
+    build: Callable[[Any], Credit]  # of a `Bench`; a user's own needs none
     trains: tuple[str, ...] = ()
     questions: tuple[str, ...] = COMPLETIONS
     reads: str = ""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from tokengrain.batch import PromptRole
 from tokengrain.errors import DataError, RecipeError, require, shown
 from tokengrain.settings import Count, Positive, load_callable, nearest, source_of, validate_settings
+
+T = TypeVar("T")
 
 BATCH_ROWS = 256  # rows that are tokenised together
 NO_SPAN = "no span"  # the reason of pairs without a span, which `spans.on_none` decides about
@@ -90,12 +93,7 @@ class SpanConfig:
             return value
         if isinstance(value, str) or callable(value):
             return cls(source=value)
-        names = list(cls.__dataclass_fields__)
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"spans is {shown(value)}; expected a source, or a mapping of {', '.join(names)}")
-        for name in value:
-            require(name in names, RecipeError, f"spans.{name}: unknown key{nearest(name, names)}")
-        return cls(**value)
+        return _of_mapping(cls, "spans", value, "a source, or a mapping")
 
     def load(self) -> Callable[[Mapping[str, Any]], Any] | None:
         """The user's function, if the source is one. Raises `RecipeError` where there is none of that name."""
@@ -113,32 +111,37 @@ class SpanConfig:
         return values
 
 
+def _of_mapping(kind: type[T], name: str, value: Any, expected: str = "a mapping") -> T:
+    """Settings of a kind, a dataclass, from a mapping of its fields. Raises `RecipeError`, which calls them `name`."""
+    names = list(inspect.signature(kind).parameters)
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{name} is {shown(value)}; expected {expected} of {', '.join(names)}")
+    for key in value:
+        require(key in names, RecipeError, f"{name}.{key}: unknown key{nearest(key, names)}")
+    return kind(**value)
+
+
 class _Pictures:
     """Settings of pictures, checked where they are made."""
 
+    kind: ClassVar[str]
+
     def __post_init__(self) -> None:
-        name = type(self).__name__.removesuffix("Config").lower()
         given = {key: value for key, value in vars(self).items() if value is not None}
-        require(given, RecipeError, f"{name} is empty; expected settings of {name}s, or none")
-        validate_settings(name, type(self), given, also=tuple(vars(self)))
+        require(given, RecipeError, f"{self.kind} is empty; expected settings of {self.kind}s, or none")
+        validate_settings(self.kind, type(self), given, also=tuple(vars(self)))
 
     @classmethod
     def of(cls, value: Any) -> Any:
         """From settings or a mapping of them. Raises `RecipeError`."""
-        if value is None or isinstance(value, cls):
-            return value
-        name, fields = cls.__name__.removesuffix("Config").lower(), list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{name} is {shown(value)}; expected a mapping of {', '.join(fields)}")
-        for key in value:
-            require(key in fields, RecipeError, f"{name}.{key}: unknown key{nearest(key, fields)}")
-        return cls(**value)
+        return value if value is None or isinstance(value, cls) else _of_mapping(cls, cls.kind, value)
 
 
 @dataclass(frozen=True)
 class ImageConfig(_Pictures):
     """How images are read (`data.image` in a recipe). Sizes are in pixels, width times height."""
 
+    kind = "image"
     min_pixels: Count | None = None  # smaller images are made larger
     max_pixels: Count | None = None  # larger images are made smaller; None: as the model's processor does
     folder: str | None = None  # what paths in rows are relative to; None: the folder of the file of rows
@@ -153,6 +156,7 @@ class ImageConfig(_Pictures):
 class VideoConfig(_Pictures):
     """How videos are read (`data.video` in a recipe)."""
 
+    kind = "video"
     frames: Count | None = None  # of a longer video so many frames, evenly spaced; None: 32
     max_pixels: Count | None = None  # larger frames are made smaller
     fps: Positive | None = None  # of videos that are lists of frames, per second; None: as the model's processor does

@@ -20,7 +20,7 @@ from tokengrain.data.encode import Encoded, ExampleEncoder
 from tokengrain.data.formats import Example, pair_example, single_example
 from tokengrain.data.rows import Rows, RowStream, StoredRows, load_rows
 from tokengrain.data.tokens import Clock, tokenizer_fingerprint
-from tokengrain.data.vision import Memory, whole
+from tokengrain.data.vision import Room, whole
 from tokengrain.errors import DataError, fingerprint
 from tokengrain.screen import progress_bar
 from tokengrain.vision import Vision, seen
@@ -42,7 +42,7 @@ class SampleStore(Sequence[Sample]):
         self._rows: list[int | str] = []
         self._raw: list[Mapping[str, Any]] = []
         self._vision: list[Vision | None] = []
-        self._memory = Memory()
+        self._room = Room()
         self._digest = hashlib.sha256()
 
     @property
@@ -74,7 +74,7 @@ class SampleStore(Sequence[Sample]):
                 self._columns[name].extend(values)
         self._rows.append(sample.row)
         self._raw.append(sample.raw)
-        self._vision.append(self._memory.hold(sample.vision))
+        self._vision.append(self._room.hold(sample.vision))
         self._starts.append(self._starts[-1] + len(pieces))
         self._digest.update(self._tokens_at[-len(pieces) :].tobytes())
         self._digest.update(self._ids[first:].tobytes() + self._counted[first:].tobytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from tokengrain.data.formats import (
     Example,
     canonical,
     has_several_rejected,
+    may_have_pictures,
     pair_example,
     single_example,
     stored_row,
@@ -251,6 +252,7 @@ def picture_files(rows: Rows, config: TokenizeConfig) -> list[Path]:
     """The files of pictures that rows name and that are there; none of a stream, which is read once."""
     found: set[str] = set()
     for number, row in () if rows.streaming else rows:
-        with suppress(RowError):  # said when the row is read
-            found |= set(paths_in(stored_row(row, folder_of(rows.place(number)[0], config))))
+        if isinstance(row, Mapping) and may_have_pictures(row):
+            with suppress(RowError):  # said when the row is read
+                found |= set(paths_in(stored_row(row, folder_of(rows.place(number)[0], config))))
     return sorted(path for path in map(Path, found) if path.is_file())

@@ -460,10 +460,19 @@ def pictured(row: Mapping[str, Any], prompt: Content) -> tuple[Content, dict[str
 MESSAGES = ("prompt", "messages", "conversations", *COMPLETIONS)
 
 
+def may_have_pictures(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a column of pictures, or messages whose content is in parts."""
+    if any(row.get(column) is not None for kind in KINDS for column in (kind, f"{kind}s")):
+        return True
+    return any(_has_parts(m) for name in MESSAGES if _is_list(value := row.get(name)) for m in value or ())
+
+
 def stored_row(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The row as a file keeps it that lies elsewhere: pictures as `{"bytes", "path"}`, paths, which are relative to
     `folder`, absolute. A row without pictures stays as it is.
     """
+    if not may_have_pictures(row):
+        return dict(row)
     made = dict(row)
     for kind in KINDS:
         if made.get(kind) is not None:

@@ -872,8 +872,10 @@ def _declared(folder: Path) -> dict[str, list[Path]]:
         found = {}
         for entry in entries:
             patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+            if any(Path(pattern).is_absolute() for pattern in patterns):
+                return {}
             matches = [p for pattern in patterns for p in folder.glob(pattern) if p.is_file() and file_kind(p)]
             found[str(entry["split"])] = sorted(set(matches))
         return found
-    except (RecipeError, AttributeError, KeyError, TypeError, ValueError, StopIteration, NotImplementedError):
+    except (RecipeError, AttributeError, KeyError, TypeError, ValueError, StopIteration):
         return {}  # a header that says something else

@@ -35,7 +35,7 @@ from tokengrain.data.tokens import text_tokenizer
 from tokengrain.errors import DataError, ModelError, RecipeError, read_json, require
 from tokengrain.vision import Vision, picture_places
 
-MEMORY = 1 << 29  # bytes of tensors that a data set keeps; pictures beyond are read again whenever they are needed
+ROOM = 1 << 29  # bytes of tensors that a data set keeps; pictures beyond are read again whenever they are needed
 OF_TEXT = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "text_replacement_offsets"}
 NEVER_CUT = "tokens of pictures are never cut: raise max_prompt_length, or make pictures smaller with image.max_pixels"
 
@@ -68,6 +68,8 @@ class PictureReader:
         `file` is where the row comes from. Raises `RowError` where pictures and places in the text differ.
         """
         given = next(iter(example.pictures.values()), None)
+        if given is None and not self.sees:
+            return None
         if given is not None:
             pillow()
         what = f"the row has pictures, and {self.name} reads text alone"
@@ -257,8 +259,8 @@ def _again(pixels: Pixels) -> dict[str, Tensor]:
     return tensors
 
 
-class Memory:
-    """Keeps the tensors of pictures up to `MEMORY` bytes; those that come later are forgotten."""
+class Room:
+    """Room for the tensors of pictures, `ROOM` bytes; those that come later are forgotten."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -268,7 +270,7 @@ class Memory:
         if vision is None or not isinstance(vision.inputs, Pixels):
             return vision
         self.bytes += sum(value.nbytes for value in vision.inputs.values())
-        if self.bytes <= MEMORY:
+        if self.bytes <= ROOM:
             return whole(vision)
         vision.inputs.forget()
         return vision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,21 @@ def recovery(credit: Tensor, truth: Tensor, decisions: Tensor | None = None) -> 
         credit, truth = credit[decisions], truth[decisions]
     large = truth.abs() > AUC_MARGIN
     return {"spearman": spearman(credit, truth), "auc": auc(credit[large], truth[large] > 0), "tokens": len(credit)}
+
+
+def recovered(
+    source: Callable[[TokenBatch], Tensor], known: CreditTruth, *, culprits: bool = False
+) -> dict[str, float]:
+    """`recovery` of a source on completions whose truth is known.
+
+    `culprits`: `auc` is the chance that a token with truth below 0 has less credit than another decision.
+    """
+    credit = torch.cat([source(part).detach().cpu() for part in parts_of(known.batch)])
+    found = recovery(credit, known.advantages, known.decisions)
+    if culprits:
+        decided = known.decisions
+        found["auc"] = auc(-credit[decided], known.advantages[decided] < 0)
+    return found
 
 
 def credit_scores(credit: Tensor, truth: Tensor, decisions: Tensor, segments: Segments) -> dict[str, float]:

@@ -387,7 +387,7 @@ def references_of(batch: TokenBatch, tokenizer: Any, column: str, separator: str
             ids += [tokenizer.eos_token_id] if end else []
         elif isinstance(given, Sequence) and all(isinstance(i, int) for i in given):
             ids = list(given)
-        row, expected = batch.rows[number] if batch.rows else number, "text, or a list of token ids"
+        row, expected = batch.row(number), "text, or a list of token ids"
         require(ids, DataError, "no reference answer", row=row, field=column, value=given, expected=expected)
         references.append(ids)
     return references

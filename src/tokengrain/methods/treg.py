@@ -371,10 +371,10 @@ class ContrastivePrompting:
         if vision is None:
             return []
         ids = batch.prompt(group).tolist()
-        types = vision.types
         what = "the prompt's images do not say where their tokens stand, which contrastive prompting needs"
-        require(types is not None, DataError, what, row=row_of(batch, completion), expected="types in its vision")
-        held = {i for i, kind in zip(ids, [] if types is None else types.tolist()) if kind}
+        row, expected = row_of(batch, completion), "types in its vision"
+        require(vision.types is not None, DataError, what, row=row, expected=expected)
+        held = vision.placeholders(ids)
         ends = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
         return [ids[place] for place in sorted(picture_places(ids, held, self.tokenizer)) if ids[place] not in ends]
 

@@ -420,7 +420,7 @@ def _from_batch(batch: TokenBatch) -> _Completions:
     return _Completions(
         ids=ids,
         counted=counted,
-        rows=[batch.rows[g] if batch.rows else g for g in groups],
+        rows=[batch.row(g) for g in groups],
         raws=[batch.raw[g] if batch.raw else {} for g in groups],
         prompts=[prompts[g] for g in groups],
         truncated=[False] * len(ids) if marks is None else (batch.segments.max(marks) > 0).tolist(),

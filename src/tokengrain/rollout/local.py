@@ -56,9 +56,9 @@ from tokengrain.scoring.prepare import (
     relative_error,
     signature,
 )
-from tokengrain.scoring.vision import TYPES, placed, placeholders
+from tokengrain.scoring.vision import TYPES, placed, placeholders, tensors
 from tokengrain.settings import Count, nearest, validate_settings
-from tokengrain.vision import Vision, collate
+from tokengrain.vision import Vision, padding_token
 
 # ---- Drawing the next token ----
 
@@ -193,7 +193,7 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
 
 
 @dataclass(frozen=True)
-class Sight:
+class Pictures:
     """What a model is given of the images and videos of B prompts."""
 
     inputs: Mapping[str, Tensor]  # arguments of the model's forward
@@ -201,7 +201,7 @@ class Sight:
     after: Tensor  # long `[B]`, the position of the first token drawn
 
 
-def sight_of(lm: Any, prompts: Sequence[PromptItem], mask: Tensor) -> Sight | None:
+def shown_to(lm: Any, prompts: Sequence[PromptItem], mask: Tensor) -> Pictures | None:
     """The images and videos of prompts, padded on the left as `mask` `[B, L]` says; None: there are none."""
     if all(prompt.vision is None for prompt in prompts):
         return None
@@ -216,12 +216,11 @@ def sight_of(lm: Any, prompts: Sequence[PromptItem], mask: Tensor) -> Sight | No
         three.append(F.pad(plain if own is None else own, (pad, 0)))
         types.append(F.pad(torch.zeros_like(ids) if vision.types is None else vision.types, (pad, 0)))
         after.append(last)
-    weight, accepted = lm.get_input_embeddings().weight, inspect.signature(lm.forward).parameters
-    inputs = collate(visions) | {name: torch.stack(types) for name in TYPES}
-    inputs = {name: value.to(weight.device) for name, value in inputs.items() if name in accepted}
-    inputs = {name: v.to(weight.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
-    ropes = torch.stack(three, 1).to(weight.device) if hasattr(base, "get_rope_index") else None
-    return Sight(inputs, ropes, torch.tensor(after, device=weight.device))
+    accepted = inspect.signature(lm.forward).parameters
+    inputs = tensors(lm, visions, accepted)
+    inputs |= {name: torch.stack(types).to(mask.device) for name in TYPES if name in accepted}
+    ropes = torch.stack(three, 1).to(mask.device) if hasattr(base, "get_rope_index") else None
+    return Pictures(inputs, ropes, torch.tensor(after, device=mask.device))
 
 
 @dataclass(frozen=True)
@@ -296,20 +295,20 @@ def decode_shared(
     n: int,
     picker: Any,
     drawn: Drawn,
-    sight: Sight | None = None,
+    pictures: Pictures | None = None,
 ) -> None:
     """Draw `n` completions of each prompt into `drawn`, those of a prompt next to each other.
 
-    `ids` and `mask` `[B, L]` are prompts padded on the left, `sight` their images; for `keep` see `Prefill`. Raises
+    `ids` and `mask` `[B, L]` are prompts padded on the left, `pictures` their images; for `keep` see `Prefill`. Raises
     ModelError if the model has a cache that cannot be copied; then nothing was drawn.
     """
     device = ids.device
     ragged = not bool(mask.all())
     positions, seen = (mask.cumsum(1) - 1).clamp(min=0), dict[str, Any]()
     position = positions[:, -1:]
-    if sight is not None:
-        seen, position = dict(sight.inputs), sight.after[:, None] - 1
-        positions = positions if sight.positions is None else sight.positions
+    if pictures is not None:
+        seen, position = dict(pictures.inputs), pictures.after[:, None] - 1
+        positions = positions if pictures.positions is None else pictures.positions
     padding = mask if ragged else None
     out = model(input_ids=ids, attention_mask=padding, position_ids=positions, use_cache=True, **seen, **keep)
     given = cache_of(out)
@@ -372,7 +371,7 @@ def decode_generate(
     n: int,
     picker: Picker,
     drawn: Drawn,
-    sight: Sight | None = None,
+    pictures: Pictures | None = None,
     *,
     pad_id: int,
     static: bool,
@@ -399,7 +398,7 @@ def decode_generate(
         generation_config=config,
         logits_processor=LogitsProcessorList([pick]),
         stopping_criteria=StoppingCriteriaList([pick.finished]),
-        **({} if sight is None else sight.inputs),
+        **({} if pictures is None else pictures.inputs),
     )
 
 
@@ -558,18 +557,18 @@ class HFGenerate:
 
     def _draw(self, prompts: Sequence[PromptItem], n: int, picker: Picker, drawn: Drawn) -> None:
         asking = placeholders(self.lm.config)  # which no padding may be
-        pad_id = next(i for i in (*drawn.stop_ids.tolist(), *range(len(asking) + 1)) if i not in asking)
+        pad_id = padding_token(drawn.stop_ids.tolist(), asking)
         ids, mask = padded([p.ids for p in prompts], pad_id, drawn.device)
         static = self.cache == "static"
         prefill = Prefill(reason="the cache is static") if static else prefill_of(self.model, self.lm)
         self._shared = prefill.reason is None
         if self._shared:
-            sight = sight_of(self.lm, prompts, mask)
-            decode_shared(self.model, prefill.keep, ids, mask, n, picker, drawn, sight)
+            pictures = shown_to(self.lm, prompts, mask)
+            decode_shared(self.model, prefill.keep, ids, mask, n, picker, drawn, pictures)
         else:
             copies = [prompt for prompt in prompts for _ in range(n)]
-            sight = sight_of(self.lm, copies, mask.repeat_interleave(n, 0))
-            decode_generate(self.model, ids, mask, n, picker, drawn, sight, pad_id=pad_id, static=static)
+            pictures = shown_to(self.lm, copies, mask.repeat_interleave(n, 0))
+            decode_generate(self.model, ids, mask, n, picker, drawn, pictures, pad_id=pad_id, static=static)
 
 
 class Seq2SeqGenerate(HFGenerate):

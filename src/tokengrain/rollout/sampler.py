@@ -33,7 +33,7 @@ from tokengrain.data.formats import (
 )
 from tokengrain.data.rows import Rows
 from tokengrain.data.tokens import Clock, Encoder, Renderer
-from tokengrain.data.vision import Memory, PictureReader
+from tokengrain.data.vision import PictureReader, Room
 from tokengrain.errors import ModelError, RecipeError, RolloutError, require, shown
 from tokengrain.settings import load_named, validate_settings
 from tokengrain.vision import Vision
@@ -58,6 +58,11 @@ class PromptItem:
     raw: Mapping[str, Any] = field(default_factory=dict)
     vision: Vision | None = None
     messages: Sequence[Mapping[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def placeholders(self) -> set[int]:
+        """Its tokens that stand for images and videos."""
+        return set() if self.vision is None else self.vision.placeholders(self.ids)
 
     def sample(self, completions: Sequence[Completion]) -> Sample:
         """The prompt, with all that belongs to it, and completions of it."""
@@ -289,7 +294,7 @@ def encode_prompts(
     """
     config = config or TokenizeConfig()
     renderer, encoder = Renderer(processor, config, clock), Encoder(processor, config)
-    pictures, memory = PictureReader(processor, config), Memory()
+    pictures, room = PictureReader(processor, config), Room()
     items, report = [], Report() if report is None else report
     for number, (place, row) in enumerate(rows if isinstance(rows, Rows) else enumerate(rows)):
         where = rows.place(place) if isinstance(rows, Rows) else (file, number)
@@ -312,7 +317,7 @@ def encode_prompts(
         if view is not None:
             whole = len(kept) == len(ids) and not example.tools and not example.template_kwargs
             messages = stored_row({"prompt": example.messages}, view.folder)["prompt"] if whole else None
-            item = replace(item, vision=memory.hold(view.vision(kept)), messages=messages or None)
+            item = replace(item, vision=room.hold(view.vision(kept)), messages=messages or None)
         items.append(item)
     pictures.check_used()
     return items

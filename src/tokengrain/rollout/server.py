@@ -607,7 +607,7 @@ class OpenAIServer:
         fits = "expected whole messages without tools, with images in them, or the sampler 'hf'"
         require(prompt.messages, RolloutError, f"{what}and a server writes no such prompt as it is; {fits}")
         changed = {"messages": [_for_server(m, prompt.row) for m in prompt.messages or ()], "logprobs": True}
-        held = {f"{i}": -100 for i in _placeholders(prompt)}
+        held = {f"{i}": -100 for i in prompt.placeholders}
         kept = {name: value for name, value in body.items() if name != "prompt"}
         return {**kept, **changed, "top_logprobs": 0, "logit_bias": held}
 
@@ -618,14 +618,14 @@ class OpenAIServer:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != n or not all(isinstance(c, dict) for c in choices):
             raise ValueError(f"the answer has no list of {n} choices")
-        found = {}
+        found, held = {}, prompt.placeholders
         # By what the server says its log-probabilities are; None where that is neither.
         raw = self.logps == "raw" or sampling.is_model or (self.logps == "tempered" and sampling.temperature == 1)
         drawn = self.logps == "processed" or (self.logps == "tempered" and not sampling.truncates) or sampling.is_model
         for place, choice in enumerate(choices):
             ids, logps, finish = self._choice(choice, sampling.max_new_tokens)
-            if (held := _placeholders(prompt).intersection(ids)) and prompt.vision is not None:
-                raise ValueError(f"the answer's completion has token {min(held)}, which stands for an image")
+            if wrong := held.intersection(ids):
+                raise ValueError(f"the answer's completion has token {min(wrong)}, which stands for an image")
             index = choice.get("index", place)
             found[index if _whole(index, n) else None] = SampledCompletion(
                 ids, logps if drawn else None, logps if raw else None, finish
@@ -735,12 +735,6 @@ class OpenAIServer:
         except ServerError as error:
             if error.status not in UNKNOWN:
                 raise
-
-
-def _placeholders(prompt: PromptItem) -> set[int]:
-    """The tokens of a prompt that stand for its images."""
-    types = None if prompt.vision is None else prompt.vision.types
-    return set() if types is None else {i for i, kind in zip(prompt.ids, types.tolist(), strict=True) if kind}
 
 
 def _for_server(message: Mapping[str, Any], row: int | str) -> dict[str, Any]:

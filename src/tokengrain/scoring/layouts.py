@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tokengrain.batch import TokenBatch, first_fit
+from tokengrain.vision import padding_token
 
 Layout = Literal["auto", "shared", "separate"]
 PACK_MULTIPLE = 128  # FlexAttention's block
@@ -142,8 +143,7 @@ class Source:
         self.kept = [max(int(last[a:b].max()) - a, 0) if b > a else 0 for a, b in zip(self.bounds, self.bounds[1:])]
         for prompt, completions in enumerate(self.completions):
             if completions and self.prompt_length(prompt) == 0:
-                row = batch.rows[prompt] if batch.rows else prompt
-                raise ValueError(f"row {row}: the prompt is empty, so nothing predicts the first token")
+                raise ValueError(f"row {batch.row(prompt)}: the prompt is empty, so nothing predicts the first token")
 
     def prompt_length(self, prompt: int) -> int:
         return self.prompt_bounds[prompt + 1] - self.prompt_bounds[prompt]
@@ -248,7 +248,8 @@ def _build(source: Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) -
                 sources.append(index + (r * width + at))
                 targets.append(flat)
             at += tree.length
-        made["input_ids"][r, at:] = _padding(made["input_ids"][r], sight)
+        asking = sight.placeholders if sight is not None else ()
+        made["input_ids"][r, at:] = padding_token(made["input_ids"][r, :1].tolist(), asking)
         made["position"][r, at:] = torch.arange(at, width) if len(row) == 1 and row[0].causal else 0
     empty = torch.empty(0, dtype=torch.long)
     return Rows(
@@ -260,12 +261,6 @@ def _build(source: Source, rows: Sequence[Sequence[_Tree]], multiple: int = 1) -
         prompts=tuple(tree.prompt for row in rows for tree in row),
         **made,
     )
-
-
-def _padding(ids: Tensor, sight: Sight | None) -> int:
-    """A token of the row's text; where that has none but placeholders, any other."""
-    asking = sight.placeholders if sight is not None else frozenset[int]()
-    return next(token for token in (*ids[:1].tolist(), *range(len(asking) + 1)) if token not in asking)
 
 
 def _tree_tensors(source: Source, tree: _Tree) -> dict[str, Tensor]:

@@ -231,7 +231,7 @@ def _dispatcher(cls: Any, place: int) -> Callable[..., Any]:
 
     forward.__doc__ = cls.forward.__doc__
     # Trainer and generate look at the signature to see which arguments a model takes.
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # functions may have one
+    vars(forward)["__signature__"] = inspect.signature(cls.forward)
     setattr(forward, MARK, True)
     return forward
 

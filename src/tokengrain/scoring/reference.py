@@ -81,12 +81,9 @@ class AdapterOffReference(LiveReference):
         self.model = model
         for config in _peft_of(model).peft_config.values():
             start = str(getattr(config, "init_lora_weights", True)).lower()
-            what = (
-                f"init_lora_weights {start!r} takes a part of the base's weights into the adapter, so that the model "
-            )
-            what += (
-                "with its adapter off is not the one that training starts from; expected the default reference, or copy"
-            )
+            what = f"init_lora_weights {start!r} takes a part of the base's weights into the adapter, so that the "
+            what += "model with its adapter off is not the one that training starts from; expected the default "
+            what += "reference, or copy"
             require(start in ("true", "false", "none", "gaussian", "orthogonal", "eva"), ModelError, what)
 
     def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:

@@ -95,7 +95,7 @@ def score(
     has_encoder = plan.kind == "encoder-decoder" or batch.prompt_role != "encoder"
     message = f'the batch has prompt_role="encoder", and {type(lm).__name__} has no encoder; expected "prefix"'
     require(has_encoder, ModelError, message)
-    if any(vision is not None for vision in batch.vision):
+    if batch.sees:
         plan = plan_to_see(model, lm, plan, batch, layout)
     request = ScoreRequest(
         batch,

@@ -84,7 +84,7 @@ def checked(lm: Any, base: Any, batch: TokenBatch) -> TokenBatch:
     visions: list[Vision | None] = []
     counts = Segments(batch.prompt_offsets.cpu()).sum(torch.isin(ids, tokens).long()).tolist()
     for prompt, (start, end) in enumerate(pairwise(batch.prompt_offsets.tolist())):
-        vision, row = batch.vision[prompt] if batch.vision else None, row_named(batch, prompt)
+        vision, row = batch.vision[prompt] if batch.vision else None, f"row {batch.row(prompt)}"
         message = f"{row}: the prompt has {counts[prompt]} tokens that stand for images or videos in {name}, and comes "
         require(vision is not None or not counts[prompt], ModelError, message + "without them (vision is None)")
         fits = vision is None or all(len(t) == end - start for t in (vision.types, vision.blocks) if t is not None)
@@ -109,10 +109,6 @@ def arguments(lm: Any, ids: Tensor, vision: Vision, more: int) -> dict[str, Any]
     found = tensors(lm, [vision], accepted)
     found |= {name: whole.types[None].to(ids.device) for name in TYPES if name in accepted}
     return found if whole.positions is None else {**found, "position_ids": whole.positions[:, None].to(ids.device)}
-
-
-def row_named(batch: TokenBatch, prompt: int) -> str:
-    return f"row {batch.rows[prompt] if batch.rows else prompt}"
 
 
 # ---- Features of images and videos, once per prompt.
@@ -198,10 +194,10 @@ class Seeing:
         if left:
             with torch.no_grad() if memory else contextlib.nullcontext():
                 new = self._computed(kind, function, names, sorted(left.values()))
-            for vision, p in left.items():
-                known[vision] = new[p]
-                if memory:
-                    memory.keep(vision, kind, new[p])
+            made = {vision: new[p] for vision, p in left.items()}
+            known |= made
+            if memory:
+                memory.keep(kind, made)
         return {p: known[vision] for p, vision in own.items()}
 
     def _computed(
@@ -220,7 +216,7 @@ class Seeing:
         for p, count in wanted.items():
             output = run([p])
             made = len(_flat(output.pooler_output))
-            message = f"{row_named(self.batch, p)}: the prompt has {count} tokens for {kind}s, and its {kind}s make "
+            message = f"row {self.batch.row(p)}: the prompt has {count} tokens for {kind}s, and its {kind}s make "
             require(made == count, ModelError, f"{message}{made}; were text and pixels made by one processor?")
             (found[p],) = _parts(output, [count])
         return found
@@ -327,14 +323,16 @@ class Memory:
         tower, found = self.kept.get(vision, (None, {}))
         return found.get(kind) if tower == self.tower else None
 
-    def keep(self, vision: Vision, kind: str, features: Features) -> None:
-        """Keep it, and of what was kept before as much as there is room for."""
-        tower, found = self.kept.get(vision, (None, {}))
-        self.kept[vision] = (self.tower, {**(found if tower == self.tower else {}), kind: features})
+    def keep(self, kind: str, made: Mapping[Vision, Features]) -> None:
+        """Keep these, and of what was kept before as much as there is room for."""
+        for vision, features in made.items():
+            tower, found = self.kept.get(vision, (None, {}))
+            self.kept[vision] = (self.tower, {**(found if tower == self.tower else {}), kind: features})
+        *_, newest = made
         sizes = {one: sum(f.nbytes for f in found.values()) for one, (_, found) in self.kept.items()}
         total = sum(sizes.values())
         for oldest, size in sizes.items():
-            if total <= KEPT_BYTES or oldest is vision:
+            if total <= KEPT_BYTES or oldest is newest:
                 break
             del self.kept[oldest]
             total -= size

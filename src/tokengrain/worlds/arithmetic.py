@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, RecipeError, TokengrainError, fingerprint, require
-from tokengrain.evaluation.credit import CreditTruth, auc, parts_of, recovery
+from tokengrain.evaluation.credit import CreditTruth, recovered
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 from tokengrain.worlds import base_models, chains
@@ -392,9 +392,7 @@ class ArithmeticWorld:
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
         """Agreement with the culprits; `auc`: that a culprit has less credit than another decision token."""
-        batch, truth, decided = self._credit_truth
-        values = torch.cat([credit(part).detach().float().cpu() for part in parts_of(batch)])
-        return recovery(values, truth, decided) | {"auc": auc(-values[decided], truth[decided] < 0)}
+        return recovered(credit, self._credit_truth, culprits=True)
 
     def evaluate(
         self,

@@ -133,12 +133,9 @@ class ClipsWorld(SeeingWorld):
         styles = [float(word == STYLES[0][0]) for _, words in said for word in words[0 : 4 * FRAMES : 4]]
         return {"frames": float(np.mean(slots or [0.0])), "first_style": float(np.mean(styles or [0.0]))}
 
-    def pairs(
-        self, split: Split = "train", n: int | None = None, slope: float | None = None, seed: int | None = None
-    ) -> list[dict[str, Any]]:
+    def paired(self, split: Split, n: int, seed: int | None) -> list[dict[str, Any]]:
         if self.options.rejected == "swap":
-            return super().pairs(split, n, slope, seed)
-        n = n or (self.held_out if split == "eval" else self.options.pairs)
+            return super().paired(split, n, seed)
         key = (split, n, seed)
         if key not in self._own_pairs:
             self._own_pairs[key] = self._from_shuffled(split, n, seed)

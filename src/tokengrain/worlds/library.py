@@ -28,7 +28,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Confi
 
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import RecipeError, fingerprint, require
-from tokengrain.evaluation.credit import CreditTruth, parts_of, recovery
+from tokengrain.evaluation.credit import CreditTruth, recovered
 from tokengrain.retrieval.corpus import prompt_ids
 from tokengrain.retrieval.metrics import mean_metrics, ranking_metrics
 from tokengrain.retrieval.search import Trie, search
@@ -192,8 +192,7 @@ class LibraryWorld:
         return CreditTruth(batch, self.advantages(batch), torch.ones(batch.segments.total, dtype=torch.bool))
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
-        batch, truth, decides = self.credit_truth()
-        return recovery(torch.cat([credit(part).detach().cpu() for part in parts_of(batch)]), truth, decides)
+        return recovered(credit, self.credit_truth())
 
     # ---- The base model, and what a model is worth ----
 

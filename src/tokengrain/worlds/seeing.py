@@ -31,8 +31,8 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
 from tokengrain.data.vision import without_torchvision
-from tokengrain.errors import fingerprint
-from tokengrain.evaluation.credit import CreditTruth, auc, parts_of, recovery
+from tokengrain.errors import RecipeError, fingerprint, require
+from tokengrain.evaluation.credit import CreditTruth, recovered
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
 from tokengrain.worlds import base_models
@@ -388,7 +388,13 @@ class SeeingWorld(ABC):
 
         Columns beside those of prompts: `chosen`, `rejected`, `chosen_spans`, `rejected_spans`, and rewards 1 and 0.
         """
+        what = f"world {self.name}: pairs are true against false; slope must be None, got {slope}"
+        require(slope is None, RecipeError, what)
         n = n or (self.held_out if split == "eval" else self.options.pairs)
+        return self.paired(split, n, seed)
+
+    def paired(self, split: Split, n: int, seed: int | None) -> list[dict[str, Any]]:
+        """So many pairs of true and false descriptions."""
         random = random_of(self.name, "sides", split, self.options.seed if seed is None else seed)
         drawn = self.drawn("pairs", split, n, seed)
         return [self.pair(scene, f"{split}-{i}", *self.sides(scene, random)) for i, scene in enumerate(drawn)]
@@ -438,9 +444,7 @@ class SeeingWorld(ABC):
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
         """Agreement with the truth; `auc`: that a wrong word has less credit than another one that decides."""
-        batch, truth, decided = self._credit_truth
-        values = torch.cat([credit(part).detach().float().cpu() for part in parts_of(batch)])
-        return recovery(values, truth, decided) | {"auc": auc(-values[decided], truth[decided] < 0)}
+        return recovered(credit, self._credit_truth, culprits=True)
 
     def credit_truth(self, prompts: int | None = None, seed: int = 0) -> CreditTruth:
         """Pairs of held-out scenes, true and false, with the words that are wrong and those that decide."""

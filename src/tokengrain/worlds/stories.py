@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from tokengrain.batch import Completion, Sample, Segments, TokenBatch
 from tokengrain.errors import RecipeError, fingerprint, require
-from tokengrain.evaluation.credit import CreditTruth, parts_of, recovery
+from tokengrain.evaluation.credit import CreditTruth, recovered
 from tokengrain.evaluation.statistics import Frontier, bootstrap, mean_interval, wilson, win_rate
 from tokengrain.scoring.encdec import cache_of
 from tokengrain.scoring.model import evaluating
@@ -595,8 +595,7 @@ class StoriesWorld:
 
     def credit_recovery(self, credit: Callable[[TokenBatch], Tensor]) -> dict[str, float]:
         """Agreement of a credit source with the exact advantage on base samples; see `recovery`."""
-        batch, truth, decides = self._credit_truth
-        return recovery(torch.cat([credit(part).detach().cpu() for part in parts_of(batch)]), truth, decides)
+        return recovered(credit, self._credit_truth)
 
     def _eval_prompts(self, n: int) -> list[Prompt]:
         return [prompt for prompt in self.grammar.plain for _ in range(n)]
