@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from safetensors.torch import load_file
 from tokengrain.cli import main
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
 from tokengrain.report.html import write_report
-from tokengrain.run import show, trained
+from tokengrain.run import folder as run_folder
+from tokengrain.run import runner, show, trained
 from tokengrain.run.build import length_by_hand
 from tokengrain.run.folder import make_plan
 from tokengrain.run.load import load_recipe, make_recipe
@@ -177,6 +179,13 @@ def test_everything_is_reused(copied: Path) -> None:
     result = run(values(copied, TGDPO, output_dir=str(copied / "run")))
     assert result.reused == ["init", "sft", "guide", "credit", "train"]
     assert {p: p.stat().st_mtime_ns for p in (copied / "run").rglob("*") if p.is_file()} == before
+
+
+def test_the_seconds_are_the_same_when_all_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: 0.0496))  # 0.050 on disk, 0.0 or 0.1
+    recipe = values(tmp_path, {"train": DPO}, training={"max_steps": 1})
+    assert run(recipe).metrics == run(recipe).metrics
 
 
 def test_keys_that_change_no_result_do_not_count(copied: Path) -> None:

@@ -80,8 +80,7 @@ class StageRecord:
 
     def save(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        record = {name: value for name, value in vars(self).items() if name != "path"}
-        write_json(self.path / "stage.json", record | {"seconds": round(self.seconds, 3)})
+        write_json(self.path / "stage.json", {name: value for name, value in vars(self).items() if name != "path"})
 
 
 @dataclass

@@ -243,7 +243,7 @@ class RunFolder:
         """Record how a stage ended. A full disk must not hide the error that it caused."""
         assert plan.record is not None
         plan.record.status = status
-        plan.record.seconds += time.monotonic() - started
+        plan.record.seconds = round(plan.record.seconds + time.monotonic() - started, 3)
         if self.writes:
             with suppress(RunError) if status != "done" else nullcontext():
                 plan.record.save()
