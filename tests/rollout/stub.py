@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import json
+import math
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +16,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
@@ -92,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             status, content = fault, json.dumps({"error": {"message": f"fault {fault}"}}).encode()
         try:
             content = content or json.dumps(self.server.answer(self.path, body)).encode()
+        except ValueError as error:
+            status, content = 500, json.dumps({"error": {"message": str(error)}}).encode()
         except KeyError as error:  # what an answer says of a path, or of a model, that it does not know
             status, content = 404, json.dumps({"error": {"message": f"no {error}"}}).encode()
         try:
@@ -150,14 +158,22 @@ class Served:
         self.model, self.adapters, self.loaded, self.lock = model, {}, [], threading.Lock()
         self.version, self.longest, self.first, self.paused = "default", 64, model, False
         self.tokenizer: Any = None
+        self.workers, self.joined, self.awaited = 1, [], None
 
     def start_anew(self) -> None:
         """Be as it was when it was started, as after a crash."""
         self.model, self.version, self.adapters = self.first, "default", {}
+        self.leave({})
 
     def __call__(self, path: str, body: Any) -> Any:
         with self.lock:
             return {
+                "/get_world_size": lambda body: {"world_size": self.workers},
+                "/shutdown_weight_transfer_engine": self.leave,
+                "/init_weight_transfer_engine": self.join,
+                "/start_weight_update": self.start,
+                "/update_weights": self.update,
+                "/finish_weight_update": self.finish,
                 "/v1/models": lambda body: {
                     "data": [{"id": name, "max_model_len": self.longest} for name in ("m", *self.adapters)]
                 },
@@ -214,3 +230,105 @@ class Served:
         base = copy.deepcopy(self.model)
         self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, self.loaded[-1]).eval()
         return {}
+
+    # ---- The weight transfer of vLLM; over TCP, see `Tcp` ----
+
+    def leave(self, body: Any) -> Any:
+        for connection in self.joined:
+            connection.close()
+        self.joined, self.awaited = [], None
+        return {"message": "Weight transfer shut down"}
+
+    def join(self, body: Any) -> Any:
+        info = body["init_info"]
+        identifier = base64.b64decode(info["nccl_unique_id_b64"], validate=True)
+        if len(identifier) != 128 or (info["rank_offset"], info["packed"]) != (1, False):
+            raise ValueError(f"init_info is {info}")
+        address = ("127.0.0.1", int(identifier.rstrip(b"\0")))
+        self.joined = [socket.create_connection(address) for _ in range(info["world_size"] - 1)]
+        for connection in self.joined:
+            connection.sendall(struct.pack("f", 0.0))  # the number that all add up
+        for connection in self.joined:
+            received(connection, 4)
+        return {"message": "Weight transfer initialized"}
+
+    def start(self, body: Any) -> Any:
+        if self.awaited is not None or not self.paused:
+            raise ValueError("start_weight_update called while a weight update is already active")
+        self.awaited = set(self.model.state_dict(keep_vars=True))
+        return {"message": "Weight update started"}
+
+    def update(self, body: Any) -> Any:
+        info, model = body["update_info"], copy.deepcopy(self.model)
+        if not self.joined:
+            self.awaited = None
+            raise ValueError("NCCL weight transfer not initialized. Call init_transfer_engine() first.")
+        held = model.state_dict()
+        for name, dtype, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+            kind = getattr(torch, dtype)
+            parts = [received(one, math.prod(shape) * kind.itemsize) for one in self.joined]
+            if name not in held or list(held[name].shape) != shape:
+                self.awaited = None
+                raise ValueError(f"There is no module or parameter named {name!r} of shape {shape}")
+            for part in parts:
+                held[name].copy_(torch.frombuffer(bytearray(part), dtype=kind).view(shape))
+            self.awaited.discard(name)
+        self.model = model
+        return {"message": "Weights updated"}
+
+    def finish(self, body: Any) -> Any:
+        tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
+        if self.awaited is None or self.awaited - tied:
+            raise ValueError(f"finish_weight_update without {self.awaited}")
+        self.awaited, self.version = None, body["weight_version"]
+        return {"message": "Weight update finished"}
+
+
+def received(connection: socket.socket, count: int) -> bytes:
+    """So many bytes, or ValueError where the other side has gone."""
+    found = b""
+    while len(found) < count:
+        try:
+            part = connection.recv(count - len(found))
+        except OSError:
+            part = b""
+        if not part:
+            raise ValueError("NCCL error: remote process exited")
+        found += part
+    return found
+
+
+class Tcp:
+    """In the place of `Nccl`: the same bytes over sockets, to as many workers as have joined."""
+
+    def __init__(self) -> None:
+        self.listening, self.workers, self.under_way = socket.create_server(("127.0.0.1", 0)), [], None
+
+    def identifier(self) -> bytes:
+        return str(self.listening.getsockname()[1]).encode().ljust(128, b"\0")
+
+    def join(self, identifier: bytes, world: int) -> None:
+        assert identifier == self.identifier()
+        self.workers = [self.listening.accept()[0] for _ in range(world - 1)]
+        total = sum(struct.unpack("f", received(worker, 4))[0] for worker in self.workers)
+        for worker in self.workers:
+            worker.sendall(struct.pack("f", total))
+
+    def send(self, tensor: torch.Tensor) -> None:
+        assert not hasattr(tensor, "full_tensor")
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+        def work() -> None:
+            with contextlib.suppress(OSError):  # seen in the server's answer
+                for worker in self.workers:
+                    worker.sendall(content)
+
+        self.under_way = threading.Thread(target=work, daemon=True)
+        self.under_way.start()
+
+    def sent(self) -> bool:
+        return not self.under_way.is_alive()
+
+    def close(self) -> None:
+        for one in (self.listening, *self.workers):
+            one.close()

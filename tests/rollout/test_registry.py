@@ -35,7 +35,7 @@ SERVER = {"name": "server", "url": "http://localhost:8000", "model": "m"}
         ({"name": "server", "model": "m"}, "sampler 'server': setting 'url' is missing"),
         ({**SERVER, "ulr": "x"}, "unknown setting 'ulr'; did you mean 'url'?"),
         ({**SERVER, "url": "localhost:8000"}, "server address is 'localhost:8000'"),
-        ({**SERVER, "refresh": "adaptor"}, "refresh = 'adaptor': Input should be 'none', 'checkpoint' or 'adapter'"),
+        ({**SERVER, "refresh": "adaptor"}, "refresh = 'adaptor': Input should be 'none', 'checkpoint', 'adapter' or"),
         ({**SERVER, "retries": -1}, "retries = -1"),
         ({"name": "branching", "window": 0}, "sampler 'branching': window = 0"),
         ({"name": "branching", "sampler": "sever"}, "unknown sampler 'sever'; did you mean 'server'?"),

@@ -35,6 +35,7 @@ from tokengrain.rollout.sampler import (
     derived_seed,
     occurrences,
 )
+from tokengrain.rollout.transfer import Transfer, send
 from tokengrain.settings import (
     Count,
     NonNegative,
@@ -300,7 +301,7 @@ _Answer = tuple[int, tuple[SampledCompletion, ...] | None]
 
 Flavour = Literal["vllm", "sglang"]
 LogpKind = Literal["raw", "tempered", "processed"]
-Refresh = Literal["none", "checkpoint", "adapter"]
+Refresh = Literal["none", "checkpoint", "adapter", "nccl"]
 
 
 class Endpoints(NamedTuple):
@@ -350,7 +351,8 @@ class OpenAIServer:
         refresh: what `refresh` does: "adapter" loads a LoRA adapter under a new name, samples from it and
             unloads the one before (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, `--enable-lora`, `--max-loras 2`;
             SGLang: `--enable-lora`); "checkpoint" has the server load a whole checkpoint (vLLM:
-            VLLM_SERVER_DEV_MODE=1; SGLang as it is); "none" refuses. The server must see the trainer's files.
+            VLLM_SERVER_DEV_MODE=1; SGLang as it is). Both must see the trainer's files. "nccl" sends a vLLM server the
+            weights from GPU to GPU, see `tokengrain.rollout.transfer`: not run on a GPU yet. "none" refuses.
         adapter_name: what the names of adapters begin with; the rest is drawn for each sampler, so that a run that was
             killed does not find its names taken.
         timeout, retries, backoff, api_key_env: see `JsonClient`.
@@ -401,6 +403,9 @@ class OpenAIServer:
         self.logps: LogpKind = logps or self.endpoints.logps
         self.tokenizer, self.vocabulary = tokenizer, 2**31 if tokenizer is None else len(tokenizer)
         self.weights, self._own = Weights(), secrets.token_hex(4)
+        what = "sampler 'server': refresh: nccl is vLLM's; expected checkpoint or adapter for sglang"
+        require(refresh != "nccl" or flavour == "vllm", RecipeError, what)
+        self.transfers = [Transfer(client) for client in self.clients] if refresh == "nccl" else []
         self.longest: int | None = None
         self._mute: set[int] = set()  # servers that do not say which weights they have
 
@@ -413,7 +418,7 @@ class OpenAIServer:
         """Ask every server for its models and tokenizer; if not patient, once and for no longer than 5 s.
 
         Raises `ServerError` if nobody answers or the key is refused, `RecipeError` if vLLM has no model of this name or
-        another tokenizer.
+        another tokenizer, and whatever keeps `refresh: nccl` from working as far as can be seen.
         """
         for client in self.clients:
             client = client.briefer(30.0, client.retries) if patient else client.briefer(5.0)
@@ -431,6 +436,8 @@ class OpenAIServer:
             require(spoken is None or spoken == self._own_ids(), RecipeError, f"{what}of the model being trained")
             lengths = [n for n in (models.get(self.base_model), self.longest) if n is not None]
             self.longest = min(lengths, default=None)
+        for transfer in self.transfers:
+            transfer.check()
 
     def _own_ids(self) -> list[int]:
         return list(self.tokenizer(SPOKEN, add_special_tokens=False)["input_ids"])
@@ -517,7 +524,7 @@ class OpenAIServer:
 
         return one
 
-    def _lose(self, at: int, error: ServerError) -> None:
+    def _lose(self, at: int, error: RolloutError) -> None:
         if at not in self.weights.lost:
             logger.warning("%s; the other servers do its work until the next refresh", error)
             self.weights = self.weights._replace(lost=self.weights.lost | {at})
@@ -527,7 +534,7 @@ class OpenAIServer:
 
         `bare`: those that have said so themselves.
         """
-        if self.weights.folder is None:
+        if self.weights.name is None:
             return set()
 
         async def one(http: httpx.AsyncClient, at: int) -> bool:
@@ -535,7 +542,6 @@ class OpenAIServer:
             try:
                 if at not in bare and await self._is_current(http, at):
                     return False
-                logger.warning("%s was started anew; it is given the present weights again", client.url)
                 await self._load_again(http, client)
             except ServerError as error:
                 if len(self.weights.lost) + 1 >= len(self.clients):
@@ -548,6 +554,9 @@ class OpenAIServer:
         return {at for at, stale in zip(places, renewed, strict=True) if stale}
 
     async def _load_again(self, http: httpx.AsyncClient, client: JsonClient) -> None:
+        what = f"{client.url} was started anew, without the weights, which are sent again only before the next rollout"
+        require(not self.transfers, ServerError, what)
+        logger.warning("%s was started anew; it is given the present weights again", client.url)
         try:
             await self._load(http, client, self.weights, None)
         except ServerError as error:
@@ -659,18 +668,28 @@ class OpenAIServer:
         raise ValueError(f"the answer's {reason}")
 
     def refresh(self, model_or_path: Any) -> None:
-        """Load the folder of an adapter or checkpoint on the servers and sample from it. Raises `RolloutError`.
+        """Load the folder of an adapter or checkpoint on the servers and sample from it; or send them weights.
 
         Of several servers, those that cannot load it are not asked any more, with a warning.
+
+        Args:
+            model_or_path: the folder; with `refresh: nccl` a `transfer.Whole`, which is gone through once, to its end.
+
+        Raises:
+            RolloutError: no server has taken them.
         """
+        version, before = self.weights.version + 1, self.weights.name
+        # A new name each time: the server's caches go by the name, and requests under way keep the old one.
+        name = f"{self.adapter_name}-{self._own}-{version}"
+        if self.transfers:
+            self._now(Weights(version, None, name), send(self.transfers, model_or_path, name))
+            return
         path = Path(model_or_path) if isinstance(model_or_path, (str, Path)) else Path()
         what = f"a server loads weights from a folder, got {model_or_path!r}; save the model first"
         require(path != Path() and path.is_dir(), RolloutError, what)
-        what = f"{self.client.url} is not to be refreshed; expected refresh: adapter or checkpoint"
+        what = f"{self.client.url} is not to be refreshed; expected refresh: adapter, checkpoint or nccl"
         require(self.how != "none", RolloutError, what)
-        # A new name each time: the server's caches go by the name, and requests under way keep the old one.
-        version, before = self.weights.version + 1, self.weights.name
-        new = Weights(version, str(path.resolve()), f"{self.adapter_name}-{self._own}-{version}")
+        new = Weights(version, str(path.resolve()), name)
 
         async def load(http: httpx.AsyncClient, client: JsonClient) -> ServerError | None:
             try:
@@ -680,8 +699,11 @@ class OpenAIServer:
             return None
 
         errors = finished(lambda: gather(self.client, load, self.clients, len(self.clients)))
-        lost = {at: error for at, error in enumerate(errors) if error is not None}
-        if len(lost) == len(errors):
+        self._now(new, {at: error for at, error in enumerate(errors) if error is not None})
+
+    def _now(self, new: Weights, lost: Mapping[int, RolloutError]) -> None:
+        """Sample from `new`, but not from the servers that do not have them."""
+        if len(lost) == len(self.clients):
             raise lost[0]
         self.weights = new
         for at, error in lost.items():
@@ -713,6 +735,8 @@ class OpenAIServer:
                 client.briefer(10.0).post(self.endpoints.unload_adapter, {"lora_name": name}, _succeeded)
             except ServerError as error:
                 logger.warning("adapter %s stays on the server: %s", name, error)
+        for transfer in self.transfers:
+            transfer.close()
         self.weights = Weights(self.weights.version)
 
     def sleep(self) -> None:

@@ -20,7 +20,7 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,7 +56,14 @@ from tokengrain.rollout.sampler import (
 )
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.scoring.prepare import causal_lm
-from tokengrain.scoring.reference import ColumnReference, LiveReference, gathered, is_peft, resolve_reference
+from tokengrain.scoring.reference import (
+    ColumnReference,
+    LiveReference,
+    StreamedWeights,
+    gathered,
+    is_peft,
+    resolve_reference,
+)
 from tokengrain.scoring.score import head_of
 from tokengrain.settings import nearest
 from tokengrain.training.buffer import RolloutBuffer
@@ -508,7 +515,7 @@ class OnlineTrainer(PreferenceTrainer):
     # ---- Samplers that are not this process: give them the policy's present weights ----
 
     def _refresh_sampler(self) -> None:
-        """Save the policy (or its adapter) and have the server, if there is one, load it. All ranks call this."""
+        """Give the server, if there is one, the policy or its adapter: in a folder, or sent. All ranks call this."""
         server = self._server()
         if server is None:
             return
@@ -519,6 +526,13 @@ class OnlineTrainer(PreferenceTrainer):
 
         def load() -> Any:
             main = self.is_world_process_zero()
+            if server.how == "nccl":
+                weights = StreamedWeights(self.model)
+                if main:
+                    server.refresh(weights)
+                else:
+                    deque(weights, maxlen=0)
+                return server.weights if main else None
             state = gathered(self.model, trained_only=adapter, keep=main) if self.is_fsdp_enabled else None
             if not main:
                 return None

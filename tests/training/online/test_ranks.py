@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.rollout.stub import Served, serving
+from tests.rollout.stub import Served, Tcp, serving
 from tests.training.online.tiny import make_online, make_prompts
 from tests.training.ranks import on_ranks, sharding_on_cpu
 from tests.training.test_ranks import FSDP
@@ -21,6 +21,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import DataError, RunError, read_log
 from tokengrain.method import Rollout, Stateless, make_objective, make_rollout_credit
 from tokengrain.rewards.suite import RewardError
+from tokengrain.rollout import transfer
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.rollout import Ranks
 
@@ -124,10 +125,11 @@ SHARDED: dict[str, dict[str, Any]] = {
 
 
 def from_server(
-    folder: Path, url: str, *, sharded: bool, adapter: bool = False, resume: bool = False, **given: Any
+    folder: Path, url: str, *, sharded: bool, adapter: bool = False, resume: bool = False, how: str = "", **given: Any
 ) -> Any:
     """Weights (whole), evaluation and rollouts of training that samples from a stub of a server."""
-    sampler = {"name": "server", "url": url, "model": "m", "refresh": "adapter" if adapter else "checkpoint"}
+    how = how or ("adapter" if adapter else "checkpoint")
+    sampler = {"name": "server", "url": url, "model": "m", "refresh": how}
     settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "max_tokens_per_microbatch": 25, **given}
     if adapter:
         from peft import LoraConfig
@@ -172,6 +174,19 @@ def test_a_sharded_policy_samples_from_a_server(case: str, tmp_path: Path) -> No
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-6)
         assert theirs.get("mismatch/max_abs", 0.0) < 1e-4
         assert theirs.keys() == ours.keys()
+
+
+def test_a_sharded_policy_is_sent_to_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "Nccl", Tcp)
+    served = Served(tiny_llama(seed=5, dtype=torch.float64))
+    with serving(served) as stub:
+        found = on_ranks(2, partial(from_server, tmp_path, stub.url, sharded=True, how="nccl", max_steps=2))
+    for name, value in served.model.state_dict().items():
+        assert (value.numpy() == found[0][0][name]).all(), name
+    log = [entry for entry in read_log(tmp_path / "log.jsonl") if "loss" in entry]
+    assert len(log) == 2
+    assert max(entry["mismatch/max_abs"] for entry in log) < 1e-4
+    assert not (tmp_path / ".sampler").exists()
 
 
 @pytest.mark.slow
