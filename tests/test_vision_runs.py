@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tests.data.test_vision import QWEN, SAID, made_by_hand, png
 from tests.tiny_vlms import picture, tiny_vlm
 from tokengrain.cli import app
+from tokengrain.report.rows import read_credit_samples
 
 RECIPE = """
 method: pictures
@@ -21,11 +22,19 @@ output_dir: {folder}/run
 training: {{max_steps: 1, per_device_train_batch_size: 4, learning_rate: 1.0e-3, use_cpu: true}}
 stages:
   sft: {{kind: sft}}
-  credit: {{kind: annotate, credit: surprise}}
+  credit: {{kind: annotate, credit: sight}}
   train: {{kind: train, objective: tgdpo, data: '@credit'}}
+  reward: {{kind: reward, objective: qrm}}
   online:
     kind: online
     rewards: [{{name: exact, column: answer}}]
+    training: {{num_generations: 2, prompts_per_rollout: 2, max_new_tokens: 3}}
+  ppo:
+    kind: online
+    rewards: [{{name: reward_model, model: '@reward', scaling: zscore}}]
+    critic: {{model: '@reward'}}
+    credit: [{{name: rto, model: '@train'}}, {{name: gae}}]
+    objective: ppo
     training: {{num_generations: 2, prompts_per_rollout: 2, max_new_tokens: 3}}
 """
 
@@ -52,6 +61,10 @@ def test_all_stages_on_pictures(tmp_path: Path) -> None:
     call("train", tmp_path / "recipe.yaml")
     again = call("train", tmp_path / "recipe.yaml")
     assert "online" in again
+    samples = read_credit_samples(tmp_path / "run" / "credit_samples.json")
+    rated = [sample for sample in samples if sample.source == "credit: sight" and sample.pictures]
+    assert rated
+    assert all(any(map(any, picture["patches"])) for sample in rated for picture in sample.pictures)
     call("evaluate", tmp_path / "run")
     call("generate", tmp_path / "run", tmp_path / "rows.jsonl", "-o", tmp_path / "answers.jsonl", "--max-new-tokens", 2)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

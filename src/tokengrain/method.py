@@ -429,6 +429,7 @@ class CreditKind(_Settable):
     reward_model: bool = False  # its model is a token-level reward model, not a language model
     judges_itself: bool = False  # its model is the one that training starts from, unless another is named
     code: tuple[str, ...] = ()  # settings that are import strings of code, whose source counts in fingerprints
+    patches: Literal["gradient", "without"] | None = None  # it rates pictures too: how (`report.pictures.patch_credit`)
 
     values = property(lambda self: self.values_with({}))
 

@@ -27,6 +27,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -36,6 +37,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -545,6 +547,8 @@ def load_reward_model(
     fresh, labels = not is_classifier_config(config), config.num_labels
     one = fresh or labels == 1
     require(one, ModelError, f"{path} is a token classifier of {labels} labels; a reward model has one")
+    if fresh and auto_class(config) is AutoModelForImageTextToText:  # whose tensors go by its own class's names
+        return reward_model_from(load_model(spec, path))
     config.num_labels, config.classifier_dropout = 1, 0.0
     verbosity = logging.get_verbosity()
     try:
@@ -664,12 +668,24 @@ def is_classifier_config(config: Any, kind: str = TOKEN_CLASSIFIER) -> bool:
 
 
 def _check_architecture(config: Any) -> None:
-    causal = not getattr(config, "is_encoder_decoder", False) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    kind = repr(config.model_type)
+    written = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    causal, kind = written and not getattr(config, "is_encoder_decoder", False), repr(config.model_type)
     require(causal, ModelError, f"model type {kind} is not a causal language model, which a reward model needs")
     message = f"transformers has no token-classification form of model type {kind}; expected one that has "
     known = type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if not known and auto_class(config) is AutoModelForImageTextToText:
+        _make_classifier(type(config))
+        known = True
     require(known, ModelError, message + "(llama, qwen2, qwen3, mistral, gemma2, gpt2, gpt_neox, ...)")
+
+
+def _make_classifier(kind: Any) -> None:
+    """Make the token classifier of a kind of models that see, which transformers lacks, and let its Auto class know."""
+    model: Any = MODEL_MAPPING[kind]
+    base = next(cls for cls in model.__mro__ if cls.__name__.endswith("PreTrainedModel"))
+    name = base.__name__.replace("PreTrainedModel", TOKEN_CLASSIFIER)
+    made = type(name, (GenericForTokenClassification, base), {"config_class": kind})
+    AutoModelForTokenClassification.register(kind, made, exist_ok=True)
 
 
 def reset_head(model: nn.Module) -> None:

@@ -74,6 +74,22 @@ class Vision:
         return {**vars(self), "inputs": dict(self.inputs)}
 
 
+def grey(pixels: Tensor, patches: slice = slice(None)) -> Tensor:
+    """Pixels of pictures with nothing to see on them, or not at these of their patches: all are the mean.
+
+    What is 0 stays, being padding, and nothing else becomes 0: some towers leave out what is 0 throughout.
+    """
+    plain, mean = pixels.clone(), pixels.mean() + torch.finfo(pixels.dtype).eps
+    plain[patches] = torch.where(pixels[patches] == 0, pixels[patches], mean)
+    return plain
+
+
+def unseen(vision: Vision | None) -> Vision | None:
+    """The same with grey pictures: as many tokens."""
+    pixels = {} if vision is None else {n: grey(v) for n, v in vision.inputs.items() if n.startswith("pixel_values")}
+    return vision and replace(vision, inputs={**vision.inputs, **pixels})
+
+
 def collate(visions: Sequence[Vision]) -> dict[str, Tensor]:
     """The inputs of several prompts as those of one: images one after the other, smaller ones padded with zeros."""
     names = {name: None for vision in visions for name in vision.inputs}

@@ -1,4 +1,4 @@
-"""Pictures beside heat maps: PNG, patches by gradient times input, the page and the terminal."""
+"""Pictures beside heat maps: PNG, what patches are worth, the page and the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from tokengrain.batch import Completion, TokenBatch
 from tokengrain.errors import DataError
 from tokengrain.report.html import show_credit
 from tokengrain.report.pictures import MOST, SIDE, half_blocks, patch_credit, pixels_of, png, shown
 from tokengrain.report.rows import collect_credit_samples, read_credit_samples
 from tokengrain.report.terminal import inspect_rows
+from tokengrain.scoring.reference import scorer_logps
+from tokengrain.vision import grey
 from tokengrain.worlds import load_world
 from tokengrain.worlds.shapes import CELLS
 
@@ -59,6 +63,24 @@ def test_gradient_times_input_finds_what_is_counted(truth: Any) -> None:
         cells = np.abs(values).reshape(4, 2, 4, 2).sum((1, 3)).ravel()
         red = [CELLS.index(cell) for cell in row["cells"]]
         assert cells[red].mean() > 2 * np.delete(cells, red).mean()
+
+
+def test_what_is_lost_without_a_patch_finds_it_too(truth: Any) -> None:
+    world = load_world("world://shapes")
+    batch = truth.batch.select([0, 1])
+    maps = patch_credit(world.reference, batch, by="without")
+    for row, (values,) in zip(world.pairs("eval", 2, seed=0), maps, strict=True):
+        assert values.shape == (8, 8)
+        cells = values.reshape(4, 2, 4, 2).sum((1, 3)).ravel()
+        red = [CELLS.index(cell) for cell in row["cells"]]
+        assert cells[red].mean() > 2 * np.abs(np.delete(cells, red)).mean()
+    # The first token by hand: its four patches, grey, change the log-probability by the sum of their values.
+    sample = batch.sample(0, [Completion(batch.completion(0).tolist())])
+    assert sample.vision is not None
+    pixels = grey(sample.vision.inputs["pixel_values"], slice(0, 4))
+    less = replace(sample, vision=replace(sample.vision, inputs={**sample.vision.inputs, "pixel_values": pixels}))
+    whole, left = (scorer_logps(world.reference, TokenBatch.from_samples([s])).sum() for s in (sample, less))
+    assert float(maps[0][0][:2, :2].sum()) == pytest.approx(float(whole - left), abs=1e-4)
 
 
 def test_frames_have_maps_of_their_own() -> None:
@@ -118,6 +140,14 @@ def test_the_terminal() -> None:
     text = half_blocks(picture)
     assert text.plain == ("▀" * 6 + "\n") * 2
     assert "rgb(255,0,0) on rgb(0,0,0)" in str(text.spans[0].style)
+    (rated,) = shown({"prompt": "", "images": [pixels]}, [np.array([[2.0, -2.0, 0.0]])])
+    colours = [str(span.style) for span in half_blocks(rated).spans[6:]]  # black pixels
+    assert (
+        colours
+        == ["rgb(44,100,142) on rgb(44,100,142)"] * 2
+        + ["rgb(144,85,20) on rgb(144,85,20)"] * 2
+        + ["rgb(0,0,0) on rgb(0,0,0)"] * 2
+    )
 
 
 def test_inspect_shows_a_rows_pictures(tmp_path: Path) -> None:

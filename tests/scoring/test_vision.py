@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.errors import DataError, ModelError
 from tokengrain.method import make_credit
 from tokengrain.methods._other_tokens import Retokenizer
-from tokengrain.models import freeze_vision, lora_config
+from tokengrain.models import freeze_vision, load_trained_reward_model, lora_config, reward_model_from
 from tokengrain.scoring.layouts import plan_rows
 from tokengrain.scoring.prepare import PLANS
 from tokengrain.scoring.reference import AdapterOffReference, resolve_reference
 from tokengrain.scoring.score import score
+from tokengrain.scoring.token_scores import frozen_token_scores
+from tokengrain.scoring.vision import arguments
 from tokengrain.specs import LoraSpec
 from tokengrain.vision import Vision
 
@@ -133,6 +136,30 @@ def test_videos(family: str) -> None:
 def test_images_in_float32_and_eager_attention(family: str) -> None:
     check(tiny_vlm(family, dtype=torch.float32), pictures(family), 2e-5)
     check(tiny_vlm(family, dtype=torch.float32, attention="eager"), pictures(family), 2e-5)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_reward_model_that_sees(family: str, tmp_path: Path) -> None:
+    """Made of a model in memory; scores at the token, and values before it, are those of its own forward."""
+    torch.manual_seed(0)
+    model, samples = reward_model_from(tiny_vlm(family)).eval(), pictures(family)
+    batch, expected = TokenBatch.from_samples(samples), {"token_scores": [], "values": []}
+    for sample in samples:
+        for completion in sample.completions:
+            ids, more = torch.tensor([sample.prompt_ids + completion.ids]), {}
+            if sample.vision is not None:
+                more = arguments(model, torch.tensor(sample.prompt_ids), sample.vision, len(completion.ids))
+            scores = model(input_ids=ids, **more).logits[0, :, 0].detach()
+            expected["token_scores"].append(scores[len(sample.prompt_ids) :])
+            expected["values"].append(scores[len(sample.prompt_ids) - 1 : -1])
+    for layout in ("shared", "separate"):
+        for want, parts in expected.items():
+            found = getattr(score(model, batch, (want,), layout=layout), want).detach()
+            assert float((found - torch.cat(parts)).abs().max()) < 1e-12, (layout, want)
+    model.save_pretrained(tmp_path)
+    again = load_trained_reward_model(tmp_path, dtype="float32")
+    assert type(again) is type(model)
+    assert float((frozen_token_scores(again, batch) - torch.cat(expected["token_scores"])).abs().max()) < 1e-4
 
 
 class TestMutualImageTokens:

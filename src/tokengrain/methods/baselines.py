@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tokengrain.scoring.model import evaluating
 from tokengrain.scoring.reference import scorer_logps
 from tokengrain.scoring.score import score
 from tokengrain.settings import Number
+from tokengrain.vision import unseen
 
 
 @credit("column", column=lambda settings: settings["column"])
@@ -95,3 +97,16 @@ def entropy(batch: TokenBatch, *, model: Any) -> Tensor:
         return found
     own = model(batch, {"distribution"}).distribution
     return head_quantities(own.hidden, own.head, batch.labels.to(own.hidden.device), ("entropy",))["entropy"]
+
+
+@credit("sight", values="signed", judges_itself=True, patches="without")
+def sight(batch: TokenBatch, *, model: Any) -> Tensor:
+    """log p with the prompt's pictures - log p with grey ones: how much of a token the model sees.
+
+    Below 0 the pictures speak against the token; behind a prompt without pictures all is 0. `model` is as for
+    `surprise`.
+    """
+    if not batch.sees:
+        return torch.zeros(batch.segments.total, device=batch.device)
+    blind = replace(batch, vision=tuple(unseen(vision) for vision in batch.vision))
+    return scorer_logps(model, batch) - scorer_logps(model, blind)

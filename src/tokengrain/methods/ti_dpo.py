@@ -39,7 +39,7 @@ CARD = Card(
 )
 
 
-@credit("gradient_attribution", judges_itself=True)
+@credit("gradient_attribution", judges_itself=True, patches="gradient")
 def gradient_attribution(batch: TokenBatch, *, model: Any) -> Tensor:
     """How much each token's input embedding moves the model's prediction behind the completion.
 

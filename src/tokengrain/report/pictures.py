@@ -10,19 +10,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from tokengrain.batch import Completion, TokenBatch
+from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.formats import pictured
 from tokengrain.data.pictures import frames, image
-from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.model import device_of, evaluating
+from tokengrain.scoring.prepare import unwrapped
 from tokengrain.scoring.score import score
+from tokengrain.vision import grey
 
+BLUE, ORANGE = (63, 143, 203), (207, 122, 29)  # of credit in the terminal
 MOST, SIDE = 8, 256  # pictures shown of a row, and the longest side of each in pixels
 
 
@@ -52,38 +55,73 @@ def pixels_of(row: Mapping[str, Any], folder: Path | None = None) -> list[np.nda
     return [np.ascontiguousarray(pixels[::step, ::step]) for pixels, step in zip(found, steps)]
 
 
-def patch_credit(model: nn.Module, batch: TokenBatch) -> list[list[np.ndarray]]:
-    """Gradient times input, by patch, of the log-probability of each prompt's first completion.
+GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # of Qwen-VL's patches
+CELLS, MERGE = 256, 2  # most parts of a prompt's pictures that are made grey; patches along a token's side
+
+
+def patch_credit(
+    model: nn.Module, batch: TokenBatch, by: Literal["gradient", "without"] = "gradient"
+) -> list[list[np.ndarray]]:
+    """Which patches the log-probability of each prompt's first completion rests on (nats).
+
+    Args:
+        by: "gradient": gradient times input of each patch, one backward pass; "without": what is lost if the patches of
+            a token are made grey, one forward pass for each (for every few neighbours, where there are more than 256).
 
     Returns:
         For each prompt, for each of its images and frames `[rows, columns]`; empty for prompts without pictures, and
         for models whose pixels do not come as Qwen-VL's patches.
     """
-    samples, leaves = [], []
-    for g in range(batch.n_prompts):
-        vision = batch.vision[g] if batch.vision else None
-        leaf: dict[str, Tensor] = {}
-        if vision is not None:
-            leaf = {n: v.clone().requires_grad_() for n, v in vision.inputs.items() if n.startswith("pixel_values")}
-            vision = replace(vision, inputs={**vision.inputs, **leaf})
-        first = batch.group.tolist().index(g)
-        samples.append(batch.sample(g, [Completion(batch.completion(first).tolist())], vision=vision))
-        leaves.append(leaf)
+    firsts = [batch.group.tolist().index(g) for g in range(batch.n_prompts)]
+    samples = [batch.sample(g, [Completion(batch.completion(c).tolist())]) for g, c in enumerate(firsts)]
+    seen = [{} if s.vision is None else {n: s.vision.inputs[n] for n in GRIDS if n in s.vision.inputs} for s in samples]
+    known = [s.vision is not None and all(GRIDS[n] in s.vision.inputs for n in own) for s, own in zip(samples, seen)]
+    seen = [own if fits else {} for own, fits in zip(seen, known)]
+    values = (_by_gradient if by == "gradient" else _by_leaving_out)(model, samples, seen)
+    found = []
+    for sample, own in zip(samples, values):
+        grids = {} if sample.vision is None else sample.vision.inputs
+        found.append([part for name, each in own.items() for part in _unmerged(each, grids[GRIDS[name]])])
+    return found
+
+
+Seen = list[dict[str, Tensor]]  # of each prompt by name: pixels `[patches, d]`, or values `[patches]`
+
+
+def _with(sample: Sample, pixels: Mapping[str, Tensor]) -> Sample:
+    """The prompt and completion with other pixels."""
+    vision = sample.vision and replace(sample.vision, inputs={**sample.vision.inputs, **pixels})
+    return replace(sample, vision=vision)
+
+
+def _by_gradient(model: nn.Module, samples: list[Sample], seen: Seen) -> Seen:
+    leaves = [{name: pixels.clone().requires_grad_() for name, pixels in own.items()} for own in seen]
     with evaluating(model), _unfrozen(model), torch.enable_grad():
-        logps = score(model, TokenBatch.from_samples(samples), want=("logps",)).logps
-        assert logps is not None
+        logps = _logps(model, [_with(sample, own) for sample, own in zip(samples, leaves)])
         inputs = [leaf for own in leaves for leaf in own.values()]
         gradients = iter(torch.autograd.grad(logps.sum(), inputs, allow_unused=True) if inputs else ())
-    found = []
-    for sample, own in zip(samples, leaves):
-        rated = {name: (pixels, next(gradients)) for name, pixels in own.items()}
-        known = sample.vision.inputs if sample.vision is not None else {}
-        maps: list[np.ndarray] = []
-        for name, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-            pixels, gradient = rated.get(name, (None, None))
-            if pixels is not None and gradient is not None and grids in known:
-                maps += _unmerged((pixels * gradient).sum(-1).detach(), known[grids])
-        found.append(maps)
+    rated = [{name: (pixels, next(gradients)) for name, pixels in own.items()} for own in leaves]
+    return [{n: (p * g).sum(-1).detach() for n, (p, g) in own.items() if g is not None} for own in rated]
+
+
+def _by_leaving_out(model: nn.Module, samples: list[Sample], seen: Seen) -> Seen:
+    found: Seen = []
+    for sample, own in zip(samples, seen):
+        size = MERGE**2 * max(1, -(-sum(map(len, own.values())) // (MERGE**2 * CELLS)))
+        places = [(n, slice(at, at + size)) for n, pixels in own.items() for at in range(0, len(pixels), size)]
+        values = {name: torch.zeros(len(pixels)) for name, pixels in own.items()}
+        with evaluating(model):
+            whole = _logps(model, [sample]).sum()
+            for name, part in places:
+                left = _logps(model, [_with(sample, {name: grey(own[name], part)})]).sum()
+                values[name][part] = float(whole - left) / len(own[name][part])
+        found.append(values)
+    return found
+
+
+def _logps(model: nn.Module, samples: list[Sample]) -> Tensor:
+    found = score(model, TokenBatch.from_samples(samples).to(device_of(unwrapped(model))), ("logps",)).logps
+    assert found is not None
     return found
 
 
@@ -100,7 +138,7 @@ def _unfrozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _unmerged(values: Tensor, grids: Tensor, merge: int = 2) -> list[np.ndarray]:
+def _unmerged(values: Tensor, grids: Tensor, merge: int = MERGE) -> list[np.ndarray]:
     """Values of patches, in the order of Qwen-VL's tokens, as maps `[rows, columns]`, one per image and frame."""
     maps, at = [], 0
     for t, h, w in grids.tolist():
@@ -144,8 +182,15 @@ def drawn(picture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def half_blocks(picture: Mapping[str, Any], most: int = 48) -> Text:
-    """A picture for the terminal, two pixels in each character, at most so many columns wide."""
+    """A picture for the terminal, two pixels in each character, at most so many columns wide.
+
+    Patches with values are tinted: blue above 0, orange below.
+    """
     pixels = _decoded(picture)
+    values = np.array(picture.get("patches") or [[0.0]])
+    places = (np.arange(size) * parts // size for size, parts in zip(pixels.shape[:2], values.shape))
+    shares = (values / (np.abs(values).max() or 1.0))[np.ix_(*places)][:, :, None]
+    pixels = (1 - 0.7 * np.abs(shares)) * pixels + 0.7 * np.abs(shares) * np.where(shares > 0, BLUE, ORANGE)
     step = -(-pixels.shape[1] // most)
     pixels = pixels[::step, ::step]
     pixels = pixels[: len(pixels) // 2 * 2].astype(int)

@@ -33,8 +33,10 @@ from tokengrain.scoring.token_scores import (
     frozen_token_scores,
     pooled_scores,
 )
+from tokengrain.scoring.vision import placeholders
 from tokengrain.settings import Count
 from tokengrain.specs import ModelSpec
+from tokengrain.vision import Vision
 
 SEQUENCE = "ForSequenceClassification"  # how transformers' names of these models end
 
@@ -83,6 +85,7 @@ class RewardModel:
         prompts: Sequence[Any],
         prompt_ids: Sequence[list[int]],
         completion_ids: Sequence[list[int]],
+        prompt_vision: Sequence[Vision | None] | None = None,
         image: Any = None,
         images: Any = None,
         video: Any = None,
@@ -90,14 +93,20 @@ class RewardModel:
     ) -> list[float]:
         """One number per completion.
 
-        Raises `RewardError` for tokens or positions that the model does not have, and for rows with pictures.
+        Raises `RewardError` for tokens or positions it does not have, and for pictures that it cannot see.
         """
         require(all(completion_ids), RewardError, "the completion is empty; expected at least one token")
-        pictures = any(any(column) for column in (image, images, video, videos) if column is not None)
+        columns = (image, images, video, videos, prompt_vision)
+        pictures = any(v is not None and v != [] for column in columns if column is not None for v in column)
         parts = (m["content"] for p in prompts if isinstance(p, list) for m in p if isinstance(m.get("content"), list))
         seeing = pictures or any(part.get("type") in ("image", "video") for content in parts for part in content)
-        require(not seeing, RewardError, "the prompts have images or videos, which the reward model does not see")
-        batch = TokenBatch.from_samples(self._samples(prompts, prompt_ids, completion_ids))
+        sees = prompt_vision is not None and self.pooling is not None and self.retokenizer is None
+        sees = sees and bool(placeholders(config_of(self.model)))
+        require(
+            sees or not seeing, RewardError, "the prompts have images or videos, which the reward model does not see"
+        )
+        visions = [None] * len(prompts) if prompt_vision is None else prompt_vision
+        batch = TokenBatch.from_samples(self._samples(prompts, prompt_ids, completion_ids, visions))
         if self.retokenizer is not None:
             batch, _ = self.retokenizer(batch)
         _check_fits(self.model, batch)
@@ -120,19 +129,24 @@ class RewardModel:
         return given or known
 
     def _samples(
-        self, prompts: Sequence[Any], prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
+        self,
+        prompts: Sequence[Any],
+        prompt_ids: Sequence[list[int]],
+        completion_ids: Sequence[list[int]],
+        visions: Sequence[Vision | None],
     ) -> list[Sample]:
         """Neighbours with one prompt share it, as far as the budget goes."""
         samples: list[Sample] = []
-        for prompt, ids, completion in zip(prompts, prompt_ids, completion_ids, strict=True):
+        for prompt, ids, completion, vision in zip(prompts, prompt_ids, completion_ids, visions, strict=True):
             if self.chat and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             last = samples[-1] if samples else None
             same = last is not None and last.prompt_ids == ids and last.raw["prompt"] == prompt
+            same = same and last is not None and last.vision is vision
             if last is not None and same and last.n_tokens + len(completion) <= self.max_tokens:
                 last.completions.append(Completion(completion))
             else:
-                samples.append(Sample(ids, [Completion(completion)], raw={"prompt": prompt}))
+                samples.append(Sample(ids, [Completion(completion)], raw={"prompt": prompt}, vision=vision))
         return samples
 
     def _of_tokens(self, batch: TokenBatch, pooling: Pooling) -> Tensor:
@@ -185,7 +199,7 @@ def _check_fits(model: nn.Module, batch: TokenBatch) -> None:
     largest = int(torch.cat([batch.prompt_ids, batch.completion_ids]).max())
     message = f"token id {largest} is outside the reward model's vocabulary of {known}; expected a reward_tokenizer"
     require(largest < known, RewardError, message)
-    limit = positions_of(config_of(model))
+    limit = None if batch.sees else positions_of(config_of(model))  # of pictures, scoring knows their positions
     longest = int((batch.prompt_offsets.diff()[batch.group] + batch.completion_offsets.diff()).max())
     message = f"prompt and completion are {longest} tokens; expected at most {limit}, the model's positions"
     require(limit is None or longest <= limit, RewardError, message)

@@ -25,13 +25,15 @@ from tokengrain.data.tokens import Rendered, Tokens
 from tokengrain.errors import DataError, RecipeError, TokengrainError, require, shown
 from tokengrain.rollout.sampler import Rollouts, decode
 from tokengrain.settings import Number, Positive, keyword_types, validate_settings
+from tokengrain.vision import Vision
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["error", "skip", "value"]
 OnNone = Literal["error", "skip", "value", "ignore"]
 STATE = "trainer_state"
-RESERVED = ("prompts", "prompt_ids", "prompt_ends", "completions", "completion_ids", "truncated", STATE)
+PROMPTS = ("prompts", "prompt_ids", "prompt_ends", "prompt_vision")
+RESERVED = (*PROMPTS, "completions", "completion_ids", "truncated", STATE)
 # Tokens at the end of a prompt that `prompt_ends` shows: enough for a tag that a chat template opens.
 PROMPT_END = 16
 
@@ -82,10 +84,11 @@ class RewardFunction:
         function: `function(prompts=[...], completions=[...], **columns)`, one entry per completion in each list. It
             takes what its signature names: prompts as they stand in the rows, completions as text, the rows' other
             columns, `prompt_ids` and `completion_ids` (token ids), `prompt_ends` (the prompts' last tokens as text,
-            special ones included), `truncated` (bools) and, as one object, `trainer_state` (transformers'
-            `TrainerState`; None outside training). It returns a list with an entry per completion: a number; one
-            number per token; or spans of characters {"start", "end", "reward"} (every token that shares a character
-            with one has its reward). It may be async.
+            special ones included), `prompt_vision` (of prompts with pictures: what the policy sees of them, a
+            `tokengrain.vision.Vision`, or None), `truncated` (bools) and, as one object, `trainer_state`
+            (transformers' `TrainerState`; None outside training). It returns a list with an entry per completion: a
+            number; one number per token; or spans of characters {"start", "end", "reward"} (every token that shares a
+            character with one has its reward). It may be async.
         name: in logs and messages; no two of a suite may be equal.
         weight: factor in the total; 0: the reward is logged, and nothing else.
         timeout: seconds one call may take; None: no limit, and the function runs in the calling thread. A
@@ -204,6 +207,7 @@ class _Completions:
     rows: Sequence[int | str]
     raws: Sequence[Mapping[str, Any]]
     prompts: list[list[int]]
+    vision: list[Vision | None]
     truncated: list[bool]
 
 
@@ -317,6 +321,7 @@ class RewardSuite:
             "prompt_ends": [end_texts.get(tuple(p[-PROMPT_END:]), "") for p in work.prompts],
             "completion_ids": work.ids,
             "truncated": work.truncated,
+            **({"prompt_vision": work.vision} if any(work.vision) else {}),
             # A column that only some rows have is None in the others.
             **{name: [raw.get(name) for raw in raws] for name in names},
         }
@@ -407,6 +412,7 @@ def _from_rollouts(rollouts: Rollouts) -> _Completions:
         rows=[p.row for p in prompts],
         raws=[p.raw for p in prompts],
         prompts=[p.ids for p in prompts],
+        vision=[p.vision for p in prompts],
         truncated=rollouts.truncated.tolist(),
     )
 
@@ -423,6 +429,7 @@ def _from_batch(batch: TokenBatch) -> _Completions:
         rows=[batch.row(g) for g in groups],
         raws=[batch.raw[g] if batch.raw else {} for g in groups],
         prompts=[prompts[g] for g in groups],
+        vision=[batch.vision[g] if batch.vision else None for g in groups],
         truncated=[False] * len(ids) if marks is None else (batch.segments.max(marks) > 0).tolist(),
     )
 

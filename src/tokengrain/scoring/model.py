@@ -100,7 +100,7 @@ def run(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -
 def _looked(lm: nn.Module, request: ScoreRequest, own_forward: Callable[..., Any]) -> ScoreRequest:
     """The request with its images and videos placed among the tokens of their prompts."""
     batch, plan, seen = request.batch, request.plan, request.batch.sees
-    takes = bool(placeholders(lm.config)) and plan.kind == "decoder" and not is_token_classifier(lm)
+    takes = bool(placeholders(lm.config)) and plan.kind == "decoder"
     require(takes or not seen, ModelError, f"{type(lm).__name__} takes no images or videos, and the batch has some")
     if not takes:
         return request

@@ -266,13 +266,18 @@ def _probe_with_images(model: nn.Module, lm: nn.Module, plan: ModelPlan, batch: 
     call: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     batch = _with_made_up_completions(lm, batch)
     device, dtype = device_of(lm), _dtype(lm, plan.autocast)
+    scorer = is_token_classifier(lm)
+    wants = ("token_scores", "token_scores") if scorer else ("raw_logits", "own_logits")
     with evaluating(call), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         separate, own = (
             call(token_batch=_request(batch, p, "separate", want))[want]
-            for p, want in ((plan, "raw_logits"), (replace(plan, head="logits"), "own_logits"))
+            for p, want in zip((plan, replace(plan, head="logits")), wants, strict=True)
         )
-        finished = Head(torch.empty(0), None, plan.scale, plan.softcap).finish(separate)
-        apart = float(relative_error(finished, own).max())
+        if scorer:
+            apart = float((separate - own).abs().max() / own.abs().max().clamp_min(1e-30))
+        else:
+            finished = Head(torch.empty(0), None, plan.scale, plan.softcap).finish(separate)
+            apart = float(relative_error(finished, own).max())
         if apart > TOLERANCE[dtype]:
             reason = f"with images its logits are not its head's alone (difference {apart:.2g})"
             return replace(plan, head="logits", masks=None, reason=reason)

@@ -103,12 +103,20 @@ def tensors(lm: Any, visions: Iterable[Vision | None], accepted: Container[str])
 
 def arguments(lm: Any, ids: Tensor, vision: Vision, more: int) -> dict[str, Any]:
     """What the model's own forward is given beside the tokens of one prompt `[P]` and `more` tokens behind it."""
-    accepted = inspect.signature(lm.forward).parameters
+    accepted = _accepted(lm.forward, lm.base_model)
     whole = placed(lm.base_model, placeholders(lm.config), ids.cpu(), vision).then(more)
     assert whole.types is not None
     found = tensors(lm, [vision], accepted)
     found |= {name: whole.types[None].to(ids.device) for name in TYPES if name in accepted}
     return found if whole.positions is None else {**found, "position_ids": whole.positions[:, None].to(ids.device)}
+
+
+def _accepted(forward: Callable[..., Any], base: Any) -> frozenset[str]:
+    """The arguments of a forward, and those of the model without head that it may hand others on to."""
+    taken = [inspect.signature(forward).parameters]
+    if any(p.kind is p.VAR_KEYWORD for p in taken[0].values()):
+        taken.append(inspect.signature(base.forward).parameters)
+    return frozenset(name for names in taken for name in names)
 
 
 # ---- Features of images and videos, once per prompt.
@@ -149,10 +157,7 @@ class Seeing:
         self.lm, self.base, self.batch = lm, base, batch
         self.asking = placeholders(lm.config)
         self.sight = Sight(frozenset(self.asking), hasattr(base, "get_rope_index"), blocks)
-        taken = [inspect.signature(forward).parameters]
-        if any(p.kind is p.VAR_KEYWORD for p in taken[0].values()):  # it hands them on
-            taken.append(inspect.signature(base.forward).parameters)
-        self.accepts = frozenset(name for names in taken for name in names)
+        self.accepts = _accepted(forward, base)
 
     def inputs(self, rows: Rows) -> dict[str, Any]:
         """The arguments for one rectangle of rows, beside its ids and masks."""
