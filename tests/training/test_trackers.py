@@ -32,21 +32,60 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 PROGRAM = """
 import sys
 from pathlib import Path
-from tests.test_stages import run, values
-recipe = values(Path(sys.argv[1]))
-recipe["training"] |= {"report_to": ["trackio"], "project": "mine"}
+from tests.test_stages import DPO, run, values
+recipe = values(Path(sys.argv[2]), {"guide": DPO, "train": DPO})
+recipe["training"] |= {"report_to": [sys.argv[1]], "project": "mine"}
 run(recipe)
 """
 
 
+def report_to(tracker: str, folder: Path, **environment: str) -> None:
+    """Train two stages in a process of its own: trackers start threads and keep their places in constants."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    subprocess.run([sys.executable, "-c", PROGRAM, tracker, str(folder)], env=environment, check=True, timeout=600)
+
+
 def test_trackio(tmp_path: Path) -> None:
-    """In a process of its own: trackio starts threads and keeps its folder in a constant."""
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment, check=True, timeout=300)
+    report_to("trackio", tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
     (file,) = (path for path in (tmp_path / "trackio").glob("*.db") if path.stem.startswith("mine"))
     with sqlite3.connect(file) as store:
         rows = store.execute("select run_name, metrics from metrics").fetchall()
-    assert {name for name, _ in rows} == {"run/train"}
+    assert {name for name, _ in rows} == {"run/guide", "run/train"}
     assert any("train/rewards/margins" in str(metrics) for _, metrics in rows)
-    (kept,) = [metrics for _, metrics in rows if "token credit" in str(metrics)]
-    assert "html" in str(kept).lower()
+    kept = [metrics for _, metrics in rows if "token credit" in str(metrics)]
+    assert ["html" in str(metrics).lower() for metrics in kept] == [True, True]
+
+
+@pytest.mark.slow
+def test_wandb(tmp_path: Path) -> None:
+    """Each stage is a run of its own, with its name, its curves and its page."""
+    pytest.importorskip("wandb")
+    report_to("wandb", tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    runs = sorted(tmp_path.glob("wandb/offline-run-*"))
+    names = []
+    for folder in runs:
+        (log,) = folder.glob("*.wandb")
+        kept = log.read_bytes()
+        names += [name for name in (b"run/guide", b"run/train") if name in kept]
+        assert b"train/rewards/margins" in kept
+        assert b"eval/accuracy" in kept
+        (page,) = (folder / "files" / "media" / "html").glob("token credit*.html")
+        assert "log-ratio of" in page.read_text()
+    assert sorted(names) == [b"run/guide", b"run/train"]
+
+
+@pytest.mark.slow
+def test_mlflow(tmp_path: Path) -> None:
+    """As for wandb; the evaluation after training is in the stage's run too, and there is no other."""
+    mlflow = pytest.importorskip("mlflow")
+    place = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    report_to("mlflow", tmp_path, MLFLOW_TRACKING_URI=place)
+    client = mlflow.MlflowClient(place)
+    runs = {one.info.run_name: one for one in client.search_runs(["0"])}
+    assert {name: one.info.status for name, one in runs.items()} == {"run/guide": "FINISHED", "run/train": "FINISHED"}
+    for one in runs.values():
+        (page,) = client.list_artifacts(one.info.run_id)
+        assert page.path == "token-credit-4.html"
+        assert [point.step for point in client.get_metric_history(one.info.run_id, "loss")] == [1, 2, 3, 4]
+        assert len(client.get_metric_history(one.info.run_id, "eval_accuracy")) == 2
+        assert one.data.params["hidden_size"] == "16"

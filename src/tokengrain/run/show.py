@@ -96,17 +96,31 @@ SHOWN = {
 }
 
 
-class LogMaps(TrainerCallback):
-    """Gives heat maps of token credit to the trackers that show pages or tables, as training ends.
+class Trackers(TrainerCallback):
+    """The trackers' runs of one stage: heat maps as training ends, then the evaluation behind it, then they are closed.
 
-    `store` puts the stage's own credit into `file`, which has the earlier stages' already.
+    `store` puts the stage's own credit into `file`, which has the earlier stages' already. A run that is open before
+    the stage is the user's, and stays open.
     """
 
     def __init__(self, trainer: Any, file: Path, store: Callable[[], None]) -> None:
         self.trainer, self.file, self.store = trainer, file, store
+        self.close_own: list[Callable[[], Any]] = []
+        for tracker in trainer.callback_handler.callbacks:
+            known = vars(tracker)
+            if (wandb := known.get("_wandb")) is not None and wandb.run is None:
+                self.close_own.append(wandb.finish)
+            if (mlflow := known.get("_ml_flow")) is not None and mlflow.active_run() is None:
+                self.close_own.append(mlflow.end_run)
+        trainer.callback_handler.callbacks.insert(0, self)  # before those that close their run as training ends
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.report_to:
+            return
         self.store()
+        for tracker in self.trainer.callback_handler.callbacks:
+            if "_auto_end_run" in vars(tracker):
+                tracker._auto_end_run = False  # MLflow's: the evaluation behind training belongs to the run
         if not state.is_world_process_zero or not (samples := read_credit_samples(self.file)):
             return
         page = maps_page(samples)
@@ -118,6 +132,11 @@ class LogMaps(TrainerCallback):
                 library.log({"token credit": library.Html(page)})
             if known.get("_ml_flow") is not None and known["_ml_flow"].active_run():
                 tracker._ml_flow.log_text(page, f"token-credit-{state.global_step}.html")
+
+    def close(self) -> None:
+        """Close what the stage opened: W&B would put the next stage into the same run."""
+        for close in self.close_own:
+            close()
 
 
 class ShowProgress(TrainerCallback):

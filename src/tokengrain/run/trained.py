@@ -303,6 +303,7 @@ class Trained(Stage):
         """
         main = run.state.is_main_process
         trainer = self.build(run, folder, settings)
+        trackers = show.Trackers(trainer, run.run_dir / FILE, partial(self.store_samples, run, trainer))
         checkpoint = last_complete_checkpoint(folder)
         metrics_file = folder / "metrics.json"
         metrics: dict[str, Any] = read_json(metrics_file) if checkpoint and metrics_file.exists() else {}
@@ -319,9 +320,6 @@ class Trained(Stage):
         run.console.print(models.trained(trainer.model, whole=self.lora is None))
         progress = show.ShowProgress(run.console, self.name)
         trainer.add_callback(progress)
-        if trainer.args.report_to:  # before the trackers' own callbacks, which close them as training ends
-            maps = show.LogMaps(trainer, run.run_dir / FILE, partial(self.store_samples, run, trainer))
-            trainer.callback_handler.callbacks.insert(0, maps)
         try:
             with StopOnSignal(run.state.num_processes) as stop:
                 trainer.add_callback(stop)
@@ -333,6 +331,7 @@ class Trained(Stage):
         metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
         if has_eval:
             metrics["after"] = self.compared(plain_metrics(trainer.evaluate()), trainer.reference, before=False)
+        trackers.close()
         metrics |= self.save(run, trainer, folder / "model")
         if main:
             if self.model.save_dtype is not None:
