@@ -116,7 +116,7 @@ def _swapped(
     """The ids with `count` pairs of neighbouring words exchanged, and all places of these words."""
     texts = token_texts(tokenizer, ids)
     begins = [i for i, text in enumerate(texts) if i and text[:1].isspace()]
-    words = [range(a, b) for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]
+    words = [range(a, b) for a, b in pairwise([*begins, len(ids)])]
     pairs = [
         (first, second)
         for first, second in pairwise(words)

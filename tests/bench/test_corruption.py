@@ -71,6 +71,15 @@ def test_a_swap_exchanges_neighbours() -> None:
         assert [before[first], before[second]] == [after[second], after[first]]
 
 
+def test_an_answer_without_two_words_is_left_out_of_a_swap() -> None:
+    tok, batch = tokenizer(), answers()
+    one = Sample(tok("write :")["input_ids"], [Completion([tok.eos_token_id])], row="one")
+    samples = [one, *(batch.sample(i, [Completion(batch.completion(i).tolist())]) for i in range(2))]
+    found = corrupt(TokenBatch.from_samples(samples), tok, how="swap")
+    assert found.left_out == 1
+    assert found.clean.rows == batch.rows[:2]
+
+
 def test_unlikely_tokens_are_less_likely_than_random_ones() -> None:
     batch, model = answers(), llama(1).float()
     surprise = []

@@ -255,6 +255,34 @@ def test_surprise_and_entropy_read_the_models_distribution(uneven: TokenBatch) -
     assert not make_credit("entropy", model=model)(uneven).requires_grad
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_lookahead_reads_the_next_token_with_and_without_this_one(holes: bool) -> None:
+    batch, model = pairs(tokenizer(), holes=holes), llama(4)
+    parts = []
+    for c, group in enumerate(batch.group.tolist()):
+        prompt, ids = batch.prompt(group).tolist(), batch.completion(c).tolist()
+        start, end = batch.completion_offsets[c : c + 2].tolist()
+        counted = batch.counted[start:end].tolist()
+
+        def logp(token: int, before: list[int]) -> float:
+            with torch.no_grad():
+                return float(model(torch.tensor([before])).logits[0, -1].log_softmax(-1)[token])
+
+        for place in (place for place, counts in enumerate(counted) if counts):
+            before, token = [*prompt, *ids[:place]], ids[place]
+            seen = place + 1 < len(ids) and counted[place + 1]
+            following = ids[place + 1] if seen else 0
+            after = (logp(following, [*before, token]), logp(following, before)) if seen else (0.0, 0.0)
+            parts.append((logp(token, before), *after))
+    now, following, without = torch.tensor(parts, dtype=torch.float64).unbind(1)
+    for omitted in (0.0, 0.5, 1.0):
+        found = make_credit("lookahead", model=model, omitted=omitted)(batch)
+        torch.testing.assert_close(found, now + following - omitted * without)
+        assert not found.requires_grad
+    kept = make_credit("lookahead", model=FrozenReference(model))(batch)
+    torch.testing.assert_close(kept, now + following - 0.5 * without)
+
+
 def test_fingerprints_tell_settings_and_weights_apart() -> None:
     found = [
         make_credit("contrastive_dpo", model=llama(1), reverse=llama(2)),
@@ -265,6 +293,8 @@ def test_fingerprints_tell_settings_and_weights_apart() -> None:
         make_credit("surprise", model=llama(1)),
         make_credit("surprise", model=llama(2)),
         make_credit("entropy", model=llama(1)),
+        make_credit("lookahead", model=llama(1)),
+        make_credit("lookahead", model=llama(1), omitted=0),
     ]
     assert len({source.fingerprint() for source in found}) == len(found)
     assert make_credit("surprise", model=llama(1)).fingerprint() == found[5].fingerprint()

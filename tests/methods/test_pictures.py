@@ -30,7 +30,7 @@ from tokengrain.training.step import CreditUse, PreferenceLoss
 from tokengrain.vision import unseen
 
 LOOKING = {"contrastive", "contrastive_dpo", "entropy", "gradient_attribution", "guide", "reward_model"}
-LOOKING |= {"sight", "surprise", "tdpo"}
+LOOKING |= {"lookahead", "sight", "surprise", "tdpo"}
 
 
 def other(seed: int) -> Any:

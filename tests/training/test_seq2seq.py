@@ -155,6 +155,7 @@ def sources(tokenizer: Any) -> dict[str, Any]:
         "function": {"function": lambda batch: torch.linspace(-1, 1, batch.segments.total)},
         "gradient_attribution": {"model": base},
         "entropy": {"model": base},
+        "lookahead": {"model": base},
         "surprise": {"model": base},
     }
     return {n: make_credit(n, **given.get(n, {})) for n in sorted(CREDIT) if n != "reward_model"}

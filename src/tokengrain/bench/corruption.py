@@ -110,7 +110,8 @@ def _interval(values: Tensor, seed: int) -> dict[str, Any]:
 
 
 BASELINES = ("random", "surprise")
-OF_THE_START = ("surprise", "entropy", "contrastive")  # sources that ask the starting model, unless a model is given
+# Sources that ask the starting model, unless a model is given.
+OF_THE_START = ("surprise", "lookahead", "entropy", "contrastive", "gradient_attribution")
 FROM_ROWS = ("column", "spans")  # sources that repeat what stands in the rows
 SHOWN = 4
 

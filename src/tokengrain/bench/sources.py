@@ -285,6 +285,7 @@ SOURCES = {
         _of_world("reward", "each token's own true reward, without what follows from it"),
         _of_world("worth", "what a word looks worth without its context"),
         BenchSource("surprise", "untrained", "log-probability under the base model", _of_base("surprise"), (), EVERY),
+        BenchSource("lookahead", "untrained", "surprise, one token ahead", _of_base("lookahead"), (), EVERY),
         BenchSource("entropy", "untrained", "entropy of the base model's distribution", _of_base("entropy"), (), EVERY),
         BenchSource(
             "contrastive", "untrained", "contrastive prompting (T-REG)", _contrastive, reads="contrastive_templates"

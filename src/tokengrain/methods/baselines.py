@@ -19,9 +19,9 @@ from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.method import as_credit, checked_credit, credit
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.model import evaluating
-from tokengrain.scoring.reference import scorer_logps
+from tokengrain.scoring.reference import scorer_distribution, scorer_logps
 from tokengrain.scoring.score import score
-from tokengrain.settings import Number
+from tokengrain.settings import NonNegative, Number
 from tokengrain.vision import unseen
 
 
@@ -84,6 +84,27 @@ def surprise(batch: TokenBatch, *, model: Any) -> Tensor:
     return scorer_logps(model, batch)
 
 
+@credit("lookahead", values="order", judges_itself=True)
+def lookahead(batch: TokenBatch, *, model: Any, omitted: NonNegative = 0.5) -> Tensor:
+    """Surprise, one token ahead: log p(token) + log p(next) - `omitted` * log p(next, if the token were left out).
+
+    A wrong token makes the next one improbable, and the text is likelier without it: both count against the token. One
+    forward pass gives all three. Where nothing counted follows at once, as at the end, it is the log-probability.
+
+    Args:
+        model: as for `surprise`.
+        omitted: 0 is the log-probability of both tokens, 1 the log-odds of the token against its being left out.
+    """
+    own = scorer_distribution(model, batch)
+    labels = batch.labels.to(own.hidden.device)
+    (here,) = batch.counted.nonzero(as_tuple=True)
+    followed = (here.diff() == 1) & ~batch.segments.is_last[:-1]
+    now = followed.nonzero().squeeze(1).to(labels.device)
+    logps = head_quantities(own.hidden, own.head, labels, ("logps",))["logps"]
+    without = head_quantities(own.hidden[now], own.head, labels[now + 1], ("logps",))["logps"]
+    return logps.index_add(0, now, logps[now + 1] - omitted * without).detach()
+
+
 @credit("entropy", values="order", judges_itself=True)
 def entropy(batch: TokenBatch, *, model: Any) -> Tensor:
     """Entropy (nats) of the distribution the token was drawn from, as a baseline.
@@ -95,7 +116,7 @@ def entropy(batch: TokenBatch, *, model: Any) -> Tensor:
             found = score(model, batch, ("entropy",)).entropy
         assert found is not None  # it was asked for
         return found
-    own = model(batch, {"distribution"}).distribution
+    own = scorer_distribution(model, batch)
     return head_quantities(own.hidden, own.head, batch.labels.to(own.hidden.device), ("entropy",))["entropy"]
 
 

@@ -381,6 +381,14 @@ def scorer_logps(scorer: Any, batch: TokenBatch) -> Tensor:
     return logps
 
 
+def scorer_distribution(scorer: Any, batch: TokenBatch) -> Distribution:
+    """What every counted token was drawn from, likewise."""
+    live = isinstance(scorer, nn.Module)
+    scores: Any = _score_frozen(scorer, batch, {"distribution"}) if live else scorer(batch, {"distribution"})
+    found: Distribution = scores.distribution
+    return found
+
+
 def scorer_fingerprint(scorer: Any) -> str:
     """Identifies a model's weights and config, or a reference by its class and its model's weights."""
     if isinstance(scorer, nn.Module):
