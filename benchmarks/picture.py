@@ -14,7 +14,7 @@ from tokengrain.report.svg import frontier_chart
 
 SIZE = 14  # of the heat maps' letters; fixed width, so that their places are known without a browser
 LETTER = SIZE * 0.602
-LINE = 25
+LINE, WHAT = 25, 22  # height of a line of tokens, and of one that says what they are
 MAPS_WIDTH = 560
 CHART = (520, 400)
 MARGIN = 24
@@ -62,16 +62,20 @@ def write_picture(
         parts.append(title.format(x, MARGIN + 12) + place + chart.removeprefix("<svg "))
         width += chart_width + MARGIN
         height = max(height, chart_height + 26 + 2 * MARGIN)
+    write_text(output, svg_of(parts, height, "token credit of a pair of completions", width))
+    return Path(output)
+
+
+def svg_of(parts: Sequence[str], height: int, label: str, width: int = MAPS_WIDTH + 2 * MARGIN) -> str:
+    """Parts on a card, with the report's colours, as a file."""
     style = (files("tokengrain.report") / "templates" / "palette.css").read_text(encoding="utf-8") + _STYLE
-    svg = (
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="picture" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" role="img" aria-label="token credit of a pair of completions">'
+        f'viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
         f"<style>{style}</style>"
         f'<rect class="card" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="10"/>'
         f"{''.join(parts)}</svg>\n"
     )
-    write_text(output, svg)
-    return Path(output)
 
 
 def _maps(samples: Sequence[CreditSample], pair: int) -> tuple[str, int]:
@@ -85,10 +89,10 @@ def _maps(samples: Sequence[CreditSample], pair: int) -> tuple[str, int]:
         y += 32
         parts.append(f'<text class="head" x="{MARGIN}" y="{y}">{side["name"]}</text>')
         for row in side["maps"]:
-            y += 22
+            y += WHAT
             parts.append(f'<text class="what" x="{MARGIN}" y="{y}">{escape(row["source"])}</text>')
-            words, lines = _words(row["pieces"], y + 22)
-            parts.append(words)
+            drawn, lines = words(row["pieces"], y + WHAT)
+            parts.append(drawn)
             y += lines * LINE
     y += 26
     key = "blue, solid line: raises the reward; orange, dotted line: lowers it"
@@ -96,7 +100,7 @@ def _maps(samples: Sequence[CreditSample], pair: int) -> tuple[str, int]:
     return "".join(parts), y + MARGIN
 
 
-def _words(pieces: Sequence[Piece], y: float) -> tuple[str, int]:
+def words(pieces: Sequence[Piece], y: float) -> tuple[str, int]:
     """Tokens from baseline `y` on, wrapped at the width; the text and the number of lines."""
     parts, x, lines = [], float(MARGIN), 1
     for piece in pieces:

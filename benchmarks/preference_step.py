@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.setting import Setting, build_samples
 from benchmarks.steps import OursStep
-from benchmarks.timing import Timing, machine, peak_memory, ratio, synchronise, time_alternating
+from benchmarks.timing import CLOCKS, Timing, machine, peak_memory, ratio, synchronise, time_alternating
 from tokengrain.errors import write_json, write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
@@ -37,12 +37,12 @@ def _bounds(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def compare(setting: Setting, peers: list[str], repeats: int) -> dict[str, Any]:
+def compare(setting: Setting, peers: list[str], repeats: int, clock: str = "seconds") -> dict[str, Any]:
     """Ours against each peer, on the same pairs."""
     samples = build_samples(setting)
     # Tokens of the padded-free separate rows: what a user would count, the same for every side.
     tokens = sum(2 * len(s.prompt_ids) + sum(len(c.ids) for c in s.completions) for s in samples)
-    timings = time_alternating(setting, ["ours", *peers], repeats)
+    timings = time_alternating(setting, ["ours", *peers], repeats, clock=CLOCKS[clock])
     ours = timings[0]
     return {
         "setting": setting.label(),
@@ -195,6 +195,8 @@ def run(
     intermediate: int = 1024,
     device: str = "cpu",
     precision: str = "float32",
+    weights: Annotated[str, typer.Option(help="folder of a model; give its --vocabulary")] = "",
+    cpu_seconds: Annotated[bool, typer.Option(help="of this process: others do not stretch them")] = False,
     repeats: int = 7,
 ) -> None:
     """Time one setting."""
@@ -210,8 +212,9 @@ def run(
         intermediate,
         device,
         precision,
+        weights=weights,
     )
-    show(compare(setting, peer, repeats))
+    show(compare(setting, peer, repeats, "cpu_seconds" if cpu_seconds else "seconds"))
 
 
 @app.command()

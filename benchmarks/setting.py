@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.batch import Completion, Sample
 
@@ -30,14 +31,16 @@ class Setting:
     attention: str = "sdpa"  # of our step; the peers always use sdpa
     seed: int = 0
     share: float = 1.0  # of the tokens: selected ones (sepo), ones in spans (rrpo)
+    weights: str = ""  # folder of a model instead of new weights; its vocabulary must be given
 
     @property
     def dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
 
     def label(self) -> str:
+        of = f"of {Path(self.weights).name}, " if self.weights else ""
         return (
-            f"{self.method}, {self.pairs} pairs, prompts {_range(self.prompt)}, "
+            f"{self.method}, {of}{self.pairs} pairs, prompts {_range(self.prompt)}, "
             f"completions {_range(self.completion)}, vocabulary {self.vocabulary:,}, hidden {self.hidden}, "
             f"{self.layers} layers, {self.precision}, {self.device}"
             + ("" if self.attention == "sdpa" else f", ours with {self.attention}")
@@ -53,7 +56,10 @@ def _range(bounds: tuple[int, int]) -> str:
 
 
 def build_model(setting: Setting, attention: str = "sdpa") -> torch.nn.Module:
-    """A llama with tied embeddings and random weights, the same for the same seed."""
+    """The model of `weights`, or a llama with tied embeddings and random weights, the same for the same seed."""
+    if setting.weights:
+        how = {"dtype": setting.dtype, "attn_implementation": attention}
+        return AutoModelForCausalLM.from_pretrained(setting.weights, **how).to(setting.device)
     config = LlamaConfig(
         vocab_size=setting.vocabulary,
         hidden_size=setting.hidden,

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -53,7 +53,9 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_alternating(setting: Setting, names: list[str], repeats: int, warmup: int = 1) -> list[Timing]:
+def time_alternating(
+    setting: Setting, names: list[str], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> list[Timing]:
     """One step of each in turn, `repeats` times, after `warmup` rounds."""
     steps = {name: STEPS[name](setting) for name in names}
     timings = {name: Timing(step.name, [], float("nan")) for name, step in steps.items()}
@@ -61,13 +63,13 @@ def time_alternating(setting: Setting, names: list[str], repeats: int, warmup: i
         for name, step in steps.items():
             gc.collect()
             synchronise(setting.device)
-            start = time.perf_counter()
+            start = clock()
             loss = step.step()
             synchronise(setting.device)
             if round_ == 1:
                 timings[name].second_loss = loss
             if round_ >= warmup:
-                timings[name].seconds.append(time.perf_counter() - start)
+                timings[name].seconds.append(clock() - start)
     return list(timings.values())
 
 

@@ -1,0 +1,258 @@
+"""Credit on real text: which source finds the corrupted tokens of HH's answers under SmolLM2-135M-Instruct?
+
+python -m benchmarks.real_credit --output docs/results
+
+Answers are chosen ones of the pairs before `SPLIT`; guides and the reward model learn from the pairs behind it. What is
+finished stands in the folder of the runs, and the same command does what is missing (hours on one core).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from tests.real.models import place
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from tokengrain.batch import TokenBatch
+from tokengrain.corruption import Corrupted, corrupt
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
+from tokengrain.data.rows import load_rows
+from tokengrain.errors import read_log, write_json, write_text
+from tokengrain.evaluation.credit import added_auc, auc, parts_of
+from tokengrain.evaluation.statistics import bootstrap
+from tokengrain.method import make_credit
+from tokengrain.scoring.fused import head_quantities
+from tokengrain.scoring.head import Distribution
+from tokengrain.scoring.reference import ReferenceScores
+from tokengrain.scoring.score import distribution_of
+from tokengrain.training.config import PreferenceConfig
+from tokengrain.training.trainer import PreferenceTrainer
+
+FIRST, SPLIT = 200, 1000  # rows before the first were looked at while sources were thought of
+SEEDS, HOWS = (0, 1), ("swap", "random")
+MOST, FEW = 320, 100  # answers; of sources that need several passes of their own
+GUIDE_STEPS = (4, 12, 25, 50, 100)  # of 8 pairs
+FLUENT = {
+    "better": "{prompt}\n\nWrite fluent, correct English.",
+    "worse": "{prompt}\n\nWrite broken English with wrong words in the wrong order.",
+}
+
+
+class Kept:
+    """A model that is asked once per batch, however many sources read it; called like a `Reference`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.known: dict[int, tuple[TokenBatch, ReferenceScores]] = {}  # the batch too: it keeps its id
+
+    def __call__(self, batch: TokenBatch, want: Collection[str]) -> ReferenceScores:
+        if id(batch) not in self.known:
+            own: Distribution = distribution_of(self.model, batch)
+            logps = head_quantities(own.hidden, own.head, batch.labels, ("logps",))["logps"]
+            self.known[id(batch)] = (batch, ReferenceScores(logps.detach(), own))
+        return self.known[id(batch)][1]
+
+
+@dataclass
+class Study:
+    """The model, the answers and the training pairs; guides are trained when first asked for."""
+
+    data: Path
+    runs: Path
+    kept: dict[tuple[str, int], tuple[Corrupted, list[TokenBatch], Kept]] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(place("smollm2"))
+
+    @cached_property
+    def model(self) -> Any:
+        return self.start().eval().requires_grad_(False)
+
+    def start(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(place("smollm2"), dtype=torch.float32)
+
+    @cached_property
+    def answers(self) -> TokenBatch:
+        """Of middle length: a few tokens can be corrupted, and a pass is short."""
+        rows = prepare_sft(load_rows(str(self.data)), self.tokenizer, TokenizeConfig(on_invalid="skip"))
+        behind = (s for s in rows if FIRST <= int(s.row) < SPLIT and len(s.prompt_ids) <= 150)
+        fit = [s for s in behind if 15 <= len(s.completions[0].ids) <= 80]
+        return TokenBatch.from_samples(fit[:MOST])
+
+    @cached_property
+    def pairs(self) -> list[Any]:
+        rows = prepare_pairs(load_rows(str(self.data)), self.tokenizer, TokenizeConfig(on_invalid="skip"))
+        behind = [s for s in rows if int(s.row) >= SPLIT and s.n_tokens <= 360]
+        return [s for s in behind if min(len(c.ids) for c in s.completions) >= 4]
+
+    def corrupted(self, how: str, seed: int) -> tuple[Corrupted, list[TokenBatch], Kept]:
+        if (how, seed) not in self.kept:
+            self.kept.clear()
+            made = corrupt(self.answers, self.tokenizer, how=how, tokens=2, seed=seed)
+            self.kept[how, seed] = (made, parts_of(made.corrupted, 16), Kept(self.model))
+        return self.kept[how, seed]
+
+    def guide(self, seed: int, steps: int) -> Path:
+        """A LoRA adapter after so many steps of DPO (β 0.1, rate 1e-4, 8 pairs a step)."""
+        folder = self.runs / f"guide-{seed}"
+        if (folder / str(steps) / "adapter_config.json").exists():
+            return folder / str(steps)
+        self.train("dpo", seed, folder, self.adapted(seed, "CAUSAL_LM"), steps)
+        return folder / str(steps)
+
+    def adapted(self, seed: int, task: str) -> Any:
+        torch.manual_seed(seed)
+        config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type=task)
+        return get_peft_model(self.start(), config)
+
+    def train(self, objective: str, seed: int, folder: Path, model: Any, steps: int) -> None:
+        config = PreferenceConfig(
+            str(folder / "run"), learning_rate=1e-4, lr_scheduler_type="constant", warmup_steps=0, max_steps=steps,
+            per_device_train_batch_size=8, seed=seed, save_strategy="no", use_cpu=True, bf16=False, logging_steps=5,
+            max_grad_norm=1.0, disable_tqdm=True, report_to="none",
+        )  # fmt: skip
+        given: dict[str, Any] = {"train_dataset": self.pairs, "processing_class": self.tokenizer}
+        PreferenceTrainer(model, config, objective=objective, callbacks=[Save(folder, self.tokenizer)], **given).train()
+
+
+class Save(TrainerCallback):
+    """Keeps the adapter after each of `GUIDE_STEPS`."""
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        if state.global_step in GUIDE_STEPS:
+            model.save_pretrained(self.folder / str(state.global_step))
+
+
+Source = Callable[[TokenBatch], Tensor]
+Build = Callable[[Study, Kept, int], Source]
+
+
+def _kept(name: str) -> Build:
+    return lambda study, kept, seed: make_credit(name, model=kept)
+
+
+def _contrastive(templates: Any) -> Build:
+    return lambda study, kept, seed: make_credit(
+        "contrastive", model=study.model, tokenizer=study.tokenizer, templates=templates
+    )
+
+
+def _guide(steps: int) -> Build:
+    def build(study: Study, kept: Kept, seed: int) -> Source:
+        guide = AutoPeftModelForCausalLM.from_pretrained(study.guide(seed, steps), dtype=torch.float32)
+        return make_credit("guide", model=guide.eval().requires_grad_(False), reference=kept)
+
+    return build
+
+
+SOURCES: dict[str, tuple[int, Build]] = {
+    "surprise": (MOST, _kept("surprise")),
+    "lookahead": (MOST, _kept("lookahead")),
+    "entropy": (MOST, _kept("entropy")),
+    "random": (MOST, lambda study, kept, seed: make_credit("random", seed=seed)),
+    **{f"guide, {steps} steps": (FEW, _guide(steps)) for steps in GUIDE_STEPS},
+    "contrastive, prefix": (FEW, _contrastive("prefix")),
+    "contrastive, fluent": (FEW, _contrastive(FLUENT)),
+    "contrastive, general": (FEW, _contrastive("general")),
+    "contrastive, safety": (FEW, _contrastive("safety")),
+    "gradient_attribution": (FEW, lambda study, kept, seed: make_credit("gradient_attribution", model=study.model)),
+}
+
+
+def ask(study: Study, name: str, how: str, seed: int) -> dict[str, Any]:
+    """AUC of finding the corrupted tokens per answer; beside `surprise`, and what is added to it."""
+    most, build = SOURCES[name]
+    made, parts, kept = study.corrupted(how, seed)
+    begin = time.process_time()
+    source, count, found = build(study, kept, seed), 0, []
+    for part in parts:
+        if count < most:
+            found.append(source(part).detach().cpu())
+            count += part.n_prompts
+    credit = torch.cat(found)
+    data = made.corrupted.select(range(count))
+    segments, marked = data.segments, made.marked[: len(credit)]
+    known = torch.cat([kept(part, {"logps"}).logps for part in parts[: len(found)]])  # type: ignore[misc]
+    split = [segments.split(x) for x in (credit, known, marked)]
+    return {
+        "source": name,
+        "how": how,
+        "seed": seed,
+        "auc": [auc(-c, hit) for c, _, hit in zip(*split, strict=True)],
+        "surprise": [auc(-k, hit) for _, k, hit in zip(*split, strict=True)],
+        "gain": added_auc(credit, known, marked, segments).tolist(),
+        "cpu_seconds": round(time.process_time() - begin, 1),
+    }
+
+
+def estimate(values: list[float]) -> str:
+    mean, low, high = bootstrap(lambda means: means[..., 0], torch.tensor(values)[:, None], resamples=2000)
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def page(lines: list[dict[str, Any]], study: Study) -> str:
+    text = [
+        "# Credit on real text",
+        "",
+        f"`python -m benchmarks.real_credit`, {date.today().isoformat()}, one CPU core. SmolLM2-135M-Instruct; chosen "
+        f"answers of HH, harmless (rows {FIRST} to {SPLIT - 1}: prompts of at most 150 tokens, answers of 15 to 80), "
+        "two places of each corrupted. AUC is the chance that a corrupted token has less credit than another one of "
+        "its answer, a mean over answers with a 95 % bootstrap interval; `gain` is what a source adds to surprise "
+        "(see [bench credit](../bench-credit.md)). A seed is that of the corruption, and of the guide's training.",
+        "",
+    ]
+    for how in HOWS:
+        head = "| source | seed | answers | AUC | minus surprise | gain |"
+        text += [f"## `{how}`", "", head, "|---|---|---|---|---|---|"]
+        for line in sorted(lines, key=lambda line: (list(SOURCES).index(line["source"]), line["seed"])):
+            if line["how"] == how:
+                minus = [a - b for a, b in zip(line["auc"], line["surprise"], strict=True)]
+                cells = [line["source"], line["seed"], len(minus), *map(estimate, (line["auc"], minus, line["gain"]))]
+                text.append("| " + " | ".join(map(str, cells)) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="the pairs")] = Path("../shared/data/hh-harmless-pairs.jsonl.gz"),
+    output: Annotated[Path | None, typer.Option(help="folder for real_credit.md and .json")] = None,
+    runs: Path = Path("runs/real"),
+    source: Annotated[list[str] | None, typer.Option(help="some of the sources; repeatable (default: all)")] = None,
+) -> None:
+    """Ask every source about the same corrupted answers, and write the page."""
+    torch.set_num_threads(1)
+    runs.mkdir(parents=True, exist_ok=True)
+    study, log = Study(data, runs), runs / "credit.jsonl"
+    done = {(line["source"], line["how"], line["seed"]) for line in read_log(log)}
+    for seed in SEEDS:
+        for how in HOWS:
+            for name in source or SOURCES:
+                if (name, how, seed) not in done:
+                    line = ask(study, name, how, seed)
+                    with log.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    print(f"{name}, {how}, seed {seed}: {estimate(line['auc'])}, {line['cpu_seconds']} s", flush=True)
+    if output is not None:
+        lines = read_log(log)
+        write_text(output / "real_credit.md", page(lines, study))
+        write_json(output / "real_credit.json", [line | {"auc": len(line["auc"])} for line in lines])
+
+
+if __name__ == "__main__":
+    typer.run(main)
