@@ -169,14 +169,14 @@ def _decoded(source: Any, base: Path | None, most: int) -> tuple[list[int], list
         raise ModelError("files of videos need PyAV: pip install 'tokengrain[video]'") from error
     content, name = content_of(source, base, 16 * LARGEST)
     try:
-        with av.open(io.BytesIO(content)) as container:
+        with av.open(io.BytesIO(content), "r") as container:
             stream = container.streams.video[0]
             pixels, fps = stream.width * stream.height, stream.average_rate
             what, expected = f"{name} has frames of another size", f"1 to {LARGEST}"
             check(0 < pixels <= LARGEST, "pictures", what, value=f"{pixels} pixels", expected=expected)
             count = sum(1 for _, _ in zip(container.decode(stream), range(MOST_FRAMES)))
         chosen = spaced(count, most)
-        with av.open(io.BytesIO(content)) as container:
+        with av.open(io.BytesIO(content), "r") as container:
             wanted, decoded = set(chosen), container.decode(container.streams.video[0])
             found = [frame.to_image().convert("RGB") for number, frame in enumerate(decoded) if number in wanted]
     except (av.error.FFmpegError, IndexError, ValueError) as error:
