@@ -341,12 +341,18 @@ def recast(folder: Path, dtype: str) -> None:
         write_json(config, {**read_json(config), "dtype": dtype})
 
 
+def _numbers(weight: Any) -> int:
+    """How many numbers a weight stands for; those of 4 bits are packed."""
+    packed = getattr(weight, "quant_state", None)
+    return int(weight.numel() if packed is None else packed.shape.numel())
+
+
 def trained(model: Any, *, whole: bool = False) -> str:
     """What of a model is trained, for people: "trains 134.5 M of 134.5 M parameters".
 
     Raises ModelError if nothing is; or only a new head of a model that has an adapter or is to be trained whole.
     """
-    given = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if p.is_floating_point()]
+    given = [(name, _numbers(weight), weight.requires_grad) for name, weight in model.named_parameters()]
     own = [(name, size) for name, size, needed in given if needed]
     total, count = sum(size for _, size, _ in given), sum(size for _, size in own)
     shown = [f"{n / 1e6:.1f} M" if n >= 1e5 else str(n) for n in (count, total)]
@@ -388,8 +394,10 @@ def library_errors(what: str, path: str | None = None) -> Iterator[None]:
     except Exception as error:  # corrupted files raise errors of many kinds
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and fault(error)):
             raise  # of the machine
+        if path and (missing := _near_path(path)):  # which says more than what the hub says of the name
+            raise ModelError(f"{what}{missing} ({_first_line(error)})") from error
         damaged = _damaged(path) if path else ""
-        raise ModelError(f"{what}: {damaged}{_first_line(error)}{_near_path(path) if path else ''}") from error
+        raise ModelError(f"{what}: {damaged}{_first_line(error)}") from error
 
 
 def _damaged(path: str) -> str:

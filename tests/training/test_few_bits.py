@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -14,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from tests.test_stages import run, values
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.errors import ModelError, RecipeError, read_json
-from tokengrain.models import load_model, merge, train_tokenizer
+from tokengrain.models import load_model, merge, train_tokenizer, trained
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import evaluate_run
+from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import AdapterOffReference
 from tokengrain.specs import ModelSpec, TokenizerSpec
 
@@ -46,13 +48,35 @@ def test_lora_on_few_bits(bits: str, base: str, tmp_path: Path) -> None:
     projection = quantised.model.layers[0].self_attn.q_proj
     assert type(projection).__name__ == {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}[bits]
     whole = AutoModelForCausalLM.from_pretrained(base)
+    quantised.model.norm.weight.requires_grad_(True)
+    assert trained(quantised).endswith(f" of {whole.num_parameters() / 1e6:.1f} M parameters")
     ids = torch.arange(2, 60)[None]
     with torch.no_grad():
         logits = [model(input_ids=ids).logits for model in (whole, quantised)]
-        trained = AutoPeftModelForCausalLM.from_pretrained(result.model_path)
-        moved = trained(input_ids=ids).logits
+        adapted = AutoPeftModelForCausalLM.from_pretrained(result.model_path)
+        moved = adapted(input_ids=ids).logits
     assert 0 < float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.5
     assert float((moved - logits[0]).abs().max()) > 0
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
+def test_gradients_pass_through_4_bits_after_an_evaluation(used: bool, base: str) -> None:
+    """bitsandbytes packs weights in evaluation where the CPU computes in bfloat16, for a kernel without a gradient."""
+    model: Any = load_model(ModelSpec(path=base, load_in_4bit=True), base)
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(0))
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if used:
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(2, 9)[None])
+    prepare(model)
+    with torch.no_grad():
+        evaluated = layer.eval()(x)
+    trained = layer.train()(x.requires_grad_(True))
+    torch.testing.assert_close(trained, evaluated)
+    trained.sum().backward()
+    rounded = {"rtol": 0.0, "atol": 5e-3} if used else {}  # what was packed before stays rounded
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), **rounded)
 
 
 def test_what_few_bits_cannot_do(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

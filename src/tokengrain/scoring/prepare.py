@@ -211,11 +211,23 @@ def install(lm: nn.Module) -> None:
     """
     if _is_installed(lm):
         return
+    _keep_gradients(lm)
     # Somebody (accelerate, TRL) may have wrapped it before: ordinary calls go to theirs. Theirs may end in a forward of
     # ours again, which has what it replaced at its own place of the list.
     replaced = vars(lm).setdefault(REPLACED, [])
     replaced.append(vars(lm).get("forward"))
     vars(lm)["forward"] = types.MethodType(_dispatcher(type(lm), len(replaced) - 1), lm)
+
+
+def _keep_gradients(lm: nn.Module) -> None:
+    """Keep the 4-bit weights of bitsandbytes on a CPU as they train: evaluation packs them for a kernel that has no
+    gradient, and rounds to bfloat16, and training goes on with it."""
+    layer: Any
+    for layer in lm.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+                layer.state_dict()  # which unpacks them
 
 
 def _is_installed(lm: nn.Module) -> bool:
