@@ -274,6 +274,7 @@ FOREIGN = {
         ("generation_batch_size", "train_batch_size", "rollout_batch_size"), "training.prompts_per_rollout"
     ),
     **dict.fromkeys(("n_samples_per_prompt", "rollout_n", "group_size"), "training.num_generations"),
+    **dict.fromkeys(("staleness_threshold", "max_trajectory_age_steps"), "training.max_staleness"),
     **dict.fromkeys(("stop_strings", "stop_sequences"), "training.stop"),
     **dict.fromkeys(("beta", "kl_loss_coef", "kl_coef", "init_kl_coef"), "objective.beta"),
     **dict.fromkeys(("epsilon", "clip_ratio", "cliprange"), "objective.epsilon"),

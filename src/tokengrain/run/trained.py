@@ -83,7 +83,7 @@ from tokengrain.training.card import model_card
 from tokengrain.training.checkpoint import STAGING, checkpoints, last_complete_checkpoint, remove_folder
 from tokengrain.training.config import OnlineConfig, PreferenceConfig
 from tokengrain.training.critic import Critic
-from tokengrain.training.online import OnlineTrainer, check_sharding
+from tokengrain.training.online import OnlineTrainer, check_ahead, check_sharding
 from tokengrain.training.rollout import PromptDataset
 from tokengrain.training.trainer import PreferenceTrainer, with_adapter
 from tokengrain.worlds import is_world, load_world
@@ -766,6 +766,8 @@ class Online(Policy):
         super().check_parts(where, objective, found)
         with found.at(f"{where}.teacher"):
             check_together(objective, None, self.teacher)
+        with found.at(f"{where}.training"):
+            check_ahead(self.training.get("max_staleness", 0), self.own.sampler, objective)
         if self.reference == "columns":
             what = "sampled completions have no stored columns; use copy, adapter_off or a model"
             found.add(f"{where}.reference", what)

@@ -344,6 +344,9 @@ class OnlineConfig(PreferenceConfig):
         logps_at_temperature: all log-probabilities (of policy and reference) and entropies are taken at
             `temperature`, as TRL and verl take them. Otherwise at 1: then another `temperature` makes the samples
             off-policy, which the rollout credit "importance" can weigh.
+        max_staleness: by how many rollouts' updates the weights may be behind that a rollout is sampled from. 1: the
+            next rollout is sampled while the trainer learns from this one, and the rollout credit "importance" weighs
+            its tokens (it is added if it is not among the credits). 0: they take turns.
         shuffle_prompts: a new order in every pass over the prompts.
         max_refills: how often, in one rollout, prompts that a filter with `refill` dropped are replaced by others.
             If there are still too few, the rollout is smaller.
@@ -372,6 +375,7 @@ class OnlineConfig(PreferenceConfig):
     logps_at_temperature: bool = False
     stop: list[str] = field(default_factory=list)
     stop_ids: list[int] | None = None
+    max_staleness: int = 0
     shuffle_prompts: bool = True
     max_refills: int = 10
     max_empty_rollouts: int = 10
@@ -405,6 +409,8 @@ class OnlineConfig(PreferenceConfig):
         require(accumulated == 1, RecipeError, f"{what}: {instead}")
         many = max(self.prompts_per_rollout * self.num_generations, self.eval_generations)
         require(many <= 2**24, RecipeError, f"a rollout would have {many} completions; expected at most {2**24}")
+        what = f"max_staleness is {self.max_staleness!r}; expected 0 (sample, then train) or 1 (one rollout ahead)"
+        require(_is_whole(self.max_staleness, 0) and self.max_staleness <= 1, RecipeError, what)
         alike = "a prompt's completions would all be the same"
         what = f"temperature is 0: {alike}, and no objective could tell them apart"
         instead = "a temperature above 0 (eval_temperature may be 0)"

@@ -6,6 +6,7 @@
 #     rollout             make another one:
 #       _refresh_sampler    give the sampler the present weights
 #       _sample             prompts, completions, rewards; filters, and new prompts for those that were dropped
+#       _sample_ahead       `max_staleness`: begin with the next rollout, in a thread, while all that follows goes on
 #       scorer.add          old log-probabilities, and what objective and credit need: reference, entropy, values
 #       _assign_credit      rewards -> advantages per token
 #       _cut                into minibatches
@@ -32,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.tokens import text_tokenizer
-from tokengrain.errors import DataError, RecipeError, RolloutError, RunError, require
+from tokengrain.errors import DataError, RecipeError, RolloutError, RunError, read_json, require, write_text
 from tokengrain.method import (
     FROZEN,
     TAUGHT,
@@ -73,21 +74,27 @@ from tokengrain.training.critic import Critic
 from tokengrain.training.evaluate import chosen_dataset, completion_metrics, loop_output
 from tokengrain.training.rollout import (
     OLD_LOGPS,
+    PolicyCopy,
     PromptDataset,
     PromptOrder,
     PromptSource,
     Ranks,
     RolloutScorer,
+    Round,
     chosen_prompts,
     kept,
+    packed_round,
+    unpacked_round,
 )
 from tokengrain.training.rollout_log import RolloutRecord, RolloutStats, rollout_metrics
 from tokengrain.training.step import CreditUse, HostBatch, resolve_objective
 from tokengrain.training.trainer import PreferenceTrainer, check_arguments, loaded
 
-CRITIC, BUFFER = "critic", "rollout"
+CRITIC, BUFFER, AHEAD = "critic", "rollout", "ahead"
 SAMPLER_FOLDER = ".sampler"
 ADVANTAGES = "advantages"
+LEAVE = 10.0
+"""Seconds that a run which ends early waits for the rollout ahead: a server may be the reason, and not answer."""
 FAR = 0.5
 """Nats per token that log-probabilities of sampler and trainer never differ by on average, whatever their precision."""
 SCORED = frozenset({OLD_LOGPS, "entropy", "values"})
@@ -188,6 +195,8 @@ class OnlineTrainer(PreferenceTrainer):
         self.rollout_credits = resolve_rollout_credit(credit)
         if ADVANTAGES in bound.needs and not any(c.phase == "advantages" for c in self.rollout_credits):
             self.rollout_credits = resolve_rollout_credit([*self.rollout_credits, make_rollout_credit("group")])
+        if args.max_staleness and not any("weights" in getattr(c, "provides", ()) for c in self.rollout_credits):
+            self.rollout_credits = resolve_rollout_credit([*self.rollout_credits, make_rollout_credit("importance")])
         check_credits(bound, self.rollout_credits, args, critic)
         self._needs = frozenset(bound.needs).union(*(c.needs for c in self.rollout_credits))
         self._described_credits = [described(c) for c in self.rollout_credits]
@@ -199,6 +208,7 @@ class OnlineTrainer(PreferenceTrainer):
         self.groups = Groups()
         self._check_rewards(bound, args)
         check_sharding(args.fsdp, sampler)
+        check_ahead(args.max_staleness, sampler, bound)
         prompts = self._prompts(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._prompts(data, name) for name, data in eval_dataset.items()}
@@ -216,6 +226,10 @@ class OnlineTrainer(PreferenceTrainer):
         self.sampler: Sampler = make_sampler(sampler, self.model, tokenizer)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.ranks.together(lambda: check_reachable(self.sampler))
+        self._copy: PolicyCopy | None = None  # what is sampled from in this process, while the policy changes
+        if args.max_staleness and not hasattr(self.sampler, "how"):
+            self._copy = PolicyCopy(self.model)
+            self.sampler.refresh(self._copy.model)
         self._check_room()
         seed = args.seed if args.data_seed is None else args.data_seed
         self.source = PromptSource(prompts, PromptOrder(len(prompts), seed, shuffle=args.shuffle_prompts), self.ranks)
@@ -229,6 +243,7 @@ class OnlineTrainer(PreferenceTrainer):
         self.record = RolloutRecord(path, tokenizer, count=shown, every=args.rollout_samples_every)
         self.rollouts = 0
         self.buffer: RolloutBuffer | None = None
+        self._ahead: Round | None = None  # the first round of the next rollout, under way or done
         self._minibatch: HostBatch | None = None
         self._handed_out = 0.0
         self._critic_ready = False
@@ -306,6 +321,7 @@ class OnlineTrainer(PreferenceTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
+            self._leave_ahead()
             self._release_sampler()
 
     def get_train_dataloader(self) -> Any:
@@ -325,7 +341,7 @@ class OnlineTrainer(PreferenceTrainer):
         """The next minibatch, of a new rollout if the last one is used up."""
         empty, why = 0, ""
         while self.buffer is None or self.buffer.done:
-            drawn = f"{empty} rollouts in a row ({self.source.drawn} prompts drawn so far)"
+            drawn = f"{empty} rollouts in a row ({self._drawn} prompts drawn so far)"
             what = f"nothing was left to train on in {drawn}; loosen the filters, or look at the rewards: {why}"
             require(empty < self.args.max_empty_rollouts, RunError, what)
             self.buffer = self.ranks.together(self.rollout)
@@ -342,12 +358,17 @@ class OnlineTrainer(PreferenceTrainer):
 
     def rollout(self) -> RolloutBuffer | None:
         """Make a rollout: sample, reward, score, assign credit. None: nothing of it is left to train on."""
-        stats = self._stats = RolloutStats()
-        if self._server() is not None:
+        stats = self._stats = RolloutStats(stale=0 if self.args.max_staleness else None)
+        with stats.timed("rollout"):
+            self._settle()
+        if self._server() is not None or self._copy is not None:
             with stats.timed("refresh"):
                 self._refresh_sampler()
         rollout = self._sample(stats)
-        if self.ranks.largest(int(kept(rollout).sum())):
+        left = self.ranks.largest(int(kept(rollout).sum()))
+        if self.args.max_staleness:
+            self._sample_ahead(left)
+        if left:
             with stats.timed("scoring"):
                 needed = {OLD_LOGPS, *(self._needs & (SCORED | {"ref_logps"}))}
                 needed |= {name for credit in self.rollout_credits for name in credit.needs}
@@ -364,7 +385,8 @@ class OnlineTrainer(PreferenceTrainer):
         self.rollouts += 1
         if not most:
             return None
-        self.record.begin(rollout, keep, self.state.global_step, stats.sampler.get("rollout/weights_version"))
+        version = stats.sampler.get("rollout/weights_version") if not (stats.stale and stats.refills) else None
+        self.record.begin(rollout, keep, self.state.global_step, version)
         return self._cut(rollout, keep, most)
 
     def finish_step(self) -> None:
@@ -380,7 +402,7 @@ class OnlineTrainer(PreferenceTrainer):
         """After the optimiser's step: time, and the record of a rollout that is used up."""
         super().after_step()
         self._minibatch = None
-        self.state.epoch = self.source.drawn / len(self.source.prompts)
+        self.state.epoch = self._drawn / len(self.source.prompts)
         # Seconds per rollout: every step is a part of one.
         steps = self.buffer.total if self.buffer is not None else self.args.steps_per_rollout
         self._window.add("seconds/update", time.perf_counter() - self._handed_out, 1 / steps)
@@ -412,24 +434,37 @@ class OnlineTrainer(PreferenceTrainer):
         return chosen_prompts(rounds, target) if filters else rounds[0]
 
     def _sample_round(self, number: int, count: int, stats: RolloutStats) -> Rollout:
-        """Sample `count` prompts on every rank and reward the completions."""
-        items, seeds = self.source.draw(count)
-        sampling = self.args.sampling().at(self.rollouts)
-        sampling = sampling.at(number) if number else sampling
+        """Sample `count` prompts on every rank, unless that is done already, and reward the completions."""
+        sample = self._ahead or self._round(self.rollouts, number, count)
+        self._ahead = None
 
         def work() -> tuple[Rollouts, RewardResult | None]:
-            with stats.timed("rollout"), self.accelerator.autocast():  # as the trainer computes
-                sampled = self.sampler.sample(seeds, n=self.args.num_generations, sampling=sampling)
-                sampled = replace(sampled, prompts=tuple(items))
+            with stats.timed("rollout"):
+                sampled = sample()
             with stats.timed("reward"):
                 return sampled, self._reward(sampled, evaluating=False)
 
         sampled, result = self.ranks.together(work)
+        if stats.stale is not None and sample.step < self.state.global_step:
+            stats.stale += len(sampled.completions)
         rollout = self._rewarded(sampled, result)
         if result is not None and self.args.num_generations > 1:
             self.groups.add(rollout)
         stats.add(sampled, rollout, result, self._task)
         return rollout
+
+    def _round(self, rollout: int, number: int, count: int) -> Round:
+        """A round of a rollout, with the next prompts."""
+        items, seeds = self.source.draw(count)
+        sampling = self.args.sampling().at(rollout)
+        sampling = sampling.at(number) if number else sampling
+
+        def work() -> Rollouts:
+            with self.accelerator.autocast():  # as the trainer computes
+                sampled = self.sampler.sample(seeds, n=self.args.num_generations, sampling=sampling)
+            return replace(sampled, prompts=tuple(items))
+
+        return Round(work, self.state.global_step)
 
     def _reward(self, sampled: Rollouts, *, evaluating: bool) -> RewardResult | None:
         if self.rewards is None or all(f.evaluate_only and not evaluating for f in self.rewards.functions):
@@ -512,10 +547,40 @@ class OnlineTrainer(PreferenceTrainer):
             seed=derived_seed(self.args.seed, "minibatches", rollout.index),
         )
 
-    # ---- Samplers that are not this process: give them the policy's present weights ----
+    # ---- One rollout ahead. All ranks call these ----
+
+    def _sample_ahead(self, left: int) -> None:
+        """Begin with the next rollout, if there will be one; `left`: most prompts of this one on any rank."""
+        steps = min(self.args.minibatches, left) * self.args.rollout_epochs
+        if self.state.global_step + steps < self.args.max_steps:
+            count = self.args.prompts_per_rollout // self.ranks.world
+            self._ahead = self._round(self.rollouts + 1, 0, count).begin(self.args.device)
+
+    def _settle(self) -> None:
+        """Wait until no rank samples ahead any more. What went wrong is raised where the rollout is wanted."""
+        if self._ahead is not None:
+            self.ranks.together(self._ahead.settle)
+
+    def _leave_ahead(self) -> None:
+        """Training has ended: of a rollout that nobody waits for any more nothing shall be left behind."""
+        if self._ahead is not None and self._copy is not None:
+            self._copy.stopped = True
+        if self._ahead is not None:
+            self._ahead.settle(LEAVE)
+        self._ahead = None
+
+    @property
+    def _drawn(self) -> int:
+        """Prompts drawn so far on all ranks, without those of the rollout ahead."""
+        return self.source.drawn - (self.args.prompts_per_rollout if self._ahead is not None else 0)
+
+    # ---- Samplers with weights of their own: give them the policy's present ones ----
 
     def _refresh_sampler(self) -> None:
-        """Give the server, if there is one, the policy or its adapter: in a folder, or sent. All ranks call this."""
+        """Copy the policy, or give the server it or its adapter: in a folder, or sent. All ranks call this."""
+        self._settle()
+        if self._copy is not None:
+            self._copy.refresh()
         server = self._server()
         if server is None:
             return
@@ -555,7 +620,8 @@ class OnlineTrainer(PreferenceTrainer):
             return
         off = metrics["mismatch/mean_abs"]
         what = f"the server's log-probabilities differ from the policy's by {off:.2g} nats per token"
-        raise RolloutError(f"{what}; expected a server started with this model, whose logps setting says what it gives")
+        what += "; expected a server started with this model, whose logps setting says what it gives"
+        raise RolloutError(what + (", or a smaller learning rate" if metrics.get("rollout/staleness") else ""))
 
     def _release_sampler(self) -> None:
         """Remove what `_refresh_sampler` left, here and on the server, once no more is sampled. All ranks call this."""
@@ -630,6 +696,7 @@ class OnlineTrainer(PreferenceTrainer):
             **{name: getattr(args, name) for name in ("correct_from", "num_generations", "prompts_per_rollout")},
             **{name: getattr(args, name) for name in ("rollout_epochs", "logps_at_temperature")},
             "critic": self.critic.describe() if self.critic is not None else None,
+            "max_staleness": args.max_staleness or None,  # checkpoints from before it know nothing of it
         }
 
     def save_extra(self, staged: Path) -> dict[str, Any]:
@@ -640,6 +707,12 @@ class OnlineTrainer(PreferenceTrainer):
             folder = staged / BUFFER
             folder.mkdir(parents=True, exist_ok=True)
             self.buffer.save(folder / f"rank-{self.ranks.rank}.pt")
+        if self._ahead is not None:
+            self._ahead.settle()
+            # Of one that failed nothing is kept: it is sampled anew if the run is resumed.
+            if not any(self.ranks.exchange(self._ahead.error is not None)):
+                state = packed_round(self._ahead(), self._ahead.step)
+                write_text(staged / AHEAD / f"rank-{self.ranks.rank}.json", json.dumps(state))
         if self.critic is not None and self.args.should_save:
             self.critic.save(staged / CRITIC)
         return {"rollouts": self.rollout_state(), "record": self.record.pending}
@@ -647,7 +720,7 @@ class OnlineTrainer(PreferenceTrainer):
     def rollout_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the buffer: JSON-like, the same on all ranks."""
         states = {key: credit.state_dict() for key, credit in self._credits_by_name().items()}
-        return {"index": self.rollouts, "drawn": self.source.drawn, "credit": {k: s for k, s in states.items() if s}}
+        return {"index": self.rollouts, "drawn": self._drawn, "credit": {k: s for k, s in states.items() if s}}
 
     def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
         state = extra["rollouts"]
@@ -655,8 +728,11 @@ class OnlineTrainer(PreferenceTrainer):
         credits = self._credits_by_name()
         for key, stored in state["credit"].items():
             credits[key].load_state_dict(stored)  # the same credits: `run_identity` has them
-        paths = sorted((checkpoint / BUFFER).glob("rank-*.pt"), key=lambda p: int(p.stem.removeprefix("rank-")))
-        if paths:
+        self._ahead = None
+        if states := [read_json(path) for path in by_rank(checkpoint / AHEAD)]:
+            prompts, _ = self.source.draw(self.args.prompts_per_rollout // self.ranks.world)
+            self._ahead = unpacked_round(states, prompts, self.args.sampling().at(self.rollouts), self.ranks)
+        if paths := by_rank(checkpoint / BUFFER):
             raw = {row: item.raw for row, item in self.source.prompts.by_row.items()}
             self.buffer = RolloutBuffer.load(paths, self.ranks.rank, self.ranks.world, raw)
         if self.critic is not None:
@@ -671,6 +747,29 @@ class OnlineTrainer(PreferenceTrainer):
             seen[credit.name] += 1
             found[credit.name if seen[credit.name] == 1 else f"{credit.name}-{seen[credit.name]}"] = credit
         return found
+
+
+def by_rank(folder: Path) -> list[Path]:
+    """The files that all ranks wrote there, in the order of ranks."""
+    return sorted(folder.glob("rank-*"), key=lambda path: int(path.stem.removeprefix("rank-")))
+
+
+def check_ahead(max_staleness: int, sampler: Any, objective: BoundObjective) -> None:
+    """Raises `RecipeError` if a rollout cannot be sampled while the policy is trained, or not be corrected for."""
+    if not max_staleness:
+        return
+    below = sampler.get("sampler") if isinstance(sampler, Mapping) else getattr(sampler, "sampler", None)
+    own, under = (
+        one.get("name") if isinstance(one, Mapping) else getattr(one, "name", one) for one in (sampler, below)
+    )
+    what = f"max_staleness is {max_staleness}, and "
+    why = "the sampler continuous seeds torch's random numbers, which training draws from at the same time"
+    require("continuous" not in (own, under), RecipeError, f"{what}{why}; expected hf or server")
+    why = "branching on a server reads the entropies of the policy while it is trained"
+    require(under != "server", RecipeError, f"{what}{why}; expected server alone, or branching on hf")
+    why = f"objective {objective.name!r} takes neither advantages nor weights, so nothing corrects for older weights"
+    takes = {ADVANTAGES, "weights"} & (objective.needs | objective.optional)
+    require(takes, RecipeError, f"{what}{why}; expected max_staleness 0")
 
 
 def check_sharding(fsdp: Any, sampler: Any) -> None:

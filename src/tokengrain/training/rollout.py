@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
@@ -21,8 +23,16 @@ from tokengrain.data.rows import Rows, load_rows
 from tokengrain.data.tokens import Clock
 from tokengrain.errors import DataError, RecipeError, RunError, fingerprint, require
 from tokengrain.method import Rollout
-from tokengrain.rollout.sampler import PromptItem, derived_seed, encode_prompts
+from tokengrain.rollout.sampler import (
+    PromptItem,
+    Rollouts,
+    SampledCompletion,
+    SamplingConfig,
+    derived_seed,
+    encode_prompts,
+)
 from tokengrain.scoring.model import evaluating
+from tokengrain.scoring.prepare import unwrapped
 from tokengrain.scoring.score import in_parts, score
 from tokengrain.training.buffer import concatenate
 from tokengrain.training.critic import Critic
@@ -203,6 +213,89 @@ class PromptSource:
             seen[prompt] += 1
         self.drawn += count * world
         return items, seeds
+
+
+# ---- One rollout ahead: sampled in a thread, from weights of its own, while the policy is trained ----
+
+
+class Round:
+    """A round of sampling. Called, it samples; once it has begun, a thread does, and a call waits for it.
+
+    `step`: how many optimiser steps the weights have seen that it samples from.
+    """
+
+    def __init__(self, work: Callable[[], Rollouts], step: int) -> None:
+        self.work, self.step = work, step
+        self._thread: threading.Thread | None = None
+        self._found: Any = None
+        self.error: BaseException | None = None
+
+    def begin(self, device: torch.device) -> Self:
+        """Sample in a thread from now on; nothing waits for it when the process ends."""
+        self._thread = threading.Thread(target=self._run, args=(device,), name="rollout ahead", daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self, device: torch.device) -> None:
+        try:
+            if device.type == "cuda":  # each thread has a current device of its own
+                torch.cuda.set_device(device)
+            self._found = self.work()
+        except BaseException as error:  # raised where the rollout is wanted
+            self.error = error
+
+    def settle(self, seconds: float | None = None) -> None:
+        """Wait until the thread has ended, however it did."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def __call__(self) -> Rollouts:
+        if self._thread is None:
+            return self.work()
+        self.settle()
+        if self.error is not None:
+            raise self.error
+        sampled: Rollouts = self._found
+        return sampled
+
+
+class PolicyCopy:
+    """The policy's weights as they were at the last `refresh`. What is not trained is shared with it, not copied."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        shared: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        # It keeps `requires_grad`, by which torch chooses its kernels: sampling rounds as the policy's own would.
+        self.policy, self.model = policy, copy.deepcopy(policy, shared).eval()
+        self.stopped = False
+        unwrapped(self.model).register_forward_pre_hook(self._go_on)
+
+    def _go_on(self, *_: Any) -> None:
+        require(not self.stopped, RunError, "the run has ended")
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.stopped = False
+        for own, theirs in zip(self.model.parameters(), self.policy.parameters(), strict=True):
+            if own is not theirs:
+                own.copy_(theirs)
+
+
+def packed_round(sampled: Rollouts, step: int) -> dict[str, Any]:
+    """One rank's round, JSON-like: its completions, not its prompts, which follow from the order."""
+    groups = [[vars(completion) for completion in group] for group in sampled.groups]
+    return {"step": step, "seconds": sampled.seconds, "metrics": dict(sampled.metrics), "groups": groups}
+
+
+def unpacked_round(
+    states: Sequence[dict[str, Any]], prompts: Sequence[PromptItem], sampling: SamplingConfig, ranks: Ranks
+) -> Round:
+    """This rank's part of what `packed_round` gave on all ranks of then, of whom there may have been more or fewer."""
+    places = range(ranks.rank, len(prompts) * ranks.world, ranks.world)
+    groups = [states[place % len(states)]["groups"][place // len(states)] for place in places]
+    completions = tuple(tuple(SampledCompletion(**one) for one in group) for group in groups)
+    first = states[0]
+    sampled = Rollouts(tuple(prompts), completions, sampling, first["seconds"], first["metrics"])
+    return Round(lambda: sampled, first["step"])
 
 
 OLD_LOGPS = "old_logps"

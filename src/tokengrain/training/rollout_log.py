@@ -42,6 +42,7 @@ class RolloutStats:
     informative: int = 0  # prompts whose completions earned different rewards
     failures: int = 0
     refills: int = 0  # rounds of sampling after the first
+    stale: int | None = None  # completions of weights before the last update; None: sampling is not ahead
     sampling_seconds: float = 0.0  # as the sampler measured it
     sampler: dict[str, float] = field(default_factory=dict)  # what it said of itself, in the last round
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -112,6 +113,8 @@ def sampled_metrics(parts: Sequence[RolloutStats]) -> dict[str, float]:
         "rollout/tokens_per_second": tokens / max(max(part.sampling_seconds for part in parts), 1e-9),
     }
     metrics |= summed([{name: (value, 1.0) for name, value in part.sampler.items()} for part in parts])
+    if parts[0].stale is not None:
+        metrics["rollout/staleness"] = sum(part.stale or 0 for part in parts) / len(lengths)
     if not any(part.total for part in parts):
         return metrics
     metrics |= _moments("reward", [r for part in parts for r in part.total])
