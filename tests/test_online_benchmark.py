@@ -12,6 +12,7 @@ from benchmarks.online_page import markdown, overhead
 from benchmarks.online_rollouts import PHASES, rollout_speed, step_split, thr_share
 from benchmarks.online_step import compare
 from benchmarks.online_updates import OnlineSetting, OursUpdate, TrlUpdate, build_rollout
+from benchmarks.rollout_ahead import compared
 from benchmarks.setting import Setting
 
 from tokengrain.errors import read_json
@@ -107,3 +108,13 @@ def test_a_page_that_is_there_is_complete() -> None:
     for result in report["update"]:
         rounding = 1e-3 if "bfloat16" in result["setting"] else 1e-4
         assert max(result["loss_difference"].values()) < rounding
+
+
+def test_ways_are_paired_by_seed() -> None:
+    """Large differences between seeds widen nothing; the order of the runs does not matter."""
+    values = {("turns", 0): 1.0, ("ahead", 0): 1.5, ("ahead", 1): 9.25, ("turns", 1): 9.0}
+    runs = [{"way": way, "seed": seed, "seconds": value} for (way, seed), value in values.items()]
+    turns, ahead, difference = compared(runs, lambda run: run["seconds"])
+    assert (turns, ahead) == (5.0, 5.375)
+    assert difference.value == pytest.approx(0.375)
+    assert difference.high - difference.low == pytest.approx(2 * 12.706 * 0.125, rel=1e-3)

@@ -45,6 +45,7 @@ class Stub(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # a client's connections all come at once
 
     def __init__(self, answer: Callable[[str, Any], Any]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
