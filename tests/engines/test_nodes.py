@@ -147,6 +147,31 @@ def test_a_node_that_is_killed_ends_the_other_and_the_run_resumes(
         assert re.search(rf"({lost}).* of this run has ended.*resume from the last checkpoint", nodes.said(0))
     finally:
         nodes.end()
+    resumes(folder, apart)
+
+
+@as_root
+@pytest.mark.slow
+def test_a_node_that_is_cut_off_ends_the_other_and_the_run_resumes(networks: None, tmp_path: Path) -> None:
+    """No packet passes, and no connection is closed, as after a power failure. It takes a minute to be sure."""
+    folder = tmp_path / "run"
+    nodes = Nodes(folder, True, steps=2000, pause=0.3)
+    try:
+        until(lambda: len(steps_of(folder)) >= 2 or nodes.processes[0].poll() is not None)
+        sh(f"ip -n {NAMES[1]} link set tg1 down")
+        started = time.monotonic()
+        assert nodes.wait(0, 180) != 0
+        assert time.monotonic() - started < 120
+        gone = rf"rank 1 \(machine {NAMES[1]}, silent for 60 s\) of this run has ended.*resume from the last checkpoint"
+        assert re.search(gone, nodes.said(0))
+    finally:
+        nodes.end()
+    sh(f"ip -n {NAMES[1]} link set tg1 up")
+    resumes(folder, True)
+
+
+def resumes(folder: Path, apart: bool) -> None:
+    """The same command takes the run up where its last checkpoint left it."""
     reached = len(steps_of(folder))
     again = Nodes(folder, apart, steps=reached + 2)
     try:

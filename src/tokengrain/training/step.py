@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-import signal
-import socket
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokengrain.batch import Pairs, Segments, TokenBatch, offsets_of
-from tokengrain.errors import DataError, RecipeError, RunError, require
+from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import Counts, LossOutput, Role, resolve_role
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, as_credit, check_source_for_role, make_objective
 from tokengrain.methods._pairs import weight_metrics
@@ -52,65 +45,6 @@ def all_gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-@contextmanager
-def naming_lost_ranks(peers: Sequence[tuple[str, int]]) -> Iterator[None]:
-    """Turn what happens to this rank when another one has died into one RunError that says which.
-
-    A collective raises, or the launcher, which ends the ranks that are left, is quicker with its SIGTERM. `peers`:
-    host name and process id of every rank, in the order of ranks.
-    """
-    # A handler of the caller's own stays.
-    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    handles = free and several_ranks() and threading.current_thread() is threading.main_thread()
-
-    def end(lost: Sequence[int]) -> NoReturn:
-        if handles:  # there is an error to tell, and then this process ends by itself
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        who = ", ".join(f"rank {rank} (process {peers[rank][1]})" for rank in lost) or "a rank on another machine"
-        raise RunError(f"{who} of this run has ended, so all others end; resume from the last checkpoint")
-
-    def on_signal(number: int, frame: Any) -> None:
-        if lost := _lost_ranks(peers):
-            end(lost)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if handles:
-        signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield
-    except RuntimeError as error:
-        # A closed connection is seen before the process is gone.
-        broken = several_ranks() and bool(re.search("connection|peer|socket|timed out", str(error), re.IGNORECASE))
-        until, lost = time.monotonic() + (5.0 if broken else 0.0), _lost_ranks(peers)
-        while not lost and time.monotonic() < until:
-            time.sleep(0.01)
-            lost = _lost_ranks(peers)
-        if lost or broken:
-            end(lost)
-        raise
-    finally:
-        if handles and signal.getsignal(signal.SIGTERM) is on_signal:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _lost_ranks(peers: Sequence[tuple[str, int]]) -> list[int]:
-    """Ranks on this machine whose process has ended."""
-    here = socket.gethostname()
-    return [rank for rank, (host, process) in enumerate(peers) if host == here and not _is_alive(process)]
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or a system without /proc
-        return True
-    return state not in ("Z", "X")  # ended, and not yet waited for
 
 
 # ---- What a step is made of: batches on the host, their counts on all ranks, their micro-batches. ----

@@ -93,6 +93,7 @@ from tokengrain.training.checkpoint import (
 )
 from tokengrain.training.config import PreferenceConfig, check_processes, check_rate, endless, launched_with
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
+from tokengrain.training.lost import naming_lost_ranks
 from tokengrain.training.step import (
     CreditUse,
     HostBatch,
@@ -103,7 +104,6 @@ from tokengrain.training.step import (
     all_gather,
     all_reduce,
     micro_batches,
-    naming_lost_ranks,
     nonfinite_report,
     plan_step,
     resolve_credit,
@@ -553,7 +553,9 @@ class PreferenceTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _together(self) -> AbstractContextManager[None]:
-        """Around what all ranks do: if one dies, the error of the others names it."""
+        """Around what all ranks do: if one is gone, the error of the others names it."""
+        if self.is_in_train:
+            return nullcontext()
         self._peers = self._peers or all_gather((socket.gethostname(), os.getpid()))
         return naming_lost_ranks(self._peers)
 
