@@ -351,8 +351,8 @@ def merge(job: Job, originals: Mapping[str, pa.Array], manifest: Mapping[str, An
         left.unlink()  # of a run that was killed while merging
     computed = pq.read_schema(shards[0]).remove_metadata()
     fields = [pa.field(name, column.type) for name, column in originals.items()]
-    manifest = {**manifest, DIGEST: digest(originals)}
-    metadata = {METADATA: json.dumps(manifest, sort_keys=True).encode()}
+    text = json.dumps({**manifest, DIGEST: digest(originals)}, sort_keys=True)
+    metadata = {METADATA: text.encode()}
     schema = pa.schema([*fields, *computed], metadata=metadata)
     start = 0
     with atomic_write(output) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
@@ -361,7 +361,7 @@ def merge(job: Job, originals: Mapping[str, pa.Array], manifest: Mapping[str, An
             arrays = [column.slice(start, table.num_rows) for column in originals.values()]
             writer.write_table(pa.table([*arrays, *table.columns], schema=schema), row_group_size=len(table))
             start += table.num_rows
-    return manifest
+    return dict(json.loads(text))  # as it is read again: a run that was killed now writes the same
 
 
 def _array(values: list[Any]) -> pa.Array:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -173,9 +174,14 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises `ValueError` for a key that is given twice, of which json would take the last."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"key {next(name for name, count in counts.items() if count > 1)!r} is given twice")
     return made
+
+
+def no_constant(name: str) -> float:
+    """Raises `ValueError` for NaN and Infinity, which JSON lacks and Python takes."""
+    raise ValueError(f"{name} is no number")
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

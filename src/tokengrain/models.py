@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
@@ -100,6 +100,8 @@ def _adapter(path: str) -> dict[str, Any]:
     """What an adapter's folder says of it."""
     found = read_json(Path(path) / ADAPTER, ModelError)
     require(isinstance(found, dict), ModelError, f"{path}/{ADAPTER} is damaged; expected an object")
+    what = f"{path}/{ADAPTER} has megatron_config, for which peft imports the module in megatron_core; remove it"
+    require(not found.get("megatron_config"), ModelError, what)
     return found
 
 
@@ -108,6 +110,8 @@ def base_of_adapter(path: str) -> str:
     base = _adapter(path).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ModelError(f"{path}/{ADAPTER} does not name its base model (base_model_name_or_path)")
+    itself = Path(base).is_dir() and Path(base).samefile(path)
+    require(not itself, ModelError, f"{path}/{ADAPTER} names itself as the base model (base_model_name_or_path)")
     if Path(base).is_dir() or not os.path.isabs(base):
         return base
     # The base may be an earlier stage of the same run, whose folder was moved since.
@@ -204,11 +208,15 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
         unexpected = [name for name in unexpected if name.startswith(model.base_model_prefix + ".")]
     # Masks and frequencies that older versions of transformers saved are computed now.
     unexpected = [name for name in unexpected if not name.endswith(("attn.bias", "masked_bias", "inv_freq"))]
-    for names, verb in ((missing, "lack"), (unexpected, "have other")):
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        message = f"the weights in {path} {verb} tensors of {type(model).__name__}: {shown}"
-        require(not names, ModelError, message.replace("other tensors of", "tensors that are none of"))
+    check_tensors(path, type(model).__name__, missing, unexpected)
     return model
+
+
+def check_tensors(path: str, kind: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raises ModelError unless a folder's weights are those of the model, or of the adapter, that they were put on."""
+    for names, verb in ((missing, "lack tensors"), (unexpected, "have tensors that are none")):
+        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        require(not names, ModelError, f"the weights in {path} {verb} of {kind}: {some}")
 
 
 def _tied_as_saved(record: Any) -> bool:
@@ -232,13 +240,15 @@ def _with_adapter(base: nn.Module, path: str, merge: bool, train: bool) -> Any:
     """The adapter at `path` on its base, or folded into it; new tokens that it was trained with get their rows."""
     peft, saved = import_peft(), adapter_embeddings(path)
     rows = max(saved.values(), default=None)
-    with library_errors(f"adapter {path} does not fit its base model"):
+    with library_errors(f"adapter {path} does not fit its base model", path):
         if rows is not None and rows != (size := vocabulary(base)):
             both = len(saved) > 1 or cast(Any, base).config.tie_word_embeddings or output_embeddings(base) is None
             message = f"adapter {path} was trained with {rows} tokens on a model of {size} and lacks the "
             require(both, ModelError, f"{message}{'embeddings' if 'lm_head' in saved else 'head'} of the new ones")
             cast(Any, base).resize_token_embeddings(rows, mean_resizing=False)
         adapted = peft.PeftModel.from_pretrained(base, path, is_trainable=train)
+        found = adapted.load_adapter(path, adapted.active_adapter, is_trainable=train)  # says what was not there
+    check_tensors(path, "this adapter", found.missing_keys, found.unexpected_keys)
     return _merged(adapted, path) if merge else adapted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -101,6 +102,13 @@ def test_killed_run_continues_and_ends_with_the_same_file(finished: Path, tmp_pa
     # The kept shards were not computed again.
     assert source.tokens < sum(prepare_pairs(make_rows(), make_tokenizer()).lengths)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "train.parquet"]
+
+
+def test_a_kill_between_file_and_manifest_leaves_no_trace(finished: Path, tmp_path: Path) -> None:
+    copied = tmp_path / finished.name
+    shutil.copy(finished, copied)  # the manifest is not there yet
+    run(copied)
+    assert (tmp_path / "manifest.json").read_bytes() == (finished.parent / "manifest.json").read_bytes()
 
 
 def test_two_processes_write_the_same_file(finished: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -10,14 +11,19 @@ import resource
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed.checkpoint
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from tests.test_error_messages import tokenizer
 from tests.test_stages import TGDPO, values
@@ -185,6 +191,60 @@ def test_models(make: Callable[[Path], Path], name: str, copied: Path) -> None:
         [load(ModelSpec(path=str(path)), str(path)) for load in (load_tokenizer, load_model)]
 
 
+@pytest.fixture(scope="module")
+def adapter(finished: Path) -> Path:
+    folder, base = finished / "adapter", finished / "run" / "train" / "model"
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(base))
+    made: Any = peft.get_peft_model(load_model(ModelSpec(path=str(base)), str(base)), config)
+    made.save_pretrained(folder)
+    return folder
+
+
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: held.pop(LORA), r"lack tensors of this adapter: .*layers\.0\.self_attn\.q_proj\.lora_A"),
+        (lambda held: held.update(other=torch.zeros(2)), "have tensors that are none of this adapter: other"),
+    ],
+)
+def test_an_adapter_has_its_tensors(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str, adapter: Path, tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    held = load_file(mine / "adapter_model.safetensors")
+    change(held)
+    save_file(held, mine / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSpec(path=str(mine)), str(mine))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"base_model_name_or_path": "ITSELF"}, "names itself as the base model"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config, for which peft imports"),
+    ],
+)
+def test_what_an_adapter_may_not_say(said: dict[str, Any], message: str, adapter: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    known = json.loads((mine / "adapter_config.json").read_text())
+    text = json.dumps({**known, **said}).replace("ITSELF", str(mine))
+    (mine / "adapter_config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSpec(path=str(mine)), str(mine))
+
+
+def test_an_adapters_weights_are_a_file(adapter: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    (mine / "adapter_model.safetensors").unlink()
+    os.mkfifo(mine / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is a named pipe; expected a file"):
+        load_model(ModelSpec(path=str(mine)), str(mine))
+
+
 # ---- Damaged checkpoints ----
 
 
@@ -326,6 +386,73 @@ def test_json_that_python_would_take(text: str, message: str, kind: str, tmp_pat
         load_rows(path)
 
 
+def test_many_names_are_compared_once(tmp_path: Path) -> None:
+    names = [f"column{i}" for i in range(50_000)]
+    (tmp_path / "rows.csv").write_text(",".join([*names, names[-1]]) + "\n")
+    pairs = ", ".join(f'"{name}": 1' for name in [*names, names[-1]])
+    (tmp_path / "rows.jsonl").write_text(f"{{{pairs}}}\n")
+    started = time.process_time()
+    for name in ("rows.csv", "rows.jsonl"):
+        with pytest.raises(DataError, match="column49999"):
+            load_rows(tmp_path / name)
+    assert time.process_time() - started < 10, "some 30 s each where every name is counted anew"
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([2**62], pa.timestamp("ms")), r"cannot be read as timestamp\[ms\]"),
+        (pa.array([2**62], pa.duration("s")), r"cannot be read as duration\[s\]"),
+        (pa.array([2**31 - 1], pa.date32()), r"cannot be read as date32\[day\]"),
+    ],
+)
+def test_times_that_python_lacks(column: pa.Array, message: str, tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], "when": column})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=rf"row 0: field 'when': {message}"):
+        load_rows(tmp_path / "rows.parquet")
+
+
+def test_a_column_of_parquet_stands_once(tmp_path: Path) -> None:
+    arrays = [pa.array([text]) for text in ("a", "b", "c", "d")]
+    pq.write_table(
+        pa.Table.from_arrays(arrays, names=["prompt", "chosen", "rejected", "chosen"]), tmp_path / "rows.parquet"
+    )
+    with pytest.raises(DataError, match="column name is repeated in the header; got 'chosen'"):
+        load_rows(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ('{"a": {"file_name": "."}}', "the folder holds no file of rows"),
+        ('{"a": {"file_name": "rows.jsonl", "columns": {"prompt": ["x"]}}}', "columns are no names"),
+        ('{"a": {"file_name": "rows.jsonl", "tags": {"user_tag": {}}}}', "tags are no names"),
+        ("[" * 100_000, "the folder holds no file of rows"),
+    ],
+)
+def test_a_dataset_info_that_leads_nowhere(about: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(about)
+    with pytest.raises(DataError, match=message):
+        load_rows(tmp_path)
+
+
+def test_a_readme_names_files_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for path, text in (("secret.jsonl", "secret"), ("mine/rows.jsonl", "mine")):
+        (tmp_path / path).write_text(json.dumps({"text": text}) + "\n")
+    header = '---\nconfigs:\n- config_name: default\n  data_files: "../**/*.jsonl"\n---\n'
+    (tmp_path / "mine" / "README.md").write_text(header)
+    assert [fields for _, fields in load_rows(tmp_path / "mine")] == [{"text": "mine"}]
+
+
+@pytest.mark.parametrize("weight", [1e12, math.inf, math.nan, True, -1])
+def test_a_weight_that_no_machine_holds(weight: float, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="unusable weight"):
+        load_rows({str(tmp_path / "rows.jsonl"): weight})
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -333,6 +460,7 @@ def test_json_that_python_would_take(text: str, message: str, kind: str, tmp_pat
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": 5}]},
         {"prompt": "a", "completion": "b", "tools": "[" * 100_000},
         {"prompt": "a", "completion": "b", "token_rewards": "[" * 100_000},
+        {"prompt": "a", "completion": "b", "tools": '[{"type": "function", "function": {"strict": NaN}}]'},
     ],
 )
 def test_rows_that_a_fuzzer_found(row: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""Sixty runs of all kinds killed at random moments: the same command ends with the same files, bit for bit.
+"""Runs of all kinds killed at random moments: the same command ends with the same files, bit for bit.
+
+`make test-slow` kills 60, `make test` two others.
 
 The moments follow from the number of the kill, as a share of what the run takes undisturbed. A third of the runs is
 killed a second time while it goes on.
@@ -150,12 +152,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
     return of
 
 
-FAST = {("offline", 0), ("online", 0)}
+FAST = [("offline", 60), ("online", 60)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "number"), [kill if kill in FAST else pytest.param(*kill, marks=pytest.mark.slow) for kill in KILLS]
-)
+@pytest.mark.parametrize(("kind", "number"), [*FAST, *(pytest.param(*kill, marks=pytest.mark.slow) for kill in KILLS)])
 def test_killed(kind: str, number: int, undisturbed: Callable[[str], tuple[Path, float, dict[str, str]]]) -> None:
     recipe, seconds, expected = undisturbed(kind)
     processes, moments = KINDS[kind][1], random.Random(f"{kind} {number}")

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from tokengrain.data.config import RowError, check
 from tokengrain.data.pictures import KINDS, held, stored
-from tokengrain.errors import once, problem
+from tokengrain.errors import no_constant, once, problem
 
 Message = dict[str, Any]
 
@@ -335,7 +335,7 @@ def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") ->
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, object_pairs_hook=once) if value.strip() else None
+        return json.loads(value, object_pairs_hook=once, parse_constant=no_constant) if value.strip() else None
     except (ValueError, RecursionError) as error:
         what = f"is no JSON: {problem(error)}"
         raise RowError("wrong type", what, field=name, value=value, expected=expected) from error

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from tokengrain.settings import parse_yaml
 R = TypeVar("R", bound="Rows")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CHUNK = 1 << 20  # bytes
+MOST_ROWS = 100_000_000  # that weights may make of a source
 TAIL = 64  # a JSON error nearer than this to the end of what was read may only mean that more must be read
 
 # Files of rows, read one row at a time: JSON lines, JSON arrays, CSV, parquet, time series, each also gzipped. Every
@@ -263,9 +265,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
         header = next(reader, None)
         if header is None:
             return
-        repeated = [name for name in header if header.count(name) > 1]
-        what = "column name is repeated in the header"
-        require(not repeated, DataError, what, file=path, value="".join(repeated[:1]))
+        _check_names(path, header)
         for values in reader:
             if not values:  # a blank line
                 continue
@@ -278,6 +278,11 @@ def _read_csv(path: Path) -> Iterator[Record]:
     except csv.Error as error:
         label = row_label(row + 1, reader.line_num)
         raise DataError(f"malformed CSV: {error}", file=path, row=label, expected="comma-separated values") from error
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    require(not repeated, DataError, "column name is repeated in the header", file=path, value="".join(repeated[:1]))
 
 
 def read_series(path: Path) -> Iterator[Record]:
@@ -315,7 +320,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             stream = unzipped
         try:
             row = 0
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+            file = pq.ParquetFile(stream)
+            _check_names(path, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024):
                 named = zip(batch.schema.names, batch.columns)
                 columns = {name: _values(path, name, column, row) for name, column in named}
                 for index in range(batch.num_rows):
@@ -333,6 +340,9 @@ def _values(path: Path, field: str, column: pa.Array, start: int) -> list[Any]:
     except UnicodeDecodeError as error:
         where, row = f"at byte {error.start} of the text", start + len(values)
         raise _utf8_error(where, error, file=path, row=row, field=field) from error
+    except (ValueError, OverflowError) as error:  # of dates and times that Python lacks
+        what, row = f"cannot be read as {column.type}: {error}", start + len(values)
+        raise DataError(what, file=path, row=row, field=field) from error
     return values
 
 
@@ -434,10 +444,10 @@ def joined(sources: Sequence[tuple[Rows, float]]) -> StoredRows:
     """
     items, origin = [], _Origins()
     for rows, weight in sources:
-        right = math.isfinite(weight) and weight > 0
-        expected = "a positive number: how often the rows come"
-        require(right, DataError, "has an unusable weight", file=rows.name, value=weight, expected=expected)
         stored = list(rows)
+        right = not isinstance(weight, bool) and weight > 0 and weight * len(stored) <= MOST_ROWS
+        expected = f"a positive number: how often the rows come; {MOST_ROWS:,} in all at most"
+        require(right, DataError, "has an unusable weight", file=rows.name, value=weight, expected=expected)
         drawn = random.Random(0).sample(range(len(stored)), round(weight % 1 * len(stored)))
         for at in [*range(len(stored))] * int(weight) + sorted(drawn):
             items.append(stored[at][1])
@@ -565,6 +575,10 @@ def _from_name(source: str | PathLike[str], split: str | None, streaming: bool) 
         near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
         expected = f"perhaps {str(path.with_name(near[0]))!r}" if near else "the path of a file of rows"
         raise DataError("there is no such file or folder", file=name, expected=expected)
+    return _from_files(paths, name, streaming)
+
+
+def _from_files(paths: Sequence[Path], name: str, streaming: bool) -> Rows:
     items = _FileItems(paths)
     rows = RowStream(name, items, lambda: file_fingerprint(*paths), items.places)
     return rows if streaming else StoredRows(name, [f for _, f in rows], rows._fingerprint_of, items.places)
@@ -667,13 +681,14 @@ class LlamaFactorySet:
         """Its rows, in columns that are read everywhere. Raises `DataError` for what is not read."""
         for key in ("columns", "tags"):
             value = self.about.get(key) or {}
-            what, expected = f"set {self.name!r} of dataset_info.json: {key} is no object", "names by ours"
-            require(isinstance(value, dict), DataError, what, file=folder, value=value, expected=expected)
+            what, expected = f"set {self.name!r} of dataset_info.json: {key} are no names", "an object of names by ours"
+            right = isinstance(value, dict) and all(isinstance(name, str | None) for name in value.values())
+            require(right, DataError, what, file=folder, value=value, expected=expected)
         path, columns = folder / self.about["file_name"], self.about.get("columns") or {}
         other = [*(set(columns) - {*ALPACA, *SAME, "messages"}), *(set(self.about) & {"num_samples"})]
         what, expected = f"set {self.name!r} of dataset_info.json has {other}", "text; `data.limit` for fewer rows"
         require(not other, DataError, what, file=folder, expected=expected)
-        rows = _from_name(path, None, streaming)
+        rows = _from_files(files_of(path, None) if path.is_dir() else [path], str(path), streaming)
         if not columns and not self.about.get("tags"):
             return rows
         made = _copied(rows, lambda: fingerprint([rows.fingerprint, dict(self.about)]))
@@ -715,7 +730,7 @@ def llama_factory_sets(folder: Path) -> dict[str, LlamaFactorySet]:
     path = folder / "dataset_info.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     listed = found.items() if isinstance(found, dict) else ()
     own = {name: about for name, about in listed if isinstance(about, dict) and isinstance(about.get("file_name"), str)}
@@ -872,7 +887,7 @@ def _declared(folder: Path) -> dict[str, list[Path]]:
         found = {}
         for entry in entries:
             patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
-            if any(Path(pattern).is_absolute() for pattern in patterns):
+            if any(Path(pattern).is_absolute() or ".." in Path(pattern).parts for pattern in patterns):
                 return {}
             matches = [p for pattern in patterns for p in folder.glob(pattern) if p.is_file() and file_kind(p)]
             found[str(entry["split"])] = sorted(set(matches))

@@ -239,7 +239,8 @@ class RunModels:
         if is_peft(policy) and models.is_adapter(path):
             base = policy.peft_config[policy.active_adapter].base_model_name_or_path
             if base and models.model_fingerprint(base) == models.model_fingerprint(models.base_of_adapter(path)):
-                policy.load_adapter(path, adapter_name=name, is_trainable=False)
+                found = policy.load_adapter(path, adapter_name=name, is_trainable=False)
+                models.check_tensors(path, "this adapter", found.missing_keys, found.unexpected_keys)
                 return AdapterReference(policy, name)
         return FrozenReference(self.frozen(spec))
 
