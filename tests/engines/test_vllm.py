@@ -269,6 +269,16 @@ def test_online_training(method: str, raw: Vllm, tiny: Any, tmp_path: Path) -> N
     assert versions == sorted(set(versions))
 
 
+def test_one_rollout_ahead(raw: Vllm, tiny: Any, tmp_path: Path) -> None:
+    """The first two rollouts come from the first weights; then each from those before the last update."""
+    log = train(tmp_path, tiny, raw, settings={"max_staleness": 1, "max_steps": 4, "learning_rate": 1e-3})
+    assert [entry["rollout/staleness"] for entry in log] == [0, 1, 1, 1]
+    first, *versions = [entry["rollout/weights_version"] for entry in log]
+    assert versions == [first, first + 1, first + 2]
+    assert log[0]["mismatch/max_abs"] < CLOSE
+    assert all(CLOSE < entry["mismatch/max_abs"] < 1 for entry in log[1:])
+
+
 def test_online_training_of_an_adapter(raw: Vllm, tiny: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM

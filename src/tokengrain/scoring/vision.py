@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -305,6 +306,7 @@ class Memory:
     """Features that a frozen tower gave, by prompt's vision. If the tower's weights change, it has forgotten."""
 
     kept: ClassVar[WeakKeyDictionary[Vision, tuple[Any, dict[str, Features]]]] = WeakKeyDictionary()
+    lock: ClassVar[Any] = threading.Lock()  # a rollout may be sampled in another thread
 
     def __init__(self, tower: Any) -> None:
         self.tower = tower
@@ -330,17 +332,18 @@ class Memory:
 
     def keep(self, kind: str, made: Mapping[Vision, Features]) -> None:
         """Keep these, and of what was kept before as much as there is room for."""
-        for vision, features in made.items():
-            tower, found = self.kept.get(vision, (None, {}))
-            self.kept[vision] = (self.tower, {**(found if tower == self.tower else {}), kind: features})
-        *_, newest = made
-        sizes = {one: sum(f.nbytes for f in found.values()) for one, (_, found) in self.kept.items()}
-        total = sum(sizes.values())
-        for oldest, size in sizes.items():
-            if total <= KEPT_BYTES or oldest is newest:
-                break
-            del self.kept[oldest]
-            total -= size
+        with self.lock:
+            for vision, features in made.items():
+                tower, found = self.kept.get(vision, (None, {}))
+                self.kept[vision] = (self.tower, {**(found if tower == self.tower else {}), kind: features})
+            *_, newest = made
+            sizes = {one: sum(f.nbytes for f in found.values()) for one, (_, found) in self.kept.items()}
+            total = sum(sizes.values())
+            for oldest, size in sizes.items():
+                if total <= KEPT_BYTES or oldest is newest:
+                    break
+                del self.kept[oldest]
+                total -= size
 
 
 def _draws(module: nn.Module) -> bool:

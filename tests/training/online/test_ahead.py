@@ -312,10 +312,14 @@ def from_server(folder: Path, url: str, **settings: Any) -> OnlineTrainer:
     return trainer
 
 
-def test_a_server_is_given_weights_between_rollouts_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_server_is_given_weights_between_rollouts_only(ranks: int, tmp_path: Path) -> None:
     served = Watched(tiny_llama())
     with serving(served) as stub:
-        from_server(tmp_path, stub.url, max_steps=4)
+        if ranks == 1:
+            from_server(tmp_path, stub.url, max_steps=4)
+        else:  # one of them has the server load weights that both sample from
+            on_ranks(ranks, lambda: from_server(tmp_path, stub.url, max_steps=4) and None)
     loads = [i for i, path in enumerate(served.asked) if path == "/collective_rpc"]
     prompts = [served.asked[a:b].count("/v1/completions") for a, b in zip(loads, [*loads[1:], None], strict=True)]
     # Two rollouts from the first weights; then each time one more. An evaluation asks for its 2 prompts.
