@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow test-vllm test-verl test-ray test-lowest lint format bench claims real hh world-weights docs-tables docs clean
+.PHONY: help setup demo test test-slow test-vllm test-verl test-ray test-torchvision test-lowest lint format bench claims real hh world-weights docs-tables docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,19 @@ test-verl: .venvs/verl/.done  ## Run the plugin for verl against verl's own loss
 	$(PYTHON) -m venv .venvs/ray
 	.venvs/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[data,train]==2.60.0' pytest -e .
 	@touch $@
+
+.venvs/torchvision/.done: $(STAMP)
+	$(PYTHON) -m venv .venvs/torchvision
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		$$(.venvs/torchvision/bin/python -c "import site; print(site.getsitepackages()[0])")/setup.pth
+	# Without dependencies: the wheel asks for CUDA's torch, and what it lacks is declared by tests/torchvision_ops.py.
+	.venvs/torchvision/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		torchvision==0.28.0 num2words==0.5.14 docopt==0.6.2
+	@touch $@
+
+test-torchvision: .venvs/torchvision/.done  ## Run the tests of pictures and videos with torchvision's processors (16 MB)
+	PYTHONPATH=src OMP_NUM_THREADS=1 .venvs/torchvision/bin/python -m pytest -q -p tests.torchvision_ops -m "not slow" \
+		tests/data/test_torchvision.py tests/data/test_vision.py tests/rollout/test_vision.py
 
 test-ray: .venvs/ray/.done  ## Run the trainer in Ray Train and a credit in Ray Data
 	.venvs/ray/bin/python -m pytest -q -m ray tests/engines/test_ray.py

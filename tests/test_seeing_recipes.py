@@ -46,7 +46,7 @@ def test_aepo_on_images(tmp_path: Path) -> None:
     assert after["form"] > 0.9
 
 
-@pytest.mark.parametrize("name", ["series", "clips"])
+@pytest.mark.parametrize("name", ["series", "clips", "shapes"])
 def test_quick_claims(name: str, tmp_path: Path) -> None:
     found = run_claims([GROUPS[name]], range(1), tmp_path, quick=True, console=Console(quiet=True))
     assert [run["arm"] for run in found] == [arm.name for arm in GROUPS[name].arms]

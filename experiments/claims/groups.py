@@ -24,7 +24,7 @@ from experiments.claims import (
 from experiments.claims.framework import Group
 
 _OFFLINE = (rrpo.GROUP, sepo.GROUP, aligndistil.GROUP, qrm.GROUP, stories.NOISY, stories.CLEAN, library.GROUP)
-_SEEING = (seeing.SERIES, seeing.CLIPS)
+_SEEING = (seeing.SERIES, seeing.CLIPS, seeing.SHAPES)
 _ONLINE = (
     online_rto.GROUP,
     online_digits.GROUP,

@@ -1,18 +1,19 @@
-"""TimeMaster on the world `series`, and RRPO on the world `clips`: claims about policies that see.
+"""TimeMaster on the world `series`, RRPO on `clips` and AEPO on `shapes`: claims about policies that see.
 
-Specifications: timemaster.md and rrpo.md, sections 7.
+Specifications: timemaster.md, rrpo.md and ares.md, sections 7.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from experiments.claims.framework import Arm, Group, Measures, SeedAndSizes, Source
-from experiments.training import TrainingSizes, train_online
+from experiments.training import OnlineRun, TrainingSizes, train_online
 from tokengrain.batch import TokenBatch
 from tokengrain.bench.sources import train_on
 from tokengrain.data.config import TokenizeConfig
@@ -23,6 +24,7 @@ from tokengrain.rewards.timemaster import TimeMaster
 from tokengrain.scoring.score import distribution_of, score
 from tokengrain.worlds import load_world
 from tokengrain.worlds.series import CLASSES
+from tokengrain.worlds.shapes import CHECKS
 
 # ---- TimeMaster ----
 
@@ -36,35 +38,30 @@ class Rollouts(TrainingSizes):
     held_out: int = 200
 
 
-def run_series(context: SeedAndSizes[Rollouts], arm: Arm) -> Measures:
-    scale, world = context.scale, load_series(context)
-    if not arm.settings:
-        return {**measured(world, world.reference), "form_leads": None}
-    reward = TimeMaster(labels=list(CLASSES), extension="none", **arm.settings)
-    done = train_online(
-        world,
-        make_objective("grpo", epsilon=0.2, beta=0.0),
-        [{"name": "group"}],
-        context.seed,
-        model=deepcopy(world.reference).requires_grad_(True),
-        rewards=reward,
-        **scale.training,
-    )
-    every = scale.prompts * scale.generations
-    form, hard = (f"reward/timemaster/timemaster/{part}" for part in ("format", "hard"))
-    leads = done.reached(hard, 0.85 * every) - done.reached(form, 0.95 * every)
-    return {**measured(world, done.model, context.seed), "form_leads": float(leads)}
-
-
-def load_series(context: SeedAndSizes[Rollouts]) -> Any:
-    world: Any = load_world(f"world://series?seed={context.seed}")
+def seen_world(context: SeedAndSizes[Any], name: str, options: str = "") -> Any:
+    """A world of pictures with the training rows of a seed."""
+    world: Any = load_world(f"world://{name}?seed={context.seed}{options}")
     world.held_out = context.scale.held_out
     return world
 
 
-def measured(world: Any, model: Any, seed: int = 0) -> Measures:
-    found = world.evaluate(model, seed=seed)
-    return {name: found[name] for name in ("form", "accuracy", "greedy_accuracy", "nearest_accuracy", "best_accuracy")}
+def taught(context: SeedAndSizes[Rollouts], world: Any, objective: Any, credit: list[Any], rewards: Any) -> OnlineRun:
+    """A copy of the world's base model, trained online."""
+    model = deepcopy(world.reference).requires_grad_(True)
+    return train_online(world, objective, credit, context.seed, model=model, rewards=rewards, **context.scale.training)
+
+
+def run_series(context: SeedAndSizes[Rollouts], arm: Arm) -> Measures:
+    scale, world, model, leads = context.scale, seen_world(context, "series"), None, None
+    if arm.settings:
+        reward = TimeMaster(labels=list(CLASSES), extension="none", **arm.settings)
+        done = taught(context, world, make_objective("grpo", epsilon=0.2, beta=0.0), [{"name": "group"}], reward)
+        every = scale.prompts * scale.generations
+        form, hard = (f"reward/timemaster/timemaster/{part}" for part in ("format", "hard"))
+        model, leads = done.model, float(done.reached(hard, 0.85 * every) - done.reached(form, 0.95 * every))
+    found = world.evaluate(model or world.reference, seed=context.seed if arm.settings else 0)
+    names = ("form", "accuracy", "greedy_accuracy", "nearest_accuracy", "best_accuracy")
+    return {name: found[name] for name in names} | {"form_leads": leads}
 
 
 BASE, BOTH, FORM = "base", "GRPO", "GRPO, form only"
@@ -130,9 +127,7 @@ class Pairs:
 
 
 def run_clips(context: SeedAndSizes[Pairs], arm: Arm) -> Measures:
-    scale = context.scale
-    world: Any = load_world(f"world://clips?seed={context.seed}{arm.settings.get('options', '')}")
-    world.held_out = scale.held_out
+    scale, world = context.scale, seen_world(context, "clips", arm.settings.get("options", ""))
     model = world.reference
     if "objective" in arm.settings:
         spans = TokenizeConfig(spans="column") if arm.settings["objective"] == "rrpo" else TokenizeConfig()
@@ -189,4 +184,70 @@ CLIPS = Group(
     SeedAndSizes,
     run_clips,
     {"frames": "frames right", "accuracy": "whole order", "first_style": "first style", "kl": "KL, nats per token"},
+)
+
+# ---- AEPO ----
+
+CLIPPED: dict[str, Any] = {"epsilon": 0.2, "epsilon_high": 0.3, "ratio_cap": 3.0, "clamp": True, "beta": 0.01}
+
+
+def run_shapes(context: SeedAndSizes[Rollouts], arm: Arm) -> Measures:
+    world = seen_world(context, "shapes")
+    model = world.reference
+    if arm.settings:
+        credit = arm.settings["credit"]
+        model = taught(context, world, make_objective("grpo", **CLIPPED), credit, world.reward).model
+    found = world.evaluate(model, seed=context.seed)
+    return {name: found[name] for name in ("form", "accuracy", "greedy_accuracy")} | checks(world, model, context.seed)
+
+
+def checks(world: Any, model: Any, seed: int) -> dict[str, float]:
+    """Checks per sampled completion, on easy and on hard pictures; 4 samples of each held-out one."""
+    scenes = world.drawn("prompts", "eval", world.held_out)
+    said = world.said(model, [world.row(s, str(i)) for i, s in enumerate(scenes)], 4, world.sampling(seed))
+    each = [(s.truth["level"], sum(w in CHECKS for w in words)) for s, four in zip(scenes, said) for words in four]
+    return {f"checks_{level}": fmean([n for own, n in each if own == level] or [0]) for level in ("easy", "hard")}
+
+
+GRPO, AEPO = "GRPO", "AEPO"
+_aepo = Source("aepo", "ares.md 7; arXiv 2510.08457")
+_GROUP = {"name": "group"}
+SHAPES = Group(
+    "shapes",
+    "AEPO: the world shapes",
+    "Red squares among look-alikes, counted one by one, with checks that nobody has to make; a Qwen2.5-VL of 0.31 "
+    "million parameters. 60 rollouts of 32 pictures × 8, one update each, Adam 3e-4, the loss of recipe `aepo`; the "
+    "reward is 1 for the right count, and AEPO's entropy reward and weights of the KL beside it. Four samples of each "
+    "of 200 held-out pictures, and how many checks they have on easy pictures (up to 3 squares, fewer with others) and "
+    "on hard ones.",
+    (Rollouts(), Rollouts(rollouts=2, prompts=4, generations=4, held_out=8)),
+    (
+        Arm(BASE, "sft"),
+        Arm(GRPO, "grpo", {"credit": [_GROUP]}),
+        Arm(
+            AEPO,
+            "aepo",
+            {
+                "credit": [
+                    {"name": "aepo", "tokenizer": None, "triggers": "english", "window": 4, "kl_target": 0.05},
+                    _GROUP,
+                ]
+            },
+        ),
+    ),
+    (
+        _aepo.sure("AEPO counts better than the base", AEPO, BASE, "accuracy", "above", threshold=0.1),
+        _aepo.claim("It counts as well as GRPO", AEPO, GRPO, "accuracy", "within", threshold=0.03),
+        _aepo.claim("and checks easy pictures less", AEPO, GRPO, "checks_easy", "below"),
+        _aepo.claim("and hard ones more", AEPO, GRPO, "checks_hard", "above"),
+    ),
+    SeedAndSizes,
+    run_shapes,
+    {
+        "accuracy": "count right",
+        "greedy_accuracy": "greedy",
+        "form": "form",
+        "checks_easy": "checks, easy",
+        "checks_hard": "checks, hard",
+    },
 )

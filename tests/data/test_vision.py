@@ -3,10 +3,10 @@
 import base64
 import io
 import json
-import os
 import pickle
-from pathlib import Path
+import sys
 
+import av
 import datasets
 import numpy as np
 import pytest
@@ -16,16 +16,19 @@ from PIL import Image
 
 from tests.tiny_vlms import CHAT, FAMILIES, mark, picture, processor, split, tiny_vlm, tokenizer
 from tokengrain.data import vision
-from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.config import TokenizeConfig, VideoConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.pictures import LARGEST, frames
 from tokengrain.data.rows import load_rows
 from tokengrain.data.vision import load_processor, without_torchvision
 from tokengrain.errors import DataError, ModelError, RecipeError
+from tokengrain.models import load_reader
 from tokengrain.rollout.sampler import encode_prompts
+from tokengrain.specs import ModelSpec
 from tokengrain.vision import Vision
 
 QWEN = "qwen2_5_vl"
+WITHOUT = pytest.mark.skipif(vision.is_torchvision_available(), reason="is about an environment without torchvision")
 PAD = "<|image_pad|>"
 ANSWERS = {"chosen": " a b", "rejected": " c"}
 SAID = {side: [{"role": "assistant", "content": text}] for side, text in ANSWERS.items()}
@@ -246,7 +249,7 @@ def test_pictures_need_a_processor_that_takes_them():
 
 
 def test_pillow_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ModelError, match=r"rows with pictures need Pillow: pip install 'tokengrain\[vision\]'"):
         encode_prompts([row(b"")], tokenizer(QWEN))
 
@@ -337,6 +340,7 @@ def made_by_hand(family: str) -> object:
     return without_torchvision(type(whole).__mro__[1], **own)
 
 
+@WITHOUT
 def test_a_folder_without_torchvision_gives_the_same_again(tmp_path):
     made = made_by_hand(QWEN)
     made.save_pretrained(tmp_path)
@@ -382,25 +386,51 @@ def test_frames_are_evenly_spaced():
     assert np.ptp(np.diff(about["frames_indices"])) <= 1
 
 
-def test_a_file_of_a_video_is_decoded_or_says_what_is_missing(tmp_path, monkeypatch):
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)]
+FILM = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A file of six frames, one colour each."""
     path = tmp_path / "clip.mp4"
-    rows = [row(text="<|vision_start|><|video_pad|><|vision_end|>", videos=[str(path)])]
-    try:
-        import av
-    except ImportError:
-        with pytest.raises(ModelError, match=r"files of videos need PyAV: pip install 'tokengrain\[video\]'"):
-            prepare_pairs(rows, made_by_hand(QWEN))
-        return
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=8)
         stream.width = stream.height = 32
-        for number in range(6):
-            container.mux(stream.encode(av.VideoFrame.from_image(picture(number))))
+        for colour in COLOURS:
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32), colour))))
         container.mux(stream.encode(None))
-    found, about = frames(str(path), None, None)
+    return path
+
+
+def test_a_file_of_a_video_is_decoded(clip):
+    found, about = frames(str(clip), None, None)
     assert [len(found), about["fps"], about["total_num_frames"]] == [6, 8.0, 6]
-    assert prepare_pairs(rows, made_by_hand(QWEN))[0].vision.inputs["video_grid_thw"].tolist() == [[3, 4, 4]]
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"'videos': video 0: .*clip.mp4 is no video, or damaged"):
-        prepare_pairs(rows, made_by_hand(QWEN))
-    assert Path(os.fspath(path)).exists()
+    few, about = frames(clip.read_bytes(), None, VideoConfig(frames=3))
+    assert about["frames_indices"] == [0, 2, 5]
+    for read, colours in ((found, COLOURS), (few, [COLOURS[i] for i in (0, 2, 5)])):
+        means = np.array([np.asarray(frame).mean((0, 1)) for frame in read])
+        assert np.abs(means - colours).max() < 12
+    made = made_by_hand(QWEN)
+    one, two = prepare_pairs([row(text=FILM, videos=[video]) for video in (str(clip), found)], made)
+    assert one.vision.inputs["video_grid_thw"].tolist() == [[3, 4, 4]]
+    assert torch.equal(one.vision.inputs["pixel_values_videos"], two.vision.inputs["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("content", [lambda whole: whole[:200], lambda whole: b"no video" * 9, lambda whole: b""])
+def test_a_file_that_is_no_video(clip, content):
+    clip.write_bytes(content(clip.read_bytes()))
+    with pytest.raises(DataError, match=r"row 0: field 'videos': video 0: .*clip.mp4 is no video, or damaged"):
+        prepare_pairs([row(text=FILM, videos=[str(clip)])], made_by_hand(QWEN))
+
+
+@WITHOUT
+def test_what_is_missing_is_said_by_name(clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ModelError, match=r"files of videos need PyAV: pip install 'tokengrain\[video\]'"):
+        prepare_pairs([row(text=FILM, videos=[str(clip)])], made_by_hand(QWEN))
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    tiny_vlm("smolvlm").config.save_pretrained(tmp_path)
+    processor("smolvlm").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no processor could be loaded from .*num2words.*pip install num2words"):
+        load_reader(ModelSpec(path=str(tmp_path)), str(tmp_path))
