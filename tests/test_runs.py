@@ -50,3 +50,5 @@ def test_metrics_for_people() -> None:
     shown = [spoken(metrics, name) for name in ("reward", "kl", "loss", "correct")]
     assert shown == ["none", "none", "0.500", "0.250 (95 % CI 0.100 to 0.400)"]
     assert spoken({"accuracy": 0.5, "comparison": "no difference yet"}, "accuracy") == "no difference yet"
+    margins = [spoken({"rewards/margins": -0.6}, "rewards/margins", start) for start in ({}, {"rewards/margins": -0.7})]
+    assert margins == ["-0.600", "-0.600 (+0.100)"]

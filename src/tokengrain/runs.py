@@ -186,13 +186,19 @@ def _what_it_holds(path: Path) -> str:
     return f"{found}; the run is the folder above: {path.parent}" if is_run(path.parent) else found
 
 
-def spoken(metrics: Mapping[str, Any], name: str) -> str:
-    """A metric for people, `0.612 (95 % CI 0.551 to 0.670)`; NaN, which JSON holds as null, is "none"."""
+def spoken(metrics: Mapping[str, Any], name: str, before: Mapping[str, Any] | None = None) -> str:
+    """A metric for people, `0.612 (95 % CI 0.551 to 0.670)`; NaN, which JSON holds as null, is "none".
+
+    A margin that was not 0 `before`, as of objectives without a reference, comes with its change: `-0.629 (+0.076)`.
+    """
     if name == "accuracy" and "comparison" in metrics:  # of a policy that still is its reference
         return str(metrics["comparison"])
     value, low, high = (metrics.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     if value is None or value != value:
         return "none"
+    start = (before or {}).get(name) or 0.0
+    if name == "rewards/margins" and abs(start) >= 5e-4:
+        return f"{value:.3f} ({value - start:+.3f})"
     return f"{value:.3f}" + (f" (95 % CI {low:.3f} to {high:.3f})" if None not in (low, high) else "")
 
 

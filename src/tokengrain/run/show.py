@@ -74,7 +74,8 @@ def print_result(console: Console, metrics: dict[str, Any], path: Path) -> None:
         before, after = stage.get("before", {}), stage.get("after", {})
         shown = f"{name} ({stage['held_out']} rows)" if "held_out" in stage else name
         for key in (key for key in TITLES if key in after):
-            table.add_row(shown, TITLES[key], spoken(before, key) if key in before else "", spoken(after, key))
+            start = spoken(before, key) if key in before else ""
+            table.add_row(shown, TITLES[key], start, spoken(after, key, before))
             shown = ""
     if table.row_count:
         console.print(table, highlight=False)

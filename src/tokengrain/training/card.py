@@ -135,7 +135,7 @@ def _numbers(trainer: Any, metrics: Mapping[str, Any] | None) -> str:
         metrics = {"after": {key.removeprefix("eval_"): value for key, value in logs[-1].items()}} if logs else {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     rows = [
-        f"| {title} | {spoken(before, key) if key in before else '–'} | {spoken(after, key)} |"
+        f"| {title} | {spoken(before, key) if key in before else '–'} | {spoken(after, key, before)} |"
         for key, title in TITLES.items()
         if key in after
     ]
