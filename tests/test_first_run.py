@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -134,7 +133,7 @@ def test_the_commands_of_the_readme_in_a_fresh_environment(mine: Path, tmp_path:
     home = next((tmp_path / "fresh" / "lib").glob("python*")) / "site-packages"
     for old in home.glob("setuptools*"):  # Python 3.11 brings one that is too old for torch
         shutil.rmtree(old)
-    (home / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    (home / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     given |= {"PATH": f"{tmp_path / 'fresh' / 'bin'}{os.pathsep}{given['PATH']}", "PIP_NO_INDEX": "1"}
     given |= {"PIP_NO_BUILD_ISOLATION": "0", "TOKENGRAIN_CACHE": str(tmp_path / "cache")}  # pip reads this 0 as "none"
