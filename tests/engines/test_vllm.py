@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from tests.engines.vllm import LONGEST, Vllm, saved_model
-from tests.rollout.stub import ANSWERS, shape
+from tests.rollout.stub import ANSWERS, Tcp, shape
 from tests.training.ranks import on_ranks
-from tokengrain.errors import DataError, read_log
+from tokengrain.errors import DataError, RolloutError, read_log
+from tokengrain.rollout import transfer
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SamplingConfig, encode_prompts
 from tokengrain.rollout.server import OpenAIServer, ServerError
+from tokengrain.scoring.reference import StreamedWeights
 from tokengrain.scoring.score import score
 from tokengrain.training.config import OnlineConfig
 from tokengrain.training.online import OnlineTrainer
@@ -47,7 +49,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
 @pytest.fixture(scope="module")
 def servers(tiny: tuple[Path, Any, Any]) -> Iterator[tuple[Vllm, Vllm]]:
     """One with its defaults and adapters, one that gives log-probabilities of what was drawn from."""
-    both = Vllm(tiny[0], "--enable-lora", "--max-loras", "2"), Vllm(tiny[0], "--logprobs-mode", "processed_logprobs")
+    sent = "--weight-transfer-config", '{"backend": "nccl"}'
+    both = (
+        Vllm(tiny[0], "--enable-lora", "--max-loras", "2", *sent),
+        Vllm(tiny[0], "--logprobs-mode", "processed_logprobs"),
+    )
     try:
         for one in both:
             one.start()
@@ -327,6 +333,10 @@ def test_what_it_answers_is_what_the_stub_answers(raw: Vllm, tiny: Any) -> None:
         asked("/reset_prefix_cache", {}),
         asked("/update_weight_version", {"new_version": "v"}),
         asked("/weight_info"),
+        asked("/get_world_size"),
+        asked("/shutdown_weight_transfer_engine", {}),
+        asked("/start_weight_update", {}),
+        asked("/finish_weight_update", {"weight_version": "w"}),
         asked("/resume", {}),
     ]
     if os.environ.get("TOKENGRAIN_RECORD"):
@@ -335,6 +345,18 @@ def test_what_it_answers_is_what_the_stub_answers(raw: Vllm, tiny: Any) -> None:
     assert [(r["path"], r["status"], shape(r["answer"])) for r in recorded] == [
         (r["path"], r["status"], shape(r["answer"])) for r in found
     ]
+
+
+def test_the_weight_transfer_up_to_its_wire(raw: Vllm, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server understands what it is told, and says in its own words that it has no GPU to join with."""
+    monkeypatch.setattr(transfer, "Nccl", Tcp)
+    server = sampler(raw, tiny[2], refresh="nccl", timeout=60.0, retries=0)
+    server.check_reachable()
+    with pytest.raises(RolloutError, match=r"/init_weight_transfer_engine: status 500: .*(NCCL|accelerator|CUDA)"):
+        server.refresh(StreamedWeights(tiny[1]))
+    sent = httpx.post(raw.url + "/init_weight_transfer_engine", json={"init_info": {"world": 2}}, timeout=60)
+    assert sent.status_code == 500  # it reads the fields, so those above are right
+    assert "world" in sent.text
 
 
 def test_speed_is_that_of_a_bare_loop(raw: Vllm, prompts: Any) -> None:

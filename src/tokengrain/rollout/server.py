@@ -704,7 +704,8 @@ class OpenAIServer:
     def _now(self, new: Weights, lost: Mapping[int, RolloutError]) -> None:
         """Sample from `new`, but not from the servers that do not have them."""
         if len(lost) == len(self.clients):
-            raise lost[0]
+            sees = "" if new.folder is None else f", which reads {new.folder}"
+            raise ServerError(f"sampler 'server': {lost[0]}; expected a server of the model being trained{sees}")
         self.weights = new
         for at, error in lost.items():
             self._lose(at, error)

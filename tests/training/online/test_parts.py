@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.rollout import stub
 from tests.training.online.tiny import make_online, make_prompts
 from tests.training.test_resume import KillAt, in_child
 from tests.training.tiny import tiny_llama, weights
-from tokengrain.errors import NonFiniteLossError, read_log
+from tokengrain.errors import DataError, NonFiniteLossError, RolloutError, read_log
 from tokengrain.loss import LossOutput
 from tokengrain.method import make_objective
 from tokengrain.rollout.branching import Branching
@@ -115,6 +116,56 @@ def test_a_server_samples_from_the_present_weights(tmp_path: Path) -> None:
     direct.train()
     for name, value in weights(direct.model).items():
         torch.testing.assert_close(weights(trainer.model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def _refuses(body: Any) -> Any:
+    raise ValueError("No such file or directory")
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "another model that keeps its weights": (
+        {"reload": lambda body: {"results": [None]}},
+        "expected a server started with",
+    ),
+    "no such folder, or another architecture": ({"reload": _refuses}, r"status 500: No such file.*, which reads /"),
+    "a shorter context": ({"longest": 5}, "longer than the server's max_model_len.*expected at most 5"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_server_that_does_not_fit_is_an_error_before_the_first_step(case: str, tmp_path: Path) -> None:
+    changes, message = UNFIT[case]
+    served = stub.Served(tiny_llama(seed=99))
+    vars(served).update(changes)
+    with stub.serving(served) as server, pytest.raises((RolloutError, DataError), match=message):
+        train_from(tmp_path, server.url)
+    assert not [entry for entry in read_log(tmp_path / "log.jsonl") if "loss" in entry]
+
+
+def train_from(folder: Path, url: str, resume: bool = False) -> Any:
+    sampler = {"name": "server", "url": url, "model": "m", "refresh": "checkpoint", "retries": 1, "backoff": 0.01}
+    trainer = make_online(folder, sampler=sampler, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_a_server_that_dies_is_asked_within_a_bound_and_the_run_resumes(tmp_path: Path) -> None:
+    served = stub.Served(tiny_llama())
+    with stub.serving(served) as server:
+        known = server.answer
+
+        def dies(path: str, body: Any) -> Any:
+            if served.loaded[1:]:  # in the second rollout
+                raise ValueError("EngineDeadError")
+            return known(path, body)
+
+        server.answer = dies
+        with pytest.raises(RolloutError, match=r"EngineDeadError \(attempts: 2"):
+            train_from(tmp_path, server.url)
+        server.answer = known
+        trainer = train_from(tmp_path, server.url, resume=True)
+    assert trainer.state.global_step == 2
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
 
 
 def test_branches_join_the_group_and_are_recorded(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +20,7 @@ from tests.training.ranks import on_ranks, sharding_on_cpu
 from tests.training.test_ranks import FSDP
 from tests.training.tiny import tiny_llama
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import DataError, RunError, read_log
+from tokengrain.errors import DataError, RolloutError, RunError, read_log
 from tokengrain.method import Rollout, Stateless, make_objective, make_rollout_credit
 from tokengrain.rewards.suite import RewardError
 from tokengrain.rollout import transfer
@@ -141,7 +143,7 @@ def from_server(
             folder,
             model=tiny_llama(dtype=torch.float64),
             eval_dataset=make_prompts(5, seed=2),
-            sampler={**sampler, "timeout": 60},
+            sampler={**sampler, "timeout": 60, "backoff": 0.01},
             **settings,
             **(FSDP if sharded else {}),
         )
@@ -187,6 +189,19 @@ def test_a_sharded_policy_is_sent_to_its_server(tmp_path: Path, monkeypatch: pyt
     assert len(log) == 2
     assert max(entry["mismatch/max_abs"] for entry in log) < 1e-4
     assert not (tmp_path / ".sampler").exists()
+
+
+def test_a_rank_without_a_server_ends_both(tmp_path: Path) -> None:
+    def work() -> str:
+        url = stub.url if torch.distributed.get_rank() == 0 else "http://127.0.0.1:9"
+        with pytest.raises((RunError, RolloutError)) as caught:
+            from_server(tmp_path, url, sharded=False)
+        return str(caught.value)
+
+    with serving(Served(tiny_llama())) as stub:
+        found = on_ranks(2, lambda: PartialState(cpu=True) and work())
+    assert re.search(r"failed on another rank, rank 1: .*127.0.0.1:9/v1/models: .*refused", found[0])
+    assert re.search(r"127.0.0.1:9/v1/models: .*refused.*expected a running vllm server", found[1])
 
 
 @pytest.mark.slow
