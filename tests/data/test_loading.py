@@ -567,7 +567,7 @@ def test_llama_factorys_sets_and_columns(tmp_path):
         prepare_pairs(load_rows(folder), tokenizer)
     assert load_rows(folder).fingerprint != load_rows(folder / "talks.jsonl").fingerprint
     (folder / "dataset_info.json").write_text(json.dumps({"talks": {**SETS["talks"], "columns": ["x"]}}))
-    with pytest.raises(DataError, match=r"'talks' of dataset_info\.json: columns is no object; got \['x'\]"):
+    with pytest.raises(DataError, match=r"'talks' of dataset_info\.json: columns is no object of names; got \['x'\]"):
         load_rows(folder)
 
 

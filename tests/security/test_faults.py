@@ -426,8 +426,8 @@ def test_a_column_of_parquet_stands_once(tmp_path: Path) -> None:
     ("about", "message"),
     [
         ('{"a": {"file_name": "."}}', "the folder holds no file of rows"),
-        ('{"a": {"file_name": "rows.jsonl", "columns": {"prompt": ["x"]}}}', "columns are no names"),
-        ('{"a": {"file_name": "rows.jsonl", "tags": {"user_tag": {}}}}', "tags are no names"),
+        ('{"a": {"file_name": "rows.jsonl", "columns": {"prompt": ["x"]}}}', "columns is no object of names"),
+        ('{"a": {"file_name": "rows.jsonl", "tags": {"user_tag": {}}}}', "tags is no object of names"),
         ("[" * 100_000, "the folder holds no file of rows"),
     ],
 )

@@ -681,7 +681,7 @@ class LlamaFactorySet:
         """Its rows, in columns that are read everywhere. Raises `DataError` for what is not read."""
         for key in ("columns", "tags"):
             value = self.about.get(key) or {}
-            what, expected = f"set {self.name!r} of dataset_info.json: {key} are no names", "an object of names by ours"
+            what, expected = f"set {self.name!r} of dataset_info.json: {key} is no object of names", "names by ours"
             right = isinstance(value, dict) and all(isinstance(name, str | None) for name in value.values())
             require(right, DataError, what, file=folder, value=value, expected=expected)
         path, columns = folder / self.about["file_name"], self.about.get("columns") or {}
