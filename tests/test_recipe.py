@@ -351,6 +351,8 @@ def test_bad_extends(tmp_path: Path) -> None:
         ("training.max_grad_norm=.inf", "training.max_grad_norm: got inf; expected a finite number"),
         ("stages.guide.objective.beta=1e999", "stages.guide.objective.beta: got inf; expected a finite number"),
         ("stages.checkpoint-1={kind: sft}", "stages.checkpoint-1: the name is that of a checkpoint"),
+        ("stages.inputs={kind: sft}", "stages.inputs: the name is taken by what a run was given in memory"),
+        ("stages.Train={kind: sft}", "stages.Train: the name differs from train in capitals alone"),
     ],
 )
 def test_numbers_and_names_that_mean_nothing(tmp_path: Path, override: str, expected: str) -> None:

@@ -20,9 +20,9 @@ from tokengrain.errors import DataError, ModelError, RecipeError, fingerprint, r
 from tokengrain.models import load_reader
 from tokengrain.recipe.reading import Values, find_recipe, read_file, resolve
 from tokengrain.recipe.schema import Recipe
-from tokengrain.run.folder import INPUTS
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import RunResult, run_recipe
+from tokengrain.runs import INPUTS
 from tokengrain.screen import Screen
 from tokengrain.specs import ModelSpec
 

@@ -239,7 +239,7 @@ def remove_temporaries(folder: Path) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` (UTF-8) atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, "utf-8", "backslashreplace")  # halves of surrogate pairs, as JSON writes them
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -88,6 +88,7 @@ from tokengrain.settings import nearest
 from tokengrain.specs import LoraSpec, ModelSpec, TokenizerSpec
 
 ADAPTER = "adapter_config.json"
+REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _CONTENT = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt")
 
 
@@ -209,6 +210,7 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
     # Masks and frequencies that older versions of transformers saved are computed now.
     unexpected = [name for name in unexpected if not name.endswith(("attn.bias", "masked_bias", "inv_freq"))]
     check_tensors(path, type(model).__name__, missing, unexpected)
+    check_numbers(path, model.named_parameters())
     return model
 
 
@@ -217,6 +219,14 @@ def check_tensors(path: str, kind: str, missing: Sequence[str], unexpected: Sequ
     for names, verb in ((missing, "lack tensors"), (unexpected, "have tensors that are none")):
         some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         require(not names, ModelError, f"the weights in {path} {verb} of {kind}: {some}")
+
+
+def check_numbers(path: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ModelError for weights that are not finite: all that is computed with them would be no number."""
+    real = ((name, p.detach()) for name, p in weights if p.numel() and p.dtype in REAL)
+    bad = [name for name, p in real if not torch.stack(torch.aminmax(p)).isfinite().all()]
+    some = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    require(not bad, ModelError, f"the weights in {path} are not finite: {some}")
 
 
 def _tied_as_saved(record: Any) -> bool:
@@ -238,7 +248,7 @@ def _bits(spec: ModelSpec) -> BitsAndBytesConfig:
 
 def _with_adapter(base: nn.Module, path: str, merge: bool, train: bool) -> Any:
     """The adapter at `path` on its base, or folded into it; new tokens that it was trained with get their rows."""
-    peft, saved = import_peft(), adapter_embeddings(path)
+    peft, saved, known = import_peft(), adapter_embeddings(path), {id(p) for p in base.parameters()}
     rows = max(saved.values(), default=None)
     with library_errors(f"adapter {path} does not fit its base model", path):
         if rows is not None and rows != (size := vocabulary(base)):
@@ -249,6 +259,7 @@ def _with_adapter(base: nn.Module, path: str, merge: bool, train: bool) -> Any:
         adapted = peft.PeftModel.from_pretrained(base, path, is_trainable=train)
         found = adapted.load_adapter(path, adapted.active_adapter, is_trainable=train)  # says what was not there
     check_tensors(path, "this adapter", found.missing_keys, found.unexpected_keys)
+    check_numbers(path, ((name, p) for name, p in adapted.named_parameters() if id(p) not in known))
     return _merged(adapted, path) if merge else adapted
 
 
@@ -427,7 +438,12 @@ def load_config(spec: ModelSpec, path: str) -> Any:
     is_there = Path(place).is_dir() or not (os.path.isabs(place) or place.startswith((".", "~")))
     require(is_there, ModelError, f"no model at {place}{_near_path(place)}")
     with library_errors(f"no model at {place}", place):
+        if (file := Path(place) / "config.json").is_file():
+            read_json(file, ModelError)  # transformers passes over a key that is given twice
         config = AutoConfig.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
+    kernel = str(getattr(config, "_attn_implementation", None))
+    what = f"{place} names a kernel of the hub, {kernel}, as its attn_implementation, which is code"
+    require("/" not in kernel or spec.trust_remote_code, ModelError, f"{what}; expected trust_remote_code: true")
     if place != path and (saved := adapter_embeddings(path)):
         config.get_text_config().vocab_size = max(saved.values())
     return config

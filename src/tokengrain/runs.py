@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +28,10 @@ from tokengrain.settings import parse_yaml
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"  # what a stage may be called; its folder has the same name
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # names of the folders of checkpoints
+TIME = "template_time"
+"""In `run.json`: the local time that chat templates write, the same for all stages and for `evaluate`."""
+INPUTS = "inputs"
+"""Folder of rows and models that were given in memory, from Python."""
 ROLLOUT_FILE = "rollouts.jsonl"
 ANSWERS = "answers.json"
 """In the folder of a stage: `prompts`, and what the model said to them at the `start` and when `trained`."""
@@ -114,6 +119,11 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         return read_object(self.path / "metrics.json")
+
+    @property
+    def template_time(self) -> str | None:
+        with foreign(f"{self.path / 'run.json'} is damaged: {TIME}: "):
+            return datetime.fromisoformat(self.info[TIME]).isoformat() if self.info.get(TIME) is not None else None
 
     @property
     def credit_stages(self) -> list[StageRecord]:

@@ -16,13 +16,13 @@ from rich.text import Text
 _SIGNS = {
     **{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"},
     **{i: f"\\x{i:x}" for i in range(0x7F, 0xA0)},
-    **{i: f"\\u{i:x}" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+    **{i: f"\\u{i:x}" for i in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))},
 }
 
 
 def visible(text: str) -> str:
     """Text with signs for control characters, which a terminal would obey and a page would not show, and for those that
-    turn the direction of what follows."""
+    end a line or turn the direction of what follows."""
     return text.translate(_SIGNS)
 
 
@@ -37,7 +37,11 @@ class Screen(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+            yield segment if segment.control else Segment(self._shown(segment.text), segment.style)
+
+    def _shown(self, text: str) -> str:
+        """The text as this terminal can show it: what its encoding lacks, and halves of surrogate pairs, as escapes."""
+        return visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 
 def labelled(label: str, text: str, style: str = "yellow") -> Text:

@@ -528,6 +528,10 @@ def test_the_key_goes_to_no_other_server_and_into_no_message(monkeypatch, caplog
 
         with pytest.raises(ServerError, match=r"got \[key\]"):
             client.post("/", {}, wrong)
+        stub.faults[:] = [(401, {}, json.dumps({"message": "x" * 291 + "s3cret-key"})), (401, {}, "of S3CRET-KEY")]
+        for message in (r"x\[key\]$", r"of \[key\]"):  # cut off by the limit of a message; in capitals
+            with pytest.raises(ServerError, match=message):
+                client.post("/", {}, lambda a: a)
     for text in (caplog.text, str(error.value)):
         assert "s3cret" not in text
         assert "\x1b" not in text

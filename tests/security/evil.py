@@ -101,6 +101,11 @@ TRANSPORT: dict[str, Any] = {
     "length of a petabyte": headed(("Content-Length", str(10**15))),
     "length that is negative": headed(("Content-Length", "-5")),
     "bomb of gzip": headed(("Content-Encoding", "gzip"), body=[gzip.compress(bytes(200_000_000), 1)]),
+    "bomb in a bomb": headed(
+        ("Content-Encoding", "gzip, gzip"), body=[gzip.compress(gzip.compress(bytes(200_000_000), 1))]
+    ),
+    "gzip that is cut off": headed(("Content-Encoding", "gzip"), body=[gzip.compress(b"{}" + bytes(999))[:-9]]),
+    "packed in another way": headed(("Content-Encoding", "br"), body=[b"\x0b\x02\x80{}\x03"]),
     "gzip that is none": headed(("Content-Encoding", "gzip"), body=[b"abc"]),
     "headers without end": Reply(200, (), tuple((f"X-{i}", "y" * 1000) for i in range(2000))),
     "bytes that are no text": whole(b"\xff\xfe<html>"),

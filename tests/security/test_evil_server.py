@@ -16,7 +16,8 @@ from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 from tokengrain.rollout.server import OpenAIServer
 
 FAST = {
-    *("redirect to another port", "redirect to a file", "status 400", "drop by drop", "cut off", "bomb of gzip"),
+    *("redirect to another port", "redirect to a file", "status 400", "drop by drop", "cut off"),
+    *("bomb of gzip", "bomb in a bomb", "gzip that is cut off"),
     *("no end", "brackets without end", "headers without end", "retry after 30 years"),
     *("one index twice", "log-probability of 400 digits", "id true", "megabytes of tokens", "names of 5000 digits"),
     *("score of 400 digits", "brackets for a slow pattern", "score behind megabytes"),

@@ -33,6 +33,7 @@ from tokengrain.data.dataset import prepare_sft
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, TokengrainError, read_json
 from tokengrain.models import load_model, load_tokenizer
+from tokengrain.report.html import write_report
 from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.runner import evaluate_run, run_recipe
 from tokengrain.specs import ModelSpec
@@ -191,6 +192,30 @@ def test_models(make: Callable[[Path], Path], name: str, copied: Path) -> None:
         [load(ModelSpec(path=str(path)), str(path)) for load in (load_tokenizer, load_model)]
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers(number: float, copied: Path) -> None:
+    file = copied / "run" / "train" / "model" / "model.safetensors"
+    held = load_file(file)
+    held["model.norm.weight"][1] = number
+    save_file(held, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights in .*model are not finite: model\.norm\.weight$"):
+        evaluate_run(copied / "run")
+
+
+@pytest.mark.parametrize("time", ["yesterday", 5, ["2026-01-01"]])
+def test_a_time_that_is_none(time: Any, copied: Path) -> None:
+    path = copied / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "template_time": time}))
+    with pytest.raises(RunError, match=r"run\.json is damaged: template_time: "):
+        evaluate_run(copied / "run")
+
+
+def test_half_a_character_in_a_run_folder(copied: Path) -> None:
+    path = copied / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "method": "x\ud83d"}))
+    assert "x\\ud83d" in write_report(copied / "run").read_text()
+
+
 @pytest.fixture(scope="module")
 def adapter(finished: Path) -> Path:
     folder, base = finished / "adapter", finished / "run" / "train" / "model"
@@ -208,6 +233,7 @@ LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (lambda held: held.pop(LORA), r"lack tensors of this adapter: .*layers\.0\.self_attn\.q_proj\.lora_A"),
         (lambda held: held.update(other=torch.zeros(2)), "have tensors that are none of this adapter: other"),
+        (lambda held: held[LORA].fill_(math.nan), r"are not finite: .*layers\.0\.self_attn\.q_proj\.lora_A"),
     ],
 )
 def test_an_adapter_has_its_tensors(

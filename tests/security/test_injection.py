@@ -74,6 +74,21 @@ def test_weights_are_never_unpickled(name: str, copied: Path, monkeypatch: pytes
     assert not (copied / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('{"_attn_implementation": "someone/kernel", ', "names a kernel of the hub, someone/kernel, .*which is code"),
+        ('{"vocab_size": 5, ', "key 'vocab_size' is given twice"),
+    ],
+)
+def test_what_a_config_may_not_say(said: str, message: str, copied: Path) -> None:
+    path = copied / "run" / "train" / "model"
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.replace("{", said, 1))
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSpec(path=str(path)), str(path))
+
+
 def test_a_models_own_code_stays_unread(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copied)
     path = copied / "run" / "train" / "model"

@@ -43,6 +43,21 @@ def test_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", r"\xfc \u2212 \ud83d \u2028"),
+        ("latin-1", "\xfc \\u2212 \\ud83d \\u2028"),
+        ("utf-8", "\xfc \u2212 \\ud83d \\u2028"),
+    ],
+)
+def test_what_a_terminal_lacks_is_shown_as_an_escape(encoding: str, expected: str) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    Screen(file=out).print("\xfc \u2212 \ud83d \u2028")
+    out.seek(0)
+    assert out.read().strip() == expected
+
+
 def test_tables_and_own_colours_stay(tmp_path: Path) -> None:
     out = io.StringIO()
     screen = Screen(file=out, force_terminal=True, color_system="standard", width=60)

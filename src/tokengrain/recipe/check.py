@@ -20,10 +20,12 @@ from tokengrain import specs
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.errors import RecipeError, shown
 from tokengrain.recipe import schema
-from tokengrain.runs import CHECKPOINT
+from tokengrain.runs import CHECKPOINT, INPUTS
 from tokengrain.settings import LARGEST, nearest
 from tokengrain.training.config import OnlineConfig, PreferenceConfig
 
+# Names of folders in a run, which no stage may have.
+TAKEN = {schema.INIT: "the stage that builds a model from scratch", INPUTS: "what a run was given in memory"}
 NOT_GIVEN: Mapping[str, str] = MappingProxyType({})
 
 
@@ -110,10 +112,14 @@ def check_finite(values: Any) -> Iterator[str]:
 
 def check_shared(recipe: schema.Recipe, found: Mistakes) -> None:
     """Note what is wrong with what all stages share."""
-    if schema.INIT in recipe.stages:
-        found.add(f"stages.{schema.INIT}", "the name is taken by the stage that builds a model from scratch")
+    folders: dict[str, str] = {}
     for name in recipe.stages:
-        if CHECKPOINT.fullmatch(name):
+        same = folders.setdefault(name.lower(), name)  # on some disks one folder
+        if same != name:
+            found.add(f"stages.{name}", f"the name differs from {same} in capitals alone; choose another")
+        if name.lower() in TAKEN:
+            found.add(f"stages.{name}", f"the name is taken by {TAKEN[name.lower()]}")
+        elif CHECKPOINT.fullmatch(name.lower()):
             found.add(f"stages.{name}", "the name is that of a checkpoint; choose another")
     if recipe.model.stage is not None:
         found.add("model", f"{recipe.model.path!r} is a stage; the recipe's own model must exist before it")

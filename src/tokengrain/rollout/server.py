@@ -12,8 +12,10 @@ import json
 import logging
 import os
 import random
+import re
 import secrets
 import time
+import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,6 +65,7 @@ LONGEST_PAUSE, LONGEST_CONNECT = 60.0, 30.0
 # Bytes of an answer: at most this, and for each token that was asked for.
 MOST_BYTES, TOKEN_BYTES = 1 << 22, 512
 REDIRECTS = 3
+MOST_NAMES = 20  # of a server's models in a message
 # What requests say themselves, and what would make completions no samples of the policy.
 _OWN = """
     model prompt n max_tokens temperature top_p top_k min_p seed logprobs stop stop_token_ids ignore_eos
@@ -134,9 +137,13 @@ class JsonClient:
         return key
 
     def clean(self, text: str) -> str:
-        """The text without the key, should the server repeat it."""
+        """The text without the key, should the server repeat it: in capitals too, and cut off by a limit of ours."""
         key = self._key()
-        return text if key is None else text.replace(key, "[key]")
+        if key is None:
+            return text
+        start, rest = key[:8], key[8:]
+        cut = re.escape(start) + "".join(f"(?:{re.escape(c)}" for c in rest) + ")?" * len(rest)
+        return re.sub(cut if len(rest) < 100 else re.escape(key), "[key]", text, flags=re.IGNORECASE)
 
     def briefer(self, timeout: float, retries: int = 0) -> JsonClient:
         """The same client with at most this time-out, and so many retries."""
@@ -181,7 +188,7 @@ class JsonClient:
 
     async def _once(self, http: httpx.AsyncClient, path: str, body: Any, limit: int) -> Any:
         key, method = self._key(), "GET" if body is None else "POST"
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {"Accept-Encoding": "gzip"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         target = httpx.URL(self.url + path)
         for _ in range(REDIRECTS + 1):
             async with http.stream(method, target, json=body, headers=headers) as answer:
@@ -205,15 +212,23 @@ class JsonClient:
 
 
 async def _content(answer: httpx.Response, limit: int) -> bytes:
-    """The body, as long as it is no longer than `limit` bytes."""
+    """The body, as long as it is no longer than `limit` bytes. It is unpacked no further than that."""
     length, content = answer.headers.get("Content-Length", ""), bytearray()
-    too_long = _RefusedError(f"status {answer.status_code}: the answer has more than {limit} bytes")
+    packed, status = answer.headers.get("Content-Encoding", "identity").lower(), f"status {answer.status_code}"
+    what = f"{status}: the answer is packed as {_plain(packed)}; expected gzip"
+    require(packed in ("identity", "gzip"), _RefusedError, what)
+    too_long = _RefusedError(f"{status}: the answer has more than {limit} bytes")
     if length.isdecimal() and int(length[:20]) > limit:
         raise too_long
-    async for part in answer.aiter_bytes():
-        content += part
-        if len(content) > limit:
-            raise too_long
+    unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        async for part in answer.aiter_raw():
+            content += part if packed == "identity" else unpack.decompress(part, limit + 1 - len(content))
+            if len(content) > limit:
+                raise too_long
+    except zlib.error as error:
+        raise ValueError(f"the answer is damaged: {error}") from None
+    require(packed == "identity" or unpack.eof, ValueError, "the answer is cut off")
     return bytes(content)
 
 
@@ -430,10 +445,12 @@ class OpenAIServer:
                     continue
                 raise ServerError(f"sampler 'server': {error}; expected a running {self.flavour} server") from None
             known = self.flavour != "vllm" or not models or self.base_model in models
-            what = f"sampler 'server': {client.url} has no model {self.base_model!r}{nearest(self.base_model, models)}"
+            names = list(models)[:MOST_NAMES]
+            what = f"sampler 'server': {client.url} has no model {self.base_model!r}{nearest(self.base_model, names)}"
             require(known, RecipeError, what)
-            what = f"sampler 'server': {client.url} has another tokenizer: {SPOKEN!r} is {spoken} there; expected that "
-            require(spoken is None or spoken == self._own_ids(), RecipeError, f"{what}of the model being trained")
+            what = f"sampler 'server': {client.url} has another tokenizer: {SPOKEN!r} is {shown(spoken)} there; "
+            same = spoken is None or spoken == self._own_ids()
+            require(same, RecipeError, f"{what}expected that of the model being trained")
             lengths = [n for n in (models.get(self.base_model), self.longest) if n is not None]
             self.longest = min(lengths, default=None)
         for transfer in self.transfers:
@@ -799,7 +816,7 @@ def _ids_from_names(tokens: Any) -> list[int]:
 def _models(answer: Any) -> dict[str, int | None]:
     """The longest sequence of each model, in tokens; None where the server does not say."""
     try:
-        found = {str(model["id"]): model.get("max_model_len") for model in answer["data"]}
+        found = {_plain(str(model["id"])): model.get("max_model_len") for model in answer["data"]}
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f"the answer is no list of models: {shown(answer)}") from None
     return {name: length if _whole(length, 2**40) else None for name, length in found.items()}

@@ -36,7 +36,19 @@ from tokengrain.recipe.schema import INIT, Recipe, dump_recipe
 from tokengrain.run.fit import Outlook, fit
 from tokengrain.run.load import resolve_stages
 from tokengrain.run.stages import Stage
-from tokengrain.runs import FORMAT, TRAINED, Run, StageRecord, Status, is_run, read_run, read_stage, resume_command
+from tokengrain.runs import (
+    FORMAT,
+    INPUTS,
+    TIME,
+    TRAINED,
+    Run,
+    StageRecord,
+    Status,
+    is_run,
+    read_run,
+    read_stage,
+    resume_command,
+)
 from tokengrain.training.checkpoint import STAGING
 
 # ---- The plan ----
@@ -126,10 +138,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 # ---- Whose the folder is ----
 
 LOCK, OWNER = ".lock", ".owner.json"
-INPUTS = "inputs"
-"""Folder of rows and models that were given in memory, from Python."""
-TIME = "template_time"
-"""In `run.json`: the local time that chat templates write, the same for all stages and for `evaluate`."""
 
 
 @contextmanager
@@ -184,7 +192,8 @@ class RunFolder:
         self.path = Path(recipe.output_dir)
         self.recipe, self.plans, self.writes = recipe, plans, writes
         resumed = any(plan.record is not None for plan in plans) and is_run(self.path)
-        self.template_time = (read_run(self.path).info if resumed else {}).get(TIME) or datetime.now().isoformat()
+        known = read_run(self.path).template_time if resumed else None
+        self.template_time = known or datetime.now().isoformat()
         self._began = False
         self._info: dict[str, Any] = {}
 

@@ -19,7 +19,7 @@ from tokengrain.errors import RecipeError, RolloutError, RunError, require, writ
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run import show
 from tokengrain.run.build import RunModels
-from tokengrain.run.folder import TIME, RunFolder, StagePlan, locked, make_plan
+from tokengrain.run.folder import RunFolder, StagePlan, locked, make_plan
 from tokengrain.run.load import load_recipe
 from tokengrain.run.trained import Trained
 from tokengrain.runs import read_run, resume_command
@@ -223,7 +223,7 @@ def _evaluate(run_dir: str | Path, data: str | None, samples: int | None, consol
         f"{found_run.path}: samples is {samples}, but nothing is sampled: the model is evaluated on rows with "
         "completions; expected a policy in a world, or one that was trained online",
     )
-    run = RunModels(recipe, console or Screen(quiet=True), PartialState(), found_run.info.get(TIME))
+    run = RunModels(recipe, console or Screen(quiet=True), PartialState(), found_run.template_time)
     found: dict[str, Any] = {"run": str(found_run.path), "method": found_run.method, "data": data or recipe.data.train}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = stage.build(run, Path(scratch), plan.settings, weights, eval_data=data)

@@ -277,7 +277,7 @@ def append_text(path: Path, text: str) -> None:
     """Add text (whole lines) to the end of a file; its folder is made if need be."""
     with explained(RunError, f"could not write {path}: "):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
 
