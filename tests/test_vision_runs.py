@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tests.data.test_vision import QWEN, SAID, made_by_hand, png
 from tests.tiny_vlms import picture, tiny_vlm
 from tokengrain.cli import app
+from tokengrain.report.pictures import RATED
 from tokengrain.report.rows import read_credit_samples
 
 RECIPE = """
@@ -65,6 +66,7 @@ def test_all_stages_on_pictures(tmp_path: Path) -> None:
     rated = [sample for sample in samples if sample.source == "credit: sight" and sample.pictures]
     assert rated
     assert all(any(map(any, picture["patches"])) for sample in rated for picture in sample.pictures)
+    assert RATED["without"] in (tmp_path / "run" / "report.html").read_text()
     call("evaluate", tmp_path / "run")
     call("generate", tmp_path / "run", tmp_path / "rows.jsonl", "-o", tmp_path / "answers.jsonl", "--max-new-tokens", 2)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

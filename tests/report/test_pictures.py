@@ -19,9 +19,9 @@ from rich.console import Console
 
 from tokengrain.batch import Completion, TokenBatch
 from tokengrain.errors import DataError
-from tokengrain.report.html import show_credit
-from tokengrain.report.pictures import MOST, SIDE, half_blocks, patch_credit, pixels_of, png, shown
-from tokengrain.report.rows import collect_credit_samples, read_credit_samples
+from tokengrain.report.html import maps_page, show_credit
+from tokengrain.report.pictures import MOST, RATED, SIDE, half_blocks, patch_credit, pixels_of, png, shown
+from tokengrain.report.rows import collect_credit_samples, parsed, read_credit_samples
 from tokengrain.report.terminal import inspect_rows
 from tokengrain.scoring.reference import scorer_logps
 from tokengrain.vision import grey
@@ -99,6 +99,13 @@ def test_the_page_shows_pictures_and_patches(truth: Any, tmp_path: Path) -> None
     entries = collect_credit_samples(truth.batch, world.tokenizer, {"truth": truth.advantages}, maps=maps)
     (tmp_path / "credit_samples.json").write_text(json.dumps(entries))
     samples = read_credit_samples(tmp_path / "credit_samples.json")
+    # Another source that rates them in its own way has the pictures once more.
+    other = collect_credit_samples(truth.batch, world.tokenizer, {"sight": -truth.advantages}, maps=maps, by="without")
+    html = maps_page(parsed([*entries, *other]))
+    assert [html.count(note) for note in RATED.values()] == [6, 6]
+    plain = collect_credit_samples(truth.batch, world.tokenizer, {"plain": 2 * truth.advantages})
+    html = maps_page(parsed([*plain, *other]))
+    assert [html.count(note) for note in RATED.values()] == [0, 6]
     assert samples[0].prompt.count("<img>") == 1
     scene = world.drawn("pairs", "eval", 1, 0)[0]
     assert np.array_equal(read(samples[0].pictures[0]["png"]), scene.frames[0])

@@ -23,6 +23,7 @@ from tokengrain.bench.questions import GENERATIONS, QUESTIONS, Draw, measure, qu
 from tokengrain.bench.sources import PAIRS, SOURCES, Bench, BenchSource, chosen_sources, left_out, own_source
 from tokengrain.errors import RecipeError, fingerprint, read_log, require, write_text
 from tokengrain.evaluation.statistics import mean_of_runs
+from tokengrain.method import CREDIT
 from tokengrain.report.pictures import patch_credit
 from tokengrain.report.rows import collect_credit_samples
 from tokengrain.screen import Screen, progress_bar
@@ -195,9 +196,10 @@ def run_unit(
                 first = truth.batch.select(range(min(SHOWN, truth.batch.n_prompts)))
                 n = first.segments.total
                 credit_of = {source.name: values[:n]}
-                maps = patch_credit(world.reference, first) if first.vision else ()
+                by = (CREDIT[source.name].patches if source.name in CREDIT else None) or "gradient"
+                rated = {"maps": patch_credit(world.reference, first, by), "by": by} if first.vision else {}
                 exact = truth.advantages[:n]
-                samples = collect_credit_samples(first, world.tokenizer, credit_of, truth=exact, maps=maps)
+                samples = collect_credit_samples(first, world.tokenizer, credit_of, truth=exact, **rated)
             line = {
                 "key": key_of(unit, source),
                 "regime": unit.regime,

@@ -170,8 +170,6 @@ class BenchSource:
             return f"it needs {' or '.join(NEEDED[name] for name in self.questions)}"
         if self.trains and getattr(world, "encoder_decoder", False):
             return f"it trains a causal language model, and the one of {world.name!r} is an encoder-decoder"
-        if hasattr(world, "processor") and {"qrm", "last"}.intersection(self.trains):
-            return f"it is a reward model, which reads text alone, and {world.name!r} has pictures"
         if self.reads and not hasattr(world, self.reads):
             return f"it reads the world's {self.reads!r}, and {world.name!r} has none"
         return ""
@@ -287,6 +285,9 @@ SOURCES = {
         BenchSource("surprise", "untrained", "log-probability under the base model", _of_base("surprise"), (), EVERY),
         BenchSource("lookahead", "untrained", "surprise, one token ahead", _of_base("lookahead"), (), EVERY),
         BenchSource("entropy", "untrained", "entropy of the base model's distribution", _of_base("entropy"), (), EVERY),
+        BenchSource(
+            "sight", "untrained", "the base model with and without pictures", _of_base("sight"), reads="processor"
+        ),
         BenchSource(
             "contrastive", "untrained", "contrastive prompting (T-REG)", _contrastive, reads="contrastive_templates"
         ),

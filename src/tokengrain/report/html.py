@@ -21,7 +21,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, RunError, foreign, require, write_text
 from tokengrain.method import METHODS
 from tokengrain.report import rows
-from tokengrain.report.pictures import drawn
+from tokengrain.report.pictures import RATED, drawn
 from tokengrain.report.rows import WEAKEST, CreditSample, Side, by_pair, colour_scale, one_of_equals, read_token_rows
 from tokengrain.report.svg import Mark, Point, Series, frontier_chart, line_chart, marker, number, signed
 from tokengrain.runs import EQUAL, ROLLOUT_FILE
@@ -488,7 +488,11 @@ def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], li
             shown += [(s.source, s.sides[i]) for s in group]
             maps = [{"source": source, "pieces": pieces(side, scales[source])} for source, side in shown]
             sides.append({"name": name, "maps": maps, "cut": max(0, len(tokens) - MAX_TOKENS)})
-        pictures = [drawn(picture) for picture in first.pictures]
+        views: dict[str | None, tuple[Any, ...]] = {}  # by how patches are rated; without, where none are
+        for s in group:
+            views.setdefault(next((p.get("by", "gradient") for p in s.pictures if p.get("patches")), None), s.pictures)
+        rated = {by: pictures for by, pictures in views.items() if by is not None} or views
+        pictures = [(RATED.get(str(by), ""), [drawn(p) for p in shown]) for by, shown in rated.items() if shown]
         about = {"prompt": visible(first.prompt.strip()), "row": first.row, "pictures": pictures}
         pairs.append({**about, "sides": sides})
     return pairs, list(scales.items())

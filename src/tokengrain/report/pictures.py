@@ -56,12 +56,17 @@ def pixels_of(row: Mapping[str, Any], folder: Path | None = None) -> list[np.nda
 
 
 GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # of Qwen-VL's patches
+RATED = {
+    "gradient": "gradient times input of the log-probability of the first completion",
+    "without": "what the log-probability of the first completion loses where they are grey",
+}
+"""What the values of patches are, by how they are rated."""
+
+By = Literal["gradient", "without"]
 CELLS, MERGE = 256, 2  # most parts of a prompt's pictures that are made grey; patches along a token's side
 
 
-def patch_credit(
-    model: nn.Module, batch: TokenBatch, by: Literal["gradient", "without"] = "gradient"
-) -> list[list[np.ndarray]]:
+def patch_credit(model: nn.Module, batch: TokenBatch, by: By = "gradient") -> list[list[np.ndarray]]:
     """Which patches the log-probability of each prompt's first completion rests on (nats).
 
     Args:
@@ -149,15 +154,15 @@ def _unmerged(values: Tensor, grids: Tensor, merge: int = MERGE) -> list[np.ndar
 
 
 def shown(
-    row: Mapping[str, Any], maps: list[np.ndarray] | None = None, folder: Path | None = None
+    row: Mapping[str, Any], maps: list[np.ndarray] | None = None, folder: Path | None = None, by: By = "gradient"
 ) -> list[dict[str, Any]]:
-    """The pictures of a row for `credit_samples.json`: `png` in base64, `size`, and perhaps values of `patches`."""
+    """The pictures of a row for `credit_samples.json`: `png` in base64, `size`; perhaps `patches`, and what `by`."""
     made = []
     pixels = pixels_of(row, folder)
     for i, own in enumerate(pixels):
         entry: dict[str, Any] = {"png": base64.b64encode(png(own)).decode(), "size": [own.shape[1], own.shape[0]]}
         if maps is not None and len(maps) >= len(pixels):
-            entry["patches"] = [[round(float(v), 6) for v in line] for line in maps[i]]
+            entry |= {"patches": [[round(float(v), 6) for v in line] for line in maps[i]], "by": by}
         made.append(entry)
     return made
 

@@ -24,7 +24,7 @@ from tokengrain.data.tokens import text_tokenizer, token_texts
 from tokengrain.errors import DataError, ModelError, RunError, problem, read_json, regular_file, require, shown
 from tokengrain.models import load_reader
 from tokengrain.report import svg
-from tokengrain.report.pictures import is_picture
+from tokengrain.report.pictures import By, is_picture
 from tokengrain.report.pictures import shown as shown_pictures
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.settings import code_named_by
@@ -83,10 +83,11 @@ def collect_credit_samples(
     *,
     truth: Tensor | None = None,
     maps: Sequence[list[Any]] = (),
+    by: By = "gradient",
 ) -> list[dict[str, Any]]:
     """The entries of `credit_samples.json` for the prompts of a batch, from credit `[N]` by source.
 
-    `maps` are the values of each prompt's patches, as `patch_credit` gives them.
+    `maps` are the values of each prompt's patches, as `patch_credit` gives them, rated `by`.
     """
     values = {name: _listed(batch, tensor) for name, tensor in credit.items()}
     exact = _listed(batch, truth) if truth is not None else None
@@ -97,7 +98,7 @@ def collect_credit_samples(
         ids = batch.prompt(g).tolist()
         about: dict[str, Any] = {"prompt": prompt_text(tokenizer, ids) if seen else tokenizer.decode(ids)}
         if seen and batch.raw:
-            about["pictures"] = shown_pictures(batch.raw[g], maps[g] if maps else None)
+            about["pictures"] = shown_pictures(batch.raw[g], maps[g] if maps else None, by=by)
         row = {"row": batch.rows[g]} if batch.rows else {}
         completions = [c for c, group in enumerate(groups) if group == g]
         texts = {c: token_texts(tokenizer, batch.completion(c).tolist()) for c in completions}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -330,18 +330,16 @@ def check_given_files(run: RunModels, stage: Stage, settings: Mapping[str, Any])
             check_manifest(source, marks)
 
 
-def store_credit(
-    run: RunModels, stage: Stage, batch: TokenBatch, source: str, values: Tensor, maps: Sequence[list[Any]] = ()
-) -> None:
+def store_credit(run: RunModels, stage: Stage, batch: TokenBatch, source: str, values: Tensor, **pictures: Any) -> None:
     """Put the entries of one source into the run's file, in place of earlier ones of that source.
 
-    `maps`: what it says of the prompts' pictures.
+    `pictures`: `maps` and `by` of `collect_credit_samples`.
     """
     data = run.recipe.data.train
     truth = load_world(data).advantages(batch) if is_world(data) else None
     path = run.run_dir / FILE
     kept = [entry for entry in (read_json(path) if path.exists() else []) if entry.get("source") != source]
-    made = collect_credit_samples(batch, run.tokenizer(stage.model), {source: values}, truth=truth, maps=maps)
+    made = collect_credit_samples(batch, run.tokenizer(stage.model), {source: values}, truth=truth, **pictures)
     write_json(path, kept + made)
 
 
@@ -441,10 +439,10 @@ class Annotate(Stage):
         if run.state.is_main_process:  # held-out pairs, if there are any
             file, spec = files[1] if files[1].exists() else files[0], CreditSpec.of(self.credit)
             batch = first_pairs(load_annotated(file, run.reader(self.model), marks, tokenize_config(self.data)))
-            maps: list[list[Any]] = []
-            if batch.sees and spec.kind.patches is not None:
-                maps = patch_credit(run.frozen(spec.models.get("model", self.model)), batch, spec.kind.patches)
-            store_credit(run, self, batch, f"credit: {spec.name}", batch.columns["token_rewards"], maps)
+            rated: dict[str, Any] = {}
+            if batch.sees and (by := spec.kind.patches) is not None:
+                rated = {"maps": patch_credit(run.frozen(spec.models.get("model", self.model)), batch, by), "by": by}
+            store_credit(run, self, batch, f"credit: {spec.name}", batch.columns["token_rewards"], **rated)
             if (same := same_rewards(files[0])) is not None:
                 what = f"every token reward is {same:g}, so all tokens count alike. Is the model that the "
                 what += "credit asks the same as its reference, or was it trained at all?"
