@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
-from tokengrain.errors import RecipeError
+from tokengrain.errors import ModelError, RecipeError
 from tokengrain.rewards.timemaster import TimeMaster
 from tokengrain.scoring.score import score
 from tokengrain.worlds import load_world
@@ -207,6 +208,13 @@ def test_a_models_own_answers_to_shuffled_frames() -> None:
         assert marks.form
         assert marks.wrong
         assert len(row["rejected_spans"]) == len(row["chosen_spans"]) == len(marks.wrong)
+
+
+def test_pillow_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    for kind in (SeriesWorld, ClipsWorld, ShapesWorld):
+        with pytest.raises(ModelError, match=r"rows with pictures need Pillow: pip install 'tokengrain\[vision\]'"):
+            kind()
 
 
 def test_options() -> None:

@@ -24,7 +24,7 @@ from tokengrain.bench.sources import PAIRS, SOURCES, Bench, BenchSource, chosen_
 from tokengrain.errors import RecipeError, fingerprint, read_log, require, write_text
 from tokengrain.evaluation.statistics import mean_of_runs
 from tokengrain.method import CREDIT
-from tokengrain.report.pictures import patch_credit
+from tokengrain.report.pictures import By, patch_credit
 from tokengrain.report.rows import collect_credit_samples
 from tokengrain.screen import Screen, progress_bar
 from tokengrain.worlds import load_world
@@ -196,10 +196,10 @@ def run_unit(
                 first = truth.batch.select(range(min(SHOWN, truth.batch.n_prompts)))
                 n = first.segments.total
                 credit_of = {source.name: values[:n]}
-                by = (CREDIT[source.name].patches if source.name in CREDIT else None) or "gradient"
-                rated = {"maps": patch_credit(world.reference, first, by), "by": by} if first.vision else {}
+                by: By = (CREDIT[source.name].patches if source.name in CREDIT else None) or "gradient"
+                maps = patch_credit(world.reference, first, by) if first.vision else ()
                 exact = truth.advantages[:n]
-                samples = collect_credit_samples(first, world.tokenizer, credit_of, truth=exact, **rated)
+                samples = collect_credit_samples(first, world.tokenizer, credit_of, truth=exact, maps=maps, by=by)
             line = {
                 "key": key_of(unit, source),
                 "regime": unit.regime,

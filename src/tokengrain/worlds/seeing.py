@@ -29,6 +29,7 @@ from transformers import (
 from tokengrain.batch import TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
+from tokengrain.data.pictures import pillow
 from tokengrain.data.rows import load_rows
 from tokengrain.data.vision import without_torchvision
 from tokengrain.errors import RecipeError, fingerprint, require
@@ -203,6 +204,7 @@ class SeeingWorld(ABC):
     warmth: Warmth = Warmth()
 
     def __init__(self, options: SeeingOptions) -> None:
+        pillow()  # an error that says what is missing, before anything is drawn
         self.options = options
 
     # ---- What a world is ----
