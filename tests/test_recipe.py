@@ -612,6 +612,10 @@ def test_names_that_other_libraries_have() -> None:
         ("training.max_completion_length=9", "training.max_new_tokens"),
         ("training.max_new_tokens=9", "training.max_new_tokens"),
         ("max_new_tokens=9", "training.max_new_tokens"),
+        ("actor_rollout_ref.rollout.n=8", "training.num_generations"),
+        ("actor_rollout_ref.actor.kl_loss_coef=0.1", "objective.beta"),
+        ("actor_rollout_ref.rollout.temperature=0.7", "training.temperature"),
+        ("algorithm.kl_ctrl.kl_coef=0.1", "objective.beta"),
     ):
         with pytest.raises(RecipeError, match=rf"unknown key; .*: '?stages\.train\.{place}"):
             load_recipe("grpo", overrides=[override])

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from tokengrain.cli import main
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
+from tokengrain.recipe.schema import dump_recipe
 from tokengrain.report.html import write_report
 from tokengrain.run import folder as run_folder
 from tokengrain.run import runner, show, trained
@@ -502,6 +503,18 @@ def test_an_edited_template_file_is_another_run(tmp_path: Path) -> None:
         template.write_text(text)
         marks.append([plan.fingerprint for plan in make_plan(make_recipe(recipe))])
     assert not set(marks[0]) & set(marks[1])
+
+
+def test_a_template_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "chat.jinja").write_text("{% if x %}a{% endif %}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = {"train": str(write_rows(tmp_path / "pairs.jsonl")), "chat_template": "chat.jinja"}
+    recipe = make_recipe(values(tmp_path, data=data))
+    Path("saved.yaml").write_text(dump_recipe(recipe, anchored=True))
+    here = [plan.fingerprint for plan in make_plan(recipe)]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [plan.fingerprint for plan in make_plan(load_recipe(tmp_path / "saved.yaml"))] == here
 
 
 def test_a_stage_cannot_take_an_option_of_another_kind(tmp_path: Path) -> None:

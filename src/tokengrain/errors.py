@@ -249,15 +249,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def json_text(value: Any) -> str:
     """`value` as indented JSON; a number that is not finite, which JSON lacks, as null."""
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value of JSON with null in place of numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def fingerprint(value: Any) -> str:

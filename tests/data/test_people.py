@@ -273,6 +273,11 @@ def test_text_that_the_template_drops(change, template, field, what):
             encode_prompts([row], gpt2_like(template))
 
 
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_where_nothing_is_said_nothing_is_dropped(empty):
+    assert ids({**ROW, "chosen": [thinks("It is blue.", empty)]}) == ids({**ROW, "chosen": [assistant("It is blue.")]})
+
+
 def test_what_a_template_writes_otherwise_is_not_dropped():
     """White space, JSON's escapes, and the reasoning of earlier answers, which templates leave out on purpose."""
     row = {

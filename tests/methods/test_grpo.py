@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,3 +358,14 @@ def test_overlong_penalty() -> None:
     for buffer, message in ((0, "buffer = 0"), (-1, "buffer = -1"), (101, "buffer is 101; expected at most 100")):
         with pytest.raises(RecipeError, match=message):
             make_rollout_credit("overlong", max_length=100, buffer=buffer)
+
+
+def test_the_buffer_is_a_fifth_of_what_is_sampled() -> None:
+    """As in the paper, where it is 4096 of 20480; a recipe with other lengths needs no other buffer."""
+    lengths = torch.tensor([16, 20, 18])
+    found: Any = SimpleNamespace(
+        max_new_tokens=20, segments=SimpleNamespace(lengths=lengths), rewards=torch.zeros(3), metrics={}
+    )
+    make_rollout_credit("overlong")(found)
+    assert found.rewards.tolist() == [0.0, -1.0, -0.5]
+    make_rollout_credit("overlong").check_limit(20)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeE
 from tokengrain.loss import LossOutput
 from tokengrain.method import make_credit
 from tokengrain.methods.dpo import dpo_loss
-from tokengrain.training.checkpoint import last_complete_checkpoint
+from tokengrain.training.checkpoint import JsonlLog, last_complete_checkpoint
 
 # ---- Input that does not fit ----
 
@@ -270,3 +272,9 @@ def test_failed_save_model_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     trainer.save_model(str(tmp_path / "model"))
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_the_log_is_json_for_every_reader(tmp_path: Path) -> None:
+    log, state = JsonlLog(tmp_path / "log.jsonl"), SimpleNamespace(is_world_process_zero=True, global_step=3)
+    log.on_log(None, state, None, {"reward/a": math.nan, "kl": torch.tensor(math.inf), "loss": 0.1})
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 3, "reward/a": null, "kl": null, "loss": 0.1}\n'

@@ -362,7 +362,7 @@ class Renderer:
             value = message.get(key)
             if key == "content" and isinstance(value, list):
                 value = [part["text"] for part in value if "text" in part]
-            for part in _texts_of(value):
+            for part in filter(str.strip, _texts_of(value)):
                 forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
                 found = named and any("".join(form.split()) in squeezed for form in forms)
                 if not found or (key == "tool_calls" and SHORT.fullmatch(part) and not _has_word(text, part)):

@@ -249,26 +249,29 @@ def informative_groups(metric: Tensor, group: Tensor) -> Tensor:
 
 def _check_overlong(settings: Mapping[str, Any], max_new_tokens: float | None = None) -> None:
     limit = settings["max_length"] if settings["max_length"] is not None else max_new_tokens
-    if limit is not None and settings["buffer"] > limit:
-        raise RecipeError(f"credit 'overlong': buffer is {settings['buffer']:g}; expected at most {limit:g}, the limit")
+    buffer = settings["buffer"] or 0.0
+    if limit is not None and buffer > limit:
+        what = f"credit 'overlong': buffer is {buffer:g}; expected at most {limit:g}, the limit"
+        raise RecipeError(f"{what} (max_length, or max_new_tokens of the training), or none: a fifth of it")
 
 
 @rollout_credit(
     "overlong", phase="rewards", check=_check_overlong, limit=lambda tokens, settings: _check_overlong(settings, tokens)
 )
 def overlong(
-    rollout: Rollout, *, buffer: Positive, factor: NonNegative = 1.0, max_length: Positive | None = None
+    rollout: Rollout, *, buffer: Positive | None = None, factor: NonNegative = 1.0, max_length: Positive | None = None
 ) -> None:
     """DAPO's soft overlong punishment, added to the outcome of a completion.
 
     Args:
-        buffer: tokens before the limit within which the penalty grows from 0 to `factor`; at most the limit.
+        buffer: tokens before the limit within which the penalty grows from 0 to `factor`; at most the limit. None: a
+            fifth of it, as in the paper (4096 of 20480).
         factor: largest penalty.
         max_length: the limit, tokens; None: the longest completion that is sampled.
     """
     limit = max_length if max_length is not None else rollout.max_new_tokens
     lengths = rollout.segments.lengths.to(rollout.rewards.dtype)
-    penalty = overlong_penalty(lengths, max_length=limit, buffer=buffer, factor=factor)
+    penalty = overlong_penalty(lengths, max_length=limit, buffer=buffer or limit / 5, factor=factor)
     rollout.metrics["reward/overlong"] = float(penalty.mean())
     rollout.rewards = rollout.rewards + penalty
 

@@ -235,6 +235,8 @@ def _message(item: Any, path: str) -> str:
     match kind:
         case "extra_forbidden":
             elsewhere = _elsewhere() if cls is schema.Recipe else {}
+            if cls is schema.Recipe and isinstance(value, Mapping) and (found := list(_of_verl(value, key))):
+                return "\n  - ".join(found)
             return _unknown_key(path.rpartition(".")[0], key, cls.model_fields, elsewhere)
         case "missing":
             return f"{path}: missing; {field.description if field else ''}"
@@ -285,7 +287,11 @@ FOREIGN = {
     **dict.fromkeys(("beta", "kl_loss_coef", "kl_coef", "init_kl_coef"), "objective.beta"),
     **dict.fromkeys(("epsilon", "clip_ratio", "cliprange"), "objective.epsilon"),
     **dict.fromkeys(("epsilon_high", "clip_ratio_high"), "objective.epsilon_high"),
-    "log_completions": "training.rollout_samples",
+    **dict.fromkeys(("log_completions", "num_completions_to_print"), "training.rollout_samples"),
+    **dict.fromkeys(("adv_estimator", "importance_sampling_level"), "method, objective.name and credit"),
+    **dict.fromkeys(("total_epochs", "total_training_steps"), "training.num_train_epochs, or max_steps"),
+    **dict.fromkeys(("train_files", "dataset_name"), "data.train"),
+    "val_files": "data.eval",
     "loss_type": "objective.name, or objective.loss_type of dpo",
     "scale_rewards": "credit: [{name: group, scale: ...}]",
     "mask_truncated_completions": "credit: [..., mask_truncated]",
@@ -305,7 +311,9 @@ FOREIGN = {
     **{name: f"model.{name}" for name in ("load_in_4bit", "load_in_8bit")},
     "pref_beta": "objective.beta",
     "pref_loss": "objective.name, or objective.loss_type of dpo",
-    **dict.fromkeys(("use_vllm", "vllm_mode"), "sampler: {name: server, url: ...}"),
+    **dict.fromkeys(
+        ("use_vllm", "vllm_mode", "vllm_server_host", "vllm_server_base_url"), "sampler: {name: server, url: ...}"
+    ),
 }
 
 
@@ -339,6 +347,19 @@ def _unknown_key(where: str, name: str, legal: Iterable[str], elsewhere: Mapping
     if elsewhere and near and not get_close_matches(name, legal, n=1, cutoff=0.5):
         return f"{path}: unknown key; did you mean {elsewhere[near[0]]!r}?"
     return f"{path}: unknown key{nearest(name, legal)}"
+
+
+def _of_verl(group: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Hints for the settings in one of verl's groups, such as `actor_rollout_ref.actor.kl_loss_coef`."""
+    for name, value in group.items():
+        where = f"{path}.{name}"
+        if isinstance(value, Mapping):
+            yield from _of_verl(value, where)
+        elif here := FOREIGN.get({"n": "rollout_n"}.get(name, name)) or (
+            f"training.{name}" if name in ONLINE else None
+        ):
+            stage = "" if here.startswith(("data.", "method", "training.num_train")) else "stages.train."
+            yield f"{where}: unknown key; the {name} of other libraries is here: {stage}{here}"
 
 
 def _elsewhere() -> dict[str, str]:

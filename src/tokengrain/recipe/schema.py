@@ -225,6 +225,7 @@ def dump_recipe(recipe: Recipe, *, anchored: bool = False) -> str:
 
 _PLACES = {"model", "path", "data", "train", "eval", "reference", "reverse", "target", "contrast", "tokenizer"}
 _PLACES |= {"documents", "docids", "vectors"}  # of an index stage
+_PLACES |= {"chat_template"}  # unless it is one itself
 _AS_THEY_ARE = ("rewards", "critic", "sampler", "objective", "training")  # they count as they are written
 
 
@@ -235,8 +236,9 @@ def _anchored(values: Any, key: str = "") -> Any:
         return {k: v if k in _AS_THEY_ARE else _anchored(v, str(k)) for k, v in values.items()}
     if isinstance(values, list):
         return [_anchored(value, key) if key in _PLACES else value for value in values]
-    if key in _PLACES and isinstance(values, str) and (place := Path(values).expanduser()).exists():
-        return str(place.resolve())
+    if key in _PLACES and isinstance(values, str) and "{" not in values:
+        place = Path(values).expanduser()
+        return str(place.resolve()) if place.exists() else values
     return values
 
 

@@ -143,16 +143,14 @@ class Stage(ABC):
         }
 
     def _data_content(self, above: Mapping[str, str]) -> dict[str, Any]:
-        given = self.data.tokenize.get("chat_template")
-        text = template_text(given)
-        template = {"template": fingerprint(text)} if text != given else {}  # of a file: what is in it
+        read = read_template(self.data)
         if self.data.stage is not None:
-            return {"content": above[self.data.stage], "tokenize": self.data.tokenize, **template}
-        options = self.data.model_dump(exclude={"train", "eval"}, exclude_none=True)
+            return {"content": above[self.data.stage], "tokenize": self.data.tokenize | read}
+        options = self.data.model_dump(exclude={"train", "eval"}, exclude_none=True) | read
         spans = tokenize_config(self.data).span_config
         # A function of the user's counts with its source: another body marks other spans.
         marked = {"spans": spans.describe()} if spans is not None else {}
-        return {**options, **marked, **template, "content": data_fingerprint(self.data)}
+        return {**options, **marked, "content": data_fingerprint(self.data)}
 
     # ---- build: rows ----
 
@@ -300,6 +298,12 @@ def annotated_files(folder: Path) -> tuple[Path, Path]:
     return folder / "train.parquet", folder / "eval.parquet"
 
 
+def read_template(data: DataSpec) -> dict[str, Any]:
+    """The chat template that rows are given, itself in place of a file's path, which tells nothing of its content."""
+    text = template_text(data.tokenize.get("chat_template"))
+    return {} if text is None else {"chat_template": text}
+
+
 def file_marks(
     run: RunModels, stage: Stage, settings: Mapping[str, Any], rows: DataSpec, like: ModelSpec
 ) -> dict[str, str]:
@@ -311,8 +315,8 @@ def file_marks(
     marks = {
         "model": settings["model"]["content"],
         "tokenizer": tokenizer_fingerprint(reader),
-        "chat_template": fingerprint([config.chat_template or reader.chat_template]),
-        "tokenize": fingerprint(stage.data.tokenize),
+        "chat_template": fingerprint([template_text(config.chat_template) or reader.chat_template]),
+        "tokenize": fingerprint(stage.data.tokenize | read_template(stage.data)),
         "data": data_fingerprint(rows),
     }
     if stage.reference not in (None, "columns"):  # the stored ref_logps are not used, nor is the model that made them

@@ -27,6 +27,7 @@ from tokengrain.errors import (
     explained,
     fault,
     fingerprint,
+    finite,
     foreign,
     read_log,
     regular_file,
@@ -282,7 +283,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 class JsonlLog(TrainerCallback):
-    """Appends every logged dictionary to `output_dir/log.jsonl`, one line each, with its step.
+    """Appends every logged dictionary to `output_dir/log.jsonl`, one line each, with its step; NaN is null.
 
     A resumed run cuts off what the earlier attempt logged after its checkpoint, so that no step is logged twice.
     """
@@ -298,14 +299,15 @@ class JsonlLog(TrainerCallback):
         for entry in read_log(self.path) if step is not None else ():
             if entry.get("step", 0) > step or RUN_SUMMARY in entry:
                 break
-            kept.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            kept.append(json.dumps(finite(entry), ensure_ascii=False) + "\n")
         if kept or self.path.exists():
             write_text(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        line = json.dumps({"step": state.global_step, **logs}, ensure_ascii=False, default=float) + "\n"
+        entry = json.loads(json.dumps({"step": state.global_step, **logs}, default=float))
+        line = json.dumps(finite(entry), ensure_ascii=False) + "\n"
         if self._before is not None:
             self._before.append(line)
         append_text(self.path, line)
