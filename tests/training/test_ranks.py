@@ -20,6 +20,9 @@ from tests.training.ranks import on_ranks, sharding_on_cpu
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
 from tokengrain.errors import NonFiniteLossError, RunError, read_log
 from tokengrain.method import make_objective
+from tokengrain.methods.aligndistil import ContrastiveTeacher
+from tokengrain.models import reward_model_from
+from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.checkpoint import last_complete_checkpoint
 from tokengrain.training.step import WeightedMeans, all_reduce
 
@@ -27,7 +30,7 @@ FSDP = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
-OBJECTIVES = {"simpo": {"sft_weight": 0.3}, "tdpo2": {}, "dpo": {}}
+OBJECTIVES = {"simpo": {"sft_weight": 0.3}, "tdpo2": {}, "dpo": {}, "aligndistil": {}, "qrm": {}}
 
 
 def run(
@@ -46,13 +49,17 @@ def run(
         peft_config = LoraConfig(
             r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=True
         )
+    model = tiny_llama(dtype=torch.float64)
+    torch.manual_seed(0)  # a reward model's head
     with sharding_on_cpu():
         trainer = make_trainer(
             folder,
-            make_samples(24),
-            model=tiny_llama(dtype=torch.float64),
+            make_samples(24, completions=1 if objective == "aligndistil" else 2),
+            model=reward_model_from(model) if objective == "qrm" else model,
             objective=make_objective(objective, **OBJECTIVES[objective]),
-            eval_dataset=make_samples(9, seed=2),  # rank 0 has a batch more than rank 1
+            teacher=contrast() if objective == "aligndistil" else None,
+            # Rank 0 has a batch more than rank 1.
+            eval_dataset=make_samples(9, seed=2, completions=1 if objective == "aligndistil" else 2),
             per_device_eval_batch_size=2,
             peft_config=peft_config,
             **{"optim": "sgd", "learning_rate": 0.05, "logging_steps": 2, **settings},
@@ -68,6 +75,16 @@ def run(
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     parts = {n.replace("module.", ""): v.detach().cpu().clone().numpy() for n, v in state.items()}
     return parts, metrics
+
+
+def contrast() -> ContrastiveTeacher:
+    """Two models whose difference is learned: the policy's weights, each with another head."""
+    others = [FrozenReference(tiny_llama(dtype=torch.float64)) for _ in range(2)]
+    for seed, other in enumerate(others):
+        head = other.model.get_output_embeddings().weight
+        noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed), dtype=head.dtype)
+        head.data += 0.1 * noise
+    return ContrastiveTeacher(target=others[0], contrast=others[1], r=2.0)
 
 
 def assert_equal_runs(one: tuple[Any, Any], two: tuple[Any, Any], folders: list[Path]) -> None:
@@ -86,6 +103,8 @@ def assert_equal_runs(one: tuple[Any, Any], two: tuple[Any, Any], folders: list[
 CASES = [
     ("simpo", False, {"max_tokens_per_microbatch": 30, "evaluate_first": True}),
     ("tdpo2", True, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    pytest.param("aligndistil", False, {"max_tokens_per_microbatch": 30}, marks=pytest.mark.slow),
+    pytest.param("qrm", False, {"max_tokens_per_microbatch": 30}, marks=pytest.mark.slow),
 ]
 
 

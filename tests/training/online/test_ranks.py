@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,27 @@ def resumed(folder: Path, **settings: Any) -> Any:
     return run(folder, **settings)
 
 
+class Digits:
+    """A tokenizer that writes every token as "#", which ends R3's chains at once."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "#" * len(ids)
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [5] * len(text)}
+
+
 SHARDED: dict[str, dict[str, Any]] = {
     "weights": {"objective": make_objective("grpo", beta=0.1), "credit": ["group", "thr"], "minibatches": 2},
     "adapter": {"objective": make_objective("grpo", beta=0.1), "adapter": True},
+    "r3": {
+        "objective": make_objective("grpo", beta=0.1),
+        "credit": [
+            make_rollout_credit("r3", tokenizer=Digits(), marker="#", end=False, truncated="keep", filter_drop=0.25),
+            "group",
+        ],
+        "train_dataset": [replace(p, raw={**p.raw, "reference": [3, 5]}) for p in make_prompts(12)],
+    },
 }
 
 
@@ -156,7 +175,9 @@ def from_server(
     return parts, before["eval_reward"], metrics["eval_reward"], trainer.rollout_state()
 
 
-@pytest.mark.parametrize("case", ["weights", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["weights", *(pytest.param(case, marks=pytest.mark.slow) for case in ("adapter", "r3"))]
+)
 def test_a_sharded_policy_samples_from_a_server(case: str, tmp_path: Path) -> None:
     """FSDP2 gives the gradients, weights and evaluation of DDP; the server has what the last step left."""
     found = {}
