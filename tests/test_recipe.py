@@ -115,6 +115,18 @@ def test_stages_that_are_none(stages: Any, tmp_path: Path) -> None:
         assert "expected a mapping of stages" in message
 
 
+def test_a_stage_set_to_null_is_left_out(tmp_path: Path) -> None:
+    assert list(load_recipe("timemaster", "M", "rows.jsonl", ["stages.sft=null"]).stages) == ["train"]
+    assert "stages.trian is null, and there is no such stage; did you mean 'train'?" in error_of(
+        tmp_path, "stages.trian=null"
+    )
+
+
+def test_fsdp_is_true_or_text() -> None:
+    """transformers means true, though it says that the type is text."""
+    assert load_recipe("dpo", overrides=["training.fsdp=true"]).training["fsdp"] is True
+
+
 def test_override_values_are_yaml() -> None:
     assert parse_override("a.b=1e-4") == (["a", "b"], 1e-4)
     assert parse_override("a=-2E+3") == (["a"], -2000.0)

@@ -220,7 +220,7 @@ class Part:
     @property
     def own(self) -> bool:
         """Whether it is a user's or another package's, so that its source counts in fingerprints."""
-        return not getattr(self.function, "__module__", "").startswith("tokengrain.")
+        return not (getattr(self.function, "__module__", None) or "").startswith("tokengrain.")  # None of exec's
 
     @property
     def summary(self) -> str:

@@ -156,9 +156,18 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
     for keys, value in overrides:
         if len(keys) == 1 and keys[0] in SHORT_NAMES:
             _set_short(values, keys[0], value)
+        elif value is None and len(keys) == 2 and keys[0] == "stages":
+            _leave_out(values.get("stages"), keys[1])
         elif keys[0] not in early:
             set_path(values, keys, value)
     return values
+
+
+def _leave_out(stages: Any, name: str) -> None:
+    """`stages.sft=null`: the recipe without that stage."""
+    known = stages if isinstance(stages, dict) else {}
+    require(name in known, RecipeError, f"stages.{name} is null, and there is no such stage{nearest(name, known)}")
+    del known[name]
 
 
 SHORT_NAMES = {
