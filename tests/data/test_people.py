@@ -192,7 +192,10 @@ def test_text_rows_as_messages():
     start = "\n\nHuman: the sky?\n\nAssistant: which?\n\nHuman: the night's\n\nAssistant:"
     dialogue = {"chosen": f"{start} black.", "rejected": f"{start} blue."}
     turns = [user("the sky?"), assistant("which?"), user("the night's")]
-    assert ids(dialogue, chat)[0] == ids({**ROW, "prompt": turns})[0]
+    said = {"prompt": turns, "chosen": [assistant("black.")], "rejected": [assistant("blue.")]}
+    assert ids(dialogue, chat) == ids(said)
+    marked = {**dialogue, "chosen_spans": [{"start": 1, "end": 6}], "rejected_spans": []}
+    assert text(marked, chat)[1] == " black.<|im_end|>"
     assert encode_prompts([plain], gpt2_like(CHATML), chat=True)[0].ids == ids(ROW)[0]
     several = {"prompt": "the sky?", "completions": ["It is blue.", "It is black."]}
     assert [e.completions[0] for e in candidates_of(several, chat=True)] == [ROW["chosen"], ROW["rejected"]]

@@ -257,6 +257,11 @@ def _as_messages(row: dict[str, Any]) -> None:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         row["prompt"], row["chosen"], row["rejected"] = _split_pair(chosen, rejected)
+        if _is_dialogue(chosen):  # the space behind "Assistant:" is not said, unless positions count it
+            sides = [
+                n for n in COMPLETIONS if isinstance(row.get(n), str) and not any(k.startswith(f"{n}_") for k in row)
+            ]
+            row |= {name: row[name].strip() for name in sides}
     if isinstance(prompt := row.get("prompt"), str) and prompt.strip():
         row["prompt"] = _turns(prompt)
     for name in COMPLETIONS:
@@ -578,7 +583,7 @@ def check_completion(completion: Content, name: str) -> None:
         return
     if isinstance(completion, TokenIds):
         return
-    what, expected = "no message is left beside the prompt", "an assistant's message"
+    what, expected = "no message is left beside the prompt", "a message of the role 'assistant' at the end"
     check(completion, what=what, value=completion, expected=expected, **empty)
     for message in (completion[0], completion[-1]):
         what = f"a completion begins or ends with the role {message['role']!r}"
