@@ -72,5 +72,7 @@ def test_all_stages_on_pictures(tmp_path: Path) -> None:
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 8
     assert all("completion" in answer for answer in answers)
+    call("rank", tmp_path / "rows.jsonl", "--model", tmp_path / "run/reward/model", "-o", tmp_path / "ranked.jsonl")
+    assert len((tmp_path / "ranked.jsonl").read_text().splitlines()) == 8
     # Rows that are written elsewhere still find their pictures.
     assert answers[1]["images"][0]["path"] == str(tmp_path / "pictures" / "1.png")

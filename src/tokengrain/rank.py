@@ -20,7 +20,16 @@ from tokengrain.annotation import CPU_TOKENS, GPU_TOKENS
 from tokengrain.batch import Sample, TokenBatch, first_fit
 from tokengrain.data.config import BATCH_ROWS, RowError, TokenizeConfig, check
 from tokengrain.data.encode import Encoded, ExampleEncoder
-from tokengrain.data.formats import Example, canonical, check_prompt, content, for_template, pair_example
+from tokengrain.data.formats import (
+    Example,
+    Given,
+    canonical,
+    check_prompt,
+    content,
+    for_template,
+    pair_example,
+    pictured,
+)
 from tokengrain.data.rows import file_kind, load_rows
 from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atomic_write, require
 from tokengrain.evaluation import statistics
@@ -66,7 +75,7 @@ def rank(
         model: a reward model's folder or hub name, a loaded reward model, or a credit source (for example
             `guide`: the reward that a DPO-trained model implies).
         output: a .jsonl file; default: the input's name with `.ranked.jsonl`, in the working directory.
-        tokenizer: needed with a loaded model or a credit source.
+        tokenizer: needed with a loaded model or a credit source; a processor where rows have pictures.
         tokenize: how rows become tokens; `on_invalid: skip` leaves out rows that cannot be used.
         pooling: "last" for a reward model trained on the last token alone.
         max_tokens: token budget of one forward pass (default 8,192 on CPU, 32,768 on GPU).
@@ -85,7 +94,7 @@ def rank(
     result = Ranking(_target(file, rows.name, output, overwrite))
     tokenize = tokenize or TokenizeConfig()
     source, tokenizer, device, positions = _scorer(model, tokenizer, device)
-    encoder = ExampleEncoder(tokenizer, tokenize, lambda example: example, positions)
+    encoder = ExampleEncoder(tokenizer, tokenize, lambda example: example, positions, place=rows.place)
     budget = max_tokens or (GPU_TOKENS if torch.device(device).type == "cuda" else CPU_TOKENS)
     scores: list[float] = []
     lengths: list[int] = []
@@ -131,12 +140,13 @@ def candidates_of(row: Any, chat: bool = False) -> list[Example]:
         what = "the row has no completions"
         check("chosen" in row, "missing column", what, field="completions", value=list(row), expected=expected)
         pair = pair_example(row)
-        return [_single(row, pair.prompt, c, name) for c, name in zip(pair.completions, pair.fields)]
+        return [_single(row, pair.prompt, pair.pictures, c, name) for c, name in zip(pair.completions, pair.fields)]
     prompt, several = content(row, "prompt"), row["completions"]
     check_prompt(prompt)
     whole = isinstance(several, Sequence) and not isinstance(several, (str, bytes)) and len(several)
     expected = "a list of at least one string or list of messages"
     check(whole, "wrong type", "is not a list of completions", field="completions", value=several, expected=expected)
+    prompt, pictures = pictured(row, prompt)
     examples = []
     for index, value in enumerate(several):
         name = f"completions[{index}]"
@@ -144,12 +154,12 @@ def candidates_of(row: Any, chat: bool = False) -> list[Example]:
         expected = "prompt and completions all strings or all lists of messages"
         alike = isinstance(completion, str) == isinstance(prompt, str)
         check(alike, "mixed types", "is not of the prompt's kind", field=name, value=value, expected=expected)
-        examples.append(_single(row, prompt, completion, name))
+        examples.append(_single(row, prompt, pictures, completion, name))
     return examples
 
 
-def _single(row: Any, prompt: Any, completion: Any, name: str) -> Example:
-    return Example(prompt, (completion,), (name,), ({},), ("",), **for_template(row))
+def _single(row: Any, prompt: Any, pictures: Mapping[str, Given], completion: Any, name: str) -> Example:
+    return Example(prompt, (completion,), (name,), ({},), ("",), **for_template(row), pictures=pictures)
 
 
 def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int | None]:
@@ -158,7 +168,7 @@ def _scorer(model: Any, tokenizer: Any, device: Any) -> tuple[Any, Any, Any, int
         path = os.path.expanduser(os.fspath(model))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = models.load_trained_reward_model(path).to(device)
-        tokenizer = tokenizer or models.load_tokenizer(ModelSpec(path=path), path)
+        tokenizer = tokenizer or models.load_reader(ModelSpec(path=path), path)
         return loaded, tokenizer, device, positions_of(loaded.config)
     missing = "tokenizer is missing; it is needed with a model or credit source that is loaded already"
     require(tokenizer is not None, RecipeError, missing)

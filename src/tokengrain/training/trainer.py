@@ -625,8 +625,8 @@ class PreferenceTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
         with reading(Path(resume_from_checkpoint), "its weights: "):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args)
-            self._load_renamed(resume_from_checkpoint)
+            if not self._load_renamed(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, *args)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(Path(checkpoint), "its optimiser: ") if checkpoint else nullcontext():
@@ -640,14 +640,17 @@ class PreferenceTrainer(Trainer):
         super()._load_best_model()
         self._load_renamed(str(self.state.best_model_checkpoint))
 
-    def _load_renamed(self, checkpoint: str) -> None:
-        if has_renamed_weights(Path(checkpoint), self.model):
-            # transformers renames weights when it saves some architectures (GPT-NeoX's head) and its trainer does
-            # not name them back; only `from_pretrained` does.
+    def _load_renamed(self, checkpoint: str) -> bool:
+        """Load weights that only `from_pretrained` can; whether they are such."""
+        renamed = has_renamed_weights(Path(checkpoint), self.model)
+        if renamed:
+            # transformers renames weights when it saves some architectures (GPT-NeoX's head, Qwen2-VL) and its trainer
+            # does not name them back.
             own: Any = self.model
             with no_progress_bar():
                 loaded = type(own).from_pretrained(checkpoint, config=own.config, dtype=own.dtype)
             own.load_state_dict(loaded.state_dict())
+        return renamed
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
