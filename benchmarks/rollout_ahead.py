@@ -7,7 +7,8 @@ GRPO on the world `arithmetic`, both ways from the same weights with the same se
 thread each, and on Linux a core each, the same two both ways: the sampler `server` is a process of its own that speaks
 vLLM's protocol, `hf` a thread. After some rollouts the weights are set aside; when training is over, each is sampled on
 the world's held-out problems. Differences are paired by seed, with Student's t interval of their mean. The wall time is
-that of `train()`, which holds no evaluation and no checkpoint. On a machine that others use the times are worthless.
+that of `train()`, which holds no evaluation and no checkpoint. On a machine that others use seconds are worthless,
+CPU seconds are not: those of the main thread are what is left of the wall time at best.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ from tokengrain.worlds import load_world
 
 MINIBATCHES, LEARNING_RATE = 8, 1e-4
 WAYS = ("turns", "ahead")
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 console = Console()
 
 
-def pinned(core: int) -> None:
-    """One torch thread, and where the system can do it one core, for the calling thread and those it starts."""
+def pinned(cores: list[int]) -> None:
+    """One torch thread; and these cores, where the system can do it, for the calling thread and those it starts."""
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[core % len(cores)]})
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
-def serve(model: str, pipe: Any) -> None:
-    """In a process of its own: a server on the second core, until the other side says something."""
-    pinned(1)
+def serve(model: str, cores: list[int], pipe: Any) -> None:
+    """In a process of its own: a server on these cores, until the other side says something."""
+    pinned(cores)
     served = Served(AutoModelForCausalLM.from_pretrained(model).eval())
     served.longest = 2**20
     with serving(served) as stub:
@@ -69,7 +70,7 @@ def sampling(kind: str, model: str) -> Iterator[Any]:
         return
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(model, theirs), daemon=True)
+    process = context.Process(target=serve, args=(model, CORES[1:2], theirs), daemon=True)
     process.start()
     try:
         yield {"name": "server", "url": ours.recv(), "model": "m", "refresh": "checkpoint"}
@@ -91,7 +92,7 @@ class SetAside(TrainerCallback):
 
 def train(world: Any, kind: str, way: str, seed: int, rollouts: int, at: list[int]) -> dict[str, Any]:
     """One training: seconds, and the held-out accuracy after the rollouts in `at`."""
-    pinned(0)
+    pinned(CORES[:1] if kind == "server" else CORES[:2])
     aside = SetAside({number * MINIBATCHES for number in at})
     with tempfile.TemporaryDirectory() as folder, sampling(kind, str(world.base_model())) as sampler:
         trainer = OnlineTrainer(
@@ -123,11 +124,10 @@ def train(world: Any, kind: str, way: str, seed: int, rollouts: int, at: list[in
             processing_class=world.tokenizer,
             callbacks=[aside],
         )
-        if kind == "hf" and hasattr(os, "sched_setaffinity"):  # the thread takes the second core
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
-        started, cpu = time.perf_counter(), time.process_time()
+        clocks = time.perf_counter, time.thread_time, time.process_time
+        started = [clock() for clock in clocks]
         trainer.train()
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        seconds, own, cpu = (clock() - before for clock, before in zip(clocks, started, strict=True))
     log = [e for e in trainer.state.log_history if "loss" in e]
     names = ("seconds/rollout", "seconds/update", "seconds/scoring", "seconds/refresh", "mismatch/k3")
     means = {name: fmean(e[name] for e in log[1:]) for name in names if name in log[-1]}
@@ -136,7 +136,7 @@ def train(world: Any, kind: str, way: str, seed: int, rollouts: int, at: list[in
     for step, state in sorted(aside.found.items()):
         model.load_state_dict(state)
         accuracy[step // MINIBATCHES] = world.evaluate(model, 16, seed)["accuracy"]
-    return {"way": way, "seed": seed, "seconds": seconds, "cpu": cpu, "accuracy": accuracy, "log": means}
+    return {"way": way, "seed": seed, "seconds": seconds, "own": own, "cpu": cpu, "accuracy": accuracy, "log": means}
 
 
 def compared(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> tuple[float, float, Estimate]:
@@ -163,7 +163,8 @@ def main(
                 console.print(json.dumps(runs[-1]), soft_wrap=True, highlight=False)
         table = Table("sampler " + kind, "turns", "ahead", "difference, paired (95 %)")
         rows = {f"accuracy after {n} rollouts": lambda run, n=n: run["accuracy"][n] for n in at}
-        rows |= {"seconds": lambda run: run["seconds"], "CPU seconds of the trainer": lambda run: run["cpu"]}
+        rows |= {"seconds": lambda run: run["seconds"], "CPU seconds, main thread": lambda run: run["own"]}
+        rows |= {"CPU seconds, other threads": lambda run: run["cpu"] - run["own"]}
         for name in runs[-1]["log"]:
             rows[name] = lambda run, name=name: run["log"].get(name, 0.0)
         for name, value in rows.items():
