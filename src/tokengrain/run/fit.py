@@ -62,7 +62,7 @@ class Outlook:
         if self.steps is not None:
             epochs = f", {args.num_train_epochs:g} epochs" if args.max_steps <= 0 and args.num_train_epochs != 1 else ""
             warm = args.get_warmup_steps(self.steps)
-            work += f"{epochs}: {self.steps} steps" + (f", {warm} of warm-up" if warm else "")
+            work += f"{epochs}: {self.steps} step{'s' * (self.steps != 1)}" + (f", {warm} of warm-up" if warm else "")
         parts += [work, f"rate {float(args.learning_rate):.2g}"]
         if self.parameters:
             share = "all" if self.trained == self.parameters else f"{self.trained / 1e6:.4g} of"
