@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait asleep: spinning ones cost minutes as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test test-slow test-vllm test-verl test-ray test-torchvision test-lowest lint format bench claims real hh world-weights docs-tables docs clean
+.PHONY: help setup demo test test-slow test-vllm test-verl test-ray test-torchvision test-lowest lint format bench claims real real-studies hh world-weights docs-tables docs clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -112,6 +112,11 @@ real: setup  ## Get a published model and tokenizers (30 s, into the cache), and
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf sentencepiece
 	$(BIN)/python -m tests.real.models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/real
+
+real-studies: setup  ## Credit and offline methods on the published model (a night of two cores); writes docs/
+	$(BIN)/python -m benchmarks.real_credit --output docs/results
+	$(BIN)/python -m benchmarks.real_gallery
+	$(BIN)/python -m benchmarks.real_training --output docs/results
 
 hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
 	$(BIN)/python -m benchmarks.hh --output docs/results

@@ -42,8 +42,9 @@ from tokengrain.training.trainer import PreferenceTrainer
 
 FIRST, SPLIT = 200, 1000  # rows before the first were looked at while sources were thought of
 SEEDS, HOWS = (0, 1), ("swap", "random")
-MOST, FEW = 320, 100  # answers; of sources that need several passes of their own
-GUIDE_STEPS = (4, 12, 25, 50, 100)  # of 8 pairs
+MOST, FEW = 320, 64  # answers; of sources that need several passes of their own
+GUIDE_STEPS = (4, 12, 25)  # of 8 pairs
+MEANS = ("auc", "minus_surprise", "gain")
 FLUENT = {
     "better": "{prompt}\n\nWrite fluent, correct English.",
     "worse": "{prompt}\n\nWrite broken English with wrong words in the wrong order.",
@@ -201,57 +202,71 @@ def ask(study: Study, name: str, how: str, seed: int) -> dict[str, Any]:
     }
 
 
-def estimate(values: list[float]) -> str:
-    mean, low, high = bootstrap(lambda means: means[..., 0], torch.tensor(values)[:, None], resamples=2000)
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+def summary(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log with means and 95 % bootstrap intervals over answers instead of the answers' values."""
+    minus = [a - b for a, b in zip(line["auc"], line["surprise"], strict=True)]
+    values = {"auc": line["auc"], "minus_surprise": minus, "gain": line["gain"]}
+    means = {
+        name: bootstrap(lambda means: means[..., 0], torch.tensor(v)[:, None], resamples=2000)._asdict()
+        for name, v in values.items()
+    }
+    return {key: line[key] for key in ("source", "how", "seed")} | {"answers": len(minus)} | means
 
 
-def page(lines: list[dict[str, Any]], study: Study) -> str:
+def page(found: list[dict[str, Any]]) -> str:
+    used = list(dict.fromkeys(entry["source"] for entry in found))
+    some = "" if len(used) == len(SOURCES) else "".join(f' --source "{name}"' for name in used)
     text = [
         "# Credit on real text",
         "",
-        f"`python -m benchmarks.real_credit`, {date.today().isoformat()}, one CPU core. SmolLM2-135M-Instruct; chosen "
-        f"answers of HH, harmless (rows {FIRST} to {SPLIT - 1}: prompts of at most 150 tokens, answers of 15 to 80), "
-        "two places of each corrupted. AUC is the chance that a corrupted token has less credit than another one of "
-        "its answer, a mean over answers with a 95 % bootstrap interval; `gain` is what a source adds to surprise "
-        "(see [bench credit](../bench-credit.md)). A seed is that of the corruption, and of the guide's training.",
+        f"`python -m benchmarks.real_credit{some}`, {date.today().isoformat()}, one CPU core. SmolLM2-135M-Instruct; "
+        f"chosen answers of HH, harmless (rows {FIRST} to {SPLIT - 1}: prompts of at most 150 tokens, answers of 15 to "
+        "80), two places of each corrupted. AUC is the chance that a corrupted token has less credit than another one "
+        "of its answer, a mean over answers with a 95 % bootstrap interval. *Minus surprise* is the difference on the "
+        "same answers; *gain* is what a source adds to surprise ([bench credit](../bench-credit.md)). A seed is that "
+        "of the corruption, and of the guide's training: LoRA of rank 16, DPO with β 0.1, rate 1e-4, 8 pairs a step "
+        f"of rows from {SPLIT} on.",
         "",
     ]
-    for how in HOWS:
+    for how in [how for how in HOWS if any(entry["how"] == how for entry in found)]:
         head = "| source | seed | answers | AUC | minus surprise | gain |"
         text += [f"## `{how}`", "", head, "|---|---|---|---|---|---|"]
-        for line in sorted(lines, key=lambda line: (list(SOURCES).index(line["source"]), line["seed"])):
-            if line["how"] == how:
-                minus = [a - b for a, b in zip(line["auc"], line["surprise"], strict=True)]
-                cells = [line["source"], line["seed"], len(minus), *map(estimate, (line["auc"], minus, line["gain"]))]
-                text.append("| " + " | ".join(map(str, cells)) + " |")
+        for entry in (e for e in found if e["how"] == how):
+            cells = [f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for e in map(entry.get, MEANS)]
+            text.append(f"| {entry['source']} | {entry['seed']} | {entry['answers']} | " + " | ".join(cells) + " |")
         text.append("")
     return "\n".join(text)
 
 
+def write_pages(lines: list[dict[str, Any]], output: Path) -> None:
+    order = list(SOURCES)
+    found = [summary(line) for line in sorted(lines, key=lambda line: (order.index(line["source"]), line["seed"]))]
+    write_text(output / "real.md", page(found))
+    write_json(output / "real.json", found)
+
+
 def main(
     data: Annotated[Path, typer.Option(help="the pairs")] = Path("../shared/data/hh-harmless-pairs.jsonl.gz"),
-    output: Annotated[Path | None, typer.Option(help="folder for real_credit.md and .json")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for real.md and .json")] = None,
     runs: Path = Path("runs/real"),
     source: Annotated[list[str] | None, typer.Option(help="some of the sources; repeatable (default: all)")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="some of the seeds; repeatable (default: all)")] = None,
 ) -> None:
     """Ask every source about the same corrupted answers, and write the page."""
     torch.set_num_threads(1)
     runs.mkdir(parents=True, exist_ok=True)
     study, log = Study(data, runs), runs / "credit.jsonl"
     done = {(line["source"], line["how"], line["seed"]) for line in read_log(log)}
-    for seed in SEEDS:
+    for number in SEEDS if seed is None else seed:
         for how in HOWS:
             for name in source or SOURCES:
-                if (name, how, seed) not in done:
-                    line = ask(study, name, how, seed)
+                if (name, how, number) not in done:
+                    line = ask(study, name, how, number)
                     with log.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-                    print(f"{name}, {how}, seed {seed}: {estimate(line['auc'])}, {line['cpu_seconds']} s", flush=True)
+                    print(summary(line), f"{line['cpu_seconds']} s", flush=True)
     if output is not None:
-        lines = read_log(log)
-        write_text(output / "real_credit.md", page(lines, study))
-        write_json(output / "real_credit.json", [line | {"auc": len(line["auc"])} for line in lines])
+        write_pages(read_log(log), output)
 
 
 if __name__ == "__main__":
