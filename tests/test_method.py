@@ -180,6 +180,14 @@ def test_every_part_says_what_it_is(registry: Any) -> None:
     assert [name for name, part in registry.items() if not part.summary] == []
 
 
+def test_a_function_without_a_module_is_a_credit() -> None:
+    """As one has that `exec` made in a bare namespace."""
+    space: dict[str, Any] = {}
+    exec("constant = lambda batch: batch.labels.float()", space)
+    assert space["constant"].__module__ is None
+    assert make_credit(space["constant"]).kind.own
+
+
 def test_a_card_fills_in_what_follows_from_its_name() -> None:
     card = Card("new", "New", "an idea", "A Paper", "2600.00001", "2026", page="old")
     assert (card.objective, card.recipe, card.page) == ("new", "recipes/new.yaml", "docs/methods/old.md")
