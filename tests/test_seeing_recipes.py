@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def trained(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the world says of the recipe's policy, and of the model that it started from."""
     torch.set_num_threads(2)
+    start = time.process_time()  # of both threads: what else the machine does is not counted
     tokengrain.train(RECIPES / f"{name}.yaml", output=folder / name, quiet=True)
+    seconds = time.process_time() - start
+    print(f"{name}: {seconds:.0f} CPU seconds")
+    assert seconds < 240
     found = evaluate_run(folder / name, console=Console(quiet=True))
     return found["world"], found["world_base"]
 
