@@ -346,6 +346,14 @@ def test_damaged_checkpoints(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "config.json"])
+def test_a_folder_in_place_of_a_checkpoints_file(name: str, tmp_path: Path) -> None:
+    """transformers would pass over it, and resume with other random numbers."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(RunError, match=f"{name} is a folder; expected a file"):
+        check_files(tmp_path)
+
+
 def test_the_index_of_a_sharded_checkpoint_names_records_only(tmp_path: Path) -> None:
     state = {"weight": torch.ones(3, 2), "step": 3, "names": ["a", None]}
     torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)

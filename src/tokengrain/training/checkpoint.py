@@ -183,7 +183,8 @@ def way_on(checkpoint: Path) -> str:
 
 def check_files(checkpoint: Path) -> None:
     """Raise RunError for a file of a checkpoint that is cut off or no file at all, or a pickle that names code."""
-    for path in sorted(p for p in checkpoint.rglob("*") if not p.is_dir()):
+    files = (".pt", ".pth", ".bin", ".json", ".safetensors")  # a folder of such a name is passed over by transformers
+    for path in sorted(p for p in checkpoint.rglob("*") if not p.is_dir() or p.suffix in files):
         with reading(checkpoint, f"{path.relative_to(checkpoint)}: "):
             regular_file(path)
             if path.suffix in (".pt", ".pth", ".bin"):
