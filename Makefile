@@ -113,10 +113,11 @@ real: setup  ## Get a published model and tokenizers (30 s, into the cache), and
 	$(BIN)/python -m tests.real.models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/real
 
-real-studies: setup  ## Credit and offline methods on the published model (a night of two cores); writes docs/
+real-studies: setup  ## Credit, offline and online methods on the published model (a night of two cores); writes docs/
 	$(BIN)/python -m benchmarks.real_credit --output docs/results
 	$(BIN)/python -m benchmarks.real_gallery
-	$(BIN)/python -m benchmarks.real_training --output docs/results
+	$(BIN)/python -m benchmarks.real_training offline --output docs/results
+	$(BIN)/python -m benchmarks.real_training online --output docs/results
 
 hh: setup  ## Train all methods on the real pairs in ../shared/data; writes docs/results/
 	$(BIN)/python -m benchmarks.hh --output docs/results

@@ -38,11 +38,10 @@ class Setting:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
 
     def label(self) -> str:
-        of = f"of {Path(self.weights).name}, " if self.weights else ""
+        shape = f"vocabulary {self.vocabulary:,}, hidden {self.hidden}, {self.layers} layers"
         return (
-            f"{self.method}, {of}{self.pairs} pairs, prompts {_range(self.prompt)}, "
-            f"completions {_range(self.completion)}, vocabulary {self.vocabulary:,}, hidden {self.hidden}, "
-            f"{self.layers} layers, {self.precision}, {self.device}"
+            f"{self.method}, {self.pairs} pairs, prompts {_range(self.prompt)}, completions {_range(self.completion)}, "
+            f"{Path(self.weights).name if self.weights else shape}, {self.precision}, {self.device}"
             + ("" if self.attention == "sdpa" else f", ours with {self.attention}")
             + ("" if self.share == 1.0 else f", {self.share:.0%} of the tokens")
         )
