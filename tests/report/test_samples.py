@@ -60,6 +60,11 @@ def test_wrong_length_is_refused() -> None:
         ('[{"chosen": {"tokens": ["a"], "credit": [NaN]}}]', "row 0: field 'chosen.credit': token 0 has no finite"),
         ('[{"chosen": [1]}]', "field 'chosen': not a side of a pair"),
         ('[{"chosen": {"tokens": ["a"], "credit": 1}}]', "field 'chosen.credit': not lists"),
+        ('[{"chosen": {"tokens": [7], "credit": [1]}}]', "field 'chosen.tokens': no tokens"),
+        (
+            '[{"chosen": {"tokens": ["a"], "credit": [1%s]}}]' % ("0" * 400),
+            "field 'chosen.credit': token 0 has no finite",
+        ),
         (
             '[{"chosen": {"tokens": ["a"], "credit": [1], "truth": []}}]',
             "field 'chosen.truth': .* do not fit",

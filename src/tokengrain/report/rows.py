@@ -27,7 +27,7 @@ from tokengrain.report import svg
 from tokengrain.report.pictures import By, is_picture
 from tokengrain.report.pictures import shown as shown_pictures
 from tokengrain.runs import ROLLOUT_FILE
-from tokengrain.settings import code_named_by
+from tokengrain.settings import LARGEST, code_named_by
 from tokengrain.specs import ModelSpec
 from tokengrain.worlds import is_world, load_world
 
@@ -150,10 +150,12 @@ def _parse(path: Path | None, row: int, entry: Any) -> CreditSample:
         right = isinstance(side, dict)
         require(right, DataError, "not a side of a pair", **place, field=name, value=side, expected="an object")
         tokens, credit, truth = side.get("tokens", []), side.get("credit", []), side.get("truth")
+        right = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
+        details = {**place, "field": f"{name}.tokens", "value": tokens, "expected": "the text of each"}
+        require(right, DataError, "no tokens", **details)
         for key, values in {"credit": credit, **({} if truth is None else {"truth": truth})}.items():
             here = {**place, "field": f"{name}.{key}"}
-            right = isinstance(values, list) and isinstance(tokens, list)
-            require(right, DataError, "not lists", **here, value=values, expected="a list")
+            require(isinstance(values, list), DataError, "not lists", **here, value=values, expected="a list")
             _check_numbers(values, len(tokens), gaps=True, **here)
         sides.append(Side(tokens, credit, truth))
     pictures = entry.get("pictures", [])
@@ -171,7 +173,7 @@ def _check_numbers(values: Sequence[Any], tokens: int, *, gaps: bool, **place: A
     message = "the numbers do not fit the tokens"
     require(len(values) == tokens, DataError, message, **place, value=found, expected=expected)
     for i, value in enumerate(values):
-        if not (isinstance(value, int | float) and math.isfinite(value)) and not (gaps and value is None):
+        if not (isinstance(value, int | float) and abs(value) <= LARGEST) and not (gaps and value is None):
             raise DataError(f"token {i} has no finite number", **place, value=value, expected="a number")
 
 
