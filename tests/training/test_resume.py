@@ -264,3 +264,15 @@ def test_best_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
     evaluated = {e["step"]: e["eval_loss"] for e in read_log(tmp_path / "log.jsonl") if "eval_loss" in e and e["step"]}
     assert trainer.state.best_global_step == min(evaluated, key=lambda step: evaluated[step])
     assert (Path(best) / "model.safetensors").exists()
+
+
+def test_a_run_that_has_taken_its_last_step_takes_no_other(tmp_path: Path) -> None:
+    steps = {"max_steps": 2, "lr_scheduler_type": "constant", "eval_strategy": "no", "save_total_limit": 9}
+    whole = build(tmp_path, "full", **steps)
+    whole.train()
+    again = build(tmp_path, "full", **steps)
+    output = again.train(resume_from_checkpoint=True)  # as after a kill behind checkpoint-2
+    assert (output.global_step, again.state.global_step) == (2, 2)
+    assert output.training_loss == pytest.approx(whole.state.log_history[-1]["train_loss"])
+    for mine, other in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, other)

@@ -571,6 +571,13 @@ class PreferenceTrainer(Trainer):
             self._tr_loss += since
             self._resumed_loss = None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own takes a step before it asks whether all are done, as after a kill behind the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _start_clean(self) -> None:
         if not self.args.overwrite_output_dir:
             refuse_earlier_run(self.output_path)  # on every rank: one that waits for another would hang
