@@ -37,6 +37,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
@@ -73,7 +74,7 @@ from tokengrain.scoring.model import (
     vocabulary,
 )
 from tokengrain.scoring.prepare import TOLERANCE, relative_error, unwrapped
-from tokengrain.scoring.reference import disable_dropout, is_peft
+from tokengrain.scoring.reference import disable_dropout, is_peft, unsharded
 from tokengrain.scoring.token_scores import (
     CompletionStatistics,
     Pooling,
@@ -360,6 +361,27 @@ def recast(folder: Path, dtype: str) -> None:
             save_file(tensors, temporary, about)
     if (config := folder / "config.json").is_file():
         write_json(config, {**read_json(config), "dtype": dtype})
+
+
+class StreamedWeights:
+    """A model's weights under the names that its checkpoints give them, each once, for whoever takes them in order.
+
+    `described` has their names, types and shapes. Of a sharded model all ranks iterate: one tensor is gathered at a
+    time. Raises `RecipeError` for a model whose checkpoints hold other tensors than it does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        held, seen = model.state_dict(keep_vars=True), set[int]()
+        self._values = {n: v for n, v in held.items() if id(v) not in seen and not seen.add(id(v))}  # type: ignore[func-returns-value]
+        self.described = [(name, value.dtype, tuple(value.shape)) for name, value in self._values.items()]
+        outlines = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in self.described}
+        saved = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, outlines).items()}
+        other = [name for name, _, shape in self.described if saved.get(name) != shape]
+        what = f"a server cannot be sent {other and other[0]!r}, which checkpoints of this model hold in another form"
+        require(not other, RecipeError, f"{what}; expected refresh: checkpoint")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (unsharded(value) for value in self._values.values())
 
 
 def _numbers(weight: Any) -> int:

@@ -15,9 +15,9 @@ from tests.credit.small import llama
 from tests.rollout.stub import Served, Tcp, serving
 from tests.rollout.test_server import PROMPTS, SAMPLING, off
 from tokengrain.errors import RecipeError, RolloutError
+from tokengrain.models import StreamedWeights
 from tokengrain.rollout import transfer
 from tokengrain.rollout.server import OpenAIServer
-from tokengrain.scoring.reference import StreamedWeights
 
 
 @pytest.fixture

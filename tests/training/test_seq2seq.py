@@ -145,7 +145,7 @@ def test_stored_reference_columns_are_those_of_the_live_reference(tmp_path):
 
 
 def sources(tokenizer: Any) -> dict[str, Any]:
-    """Every credit source, with encoder-decoders as its models."""
+    """Every credit source, with encoder-decoders as its models; these see no pictures."""
     base, other, reverse = model(1), model(2), model(3)
     given: dict[str, dict[str, Any]] = {
         "guide": {"model": other, "reference": base},
@@ -158,7 +158,7 @@ def sources(tokenizer: Any) -> dict[str, Any]:
         "lookahead": {"model": base},
         "surprise": {"model": base},
     }
-    return {n: make_credit(n, **given.get(n, {})) for n in sorted(CREDIT) if n != "reward_model"}
+    return {n: make_credit(n, **given.get(n, {})) for n in sorted({*CREDIT} - {"reward_model", "sight"})}
 
 
 class Words:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import ModelError, RecipeError, fingerprint, require
+from tokengrain.errors import ModelError, fingerprint, require
 from tokengrain.scoring.head import Distribution, Head
 from tokengrain.scoring.model import evaluating, nested
 from tokengrain.scoring.prepare import coarse, prepare, unwrapped
@@ -321,36 +320,16 @@ def gathered(model: nn.Module, *, trained_only: bool, keep: bool) -> dict[str, T
     state = {}
     for name, value in model.state_dict().items():
         if name in trained or not trained_only:
-            whole = _whole(value)
+            whole = unsharded(value)
             if keep:
                 state[name] = whole.cpu()
     return state if keep else None
 
 
-def _whole(value: Any) -> Tensor:
+def unsharded(value: Any) -> Tensor:
+    """The whole of a tensor, gathered if it is sharded."""
     whole: Tensor = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
     return whole
-
-
-class StreamedWeights:
-    """A model's weights under the names that its checkpoints give them, each once, for whoever takes them in order.
-
-    `described` has their names, types and shapes. Of a sharded model all ranks iterate: one tensor is gathered at a
-    time. Raises `RecipeError` for a model whose checkpoints hold other tensors than it does.
-    """
-
-    def __init__(self, model: Any) -> None:
-        held, seen = model.state_dict(keep_vars=True), set[int]()
-        self._values = {n: v for n, v in held.items() if id(v) not in seen and not seen.add(id(v))}  # type: ignore[func-returns-value]
-        self.described = [(name, value.dtype, tuple(value.shape)) for name, value in self._values.items()]
-        outlines = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in self.described}
-        saved = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, outlines).items()}
-        other = [name for name, _, shape in self.described if saved.get(name) != shape]
-        what = f"a server cannot be sent {other and other[0]!r}, which checkpoints of this model hold in another form"
-        require(not other, RecipeError, f"{what}; expected refresh: checkpoint")
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (_whole(value) for value in self._values.values())
 
 
 def reshard(model: nn.Module) -> None:

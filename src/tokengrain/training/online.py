@@ -44,6 +44,7 @@ from tokengrain.method import (
     resolve_rollout_credit,
 )
 from tokengrain.methods._shaping import reduce_groups
+from tokengrain.models import StreamedWeights
 from tokengrain.rewards.builtin import make_reward
 from tokengrain.rewards.suite import RewardResult, RewardSuite
 from tokengrain.rollout.sampler import (
@@ -60,7 +61,6 @@ from tokengrain.scoring.prepare import causal_lm
 from tokengrain.scoring.reference import (
     ColumnReference,
     LiveReference,
-    StreamedWeights,
     gathered,
     is_peft,
     resolve_reference,
