@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
@@ -179,9 +179,14 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def no_constant(name: str) -> float:
-    """Raises `ValueError` for NaN and Infinity, which JSON lacks and Python takes."""
-    raise ValueError(f"{name} is no number")
+    """Raises `ArithmeticError` for NaN and Infinity, which JSON lacks and Python takes."""
+    raise ArithmeticError(f"{name} is no number")
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

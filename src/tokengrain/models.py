@@ -57,6 +57,7 @@ from tokengrain.errors import (
     read_json,
     regular_file,
     require,
+    some,
     write_json,
 )
 from tokengrain.methods._shaping import Moments
@@ -218,16 +219,14 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
 def check_tensors(path: str, kind: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
     """Raises ModelError unless a folder's weights are those of the model, or of the adapter, that they were put on."""
     for names, verb in ((missing, "lack tensors"), (unexpected, "have tensors that are none")):
-        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        require(not names, ModelError, f"the weights in {path} {verb} of {kind}: {some}")
+        require(not names, ModelError, f"the weights in {path} {verb} of {kind}: {some(names)}")
 
 
 def check_numbers(path: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Raises ModelError for weights that are not finite: all that is computed with them would be no number."""
     real = ((name, p.detach()) for name, p in weights if p.numel() and p.dtype in REAL)
     bad = [name for name, p in real if not torch.stack(torch.aminmax(p)).isfinite().all()]
-    some = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-    require(not bad, ModelError, f"the weights in {path} are not finite: {some}")
+    require(not bad, ModelError, f"the weights in {path} are not finite: {some(bad)}")
 
 
 def _tied_as_saved(record: Any) -> bool:
@@ -371,8 +370,10 @@ class StreamedWeights:
     """
 
     def __init__(self, model: Any) -> None:
-        held, seen = model.state_dict(keep_vars=True), set[int]()
-        self._values = {n: v for n, v in held.items() if id(v) not in seen and not seen.add(id(v))}  # type: ignore[func-returns-value]
+        held, first = model.state_dict(keep_vars=True), dict[int, str]()  # of tied weights the first name
+        for name, value in held.items():
+            first.setdefault(id(value), name)
+        self._values = {name: held[name] for name in first.values()}
         self.described = [(name, value.dtype, tuple(value.shape)) for name, value in self._values.items()]
         outlines = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in self.described}
         saved = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, outlines).items()}

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter
 
-from tokengrain.errors import RunError, foreign, read_json, read_log, read_text, require, shown, write_json
+from tokengrain.errors import RunError, foreign, read_json, read_log, read_text, require, shown, some, write_json
 from tokengrain.settings import parse_yaml
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"  # what a stage may be called; its folder has the same name
@@ -188,8 +188,7 @@ def read_run(path: str | Path) -> Run:
 
 def _what_it_holds(path: Path) -> str:
     names = sorted(p.name for p in path.iterdir())
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    found = f"it holds {', '.join(names[:5])}{more})" if names else "it is empty)"
+    found = f"it holds {some(names)})" if names else "it is empty)"
     runs = [name for name in names if is_run(path / name)]
     if runs:
         return f"{found}; it contains runs: {', '.join(runs[:8])}"

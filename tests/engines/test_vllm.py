@@ -22,9 +22,10 @@ from tests.training.ranks import on_ranks
 from tokengrain.errors import DataError, RolloutError, read_log
 from tokengrain.models import StreamedWeights
 from tokengrain.rollout import transfer
+from tokengrain.rollout.client import ServerError
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SamplingConfig, encode_prompts
-from tokengrain.rollout.server import OpenAIServer, ServerError
+from tokengrain.rollout.server import OpenAIServer
 from tokengrain.scoring.score import score
 from tokengrain.training.config import OnlineConfig
 from tokengrain.training.online import FAR, OnlineTrainer

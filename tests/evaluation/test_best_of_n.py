@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.training.tiny import make_samples, tiny_llama
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.evaluation.statistics import accuracy_by_length, best_of, score_completions
 from tokengrain.models import reward_model_from
+from tokengrain.scoring.token_scores import Pooling
 
 
 def groups(*lengths: tuple[int, ...]) -> TokenBatch:
@@ -45,8 +47,8 @@ def test_saying_it_twice_changes_nothing() -> None:
 def test_completions_without_counted_tokens_never_win() -> None:
     samples = [Sample([1], [Completion([3], [False]), Completion([2]), Completion([9], [False])])]
     batch = TokenBatch.from_samples(samples)
-    for pooling in ("mean", "last"):
-        scores = score_completions(lambda b: -own_ids(b), batch, pooling)  # type: ignore[arg-type]
+    for pooling in get_args(Pooling):
+        scores = score_completions(lambda b: -own_ids(b), batch, pooling)
         assert scores.tolist() == [-math.inf, -2.0, -math.inf]
         assert best_of(batch, scores).tolist() == [1]
 

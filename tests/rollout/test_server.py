@@ -15,8 +15,9 @@ from tests.credit.small import llama, tokenizer
 from tests.rollout.stub import ANSWERS, Served, serving, shape
 from tokengrain.errors import RecipeError, RolloutError
 from tokengrain.methods._clipped import sampler_mismatch
+from tokengrain.rollout.client import JsonClient, ServerError
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig
-from tokengrain.rollout.server import JsonClient, OpenAIServer, ServerError
+from tokengrain.rollout.server import OpenAIServer
 from tokengrain.scoring.score import score
 
 PROMPTS = [PromptItem([1, 3, 4 + i], row=f"r{i}", raw={"answer": i}) for i in range(3)]
@@ -496,7 +497,7 @@ def test_retry_after_is_kept_to(monkeypatch):
 
     with serving(lambda *_: {"ok": 1}) as stub:
         stub.faults[:] = [(503, {"Retry-After": "7"}), (429, {"Retry-After": "1e9"}), (503, {"Retry-After": "Monday"})]
-        monkeypatch.setattr("tokengrain.rollout.server.asyncio.sleep", sleep)
+        monkeypatch.setattr("tokengrain.rollout.client.asyncio.sleep", sleep)
         client = JsonClient(stub.url, retries=3, backoff=0.01, timeout=20)
         assert client.post("/", {}, lambda a: a) == {"ok": 1}
     assert pauses[:2] == [7.0, 20.0]

@@ -43,7 +43,7 @@ def build(folder: Path, model: Any = None, **settings: Any) -> tuple[PreferenceT
         seen[trainer.state.global_step] = weights(trainer.model)
         return {**evaluate(*args, **kwargs), "eval_distance": float(abs(trainer.state.global_step - BEST))}
 
-    trainer.evaluate = evaluated  # type: ignore[method-assign]
+    vars(trainer)["evaluate"] = evaluated
     return trainer, seen
 
 

@@ -118,14 +118,15 @@ def test_dtype_of_the_spec(tmp_path: Path) -> None:
 
 def test_from_a_model_in_memory_shared_or_copied() -> None:
     causal = tiny_llama()
-    shared, own = reward_model_from(causal), reward_model_from(causal, share=False)
+    shared: Any = reward_model_from(causal)
+    own: Any = reward_model_from(causal, share=False)
     assert shared.base_model is causal.base_model
     assert own.base_model is not causal.base_model
     assert not any(p.is_meta for m in (shared, own) for p in m.parameters())
     with torch.no_grad():
         causal.base_model.layers[0].mlp.up_proj.weight.zero_()
-    assert not shared.base_model.layers[0].mlp.up_proj.weight.any()  # type: ignore[union-attr,operator]
-    assert own.base_model.layers[0].mlp.up_proj.weight.any()  # type: ignore[union-attr,operator]
+    assert not shared.base_model.layers[0].mlp.up_proj.weight.any()
+    assert own.base_model.layers[0].mlp.up_proj.weight.any()
     assert causal.config.num_labels != 1  # the causal model's config is its own
 
 
@@ -217,10 +218,10 @@ def test_training_saving_and_loading(tmp_path: Path, lora: LoraSpec | None) -> N
         atol=1e-5,
         rtol=1e-4,
     )
-    plain = AutoModelForTokenClassification.from_pretrained(path, num_labels=1).eval()
+    plain: Any = AutoModelForTokenClassification.from_pretrained(path, num_labels=1).eval()
     torch.testing.assert_close(plain_scores(plain, batch), scores, atol=2e-5, rtol=1e-4)
     if lora is None:
-        assert not plain.score.bias.any()  # type: ignore[union-attr]
+        assert not plain.score.bias.any()
     else:
         wrapped = load_trained_reward_model(path, merge=False)
         assert isinstance(wrapped, PeftModel)

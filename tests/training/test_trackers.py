@@ -41,8 +41,10 @@ run(recipe)
 
 def report_to(tracker: str, folder: Path, **environment: str) -> None:
     """Train two stages in a process of its own: trackers start threads and keep their places in constants."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    subprocess.run([sys.executable, "-c", PROGRAM, tracker, str(folder)], env=environment, check=True, timeout=600)
+    found = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))  # MLflow keeps pages where it runs
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": found, **environment}
+    command = [sys.executable, "-c", PROGRAM, tracker, str(folder)]
+    subprocess.run(command, env=environment, cwd=folder, check=True, timeout=600)
 
 
 def test_trackio(tmp_path: Path) -> None:

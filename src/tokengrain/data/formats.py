@@ -341,7 +341,7 @@ def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") ->
         return value
     try:
         return json.loads(value, object_pairs_hook=once, parse_constant=no_constant) if value.strip() else None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:
         what = f"is no JSON: {problem(error)}"
         raise RowError("wrong type", what, field=name, value=value, expected=expected) from error
 

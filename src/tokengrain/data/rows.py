@@ -39,6 +39,7 @@ from tokengrain.errors import (
     explained,
     file_fingerprint,
     fingerprint,
+    no_constant,
     once,
     problem,
     read_text,
@@ -208,11 +209,7 @@ def _array_rows(path: Path, source: _Window) -> Iterator[Record]:
     need(not source.peek(), source.position, "text behind the end of the array")
 
 
-def _no_number(constant: str) -> float:
-    raise ArithmeticError(constant)  # NaN or Infinity, which Python takes for JSON
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=once, parse_constant=_no_number)
+_STRICT = json.JSONDecoder(object_pairs_hook=once, parse_constant=no_constant)
 _HUGE = re.compile(r"\d[eE]\+?\d{3}")
 
 

@@ -492,7 +492,7 @@ def heat_maps(samples: Sequence[CreditSample]) -> tuple[list[dict[str, Any]], li
         for s in group:
             views.setdefault(next((p.get("by", "gradient") for p in s.pictures if p.get("patches")), None), s.pictures)
         rated = {by: pictures for by, pictures in views.items() if by is not None} or views
-        pictures = [(RATED.get(str(by), ""), [drawn(p) for p in shown]) for by, shown in rated.items() if shown]
+        pictures = [(RATED.get(str(by), ""), [drawn(p) for p in seen]) for by, seen in rated.items() if seen]
         about = {"prompt": visible(first.prompt.strip()), "row": first.row, "pictures": pictures}
         pairs.append({**about, "sides": sides})
     return pairs, list(scales.items())

@@ -26,7 +26,7 @@ from tokengrain.rewards import answers
 from tokengrain.rewards.reward_model import RewardModel
 from tokengrain.rewards.suite import STATE, RewardError, RewardFailure, RewardFunction, column_of, unreadable
 from tokengrain.rewards.timemaster import TimeMaster
-from tokengrain.rollout.server import JsonClient, ServerError, gather
+from tokengrain.rollout.client import JsonClient, ServerError, gather
 from tokengrain.settings import (
     Count,
     NonNegative,

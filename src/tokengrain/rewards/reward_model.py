@@ -141,8 +141,7 @@ class RewardModel:
             if self.chat and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             last = samples[-1] if samples else None
-            same = last is not None and last.prompt_ids == ids and last.raw["prompt"] == prompt
-            same = same and last is not None and last.vision is vision
+            same = last is not None and (last.prompt_ids, last.raw["prompt"]) == (ids, prompt) and last.vision is vision
             if last is not None and same and last.n_tokens + len(completion) <= self.max_tokens:
                 last.completions.append(Completion(completion))
             else:

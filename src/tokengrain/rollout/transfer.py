@@ -28,15 +28,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tokengrain.errors import RecipeError, RolloutError, require, shown
-
-if TYPE_CHECKING:
-    from tokengrain.rollout.server import JsonClient
+from tokengrain.rollout.client import JsonClient
 
 NEEDED = (
     "expected vLLM 0.32 or later on GPUs of its own, started with VLLM_SERVER_DEV_MODE=1 and "
@@ -305,19 +303,19 @@ def send(transfers: Sequence[Transfer], weights: Whole, version: str) -> dict[in
     """
     failed: dict[int, RolloutError] = {}
 
-    def each(step: Callable[[Transfer], None]) -> None:
+    def each(step: Callable[..., None], given: Any) -> None:
         for at, transfer in enumerate(transfers):
             if at not in failed:
                 try:
-                    step(transfer)
+                    step(transfer, given)
                 except RolloutError as error:
                     failed[at] = error.with_traceback(None)  # which would keep the tensor
                     transfer.close()
                     with suppress(RolloutError):
                         transfer.client.briefer(10.0).post("/resume", {}, _any)
 
-    each(lambda transfer: transfer.begin(weights))
+    each(Transfer.begin, weights)
     for tensor in weights:
-        each(lambda transfer, tensor=tensor: transfer.send(tensor))  # type: ignore[misc]
-    each(lambda transfer: transfer.end(version))
+        each(Transfer.send, tensor)
+    each(Transfer.end, version)
     return failed

@@ -355,17 +355,17 @@ def has_adapter(model: nn.Module) -> bool:
 
 def scorer_logps(scorer: Any, batch: TokenBatch) -> Tensor:
     """Log-probabilities `[N]` under a model in evaluation mode, or under a `Reference`; without gradient."""
-    scores: Any = _score_frozen(scorer, batch, {"logps"}) if isinstance(scorer, nn.Module) else scorer(batch, {"logps"})
-    logps: Tensor = scores.logps
-    return logps
+    return cast(Tensor, _asked(scorer, batch, "logps"))
 
 
 def scorer_distribution(scorer: Any, batch: TokenBatch) -> Distribution:
-    """What every counted token was drawn from, likewise."""
+    """What every counted token was drawn from, under a model in evaluation mode or a `Reference`; without gradient."""
+    return cast(Distribution, _asked(scorer, batch, "distribution"))
+
+
+def _asked(scorer: Any, batch: TokenBatch, what: str) -> Any:
     live = isinstance(scorer, nn.Module)
-    scores: Any = _score_frozen(scorer, batch, {"distribution"}) if live else scorer(batch, {"distribution"})
-    found: Distribution = scores.distribution
-    return found
+    return getattr(_score_frozen(scorer, batch, {what}) if live else scorer(batch, {what}), what)
 
 
 def scorer_fingerprint(scorer: Any) -> str:

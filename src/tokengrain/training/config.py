@@ -110,7 +110,7 @@ class PreferenceConfig(TrainingArguments):
     logging_nan_inf_filter: bool = False
     dataloader_pin_memory: bool = False
     ddp_find_unused_parameters: bool | None = False
-    fsdp: bool | str | None = None  # type: ignore[assignment]  # transformers means true, and says text
+    fsdp: bool | str | None = None  # type: ignore[assignment]  # transformers takes true too
     max_tokens_per_microbatch: int | None = None
     normaliser: NormaliserName = "mean"
     normaliser_constant: float | None = None

@@ -58,13 +58,7 @@ from tokengrain.rollout.sampler import (
 )
 from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.scoring.prepare import causal_lm
-from tokengrain.scoring.reference import (
-    ColumnReference,
-    LiveReference,
-    gathered,
-    is_peft,
-    resolve_reference,
-)
+from tokengrain.scoring.reference import ColumnReference, LiveReference, gathered, is_peft, resolve_reference
 from tokengrain.scoring.score import head_of
 from tokengrain.settings import nearest
 from tokengrain.training.buffer import RolloutBuffer
@@ -562,10 +556,10 @@ class OnlineTrainer(PreferenceTrainer):
             self.ranks.together(self._ahead.settle)
 
     def _leave_ahead(self) -> None:
-        """Training has ended: of a rollout that nobody waits for any more nothing shall be left behind."""
-        if self._ahead is not None and self._copy is not None:
-            self._copy.stopped = True
+        """Training has ended: stop the rollout that is under way, which nobody wants any more."""
         if self._ahead is not None:
+            if self._copy is not None:
+                self._copy.stopped = True
             self._ahead.settle(LEAVE)
         self._ahead = None
 

@@ -50,6 +50,7 @@ from tokengrain.errors import (
     RecipeError,
     read_json,
     require,
+    some,
     write_json,
     write_text,
 )
@@ -435,10 +436,9 @@ class PreferenceTrainer(Trainer):
     def _check_weights(self) -> None:
         """Called before weights are saved. The loss of the next step would tell, but there may be none."""
         if bad := self._nonfinite_weights():
-            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
             raise NonFiniteLossError(
-                f"after optimiser step {self.state.global_step} the weights themselves were not finite: {shown}; they "
-                f"are not saved. {self._last_good_state()}"
+                f"after optimiser step {self.state.global_step} the weights themselves were not finite: "
+                f"{some(bad, 3)}; they are not saved. {self._last_good_state()}"
             )
 
     def _nonfinite_weights(self) -> list[str]:

@@ -96,7 +96,8 @@ def test_minibatches_and_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tiny, "OnlineTrainer", Spy)
     trainer = make_online(tmp_path, minibatches=2, rollout_epochs=3, max_steps=12, prompts_per_rollout=6)
     trainer.train()
-    rows = [batch.rows for batch in trainer.seen]  # type: ignore[attr-defined]
+    assert isinstance(trainer, Spy)
+    rows = [batch.rows for batch in trainer.seen]
     assert len(rows) == 12
     order, names = PromptOrder(10, 3), [p.row for p in make_prompts(10)]
     expected = [names[order[i]] for i in range(12)]
