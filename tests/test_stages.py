@@ -19,9 +19,11 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaConfig
 
 from tokengrain.cli import main
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
+from tokengrain.models import load_config
 from tokengrain.recipe.schema import dump_recipe
 from tokengrain.report.html import write_report
 from tokengrain.run import folder as run_folder
@@ -31,6 +33,7 @@ from tokengrain.run.folder import make_plan
 from tokengrain.run.load import load_recipe, make_recipe
 from tokengrain.run.runner import RunResult, evaluate_run, run_recipe
 from tokengrain.runs import read_run
+from tokengrain.specs import ModelSpec
 
 LLAMA = {
     "model_type": "llama",
@@ -411,6 +414,10 @@ def test_a_misspelt_model_in_the_current_folder(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"no model at my-modle; there is no .*did you mean 'my-model'\? \("):
         run(values(tmp_path, model="my-modle"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: LlamaConfig())  # as if the hub had it
+    with pytest.warns(UserWarning, match="my-modle; there is no such folder, did you mean 'my-model'"):
+        load_config(ModelSpec(path="my-modle"), "my-modle")
 
 
 def test_a_guide_with_another_vocabulary(finished: Path, tmp_path: Path) -> None:

@@ -500,6 +500,7 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     level = os.environ.get("TOKENGRAIN_LOG", "error").upper()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", level.lower())
+    os.environ.setdefault("HF_HUB_VERBOSITY", level.lower())
     logging.basicConfig(level=getattr(logging, level, logging.ERROR), format="%(name)s: %(message)s")
     _shown.clear()
     warnings.showwarning = _show_warning

@@ -459,7 +459,12 @@ def load_config(spec: ModelSpec, path: str) -> Any:
     """The architecture's config, without the weights."""
     place = base_of_adapter(path) if is_adapter(path) else path
     is_there = Path(place).is_dir() or not (os.path.isabs(place) or place.startswith((".", "~")))
-    require(is_there, ModelError, f"no model at {place}{_near_path(place)}")
+    near = _near_path(place)
+    require(is_there, ModelError, f"no model at {place}{near}")
+    if "did you mean" in near and not os.environ.get("HF_HUB_OFFLINE"):
+        warnings.warn(
+            f"{place}{near} Asking the hub for it", stacklevel=2
+        )  # without a network that takes half a minute
     with library_errors(f"no model at {place}", place):
         if (file := Path(place) / "config.json").is_file():
             read_json(file, ModelError)  # transformers passes over a key that is given twice

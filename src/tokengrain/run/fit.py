@@ -48,6 +48,7 @@ class Outlook:
     held_out: int | None = None
     parameters: int = 0
     trained: int = 0
+    added: int = 0  # of an adapter
     gib: float = 0.0  # of weights, gradients and the optimiser's state, and of frozen copies
     chosen: dict[str, str] = field(default_factory=dict)
     args: Any = None  # the trainer's settings, with everything fitted
@@ -65,8 +66,9 @@ class Outlook:
             work += f"{epochs}: {self.steps} step{'s' * (self.steps != 1)}" + (f", {warm} of warm-up" if warm else "")
         parts += [work, f"rate {float(args.learning_rate):.2g}"]
         if self.parameters:
-            share = "all" if self.trained == self.parameters else f"{self.trained / 1e6:.4g} of"
-            parts.append(f"trains {share} {self.parameters / 1e6:.4g} M parameters")
+            total = self.parameters + self.added
+            share = "all" if self.trained == total else f"{self.trained / 1e6:.4g} of"
+            parts.append(f"trains {share} {total / 1e6:.4g} M parameters")
             parts.append(f"about {self.gib:.2g} GiB and the activations of {_pass(args)}")
         return "; ".join(parts)
 
@@ -106,6 +108,7 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
             found = outlooks[stage.name] = Outlook()
             if own:
                 found.parameters, found.trained = _size(stage, recipe, sizes)
+                found.added = found.trained if stage.lora is not None else 0
                 found.rows, found.held_out = _count(stage, counts)
             if fits:
                 stages[stage.name] = _fitted(stage, found, processes)
