@@ -339,7 +339,8 @@ def _answers(stage: runs.StageRecord) -> list[tuple[str, str, str]]:
     parts = [said.get(name) for name in ("prompts", "start", "trained")]
     if not all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in parts):
         return []
-    return [(visible(prompt.strip()), visible(start), visible(end)) for prompt, start, end in zip(*parts, strict=False)]
+    shown = ((visible(text.strip()) for text in row) for row in zip(*parts, strict=False))
+    return [(prompt, start, end) for prompt, start, end in shown]
 
 
 def _unequal(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
