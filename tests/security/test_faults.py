@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import socket
@@ -102,6 +104,23 @@ def test_a_full_disk_at_any_point(disk: Path, tmp_path: Path) -> None:
     recipe = values(tmp_path, TGDPO, output_dir=str(disk / "run"))
     found = outcome(lambda: run(recipe))
     assert found == "done" or (found.startswith("RunError: ") and "no space left on the device" in found)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """One error, before anything is read or trained."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+
+    def work() -> None:
+        if os.geteuid():
+            place.chmod(0o500)
+        else:
+            assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: mounts of this process's own
+            for command in ("--make-rprivate /", f"--bind {place} {place}", f"-o remount,ro,bind {place}"):
+                subprocess.run(["mount", *command.split()], check=True)
+        run(values(tmp_path, output_dir=str(place / "run")))
+
+    assert re.fullmatch(rf"RunError: {place / 'run'}: (Read-only file system|Permission denied)", outcome(work))
 
 
 # ---- Files that are no files ----

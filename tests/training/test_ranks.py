@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.checkpoint import last_complete_checkpoint
 from tokengrain.training.step import WeightedMeans, all_reduce
 
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts of its own need root")
 FSDP = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
@@ -193,6 +196,28 @@ def test_ranks_that_logged_different_things_still_meet() -> None:
         return means.reduced().means()
 
     assert on_ranks(2, work) == [{"both": 1.5, "one": 3.0}] * 2
+
+
+@pytest.mark.parametrize("case", ["another folder", pytest.param("not to be written", marks=as_root)])
+def test_a_folder_that_ranks_do_not_share_is_an_error_before_training(case: str, tmp_path: Path) -> None:
+    def work() -> str:
+        folder, second = tmp_path / "run", int(os.environ["RANK"]) == 1
+        if case == "another folder":
+            folder = tmp_path / os.environ["RANK"]
+        elif second:
+            assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: mounts of this process's own
+            for command in ("--make-rprivate /", f"--bind {tmp_path} {tmp_path}", f"-o remount,ro,bind {tmp_path}"):
+                subprocess.run(["mount", *command.split()], check=True)
+        trainer = make_trainer(folder, make_samples(8), model=tiny_llama(), objective="dpo", save_strategy="epoch")
+        with pytest.raises(RunError) as caught:
+            trainer.train()
+        assert not trainer.state.global_step
+        return str(caught.value)
+
+    found = on_ranks(2, work, timeout=60)
+    which = r"rank 0 .* does not see in" if case == "another folder" else r"rank 1 .* cannot write into .*Read-only"
+    assert all(re.match(which + ".*; expected a folder that all ranks share", message) for message in found), found
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()]
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import secrets
 import shutil
+import socket
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -221,6 +223,25 @@ _RECORDS = {
     "builtins": "set",
     "pathlib": "PosixPath Path",
 }
+
+
+def check_shared(folder: Path, exchange: Callable[[Any], list[Any]]) -> None:
+    """Raises `RunError` on all ranks if one of them cannot write into the run folder, or has another one there."""
+    own, refused = folder / f".{secrets.token_hex(8)}", None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own.touch()
+    except OSError as error:
+        refused = fault(error, named=False)
+    ranks = exchange((socket.gethostname(), own.name, refused))
+    others = exchange([name for _, name, error in ranks if error is None and not (folder / name).exists()])
+    with suppress(OSError):
+        own.unlink()
+    for number, ((host, _, reason), unseen) in enumerate(zip(ranks, others, strict=True)):
+        what = f"rank {number} ({host}) cannot write into {folder}: {reason}"
+        require(reason is None, RunError, f"{what}; expected a folder that all ranks share")
+        what = f"rank {number} ({host}) does not see in {folder} what another rank has written there"
+        require(not unseen, RunError, f"{what}; expected a folder that all ranks share")
 
 
 def publish(staged: Path, target: Path) -> None:

@@ -43,6 +43,7 @@ from tokengrain.method import (
     make_rollout_credit,
     resolve_rollout_credit,
 )
+from tokengrain.methods._clipped import sampler_mismatch
 from tokengrain.methods._shaping import reduce_groups
 from tokengrain.models import StreamedWeights
 from tokengrain.rewards.builtin import make_reward
@@ -80,7 +81,7 @@ from tokengrain.training.rollout import (
     packed_round,
     unpacked_round,
 )
-from tokengrain.training.rollout_log import RolloutRecord, RolloutStats, rollout_metrics
+from tokengrain.training.rollout_log import RolloutRecord, RolloutStats, joined_mismatch, rollout_metrics
 from tokengrain.training.step import CreditUse, HostBatch, resolve_objective
 from tokengrain.training.trainer import PreferenceTrainer, check_arguments, loaded
 
@@ -610,12 +611,26 @@ class OnlineTrainer(PreferenceTrainer):
 
     def _check_weights_of_server(self, metrics: Mapping[str, float]) -> None:
         """Raises `RolloutError` if a server that was given the policy's weights samples from another distribution."""
-        if self._server() is None or not metrics.get("mismatch/mean_abs", 0.0) > FAR:
+        off = metrics.get("mismatch/mean_abs", 0.0)
+        if self._server() is None or not off > FAR:
             return
-        off = metrics["mismatch/mean_abs"]
+        if metrics.get("rollout/staleness"):  # the policy itself has moved since it sampled: ask for tokens of now
+            off = self._present_mismatch()
         what = f"the server's log-probabilities differ from the policy's by {off:.2g} nats per token"
         what += "; expected a server started with this model, whose logps setting says what it gives"
-        raise RolloutError(what + (", or a smaller learning rate" if metrics.get("rollout/staleness") else ""))
+        require(not off > FAR, RolloutError, what)
+
+    def _present_mismatch(self) -> float:
+        """How far the server is from the policy as it is now, on one prompt per rank: mean nats per token."""
+        self._settle()
+        prompt = self.source.prompts[self.ranks.rank % len(self.source.prompts)]
+        n, sampling = self.args.num_generations, self.args.sampling().at(self.rollouts)
+        sampled = self.ranks.together(lambda: self.sampler.sample([prompt], n=n, sampling=sampling))
+        rollout = self._rewarded(sampled, None)
+        self.scorer.add(rollout, {OLD_LOGPS})
+        logps, own = rollout.quantities["raw_logps"], rollout.quantity(OLD_LOGPS)
+        parts = self.ranks.exchange(sampler_mismatch(logps, own, rollout.segments))
+        return joined_mismatch(parts)["mismatch/mean_abs"]
 
     def _release_sampler(self) -> None:
         """Remove what `_refresh_sampler` left, here and on the server, once no more is sampled. All ranks call this."""

@@ -79,6 +79,7 @@ from tokengrain.training.checkpoint import (
     JsonlLog,
     check_files,
     check_same_run,
+    check_shared,
     checkpoint_to_resume,
     checkpoints,
     data_fingerprint,
@@ -539,7 +540,8 @@ class PreferenceTrainer(Trainer):
             self.args.eval_on_start = False  # the first attempt has done it
         if self.is_world_process_zero():
             shutil.rmtree(self.output_path / STAGING, ignore_errors=True)  # what a killed run left
-        self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1 and self.args.save_strategy != SaveStrategy.NO:
+            check_shared(self.output_path, all_gather)
         try:
             with self._together():
                 output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.training.ranks import on_ranks
 from tests.training.test_resume import in_child
 from tests.training.tiny import tiny_llama
 from tokengrain.errors import RecipeError, RolloutError, RunError, read_log
-from tokengrain.method import Rollout, Stateless, make_rollout_credit
+from tokengrain.method import Rollout, Stateless, make_objective, make_rollout_credit
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion, SamplingConfig
 from tokengrain.run.load import load_recipe
@@ -30,7 +31,8 @@ from tokengrain.runs import ROLLOUT_FILE
 from tokengrain.training import checkpoint
 from tokengrain.training.buffer import RolloutBuffer
 from tokengrain.training.checkpoint import last_complete_checkpoint
-from tokengrain.training.online import OnlineTrainer
+from tokengrain.training.critic import Critic
+from tokengrain.training.online import FAR, OnlineTrainer
 from tokengrain.training.rollout import Ranks, packed_round, unpacked_round
 
 TURNS: dict[str, Any] = {"minibatches": 2, "rollout_epochs": 2, "max_steps": 9}
@@ -71,24 +73,46 @@ class Behind(HFGenerate):
             self.refresh(present)
 
 
-@pytest.mark.parametrize("credit", [pytest.param("group", marks=pytest.mark.slow), REFILLED], ids=["plain", "refilled"])
-def test_it_equals_taking_turns_with_older_weights(tmp_path: Path, credit: Any) -> None:
+METHODS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": lambda: {"credit": ["group"]},
+    "refilled": lambda: {"credit": REFILLED},
+    "thr": lambda: {"credit": ["group", "thr"]},
+    "aepo": lambda: {
+        "objective": make_objective("grpo", beta=0.1),
+        "credit": [{"name": "aepo", "triggers": None, "window": 1, "kl": "multiplicative"}, "dcpo"],
+    },
+    "ppo": lambda: {"objective": "ppo", "credit": ["gae"], "critic": Critic(tiny_llama(seed=4), lr=1e-2)},
+    "rto": lambda: {
+        "objective": "ppo",
+        "credit": [make_rollout_credit("rto", model=tiny_llama(seed=5).eval(), kl_target=0.01), "gae"],
+        "critic": Critic(tiny_llama(seed=4), lr=1e-2),
+    },
+}
+QUICK = ("refilled", "ppo")
+
+
+@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+def test_it_equals_taking_turns_with_older_weights(tmp_path: Path, method: str) -> None:
     """Bit for bit; prompts that replace filtered ones are sampled from the present weights."""
-    credit = [credit] if isinstance(credit, str) else credit
     model = tiny_llama()
     model.train()
-    sampler = Behind(model)
-    turns = make_online(tmp_path / "turns", model=model, sampler=sampler, credit=[*credit, "importance"], **TURNS)
+    sampler, own = Behind(model), METHODS[method]()
+    own["credit"] = [*own["credit"], "importance"]
+    turns = make_online(tmp_path / "turns", model=model, sampler=sampler, **own, **TURNS)
     sampler.trainer = turns
     turns.train()
-    ahead = make_online(tmp_path / "ahead", credit=credit, max_staleness=1, **TURNS)
+    ahead = make_online(tmp_path / "ahead", **METHODS[method](), max_staleness=1, **TURNS)
     ahead.train()
     assert entries(tmp_path / "ahead") == entries(tmp_path / "turns")
-    assert all(torch.equal(value, weights(turns)[name]) for name, value in weights(ahead).items())
+    models = [(ahead.model, turns.model)] + ([(ahead.critic.model, turns.critic.model)] if ahead.critic else [])
+    for one, other in models:
+        assert all(
+            torch.equal(value, theirs) for value, theirs in zip(one.parameters(), other.parameters(), strict=True)
+        )
     staleness = [e["rollout/staleness"] for e in read_log(tmp_path / "ahead" / "log.jsonl") if "rollout/staleness" in e]
     assert staleness[0] == 0
     assert all(0 < s <= 1 for s in staleness[1:])
-    assert (min(staleness[1:]) == 1) == (credit == ["group"])
+    assert (min(staleness[1:]) == 1) == (method != "refilled")
     assert not waiting()
 
 
@@ -304,11 +328,11 @@ class Watched(Served):
             self.drawing -= drawing
 
 
-def from_server(folder: Path, url: str, **settings: Any) -> OnlineTrainer:
+def from_server(folder: Path, url: str, *, resume: bool = False, **settings: Any) -> OnlineTrainer:
     sampler = {"name": "server", "url": url, "model": "m", "refresh": "checkpoint", "timeout": 60}
     settings = {"eval_dataset": make_prompts(2, seed=2), "eval_strategy": "steps", "eval_steps": 2} | settings
     trainer = make_online(folder, sampler=sampler, max_staleness=1, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -331,6 +355,44 @@ def test_a_server_is_given_weights_between_rollouts_only(ranks: int, tmp_path: P
     assert min(e["mismatch/max_abs"] for e in log[1:]) > 1e-3
     versions = {e["rollout"]: e["weights"] for e in map(json.loads, (tmp_path / ROLLOUT_FILE).open())}
     assert versions == {0: 1, 1: 1, 2: 2, 3: 4}
+
+
+@pytest.mark.slow
+def test_a_run_with_a_server_resumes(tmp_path: Path) -> None:
+    """Exactly, from a checkpoint that holds the rollout under way; another server samples from then on."""
+    settings: dict[str, Any] = {"minibatches": 2, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with serving(Watched(tiny_llama())) as stub:
+        expected = weights(from_server(whole, stub.url, max_steps=7, **settings))
+
+        def work() -> None:
+            kill_in(OnlineTrainer, "finish_step", 5)
+            from_server(parts, stub.url, max_steps=7, **settings)
+
+        assert in_child(work) == -signal.SIGKILL
+    assert (parts / "checkpoint-3" / "ahead" / "rank-0.json").exists()
+    with serving(Watched(tiny_llama(seed=9))) as stub:
+        found = from_server(parts, stub.url, resume=True, max_steps=7, **settings)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(found).items())
+    assert entries(parts)[-1]["reward/mean"] == entries(whole)[-1]["reward/mean"]
+
+
+class Deaf(Served):
+    """Says that it has loaded new weights, and keeps those it has."""
+
+    def reload(self, body: Any) -> Any:
+        return {"results": [None]}
+
+
+def test_far_weights_are_no_wrong_server(tmp_path: Path) -> None:
+    """A policy that moves far in one rollout is behind itself; the server is compared with the policy as it is now."""
+    settings: dict[str, Any] = {"max_steps": 3, "learning_rate": 0.5, "eval_strategy": "no"}
+    with serving(Served(tiny_llama())) as stub:
+        from_server(tmp_path / "right", stub.url, **settings)
+    log = [e for e in read_log(tmp_path / "right" / "log.jsonl") if "loss" in e]
+    assert max(e["mismatch/mean_abs"] for e in log) > FAR
+    with serving(Deaf(tiny_llama())) as stub, pytest.raises(RolloutError, match="differ from the policy's by"):
+        from_server(tmp_path / "deaf", stub.url, **settings)
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
