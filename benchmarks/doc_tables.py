@@ -1,4 +1,4 @@
-"""Fill the tables of docs/speed.md and docs/results/demo.md, and the README's picture, from finished runs.
+"""Fill the tables of docs/speed.md, docs/engines.md and docs/results/demo.md, and the README's picture.
 
 python -m benchmarks.doc_tables --demo runs/demo
 """
@@ -12,9 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.picture import write_picture
+from benchmarks.rollout_ahead import rows_of, shown
 from tokengrain.errors import read_json, write_text
 
-SPEED, DEMO = Path("docs/speed.md"), Path("docs/results/demo.md")
+ROOT = Path(__file__).resolve().parents[1]
+SPEED, DEMO, ENGINES = (ROOT / "docs" / name for name in ("speed.md", "results/demo.md", "engines.md"))
 PICTURE_SOURCES = ["DPO: policy", "T-REG: contrastive prompting", "T-REG: policy"]
 
 
@@ -47,12 +49,11 @@ def speed_table(report: dict[str, Any]) -> str:
             )
     for row in report["memory"]:
         lines.append(f"| memory: {row['setting']} | plain transformers | {row['share']:.2f} of its peak |")
-    return "\n".join([*lines, "", f"{when(report)} [All numbers](results/preference_step_cpu.md)."])
+    return "\n".join([*lines, "", f"{when(report['machine'])} [All numbers](results/preference_step_cpu.md)."])
 
 
-def when(report: dict[str, Any]) -> str:
+def when(m: dict[str, Any]) -> str:
     """Command, date and machine of a benchmark."""
-    m = report["machine"]
     return f"`{m['command']}`, {m['date']}, {m['gpu'] or m['cpu']}, {m['cores']} cores, torch {m['torch']}."
 
 
@@ -65,7 +66,14 @@ def online_table(report: dict[str, Any]) -> str:
             for peer, ratio in found.items() if phase == "update" else [(result["sides"][1]["name"], found)]:
                 spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
                 lines.append(f"| {phase} | {result['setting']} | {peer} | {spread} |")
-    return "\n".join([*lines, "", f"{when(report)} [All numbers](results/online_step_cpu.md)."])
+    return "\n".join([*lines, "", f"{when(report['machine'])} [All numbers](results/online_step_cpu.md)."])
+
+
+def ahead_table(report: dict[str, Any]) -> str:
+    """One rollout ahead of a server against taking turns, with command, machine and date."""
+    rows = [f"| {name} | {' | '.join(shown(found))} |" for name, found in rows_of(report["runs"]["server"]).items()]
+    end = f"{when(report['machine'])} Nothing else ran. [All numbers](results/rollout_ahead_cpu.json)."
+    return "\n".join(["| | turns | ahead | difference (95 %) |", "|---|---|---|---|", *rows, "", end])
 
 
 def fill(page: Path, name: str, table: str) -> None:
@@ -78,15 +86,21 @@ def fill(page: Path, name: str, table: str) -> None:
     write_text(page, filled)
 
 
-def main(
-    demo: Annotated[Path, typer.Option(help="folder of a finished demo")] = Path("runs/demo"),
-    speed: Annotated[Path, typer.Option(help="JSON of the benchmark")] = Path("docs/results/preference_step_cpu.json"),
-    online: Annotated[Path, typer.Option(help="of the online one")] = Path("docs/results/online_step_cpu.json"),
-) -> None:
-    """Fill the tables and write the picture."""
+def benchmark_tables() -> list[tuple[Path, str, str]]:
+    """Page, marker and table of every committed benchmark."""
+    results = ROOT / "docs/results"
+    return [
+        (SPEED, "speed-table", speed_table(read_json(results / "preference_step_cpu.json"))),
+        (SPEED, "online-table", online_table(read_json(results / "online_step_cpu.json"))),
+        (ENGINES, "ahead-table", ahead_table(read_json(results / "rollout_ahead_cpu.json"))),
+    ]
+
+
+def main(demo: Annotated[Path, typer.Option(help="folder of a finished demo")] = Path("runs/demo")) -> None:
+    """Fill the tables from the benchmarks in docs/results and from a demo, and write the picture."""
+    for page, name, table in benchmark_tables():
+        fill(page, name, table)
     fill(DEMO, "demo-table", demo_table(read_json(demo / "metrics.json")))
-    fill(SPEED, "speed-table", speed_table(read_json(speed)))
-    fill(SPEED, "online-table", online_table(read_json(online)))
     write_picture(demo, "docs/images/demo.svg", sources=PICTURE_SOURCES)
 
 

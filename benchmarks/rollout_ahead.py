@@ -139,10 +139,32 @@ def train(world: Any, kind: str, way: str, seed: int, rollouts: int, at: list[in
     return {"way": way, "seed": seed, "seconds": seconds, "own": own, "cpu": cpu, "accuracy": accuracy, "log": means}
 
 
-def compared(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> tuple[float, float, Estimate]:
+Compared = tuple[float, float, Estimate]
+
+
+def compared(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Compared:
     """Means of taking turns and of being ahead, and the difference, paired by seed."""
     turns, ahead = ([value(run) for run in runs if run["way"] == way] for way in WAYS)
     return fmean(turns), fmean(ahead), mean_of_runs([b - a for a, b in zip(turns, ahead, strict=True)])
+
+
+def rows_of(runs: list[dict[str, Any]]) -> dict[str, Compared]:
+    """What is compared, by name; `runs` may come from a file."""
+    values: dict[str, Callable[[dict[str, Any]], float]] = {"seconds": lambda run: run["seconds"]}
+    values |= {
+        f"held-out accuracy after {n} rollouts": lambda run, n=n: run["accuracy"][n] for n in runs[0]["accuracy"]
+    }
+    values |= {"CPU seconds, main thread": lambda run: run["own"]}
+    values |= {"CPU seconds, other threads": lambda run: run["cpu"] - run["own"]}
+    values |= {name: lambda run, name=name: run["log"].get(name, 0.0) for name in runs[0]["log"]}
+    return {name: compared(runs, value) for name, value in values.items()}
+
+
+def shown(found: Compared) -> tuple[str, str, str]:
+    """The cells of a row."""
+    turns, ahead, difference = found
+    interval = f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    return f"{turns:.3f}", f"{ahead:.3f}", interval
 
 
 @app.command()
@@ -162,15 +184,8 @@ def main(
                 runs.append(train(world, kind, way, seed, rollouts, at))
                 console.print(json.dumps(runs[-1]), soft_wrap=True, highlight=False)
         table = Table("sampler " + kind, "turns", "ahead", "difference, paired (95 %)")
-        rows = {f"accuracy after {n} rollouts": lambda run, n=n: run["accuracy"][n] for n in at}
-        rows |= {"seconds": lambda run: run["seconds"], "CPU seconds, main thread": lambda run: run["own"]}
-        rows |= {"CPU seconds, other threads": lambda run: run["cpu"] - run["own"]}
-        for name in runs[-1]["log"]:
-            rows[name] = lambda run, name=name: run["log"].get(name, 0.0)
-        for name, value in rows.items():
-            turns, ahead, difference = compared(runs, value)
-            shown = f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-            table.add_row(name, f"{turns:.3f}", f"{ahead:.3f}", shown)
+        for name, found in rows_of(runs).items():
+            table.add_row(name, *shown(found))
         console.print(table)
         if output is not None:
             output.write_text(json.dumps(report, indent=2) + "\n")

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.doc_tables import benchmark_tables
 from typer.main import get_command
 
 import tokengrain
@@ -159,3 +160,10 @@ def test_the_readme_keeps_to_its_plan() -> None:
     assert sum(line.startswith("|") for line in text.splitlines()) <= 30
     first = "\n".join(text.splitlines()[:45])
     assert all(command in first for command in ("make demo", "make test", "tokengrain demo", "my.py:loss"))
+
+
+def test_tables_of_benchmarks_are_what_their_numbers_say() -> None:
+    for page, name, table in benchmark_tables():
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in page.read_text(), (
+            f"python -m benchmarks.doc_tables: {page}"
+        )
