@@ -90,6 +90,13 @@ def test_trls_names_have_a_hint(recipe: Path, name: str) -> None:
         tokengrain.train(recipe, **{name: object()})
 
 
+def test_what_is_given_twice_is_an_error(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="output_dir is given twice"):
+        tokengrain.train(recipe, output=tmp_path / "run", output_dir="other")
+    with pytest.raises(RecipeError, match=r"lr and training\.learning_rate set the same: 1e-05 and 0\.1"):
+        tokengrain.train(recipe, lr=1e-5, training__learning_rate=0.1)
+
+
 @pytest.mark.parametrize("kind", ["list", "dataset", "file"])
 def test_a_trainer_takes_names_and_rows(kind: str, model_dir: Path, tmp_path: Path) -> None:
     rows = {

@@ -371,7 +371,23 @@ def test_the_plan_and_the_dry_run(mine: Path, tmp_path: Path, capsys: pytest.Cap
         (("train", "dpo", "--per_device_train_batch_size", "8"), "is here: --batch"),
         (("train", "dpo", "--weight_decay", "0.1"), "is here: training.weight_decay=VALUE"),
         (("train", "dpo", "pairs.jsonl"), "expected key=value"),
-        (("train", "dpo", "model=a", "--model", "b"), "model is given twice"),
+        (("train", "dpo", "model=a", "--model", "b"), "error: model is given twice: 'b' and 'a'"),
+        (
+            ("train", "dpo", "data=a", "-s", "data.train=b"),
+            "error: data and data.train set the same: 'a' and 'b'",
+        ),
+        (
+            ("train", "dpo", "-s", "seed=1", "--set", "seed=2"),
+            "error: seed is given twice: 1 and 2; give one",
+        ),
+        (("train", "dpo", "-o", "a", "output_dir=b"), "error: output_dir is given twice: 'b' and 'a'"),
+        (("train", "dpo", "lora.r=4", "--lora-r", "8"), "error: lora.r is given twice: 8 and 4"),
+        (("train", "dpo", "--lr", "1", "-s", "training.learning_rate=2"), "lr and training.learning_rate set the same"),
+        (("train", "rto", "stages.train.training.max_steps=9", "--epochs", "2"), "stages.train.training.max_steps set"),
+        (
+            ("train", "rto", "stages.train.training.prompts_per_rollout=9", "batch=8"),
+            "prompts_per_rollout and batch",
+        ),
         (("train", "dpo", "training.learning_rte=1"), "error: command line: training.learning_rte: unknown key"),
         (("train", "dpo", "-s", "stages.train.objective.bta=1"), "error: command line: stages.train.objective"),
         (("train", "dpo", "data.max_length=1"), "command line: stages.train.data: max_length is 1"),
@@ -384,6 +400,14 @@ def test_what_is_typed_is_understood(
     status, _, err = call(capsys, *arguments)
     assert status == 2
     assert expected in err
+
+
+def test_what_is_more_general_counts_first() -> None:
+    """In whatever order they are typed, so that each of the settings has an effect."""
+    typed = ["stages.train.objective.beta=3", "stages.train.objective.name=simpo", "data.limit=7", "data=pairs.jsonl"]
+    recipe = tokengrain.load_recipe("dpo", overrides=[*typed, "model=my/model"])
+    assert recipe.stages["train"].objective == {"name": "simpo", "beta": 3}
+    assert (recipe.data.train, recipe.data.limit) == ("pairs.jsonl", 7)
 
 
 def test_short_names_count_for_all_stages() -> None:

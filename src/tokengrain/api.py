@@ -76,14 +76,13 @@ def train(
     """
     for name in (name for name in TRL_NAMES if name in overrides):
         raise RecipeError(f"train takes no {name}; the {name} of TRL's trainers is here: {TRL_NAMES[name]}")
-    if output is not None:
-        overrides["output_dir"] = str(output)
     if isinstance(recipe, Recipe):
-        given = any(part is not None for part in (model, data, eval_data, tokenizer)) or overrides
+        given = any(part is not None for part in (model, data, eval_data, tokenizer, output)) or overrides
         require(not given, RecipeError, "a loaded recipe takes no overrides; give them to load_recipe")
     else:
         path = find_recipe(recipe)
         values, parsed = read_file(path), [(name.split("__"), value) for name, value in overrides.items()]
+        parsed += [] if output is None else [(["output_dir"], str(output))]
         inputs = Path(_output_dir(values, parsed)) / INPUTS
         with PartialState().main_process_first():
             model, data, eval_data = _model(model, tokenizer, inputs), _rows(data, inputs), _rows(eval_data, inputs)

@@ -7,6 +7,9 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,7 +71,7 @@ def demo(
     run_demo(output, samples=samples, overwrite=overwrite)
 
 
-def train(
+def _loaded(
     recipe: RecipeArgument,
     given: GivenArgument = None,
     model: ModelOption = None,
@@ -79,9 +82,38 @@ def train(
     batch: BatchOption = None,
     lora_r: LoraOption = None,
     output: OutputOption = None,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
+) -> Any:
+    """The recipe with what the command line says; what stands there twice is an error."""
+    from tokengrain.run.load import load_recipe
+
+    places, short = {"model": model, "data": data}, {"lr": lr, "epochs": epochs, "batch": batch, "lora.r": lora_r}
+    overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        what = f"got {text!r} after the recipe; expected key=value, such as lr=1e-5 or training.seed=1"
+        require(equals and key, typer.BadParameter, what)
+        if key in places:
+            require(places[key] is None, RecipeError, f"{key} is given twice: {places[key]!r} and {value!r}")
+            places[key] = value
+        else:
+            overrides.append(text)
+    return load_recipe(recipe, places["model"], places["data"], [*overrides, *(sets or ())], output)
+
+
+def _of_a_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(loaded, ...)` with the arguments and options that say which recipe, and what in it is otherwise."""
+    which, (_, *own) = (signature(one, eval_str=True).parameters.values() for one in (_loaded, command))
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        command(_loaded(**{one.name: given.pop(one.name) for one in which}), **given)
+
+    called.__dict__["__signature__"] = Signature([*which, *own])  # which typer reads
+    return called
+
+
+@_of_a_recipe
+def train(loaded: Any, overwrite: OverwriteOption = False, dry_run: DryRunOption = False) -> None:
     """Run a recipe: its stages in order, each run, resumed or reused.
 
     If it was stopped or killed, the same command resumes from the last checkpoint. Several processes: put
@@ -99,24 +131,11 @@ def train(
     """
     from tokengrain.run.runner import run_recipe
 
-    short = {"lr": lr, "epochs": epochs, "batch": batch, "lora.r": lora_r}
-    loaded = _loaded(recipe, given, {"model": model, "data": data}, short, sets, output)
     run_recipe(loaded, overwrite=overwrite, dry_run=dry_run)
 
 
-def annotate(
-    recipe: RecipeArgument,
-    given: GivenArgument = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    sets: SetOption = None,
-    lr: RateOption = None,
-    epochs: EpochsOption = None,
-    batch: BatchOption = None,
-    lora_r: LoraOption = None,
-    output: OutputOption = None,
-    overwrite: OverwriteOption = False,
-) -> None:
+@_of_a_recipe
+def annotate(loaded: Any, overwrite: OverwriteOption = False) -> None:
     """Store token rewards beside the rows: run a recipe's stages up to its last annotate stage.
 
     The result is a parquet file in the run folder with the columns chosen_token_rewards,
@@ -128,37 +147,12 @@ def annotate(
     """
     from tokengrain.run.runner import run_recipe
 
-    short = {"lr": lr, "epochs": epochs, "batch": batch, "lora.r": lora_r}
-    loaded = _loaded(recipe, given, {"model": model, "data": data}, short, sets, output)
     names = [name for name, stage in loaded.stages.items() if stage.kind == "annotate"]
-    require(names, RecipeError, f"{recipe} has no stage of kind annotate, so there is nothing to annotate")
+    what = f"{loaded.method} has no stage of kind annotate, so there is nothing to annotate"
+    require(names, RecipeError, what)
     result = run_recipe(loaded, until=names[-1], overwrite=overwrite)
     for file in sorted((result.path / names[-1]).glob("*.parquet")):
         typer.echo(file)
-
-
-def _loaded(
-    recipe: str,
-    given: list[str] | None,
-    places: dict[str, str | None],
-    short: dict[str, Any],
-    sets: list[str] | None,
-    output: str | None,
-) -> Any:
-    """The recipe with what the command line says; what stands there twice is an error."""
-    from tokengrain.run.load import load_recipe
-
-    overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
-    for text in given or ():
-        key, equals, value = text.partition("=")
-        what = f"got {text!r} after the recipe; expected key=value, such as lr=1e-5 or training.seed=1"
-        require(equals and key, typer.BadParameter, what)
-        if key not in places:
-            overrides.append(text)
-            continue
-        require(places[key] is None, typer.BadParameter, f"{key} is given twice: {places[key]} and {value}")
-        places[key] = value
-    return load_recipe(recipe, places["model"], places["data"], [*overrides, *(sets or ())], output)
 
 
 def evaluate(

@@ -135,8 +135,12 @@ def model_path(model: Any) -> str | None:
 def resolve(values: Values, model: str | None, data: str | None, overrides: Sequence[tuple[list[str], Any]]) -> Values:
     """Apply `--model`, `--data`, `paper`, `on_world` (only where the model is a world by then) and the overrides.
 
-    Overrides, as (path of keys, value), win over `on_world`, which wins over the rest, which wins over `paper`.
+    Overrides, as (path of keys, value), win over `on_world`, which wins over the rest, which wins over `paper`. Among
+    themselves the more general comes first, in whatever order they are given, so that each has an effect.
     """
+    named = [([key], value) for key, value in (("model", model), ("data", data)) if value is not None]
+    _check_given_once([*named, *overrides])
+    overrides = sorted(overrides, key=lambda one: (len(one[0]), one[0][-1] != "name"))
     values = copy.deepcopy(values)
     replaced = {"model": (model, ("path", "config", "tokenizer")), "data": (data, ("train", "eval"))}
     for key, (given, sources) in replaced.items():
@@ -170,10 +174,34 @@ def _leave_out(stages: Any, name: str) -> None:
     del known[name]
 
 
+def _check_given_once(overrides: Sequence[tuple[list[str], Any]]) -> None:
+    """What is given twice, in other words perhaps, is an error: one of the two would have no effect."""
+    for number, (keys, value) in enumerate(overrides):
+        for others, other in overrides[:number]:
+            if _plain(keys) == _plain(others) or _covers(keys, others) or _covers(others, keys):
+                first, second = ".".join(others), ".".join(keys)
+                what = f"{first} is given twice" if first == second else f"{first} and {second} set the same"
+                raise RecipeError(f"{what}: {shown(other)} and {shown(value)}; give one of the two")
+
+
+def _plain(keys: list[str]) -> list[str]:
+    """Keys without what can be left out: `data.train` is `data`."""
+    return keys[:-1] if len(keys) > 1 and _SHORT.get(keys[-2]) == keys[-1] else keys
+
+
+def _covers(keys: list[str], others: list[str]) -> bool:
+    """Whether the first is a short name, for all stages, of what the others set, for all of them or for one."""
+    known = SHORT_NAMES.get(keys[0], ("", ""))[1].split() if len(keys) == 1 else ()
+    return others[-2:-1] == ["training"] and others[-1] in known
+
+
 SHORT_NAMES = {
     "lr": ("learning_rate", "learning_rate"),
     "epochs": ("num_train_epochs", "num_train_epochs max_steps"),
-    "batch": ("per_device_train_batch_size", "per_device_train_batch_size gradient_accumulation_steps"),
+    "batch": (
+        "per_device_train_batch_size",
+        "per_device_train_batch_size gradient_accumulation_steps prompts_per_rollout",
+    ),
 }
 """Short for a key of `training:`, for all stages; with those that say otherwise for one of them, or something else."""
 
