@@ -61,16 +61,18 @@ def progress_bar(
 ) -> Iterator[Callable[..., None]]:
     """A bar on standard error, which `stays` at the end or goes; yields rich's update, called `update(advance=1)`.
 
-    Without a terminal it is a line per tenth of the way, and per new description.
+    Behind it stands what `update(numbers=...)` gives. Without a terminal it is a line per tenth of the way, and per new
+    description.
     """
     left = TimeRemainingColumn(elapsed_when_finished=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Speed(), left)
+    before, after = (TextColumn(f"{{task.{text}}}", markup=False) for text in ("description", "fields[numbers]"))
+    columns = (before, BarColumn(), MofNCompleteColumn(), _Speed(), left, after)
     console = console or Screen(stderr=True)
     if not (console.is_terminal or quiet):
         yield _Lines(console, what, total, done).update
         return
     with Progress(*columns, console=console, transient=not stays, disable=quiet) as bar:
-        yield partial(bar.update, bar.add_task(what, total=total, completed=done))
+        yield partial(bar.update, bar.add_task(what, total=total, completed=done, numbers=""))
 
 
 @dataclass

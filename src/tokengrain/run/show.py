@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 from transformers import TrainerCallback
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from tokengrain.report.html import maps_page, maps_table
 from tokengrain.report.rows import read_credit_samples
 from tokengrain.runs import TITLES, spoken
-from tokengrain.screen import labelled
+from tokengrain.screen import labelled, progress_bar
 
 _ACTIONS = {"run": "run", "resume": "resume", "reuse": "reuse (done, same settings)"}
 
@@ -145,8 +145,8 @@ class ShowProgress(TrainerCallback):
 
     def __init__(self, console: Console, name: str) -> None:
         self.console, self.name = console, name
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._open = ExitStack()
+        self._update: Callable[..., None] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.console.quiet:
@@ -156,15 +156,12 @@ class ShowProgress(TrainerCallback):
             what = f"only {state.max_steps} steps, of which {warmup} warm the learning rate up: use a smaller batch, "
             self.console.print(labelled("  warning", what + "more epochs, or training.warmup_steps=0"), soft_wrap=True)
         if self.console.is_terminal:
-            columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-            before, after = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
-            self._bar = Progress(before, *columns, after, console=self.console, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self.name, total=state.max_steps, numbers="")
+            bar = progress_bar(f"  {self.name}", state.max_steps, console=self.console)
+            self._update = self._open.enter_context(bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
+        if self._update is not None:
+            self._update(completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         tied = logs is not None and logs.get("rewards/margins") == 0  # nobody prefers either side of a pair yet
@@ -172,8 +169,8 @@ class ShowProgress(TrainerCallback):
         numbers = "  ".join(f"{title} {logs[key]:.3f}" for key, title in shown.items() if logs)
         if not numbers or not state.is_world_process_zero or self.console.quiet:
             return
-        if self._bar is not None:
-            self._bar.update(self._task, numbers=numbers)
+        if self._update is not None:
+            self._update(numbers=numbers)
         else:
             self.console.print(
                 f"  {self.name}: step {state.global_step} of {state.max_steps}  {numbers}", soft_wrap=True
@@ -181,8 +178,7 @@ class ShowProgress(TrainerCallback):
 
     def close(self, *state: Any, **kwargs: Any) -> None:
         """Take the bar off the screen (also after an error)."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._open.close()
+        self._update = None
 
     on_train_end = close
