@@ -1,25 +1,31 @@
 """TimeMaster on TimerBed's TEE and EMG, with a tiny model from scratch: does the way from files to numbers work?
 
-    python -m experiments.timerbed ../shared/data/timerbed
+    python -m experiments.timerbed ../shared/data/timerbed --seeds 5
 
 Series are drawn as the world `series` draws its own. A small Qwen2.5-VL is trained on the training series, each with
 noise and shifts of its own, to name the class behind two features of the values; then GRPO goes on with TimeMaster's
-reward. Prints accuracies on the test series, beside nearest neighbours. Tens of series teach a model from scratch
-little: the numbers say so.
+reward. Writes accuracies on the test series, beside those of nearest neighbours. Tens of series teach a model from
+scratch little: the numbers say so.
 """
 
 from __future__ import annotations
 
-import sys
+import platform
+import time
+from datetime import date
+from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import typer
 
 from experiments.training import train_online
 from tokengrain.data.rows import load_rows
 from tokengrain.data.series import features, nearest_accuracy
+from tokengrain.errors import read_json, write_json, write_text
 from tokengrain.method import make_objective
 from tokengrain.rewards.timemaster import TimeMaster
 from tokengrain.worlds.base_models import EOS
@@ -28,6 +34,7 @@ from tokengrain.worlds.series import HEIGHT, LENGTH, WIDTH, draw_lines
 
 SIZES = ("low", "middle", "high")
 NOISE = 0.1
+KINDS: tuple[Literal["values"], Literal["spectrum"]] = ("values", "spectrum")
 
 
 class FileWorld(SeeingWorld):
@@ -89,27 +96,66 @@ class FileWorld(SeeingWorld):
         return {"peak": words[2], "moves": words[4], "label": words[7]}
 
 
-def main(folder: Path, seeds: int = 1) -> None:
+def measured(folder: Path, task: str, seed: int) -> dict[str, Any]:
+    """One run: accuracies of nearest neighbours, and of the model after each stage."""
+    world, start = FileWorld(folder, task, seed), time.process_time()
+    (known, labels), (asked, truth) = world.parts["TRAIN"], world.parts["TEST"]
+    found: dict[str, Any] = {"task": task, "seed": seed, "classes": len(world.labels), "series": len(truth)}
+    found |= {f"nearest_{kind}": nearest_accuracy(known, labels, asked, truth, kind) for kind in KINDS}
+    model, _ = world.trained()
+    found["sft"] = world.evaluate(model, n=8)
+    reward = TimeMaster(labels=world.labels, extension="none")
+    objective = make_objective("grpo", epsilon=0.2, beta=0.0)
+    sizes: dict[str, Any] = {"rollouts": 40, "prompts": 32, "minibatches": 1}
+    done = train_online(world, objective, [{"name": "group"}], seed, model=model, rewards=reward, **sizes)
+    found["grpo"] = world.evaluate(done.model, n=8)
+    return found | {"cpu_seconds": time.process_time() - start}
+
+
+def page(runs: list[dict[str, Any]], how: str) -> str:
+    """The accuracies as a table, means over seeds with their ranges."""
+    tasks = {run["task"]: [other for other in runs if other["task"] == run["task"]] for run in runs}
+    first = [own[0] for own in tasks.values()]
+    lines = [
+        "# TimeMaster on TimerBed",
+        "",
+        f"{how}. Accuracy on the test files; means over seeds, ranges in brackets.",
+    ]
+    titles = [f"{one['task']}, {one['classes']} classes, {one['series']} series" for one in first]
+    lines += ["", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    rows = {"chance": [f"{1 / one['classes']:.3f}" for one in first]}
+    rows |= {f"nearest neighbour, {kind}": [f"{one[f'nearest_{kind}']:.3f}" for one in first] for kind in KINDS}
+    for stage, name in (("sft", "SFT"), ("grpo", "SFT and GRPO")):
+        for key, title in (("greedy_accuracy", "greedy"), ("accuracy", "sampled"), ("form", "form, sampled")):
+            rows[f"{name}, {title}"] = [_spread([run[stage][key] for run in own]) for own in tasks.values()]
+    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
+    return "\n".join([*lines, ""])
+
+
+def _spread(values: list[float]) -> str:
+    return f"{fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="with TEE_TRAIN.ts.gz and the others")],
+    seeds: Annotated[int, typer.Option(min=1, help="0, 1, ...: of model, noise and samples")] = 5,
+    output: Annotated[Path, typer.Option(help="folder for timerbed.md and timerbed.json")] = Path("docs/results"),
+) -> None:
+    """Train on both tasks over seeds and write the page; a run in the JSON already is not done again."""
     torch.set_num_threads(1)
-    for task in ("TEE", "EMG"):
-        for seed in range(seeds):
-            world = FileWorld(folder, task, seed)
-            (known, labels), (asked, truth) = world.parts["TRAIN"], world.parts["TEST"]
-            found = {k: nearest_accuracy(known, labels, asked, truth, k) for k in ("values", "spectrum")}
-            print(f"{task}, seed {seed}, {len(world.labels)} classes: nearest neighbours {found}", flush=True)
-            model, _ = world.trained()
-            print("  after SFT", _short(world.evaluate(model, n=8)), flush=True)
-            reward = TimeMaster(labels=world.labels, extension="none")
-            objective = make_objective("grpo", epsilon=0.2, beta=0.0)
-            sizes: dict[str, Any] = {"rollouts": 40, "prompts": 32, "minibatches": 1}
-            done = train_online(world, objective, [{"name": "group"}], seed, model=model, rewards=reward, **sizes)
-            print("  after GRPO", _short(world.evaluate(done.model, n=8)), flush=True)
-
-
-def _short(found: dict[str, float | None]) -> dict[str, float]:
-    names = ("form", "accuracy", "greedy_accuracy")
-    return {name: round(float(found[name] or 0), 3) for name in names}
+    log = output / "timerbed.json"
+    runs: list[dict[str, Any]] = read_json(log) if log.exists() else []
+    done = {(run["task"], run["seed"]) for run in runs}
+    for task, seed in product(("TEE", "EMG"), range(seeds)):
+        if (task, seed) not in done:
+            runs.append(measured(folder, task, seed) | {"date": date.today().isoformat()})
+            write_json(log, runs)
+    runs.sort(key=lambda run: (-run["classes"], run["seed"]))
+    cost = fmean(run["cpu_seconds"] for run in runs)
+    how = f"`python -m experiments.timerbed FOLDER --seeds {seeds}`, {max(run['date'] for run in runs)}, "
+    write_text(output / "timerbed.md", page(runs, f"{how}{platform.machine()}, {cost:.0f} CPU seconds a run"))
+    print((output / "timerbed.md").read_text())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(argument) for argument in sys.argv[2:3]))
+    typer.run(main)

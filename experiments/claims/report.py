@@ -158,7 +158,7 @@ def claims_command(
     results = run_claims(groups, range(seeds), folder, methods=methods, jobs=jobs, quick=quick, console=progress)
     findings = judge_all(groups, results, methods)
     how: dict[str, Any] = {
-        "command": " ".join(["tokengrain", *sys.argv[1:]]),
+        "command": " ".join(["python -m experiments.claims", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seeds": seeds,

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.tiny_vlms import CHAT, FAMILIES, mark, picture, processor, split, tiny_vlm, tokenizer
+from tests.tiny_vlms import CHAT, FAMILIES, SPECIAL, mark, picture, processor, split, tiny_vlm, tokenizer
 from tokengrain.data import vision
 from tokengrain.data.config import TokenizeConfig, VideoConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
@@ -24,6 +24,7 @@ from tokengrain.data.vision import load_processor, without_torchvision
 from tokengrain.errors import DataError, ModelError, RecipeError
 from tokengrain.models import load_reader
 from tokengrain.rollout.sampler import encode_prompts
+from tokengrain.scoring.vision import placeholders
 from tokengrain.specs import ModelSpec
 from tokengrain.vision import Vision
 
@@ -169,6 +170,7 @@ def bomb() -> bytes:
 
 
 TWO = f"{mark(QWEN)} {mark(QWEN)} what"
+CALLED = [{"role": "user", "content": "what is this ?"}, {"role": "assistant", "content": "a"}]
 REFUSED = {
     "too few": (row(picture(0), text=TWO), r"'images': the prompt has 2 places for images; got '1 in the row'; exp"),
     "too many": (
@@ -192,6 +194,22 @@ REFUSED = {
             "prompt": said({"type": "image", "image": picture(0)}),
             "chosen": [{"role": "assistant", "content": [{"type": "image", "image": picture(0)}]}],
             "rejected": [{"role": "assistant", "content": "a"}],
+        },
+        r"'chosen': a completion has a picture; got .*; expected pictures in the prompt only",
+    ),
+    "picture of a tool": (
+        {"prompt": [*CALLED, {"role": "tool", "content": [{"type": "image", "image": picture(0)}]}], **SAID},
+        r"'prompt': a message of the role 'tool' has a picture; got .*; expected pictures in the user's messages, and",
+    ),
+    "place of a tool": (
+        {"prompt": [*CALLED, {"from": "observation", "value": [{"type": "image"}]}], **SAID, "images": [picture(0)]},
+        r"'prompt': a message of the role 'tool' has a picture; got .*; expected pictures in the user's messages, and",
+    ),
+    "picture of a tool in a completion": (
+        {
+            "prompt": "what",
+            "chosen": [*CALLED[1:], {"role": "tool", "content": [{"type": "image"}]}, *SAID["chosen"]],
+            "rejected": SAID["rejected"],
         },
         r"'chosen': a completion has a picture; got .*; expected pictures in the prompt only",
     ),
@@ -231,6 +249,23 @@ def test_pictures_that_do_not_fit_are_refused(name):
     if "completion" not in name:
         with pytest.raises(DataError, match=rf"^rows.jsonl: row 1: field {message}"):
             encode_prompts([good, bad], processor(QWEN), file="rows.jsonl")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_and_thin_images_are_read_or_refused(family):
+    """As each processor does it: none fails in another way, or loses the image."""
+    tokens = set(placeholders(tiny_vlm(family).config))
+    for size in ((1, 1), (1, 40), (40, 1), (2, 1000)):
+        rows = [row(picture(0, size), text=f"{mark(family)} what")]
+        if SPECIAL[family] is SPECIAL[QWEN] and size == (2, 1000):
+            with pytest.raises(
+                DataError, match=r"row 0: field 'images': \w+ cannot take the pictures .*; got '1000x2'"
+            ):
+                prepare_pairs(rows, processor(family))
+            continue
+        (made,) = prepare_pairs(rows, processor(family))
+        assert made.vision.patches > 0
+        assert tokens & set(made.prompt_ids)
 
 
 def test_the_largest_image_is_below_what_pillow_refuses():

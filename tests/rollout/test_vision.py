@@ -14,9 +14,11 @@ from PIL import Image
 from tests.rollout.stub import serving
 from tests.scoring.models import tiny
 from tests.tiny_vlms import FAMILIES, mark, picture, processor, prompt, tiny_vlm
+from tests.training.online.tiny import make_online
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, RolloutError
 from tokengrain.rollout.branching import Branching
+from tokengrain.rollout.client import ServerError
 from tokengrain.rollout.local import HFContinuous, HFGenerate
 from tokengrain.rollout.sampler import PromptItem, SamplingConfig, encode_prompts
 from tokengrain.rollout.server import OpenAIServer
@@ -171,6 +173,39 @@ def test_a_server_is_sent_the_images_of_a_chat():
             server = OpenAIServer(stub.url, processor(QWEN).tokenizer, model="m", retries=0, flavour=flavour)
             with pytest.raises(RolloutError, match=why):
                 server.sample([other], n=1, sampling=SamplingConfig(max_new_tokens=4))
+
+
+def test_a_server_without_images_is_found_before_training(tmp_path):
+    """By the first prompt that has some, wherever it stands; without any nothing is asked."""
+    seen = {"prompt": [{"role": "user", "content": "what is this ?"}], "images": [{"bytes": png(), "path": None}]}
+    items = encode_prompts([{"prompt": "a b", "id": "text"}, {**seen, "id": "seen"}], processor(QWEN))
+    answers = {"choices": [{"index": 0, "token_ids": [8], "logprobs": {"content": [{"logprob": -0.5}]}}]}
+    answers["choices"][0]["finish_reason"] = "length"
+    known = {"/v1/models": {"data": [{"id": "m"}]}, "/v1/chat/completions": answers}
+    with serving(lambda path, body: known[path]) as stub:
+        given = {"name": "server", "url": stub.url, "model": "m", "retries": 0, "refresh": "checkpoint"}
+
+        def online(rows):
+            own = {"train_dataset": rows, "processing_class": processor(QWEN), "sampler": given}
+            make_online(tmp_path, model=tiny_vlm(QWEN, dtype=torch.float32), **own)
+
+        answers["prompt_token_ids"] = items[1].ids
+        online(items)
+        (body,) = (body for path, body in stub.requests if path == "/v1/chat/completions")
+        assert (body["max_tokens"], body["n"]) == (1, 1)
+        answers["prompt_token_ids"] = [8]
+        with pytest.raises(ServerError, match=r"row seen: .*the server read another prompt \(1 tokens"):
+            online(items)
+        stub.requests.clear()
+        online(items[:1])
+        assert "/v1/chat/completions" not in {path for path, _ in stub.requests}
+        stub.answer = lambda path, body: known["/v1/models"] if path == "/v1/models" else {}["chat"]
+        what = r"sampler 'server': row seen: .*/v1/chat/completions: status 404: no 'chat'; expected a server that is "
+        with pytest.raises(ServerError, match=what + "sent images, of the model being trained, or the sampler 'hf'"):
+            online(items)
+        given["flavour"] = "sglang"
+        with pytest.raises(RolloutError, match="row seen: the prompt has images, which are sent to vLLM only"):
+            online(items)
 
 
 def test_text_prompts_hold_their_images_too():

@@ -21,6 +21,8 @@ from tokengrain.errors import DataError, ModelError
 from tokengrain.method import make_credit
 from tokengrain.methods._other_tokens import Retokenizer
 from tokengrain.models import freeze_vision, load_trained_reward_model, lora_config, reward_model_from
+from tokengrain.rollout.local import HFGenerate
+from tokengrain.rollout.sampler import PromptItem, SamplingConfig
 from tokengrain.scoring.layouts import plan_rows
 from tokengrain.scoring.prepare import PLANS
 from tokengrain.scoring.reference import AdapterOffReference, resolve_reference
@@ -32,6 +34,7 @@ from tokengrain.vision import Vision
 
 FEW = ("qwen3_vl", "llava_onevision", "idefics3", "gemma3")
 SOME = [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+ONE = SamplingConfig(max_new_tokens=1, stop_ids=())
 VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
 
 
@@ -133,9 +136,10 @@ def test_videos(family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_in_float32_and_eager_attention(family: str) -> None:
+def test_images_in_float32_and_in_eager_attention(family: str) -> None:
     check(tiny_vlm(family, dtype=torch.float32), pictures(family), 2e-5)
     check(tiny_vlm(family, dtype=torch.float32, attention="eager"), pictures(family), 2e-5)
+    check(tiny_vlm(family, attention="eager"), pictures(family), 1e-6)  # float64, with a softmax in float32
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -320,6 +324,15 @@ class TestErrors:
         message = "row none: a completion holds token .*, which stands for an image in Gemma3ForConditionalGeneration"
         with pytest.raises(ModelError, match=message):
             logps(model, samples)
+
+    def test_a_processor_of_another_model(self) -> None:
+        model, samples = tiny_vlm("qwen2_5_vl"), pictures("qwen2_5_vl")
+        model.config.image_token_id = 0  # the processor's is another one
+        what = r"the processor writes token \d+ for images and videos, and Qwen2_5_VLModel has them in the place of 0, "
+        with pytest.raises(ModelError, match=what + r"\d+ \(its image_token_id\); expected the model's own processor"):
+            logps(model, samples)
+        with pytest.raises(ModelError, match=what):
+            HFGenerate(model).sample([PromptItem(samples[0].prompt_ids, vision=samples[0].vision)], n=1, sampling=ONE)
 
     def test_a_credit_that_puts_text_in_the_prompts_place(self) -> None:
         batch = TokenBatch.from_samples(pictures("llava")[:2])

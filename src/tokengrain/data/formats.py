@@ -51,6 +51,7 @@ COMPLETIONS = ("chosen", "rejected", "completion", "chosen_masked", "rejected_ma
 HUMAN, ASSISTANT = "Human:", "\n\nAssistant:"
 # The names that ShareGPT's data and LLaMA-Factory give to roles.
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
+TOOLS = ("tool", "ipython", "function")  # the roles of what a tool says
 
 
 class Given(NamedTuple):
@@ -440,11 +441,15 @@ def _held(source: Any, column: str) -> Any:
 def pictured(row: Mapping[str, Any], prompt: Content) -> tuple[Content, dict[str, Given]]:
     """The prompt with a picture in every place that its messages have for one, and all its pictures by kind.
 
-    Raises `RowError` where their numbers differ. A text's places are known when its tokens are.
+    Raises `RowError` where their numbers differ, or a tool shows one. A text's places are known when its tokens are.
     """
     found = {kind: given for kind in KINDS if (given := _column_of(row, kind)) is not None}
     if not isinstance(prompt, list):
         return prompt, found
+    for message in prompt:
+        seen = message["role"] in TOOLS and _has_parts(message)
+        what, expected = f"a message of the role {message['role']!r} has a picture", "pictures in the user's messages"
+        check(not seen, "pictures", what, field="prompt", value=message, expected=f"{expected}, and text of tools")
     made = [{**m, "content": [dict(p) for p in m["content"]]} if _has_parts(m) else m for m in prompt]
     for kind in KINDS:
         own: Given = found.get(kind, Given("prompt", []))

@@ -423,10 +423,11 @@ def make_sampler(given: Any, model: Any, tokenizer: Any = None) -> Sampler:
     return made
 
 
-def check_reachable(given: Any, *, patient: bool = True) -> None:
+def check_reachable(given: Any, *, patient: bool = True, prompts: Sequence[PromptItem] = ()) -> None:
     """Ask the server of a sampler (or of what `make_sampler` takes) whether it is there; if not patient, only once.
 
-    Raises `RolloutError` if nobody answers, `RecipeError` if the server does not have the model.
+    Of `prompts` one with images is sent. Raises `RolloutError` if nobody answers, or these cannot be sampled from,
+    `RecipeError` if the server does not have the model.
     """
     sampler = given
     if given is None or isinstance(given, (str, Mapping)):
@@ -439,6 +440,8 @@ def check_reachable(given: Any, *, patient: bool = True) -> None:
     sampler = getattr(sampler, "sampler", sampler)
     if (check := getattr(sampler, "check_reachable", None)) is not None:
         check(patient=patient)
+    if (look := getattr(sampler, "check_pictures", None)) is not None:
+        look(prompts)
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -211,6 +211,23 @@ class OpenAIServer:
         for transfer in self.transfers:
             transfer.check()
 
+    def check_pictures(self, prompts: Sequence[PromptItem]) -> None:
+        """Have every server answer the first prompt with images by one token, if any prompt has some.
+
+        Raises `RolloutError` for a prompt that a server cannot be sent, or one that does not read it as we do.
+        """
+        seeing = [prompt for prompt in prompts if prompt.vision is not None]
+        for prompt in seeing:
+            self._check_sent(prompt)
+        one = SamplingConfig(max_new_tokens=1)
+        for client in self.clients if seeing else ():
+            body = self._with_images(self._body(seeing[0], 0, 1, one), seeing[0])
+            try:
+                client.post("/v1/chat/completions", body, partial(self._read, n=1, sampling=one, prompt=seeing[0]))
+            except ServerError as error:
+                why = "expected a server that is sent images, of the model being trained, or the sampler 'hf'"
+                raise ServerError(f"sampler 'server': row {seeing[0].row}: {error}; {why}", error.status) from None
+
     def _own_ids(self) -> list[int]:
         return list(self.tokenizer(SPOKEN, add_special_tokens=False)["input_ids"])
 
@@ -381,16 +398,23 @@ class OpenAIServer:
     def _with_images(self, body: dict[str, Any], prompt: PromptItem) -> dict[str, Any]:
         """The request as a chat, whose images are parts of its messages: a server takes none beside token ids.
 
-        The server writes the prompt's tokens itself; `_read` compares them. Raises `RolloutError` where it cannot.
+        The server writes the prompt's tokens itself; `_read` compares them.
         """
+        self._check_sent(prompt)
+        changed = {"messages": [_for_server(m) for m in prompt.messages or ()], "logprobs": True}
+        held = {f"{i}": -100 for i in prompt.placeholders}
+        kept = {name: value for name, value in body.items() if name != "prompt"}
+        return {**kept, **changed, "top_logprobs": 0, "logit_bias": held}
+
+    def _check_sent(self, prompt: PromptItem) -> None:
+        """Raises `RolloutError` unless a prompt with images can be sent to a server."""
         what = f"row {prompt.row}: the prompt has images, "
         require(self.flavour == "vllm", RolloutError, f"{what}which are sent to vLLM only; expected the sampler 'hf'")
         fits = "expected whole messages without tools, with images in them, or the sampler 'hf'"
         require(prompt.messages, RolloutError, f"{what}and a server writes no such prompt as it is; {fits}")
-        changed = {"messages": [_for_server(m, prompt.row) for m in prompt.messages or ()], "logprobs": True}
-        held = {f"{i}": -100 for i in prompt.placeholders}
-        kept = {name: value for name, value in body.items() if name != "prompt"}
-        return {**kept, **changed, "top_logprobs": 0, "logit_bias": held}
+        kinds = {part["type"] for message in prompt.messages or () for part in _parts(message)}
+        what = f"row {prompt.row}: videos are sent to no server; expected 'hf'"
+        require("video" not in kinds, RolloutError, what)
 
     def _read(self, answer: Any, n: int, sampling: SamplingConfig, prompt: PromptItem) -> tuple[SampledCompletion, ...]:
         """The completions in an answer. Raises `ValueError` where it is not what was asked for."""
@@ -534,19 +558,20 @@ class OpenAIServer:
                 raise
 
 
-def _for_server(message: Mapping[str, Any], row: int | str) -> dict[str, Any]:
-    """A message in OpenAI's form, images as data URLs."""
+def _parts(message: Mapping[str, Any]) -> list[Any]:
     content = message.get("content")
-    if not isinstance(content, list):
-        return dict(message)
+    return content if isinstance(content, list) else []
+
+
+def _for_server(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message in OpenAI's form, images as data URLs."""
     parts = []
-    for part in content:
-        require(part["type"] != "video", RolloutError, f"row {row}: videos are sent to no server; expected 'hf'")
+    for part in _parts(message):
         if part["type"] == "image":
             url = "data:image;base64," + base64.b64encode(content_of(part["image"], None)[0]).decode()
             part = {"type": "image_url", "image_url": {"url": url}}
         parts.append(part)
-    return {**message, "content": parts}
+    return {**message, **({"content": parts} if parts else {})}
 
 
 def _check_prompt(ids: Any, prompt: PromptItem) -> None:

@@ -48,8 +48,15 @@ def placed(base: Any, asking: Mapping[int, int], ids: Tensor, vision: Vision) ->
     Args:
         asking: the model's `placeholders`.
         ids: the prompt's tokens `[P]`, on the CPU.
+
+    Raises ModelError where the processor has marked tokens, and none of them stands for pictures in the model.
     """
     types = vision.types
+    if types is not None and len(types) == len(ids) and types.any():
+        marked = sorted(set(ids[types > 0].tolist()))
+        what = f"the processor writes token {', '.join(map(str, marked))} for images and videos, and "
+        what += f"{type(base).__name__} has them in the place of {', '.join(map(str, asking))} (its image_token_id); "
+        require(not asking.keys().isdisjoint(marked), ModelError, what + "expected the model's own processor")
     if types is None:
         types = sum(((ids == token).long() * kind for token, kind in asking.items()), torch.zeros_like(ids))
     blocks = vision.blocks

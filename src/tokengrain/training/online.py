@@ -209,9 +209,10 @@ class OnlineTrainer(PreferenceTrainer):
             eval_dataset = {name: self._prompts(data, name) for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prompts(eval_dataset, "eval")
+        held_out = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+        every = (prompts, *(data for data in held_out if data is not None))
         if self.rewards is not None:
-            held_out = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-            for data in (prompts, *(data for data in held_out if data is not None)):
+            for data in every:
                 self.rewards.check_golds((data.name, item.row, item.raw) for item in data)
         set_lengths(args, len(prompts))
         kwargs |= {"reference": reference, "teacher": teacher, "peft_config": peft_config}
@@ -220,7 +221,8 @@ class OnlineTrainer(PreferenceTrainer):
         self.judge.temperature = args.logps_temperature
         self.sampler: Sampler = make_sampler(sampler, self.model, tokenizer)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
-        self.ranks.together(lambda: check_reachable(self.sampler))
+        asked = [item for data in every for item in data]
+        self.ranks.together(lambda: check_reachable(self.sampler, prompts=asked))
         self._copy: PolicyCopy | None = None  # what is sampled from in this process, while the policy changes
         if args.max_staleness and not hasattr(self.sampler, "how"):
             self._copy = PolicyCopy(self.model)
