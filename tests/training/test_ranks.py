@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tests.training.ranks import on_ranks, sharding_on_cpu
+from tests.training.ranks import make_read_only, may_mount, on_ranks, sharding_on_cpu
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
 from tokengrain.errors import NonFiniteLossError, RunError, read_log
 from tokengrain.method import make_objective
@@ -28,7 +26,6 @@ from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.checkpoint import last_complete_checkpoint
 from tokengrain.training.step import WeightedMeans, all_reduce
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts of its own need root")
 FSDP = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
@@ -198,16 +195,14 @@ def test_ranks_that_logged_different_things_still_meet() -> None:
     assert on_ranks(2, work) == [{"both": 1.5, "one": 3.0}] * 2
 
 
-@pytest.mark.parametrize("case", ["another folder", pytest.param("not to be written", marks=as_root)])
+@pytest.mark.parametrize("case", ["another folder", pytest.param("not to be written", marks=may_mount)])
 def test_a_folder_that_ranks_do_not_share_is_an_error_before_training(case: str, tmp_path: Path) -> None:
     def work() -> str:
         folder, second = tmp_path / "run", int(os.environ["RANK"]) == 1
         if case == "another folder":
             folder = tmp_path / os.environ["RANK"]
         elif second:
-            assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: mounts of this process's own
-            for command in ("--make-rprivate /", f"--bind {tmp_path} {tmp_path}", f"-o remount,ro,bind {tmp_path}"):
-                subprocess.run(["mount", *command.split()], check=True)
+            make_read_only(tmp_path)
         trainer = make_trainer(folder, make_samples(8), model=tiny_llama(), objective="dpo", save_strategy="epoch")
         with pytest.raises(RunError) as caught:
             trainer.train()
