@@ -42,7 +42,9 @@ test-vllm: setup .venvs/vllm/.done  ## Run the sampler and online training again
 
 .venvs/verl/.done: integrations/verl/pyproject.toml
 	$(PYTHON) -m venv .venvs/verl
-	.venvs/verl/bin/pip install --quiet --disable-pip-version-check verl==0.9.1 scipy pytest
+	# Of verl[verl-core] what its agent loop and trainer import; the rest needs GPUs or is large.
+	.venvs/verl/bin/pip install --quiet --disable-pip-version-check verl==0.9.1 scipy pytest \
+		cachetools fastapi uvicorn TransferQueue
 	# Without dependencies: verl 0.9.1 asks for transformers below 5.11.
 	.venvs/verl/bin/pip install --quiet --disable-pip-version-check --no-deps -e . -e integrations/verl
 	@touch $@

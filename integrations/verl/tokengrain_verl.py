@@ -1,4 +1,4 @@
-"""tokengrain in verl: the losses `tokengrain_NAME` for `LOSSES`, and the estimator `tokengrain_group`.
+"""tokengrain in verl: the losses `tokengrain_NAME` for `LOSSES`, and estimators of advantages.
 
 verl loads this module by its entry point in every process (or by VERL_USE_EXTERNAL_MODULES=tokengrain_verl).
 Hyper-parameters come from the environment, since verl's config has no place for them:
@@ -23,9 +23,13 @@ from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_pol
 from tokengrain.batch import Segments
 from tokengrain.errors import RecipeError, require
 from tokengrain.method import BoundObjective, make_objective
+from tokengrain.methods._shaping import Scaling, scale_scores
 from tokengrain.methods.grpo import group_advantages
+from tokengrain.methods.ppo import rescored
+from tokengrain.settings import validate_settings
 
 LOSSES = ("grpo", "gspo", "dcpo", "reinforce")
+OTHERS = ("group", "tokens", "token_rewards")
 VARIABLE = "TOKENGRAIN_VERL"
 OWN_MEAN = frozenset({"gspo"})
 """Losses that are means over a completion's tokens whatever their settings; the others take `reduction`."""
@@ -40,8 +44,9 @@ def settings(given: str) -> dict[str, dict[str, Any]]:
         raise RecipeError(f"{VARIABLE} is no JSON: {error}") from None
     known = isinstance(found, dict) and all(isinstance(one, dict) for one in found.values())
     require(known, RecipeError, f"{VARIABLE} is {given}; expected an object of objects, such as {{'grpo': {{...}}}}")
-    strange = sorted(set(found) - {*LOSSES, "group"})
-    require(not strange, RecipeError, f"{VARIABLE} has {', '.join(strange)}; expected {', '.join(LOSSES)} or group")
+    strange = sorted(set(found) - {*LOSSES, *OTHERS})
+    what = f"{VARIABLE} has {', '.join(strange)}; expected {', '.join(LOSSES)}, {' or '.join(OTHERS)}"
+    require(not strange, RecipeError, what)
     return found
 
 
@@ -97,6 +102,26 @@ def group(
     return advantages, advantages
 
 
+def tokens(token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **_: Any) -> tuple[Tensor, Tensor]:
+    """Advantages and returns `[B, T]`: each token's own reward, scaled over the tokens of the batch (as in Q-RM)."""
+    mask = response_mask.bool()
+    rewards, segments = Segments.from_padded(token_level_rewards, mask)
+    own = settings(os.environ.get(VARIABLE, "")).get("tokens", {})
+    taken = validate_settings(f"{VARIABLE}: tokens", token_advantages, own, excluded=("rewards", "segments"))
+    flat = token_advantages(rewards, segments, **taken)
+    advantages = torch.zeros_like(token_level_rewards, dtype=flat.dtype).masked_scatter(mask, flat)
+    return advantages, advantages
+
+
+def token_advantages(
+    rewards: Tensor, segments: Segments, *, scaling: Scaling = "zscore", rescore_last: bool = False
+) -> Tensor:
+    """The setting `tokens`, as in the rollout credit `reinforce`: `[N] -> [N]`."""
+    scaled = scale_scores(rewards, scaling)
+    return rescored(scaled, segments) if rescore_last else scaled
+
+
 for _name in LOSSES:
     register_policy_loss(f"tokengrain_{_name}")(policy_loss(_name))
 register_adv_est("tokengrain_group")(group)
+register_adv_est("tokengrain_tokens")(tokens)

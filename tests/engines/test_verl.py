@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tokengrain.batch import Segments
-from tokengrain.errors import RecipeError
+from tests.engines.vllm import saved_model
+from tokengrain.batch import Completion, Sample, Segments, TokenBatch
+from tokengrain.errors import RecipeError, RolloutError
 from tokengrain.loss import Counts, make_normaliser
-from tokengrain.method import make_objective
+from tokengrain.method import make_credit, make_objective
 from tokengrain.methods.grpo import group_advantages
+from tokengrain.models import load_trained_reward_model, reward_model_from
+from tokengrain.scoring.token_scores import ScoreStatistics, set_statistics
 
 pytestmark = pytest.mark.verl
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -95,8 +103,6 @@ def test_it_is_the_flat_loss(core: Any, name: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("ours", "theirs", "more"), [("grpo", "vanilla", {"ratio_cap": 3.0}), ("gspo", "gspo", {})])
 def test_it_is_verls_own(core: Any, ours: str, theirs: str, more: Any, mode: str, monkeypatch: Any) -> None:
-    import json
-
     clip = {"epsilon": 0.2, "epsilon_high": 0.28, **more}
     monkeypatch.setenv("TOKENGRAIN_VERL", json.dumps({ours: clip}))
     for seed in range(5):
@@ -142,7 +148,7 @@ def test_groups(core: Any, monkeypatch: Any) -> None:
     [
         ("{", "is no JSON"),
         ("[]", "expected an object of objects"),
-        ('{"thr": {}}', "has thr; expected grpo, gspo"),
+        ('{"thr": {}}', "has thr; expected grpo, gspo, dcpo, reinforce, group or tokens"),
         ('{"grpo": {"reduction": "sum"}}', "expected verl's loss_agg_mode"),
         ('{"grpo": {"epsilonn": 0.2}}', "epsilon"),
     ],
@@ -151,6 +157,148 @@ def test_wrong_settings(core: Any, given: str, message: str, monkeypatch: Any) -
     monkeypatch.setenv("TOKENGRAIN_VERL", given)
     with pytest.raises(RecipeError, match=message):
         through(core, "tokengrain_grpo", "token-mean", made())
+
+
+# ---- Token rewards: from the agent loop to advantages, all verl's own but its server and its store ----
+
+PROMPT = "What is 1 + 2?"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a policy, its tokenizer, a guide of the same kind, and a token-level reward model."""
+    folder = tmp_path_factory.mktemp("models")
+    policy, tokenizer = saved_model(folder / "policy")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "policy")
+    torch.manual_seed(3)
+    type(policy)(policy.config).save_pretrained(folder / "guide")
+    reward_model = reward_model_from(policy, share=False)
+    set_statistics(reward_model, ScoreStatistics(0.1, 0.5))
+    reward_model.save_pretrained(folder / "reward")
+    (folder / "score.py").write_text("def compute_score(solution_str, **rest):\n    return 0.25\n")
+    return folder
+
+
+def from_agent_loop(models: Path, agent: str, responses: list[list[int]], monkeypatch: Any) -> Any:
+    """What verl's trainer finds in its store, of one group of responses."""
+    import transfer_queue
+    import verl
+    from hydra import compose, initialize_config_dir
+    from verl.experimental.agent_loop import AgentLoopWorker
+    from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+    from verl.workers.rollout.replica import TokenOutput
+
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        asked = {
+            "actor_rollout_ref.model.path": models / "policy",
+            "reward.reward_manager.name": "tokengrain_tokens",
+            "reward.custom_reward_function.path": models / "score.py",
+            "actor_rollout_ref.rollout.name": "vllm",
+        }
+        made = compose("ppo_trainer", overrides=[f"{name}={value}" for name, value in asked.items()])
+    judge, left, stored = RewardLoopWorker(made), list(responses), []
+
+    class Server:
+        async def generate(self, **_: Any) -> TokenOutput:
+            return TokenOutput(token_ids=left.pop(0))
+
+    async def put(**given: Any) -> None:
+        stored.append(given["fields"])
+
+    monkeypatch.setattr(transfer_queue, "async_kv_batch_put", put)
+    handle = SimpleNamespace(compute_score=SimpleNamespace(remote=judge.compute_score))
+    kind: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+    worker = object.__new__(kind)
+    AgentLoopWorker.__init__(worker, made, Server(), reward_loop_worker_handles=[handle])  # without a store
+    row = {"raw_prompt": [{"role": "user", "content": PROMPT}], "uid": "u", "global_steps": 1, "data_source": "x"}
+    row |= {"reward_model": {"ground_truth": "3"}, "extra_info": {}, "index": 0}
+
+    async def run() -> None:
+        trajectory = {"step": 1, "sample_index": 0, "rollout_n": 0, "validate": False}
+        for session, _ in enumerate(responses):
+            await worker._run_agent_loop({}, trajectory, agent_name=agent, trace=False, session_id=session, **row)
+
+    judge.loop.run_until_complete(run())
+    return stored
+
+
+RESPONSES = [[40, 41, 42, 2], [50, 2], [60, 61, 62, 63, 64]]
+SOURCES = {
+    "Q-RM": ({"name": "reward_model", "model": "reward"}, 1.0),
+    "RTO": ({"name": "guide", "model": "guide", "reference": "policy", "beta": 0.05, "clip": 0.02}, 0.0),
+}
+
+
+@pytest.mark.parametrize("agent", ["tokengrain_single_turn", "tokengrain_tool"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_token_rewards_reach_the_advantages(
+    core: Any, source: str, agent: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy
+    from tensordict import TensorDict
+    from verl import DataProto
+    from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+    given, outcome = SOURCES[source]
+    folders = {name: str(models / given[name]) for name in ("model", "reference") if name in given}
+    own = {"token_rewards": {"credit": {**given, **folders}, "outcome": outcome}}
+    monkeypatch.setenv("TOKENGRAIN_VERL", json.dumps(own))
+    stored = from_agent_loop(models, agent, RESPONSES, monkeypatch)
+    # The same credit, asked of the same completions by tokengrain.
+    load = load_trained_reward_model if source == "Q-RM" else AutoModelForCausalLM.from_pretrained
+    credit = make_credit(**{**given, **{name: load(folder).eval() for name, folder in folders.items()}})
+    prompt = stored[0]["prompts"][0].tolist()
+    samples = [Sample(prompt, [Completion(ids)]) for ids in RESPONSES]
+    expected = list(credit(batch := TokenBatch.from_samples(samples)).split(batch.segments.lengths.tolist()))
+    for field, values, ids in zip(stored, expected, RESPONSES, strict=True):
+        values[-1] += 0.25 * outcome
+        assert field["responses"][0].tolist() == ids
+        torch.testing.assert_close(field["rm_scores"][0], values, rtol=1e-4, atol=1e-5)
+        assert "tokengrain_token_rewards" not in field["extra_fields"][0]["reward_extra_info"]  # it is no metric
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    rewards, mask = (pad([field[name][0] for field in stored]) for name in ("rm_scores", "response_mask"))
+    data = DataProto(batch=TensorDict({"token_level_rewards": rewards, "response_mask": mask}, batch_size=3))
+    data.non_tensor_batch["uid"] = numpy.array(["u"] * 3, dtype=object)
+    keys = [f"u_{session}_0" for session in range(3)]
+    found = compute_advantage_for_multi_trajectories(data, keys, adv_estimator="tokengrain_tokens")
+    flat = torch.cat(expected)
+    want = (flat - flat.mean()) / flat.std(correction=0)
+    torch.testing.assert_close(found.batch["advantages"][mask.bool()], want, rtol=1e-4, atol=1e-4)
+    assert not found.batch["advantages"][~mask.bool()].any()
+
+
+def test_tokens_of_a_tool_earn_nothing_and_missing_ones_are_an_error(core: Any) -> None:
+    from tokengrain_verl_tokens import TOKENS, TokenRewarded
+
+    def output(rewards: list[float]) -> Any:
+        extra = {"reward_extra_info": {"acc": 1.0, TOKENS: rewards}}
+        return TokenRewarded(
+            prompt_ids=[1],
+            response_ids=[5, 6, 7],
+            response_mask=[1, 0, 1],
+            reward_score=9.0,
+            metrics={},
+            extra_fields=extra,
+        )
+
+    found = output([1.0, 2.0, 3.0]).as_dict()
+    assert found["rm_scores"].tolist() == [1.0, 0.0, 3.0]
+    assert found["extra_fields"]["reward_extra_info"] == {"acc": 1.0}
+    with pytest.raises(RolloutError, match="2 token rewards for a response of 3 tokens"):
+        output([1.0, 2.0]).as_dict()
+
+
+def test_advantages_of_tokens(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate, mask = core.get_adv_estimator_fn("tokengrain_tokens"), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 4.0, 99.0]])
+    monkeypatch.setenv("TOKENGRAIN_VERL", '{"tokens": {"scaling": "none", "rescore_last": true}}')
+    found, _ = estimate(token_level_rewards=rewards, response_mask=mask)
+    assert found.tolist() == [[1.0, 2.0, 3.0], [0.0, 2.0, 0.0]]
+    monkeypatch.setenv("TOKENGRAIN_VERL", '{"tokens": {"scalling": "none"}}')
+    with pytest.raises(RecipeError, match="unknown setting 'scalling'; did you mean 'scaling'"):
+        estimate(token_level_rewards=rewards, response_mask=mask)
 
 
 def test_a_worker_of_ray_has_it(core: Any) -> None:
@@ -162,10 +310,15 @@ def test_a_worker_of_ray_has_it(core: Any) -> None:
         @ray.remote
         def names() -> list[str]:
             import verl  # noqa: F401
-            from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+            from verl.experimental.agent_loop.agent_loop import _agent_loop_registry as loops
+            from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
+            from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
 
-            return sorted(name for name in POLICY_LOSS_REGISTRY if name.startswith("tokengrain"))
+            known = (POLICY_LOSS_REGISTRY, ADV_ESTIMATOR_REGISTRY, REWARD_MANAGER, loops)
+            return [name for one in known for name in sorted(one) if name.startswith("tokengrain")]
 
-        assert ray.get(names.remote(), timeout=900) == sorted(f"tokengrain_{name}" for name in LOSSES)
+        names_of_losses = sorted(f"tokengrain_{name}" for name in LOSSES)
+        others = ["group", "tokens", "tokens", "single_turn", "tool"]
+        assert ray.get(names.remote(), timeout=900) == [*names_of_losses, *(f"tokengrain_{name}" for name in others)]
     finally:
         ray.shutdown()
