@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from tests.training.tiny import make_samples, make_trainer, plain_logps, tiny_llama
 from tokengrain.batch import TokenBatch
@@ -43,6 +44,8 @@ def test_dpo_metrics_equal_the_plain_ones(cut: dict[str, Any], tmp_path: Path) -
     assert found["eval_loss"] == pytest.approx(float(torch.nn.functional.softplus(-margins).mean()), rel=1e-9)
     assert found["eval_rewards/margins"] == pytest.approx(float(margins.mean()), rel=1e-6)
     assert found["eval_rewards/chosen"] == pytest.approx(float(rewards[:, 0].mean()), rel=1e-6)
+    interval = stats.t.interval(0.95, 6, float(margins.mean()), float(margins.std()) / 7**0.5)
+    assert [found[f"eval_rewards/margins_{end}"] for end in ("low", "high")] == pytest.approx(interval, rel=1e-6)
     assert found["eval_accuracy"] == found["eval_rewards/accuracies"] == pytest.approx(correct / 7)
     # Wilson's interval solves (p̂ - p)² = z² p (1 - p) / n for p.
     for bound in (found["eval_accuracy_low"], found["eval_accuracy_high"]):

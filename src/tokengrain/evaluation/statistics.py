@@ -63,6 +63,14 @@ def mean_interval(values: Values, strata: Tensor | None = None) -> Estimate:
     return Estimate(mean, mean - Z * error, mean + Z * error)
 
 
+def interval_of_moments(mean: float, square: float, n: int) -> Estimate:
+    """Student's t interval of a mean of `n` (at least 2) independent values whose squares have the mean `square`."""
+    require(n >= 2, ValueError, f"expected at least 2 values, got {n}")
+    error = math.sqrt(max(square - mean * mean, 0.0) / (n - 1))
+    t = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
+    return Estimate(mean, mean - t * error, mean + t * error)
+
+
 def mean_of_runs(values: Sequence[float]) -> Estimate:
     """Mean over a few runs (at least 2), one per seed, with Student's t interval."""
     require(len(values) >= 2, ValueError, f"expected at least 2 values, got {len(values)}")

@@ -228,6 +228,7 @@ class Trained(Stage):
             return metrics
         tie = {key: 0.0 if key.endswith("_low") else 1.0 if key.endswith("_high") else 0.5 for key in metrics}
         noise = {"rounding": rounding} if stored and rounding is not None else {}
+        metrics = {k: v for k, v in metrics.items() if not k.startswith("rewards/margins_")}  # no interval of rounding
         return metrics | {k: v for k, v in tie.items() if "accura" in k} | {"comparison": EQUAL} | noise
 
     def policy(self, run: RunModels, weights: str | None) -> tuple[Any, Any]:

@@ -12,11 +12,18 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tokengrain.batch import PromptRole, Sample, TokenBatch
 from tokengrain.errors import DataError, require
-from tokengrain.evaluation.statistics import mean_interval, mean_over_prompts, pass_at_k, wilson
+from tokengrain.evaluation.statistics import (
+    interval_of_moments,
+    mean_interval,
+    mean_over_prompts,
+    pass_at_k,
+    wilson,
+)
 from tokengrain.loss import Counts, LossOutput, make_normaliser
 from tokengrain.training.step import HostBatch, Judged, WeightedMeans, all_reduce, counts_of, wide
 
 MEASURES = ("entropy", "kl", "log_ratio")
+MARGINS = "rewards/margins"
 WHOLE = "whole"
 """Measured as well: what the policy prefers when all tokens count, also those an objective does not read."""
 
@@ -76,6 +83,7 @@ class EvalSums:
         self.counts = Counts()
         self.losses = torch.zeros(2, dtype=torch.float64)  # sums of the per-pair and of the token terms
         self.squares = torch.zeros(2, dtype=torch.float64)  # of completions' log-ratios: their sum, and how many
+        self.margins = torch.zeros(1, dtype=torch.float64)  # the sum of their squares
         self.units: tuple[Any, Any] = ("pairs", "chosen_tokens")
 
     def add(self, batch: TokenBatch, judged: Judged, real: bool) -> None:
@@ -85,6 +93,8 @@ class EvalSums:
         if not real:
             return
         self.means.add_metrics(out.metrics, out.losses.numel())
+        if MARGINS in out.metrics:
+            self.margins += wide(out.metrics[MARGINS]).square().sum().cpu()
         self.means.add_lengths(batch.segments, batch.is_first if pairs else None)
         chosen = batch.is_chosen if pairs else None
         for name in MEASURES:
@@ -107,7 +117,7 @@ class EvalSums:
         return math.sqrt(total / count) if count else None
 
     def metrics(self, normaliser: str, device: torch.device) -> dict[str, float]:
-        """Metrics of the whole set: `loss`, the objective's own, accuracy with 95 % interval, measures."""
+        """Metrics of the whole set: `loss`, the objective's own, accuracy and margin with 95 % intervals, measures."""
         losses = all_reduce(self.losses, device)
         counts = Counts.from_tensor(all_reduce(self.counts.to_tensor(), device))
         means = self.means.reduced()
@@ -121,6 +131,9 @@ class EvalSums:
             # Pairs of one prompt are not independent: an interval is as wide as that of so many prompts.
             right = means.sums[ranked] * counts.prompts / max(counts.pairs, 1)
             found |= wilson(right, counts.prompts).named("accuracy")
+        square = float(all_reduce(self.margins, device)) / max(counts.pairs, 1)
+        if found.get(MARGINS) and counts.prompts > 1:  # not of a policy that still is its reference
+            found |= interval_of_moments(found[MARGINS], square, counts.prompts).named(MARGINS)
         if "nll/token" in found:  # sft: all of its losses are negative log-likelihoods
             found["perplexity"] = math.exp(min(float(losses.sum()) / max(counts.tokens, 1), 700.0))
         return found
