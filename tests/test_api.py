@@ -50,12 +50,15 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_model_and_rows_in_memory(recipe: Path, model_dir: Path) -> None:
+def test_a_model_and_rows_in_memory(recipe: Path, model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """They are kept in the run folder, so that the same call resumes or reuses; the model itself stays as it was."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     given: dict[str, Any] = {"data": ROWS, "eval_data": datasets.Dataset.from_list(ROWS[:4]), "quiet": True}
+    capfd.readouterr()
     result = tokengrain.train(recipe, model=model, tokenizer=tokenizer, **given)
+    shown = capfd.readouterr().err  # bars of transformers, one a model
+    assert not [bar for bar in ("Loading weights", "Writing model") if bar in shown]
     assert result.metrics["stages"]["train"]["held_out"] == 4
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     kinds = sorted(path.name.partition("-")[0] + path.suffix for path in (result.path / "inputs").iterdir())
@@ -84,7 +87,7 @@ def test_what_cannot_be_kept_says_so(recipe: Path, model_dir: Path) -> None:
         tokengrain.train(recipe, model=tiny_llama(), data=ROWS)
 
 
-@pytest.mark.parametrize("name", ["args", "ref_model", "train_dataset", "processing_class", "peft_config"])
+@pytest.mark.parametrize("name", ["args", "ref_model", "train_dataset", "processing_class", "learning_rate"])
 def test_trls_names_have_a_hint(recipe: Path, name: str) -> None:
     with pytest.raises(RecipeError, match=f"the {name} of TRL's trainers is here"):
         tokengrain.train(recipe, **{name: object()})

@@ -25,6 +25,7 @@ from tokengrain.run.runner import RunResult, run_recipe
 from tokengrain.runs import INPUTS
 from tokengrain.screen import Screen
 from tokengrain.specs import ModelSpec
+from tokengrain.training.checkpoint import no_progress_bar
 
 TRL_NAMES = {
     "train_dataset": "data",
@@ -35,6 +36,11 @@ TRL_NAMES = {
     "peft_config": "lora={'r': 16, 'alpha': 32}",
     "loss_type": "stages__train__objective={'name': 'dpo', 'loss_type': ...}, or another objective",
     "reward_funcs": "stages__train__rewards=[...]",
+    "beta": "stages__train__objective__beta=...",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch",
+    "max_length": "data__max_length=...",
 }
 """What TRL's trainers call what is said otherwise here."""
 
@@ -85,12 +91,15 @@ def train(
         parsed += [] if output is None else [(["output_dir"], str(output))]
         inputs = Path(_output_dir(values, parsed)) / INPUTS
         with PartialState().main_process_first():
-            model, data, eval_data = _model(model, tokenizer, inputs), _rows(data, inputs), _rows(eval_data, inputs)
+            with no_progress_bar():
+                model = _model(model, tokenizer, inputs)
+            data, eval_data = _rows(data, inputs), _rows(eval_data, inputs)
         if eval_data is not None:
             parsed.append((["data", "eval"], eval_data))
         given = {".".join(keys): f"argument {'__'.join(keys)}" for keys, _ in parsed}
         recipe = make_recipe(resolve(values, model, data, parsed), source=str(path), given=given)
-    return run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=quiet))
+    with no_progress_bar():  # of transformers, one for each model that is loaded or saved
+        return run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=quiet))
 
 
 def _output_dir(values: Values, overrides: Sequence[tuple[list[str], Any]]) -> str:
