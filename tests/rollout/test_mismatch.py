@@ -94,7 +94,7 @@ def test_bad_prompts():
     tok = tokenizer()
     for rows, message in (
         ([{"prompt": "sea"}, {"prompt": " "}], "p.jsonl: row 1: field 'prompt': is empty"),
-        ([{"question": "sea"}], "column is missing"),
+        ([{"question": "sea"}], r"column is missing; .* or made from these by `data.columns`: \{prompt: question\}"),
         ([{"prompt": 3}], "is of type int"),
     ):
         with pytest.raises(DataError, match=message):

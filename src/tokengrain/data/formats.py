@@ -120,8 +120,7 @@ def pair_example(row: Any) -> Example:
         what = "the column is missing, and completions of this kind do not show what they have in common"
         alone = len(completions) == 2 and not isinstance(chosen, TokenIds)
         check(alone, "missing column", what, field="prompt", expected="text, messages or token ids")
-        asked = next((name for name in ("question", "query", "problem", "input") if row.get(name)), None)
-        hint = f", or data.columns: {{prompt: {asked}}}" if asked else ""
+        hint = f", or data.columns: {asked}" if (asked := _asked(row)) else ""
         prompt, *completions = _split_pair(completions[0], completions[1], hint)
     for name, completion in zip(fields, completions, strict=True):
         check_completion(completion, name)
@@ -347,11 +346,18 @@ def _parsed(value: Any, name: str, expected: str = "an object, or JSON text") ->
         raise RowError("wrong type", what, field=name, value=value, expected=expected) from error
 
 
+def _asked(row: Mapping[str, Any]) -> str | None:
+    """`{prompt: question}`, if a column by another name holds what is asked."""
+    found = next((name for name in ("question", "query", "problem", "input") if row.get(name)), None)
+    return found and f"{{prompt: {found}}}"
+
+
 def content(row: Mapping[str, Any], name: str) -> Content:
     """The text, messages or token ids in a column. Raises `RowError`."""
     if name not in row:
         check_misspelt(row, name, 0.6)
         expected = f"{name!r} among {list(row)}, or made from these by `data.columns`"
+        expected += f": {asked}" if name == "prompt" and (asked := _asked(row)) else ""
         raise RowError("missing column", "column is missing", field=name, expected=expected)
     value = row[name]
     if isinstance(value, str):
