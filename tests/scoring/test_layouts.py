@@ -8,6 +8,7 @@ import torch
 from tests.scoring.models import batch_of, standard_batch
 from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.scoring.layouts import (
+    PACKED_WIDTH,
     MaskForm,
     NotShareableError,
     RowCosts,
@@ -21,6 +22,9 @@ from tokengrain.scoring.layouts import (
 COSTS = RowCosts(hidden_size=16)
 MODES = [{"layout": "shared"}, {"layout": "separate"}, {"layout": "auto"}, {"layout": "shared", "pack": True}]
 MODES += [{"layout": "auto", "one_forward": True}, {"layout": "separate", "pack": True, "max_row_tokens": 30}]
+# Padding costs much and attention nothing: by parts, several prompts go into one row.
+BY_PARTS = RowCosts(hidden_size=10**6, by_parts=True)
+MODES += [{"layout": layout, "costs": BY_PARTS} for layout in ("shared", "auto")]
 
 
 def batches() -> list[TokenBatch]:
@@ -49,7 +53,7 @@ def test_every_counted_token_is_predicted_from_its_own_text(mode):
     """The rule in words: what a predictor sees is exactly the text before the token it predicts."""
     for batch in batches():
         found = {}
-        for rows in plan_rows(batch, costs=COSTS, **mode):
+        for rows in plan_rows(batch, **{"costs": COSTS, **mode}):
             for source, target in zip(rows.source.tolist(), rows.target.tolist()):
                 assert target not in found
                 found[target] = (context(rows, source, None), context(rows, source, 4))
@@ -101,6 +105,26 @@ def test_packed_rows_hold_many_prompts_in_whole_blocks():
     assert len(several) == 2
 
 
+def test_where_attention_goes_by_parts_rows_are_filled():
+    batch = batch_of((20, (5, 6)), (30, (7,)), (10, (3, 3, 3)))
+    lengths = [20 + 4 + 5, 30 + 6, 10 + 2 + 2 + 2]
+    (rows,) = plan_rows(batch, "shared", BY_PARTS)
+    assert rows.input_ids.shape == (1, sum(lengths))
+    assert (rows.tree >= 0).all()
+    assert len(plan_rows(batch, "shared", BY_PARTS, max_row_tokens=40)) == 3, "a budget counts rows as they are"
+    assert all(r.causal for r in plan_rows(batch, "separate", BY_PARTS))
+    assert len(plan_rows(batch, "shared", RowCosts(hidden_size=16, by_parts=True))) > 1, "a part takes long to start"
+
+
+def test_filled_rows_are_no_longer_than_their_masks_can_be():
+    batch = batch_of(*[(100 + n, (30, 40)) for n in range(100)])
+    (rows,) = plan_rows(batch, "shared", BY_PARTS)
+    assert rows.input_ids.shape[1] <= 1.5 * PACKED_WIDTH
+    assert (rows.tree >= 0).float().mean() > 0.98
+    (long,) = plan_rows(batch_of((3000, (3, 4)), (10, (3, 4))), "shared", BY_PARTS)
+    assert long.input_ids.shape == (1, 3005 + 15)
+
+
 def test_empty_prompt():
     batch = TokenBatch.from_samples([Sample([], [Completion([3, 4])], row="r7")])
     with pytest.raises(ValueError, match="row r7: the prompt is empty"):
@@ -119,7 +143,7 @@ def test_a_completion_without_counted_tokens_costs_nothing():
 def test_block_mask_is_the_dense_mask(mode, window):
     from torch.nn.attention.flex_attention import create_mask
 
-    for rows in plan_rows(standard_batch(), costs=COSTS, **mode):
+    for rows in plan_rows(standard_batch(), **{"costs": COSTS, **mode}):
         dense = build_masks(rows, MaskForm({"": window}), torch.float32, COSTS, flex=False)
         batch, width = rows.input_ids.shape
         allowed = create_mask(mask_mod(rows, window), batch, None, width, width, device="cpu")

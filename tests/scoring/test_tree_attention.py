@@ -58,13 +58,13 @@ def parts_used(monkeypatch) -> list[int]:
 
 def test_spans_of_trees():
     rows = rectangle(batch_of((5, (3, 1, 4)), (4, (2,))))
-    assert [(t.row, t.start, t.end, t.ends) for t in tree_spans(rows)] == [(0, 0, 5, (7, 10)), (1, 0, 4, (5,))]
+    assert [(t.row, t.start, t.end, t.ends) for t in tree_spans(rows)] == [(0, 0, 5, (7, 10)), (1, 0, 5, ())]
     assert tree_spans(rows)[0].completions == [(5, 7), (7, 10)]
 
 
 def test_spans_of_packed_rows():
     rows = plan_rows(batch_of((5, (3, 2)), (4, (2,))), "shared", COSTS, pack=True)[0]
-    assert [(t.start, t.end, t.ends) for t in tree_spans(rows)] == [(0, 5, (7, 8)), (8, 12, (13,))]
+    assert [(t.start, t.end, t.ends) for t in tree_spans(rows)] == [(0, 5, (7, 8)), (8, 13, ())]
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -124,6 +124,20 @@ def test_models_give_the_numbers_of_plain_transformers(name, parts_used):
     expected = expected_of(model, ref, batch)
     check(model, ref, batch, expected, layout="shared")
     assert parts_used
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_filled_rows_give_the_numbers_of_plain_transformers(name, parts_used, monkeypatch):
+    model, ref = pair(name)
+    batch = standard_batch()
+    expected = expected_of(model, ref, batch)
+    prepare(model), prepare(ref)
+    parts_used.clear()
+    monkeypatch.setattr(layouts, "_chunk_cost", lambda source, rows, costs: len(rows))
+    check(model, ref, batch, expected, layout="shared")
+    source = layouts.Source(batch)
+    whole = sum(source.tree(p, completions).length for p, completions in enumerate(source.completions) if completions)
+    assert set(parts_used) == {whole}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -189,7 +189,10 @@ def _backward(
     # Low-precision weights: many chunks are added up in float32.
     exact = compute == head.weight.dtype and (len(chunks) == 1 or dtype == head.weight.dtype)
     sum_dtype = head.weight.dtype if exact else dtype
-    d_weight = torch.zeros(head.weight.shape, dtype=sum_dtype, device=hidden.device) if needed[1] else None
+    d_weight = None
+    if needed[1]:
+        make = torch.empty if exact and n else torch.zeros  # the first product is written over what it finds
+        d_weight = make(head.weight.shape, dtype=sum_dtype, device=hidden.device)
     d_bias = torch.zeros(vocab, dtype=dtype, device=hidden.device) if needed[2] else None
     for rows in chunks:
         bases = kept if use_kept else _recomputed_bases(hidden, typed, ready, rows, scratch, ctx.constants)
@@ -200,7 +203,7 @@ def _backward(
         if d_weight is not None:
             weighted = (hidden[rows] * (factor * job.scale)[:, None]).to(compute)
             if exact:
-                d_weight.addmm_(scaled.t(), weighted)
+                d_weight.addmm_(scaled.t(), weighted, beta=float(rows.start > 0))
             else:
                 d_weight.add_(scaled.t() @ weighted)
         if d_bias is not None:

@@ -13,6 +13,7 @@ knows. Tokens after the last counted one are left out. Scores of tokens that wer
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tokengrain.batch import TokenBatch, first_fit
+from tokengrain.batch import TokenBatch, balanced, first_fit
 from tokengrain.vision import padding_token
 
 Layout = Literal["auto", "shared", "separate"]
 PACK_MULTIPLE = 128  # FlexAttention's block
+PACKED_WIDTH = 2048  # of rows with several trees on a CPU, where a mask of all pairs is made, though hardly read
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,12 @@ class _Tree:
     def causal(self) -> bool:
         return len(self.completions) <= 1
 
+    def split(self, source: Source) -> tuple[int, list[int]]:
+        """Lengths of prompt and completions; of one plain text, which is all prompt, no completions."""
+        if self.causal:
+            return self.length, []
+        return source.prompt_length(self.prompt), [source.kept[c] for c in self.completions]
+
 
 class HasLength(Protocol):
     @property
@@ -170,7 +178,8 @@ def plan_rows(
         layout: "shared", "separate", or "auto": per prompt whichever costs less.
         max_row_tokens: bound on B * L of one forward pass (a single longer row still runs).
         one_forward: put everything into one rectangle: ranks that shard a model must run equally many.
-        pack: put several trees into one row (FlexAttention skips what is masked).
+        pack: always put several trees into one row (FlexAttention skips what is masked). Where attention goes by
+            parts, that is done if it costs less.
         itself: counted tokens are looked up at themselves and not where they are predicted.
         sight: of a batch with images or videos.
     """
@@ -185,7 +194,33 @@ def plan_rows(
     for causal in (True, False):
         alike = sorted((t for t in trees if t.causal == causal), key=lambda t: -t.length)
         chunks += buckets(alike, costs, causal, max_row_tokens)
+    if costs.by_parts and layout != "separate" and sight is None and max_row_tokens is None and len(trees) > 1:
+        rows = _filled(trees)
+        apart = sum(_chunk_cost(source, [[t] for t in chunk], costs) for chunk in chunks)
+        if _chunk_cost(source, rows, costs) < apart:
+            return [_build(source, rows)]
     return [_build(source, [[t] for t in chunk]) for chunk in chunks]
+
+
+def _filled(trees: Sequence[_Tree]) -> list[list[_Tree]]:
+    """All trees in rows of similar length, as many as are padded least, and not so few that a mask becomes large."""
+    lengths = [t.length for t in trees]
+    width = max(PACKED_WIDTH, *lengths)
+    fewest, most = (math.ceil(sum(lengths) / most) for most in (1.5 * width, width))
+    made = (balanced(lengths, count) for count in range(fewest, most + 1))
+    least = min(made, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
+    return [[trees[i] for i in row] for row in least]
+
+
+def _chunk_cost(source: Source, rows: Sequence[Sequence[_Tree]], costs: RowCosts) -> float:
+    """One forward pass over a rectangle, with attention by parts where that is faster."""
+    width = max(sum(t.length for t in row) for row in rows)
+    causal = all(len(row) == 1 and row[0].causal for row in rows)
+    cost = costs.chunk(len(rows), width, causal=causal)
+    if causal:
+        return cost
+    parts = sum(costs.parts(*t.split(source)) for row in rows for t in row)
+    return cost + min(parts, len(rows) * costs.dense(width))
 
 
 def _trees(source: Source, prompt: int, layout: Layout, costs: RowCosts) -> list[_Tree]:
@@ -450,7 +485,9 @@ def tree_spans(rows: Rows) -> list[TreeSpans]:
         for tree, same in groupby(runs[0].tolist()):
             last = first + sum(1 for _ in same)
             if tree >= 0:
-                found.append(TreeSpans(row, bounds[first], bounds[first + 1], tuple(bounds[first + 2 : last + 1])))
+                # A prompt with one completion is one plain text.
+                own = first + 1 if last - first > 2 else last
+                found.append(TreeSpans(row, bounds[first], bounds[own], tuple(bounds[own + 1 : last + 1])))
             first = last
     return found
 
