@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,34 +35,47 @@ console = Console()
 BASE = OnlineSetting()
 
 
-def time_updates(sides: list[Any], device: str, repeats: int) -> tuple[list[Timing], list[list[float]]]:
+Clock = Callable[[], float]
+
+
+def time_updates(
+    sides: list[Any], device: str, repeats: int, clock: Clock = time.perf_counter
+) -> tuple[list[Timing], list[list[float]]]:
     """One update of each in turn, `repeats` times after one that warms up; losses of the second round's steps."""
     timings, losses = [Timing(s.name, [], float("nan")) for s in sides], [[0.0]] * len(sides)
     for round_ in range(1 + repeats):
         for index, side in enumerate(sides):
             gc.collect()
             synchronise(device)
-            started = time.perf_counter()
+            started = clock()
             found = side.update()
             synchronise(device)
             if round_ == 1:
                 losses[index], timings[index].second_loss = found, found[-1]
             if round_:
-                timings[index].seconds.append(time.perf_counter() - started)
+                timings[index].seconds.append(clock() - started)
     return timings, losses
 
 
-def compare(setting: OnlineSetting, peers: list[str], repeats: int, *, tune: bool) -> dict[str, Any]:
+def compare(
+    setting: OnlineSetting,
+    peers: list[str],
+    repeats: int,
+    *,
+    tune: bool = False,
+    parts: int = 1,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
     """Our update against each peer, "separate" or "trl", on the same rollout.
 
     Args:
-        tune: find out how many passes per minibatch are fastest for TRL.
+        tune: find out how many passes per minibatch are fastest for TRL; else it has `parts`.
     """
-    make = {"separate": lambda: OursUpdate(setting, "separate"), "trl": lambda: TrlUpdate(setting)}
+    make = {"separate": lambda: OursUpdate(setting, "separate"), "trl": lambda: TrlUpdate(setting, parts)}
     if tune:
         make["trl"] = lambda: fastest_trl(setting)
     sides = [OursUpdate(setting), *(make[peer]() for peer in peers)]
-    timings, losses = time_updates(sides, setting.model.device, repeats)
+    timings, losses = time_updates(sides, setting.model.device, repeats, clock)
     tokens = build_rollout(setting)[0].completion_ids.numel()
     return {
         "setting": setting.label(),

@@ -53,9 +53,9 @@ def compare(setting: Setting, peers: list[str], repeats: int, clock: str = "seco
     }
 
 
-def compare_memory(setting: Setting) -> dict[str, Any]:
-    ours, plain = peak_memory(setting, "ours"), peak_memory(setting, "plain")
-    return {"setting": setting.label(), "ours_mib": ours, "plain_mib": plain, "share": ours / plain}
+def compare_memory(setting: Setting, peer: str = "plain", *, whole: bool = False) -> dict[str, Any]:
+    ours, other = (peak_memory(setting, side, whole=whole) for side in ("ours", peer))
+    return {"setting": setting.label(), "ours_mib": ours, f"{peer}_mib": other, "share": ours / other}
 
 
 def own_ratio(slow: Setting, fast: Setting, repeats: int) -> dict[str, Any]:
@@ -195,7 +195,9 @@ def run(
     intermediate: int = 1024,
     device: str = "cpu",
     precision: str = "float32",
-    weights: Annotated[str, typer.Option(help="folder of a model; give its --vocabulary")] = "",
+    weights: Annotated[str, typer.Option(help="folder of a model; give its --vocabulary, or --data")] = "",
+    data: Annotated[str, typer.Option(help="file of pairs of text instead of random tokens")] = "",
+    lora: Annotated[int, typer.Option(help="rank of adapters that are trained instead of all weights")] = 0,
     cpu_seconds: Annotated[bool, typer.Option(help="of this process: others do not stretch them")] = False,
     repeats: int = 7,
 ) -> None:
@@ -213,6 +215,8 @@ def run(
         device,
         precision,
         weights=weights,
+        data=data,
+        lora=lora,
     )
     show(compare(setting, peer, repeats, "cpu_seconds" if cpu_seconds else "seconds"))
 

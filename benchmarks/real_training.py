@@ -3,66 +3,206 @@
 python -m benchmarks.real_training offline --output docs/results
 python -m benchmarks.real_training online --output docs/results
 
-Run folders and answers that are finished are used again: after a stop the same command goes on. About a night on two
-cores (one run per core: give each its own --method, then once more all of them for the page).
+What is finished is used again: after a stop the same command goes on, within a training at its last checkpoint. About a
+night on two cores: give two processes some --method each, then call it once more for the page.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from filelock import FileLock
 from tests.real.models import place
+from transformers import AutoTokenizer
 from typer import Option
 
 import tokengrain
+from benchmarks.picture import LINE, MARGIN, WHAT, svg_of, words
+from tokengrain import models
+from tokengrain.batch import TokenBatch
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs, prepare_sft
+from tokengrain.data.formats import canonical
 from tokengrain.data.rows import load_rows
-from tokengrain.errors import read_log, write_json, write_text
-from tokengrain.evaluation.statistics import mean_interval, mean_of_runs, sample_metrics, wilson
+from tokengrain.errors import read_json, read_log, write_json, write_text
+from tokengrain.evaluation.statistics import mean_interval, mean_of_runs, sample_metrics
 from tokengrain.generate import generate
 from tokengrain.rank import rank
-from tokengrain.rewards.answers import numbers_in
+from tokengrain.report.html import colour_scale, pieces
+from tokengrain.report.rows import Side
+from tokengrain.rewards.answers import gold_number, numbers_in
+from tokengrain.runs import read_run
+from tokengrain.scoring.reference import scorer_logps
+from tokengrain.scoring.score import distribution_of, in_parts, score
+from tokengrain.specs import ModelSpec
 
 OFFLINE = ("dpo", "simpo", "tdpo2", "tgdpo", "treg", "rrpo", "sepo", "aligndistil")
-ONLINE = ("grpo", "dcpo", "thr", "aepo")
+ONLINE = ("grpo", "dcpo", "thr", "aepo", "rto")
 RATES = (5e-5, 2e-4)  # of adapters; which one, is chosen per method on rows that are not reported
 HELD, CHOICE, TRAIN, JUDGE = (0, 200), (200, 320), (320, 1100), (1100, 1800)  # rows of HH
 LORA = {"r": 16, "alpha": 32}
+CHAT = TokenizeConfig(chat=True)
+MEASURED = ("accuracy", "margin", "kl", "wins", "words")
+START = place("smollm2")
 app = typer.Typer()
 Several = Annotated[list[str] | None, Option("--method", help="some of the methods; repeatable (default: all)")]
 
 
-def trained(recipe: str, output: Path, data: Any, held_out: Any, **settings: Any) -> dict[str, Any]:
-    """The metrics of a run; a finished one is read again."""
+def trained(recipe: str, output: Path, data: Any, held_out: Any, **settings: Any) -> Path:
+    """The model of a run; a finished one is used again."""
     given = {"training__bf16": False, "lora": LORA, **settings}
-    result = tokengrain.train(
-        recipe, model=str(place("smollm2")), data=data, eval_data=held_out, output=output, quiet=True, **given
-    )
-    return dict(result.metrics["final"])
+    tokengrain.train(recipe, model=str(START), data=data, eval_data=held_out, output=output, quiet=True, **given)
+    return read_run(output).model_path
 
 
-def rows_of(file: Path, span: tuple[int, int], folder: Path) -> str:
-    """Rows of HH as a file of their own, without those with dialogues too long for the budget."""
-    target = folder / f"rows-{span[0]}-{span[1]}.jsonl"
-    if not target.exists():
-        lines = [row for i, row in load_rows(str(file)) if span[0] <= i < span[1]]
-        kept = [row for row in lines if max(len(row["chosen"]), len(row["rejected"])) <= 1200]
-        write_text(target, "".join(json.dumps(row) + "\n" for row in kept))
-    return str(target)
+@dataclass
+class Offline:
+    """The study of offline methods: its rows, its judge, and how a trained model is measured, the same for all."""
+
+    data: Path
+    runs: Path
+    steps: int
+    prompts: int  # held-out ones that are answered
+
+    def rows(self, name: str, span: tuple[int, int], most: int | None = None) -> Path:
+        """Rows of HH as a file of their own, without dialogues too long for the budget, and invalid ones."""
+        target = self.runs / f"{name}-rows.jsonl"
+        if not target.exists():
+            lines = [row for i, row in load_rows(str(self.data)) if span[0] <= i < span[1]]
+            short = [row for row in lines if max(len(row["chosen"]), len(row["rejected"])) <= 1200]
+            valid = prepare_pairs(short, self.tokenizer, replace(CHAT, on_invalid="skip"))
+            kept = [short[int(sample.row)] for sample in valid][:most]
+            write_text(target, "".join(json.dumps(row) + "\n" for row in kept))
+        return target
+
+    @cached_property
+    def alone(self) -> FileLock:
+        """Held while something is made that two processes may both want."""
+        return FileLock(self.runs / ".lock")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(START)
+
+    @cached_property
+    def held(self) -> Path:
+        return self.rows("held", HELD)
+
+    @cached_property
+    def judge(self) -> Path:
+        """A reward model that other pairs have trained than those the methods see or are measured on."""
+        with self.alone:
+            return self.train("qrm", "judge", self.rows("judged", JUDGE), seed=100)
+
+    def train(self, recipe: str, name: str, rows: Path, **settings: Any) -> Path:
+        size = {"training__per_device_train_batch_size": 8, "training__max_steps": self.steps}
+        size |= {"data__chat": True, "training__save_steps": 15}
+        few = self.rows("few", CHOICE, 16)  # the run's own evaluation says that it works, no more
+        return trained(recipe, self.runs / name, str(rows), str(few), **size, **settings)
+
+    def policy(self, method: str, rate: float, seed: int) -> Path:
+        name, rows = f"{method}-{rate:g}-{seed}", self.rows("pairs", TRAIN)
+        return self.train(method, name, rows, training__learning_rate=rate, seed=seed)
+
+    def beside(self, model: Path, name: str) -> Path:
+        """Where something measured of a run's model is kept: not in the run's own folder."""
+        return self.runs / "measured" / f"{str(model.relative_to(self.runs)).replace('/', '-')}-{name}"
+
+    def rate(self, method: str) -> float:
+        """The better one on rows that are not reported, by the first seed."""
+        choice = self.rows("choice", CHOICE)
+
+        def worth(rate: float) -> tuple[float, float]:
+            margins = self.margins(self.policy(method, rate, 0), choice)
+            return average([half(m, 0.0) for m in margins]), average(margins)
+
+        return max(RATES, key=worth)
+
+    def margins(self, model: Path, rows: Path) -> list[float]:
+        """How much more log-probability the chosen completion of each pair gained over the start model than the other.
+
+        Of every method, also of those that have no reference, or no pairs.
+        """
+        samples = list(prepare_pairs(str(rows), self.tokenizer, CHAT))
+        with self.alone:
+            start = self.totals(START, samples, self.runs / f"start-{rows.stem}.json")
+        gained = [
+            a - b
+            for a, b in zip(self.totals(model, samples, self.beside(model, f"{rows.stem}.json")), start, strict=True)
+        ]
+        return [chosen - rejected for chosen, rejected in zip(gained[::2], gained[1::2], strict=True)]
+
+    def totals(self, model: Path, samples: list[Any], target: Path) -> list[float]:
+        """Log-probability of every completion, nats; of a finished call read again."""
+        if not target.exists():
+            scorer, batch = loaded(model), TokenBatch.from_samples(samples)
+            with torch.no_grad():
+                logps = in_parts(batch, 4096, lambda part: {"logps": scorer_logps(scorer, part)})["logps"]
+            write_json(target, batch.segments.sum(logps).tolist())
+        return list(read_json(target))
+
+    def answers(self, model: Path, target: Path, seed: int) -> list[dict[str, Any]]:
+        """Sampled answers to the held-out dialogues, as rows with all of their turns."""
+        if not target.exists():
+            asked = [{"prompt": canonical(row, True)["prompt"]} for _, row in load_rows(str(self.held))]
+            generate(str(model), asked[: self.prompts], target, max_new_tokens=64, temperature=1.0, seed=seed)
+        return [row for _, row in load_rows(str(target))]
+
+    def measured(self, model: Path, seed: int) -> dict[str, list[float]]:
+        """What the page has of a trained model, pair by pair and answer by answer."""
+        target = self.beside(model, f"{self.prompts}.json")
+        if not target.exists():
+            with self.alone:
+                start = self.answers(START, self.runs / f"start-{self.prompts}-{seed}.jsonl", seed)
+            own = self.answers(model, self.beside(model, f"answers-{self.prompts}.jsonl"), seed)
+            both = [{**a, "completions": [a["completion"], b["completion"]]} for a, b in zip(own, start, strict=True)]
+            ranked = self.beside(model, "ranked.jsonl")
+            rank(both, str(self.judge), output=ranked, tokenize=CHAT, progress=False, overwrite=True)
+            scores = [row["scores"] for _, row in load_rows(str(ranked))]
+            margins = self.margins(model, self.held)
+            found = {"accuracy": [half(m, 0.0) for m in margins], "margin": margins, "kl": self.divergence(model, own)}
+            found |= {"wins": [half(a, b) for a, b in scores], "words": [len(row["completion"].split()) for row in own]}
+            write_json(target, found)
+        return dict(read_json(target))
+
+    def divergence(self, model: Path, said: list[dict[str, Any]]) -> list[float]:
+        """KL(policy || start) along the policy's own answers, nats per token, over the whole vocabulary."""
+        policy, start = loaded(model), loaded(START)
+        batch = TokenBatch.from_samples(list(prepare_sft(said, self.tokenizer, CHAT)))
+
+        def kl(part: TokenBatch) -> dict[str, Any]:
+            return {"kl": score(start, part, ("kl",), reference=distribution_of(policy, part)).kl}
+
+        with torch.no_grad():
+            return list(batch.segments.mean(in_parts(batch, 4096, kl)["kl"]).tolist())
+
+    def judge_accuracy(self) -> Any:
+        """Of held-out pairs, with its interval."""
+        target = self.runs / "judge.ranked.jsonl"
+        return rank(str(self.held), str(self.judge), output=target, tokenize=CHAT, overwrite=True).accuracy
 
 
-def mean_of(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.3f} (one seed)" if values else "–"
-    found = mean_of_runs(values)
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+def loaded(model: Path) -> Any:
+    return models.load_model(ModelSpec(path=str(model)), str(model), merge_adapter=True).eval()
+
+
+def half(a: float, b: float) -> float:
+    """1 if a is larger, 1/2 if they are equal."""
+    return 0.5 if a == b else float(a > b)
+
+
+def average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 @app.command()
@@ -78,72 +218,65 @@ def offline(
     """Held-out accuracy, margin, KL and length of each method, and wins against the start model."""
     torch.set_num_threads(1)
     runs.mkdir(parents=True, exist_ok=True)
-    held, choice, pairs = (rows_of(data, span, runs) for span in (HELD, CHOICE, TRAIN))
-    judge = runs / "judge"
-    size = {"training__per_device_train_batch_size": 8, "training__max_steps": steps, "data__on_invalid": "skip"}
-    trained("qrm", judge, rows_of(data, JUDGE, runs), held, seed=100, **size)
-    found: dict[str, list[dict[str, Any]]] = {}
+    study, found = Offline(data, runs, steps, prompts), dict[str, dict[str, Any]]()
     for name in method or OFFLINE:
-        by_rate = {}
-        for rate in RATES:
-            tried = trained(name, runs / f"{name}-choice-{rate}", pairs, choice, training__learning_rate=rate, **size)
-            by_rate[rate] = tried.get("accuracy", -tried["loss"])
-        rate = max(by_rate, key=lambda r: by_rate[r])
-        for seed in range(seeds):
-            folder = runs / f"{name}-{seed}"
-            final = trained(name, folder, pairs, held, training__learning_rate=rate, seed=seed, **size)
-            final |= {"rate": rate, "seed": seed, **judged(folder, judge, held, prompts, seed)}
-            found.setdefault(name, []).append(final)
-            print(name, seed, final, flush=True)
+        rate = study.rate(name)
+        each = [study.measured(study.policy(name, rate, seed), seed) for seed in range(seeds)]
+        found[name] = {"rate": rate, "seeds": each}
+        print(name, rate, [{key: round(average(one[key]), 3) for key in MEASURED} for one in each], flush=True)
     if output is not None:
-        write_json(output / "real_offline.json", found)
-        write_text(output / "real_offline.md", offline_page(found, steps, seeds, prompts))
+        judge, about = study.judge_accuracy(), (steps, seeds, prompts)
+        for one in found.values():
+            one |= {key: [average(seed[key]) for seed in one["seeds"]] for key in MEASURED}
+        write_json(output / "real_offline.json", {"judge": list(judge), "methods": found})
+        write_text(output / "real_offline.md", offline_page(found, judge, *about))
 
 
-def judged(run: Path, judge: Path, held: str, prompts: int, seed: int) -> dict[str, Any]:
-    """Answers to held-out prompts beside the start model's, by a reward model that other pairs have trained."""
-    asked = [{"prompt": p} for p in _prompts(held)][:prompts]
-    sides = []
-    for model, name in ((str(run), "answers"), (str(place("smollm2")), "start")):
-        target = run / f"{name}.jsonl"
-        if not target.exists():
-            generate(model, asked, target, max_new_tokens=64, temperature=1.0, seed=seed)
-        sides.append([row["completion"] for _, row in load_rows(str(target))])
-    rows = [{**row, "completions": list(both)} for row, both in zip(asked, zip(*sides, strict=True), strict=True)]
-    ranked = run / "ranked.jsonl"
-    if not ranked.exists():
-        rank(rows, str(judge / "reward" / "model"), output=ranked, progress=False)
-    scores = [row["scores"] for _, row in load_rows(str(ranked))]
-    wins = [0.5 if a == b else float(a > b) for a, b in scores]
-    words = [len(text.split()) for text in sides[0]]
-    return {"wins": wilson(sum(wins), len(wins)).value, "words": sum(words) / len(words)}
-
-
-def _prompts(held: str) -> Iterator[str]:
-    for _, row in load_rows(held):
-        shared = row["chosen"].rpartition("\n\nAssistant:")[0]
-        yield shared.rpartition("\n\nHuman:")[2].strip()
-
-
-def offline_page(found: dict[str, list[dict[str, Any]]], steps: int, seeds: int, prompts: int) -> str:
+def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds: int, prompts: int) -> str:
     text = [
         "# Offline methods on a published model",
         "",
         f"`python -m benchmarks.real_training offline --seeds {seeds} --steps {steps} --prompts {prompts}`, "
         f"{date.today().isoformat()}, one CPU core a run. SmolLM2-135M-Instruct with LoRA of rank {LORA['r']}; "
-        f"{steps} steps of 8 pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}). The rate is the better of "
-        f"{RATES} on rows {CHOICE[0]} to {CHOICE[1] - 1}; reported are rows {HELD[0]} to {HELD[1] - 1}. Wins: the "
-        f"share of {prompts} prompts whose sampled answer a reward model (Q-RM, trained on rows {JUDGE[0]} to "
-        f"{JUDGE[1] - 1}) prefers to the start model's. Means over seeds with a 95 % t interval.",
+        f"{steps} steps of 8 pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}, dialogues of at most 1,200 "
+        f"characters, in the chat template). The rate is the better of {RATES} on rows {CHOICE[0]} to "
+        f"{CHOICE[1] - 1}, by accuracy and the first seed; reported are rows {HELD[0]} to {HELD[1] - 1}. Means over "
+        "seeds with a 95 % t interval.",
         "",
-        "| method | rate | accuracy | margin | KL | wins | words |",
-        "|---|---|---|---|---|---|---|",
+        "Accuracy is the share of held-out pairs whose chosen completion gained more log-probability on the start "
+        "model than the rejected one, and margin by how much more, nats. KL is that of the policy to the start model "
+        f"along answers that the policy sampled to {prompts} held-out prompts (at most 64 tokens), nats per token. "
+        "Wins is the share of these answers that a judge prefers to the start model's: a reward model (Q-RM) that was "
+        f"trained on rows {JUDGE[0]} to {JUDGE[1] - 1} alone, and is right about {judge.value:.3f} ({judge.low:.3f} to "
+        f"{judge.high:.3f}) of the held-out pairs. *Minus dpo* is the difference in wins, prompt by prompt, with a "
+        "95 % interval over prompts.",
+        "",
+        "| method | rate | accuracy | margin | KL | wins | minus dpo | words |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, finals in found.items():
-        keys = ("accuracy", "rewards/margins", "kl", "wins", "words")
-        cells = [mean_of([f[key] for f in finals if f.get(key) is not None]) for key in keys]
-        text.append(f"| {name} | {finals[0]['rate']:g} | " + " | ".join(cells) + " |")
-    return "\n".join([*text, ""])
+    apart = []
+    for name, one in found.items():
+        cells = {key: mean_of([average(seed[key]) for seed in one["seeds"]]) for key in MEASURED}
+        minus = difference(one["seeds"], found["dpo"]["seeds"]) if "dpo" in found and name != "dpo" else None
+        cells["minus"] = "{:+.3f} ({:+.3f} to {:+.3f})".format(*minus) if minus else "–"
+        apart += [name] if minus and (minus.low > 0 or minus.high < 0) else []
+        row = (cells[key] for key in ("accuracy", "margin", "kl", "wins", "minus", "words"))
+        text.append(f"| {name} | {one['rate']:g} | " + " | ".join(row) + " |")
+    told = f"Wins tell from dpo's: {', '.join(apart)}." if apart else "No method's wins can be told from dpo's."
+    return "\n".join([*text, "", told + " Intervals that overlap rank nothing.", ""])
+
+
+def difference(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> Any:
+    """Of wins: the mean over seeds at every prompt, minus the other's."""
+    means = [torch.tensor([seed["wins"] for seed in side]).mean(0) for side in (own, other)]
+    return mean_interval(means[0] - means[1])
+
+
+def mean_of(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.3f} (one seed)" if values else "–"
+    found = mean_of_runs(values)
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def sums(count: int, seed: int) -> list[dict[str, Any]]:
@@ -165,17 +298,86 @@ def sums(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def problems_of(file: Path, count: int) -> list[dict[str, Any]]:
+    """The first problems of GSM8K, with their numbers."""
+    rows = (row for i, row in load_rows(str(file)) if i < count)
+    asked = ((row["answer"], [{"role": "user", "content": row["question"]}]) for row in rows)
+    return [{"prompt": prompt, "answer": int(gold_number(answer) or 0), "task": "GSM8K"} for answer, prompt in asked]
+
+
+def right(rows: list[dict[str, Any]], target: Path) -> tuple[list[list[Any]], list[list[bool]]]:
+    """The number that every completion of a file ends with, and whether it is the answer."""
+    answers = [[(numbers_in(t) or [None])[-1] for t in row["completions"]] for _, row in load_rows(str(target))]
+    return answers, [[a == row["answer"] for a in said] for said, row in zip(answers, rows, strict=True)]
+
+
 def solved(model: str, rows: list[dict[str, Any]], target: Path, tokens: int, seed: int) -> dict[str, Any]:
     """pass@1, pass@8 and maj@8 over prompts, with 95 % intervals, and pass@1 by level."""
     if not target.exists():
         generate(model, rows, target, samples=8, temperature=1.0, max_new_tokens=tokens, seed=seed)
-    answers = [[(numbers_in(t) or [None])[-1] for t in row["completions"]] for _, row in load_rows(str(target))]
-    correct = torch.tensor([[a == row["answer"] for a in said] for said, row in zip(answers, rows, strict=True)])
-    measures = sample_metrics(correct, answers, 8)
+    answers, correct = right(rows, target)
+    measures = sample_metrics(torch.tensor(correct), answers, 8)
     kept = {name: tuple(mean_interval(measures[name])) for name in ("pass@1", "pass@8", "maj@8")}
     levels = sorted({row["task"] for row in rows})
     of = {lv: [i for i, row in enumerate(rows) if row["task"] == lv] for lv in levels}
     return {**kept, "levels": {lv: float(measures["pass@1"][at].mean()) for lv, at in of.items()}}
+
+
+def own_pairs(rows: list[dict[str, Any]], target: Path, tokens: int) -> list[dict[str, Any]]:
+    """What RTO's guide and reward model learn from: a right and a wrong answer of the start model to each problem."""
+    if not target.exists():
+        generate(str(START), rows, target, samples=8, temperature=1.0, max_new_tokens=tokens, seed=5)
+    _, correct = right(rows, target)
+    pairs = []
+    for (_, row), marks in zip(load_rows(str(target)), correct, strict=True):
+        if len(set(marks)) == 2:
+            sides = (row["completions"][marks.index(mark)] for mark in (True, False))
+            chosen, rejected = ([{"role": "assistant", "content": text}] for text in sides)
+            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+@dataclass
+class Online:
+    """The study of online methods: its problems, and how a method is trained on them and measured."""
+
+    runs: Path
+    updates: int
+    tokens: int
+    held: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    gsm8k: list[dict[str, Any]]
+
+    def train(self, name: str, seed: int) -> Path:
+        stage = {"prompts_per_rollout": 4, "num_generations": 8, "minibatches": 1, "max_new_tokens": self.tokens}
+        settings: dict[str, Any] = {f"stages__train__training__{key}": value for key, value in stage.items()}
+        settings |= {"training__max_steps": self.updates, "training__learning_rate": 1e-4, "seed": seed}
+        settings["stages__train__rewards"] = [{"name": "numeric", "style": "last"}]
+        rows, held = self.rows, self.held[:16]
+        if name == "rto":
+            write_text(self.runs / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            settings["stages__train__data__train"] = str(self.runs / "problems.jsonl")
+            rows = own_pairs(rows[:400], self.runs / "own.jsonl", self.tokens)
+            rows, held = rows[8:], rows[:8]
+        folder = self.runs / f"{name}-{seed}"
+        trained(name, folder, rows, held, **settings)
+        return folder
+
+    def measured(self, name: str, seed: int) -> dict[str, Any]:
+        """Solved problems after training, and how many tokens per second were sampled while it went on."""
+        folder = self.train(name, seed)
+        log = read_log(folder / "train" / "log.jsonl")
+        speeds = [entry[SPEED] for entry in log if SPEED in entry]
+        return {**self.solved(str(folder), f"{name}-{seed}", seed), "seed": seed, SPEED: average(speeds)}
+
+    def solved(self, model: str, name: str, seed: int) -> dict[str, Any]:
+        found = solved(model, self.held, self.runs / f"{name}.jsonl", self.tokens, seed)
+        if self.gsm8k:
+            found["GSM8K"] = solved(model, self.gsm8k, self.runs / f"{name}-gsm8k.jsonl", 3 * self.tokens, seed)
+        return found
+
+
+SPEED = "rollout/tokens_per_second"
 
 
 @app.command()
@@ -185,32 +387,29 @@ def online(
     method: Several = None,
     seeds: int = 2,
     updates: int = 100,
-    prompts: Annotated[int, Option(help="held-out problems")] = 200,
-    tokens: Annotated[int, Option(help="longest completion")] = 64,
+    prompts: Annotated[int, Option(help="held-out sums")] = 200,
+    tokens: Annotated[int, Option(help="longest completion; of GSM8K three times that")] = 64,
+    gsm8k: Path = Path("../shared/data/gsm8k-test.jsonl.gz"),
+    problems: Annotated[int, Option(help="of GSM8K")] = 60,
 ) -> None:
     """pass@1, pass@8 and maj@8 before and after training on the levels that the start model solves in 10 to 60 %."""
     torch.set_num_threads(1)
     runs.mkdir(parents=True, exist_ok=True)
-    start = str(place("smollm2"))
-    probe = solved(start, sums(120, 1), runs / "probe.jsonl", tokens, 0)["levels"]
+    probe = solved(str(START), sums(120, 1), runs / "probe.jsonl", tokens, 0)["levels"]
     fit = [level for level, share in probe.items() if 0.1 <= share <= 0.6] or list(probe)
     held = [row for row in sums(6 * prompts, 2) if row["task"] in fit][:prompts]
     rows = [row for row in sums(6 * 4 * updates, 3) if row["task"] in fit][: 4 * updates]
-    found = {"start": [solved(start, held, runs / "start.jsonl", tokens, 0)]}
+    study = Online(runs, updates, tokens, held, rows, problems_of(gsm8k, problems) if problems else [])
+    found = {"start": [study.solved(str(START), "start", 0)]}
     for name, seed in product(method or ONLINE, range(seeds)):
-        folder = runs / f"{name}-{seed}"
-        stage = {"prompts_per_rollout": 4, "num_generations": 8, "minibatches": 1, "max_new_tokens": tokens}
-        settings = {f"stages__train__training__{key}": value for key, value in stage.items()}
-        settings |= {"training__max_steps": updates, "training__learning_rate": 1e-4, "seed": seed}
-        settings["stages__train__rewards"] = [{"name": "numeric", "style": "last"}]
-        trained(name, folder, rows, held[:16], **settings)
-        log = read_log(folder / "train" / "log.jsonl")
-        entry = solved(str(folder), held, runs / f"{name}-{seed}.jsonl", tokens, seed)
-        found.setdefault(name, []).append({**entry, "seed": seed, "log": log[-1] if log else {}})
-        print(name, seed, entry, flush=True)
+        found.setdefault(name, []).append(study.measured(name, seed))
+        print(name, seed, found[name][-1], flush=True)
     if output is not None:
         write_json(output / "real_online.json", found)
         write_text(output / "real_online.md", online_page(found, probe, updates, tokens))
+        for name in ("thr", "aepo"):
+            if name in found:
+                write_text(output.parent / f"images/real-{name}.svg", maps(runs / f"{name}-0/train/rollouts.jsonl"))
 
 
 def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float], updates: int, tokens: int) -> str:
@@ -221,16 +420,46 @@ def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float],
         f"`python -m benchmarks.real_training online --updates {updates} --tokens {tokens}`, "
         f"{date.today().isoformat()}. SmolLM2-135M-Instruct with LoRA of rank {LORA['r']} on sums, 4 prompts "
         "of 8 completions an update. The start model solves of the levels: "
-        f"{shares}. Trained and reported are those between 10 % and 60 %; intervals are 95 %, over problems.",
+        f"{shares}. Trained and reported are those between 10 % and 60 %; intervals are 95 %, over problems. Nothing "
+        "is trained on GSM8K. Tokens per second are those of sampling.",
         "",
-        "| method | seed | pass@1 | pass@8 | maj@8 |",
-        "|---|---|---|---|---|",
+        "| method | seed | pass@1 | pass@8 | maj@8 | GSM8K pass@1 | GSM8K pass@8 | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, entries in found.items():
         for entry in entries:
-            cells = ["{:.3f} ({:.3f} to {:.3f})".format(*entry[key]) for key in ("pass@1", "pass@8", "maj@8")]
+            shown = [entry[key] for key in ("pass@1", "pass@8", "maj@8")]
+            shown += [entry["GSM8K"][key] for key in ("pass@1", "pass@8")] if "GSM8K" in entry else [None, None]
+            cells = ["{:.3f} ({:.3f} to {:.3f})".format(*one) if one else "–" for one in shown]
+            cells.append(f"{entry[SPEED]:.0f}" if SPEED in entry else "–")
             text.append(f"| {name} | {entry.get('seed', '–')} | " + " | ".join(cells) + " |")
     return "\n".join([*text, ""])
+
+
+MAPS = {"entropy": "entropy, nats", "thr": "THR", "advantages": "advantage"}
+
+
+def maps(rollouts: Path) -> str:
+    """A right and a wrong completion of a rollout, token by token, under what was known of them."""
+    by_rollout: dict[int, list[dict[str, Any]]] = {}
+    for entry in read_log(rollouts):
+        by_rollout.setdefault(entry["rollout"], []).append(entry)
+    differing = [group for group in by_rollout.values() if len({entry["reward"] for entry in group}) > 1]
+    group = sorted((differing or list(by_rollout.values()))[-1], key=lambda entry: -entry["reward"])
+    parts, y = list[str](), MARGIN
+    for entry in (group[0], group[-1]):
+        y += LINE
+        what = f"reward {entry['reward']:g}, before update {entry['step'] + 1}"
+        parts.append(f'<text class="head" x="{MARGIN}" y="{y}">{what}</text>')
+        for column, title in MAPS.items():
+            if column in entry:
+                y += WHAT
+                parts.append(f'<text class="what" x="{MARGIN}" y="{y}">{title}</text>')
+                values = entry[column]
+                drawn, lines = words(pieces(Side(entry["tokens"], values), colour_scale(values)), y + WHAT)
+                parts.append(drawn)
+                y += lines * LINE
+    return svg_of(parts, y + MARGIN, "entropy and THR of sampled tokens")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokengrain.batch import Completion, Sample
+from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.dataset import prepare_pairs
+from tokengrain.data.rows import load_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class Setting:
     attention: str = "sdpa"  # of our step; the peers always use sdpa
     seed: int = 0
     share: float = 1.0  # of the tokens: selected ones (sepo), ones in spans (rrpo)
-    weights: str = ""  # folder of a model instead of new weights; its vocabulary must be given
+    weights: str = ""  # folder of a model instead of new weights; its vocabulary must be given, or data
+    data: str = ""  # file of pairs of text for the tokenizer of `weights`, instead of random tokens
+    lora: int = 0  # rank of the adapters that are trained; 0: all weights
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,9 +45,11 @@ class Setting:
 
     def label(self) -> str:
         shape = f"vocabulary {self.vocabulary:,}, hidden {self.hidden}, {self.layers} layers"
+        lengths = f"prompts {_range(self.prompt)}, completions {_range(self.completion)}"
         return (
-            f"{self.method}, {self.pairs} pairs, prompts {_range(self.prompt)}, completions {_range(self.completion)}, "
-            f"{Path(self.weights).name if self.weights else shape}, {self.precision}, {self.device}"
+            f"{self.method}, {self.pairs} pairs{' of ' + Path(self.data).name.partition('.')[0] if self.data else ''}, "
+            f"{'' if self.data else lengths + ', '}{Path(self.weights).name if self.weights else shape}, "
+            f"{f'LoRA of rank {self.lora}, ' if self.lora else ''}{self.precision}, {self.device}"
             + ("" if self.attention == "sdpa" else f", ours with {self.attention}")
             + ("" if self.share == 1.0 else f", {self.share:.0%} of the tokens")
         )
@@ -73,9 +81,30 @@ def build_model(setting: Setting, attention: str = "sdpa") -> torch.nn.Module:
     return LlamaForCausalLM(config).to(setting.device, setting.dtype)
 
 
+def build_policy(setting: Setting, attention: str = "sdpa") -> torch.nn.Module:
+    """The model that is trained, with adapters on all of its linear layers if the setting has some."""
+    model = build_model(setting, attention)
+    if not setting.lora:
+        return model
+    torch.manual_seed(setting.seed)
+    return get_peft_model(model, lora_config(setting))
+
+
+def lora_config(setting: Setting) -> LoraConfig:
+    return LoraConfig(r=setting.lora, lora_alpha=2 * setting.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+LONGEST = 1200  # characters of a dialogue
+
+
 def build_samples(setting: Setting) -> list[Sample]:
-    """Random pairs; the same for the same seed."""
+    """Random pairs; the same for the same seed. Of a file, its dialogues of up to 1,200 characters, as chats."""
     rng = random.Random(setting.seed)
+    if setting.data:
+        rows = [row for _, row in load_rows(setting.data) if max(map(len, (row["chosen"], row["rejected"]))) <= LONGEST]
+        tokenizer = AutoTokenizer.from_pretrained(setting.weights)
+        drawn, how = rng.sample(rows, 2 * setting.pairs), TokenizeConfig(chat=True, on_invalid="skip")
+        return list(prepare_pairs(drawn, tokenizer, how))[: setting.pairs]
 
     def tokens(bounds: tuple[int, int]) -> list[int]:
         return [rng.randrange(3, setting.vocabulary) for _ in range(rng.randint(*bounds))]

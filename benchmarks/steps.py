@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from benchmarks.setting import Setting, build_model, build_samples, word_tokenizer
+from benchmarks.setting import Setting, build_model, build_policy, build_samples, lora_config, word_tokenizer
 from tokengrain.batch import TokenBatch
 from tokengrain.method import make_objective
 from tokengrain.methods.aligndistil import ContrastiveTeacher
 from tokengrain.scoring.prepare import prepare
-from tokengrain.scoring.reference import FrozenReference
+from tokengrain.scoring.reference import AdapterOffReference, FrozenReference, Reference
 from tokengrain.training.step import PreferenceLoss
 
 LEARNING_RATE = 1e-5
@@ -36,7 +37,9 @@ HYPER: dict[str, dict[str, float]] = {
 
 
 def optimiser_of(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    """AdamW as both trainers have it by default: fused."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
 TEACHER = {"beta0": BETA, "r": 20.0}
@@ -66,11 +69,12 @@ class OursStep:
     name = "tokengrain"
 
     def __init__(self, setting: Setting) -> None:
-        self.policy = build_model(setting, setting.attention)
+        self.policy = build_policy(setting, setting.attention)
         prepare(self.policy)
         objective = make_objective(setting.method, **HYPER[setting.method])
         needs = objective.needs
-        frozen = [FrozenReference(m) for m in other_models(setting, setting.attention)]
+        frozen: list[Reference] = [FrozenReference(m) for m in other_models(setting, setting.attention)]
+        frozen += [AdapterOffReference(self.policy)] if setting.lora else []
         taught = "teacher_kl" in needs
         self.loss = PreferenceLoss(
             objective,
@@ -96,7 +100,7 @@ class PlainStep:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.policy = build_model(setting)
+        self.policy: Any = build_policy(setting)
         self.frozen = [m.eval().requires_grad_(False) for m in other_models(setting)]
         self.optimiser = optimiser_of(self.policy)
         self.inputs = {k: v.to(setting.device) for k, v in padded(setting).items()}
@@ -117,8 +121,8 @@ class PlainStep:
         return loss.item()
 
     def margin(self) -> Tensor:
-        with torch.no_grad():
-            ref_full, ref_logps = self.quantities(self.frozen[0])
+        with torch.no_grad(), self.policy.disable_adapter() if self.setting.lora else nullcontext():
+            ref_full, ref_logps = self.quantities(self.policy if self.setting.lora else self.frozen[0])
             if self.setting.method == "dpo":
                 del ref_full
         full, logps = self.quantities(self.policy)
@@ -161,7 +165,7 @@ class TrlStep:
             }
             for s in samples
         ]
-        self.policy = build_model(setting)
+        adapted = build_policy(setting) if setting.lora else None
         args = DPOConfig(
             output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=setting.pairs,
@@ -177,13 +181,17 @@ class TrlStep:
             learning_rate=LEARNING_RATE,
         )
         self.trainer = DPOTrainer(
-            model=self.policy,
-            ref_model=build_model(setting),
+            model=build_model(setting),
+            ref_model=None if adapted else build_model(setting),  # of adapters: the model without them
+            peft_config=lora_config(setting) if adapted else None,
             args=args,
             # The constructor wants text; the measured rows are token ids and go straight to its collator.
             train_dataset=Dataset.from_list([{"prompt": "w3 w4", "chosen": " w5", "rejected": " w6"}]),
             processing_class=word_tokenizer(setting.vocabulary),
         )
+        self.policy = self.trainer.model
+        if adapted:  # start where the others do
+            self.policy.load_state_dict(adapted.state_dict())
         self.optimiser = optimiser_of(self.policy)
         self.trainer.current_gradient_accumulation_steps = 1  # set by its training loop, which is not timed
         self.inputs = self.trainer.data_collator(rows)
@@ -196,8 +204,11 @@ class TrlStep:
 
 
 def other_models(setting: Setting, attention: str = "sdpa") -> list[torch.nn.Module]:
-    """The frozen models: the reference, equal to the policy; for aligndistil two teachers with a head of their own."""
-    if setting.method == "sepo":
+    """The frozen models: the reference, equal to the policy; for aligndistil two teachers with a head of their own.
+
+    With adapters there is none: the reference is the policy without them.
+    """
+    if setting.method == "sepo" or setting.lora:
         return []
     models = [build_model(setting, attention) for _ in range(2 if setting.method == "aligndistil" else 1)]
     if setting.method == "aligndistil":

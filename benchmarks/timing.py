@@ -99,15 +99,15 @@ def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
     return {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
 
 
-def peak_memory(setting: Setting, name: str) -> float:
-    """Peak MiB of one step above policy, reference and optimiser, in a fresh process."""
+def peak_memory(setting: Setting, name: str, *, whole: bool = False) -> float:
+    """Peak MiB of one step above policy, reference and optimiser, in a fresh process; of all that it has if `whole`."""
     code = (
         "import sys, json; from benchmarks.timing import _measure_peak; from benchmarks.setting import Setting;"
         "s = json.loads(sys.argv[1]); s['prompt'] = tuple(s['prompt']); s['completion'] = tuple(s['completion']);"
-        "print('PEAK', _measure_peak(Setting(**s), sys.argv[2]))"
+        "print('PEAK', _measure_peak(Setting(**s), sys.argv[2], bool(sys.argv[3])))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(asdict(setting)), name],
+        [sys.executable, "-c", code, json.dumps(asdict(setting)), name, "whole" * whole],
         capture_output=True,
         text=True,
         check=False,
@@ -120,7 +120,7 @@ def peak_memory(setting: Setting, name: str) -> float:
     return float(run.stdout.split("PEAK")[-1])
 
 
-def _measure_peak(setting: Setting, name: str) -> float:
+def _measure_peak(setting: Setting, name: str, whole: bool) -> float:
     # The first steps make gradients and optimiser state; both belong to every implementation alike.
     small = STEPS[name](setting)
     small.optimiser.zero_grad = lambda: torch.optim.Optimizer.zero_grad(small.optimiser, set_to_none=False)
@@ -129,13 +129,13 @@ def _measure_peak(setting: Setting, name: str) -> float:
     if setting.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = 0 if whole else torch.cuda.memory_allocated()
         small.step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     sampler = ResidentSampler()
     with sampler:
         small.step()
-    return (sampler.peak - sampler.before) / 2**20
+    return (sampler.peak - (0 if whole else sampler.before)) / 2**20
 
 
 class ResidentSampler:
