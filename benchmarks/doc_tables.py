@@ -1,4 +1,4 @@
-"""Fill the tables of docs/speed.md, docs/engines.md and docs/results/demo.md, and the README's picture.
+"""Fill the tables of docs/speed.md, engines.md, vision.md and results/demo.md, and the README's picture.
 
 python -m benchmarks.doc_tables --demo runs/demo
 """
@@ -16,7 +16,8 @@ from benchmarks.rollout_ahead import rows_of, shown
 from tokengrain.errors import read_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEED, DEMO, ENGINES = (ROOT / "docs" / name for name in ("speed.md", "results/demo.md", "engines.md"))
+PAGES = ("speed.md", "results/demo.md", "engines.md", "vision.md")
+SPEED, DEMO, ENGINES, VISION = (ROOT / "docs" / name for name in PAGES)
 PICTURE_SOURCES = ["DPO: policy", "T-REG: contrastive prompting", "T-REG: policy"]
 
 
@@ -76,6 +77,17 @@ def ahead_table(report: dict[str, Any]) -> str:
     return "\n".join(["| | turns | ahead | difference (95 %) |", "|---|---|---|---|", *rows, "", end])
 
 
+def vision_table(trained: dict[str, Any], frozen: dict[str, Any]) -> str:
+    """A step with images against the plain one, with commands, machine and date."""
+    head = "| vision tower | ours, CPU s | plain, CPU s | ours is × as fast in CPU s | in seconds (smallest–largest) |"
+    lines = [head, "|---|---|---|---|---|"]
+    for tower, report in (("trained", trained), ("frozen in both", frozen)):
+        ours, plain = report["cpu_seconds"].values()
+        ratios = (f"{r['median']:.2f} ({r['min']:.2f}–{r['max']:.2f})" for r in reversed(report["faster"].values()))
+        lines.append(f"| {tower} | {ours:.2f} | {plain:.2f} | {' | '.join(ratios)} |")
+    return "\n".join([*lines, "", f"{when(trained)} The same with `--freeze`: {frozen['date']}."])
+
+
 def fill(page: Path, name: str, table: str) -> None:
     """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->` of a page."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -92,6 +104,11 @@ def benchmark_tables() -> list[tuple[Path, str, str]]:
     return [
         (SPEED, "speed-table", speed_table(read_json(results / "preference_step_cpu.json"))),
         (SPEED, "online-table", online_table(read_json(results / "online_step_cpu.json"))),
+        (
+            VISION,
+            "speed-table",
+            vision_table(*(read_json(results / f"vision_step{of}_cpu.json") for of in ("", "_frozen"))),
+        ),
         (ENGINES, "ahead-table", ahead_table(read_json(results / "rollout_ahead_cpu.json"))),
     ]
 

@@ -66,6 +66,7 @@ def test_all_stages_on_pictures(tmp_path: Path) -> None:
     rated = [sample for sample in samples if sample.source == "credit: sight" and sample.pictures]
     assert rated
     assert all(any(map(any, picture["patches"])) for sample in rated for picture in sample.pictures)
+    call("report", tmp_path / "run")
     assert RATED["without"] in (tmp_path / "run" / "report.html").read_text()
     call("evaluate", tmp_path / "run")
     call("generate", tmp_path / "run", tmp_path / "rows.jsonl", "-o", tmp_path / "answers.jsonl", "--max-new-tokens", 2)

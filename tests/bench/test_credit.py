@@ -17,7 +17,7 @@ from tests.credit.small import llama, pairs, tokenizer
 from tokengrain.bench import credit
 from tokengrain.bench.cli import bench_app
 from tokengrain.bench.credit import append_line, bench_credit, repair_log
-from tokengrain.bench.page import _short
+from tokengrain.bench.page import _short, _table, _terminal_table
 from tokengrain.bench.questions import counted_passes, measure
 from tokengrain.bench.sources import Bench, chosen_sources, exchanged, own_source, world_samples
 from tokengrain.errors import RecipeError, read_json, read_log
@@ -255,3 +255,17 @@ def test_exchanged_pairs_train_the_reverse_model() -> None:
 def test_narrow_cells_lose_no_digits(low: float | None, mean: float, high: float | None, text: str) -> None:
     assert _short({"mean": mean, "low": low, "high": high}, "auc") == text
     assert " " not in _short({"mean": mean, "low": low, "high": high}, "seconds"), "of a cost only the mean"
+
+
+def test_columns_without_a_number_are_left_out() -> None:
+    """Where the truth has only losses, as in worlds of pictures, the AUC is that of harm."""
+
+    def entry(**means: float | None) -> dict[str, Any]:
+        return {"source": "s", "measures": {name: {"mean": m, "low": None, "high": None} for name, m in means.items()}}
+
+    names, losses = ("spearman", "auc", "auc_harm", "top1"), entry(spearman=0.5, auc=None, auc_harm=0.9, top1=None)
+    assert _table("t", names, [losses], [])["columns"] == ["source", "ρ", "AUC harm"]
+    shown = _terminal_table("", [losses], ("spearman", "auc", "top1")).columns
+    assert [column.header for column in shown] == ["source", "ρ", "AUC harm"]
+    both = entry(spearman=0.5, auc=0.7, auc_harm=0.9, top1=None)
+    assert _table("t", names, [losses, both], [])["columns"] == ["source", "ρ", "AUC", "AUC harm"]

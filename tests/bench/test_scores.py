@@ -110,3 +110,14 @@ def test_mean_of_runs_is_students_interval() -> None:
     assert found.high - found.value == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
     with pytest.raises(ValueError, match="at least 2"):
         mean_of_runs([1.0])
+
+
+def test_calibration_where_right_and_wrong_completions_take_turns() -> None:
+    """Every other completion would be fitted on one kind alone, and say nothing of the other."""
+    completions = torch.arange(400) // 10
+    truth = torch.where((completions % 2 == 1) & (torch.arange(400) % 10 == 3), -1.0, 0.0).double()
+    found = calibration(truth, truth, completions)
+    assert found.skill > 0.9
+    assert found.ece < 0.1
+    mixed = calibration(truth.roll(5), truth, completions)
+    assert mixed.skill < 0.1

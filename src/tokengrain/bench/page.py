@@ -169,7 +169,15 @@ def _left_out(entries: Sequence[Mapping[str, str]], question: str) -> list[str]:
     return [f"Left out: {listed}."] if reasons else []
 
 
+def _measured(names: Sequence[str], entries: Entries) -> list[str]:
+    """The measures that any source has; of the AUC, which a truth without gains does not define, that of harm."""
+    known = {n for e in entries for n, measure in e["measures"].items() if measure["mean"] is not None}
+    wanted = ("auc_harm" if n == "auc" and n not in known else n for n in names)
+    return [n for n in dict.fromkeys(wanted) if n in known]
+
+
 def _table(title: str, names: Sequence[str], entries: Entries, notes: Sequence[str]) -> dict[str, Any]:
+    names = _measured(names, entries)
     rows = [[e["source"], *(_cell(e["measures"][name], name) for name in names)] for e in entries]
     return {"title": title, "columns": ["source", *(HEADINGS.get(n, n) for n in names)], "rows": rows, "notes": notes}
 
@@ -219,6 +227,7 @@ def terminal_tables(result: Mapping[str, Any]) -> list[Table]:
 def _terminal_table(title: str, entries: Entries, names: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title or None, title_justify="left")
     table.add_column("source", overflow="fold")
+    names = _measured(names, entries)
     for name in names:
         table.add_column(HEADINGS.get(name, name), justify="right", overflow="fold")
     for entry in entries:

@@ -136,12 +136,15 @@ class Calibration(NamedTuple):
 def calibration(credit: Tensor, truth: Tensor, completions: Tensor) -> Calibration:
     """Calibration of credit against the truth, `[n]`; `completions` is the completion of every token.
 
-    P(truth < 0 | credit) = σ(a − b·credit) is fitted on every other completion and judged on the others, and the other
-    way round; `ece` is the mean over tokens of |observed − predicted| of their bin. Credit that says nothing predicts
-    the base rate, with an `ece` near 0: read it together with `skill`.
+    P(truth < 0 | credit) = σ(a − b·credit) is fitted on every other completion (on every other pair, where right and
+    wrong ones take turns) and judged on the others, and the other way round; `ece` is the mean over tokens of
+    |observed − predicted| of their bin. Credit that says nothing predicts the base rate, with an `ece` near 0: read it
+    together with `skill`.
     """
     credit, truth = _checked(credit, truth)
     negative, fold = (truth < 0).double(), completions.cpu() % 2
+    if any(len(negative[fold == part].unique()) < 2 for part in (0, 1)):
+        fold = completions.cpu() // 2 % 2
     squares, spread = float(credit.square().sum()), float((truth - truth.mean()).square().sum())
     scale = float((credit * truth).sum()) / squares if squares else float("nan")
     r2 = 1 - float((truth - scale * credit).square().sum()) / spread if squares and spread else float("nan")
