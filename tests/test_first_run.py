@@ -23,7 +23,7 @@ import tokengrain
 from tokengrain.cli import main
 from tokengrain.errors import RecipeError
 from tokengrain.models import train_tokenizer
-from tokengrain.run.fit import Outlook, fit, fit_batch, fit_rollout, learning_rate
+from tokengrain.run.fit import Outlook, _kept, fit, fit_batch, fit_rollout, learning_rate
 from tokengrain.screen import Screen, progress_bar
 from tokengrain.specs import TokenizerSpec
 from tokengrain.training.online import Groups
@@ -404,7 +404,7 @@ def test_the_plan_and_the_dry_run(mine: Path, tmp_path: Path, capsys: pytest.Cap
     trained, total = map(float, re.findall(r"trains (\S+) of (\S+) M parameters", out)[0])
     base = LlamaForCausalLM.from_pretrained(mine / "my" / "sft-model").num_parameters() / 1e6
     assert total == pytest.approx(base + trained, rel=1e-3)
-    assert "GiB and the activations of at most 16,384 tokens" in out
+    assert "GiB and the activations of at most 16,384 tokens (up to 0.16 GiB)" in out
     assert not (tmp_path / "run").exists()
     for given, expected in (
         ("lora.target_modules=[q_porj]", "lora does not fit the model: Target modules"),
@@ -415,6 +415,25 @@ def test_the_plan_and_the_dry_run(mine: Path, tmp_path: Path, capsys: pytest.Cap
         status, _, err = call(capsys, "train", "dpo", *own, "lora.r=4", given)
         assert status == 2, err
         assert expected in err
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_memory_of_activations_is_what_autograd_keeps(twice: bool) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=4, use_cache=False, **sizes)).model.train()
+    if twice:
+        model.gradient_checkpointing_enable()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(torch.arange(256)[None] % 50).last_hidden_state
+    found = sum(size for place, size in kept.items() if place not in weights) / out.shape[1]
+    assert found == pytest.approx(_kept(model.config, twice), rel=0.2, abs=3 * 64)  # the last norm is behind the layers
 
 
 @pytest.mark.parametrize(

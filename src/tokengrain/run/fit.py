@@ -50,6 +50,7 @@ class Outlook:
     trained: int = 0
     added: int = 0  # of an adapter
     gib: float = 0.0  # of weights, gradients and the optimiser's state, and of frozen copies
+    config: Any = None  # of the model
     chosen: dict[str, str] = field(default_factory=dict)
     args: Any = None  # the trainer's settings, with everything fitted
     steps: int | None = None
@@ -69,7 +70,7 @@ class Outlook:
             total = self.parameters + self.added
             share = "all" if self.trained == total else f"{self.trained / 1e6:.4g} of"
             parts.append(f"trains {share} {total / 1e6:.4g} M parameters")
-            parts.append(f"about {self.gib:.2g} GiB and the activations of {_pass(args)}")
+            parts.append(f"about {self.gib:.2g} GiB and the activations of {_pass(args, self.config)}")
         return "; ".join(parts)
 
     @property
@@ -81,10 +82,25 @@ class Outlook:
         return "; ".join(f"{' and '.join(names)} {reason}" for reason, names in by_reason.items())
 
 
-def _pass(args: Any) -> str:
-    """What is computed at a time, which decides the memory of activations."""
-    most = args.max_tokens_per_microbatch
-    return f"at most {most:,} tokens" if most else "a batch"
+def _pass(args: Any, config: Any) -> str:
+    """What is computed at a time, which decides the memory of activations, and how much that is at most."""
+    most, width = args.max_tokens_per_microbatch, 2 if args.bf16 or args.fp16 else 4
+    if not most:
+        return "a batch"
+    twice = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
+    gib = most * width * _kept(config, bool(twice)) / 2**30
+    return f"at most {most:,} tokens" + (f" (up to {gib:.2g} GiB)" if gib else "")
+
+
+def _kept(config: Any, twice: bool) -> int:
+    """How many numbers a backward pass keeps of a token: of each layer of a decoder like Llama ten hidden states, keys
+    and values, and four of the MLP; where layers are computed twice, one hidden state. 0 for other configs.
+    """
+    names = "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"
+    layers, width, inner, heads, shared = (getattr(config, name, None) for name in names)
+    if not all(isinstance(number, int) for number in (layers, width, inner, heads, shared)):
+        return 0
+    return layers * (width if twice else 10 * width + 2 * width * shared // heads + 4 * inner)
 
 
 def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]:
@@ -102,12 +118,12 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
     outlooks: dict[str, Outlook] = {}
     stages = dict(recipe.stages)
     counts: dict[str, tuple[int | None, int | None]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, tuple[int, int, Any]] = {}
     for stage in resolve_stages(recipe):
         if isinstance(stage, Trained):
             found = outlooks[stage.name] = Outlook()
             if own:
-                found.parameters, found.trained = _size(stage, recipe, sizes)
+                found.parameters, found.trained, found.config = _size(stage, recipe, sizes)
                 found.added = found.trained if stage.lora is not None else 0
                 found.rows, found.held_out = _count(stage, counts)
             if fits:
@@ -154,8 +170,9 @@ def _count(stage: Trained, known: dict[str, tuple[int | None, int | None]]) -> t
     return known[key]
 
 
-def _size(stage: Trained, recipe: Recipe, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Parameters of the model that the stage starts from, and how many of them (or of its adapter) are trained."""
+def _size(stage: Trained, recipe: Recipe, known: dict[str, tuple[int, int, Any]]) -> tuple[int, int, Any]:
+    """Parameters of the model that the stage starts from, how many of them (or of its adapter) are trained, and its
+    config."""
     spec: ModelSpec = stage.existing.model if stage.existing.model.stage is None else recipe.model
     lora = stage.lora
     key = fingerprint([spec.model_dump(), stage.model.freeze, lora and lora.model_dump()])
@@ -164,7 +181,8 @@ def _size(stage: Trained, recipe: Recipe, known: dict[str, tuple[int, int]]) -> 
         if stage.model.freeze is not None and lora is None:
             models.freeze_vision(model)
         count, own = (sum(w.numel() for w in model.parameters() if w.requires_grad or every) for every in (True, False))
-        known[key] = count, own if lora is None else models.adapter_size(model, lora)
+        config = model.config.get_text_config()
+        known[key] = count, own if lora is None else models.adapter_size(model, lora), config
     return known[key]
 
 
