@@ -97,9 +97,10 @@ def _kept(config: Any, twice: bool) -> int:
     and values, and four of the MLP; where layers are computed twice, one hidden state. 0 for other configs.
     """
     names = "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"
-    layers, width, inner, heads, shared = (getattr(config, name, None) for name in names)
-    if not all(isinstance(number, int) for number in (layers, width, inner, heads, shared)):
+    numbers: list[Any] = [getattr(config, name, None) for name in names]
+    if not all(isinstance(number, int) for number in numbers):
         return 0
+    layers, width, inner, heads, shared = numbers
     return layers * (width if twice else 10 * width + 2 * width * shared // heads + 4 * inner)
 
 
@@ -181,8 +182,9 @@ def _size(stage: Trained, recipe: Recipe, known: dict[str, tuple[int, int, Any]]
         if stage.model.freeze is not None and lora is None:
             models.freeze_vision(model)
         count, own = (sum(w.numel() for w in model.parameters() if w.requires_grad or every) for every in (True, False))
-        config = model.config.get_text_config()
-        known[key] = count, own if lora is None else models.adapter_size(model, lora), config
+        config: Any = model.config
+        trained = own if lora is None else models.adapter_size(model, lora)
+        known[key] = count, trained, config.get_text_config()
     return known[key]
 
 
