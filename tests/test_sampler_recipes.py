@@ -122,6 +122,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
             "sampler.refresh: got 'adapter', but no adapter is trained (no lora); expected checkpoint",
         ),
         (
+            ["stages.train.sampler={name: server, url: 'http://a', model: m, refresh: nccl}", "lora={r: 2}"],
+            "sampler.refresh: got 'nccl', but an adapter is trained; expected adapter",
+        ),
+        (
             [
                 "stages.train.sampler={name: branching, sampler: {name: server, url: 'http://a', model: m}}",
                 "lora={r: 2}",
@@ -144,6 +148,13 @@ def test_mistakes_are_named_in_a_dry_run(
     assert status == 2
     assert expected in " ".join(err.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("refresh", "lora"), [("checkpoint", "null"), ("nccl", "null"), ("adapter", "{r: 2}")])
+def test_each_way_to_give_a_server_weights_may_stand_in_a_recipe(refresh: str, lora: str) -> None:
+    server = f"stages.train.sampler={{name: server, url: 'http://a', model: m, refresh: {refresh}}}"
+    stage: Any = load_recipe("grpo", overrides=[server, f"lora={lora}"]).stages["train"]
+    assert stage.sampler["refresh"] == refresh
 
 
 def test_another_name_drops_the_settings_of_the_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -285,6 +285,25 @@ class Served:
         return {"message": "Weight update finished"}
 
 
+class ServedBySglang(Served):
+    """What an SGLang server answers; it names adapters behind its model's name."""
+
+    def __call__(self, path: str, body: Any) -> Any:
+        own = {"/update_weights_from_disk": self.reload, "/load_lora_adapter": self.load}
+        own |= {"/unload_lora_adapter": lambda body: self.adapters.pop(body["lora_name"]) and {}}
+        own |= {"/v1/models": lambda body: {"data": [{"id": "m"}]}, "/v1/completions": self.completions}
+        with self.lock:
+            return own[path](body)
+
+    def completions(self, body: Any) -> Any:
+        return super().completions({**body, "model": body["model"].rpartition(":")[2]})
+
+    def reload(self, body: Any) -> Any:
+        with LOADING:
+            self.model = type(self.model).from_pretrained(body["model_path"])
+        return {"success": True}
+
+
 def received(connection: socket.socket, count: int) -> bytes:
     """So many bytes, or ValueError where the other side has gone."""
     found = b""

@@ -818,7 +818,7 @@ class Online(Policy):
         if "refresh" in sampler and "refresh" not in given:
             hint = f"expected {fitting}, or none for a server that keeps the weights it has"
             found.add(f"{where}.refresh", f"missing; {hint}")
-        elif sampler.get("refresh", "none") not in (fitting, "none"):
+        elif sampler.get("refresh", "none") not in (fitting, "none", "nccl" if self.lora is None else fitting):
             why = "an adapter is trained" if self.lora is not None else "no adapter is trained (no lora)"
             found.add(f"{where}.refresh", f"got {sampler['refresh']!r}, but {why}; expected {fitting}")
 

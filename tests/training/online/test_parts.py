@@ -17,6 +17,7 @@ from tests.training.tiny import tiny_llama, weights
 from tokengrain.errors import DataError, NonFiniteLossError, RolloutError, read_log
 from tokengrain.loss import LossOutput
 from tokengrain.method import make_objective
+from tokengrain.rollout import transfer
 from tokengrain.rollout.branching import Branching
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.runs import ROLLOUT_FILE
@@ -166,6 +167,74 @@ def test_a_server_that_dies_is_asked_within_a_bound_and_the_run_resumes(tmp_path
         trainer = train_from(tmp_path, server.url, resume=True)
     assert trainer.state.global_step == 2
     assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
+
+
+ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sglang": (stub.ServedBySglang, {"flavour": "sglang", "refresh": "checkpoint"}),
+    "sglang, adapter": (stub.ServedBySglang, {"flavour": "sglang", "refresh": "adapter"}),
+    "vllm, nccl": (stub.Served, {"refresh": "nccl"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_train_and_resume(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts from the present weights; and with another server after a stop, as if there had been none."""
+    from peft import LoraConfig
+
+    monkeypatch.setattr(transfer, "Nccl", stub.Tcp)
+    kind, given = ENGINES[engine]
+    adapted = given["refresh"] == "adapter"
+
+    def train(name: str, steps: int, resume: bool = False) -> Any:
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if adapted else None
+        with stub.serving(kind(tiny_llama(seed=0 if adapted else 5 + steps))) as server:
+            sampler = {"name": "server", "url": server.url, "model": "m", "timeout": 60, **given}
+            settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+            trainer = make_online(tmp_path / name, sampler=sampler, peft_config=config, max_steps=steps, **settings)
+            trainer.train(resume_from_checkpoint=resume)
+        log = [entry for entry in read_log(tmp_path / name / "log.jsonl") if "loss" in entry]
+        assert len(log) == steps
+        assert max(entry["mismatch/max_abs"] for entry in log) < 1e-4
+        return weights(trainer.model)
+
+    whole = train("whole", 4)
+    train("parts", 2)
+    parts = train("parts", 4, resume=True)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_the_servers_that_are_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two share the rollouts; the second dies in the second one. The policy is that of one server alone."""
+    found = {}
+    for name in ("alone", "two"):
+        first, second = (stub.Served(tiny_llama(seed=seed)) for seed in (8, 9))
+        with stub.serving(first) as one, stub.serving(second) as two:
+
+            def dies(path: str, body: Any, two: Any = two, known: Any = two.answer) -> Any:
+                if sum(asked == "/v1/completions" for asked, _ in two.requests) >= 3:
+                    two.faults[:] = ["drop"] * 200
+                return known(path, body)
+
+            two.answer = dies
+            one.delay = two.delay = 0.02
+            urls = [one.url] if name == "alone" else [one.url, two.url]
+            sampler = {
+                "name": "server",
+                "url": urls,
+                "model": "m",
+                "refresh": "checkpoint",
+                "retries": 1,
+                "backoff": 0.01,
+            }
+            trainer = make_online(tmp_path / name, sampler=sampler, max_steps=4)
+            trainer.train()
+            found[name] = weights(trainer.model)
+    assert all(torch.equal(value, found["two"][name]) for name, value in found["alone"].items())
+    log = [entry for entry in read_log(tmp_path / "two" / "log.jsonl") if "loss" in entry]
+    assert "the other servers do its work until the next refresh" in caplog.text
+    assert max(entry["mismatch/max_abs"] for entry in log) < 1e-4
 
 
 def test_branches_join_the_group_and_are_recorded(tmp_path: Path) -> None:
