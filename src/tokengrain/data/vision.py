@@ -142,6 +142,8 @@ class View:
         made = self._processed()
         self.texts = [place["replacement"] for place in made["text_replacement_offsets"][0]]
         self.tokens = sum(i in reader.ids for i in made["input_ids"][0].tolist())
+        told = bool({"mm_token_type_ids", "token_type_ids"} & made.keys())  # all that transformers 5.18 says of it
+        self.typed = getattr(reader.processor, "return_mm_token_type_ids", told)
         self.inputs = {name: v for name, v in made.items() if name not in OF_TEXT and isinstance(v, Tensor)}
 
     def _processed(self) -> Any:
@@ -194,7 +196,7 @@ class View:
     def vision(self, ids: Sequence[int]) -> Vision:
         """What the model sees beside a prompt's token ids."""
         processor, tokens = self.reader.processor, torch.tensor(ids)
-        if processor.return_mm_token_type_ids:
+        if self.typed:
             types = torch.as_tensor(processor.create_mm_token_type_ids([list(ids)])[0], dtype=torch.long)
         else:
             own = [getattr(processor, f"{kind}_token_id", -1) for kind in KINDS]
