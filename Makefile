@@ -118,6 +118,7 @@ real: setup  ## Get a published model and tokenizers (30 s, into the cache), and
 real-studies: setup  ## Credit, offline and online methods on the published model (a night of two cores); writes docs/
 	$(BIN)/python -m benchmarks.real_credit --output docs/results
 	$(BIN)/python -m benchmarks.real_gallery
+	$(BIN)/python -m benchmarks.real_step --output docs/results
 	$(BIN)/python -m benchmarks.real_training offline --output docs/results
 	$(BIN)/python -m benchmarks.real_training online --output docs/results
 

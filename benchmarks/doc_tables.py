@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.picture import write_picture
+from benchmarks.real_step import real_table
 from benchmarks.rollout_ahead import rows_of, shown
 from tokengrain.errors import read_json, write_text
 
@@ -109,6 +110,7 @@ def benchmark_tables() -> list[tuple[Path, str, str]]:
             "speed-table",
             vision_table(*(read_json(results / f"vision_step{of}_cpu.json") for of in ("", "_frozen"))),
         ),
+        (SPEED, "real-table", real_table(read_json(results / "real_step_cpu.json"))),
         (ENGINES, "ahead-table", ahead_table(read_json(results / "rollout_ahead_cpu.json"))),
     ]
 

@@ -27,7 +27,8 @@ from tokengrain.errors import read_json, write_json
 
 WEIGHTS, VOCABULARY = str(place("smollm2")), 49_152
 PAIRS = Setting(weights=WEIGHTS, data="../shared/data/hh-harmless-pairs.jsonl.gz")
-RANDOM = Setting(weights=WEIGHTS, vocabulary=VOCABULARY)
+FEWER = PAIRS.with_(pairs=4)  # three sides in 16 GB
+RANDOM = Setting(weights=WEIGHTS, vocabulary=VOCABULARY, pairs=4)
 ROLLOUT = Setting(weights=WEIGHTS, vocabulary=VOCABULARY, prompt=(150, 150))
 
 
@@ -46,13 +47,13 @@ def _rollout(completion: tuple[int, int], parts: int) -> Callable[[int], dict[st
 
 PARTS = {
     "dpo": _pairs(PAIRS, "trl"),
-    "dpo, LoRA": _pairs(PAIRS.with_(lora=16), "trl"),
+    "dpo, LoRA": _pairs(FEWER.with_(lora=16), "trl"),
     "dpo, random": _pairs(RANDOM, "trl"),
-    "tdpo2": _pairs(PAIRS.with_(method="tdpo2"), "plain"),  # TRL has none
+    "tdpo2": _pairs(FEWER.with_(method="tdpo2"), "plain"),  # TRL has none
     "grpo": _rollout((100, 100), 2),
     "grpo, lengths": _rollout((20, 180), 2),
-    "memory": _memory(PAIRS),
-    "memory, LoRA": _memory(PAIRS.with_(lora=16)),
+    "memory": _memory(FEWER),
+    "memory, LoRA": _memory(FEWER.with_(lora=16)),
 }
 
 
@@ -90,7 +91,9 @@ def real_table(found: dict[str, Any]) -> str:
             f"| {r['setting']} | {r['ours_mib'] / 1024:.1f} GiB | {r['trl_mib'] / 1024:.1f} GiB | {r['share']:.2f} |"
             for r in memory
         ]
-    return "\n".join(lines)
+    made = [result["machine"] for result in found.values()]
+    commands = "; ".join(f"`{m['command']}`, {m['date']}" for m in made)
+    return "\n".join([*lines, "", f"{commands}; {made[-1]['cpu']}, one thread, torch {made[-1]['torch']}."])
 
 
 if __name__ == "__main__":
