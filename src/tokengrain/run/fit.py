@@ -1,4 +1,4 @@
-"""What follows from rows, model and device where a recipe does not say: rate, batch, epochs, warm-up, precision.
+"""What follows from rows, model and device where a recipe does not say: rate, batch, epochs, warm-up, memory.
 
 docs/fitting.md has the reasons and the sources of the numbers.
 """
@@ -6,6 +6,7 @@ docs/fitting.md has the reasons and the sources of the numbers.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ COMPLETIONS = 8, 256  # of a rollout: at least, at most
 RATES = {"train": 5e-7, "online": 1e-6, "reward": 5e-6, "sft": 1e-5}  # for all weights of 8 billion parameters
 LORA = 10  # times the rate of all weights
 LARGEST_RATE = 1e-3
+PASS = 512, 16384  # tokens of a forward and backward pass: at least, at most
 LENGTH = 2048  # tokens of a prompt with a completion, at most, where the model reads so many
 
 
@@ -84,31 +86,51 @@ class Outlook:
 
 def _pass(args: Any, config: Any) -> str:
     """What is computed at a time, which decides the memory of activations, and how much that is at most."""
-    most, width = args.max_tokens_per_microbatch, 2 if args.bf16 or args.fp16 else 4
+    most = args.max_tokens_per_microbatch
     if not most:
         return "a batch"
-    twice = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
-    gib = most * width * _kept(config, bool(twice)) / 2**30
+    gib = most * _kept(args, config) / 2**30
     return f"at most {most:,} tokens" + (f" (up to {gib:.2g} GiB)" if gib else "")
 
 
-def _kept(config: Any, twice: bool) -> int:
-    """How many numbers a backward pass keeps of a token: of each layer of a decoder like Llama ten hidden states, keys
+def _kept(args: Any, config: Any) -> int:
+    """How many bytes a backward pass keeps of a token: of each layer of a decoder like Llama ten hidden states, keys
     and values, and four of the MLP; where layers are computed twice, one hidden state. 0 for other configs.
     """
+    twice = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     names = "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"
     numbers: list[Any] = [getattr(config, name, None) for name in names]
     if not all(isinstance(number, int) for number in numbers):
         return 0
     layers, width, inner, heads, shared = numbers
-    return layers * (width if twice else 10 * width + 2 * width * shared // heads + 4 * inner)
+    number = 2 if args.bf16 or args.fp16 else 4
+    return number * layers * (width if twice else 10 * width + 2 * width * shared // heads + 4 * inner)
+
+
+def _fit_pass(found: Outlook, processes: int) -> int:
+    """Tokens of a pass: a power of 2 whose activations take half of what the weights leave of the memory, at most."""
+    least, most = PASS
+    shards, there = processes if found.args.fsdp else 1, _memory(processes)
+    left = there - found.gib * 2**30 / shards
+    fits = _largest(most, lambda size: size * _kept(found.args, found.config) <= left / 2)
+    if fits < most:
+        found.chosen[f"{max(fits, least):,} tokens at a time"] = f"for {there / 2**30:.3g} GiB of memory"
+    return max(fits, least)
+
+
+def _memory(processes: int) -> float:
+    """Bytes that a process has: its GPU's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
 
 
 def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]:
     """`(the recipe with what was fitted, what each stage that trains will do)`.
 
-    A world's recipes and the papers' settings are left as they are. Raises `RecipeError` for a stage whose learning
-    rate would be 0 at every step, and what reading rows and the model's config raises.
+    A world's recipes are left as they are, and the papers' settings too, but for what a pass takes, which does not
+    change the result. Raises `RecipeError` for a stage whose learning rate would be 0 at every step, and what reading
+    rows and the model's config raises.
     """
     own = not recipe.model.is_world
     fits = own and recipe.settings == "fitted"
@@ -137,10 +159,14 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
             rows = 0 if found.args.max_steps > 0 else found.rows  # which then do not matter
             found.steps = None if rows is None else found.args.steps_for(rows)
             found.gib = _gib(stage, found)
+            if own and "max_tokens_per_microbatch" not in stage.training:
+                most = found.args.max_tokens_per_microbatch = _fit_pass(found, processes)
+                training = {**stage.own.training, "max_tokens_per_microbatch": most}
+                stages[stage.name] = stage.own.model_copy(update={"training": training})
             check_packages(found.args)
             if found.steps is not None:
                 check_rate(found.args, found.steps, f"stages.{stage.name}")
-    return recipe, outlooks
+    return recipe.model_copy(update={"stages": stages}), outlooks
 
 
 def _computes_in_bf16() -> bool:
