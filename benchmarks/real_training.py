@@ -358,7 +358,8 @@ class Online:
             write_text(self.runs / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             settings["stages__train__data__train"] = str(self.runs / "problems.jsonl")
             rows = own_pairs(rows[:400], self.runs / "own.jsonl", self.tokens)
-            rows, held = rows[8:], rows[:8]
+            few = max(1, min(8, len(rows) // 4))
+            rows, held = rows[few:], rows[:few]
         folder = self.runs / f"{name}-{seed}"
         trained(name, folder, rows, held, **settings)
         return folder
@@ -408,8 +409,9 @@ def online(
         write_json(output / "real_online.json", found)
         write_text(output / "real_online.md", online_page(found, probe, updates, tokens))
         for name in ("thr", "aepo"):
-            if name in found:
-                write_text(output.parent / f"images/real-{name}.svg", maps(runs / f"{name}-0/train/rollouts.jsonl"))
+            record = runs / f"{name}-0/train/rollouts.jsonl"  # none where no group had right and wrong completions
+            if record.exists():
+                write_text(output.parent / f"images/real-{name}.svg", maps(record))
 
 
 def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float], updates: int, tokens: int) -> str:

@@ -109,10 +109,11 @@ def test_online(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(real_training, "right", right)
     (study / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "so\n#### 2"}) + "\n")
+    methods = [name for name in real_training.ONLINE if name != "aepo"]  # whose trigger words no byte is
     real_training.online(
-        study / "results", study / "runs", list(real_training.ONLINE), seeds=1, updates=1, prompts=6, tokens=6,
+        study / "results", study / "runs", methods, seeds=1, updates=1, prompts=6, tokens=6,
         gsm8k=study / "gsm8k.jsonl", problems=0,
     )  # fmt: skip
     page = (study / "results/real_online.md").read_text()
-    assert page.count("\n| ") == 2 + len(real_training.ONLINE)
-    assert "<svg" in (study / "images/real-thr.svg").read_text()
+    assert page.count("\n| ") == 2 + len(methods)
+    assert "<svg" in real_training.maps(study / "runs/grpo-0/train/rollouts.jsonl")
