@@ -68,10 +68,13 @@ def progress_bar(
     before, after = (TextColumn(f"{{task.{text}}}", markup=False) for text in ("description", "fields[numbers]"))
     columns = (before, BarColumn(), MofNCompleteColumn(), _Speed(), left, after)
     console = console or Screen(stderr=True)
-    if not (console.is_terminal or quiet):
+    if quiet:
+        yield lambda **_: None  # a disabled Progress ends in an empty line in rich 14 and older
+        return
+    if not console.is_terminal:
         yield _Lines(console, what, total, done).update
         return
-    with Progress(*columns, console=console, transient=not stays, disable=quiet) as bar:
+    with Progress(*columns, console=console, transient=not stays) as bar:
         yield partial(bar.update, bar.add_task(what, total=total, completed=done, numbers=""))
 
 
