@@ -189,7 +189,7 @@ def ask(study: Study, name: str, how: str, seed: int) -> dict[str, Any]:
     credit = torch.cat(found)
     data = made.corrupted.select(range(count))
     segments, marked = data.segments, made.marked[: len(credit)]
-    known = torch.cat([kept(part, {"logps"}).logps for part in parts[: len(found)]])  # type: ignore[misc]
+    known = torch.cat([kept(part, {"logps"}).logps for part in parts[: len(found)]])
     split = [segments.split(x) for x in (credit, known, marked)]
     return {
         "source": name,

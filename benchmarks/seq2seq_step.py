@@ -70,7 +70,7 @@ def build_model(setting: Setting) -> T5ForConditionalGeneration:
         initializer_factor=0.5,
     )
     model: Any = T5ForConditionalGeneration(config).to(setting.device)
-    return disable_dropout(model)  # type: ignore[return-value]  # the same model
+    return disable_dropout(model)  # the same model
 
 
 def build_samples(setting: Setting) -> list[Sample]:

@@ -55,7 +55,7 @@ class Setting:
         )
 
     def with_(self, **changes: object) -> Setting:
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, **changes)
 
 
 def _range(bounds: tuple[int, int]) -> str:

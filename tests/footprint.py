@@ -52,7 +52,7 @@ def files_that_run(recipe: str) -> dict[str, int]:
             run_recipe(loaded)
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]
+            threading.setprofile(None)
     counts: collections.Counter[str] = collections.Counter()
     for code in seen:
         path = Path(code.co_filename)

@@ -115,7 +115,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        here = f"http://127.0.0.1:{self.server.server_port}/me/mine"  # type: ignore[attr-defined]
+        here = f"http://127.0.0.1:{self.server.server_port}/me/mine"
         answer: dict[str, Any] = {}
         if self.path == "/api/repos/create":
             answer = {"url": here, "id": "me/mine", "name": "me/mine"}

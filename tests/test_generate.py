@@ -265,7 +265,7 @@ def test_turns_that_are_none(chat: str, tmp_path: Path, turns: Any) -> None:
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": -1}, {"batch_rows": 0}, {"samples": 0}])
 def test_counts_are_positive(plain: str, tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(RecipeError, match=f"{next(iter(wrong))} is "):
-        generate(plain, ROWS, tmp_path / "out.jsonl", **wrong)  # type: ignore[arg-type]
+        generate(plain, ROWS, tmp_path / "out.jsonl", **wrong)
 
 
 def test_answers_of_another_format_are_not_taken(chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ COLUMNS = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
 
 
 def first_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    return [row for _, row in with_columns(load_rows(path).subset(range(count)), COLUMNS)]  # type: ignore[attr-defined]
+    return [row for _, row in with_columns(load_rows(path).subset(range(count)), COLUMNS)]
 
 
 def byte_model() -> tuple[Any, Any]:
@@ -64,13 +64,13 @@ def test_every_answer_has_its_number_and_its_format(path: Path, count: int) -> N
     answers = [row["answer"] for row in rows]
     numeric = make_reward("numeric", style="gsm8k").function
     assert numeric(answers, answer=answers) == [1.0] * count
-    wrong = [f"It is simple.\n#### {int(gold) + 1}" for gold in golds]  # type: ignore[arg-type]
+    wrong = [f"It is simple.\n#### {int(gold) + 1}" for gold in golds]
     assert numeric(wrong, answer=answers) == [0.0] * count
 
 
 def test_the_recipes_format_reward_knows_the_format() -> None:
     recipe = load_recipe(RECIPE)
-    settings = dict(recipe.stages["train"].rewards[1])  # type: ignore[union-attr]
+    settings = dict(recipe.stages["train"].rewards[1])
     reward = make_reward(settings.pop("name"), **settings).function
     answers = [row["answer"] for row in first_rows(TEST, 300)]
     assert reward(answers) == [1.0] * 300

@@ -45,7 +45,7 @@ def _step(objective: BoundObjective, normaliser: str, cut: list[list[int]]) -> t
     for p in pairs:
         p |= {"token_scores": p["logps"]}
         p[trained] = p[trained].clone().requires_grad_()
-    normalise = make_normaliser(normaliser, CONSTANT if normaliser == "constant" else None)  # type: ignore[arg-type]
+    normalise = make_normaliser(normaliser, CONSTANT if normaliser == "constant" else None)
     batches = [Segments.from_lengths([n for i in batch for n in LENGTHS[i]]) for batch in cut]
     parts = [
         Counts.of(segments, pairs=objective.unit == "pairs", prompts=len(batch))
@@ -139,7 +139,7 @@ def test_counts_add_up_and_travel_as_a_tensor() -> None:
 )
 def test_bad_normalisers(name: str, constant: float | None, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_normaliser(name, constant)  # type: ignore[arg-type]
+        make_normaliser(name, constant)
 
 
 def _by_hand(values: Tensor, segments: Segments, chosen: float, rejected: float) -> list[list[int]]:

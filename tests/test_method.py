@@ -147,7 +147,7 @@ class TestOnesOwn:
         assert (bound.unit, bound.hyper) == ("completions", {"power": 3})  # as its decorator says
         source = make_credit(f"{file}:my_credit", model=lambda b: torch.ones(b.labels.shape), factor=2, scale=0.5)
         assert torch.equal(source(batch()), torch.ones(batch().labels.shape))
-        assert source.values == "order"  # type: ignore[attr-defined]
+        assert source.values == "order"
         step = rollout()
         make_rollout_credit(f"{file}:halve", by=4)(step)
         assert step.advantages is not None

@@ -178,7 +178,7 @@ def test_what_cannot_be_written_or_read(folder: str, tmp_path: Path, monkeypatch
     with pytest.raises(RecipeError, match=r"ends in \.jsonl"):
         rank(file, folder, output="out.parquet")
     with pytest.raises(RecipeError, match="pooling is 'lst'; expected one of mean, last"):
-        rank(file, folder, pooling="lst", overwrite=True)  # type: ignore[arg-type]  # a slip of the pen
+        rank(file, folder, pooling="lst", overwrite=True)  # a slip of the pen
     for part in ("train", "eval"):
         found = rank(written(tmp_path / f"in.{part}.jsonl", ROWS), folder).output
         assert found == Path(f"in.{part}.ranked.jsonl")

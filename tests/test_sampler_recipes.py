@@ -160,7 +160,7 @@ def test_each_way_to_give_a_server_weights_may_stand_in_a_recipe(refresh: str, l
 def test_another_name_drops_the_settings_of_the_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(online(tmp_path, {"name": "hf", "cache": "static"})))
-    sampler = lambda *sets: load_recipe(path, overrides=list(sets)).stages["train"].sampler  # type: ignore[union-attr]  # noqa: E731
+    sampler = lambda *sets: load_recipe(path, overrides=list(sets)).stages["train"].sampler  # noqa: E731
     assert sampler() == {"name": "hf", "cache": "static"}
     assert sampler("stages.train.sampler.name=branching") == {"name": "branching"}
     status, out, _ = call(capsys, "train", str(path), "--dry-run", "--set", "stages.train.sampler.name=branching")
@@ -234,7 +234,7 @@ def test_the_branching_of_the_aepo_recipe_and_its_evaluation(
     (tmp_path / "aepo.yaml").write_text(switched)
     shutil.copy(ROOT / "recipes" / "grpo.yaml", tmp_path)
     recipe = load_recipe(tmp_path / "aepo.yaml", model="some/model", data="prompts.jsonl")
-    assert recipe.stages["train"].sampler["name"] == "branching"  # type: ignore[union-attr]
+    assert recipe.stages["train"].sampler["name"] == "branching"
     small = "world://arithmetic?size=small"
     sizes = {"max_steps": 2, "prompts_per_rollout": 4, "num_generations": 4, "minibatches": 1}
     recipe = load_recipe(

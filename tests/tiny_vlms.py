@@ -141,7 +141,7 @@ def tiny_vlm(family: str, *, dtype: torch.dtype = torch.float64, attention: str 
 def lenient(kind: Any) -> Any:
     """A class of processors that does without its part for videos."""
 
-    class Lenient(kind):  # type: ignore[misc]
+    class Lenient(kind):
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             missing = name == "video_processor" and argument is None
             return None if missing else super().check_argument_for_proper_class(name, argument)

@@ -62,7 +62,7 @@ def source_of(given: Mapping[str, Any], tokenizer: Any, device: str) -> CreditSo
 
 
 @register_manager("tokengrain_tokens")
-class TokenRewards(NaiveRewardManager):  # type: ignore[misc]
+class TokenRewards(NaiveRewardManager):
     """verl's `naive` reward manager, whose answer also has a reward for each token of the response."""
 
     def __init__(self, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +88,7 @@ class TokenRewards(NaiveRewardManager):  # type: ignore[misc]
         return values
 
 
-class TokenRewarded(AgentLoopOutput):  # type: ignore[misc]
+class TokenRewarded(AgentLoopOutput):
     """What an agent loop gives, with a reward for each token that the model wrote."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def rewarded(output: AgentLoopOutput) -> TokenRewarded:
 
 
 @register("tokengrain_single_turn")
-class SingleTurn(SingleTurnAgentLoop):  # type: ignore[misc]
+class SingleTurn(SingleTurnAgentLoop):
     """verl's `single_turn_agent`."""
 
     async def run(self, *args: Any, **kwargs: Any) -> TokenRewarded:
@@ -118,7 +118,7 @@ class SingleTurn(SingleTurnAgentLoop):  # type: ignore[misc]
 
 
 @register("tokengrain_tool")
-class Tool(ToolAgentLoop):  # type: ignore[misc]
+class Tool(ToolAgentLoop):
     """verl's `tool_agent`."""
 
     async def run(self, *args: Any, **kwargs: Any) -> TokenRewarded:

@@ -45,6 +45,7 @@ TRL_NAMES = {
 """What TRL's trainers call what is said otherwise here."""
 
 
+@no_progress_bar()  # of transformers, one for each model that is loaded or saved
 def train(
     recipe: str | Path | Recipe,
     *,
@@ -91,15 +92,12 @@ def train(
         parsed += [] if output is None else [(["output_dir"], str(output))]
         inputs = Path(_output_dir(values, parsed)) / INPUTS
         with PartialState().main_process_first():
-            with no_progress_bar():
-                model = _model(model, tokenizer, inputs)
-            data, eval_data = _rows(data, inputs), _rows(eval_data, inputs)
+            model, data, eval_data = _model(model, tokenizer, inputs), _rows(data, inputs), _rows(eval_data, inputs)
         if eval_data is not None:
             parsed.append((["data", "eval"], eval_data))
         given = {".".join(keys): f"argument {'__'.join(keys)}" for keys, _ in parsed}
         recipe = make_recipe(resolve(values, model, data, parsed), source=str(path), given=given)
-    with no_progress_bar():  # of transformers, one for each model that is loaded or saved
-        return run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=quiet))
+    return run_recipe(recipe, overwrite=overwrite, console=Screen(quiet=quiet))
 
 
 def _output_dir(values: Values, overrides: Sequence[tuple[list[str], Any]]) -> str:

@@ -461,10 +461,8 @@ def load_config(spec: ModelSpec, path: str) -> Any:
     is_there = Path(place).is_dir() or not (os.path.isabs(place) or place.startswith((".", "~")))
     near = _near_path(place)
     require(is_there, ModelError, f"no model at {place}{near}")
-    if "did you mean" in near and not os.environ.get("HF_HUB_OFFLINE"):
-        warnings.warn(
-            f"{place}{near} Asking the hub for it", stacklevel=2
-        )  # without a network that takes half a minute
+    if "did you mean" in near and not os.environ.get("HF_HUB_OFFLINE"):  # without a network it takes half a minute
+        warnings.warn(f"{place}{near} Asking the hub for it", stacklevel=2)
     with library_errors(f"no model at {place}", place):
         if (file := Path(place) / "config.json").is_file():
             read_json(file, ModelError)  # transformers passes over a key that is given twice

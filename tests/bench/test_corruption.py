@@ -86,7 +86,7 @@ def test_unlikely_tokens_are_less_likely_than_random_ones() -> None:
     for how in ("random", "unlikely"):
         total = 0.0
         for seed in range(12):
-            found = corrupt(batch, tokenizer(), how=how, tokens=1, seed=seed, model=model)  # type: ignore[arg-type]
+            found = corrupt(batch, tokenizer(), how=how, tokens=1, seed=seed, model=model)
             total += float(make_credit("surprise", model=model)(found.corrupted)[found.marked].mean())
         surprise.append(total / 12)
     assert surprise[1] < surprise[0]
@@ -209,7 +209,7 @@ def test_what_cannot_be_corrupted(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="unlikely"):
         corrupt(answers(), tokenizer(), how="unlikely")
     with pytest.raises(RecipeError, match="expected one of"):
-        corrupt(answers(), tokenizer(), how="burn")  # type: ignore[arg-type]
+        corrupt(answers(), tokenizer(), how="burn")
     with pytest.raises(RecipeError, match="needs a model"):
         bench_corruption(None, "pairs.jsonl", output=tmp_path)
 

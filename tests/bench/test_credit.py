@@ -82,8 +82,8 @@ def test_a_seed_has_data_of_its_own(first: tuple[Path, dict[str, Any]]) -> None:
     worth = by_source(result, "spearman")["worth"]["by_seed"]
     assert worth[0] != worth[1]
     world = load_world(WORLD + "&seed=1")
-    truth = world.credit_truth(30, seed=1)  # type: ignore[attr-defined]
-    found, _ = measure(world.credit("worth"), truth)  # type: ignore[attr-defined]
+    truth = world.credit_truth(30, seed=1)
+    found, _ = measure(world.credit("worth"), truth)
     assert found["spearman"] == pytest.approx(worth[1])
 
 
@@ -236,7 +236,7 @@ def test_exchanged_pairs_train_the_reverse_model() -> None:
     turned = exchanged(rows)
     assert [c.ids for c in turned[0].completions] == [c.ids for c in rows[0].completions[::-1]]
     bench = Bench(load_world(WORLD), steps=6)
-    batch = load_world(WORLD).credit_truth(30).batch  # type: ignore[attr-defined]
+    batch = load_world(WORLD).credit_truth(30).batch
     reference = bench.world.reference
     forth, back = (make_credit("guide", model=bench.model(n), reference=reference)(batch) for n in ("guide", "reverse"))
     assert float(torch.corrcoef(torch.stack([forth, back]))[0, 1]) < -0.5

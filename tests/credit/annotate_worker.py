@@ -39,7 +39,7 @@ def make_rows(count: int = 40) -> list[dict[str, object]]:
     return rows
 
 
-def make_tokenizer():  # type: ignore[no-untyped-def]
+def make_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -90,8 +90,8 @@ def run(output: str | Path, seconds: float = 0.0, **options: object) -> PlainLla
         {"token_rewards": source},
         None,
         output,
-        options.pop("fingerprints", FINGERPRINTS),  # type: ignore[arg-type]
-        **{"shard_rows": 4, "max_tokens": 128, "progress": False} | options,  # type: ignore[arg-type]
+        options.pop("fingerprints", FINGERPRINTS),
+        **{"shard_rows": 4, "max_tokens": 128, "progress": False} | options,
     )
     return source
 

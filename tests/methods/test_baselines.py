@@ -27,7 +27,7 @@ class TestGuide:
     def test_is_beta_times_the_log_ratio(self, batch: TokenBatch) -> None:
         guide, reference = llama(1), llama(2)
         credit = make_credit("guide", model=guide, reference=FrozenReference(reference), beta=0.3)(batch)
-        expected = 0.3 * (score(guide, batch).logps - score(reference, batch).logps)  # type: ignore[operator]
+        expected = 0.3 * (score(guide, batch).logps - score(reference, batch).logps)
         torch.testing.assert_close(credit, expected.detach())
         assert not credit.requires_grad
 
@@ -38,7 +38,7 @@ class TestGuide:
     def test_cached_reference_gives_the_same(self, batch: TokenBatch) -> None:
         guide, reference = llama(1), llama(2)
         live = make_credit("guide", model=guide, reference=reference)(batch)
-        stored = batch.with_columns(ref_logps=score(reference, batch).logps.detach())  # type: ignore[union-attr]
+        stored = batch.with_columns(ref_logps=score(reference, batch).logps.detach())
         cached = make_credit("guide", model=guide, reference=ColumnReference())(stored)
         torch.testing.assert_close(cached, live)
 
@@ -230,7 +230,7 @@ class TestTDPO:
         prompt, vocabulary = [1, 5, 6], model.config.vocab_size
         every = TokenBatch.from_samples([Sample(prompt, [Completion([v]) for v in range(vocabulary)])])
         credit = make_credit("tdpo", model=model, reference=reference)(every)
-        q = score(reference, every).logps.exp()  # type: ignore[union-attr]
+        q = score(reference, every).logps.exp()
         assert float((q * credit).sum()) == pytest.approx(0, abs=1e-12)
         assert float(credit.abs().max()) > 1e-3
 
@@ -249,8 +249,8 @@ def test_surprise_and_entropy_read_the_models_distribution(uneven: TokenBatch) -
     model = llama(4).train()
     scores = score(llama(4), uneven, ("logps", "entropy"))
     for scorer in (model, FrozenReference(llama(4))):
-        torch.testing.assert_close(make_credit("surprise", model=scorer)(uneven), scores.logps.detach())  # type: ignore[union-attr]
-        torch.testing.assert_close(make_credit("entropy", model=scorer)(uneven), scores.entropy.detach())  # type: ignore[union-attr]
+        torch.testing.assert_close(make_credit("surprise", model=scorer)(uneven), scores.logps.detach())
+        torch.testing.assert_close(make_credit("entropy", model=scorer)(uneven), scores.entropy.detach())
     assert model.training
     assert not make_credit("entropy", model=model)(uneven).requires_grad
 

@@ -17,7 +17,7 @@ from tokengrain.methods.tgdpo import guide_rewards, tgdpo_loss
 
 def _gradient(x: Example, **kwargs: object) -> Tensor:
     kwargs = {**x.guided, **kwargs}
-    return gradient(lambda p: mean_loss(tgdpo_loss(p, x.segments, **kwargs), x.segments), x.logps)  # type: ignore[arg-type]
+    return gradient(lambda p: mean_loss(tgdpo_loss(p, x.segments, **kwargs), x.segments), x.logps)
 
 
 def _dpo_gradient(x: Example, beta: float) -> Tensor:

@@ -31,8 +31,8 @@ BASES = ("dpo", "simpo")
 def _treg(base: str, x: Example, logps: Tensor, rewards: Tensor | None = None, **hyper: object) -> LossOutput:
     r = x.token_rewards if rewards is None else rewards
     if base == "dpo":
-        return treg_loss(logps, x.segments, ref_logps=x.ref_logps, token_rewards=r, beta=0.3, **hyper)  # type: ignore[arg-type]
-    return treg_simpo_loss(logps, x.segments, token_rewards=r, beta=2.0, gamma=0.6, **hyper)  # type: ignore[arg-type]
+        return treg_loss(logps, x.segments, ref_logps=x.ref_logps, token_rewards=r, beta=0.3, **hyper)
+    return treg_simpo_loss(logps, x.segments, token_rewards=r, beta=2.0, gamma=0.6, **hyper)
 
 
 def _base(base: str, x: Example, logps: Tensor) -> LossOutput:
@@ -190,12 +190,12 @@ def _expected(model: nn.Module, tok: object, batch: TokenBatch, better: str, wor
         ids = batch.completion(c).tolist()
         start, end = batch.completion_offsets[c : c + 2].tolist()
         counted = batch.counted[start:end].tolist()
-        prompt = tok.decode(batch.prompt(int(batch.group[c])), skip_special_tokens=True)  # type: ignore[attr-defined]
-        response = tok.decode(ids, skip_special_tokens=True)  # type: ignore[attr-defined]
+        prompt = tok.decode(batch.prompt(int(batch.group[c])), skip_special_tokens=True)
+        response = tok.decode(ids, skip_special_tokens=True)
         sides = []
         for template in (better, worse):
             text = template.replace("{prompt}", prompt).replace("{response}", response)
-            context = [i for i in tok(text)["input_ids"] if i != 2]  # type: ignore[operator]
+            context = [i for i in tok(text)["input_ids"] if i != 2]
             sides.append(_plain(model, context, ids, counted))
         parts.append(torch.sigmoid(sides[0] - sides[1]) - 0.5)
     return torch.cat(parts)
@@ -268,7 +268,7 @@ def test_a_conversation_is_the_prompt_of_a_multi_turn_row() -> None:
     seen: list[str] = []
     source = make_credit("contrastive", model=llama(), tokenizer=tok, templates=REVISE)
     tokenised = source._tokenised
-    source._tokenised = lambda text, *more: seen.append(text) or tokenised(text, *more)  # type: ignore[method-assign, func-returns-value]
+    source._tokenised = lambda text, *more: seen.append(text) or tokenised(text, *more)
     source(TokenBatch.from_samples([Sample([4], [Completion([4])], raw={"prompt": turns})]))
     assert "User: write about the sea\n\nAssistant: the sea was calm\n\nUser: not calm" in seen[0]
     source(TokenBatch.from_samples([Sample([4], [Completion([4])], raw={"prompt": turns[:1]})]))
@@ -287,7 +287,7 @@ def test_long_contexts_lose_the_copies_never_the_completion() -> None:
         seen.append(tokenised(text, *more))
         return seen[-1]
 
-    source._tokenised = watch  # type: ignore[method-assign]
+    source._tokenised = watch
     credit = source(batch)
     assert credit.shape == (sum(lengths),)
     assert torch.isfinite(credit).all()
@@ -354,7 +354,7 @@ def test_fingerprints_tell_settings_and_weights_apart() -> None:
 
     def of(seed: int = 0, **kwargs: object) -> str:
         settings = {"templates": REVISE, **kwargs}
-        return make_credit("contrastive", model=llama(seed), tokenizer=tok, **settings).fingerprint()  # type: ignore[arg-type]
+        return make_credit("contrastive", model=llama(seed), tokenizer=tok, **settings).fingerprint()
 
     assert of() == of()
     assert len({of(), of(seed=1), of(templates=SWAPPED), of(positions=50)}) == 4
@@ -386,7 +386,7 @@ def test_templates_differ_and_fill(name: str) -> None:
 )
 def test_bad_templates(templates: object, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_templates(templates)  # type: ignore[arg-type]
+        make_templates(templates)
 
 
 def test_by_name() -> None:

@@ -166,7 +166,7 @@ def test_inspect_shows_a_rows_pictures(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
     for colours, expected in (("truecolor", "▀"), (None, "28x28, 28x28, 28x28, 28x28")):
         out = io.StringIO()
-        console = Console(file=out, width=140, color_system=colours, force_terminal=colours is not None)  # type: ignore[arg-type]
+        console = Console(file=out, width=140, color_system=colours, force_terminal=colours is not None)
         inspect_rows(
             tmp_path / "pairs.parquet", count=1, field="spans", tokenizer=str(world.base_model()), console=console
         )

@@ -206,7 +206,7 @@ def test_a_head_of_its_own_is_loaded_without_advice_that_would_untie_it(tmp_path
     model.save_pretrained(tmp_path)
     said: list[str] = []
     listener, log = logging.Handler(), logging.getLogger("transformers.modeling_utils")
-    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: said.append(record.getMessage())
     level = log.level
     log.addHandler(listener)
     log.setLevel(logging.WARNING)

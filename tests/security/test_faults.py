@@ -11,9 +11,8 @@ import re
 import resource
 import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ import torch.distributed.checkpoint
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from tests.mounts import make_read_only, may_mount, small_disk
 from tests.test_error_messages import tokenizer
 from tests.test_stages import TGDPO, values
-from tests.training.ranks import make_read_only, may_mount
 from tests.training.test_resume import KillAt, build, in_child
 from tokengrain.cli import main
 from tokengrain.data.dataset import prepare_sft
@@ -84,25 +83,13 @@ def test_a_file_that_cannot_be_written_whole(size: int, tmp_path: Path) -> None:
     assert outcome(lambda: run(recipe)) == "done"
 
 
-@pytest.fixture
-def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system that is really full soon, where this user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("disk", range(4, 400, 16), indirect=True)
-def test_a_full_disk_at_any_point(disk: Path, tmp_path: Path) -> None:
-    recipe = values(tmp_path, TGDPO, output_dir=str(disk / "run"))
-    found = outcome(lambda: run(recipe))
+@may_mount
+@pytest.mark.parametrize("kilobytes", range(4, 400, 16))
+def test_a_full_disk_at_any_point(kilobytes: int, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kilobytes) as disk:
+        recipe = values(tmp_path, TGDPO, output_dir=str(disk / "run"))
+        found = outcome(lambda: run(recipe))
     assert found == "done" or (found.startswith("RunError: ") and "no space left on the device" in found)
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import socket
-import subprocess
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 
@@ -21,19 +17,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-may_mount = pytest.mark.skipif(
-    subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0,
-    reason="needs the right to mounts of its own",
-)
-
-
-def make_read_only(folder: Path) -> None:
-    """For this process alone, also if it is root."""
-    assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: mounts of this process's own
-    for command in ("--make-rprivate /", f"--bind {folder} {folder}", f"-o remount,ro,bind {folder}"):
-        subprocess.run(["mount", *command.split()], check=True)
 
 
 def on_ranks(world: int, work: Callable[[], Any], timeout: float = 180, killed: Collection[int] = ()) -> list[Any]:

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.mounts import may_mount, small_disk
 from tests.training.tiny import VOCABULARY, make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.batch import Completion, Sample, Segments
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError, read_log
@@ -230,29 +230,17 @@ def test_disk_full_while_saving(writer: str, tmp_path: Path, monkeypatch: pytest
     assert resumed.state.global_step == 4
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB that is really full soon, where this user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_disk_that_really_is_full(small_disk: Path) -> None:
-    trainer = saving_trainer(small_disk)
-    size = sum(p.numel() * 4 for p in trainer.model.parameters())
-    assert 1_000_000 // 30 < size < 500_000
-    with pytest.raises(RunError, match=r"could not save checkpoint \d.*no space left"):
-        saving_trainer(small_disk, num_train_epochs=20).train()
-    kept = last_complete_checkpoint(small_disk)
-    assert kept is not None
-    assert not (small_disk / ".saving" / f"checkpoint-{int(kept.name[11:]) + 1}").exists()
+@may_mount
+def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1024) as disk:
+        trainer = saving_trainer(disk)
+        size = sum(p.numel() * 4 for p in trainer.model.parameters())
+        assert 1_000_000 // 30 < size < 500_000
+        with pytest.raises(RunError, match=r"could not save checkpoint \d.*no space left"):
+            saving_trainer(disk, num_train_epochs=20).train()
+        kept = last_complete_checkpoint(disk)
+        assert kept is not None
+        assert not (disk / ".saving" / f"checkpoint-{int(kept.name[11:]) + 1}").exists()
 
 
 def test_failed_save_model_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

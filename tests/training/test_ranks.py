@@ -16,7 +16,8 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tests.training.ranks import make_read_only, may_mount, on_ranks, sharding_on_cpu
+from tests.mounts import make_read_only, may_mount
+from tests.training.ranks import on_ranks, sharding_on_cpu
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
 from tokengrain.errors import NonFiniteLossError, RunError, read_log
 from tokengrain.method import make_objective

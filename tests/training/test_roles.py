@@ -83,7 +83,7 @@ def test_scoring_only_what_is_read_equals_scoring_everything(policy: Any, batch:
     assert whole.entropy.shape == (batch.segments.total,)
 
 
-def test_only_selected_tokens_are_scored(policy: Any, batch: TokenBatch) -> None:
+def test_only_selected_tokens_are_scored(policy: Any, batch: TokenBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch is narrowed to the selected tokens, and only once."""
     seen: list[int] = []
     original = TokenBatch.narrow
@@ -92,11 +92,8 @@ def test_only_selected_tokens_are_scored(policy: Any, batch: TokenBatch) -> None
         seen.append(int(keep.sum()))
         return original(self, keep)
 
-    TokenBatch.narrow = spy  # type: ignore[method-assign]
-    try:
-        judged(policy, batch, "sepo", make_role("selection", share=0.2))
-    finally:
-        TokenBatch.narrow = original  # type: ignore[method-assign]
+    monkeypatch.setattr(TokenBatch, "narrow", spy)
+    judged(policy, batch, "sepo", make_role("selection", share=0.2))
     lengths = batch.segments.lengths
     assert seen == [int(torch.clamp((0.2 * lengths + 1e-9).floor(), min=1).sum())]
 

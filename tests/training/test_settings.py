@@ -95,14 +95,14 @@ class Stream(torch.utils.data.IterableDataset):
 )
 def test_what_a_stream_cannot_do_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_trainer(tmp_path, Stream(), objective="simpo", max_steps=2, **settings)  # type: ignore[arg-type]
+        make_trainer(tmp_path, Stream(), objective="simpo", max_steps=2, **settings)
 
 
 def test_a_worker_of_its_own_may_read_a_stream(tmp_path: Path) -> None:
     losses = []
     for workers in (0, 1):
         options = {"objective": "simpo", "max_steps": 2, "dataloader_num_workers": workers}
-        trainer = make_trainer(tmp_path, Stream(), **options)  # type: ignore[arg-type]
+        trainer = make_trainer(tmp_path, Stream(), **options)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1]

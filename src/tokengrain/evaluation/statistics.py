@@ -66,17 +66,18 @@ def mean_interval(values: Values, strata: Tensor | None = None) -> Estimate:
 def interval_of_moments(mean: float, square: float, n: int) -> Estimate:
     """Student's t interval of a mean of `n` (at least 2) independent values whose squares have the mean `square`."""
     require(n >= 2, ValueError, f"expected at least 2 values, got {n}")
-    error = math.sqrt(max(square - mean * mean, 0.0) / (n - 1))
-    t = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
-    return Estimate(mean, mean - t * error, mean + t * error)
+    return _student(mean, math.sqrt(max(square - mean * mean, 0.0) / (n - 1)), n)
 
 
 def mean_of_runs(values: Sequence[float]) -> Estimate:
     """Mean over a few runs (at least 2), one per seed, with Student's t interval."""
     require(len(values) >= 2, ValueError, f"expected at least 2 values, got {len(values)}")
     x = torch.tensor(values, dtype=torch.float64)
-    mean, error = float(x.mean()), float(x.std()) / math.sqrt(len(x))
-    t = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1))
+    return _student(float(x.mean()), float(x.std()) / math.sqrt(len(x)), len(x))
+
+
+def _student(mean: float, error: float, n: int) -> Estimate:
+    t = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
     return Estimate(mean, mean - t * error, mean + t * error)
 
 

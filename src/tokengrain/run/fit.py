@@ -85,7 +85,7 @@ class Outlook:
 
 
 def _pass(args: Any, config: Any) -> str:
-    """What is computed at a time, which decides the memory of activations, and how much that is at most."""
+    """How much is computed at a time, and the memory that its activations take at most."""
     most = args.max_tokens_per_microbatch
     if not most:
         return "a batch"
@@ -108,14 +108,14 @@ def _kept(args: Any, config: Any) -> int:
 
 
 def _fit_pass(found: Outlook, processes: int) -> int:
-    """Tokens of a pass: a power of 2 whose activations take half of what the weights leave of the memory, at most."""
+    """Tokens of a pass: the largest power of 2 whose activations take at most half of the memory that weights leave."""
     least, most = PASS
     shards, there = processes if found.args.fsdp else 1, _memory(processes)
     left = there - found.gib * 2**30 / shards
-    fits = _largest(most, lambda size: size * _kept(found.args, found.config) <= left / 2)
-    if fits < most:
-        found.chosen[f"{max(fits, least):,} tokens at a time"] = f"for {there / 2**30:.3g} GiB of memory"
-    return max(fits, least)
+    size = max(least, _largest(most, lambda size: size * _kept(found.args, found.config) <= left / 2))
+    if size < most:
+        found.chosen[f"{size:,} tokens at a time"] = f"for {there / 2**30:.3g} GiB of memory"
+    return size
 
 
 def _memory(processes: int) -> float:

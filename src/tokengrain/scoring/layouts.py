@@ -203,10 +203,11 @@ def plan_rows(
 
 
 def _filled(trees: Sequence[_Tree]) -> list[list[_Tree]]:
-    """All trees in rows of similar length, as many as are padded least, and not so few that a mask becomes large."""
+    """All trees in rows of similar length: so many rows that padding is least, and none much wider than
+    `PACKED_WIDTH`."""
     lengths = [t.length for t in trees]
     width = max(PACKED_WIDTH, *lengths)
-    fewest, most = (math.ceil(sum(lengths) / most) for most in (1.5 * width, width))
+    fewest, most = math.ceil(sum(lengths) / (1.5 * width)), math.ceil(sum(lengths) / width)
     made = (balanced(lengths, count) for count in range(fewest, most + 1))
     least = min(made, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
     return [[trees[i] for i in row] for row in least]

@@ -286,7 +286,7 @@ def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | No
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """No progress bar for the files of every checkpoint."""
+    """No progress bars of transformers, which shows one for the files of every model."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -106,14 +106,14 @@ def test_minibatches_and_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     epochs = [rows[2 * e] + rows[2 * e + 1] for e in range(3)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert len(set(epochs)) == 3
-    for batch in trainer.seen:  # type: ignore[attr-defined]
+    for batch in trainer.seen:
         assert batch.n_prompts == 3
         assert torch.bincount(batch.group).tolist() == [3, 3, 3]  # groups are whole
     # Every pass over the data has each prompt once, in another order.
     assert sorted(expected[:10]) == sorted(names)
     assert [order[i] for i in range(10)] != [order[i] for i in range(10, 20)]
     # Old log-probabilities stay those of the rollout, over its three epochs.
-    first, later = trainer.seen[0], trainer.seen[2]  # type: ignore[attr-defined]
+    first, later = trainer.seen[0], trainer.seen[2]
     for row in set(first.rows) & set(later.rows):
         a, b = first.select([first.rows.index(row)]), later.select([later.rows.index(row)])
         assert torch.equal(a.columns["old_logps"], b.columns["old_logps"])

@@ -140,14 +140,14 @@ def test_a_checkpoint_on_a_signal_is_gone_on_with_exactly(within: bool, tmp_path
 
 def test_ids_of_prompts_are_kept_in_checkpoints(tmp_path: Path) -> None:
     """numpy's numbers, as rows of a data frame have them, and what no checkpoint could hold."""
-    prompts = [replace(p, row=np.int64(i)) for i, p in enumerate(make_prompts(10))]  # type: ignore[arg-type]
+    prompts = [replace(p, row=np.int64(i)) for i, p in enumerate(make_prompts(10))]
     settings = {"objective": "dcpo", "credit": ["dcpo"], "minibatches": 2, "save_strategy": "steps", "save_steps": 3}
     make_online(tmp_path, train_dataset=prompts, max_steps=3, **settings).train()
     trainer = make_online(tmp_path, train_dataset=prompts, max_steps=4, **settings)
     trainer.train(resume_from_checkpoint=True)
-    assert set(trainer.rollout_credits[0].visits) <= {str(i) for i in range(10)}  # type: ignore[attr-defined]
+    assert set(trainer.rollout_credits[0].visits) <= {str(i) for i in range(10)}
     for row in (None, 1.5, ("a", 1)):
         with pytest.raises(DataError, match="field 'id': a prompt's id cannot be kept in a checkpoint"):
-            PromptDataset([replace(prompts[0], row=row)])  # type: ignore[arg-type]
+            PromptDataset([replace(prompts[0], row=row)])
     with pytest.raises(DataError, match="train: there are no prompts"):
         make_online(tmp_path, train_dataset=None)

@@ -282,7 +282,7 @@ def test_modes_and_columns_on_the_way(tmp_path: Path) -> None:
     assert trainer.model.training
     assert all(m.training for m in trainer.model.modules())
     assert trainer.buffer is not None
-    assert set(trainer.buffer.batch.columns) == {"old_logps", "advantages", "entropy"}  # type: ignore[union-attr]
+    assert set(trainer.buffer.batch.columns) == {"old_logps", "advantages", "entropy"}
     assert trainer._window.means()["rollout/entropy"] > 1
     phases = {n for n in trainer._window.means() if n.startswith("seconds/")}
     assert phases == {f"seconds/{p}" for p in ("rollout", "reward", "scoring", "credit")}
