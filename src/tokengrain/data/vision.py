@@ -142,7 +142,7 @@ class View:
         made = self._processed()
         self.texts = [place["replacement"] for place in made["text_replacement_offsets"][0]]
         self.tokens = sum(i in reader.ids for i in made["input_ids"][0].tolist())
-        told = bool({"mm_token_type_ids", "token_type_ids"} & made.keys())  # all that transformers 5.18 says of it
+        told = bool({"mm_token_type_ids", "token_type_ids"} & made.keys())  # all that transformers 5.21 says of it
         self.typed = getattr(reader.processor, "return_mm_token_type_ids", told)
         self.inputs = {name: v for name, v in made.items() if name not in OF_TEXT and isinstance(v, Tensor)}
 
