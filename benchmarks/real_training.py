@@ -3,8 +3,8 @@
 python -m benchmarks.real_training offline --output docs/results
 python -m benchmarks.real_training online --output docs/results
 
-What is finished is used again: after a stop the same command goes on, within a training at its last checkpoint. About a
-night on two cores: give two processes some --method each, then call it once more for the page.
+What is finished is used again: after a stop the same command goes on, within a training at its last checkpoint. Hours
+on two cores: give two processes some --method each, then call it once more for the page.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ OFFLINE = ("dpo", "simpo", "tdpo2", "tgdpo", "treg", "rrpo", "sepo", "aligndisti
 ONLINE = ("grpo", "dcpo", "thr", "aepo", "rto")
 RATES = (5e-5, 2e-4)  # of adapters; which one, is chosen per method on rows that are not reported
 HELD, CHOICE, TRAIN, JUDGE = (0, 200), (200, 320), (320, 1100), (1100, 1800)  # rows of HH
+LONGEST = 600  # characters of a dialogue, so that a study fits a night of two cores
+PAIRS = 4  # of a step
 LORA = {"r": 16, "alpha": 32}
 CHAT = TokenizeConfig(chat=True)
 MEASURED = ("accuracy", "margin", "kl", "wins", "words")
@@ -79,7 +81,7 @@ class Offline:
         target = self.runs / f"{name}-rows.jsonl"
         if not target.exists():
             lines = [row for i, row in load_rows(str(self.data)) if span[0] <= i < span[1]]
-            short = [row for row in lines if max(len(row["chosen"]), len(row["rejected"])) <= 1200]
+            short = [row for row in lines if max(len(row["chosen"]), len(row["rejected"])) <= LONGEST]
             valid = prepare_pairs(short, self.tokenizer, replace(CHAT, on_invalid="skip"))
             kept = [short[int(sample.row)] for sample in valid][:most]
             write_text(target, "".join(json.dumps(row) + "\n" for row in kept))
@@ -105,9 +107,9 @@ class Offline:
             return self.train("qrm", "judge", self.rows("judged", JUDGE), seed=100)
 
     def train(self, recipe: str, name: str, rows: Path, **settings: Any) -> Path:
-        size = {"training__per_device_train_batch_size": 8, "training__max_steps": self.steps}
+        size = {"training__per_device_train_batch_size": PAIRS, "training__max_steps": self.steps}
         size |= {"data__chat": True, "training__save_steps": 15}
-        few = self.rows("few", CHOICE, 16)  # the run's own evaluation says that it works, no more
+        few = self.rows("few", CHOICE, 4)  # the run's own evaluation says that it works, no more
         return trained(recipe, self.runs / name, str(rows), str(few), **size, **settings)
 
     def policy(self, method: str, rate: float, seed: int) -> Path:
@@ -212,8 +214,8 @@ def offline(
     runs: Path = Path("runs/real/offline"),
     method: Several = None,
     seeds: int = 3,
-    steps: int = 75,
-    prompts: Annotated[int, Option(help="held-out prompts that are answered")] = 200,
+    steps: int = 60,
+    prompts: Annotated[int, Option(help="held-out prompts that are answered")] = 100,
 ) -> None:
     """Held-out accuracy, margin, KL and length of each method, and wins against the start model."""
     torch.set_num_threads(1)
@@ -238,8 +240,8 @@ def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds
         "",
         f"`python -m benchmarks.real_training offline --seeds {seeds} --steps {steps} --prompts {prompts}`, "
         f"{date.today().isoformat()}, one CPU core a run. SmolLM2-135M-Instruct with LoRA of rank {LORA['r']}; "
-        f"{steps} steps of 8 pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}, dialogues of at most 1,200 "
-        f"characters, in the chat template). The rate is the better of {RATES} on rows {CHOICE[0]} to "
+        f"{steps} steps of {PAIRS} pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}, dialogues of at most "
+        f"{LONGEST} characters, in the chat template). The rate is the better of {RATES} on rows {CHOICE[0]} to "
         f"{CHOICE[1] - 1}, by accuracy and the first seed; reported are rows {HELD[0]} to {HELD[1] - 1}. Means over "
         "seeds with a 95 % t interval.",
         "",
