@@ -105,6 +105,7 @@ CASES = [
     ("simpo", False, {"max_tokens_per_microbatch": 30, "evaluate_first": True}),
     ("tdpo2", True, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
     pytest.param("aligndistil", False, {"max_tokens_per_microbatch": 30}, marks=pytest.mark.slow),
+    pytest.param("aligndistil", True, {"max_tokens_per_microbatch": 30}, marks=pytest.mark.slow),
     pytest.param("qrm", False, {"max_tokens_per_microbatch": 30}, marks=pytest.mark.slow),
 ]
 

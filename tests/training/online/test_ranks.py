@@ -26,6 +26,7 @@ from tokengrain.method import Rollout, Stateless, make_objective, make_rollout_c
 from tokengrain.rewards.suite import RewardError
 from tokengrain.rollout import transfer
 from tokengrain.scoring.reference import FrozenReference
+from tokengrain.training.critic import Critic
 from tokengrain.training.rollout import Ranks
 
 CASES: dict[str, dict[str, Any]] = {
@@ -135,6 +136,12 @@ SHARDED: dict[str, dict[str, Any]] = {
     "weights": {"objective": make_objective("grpo", beta=0.1), "credit": ["group", "thr"], "minibatches": 2},
     "adapter": {"objective": make_objective("grpo", beta=0.1), "adapter": True},
     "ahead": {"objective": make_objective("grpo", beta=0.1), "credit": ["group", "thr"], "max_staleness": 1},
+    "critic": {
+        "objective": "ppo",
+        "credit": ["gae"],
+        "critic": Critic(tiny_llama(seed=4, dtype=torch.float64), lr=1e-2),
+        "minibatches": 2,
+    },
     "r3": {
         "objective": make_objective("grpo", beta=0.1),
         "credit": [
@@ -177,7 +184,7 @@ def from_server(
 
 
 @pytest.mark.parametrize(
-    "case", ["weights", *(pytest.param(case, marks=pytest.mark.slow) for case in ("adapter", "ahead", "r3"))]
+    "case", ["weights", *(pytest.param(case, marks=pytest.mark.slow) for case in ("adapter", "ahead", "critic", "r3"))]
 )
 def test_a_sharded_policy_samples_from_a_server(case: str, tmp_path: Path) -> None:
     """FSDP2 gives the gradients, weights and evaluation of DDP; the server has what the last step left."""
@@ -196,6 +203,9 @@ def test_a_sharded_policy_samples_from_a_server(case: str, tmp_path: Path) -> No
     assert len(logs[0]) == len(logs[1]) == 3
     for ours, theirs in zip(*logs, strict=True):
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-6)
+        for name in ours:
+            if name.startswith("critic/"):
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-6), name
         stale = theirs.get("rollout/staleness", 0)  # then the policy has moved since
         assert (theirs.get("mismatch/max_abs", 0.0) < 1e-4) == (not stale)
         assert theirs.keys() == ours.keys()
