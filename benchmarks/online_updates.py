@@ -1,8 +1,9 @@
 """The update phase of a rollout, in two implementations that share nothing but the rollout.
 
 Each class builds its own policy and frozen reference from the same seed and offers `update() -> losses`:
-log-probabilities under the policy and under the reference for the whole rollout, then for each minibatch
-forward, loss, backward, AdamW step. Sampling, rewards and advantages are outside, the same for all.
+log-probabilities under the policy and under the reference for the whole rollout (TRL: not under the policy where there
+is one minibatch), then for each minibatch forward, loss, backward, AdamW step. Sampling, rewards and advantages are
+outside, the same for all.
 """
 
 from __future__ import annotations
@@ -196,8 +197,11 @@ class TrlUpdate:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         size = trainer.args.per_device_train_batch_size
+        scored = {"old_per_token_logps": self.policy, "ref_per_token_logps": trainer.ref_model}
+        if self.steps == 1:  # the rollout is of the policy that learns from it, and TRL scores it while it does
+            del scored["old_per_token_logps"]
         with torch.no_grad():
-            for column, model in (("old_per_token_logps", self.policy), ("ref_per_token_logps", trainer.ref_model)):
+            for column, model in scored.items():
                 inputs[column] = trainer._get_per_token_logps_and_entropies(
                     model, ids, mask, inputs["completion_ids"].shape[1], batch_size=size
                 )[0]

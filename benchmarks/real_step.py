@@ -40,8 +40,8 @@ def _memory(setting: Setting) -> Callable[[int], dict[str, Any]]:
     return lambda _: compare_memory(setting, "trl", whole=True)
 
 
-def _rollout(completion: tuple[int, int], parts: int) -> Callable[[int], dict[str, Any]]:
-    setting = OnlineSetting(ROLLOUT.with_(completion=completion), prompts=2)
+def _rollout(completion: tuple[int, int], parts: int, minibatches: int = 2) -> Callable[[int], dict[str, Any]]:
+    setting = OnlineSetting(ROLLOUT.with_(completion=completion), prompts=2, minibatches=minibatches)
     return lambda repeats: online_step.compare(setting, ["trl"], repeats, clock=CLOCKS["cpu_seconds"], parts=parts)
 
 
@@ -52,6 +52,7 @@ PARTS = {
     "tdpo2": _pairs(FEWER.with_(method="tdpo2"), "plain"),  # TRL has none
     "grpo": _rollout((100, 100), 2),
     "grpo, lengths": _rollout((20, 180), 2),
+    "grpo, one update": _rollout((100, 100), 2, 1),
     "memory": _memory(FEWER),
     "memory, LoRA": _memory(FEWER.with_(lora=16)),
 }
