@@ -1,9 +1,9 @@
 """The update phase of a rollout, in two implementations that share nothing but the rollout.
 
 Each class builds its own policy and frozen reference from the same seed and offers `update() -> losses`:
-log-probabilities under the policy and under the reference for the whole rollout (TRL: not under the policy where there
-is one minibatch), then for each minibatch forward, loss, backward, AdamW step. Sampling, rewards and advantages are
-outside, the same for all.
+log-probabilities under the policy (unless there is one minibatch, which scores the rollout itself) and under the
+reference for the whole rollout, then for each minibatch forward, loss, backward, AdamW step. Sampling, rewards and
+advantages are outside, the same for all.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class OursUpdate:
         size = setting.prompts // setting.minibatches
         self.minibatches = [range(i, i + size) for i in range(0, setting.prompts, size)]
         objective = make_objective("grpo", beta=BETA, kl_importance=True)
-        self.loss = PreferenceLoss(objective, ColumnReference(), None)
+        self.loss = PreferenceLoss(objective, ColumnReference(), None, on_policy=True)
         self.normalise = make_normaliser("mean")
         self.scorer = RolloutScorer(
             self.policy,
@@ -130,7 +130,7 @@ class OursUpdate:
         """One rollout's optimiser steps; the loss of each."""
         batch = replace(self.batch, columns={})
         step = Rollout(batch, self.advantages, {}, batch.rows, 0)
-        self.scorer.add(step, {"old_logps", "ref_logps"})
+        self.scorer.add(step, {"old_logps", "ref_logps"} if len(self.minibatches) > 1 else {"ref_logps"})
         batch = step.batch.with_columns(advantages=step.broadcast(self.advantages))
         losses = []
         for prompts in self.minibatches:
@@ -198,7 +198,7 @@ class TrlUpdate:
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         size = trainer.args.per_device_train_batch_size
         scored = {"old_per_token_logps": self.policy, "ref_per_token_logps": trainer.ref_model}
-        if self.steps == 1:  # the rollout is of the policy that learns from it, and TRL scores it while it does
+        if self.steps == 1:
             del scored["old_per_token_logps"]
         with torch.no_grad():
             for column, model in scored.items():

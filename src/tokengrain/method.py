@@ -658,8 +658,9 @@ class RolloutCredit(Protocol):
     """Changes a `Rollout`. Settings are the keyword-only arguments of the constructor.
 
     It may also have `provides` (columns it adds; "weights" if it sets them), `needs_group` (True: a prompt must have
-    two completions), `refill` (of a filter: replace what it drops), and a method `check_limit`, called with
-    `max_new_tokens` before anything is sampled, which may raise `RecipeError`.
+    two completions), `refill` (of a filter: replace what it drops), `unscored` (True: it asks for no `old_logps`, so
+    that a rollout's only update may score it), and a method `check_limit`, called with `max_new_tokens` before anything
+    is sampled, which may raise `RecipeError`.
     """
 
     name: str
@@ -697,6 +698,7 @@ class RolloutCreditKind(_Settable):
     provides: Names = ()  # columns it adds; "weights" if it sets them, "rewards" if it makes rewards
     group: bool = False  # its `needs_group`
     refill: bool | Callable[[Settings], bool] = False
+    unscored: bool = False
     limit: Callable[[float, Settings], Any] | None = None  # of (max_new_tokens, settings), before sampling; may raise
 
     def of_class(self) -> dict[str, Any]:
@@ -712,6 +714,7 @@ class RolloutCreditKind(_Settable):
             "provides": frozenset(self._of(self.provides, settings)),
             "needs_group": self.group,
             "refill": bool(self._of(self.refill, settings)),
+            "unscored": self.unscored,
         }
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:

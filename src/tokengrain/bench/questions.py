@@ -23,7 +23,8 @@ from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem, Rollouts, SampledCompletion
 from tokengrain.scoring.score import head_of
 from tokengrain.training.critic import Critic
-from tokengrain.training.rollout import OLD_LOGPS, RolloutScorer
+from tokengrain.training.rollout import RolloutScorer
+from tokengrain.training.step import OLD_LOGPS
 from tokengrain.worlds.arithmetic import CHUNK, ROUNDS, ArithmeticWorld
 from tokengrain.worlds.chains import parse_prompt, rng_of, seed_of
 from tokengrain.worlds.revision import RevisionWorld

@@ -119,7 +119,7 @@ class SmoothAdvantages:
     visits: dict[str, Visits]
 
 
-@rollout_credit("dcpo", phase="advantages")
+@rollout_credit("dcpo", phase="advantages", unscored=True)
 @dataclass(kw_only=True)
 class DCPO:
     """Smooth advantage standardisation, one advantage per completion.

@@ -132,7 +132,7 @@ def grpo_loss(
 # Advantages.
 
 
-@rollout_credit("group", phase="advantages", group=True)
+@rollout_credit("group", phase="advantages", group=True, unscored=True)
 def group(
     rollout: Rollout,
     *,
@@ -188,7 +188,7 @@ def group_advantages(
     return advantages
 
 
-@rollout_credit("broadcast", phase="advantages")
+@rollout_credit("broadcast", phase="advantages", unscored=True)
 def broadcast(rollout: Rollout, *, baseline: Literal["none", "batch"] = "none") -> None:
     """The reward itself as the advantage of all tokens of a completion; 0 where it could not be scored.
 
@@ -209,7 +209,7 @@ def _counted(rollout: Rollout) -> Tensor:
 # DAPO: which prompts are trained on, and what becomes of long completions.
 
 
-@rollout_credit("filter_groups", phase="filter", refill=lambda settings: settings["refill"])
+@rollout_credit("filter_groups", phase="filter", refill=lambda settings: settings["refill"], unscored=True)
 def filter_groups(
     rollout: Rollout,
     *,
@@ -256,7 +256,11 @@ def _check_overlong(settings: Mapping[str, Any], max_new_tokens: float | None = 
 
 
 @rollout_credit(
-    "overlong", phase="rewards", check=_check_overlong, limit=lambda tokens, settings: _check_overlong(settings, tokens)
+    "overlong",
+    phase="rewards",
+    check=_check_overlong,
+    limit=lambda tokens, settings: _check_overlong(settings, tokens),
+    unscored=True,
 )
 def overlong(
     rollout: Rollout, *, buffer: Positive | None = None, factor: NonNegative = 1.0, max_length: Positive | None = None

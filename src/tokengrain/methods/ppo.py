@@ -123,7 +123,7 @@ class TokenRewards:
             rollout.rewards = rollout.rewards * 0.0  # NaN stays NaN
 
 
-@rollout_credit("normalize", phase="rewards")
+@rollout_credit("normalize", phase="rewards", unscored=True)
 @dataclass(kw_only=True)
 class Normalize:
     """Puts rewards on a scale: (reward - mean) / deviation."""

@@ -7,11 +7,13 @@
 #       _refresh_sampler    give the sampler the present weights
 #       _sample             prompts, completions, rewards; filters, and new prompts for those that were dropped
 #       _sample_ahead       `max_staleness`: begin with the next rollout, in a thread, while all that follows goes on
-#       scorer.add          old log-probabilities, and what objective and credit need: reference, entropy, values
+#       scorer.add          old log-probabilities, and what objective and credit need: reference, entropy, values; if
+#                           there is one update and no credit needs the policy's, the update itself scores with it
 #       _assign_credit      rewards -> advantages per token
 #       _cut                into minibatches
 #   training_step       loss of the minibatch, forward and backward (`PreferenceTrainer`)
-#   finish_step         before the optimiser: the step is finite; the critic learns
+#   finish_step         before the optimiser: the step is finite; the critic learns; a rollout that the update scored
+#                       is logged
 #   after_step          after the optimiser: time, and the record of a used-up rollout
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ from tokengrain.training.config import OnlineConfig, launched_with
 from tokengrain.training.critic import Critic
 from tokengrain.training.evaluate import chosen_dataset, completion_metrics, loop_output
 from tokengrain.training.rollout import (
-    OLD_LOGPS,
+    PLACE,
+    POLICY,
     PolicyCopy,
     PromptDataset,
     PromptOrder,
@@ -79,10 +82,11 @@ from tokengrain.training.rollout import (
     chosen_prompts,
     kept,
     packed_round,
+    take_scores,
     unpacked_round,
 )
 from tokengrain.training.rollout_log import RolloutRecord, RolloutStats, joined_mismatch, rollout_metrics
-from tokengrain.training.step import CreditUse, HostBatch, resolve_objective
+from tokengrain.training.step import OLD_LOGPS, CreditUse, HostBatch, resolve_objective
 from tokengrain.training.trainer import PreferenceTrainer, check_arguments, loaded
 
 CRITIC, BUFFER, AHEAD = "critic", "rollout", "ahead"
@@ -218,7 +222,8 @@ class OnlineTrainer(PreferenceTrainer):
         kwargs |= {"reference": reference, "teacher": teacher, "peft_config": peft_config}
         kwargs |= {"processing_class": processing_class, "eval_dataset": eval_dataset}
         super().__init__(model, args, objective=bound, train_dataset=prompts, **kwargs)
-        self.judge.temperature = args.logps_temperature
+        self.judge.temperature, self.judge.on_policy = args.logps_temperature, True
+        self._learns_once = args.disable_dropout and critic is None and self._one_update_scores()
         self.sampler: Sampler = make_sampler(sampler, self.model, tokenizer)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         asked = [item for data in every for item in data]
@@ -242,8 +247,16 @@ class OnlineTrainer(PreferenceTrainer):
         self.buffer: RolloutBuffer | None = None
         self._ahead: Round | None = None  # the first round of the next rollout, under way or done
         self._minibatch: HostBatch | None = None
+        self._unscored: tuple[RolloutStats, Rollout, Tensor] | None = None  # with what is kept; the update scores it
         self._handed_out = 0.0
         self._critic_ready = False
+
+    def _one_update_scores(self) -> bool:
+        """Whether a rollout's only update can give what is logged of the policy, and nobody asks for it before."""
+        objective = self.objective
+        whole = objective.main == "logps" and objective.objective.reads is None
+        later = all(getattr(credit, "unscored", False) for credit in self.rollout_credits)
+        return whole and later and not objective.needs & (SCORED - {OLD_LOGPS}) and self.args.steps_per_rollout == 1
 
     def _check_rewards(self, objective: BoundObjective, args: OnlineConfig) -> None:
         functions = [] if self.rewards is None else self.rewards.functions
@@ -306,7 +319,9 @@ class OnlineTrainer(PreferenceTrainer):
         return False  # prompts have no tokens to have columns of
 
     def _measured_in_training(self) -> tuple[str, ...]:
-        return ()  # entropy is measured when a rollout is scored
+        if self._unscored is None:
+            return ()  # entropy was measured when the rollout was scored
+        return ("logps", "entropy") if self.args.log_entropy else ("logps",)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `PreferenceTrainer.train`."""
@@ -365,29 +380,47 @@ class OnlineTrainer(PreferenceTrainer):
         left = self.ranks.largest(int(kept(rollout).sum()))
         if self.args.max_staleness:
             self._sample_ahead(left)
+        later = False
         if left:
+            needed = {OLD_LOGPS, *(self._needs & (SCORED | {"ref_logps"}))}
+            needed |= {name for credit in self.rollout_credits for name in credit.needs}
+            needed |= {"entropy"} if self.args.log_entropy else set()
             with stats.timed("scoring"):
-                needed = {OLD_LOGPS, *(self._needs & (SCORED | {"ref_logps"}))}
-                needed |= {name for credit in self.rollout_credits for name in credit.needs}
-                self.scorer.add(rollout, needed | ({"entropy"} if self.args.log_entropy else set()))
+                self.scorer.add(rollout, needed - POLICY.keys() if self._learns_once else needed)
             with stats.timed("credit"):
                 self._hold_head(rollout)
                 self._assign_credit(rollout)
+            # What is left out of the update is not scored by it.
+            later = self._learns_once and not self.ranks.largest(int(rollout.masked is not None))
+            with stats.timed("scoring"):
+                self.scorer.add(rollout, set() if later else needed)
         keep = kept(rollout)
         most = self.ranks.largest(int(keep.sum()))
+        if later and most:
+            self._unscored = stats, rollout, keep
+        else:
+            self._note(stats, rollout, keep, most)
+        self.rollouts += 1
+        return self._cut(rollout, keep, most) if most else None
+
+    def _note(self, stats: RolloutStats, rollout: Rollout, keep: Tensor, most: int) -> None:
+        """Log a rollout that the policy has scored, and begin its record; `most`: most prompts kept on any rank."""
         metrics = rollout_metrics(stats, rollout, keep, self.ranks.exchange)
         self._check_weights_of_server(metrics)
         for name, value in metrics.items():
             self._window.add(name, value, 1.0)
-        self.rollouts += 1
-        if not most:
-            return None
-        version = stats.sampler.get("rollout/weights_version") if not (stats.stale and stats.refills) else None
-        self.record.begin(rollout, keep, self.state.global_step, version)
-        return self._cut(rollout, keep, most)
+        if most:
+            version = stats.sampler.get("rollout/weights_version") if not (stats.stale and stats.refills) else None
+            self.record.begin(rollout, keep, self.state.global_step, version)
 
     def finish_step(self) -> None:
         """Before the optimiser's step: record, check, and let the critic learn."""
+        if self._unscored is not None:
+            stats, rollout, keep = self._unscored
+            take_scores(rollout, self._records)
+            self._records = [replace(record, entropy=None) for record in self._records]  # it is the rollout's
+            self._unscored = None
+            self._note(stats, rollout, keep, 1)
         self.record.update(self._records)
         super().finish_step()
         if self.critic is not None and self._minibatch is not None:
@@ -530,7 +563,9 @@ class OnlineTrainer(PreferenceTrainer):
             columns["advantages"] = rollout.advantages
         if rollout.weights is not None and self._takes("weights"):
             columns["weights"] = rollout.weights
-        dtype = rollout.quantity(OLD_LOGPS).dtype
+        if self._unscored is not None:
+            columns[PLACE] = torch.arange(rollout.segments.total, device=rollout.rewards.device)
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32  # as log-probabilities are
         whole = replace(rollout.batch, columns={n: v.detach().to(dtype) for n, v in columns.items()})
         trained = None if rollout.masked is None else ~rollout.masked
         if trained is not None:

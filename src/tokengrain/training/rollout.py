@@ -36,7 +36,7 @@ from tokengrain.scoring.prepare import unwrapped
 from tokengrain.scoring.score import in_parts, score
 from tokengrain.training.buffer import concatenate
 from tokengrain.training.critic import Critic
-from tokengrain.training.step import all_gather
+from tokengrain.training.step import OLD_LOGPS, MicroRecord, all_gather
 from tokengrain.vision import seen
 
 
@@ -298,7 +298,6 @@ def unpacked_round(
     return Round(lambda: sampled, first["step"])
 
 
-OLD_LOGPS = "old_logps"
 POLICY = {OLD_LOGPS: "logps", "entropy": "entropy", "hidden": "hidden"}
 """Columns that the policy gives, by the name of the quantity that `score` calls them."""
 
@@ -342,6 +341,19 @@ class RolloutScorer:
             with self.mixed_precision():
                 found["values"] = self.critic.values(part).detach()
         return found
+
+
+PLACE = "place"
+"""Column of an update's batches: the token's index in the rollout."""
+
+
+def take_scores(rollout: Rollout, records: Sequence[MicroRecord]) -> None:
+    """Put what the micro-batches of an update measured into the rollout's columns."""
+    for name, of in ((OLD_LOGPS, "logps"), ("entropy", "entropy")):
+        found = [(record.batch.columns[PLACE], getattr(record, of)) for record in records]
+        if found and found[0][1] is not None:
+            places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+            rollout.quantities[name] = values[places.argsort()]
 
 
 # ---- Taking prompts out of a rollout, and putting rounds of sampling together ----

@@ -186,7 +186,8 @@ def summed(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, float]:
 def joined_mismatch(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mismatch over ranks: extremes of extremes, means of means."""
     extremes = {"max_abs": max, "max_ratio": max, "max_sequence_ratio": max, "min_ratio": min}
-    values = {name: [part[name] for part in parts if name in part] for name in parts[0]}
+    names = dict.fromkeys(name for part in parts for name in part)
+    values = {name: [part[name] for part in parts if name in part] for name in names}
     return {name: extremes.get(name.removeprefix("mismatch/"), _share)(found) for name, found in values.items()}
 
 

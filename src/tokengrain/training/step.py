@@ -22,6 +22,8 @@ from tokengrain.scoring.prepare import coarse, scored_model
 from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
 from tokengrain.scoring.score import score
 
+OLD_LOGPS = "old_logps"  # the policy's when it sampled, nats per token
+
 # ---- What ranks do together. Every rank must call these equally often; none of them changes its input. ----
 
 
@@ -163,6 +165,7 @@ class Judged:
     entropy: Tensor | None = None
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
+    logps: Tensor | None = None
     balance: Tensor | None = None  # a mixture of experts' load-balancing loss times its coefficient, with gradient
 
 
@@ -179,6 +182,7 @@ class PreferenceLoss:
     chunk_tokens: int | None = None
     temperature: float = 1.0  # of log-probabilities and entropy
     stored: bool = False  # log-probabilities are compared with those that were stored: see `coarse`
+    on_policy: bool = False  # a batch without `old_logps` was sampled from the policy as it is: they are its own
 
     @property
     def score_options(self) -> dict[str, Any]:
@@ -197,8 +201,8 @@ class PreferenceLoss:
         A completion that stands in several pairs is scored once; the objective sees it once per pair.
 
         Args:
-            measure: also measure any of "entropy", "kl", "log_ratio" (detached), and "whole": score all counted
-                tokens, also those that the objective does not read, and add the metrics of whole completions.
+            measure: also measure any of "entropy", "kl", "log_ratio", "logps" (detached), and "whole": score all
+                counted tokens, also those that the objective does not read, and add the metrics of whole completions.
             frozen_context: entered around reference, credit and teacher (mixed precision).
         """
         needs, main = set(self.objective.needs), self.objective.main
@@ -224,6 +228,9 @@ class PreferenceLoss:
         scores = score(model, part, tuple(want), reference=frozen.distribution, **options)
         found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
         scored: dict[str, Tensor] = {name: value for name, value in found.items() if value is not None}
+        if self.on_policy and OLD_LOGPS in needs and OLD_LOGPS not in given:
+            scored[OLD_LOGPS] = scored["logps"].detach()
+            scored |= {"entropy": scores.entropy.detach()} if scores.entropy is not None else {}
         judged_tokens, all_segments = scored, segments
         if pairs is not None:
             places = pairs.tokens if read is None or whole else (read.cumsum(0) - 1)[pairs.tokens]
@@ -237,6 +244,8 @@ class PreferenceLoss:
         judged = Judged(self._apply(segments, judged_tokens | given), segments, entropy, kl)
         if "log_ratio" in measure and {"logps", "ref_logps"} <= scored.keys():
             judged.log_ratio = (scored["logps"] - scored["ref_logps"]).detach()
+        if "logps" in measure:
+            judged.logps = scored["logps"].detach()
         if keep is not None and "whole" in measure and main == "logps" and batch.is_pairs:
             tokens = {name: value if pairs is None else value[pairs.tokens] for name, value in scored.items()}
             judged.output.metrics |= _whole_metrics(tokens, all_segments)
@@ -251,6 +260,7 @@ class PreferenceLoss:
         if self.credit is not None:
             given[self.credit.role.provides] = self.credit(batch, pairs)
         needed = set(self.objective.needs) - FROZEN - TAUGHT - given.keys()
+        needed -= {OLD_LOGPS} - batch.columns.keys() if self.on_policy else set()
         for name in needed - batch.columns.keys():
             what = f"objective {self.objective.name} needs per-token {name}"
             raise DataError(what, field=name, row=batch.rows[0] if batch.rows else None)
@@ -369,13 +379,14 @@ class MicroRecord:
     output: LossOutput
     share: Tensor  # what it adds to the loss of the step
     entropy: Tensor | None  # nats per counted token [N]
+    logps: Tensor | None = None
 
     @classmethod
     def of(cls, batch: TokenBatch, judged: Judged, share: Tensor) -> MicroRecord:
         out = judged.output
         tokens = out.token_losses.detach() if out.token_losses is not None else None
         output = replace(out, losses=out.losses.detach(), token_losses=tokens)
-        return cls(batch, output, share.detach(), judged.entropy)
+        return cls(batch, output, share.detach(), judged.entropy, judged.logps)
 
     def add_to(self, means: WeightedMeans) -> None:
         """Add the metrics, and the lengths, to a logging window."""

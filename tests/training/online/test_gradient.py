@@ -132,7 +132,7 @@ def test_scores_are_on_policy_at_the_first_step(tmp_path: Path) -> None:
 def test_columns_are_scattered_back_in_order(tmp_path: Path) -> None:
     """Micro-batches reorder prompts; scores must not."""
     model = tiny_llama(dtype=torch.float64)
-    trainer = make_online(tmp_path, model=model, max_tokens_per_microbatch=20, log_entropy=False)
+    trainer = make_online(tmp_path, model=model, max_tokens_per_microbatch=20, log_entropy=False, rollout_epochs=2)
     batch = trainer.next_minibatch().batch
     expected = torch.cat(plain_logps(model, batch))
     torch.testing.assert_close(batch.columns["old_logps"], expected.detach(), rtol=1e-9, atol=1e-9)

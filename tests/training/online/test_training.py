@@ -18,7 +18,7 @@ from tokengrain.rewards.suite import RewardError, RewardFailure, RewardFunction,
 from tokengrain.rollout.local import HFGenerate
 from tokengrain.rollout.sampler import PromptItem
 from tokengrain.scoring.reference import AdapterOffReference
-from tokengrain.training.rollout import PromptDataset
+from tokengrain.training.rollout import PromptDataset, RolloutScorer
 from tokengrain.training.rollout_log import RolloutStats
 
 
@@ -67,11 +67,16 @@ def odd_rows(number: list[int], completion_ids: list[list[int]]) -> list[float]:
 def test_filtered_prompts_are_replaced(tmp_path: Path) -> None:
     credit = [make_rollout_credit("filter_groups", metric="reward"), "group"]
     trainer = make_online(
-        tmp_path, rewards=odd_rows, credit=credit, train_dataset=make_prompts(40), prompts_per_rollout=8, max_steps=3
+        tmp_path,
+        rewards=odd_rows,
+        credit=credit,
+        train_dataset=make_prompts(40),
+        prompts_per_rollout=8,
+        rollout_epochs=2,
     )
     seen = []
     for _ in range(3):
-        batch = trainer.next_minibatch().batch
+        batch = trainer.rollout().batch
         seen.append(batch.rows)
         assert len(batch.rows) == 8
         assert all(int(str(row)[1:]) % 2 for row in batch.rows)
@@ -175,7 +180,7 @@ def test_a_reward_that_fails(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="row p5"):
         make_online(tmp_path / "error", rewards=fails, prompts_per_rollout=10).train()
     skipping = RewardFunction(fails, on_error="skip")
-    trainer = make_online(tmp_path / "skip", rewards=[skipping], prompts_per_rollout=10, max_steps=1)
+    trainer = make_online(tmp_path / "skip", rewards=[skipping], prompts_per_rollout=10, rollout_epochs=2)
     batch = trainer.next_minibatch().batch
     assert batch.n_prompts == 10
     failed = batch.select([batch.rows.index("p5")])
@@ -275,8 +280,52 @@ def test_adapters_are_their_own_reference(tmp_path: Path) -> None:
     assert make_online(tmp_path / "none").reference is None  # beta 0: nothing needs one
 
 
+ONCE: dict[str, dict[str, Any]] = {
+    "grpo": {"objective": make_objective("grpo", beta=0.1), "credit": ["group"]},
+    "dcpo": {"objective": "dcpo", "credit": ["dcpo"], "log_entropy": False},
+    "filtered": {"objective": "gspo", "credit": [make_rollout_credit("filter_groups", metric="reward"), "group"]},
+    "masked": {"objective": "grpo", "credit": ["group", "mask_truncated"], "max_new_tokens": 4},
+    "at the temperature": {"objective": "grpo", "temperature": 0.6, "logps_at_temperature": True},
+}
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_the_only_update_of_a_rollout_scores_it(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, log and record are those of a rollout that was scored before its update, with a pass less."""
+    passes: list[str] = []
+    measure = RolloutScorer._measure
+
+    def counted(self: RolloutScorer, part: Any, wanted: set[str]) -> Any:
+        passes.extend(wanted & {"old_logps"})
+        return measure(self, part, wanted)
+
+    monkeypatch.setattr(RolloutScorer, "_measure", counted)
+    found = {}
+    for name, earlier in (("later", False), ("before", True)):
+        settings = {"max_tokens_per_microbatch": 30, "learning_rate": 0.05, "optim": "sgd", "max_steps": 3}
+        model = tiny_llama(dtype=torch.float64)
+        trainer = make_online(tmp_path / name, model=model, **settings, **ONCE[case])
+        trainer._learns_once = trainer._learns_once and not earlier
+        passes.clear()
+        trainer.train()
+        found[name] = dict(model.named_parameters()), len(passes)
+    for name, value in found["before"][0].items():
+        torch.testing.assert_close(found["later"][0][name], value, rtol=1e-9, atol=1e-12)
+    assert (found["later"][1] == 0) == (case != "masked")
+    assert found["before"][1] > 0
+    for file in ("log.jsonl", "rollouts.jsonl"):
+        ours, theirs = (read_log(tmp_path / name / file) for name in ("later", "before"))
+        assert len(ours) == len(theirs) > 0
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.keys() == other.keys()
+            for key, value in other.items():
+                if not key.startswith(("seconds/", "train_")) and "per_second" not in key:
+                    near = pytest.approx(value, rel=1e-6, abs=1e-6) if isinstance(value, int | float | list) else value
+                    assert one[key] == near, key
+
+
 def test_modes_and_columns_on_the_way(tmp_path: Path) -> None:
-    trainer = make_online(tmp_path, log_entropy=True, max_steps=1)
+    trainer = make_online(tmp_path, log_entropy=True, rollout_epochs=2)
     trainer.model.train()
     trainer.next_minibatch()
     assert trainer.model.training
@@ -444,7 +493,8 @@ def test_metrics_by_task_and_rewards_of_evaluation(tmp_path: Path) -> None:
 
 def test_log_probabilities_at_the_sampling_temperature(tmp_path: Path) -> None:
     """They are what the sampler drew by: nothing is off-policy at the first update."""
-    trainer = make_online(tmp_path, temperature=0.6, logps_at_temperature=True, rollout_samples=0, num_generations=2)
+    own: dict[str, Any] = {"temperature": 0.6, "rollout_samples": 0, "num_generations": 2, "rollout_epochs": 2}
+    trainer = make_online(tmp_path, logps_at_temperature=True, **own)
     buffer = trainer.rollout()
     assert buffer is not None
     assert buffer.batch is not None
@@ -452,7 +502,7 @@ def test_log_probabilities_at_the_sampling_temperature(tmp_path: Path) -> None:
     torch.testing.assert_close(logps, torch.ones_like(logps), atol=1e-5, rtol=0)
     means = trainer._window.means()
     assert means["mismatch/max_abs"] < 1e-4
-    plain = make_online(tmp_path / "b", temperature=0.6, rollout_samples=0, num_generations=2)
+    plain = make_online(tmp_path / "b", **own)
     plain.rollout()
     assert plain._window.means()["mismatch/max_abs"] < 1e-4
     assert plain._window.means()["rollout/entropy"] > means["rollout/entropy"] + 0.05
