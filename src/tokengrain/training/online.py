@@ -563,10 +563,11 @@ class OnlineTrainer(PreferenceTrainer):
             columns["advantages"] = rollout.advantages
         if rollout.weights is not None and self._takes("weights"):
             columns["weights"] = rollout.weights
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32  # as log-probabilities are
+        columns = {n: v.detach().to(dtype) for n, v in columns.items()}
         if self._unscored is not None:
             columns[PLACE] = torch.arange(rollout.segments.total, device=rollout.rewards.device)
-        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32  # as log-probabilities are
-        whole = replace(rollout.batch, columns={n: v.detach().to(dtype) for n, v in columns.items()})
+        whole = replace(rollout.batch, columns=columns)
         trained = None if rollout.masked is None else ~rollout.masked
         if trained is not None:
             keep = keep & (torch.bincount(whole.group[trained], minlength=whole.n_prompts) > 0)
