@@ -161,6 +161,22 @@ $2.5 million | 2500000
 0.\overline{12} | \frac{4}{33}
 0.1\overline{6} | \frac16
 5 cm | 5\text{ centimeters}
+100000 | 1,00,000
+1,23,45,678 | 12345678
+1,12,123 | 1, 12, 123
+1000 | 1'000
+5 | 5 €
+¥500 | 500
+5元 | 5
+5 | 5个
+5 mètres | 5
+7^{th} | 7
+7 | 7^{\text{th}}
+infinity | \infty
+-\infty | -infinity
+2√3 | 2\sqrt{3}
+x¹⁰ | x^{10}
+3 × 10⁻⁵ | 0.00003
 """
 WRONG = r"""
 31/2 | 3.5
@@ -251,6 +267,12 @@ x \le -2 \text{ or } x \ge 2 | x \ge 2
 \textbf{(C)}\ 12 | 13
 1/3 | 0.3
 0.\overline{12} | 0.12
+100000 | 2,00,000
+0 | 1,00,000
+-infinity | infinity
+\infty | -Infinity
+5\alpha | 5
+2 | 2х
 """
 # Golds and completions in which nothing, or something else than a box, marks the answer.
 TEXTS = [
@@ -308,6 +330,27 @@ TEXTS = [
     ("B", "I choose option B", 1),
     ("B", "So I pick option A", 0),
     ("C", "**(C)** 12", 1),
+    ("B", "The answer is B, because A is wrong.", 1),
+    ("A", "The answer is B, because A is wrong.", 0),
+    ("1,2", "The roots are $\\boxed{1}$ and $\\boxed{2}$.", 1),
+    ("\\{1,2,3\\}", "$\\boxed{1}, \\boxed{2},\\text{ and }\\boxed{3}$", 1),
+    ("2", "\\boxed{1} or \\boxed{2}", 0),
+    ("2", "\\boxed{2}, \\boxed{2}", 1),
+    ("2", "\\boxed{1}\n\n\\boxed{2}", 1),
+    ("5", "所以答案是5。", 1),
+    ("5", "答案：**6**", 0),
+    ("B", "Die Antwort ist B.", 1),
+    ("B", "La réponse est B.", 1),
+    *(
+        (gold, f"{start}so \\boxed{{4}}{end}\nThe answer is 5.", int(gold == "5"))
+        for gold in ("4", "5")
+        for start, end in (
+            *((f"<{tag}>", f"</{tag}>") for tag in ("thinking", "thought", "reasoning", "seed:think", "mm:think")),
+            *(("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<|begin_of_thought|>", "<|end_of_thought|>")),
+            ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+            ("analysis", "assistantfinal"),
+        )
+    ),
 ]
 
 
@@ -399,8 +442,15 @@ def test_numbers_in_a_text():
         Fraction(1, 4),
         30000,
     ]
+    assert numbers_in("6.02 \u00d7 10\u00b2\u00b3") == [602 * 10**21]
     assert numbers_in(r"\frac{3}{4} of 10{,}000") == [Fraction(3, 4), 10000]
     assert number_of("3.14.15") is None
+    assert numbers_in("1,00,000 and 1\u202f000\u202f000, 1'000, 1\u2019000, 1_000; -\u20ac5") == [
+        10**5,
+        10**6,
+        *[1000] * 3,
+        -5,
+    ]
     assert numbers_in("The answer is -3. It is -$5, x -3, total - 2") == [-3, -5, 3, 2]
 
 
@@ -427,7 +477,11 @@ def test_numeric():
         assert boxes([text], answer=[gold]) == [want], (text, gold)
     last = make_reward("numeric", style="flexible").function
     assert last(["It is 5", "It is 0.00001", "It is 1e-5"], answer=[1e-05] * 3) == [0, 1, 1]
+    thought = "<think>#### 4, \\boxed{4}</think>"
+    assert last([f"{thought} It is 5.", f"{thought} Done."], answer=["5", "4"]) == [1, 1]
+    assert boxes([f"{thought} It is 5."], answer=["4"]) == [0]
     marked = make_reward("numeric").function
+    assert marked([f"{thought} It is 5.", f"{thought}\n#### 1,00,000"], answer=["4", "100000"]) == [0, 1]
     assert marked(["#### -$5", "#### -$5"], answer=["-5", "5"]) == [1, 0]
     assert marked(["#### 1 000", "#### 11/2", "#### 3 1/2"], answer=["1000", "5.5", "3.5"]) == [1, 1, 1]
     with pytest.raises(RewardError, match="the column 'answer' has no number; got '2k\\+2'"):
@@ -446,6 +500,11 @@ def test_golds_are_read_once_for_a_group():
 
 
 def test_several_right_answers():
+    for name in ("numeric", "math") if importlib.util.find_spec("math_verify") else ("numeric",):
+        reward = make_reward(name).function
+        assert reward(["#### 20", "#### 19"], answer=['["18", "20"]'] * 2) == [1, 0]
+        assert [place for place, _ in reward.unreadable([5.0, float("nan"), np.float32("nan"), ["5"]])] == [1, 2]
+    assert make_reward("exact").function(['["a"]', "a"], answer=['["a"]'] * 2) == [1, 0], "text that is the answer"
     assert make_reward("exact").function(["a", "b", "c"], answer=[["a", "b"]] * 3) == [1, 1, 0]
     kinds = make_reward("classification", pattern=None).function
     assert kinds(["Dog", "cat"], label=[["dog", "wolf"]] * 2) == [1, 0]

@@ -24,22 +24,43 @@ from typing import Any
 
 MARKED = re.compile(r"####[ \t]*([^\n]*)")
 BOX = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])\s*")
+JOINED = re.compile(r"[\s$]*(?:[,;&]|(?:,\s*)?(?:\\(?:text|mbox)\{)?\s*\b(?:and|or)\b\s*\}?)[\s$]*")  # two boxes
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 SAID = re.compile(
-    r"(?i)\b(?:(?:answer|(?:correct|right) (?:choice|option))(?:\s+is)?\W*?(?::|\bis\b)"
-    r"|(?:choose|pick|select)\s+(?:option|choice)\b)\s*([^\n]+)"
+    r"(?i)(?:\b(?:answer|(?:correct|right) (?:choice|option)|r[ée]ponse|respuesta|risposta|resposta|antwort|ответ)"
+    r"(?:\s+is)?\W*?(?::|\b(?:is|est|es|è|é|ist)\b)|\b(?:choose|pick|select)\s+(?:option|choice)\b"
+    r"|答案\s*(?:[是为為：:]\s*)+|答え\s*[は：:]|답\s*[은는：:])\s*([^\n]+)"
 )
+THOUGHT = re.compile(
+    r"(?i)</[\w:]*(?:think|thought|reason|analysis|reflection|scratchpad)\w*>|\[/THINK\]|◁/think▷"
+    r"|<\|end_(?:of_thought|thinking)\|>|<\|channel\|>final<\|message\|>|assistantfinal"
+)
+"""Ends of what models think before they answer; the last two are gpt-oss's, with its special tokens and without."""
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` or `\fbox{}`; "" if it is not closed, None if there is none."""
-    found = list(BOX.finditer(text))
-    if not found:
-        return None
-    rest = text[found[-1].end() :]
-    if not rest.startswith("{"):
-        return re.split(r"[\s$]", rest, maxsplit=1)[0]
-    return rest[1 : end - 1] if (end := _closed(rest)) else ""
+    r"""What stands in the last `\boxed{}` or `\fbox{}`; "" if it is not closed, None if there is none.
+
+    Several that a comma or "and" joins are one list.
+    """
+    contents, first = list[str](), len(text)
+    for box in reversed(list(BOX.finditer(text))):
+        rest = text[box.end() :]
+        content, end = re.split(r"[\s$]", rest, maxsplit=1)[0], None
+        if rest.startswith("{"):
+            end = _closed(rest)
+            content = rest[1 : end - 1] if end else ""
+        if contents and not (end and JOINED.fullmatch(text[box.end() + end : first])):
+            break
+        contents, first = [content, *contents], box.start()
+    return ", ".join(dict.fromkeys(contents)) if contents else None
+
+
+def concluded(text: str) -> str:
+    """What is said behind the last thought; all of the text where nothing of it could be an answer."""
+    final = text[max((end.end() for end in THOUGHT.finditer(text)), default=0) :]
+    said = any(marks.search(final) for marks in (TAGGED, BOX, SAID))
+    return final if said or re.search(r"\d", final) else text
 
 
 def _closed(text: str) -> int | None:
@@ -54,20 +75,36 @@ def _closed(text: str) -> int | None:
 
 # ---- Text -> plain text: what typesetting adds taken off ----
 
-LATEX = r"\times |\cdot |/|\pi |\infty |\le |\ge |\pm |\cup |\in |^\circ|^2|^3|\frac{1}{2}|\frac{1}{4}|\frac{3}{4}|/"
+LATEX = r"\times |\cdot |/|\pi |\infty |\le |\ge |\pm |\cup |\in |^\circ|\frac{1}{2}|\frac{1}{4}|\frac{3}{4}|/"
 SIGNS = str.maketrans(
     dict.fromkeys("\u2212\u2013\u2010\u2011", "-")
     | dict.fromkeys("\u00a0\u202f\u2009", " ")
-    | dict(zip("×·÷π∞≤≥±∪∈°²³½¼¾\u2044", LATEX.split("|"), strict=True))
+    | dict(zip("。，：（）％", ".,:()%", strict=True))
+    | dict(zip("×·÷π∞≤≥±∪∈°½¼¾\u2044", LATEX.split("|"), strict=True))
 )
 WORDING = r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
 # A space of typesetting, a brace, a comma that cannot end a list: all between groups of three digits.
-BETWEEN_DIGITS = r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\!|\\;|\\:|\\ |~|(?<!\.)[, ])(?=\d{3}(?!\d))"
+BETWEEN_DIGITS = r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\!|\\;|\\:|\\ |~|['’]|(?<!\.)[, ])(?=\d{3}(?!\d))"
+INDIAN = re.compile(r"(?<![\d,.])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")  # 1,00,000; it could also be a list
+
+
+SUPERSCRIPT = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
+
+
+def typeset(text: str) -> str:
+    """The text with LaTeX in the place of signs."""
+
+    def power(found: re.Match[str]) -> str:
+        digits = found[0].translate(str.maketrans(SUPERSCRIPT, "0123456789-"))
+        return f"^{digits}" if len(digits) == 1 else f"^{{{digits}}}"
+
+    text = re.sub(f"[{SUPERSCRIPT}]+", power, text.translate(SIGNS))
+    return re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda found: f"\\sqrt{{{found[1] or found[2]}}}", text)
 
 
 def plain(text: str) -> str:
     """Without dollars and boxes around it, spacing, `\\left`, and thousands' separators."""
-    text = text.translate(SIGNS).strip()
+    text = typeset(text).strip()
     before = None
     while text != before:
         before = text
@@ -90,15 +127,20 @@ def plain(text: str) -> str:
 
 # ---- Text -> a number ----
 
-UNIT = rf"(?:{WORDING}|\^?\{{?\\circ\}}?|\\degree|\\?%|[A-Za-z.]+(?:[ /*-][A-Za-z.]+)*)(?:\s*\^\{{?\d\}}?)?"
+LETTER = "A-Za-zÀ-ÖØ-öø-ɏЀ-ӿ\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"  # not Greek, whose letters are variables
+MONEY = r"(?:\\?\$|[€£¥₹₩₽])"
+UNIT = (
+    rf"(?:\^\{{?(?:{WORDING}|st|nd|rd|th)\}}?|{WORDING}|\^?\{{?\\circ\}}?|\\degree|\\?%"
+    rf"|[{LETTER}.]+(?:[ /*-][{LETTER}.]+)*)(?:\s*\^\{{?\d\}}?)?"
+)
 WHOLE = r"(?:\d+\.?\d*|\.\d+)"
 POWER = r"(?:\\times|\\cdot|[*x])\s*10\s*(?:\^|\*\*)\s*\{?\s*(-?\s*\d+)\s*\}?"
 NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:\\?\$|\\text\{{\$\}}|USD|EUR|€|£)?\s*(?P<inner>[-+]?)\s*"
+    rf"(?P<sign>[-+]?)\s*(?:{MONEY}|\\text\{{\$\}}|USD|EUR)?\s*(?P<inner>[-+]?)\s*"
     rf"(?:(?P<mixed>\d+)(?:\s*(?=\\frac)|\s+(?=\d+\s*/)))?"
     rf"(?:\\frac\s*(?P<top>\{{\s*-?{WHOLE}\s*\}}|\d)\s*(?P<bottom>\{{\s*-?{WHOLE}\s*\}}|\d)"
     rf"|(?P<value>{WHOLE})(?:\s*/\s*(?P<over>{WHOLE}))?(?:[eE](?P<e>[-+]?\d+)|\s*{POWER})?)"
-    rf"\s*(?:\\?\$)?\s*(?P<unit>{UNIT})?\.?"
+    rf"\s*{MONEY}?\s*(?P<unit>{UNIT})?\.?"
 )
 MOST_DIGITS = 400
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}")
@@ -118,7 +160,7 @@ def number_of(text: str) -> Fraction | None:
     # `2k` and `5x` are no numbers with a unit, `x` being no unit.
     unit = part["unit"] or ""
     if (
-        re.fullmatch(r"[A-Za-z]", unit)
+        re.fullmatch("[A-Za-zÀ-ɏЀ-ӿ]", unit)
         and unit not in "mgslhLCFKVWNJ"
         and not found.group()[: -len(unit)].endswith(" ")
     ):
@@ -150,9 +192,14 @@ def _repeating(found: re.Match[str]) -> str:
     return f"\\frac{{{top}}}{{{10 ** len(found[2]) * (10 ** len(repeated) - 1)}}}"
 
 
+def _western(text: str) -> str:
+    """The text with India's numbers without commas."""
+    return INDIAN.sub(lambda found: found[0].replace(",", ""), text)
+
+
 def one_number(text: str) -> Fraction | None:
     """The number that a text gives: all of it, a side of an equation, or the only one of a sentence; else None."""
-    for whole in (text, re.sub(WORDING, " ", text)):
+    for whole in (text, re.sub(WORDING, " ", text), _western(text)):
         if (value := number_of(whole)) is not None:
             return value
     sides = re.split(r"=|\\approx", plain(text))
@@ -169,18 +216,20 @@ def one_number(text: str) -> Fraction | None:
 IN_TEXT = re.compile(
     # A minus behind a number, a bracket or a letter takes away; behind a word ("it is -3") it is a sign.
     r"(?:(?<![\w)\]}])(?:(?<![\w)\]}] )-\s?|(?<![\d)\]}] )(?<!\b[A-Za-z] )-))?"
-    r"(?:\\?\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?![\d.]))?"
+    rf"(?:{MONEY}\s?)?(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)?"
+    r"(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?![\d.]))?"
 )
 
 
 def numbers_in(text: str) -> list[Fraction]:
     """The numbers in a text, thousands' commas and fractions a/b understood."""
-    text = re.sub(rf"(?<=\d) ?{POWER}", r"e\1", text.translate(SIGNS))
+    text = re.sub(r"(?<=\d)[\u00a0\u202f\u2009'’_](?=\d{3}(?!\d))", "", _western(text))
+    text = re.sub(rf"(?<=\d) ?{POWER}", r"e\1", typeset(text))
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[!,])\s?(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
     found = []
     for match in IN_TEXT.finditer(text):
-        above, _, below = re.sub(r"[,$\s\\]", "", match.group()).partition("/")
+        above, _, below = re.sub(rf"{MONEY}|[,\s\\]", "", match.group()).partition("/")
         try:
             value = Decimal(above)
             if abs(value.adjusted()) <= 10 * MOST_DIGITS:
@@ -207,11 +256,15 @@ def marked_number(text: str) -> Fraction | None:
 
 # ---- Whether an answer is right: by its text where that decides, else by math-verify ----
 
-CHOICE = re.compile(r"(?i)\W*(?:option|choice|answer)?\W*\b([A-J])\b(?:\s*[).:\]].*|\W*)", re.DOTALL)
+CHOICE = re.compile(
+    r"(?i)\W*(?:option|choice|answer)?\W*\b([A-J])\b"
+    r"(?:\s*[).:\]].*|,?\s+(?:because|since|as|so|for|which)\b.*|\W*)",
+    re.DOTALL,
+)
 BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
 RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
 CLOCK = re.compile(r"([\d.:]+)([ap]?)\.?m?\.?", re.IGNORECASE)
-FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|sqrt|log|exp|abs|pi|ln")
+FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|sqrt|log|exp|abs|pi|ln|inf(?:inity)?", re.IGNORECASE)
 
 
 def words_of(text: str) -> list[str] | None:
@@ -249,7 +302,7 @@ def same_text(gold: str, answer: str) -> bool | None:
     if "_" in one and (base := BASE.fullmatch(one)):
         found = BASE.fullmatch(squeezed[1])
         return found is not None and found[1] == base[1] and found[2] in (None, base[2])
-    numbers = number_of(gold), number_of(answer)
+    numbers = tuple(n if (n := number_of(t)) is not None else number_of(_western(t)) for t in (gold, answer))
     if None not in numbers:
         # "2.5 million" is 2500000 and, where only one of the two says it, 2.5.
         said, bare = [MULTIPLE.search(t) for t in (one, other)], [number_of(MULTIPLE.sub("", t)) for t in (one, other)]
@@ -299,7 +352,7 @@ def latex(text: str) -> str:
         while (match := re.search(r"\bsqrt\(([^()]*)\)", text)) is not None:
             text = f"{text[: match.start()]}\\sqrt{{{match[1]}}}{text[match.end() :]}"
         text = re.sub(r"\b(pi|infty|sin|cos|tan|log|ln)\b", r"\\\1 ", text.replace("**", "^").replace("*", " \\cdot "))
-        text = re.sub(r"\boo\b|\binf(?:inity)?\b", r"\\infty ", text)
+        text = re.sub(r"\boo\b|(?i:\binf(?:inity)?\b)", r"\\infty ", text)
     parts = re.fullmatch(r"([^,]*)\\pm([^,]*)", text)
     return f"{parts[1]}+{parts[2]},{parts[1]}-{parts[2]}" if parts else text
 
@@ -343,10 +396,9 @@ def math_equal(golds: Sequence[str], completion: str) -> bool | None:
 
 
 def _equal(gold: str, completion: str) -> bool | None:
-    final = completion.rpartition("</think>")[2]
-    tagged = TAGGED.findall(final)
-    if tagged or BOX.search(final) or SAID.search(final) or re.search(r"\d", final):
-        completion = tagged[-1] if tagged else final  # what is thought before is no answer
+    completion = concluded(completion)
+    tagged = TAGGED.findall(completion)
+    completion = tagged[-1] if tagged else completion
     box, marked, said = boxed(completion), MARKED.findall(completion), SAID.findall(completion)
     answer = box if box is not None else marked[-1] if marked else None
     if answer is not None:
@@ -355,7 +407,7 @@ def _equal(gold: str, completion: str) -> bool | None:
     last = said[-1] if said else completion
     whole = said or tagged
     known = _same(gold, last, f"$\\boxed{{{latex(last)}}}$") if whole else same_text(gold, last) or False
-    return known or (_same(gold, None, completion.translate(SIGNS)) if words_of(gold) is None else False)
+    return known or (_same(gold, None, typeset(completion)) if words_of(gold) is None else False)
 
 
 def _same(gold: str, answer: str | None, text: str) -> bool | None:

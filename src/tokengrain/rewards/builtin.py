@@ -147,9 +147,16 @@ class Match(ABC):
     def golds(self, value: Any) -> list[Any]:
         """The acceptable answers. Raises `RewardError` if there is none, or one cannot be read."""
         value = value.tolist() if hasattr(value, "tolist") else value
-        found = [self.gold(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+        value = value if isinstance(value, (list, tuple)) else self.written(value)
+        missing = any(isinstance(one, float) and one != one for one in value)  # what pandas has for null
+        require(not missing, RewardError, f"the column {self.column!r} is NaN; expected an answer")
+        found = [self.gold(one) for one in value]
         require(found, RewardError, f"the column {self.column!r} is empty")
         return found
+
+    def written(self, value: Any) -> Sequence[Any]:
+        """The acceptable answers that a value which is no list stands for."""
+        return [value]
 
     def unreadable(self, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """Which of the column's values are no answer, and why: before anything is sampled."""
@@ -158,6 +165,17 @@ class Match(ABC):
     @abstractmethod
     def gold(self, value: Any) -> Any:
         """A value of the column, read. Raises `RewardError` if it cannot be."""
+
+
+class Calculated(Match):
+    """Whether the answer has the column's value; JSON text of a list of texts, as CSV holds it, is such a list."""
+
+    def written(self, value: Any) -> Sequence[Any]:
+        found = None
+        if isinstance(value, str) and value.lstrip().startswith('["'):
+            with suppress(ValueError, RecursionError):
+                found = json.loads(value)
+        return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else [value]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -191,7 +209,7 @@ class ExactMatch(Match):
 
 
 @dataclass(kw_only=True, eq=False)
-class NumericMatch(Match):
+class NumericMatch(Calculated):
     """Whether the answer is the column's number. "72", "72.0", "$72", "1,000", "3e8" and "1/2" are numbers.
 
     The column's number stands behind its last `####` (GSM8K's `answer`), or is all of it, a unit aside.
@@ -223,6 +241,7 @@ class NumericMatch(Match):
         return answer is not None and any(abs(answer - gold) <= Fraction(self.tolerance) for gold in golds)
 
     def _answer(self, completion: str) -> Fraction | None:
+        completion = answers.concluded(completion)
         marked = answers.MARKED.findall(completion)
         if self.style == "gsm8k" or (self.style == "flexible" and marked):
             return answers.marked_number(marked[-1]) if marked else None
@@ -233,7 +252,7 @@ class NumericMatch(Match):
 
 
 @dataclass(kw_only=True, eq=False)
-class MathMatch(Match):
+class MathMatch(Calculated):
     """Whether the answer is mathematically equal to the column's, by math-verify (extra "math").
 
     A column's value is read as what it is: a number, LaTeX with or without `\\boxed{}` or `$`, a choice (B), words, a
