@@ -13,6 +13,7 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.tokens import tokenizer_fingerprint
 from tokengrain.errors import DataError
+from tokengrain.rollout.sampler import encode_prompts
 
 ENCODER = TokenizeConfig(prompt_role="encoder")
 ROW = {"prompt": "the sky is", "chosen": "blue and black", "rejected": "green"}
@@ -70,6 +71,29 @@ def test_character_spans_find_their_tokens(tokenizer):
     marked = [i for i, r in zip(chosen.ids, chosen.columns["token_rewards"], strict=True) if r]
     assert tokenizer.decode(marked).strip() == "black"
     assert chosen.columns["token_rewards"][-1] == 0.0
+
+
+def test_cutting_keeps_the_language():
+    vocab = [(word, -float(i)) for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "▁the", "▁sky", "▁blue"])]
+    tokenizer = MBart50Tokenizer(vocab=vocab, src_lang="en_XX", tgt_lang="ro_RO")
+    row = {"prompt": "the sky the sky the sky", "chosen": "blue", "rejected": "the"}
+    for side, kept in (("left", ["▁the", "▁sky"]), ("right", ["▁the", "▁sky"])):
+        config = TokenizeConfig(prompt_role="encoder", max_prompt_length=4, truncation_side=side)
+        prompt = only(row, tokenizer, config).prompt_ids
+        assert tokenizer.convert_ids_to_tokens(prompt) == ["en_XX", *kept, "</s>"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cutting_keeps_all_that_begins_a_text(side):
+    """Two tokens before every text, as GLM's tokenizer puts them; offline as online, and never twice."""
+    tokenizer = around("<s> </s> $A")
+    config = TokenizeConfig(max_prompt_length=4, truncation_side=side)
+    for prompt in ("the sky is the sea", "<s></s>the sky is the sea"):
+        ids = only({**ROW, "prompt": prompt}, tokenizer, config).prompt_ids
+        assert (tokenizer.convert_ids_to_tokens(ids[:2]), len(ids)) == (["<s>", "</s>"], 4)
+        assert tokenizer.decode(ids).count("<s>") == 1
+        assert encode_prompts([{"prompt": prompt}], tokenizer, config)[0].ids[:2] == ids[:2]
+        assert tokenizer.decode(encode_prompts([{"prompt": prompt}], tokenizer)[0].ids).count("<s>") == 1
 
 
 def test_cutting_keeps_what_ends_a_prompt():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import datasets
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.tokenizers import CHATML, gpt2_like
+from tests.data.tokenizers import CHATML, REWRITING_PLAIN, gpt2_like
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.errors import DataError
@@ -135,6 +136,46 @@ ALIKE = {
 @pytest.mark.parametrize("name", ALIKE)
 def test_other_formats_of_the_same_pair(name):
     assert ids(ALIKE[name]) == ids(ROW)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_messages_in_a_csv_file(tmp_path, chat):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(ROW))
+        writer.writeheader()
+        writer.writerow({name: json.dumps(messages) for name, messages in ROW.items()})
+    sample = prepare_pairs(path, gpt2_like(CHATML), TokenizeConfig(chat=chat))[0]
+    assert (sample.prompt_ids, [c.ids for c in sample.completions]) == ids(ROW)
+    online = encode_prompts([{"prompt": json.dumps(ROW["prompt"])}], gpt2_like(CHATML), chat=chat)
+    assert online[0].ids == ids(ROW)[0]
+    own = {"messages": json.dumps([*ROW["prompt"], *ROW["chosen"]])}
+    assert ids(own, prepare=prepare_sft) == (ids(ROW)[0], ids(ROW)[1][:1])
+    printed = {**ROW, "chosen": str(ROW["chosen"])}
+    with pytest.raises(DataError, match=r"field 'chosen': holds messages as Python prints them; .*JSON text"):
+        ids(printed)
+    lists = {"prompt": "the sky?", "chosen": '[{"value": "blue"}]', "rejected": "[{'value': 'black'}]"}
+    assert text(lists) == ("the sky?", '[{"value": "blue"}]</s>'), "an answer that is JSON stays text"
+
+
+@pytest.mark.parametrize("template", [CHATML, REWRITING_PLAIN])
+@pytest.mark.parametrize(("first", "second"), [({"weight": 0}, {}), ({}, {"train": False}), ({"weight": 1}, {})])
+def test_messages_that_are_read_and_not_learned(template, first, second):
+    said = [{**assistant("It is blue."), **first}, user("the sea?"), {**assistant("Green."), **second}]
+    tokenizer = gpt2_like(template)
+    (completion,) = prepare_sft([{"messages": [user("the sky?"), *said]}], tokenizer)[0].completions
+    counted = completion.counted or [True] * len(completion.ids)
+    learned = tokenizer.decode([i for i, counts in zip(completion.ids, counted, strict=True) if counts])
+    assert ("blue" in learned, "Green" in learned) == (first != {"weight": 0}, not second)
+    assert learned.count("<|im_end|>") == 2 - (first == {"weight": 0}) - bool(second)
+
+
+def test_weights_of_messages_that_are_unknown():
+    alone = {"messages": [user("the sky?"), {**assistant("blue"), "weight": 0}]}
+    with pytest.raises(DataError, match="field 'messages': no token of the completion is left to count"):
+        ids(alone, prepare=prepare_sft)
+    with pytest.raises(DataError, match=r"the weight of message 0 is unknown; got 0\.5; expected 0 or 1"):
+        ids({**ROW, "chosen": [{**assistant("blue"), "weight": 0.5}]})
 
 
 def test_single_completions_of_other_formats():

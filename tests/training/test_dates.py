@@ -3,6 +3,7 @@
 import json
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import RunError
 from tokengrain.run import folder
+from tokengrain.run.build import RunModels
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import evaluate_run, run_recipe
 from tokengrain.run.trained import Train
@@ -64,6 +66,25 @@ def test_a_run_resumes_with_the_date_of_its_start(tmp_path):
         assert getattr(second, part).fingerprint == getattr(first, part).fingerprint
     with pytest.raises(RunError, match="belongs to another run: data was"):
         trainer(tmp_path, [row(9), *rows[1:]]).train(resume_from_checkpoint=True)
+
+
+def test_credit_by_contrastive_prompting_too(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = gpt2_like(TEMPLATE)
+    sizes = {name: size for name, size in LLAMA.items() if name != "model_type"}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stages = {"train": {"kind": "train", "objective": {"name": "dpo"}}}
+    values = {"method": "own", "model": str(tmp_path), "data": "x.jsonl", "output_dir": "x", "stages": stages}
+    recipe, state, seen = make_recipe(values), SimpleNamespace(device=torch.device("cpu")), []
+    for time in ("2001-02-03T04:05:06.789012", "2001-02-03T04:05:06.789012", "2002-02-03T04:05:06.789012", None):
+        run = RunModels(recipe, Console(quiet=True), state, time)
+        made = run.credit({"name": "contrastive"}, recipe.model)
+        seen.append((made.fingerprint(), made.preview("the sky?", "It is blue.")))
+    assert seen[0] == seen[1]
+    assert all(text.startswith("03 Feb 2001 04:05:06.789012\n<|im_start|>user") for text in seen[0][1])
+    assert len({fingerprint for fingerprint, _ in seen}) == 3
+    assert seen[3][1] != seen[2][1] != seen[1][1]
 
 
 def test_swapped_pairs_and_prompts_too():

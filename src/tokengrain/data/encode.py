@@ -187,16 +187,17 @@ class ExampleEncoder:
 
     def _counted(self, rendered: Rendered, tokens: Tokens, cut: int, length: int) -> list[bool]:
         """Which of the completion's tokens count: the turns', those moved here from the prompt, EOS."""
-        if rendered.turns is None or len(rendered.turns) == 1:
+        if rendered.turns is None or (len(rendered.turns) == 1 and not rendered.untrained):
             return [True] * length
         counted = [False] * length
-        for start, end in rendered.turns:
+        trained = [i for i in range(len(rendered.turns)) if i not in rendered.untrained]
+        for start, end in (rendered.turns[i] for i in trained):
             first, last = tokens.within(start) - cut, tokens.touching(end) - cut
             counted[first:last] = [True] * (last - first)
-        moved = tokens.within(rendered.prompt_end) - cut
+        moved = tokens.within(rendered.prompt_end) - cut if 0 in trained else 0
         counted[:moved] = [True] * moved
         behind = len(tokens.ids) - cut
-        counted[behind:] = [True] * (length - behind)
+        counted[behind:] = [len(rendered.turns) - 1 in trained] * (length - behind)
         return counted
 
     def _check_completions(self, example: Example, completions: list[Completion], n_cut: int) -> None:

@@ -206,8 +206,9 @@ def canonical(row: Any, chat: bool = False) -> CanonicalRow:
     """The row in TRL's columns; its other columns stay as they are.
 
     Read are ShareGPT's `conversations` (`from`, `value`), Alpaca's `instruction`, `input`, `output`, `history`, and
-    a `system` column, which becomes the first message. A null prompt is an implicit one. With `chat` text becomes
-    messages: the prompt the user's, a completion the assistant's.
+    a `system` column, which becomes the first message. A null prompt is an implicit one. JSON text of messages, all
+    that a CSV file can hold of them, is read as messages. With `chat` text becomes messages: the prompt the user's, a
+    completion the assistant's.
     """
     if isinstance(row, CanonicalRow):
         return row
@@ -217,6 +218,7 @@ def canonical(row: Any, chat: bool = False) -> CanonicalRow:
         if near and near[0] not in row:
             raise RowError("misspelt column", "unknown column", field=str(name), expected=f"{near[0]!r}")
     made = CanonicalRow((k, v) for k, v in row.items() if k != "prompt" or v is not None)
+    made |= {name: _written(made[name], name) for name in MESSAGES if isinstance(made.get(name), str)}
     absent = all(made.get(name) is None for name in ("prompt", "messages", "text"))
     if absent and made.get("conversations") is not None:
         made["prompt" if made.get("chosen") is not None else "messages"] = content(made, "conversations")
@@ -227,6 +229,25 @@ def canonical(row: Any, chat: bool = False) -> CanonicalRow:
     if isinstance(made.get("system"), str) and made["system"].strip():
         _with_system(made, made["system"])
     return made
+
+
+def _written(text: str, name: str) -> Any:
+    """The messages that a text is when it is JSON of nothing else; any other text as it is."""
+    found = AS_TEXT.match(text)
+    python = found is not None and found[1] == "'" and {"'role'", "'content'"} <= set(re.findall(r"'\w+'", text))
+    what, expected = "holds messages as Python prints them", "messages, or their JSON text"
+    check(not python, "wrong type", what, field=name, value=text, expected=expected)
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=no_constant) if found else None
+    except (ValueError, ArithmeticError, RecursionError):
+        return text
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and (("role" in m and len(m) > 1) or {"from", "value"} <= m.keys()) for m in value
+    )
+    return value if messages else text
+
+
+AS_TEXT = re.compile(r"\s*\[\s*\{\s*(['\"])(?:role|content|from|value)\1\s*:")
 
 
 def check_mapping(row: Any) -> None:
@@ -399,6 +420,9 @@ def _message(value: Any, name: str, index: int) -> Message:
         if not isinstance(message["tool_calls"], list):
             raise bad(f"the tool_calls of {where} are no list", "a list of calls", message["tool_calls"])
         message["tool_calls"] = [_tool_call(call, name) for call in message["tool_calls"]]
+    for key in ("weight", "train"):  # OpenAI's and axolotl's: 0 or false is text to read, not to learn
+        known, what, expected = message.get(key) in (None, 0, 1), f"the {key} of {where} is unknown", "0 or 1, or none"
+        check(known, "wrong type", what, field=name, value=message.get(key), expected=expected)
     text = message.get("content")
     if text is None and message.get("tool_calls"):
         message.pop("content", None)

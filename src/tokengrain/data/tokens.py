@@ -69,6 +69,7 @@ class Rendered:
     dropped: tuple[str, ...] = ()  # what the row says and the text lacks, where that is allowed
     prompt_ids: TokenIds | None = None
     ids: TokenIds | None = None
+    untrained: tuple[int, ...] = ()  # which of the turns do not count, as the row says
 
     def visible(self, message: int) -> Span:
         return (self.shown or self.contents)[message] or (0, 0)
@@ -259,7 +260,10 @@ class Renderer:
             within = slice(*next(answers)) if message["role"] == "assistant" else slice(len(prompt), None)
             lacks += [(name, f"message {number}: {key}", part) for key, part in self._lacking(message, text[within])]
         closed, dropped = text.endswith(self.end_marks), dropped + self._dropped(lacks)
-        return Rendered(text, len(prompt), tuple(turns), contents, True, closed, shown, dropped)
+        said = [message for message in completion if message["role"] == "assistant"]
+        untrained = tuple(i for i, m in enumerate(said) if not (m.get("weight", 1) and m.get("train", True)))
+        made = Rendered(text, len(prompt), tuple(turns), contents, True, closed, shown, dropped)
+        return replace(made, untrained=untrained)
 
     def _completion_start(self, example: Example, prompt: str, completion: list[Message], text: str, name: str) -> int:
         """Where the completion begins in the template's text."""
@@ -380,6 +384,14 @@ def template_text(template: str | None) -> str | None:
     expected = "expected a Jinja template or the path of a file that holds one"
     require(path.is_file(), ModelError, f"chat_template is {template!r}; {expected}")
     return read_text(path, ModelError)
+
+
+def dated(template: str, now: datetime) -> str:
+    """A chat template that writes the date of this time, whenever it is rendered; any other as it is."""
+    if "strftime_now" not in template:
+        return template
+    parts = {name: now.strftime(name) for name in sorted(set(DATE_PART.findall(template)))}
+    return f"{{%- set date_parts = {json.dumps(parts)} -%}}{DATES}{template}"
 
 
 def _contents(
@@ -562,8 +574,9 @@ class Encoder:
         if self.side == "right":
             behind = self.suffix if prompt[-len(self.suffix) :] == self.suffix else []
             return prompt[: max(limit - len(behind), 0)] + behind
-        bos = 1 if prompt[0] == self.bos_id else 0
-        return prompt[:bos] + prompt[len(prompt) - limit + bos :]
+        begins = self.prefix and prompt[: len(self.prefix)] == self.prefix
+        first = min(len(self.prefix) if begins else int(prompt[0] == self.bos_id), limit)
+        return prompt[:first] + prompt[len(prompt) - limit + first :]
 
     def _ids(self, text: str, target: bool = False, special: bool = False) -> list[int]:
         given = {"text_target" if target else "text": text}

@@ -29,7 +29,7 @@ from transformers.utils import PushToHubMixin, cached_file, is_torchvision_avail
 from transformers.video_utils import VideoMetadata
 
 from tokengrain.data.config import RowError, TokenizeConfig, check
-from tokengrain.data.formats import Example, Given, text_of
+from tokengrain.data.formats import Example, Given, common_length, text_of
 from tokengrain.data.pictures import KINDS, bounded, frames, image, pillow
 from tokengrain.data.tokens import text_tokenizer
 from tokengrain.errors import DataError, ModelError, RecipeError, read_json, require
@@ -114,10 +114,8 @@ class PictureReader:
         check(found == wanted, "pictures", what, field=field, value=f"{found} placeholder tokens", expected=expected)
         if not wanted or len(kept) == len(ids):
             return
-        gone = range(len(kept), len(ids))
-        if self.config.truncation_side == "left":
-            start = 1 if kept[:1] == ids[:1] == [self.tokenizer.bos_token_id] else 0
-            gone = range(start, start + len(ids) - len(kept))
+        start = common_length(kept, ids)
+        gone = range(start, start + len(ids) - len(kept))
         what, value = "the prompt is cut within its pictures", f"{len(ids)} tokens, {wanted} of them of pictures"
         needed = picture_places(ids, self.ids, self.tokenizer)
         check(needed.isdisjoint(gone), "pictures", what, field=field, value=value, expected=NEVER_CUT)

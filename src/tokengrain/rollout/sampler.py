@@ -348,9 +348,8 @@ def _ids(example: Example, text: str, encoder: Encoder) -> list[int]:
         return list(example.prompt)
     if not isinstance(example.prompt, str):
         return encoder([text])[0].ids
-    ids = [*encoder.prefix, *encoder([text])[0].ids, *encoder.suffix]
-    bos = encoder.prefix[:1]
-    return ids[1:] if bos and ids[1:2] == bos else ids
+    ids, first = encoder([text])[0].ids, encoder.prefix
+    return [*([] if ids[: len(first)] == first else first), *ids, *encoder.suffix]
 
 
 def stop_ids_of(tokenizer: Any, model: Any = None) -> tuple[int, ...]:

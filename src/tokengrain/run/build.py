@@ -20,7 +20,7 @@ from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.encode import picture_files
 from tokengrain.data.rows import Rows, load_rows, split_rows, with_columns
 from tokengrain.data.series import plotted
-from tokengrain.data.tokens import template_text, text_tokenizer, tokenizer_fingerprint
+from tokengrain.data.tokens import dated, template_text, text_tokenizer, tokenizer_fingerprint
 from tokengrain.errors import ModelError, RecipeError, file_fingerprint, fingerprint, require, shown
 from tokengrain.method import CREDIT, ROLLOUT_CREDIT, CreditKind
 from tokengrain.recipe.schema import Recipe
@@ -250,17 +250,20 @@ class RunModels:
         One that the mapping does not name (a guide's reference, say) is `start`, from which the stage starts.
         """
         spec = CreditSpec.of(given)
-        objects: dict[str, Any] = {}
+        objects, settings = dict[str, Any](), dict(spec.settings)
         for wanted in spec.kind.objects:
             if wanted == "tokenizer":
-                objects[wanted] = self.tokenizer(start)
+                tokenizer = objects[wanted] = self.tokenizer(start)
+                template = settings.get("chat_template") or tokenizer.chat_template
+                if self.time is not None and template and "chat_template" in spec.kind.settings(settings):
+                    settings["chat_template"] = dated(template, datetime.fromisoformat(self.time))
             elif wanted == "reward_tokenizer":
                 objects[wanted] = self.tokenizer(spec.models["model"], own_template=True)
             elif spec.kind.reward_model:
                 objects[wanted] = self.reward_model(spec.models[wanted])
             else:
                 objects[wanted] = self.frozen(spec.models.get(wanted, start))
-        return spec.kind.make(**objects, **spec.settings)
+        return spec.kind.make(**objects, **settings)
 
     def rollout_credit(self, given: Mapping[str, Any], start: ModelSpec) -> Any:
         """A step from rewards to the credit of tokens, with the models and the offline source that it asks."""
