@@ -23,6 +23,7 @@ import tokengrain
 from tokengrain.cli import main
 from tokengrain.errors import RecipeError
 from tokengrain.models import train_tokenizer
+from tokengrain.run import fit as fitting
 from tokengrain.run.fit import Outlook, _kept, fit, fit_batch, fit_rollout, learning_rate
 from tokengrain.screen import Screen, progress_bar
 from tokengrain.specs import TokenizerSpec
@@ -429,6 +430,35 @@ def test_a_pass_fits_the_machine(
     _, out, _ = call(capsys, "train", "dpo", *own, "training.max_tokens_per_microbatch=4096")
     assert "activations of at most 4,096 tokens (up to 0.039 GiB)" in out
     assert "at a time" not in out
+
+
+@pytest.mark.parametrize(
+    ("limits", "listed", "least"),
+    [
+        ({"memory.max": 2**30}, "0::/\n", 2**30),
+        ({"memory.max": "max", "user/1/memory.max": 2**29}, "0::/user/1\n", 2**29),
+        (
+            {"memory/memory.limit_in_bytes": 2**62, "memory/a/memory.limit_in_bytes": 2**28},
+            "4:memory:/a\n0::/\n",
+            2**28,
+        ),
+    ],
+)
+def test_a_container_has_less_memory_than_its_machine(
+    limits: dict[str, Any], listed: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control groups of both versions: that of the container is the root, or one that the process names."""
+    for name, limit in limits.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(f"{limit}\n")
+    (tmp_path / "own").write_text(listed)
+    found = fitting._limits(tmp_path / "groups", tmp_path / "own")
+    assert found == [tmp_path / "groups" / name for name in limits]
+    monkeypatch.setattr(fitting, "_limits", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fitting._memory(2) == least / 2
+    monkeypatch.setattr(fitting, "_limits", list)
+    assert fitting._memory(1) > least
 
 
 @pytest.mark.parametrize("twice", [False, True])

@@ -16,9 +16,9 @@ from PIL import Image
 
 from tests.tiny_vlms import CHAT, FAMILIES, SPECIAL, mark, picture, processor, split, tiny_vlm, tokenizer
 from tokengrain.data import vision
-from tokengrain.data.config import TokenizeConfig, VideoConfig
+from tokengrain.data.config import RowError, TokenizeConfig, VideoConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
-from tokengrain.data.pictures import LARGEST, frames
+from tokengrain.data.pictures import LARGEST, frames, image
 from tokengrain.data.rows import load_rows
 from tokengrain.data.vision import load_processor, without_torchvision
 from tokengrain.errors import DataError, ModelError, RecipeError
@@ -450,6 +450,17 @@ def test_a_file_of_a_video_is_decoded(clip):
     one, two = prepare_pairs([row(text=FILM, videos=[video]) for video in (str(clip), found)], made)
     assert one.vision.inputs["video_grid_thw"].tolist() == [[3, 4, 4]]
     assert torch.equal(one.vision.inputs["pixel_values_videos"], two.vision.inputs["pixel_values_videos"])
+
+
+def test_what_would_be_cut_off_is_an_error(clip, monkeypatch):
+    """PIL turns grey beyond 8 bits into white; only so many frames of a video are looked through."""
+    for values in (np.full((4, 4), 256, np.uint16), np.full((4, 4), -1, np.int32), np.ones((4, 4), np.float32)):
+        with pytest.raises(RowError, match=r"has other values than a picture; got .*expected 8 bits per channel"):
+            image(Image.fromarray(values))
+    assert np.asarray(image(Image.fromarray(np.full((4, 4), 200, np.uint16)))).tolist() == [[[200] * 3] * 4] * 4
+    monkeypatch.setattr("tokengrain.data.pictures.MOST_FRAMES", 6)
+    with pytest.raises(RowError, match=r"clip.mp4 is too long; got 6 frames or more; expected fewer than 6 frames"):
+        frames(str(clip), None, None)
 
 
 @pytest.mark.parametrize("content", [lambda whole: whole[:200], lambda whole: b"no video" * 9, lambda whole: b""])

@@ -137,5 +137,8 @@ def test_training_ends_early(tmp_path: Path) -> None:
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     best = losses.index(min(losses))
     assert trainer.state.global_step == best + 3 < 30
+    again = make_trainer(tmp_path / "out", make_samples(16), eval_dataset=make_samples(8, 1), **how)
+    again.train(resume_from_checkpoint=True)  # as after a kill behind the last step
+    assert again.state.global_step == best + 3
     with pytest.raises(RecipeError, match="load_best_model_at_end must be true: early stopping seeks it"):
         tiny_config(tmp_path, early_stopping_patience=2)

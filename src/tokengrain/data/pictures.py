@@ -83,9 +83,14 @@ def _rgb(found: Any, name: str) -> Any:
     from PIL import ImageOps
 
     try:
-        return ImageOps.exif_transpose(found).convert("RGB")
+        low, high = found.getextrema() if found.mode[0] in "IF" else (0, 255)
+        fits = low >= 0 and high <= 255 and (found.mode[0] == "I" or high > 1)  # RGB would cut off all beyond
+        made = ImageOps.exif_transpose(found).convert("RGB")
     except Exception as error:
         raise _unreadable(name, f"is damaged ({type(error).__name__}: {error})") from None
+    value, expected = f"{low} to {high} (mode {found.mode})", "8 bits per channel, 0 to 255"
+    check(fits, "pictures", f"{name} has other values than a picture", value=value, expected=expected)
+    return made
 
 
 def _of_lists(source: Sequence[Any]) -> Any:
@@ -175,6 +180,8 @@ def _decoded(source: Any, base: Path | None, most: int) -> tuple[list[int], list
             what, expected = f"{name} has frames of another size", f"1 to {LARGEST}"
             check(0 < pixels <= LARGEST, "pictures", what, value=f"{pixels} pixels", expected=expected)
             count = sum(1 for _, _ in zip(container.decode(stream), range(MOST_FRAMES)))
+        what, expected = f"{name} is too long", f"fewer than {MOST_FRAMES} frames; cut it, or give frames as a list"
+        check(count < MOST_FRAMES, "pictures", what, value=f"{count} frames or more", expected=expected)
         chosen = spaced(count, most)
         with av.open(io.BytesIO(content), "r") as container:
             wanted, decoded = set(chosen), container.decode(container.streams.video[0])

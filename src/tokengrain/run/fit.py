@@ -122,7 +122,17 @@ def _memory(processes: int) -> float:
     """Bytes that a process has: its GPU's, or its share of the machine's."""
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+    limits = [int(text) for file in _limits() if (text := file.read_text().strip()).isdecimal()]  # "max": none
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits]) / processes
+
+
+def _limits(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """Files that limit the memory of this process: those of its control groups, as of a container."""
+    listed = own.read_text().splitlines() if own.is_file() else []
+    places = dict(line.partition(":")[2].split(":", 1) for line in listed if line.count(":") >= 2)
+    kinds = ("", groups, "memory.max"), ("memory", groups / "memory", "memory.limit_in_bytes")
+    files = [folder / at / name for kind, folder, name in kinds for at in (".", "." + places.get(kind, ""))]
+    return [file for file in dict.fromkeys(files) if file.is_file()]
 
 
 def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]:

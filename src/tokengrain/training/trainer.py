@@ -574,8 +574,13 @@ class PreferenceTrainer(Trainer):
             self._resumed_loss = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own takes a step before it asks whether all are done, as after a kill behind the last one."""
-        if self.state.global_step >= self.state.max_steps:
+        """transformers' own takes a step before it asks whether all are done, as after a kill behind the last one.
+
+        Nor does it remember that early stopping has ended the run.
+        """
+        waits = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in waits)
+        if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
