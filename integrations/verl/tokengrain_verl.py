@@ -92,7 +92,7 @@ def group(
     token_level_rewards: Tensor, response_mask: Tensor, index: Sequence[Any], config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns `[B, T]`: a completion's reward against those of its group (`index`: prompts)."""
-    rewards = (token_level_rewards * response_mask).sum(-1)
+    rewards = token_level_rewards.sum(-1)  # verl puts one at the last token, also where that is a tool's
     number = {prompt: place for place, prompt in enumerate(dict.fromkeys(index))}
     own = dict(settings(os.environ.get(VARIABLE, "")).get("group", {}))
     if config is not None and config.get("norm_adv_by_std_in_grpo", True) is False:

@@ -33,7 +33,7 @@ from tokengrain.models import load_model, load_trained_reward_model
 from tokengrain.settings import Number, validate_settings
 from tokengrain.specs import ModelSpec
 
-TOKENS = "tokengrain_token_rewards"
+TOKENS, OUTCOME = "tokengrain_token_rewards", "tokengrain_outcome"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Rewarding:
     """The setting `token_rewards`."""
 
     credit: dict[str, Any]  # a credit source: its name and settings, with folders in the place of models
-    outcome: Number = 1.0  # weight of verl's own reward, at the last token; 0: it is not asked for
+    outcome: Number = 1.0  # weight of verl's own reward, at the model's last token; 0: it is not asked for
     device: str | None = None  # of the models; None: cuda if the worker sees a GPU (verl gives it none), else cpu
 
     @classmethod
@@ -74,9 +74,9 @@ class TokenRewards(NaiveRewardManager):
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         found = await super().run_single(data) if self.outcome else {"reward_score": 0.0, "reward_extra_info": {}}
         tokens = await self.loop.run_in_executor(None, self.rewards, data[-1:])
-        tokens[-1] += self.outcome * float(found["reward_score"])
-        info = {**found["reward_extra_info"], TOKENS: tokens}
-        return {"reward_score": sum(tokens), "reward_extra_info": info}
+        outcome = self.outcome * float(found["reward_score"])
+        info = {**found["reward_extra_info"], TOKENS: tokens, OUTCOME: outcome}
+        return {"reward_score": sum(tokens) + outcome, "reward_extra_info": info}
 
     def rewards(self, data: DataProto) -> list[float]:
         """The source's numbers for the tokens of one response."""
@@ -93,7 +93,8 @@ class TokenRewarded(AgentLoopOutput):
 
     def as_dict(self) -> dict[str, Any]:
         info = dict(self.extra_fields.get("reward_extra_info") or {})
-        tokens = info.pop(TOKENS, None)  # verl would take the rest of it for metrics
+        # verl would take the rest of it for metrics.
+        tokens, outcome = info.pop(TOKENS, None), info.pop(OUTCOME, 0.0)
         if tokens is not None:
             self.extra_fields["reward_extra_info"] = info
         output: dict[str, Any] = super().as_dict()
@@ -101,7 +102,10 @@ class TokenRewarded(AgentLoopOutput):
             here = len(output["response_mask"])
             what = f"{len(tokens)} token rewards for a response of {here} tokens; expected one for each"
             require(len(tokens) == here, RolloutError, what)
-            output["rm_scores"] = torch.tensor(tokens) * output["response_mask"]
+            own = output["response_mask"].bool()
+            scores = torch.tensor(tokens).where(own, 0.0)
+            scores[int(own.nonzero()[-1]) if own.any() else -1] += outcome  # a response may end with a tool's tokens
+            output["rm_scores"] = scores
         return output
 
 

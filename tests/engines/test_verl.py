@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,7 @@ def test_groups(core: Any, monkeypatch: Any) -> None:
     mask = made()[3]
     rewards = torch.zeros(mask.shape)
     rewards[:, 0] = torch.rand(len(mask))
+    rewards[0, 2] = 1.0  # at a tool's token, as of a response that ends with one
     index = numpy.array(["b", "b", "a", "a", "c", "c"], dtype=object)
     ask = {"token_level_rewards": rewards, "response_mask": mask, "index": index}
     found, returns = core.get_adv_estimator_fn("tokengrain_group")(**ask, config=None)
@@ -270,22 +272,23 @@ def test_token_rewards_reach_the_advantages(
 
 
 def test_tokens_of_a_tool_earn_nothing_and_missing_ones_are_an_error(core: Any) -> None:
-    from tokengrain_verl_tokens import TOKENS, TokenRewarded
+    from tokengrain_verl_tokens import OUTCOME, TOKENS, TokenRewarded
 
-    def output(rewards: list[float]) -> Any:
-        extra = {"reward_extra_info": {"acc": 1.0, TOKENS: rewards}}
+    def output(rewards: list[float], mask: Sequence[int] = (1, 0, 1)) -> Any:
+        extra = {"reward_extra_info": {"acc": 1.0, TOKENS: rewards, OUTCOME: 10.0}}
         return TokenRewarded(
             prompt_ids=[1],
             response_ids=[5, 6, 7],
-            response_mask=[1, 0, 1],
+            response_mask=list(mask),
             reward_score=9.0,
             metrics={},
             extra_fields=extra,
         )
 
     found = output([1.0, 2.0, 3.0]).as_dict()
-    assert found["rm_scores"].tolist() == [1.0, 0.0, 3.0]
+    assert found["rm_scores"].tolist() == [1.0, 0.0, 13.0]
     assert found["extra_fields"]["reward_extra_info"] == {"acc": 1.0}
+    assert output([1.0, 2.0, 3.0], (1, 1, 0)).as_dict()["rm_scores"].tolist() == [1.0, 12.0, 0.0], "verl's own is kept"
     with pytest.raises(RolloutError, match="2 token rewards for a response of 3 tokens"):
         output([1.0, 2.0]).as_dict()
 
