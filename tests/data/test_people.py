@@ -317,6 +317,21 @@ def test_text_that_the_template_drops(change, template, field, what):
             encode_prompts([row], gpt2_like(template))
 
 
+def test_tools_beside_text():
+    plain = {"prompt": "the sky?", "chosen": "It is blue.", "rejected": "It is black.", "tools": [tool("sea")]}
+    with pytest.raises(
+        DataError, match=r"row 0: field 'tools': has a tool that the row's text does not name; got 'sea'"
+    ):
+        ids(plain)
+    with pytest.raises(DataError, match="does not name"):
+        encode_prompts([plain], gpt2_like())
+    assert ids({**plain, "prompt": "sea() the sky?"}) == ids({**plain, "prompt": "sea() the sky?", "tools": None})
+    assert ids({"text": "sea() the sky?", "tools": plain["tools"]}, prepare=prepare_sft)
+    report = prepare_pairs([plain], gpt2_like(), TokenizeConfig(on_dropped="keep")).report
+    assert report.dropped == {"tools": 1}
+    assert "sea" in text(plain, TokenizeConfig(chat=True), TOOLS)[0]
+
+
 @pytest.mark.parametrize("empty", ["", " \n", None])
 def test_where_nothing_is_said_nothing_is_dropped(empty):
     assert ids({**ROW, "chosen": [thinks("It is blue.", empty)]}) == ids({**ROW, "chosen": [assistant("It is blue.")]})

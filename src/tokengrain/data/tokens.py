@@ -128,16 +128,29 @@ class Renderer:
             made = Rendered(str(text), len(text), None, (None,), bool(example.messages), True, None, dropped, given)
             return [replace(made, ids=c) for c in example.completions if isinstance(c, TokenIds)]
         if isinstance(example.prompt, str) or given:
-            start = 0 if given else len(example.prompt)
+            start, dropped = 0 if given else len(example.prompt), () if given else self._unrendered(example)
             texts = [str(example.prompt)[:start] + c for c in example.completions if isinstance(c, str)]
-            return [Rendered(t, start, None, ((start, len(t)),), prompt_ids=given) for t in texts]
+            return [Rendered(t, start, None, ((start, len(t)),), prompt_ids=given, dropped=dropped) for t in texts]
         prompt, dropped = self._prompt(example)
         named = zip(example.completions, example.fields)
         return [self._conversation(example, prompt, c, name, dropped) for c, name in named if isinstance(c, list)]
 
     def prompt(self, example: Example) -> str:
         """The text of a prompt alone: what a model is given to continue. Raises as `__call__`."""
-        return example.prompt if isinstance(example.prompt, str) else self._prompt(example)[0]
+        if not isinstance(example.prompt, str):
+            return self._prompt(example)[0]
+        self._unrendered(example)
+        return example.prompt
+
+    def _unrendered(self, example: Example) -> tuple[str, ...]:
+        """What a row of text is not read with: tools that it does not name. Raises `RowError` as `_dropped`."""
+        text = "\n".join(map(str, (example.prompt, *example.completions)))
+        lacks = [name for name in _names(example.tools) if not _has_word(text, name)]
+        if lacks and self.config.on_dropped == "error":
+            what, expected = "has a tool that the row's text does not name", "`chat: true`, text that names it, or "
+            expected += "`on_dropped: keep` to train on the text"
+            raise RowError(DROPPED, what, field="tools", value=lacks[0], expected=expected)
+        return ("tools",) if lacks else ()
 
     def _prompt(self, example: Example) -> tuple[str, tuple[str, ...]]:
         """A prompt's text, and what it lacks."""
