@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tokengrain.errors import RunError, write_json
-from tokengrain.runs import StageRecord, read_run, read_stage, spoken
+from tokengrain.runs import StageRecord, read_run, read_stage, spoken, typed
 
 
 def test_an_unfinished_run_says_how_far_it_got(tmp_path: Path) -> None:
@@ -52,3 +52,9 @@ def test_metrics_for_people() -> None:
     assert spoken({"accuracy": 0.5, "comparison": "no difference yet"}, "accuracy") == "no difference yet"
     margins = [spoken({"rewards/margins": -0.6}, "rewards/margins", start) for start in ({}, {"rewards/margins": -0.7})]
     assert margins == ["-0.600", "-0.600 (+0.100)"]
+
+
+@pytest.mark.parametrize("program", ["/venv/bin/tokengrain", "/venv/lib/tokengrain/__main__.py"])
+def test_the_command_can_be_pasted(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train", "dpo", "lora={r: 8}"])
+    assert typed() == "tokengrain train dpo 'lora={r: 8}'"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from tokengrain.errors import RunError, is_temporary, read_json, require, write_
 from tokengrain.report.html import write_report
 from tokengrain.run.load import load_recipe
 from tokengrain.run.runner import run_recipe
+from tokengrain.runs import typed
 from tokengrain.screen import Screen, labelled, progress_bar
 from tokengrain.worlds import load_world
 from tokengrain.worlds.base_models import single_thread
@@ -123,7 +123,7 @@ def _metrics(rows: Sequence[dict[str, Any]], world: Any, samples: int) -> dict[s
     return {
         "kind": "demo",
         "date": date.today().isoformat(),
-        "command": " ".join(["tokengrain", *sys.argv[1:]]),
+        "command": typed(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "world": WORLD,
         "seed": 0,

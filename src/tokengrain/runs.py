@@ -14,6 +14,8 @@ Every file is written atomically, so whatever is there is whole; `status` says w
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -224,6 +226,13 @@ def unfinished_message(run: Run) -> str:
     return "; ".join(parts)
 
 
+def typed() -> str:
+    """The command that started this process."""
+    program = Path(sys.argv[0])
+    module = program.name == "__main__.py"  # `python -m tokengrain`
+    return shlex.join([program.parent.name if module else program.name, *sys.argv[1:]])
+
+
 def resume_command(run: Run) -> str:
     """The command that continues `run`; its folder holds the resolved recipe, so nothing else is needed."""
-    return f"tokengrain train {run.path / 'recipe.yaml'}"
+    return shlex.join(["tokengrain", "train", str(run.path / "recipe.yaml")])

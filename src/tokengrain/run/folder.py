@@ -48,6 +48,7 @@ from tokengrain.runs import (
     read_run,
     read_stage,
     resume_command,
+    typed,
 )
 from tokengrain.training.checkpoint import STAGING
 
@@ -220,7 +221,7 @@ class RunFolder:
             "started": _now(),
             "finished": None,
             TIME: self.template_time,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": typed(),
             "versions": versions(),
             "stages": [{"name": p.stage.name, "kind": p.stage.kind, "fingerprint": p.fingerprint} for p in self.plans],
         }
