@@ -64,6 +64,8 @@ def test_the_readme_of_package_indexes_has_no_dead_link() -> None:
     assert all(target.startswith("https://") for target in targets)
     assert "![" not in text
     assert "| DPO | preferred over rejected, near the reference | dpo |" in text
+    assert "    pip install 'tokengrain[all]'       " in text
+    assert "Getting started" not in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)

@@ -122,6 +122,13 @@ def test_a_stage_set_to_null_is_left_out(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_of_a_stage_that_is_not_there(tmp_path: Path) -> None:
+    message = error_of(tmp_path, "stages.trian.objective.beta=0.3")
+    assert message == "--set stages.trian.objective.beta: no stage 'trian'; did you mean 'train'?"
+    new = ["stages.more.objective.beta=0.3", "stages.more.objective.name=dpo", "stages.more.kind=train"]
+    assert list(load_recipe("dpo", overrides=new).stages) == ["train", "more"]
+
+
 def test_fsdp_is_true_or_text() -> None:
     """transformers means true, though it says that the type is text."""
     assert load_recipe("dpo", overrides=["training.fsdp=true"]).training["fsdp"] is True

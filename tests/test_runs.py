@@ -52,6 +52,7 @@ def test_metrics_for_people() -> None:
     assert spoken({"accuracy": 0.5, "comparison": "no difference yet"}, "accuracy") == "no difference yet"
     margins = [spoken({"rewards/margins": -0.6}, "rewards/margins", start) for start in ({}, {"rewards/margins": -0.7})]
     assert margins == ["-0.600", "-0.600 (+0.100)"]
+    assert spoken({"rewards/margins": -1e-9}, "rewards/margins") == "0.000"
 
 
 @pytest.mark.parametrize("program", ["/venv/bin/tokengrain", "/venv/lib/tokengrain/__main__.py"])

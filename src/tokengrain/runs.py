@@ -209,8 +209,8 @@ def spoken(metrics: Mapping[str, Any], name: str, before: Mapping[str, Any] | No
         return "none"
     start = (before or {}).get(name) or 0.0
     if name == "rewards/margins" and abs(start) >= 5e-4:
-        return f"{value:.3f} ({value - start:+.3f})"
-    return f"{value:.3f}" + (f" (95 % CI {low:.3f} to {high:.3f})" if None not in (low, high) else "")
+        return f"{value:z.3f} ({value - start:+z.3f})"
+    return f"{value:z.3f}" + (f" (95 % CI {low:z.3f} to {high:z.3f})" if None not in (low, high) else "")
 
 
 def unfinished_message(run: Run) -> str:

@@ -163,8 +163,16 @@ def resolve(values: Values, model: str | None, data: str | None, overrides: Sequ
         elif value is None and len(keys) == 2 and keys[0] == "stages":
             _leave_out(values.get("stages"), keys[1])
         elif keys[0] not in early:
+            _check_stage(values.get("stages"), keys, overrides)
             set_path(values, keys, value)
     return values
+
+
+def _check_stage(stages: Any, keys: list[str], overrides: Sequence[tuple[list[str], Any]]) -> None:
+    """A key of a stage that is not there: a new one, if its kind is given as well."""
+    if keys[0] == "stages" and len(keys) > 2 and isinstance(stages, dict) and keys[1] not in stages:
+        made = any(others[:2] == keys[:2] and others[2:] in ([], ["kind"]) for others, _ in overrides)
+        require(made, RecipeError, f"--set {'.'.join(keys)}: no stage {keys[1]!r}{nearest(keys[1], stages)}")
 
 
 def _leave_out(stages: Any, name: str) -> None:

@@ -166,7 +166,7 @@ class ShowProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         tied = logs is not None and logs.get("rewards/margins") == 0  # nobody prefers either side of a pair yet
         shown = {k: title for k, title in SHOWN.items() if logs and k in logs and not (tied and "accura" in k)}
-        numbers = "  ".join(f"{title} {logs[key]:.3f}" for key, title in shown.items() if logs)
+        numbers = "  ".join(f"{title} {logs[key]:z.3f}" for key, title in shown.items() if logs)
         if not numbers or not state.is_world_process_zero or self.console.quiet:
             return
         if self._update is not None:
