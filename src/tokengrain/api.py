@@ -78,6 +78,10 @@ def train(
         overrides: any key of the recipe; two underscores stand for the dot
             (`stages__train__objective__beta=0.3`).
 
+    Returns:
+        What came out: `path` of the run folder, `model_path`, `metrics` (its `metrics.json`), and `reused`, the names of
+        the stages that were finished before.
+
     Raises:
         RecipeError, DataError, ModelError, RunError: see `run_recipe`.
     """

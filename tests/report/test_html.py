@@ -344,6 +344,7 @@ def test_lines_of_a_log_that_are_no_objects_are_left_out(tmp_path: Path) -> None
 def test_small_numbers_are_not_shown_as_nothing() -> None:
     assert [number(v) for v in (0.05, 0.0012, 0.00012, -0.0004)] == ["0.050", "0.001", "0.0001", "−0.0004"]
     assert [short(v) for v in (0.004, -0.0011, 0.0002)] == ["0.004", "−0.001", "2.0e−04"]
+    assert short(-2e-9) == "0.00"
     assert nice_ticks(0, 4e-13) == [0, 1e-13, 2e-13, 3e-13, 4e-13], "the KL of two equal models is rounding"
 
 

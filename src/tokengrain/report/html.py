@@ -150,7 +150,7 @@ def fixed(value: float | None, decimals: int = 2) -> str:
     """`value` with this many decimals, for a column of a table; "–" for nothing."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.{decimals}f}".replace("-", "−")
+    return f"{value:z.{decimals}f}".replace("-", "−")
 
 
 def short(value: float | None) -> str:
