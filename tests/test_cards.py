@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator
+from contextlib import chdir
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,8 +19,10 @@ import yaml
 from huggingface_hub import HfApi, constants
 
 from tests.test_stages import DPO, run, values
-from tests.training.tiny import make_samples, make_trainer
+from tests.training.tiny import make_samples, make_trainer, tiny_llama
+from tokengrain.models import train_tokenizer
 from tokengrain.report.html import write_report
+from tokengrain.specs import TokenizerSpec
 from tokengrain.training.card import _numbers
 
 LORA = {"lora": {"r": 2, "alpha": 4}}
@@ -38,11 +41,11 @@ def card_of(folder: Path, stage: str = "train") -> tuple[dict[str, Any], str]:
 
 
 def loaded_as_it_says(body: str, path: Path) -> Any:
-    """Runs the card's own code, with the folder in place of the name."""
+    """Runs the card's own code, in its folder."""
     code = re.findall(r"```python\n(.*?)```", body, re.DOTALL)[0]
-    name = re.findall(r'"([\w-]+)"\)', code)[0]
     space: dict[str, Any] = {}
-    exec(code.replace(f'"{name}"', repr(str(path))), space)
+    with chdir(path):
+        exec(code, space)
     return space["model"]
 
 
@@ -63,9 +66,24 @@ def test_a_policys_card(over: dict[str, Any], library: str, kind: str, tmp_path:
     assert re.search(r"\| pair accuracy \| no difference yet \| [01]\.\d{3} \(95 % CI", body)
     assert "learning_rate 0.01" in body
     assert "4 optimiser steps" in body
-    assert ("LoRA: r 2, alpha 4" in body) == bool(over)
-    assert str(tmp_path) not in body.replace(str(tmp_path / "rows.jsonl"), "")
+    assert ("LoRA: r 2, alpha 4, dropout 0.0, on down_proj gate_proj" in body) == bool(over)
+    assert re.search(r"- data: `rows.jsonl`, \d+ rows\n", body)
+    assert str(tmp_path) not in body
     assert type(loaded_as_it_says(body, tmp_path / "run" / "train" / "model")).__name__ == kind
+
+
+def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last part is named; and of an adapter what kind it is, and of what base."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(vocab_size=258, hidden_size=64, intermediate_size=64).save_pretrained("models/base")
+    train_tokenizer(TokenizerSpec(type="byte"), ()).save_pretrained("models/base")
+    lora = {"r": 2, "use_dora": True, "init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]}
+    run(values(tmp_path, {"train": DPO}, model={"path": "models/base", "load_in_4bit": True}, lora=lora))
+    front, body = card_of(tmp_path)
+    assert "base_model" not in front
+    assert "trained from `base` with" in body
+    assert "use_dora, init_lora_weights gaussian, on " in body
+    assert "trained in full lm_head, over weights in nf4" in body
 
 
 @pytest.mark.parametrize("over", [{}, LORA], ids=["full", "adapter"])
@@ -169,4 +187,5 @@ def test_push_to_hub(hub: dict[str, str], tmp_path: Path) -> None:
     assert {"README.md", "config.json", "model.safetensors"} <= set(hub)
     assert "# mine" in hub["README.md"]
     assert "with DPO by tokengrain" in hub["README.md"]
+    assert 'place = "me/mine"  # this folder' in hub["README.md"]
     assert "| pair accuracy |" in hub["README.md"]

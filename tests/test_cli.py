@@ -58,7 +58,8 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert all({"paper", "credit", "objective", "trains", "recipe"} <= m.keys() for m in listed)
     status, out, _ = call(capsys, "methods")
     assert status == 0
-    assert "tgdpo" in out
+    assert {"tgdpo", "aligndistil_online"} <= {line.partition(" ")[0] for line in out.splitlines()}
+    assert all(m["recipe"] == f"recipes/{m['name']}.yaml" for m in listed)
 
 
 def test_train_evaluate_report_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

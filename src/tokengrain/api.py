@@ -79,8 +79,8 @@ def train(
             (`stages__train__objective__beta=0.3`).
 
     Returns:
-        What came out: `path` of the run folder, `model_path`, `metrics` (its `metrics.json`), and `reused`, the names of
-        the stages that were finished before.
+        What came out: `path` of the run folder, `model_path`, `metrics` (its `metrics.json`), and in `reused` the names
+        of stages that were finished before.
 
     Raises:
         RecipeError, DataError, ModelError, RunError: see `run_recipe`.

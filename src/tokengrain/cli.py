@@ -395,7 +395,7 @@ def methods(
     matrix: Annotated[bool, typer.Option("--matrix", help="Which credit goes with which objective.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --matrix: the page of the documentation.")] = False,
 ) -> None:
-    """List the methods: paper, credit, objective, what is trained, recipe.
+    """List the methods: objective, credit, what is trained, paper. `tokengrain train METHOD` runs a method's recipe.
 
     Any credit source goes with any objective that can use it: `--matrix` shows how.
     """
@@ -412,10 +412,10 @@ def methods(
     if as_json:
         typer.echo(json_text([asdict(method) for method in METHODS.values()]), nl=False)
         return
-    columns = ("method", "credit", "objective", "trains", "paper", "recipe")
-    table = Table(*(Column(name, overflow="fold") for name in columns), box=None, pad_edge=False)
+    names = (Column(name, no_wrap=True) for name in ("method", "objective"))
+    table = Table(*names, "credit", "trains", "paper", box=None, pad_edge=False)
     for method in METHODS.values():
-        table.add_row(method.name, method.credit, method.objective, method.trains, method.paper, method.recipe)
+        table.add_row(method.name, method.objective, method.credit, method.trains, method.paper)
     Screen().print(table, highlight=False)
 
 

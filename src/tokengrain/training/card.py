@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -26,23 +27,27 @@ LOADING = {
     "model": """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(NAME)
-model = AutoModelForCausalLM.from_pretrained(NAME)""",
+place = PLACE
+tokenizer = AutoTokenizer.from_pretrained(place)
+model = AutoModelForCausalLM.from_pretrained(place)""",
     "adapter": """
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(NAME)
-model = AutoPeftModelForCausalLM.from_pretrained(NAME)  # loads the base model as well""",
+place = PLACE
+tokenizer = AutoTokenizer.from_pretrained(place)
+model = AutoPeftModelForCausalLM.from_pretrained(place)  # loads the base model as well""",
     "reward": """
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(NAME)
-model = AutoModelForTokenClassification.from_pretrained(NAME)  # one score per token""",
+place = PLACE
+tokenizer = AutoTokenizer.from_pretrained(place)
+model = AutoModelForTokenClassification.from_pretrained(place)  # one score per token""",
     "reward adapter": """
 from tokengrain.models import load_trained_reward_model
 
-model = load_trained_reward_model(NAME)  # one score per token""",
+place = PLACE
+model = load_trained_reward_model(place)  # one score per token""",
 }
 
 
@@ -72,14 +77,15 @@ def model_card(
     card = METHODS.get(method or "") or _trained_with(objective.name)
     title = card.title if card is not None else method or objective.name
     base = _base(model) if base is None else _short(base)
-    rows = str(data if data is not None else getattr(trainer.train_dataset, "name", "rows in memory"))
+    rows = _short(str(data if data is not None else getattr(trainer.train_dataset, "name", "rows in memory")))
+    place = json.dumps(trainer.hub_model_id or ".") + "  # this folder, or the model's name on a hub"
     task = "token-classification" if reward else "text2text-generation" if encoder else "text-generation"
     parts = [_metadata(base, adapter, task, method or objective.name, rows)]
     what = ("A token-level reward model" if reward else "A language model") + (" (a LoRA adapter)" if adapter else "")
     start = f" from `{base}`" if base else ""
     parts.append(f"# {name}\n\n{what}, trained{start} with {title} by tokengrain {version('tokengrain')}.")
     loading = LOADING[kind].replace("ForCausalLM", "ForSeq2SeqLM") if encoder else LOADING[kind]
-    parts.append("## Load it\n\n```python" + loading.replace("NAME", json.dumps(name)) + "\n```")
+    parts.append("## Load it\n\n```python" + loading.replace("PLACE", place) + "\n```")
     parts.append("## How it was trained\n\n" + _settings(trainer, rows, model if adapter else None))
     parts.append("## Held-out numbers\n\n" + _numbers(trainer, metrics))
     parts.append("## Paper\n\n" + _paper(card) if card is not None else "")
@@ -99,7 +105,7 @@ def _base(model: Any) -> str:
 
 
 def _short(place: str) -> str:
-    return Path(place).name if place.startswith(("/", ".", "~")) else place
+    return Path(place).name if place.startswith(("/", ".", "~")) or os.path.exists(place) else place
 
 
 def _metadata(base: str, adapter: bool, task: str, method: str, rows: str) -> str:
@@ -110,23 +116,36 @@ def _metadata(base: str, adapter: bool, task: str, method: str, rows: str) -> st
         "tags": ["tokengrain", method],
     }
     values |= {"base_model": base} if hub.fullmatch(base) else {}
-    values |= {"datasets": [rows]} if hub.fullmatch(rows) and not Path(rows).exists() else {}
+    values |= {"datasets": [rows]} if hub.fullmatch(rows) else {}
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
 def _settings(trainer: Any, rows: str, adapter: Any) -> str:
     args, described = trainer.args, trainer.objective.describe()
     given = ", ".join(f"{k} {v}" for k, v in described.items() if k != "name" and v is not None)
-    lines = [f"- data: `{rows}`", f"- objective: `{described.get('name', trainer.objective.name)}` ({given})"]
+    count = f", {len(trainer.train_dataset):,} rows" if hasattr(trainer.train_dataset, "__len__") else ""
+    lines = [f"- data: `{rows}`{count}", f"- objective: `{described.get('name', trainer.objective.name)}` ({given})"]
     if getattr(trainer, "credit", None) is not None:
         lines.append(f"- token credit: {trainer.credit.describe()}")
     if adapter is not None:
-        config = adapter.peft_config[adapter.active_adapter]
-        lines.append(f"- LoRA: r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}")
+        lines.append(f"- {_adapter(adapter)}")
     values = {key: getattr(args, key) for key in SETTINGS.split() if hasattr(args, key)}
     lines.append("- " + ", ".join(f"{key} {getattr(value, 'value', value)}" for key, value in values.items()))
     lines.append(f"- {trainer.state.global_step} optimiser steps on {args.world_size} process(es)")
     return "\n".join(lines)
+
+
+def _adapter(model: Any) -> str:
+    """An adapter's kind and settings, and how the base was rounded under it."""
+    config, base = model.peft_config[model.active_adapter], getattr(model.config, "quantization_config", None)
+    targets, whole = config.target_modules, config.modules_to_save
+    said = [f"LoRA: r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}"]
+    said += [name for name in ("use_dora", "use_rslora") if getattr(config, name)]
+    said += [f"init_lora_weights {start}" for start in [config.init_lora_weights] if isinstance(start, str)]
+    said += [f"on {targets if isinstance(targets, str) else ' '.join(sorted(targets))}"]
+    said += [f"trained in full {' '.join(sorted(whole))}"] if whole else []
+    said += [f"over weights in {base.quantization_method()}"] if hasattr(base, "quantization_method") else []
+    return ", ".join(said)
 
 
 def _numbers(trainer: Any, metrics: Mapping[str, Any] | None) -> str:
@@ -148,6 +167,6 @@ def _numbers(trainer: Any, metrics: Mapping[str, Any] | None) -> str:
 def _paper(card: Card) -> str:
     bibtex = (
         f"@misc{{arxiv-{card.arxiv},\n  title = {{{card.paper_title}}},\n  eprint = {{{card.arxiv}}},\n"
-        f"  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{card.arxiv}}},\n}}"
+        f"  archivePrefix = {{arXiv}},\n  year = {{20{card.arxiv[:2]}}},\n  url = {{https://arxiv.org/abs/{card.arxiv}}},\n}}"
     )
     return f"[{card.paper_title}](https://arxiv.org/abs/{card.arxiv}), {card.venue}\n\n```bibtex\n{bibtex}\n```"
