@@ -39,6 +39,11 @@ def test_settings_without_a_right_effect_are_refused(name: str, tmp_path: Path) 
         tiny_config(tmp_path, **{name: REFUSED[name]})
 
 
+def test_a_misspelt_optimiser_gets_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^optim is 'adamw_8bits'; did you mean 'adamw_8bit'\?$"):
+        tiny_config(tmp_path, optim="adamw_8bits")
+
+
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
 def test_strategies_that_need_lengths_are_refused(strategy: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="train_sampling_strategy is not supported, except 'random' and 'sequential'"):

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, RecipeError, require
@@ -172,6 +173,10 @@ class PreferenceConfig(TrainingArguments):
             ("ref_model_sync_steps", _is_whole(self.ref_model_sync_steps, 1), "a positive integer"),
         ):
             require(fits, RecipeError, f"{name} must be {expected}, got {getattr(self, name)!r}")
+        for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+            value, known = getattr(self, name), [one.value for one in kind]
+            value = getattr(value, "value", value)
+            require(value in known, RecipeError, f"{name} is {value!r}{nearest(str(value), known)}")
         for name, most in _MOST.items():
             value = getattr(self, name, None)
             above = isinstance(value, (int, float)) and value > most
