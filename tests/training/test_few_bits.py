@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import AutoPeftModelForCausalLM
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,7 @@ from tokengrain.errors import ModelError, RecipeError, read_json
 from tokengrain.models import load_model, merge, train_tokenizer, trained
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import evaluate_run
+from tokengrain.run.show import print_end
 from tokengrain.scoring.prepare import prepare
 from tokengrain.scoring.reference import AdapterOffReference
 from tokengrain.specs import ModelSpec, TokenizerSpec
@@ -137,8 +140,13 @@ def test_training_ends_early(tmp_path: Path) -> None:
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     best = losses.index(min(losses))
     assert trainer.state.global_step == best + 3 < 30
+    print_end(Console(file=(screen := StringIO()), width=120), trainer)
+    print_end(Console(file=(screen := StringIO()), width=120), trainer)
+    said = f"  ended early, at step {best + 3} of 30; the model is that of step {best + 1}, the best"
+    assert screen.getvalue().startswith(said)
     again = make_trainer(tmp_path / "out", make_samples(16), eval_dataset=make_samples(8, 1), **how)
     again.train(resume_from_checkpoint=True)  # as after a kill behind the last step
     assert again.state.global_step == best + 3
-    with pytest.raises(RecipeError, match="load_best_model_at_end must be true: early stopping seeks it"):
+    assert all(torch.equal(w, again.model.state_dict()[name]) for name, w in trainer.model.state_dict().items())
+    with pytest.raises(RecipeError, match=r"^early_stopping_patience is 2, .* load_best_model_at_end: true$"):
         tiny_config(tmp_path, early_stopping_patience=2)

@@ -45,6 +45,15 @@ def print_rows(console: Console, what: str, dataset: Any) -> None:
         console.print(f"{what}: {report}", highlight=False, markup=False)
 
 
+def print_end(console: Console, trainer: Any) -> None:
+    """Where training ended early, and which step's model is kept, where it is not the last one's."""
+    state, kept = trainer.state, trainer.args.load_best_model_at_end and trainer.state.best_global_step
+    said = [f"ended early, at step {state.global_step} of {state.max_steps}"] * (state.global_step < state.max_steps)
+    said += [f"the model is that of step {kept}, the best that was evaluated"] * bool(kept)
+    if said:
+        console.print(f"  {'; '.join(said)}", highlight=False)
+
+
 def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> None:
     """What came out of a stage, in one line."""
     parts = [f"{seconds:.0f} s"]

@@ -329,6 +329,7 @@ class Trained(Stage):
             progress.close()
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
+        show.print_end(run.console, trainer)
         metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
         if has_eval:
             metrics["after"] = self.compared(plain_metrics(trainer.evaluate()), trainer.reference, before=False)

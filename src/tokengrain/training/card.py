@@ -142,7 +142,8 @@ def _adapter(model: Any) -> str:
     said = [f"LoRA: r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}"]
     said += [name for name in ("use_dora", "use_rslora") if getattr(config, name)]
     said += [f"init_lora_weights {start}" for start in [config.init_lora_weights] if isinstance(start, str)]
-    said += [f"on {targets if isinstance(targets, str) else ' '.join(sorted(targets))}"]
+    names = [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
+    said += [f"on {' '.join(names)}"]
     said += [f"trained in full {' '.join(sorted(whole))}"] if whole else []
     said += [f"over weights in {base.quantization_method()}"] if hasattr(base, "quantization_method") else []
     return ", ".join(said)

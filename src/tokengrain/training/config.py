@@ -168,11 +168,12 @@ class PreferenceConfig(TrainingArguments):
             ("max_tokens_per_microbatch", most is None or _is_whole(most, 1), "a positive integer or null"),
             ("chunk_tokens", chunk is None or _is_whole(chunk, 1), "a positive integer or null"),
             ("early_stopping_patience", waits is None or _is_whole(waits, 1), "a positive integer or null"),
-            ("load_best_model_at_end", waits is None or self.load_best_model_at_end, "true: early stopping seeks it"),
             ("ref_model_mixup_alpha", 0 <= float(self.ref_model_mixup_alpha) <= 1, "from 0 to 1"),
             ("ref_model_sync_steps", _is_whole(self.ref_model_sync_steps, 1), "a positive integer"),
         ):
             require(fits, RecipeError, f"{name} must be {expected}, got {getattr(self, name)!r}")
+        what = f"early_stopping_patience is {waits}, which seeks the best model; expected load_best_model_at_end: true"
+        require(waits is None or self.load_best_model_at_end, RecipeError, what)
         for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
             value, known = getattr(self, name), [one.value for one in kind]
             value = getattr(value, "value", value)
