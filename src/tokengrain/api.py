@@ -45,7 +45,7 @@ TRL_NAMES = {
 """What TRL's trainers call what is said otherwise here."""
 
 
-@no_progress_bar()  # of transformers, one for each model that is loaded or saved
+@no_progress_bar()  # one for each model or data set that is loaded or saved
 def train(
     recipe: str | Path | Recipe,
     *,

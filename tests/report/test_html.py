@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tests.report.folders import METHODS, PAIRS, credit_entries, make_demo, make_run, write
 from tokengrain.errors import DataError, RunError
-from tokengrain.report.html import short, write_report
+from tokengrain.report.html import charts, short, write_report
 from tokengrain.report.svg import nice_ticks, number, tick
 from tokengrain.report.terminal import inspect_rows
 
@@ -339,6 +339,16 @@ def test_lines_of_a_log_that_are_no_objects_are_left_out(tmp_path: Path) -> None
     whole = write_report(run).read_text(encoding="utf-8")
     log.write_bytes(log.read_bytes() + b'[1]\nnull\n{"step": 121, "note": "\xc3')
     assert write_report(run).read_text(encoding="utf-8") == whole
+
+
+def test_accuracies_of_ties_are_no_points_of_a_curve() -> None:
+    """Where the policy still is its reference, rounding alone decides who is preferred."""
+    rows = [{"step": 0, "eval_rewards/margins": 6e-8, "eval_accuracy": 0.285}, {"step": 9, "rewards/margins": 0.0}]
+    rows += [{"step": 9, "eval_rewards/margins": 0.2, "eval_accuracy": 0.625}]
+    drawn = dict(charts([("train", 0, rows)]))
+    assert "0.285" not in drawn["pair accuracy"]
+    assert "0.625" in drawn["pair accuracy"]
+    assert drawn["reward margin"].count("train (held out) · step") == 2
 
 
 def test_small_numbers_are_not_shown_as_nothing() -> None:

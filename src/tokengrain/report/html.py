@@ -343,9 +343,15 @@ def _answers(stage: runs.StageRecord) -> list[tuple[str, str, str]]:
     return [(prompt, start, end) for prompt, start, end in shown]
 
 
+def _ties(metrics: Mapping[str, Any]) -> bool:
+    """Whether the policy tells no chosen completion from its rejected one, but for rounding."""
+    margins = (metrics.get(f"{prefix}rewards/margins") for prefix in ("", "eval_"))
+    return any(isinstance(margin, int | float) and abs(margin) < 1e-6 for margin in margins)
+
+
 def _unequal(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Metrics without an accuracy of a policy that still is its reference."""
-    if "comparison" not in metrics and abs(metrics.get("rewards/margins", 1.0)) >= 1e-6:
+    if "comparison" not in metrics and not _ties(metrics):
         return metrics
     return {k: EQUAL if "accura" in k and not k.endswith(("_low", "_high")) else v for k, v in metrics.items()}
 
@@ -449,9 +455,9 @@ def phase_charts(logs: Logs) -> list[tuple[str, str, list[Series]]]:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Point]:
-    """(step, value) of the first of `names` that is in the log."""
+    """(step, value) of the first of `names` that is in the log; accuracies where not all pairs are ties."""
     for name in names:
-        pairs = [(r.get("step"), r.get(name)) for r in rows]
+        pairs = [(r.get("step"), r.get(name)) for r in rows if not ("accura" in name and _ties(r))]
         found = [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
         if found := [(x, y) for x, y in found if math.isfinite(y)]:
             return found

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -286,14 +287,17 @@ def rotate(output_dir: str | os.PathLike[str], limit: int | None, best: str | No
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """No progress bars of transformers, which shows one for the files of every model."""
-    shown = logging.is_progress_bar_enabled()
+    """No progress bars of transformers and datasets, which show one for the files of every model and data set."""
+    models, rows = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
+    disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if models:
             logging.enable_progress_bar()
+        if rows:
+            enable_progress_bars()
 
 
 def append_text(path: Path, text: str) -> None:

@@ -128,6 +128,7 @@ TRL_NAMES = {
     "loss_type": "objective=make_objective('dpo', loss_type=...); `tokengrain methods` lists the objectives",
     "beta": "objective=make_objective('dpo', beta=...)",
     "reward_funcs": "rewards, of OnlineTrainer",
+    "max_length": "tokenize=TokenizeConfig(max_length=...)",
     "formatting_func": "rows with prompt, chosen and rejected; data.columns of a recipe makes them by template",
 }
 """What TRL's trainers call arguments that have another name or place here."""
