@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.test_stages import run, values
+from tests.training.tiny import make_samples, make_trainer
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,20 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert b"| row | completion | credit | tokens |" in text
     assert b"log-ratio of train" in text
     assert '"run_name": "run/train"' in str(found.Tensors("args/text_summary")[0].tensor_proto.string_val[0])
+
+
+def test_the_curves_of_tensorboard_stand_in_the_stages_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is evaluated before training; transformers' own would begin in the working folder."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    samples = make_samples(4)
+    trainer = make_trainer(tmp_path / "out", samples, eval_dataset=samples, max_steps=1, report_to=["tensorboard"])
+    trainer.evaluate()
+    trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    found = EventAccumulator(str(tmp_path / "out" / "runs"))
+    found.Reload()
+    assert {"train/loss", "eval/accuracy"} <= set(found.Tags()["scalars"])
 
 
 PROGRAM = """

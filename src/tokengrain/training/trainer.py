@@ -34,6 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
@@ -245,6 +246,10 @@ class PreferenceTrainer(Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
             args.restore_callback_states_from_checkpoint = True  # how long it has waited already
+        for tracker in self.callback_handler.callbacks:
+            if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+                # Its own place, which it knows only once training begins: an evaluation before would go elsewhere.
+                tracker.logging_dir = str(self.output_path / "runs")
         self._log_file = JsonlLog(self.output_path / LOG_FILE)
         self.add_callback(self._log_file)
         self.callback_handler.callbacks.insert(0, StepHooks(self))  # before those that log and save
