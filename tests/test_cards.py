@@ -65,6 +65,7 @@ def test_a_policys_card(over: dict[str, Any], library: str, kind: str, tmp_path:
     assert "On 3 rows that were not trained on." in body
     assert re.search(r"\| pair accuracy \| no difference yet \| [01]\.\d{3} \(95 % CI", body)
     assert "learning_rate 0.01" in body
+    assert "max_steps 4, per_device" in body  # which counts, not the epochs
     assert "4 optimiser steps" in body
     assert ("LoRA: r 2, alpha 4, dropout 0.0, on down_proj gate_proj" in body) == bool(over)
     assert re.search(r"- data: `rows.jsonl`, \d+ rows\n", body)

@@ -51,7 +51,7 @@ def print_end(console: Console, trainer: Any) -> None:
     said = [f"ended early, at step {state.global_step} of {state.max_steps}"] * (state.global_step < state.max_steps)
     said += [f"the model is that of step {kept}, the best that was evaluated"] * bool(kept)
     if said:
-        console.print(f"  {'; '.join(said)}", highlight=False)
+        console.print(f"  {'; '.join(said)}", highlight=False, soft_wrap=True)
 
 
 def print_stage(console: Console, seconds: float, metrics: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tokengrain.scoring.model import is_encoder_decoder, is_token_classifier
 from tokengrain.scoring.reference import is_peft
 
 SETTINGS = """
-    learning_rate lr_scheduler_type warmup_steps num_train_epochs per_device_train_batch_size
+    learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size
     gradient_accumulation_steps optim weight_decay max_grad_norm bf16 seed num_generations prompts_per_rollout
     max_new_tokens temperature
 """
@@ -129,7 +129,8 @@ def _settings(trainer: Any, rows: str, adapter: Any) -> str:
         lines.append(f"- token credit: {trainer.credit.describe()}")
     if adapter is not None:
         lines.append(f"- {_adapter(adapter)}")
-    values = {key: getattr(args, key) for key in SETTINGS.split() if hasattr(args, key)}
+    idle = "num_train_epochs" if args.max_steps > 0 else "max_steps"
+    values = {key: getattr(args, key) for key in SETTINGS.split() if hasattr(args, key) and key != idle}
     lines.append("- " + ", ".join(f"{key} {getattr(value, 'value', value)}" for key, value in values.items()))
     lines.append(f"- {trainer.state.global_step} optimiser steps on {args.world_size} process(es)")
     return "\n".join(lines)
@@ -137,7 +138,8 @@ def _settings(trainer: Any, rows: str, adapter: Any) -> str:
 
 def _adapter(model: Any) -> str:
     """An adapter's kind and settings, and how the base was rounded under it."""
-    config, base = model.peft_config[model.active_adapter], getattr(model.config, "quantization_config", None)
+    config = model.peft_config[model.active_adapter]
+    method = getattr(getattr(model.config, "quantization_config", None), "quantization_method", None)
     targets, whole = config.target_modules, config.modules_to_save
     said = [f"LoRA: r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}"]
     said += [name for name in ("use_dora", "use_rslora") if getattr(config, name)]
@@ -145,7 +147,7 @@ def _adapter(model: Any) -> str:
     names = [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
     said += [f"on {' '.join(names)}"]
     said += [f"trained in full {' '.join(sorted(whole))}"] if whole else []
-    said += [f"over weights in {base.quantization_method()}"] if hasattr(base, "quantization_method") else []
+    said += [f"over weights in {method()}"] if method is not None else []
     return ", ".join(said)
 
 
