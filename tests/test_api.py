@@ -61,6 +61,9 @@ def test_a_model_and_rows_in_memory(recipe: Path, model_dir: Path, capfd: pytest
     assert not [bar for bar in ("Loading weights", "Writing model", "Creating parquet") if bar in shown]
     assert result.metrics["stages"]["train"]["held_out"] == 4
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    card = (result.model_path / "README.md").read_text()
+    assert "A language model, trained with " in card
+    assert "- data: `rows in memory`, " in card
     kinds = sorted(path.name.partition("-")[0] + path.suffix for path in (result.path / "inputs").iterdir())
     assert kinds == ["model", "rows.jsonl", "rows.parquet"]
     assert tokengrain.train(recipe, model=model, **given).reused == ["train"]  # the tokenizer found where it came from

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tokengrain.method import METHODS, Card
-from tokengrain.runs import TITLES, spoken
+from tokengrain.runs import INPUTS, TITLES, spoken
 from tokengrain.scoring.model import is_encoder_decoder, is_token_classifier
 from tokengrain.scoring.reference import is_peft
 
@@ -77,7 +77,7 @@ def model_card(
     card = METHODS.get(method or "") or _trained_with(objective.name)
     title = card.title if card is not None else method or objective.name
     base = _base(model) if base is None else _short(base)
-    rows = _short(str(data if data is not None else getattr(trainer.train_dataset, "name", "rows in memory")))
+    rows = _short(str(data if data is not None else getattr(trainer.train_dataset, "name", ""))) or "rows in memory"
     place = json.dumps(trainer.hub_model_id or ".") + "  # this folder, or the model's name on a hub"
     task = "token-classification" if reward else "text2text-generation" if encoder else "text-generation"
     parts = [_metadata(base, adapter, task, method or objective.name, rows)]
@@ -99,12 +99,15 @@ def _trained_with(objective: str) -> Card | None:
 
 
 def _base(model: Any) -> str:
-    """Where the weights came from: a hub name, or the last part of a path (others have no use for the rest)."""
+    """Where the weights came from."""
     place = str(getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", ""))
     return _short(place)
 
 
 def _short(place: str) -> str:
+    """A hub name; the last part of a path; nothing of what was given in memory."""
+    if Path(place).parent.name == INPUTS:
+        return ""
     return Path(place).name if place.startswith(("/", ".", "~")) or os.path.exists(place) else place
 
 
