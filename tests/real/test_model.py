@@ -87,12 +87,12 @@ def test_one_rollout_of_every_online_method(recipe: str, tmp_path: Path) -> None
     small = {"prompts_per_rollout": 2, "num_generations": 4, "minibatches": 1, "max_new_tokens": 24}
     settings = {f"stages__train__training__{name}": value for name, value in small.items()}
     few = {name: value for name, value in FEW.items() if "batch_size" not in name}
-    (tmp_path / "own.py").write_text(
-        "def length(completions, **columns):\n    return [len(c) / 99 for c in completions]"
-    )
+    # This model solves nothing of it: what is right is a toss, so that groups differ.
+    toss = "def toss(completions, **columns):\n    return [float(len(c) % 2) for c in completions]"
+    (tmp_path / "own.py").write_text(toss)
     if recipe == "dapo":  # the packaged penalty begins 4,096 tokens before the limit
         settings["stages__train__credit"] = [{"name": "overlong", "buffer": 8}, "group"]
-    settings["stages__train__rewards"] = [{"name": "numeric"}, {"name": f"{tmp_path}/own.py:length", "weight": 0.5}]
+    settings["stages__train__rewards"] = [{"name": f"{tmp_path}/own.py:toss"}, {"name": "numeric", "weight": 0.5}]
     result = tokengrain.train(
         recipe, model=MODEL, data=str(rows), output=tmp_path / "run", quiet=True, **few, **settings
     )
