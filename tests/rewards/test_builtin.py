@@ -1,7 +1,6 @@
 """Rewards that come with the library, and their settings."""
 
 import gzip
-import importlib.util
 import json
 import math
 import time
@@ -14,7 +13,6 @@ from tokengrain.rewards.builtin import REWARDS, Workers, check_reward, make_rewa
 from tokengrain.rewards.suite import RewardError, RewardFailure
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
 
 
 def rewards(name, completions, settings=None, **columns):
@@ -84,7 +82,6 @@ def test_gsm8k():
     assert set(rewards("numeric", answers, answer=golds)) == {1.0}
 
 
-@needs_math
 def test_math():
     golds = [r"\frac{1}{2}", "x^2+2x+1", "{1,2,3}", r"$\boxed{3}$", "0.5"]
     texts = ["$0.5$", "$(x+1)^2$", r"$\{3,2,1\}$", r"so \boxed{4}", "no answer at all"]
@@ -94,7 +91,6 @@ def test_math():
     assert "understands no answer in the column 'answer': '?!'" in failure.what
 
 
-@needs_math
 def test_math_that_takes_too_long():
     reward = make_reward("math", seconds=0.5).function
     tower = "$" + "9^{" * 3 + "9" + "}" * 3 + "$"
@@ -105,7 +101,6 @@ def test_math_that_takes_too_long():
     assert reward.counts["timeouts"] <= 1
 
 
-@needs_math
 def test_answers_that_hang_cost_their_time_only():
     """They run at the same time, a process's start aside, and none takes the others down."""
     reward, hang = make_reward("math", seconds=1.0).function, "$9^{9^{9^{9^{9}}}}$"

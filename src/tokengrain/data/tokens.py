@@ -275,8 +275,8 @@ class Renderer:
         closed, dropped = text.endswith(self.end_marks), dropped + self._dropped(lacks)
         said = [message for message in completion if message["role"] == "assistant"]
         untrained = tuple(i for i, m in enumerate(said) if not (m.get("weight", 1) and m.get("train", True)))
-        made = Rendered(text, len(prompt), tuple(turns), contents, True, closed, shown, dropped)
-        return replace(made, untrained=untrained)
+        given = (text, len(prompt), tuple(turns), contents, True, closed, shown, dropped)
+        return Rendered(*given, untrained=untrained)
 
     def _completion_start(self, example: Example, prompt: str, completion: list[Message], text: str, name: str) -> int:
         """Where the completion begins in the template's text."""

@@ -47,9 +47,11 @@ def print_rows(console: Console, what: str, dataset: Any) -> None:
 
 def print_end(console: Console, trainer: Any) -> None:
     """Where training ended early, and which step's model is kept, where it is not the last one's."""
-    state, kept = trainer.state, trainer.args.load_best_model_at_end and trainer.state.best_global_step
-    said = [f"ended early, at step {state.global_step} of {state.max_steps}"] * (state.global_step < state.max_steps)
-    said += [f"the model is that of step {kept}, the best that was evaluated"] * bool(kept)
+    state, said = trainer.state, list[str]()
+    if state.global_step < state.max_steps:
+        said.append(f"ended early, at step {state.global_step} of {state.max_steps}")
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        said.append(f"the model is that of step {state.best_global_step}, the best that was evaluated")
     if said:
         console.print(f"  {'; '.join(said)}", highlight=False, soft_wrap=True)
 

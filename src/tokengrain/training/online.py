@@ -223,7 +223,7 @@ class OnlineTrainer(PreferenceTrainer):
         kwargs |= {"processing_class": processing_class, "eval_dataset": eval_dataset}
         super().__init__(model, args, objective=bound, train_dataset=prompts, **kwargs)
         self.judge.temperature, self.judge.on_policy = args.logps_temperature, True
-        self._learns_once = args.disable_dropout and critic is None and self._one_update_scores()
+        self._learns_once = self._one_update_scores()
         self.sampler: Sampler = make_sampler(sampler, self.model, tokenizer)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         asked = [item for data in every for item in data]
@@ -247,16 +247,18 @@ class OnlineTrainer(PreferenceTrainer):
         self.buffer: RolloutBuffer | None = None
         self._ahead: Round | None = None  # the first round of the next rollout, under way or done
         self._minibatch: HostBatch | None = None
-        self._unscored: tuple[RolloutStats, Rollout, Tensor] | None = None  # with what is kept; the update scores it
+        self._unscored: tuple[RolloutStats, Rollout, Tensor] | None = None  # and what is kept; its update scores it
         self._handed_out = 0.0
         self._critic_ready = False
 
     def _one_update_scores(self) -> bool:
         """Whether a rollout's only update can give what is logged of the policy, and nobody asks for it before."""
-        objective = self.objective
+        args, objective = self.args, self.objective
+        same = args.steps_per_rollout == 1 and args.disable_dropout  # the update computes what scoring would
         whole = objective.main == "logps" and objective.objective.reads is None
-        later = all(getattr(credit, "unscored", False) for credit in self.rollout_credits)
-        return whole and later and not objective.needs & (SCORED - {OLD_LOGPS}) and self.args.steps_per_rollout == 1
+        asked = self.critic is not None or bool(objective.needs & (SCORED - {OLD_LOGPS}))
+        asked |= not all(getattr(credit, "unscored", False) for credit in self.rollout_credits)
+        return same and whole and not asked
 
     def _check_rewards(self, objective: BoundObjective, args: OnlineConfig) -> None:
         functions = [] if self.rewards is None else self.rewards.functions
@@ -392,35 +394,35 @@ class OnlineTrainer(PreferenceTrainer):
                 self._assign_credit(rollout)
             # What is left out of the update is not scored by it.
             later = self._learns_once and not self.ranks.largest(int(rollout.masked is not None))
-            with stats.timed("scoring"):
-                self.scorer.add(rollout, set() if later else needed)
+            if self._learns_once and not later:
+                with stats.timed("scoring"):
+                    self.scorer.add(rollout, needed)
         keep = kept(rollout)
         most = self.ranks.largest(int(keep.sum()))
         if later and most:
             self._unscored = stats, rollout, keep
         else:
-            self._note(stats, rollout, keep, most)
+            self._note(stats, rollout, keep)
         self.rollouts += 1
         return self._cut(rollout, keep, most) if most else None
 
-    def _note(self, stats: RolloutStats, rollout: Rollout, keep: Tensor, most: int) -> None:
-        """Log a rollout that the policy has scored, and begin its record; `most`: most prompts kept on any rank."""
+    def _note(self, stats: RolloutStats, rollout: Rollout, keep: Tensor) -> None:
+        """Log a rollout that the policy has scored, and begin its record; `keep`: bool `[G]`."""
         metrics = rollout_metrics(stats, rollout, keep, self.ranks.exchange)
         self._check_weights_of_server(metrics)
         for name, value in metrics.items():
             self._window.add(name, value, 1.0)
-        if most:
-            version = stats.sampler.get("rollout/weights_version") if not (stats.stale and stats.refills) else None
-            self.record.begin(rollout, keep, self.state.global_step, version)
+        version = stats.sampler.get("rollout/weights_version") if not (stats.stale and stats.refills) else None
+        self.record.begin(rollout, keep, self.state.global_step, version)
 
     def finish_step(self) -> None:
         """Before the optimiser's step: record, check, and let the critic learn."""
         if self._unscored is not None:
             stats, rollout, keep = self._unscored
-            take_scores(rollout, self._records)
-            self._records = [replace(record, entropy=None) for record in self._records]  # it is the rollout's
             self._unscored = None
-            self._note(stats, rollout, keep, 1)
+            take_scores(rollout, self._records)
+            self._records = [replace(record, entropy=None) for record in self._records]  # logged as the rollout's
+            self._note(stats, rollout, keep)
         self.record.update(self._records)
         super().finish_step()
         if self.critic is not None and self._minibatch is not None:

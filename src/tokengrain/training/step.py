@@ -228,9 +228,9 @@ class PreferenceLoss:
         scores = score(model, part, tuple(want), reference=frozen.distribution, **options)
         found = {name: getattr(scores, name) for name in (main, "kl", *TAUGHT)} | {"ref_logps": frozen.logps}
         scored: dict[str, Tensor] = {name: value for name, value in found.items() if value is not None}
-        if self.on_policy and OLD_LOGPS in needs and OLD_LOGPS not in given:
-            scored[OLD_LOGPS] = scored["logps"].detach()
-            scored |= {"entropy": scores.entropy.detach()} if scores.entropy is not None else {}
+        if self.on_policy and OLD_LOGPS not in batch.columns:
+            own = {OLD_LOGPS: scores.logps, "entropy": scores.entropy}
+            scored |= {name: value.detach() for name, value in own.items() if value is not None}
         judged_tokens, all_segments = scored, segments
         if pairs is not None:
             places = pairs.tokens if read is None or whole else (read.cumsum(0) - 1)[pairs.tokens]

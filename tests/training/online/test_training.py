@@ -284,6 +284,7 @@ ONCE: dict[str, dict[str, Any]] = {
     "grpo": {"objective": make_objective("grpo", beta=0.1), "credit": ["group"]},
     "dcpo": {"objective": "dcpo", "credit": ["dcpo"], "log_entropy": False},
     "filtered": {"objective": "gspo", "credit": [make_rollout_credit("filter_groups", metric="reward"), "group"]},
+    "reinforce": {"objective": "reinforce", "credit": ["group"]},
     "masked": {"objective": "grpo", "credit": ["group", "mask_truncated"], "max_new_tokens": 4},
     "at the temperature": {"objective": "grpo", "temperature": 0.6, "logps_at_temperature": True},
 }
