@@ -391,6 +391,11 @@ def _numbers(weight: Any) -> int:
     return int(weight.numel() if packed is None else packed.shape.numel())
 
 
+def in_words(parameters: int) -> str:
+    """`134.5 M`; a small number as it is."""
+    return f"{parameters / 1e6:.4g} M" if parameters >= 1e5 else str(parameters)
+
+
 def trained(model: Any, *, whole: bool = False) -> str:
     """What of a model is trained, for people: "trains 134.5 M of 134.5 M parameters".
 
@@ -399,7 +404,7 @@ def trained(model: Any, *, whole: bool = False) -> str:
     given = [(name, _numbers(weight), weight.requires_grad) for name, weight in model.named_parameters()]
     own = [(name, size) for name, size, needed in given if needed]
     total, count = sum(size for _, size, _ in given), sum(size for _, size in own)
-    shown = [f"{n / 1e6:.1f} M" if n >= 1e5 else str(n) for n in (count, total)]
+    shown = [in_words(n) for n in (count, total)]
     kind = type(model).__name__
     message = f"nothing in {kind} can be trained: none of its {shown[1]} parameters requires gradients; "
     require(own, ModelError, message + "expected weights that do, or an adapter loaded with is_trainable=True")

@@ -224,6 +224,38 @@ def test_a_system_column():
     assert text(plain, TokenizeConfig(chat=True))[0].startswith("<|im_start|>system\nBe kind.<|im_end|>")
 
 
+def test_completions_that_are_not_wanted_are_not_imitated():
+    """TRL's unpaired preferences."""
+    row = {"prompt": [user("the sky?")], "completion": [assistant("It is black.")]}
+    assert ids({**row, "label": True}, prepare=prepare_sft) == ids({**row, "label": "sky"}, prepare=prepare_sft)
+    with pytest.raises(DataError, match=r"field 'label': marks a completion that is not wanted; .* on_invalid: skip"):
+        ids({**row, "label": False}, prepare=prepare_sft)
+
+
+def test_a_history_beside_a_prompt():
+    turns, pairs = [user("the sea?"), assistant("Green.")], [["the sea?", "Green."]]
+    rules = {"role": "system", "content": "Be kind."}
+    want = ids({**ROW, "prompt": [rules, *turns, *ROW["prompt"]]})
+    assert want == ids({**ROW, "history": pairs, "system_prompt": "Be kind."})
+    assert want == ids({**ROW, "prompt": [rules, *ROW["prompt"]], "history": pairs})
+    assert want == ids({**ROW, "prompt": [rules, *turns, *ROW["prompt"]], "history": pairs}), "said already"
+    assert want == ids({**ALIKE["prompt as text"], "history": pairs, "system": "Be kind."})
+    assert ids(ROW) == ids({**ROW, "history": []}) == ids({**ROW, "history": "of the row"}), "somebody's own column"
+    plain = {"prompt": "the sky?", "chosen": " blue", "rejected": " black", "history": pairs}
+    with pytest.raises(DataError, match=r"field 'history': the column's turns have no place .* `chat: true`"):
+        ids(plain, template=None)
+    assert ids({**plain, "prompt": "the sea? Green. the sky?"}, template=None)
+    asked = text(plain, TokenizeConfig(chat=True))[0]
+    assert asked.index("the sea?") < asked.index("Green.") < asked.index("the sky?")
+
+
+@pytest.mark.parametrize("value", [[{"type": "text", "text": "Be kind."}], {"role": "system", "content": "Be kind."}])
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_that_is_no_text(column, value):
+    with pytest.raises(DataError, match=f"field '{column}': is not text; .* expected the system message's text"):
+        ids({**ROW, column: value})
+
+
 def test_text_rows_as_messages():
     plain = {"prompt": "the sky?", "chosen": "It is blue.", "rejected": "It is black."}
     chat = TokenizeConfig(chat=True)

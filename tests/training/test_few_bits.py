@@ -148,5 +148,9 @@ def test_training_ends_early(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=True)  # as after a kill behind the last step
     assert again.state.global_step == best + 3
     assert all(torch.equal(w, again.model.state_dict()[name]) for name, w in trainer.model.state_dict().items())
+    how["early_stopping_patience"] = 4
+    patient = make_trainer(tmp_path / "out", make_samples(16), eval_dataset=make_samples(8, 1), **how)
+    patient.train(resume_from_checkpoint=True)
+    assert patient.state.global_step == best + 5, "the checkpoint's patience was 2"
     with pytest.raises(RecipeError, match=r"^early_stopping_patience is 2, .* load_best_model_at_end: true$"):
         tiny_config(tmp_path, early_stopping_patience=2)

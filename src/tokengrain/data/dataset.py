@@ -338,10 +338,20 @@ def prepare_sft(
     """Rows as samples with one completion.
 
     Rows hold `prompt` + `completion`, `messages`, `text`, or pairs, whose chosen side is taken. Plain `text`
-    has no prompt; BOS stands for it, or, if there is none, its first token. Arguments, result and errors are
+    has no prompt; BOS stands for it, or, if there is none, its first token. A `label` of false, which TRL's unpaired
+    preferences have beside a completion, makes a row invalid: it would be imitated. Arguments, result and errors are
     those of `prepare_pairs`.
     """
-    return _prepare(source, tokenizer, config, single_example, model_positions)
+    return _prepare(source, tokenizer, config, _imitated, model_positions)
+
+
+def _imitated(row: Any) -> Example:
+    """The prompt and the completion of a row that an SFT stage learns from."""
+    example = single_example(row)
+    if row.get("label") is False:
+        what, expected = "marks a completion that is not wanted", "one to imitate; on_invalid: skip leaves it out"
+        raise RowError("label is false", what, field="label", value=False, expected=expected)
+    return example
 
 
 def _prepare(

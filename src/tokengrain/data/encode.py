@@ -54,7 +54,7 @@ class _Work:
 
 
 class ExampleEncoder:
-    """Turns rows into samples, many at a time; `parse` is `pair_example` or `single_example`.
+    """Turns rows into samples, many at a time; `parse` makes an `Example` of a row.
 
     `processor` is a tokenizer, or the processor of a model that sees. `model_positions` is the longest sequence the
     model takes, in tokens (None: not checked); `clock` the time for a template that writes the date; `place(number)`

@@ -205,10 +205,10 @@ class CanonicalRow(dict[str, Any]):
 def canonical(row: Any, chat: bool = False) -> CanonicalRow:
     """The row in TRL's columns; its other columns stay as they are.
 
-    Read are ShareGPT's `conversations` (`from`, `value`), Alpaca's `instruction`, `input`, `output`, `history`, and
-    a `system` column, which becomes the first message. A null prompt is an implicit one. JSON text of messages, all
-    that a CSV file can hold of them, is read as messages. With `chat` text becomes messages: the prompt the user's, a
-    completion the assistant's.
+    Read are ShareGPT's `conversations` (`from`, `value`), Alpaca's `instruction`, `input`, `output`, the pairs of
+    `history`, which become the turns before a prompt, and a `system` or `system_prompt` column, which becomes the first
+    message. A null prompt is an implicit one. JSON text of messages, all that a CSV file can hold of them, is read as
+    messages. With `chat` text becomes messages: the prompt the user's, a completion the assistant's.
     """
     if isinstance(row, CanonicalRow):
         return row
@@ -224,10 +224,17 @@ def canonical(row: Any, chat: bool = False) -> CanonicalRow:
         made["prompt" if made.get("chosen") is not None else "messages"] = content(made, "conversations")
     elif absent and isinstance(made.get("instruction"), str):
         _from_alpaca(made)
+        made.pop("history", None)  # said now
     if chat:
         _as_messages(made)
-    if isinstance(made.get("system"), str) and made["system"].strip():
-        _with_system(made, made["system"])
+    if "prompt" in made and _are_pairs(turns := made.get("history")):
+        _with_history(made, _said(turns))
+    for name in SYSTEM:
+        if isinstance(text := made.get(name), str) and text.strip():
+            _with_system(made, text, name)
+        elif text:
+            shaped = not (isinstance(text, Mapping) or _is_list(text))  # a number is an id of something
+            check(shaped, "wrong type", "is not text", field=name, value=text, expected="the system message's text")
     return made
 
 
@@ -260,10 +267,9 @@ def check_mapping(row: Any) -> None:
 
 def _from_alpaca(row: dict[str, Any]) -> None:
     before = _parsed(row.get("history"), "history", "a list of pairs (instruction, output)") or []
-    pairs = _is_list(before) and all(_is_list(pair) and len(pair) == 2 for pair in before)
     what, expected = "is no list of pairs", "a list of pairs (instruction, output)"
-    check(pairs, "wrong type", what, field="history", value=before, expected=expected)
-    turns = [m for ask, answer in before for m in (_user(ask), _assistant(answer))]
+    check(_are_pairs(before), "wrong type", what, field="history", value=before, expected=expected)
+    turns = _said(before)
     given = row.get("input") or ""
     text = isinstance(given, str)
     check(text, "wrong type", "is not text", field="input", value=given, expected="a string")
@@ -272,6 +278,31 @@ def _from_alpaca(row: dict[str, Any]) -> None:
     if row.get("output") is not None and row.get("completion") is None and row.get("chosen") is None:
         row["completion"] = row["output"]
     _as_messages(row)
+
+
+def _are_pairs(turns: Any) -> bool:
+    return _is_list(turns) and all(_is_list(pair) and len(pair) == 2 for pair in turns)
+
+
+def _said(pairs: Any) -> list[Message]:
+    return [message for ask, answer in pairs for message in (_user(ask), _assistant(answer))]
+
+
+def _with_history(row: dict[str, Any], turns: list[Message]) -> None:
+    """Put earlier turns before the prompt's messages; a text row must have them in its prompt already."""
+    prompt = content(row, "prompt")
+    if isinstance(prompt, str) and turns and not isinstance(row.get("chosen", row.get("completion")), str):
+        prompt = [_user(prompt)]  # text beside messages
+    if isinstance(prompt, list):
+        own = [(m["role"], m.get("content")) for m in prompt if m["role"] != "system"]
+        if own[: len(turns)] != [tuple(turn.values()) for turn in turns]:
+            first = sum(m["role"] == "system" for m in prompt[:1])
+            row["prompt"] = [*prompt[:first], *turns, *prompt[first:]]
+        return
+    what = "the column's turns have no place in a row of text"
+    expected = "`chat: true`, which makes messages of the row, or a prompt that holds them"
+    held = all(str(turn["content"]).strip() in str(prompt) for turn in turns)
+    check(held, "history", what, field="history", value=row["history"], expected=expected)
 
 
 def _as_messages(row: dict[str, Any]) -> None:
@@ -304,8 +335,11 @@ def _turns(prompt: str) -> list[Message]:
     return turns[:-1] if turns[-1] == _assistant("") else turns
 
 
-def _with_system(row: dict[str, Any], text: str) -> None:
-    """Put the text of a `system` column before the messages; a text row must have it in its prompt already."""
+SYSTEM = ("system", "system_prompt")
+
+
+def _with_system(row: dict[str, Any], text: str, column: str) -> None:
+    """Put the text of a system column before the messages; a text row must have it in its prompt already."""
     first = next((n for n in ("prompt", "messages", "chosen", "completion") if row.get(n) is not None), None)
     value = row.get(first or "")
     if first == "prompt" and isinstance(value, str) and not isinstance(row.get("chosen", row.get("completion")), str):
@@ -314,13 +348,13 @@ def _with_system(row: dict[str, Any], text: str) -> None:
         texts = [str(row.get(name)) for name in ("prompt", "chosen", "text")]
         expected = "`chat: true`, which makes messages of the row, or `columns:` that put it into the prompt"
         what = "the column's text has no place in a row of text"
-        check(any(text.strip() in t for t in texts), "system", what, field="system", value=text, expected=expected)
+        check(any(text.strip() in t for t in texts), "system", what, field=column, value=text, expected=expected)
         return
     for name in (first, "rejected") if first == "chosen" else (first,):
         messages = content(row, str(name))
         own = messages[0].get("content") if isinstance(messages, list) and messages[0]["role"] == "system" else None
         what, expected = "the row has two system messages", "one system message, or the same; the messages have"
-        check(own in (None, text), "system", what, field="system", value=text, expected=f"{expected} {own!r}")
+        check(own in (None, text), "system", what, field=column, value=text, expected=f"{expected} {own!r}")
         if own is None:
             row[str(name)] = [{"role": "system", "content": text}, *messages]
 

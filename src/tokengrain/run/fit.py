@@ -70,8 +70,8 @@ class Outlook:
         parts += [work, f"rate {float(args.learning_rate):.2g}"]
         if self.parameters:
             total = self.parameters + self.added
-            share = "all" if self.trained == total else f"{self.trained / 1e6:.4g} of"
-            parts.append(f"trains {share} {total / 1e6:.4g} M parameters")
+            share = "all" if self.trained == total else f"{models.in_words(self.trained)} of"
+            parts.append(f"trains {share} {models.in_words(total)} parameters")
             parts.append(f"about {self.gib:.2g} GiB and the activations of {_pass(args, self.config)}")
         return "; ".join(parts)
 

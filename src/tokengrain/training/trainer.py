@@ -585,6 +585,8 @@ class PreferenceTrainer(Trainer):
         Nor does it remember that early stopping has ended the run.
         """
         waits = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        for one in waits:  # a checkpoint has the patience of its own run
+            one.early_stopping_patience = self.args.early_stopping_patience or one.early_stopping_patience
         stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in waits)
         if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
