@@ -24,6 +24,7 @@ from tests.real.models import place
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from benchmarks.real_training import trained
 from tokengrain.batch import TokenBatch
 from tokengrain.corruption import Corrupted, corrupt
 from tokengrain.data.config import TokenizeConfig
@@ -33,6 +34,7 @@ from tokengrain.errors import read_log, write_json, write_text
 from tokengrain.evaluation.credit import added_auc, auc, parts_of
 from tokengrain.evaluation.statistics import bootstrap
 from tokengrain.method import make_credit
+from tokengrain.models import load_trained_reward_model
 from tokengrain.scoring.fused import head_quantities
 from tokengrain.scoring.head import Distribution
 from tokengrain.scoring.reference import ReferenceScores
@@ -42,8 +44,8 @@ from tokengrain.training.trainer import PreferenceTrainer
 
 FIRST, SPLIT = 200, 1000  # rows before the first were looked at while sources were thought of
 SEEDS, HOWS = (0, 1), ("swap", "random")
-MOST, FEW = 320, 64  # answers; of sources that need several passes of their own
-GUIDE_STEPS = (4, 12, 25)  # of 8 pairs
+MOST = 320  # answers
+GUIDE_STEPS = (4, 12, 25)  # of 8 pairs; the reward model has the most of them
 MEANS = ("auc", "minus_surprise", "gain")
 FLUENT = {
     "better": "{prompt}\n\nWrite fluent, correct English.",
@@ -111,22 +113,31 @@ class Study:
         folder = self.runs / f"guide-{seed}"
         if (folder / str(steps) / "adapter_config.json").exists():
             return folder / str(steps)
-        self.train("dpo", seed, folder, self.adapted(seed, "CAUSAL_LM"), steps)
+        self.train(seed, folder, steps)
         return folder / str(steps)
 
-    def adapted(self, seed: int, task: str) -> Any:
-        torch.manual_seed(seed)
-        config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type=task)
-        return get_peft_model(self.start(), config)
+    def reward_model(self, seed: int) -> Path:
+        """Q-RM's, of the same pairs, rate and adapter as the guides."""
+        rows = self.runs / "pairs.jsonl"
+        if not rows.exists():
+            used = {int(sample.row) for sample in self.pairs}
+            lines = (json.dumps(row) + "\n" for i, row in load_rows(str(self.data)) if i in used)
+            write_text(rows, "".join(lines))
+        size = {"training__per_device_train_batch_size": 8, "training__max_steps": max(GUIDE_STEPS)}
+        how = {**size, "training__learning_rate": 1e-4, "seed": seed}
+        return trained("qrm", self.runs / f"reward-{seed}", str(rows), None, **how)
 
-    def train(self, objective: str, seed: int, folder: Path, model: Any, steps: int) -> None:
+    def train(self, seed: int, folder: Path, steps: int) -> None:
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(self.start(), lora)
         config = PreferenceConfig(
             str(folder / "run"), learning_rate=1e-4, lr_scheduler_type="constant", warmup_steps=0, max_steps=steps,
             per_device_train_batch_size=8, seed=seed, save_strategy="no", use_cpu=True, bf16=False, logging_steps=5,
             max_grad_norm=1.0, disable_tqdm=True, report_to="none",
         )  # fmt: skip
         given: dict[str, Any] = {"train_dataset": self.pairs, "processing_class": self.tokenizer}
-        PreferenceTrainer(model, config, objective=objective, callbacks=[Save(folder, self.tokenizer)], **given).train()
+        PreferenceTrainer(model, config, objective="dpo", callbacks=[Save(folder, self.tokenizer)], **given).train()
 
 
 class Save(TrainerCallback):
@@ -162,34 +173,33 @@ def _guide(steps: int) -> Build:
     return build
 
 
-SOURCES: dict[str, tuple[int, Build]] = {
-    "surprise": (MOST, _kept("surprise")),
-    "lookahead": (MOST, _kept("lookahead")),
-    "entropy": (MOST, _kept("entropy")),
-    "random": (MOST, lambda study, kept, seed: make_credit("random", seed=seed)),
-    **{f"guide, {steps} steps": (FEW, _guide(steps)) for steps in GUIDE_STEPS},
-    "contrastive, prefix": (FEW, _contrastive("prefix")),
-    "contrastive, fluent": (FEW, _contrastive(FLUENT)),
-    "contrastive, general": (FEW, _contrastive("general")),
-    "contrastive, safety": (FEW, _contrastive("safety")),
-    "gradient_attribution": (FEW, lambda study, kept, seed: make_credit("gradient_attribution", model=study.model)),
+def _reward(study: Study, kept: Kept, seed: int) -> Source:
+    return make_credit("reward_model", model=load_trained_reward_model(study.reward_model(seed)))
+
+
+SOURCES: dict[str, Build] = {
+    "surprise": _kept("surprise"),
+    "lookahead": _kept("lookahead"),
+    "entropy": _kept("entropy"),
+    "random": lambda study, kept, seed: make_credit("random", seed=seed),
+    "contrastive, prefix": _contrastive("prefix"),
+    "contrastive, fluent": _contrastive(FLUENT),
+    "contrastive, general": _contrastive("general"),
+    "contrastive, safety": _contrastive("safety"),
+    **{f"guide, {steps} steps": _guide(steps) for steps in GUIDE_STEPS},
+    "reward_model": _reward,
+    "gradient_attribution": lambda study, kept, seed: make_credit("gradient_attribution", model=study.model),
 }
 
 
 def ask(study: Study, name: str, how: str, seed: int) -> dict[str, Any]:
     """AUC of finding the corrupted tokens per answer; beside `surprise`, and what is added to it."""
-    most, build = SOURCES[name]
     made, parts, kept = study.corrupted(how, seed)
     begin = time.process_time()
-    source, count, found = build(study, kept, seed), 0, []
-    for part in parts:
-        if count < most:
-            found.append(source(part).detach().cpu())
-            count += part.n_prompts
-    credit = torch.cat(found)
-    data = made.corrupted.select(range(count))
-    segments, marked = data.segments, made.marked[: len(credit)]
-    known = torch.cat([kept(part, {"logps"}).logps for part in parts[: len(found)]])
+    source = SOURCES[name](study, kept, seed)
+    credit = torch.cat([source(part).detach().cpu() for part in parts])
+    segments, marked = made.corrupted.segments, made.marked
+    known = torch.cat([kept(part, {"logps"}).logps for part in parts])
     split = [segments.split(x) for x in (credit, known, marked)]
     return {
         "source": name,
@@ -224,8 +234,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "80), two places of each corrupted. AUC is the chance that a corrupted token has less credit than another one "
         "of its answer, a mean over answers with a 95 % bootstrap interval. *Minus surprise* is the difference on the "
         "same answers; *gain* is what a source adds to surprise ([bench credit](../bench-credit.md)). A seed is that "
-        "of the corruption, and of the guide's training: LoRA of rank 16, DPO with β 0.1, rate 1e-4, 8 pairs a step "
-        f"of rows from {SPLIT} on.",
+        "of the corruption, and of the training of guides (DPO with β 0.1) and of the reward model (Q-RM, "
+        f"{max(GUIDE_STEPS)} steps): LoRA of rank 16, rate 1e-4, 8 pairs a step of rows from {SPLIT} on.",
         "",
     ]
     for how in [how for how in HOWS if any(entry["how"] == how for entry in found)]:

@@ -100,7 +100,7 @@ def main(
     for how, index in SHOWN_OF.items():
         data = one_of(corrupt(batch, study.tokenizer, how=how, tokens=2, seed=0), index)
         kept = Kept(study.model)
-        credit = {name: SOURCES[name][1](study, kept, 0)(data.corrupted).detach() for name in SHOWN}
+        credit = {name: SOURCES[name](study, kept, 0)(data.corrupted).detach() for name in SHOWN}
         write_text(output / f"real-{how}.svg", picture(data, credit, study))
 
 
