@@ -113,8 +113,38 @@ class Offline:
         return trained(recipe, self.runs / name, str(rows), str(few), **size, **settings)
 
     def policy(self, method: str, rate: float, seed: int) -> Path:
-        name, rows = f"{method}-{rate:g}-{seed}", self.rows("pairs", TRAIN)
-        return self.train(method, name, rows, training__learning_rate=rate, seed=seed)
+        name, how = f"{method}-{rate:g}-{seed}", {"training__learning_rate": rate, "seed": seed}
+        return self.train(method, name, self.rows("pairs", TRAIN), **how, **self.asked(method, seed))
+
+    def asked(self, method: str, seed: int) -> dict[str, Any]:
+        """Settings that take what a recipe's first stages would make again in every run.
+
+        DPO's model of the same seed is TGDPO's guide, SePO's oracle and AlignDistil's target. SePO takes TGDPO's
+        credit: a factor does not change the order.
+        """
+        with self.alone:
+            if method == "treg":
+                return self.annotated("treg", "credit-treg")
+            if method in ("tgdpo", "sepo"):
+                model = str(self.policy("dpo", self.rate("dpo"), seed))
+                how = {"stages__guide": None, "stages__credit__credit__model": model}
+                stages = {"tgdpo": "guide", "sepo": "oracle"}
+                return {f"stages__{stages[method]}": None, **self.annotated("tgdpo", f"credit-{seed}", **how)}
+            if method == "aligndistil":
+                how = {"training__learning_rate": self.rate("dpo"), "seed": seed, "data__swap_pairs": True}
+                teachers = {"target": str(self.policy("dpo", self.rate("dpo"), seed))}
+                teachers["contrast"] = str(self.train("dpo", f"reverse-{seed}", self.rows("pairs", TRAIN), **how))
+                given = {f"stages__train__teacher__{role}": model for role, model in teachers.items()}
+                return {"stages__normal": None, "stages__reverse": None, **given}
+        return {}
+
+    def annotated(self, recipe: str, name: str, **settings: Any) -> dict[str, Any]:
+        """The pairs with a recipe's credit, as its last stage takes them."""
+        rows, few, folder = self.rows("pairs", TRAIN), self.rows("few", CHOICE, 4), self.runs / name
+        how = {"data__chat": True, "stages__train": None, "lora": LORA, **settings}
+        tokengrain.train(recipe, model=str(START), data=str(rows), eval_data=str(few), output=folder, quiet=True, **how)
+        parts = {part: str(folder / "credit" / f"{part}.parquet") for part in ("train", "eval")}
+        return {"stages__credit": None, "stages__train__data": parts}
 
     def beside(self, model: Path, name: str) -> Path:
         """Where something measured of a run's model is kept: not in the run's own folder."""
@@ -243,7 +273,8 @@ def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds
         f"{steps} steps of {PAIRS} pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}, dialogues of at most "
         f"{LONGEST} characters, in the chat template). The rate is the better of {RATES} on rows {CHOICE[0]} to "
         f"{CHOICE[1] - 1}, by accuracy and the first seed; reported are rows {HELD[0]} to {HELD[1] - 1}. Means over "
-        "seeds with a 95 % t interval.",
+        "seeds with a 95 % t interval. TGDPO's guide, SePO's oracle and AlignDistil's teacher are DPO's model of the "
+        "same seed.",
         "",
         "Accuracy is the share of held-out pairs whose chosen completion gained more log-probability on the start "
         "model than the rejected one, and margin by how much more, nats. KL is that of the policy to the start model "

@@ -269,6 +269,9 @@ def test_text_rows_as_messages():
     assert ids(dialogue, chat) == ids(said)
     marked = {**dialogue, "chosen_spans": [{"start": 1, "end": 6}], "rejected_spans": []}
     assert text(marked, chat)[1] == " black.<|im_end|>"
+    fields = "chosen", "rejected"
+    numbers = {f"{side}_token_rewards": [0.5] * len(tokens) for side, tokens in zip(fields, ids(said)[1])}
+    assert ids({**dialogue, **numbers, "chosen_score": 1.0}, chat) == ids(said), "numbers count tokens"
     assert encode_prompts([plain], gpt2_like(CHATML), chat=True)[0].ids == ids(ROW)[0]
     several = {"prompt": "the sky?", "completions": ["It is blue.", "It is black."]}
     assert [e.completions[0] for e in candidates_of(several, chat=True)] == [ROW["chosen"], ROW["rejected"]]

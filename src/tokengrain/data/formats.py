@@ -27,6 +27,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -47,6 +48,8 @@ TOKEN_COLUMNS = ("token_rewards", "ref_logps")
 _OPTIONAL = tuple(prefix + name for prefix in ("", "chosen_", "rejected_") for name in TOKEN_COLUMNS)
 KNOWN_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages", "tools", *_OPTIONAL)
 COMPLETIONS = ("chosen", "rejected", "completion", "chosen_masked", "rejected_masked")
+
+COUNTING = ("spans", "token_rewards")  # may count characters
 
 HUMAN, ASSISTANT = "Human:", "\n\nAssistant:"
 # The names that ShareGPT's data and LLaMA-Factory give to roles.
@@ -309,11 +312,8 @@ def _as_messages(row: dict[str, Any]) -> None:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         row["prompt"], row["chosen"], row["rejected"] = _split_pair(chosen, rejected)
-        if _is_dialogue(chosen):  # the space behind "Assistant:" is not said, unless positions count it
-            sides = [
-                n for n in COMPLETIONS if isinstance(row.get(n), str) and not any(k.startswith(f"{n}_") for k in row)
-            ]
-            row |= {name: row[name].strip() for name in sides}
+        if _is_dialogue(chosen) and not _has_spans(row):  # the space behind "Assistant:" is not said
+            row |= {name: row[name].strip() for name in COMPLETIONS if isinstance(row.get(name), str)}
     if isinstance(prompt := row.get("prompt"), str) and prompt.strip():
         row["prompt"] = _turns(prompt)
     for name in COMPLETIONS:
@@ -323,6 +323,11 @@ def _as_messages(row: dict[str, Any]) -> None:
         row["rejected"] = [[_assistant(r)] if isinstance(r, str) else r for r in rejected]
     if isinstance(several := row.get("completions"), Sequence) and not isinstance(several, str):
         row["completions"] = [[_assistant(c)] if isinstance(c, str) else c for c in several]
+
+
+def _has_spans(row: Mapping[str, Any]) -> bool:
+    """Whether a column counts characters of a completion; numbers count its tokens."""
+    return any("start" in str(row.get(f"{name}_{column}")) for name, column in product(COMPLETIONS, COUNTING))
 
 
 def _turns(prompt: str) -> list[Message]:
