@@ -87,10 +87,9 @@ class Offline:
             write_text(target, "".join(json.dumps(row) + "\n" for row in kept))
         return target
 
-    @cached_property
-    def alone(self) -> FileLock:
+    def alone(self, what: str) -> FileLock:
         """Held while something is made that two processes may both want."""
-        return FileLock(self.runs / ".lock")
+        return FileLock(self.runs / f".{what}.lock")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -103,7 +102,7 @@ class Offline:
     @cached_property
     def judge(self) -> Path:
         """A reward model that other pairs have trained than those the methods see or are measured on."""
-        with self.alone:
+        with self.alone("judge"):
             return self.train("qrm", "judge", self.rows("judged", JUDGE), seed=100)
 
     def train(self, recipe: str, name: str, rows: Path, **settings: Any) -> Path:
@@ -122,7 +121,7 @@ class Offline:
         DPO's model of the same seed is TGDPO's guide, SePO's oracle and AlignDistil's target. SePO takes TGDPO's
         credit: a factor does not change the order.
         """
-        with self.alone:
+        with self.alone("treg" if method == "treg" else f"guides-{seed}"):
             if method == "treg":
                 return self.annotated("treg", "credit-treg")
             if method in ("tgdpo", "sepo"):
@@ -166,7 +165,7 @@ class Offline:
         Of every method, also of those that have no reference, or no pairs.
         """
         samples = list(prepare_pairs(str(rows), self.tokenizer, CHAT))
-        with self.alone:
+        with self.alone("start"):
             start = self.totals(START, samples, self.runs / f"start-{rows.stem}.json")
         gained = [
             a - b
@@ -194,7 +193,7 @@ class Offline:
         """What the page has of a trained model, pair by pair and answer by answer."""
         target = self.beside(model, f"{self.prompts}.json")
         if not target.exists():
-            with self.alone:
+            with self.alone("start"):
                 start = self.answers(START, self.runs / f"start-{self.prompts}-{seed}.jsonl", seed)
             own = self.answers(model, self.beside(model, f"answers-{self.prompts}.jsonl"), seed)
             both = [{**a, "completions": [a["completion"], b["completion"]]} for a, b in zip(own, start, strict=True)]
