@@ -266,7 +266,8 @@ def test_text_rows_as_messages():
     dialogue = {"chosen": f"{start} black.", "rejected": f"{start} blue."}
     turns = [user("the sky?"), assistant("which?"), user("the night's")]
     said = {"prompt": turns, "chosen": [assistant("black.")], "rejected": [assistant("blue.")]}
-    assert ids(dialogue, chat) == ids(said)
+    apart = {"prompt": start, "chosen": " black.", "rejected": " blue."}
+    assert ids(dialogue, chat) == ids(apart, chat) == ids(said)
     marked = {**dialogue, "chosen_spans": [{"start": 1, "end": 6}], "rejected_spans": []}
     assert text(marked, chat)[1] == " black.<|im_end|>"
     fields = "chosen", "rejected"

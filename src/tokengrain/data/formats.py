@@ -312,10 +312,10 @@ def _as_messages(row: dict[str, Any]) -> None:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         row["prompt"], row["chosen"], row["rejected"] = _split_pair(chosen, rejected)
-        if _is_dialogue(chosen) and not _has_spans(row):  # the space behind "Assistant:" is not said
-            row |= {name: row[name].strip() for name in COMPLETIONS if isinstance(row.get(name), str)}
     if isinstance(prompt := row.get("prompt"), str) and prompt.strip():
         row["prompt"] = _turns(prompt)
+        if _is_dialogue(prompt) and not _has_spans(row):  # the space behind "Assistant:" is not said
+            row |= {name: row[name].strip() for name in COMPLETIONS if isinstance(row.get(name), str)}
     for name in COMPLETIONS:
         if isinstance(row.get(name), str):
             row[name] = [_assistant(row[name])]
