@@ -140,7 +140,7 @@ class Offline:
     def annotated(self, recipe: str, name: str, **settings: Any) -> dict[str, Any]:
         """The pairs with a recipe's credit, as its last stage takes them."""
         rows, few, folder = self.rows("pairs", TRAIN), self.rows("few", CHOICE, 4), self.runs / name
-        how = {"data__chat": True, "stages__train": None, "lora": LORA, **settings}
+        how = {"data__chat": True, "stages__train": None, "training__bf16": False, "lora": LORA, **settings}
         tokengrain.train(recipe, model=str(START), data=str(rows), eval_data=str(few), output=folder, quiet=True, **how)
         parts = {part: str(folder / "credit" / f"{part}.parquet") for part in ("train", "eval")}
         return {"stages__credit": None, "stages__train__data": parts}
