@@ -121,6 +121,8 @@ class Offline:
         DPO's model of the same seed is TGDPO's guide, SePO's oracle and AlignDistil's target. SePO takes TGDPO's
         credit: a factor does not change the order.
         """
+        if method not in ("treg", "tgdpo", "sepo", "aligndistil"):
+            return {}
         with self.alone("treg" if method == "treg" else f"guides-{seed}"):
             if method == "treg":
                 return self.annotated("treg", "credit-treg")
@@ -129,13 +131,11 @@ class Offline:
                 how = {"stages__guide": None, "stages__credit__credit__model": model}
                 stages = {"tgdpo": "guide", "sepo": "oracle"}
                 return {f"stages__{stages[method]}": None, **self.annotated("tgdpo", f"credit-{seed}", **how)}
-            if method == "aligndistil":
-                how = {"training__learning_rate": self.rate("dpo"), "seed": seed, "data__swap_pairs": True}
-                teachers = {"target": str(self.policy("dpo", self.rate("dpo"), seed))}
-                teachers["contrast"] = str(self.train("dpo", f"reverse-{seed}", self.rows("pairs", TRAIN), **how))
-                given = {f"stages__train__teacher__{role}": model for role, model in teachers.items()}
-                return {"stages__normal": None, "stages__reverse": None, **given}
-        return {}
+            how = {"training__learning_rate": self.rate("dpo"), "seed": seed, "data__swap_pairs": True}
+            teachers = {"target": str(self.policy("dpo", self.rate("dpo"), seed))}
+            teachers["contrast"] = str(self.train("dpo", f"reverse-{seed}", self.rows("pairs", TRAIN), **how))
+            given = {f"stages__train__teacher__{role}": model for role, model in teachers.items()}
+            return {"stages__normal": None, "stages__reverse": None, **given}
 
     def annotated(self, recipe: str, name: str, **settings: Any) -> dict[str, Any]:
         """The pairs with a recipe's credit, as its last stage takes them."""
@@ -375,7 +375,8 @@ class Online:
 
     runs: Path
     updates: int
-    tokens: int
+    tokens: int  # of a sum's longest completion, and of a problem's
+    longer: int
     held: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     gsm8k: list[dict[str, Any]]
@@ -406,7 +407,7 @@ class Online:
     def solved(self, model: str, name: str, seed: int) -> dict[str, Any]:
         found = solved(model, self.held, self.runs / f"{name}.jsonl", self.tokens, seed)
         if self.gsm8k:
-            found["GSM8K"] = solved(model, self.gsm8k, self.runs / f"{name}-gsm8k.jsonl", 3 * self.tokens, seed)
+            found["GSM8K"] = solved(model, self.gsm8k, self.runs / f"{name}-gsm8k.jsonl", self.longer, seed)
         return found
 
 
@@ -420,10 +421,11 @@ def online(
     method: Several = None,
     seeds: int = 2,
     updates: int = 100,
-    prompts: Annotated[int, Option(help="held-out sums")] = 200,
-    tokens: Annotated[int, Option(help="longest completion; of GSM8K three times that")] = 64,
+    prompts: Annotated[int, Option(help="held-out sums")] = 100,
+    tokens: Annotated[int, Option(help="longest completion of a sum")] = 32,
     gsm8k: Path = Path("../shared/data/gsm8k-test.jsonl.gz"),
-    problems: Annotated[int, Option(help="of GSM8K")] = 60,
+    problems: Annotated[int, Option(help="of GSM8K")] = 40,
+    longer: Annotated[int, Option(help="longest completion of GSM8K")] = 128,
 ) -> None:
     """pass@1, pass@8 and maj@8 before and after training on the levels that the start model solves in 10 to 60 %."""
     torch.set_num_threads(1)
@@ -432,7 +434,7 @@ def online(
     fit = [level for level, share in probe.items() if 0.1 <= share <= 0.6] or list(probe)
     held = [row for row in sums(6 * prompts, 2) if row["task"] in fit][:prompts]
     rows = [row for row in sums(6 * 4 * updates, 3) if row["task"] in fit][: 4 * updates]
-    study = Online(runs, updates, tokens, held, rows, problems_of(gsm8k, problems) if problems else [])
+    study = Online(runs, updates, tokens, longer, held, rows, problems_of(gsm8k, problems) if problems else [])
     found = {"start": [study.solved(str(START), "start", 0)]}
     for name, seed in product(method or ONLINE, range(seeds)):
         found.setdefault(name, []).append(study.measured(name, seed))
