@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.test_stages import run, values
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.errors import ModelError, RecipeError, read_json
-from tokengrain.models import load_model, merge, train_tokenizer, trained
+from tokengrain.models import in_words, load_model, merge, train_tokenizer, trained
 from tokengrain.run.load import make_recipe
 from tokengrain.run.runner import evaluate_run
 from tokengrain.run.show import print_end
@@ -52,7 +52,7 @@ def test_lora_on_few_bits(bits: str, base: str, tmp_path: Path) -> None:
     assert type(projection).__name__ == {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}[bits]
     whole = AutoModelForCausalLM.from_pretrained(base)
     quantised.model.norm.weight.requires_grad_(True)
-    assert trained(quantised).endswith(f" of {whole.num_parameters() / 1e6:.1f} M parameters")
+    assert trained(quantised).endswith(f" of {in_words(whole.num_parameters())} parameters")
     ids = torch.arange(2, 60)[None]
     with torch.no_grad():
         logits = [model(input_ids=ids).logits for model in (whole, quantised)]

@@ -245,7 +245,7 @@ def _fitted(stage: Trained, found: Outlook, processes: int) -> Any:
         made |= chosen(given, found, processes)
     if {"fp16", "use_cpu"} & set(stage.own.training) and "bf16" not in stage.own.training:
         made["bf16"] = False
-    weights = f"for {'LoRA' if lora else 'all weights'} of {found.parameters / 1e6:.4g} M parameters"
+    weights = f"for {'LoRA' if lora else 'all weights'} of {models.in_words(found.parameters)} parameters"
     if "learning_rate" not in given:
         made["learning_rate"] = learning_rate(stage.kind, found.parameters, lora=lora)
         found.chosen["rate"] = weights
