@@ -264,6 +264,8 @@ def offline(
 
 
 def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds: int, prompts: int) -> str:
+    measured = next(iter(found.values()))["seeds"][0]
+    answers, pairs = len(measured["wins"]), len(measured["accuracy"])
     text = [
         "# Offline methods on a published model",
         "",
@@ -271,13 +273,13 @@ def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds
         f"{date.today().isoformat()}, one CPU core a run. SmolLM2-135M-Instruct with LoRA of rank {LORA['r']}; "
         f"{steps} steps of {PAIRS} pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}, dialogues of at most "
         f"{LONGEST} characters, in the chat template). The rate is the better of {RATES} on rows {CHOICE[0]} to "
-        f"{CHOICE[1] - 1}, by accuracy and the first seed; reported are rows {HELD[0]} to {HELD[1] - 1}. Means over "
-        "seeds with a 95 % t interval. TGDPO's guide, SePO's oracle and AlignDistil's teacher are DPO's model of the "
-        "same seed.",
+        f"{CHOICE[1] - 1}, by accuracy and the first seed; reported are {pairs} such pairs of rows {HELD[0]} to "
+        f"{HELD[1] - 1}. Means over seeds with a 95 % t interval. TGDPO's guide, SePO's oracle and AlignDistil's "
+        "teacher are DPO's model of the same seed.",
         "",
         "Accuracy is the share of held-out pairs whose chosen completion gained more log-probability on the start "
         "model than the rejected one, and margin by how much more, nats. KL is that of the policy to the start model "
-        f"along answers that the policy sampled to {prompts} held-out prompts (at most 64 tokens), nats per token. "
+        f"along answers that the policy sampled to {answers} held-out prompts (at most 64 tokens), nats per token. "
         "Wins is the share of these answers that a judge prefers to the start model's: a reward model (Q-RM) that was "
         f"trained on rows {JUDGE[0]} to {JUDGE[1] - 1} alone, and is right about {judge.value:.3f} ({judge.low:.3f} to "
         f"{judge.high:.3f}) of the held-out pairs. *Minus dpo* is the difference in wins, prompt by prompt, with a "
