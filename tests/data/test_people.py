@@ -230,6 +230,7 @@ def test_completions_that_are_not_wanted_are_not_imitated():
     assert ids({**row, "label": True}, prepare=prepare_sft) == ids({**row, "label": "sky"}, prepare=prepare_sft)
     with pytest.raises(DataError, match=r"field 'label': marks a completion that is not wanted; .* on_invalid: skip"):
         ids({**row, "label": False}, prepare=prepare_sft)
+    assert ids({**ROW, "label": False}, prepare=prepare_sft) == ids(ROW, prepare=prepare_sft), "of pairs it is another"
 
 
 def test_a_history_beside_a_prompt():

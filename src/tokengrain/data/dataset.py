@@ -348,7 +348,7 @@ def prepare_sft(
 def _imitated(row: Any) -> Example:
     """The prompt and the completion of a row that an SFT stage learns from."""
     example = single_example(row)
-    if row.get("label") is False:
+    if row.get("label") is False and example.fields == ("completion",):
         what, expected = "marks a completion that is not wanted", "one to imitate; on_invalid: skip leaves it out"
         raise RowError("label is false", what, field="label", value=False, expected=expected)
     return example
