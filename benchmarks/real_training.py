@@ -266,10 +266,11 @@ def offline(
 def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds: int, prompts: int) -> str:
     measured = next(iter(found.values()))["seeds"][0]
     answers, pairs = len(measured["wins"]), len(measured["accuracy"])
+    some = "" if len(found) == len(OFFLINE) else "".join(f" --method {name}" for name in found)
     text = [
         "# Offline methods on a published model",
         "",
-        f"`python -m benchmarks.real_training offline --seeds {seeds} --steps {steps} --prompts {prompts}`, "
+        f"`python -m benchmarks.real_training offline --seeds {seeds} --steps {steps} --prompts {prompts}{some}`, "
         f"{date.today().isoformat()}, one CPU core a run. SmolLM2-135M-Instruct with LoRA of rank {LORA['r']}; "
         f"{steps} steps of {PAIRS} pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}, dialogues of at most "
         f"{LONGEST} characters, in the chat template). The rate is the better of {RATES} on rows {CHOICE[0]} to "
