@@ -299,10 +299,17 @@ def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds
         text.append(f"| {name} | {one['rate']:g} | " + " | ".join(row) + " |")
     told = f"Wins tell from dpo's: {', '.join(apart)}." if apart else "No method's wins can be told from dpo's."
     told += f" One of twenty such comparisons does so by chance; here are {len(found) - 1}. The rate was chosen by "
-    told += "accuracy, so that methods end at different KL: over all runs the correlation of wins and log KL is "
-    each = [[average(seed[key]) for one in found.values() for seed in one["seeds"]] for key in ("kl", "wins")]
-    told += f"{torch.corrcoef(torch.stack([torch.tensor(each[0]).log(), torch.tensor(each[1])]))[0, 1]:.2f}."
+    told += "accuracy, so that methods end at different KL, and a judge can be misled, by short answers for one. "
+    kl, words = along(found, "kl"), along(found, "words")
+    told += f"Over all runs the correlation of wins is {kl:.2f} with log KL, {words:.2f} with words."
     return "\n".join([*text, "", told, ""])
+
+
+def along(found: dict[str, dict[str, Any]], other: str) -> float:
+    """The correlation, over all runs, of wins with the number of words or the logarithm of KL."""
+    runs = [seed for one in found.values() for seed in one["seeds"]]
+    wins, values = (torch.tensor([average(run[key]) for run in runs]) for key in ("wins", other))
+    return float(torch.corrcoef(torch.stack([wins, values.log() if other == "kl" else values]))[0, 1])
 
 
 def difference(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> Any:
