@@ -121,21 +121,22 @@ class Offline:
         DPO's model of the same seed is TGDPO's guide, SePO's oracle and AlignDistil's target. SePO takes TGDPO's
         credit: a factor does not change the order.
         """
-        if method not in ("treg", "tgdpo", "sepo", "aligndistil"):
-            return {}
-        with self.alone("treg" if method == "treg" else f"guides-{seed}"):
-            if method == "treg":
+        if method == "treg":
+            with self.alone("treg"):
                 return self.annotated("treg", "credit-treg")
-            if method in ("tgdpo", "sepo"):
-                model = str(self.policy("dpo", self.rate("dpo"), seed))
-                how = {"stages__guide": None, "stages__credit__credit__model": model}
-                stages = {"tgdpo": "guide", "sepo": "oracle"}
-                return {f"stages__{stages[method]}": None, **self.annotated("tgdpo", f"credit-{seed}", **how)}
-            how = {"training__learning_rate": self.rate("dpo"), "seed": seed, "data__swap_pairs": True}
-            teachers = {"target": str(self.policy("dpo", self.rate("dpo"), seed))}
-            teachers["contrast"] = str(self.train("dpo", f"reverse-{seed}", self.rows("pairs", TRAIN), **how))
-            given = {f"stages__train__teacher__{role}": model for role, model in teachers.items()}
-            return {"stages__normal": None, "stages__reverse": None, **given}
+        if method not in ("tgdpo", "sepo", "aligndistil"):
+            return {}
+        with self.alone(f"guides-{seed}"):
+            rate = self.rate("dpo")
+            dpo = str(self.policy("dpo", rate, seed))
+            if method != "aligndistil":
+                how = {"stages__guide": None, "stages__credit__credit__model": dpo}
+                own = {"tgdpo": "guide", "sepo": "oracle"}[method]
+                return {f"stages__{own}": None, **self.annotated("tgdpo", f"credit-{seed}", **how)}
+            how = {"training__learning_rate": rate, "seed": seed, "data__swap_pairs": True}
+            reverse = str(self.train("dpo", f"reverse-{seed}", self.rows("pairs", TRAIN), **how))
+            teachers = {"stages__train__teacher__target": dpo, "stages__train__teacher__contrast": reverse}
+            return {"stages__normal": None, "stages__reverse": None, **teachers}
 
     def annotated(self, recipe: str, name: str, **settings: Any) -> dict[str, Any]:
         """The pairs with a recipe's credit, as its last stage takes them."""
@@ -257,9 +258,8 @@ def offline(
         print(name, rate, [{key: round(average(one[key]), 3) for key in MEASURED} for one in each], flush=True)
     if output is not None:
         judge, about = study.judge_accuracy(), (steps, seeds, prompts)
-        for one in found.values():
-            one |= {key: [average(seed[key]) for seed in one["seeds"]] for key in MEASURED}
-        write_json(output / "real_offline.json", {"judge": list(judge), "methods": found})
+        means = {name: {"rate": one["rate"], **by_seed(one)} for name, one in found.items()}
+        write_json(output / "real_offline.json", {"judge": list(judge), "methods": means})
         write_text(output / "real_offline.md", offline_page(found, judge, *about))
 
 
@@ -273,15 +273,15 @@ def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds
         f"`python -m benchmarks.real_training offline --seeds {seeds} --steps {steps} --prompts {prompts}{some}`, "
         f"{date.today().isoformat()}, one CPU core a run. SmolLM2-135M-Instruct with LoRA of rank {LORA['r']}; "
         f"{steps} steps of {PAIRS} pairs of HH, harmless (rows {TRAIN[0]} to {TRAIN[1] - 1}, dialogues of at most "
-        f"{LONGEST} characters, in the chat template). The rate is the better of {RATES} on rows {CHOICE[0]} to "
-        f"{CHOICE[1] - 1}, by accuracy and the first seed; reported are {pairs} such pairs of rows {HELD[0]} to "
-        f"{HELD[1] - 1}. Means over seeds with a 95 % t interval. TGDPO's guide, SePO's oracle and AlignDistil's "
-        "teacher are DPO's model of the same seed.",
+        f"{LONGEST} characters, in the chat template). The rate is the better of {RATES[0]:g} and {RATES[1]:g} on rows "
+        f"{CHOICE[0]} to {CHOICE[1] - 1}, by accuracy and the first seed; the table is about {pairs} such pairs of "
+        f"rows {HELD[0]} to {HELD[1] - 1}. Means over seeds with a 95 % t interval. TGDPO's guide, SePO's oracle and "
+        "AlignDistil's teacher are the DPO model of the same seed.",
         "",
         "Accuracy is the share of held-out pairs whose chosen completion gained more log-probability on the start "
         "model than the rejected one, and margin by how much more, nats. KL is that of the policy to the start model "
         f"along answers that the policy sampled to {answers} held-out prompts (at most 64 tokens), nats per token. "
-        "Wins is the share of these answers that a judge prefers to the start model's: a reward model (Q-RM) that was "
+        "Wins are the share of these answers that a judge prefers to the start model's: a reward model (Q-RM) that was "
         f"trained on rows {JUDGE[0]} to {JUDGE[1] - 1} alone, and is right about {judge.value:.3f} ({judge.low:.3f} to "
         f"{judge.high:.3f}) of the held-out pairs. *Minus dpo* is the difference in wins, prompt by prompt, with a "
         "95 % interval over prompts.",
@@ -291,24 +291,29 @@ def offline_page(found: dict[str, dict[str, Any]], judge: Any, steps: int, seeds
     ]
     apart = []
     for name, one in found.items():
-        cells = {key: mean_of([average(seed[key]) for seed in one["seeds"]]) for key in MEASURED}
+        cells = {key: mean_of(values, 1 if key == "words" else 3) for key, values in by_seed(one).items()}
         minus = difference(one["seeds"], found["dpo"]["seeds"]) if "dpo" in found and name != "dpo" else None
         cells["minus"] = "{:+.3f} ({:+.3f} to {:+.3f})".format(*minus) if minus else "–"
         apart += [name] if minus and (minus.low > 0 or minus.high < 0) else []
         row = (cells[key] for key in ("accuracy", "margin", "kl", "wins", "minus", "words"))
         text.append(f"| {name} | {one['rate']:g} | " + " | ".join(row) + " |")
-    told = f"Wins tell from dpo's: {', '.join(apart)}." if apart else "No method's wins can be told from dpo's."
-    told += f" One of twenty such comparisons does so by chance; here are {len(found) - 1}. The rate was chosen by "
-    told += "accuracy, so that methods end at different KL, and a judge can be misled, by short answers for one. "
     kl, words = along(found, "kl"), along(found, "words")
-    told += f"Over all runs the correlation of wins is {kl:.2f} with log KL, {words:.2f} with words."
+    told = f"Wins differ from those of DPO for: {', '.join(apart) or 'no method'}. Of such comparisons, one in twenty "
+    told += f"differs by chance; the table has {len(found) - 1}. As the rate was chosen by accuracy, methods end at "
+    told += "different KL, and a judge can be misled, for example by short answers: over all runs, the correlation of "
+    told += f"wins with log KL is {kl:.2f}, and with the number of words {words:.2f}."
     return "\n".join([*text, "", told, ""])
+
+
+def by_seed(one: dict[str, Any]) -> dict[str, list[float]]:
+    """What was measured of a method, a mean per seed."""
+    return {key: [average(seed[key]) for seed in one["seeds"]] for key in MEASURED}
 
 
 def along(found: dict[str, dict[str, Any]], other: str) -> float:
     """The correlation, over all runs, of wins with the number of words or the logarithm of KL."""
-    runs = [seed for one in found.values() for seed in one["seeds"]]
-    wins, values = (torch.tensor([average(run[key]) for run in runs]) for key in ("wins", other))
+    every = [by_seed(one) for one in found.values()]
+    wins, values = (torch.tensor([value for one in every for value in one[key]]) for key in ("wins", other))
     return float(torch.corrcoef(torch.stack([wins, values.log() if other == "kl" else values]))[0, 1])
 
 
@@ -318,11 +323,10 @@ def difference(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> Any:
     return mean_interval(means[0] - means[1])
 
 
-def mean_of(values: Sequence[float]) -> str:
+def mean_of(values: Sequence[float], digits: int) -> str:
     if len(values) < 2:
-        return f"{values[0]:.3f} (one seed)" if values else "–"
-    found = mean_of_runs(values)
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+        return f"{values[0]:.{digits}f} (one seed)" if values else "–"
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*mean_of_runs(values), d=digits)
 
 
 def sums(count: int, seed: int) -> list[dict[str, Any]]:
@@ -389,8 +393,8 @@ class Online:
 
     runs: Path
     updates: int
-    tokens: int  # of a sum's longest completion, and of a problem's
-    longer: int
+    tokens: int  # the longest completion of a sum
+    longer: int  # and of a problem of GSM8K
     held: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     gsm8k: list[dict[str, Any]]

@@ -13,6 +13,7 @@ import pytest
 from tests.data.tokenizers import CHATML, REWRITING_PLAIN, gpt2_like
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
+from tokengrain.data.formats import canonical
 from tokengrain.errors import DataError
 from tokengrain.rank import candidates_of
 from tokengrain.rollout.sampler import encode_prompts
@@ -242,8 +243,9 @@ def test_a_history_beside_a_prompt():
     assert want == ids({**ROW, "prompt": [rules, *turns, *ROW["prompt"]], "history": pairs}), "said already"
     assert want == ids({**ALIKE["prompt as text"], "history": pairs, "system": "Be kind."})
     assert ids(ROW) == ids({**ROW, "history": []}) == ids({**ROW, "history": "of the row"}), "somebody's own column"
+    assert canonical({"prompt": "the sky?", "history": []})["prompt"] == "the sky?"
     plain = {"prompt": "the sky?", "chosen": " blue", "rejected": " black", "history": pairs}
-    with pytest.raises(DataError, match=r"field 'history': the column's turns have no place .* `chat: true`"):
+    with pytest.raises(DataError, match=r"field 'history': the column's text has no place .* `chat: true`"):
         ids(plain, template=None)
     assert ids({**plain, "prompt": "the sea? Green. the sky?"}, template=None)
     asked = text(plain, TokenizeConfig(chat=True))[0]

@@ -48,8 +48,8 @@ TOKEN_COLUMNS = ("token_rewards", "ref_logps")
 _OPTIONAL = tuple(prefix + name for prefix in ("", "chosen_", "rejected_") for name in TOKEN_COLUMNS)
 KNOWN_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "messages", "tools", *_OPTIONAL)
 COMPLETIONS = ("chosen", "rejected", "completion", "chosen_masked", "rejected_masked")
-
-COUNTING = ("spans", "token_rewards")  # may count characters
+COUNTING = ("spans", "token_rewards")  # columns of a completion that may count its characters
+SYSTEM = ("system", "system_prompt")
 
 HUMAN, ASSISTANT = "Human:", "\n\nAssistant:"
 # The names that ShareGPT's data and LLaMA-Factory give to roles.
@@ -230,14 +230,14 @@ def canonical(row: Any, chat: bool = False) -> CanonicalRow:
         made.pop("history", None)  # said now
     if chat:
         _as_messages(made)
-    if "prompt" in made and _are_pairs(turns := made.get("history")):
+    if "prompt" in made and (turns := made.get("history")) and _are_pairs(turns):
         _with_history(made, _said(turns))
     for name in SYSTEM:
         if isinstance(text := made.get(name), str) and text.strip():
             _with_system(made, text, name)
         elif text:
-            shaped = not (isinstance(text, Mapping) or _is_list(text))  # a number is an id of something
-            check(shaped, "wrong type", "is not text", field=name, value=text, expected="the system message's text")
+            other = not (isinstance(text, Mapping) or _is_list(text))  # a number, say, is an id of something
+            check(other, "wrong type", "is not text", field=name, value=text, expected="the system message's text")
     return made
 
 
@@ -292,20 +292,31 @@ def _said(pairs: Any) -> list[Message]:
 
 
 def _with_history(row: dict[str, Any], turns: list[Message]) -> None:
-    """Put earlier turns before the prompt's messages; a text row must have them in its prompt already."""
+    """Put earlier turns before the prompt's messages, behind a system message."""
+    _asked_in_messages(row)
     prompt = content(row, "prompt")
-    if isinstance(prompt, str) and turns and not isinstance(row.get("chosen", row.get("completion")), str):
-        prompt = [_user(prompt)]  # text beside messages
     if isinstance(prompt, list):
         own = [(m["role"], m.get("content")) for m in prompt if m["role"] != "system"]
         if own[: len(turns)] != [tuple(turn.values()) for turn in turns]:
             first = sum(m["role"] == "system" for m in prompt[:1])
             row["prompt"] = [*prompt[:first], *turns, *prompt[first:]]
-        return
-    what = "the column's turns have no place in a row of text"
-    expected = "`chat: true`, which makes messages of the row, or a prompt that holds them"
-    held = all(str(turn["content"]).strip() in str(prompt) for turn in turns)
-    check(held, "history", what, field="history", value=row["history"], expected=expected)
+    else:
+        _check_said(row, "history", [str(turn["content"]) for turn in turns])
+
+
+def _asked_in_messages(row: dict[str, Any]) -> None:
+    """A prompt of text beside completions of messages, or none, is the user's message."""
+    if isinstance(row["prompt"], str) and not isinstance(row.get("chosen", row.get("completion")), str):
+        row["prompt"] = [_user(row["prompt"])]
+
+
+def _check_said(row: Mapping[str, Any], column: str, texts: Sequence[str]) -> None:
+    """A row of text must hold already what a column puts before the messages of others."""
+    held = [str(row.get(name)) for name in ("prompt", "chosen", "text")]
+    said = all(any(text.strip() in t for t in held) for text in texts)
+    what = "the column's text has no place in a row of text"
+    expected = "`chat: true`, which makes messages of the row, or `columns:` that put it into the prompt"
+    check(said, column, what, field=column, value=row[column], expected=expected)
 
 
 def _as_messages(row: dict[str, Any]) -> None:
@@ -340,20 +351,14 @@ def _turns(prompt: str) -> list[Message]:
     return turns[:-1] if turns[-1] == _assistant("") else turns
 
 
-SYSTEM = ("system", "system_prompt")
-
-
 def _with_system(row: dict[str, Any], text: str, column: str) -> None:
     """Put the text of a system column before the messages; a text row must have it in its prompt already."""
     first = next((n for n in ("prompt", "messages", "chosen", "completion") if row.get(n) is not None), None)
+    if first == "prompt":
+        _asked_in_messages(row)
     value = row.get(first or "")
-    if first == "prompt" and isinstance(value, str) and not isinstance(row.get("chosen", row.get("completion")), str):
-        value = row["prompt"] = [_user(value)]  # text beside messages
     if not isinstance(value, Sequence) or isinstance(value, str):
-        texts = [str(row.get(name)) for name in ("prompt", "chosen", "text")]
-        expected = "`chat: true`, which makes messages of the row, or `columns:` that put it into the prompt"
-        what = "the column's text has no place in a row of text"
-        check(any(text.strip() in t for t in texts), "system", what, field=column, value=text, expected=expected)
+        _check_said(row, column, [text])
         return
     for name in (first, "rejected") if first == "chosen" else (first,):
         messages = content(row, str(name))
