@@ -229,7 +229,7 @@ def test_completions_that_are_not_wanted_are_not_imitated():
     """TRL's unpaired preferences."""
     row = {"prompt": [user("the sky?")], "completion": [assistant("It is black.")]}
     assert ids({**row, "label": True}, prepare=prepare_sft) == ids({**row, "label": "sky"}, prepare=prepare_sft)
-    with pytest.raises(DataError, match=r"field 'label': marks a completion that is not wanted; .* on_invalid: skip"):
+    with pytest.raises(DataError, match=r"field 'label': says that the completion is not wanted, .* expected true"):
         ids({**row, "label": False}, prepare=prepare_sft)
     assert ids({**ROW, "label": False}, prepare=prepare_sft) == ids(ROW, prepare=prepare_sft), "of pairs it is another"
 

@@ -349,7 +349,7 @@ def _imitated(row: Any) -> Example:
     """The prompt and the completion of a row that an SFT stage learns from."""
     example = single_example(row)
     if row.get("label") is False and example.fields == ("completion",):
-        what, expected = "marks a completion that is not wanted", "one to imitate; on_invalid: skip leaves it out"
+        what, expected = "says that the completion is not wanted, which SFT would imitate", "true, or no such column"
         raise RowError("label is false", what, field="label", value=False, expected=expected)
     return example
 
