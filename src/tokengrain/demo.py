@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from tokengrain.errors import RunError, is_temporary, read_json, require, write_json
+from tokengrain.evaluation.statistics import Z
 from tokengrain.report.html import write_report
 from tokengrain.run.load import load_recipe
 from tokengrain.run.runner import run_recipe
@@ -26,7 +27,6 @@ from tokengrain.worlds.base_models import single_thread
 
 WORLD = "world://stories?regime=noisy"
 METHODS = {"dpo": "DPO", "simpo": "SimPO", "tdpo2": "TDPO2", "tgdpo": "TGDPO", "treg": "T-REG"}
-Z95 = 1.959964
 _SOURCES = {"log-ratio of train": "policy", "credit: guide": "guide", "credit: contrastive": "contrastive prompting"}
 
 
@@ -62,9 +62,9 @@ def run_demo(
     report = write_report(output)
     console.print(results_table(rows))
     console.print(
-        "True reward: mean per story. KL: distance from the base model, nats per story. Frontier: share of the best "
-        "reward possible at that KL. Wins: stories better than the base's, ties half. Credit: how well the policy's "
-        "token log-ratios rank the exact advantages. s: training time.",
+        "True reward: mean per story, ± its 95 % interval. KL: distance from the base model, nats per story. Frontier: "
+        "share of the best reward possible at that KL. Wins: stories better than the base's, ties half. Credit: how "
+        "well the policy's token log-ratios rank the exact advantages. s: training time.",
         highlight=False,
     )
     console.print(f"\nReport:  {report}\nNumbers: {output / 'metrics.json'}", soft_wrap=True, markup=False)
@@ -90,7 +90,7 @@ def _train_all(output: Path, samples: int, overwrite: bool, console: Console) ->
 
 def _row(name: str, title: str, found: dict[str, Any], *, seconds: float) -> dict[str, Any]:
     def error(key: str) -> float:
-        return (found[f"{key}_high"] - found[f"{key}_low"]) / (2 * Z95)
+        return (found[f"{key}_high"] - found[f"{key}_low"]) / (2 * Z)
 
     return {
         "name": title,
@@ -144,7 +144,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
         wins, low, high = (100 * row[k] for k in ("win_rate", "win_rate_low", "win_rate_high"))
         table.add_row(
             row["name"],
-            f"{row['true_reward']:.2f} ± {Z95 * row['true_reward_se']:.2f}",
+            f"{row['true_reward']:.2f} ± {Z * row['true_reward_se']:.2f}",
             f"{row['kl']:.2f}",
             f"{100 * row['frontier_share']:.0f} %" if row["kl"] > 0.01 else "–",
             f"{wins:.0f} % ({low:.0f}–{high:.0f})",

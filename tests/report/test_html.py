@@ -91,7 +91,7 @@ def test_demo_table_has_every_method_and_number(demo: Path, demo_text: str) -> N
         cells = [html.unescape(re.sub(r"<[^>]+>", "", c)).strip() for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)]
         share = m["frontier_share"]
         assert cells[0] == m["name"]
-        assert cells[1] == f"{m['true_reward']:.2f} ± {m['true_reward_se']:.2f}"
+        assert cells[1] == f"{m['true_reward']:.2f} ± {1.96 * m['true_reward_se']:.2f}"
         assert cells[2] == f"{m['kl']:.2f}"
         assert cells[3] == ("–" if share is None else f"{share:.2f}")
         if m["win_rate_low"] is not None:
@@ -106,7 +106,7 @@ def test_plot_places_methods_under_the_curve_where_their_numbers_are(demo_text: 
         root = ET.fromstring(plot)
         tips = [e.get("data-tip") or "" for e in root.iter("circle") if e.get("class") == "hit"]
         for name, reward in (("DPO", "2.02"), ("TGDPO", "2.92")):
-            assert any(t.startswith(f"{name}: reward {reward} ± 0.06") for t in tips)
+            assert any(t.startswith(f"{name}: reward {reward} ± 0.12") for t in tips)
         places = {
             t.split(":")[0]: e for e in root.iter("circle") if (t := e.get("data-tip") or "").split(":")[0] in METHODS
         }

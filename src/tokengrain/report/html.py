@@ -19,6 +19,7 @@ from tokengrain import runs
 from tokengrain.annotation import MANIFEST
 from tokengrain.batch import TokenBatch
 from tokengrain.errors import ModelError, RunError, foreign, require, write_text
+from tokengrain.evaluation.statistics import Z
 from tokengrain.method import METHODS
 from tokengrain.report import rows
 from tokengrain.report.pictures import RATED, drawn
@@ -251,8 +252,9 @@ def _demo(path: Path, metrics: Mapping[str, Any]) -> Contents:
         m["style"] = styles[m["name"]]
         if (m.get("kl") or 0.0) < UNMOVED:
             m["frontier_share"] = None
+        m |= {f"{key}_half": Z * m[f"{key}_se"] for key in ("kl", "true_reward") if m.get(f"{key}_se")}
     marks = [
-        Mark(m["name"], m.get("kl") or 0.0, m["true_reward"], m.get("kl_se"), m.get("true_reward_se"), m["style"])
+        Mark(m["name"], m.get("kl") or 0.0, m["true_reward"], m.get("kl_half"), m.get("true_reward_half"), m["style"])
         for m in methods
         if m.get("true_reward") is not None
     ]

@@ -35,7 +35,7 @@ class Series(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A labelled point with one standard error in x and y (0 or None: not drawn)."""
+    """A labelled point with half a 95 % interval in x and y (0 or None: not drawn)."""
 
     name: str
     x: float
