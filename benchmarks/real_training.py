@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
+from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -329,6 +330,11 @@ def mean_of(values: Sequence[float], digits: int) -> str:
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*mean_of_runs(values), d=digits)
 
 
+PROMPTS = 3  # of an update, with 8 completions each
+HALF = {"model__dtype": "bfloat16", "training__bf16": True}  # adapters stay in float32
+FIRST_STAGES = ("guide", "reward")  # RTO's
+
+
 def sums(count: int, seed: int) -> list[dict[str, Any]]:
     """Graded arithmetic: level 1 adds numbers of one digit, each further level is a little harder."""
     rng, rows = random.Random(seed), []
@@ -363,20 +369,27 @@ def right(rows: list[dict[str, Any]], target: Path) -> tuple[list[list[Any]], li
 
 def solved(model: str, rows: list[dict[str, Any]], target: Path, tokens: int, seed: int) -> dict[str, Any]:
     """pass@1, pass@8 and maj@8 over prompts, with 95 % intervals, and pass@1 by level."""
-    if not target.exists():
-        generate(model, rows, target, samples=8, temperature=1.0, max_new_tokens=tokens, seed=seed)
+    answer(model, rows, target, tokens, seed)
     answers, correct = right(rows, target)
     measures = sample_metrics(torch.tensor(correct), answers, 8)
     kept = {name: tuple(mean_interval(measures[name])) for name in ("pass@1", "pass@8", "maj@8")}
     levels = sorted({row["task"] for row in rows})
     of = {lv: [i for i, row in enumerate(rows) if row["task"] == lv] for lv in levels}
-    return {**kept, "levels": {lv: float(measures["pass@1"][at].mean()) for lv, at in of.items()}}
+    shares = {lv: float(measures["pass@1"][at].mean()) for lv, at in of.items()}
+    words = average([len(text.split()) for _, row in load_rows(str(target)) for text in row["completions"]])
+    return {**kept, "levels": shares, "words": words, "each": measures["pass@1"].tolist()}
+
+
+def answer(model: str, rows: list[dict[str, Any]], target: Path, tokens: int, seed: int) -> None:
+    """Eight completions of every prompt, sampled at temperature 1; of a finished call nothing is done."""
+    if not target.exists():
+        how: dict[str, Any] = {"samples": 8, "temperature": 1.0, "dtype": "bfloat16"}
+        generate(model, rows, target, max_new_tokens=tokens, seed=seed, **how)
 
 
 def own_pairs(rows: list[dict[str, Any]], target: Path, tokens: int) -> list[dict[str, Any]]:
     """What RTO's guide and reward model learn from: a right and a wrong answer of the start model to each problem."""
-    if not target.exists():
-        generate(str(START), rows, target, samples=8, temperature=1.0, max_new_tokens=tokens, seed=5)
+    answer(str(START), rows, target, tokens, 5)
     _, correct = right(rows, target)
     pairs = []
     for (_, row), marks in zip(load_rows(str(target)), correct, strict=True):
@@ -400,7 +413,7 @@ class Online:
     gsm8k: list[dict[str, Any]]
 
     def train(self, name: str, seed: int) -> Path:
-        stage = {"prompts_per_rollout": 4, "num_generations": 8, "minibatches": 1, "max_new_tokens": self.tokens}
+        stage = {"prompts_per_rollout": PROMPTS, "num_generations": 8, "minibatches": 1, "max_new_tokens": self.tokens}
         settings: dict[str, Any] = {f"stages__train__training__{key}": value for key, value in stage.items()}
         settings |= {"training__max_steps": self.updates, "training__learning_rate": 1e-4, "seed": seed}
         settings["stages__train__rewards"] = [{"name": "numeric", "style": "last"}]
@@ -408,11 +421,14 @@ class Online:
         if name == "rto":
             write_text(self.runs / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             settings["stages__train__data__train"] = str(self.runs / "problems.jsonl")
-            rows = own_pairs(rows[:400], self.runs / "own.jsonl", self.tokens)
+            with FileLock(self.runs / ".own.lock"):
+                rows = own_pairs(rows[:120], self.runs / "own.jsonl", self.tokens)
             few = max(1, min(8, len(rows) // 4))
             rows, held = rows[few:], rows[:few]
+            short = {"max_steps": min(self.updates, 25), "per_device_train_batch_size": 8}
+            settings |= {f"stages__{first}__training__{key}": v for first in FIRST_STAGES for key, v in short.items()}
         folder = self.runs / f"{name}-{seed}"
-        trained(name, folder, rows, held, **settings)
+        trained(name, folder, rows, held, **settings, **HALF)
         return folder
 
     def measured(self, name: str, seed: int) -> dict[str, Any]:
@@ -439,52 +455,61 @@ def online(
     method: Several = None,
     seeds: int = 2,
     updates: int = 100,
-    prompts: Annotated[int, Option(help="held-out sums")] = 100,
-    tokens: Annotated[int, Option(help="longest completion of a sum")] = 32,
+    prompts: Annotated[int, Option(help="held-out sums")] = 64,
+    tokens: Annotated[int, Option(help="longest completion of a sum")] = 24,
     gsm8k: Path = Path("../shared/data/gsm8k-test.jsonl.gz"),
-    problems: Annotated[int, Option(help="of GSM8K")] = 40,
-    longer: Annotated[int, Option(help="longest completion of GSM8K")] = 128,
+    problems: Annotated[int, Option(help="of GSM8K")] = 16,
+    longer: Annotated[int, Option(help="longest completion of GSM8K")] = 96,
 ) -> None:
     """pass@1, pass@8 and maj@8 before and after training on the levels that the start model solves in 10 to 60 %."""
     torch.set_num_threads(1)
     runs.mkdir(parents=True, exist_ok=True)
-    probe = solved(str(START), sums(120, 1), runs / "probe.jsonl", tokens, 0)["levels"]
+    with FileLock(runs / ".probe.lock"):
+        probe = solved(str(START), sums(120, 1), runs / "probe.jsonl", tokens, 0)["levels"]
     fit = [level for level, share in probe.items() if 0.1 <= share <= 0.6] or list(probe)
     held = [row for row in sums(6 * prompts, 2) if row["task"] in fit][:prompts]
-    rows = [row for row in sums(6 * 4 * updates, 3) if row["task"] in fit][: 4 * updates]
+    rows = [row for row in sums(6 * PROMPTS * updates, 3) if row["task"] in fit][: PROMPTS * updates]
     study = Online(runs, updates, tokens, longer, held, rows, problems_of(gsm8k, problems) if problems else [])
-    found = {"start": [study.solved(str(START), "start", 0)]}
+    with FileLock(runs / ".probe.lock"):
+        found = {"start": [study.solved(str(START), "start", 0)]}
     for name, seed in product(method or ONLINE, range(seeds)):
         found.setdefault(name, []).append(study.measured(name, seed))
         print(name, seed, found[name][-1], flush=True)
     if output is not None:
+        write_text(output / "real_online.md", online_page(found, probe, study))
+        for entry in (entry for entries in found.values() for entry in entries):
+            entry.pop("each"), entry.get("GSM8K", {}).pop("each", None)
         write_json(output / "real_online.json", found)
-        write_text(output / "real_online.md", online_page(found, probe, updates, tokens))
         for name in ("thr", "aepo"):
             record = runs / f"{name}-0/train/rollouts.jsonl"  # none where no group had right and wrong completions
             if record.exists():
                 write_text(output.parent / f"images/real-{name}.svg", maps(record))
 
 
-def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float], updates: int, tokens: int) -> str:
+def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float], study: Online) -> str:
     shares = ", ".join(f"{level} {share:.0%}" for level, share in probe.items())
     text = [
         "# Online methods on a published model",
         "",
-        f"`python -m benchmarks.real_training online --updates {updates} --tokens {tokens}`, "
-        f"{date.today().isoformat()}. SmolLM2-135M-Instruct with LoRA of rank {LORA['r']} on sums, 4 prompts "
-        "of 8 completions an update. The start model solves of the levels: "
-        f"{shares}. Trained and reported are those between 10 % and 60 %; intervals are 95 %, over problems. Nothing "
-        "is trained on GSM8K. Tokens per second are those of sampling.",
+        f"`python -m benchmarks.real_training online --updates {study.updates} --prompts {len(study.held)} "
+        f"--tokens {study.tokens} --problems {len(study.gsm8k)} --longer {study.longer}`, {date.today().isoformat()}, "
+        f"one CPU core a run. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank {LORA['r']} on sums; an update is "
+        f"{PROMPTS} prompts of 8 completions. The start model solves of the levels: {shares}. Trained and reported are "
+        "those between 10 % and 60 %; nothing is trained on GSM8K. Intervals are 95 %, over problems; *minus start* is "
+        "pass@1 on the same problems minus that of the start model. Words are those of a completion, and tokens per "
+        "second those of sampling while it is trained.",
         "",
-        "| method | seed | pass@1 | pass@8 | maj@8 | GSM8K pass@1 | GSM8K pass@8 | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | seed | pass@1 | minus start | pass@8 | maj@8 | words | GSM8K pass@1 | GSM8K pass@8 | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    start = torch.tensor(found["start"][0]["each"])
     for name, entries in found.items():
         for entry in entries:
-            shown = [entry[key] for key in ("pass@1", "pass@8", "maj@8")]
-            shown += [entry["GSM8K"][key] for key in ("pass@1", "pass@8")] if "GSM8K" in entry else [None, None]
-            cells = ["{:.3f} ({:.3f} to {:.3f})".format(*one) if one else "–" for one in shown]
+            minus = mean_interval(torch.tensor(entry["each"]) - start) if name != "start" else None
+            shown = [entry["pass@1"], minus, entry["pass@8"], entry["maj@8"]]
+            asked = [entry["GSM8K"][key] for key in ("pass@1", "pass@8")] if "GSM8K" in entry else [None, None]
+            cells = ["{:.3f} ({:.3f} to {:.3f})".format(*one) if one else "–" for one in (*shown, *asked)]
+            cells.insert(4, f"{entry['words']:.1f}")
             cells.append(f"{entry[SPEED]:.0f}" if SPEED in entry else "–")
             text.append(f"| {name} | {entry.get('seed', '–')} | " + " | ".join(cells) + " |")
     return "\n".join([*text, ""])
@@ -503,7 +528,8 @@ def maps(rollouts: Path) -> str:
     parts, y = list[str](), MARGIN
     for entry in (group[0], group[-1]):
         y += LINE
-        what = f"reward {entry['reward']:g}, before update {entry['step'] + 1}"
+        asked = entry["prompt"].split("user\n")[-1].split("<|im_end|>")[0]
+        what = f"{escape(asked)} Reward {entry['reward']:g}, before update {entry['step'] + 1}"
         parts.append(f'<text class="head" x="{MARGIN}" y="{y}">{what}</text>')
         for column, title in MAPS.items():
             if column in entry:

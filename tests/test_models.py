@@ -71,13 +71,14 @@ def test_a_merged_adapter_is_the_same_model_and_stays_so(tmp_path, settings, tie
     assert all(p.requires_grad for p in merged.parameters())
 
 
-def test_a_merge_that_changes_the_model_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_that_changes_the_model_is_an_error(tmp_path, monkeypatch, dtype):
     from peft.tuners.lora.layer import Linear
 
-    path, _ = adapted(tmp_path)
+    path, _ = adapted(tmp_path, target_modules=["q_proj", "lm_head"])
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: self.base_layer.weight * 0.5)
     with pytest.raises(ModelError, match=r"adapter .* cannot be merged: the merged model gives other logits"):
-        load_model(SPEC, path, merge_adapter=True)
+        load_model(SPEC.model_copy(update={"dtype": dtype}), path, merge_adapter=True)
 
 
 def test_a_reward_model_and_a_critic_from_an_adapter_train_their_decoders(tmp_path):

@@ -58,10 +58,11 @@ def test_offline(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(study, ["dpo", "simpo"])
     found = read_json(study / "results/real_offline.json")["methods"]
     assert [len(one["accuracy"]) for one in found.values()] == [2, 2]
-    seed = found["dpo"]["seeds"][0]
-    assert [len(seed[key]) for key in real_training.MEASURED] == [11, 11, 6, 6, 6], "an invalid pair is left out"
-    assert max(map(abs, seed["kl"])) < 1e-3, "one step"
-    assert any(margin != 0 for margin in seed["margin"])
+    each = [read_json(file) for file in sorted((study / "runs/measured").glob("dpo-*-6.json"))]
+    assert found["dpo"] == {"rate": found["dpo"]["rate"], **real_training.by_seed({"seeds": each})}, "means of seeds"
+    assert [len(each[0][key]) for key in real_training.MEASURED] == [11, 11, 6, 6, 6], "an invalid pair is left out"
+    assert max(map(abs, each[0]["kl"])) < 1e-3, "one step"
+    assert any(margin != 0 for margin in each[0]["margin"])
     page = (study / "results/real_offline.md").read_text()
     assert "| simpo |" in page
     rows = [json.loads(line) for line in (study / "runs/start-6-0.jsonl").read_text().splitlines()]

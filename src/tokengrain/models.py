@@ -294,14 +294,24 @@ def _merged(adapted: Any, path: str) -> Any:
             lm.config.tie_word_embeddings = text_config(lm).tie_word_embeddings = False
         merged = adapted.merge_and_unload()
         after = _logits(merged, tokens)
-    if before.shape[-1] == 1:  # scores: their spread is over the tokens
-        before, after = before.transpose(1, 2), after.transpose(1, 2)
-    apart = float(relative_error(after, before).max())
-    message = f"{what}: the merged model gives other logits (relative difference {apart:.2g})"
-    require(not apart > TOLERANCE[input_embeddings(merged).weight.dtype], ModelError, message)
+    _same_logits(after, before, input_embeddings(merged).weight.dtype, f"{what}: the merged model")
     for parameter in merged.parameters():  # peft froze the base
         parameter.requires_grad_(parameter.is_floating_point())
     return merged
+
+
+def _same_logits(after: Tensor, before: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Raises ModelError if two models' logits `[1, n, V]` differ by more than rounding weights to `dtype` explains.
+
+    In 16 bits the median token counts, and three times as much is let pass: rounding moves the logits of a published
+    model (SmolLM2-135M) by .05 of their spread at the median token, and by more than their spread at single ones.
+    """
+    if before.shape[-1] == 1:  # scores: their spread is over the tokens
+        before, after = before.transpose(1, 2), after.transpose(1, 2)
+    errors, exact = relative_error(after, before), dtype.itemsize > 2
+    apart = float(errors.max() if exact else errors.median())
+    message = f"{what} gives other logits (relative difference {apart:.2g})"
+    require(apart <= TOLERANCE[dtype] * (1 if exact else 3), ModelError, message)
 
 
 def merge(path: str | os.PathLike[str], output: str | os.PathLike[str], dtype: str = "auto") -> Path:
@@ -339,10 +349,7 @@ def merge(path: str | os.PathLike[str], output: str | os.PathLike[str], dtype: s
         load_tokenizer(spec, path).save_pretrained(staged)
         with torch.no_grad():
             after = _logits(load(ModelSpec(path=str(staged)), str(staged)).eval(), tokens)
-        apart = float((after - before).norm() / before.norm())
-        message = f"{path} cannot be merged in {dtype}: the saved model gives other logits"
-        message += f" (relative difference {apart:.2g})"
-        require(not apart > TOLERANCE[getattr(torch, dtype)], ModelError, message)
+        _same_logits(after, before, getattr(torch, dtype), f"{path} cannot be merged in {dtype}: the saved model")
         staged.chmod(0o755)
         staged.replace(target)
     finally:

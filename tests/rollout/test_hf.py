@@ -72,6 +72,18 @@ def test_batches_order_and_cache_do_not_matter(tok, model, kwargs):
     assert alone["r1"] == want["r1"]
 
 
+def test_the_head_never_reads_a_slice(tok):
+    """PyTorch multiplies one row by row where the head is frozen (`contiguous_head`)."""
+    model, seen = llama().float().requires_grad_(False), []
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda x: seen.append((x.is_contiguous(), len(x))) or inner(x)
+    for cache in ("dynamic", "static"):
+        HFGenerate(model, tok, cache=cache).sample(items(tok), n=2, sampling=SAMPLING)
+    assert all(whole for whole, _ in seen)
+    assert max(rows for _, rows in seen) == 8, "also behind a prefill of several prompts"
+    assert not model.lm_head._forward_pre_hooks, "and afterwards the model is as it was"
+
+
 def test_seeds(tok, model):
     sampler = HFGenerate(model, tok)
     draw = lambda s: ids_of(sampler.sample(items(tok), n=4, sampling=s))  # noqa: E731

@@ -38,6 +38,7 @@ from tokengrain.rollout.sampler import (
 from tokengrain.scoring.encdec import DecoderSteps, cache_of, start_id
 from tokengrain.scoring.model import (
     autocast_type,
+    contiguous_head,
     decoder_of,
     device_of,
     evaluating,
@@ -508,7 +509,7 @@ class HFGenerate:
         asked, stop_ids, stops = ready(self, prompts, n, sampling)
         numbers = uniforms(prompts, n, sampling)
         found: dict[int, SampledCompletion] = {}
-        with evaluating(self.model):
+        with evaluating(self.model), contiguous_head(self.lm):
             for part in self._batches(prompts, n, sampling.max_new_tokens):
                 found |= self._batch(prompts, n, part, numbers, sampling, stop_ids, stops)
                 if self.progress is not None:

@@ -449,6 +449,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextlib.contextmanager
+def contiguous_head(lm: nn.Module) -> Iterator[None]:
+    """The head reads rows that lie next to each other, as those of the last tokens of a batch do not.
+
+    On a CPU, PyTorch multiplies such a slice row by row where the head is frozen: 64 rows of SmolLM2's take 11 times as
+    long in float32, 330 times in bfloat16, and a copy of the head for each row.
+    """
+
+    def copied(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[0].contiguous(), *given[1:]) if given else given
+
+    handle = output_embeddings(lm).register_forward_pre_hook(copied)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def live_head(lm: nn.Module, scale: float, softcap: float | None) -> Head | None:
     """The head with its live weight, or None if its module is more than a matrix (adapters, quantisation)."""
     linear = plain_linear(output_embeddings(lm))
