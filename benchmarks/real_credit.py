@@ -113,7 +113,7 @@ class Study:
         folder = self.runs / f"guide-{seed}"
         if (folder / str(steps) / "adapter_config.json").exists():
             return folder / str(steps)
-        self.train(seed, folder, steps)
+        self.train(seed, folder)
         return folder / str(steps)
 
     def reward_model(self, seed: int) -> Path:
@@ -127,14 +127,14 @@ class Study:
         how = {**size, "training__learning_rate": 1e-4, "seed": seed}
         return trained("qrm", self.runs / f"reward-{seed}", str(rows), None, **how)
 
-    def train(self, seed: int, folder: Path, steps: int) -> None:
+    def train(self, seed: int, folder: Path) -> None:
         torch.manual_seed(seed)
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(self.start(), lora)
         config = PreferenceConfig(
-            str(folder / "run"), learning_rate=1e-4, lr_scheduler_type="constant", warmup_steps=0, max_steps=steps,
-            per_device_train_batch_size=8, seed=seed, save_strategy="no", use_cpu=True, bf16=False, logging_steps=5,
-            max_grad_norm=1.0, disable_tqdm=True, report_to="none",
+            str(folder / "run"), learning_rate=1e-4, lr_scheduler_type="constant", warmup_steps=0, seed=seed,
+            max_steps=max(GUIDE_STEPS), per_device_train_batch_size=8, max_grad_norm=1.0, use_cpu=True, bf16=False,
+            save_strategy="no", logging_steps=5, disable_tqdm=True, report_to="none",
         )  # fmt: skip
         given: dict[str, Any] = {"train_dataset": self.pairs, "processing_class": self.tokenizer}
         PreferenceTrainer(model, config, objective="dpo", callbacks=[Save(folder, self.tokenizer)], **given).train()

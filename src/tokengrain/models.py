@@ -692,7 +692,7 @@ def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_t
     Of a longer data set `max_rows` rows are taken, evenly spread (of a stream the first). The raw scale of the scores
     is arbitrary (the loss pushes pairs gamma/beta apart), so whatever uses them needs these two numbers.
     """
-    moments = _moments(model, dataset, max_rows, max_tokens, lambda scores, segments: scores)
+    (moments,) = _moments(model, dataset, max_rows, max_tokens, _each)
     return set_statistics(model, ScoreStatistics(moments.mean, moments.std))
 
 
@@ -700,16 +700,30 @@ def measure_completions(
     model: nn.Module, dataset: Any, *, pooling: Pooling = "mean", max_rows: int = 512, max_tokens: int = 8192
 ) -> CompletionStatistics:
     """The same of the scores of whole completions, pooled as in the loss that the model was trained with."""
-
-    def pooled(scores: Tensor, segments: Segments) -> Tensor:
-        return pooled_scores(scores, segments, pooling)[segments.lengths > 0]
-
-    moments = _moments(model, dataset, max_rows, max_tokens, pooled)
+    (moments,) = _moments(model, dataset, max_rows, max_tokens, _whole(pooling))
     return set_statistics(model, CompletionStatistics(moments.mean, moments.std, pooling))
 
 
-def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, read: Callable[..., Tensor]) -> Moments:
-    """Mean and spread of what is read from the token scores of a data set's completions."""
+def measure_both(model: nn.Module, dataset: Any, pooling: Pooling) -> tuple[ScoreStatistics, CompletionStatistics]:
+    """`measure_scores` and `measure_completions` in one pass, for the rows they take."""
+    tokens, whole = _moments(model, dataset, 512, 8192, _each, _whole(pooling))
+    found = ScoreStatistics(tokens.mean, tokens.std), CompletionStatistics(whole.mean, whole.std, pooling)
+    return set_statistics(model, found[0]), set_statistics(model, found[1])
+
+
+Read = Callable[[Tensor, Segments], Tensor]
+
+
+def _each(scores: Tensor, segments: Segments) -> Tensor:
+    return scores
+
+
+def _whole(pooling: Pooling) -> Read:
+    return lambda scores, segments: pooled_scores(scores, segments, pooling)[segments.lengths > 0]
+
+
+def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, *reads: Read) -> list[Moments]:
+    """Mean and spread of what each of `reads` takes from the token scores of a data set's completions."""
     if hasattr(dataset, "__len__"):
         samples = [dataset[i] for i in range(0, len(dataset), max(1, -(-len(dataset) // max_rows)))]
     else:
@@ -718,8 +732,11 @@ def _moments(model: nn.Module, dataset: Any, max_rows: int, max_tokens: int, rea
     require(samples, DataError, "the dataset is empty", file=name, expected="at least one row")
     device = next(model.parameters()).device
     parts = TokenBatch.from_samples(samples).split(max_tokens)
-    scores = ((frozen_token_scores(model, part.to(device)).cpu(), part.segments) for part in parts)
-    return sum((Moments.of(read(values, segments)) for values, segments in scores), Moments())
+    found = [Moments() for _ in reads]
+    for part in parts:
+        scores = frozen_token_scores(model, part.to(device)).cpu()
+        found = [one + Moments.of(read(scores, part.segments)) for one, read in zip(found, reads, strict=True)]
+    return found
 
 
 def save_statistics(path: str | Path, *statistics: ScoreStatistics) -> None:

@@ -22,6 +22,7 @@ from tokengrain.method import make_credit
 from tokengrain.models import (
     load_reward_model,
     load_trained_reward_model,
+    measure_both,
     measure_completions,
     measure_scores,
     reward_lora_config,
@@ -280,6 +281,8 @@ def test_statistics_are_those_of_all_tokens() -> None:
     some = frozen_token_scores(model, TokenBatch.from_samples(samples[::3])).double()
     assert spread.mean == pytest.approx(float(some.mean()), abs=1e-6)
     assert measure_scores(model, iter(samples), max_rows=4) == measure_scores(model, samples[:4])
+    whole = measure_completions(model, samples, pooling="last")
+    assert measure_both(model, samples, "last") == (measure_scores(model, samples), whole)
     with pytest.raises(DataError, match="empty"):
         measure_scores(model, [])
 

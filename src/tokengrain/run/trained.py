@@ -482,8 +482,7 @@ class Reward(Trained):
     def save(self, run: RunModels, trainer: Any, folder: Path) -> dict[str, Any]:
         """Also measures and stores the distribution of scores, of tokens and of completions."""
         model, rows = trainer.evaluation_model(), trainer.train_dataset
-        pooling = trainer.objective.hyper["pooling"]
-        statistics = models.measure_scores(model, rows), models.measure_completions(model, rows, pooling=pooling)
+        statistics = models.measure_both(model, rows, trainer.objective.hyper["pooling"])
         trainer.save_model(str(folder))
         if run.state.is_main_process:
             models.save_statistics(folder, *statistics)
