@@ -333,24 +333,28 @@ def mean_of(values: Sequence[float], digits: int) -> str:
 PROMPTS = 3  # of an update, with 8 completions each
 HALF = {"model__dtype": "bfloat16", "training__bf16": True}  # adapters stay in float32
 FIRST_STAGES = ("guide", "reward")  # RTO's
+ROLES = ("user", "assistant")
 
 
 def sums(count: int, seed: int) -> list[dict[str, Any]]:
-    """Graded arithmetic: level 1 adds numbers of one digit, each further level is a little harder."""
+    """Graded arithmetic behind two examples, without which this model writes of other things at temperature 1."""
     rng, rows = random.Random(seed), []
+    said = [("4 + 7", "4 + 7 = 11"), ("3 * 6 + 5", "3 * 6 + 5 = 18 + 5 = 23")]
+    shown = [{"role": "system", "content": "You calculate."}]
+    shown += [{"role": role, "content": text} for one in said for role, text in zip(ROLES, one, strict=True)]
     for i in range(count):
         level = i % 6 + 1
-        a, b, c = (rng.randint(2, 5 + 5 * level) for _ in range(3))
+        a, b, c = (rng.randint(2, 9) for _ in range(3))
+        p, q = (rng.randint(11, 40) for _ in range(2))
         text, answer = {
             1: (f"{a} + {b}", a + b),
-            2: (f"{a} + {b} + {c}", a + b + c),
-            3: (f"{a + b} - {b} + {c}", a + c),
-            4: (f"{a} * {b}", a * b),
+            2: (f"{a} * {b}", a * b),
+            3: (f"{p} + {b}", p + b),
+            4: (f"{p} + {q}", p + q),
             5: (f"{a} * {b} + {c}", a * b + c),
-            6: (f"{a} * ({b} + {c})", a * (b + c)),
+            6: (f"{a} + {b} + {c}", a + b + c),
         }[level]
-        prompt = f"What is {text}? End with the number."
-        rows.append({"prompt": [{"role": "user", "content": prompt}], "answer": answer, "task": f"level {level}"})
+        rows.append({"prompt": [*shown, {"role": "user", "content": text}], "answer": answer, "task": f"level {level}"})
     return rows
 
 
@@ -456,7 +460,7 @@ def online(
     seeds: int = 2,
     updates: int = 100,
     prompts: Annotated[int, Option(help="held-out sums")] = 64,
-    tokens: Annotated[int, Option(help="longest completion of a sum")] = 24,
+    tokens: Annotated[int, Option(help="longest completion of a sum")] = 20,
     gsm8k: Path = Path("../shared/data/gsm8k-test.jsonl.gz"),
     problems: Annotated[int, Option(help="of GSM8K")] = 16,
     longer: Annotated[int, Option(help="longest completion of GSM8K")] = 96,
@@ -465,7 +469,7 @@ def online(
     torch.set_num_threads(1)
     runs.mkdir(parents=True, exist_ok=True)
     with FileLock(runs / ".probe.lock"):
-        probe = solved(str(START), sums(120, 1), runs / "probe.jsonl", tokens, 0)["levels"]
+        probe = solved(str(START), sums(72, 1), runs / "probe.jsonl", tokens, 0)["levels"]
     fit = [level for level, share in probe.items() if 0.1 <= share <= 0.6] or list(probe)
     held = [row for row in sums(6 * prompts, 2) if row["task"] in fit][:prompts]
     rows = [row for row in sums(6 * PROMPTS * updates, 3) if row["task"] in fit][: PROMPTS * updates]
@@ -529,7 +533,7 @@ def maps(rollouts: Path) -> str:
     for entry in (group[0], group[-1]):
         y += LINE
         asked = entry["prompt"].split("user\n")[-1].split("<|im_end|>")[0]
-        what = f"{escape(asked)} Reward {entry['reward']:g}, before update {entry['step'] + 1}"
+        what = f"{escape(asked)}: reward {entry['reward']:g}, before update {entry['step'] + 1}"
         parts.append(f'<text class="head" x="{MARGIN}" y="{y}">{what}</text>')
         for column, title in MAPS.items():
             if column in entry:
