@@ -376,12 +376,18 @@ def solved(model: str, rows: list[dict[str, Any]], target: Path, tokens: int, se
     answer(model, rows, target, tokens, seed)
     answers, correct = right(rows, target)
     measures = sample_metrics(torch.tensor(correct), answers, 8)
-    kept = {name: tuple(mean_interval(measures[name])) for name in ("pass@1", "pass@8", "maj@8")}
+    kept = {name: share_of(measures[name]) for name in ("pass@1", "pass@8", "maj@8")}
     levels = sorted({row["task"] for row in rows})
     of = {lv: [i for i, row in enumerate(rows) if row["task"] == lv] for lv in levels}
     shares = {lv: float(measures["pass@1"][at].mean()) for lv, at in of.items()}
     words = average([len(text.split()) for _, row in load_rows(str(target)) for text in row["completions"]])
     return {**kept, "levels": shares, "words": words, "each": measures["pass@1"].tolist()}
+
+
+def share_of(values: torch.Tensor) -> tuple[float, float, float]:
+    """A mean of shares with its 95 % interval, which a normal one leaves near 0 and 1."""
+    mean, low, high = mean_interval(values)
+    return mean, max(low, 0.0), min(high, 1.0)
 
 
 def answer(model: str, rows: list[dict[str, Any]], target: Path, tokens: int, seed: int) -> None:

@@ -84,6 +84,23 @@ def test_the_head_never_reads_a_slice(tok):
     assert not model.lm_head._forward_pre_hooks, "and afterwards the model is as it was"
 
 
+@pytest.mark.parametrize("vocabulary", [40, 256, 1000])
+def test_a_draw_in_blocks_is_that_of_all_tokens_added_up(vocabulary):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(400, vocabulary)
+    logits[:, ::3] = -torch.inf
+    logits[0], logits[0, 1] = -torch.inf, 3.0  # one token has it all
+    uniform = torch.rand(400, 1, dtype=torch.float64)
+    uniform[:6, 0] = torch.tensor([0.3, 0.0, 1 - 2**-53, 0.5, 2**-60, 1 - 2**-30], dtype=torch.float64)
+    picker = Picker(SamplingConfig(max_new_tokens=1), uniform, torch.device("cpu"))
+    tokens, _, _ = picker(logits, torch.arange(400), 0)
+    cumulative = logits.log_softmax(-1).exp().double().cumsum(-1)
+    total = cumulative[:, -1:]
+    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros(1).double()))
+    assert (torch.searchsorted(cumulative, point, right=True)[:, 0] == tokens).all()
+    assert logits[torch.arange(400), tokens].isfinite().all()
+
+
 def test_seeds(tok, model):
     sampler = HFGenerate(model, tok)
     draw = lambda s: ids_of(sampler.sample(items(tok), n=4, sampling=s))  # noqa: E731

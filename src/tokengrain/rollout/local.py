@@ -118,13 +118,29 @@ class Picker:
         return logits if self.warpers is None else self.warpers(None, logits)
 
     def _draw(self, logps: Tensor, uniform: Tensor) -> Tensor:
-        cumulative = logps.to(self.wide).exp().cumsum(-1)
-        total = cumulative[:, -1:]
-        # The product may round up to the total, which no token's share lies beyond.
-        below = torch.nextafter(total, torch.zeros_like(total))
-        point = torch.minimum(uniform[:, None] * total, below)
-        # The first cumulative value above the point: never a token of probability 0, which adds nothing.
-        return torch.searchsorted(cumulative, point, right=True)[:, 0]
+        """The first token up to which there is more than the uniform's share; found block by block, then in its block.
+
+        A sum over every token would take a fifth of the time of decoding (64 rows, 49,152 tokens, on a CPU).
+        """
+        shares = F.pad(logps.exp(), (0, -logps.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+        blocks = shares.sum(-1, dtype=self.wide).cumsum(-1)
+        block, point = _first_above(blocks, uniform[:, None] * blocks[:, -1:])
+        inside = shares.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=self.wide)
+        token, _ = _first_above(inside, point - F.pad(blocks, (1, 0)).gather(1, block))
+        return (block * BLOCK + token)[:, 0]
+
+
+BLOCK = 256  # tokens that are added up at a time
+
+
+def _first_above(cumulative: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `[B, n]` first exceeds the point `[B, 1]`, which is never a place that adds nothing; and the point.
+
+    It is made less than the total, to which a product may round up; two ways to add up may also differ in the last bit.
+    """
+    total = cumulative[:, -1:]
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point, right=True), point
 
 
 def _warpers(sampling: SamplingConfig) -> Any:
