@@ -30,7 +30,7 @@ from tokengrain.corruption import Corrupted, corrupt
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.rows import load_rows
-from tokengrain.errors import read_log, write_json, write_text
+from tokengrain.errors import read_json, read_log, write_json, write_text
 from tokengrain.evaluation.credit import added_auc, auc, parts_of
 from tokengrain.evaluation.statistics import bootstrap
 from tokengrain.method import make_credit
@@ -249,10 +249,13 @@ def page(found: list[dict[str, Any]]) -> str:
 
 
 def write_pages(lines: list[dict[str, Any]], output: Path) -> None:
-    order = list(SOURCES)
-    found = [summary(line) for line in sorted(lines, key=lambda line: (order.index(line["source"]), line["seed"]))]
+    """Of what these lines say, and of what the file says that they do not."""
+    target, order = output / "real.json", list(SOURCES)
+    kept = [*(read_json(target) if target.exists() else ()), *map(summary, lines)]
+    latest = {(line["source"], line["how"], line["seed"]): line for line in kept}
+    found = sorted(latest.values(), key=lambda line: (order.index(line["source"]), line["seed"]))
     write_text(output / "real.md", page(found))
-    write_json(output / "real.json", found)
+    write_json(target, found)
 
 
 def main(

@@ -446,7 +446,8 @@ class Online:
         folder = self.train(name, seed)
         log = read_log(folder / "train" / "log.jsonl")
         speeds = [entry[SPEED] for entry in log if SPEED in entry]
-        return {**self.solved(str(folder), f"{name}-{seed}", seed), "seed": seed, SPEED: average(speeds)}
+        made = {"seed": seed, SPEED: average(speeds), "date": date.today().isoformat()}
+        return {**self.solved(str(folder), f"{name}-{seed}", seed), **made}
 
     def solved(self, model: str, name: str, seed: int) -> dict[str, Any]:
         found = solved(model, self.held, self.runs / f"{name}.jsonl", self.tokens, seed)
@@ -471,25 +472,35 @@ def online(
     problems: Annotated[int, Option(help="of GSM8K")] = 16,
     longer: Annotated[int, Option(help="longest completion of GSM8K")] = 96,
 ) -> None:
-    """pass@1, pass@8 and maj@8 before and after training on the levels that the start model solves in 10 to 60 %."""
+    """pass@1, pass@8 and maj@8 before and after training on the levels that the start model solves in 10 to 60 %.
+
+    What real_online.json has, measured with the same settings, is not measured again.
+    """
     torch.set_num_threads(1)
     runs.mkdir(parents=True, exist_ok=True)
+    about = {"updates": updates, "prompts": prompts, "tokens": tokens, "problems": problems, "longer": longer}
+    target = None if output is None else output / "real_online.json"
+    kept = read_json(target) if target is not None and target.exists() else {"settings": about, "methods": {}}
+    if kept["settings"] != about:
+        raise typer.BadParameter(f"{target} was measured with {kept['settings']}; give --output another folder")
+    found: dict[str, list[dict[str, Any]]] = kept["methods"]
     with FileLock(runs / ".probe.lock"):
-        probe = solved(str(START), sums(72, 1), runs / "probe.jsonl", tokens, 0)["levels"]
+        probe = kept.get("probe") or solved(str(START), sums(72, 1), runs / "probe.jsonl", tokens, 0)["levels"]
     fit = [level for level, share in probe.items() if 0.1 <= share <= 0.6] or list(probe)
     held = [row for row in sums(6 * prompts, 2) if row["task"] in fit][:prompts]
     rows = [row for row in sums(6 * PROMPTS * updates, 3) if row["task"] in fit][: PROMPTS * updates]
     study = Online(runs, updates, tokens, longer, held, rows, problems_of(gsm8k, problems) if problems else [])
-    with FileLock(runs / ".probe.lock"):
-        found = {"start": [study.solved(str(START), "start", 0)]}
+    if "start" not in found:
+        with FileLock(runs / ".probe.lock"):
+            found["start"] = [study.solved(str(START), "start", 0)]
     for name, seed in product(method or ONLINE, range(seeds)):
-        found.setdefault(name, []).append(study.measured(name, seed))
-        print(name, seed, found[name][-1], flush=True)
+        if all(entry["seed"] != seed for entry in found.setdefault(name, [])):
+            found[name] = sorted([*found[name], study.measured(name, seed)], key=lambda entry: int(entry["seed"]))
+            print(name, seed, found[name][-1], flush=True)
     if output is not None:
+        found = {name: found[name] for name in ("start", *ONLINE) if name in found}
         write_text(output / "real_online.md", online_page(found, probe, study))
-        for entry in (entry for entries in found.values() for entry in entries):
-            entry.pop("each"), entry.get("GSM8K", {}).pop("each", None)
-        write_json(output / "real_online.json", found)
+        write_json(output / "real_online.json", {"settings": about, "probe": probe, "methods": found})
         for name in ("thr", "aepo"):
             record = runs / f"{name}-0/train/rollouts.jsonl"  # none where no group had right and wrong completions
             if record.exists():
@@ -498,16 +509,18 @@ def online(
 
 def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float], study: Online) -> str:
     shares = ", ".join(f"{level} {share:.0%}" for level, share in probe.items())
+    dates = sorted({entry["date"] for entries in found.values() for entry in entries if "date" in entry})
     text = [
         "# Online methods on a published model",
         "",
         f"`python -m benchmarks.real_training online --updates {study.updates} --prompts {len(study.held)} "
-        f"--tokens {study.tokens} --problems {len(study.gsm8k)} --longer {study.longer}`, {date.today().isoformat()}, "
-        f"one CPU core a run. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank {LORA['r']} on sums; an update is "
-        f"{PROMPTS} prompts of 8 completions. The start model solves of the levels: {shares}. Trained and reported are "
-        "those between 10 % and 60 %; nothing is trained on GSM8K, and only the first seed's models are asked it. "
-        "Intervals are 95 %, over problems; *minus start* is pass@1 on the same problems minus that of the start "
-        "model. Words are those of a completion, and tokens per second those of sampling while it is trained.",
+        f"--tokens {study.tokens} --problems {len(study.gsm8k)} --longer {study.longer}`, {' and '.join(dates)}, "
+        "one thread a run, up to four runs on two cores. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank "
+        f"{LORA['r']} on sums; an update is {PROMPTS} prompts of 8 completions. The start model solves of the levels: "
+        f"{shares}. Trained and reported are those between 10 % and 60 %; nothing is trained on GSM8K, and only the "
+        "first seed's models are asked it. Intervals are 95 %, over problems; *minus start* is pass@1 on the same "
+        "problems minus that of the start model. Words are those of a completion, and tokens per second those of "
+        "sampling while it is trained.",
         "",
         "| method | seed | pass@1 | minus start | pass@8 | maj@8 | words | GSM8K pass@1 | GSM8K pass@8 | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|---|",

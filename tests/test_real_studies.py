@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from benchmarks import real_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,10 +112,14 @@ def test_online(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_training, "right", right)
     (study / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "so\n#### 2"}) + "\n")
     methods = [name for name in real_training.ONLINE if name != "aepo"]  # whose trigger words no byte is
-    real_training.online(
-        study / "results", study / "runs", methods, seeds=1, updates=1, prompts=6, tokens=6,
-        gsm8k=study / "gsm8k.jsonl", problems=0,
-    )  # fmt: skip
+    few: dict[str, Any] = {"seeds": 1, "updates": 4, "prompts": 6, "tokens": 6, "gsm8k": study / "gsm8k.jsonl"}
+    real_training.online(study / "results", study / "runs", methods[:1], **few, problems=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(real_training.Online, "solved", lambda *args: pytest.fail("measured again"))
+        real_training.online(study / "results", study / "elsewhere", methods[:1], **few, problems=0)
+    with pytest.raises(typer.BadParameter, match="was measured with"):
+        real_training.online(study / "results", study / "runs", methods, **few, problems=1)
+    real_training.online(study / "results", study / "runs", methods, **few, problems=0)
     page = (study / "results/real_online.md").read_text()
     assert page.count("\n| ") == 2 + len(methods)
     assert "<svg" in real_training.maps(study / "runs/grpo-0/train/rollouts.jsonl")
