@@ -111,9 +111,8 @@ class Study:
     def guide(self, seed: int, steps: int) -> Path:
         """A LoRA adapter after so many steps of DPO (β 0.1, rate 1e-4, 8 pairs a step)."""
         folder = self.runs / f"guide-{seed}"
-        if (folder / str(steps) / "adapter_config.json").exists():
-            return folder / str(steps)
-        self.train(seed, folder)
+        if not (folder / str(steps) / "adapter_config.json").exists():
+            self.train(seed, folder)
         return folder / str(steps)
 
     def reward_model(self, seed: int) -> Path:
@@ -209,6 +208,7 @@ def ask(study: Study, name: str, how: str, seed: int) -> dict[str, Any]:
         "surprise": [auc(-k, hit) for _, k, hit in zip(*split, strict=True)],
         "gain": added_auc(credit, known, marked, segments).tolist(),
         "cpu_seconds": round(time.process_time() - begin, 1),
+        "date": date.today().isoformat(),
     }
 
 
@@ -220,16 +220,17 @@ def summary(line: dict[str, Any]) -> dict[str, Any]:
         name: bootstrap(lambda means: means[..., 0], torch.tensor(v)[:, None], resamples=2000)._asdict()
         for name, v in values.items()
     }
-    return {key: line[key] for key in ("source", "how", "seed")} | {"answers": len(minus)} | means
+    return {key: line[key] for key in ("source", "how", "seed", "date")} | {"answers": len(minus)} | means
 
 
 def page(found: list[dict[str, Any]]) -> str:
     used = list(dict.fromkeys(entry["source"] for entry in found))
+    dates = sorted({entry["date"] for entry in found})
     some = "" if len(used) == len(SOURCES) else "".join(f' --source "{name}"' for name in used)
     text = [
         "# Credit on real text",
         "",
-        f"`python -m benchmarks.real_credit{some}`, {date.today().isoformat()}, one CPU core. SmolLM2-135M-Instruct; "
+        f"`python -m benchmarks.real_credit{some}`, {' and '.join(dates)}, one CPU core. SmolLM2-135M-Instruct; "
         f"chosen answers of HH, harmless (rows {FIRST} to {SPLIT - 1}: prompts of at most 150 tokens, answers of 15 to "
         "80), two places of each corrupted. AUC is the chance that a corrupted token has less credit than another one "
         "of its answer, a mean over answers with a 95 % bootstrap interval. *Minus surprise* is the difference on the "
@@ -249,7 +250,7 @@ def page(found: list[dict[str, Any]]) -> str:
 
 
 def write_pages(lines: list[dict[str, Any]], output: Path) -> None:
-    """Of what these lines say, and of what the file says that they do not."""
+    """Of these lines, and of those that the file has besides."""
     target, order = output / "real.json", list(SOURCES)
     kept = [*(read_json(target) if target.exists() else ()), *map(summary, lines)]
     latest = {(line["source"], line["how"], line["seed"]): line for line in kept}

@@ -385,7 +385,7 @@ def solved(model: str, rows: list[dict[str, Any]], target: Path, tokens: int, se
 
 
 def share_of(values: torch.Tensor) -> tuple[float, float, float]:
-    """A mean of shares with its 95 % interval, which a normal one leaves near 0 and 1."""
+    """A mean of shares with its normal 95 % interval, cut off at 0 and 1."""
     mean, low, high = mean_interval(values)
     return mean, max(low, 0.0), min(high, 1.0)
 
@@ -495,8 +495,9 @@ def online(
             found["start"] = [study.solved(str(START), "start", 0)]
     for name, seed in product(method or ONLINE, range(seeds)):
         if all(entry["seed"] != seed for entry in found.setdefault(name, [])):
-            found[name] = sorted([*found[name], study.measured(name, seed)], key=lambda entry: int(entry["seed"]))
-            print(name, seed, found[name][-1], flush=True)
+            made = study.measured(name, seed)
+            found[name] = sorted([*found[name], made], key=lambda entry: int(entry["seed"]))
+            print(name, seed, {key: round(made[key][0], 3) for key in ("pass@1", "pass@8", "maj@8")}, flush=True)
     if output is not None:
         found = {name: found[name] for name in ("start", *ONLINE) if name in found}
         write_text(output / "real_online.md", online_page(found, probe, study))
@@ -515,13 +516,13 @@ def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float],
         "",
         f"`python -m benchmarks.real_training online --updates {study.updates} --prompts {len(study.held)} "
         f"--tokens {study.tokens} --problems {len(study.gsm8k)} --longer {study.longer}`, {' and '.join(dates)}, "
-        "one thread a run, up to four runs on two cores. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank "
+        "one thread a run. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank "
         f"{LORA['r']} on sums; an update is {PROMPTS} prompts of 8 completions. The start model solves of the levels: "
         f"{shares}. Trained and reported are those between 10 % and 60 %; nothing is trained on GSM8K, and only the "
         "first seed's models are asked it. Intervals are 95 %, over problems; *minus start* is pass@1 on the same "
-        "problems minus that of the start model. Words are those of a completion, and tokens per second those of "
-        "sampling while it is trained. RTO's guide and reward model take 25 steps of 8 pairs each, a right and a wrong "
-        "answer of the start model to the same sum.",
+        "problems minus that of the start model. Words are those of a completion. Tokens per second are those of "
+        "sampling in training, by the clock: other runs on the same machine slow it down. RTO's guide and reward model "
+        "take 25 steps of 8 pairs each, a right and a wrong answer of the start model to the same sum.",
         "",
         "| method | seed | pass@1 | minus start | pass@8 | maj@8 | words | GSM8K pass@1 | GSM8K pass@8 | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -303,8 +303,8 @@ def _merged(adapted: Any, path: str) -> Any:
 def _same_logits(after: Tensor, before: Tensor, dtype: torch.dtype, what: str) -> None:
     """Raises ModelError if two models' logits `[1, n, V]` differ by more than rounding weights to `dtype` explains.
 
-    In 16 bits the median token counts, and three times as much is let pass: rounding moves the logits of a published
-    model (SmolLM2-135M) by .05 of their spread at the median token, and by more than their spread at single ones.
+    In 16 bits the median token counts, and three times the tolerance is allowed: rounding moves the logits of a
+    published model (SmolLM2-135M) by .05 of their spread at the median token, and by more than their spread at some.
     """
     if before.shape[-1] == 1:  # scores: their spread is over the tokens
         before, after = before.transpose(1, 2), after.transpose(1, 2)
@@ -686,7 +686,12 @@ def reward_lora_config(lora: LoraSpec, model: Any = None) -> Any:
     return lora_config(lora, model, task_type="TOKEN_CLS", exclude_modules=list(HEADS), modules_to_save=saved)
 
 
-def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_tokens: int = 8192) -> ScoreStatistics:
+MEASURED_ROWS, MEASURED_TOKENS = 512, 8192  # of a data set, and of a forward pass
+
+
+def measure_scores(
+    model: nn.Module, dataset: Any, *, max_rows: int = MEASURED_ROWS, max_tokens: int = MEASURED_TOKENS
+) -> ScoreStatistics:
     """Mean and standard deviation of the scores of a data set's completion tokens; also set on the model's config.
 
     Of a longer data set `max_rows` rows are taken, evenly spread (of a stream the first). The raw scale of the scores
@@ -697,7 +702,12 @@ def measure_scores(model: nn.Module, dataset: Any, *, max_rows: int = 512, max_t
 
 
 def measure_completions(
-    model: nn.Module, dataset: Any, *, pooling: Pooling = "mean", max_rows: int = 512, max_tokens: int = 8192
+    model: nn.Module,
+    dataset: Any,
+    *,
+    pooling: Pooling = "mean",
+    max_rows: int = MEASURED_ROWS,
+    max_tokens: int = MEASURED_TOKENS,
 ) -> CompletionStatistics:
     """The same of the scores of whole completions, pooled as in the loss that the model was trained with."""
     (moments,) = _moments(model, dataset, max_rows, max_tokens, _whole(pooling))
@@ -705,8 +715,8 @@ def measure_completions(
 
 
 def measure_both(model: nn.Module, dataset: Any, pooling: Pooling) -> tuple[ScoreStatistics, CompletionStatistics]:
-    """`measure_scores` and `measure_completions` in one pass, for the rows they take."""
-    tokens, whole = _moments(model, dataset, 512, 8192, _each, _whole(pooling))
+    """`measure_scores` and `measure_completions` in one pass."""
+    tokens, whole = _moments(model, dataset, MEASURED_ROWS, MEASURED_TOKENS, _each, _whole(pooling))
     found = ScoreStatistics(tokens.mean, tokens.std), CompletionStatistics(whole.mean, whole.std, pooling)
     return set_statistics(model, found[0]), set_statistics(model, found[1])
 
