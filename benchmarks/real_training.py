@@ -36,7 +36,7 @@ from tokengrain.data.dataset import prepare_pairs, prepare_sft
 from tokengrain.data.formats import canonical
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import read_json, read_log, write_json, write_text
-from tokengrain.evaluation.statistics import mean_interval, mean_of_runs, sample_metrics
+from tokengrain.evaluation.statistics import mean_interval, mean_of_runs, sample_metrics, wilson
 from tokengrain.generate import generate
 from tokengrain.rank import rank
 from tokengrain.report.html import colour_scale, pieces
@@ -385,8 +385,9 @@ def solved(model: str, rows: list[dict[str, Any]], target: Path, tokens: int, se
 
 
 def share_of(values: torch.Tensor) -> tuple[float, float, float]:
-    """A mean of shares with its normal 95 % interval, cut off at 0 and 1."""
-    mean, low, high = mean_interval(values)
+    """A mean of shares with its normal 95 % interval, cut off at 0 and 1; Wilson's where all are 0, or all 1."""
+    total, n = float(values.sum()), len(values)
+    mean, low, high = wilson(total, n) if total in (0, n) else mean_interval(values)
     return mean, max(low, 0.0), min(high, 1.0)
 
 
@@ -517,12 +518,14 @@ def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float],
         f"`python -m benchmarks.real_training online --updates {study.updates} --prompts {len(study.held)} "
         f"--tokens {study.tokens} --problems {len(study.gsm8k)} --longer {study.longer}`, {' and '.join(dates)}, "
         "one thread a run. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank "
-        f"{LORA['r']} on sums; an update is {PROMPTS} prompts of 8 completions. The start model solves of the levels: "
-        f"{shares}. Trained and reported are those between 10 % and 60 %; nothing is trained on GSM8K, and only the "
-        "first seed's models are asked it. Intervals are 95 %, over problems; *minus start* is pass@1 on the same "
-        "problems minus that of the start model. Words are those of a completion. Tokens per second are those of "
-        "sampling in training, by the clock: other runs on the same machine slow it down. RTO's guide and reward model "
-        "take 25 steps of 8 pairs each, a right and a wrong answer of the start model to the same sum.",
+        f"{LORA['r']} on sums; an update is {PROMPTS} prompts of 8 completions. The levels are a + b (1), "
+        "a × b (2), p + b (3), p + q (4), a × b + c (5) and a + b + c (6), with a, b, c below 10 and p, q from 11 to "
+        f"40. The start model solves {shares}. Trained and reported are those between 10 % and 60 %; nothing is "
+        "trained on GSM8K, and only the first seed's models are asked it. Intervals are 95 %, over problems; "
+        "*minus start* is pass@1 on the same problems minus that of the start model. Words are those of a "
+        "completion. Tokens per second are those of sampling in training, by the clock: other runs on the same "
+        "machine slow it down. RTO's guide and reward model take 25 steps of 8 pairs each, a right and a wrong "
+        "answer of the start model to the same sum.",
         "",
         "| method | seed | pass@1 | minus start | pass@8 | maj@8 | words | GSM8K pass@1 | GSM8K pass@8 | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
