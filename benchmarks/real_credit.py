@@ -45,7 +45,7 @@ from tokengrain.training.trainer import PreferenceTrainer
 FIRST, SPLIT = 200, 1000  # rows before the first were looked at while sources were thought of
 SEEDS, HOWS = (0, 1), ("swap", "random")
 MOST = 320  # answers
-GUIDE_STEPS = (4, 12, 25)  # of 8 pairs; the reward model has the most of them
+GUIDE_STEPS, REWARD_STEPS = (4, 12, 25, 50, 100), 25  # of 8 pairs
 MEANS = ("auc", "minus_surprise", "gain")
 FLUENT = {
     "better": "{prompt}\n\nWrite fluent, correct English.",
@@ -122,7 +122,7 @@ class Study:
             used = {int(sample.row) for sample in self.pairs}
             lines = (json.dumps(row) + "\n" for i, row in load_rows(str(self.data)) if i in used)
             write_text(rows, "".join(lines))
-        size = {"training__per_device_train_batch_size": 8, "training__max_steps": max(GUIDE_STEPS)}
+        size = {"training__per_device_train_batch_size": 8, "training__max_steps": REWARD_STEPS}
         how = {**size, "training__learning_rate": 1e-4, "seed": seed}
         return trained("qrm", self.runs / f"reward-{seed}", str(rows), None, **how)
 
@@ -236,7 +236,7 @@ def page(found: list[dict[str, Any]]) -> str:
         "of its answer, a mean over answers with a 95 % bootstrap interval. *Minus surprise* is the difference on the "
         "same answers; *gain* is what a source adds to surprise ([bench credit](../bench-credit.md)). A seed is that "
         "of the corruption, and of the training of guides (DPO with β 0.1) and of the reward model (Q-RM, "
-        f"{max(GUIDE_STEPS)} steps): LoRA of rank 16, rate 1e-4, 8 pairs a step of rows from {SPLIT} on.",
+        f"{REWARD_STEPS} steps): LoRA of rank 16, rate 1e-4, 8 pairs a step of rows from {SPLIT} on.",
         "",
     ]
     for how in [how for how in HOWS if any(entry["how"] == how for entry in found)]:

@@ -101,6 +101,17 @@ def test_a_draw_in_blocks_is_that_of_all_tokens_added_up(vocabulary):
     assert logits[torch.arange(400), tokens].isfinite().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_logits_that_are_not_finite_end_the_rollout(tok, value, cache, temperature):
+    model = llama(len(tok))
+    model.lm_head.weight.data[3, :] = value
+    sampling = SamplingConfig(max_new_tokens=4, temperature=temperature)
+    with pytest.raises(RolloutError, match=r"row r0: token 0 of completion 0 has the log-probability NaN: .*logits"):
+        HFGenerate(model, tok, cache=cache).sample(items(tok), n=2, sampling=sampling)
+
+
 def test_seeds(tok, model):
     sampler = HFGenerate(model, tok)
     draw = lambda s: ids_of(sampler.sample(items(tok), n=4, sampling=s))  # noqa: E731

@@ -130,17 +130,18 @@ class Picker:
         block, point = _first_above(blocks, uniform[:, None] * blocks[:, -1:])
         inside = shares.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=self.wide)
         token, _ = _first_above(inside, point - F.pad(blocks, (1, 0)).gather(1, block))
-        return (block * BLOCK + token)[:, 0]
+        return (block * BLOCK + token)[:, 0].clamp(max=logps.shape[-1] - 1)  # among NaN it would be one of the padding
 
 
 def _first_above(cumulative: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the first value `[B, n]` above the point `[B, 1]`, never of one that adds nothing; and the point.
 
-    The point is kept below the total, to which a product may round up, or a sum in another order.
+    The point is kept below the total, to which a product may round up, or a sum in another order. Where values are NaN
+    it is the last index: `Rollouts` refuses what was drawn there.
     """
     total = cumulative[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True), point
+    return torch.searchsorted(cumulative, point, right=True).clamp(max=cumulative.shape[-1] - 1), point
 
 
 def _warpers(sampling: SamplingConfig) -> Any:

@@ -185,7 +185,8 @@ class SampledCompletion:
 class Rollouts:
     """P prompts in the order given, the completions of each (C in all), how they were drawn, and the time it took.
 
-    `metrics`: what the sampler has to say of itself, logged as it stands.
+    `metrics`: what the sampler has to say of itself, logged as it stands. Raises `RolloutError` for a log-probability
+    that is NaN.
     """
 
     prompts: tuple[PromptItem, ...]
@@ -193,6 +194,17 @@ class Rollouts:
     sampling: SamplingConfig
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for prompt, group in zip(self.prompts, self.groups, strict=True):
+            for k, completion in enumerate(group):
+                for logps in (completion.sampling_logps, completion.raw_logps):
+                    if logps is not None and math.isnan(sum(logps)):
+                        raise RolloutError(
+                            f"row {prompt.row}: token {list(map(math.isnan, logps)).index(True)} of completion {k} has "
+                            "the log-probability NaN: the model's logits were NaN or infinite there; its weights are "
+                            "not finite, or its activations are too large for their dtype"
+                        )
 
     @cached_property
     def completions(self) -> list[SampledCompletion]:
