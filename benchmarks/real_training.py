@@ -48,7 +48,7 @@ from tokengrain.scoring.score import distribution_of, in_parts, score
 from tokengrain.specs import ModelSpec
 
 OFFLINE = ("dpo", "simpo", "tdpo2", "tgdpo", "treg", "rrpo", "sepo", "aligndistil")
-ONLINE = ("grpo", "dcpo", "thr", "aepo", "rto")
+ONLINE = ("grpo", "grpo_refill", "dcpo", "thr", "aepo", "rto")
 RATES = (5e-5, 2e-4)  # of adapters; which one, is chosen per method on rows that are not reported
 HELD, CHOICE, TRAIN, JUDGE = (0, 200), (200, 320), (320, 1100), (1100, 1800)  # rows of HH
 LONGEST = 600  # characters of a dialogue, so that a study fits a night of two cores
@@ -333,6 +333,7 @@ def mean_of(values: Sequence[float], digits: int) -> str:
 PROMPTS = 3  # of an update, with 8 completions each
 HALF = {"model__dtype": "bfloat16", "training__bf16": True}  # adapters stay in float32
 FIRST_STAGES = ("guide", "reward")  # RTO's
+REFILL: list[dict[str, Any]] = [{"name": "filter_groups", "refill": True}, {"name": "group"}]  # THR's without `thr`
 ROLES = ("user", "assistant")
 
 
@@ -438,17 +439,19 @@ class Online:
             rows, held = rows[few:], rows[:few]
             short = {"max_steps": min(self.updates, 25), "per_device_train_batch_size": 8}
             settings |= {f"stages__{first}__training__{key}": v for first in FIRST_STAGES for key, v in short.items()}
+        if name == "grpo_refill":
+            settings["stages__train__credit"] = REFILL
         folder = self.runs / f"{name}-{seed}"
-        trained(name, folder, rows, held, **settings, **HALF)
+        trained("thr" if name == "grpo_refill" else name, folder, rows, held, **settings, **HALF)
         return folder
 
     def measured(self, name: str, seed: int) -> dict[str, Any]:
-        """Solved problems after training, and how many tokens per second were sampled while it went on."""
+        """Solved problems after training, and what was sampled while it went on."""
         folder = self.train(name, seed)
-        log = read_log(folder / "train" / "log.jsonl")
-        speeds = [entry[SPEED] for entry in log if SPEED in entry]
-        made = {"seed": seed, SPEED: average(speeds), "date": date.today().isoformat()}
-        return {**self.solved(str(folder), f"{name}-{seed}", seed), **made}
+        log = [entry for entry in read_log(folder / "train" / "log.jsonl") if SPEED in entry]
+        made = {key: average([entry[key] for entry in log]) for key in (SPEED, DRAWN)}
+        about = {"seed": seed, "date": date.today().isoformat()}
+        return {**self.solved(str(folder), f"{name}-{seed}", seed), **made, **about}
 
     def solved(self, model: str, name: str, seed: int) -> dict[str, Any]:
         found = solved(model, self.held, self.runs / f"{name}.jsonl", self.tokens, seed)
@@ -457,7 +460,7 @@ class Online:
         return found
 
 
-SPEED = "rollout/tokens_per_second"
+SPEED, DRAWN = "rollout/tokens_per_second", "rollout/prompts"
 
 
 @app.command()
@@ -524,11 +527,13 @@ def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float],
         "trained on GSM8K, and only the first seed's models are asked it. Intervals are 95 %, over problems; "
         "*minus start* is pass@1 on the same problems minus that of the start model. Words are those of a "
         "completion. Tokens per second are those of sampling in training, by the clock: other runs on the same "
-        "machine slow it down. RTO's guide and reward model take 25 steps of 8 pairs each, a right and a wrong "
-        "answer of the start model to the same sum.",
+        "machine slow it down. Prompts are those sampled per update: THR draws others for those whose completions are "
+        "all right or all wrong, and so does *grpo_refill*, its recipe without token weights. RTO's guide and reward "
+        "model take 25 steps of 8 pairs each, a right and a wrong answer of the start model to the same sum.",
         "",
-        "| method | seed | pass@1 | minus start | pass@8 | maj@8 | words | GSM8K pass@1 | GSM8K pass@8 | tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | seed | pass@1 | minus start | pass@8 | maj@8 | words | GSM8K pass@1 | GSM8K pass@8 | prompts "
+        "| tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     start = torch.tensor(found["start"][0]["each"])
     for name, entries in found.items():
@@ -538,9 +543,31 @@ def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float],
             asked = [entry["GSM8K"][key] for key in ("pass@1", "pass@8")] if "GSM8K" in entry else [None, None]
             cells = ["{:.3f} ({:.3f} to {:.3f})".format(*one) if one else "–" for one in (*shown, *asked)]
             cells.insert(4, f"{entry['words']:.1f}")
-            cells.append(f"{entry[SPEED]:.0f}" if SPEED in entry else "–")
+            cells += [f"{entry[key]:.{digits}f}" if key in entry else "–" for key, digits in ((DRAWN, 1), (SPEED, 0))]
             text.append(f"| {name} | {entry.get('seed', '–')} | " + " | ".join(cells) + " |")
-    return "\n".join([*text, ""])
+    return "\n".join([*text, "", *online_differences(found)])
+
+
+def online_differences(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Lines of the page: pass@1 of two methods on the same problems, a mean over the seeds that both have."""
+    each = {name: {entry.get("seed", 0): torch.tensor(entry["each"]) for entry in found[name]} for name in found}
+    pairs = [(name, "grpo") for name in found if name not in ("start", "grpo")] + [("thr", "grpo_refill")]
+    lines = [
+        "## Differences",
+        "",
+        "pass@1 on the same problems, a mean over seeds. Intervals are over problems alone: that another training of "
+        "the same method ends elsewhere, the seeds above show.",
+        "",
+        "| method | minus | seeds | difference |",
+        "|---|---|---|---|",
+    ]
+    for name, other in pairs:
+        seeds = sorted(each.get(name, {}).keys() & each.get(other, {}).keys())
+        if seeds:
+            minus = torch.stack([each[name][seed] - each[other][seed] for seed in seeds]).mean(0)
+            cells = "{:.3f} ({:.3f} to {:.3f})".format(*mean_interval(minus))
+            lines.append(f"| {name} | {other} | {len(seeds)} | {cells} |")
+    return [*lines, ""]
 
 
 MAPS = {"entropy": "entropy, nats", "thr": "THR", "advantages": "advantage"}

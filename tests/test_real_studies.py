@@ -121,5 +121,5 @@ def test_online(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real_training.online(study / "results", study / "runs", methods, **few, problems=1)
     real_training.online(study / "results", study / "runs", methods, **few, problems=0)
     page = (study / "results/real_online.md").read_text()
-    assert page.count("\n| ") == 2 + len(methods)
+    assert page.count("\n| ") == 3 + len(methods) + len(methods)  # grpo is not beside itself; THR stands twice
     assert "<svg" in real_training.maps(study / "runs/grpo-0/train/rollouts.jsonl")

@@ -170,10 +170,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
     trust_run_code: TrustOption = False,
 ) -> None:
-    """Evaluate a finished run: held-out rows (after online training with pass@k, if there are several samples), and
-    in a world the true reward, KL and frontier share, or accuracy, pass@k and maj@k.
+    """Evaluate a finished run on its held-out rows; in a world, also by what the world knows.
 
-    The numbers are written to evaluation.json in the run folder.
+    After online training with several samples there is pass@k. A world gives the true reward, KL and frontier share, or
+    accuracy, pass@k and maj@k. The numbers are written to evaluation.json in the run folder.
 
     Examples:
 
