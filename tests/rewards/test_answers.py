@@ -175,6 +175,44 @@ infinity | \infty
 2√3 | 2\sqrt{3}
 x¹⁰ | x^{10}
 3 × 10⁻⁵ | 0.00003
+6x^2 | 2x\cdot3x
+3x^2y | 3yx^2
+2xy | xy+xy
+2pi | 2\pi
+3x^2 | 3x^2
+\frac{1}{2}bh | \frac12bh
+1200 | €1,200
+1200 | £1,200
+1200 | \text{€}1,200
+90 | 90^\circ C
+5 | \boldsymbol{5}
+25 | 25 = n
+18 | Rs 18
+18 | \text{\$}18
+3, 5, 7 | 3, 5, \text{ and } 7
+1,000, 2,000 | 1000, 2000
+5 | \text{The answer is 5}
+5 | \text{Answer: 5}
+\mathbb{R} | \mathbb R
+5 | 5km/h
+5 | 5 miles per hour
+5 | 5 ft.
+5 | 5 p.m.
+5 | 5th
+5 | 5 square cm
+5 | 5cats
+5 | 5 кг
+5 | 5 m/s^2
+5 | 5 units^2
+5 | (5)
+5 | \approx 5
+5 | 5^\circ\text{C}
+5 | 5°F
+5 | 5 apples a day
+12 | 12 dollars
+12 | 12 days
+12 | 12 am
+B | \text{B is the correct answer}
 """
 WRONG = r"""
 31/2 | 3.5
@@ -271,6 +309,23 @@ x \le -2 \text{ or } x \ge 2 | x \ge 2
 \infty | -Infinity
 5\alpha | 5
 2 | 2х
+3x^2 | 3
+3x^2 | 3x^3
+-3x^2 | -3x^4
+3 | 3x^2
+2xy | 2
+2xy | 2ab
+8xy | 8yz
+6ab | 6ac
+6ab^2 | 6ab
+5x-y | 5
+\frac{1}{2}bh | \frac12
+2 sin x | 2 cos x
+5 | 5 x
+A | A) or B)
+A | A: \text{or } B
+5xyz | 5
+4abc | 4
 """
 # Golds and completions in which nothing, or something else than a box, marks the answer.
 TEXTS = [
@@ -339,6 +394,49 @@ TEXTS = [
     ("5", "答案：**6**", 0),
     ("B", "Die Antwort ist B.", 1),
     ("B", "La réponse est B.", 1),
+    ("5", "The answer is 5. We used $7$ bags.", 1),
+    ("7", "The answer is 5. We used $7$ bags.", 0),
+    ("10", "The answer is 5. Check: 5*2=10.", 0),
+    ("5", "The answer is 5. Check: 5*2=10.", 1),
+    ("7", "Answer: 5\n\n$7$ is not a solution.", 0),
+    ("5", "Answer: 5\n\n$7$ is not a solution.", 1),
+    ("A", "<think>\\boxed{A}</think>\n\nB", 0),
+    ("B", "<think>\\boxed{A}</think>\n\nB", 1),
+    ("B", "<think>The answer is A</think> B", 1),
+    ("A", "<think>The answer is A</think> B", 0),
+    ("Paris", "<think>Answer: London</think>Paris", 1),
+    ("London", "<think>Answer: London</think>Paris", 0),
+    ("x", "<think>\\boxed{x}</think>$y$", 0),
+    ("B", "<think>\\boxed{A}</think> **B**", 1),
+    ("A", "<think>\\boxed{A}</think> (B)", 0),
+    ("A", "<think>\\boxed{A}</think> Done.", 1),
+    ("A", "The answer is (A) and (B).", 0),
+    ("A", "Answer: A. B. C. D.", 0),
+    ("A", "A) 3\nB) 4\nC) 5", 0),
+    ("A", "(A) is false, (B) is true.", 0),
+    ("B", "Answer: B) or C)", 0),
+    ("B", "Option B is correct.", 1),
+    ("B", "B is the correct answer.", 1),
+    ("A", "B is the correct answer.", 0),
+    ("B", "B is correct, A is wrong.", 1),
+    ("5", "\\boxed{5\\ }", 1),
+    ("B", "Answer: B. Because A) is too small.", 1),
+    ("5", "answer：5", 1),
+    ("5", "The answer is 5 apples, since 2+3=5", 1),
+    ("\\frac{1}{2}", "The answer is $\\frac{1}{2}$, so we are done.", 1),
+    ("5", "The answer is below.\n\n$5$", 1),
+    ("5", "The answer is:\n\n$$5$$", 1),
+    ("B", "The answer is B) 42 and a half", 1),
+    ("B", "The answer is (B) since (A) and (C) fail", 1),
+    ("A", "The answer is (B) since (A) and (C) fail", 0),
+    ("C", "Answer: C) I and II", 1),
+    ("2.5", "The answer is 2.5. That is it.", 1),
+    ("x^2", "The answer is $x^2$. It is $x^3$ elsewhere.", 1),
+    ("Evelyn", "The answer is Evelyn. She won.", 1),
+    ("Evelyn", "The answer is Carla. Evelyn lost.", 0),
+    ("5", "I think the answer is $x = 5$.", 1),
+    ("3", "The answer is 3, as 1+2=3", 1),
+    ("2", "The answer is 3, as 1+2=3", 0),
     *(
         (gold, f"{start}so \\boxed{{4}}{end}\nThe answer is 5.", int(gold == "5"))
         for gold in ("4", "5")
@@ -517,3 +615,53 @@ def test_what_takes_long_is_not_read_without_end():
     assert answers.plain("{" * 10**4) == "{" * 10**4
     assert boxed("\\boxed{" * 1000) == ""
     assert time.perf_counter() - started < 20
+
+
+# The style of `numeric`, the gold, the completion, and the reward that a person would give.
+NUMBERS = [
+    ("last", 0.5, "It is 1/2.", 1),
+    ("last", 2, "It is 1/2.", 0),
+    ("last", 0.5, "It is ½.", 1),
+    ("last", 3.5, "It is 3 1/2.", 1),
+    ("last", 3.5, "It is 3\\frac{1}{2}.", 1),
+    ("last", 0.5, "It is \\frac12.", 1),
+    ("last", 0.5, "It is \\frac{1}{2}.", 1),
+    ("last", 100, "is 100 m²", 1),
+    ("last", 100, "is 100 cm^2", 1),
+    ("last", 100, "100\\text{ cm}^2", 1),
+    ("last", 2, "is 100 m²", 0),
+    ("last", 8, "it is 2^3 = 8", 1),
+    ("boxed", 3, "\\boxed{3x^2}", 0),
+    ("boxed", 5, "\\boxed{5xy}", 0),
+    ("boxed", 1200, "\\boxed{€1,200}", 1),
+    ("boxed", 5, "\\boxed{\\mathbf{5}}", 1),
+    ("boxed", 5, "\\boxed{\\textbf{5}}", 1),
+    ("boxed", 5, "\\boxed{\\text{5 apples}}", 1),
+    ("boxed", 5, "\\boxed{(5)}", 1),
+    ("boxed", 5, "\\boxed{\\approx 5}", 1),
+    ("boxed", 5, "\\boxed{\\boldsymbol{5}}", 1),
+    ("boxed", 90, "\\boxed{90^\\circ C}", 1),
+    ("boxed", 3, "\\boxed{3\\text{ or }4}", 0),
+    ("boxed", 25, "\\boxed{25 = n}", 1),
+    ("gsm8k", 5, "#### 5x", 0),
+    ("gsm8k", 5, "#### 5x^2", 0),
+    ("gsm8k", 2, "#### 2+3", 0),
+    ("gsm8k", 5, "#### 5 apples", 1),
+    ("gsm8k", 5, "#### $5", 1),
+    ("gsm8k", 5, "#### 5 (five)", 1),
+    ("gsm8k", 1200, "#### €1,200", 1),
+]
+
+
+def test_numbers_as_people_write_them() -> None:
+    found = [
+        make_reward("numeric", style=style).function(completions=[text], answer=[gold])[0]
+        for style, gold, text, _ in NUMBERS
+    ]
+    assert [case for case, reward in zip(NUMBERS, found, strict=True) if case[-1] != reward] == []
+
+
+def test_golds_that_are_numbers_with_a_unit() -> None:
+    golds = {"€1,200": 1200, "5°C": 5, "-5 °C": -5, "5 men": 5, "2\\frac12": Fraction(5, 2)}
+    assert {gold: gold_number(gold) for gold in golds} == golds
+    assert [gold_number(gold) for gold in ("3x^2", "2xy", "2k+2", "2 sin x", "1,000, 2,000")] == [None] * 5

@@ -28,7 +28,7 @@ JOINED = re.compile(r"[\s$]*(?:[,;&]|(?:,\s*)?(?:\\(?:text|mbox)\{)?\s*\b(?:and|
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 SAID = re.compile(
     r"(?i)(?:\b(?:answer|(?:correct|right) (?:choice|option)|r[ée]ponse|respuesta|risposta|resposta|antwort|ответ)"
-    r"(?:\s+is)?\W*?(?::|\b(?:is|est|es|è|é|ist)\b)|\b(?:choose|pick|select)\s+(?:option|choice)\b"
+    r"(?:\s+is)?\W*?(?:[:：]|\b(?:is|est|es|è|é|ist)\b)|\b(?:choose|pick|select)\s+(?:option|choice)\b"
     r"|答案\s*(?:[是为為：:]\s*)+|答え\s*[は：:]|답\s*[은는：:])\s*([^\n]+)"
 )
 THOUGHT = re.compile(
@@ -56,11 +56,15 @@ def boxed(text: str) -> str | None:
     return ", ".join(dict.fromkeys(contents)) if contents else None
 
 
-def concluded(text: str) -> str:
-    """What is said behind the last thought; all of the text where nothing of it could be an answer."""
+def concluded(text: str, gold: str | None = None) -> str:
+    """What is said behind the last thought; all of the text where nothing of it could be an answer.
+
+    A choice or words could be one where the gold is of their kind.
+    """
     final = text[max((end.end() for end in THOUGHT.finditer(text)), default=0) :]
     said = any(marks.search(final) for marks in (TAGGED, BOX, SAID))
-    return final if said or re.search(r"\d", final) else text
+    kind = gold is not None and (chosen(final) if letter_of(gold) else words_of(gold) and words_of(final))
+    return final if said or kind or re.search(r"[\d$]|\\\(|\\\[", final) else text
 
 
 def _closed(text: str) -> int | None:
@@ -82,9 +86,11 @@ SIGNS = str.maketrans(
     | dict(zip("。，：（）％", ".,:()%", strict=True))
     | dict(zip("×·÷π∞≤≥±∪∈°½¼¾\u2044", LATEX.split("|"), strict=True))
 )
-WORDING = r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}"
+WORDING = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|math(?:rm|bf|it)|boldsymbol|bm|emph|operatorname)\s*\{([^{}]*)\}"
+MONEY = r"(?:\\?\$|[€£¥₹₩₽]|\\text\s*\{\s*(?:\\?\$|[€£¥₹₩₽])\s*\}|\bRs\.?(?=\s*\d)|\bUSD\b|\bEUR\b)"
 # A space of typesetting, a brace, a comma that cannot end a list: all between groups of three digits.
 BETWEEN_DIGITS = r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\!|\\;|\\:|\\ |~|['’]|(?<!\.)[, ])(?=\d{3}(?!\d))"
+LIST = re.compile(r"(?:-?(?:\d{1,3}(?:,\d{3})+|\d+),\s+)+-?(?:\d{1,3}(?:,\d{3})+|\d+)")
 INDIAN = re.compile(r"(?<![\d,.])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")  # 1,00,000; it could also be a list
 
 
@@ -104,7 +110,7 @@ def typeset(text: str) -> str:
 
 def plain(text: str) -> str:
     """Without dollars and boxes around it, spacing, `\\left`, and thousands' separators."""
-    text = typeset(text).strip()
+    text = re.sub(r"(?:\\?\s)+$", "", typeset(text)).strip()
     before = None
     while text != before:
         before = text
@@ -117,7 +123,9 @@ def plain(text: str) -> str:
             text = text[box.end() + 1 : -1]
     text = re.sub(r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])\s*", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("\\varnothing", "\\emptyset").replace("{:}", ":")
-    if re.match(r"[-+]?\s*(?:\\?\$)?\s*\d{1,3}(?!\d)", text) and not re.search(r"\d,\s+\d", text):
+    if LIST.fullmatch(text):  # 1,000, 2,000: only commas without a space are thousands'
+        text = re.sub(r",(?=\d)", "", text)
+    elif re.match(rf"[-+]?\s*{MONEY}?\s*\d{{1,3}}(?!\d)", text) and not re.search(r"\d,\s+\d", text):
         grouped = re.sub(BETWEEN_DIGITS, "", text)
         # 3,5,700 is a list: each group after the first has three digits.
         text = grouped if not re.search(r"\d,\d", grouped) else text
@@ -128,15 +136,14 @@ def plain(text: str) -> str:
 # ---- Text -> a number ----
 
 LETTER = "A-Za-zÀ-ÖØ-öø-ɏЀ-ӿ\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"  # not Greek, whose letters are variables
-MONEY = r"(?:\\?\$|[€£¥₹₩₽])"
 UNIT = (
-    rf"(?:\^\{{?(?:{WORDING}|st|nd|rd|th)\}}?|{WORDING}|\^?\{{?\\circ\}}?|\\degree|\\?%"
+    rf"(?:\^\{{?(?:{WORDING}|st|nd|rd|th)\}}?|{WORDING}|(?:\^?\{{?\\circ\}}?|\\degree)\s*[CFK]?|\\?%"
     rf"|[{LETTER}.]+(?:[ /*-][{LETTER}.]+)*)(?:\s*\^\{{?\d\}}?)?"
 )
 WHOLE = r"(?:\d+\.?\d*|\.\d+)"
 POWER = r"(?:\\times|\\cdot|[*x])\s*10\s*(?:\^|\*\*)\s*\{?\s*(-?\s*\d+)\s*\}?"
 NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:{MONEY}|\\text\{{\$\}}|USD|EUR)?\s*(?P<inner>[-+]?)\s*"
+    rf"(?P<sign>[-+]?)\s*{MONEY}?\s*(?P<inner>[-+]?)\s*"
     rf"(?:(?P<mixed>\d+)(?:\s*(?=\\frac)|\s+(?=\d+\s*/)))?"
     rf"(?:\\frac\s*(?P<top>\{{\s*-?{WHOLE}\s*\}}|\d)\s*(?P<bottom>\{{\s*-?{WHOLE}\s*\}}|\d)"
     rf"|(?P<value>{WHOLE})(?:\s*/\s*(?P<over>{WHOLE}))?(?:[eE](?P<e>[-+]?\d+)|\s*{POWER})?)"
@@ -157,13 +164,8 @@ def number_of(text: str) -> Fraction | None:
     if not found:
         return None
     part = found.groupdict()
-    # `2k` and `5x` are no numbers with a unit, `x` being no unit.
     unit = part["unit"] or ""
-    if (
-        re.fullmatch("[A-Za-zÀ-ɏЀ-ӿ]", unit)
-        and unit not in "mgslhLCFKVWNJ"
-        and not found.group()[: -len(unit)].endswith(" ")
-    ):
+    if not is_unit(unit, found.group()[: found.start("unit")].endswith(" ")):
         return None
     power = next((g for g in (part["e"], found[found.re.groupindex["e"] + 1]) if g), "0").replace(" ", "")
     if abs(int(power)) > MOST_DIGITS:
@@ -179,6 +181,36 @@ def number_of(text: str) -> Fraction | None:
     if multiple := MULTIPLE.match(re.sub(WORDING, r"\1", unit).strip()):
         value *= 10 ** TENS[(multiple.lastindex or 1) - 1]
     return -value if (part["sign"] == "-") != (part["inner"] == "-") else value
+
+
+SYMBOL = re.compile(
+    "[cdkmn]?m|[km]?g|kgs|[cdkm]?[lL]|ha|s|[mnu]s|secs?|mins?|h|hrs?|yrs?|in|ft|yd|mi|lbs?|oz|pt|qt|gal|sq|cu|cc|ct|t"
+    "|[km]ph|kmh|rpm|[kMG]?Hz|[kM]?Wh?|[kM]?J|k?N|[kM]?Pa|[km]?[AV]|mol|k?cal|eV|[KkMGT]B|px|pts|[ap]m|[AP]M|st|nd|rd|th"
+    "|deg|rad|dB|[CFK]|USD|EUR|GBP|INR|Rs"
+)
+LENGTH = re.compile("[cdkm]?m|in|ft|yd|mi|s")  # may have a power
+BETWEEN = re.compile("an?|of|per|in|by|to|at|or|and|the")  # words of a unit
+VARIABLES = re.compile("[abcd]{3}|[wxyz]{3}|[pqrst]{3}|[kmn]{3}")
+
+
+def is_unit(unit: str, apart: bool) -> bool:
+    """Whether what stands behind a number is a unit. In `2k`, `3x^2`, `6ab` and `2 sin x` it is not.
+
+    `apart`: a space stands between the two. Letters are known symbols, or words long enough not to be variables.
+    """
+    if not re.match(f"[{LETTER}.]", unit):
+        return True
+    bare, power, _ = re.split(r"(\s*\^|$)", unit, maxsplit=1)
+    parts = [part.replace(".", "") for part in re.split(r"[ /*-]", bare)]
+    named = [bool(SYMBOL.fullmatch(part)) or _word(part, apart or i > 0) for i, part in enumerate(parts)]
+    fit = any(named) and all(n or BETWEEN.fullmatch(part) for n, part in zip(named, parts, strict=True))
+    return fit and (not power or bool(LENGTH.fullmatch(parts[-1])) or len(parts[-1]) > 3)
+
+
+def _word(part: str, apart: bool) -> bool:
+    if re.search("[A-Za-zÀ-ɏ]", part):
+        return len(part) >= (3 if apart else 4) and not FUNCTIONS.fullmatch(part) and not VARIABLES.fullmatch(part)
+    return len(part) >= 2 or apart or not re.search("[Ѐ-ӿ]", part)
 
 
 def _fraction(text: str) -> Fraction:
@@ -199,7 +231,8 @@ def _western(text: str) -> str:
 
 def one_number(text: str) -> Fraction | None:
     """The number that a text gives: all of it, a side of an equation, or the only one of a sentence; else None."""
-    for whole in (text, re.sub(WORDING, " ", text), _western(text)):
+    bare = re.sub(r"^\s*(?:\\approx|=|≈|~)", "", re.sub(WORDING, r"\1", plain(text)))
+    for whole in (text, re.sub(WORDING, " ", text), _western(text), bare, re.sub(r"^\s*\((.*)\)\s*$", r"\1", bare)):
         if (value := number_of(whole)) is not None:
             return value
     sides = re.split(r"=|\\approx", plain(text))
@@ -217,8 +250,11 @@ IN_TEXT = re.compile(
     # A minus behind a number, a bracket or a letter takes away; behind a word ("it is -3") it is a sign.
     r"(?:(?<![\w)\]}])(?:(?<![\w)\]}] )-\s?|(?<![\d)\]}] )(?<!\b[A-Za-z] )-))?"
     rf"(?:{MONEY}\s?)?(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)?"
-    r"(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?![\d.]))?"
+    r"(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?!\.?\d))?"
 )
+
+
+MIXED = re.compile(r"(?<![\d.,/])(\d{1,3})\s+(?=(\d{1,3})/(\d{1,3})(?!\.?\d))\2/\3")
 
 
 def numbers_in(text: str) -> list[Fraction]:
@@ -226,7 +262,9 @@ def numbers_in(text: str) -> list[Fraction]:
     text = re.sub(r"(?<=\d)[\u00a0\u202f\u2009'’_](?=\d{3}(?!\d))", "", _western(text))
     text = re.sub(rf"(?<=\d) ?{POWER}", r"e\1", typeset(text))
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[!,])\s?(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
+    text = re.sub(r"\\[dtc]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", r" \1\2/\3\4", text)
+    text = MIXED.sub(lambda found: f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}", text)
+    text = re.sub(r"(?<=[A-Za-z])\}?\s?\^\{?-?\d\}?", " ", text)  # the power of a unit is no number
     found = []
     for match in IN_TEXT.finditer(text):
         above, _, below = re.sub(rf"{MONEY}|[,\s\\]", "", match.group()).partition("/")
@@ -249,18 +287,22 @@ def gold_number(gold: Any) -> Fraction | None:
 
 
 def marked_number(text: str) -> Fraction | None:
-    """The number that stands behind `####`: the first, where there are several."""
+    """The number that stands behind `####`: the first, where there are several; None in a formula such as `2+3`."""
     whole, found = one_number(text), numbers_in(text)
-    return whole if whole is not None or not found else found[0]
+    formula = re.search(rf"\d(?:\s*[+*^]\s*[\w(]|\s?-\s?[\d(]|[{LETTER}])", text)
+    return whole if whole is not None or not found or formula else found[0]
 
 
 # ---- Whether an answer is right: by its text where that decides, else by math-verify ----
 
 CHOICE = re.compile(
     r"(?i)\W*(?:option|choice|answer)?\W*\b([A-J])\b"
-    r"(?:\s*[).:\]].*|,?\s+(?:because|since|as|so|for|which)\b.*|\W*)",
+    r"(\s*[).:\]].*|\s+(?:is|would be|must be)\s+(?:the\s+)?(?:correct|right|best|true)\b.*|\W*)"
+    r"(?:,?\s*\b(?:because|since|as|so|for|which)\b.*)?",
     re.DOTALL,
 )
+REASON = re.compile(r"(?i)\b(?:because|since|as|so|for|which)\b")
+OTHERS = re.compile(r"(?:\b(?:and|or)\b|[,/&])\s*\(?[A-J]\b(?! is\b)|(?<!\w)\(?[A-J][).:\]]")
 BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
 RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
 CLOCK = re.compile(r"([\d.:]+)([ap]?)\.?m?\.?", re.IGNORECASE)
@@ -280,16 +322,28 @@ def words_of(text: str) -> list[str] | None:
     return sorted(parts) if "," in bare or " and " in bare else parts or [bare.casefold()]
 
 
+def letter_of(gold: str) -> str | None:
+    """The letter that a gold is, as in (B); None for any other."""
+    letter = re.fullmatch(r"\(?([A-J])\)?", re.sub(WORDING, r"\1", plain(gold)))
+    return letter and letter[1]
+
+
+def chosen(text: str) -> str | None:
+    """The letter that a text chooses; None if it names none, or several."""
+    found = CHOICE.fullmatch(re.sub(WORDING, r"\1", plain(text)))
+    if found is None or OTHERS.search(REASON.split(found[2], maxsplit=1)[0]):
+        return None
+    return found[1].upper()
+
+
 def same_text(gold: str, answer: str) -> bool | None:
     """Whether two texts say the same; None where only mathematics can tell."""
     one, other = plain(gold), plain(answer)
     squeezed = [re.sub(WORDING, r"\1", t).replace(" ", "") for t in (one, other)]
     if squeezed[0] == squeezed[1]:
         return True
-    letter = re.fullmatch(r"\(?([A-J])\)?", re.sub(WORDING, r"\1", one))
-    if letter:
-        chosen = CHOICE.fullmatch(re.sub(WORDING, r"\1", other))
-        return chosen is not None and chosen[1].upper() == letter[1]
+    if letter := letter_of(gold):
+        return chosen(answer) == letter
     words = words_of(gold)
     if words is not None:
         return words == words_of(answer)
@@ -346,12 +400,15 @@ def latex(text: str) -> str:
     if (value := number_of(text)) is not None and "%" not in text:
         exact = value.denominator == 1
         return str(value) if exact else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
-    text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{\s*(?:or|and)\s*\}|(?<=[\w)}\]]) (?:or|and) (?=\S)", ",", text)
+    text = re.sub(r",?\s*\\(?:text|mbox|mathrm)\s*\{\s*(?:or|and)\s*\}|(?<=[\w)}\]]),? (?:or|and) (?=\S)", ",", text)
+    text = re.sub(r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}", text)
+    text = re.sub(r"^([-\d./\s]+)=\s*([A-Za-z])$", r"\2=\1", text)
     text = re.sub(rf"(?<=[\d}}])\s*{WORDING}(?:\s*\^\{{?\d\}}?)?\s*$", "", text)
     if "\\" not in text:
         while (match := re.search(r"\bsqrt\(([^()]*)\)", text)) is not None:
             text = f"{text[: match.start()]}\\sqrt{{{match[1]}}}{text[match.end() :]}"
-        text = re.sub(r"\b(pi|infty|sin|cos|tan|log|ln)\b", r"\\\1 ", text.replace("**", "^").replace("*", " \\cdot "))
+        text = text.replace("**", "^").replace("*", " \\cdot ")
+        text = re.sub(r"(?<![A-Za-z])(pi|infty|sin|cos|tan|log|ln)\b", r"\\\1 ", text)
         text = re.sub(r"\boo\b|(?i:\binf(?:inity)?\b)", r"\\infty ", text)
     parts = re.fullmatch(r"([^,]*)\\pm([^,]*)", text)
     return f"{parts[1]}+{parts[2]},{parts[1]}-{parts[2]}" if parts else text
@@ -395,19 +452,28 @@ def math_equal(golds: Sequence[str], completion: str) -> bool | None:
     return None if all(one is None for one in found) else any(found)
 
 
+SENTENCE = re.compile(r"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+\b(?:because|since|as|so|for|which)\b")
+
+
 def _equal(gold: str, completion: str) -> bool | None:
-    completion = concluded(completion)
+    completion = concluded(completion, gold)
     tagged = TAGGED.findall(completion)
     completion = tagged[-1] if tagged else completion
-    box, marked, said = boxed(completion), MARKED.findall(completion), SAID.findall(completion)
+    box, marked = boxed(completion), MARKED.findall(completion)
     answer = box if box is not None else marked[-1] if marked else None
     if answer is not None:
+        answer = (SAID.findall(re.sub(WORDING, r"\1", answer)) or [answer])[-1]
         return bool(answer.strip()) and _same(gold, answer, f"$\\boxed{{{latex(answer)}}}$")
     # Nothing marks it: what is said to be the answer, all of it, or what math-verify finds.
+    said = SAID.findall(completion)
     last = said[-1] if said else completion
-    whole = said or tagged
-    known = _same(gold, last, f"$\\boxed{{{latex(last)}}}$") if whole else same_text(gold, last) or False
-    return known or (_same(gold, None, typeset(completion)) if words_of(gold) is None else False)
+    first = SENTENCE.split(last, maxsplit=1)[0] if said else completion
+    known = bool(same_text(gold, last))
+    if (said or tagged) and not known and not letter_of(gold):
+        known = bool(_same(gold, first, f"$\\boxed{{{latex(first)}}}$"))
+    if known or words_of(gold) is not None:
+        return known
+    return _same(gold, None, typeset(first if re.search(r"[\d$\\]", first) else completion))
 
 
 def _same(gold: str, answer: str | None, text: str) -> bool | None:
