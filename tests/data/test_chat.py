@@ -169,6 +169,124 @@ def test_generation_prompt_that_says_more_than_an_answer_begins_with():
     assert gpt2_like().decode(tagged.completions[0].ids) == "<the sky><|im_end|>"
 
 
+OPENINGS = ["<think>\n", "<think>", "[THINK]", "<|channel|>analysis<|message|>"]  # of generation prompts
+REASONS = (  # as Qwen3-Thinking: reasoning is taken out of the content and written behind the opening
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n"
+    "{{ m.reasoning_content or m['content'].split('</think>')[0].split('<think>')[-1] | trim }}\n</think>\n\n"
+    "{{ m['content'].split('</think>')[-1] | trim }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def opens(opening, template=CHATML):
+    return template.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif")
+
+
+def texts(row, template, prepare=prepare_pairs, config=None):
+    """The prompt, and what counts of the first completion."""
+    tokenizer = gpt2_like(template)
+    sample = prepare([row], tokenizer, config)[0]
+    return tokenizer.decode(sample.prompt_ids), counted_text(tokenizer, sample.completions[0])
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+@pytest.mark.parametrize("before", ["", "\n"])
+@pytest.mark.parametrize("behind", ["", "\n", " ", "\n\n"])
+def test_a_thought_is_opened_once(opening, before, behind):
+    """Whatever the white space around it, the content's opening is the generation prompt's."""
+    content = before + opening.strip() + behind + "add</think>4"
+    row = {**PAIR, "chosen": [assistant(content)], "rejected": [assistant("It is black.")]}
+    single = {"prompt": PAIR["prompt"], "completion": row["chosen"]}
+    for prompt, completion in (texts(row, opens(opening)), texts(single, opens(opening), prepare_sft)):
+        assert prompt.endswith("<|im_start|>assistant\n" + opening)
+        assert completion.lstrip() == "add</think>4<|im_end|>"
+
+
+@pytest.mark.parametrize("content", ["<think>\nadd\n</think>\n\n4", "<think>add</think>4"])
+def test_a_thought_that_the_template_writes_behind_its_opening(content):
+    row = {**PAIR, "chosen": [assistant(content)]}
+    reasoning = {**PAIR, "chosen": [{**assistant("4"), "reasoning_content": "add"}]}
+    prompt, completion = texts(row, REASONS)
+    assert prompt.endswith("assistant\n<think>\n")
+    assert completion == "add\n</think>\n\n4<|im_end|>"
+    assert texts(reasoning, REASONS) == (prompt, completion)
+    dataset = prepare_pairs([row], gpt2_like(REASONS), TokenizeConfig(on_dropped="keep"))
+    assert not dataset.report.dropped
+
+
+def test_thoughts_in_several_turns():
+    """Every turn begins behind its generation prompt, one without a thought as the template writes it."""
+    chosen = [assistant("<think>\nadd</think>4"), user("and the sea?"), assistant("<think>\nsub</think>5")]
+    counted = "add</think>4<|im_end|>sub</think>5<|im_end|>"
+    assert texts({**PAIR, "chosen": chosen}, opens("<think>\n"))[1] == counted
+    chosen[2] = assistant("<think>sub</think>5")
+    assert texts({**PAIR, "chosen": chosen}, opens("<think>\n"))[1] == counted
+    chosen[2] = assistant("<the sea>")
+    assert texts({**PAIR, "chosen": chosen}, opens("<think>\n"))[1] == "add</think>4<|im_end|><the sea><|im_end|>"
+    # A template that marks turns in a form of their own: none of the prompt counts.
+    marked = opens("<think></think>", REWRITING_MARKED)
+    assert texts(MULTI, marked)[1] == "It is blue.<|im_end|><think></think>Green.<|im_end|>"
+    # The headings are no part of a later turn, nor are its first letters part of the heading.
+    several = {**MULTI, "chosen": [*MULTI["chosen"][:2], assistant("<the sea>")]}
+    plain = opens("<think>\n", REWRITING_PLAIN.replace("<think></think>", "{{ 'Well, ' }}"))
+    assert texts(several, plain)[1] == "It is blue.<|im_end|>Well, <the sea><|im_end|>"
+
+
+def test_a_call_keeps_its_first_letters():
+    """It begins with a letter of the thought that the generation prompt opens."""
+    template = opens(
+        "<think>\n", CHATML.replace("<|im_end|>", "{% if m.tool_calls %}<tool>sky</tool>{% endif %}<|im_end|>")
+    )
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "sky", "arguments": {}}}]}
+    assert texts({**PAIR, "chosen": [call]}, template)[1] == "<tool>sky</tool><|im_end|>"
+
+
+@pytest.mark.parametrize("chosen", [assistant("<think>add</think>4"), {**assistant("4"), "reasoning_content": "add"}])
+def test_a_thought_behind_an_empty_one(chosen):
+    thinks = CHATML.replace(
+        "{{ m['content']",
+        "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '' }}{{ m['content']",
+    )
+    template = opens("<think>\n\n</think>\n\n", thinks)
+    with pytest.raises(DataError, match=r"field 'chosen': the chat template renders the prompt differently.*goes with"):
+        prepare_pairs([{**PAIR, "chosen": [chosen]}], gpt2_like(template))
+
+
+def test_an_answer_begun_with_a_thought():
+    """The prompt is the row's; the template may write other white space behind the opening."""
+    prompt = [user("the sky?"), assistant("<think>the")]
+    row = {"prompt": prompt, "chosen": [assistant(" sky</think>4")], "rejected": [assistant(" sea</think>4")]}
+    before, after = texts(row, REASONS)
+    assert before.endswith("assistant\n<think>the")
+    assert after == " sky\n</think>\n\n4<|im_end|>"
+
+
+@pytest.mark.parametrize("content", ["<think>\nadd</think>4", "<think>add</think>4", "\n<think> add</think>4"])
+def test_rewards_by_character_in_a_thought_that_the_prompt_opens(content):
+    spans = [{"start": 0, "end": content.index("add") + 3, "reward": 1.0}]
+    at = len(content) - 1
+    spans.append({"start": at, "end": at + 1, "reward": 2.0})
+    row = {**PAIR, "chosen": [assistant(content)], "chosen_token_rewards": spans, "rejected_token_rewards": []}
+    tokenizer = gpt2_like(opens("<think>\n"))
+    chosen = prepare_pairs([row], tokenizer)[0].completions[0]
+    found = {
+        r: tokenizer.decode([i for i, x in zip(chosen.ids, chosen.columns["token_rewards"]) if x == r])
+        for r in (1.0, 2.0)
+    }
+    assert found == {1.0: "add", 2.0: "4"}
+
+
+def test_a_marked_turn_ends_with_its_end_of_turn_token():
+    """Not with the heading of the next message, where the block includes white space behind the token."""
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{% if loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert texts(MULTI, marked)[1] == "It is blue.<|im_end|><think></think>Green.<|im_end|>"
+
+
 MULTI = {
     "prompt": [user("the sky?")],
     "chosen": [assistant("It is blue."), user("and the sea?"), assistant("Green.")],

@@ -40,6 +40,8 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WRITTEN = (*REASONING, "tool_plan", "tool_calls", "function_call")
 THINK = "<think>"
+PROBE = "probe of content"
+MARK = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")  # of a template: <think>, [THINK], <|channel|>
 DROPPED = "dropped by the template"
 DATE_PART = re.compile(r"(?<!\{)%[-_0^#]?[A-Za-z]")
 SHORT = re.compile(r"[A-Za-z0-9_.+-]{1,4}")  # what may stand in any other word
@@ -235,13 +237,12 @@ class Renderer:
         """Whether the template writes a message's content only where it is a list of parts."""
         if not self.sees:
             return False
-        probe = "probe of content"
         written = []
-        for content in (probe, [{"type": "text", "text": probe}]):
+        for content in (PROBE, [{"type": "text", "text": PROBE}]):
             with suppress(Exception):  # templates raise what they like
                 messages, template = [{"role": "user", "content": content}], self.template
                 text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-                written.append(probe in text)
+                written.append(PROBE in text)
                 continue
             written.append(False)
         return written == [False, True]
@@ -254,12 +255,12 @@ class Renderer:
             joint = {**begun, **completion[0], "content": text_of(begun) + text_of(completion[0])}
             whole, said = replace(example, prompt=example.messages[:-1]), [joint, *completion[1:]]
         text = self._render(example, [*whole.messages, *said], name, False)
-        if begun is not None and not text.startswith(prompt):
+        start = _behind(prompt, text) if begun else self._completion_start(whole, prompt, said, text, name)
+        if start is None:
             raise self._other_prompt(prompt, text, name)
-        start = self._completion_start(whole, prompt, said, text, name)
         turns = [(start, len(text))]
         if len(completion) > 1:
-            turns = self._turns(whole, prompt, said, text, name, start)
+            turns = [(max(turn[0], start), turn[1]) for turn in self._turns(whole, prompt, said, text, name, start)]
         # A generation prompt may be longer than what the template writes before an answer; the prompt ends as it does.
         text, moved = prompt + text[start:], len(prompt) - start
         turns = [(first + moved, last + moved) for first, last in turns]
@@ -270,39 +271,47 @@ class Renderer:
         contents, shown = _contents(text, len(prompt), completion, turns)
         answers, lacks = iter(turns), list[tuple[str, str, str]]()
         for number, message in enumerate(completion):
-            within = slice(*next(answers)) if message["role"] == "assistant" else slice(len(prompt), None)
-            lacks += [(name, f"message {number}: {key}", part) for key, part in self._lacking(message, text[within])]
+            first, last = next(answers) if message["role"] == "assistant" else (len(prompt), len(text))
+            lacking = self._lacking(message, text[first:last], text[:first])
+            lacks += [(name, f"message {number}: {key}", part) for key, part in lacking]
         closed, dropped = text.endswith(self.end_marks), dropped + self._dropped(lacks)
         said = [message for message in completion if message["role"] == "assistant"]
         untrained = tuple(i for i, m in enumerate(said) if not (m.get("weight", 1) and m.get("train", True)))
         given = (text, len(prompt), tuple(turns), contents, True, closed, shown, dropped)
         return Rendered(*given, untrained=untrained)
 
-    def _completion_start(self, example: Example, prompt: str, completion: list[Message], text: str, name: str) -> int:
-        """Where the completion begins in the template's text."""
-        if text.startswith(prompt):
-            return len(prompt)
+    def _completion_start(
+        self, example: Example, prompt: str, completion: list[Message], text: str, name: str
+    ) -> int | None:
+        """Where the completion begins in the template's text; None: nowhere that could follow the prompt."""
+        if (start := _behind(prompt, text)) is not None:
+            return start
         # A generation prompt may be longer than what the template writes before an answer (an empty thinking
-        # block, say); then the completion begins where the two part. The messages must be rendered alike.
-        before, shared = example.messages, common_length(prompt, text)
-        said = text_of(completion[0]).strip()
-        least = len(self._render(example, before, "prompt", False).rstrip())
-        if shared < least:
+        # block, say); then the completion is the answer. The messages must be rendered alike.
+        before = example.messages
+        if common_length(prompt, text) < len(self._render(example, before, "prompt", False).rstrip()):
             # Mistral's templates write the system message before the last user's only if no answer follows.
-            at = text.rfind(said) if len(completion) == 1 else -1
+            at = text.rfind(text_of(completion[0]).strip()) if len(completion) == 1 else -1
             alike = common_length(prompt[::-1], text[: max(at, 0)][::-1])
-            if alike and (text_of(before[-1]) or " ").strip() in prompt[len(prompt) - alike :]:
-                return at
-            raise self._other_prompt(prompt, text, name)
-        # The answer's first characters may be those of the thinking block.
-        at = text.rfind(said, least, shared + len(said)) if said else -1
-        return shared if at < 0 else at
+            return at if alike and (text_of(before[-1]) or " ").strip() in prompt[len(prompt) - alike :] else None
+        # What the template writes before an answer of other words; a call must stay where its result follows.
+        said = REASONING if completion[1:] else WRITTEN
+        other = {**{k: v for k, v in completion[0].items() if k not in said}, "content": PROBE}
+        heading = self._render(example, [*before, other, *completion[1:]], name, False).partition(PROBE)[0]
+        shared = common_length(heading, prompt)
+        rest = heading[shared:] if heading[shared:].strip() else ""
+        at, start = prompt.find(rest, shared), shared + len(rest)
+        # A completion must not open again, and otherwise, what the generation prompt opens.
+        mark = MARK.match(prompt[at + len(rest) :].lstrip())
+        again = mark is not None and text[start:].lstrip().startswith(mark.group())
+        return start if at >= 0 and text.startswith(heading[:start]) and not again else None
 
     @staticmethod
     def _other_prompt(prompt: str, text: str, name: str) -> RowError:
         shared = common_length(prompt, text)
         what = "the chat template renders the prompt differently once a completion follows"
-        expected = f"the rendered prompt to continue with {prompt[shared : shared + 40]!r}"
+        expected = f"the rendered prompt to continue with {prompt[shared : shared + 40]!r}, or a template "
+        expected += "(`chat_template`, `chat_template_kwargs`) whose generation prompt goes with the answer"
         around = text[max(0, shared - 20) : shared + 40]
         return RowError("chat template", what, field=name, value=around, expected=expected)
 
@@ -310,17 +319,19 @@ class Renderer:
         self, example: Example, prompt: str, completion: list[Message], text: str, name: str, start: int
     ) -> list[Span]:
         """The assistant's turns in a completion of several messages."""
-        before, turns = example.messages, []
+        before, turns = example.messages, list[Span]()
+        first: int | None
         for index, message in enumerate(completion):
             if message["role"] != "assistant":
                 continue
-            opening, messages = prompt, [*before, *completion[: index + 1]]
-            if index:
-                opening = self._render(example, messages[:-1], name, True)
-            closing = self._render(example, messages, name, False)
-            if not (text.startswith(opening) and text.startswith(closing)):
+            first, so_far = start, replace(example, prompt=[*before, *completion[:index]])
+            closing = self._render(example, [*so_far.messages, message], name, False)
+            if index and text.startswith(closing):
+                opening = self._render(example, so_far.messages, name, True)
+                first = self._completion_start(so_far, opening, completion[index:], text, name)
+            if first is None or not text.startswith(closing):
                 break
-            turns.append((len(opening), len(closing)))
+            turns.append((first, len(closing)))
         else:
             return turns
         # The template rewrites earlier turns: they are found by its `{% generation %}` blocks, or by their headings.
@@ -348,9 +359,14 @@ class Renderer:
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self.variables(example)},
         )
-        # Where the block leaves out the end-of-turn token, it still belongs to the turn.
-        ends = [next((m for m in self.end_marks if text.startswith(m, end)), "") for _, end in marked[0]]
-        return [(start, end + len(mark)) for (start, end), mark in zip(marked[0], ends)]
+        turns = list[Span]()
+        for start, end in marked[0]:
+            # Where the block leaves out the end-of-turn token, it still belongs to the turn; what follows upon that
+            # token and white space does not.
+            ended = text[end - 1].isspace() and text[start:end].rstrip().endswith(self.end_marks)
+            behind = next((m for m in self.end_marks if not ended and text.startswith(m, end)), "")
+            turns.append((start, end + len(behind)))
+        return turns
 
     def _headed_turns(self, text: str, written: int, start: int, prompt: str) -> list[Span]:
         """Turns from the heading before the first one to the end-of-turn token that closes the last one.
@@ -361,7 +377,7 @@ class Renderer:
         mark = next((m for m in self.end_marks if text.rstrip().endswith(m)), "")
         at = text.find(heading, written) if heading.strip() and mark else -1
         while at >= 0:
-            first = at + common_length(text[at:], whole) if turns else start
+            first = at + (_behind(whole, text[at:]) or len(heading)) if turns else start
             end = text.find(mark, first)
             if end < 0:
                 return []
@@ -369,9 +385,12 @@ class Renderer:
             at = text.find(heading, end)
         return turns
 
-    def _lacking(self, message: Message, text: str) -> Iterator[tuple[str, str]]:
-        """(key, text) of what the message says and the rendered text lacks; white space aside."""
-        squeezed = "".join(text.split())
+    def _lacking(self, message: Message, text: str, before: str = "") -> Iterator[tuple[str, str]]:
+        """(key, text) of what the message says and the rendered text lacks; white space aside.
+
+        What it says may begin at the end of the text `before`, as where a generation prompt opens a thought.
+        """
+        opened, squeezed = ("".join(part.split()) for part in (before, text))
         for key in ("content", *WRITTEN):
             # transformers gives templates every kind of reasoning under the names of all.
             reads = REASONING if key in REASONING else (key,)
@@ -381,12 +400,37 @@ class Renderer:
                 value = [part["text"] for part in value if "text" in part]
             for part in filter(str.strip, _texts_of(value)):
                 forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-                found = named and any("".join(form.split()) in squeezed for form in forms)
+                # At least its last character stands in the text.
+                wanted = ["".join(form.split()) for form in forms]
+                found = named and any(w in opened[max(len(opened) - len(w) + 1, 0) :] + squeezed for w in wanted)
                 if not found or (key == "tool_calls" and SHORT.fullmatch(part) and not _has_word(text, part)):
                     yield key, part
             if key == "tool_calls":
                 names = _names(message.get(key))
                 yield from ((key, name) for name in names if not (named and _has_word(text, name)))
+
+
+def _behind(prompt: str, text: str) -> int | None:
+    """Where a text goes on that begins with the prompt, white space aside; None: it does not begin with it."""
+    shared = common_length(prompt, text)
+    if shared == len(prompt):
+        return shared
+    rest = text[shared:]
+    for word in prompt[shared:].split():
+        rest = rest.lstrip()
+        if not rest.startswith(word):
+            return None
+        rest = rest[len(word) :]
+    return len(text) - len(rest.lstrip() if prompt[-1].isspace() else rest)
+
+
+def _begun_in(before: str, content: str) -> int:
+    """How many characters at the start of the content stand at the end of the text before it, white space aside."""
+    opened, said = ("".join(part.split()) for part in (before, content))
+    starts = (i for i, char in enumerate(opened) if char == said[:1] and said.startswith(opened[i:]))
+    shared = len(opened) - next(starts, len(opened))
+    places = [i + 1 for i, char in enumerate(content) if not char.isspace()]
+    return places[shared - 1] if 0 < shared < len(said) else 0
 
 
 def template_text(template: str | None) -> str | None:
@@ -418,12 +462,15 @@ def _contents(
         if message["role"] == "assistant" and left:  # a heading before the turn may hold the same letters
             start, limit = left.pop(0)
         content = message.get("content") or ""
-        core = content.strip()
-        low = text.find(core, start) if core else -1
+        low = text.find(content.strip(), start, limit)
+        # A generation prompt may have begun it.
+        opened = _begun_in(text[:start], content) if low < 0 else 0
+        core = content[opened:].strip()
+        low = text.find(core, start, limit) if core else -1
         if low < 0:
             places.append((None, None))
             continue
-        high, first = low + len(core), low - (len(content) - len(content.lstrip()))
+        high, first = low + len(core), low - content.index(core, opened)
         least, start = start, high
         while low > max(first, least) and text[low - 1] == content[low - 1 - first]:
             low -= 1
