@@ -216,3 +216,12 @@ class TestModelsThatSee:
         with pytest.raises(ModelError, match="freeze is vision, and LlamaForCausalLM has no vision tower"):
             freeze_vision(causal("llama"))
         assert lora_config(LoraSpec(), causal("llama")).target_modules == "all-linear"
+
+
+def test_a_module_to_save_must_be_there():
+    model = causal("llama")
+    for there in (["lm_head"], ["embed_tokens", "layers.0.mlp.up_proj"], ["score"]):
+        assert lora_config(LoraSpec(modules_to_save=there), model).modules_to_save == there
+    message = r"lora.modules_to_save has 'lm_haed', and LlamaForCausalLM has no such module; did you mean 'lm_head'\?"
+    with pytest.raises(ModelError, match=message):
+        lora_config(LoraSpec(modules_to_save=["embed_tokens", "lm_haed"]), model)

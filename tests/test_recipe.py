@@ -19,6 +19,7 @@ from tokengrain.recipe.schema import dump_recipe
 from tokengrain.run.build import open_rows
 from tokengrain.run.load import load_recipe, make_recipe, resolve_stages
 from tokengrain.run.runner import run_recipe
+from tokengrain.run.trained import Trained
 from tokengrain.runs import TRAINED
 from tokengrain.specs import DataSpec, LoraSpec, ModelSpec
 from tokengrain.training.config import OnlineConfig
@@ -270,6 +271,10 @@ WRONG_TYPE = [
     (["model.dtype=float23"], "did you mean 'float32'?"),
     (["training.lr_scheduler_type=linearr"], "linearr"),
     (["data.max_length=1"], "max_length is 1"),
+    (["training.save_strategy=true"], "training.save_strategy: got True (true/false); expected one of False or text"),
+    (["training.adam_beta1=1.5"], "training: adam_beta1 must be at least 0 and below 1, got 1.5"),
+    (["training.num_train_epochs=-1"], "num_train_epochs must be at least 0, or max_steps above 0, got -1"),
+    (["training.lr_scheduler_type=cosine_with_min_lr"], "lr_scheduler_kwargs not set: One of min_lr or min_lr_rate"),
 ]
 
 IMPOSSIBLE = [
@@ -309,10 +314,49 @@ IMPOSSIBLE = [
     (["data.streaming=true"], "rows cannot be held out of a stream"),
     (["training.output_dir=x"], "cannot be set here; set output_dir at the top"),
     (["data.max_length=10", "data.max_prompt_length=10"], "leaves 0 tokens for a completion"),
-    (["training.normaliser_constant=0", "training.deepspeed=x.json"], "deepspeed"),
+    (["training.normaliser=constant", "training.normaliser_constant=0", "training.deepspeed=x.json"], "deepspeed"),
     (["model={path: x, freeze: vision}", "lora={r: 2}"], "model.freeze: no stage trains all weights of this model"),
     (["stages.credit.model={path: x, freeze: vision}"], "stages.credit.model.freeze: no stage trains all weights"),
 ]
+
+
+ONLINE_STAGE = "stages={train: {kind: online, rewards: [exact]}}"
+UNREAD = [
+    (["training.normaliser_constant=5"], "training.normaliser_constant: is the divisor of normaliser: constant"),
+    (["training.ref_model_sync_steps=5"], "training.ref_model_sync_steps: says how the reference follows the policy"),
+    (["stages.guide.training.ref_model_mixup_alpha=0.5"], "stages.guide.training.ref_model_mixup_alpha: says how"),
+    (["data.completions=both", "stages.sft=null"], "data.completions: completions is both, but no stage here learns"),
+    (["stages.guide.data={completions: both}"], "stages.guide.data.completions: completions is both"),
+    (["data.spans=diff", ONLINE_STAGE], "data.spans: sampled completions have no spans"),
+    ([ONLINE_STAGE, "stages.train.data={completions: both}"], "stages.train.data.completions: completions is both"),
+    ([ONLINE_STAGE, "stages.train.training.max_refills=3"], "stages.train.training.max_refills: says how often"),
+    (
+        [
+            ONLINE_STAGE,
+            "stages.train.training.max_refills=3",
+            "stages.train.credit=[{name: filter_groups, refill: false}]",
+        ],
+        "stages.train.training.max_refills: says how often",
+    ),
+]
+READ = [
+    ["training.normaliser_constant=5", "stages.guide.training.normaliser=constant"],
+    ["training.sync_ref_model=true", "training.ref_model_sync_steps=5", "stages.sft.training.sync_ref_model=false"],
+    ["data.completions=both"],
+    ["data.spans=diff"],
+    ["stages.guide.data={completions: chosen}"],
+    [ONLINE_STAGE, "stages.train.training.max_refills=3", "stages.train.credit=[filter_groups, group]"],
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), UNREAD)
+def test_what_no_stage_reads_is_named(overrides: list[str], expected: str, tmp_path: Path) -> None:
+    assert expected in error_of(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("overrides", READ)
+def test_what_one_stage_reads_others_may_inherit(overrides: list[str], tmp_path: Path) -> None:
+    load_recipe(write(tmp_path, BASE), overrides=overrides)
 
 
 @pytest.mark.parametrize(("overrides", "expected"), UNKNOWN + WRONG_TYPE + IMPOSSIBLE)
@@ -331,6 +375,13 @@ def test_several_mistakes_are_listed_together(tmp_path: Path) -> None:
     message = error_of(tmp_path, "training.a=1", "data.b=1", "stages.guide.objective.c=1")
     assert message.count("\n") == 3
     assert all(f"{key}: unknown" in message for key in ("training.a", "data.b"))
+
+
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_no_may_stand_without_quotes(name: str, tmp_path: Path) -> None:
+    stage = resolve_stages(load_recipe(write(tmp_path, BASE), overrides=[f"training.{name}=no"]))[1]
+    assert isinstance(stage, Trained)
+    assert getattr(stage.args("unused"), name) == "no"
 
 
 def test_missing_keys(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tokengrain.cli import main
 from tokengrain.errors import DataError, ModelError, NonFiniteLossError, RecipeError, RunError
@@ -198,6 +198,72 @@ def test_keys_that_change_no_result_do_not_count(copied: Path) -> None:
     assert all(plan.action == "reuse" for plan in make_plan(make_recipe(changed)))
 
 
+GONE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "removed": (shutil.rmtree, r"model/config.json is not there"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), r"model/model.safetensors is not there"),
+    "empty": (lambda m: (m / "model.safetensors").write_bytes(b""), r"model/model.safetensors is damaged"),
+    "cut": (lambda m: os.truncate(m / "model.safetensors", 9000), r"model/model.safetensors is damaged or inc"),
+    "no config": (lambda m: os.truncate(m / "config.json", 9), r"model/config.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("what", GONE)
+def test_a_finished_model_that_is_not_whole_is_no_result(what: str, copied: Path) -> None:
+    damage, message = GONE[what]
+    folder = copied / "run" / "train"
+    before = {name: tensor.clone() for name, tensor in weights(copied).items()}  # of a file that is to be cut
+    damage(folder / "model")
+    recipe = values(copied, TGDPO, output_dir=str(copied / "run"))
+    for dry in (True, False):
+        with pytest.raises(RunError, match=rf"^stage 'train' is done, but .*{message}.*; put it back, or remove"):
+            run(recipe, dry_run=dry)
+    (folder / "stage.json").unlink()  # as the message says
+    assert run(recipe).reused == ["init", "sft", "guide", "credit"]
+    assert same(weights(copied), before)
+
+
+def test_a_model_that_nothing_needs_may_be_gone(copied: Path) -> None:
+    """To save room, say; but not one that a stage starts from that is yet to run, or an adapter stands on."""
+    recipe = values(copied, TGDPO, output_dir=str(copied / "run"))
+    shutil.rmtree(copied / "run" / "guide" / "model")
+    assert "train" in run(recipe).reused
+    (copied / "run" / "train" / "stage.json").unlink()
+    assert "train" not in run(recipe).reused  # which takes the guide's tokens from `credit`
+    shutil.rmtree(copied / "run" / "credit")
+    with pytest.raises(RunError, match=r"^stage 'guide' is done, but its model is not whole"):
+        run(recipe)
+
+
+def test_a_finished_adapter_that_is_not_whole(tmp_path: Path) -> None:
+    stages = {"sft": {"kind": "sft", "lora": None, "training": {"max_steps": 1}}, "train": DPO}
+    recipe = values(tmp_path, stages, lora={"r": 2})
+    run(recipe)
+    assert run(recipe).reused == ["init", "sft", "train"]
+    (tmp_path / "run" / "sft" / "model" / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"^stage 'sft' is done, but .*sft/model/model.safetensors is not there"):
+        run(recipe)
+    (tmp_path / "run" / "train" / "model" / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"^stage 'train' is done, but .*/adapter_model.safetensors is not there"):
+        run(recipe)
+    (tmp_path / "run" / "train" / "model" / "adapter_config.json").unlink()
+    with pytest.raises(RunError, match=r"^stage 'train' is done, but .*train/model/"):
+        run(recipe)
+
+
+def test_a_finished_model_in_several_files(copied: Path) -> None:
+    folder = copied / "run" / "train" / "model"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(copied / "parts", max_shard_size="8KB")
+    parts = sorted((copied / "parts").glob("*.safetensors"))
+    assert len(parts) > 1
+    (folder / "model.safetensors").unlink()
+    shutil.copytree(copied / "parts", folder, dirs_exist_ok=True)
+    recipe = values(copied, TGDPO, output_dir=str(copied / "run"))
+    assert "train" in run(recipe).reused
+    (folder / parts[-1].name).unlink()
+    with pytest.raises(RunError, match=rf"{parts[-1].name} is not there"):
+        run(recipe)
+
+
 def changed_stage(name: str, **objective: Any) -> dict[str, Any]:
     stage = TGDPO[name]
     return {**TGDPO, name: {**stage, "objective": {**stage["objective"], **objective}}}
@@ -269,6 +335,14 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     run(values(tmp_path), dry_run=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_without_held_out_rows_is_an_error_before_the_run(tmp_path: Path) -> None:
+    recipe = values(tmp_path)
+    recipe["data"]["eval_fraction"] = 0
+    recipe["training"]["eval_strategy"] = "steps"
+    with pytest.raises(RecipeError, match=r"^stages.train: eval_strategy is 'steps', and there are no held-out rows"):
+        run(recipe, dry_run=True)
 
 
 # ---- Interrupted and failed runs ----

@@ -467,6 +467,24 @@ def _damaged(path: str) -> str:
     return ""
 
 
+def check_saved(path: str) -> None:
+    """Raises ModelError, which names the file, if a saved model lacks one that loads it, or one was cut off."""
+    folder = Path(path)
+    adapter = is_adapter(path) or any(folder.glob("adapter_model*"))
+    stem, config = ("adapter_model", ADAPTER) if adapter else ("model", "config.json")
+    index, weights = folder / f"{stem}.safetensors.index.json", {f"{stem}.safetensors"}
+    with library_errors(f"{path} cannot be read"):
+        if index.is_file():  # of weights in several files
+            weights = set(read_json(index, ModelError)["weight_map"].values())
+        for name in (config, *sorted(weights)):
+            require((folder / name).is_file(), ModelError, f"{folder / name} is not there")
+        read_json(folder / config, ModelError)
+    cut = _damaged(path).removesuffix(": ")
+    require(not cut, ModelError, f"{folder / cut}")
+    if adapter:
+        base_of_adapter(path)
+
+
 def load_config(spec: ModelSpec, path: str) -> Any:
     """The architecture's config, without the weights."""
     place = base_of_adapter(path) if is_adapter(path) else path
@@ -667,16 +685,23 @@ def reward_model_from(model: nn.Module, *, share: bool = True) -> nn.Module:
 def lora_config(lora: LoraSpec, model: Any, **own: Any) -> Any:
     """A recipe's `lora:` as peft's configuration for a model.
 
-    "all-linear" leaves out the vision tower and its projector.
+    "all-linear" leaves out the vision tower and its projector. Raises ModelError for a module to save that the model
+    does not have, which peft passes over.
     """
+    wanted = () if "modules_to_save" in own else lora.modules_to_save or ()
+    names = [name for name, _ in model.named_modules()] if wanted else []
+    for one in (one for one in wanted if one not in HEADS):  # which a reward model gets
+        near = nearest(one, {name.rpartition(".")[2] for name in names})
+        what = f"lora.modules_to_save has {one!r}, and {type(model).__name__} has no such module{near}"
+        require(any(name.endswith(one) for name in names), ModelError, what)
     if lora.target_modules == "all-linear" and tower(model)[1]:
         decoder = model.get_decoder()
         inside = next(name for name, module in model.named_modules() if module is decoder)
         layers = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
         own["target_modules"] = rf"{re.escape(inside)}\..*\.({'|'.join(sorted(layers))})"
-    names = ("r", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights")
+    same = ("r", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights")
     given = {"task_type": "CAUSAL_LM", "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-    return import_peft().LoraConfig(**{**given, **{name: getattr(lora, name) for name in names}, **own})
+    return import_peft().LoraConfig(**{**given, **{name: getattr(lora, name) for name in same}, **own})
 
 
 def reward_lora_config(lora: LoraSpec, model: Any = None) -> Any:

@@ -39,6 +39,7 @@ ANSWERS = "answers.json"
 """In the folder of a stage: `prompts`, and what the model said to them at the `start` and when `trained`."""
 FORMAT = 1  # of the layout and of what the fingerprints cover; part of every fingerprint
 TRAINED = ("sft", "train", "reward", "online")  # kinds of stages that make a trained model
+LOG_RATIO = "log-ratio of "  # begins the name of a source that is no credit, but what a stage's policy learned
 EQUAL = "no difference yet"  # `comparison` in metrics: the policy still is its reference
 TITLES = {
     "accuracy": "pair accuracy",

@@ -26,7 +26,7 @@ def test_policy_equal_to_reference_is_ln_2_with_a_uniform_gradient() -> None:
     output = dpo_loss(x.logps, x.segments, ref_logps=ref, beta=0.3)
     torch.testing.assert_close(output.losses, torch.full((3,), LN2, dtype=F64))
     assert torch.equal(output.metrics["rewards/chosen"], torch.zeros(3, dtype=F64))
-    assert torch.equal(output.metrics["rewards/accuracies"], torch.zeros(3, dtype=F64))
+    assert torch.equal(output.metrics["rewards/accuracies"], torch.full((3,), 0.5, dtype=F64)), "equals count half"
     sign = torch.where(x.segments.is_chosen, -1.0, 1.0).to(F64)
     torch.testing.assert_close(gradient(loss, x.logps), sign * 0.3 / (2 * x.pairs))
 

@@ -180,6 +180,16 @@ def test_run_folder(tmp_path: Path, annotated: Path) -> None:
     assert "kind[+1.0]" in printed(run / "credit" / "train.parquet", count=6)
 
 
+def test_a_log_ratio_is_not_called_credit(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    samples = run / "credit_samples.json"
+    samples.write_text(samples.read_text().replace("DPO guide", "log-ratio of guide"))
+    text = printed(run)
+    assert "the number behind a token is its log-ratio, in nats" in text
+    assert "highest log-ratio" in text
+    assert "its credit" not in text
+
+
 def test_another_column_is_not_that_of_the_samples(tmp_path: Path, tokenizer_path: Path) -> None:
     run = make_run(tmp_path / "run")
     path = run / "credit" / "train.parquet"

@@ -356,6 +356,12 @@ def test_right_answers_are_read_before_anything_is_sampled():
     RewardSuite([make_reward("numeric")]).check_golds(rows[:1])
 
 
+def test_a_column_of_right_answers_that_no_row_has():
+    rows = [("f.jsonl", i, {"prompt": "1 + 1", "gold": "2"}) for i in range(3)]
+    with pytest.raises(DataError, match=r"f.jsonl: field 'answer': reward 'numeric': none of 3 rows has it; .*gold;"):
+        RewardSuite([make_reward("numeric")]).check_golds(rows)
+
+
 def test_special_tokens_are_seen_where_a_reward_asks_for_them(caplog):
     tok = tokenizer()
     tok.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})

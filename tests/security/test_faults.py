@@ -348,6 +348,25 @@ def test_damaged_checkpoints(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_checkpoint_without_random_numbers(killed: Path, tmp_path: Path) -> None:
+    """transformers would go on with others."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    last: Any = last_complete_checkpoint(tmp_path)
+    (last / "rng_state.pth").unlink()
+    with pytest.raises(RunError, match=rf"{last.name} is damaged.*rng_state.pth .* is not there; remove it to resume"):
+        build(tmp_path, "full").train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_whose_parts_are_of_two_steps(killed: Path, tmp_path: Path) -> None:
+    """transformers would take the run for done."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    last: Any = last_complete_checkpoint(tmp_path)
+    state = last / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": 9999}))
+    with pytest.raises(RunError, match=rf"{last.name} is damaged.*state.json is of step 9999, .* of step \d; remove"):
+        build(tmp_path, "full").train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "config.json"])
 def test_a_folder_in_place_of_a_checkpoints_file(name: str, tmp_path: Path) -> None:
     """transformers would pass over it, and resume with other random numbers."""

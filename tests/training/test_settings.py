@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.batch import Sample
@@ -30,6 +31,11 @@ REFUSED: dict[str, Any] = {
     "optim": "lomo",
     "max_tokens_per_microbatch": True,
     "learning_rate": -1e-6,
+    "adam_beta1": 1.5,
+    "adam_beta2": -0.1,
+    "adam_epsilon": -1.0,
+    "weight_decay": -0.1,
+    "num_train_epochs": -1,
 }
 
 
@@ -42,6 +48,33 @@ def test_settings_without_a_right_effect_are_refused(name: str, tmp_path: Path) 
 def test_a_misspelt_optimiser_gets_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^optim is 'adamw_8bits'; did you mean 'adamw_8bit'\?$"):
         tiny_config(tmp_path, optim="adamw_8bits")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min_lr": 1e-7}}, "'cosine', .*'min_lr': 1e-07}: "),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "'cosine_with_min_lr', .* not set: One of min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "'warmup_stable_decay', .*num_decay_steps"),
+    ],
+)
+def test_a_schedule_that_its_settings_do_not_make(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"^lr_scheduler_type is {message}"):
+        tiny_config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("kind", [one.value for one in SchedulerType])
+def test_every_schedule_may_be_chosen(kind: str, tmp_path: Path) -> None:
+    needed = {"cosine_with_min_lr": {"min_lr": 1e-7}, "cosine_warmup_with_min_lr": {"min_lr": 1e-7}}
+    needed |= {"warmup_stable_decay": {"num_decay_steps": 3}, "polynomial": {"lr_end": 1e-5}}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    more = best if kind in ("reduce_lr_on_plateau", "greedy") else {}
+    tiny_config(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=needed.get(kind), learning_rate=1e-4, **more)
+
+
+def test_evaluation_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^training: eval_strategy is 'steps', and there are no held-out rows"):
+        make_trainer(tmp_path, make_samples(4), objective="simpo", eval_strategy="steps", eval_steps=1)
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])

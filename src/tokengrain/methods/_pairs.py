@@ -47,12 +47,12 @@ def margin_loss(margin: Tensor, loss_type: MarginLoss = "sigmoid", label_smoothi
 
 
 def reward_metrics(rewards: Tensor, segments: Segments) -> dict[str, Tensor]:
-    """Rewards `[2P]` by side, their margin, and whether the chosen one is higher: `[P]` each, detached."""
+    """Rewards `[2P]` by side, their margin, and whether the chosen one is higher, equals half: `[P]` each, detached."""
     chosen, rejected = segments.pairs(rewards.detach())
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/accuracies": 0.5 + 0.5 * (chosen - rejected).sign(),
         "rewards/margins": chosen - rejected,
     }
 

@@ -26,7 +26,7 @@ from tokengrain.models import load_reader
 from tokengrain.report import svg
 from tokengrain.report.pictures import By, is_picture
 from tokengrain.report.pictures import shown as shown_pictures
-from tokengrain.runs import ROLLOUT_FILE
+from tokengrain.runs import LOG_RATIO, ROLLOUT_FILE
 from tokengrain.settings import LARGEST, code_named_by
 from tokengrain.specs import ModelSpec
 from tokengrain.worlds import is_world, load_world
@@ -195,7 +195,8 @@ def by_pair(samples: Sequence[CreditSample]) -> list[list[CreditSample]]:
 def one_of_equals(samples: Sequence[CreditSample]) -> list[CreditSample]:
     """Samples without sources whose heat maps would equal an earlier source's, which then names both.
 
-    Maps are equal if all credit is the same but for a positive factor: colour is relative to a source's own scale.
+    Maps are equal if all credit is the same but for a positive factor: colour is relative to a source's own scale. Of a
+    credit and a log-ratio the credit is shown.
     """
     values: dict[str, dict[Any, float | None]] = {}
     for place, group in enumerate(by_pair(samples)):
@@ -203,7 +204,7 @@ def one_of_equals(samples: Sequence[CreditSample]) -> list[CreditSample]:
             numbered = ((i, j, v) for i, side in enumerate(s.sides) for j, v in enumerate(side.credit))
             values.setdefault(s.source, {}).update({(place, i, j): v for i, j, v in numbered})
     titles: dict[str, str] = {}
-    for source, mine in values.items():
+    for source, mine in sorted(values.items(), key=lambda item: item[0].startswith(LOG_RATIO)):
         for first in titles:
             if (factor := _factor(mine, values[first])) is not None:
                 same = "" if abs(factor - 1) < 1e-3 else f"{svg.number(factor, 2)} × "

@@ -34,6 +34,7 @@ from tokengrain.report.rows import (
     view_of,
 )
 from tokengrain.report.svg import number, signed
+from tokengrain.runs import LOG_RATIO
 from tokengrain.screen import Screen, visible
 
 # Weak credit colours the letters, strong credit the ground, in tones that are readable on light and on dark
@@ -80,9 +81,10 @@ def inspect_rows(
     for name in dict.fromkeys(s.source for s in samples):
         shown, coloured = [s for s in samples if s.source == name], _has_colour(console)
         scale = colour_scale([v for s in shown for side in s.sides for v in side.credit])
-        console.print(_legend(name, scale, coloured))
+        what = "log-ratio, in nats" if name.startswith(LOG_RATIO) else "credit"
+        console.print(_legend(name, scale, coloured, what))
         _print_rows(console, shown, partial(heat, scale=scale, coloured=coloured))
-        console.print(_summary(shown), end="\n\n")
+        console.print(_summary(shown, what.partition(",")[0]), end="\n\n")
 
 
 def _has_colour(console: Console) -> bool:

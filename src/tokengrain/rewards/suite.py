@@ -289,6 +289,11 @@ class RewardSuite:
         listed = list(rows) if checked else []
         for function in checked:
             compared: Any = function.function
+            names = {name: None for _, _, raw in listed for name in raw}
+            if listed and compared.column not in names:
+                where = f"reward {function.name!r}: none of {len(listed)} rows has it; they have {', '.join(names)}"
+                what = f"{where}; name the column in the reward's `column`, or rename it with data.columns"
+                raise DataError(what, file=listed[0][0], field=compared.column)
             found = sorted(compared.unreadable([raw.get(compared.column) for _, _, raw in listed]))
             if found:
                 index, what = found[0]

@@ -22,7 +22,7 @@ from tokengrain.run.load import resolve_stages
 from tokengrain.run.trained import Trained
 from tokengrain.scoring.model import positions_of
 from tokengrain.specs import DataSpec, ModelSpec
-from tokengrain.training.config import check_packages, check_rate, pass_steps, rollout_steps
+from tokengrain.training.config import check_held_out, check_packages, check_rate, pass_steps, rollout_steps
 
 STEPS = 50  # a stage has at least so many optimiser steps, where its rows allow
 EPOCHS = 4  # a small set is gone through at most so often
@@ -174,6 +174,8 @@ def fit(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[str, Outlook]]
                 training = {**stage.own.training, "max_tokens_per_microbatch": most}
                 stages[stage.name] = stage.own.model_copy(update={"training": training})
             check_packages(found.args)
+            if found.rows is not None:
+                check_held_out(found.args, found.held_out, f"stages.{stage.name}")
             if found.steps is not None:
                 check_rate(found.args, found.steps, f"stages.{stage.name}")
     return recipe.model_copy(update={"stages": stages}), outlooks

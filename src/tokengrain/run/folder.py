@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +18,9 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from tokengrain import models
 from tokengrain.errors import (
+    ModelError,
     RunError,
     TokengrainError,
     explained,
@@ -35,7 +37,7 @@ from tokengrain.errors import (
 from tokengrain.recipe.schema import INIT, Recipe, dump_recipe
 from tokengrain.run.fit import Outlook, fit
 from tokengrain.run.load import resolve_stages
-from tokengrain.run.stages import Stage
+from tokengrain.run.stages import LANGUAGE, Stage
 from tokengrain.runs import (
     FORMAT,
     INPUTS,
@@ -93,6 +95,26 @@ def make_plan(recipe: Recipe, *, overwrite: bool = False, processes: int = 1) ->
             plan.record = record
             plan.action = "reuse" if record.status == "done" else "resume"
     return plans
+
+
+def check_made(plans: Sequence[StagePlan]) -> None:
+    """Raises `RunError`, which names the file, if a finished stage's model is needed, and gone or cut off.
+
+    It is if it is the run's own, the last of these, or if a stage that is yet to run or another such model takes it.
+    """
+    trained = [plan.stage.name for plan in plans if plan.stage.kind in TRAINED]
+    needed = set(trained[-1:])
+    for plan in reversed(plans):
+        name, path = plan.stage.name, str(plan.path / "model")
+        if plan.action != "reuse":
+            needed |= set(plan.stage.inputs)
+        elif name in needed and plan.stage.kind in (*LANGUAGE, *TRAINED):
+            try:
+                models.check_saved(path)
+            except ModelError as error:
+                how = f"put it back, or remove {plan.path / 'stage.json'} to have the stage run again"
+                raise RunError(f"stage {name!r} is done, but its model is not whole: {error}; {how}") from error
+            needed |= {str(plan.stage.model.stage)} if models.is_adapter(path) else set()
 
 
 def _check_folder(recipe: Recipe, plans: list[StagePlan], overwrite: bool) -> None:

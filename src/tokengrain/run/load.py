@@ -15,6 +15,7 @@ from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run.retrieval import Index, Negatives, Retrieve
 from tokengrain.run.stages import Annotate, Init, Stage
 from tokengrain.run.trained import Online, Reward, Sft, Train
+from tokengrain.runs import TRAINED
 from tokengrain.settings import check_trusted
 
 _KINDS = (Init, Sft, Train, Reward, Online, Annotate, Index, Negatives, Retrieve)
@@ -54,6 +55,7 @@ def check_recipe(recipe: Recipe) -> Mistakes:
     for stage in stages:
         stage.check(found)
     _check_freezing(recipe, stages, found)
+    _check_unread(recipe, stages, found)
     if found.lines:
         return found
     # What is legal key by key may still not go together. What all stages inherit is complained about once.
@@ -83,6 +85,26 @@ def _check_freezing(recipe: Recipe, stages: Sequence[Stage], found: Mistakes) ->
         for key, asked in stage.asks.items() if not found.lines else ():
             if asked.spec.freeze and asked.spec != stage.model:
                 found.add(f"stages.{stage.name}.{key}.freeze", what)
+
+
+def _check_unread(recipe: Recipe, stages: Sequence[Stage], found: Mistakes) -> None:
+    """Note settings that a stage has for itself, or the recipe for all, and that are without effect there."""
+    unread = [(stage, stage.unread) for stage in stages if stage.own is not None and not found.lines]
+    for stage, without in unread:
+        own = stage.own.data if isinstance(stage.own.data, dict) else {}
+        for key in sorted(_given(getattr(stage.own, "training", {}), own) & set(without)):
+            found.add(f"stages.{stage.name}.{key}", without[key])
+    for key in sorted(_given(recipe.training, recipe.data.model_dump(exclude_unset=True))):
+        asked = [without for s, without in unread if s.kind in TRAINED or key.startswith("data.")]
+        if asked and all(key in without for without in asked):
+            found.add(key, asked[0][key])
+
+
+def _given(training: Mapping[str, Any], data: Mapping[str, Any]) -> set[str]:
+    """Dotted keys of what is set, to something else than nothing."""
+    blocks = {"training": training, "data": data}
+    given = {f"{name}.{key}": value for name, block in blocks.items() for key, value in block.items()}
+    return {key for key, value in given.items() if value is not None and (key, value) != ("data.completions", "chosen")}
 
 
 def load_recipe(

@@ -19,7 +19,7 @@ from tokengrain.errors import RecipeError, RolloutError, RunError, require, writ
 from tokengrain.recipe.schema import INIT, Recipe
 from tokengrain.run import show
 from tokengrain.run.build import RunModels
-from tokengrain.run.folder import RunFolder, StagePlan, locked, make_plan
+from tokengrain.run.folder import RunFolder, StagePlan, check_made, locked, make_plan
 from tokengrain.run.load import load_recipe
 from tokengrain.run.trained import Trained
 from tokengrain.runs import read_run, resume_command
@@ -83,6 +83,7 @@ def _run(
     names = [plan.stage.name for plan in plans]
     require(until is None or until in names, RecipeError, f"until is {until!r}, no stage{nearest(str(until), names)}")
     wanted = plans[: 1 + names.index(until)] if until is not None else plans
+    check_made(wanted)
     stages = [(p.stage.name, p.stage.kind, p.stage.describe(), p.action) for p in wanted]
     show.print_plan(console, f"{recipe.method}: {recipe.output_dir}", stages)
     show.print_outlooks(console, {p.stage.name: p.outlook for p in wanted if p.outlook is not None})

@@ -128,6 +128,12 @@ class Stage(ABC):
 
     _starts: ClassVar[tuple[str, ...]] = LANGUAGE
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """Settings that would be without effect in this stage, and why. The recipe may have them for other stages."""
+        what = "completions is both, but no stage here learns from single completions, so nothing would change"
+        return {"data.completions": f"{what}; expected a stage that does (sft, or the objective aligndistil), or none"}
+
     def blocks(self) -> dict[str, Callable[[], Any]]:
         """Constructors of blocks that stages inherit from the recipe; they know what does not go together."""
         return {"data": lambda: tokenize_config(self.data)}

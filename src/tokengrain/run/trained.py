@@ -72,7 +72,7 @@ from tokengrain.run.stages import (
     model_content,
     store_credit,
 )
-from tokengrain.runs import ANSWERS, EQUAL
+from tokengrain.runs import ANSWERS, EQUAL, LOG_RATIO
 from tokengrain.scoring.model import lift_positions, positions
 from tokengrain.scoring.prepare import prompt_role, unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference
@@ -171,6 +171,18 @@ class Trained(Stage):
             if self.data.swap_pairs and self.row_form != "pairs":
                 what = "swap_pairs is true, but the stage reads no pairs, so nothing would be exchanged"
                 found.add(f"{where}.data", f"{what}; expected a stage that does, or none")
+
+    @property
+    def unread(self) -> dict[str, str]:
+        found, training = super().unread, self.training
+        if training.get("normaliser") != "constant":
+            found["training.normaliser_constant"] = "is the divisor of normaliser: constant, which is not set"
+        if not training.get("sync_ref_model"):
+            for name in ("ref_model_sync_steps", "ref_model_mixup_alpha"):
+                found[f"training.{name}"] = "says how the reference follows the policy; expected sync_ref_model: true"
+        if self.bound.unit != "pairs" and not self.samples_rows:
+            del found["data.completions"]
+        return found
 
     def check_objective(self, objective: BoundObjective) -> None:
         """Raises `RecipeError` unless a stage of this kind can train with the objective."""
@@ -706,7 +718,7 @@ class Train(Policy):
         with torch.no_grad():
             judged = trainer.judge(model, batch.to(trainer.args.device), measure=("log_ratio", "whole"))
         if run.state.is_main_process and judged.log_ratio is not None:
-            store_credit(run, self, batch, f"log-ratio of {self.name}", judged.log_ratio.float().cpu())
+            store_credit(run, self, batch, f"{LOG_RATIO}{self.name}", judged.log_ratio.float().cpu())
 
 
 class Online(Policy):
@@ -772,6 +784,16 @@ class Online(Policy):
         if self.reference == "columns":
             what = "sampled completions have no stored columns; use copy, adapter_off or a model"
             found.add(f"{where}.reference", what)
+
+    @property
+    def unread(self) -> dict[str, str]:
+        found = super().unread
+        found["data.spans"] = "sampled completions have no spans; expected a stage that learns from pairs, or none"
+        kinds = [(ROLLOUT_CREDIT.find(step["name"]), step) for step in self.own.credit]
+        if not any(":" in step["name"] or kind.attributes(step)["refill"] for kind, step in kinds):  # one's own may
+            what = "says how often dropped prompts are replaced, and no credit drops any to be replaced"
+            found["training.max_refills"] = f"{what}; expected a filter such as {{name: filter_groups, refill: true}}"
+        return found
 
     def _check_reward(self, reward: dict[str, Any], where: str, found: Mistakes) -> None:
         name = reward.get("name")

@@ -23,6 +23,8 @@ import torch
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from tokengrain.errors import (
@@ -71,14 +73,23 @@ def checkpoint_to_resume(resume: str | os.PathLike[str] | bool | None, output_di
     return path
 
 
-def require_optimizer(checkpoint: Path) -> None:
-    """Raise RunError if a checkpoint has weights alone; transformers would resume with a fresh optimiser."""
+def require_state(checkpoint: Path, step: int) -> None:
+    """Raise RunError for what transformers would resume from without a word, as another run than this one.
+
+    That are a checkpoint of weights alone, one without random numbers, or one whose parts are not of one `step`.
+    """
     # Sharded, the optimiser's state is a folder.
     if not (any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file()):
         raise RunError(
             f"{checkpoint} cannot be resumed: it has no state of optimiser and learning rate (was it saved with "
             "save_only_model?). Start anew from its weights, as the model of another output_dir"
         )
+    what = f"{checkpoint} is damaged or incomplete: "
+    lacks = f"{what}rng_state.pth (of several processes rng_state_0.pth, ...) is not there; {way_on(checkpoint)}"
+    require(any(checkpoint.glob("rng_state*.pth")), RunError, lacks)
+    other = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    what = f"{what}{TRAINER_STATE_NAME} is of step {other}, {STATE_FILE} of step {step}; {way_on(checkpoint)}"
+    require(other == step, RunError, what)
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import count
-from typing import Any, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch.utils.data import IterableDataset
@@ -112,6 +112,10 @@ class PreferenceConfig(TrainingArguments):
     dataloader_pin_memory: bool = False
     ddp_find_unused_parameters: bool | None = False
     fsdp: bool | str | None = None  # type: ignore[assignment]  # transformers takes true too
+    # YAML reads `no` as false.
+    eval_strategy: Literal[False] | str = "no"  # type: ignore[assignment]
+    logging_strategy: Literal[False] | str = "steps"  # type: ignore[assignment]
+    save_strategy: Literal[False] | str = "steps"  # type: ignore[assignment]
     max_tokens_per_microbatch: int | None = None
     normaliser: NormaliserName = "mean"
     normaliser_constant: float | None = None
@@ -135,6 +139,9 @@ class PreferenceConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name in _STRATEGIES:
+            if getattr(self, name) is False:
+                setattr(self, name, "no")
         self._refuse_what_cannot_work()
         if self.data_seed is None:
             self.data_seed = self.seed
@@ -142,6 +149,7 @@ class PreferenceConfig(TrainingArguments):
         if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
             self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
         super().__post_init__()
+        next(learning_rates(self, 1.0, 1000))  # another rate and another number of steps may be fitted later
 
     def steps_for(self, rows: int) -> int:
         """Optimiser steps of training on so many rows."""
@@ -158,6 +166,7 @@ class PreferenceConfig(TrainingArguments):
 
     def _refuse_what_cannot_work(self) -> None:
         layouts, optimiser = get_args(Layout), str(getattr(self.optim, "value", self.optim))
+        beta1, beta2, epsilon = (float(x) for x in (self.adam_beta1, self.adam_beta2, self.adam_epsilon))
         rate, most, chunk = self.learning_rate, self.max_tokens_per_microbatch, self.chunk_tokens
         waits = self.early_stopping_patience
         for name, fits, expected in (
@@ -165,6 +174,11 @@ class PreferenceConfig(TrainingArguments):
             ("logging_nan_inf_filter", self.logging_nan_inf_filter is False, "False in preference training"),
             ("layout", self.layout in layouts, f"one of {', '.join(layouts)}"),
             ("learning_rate", 0 <= float(rate) < math.inf, "finite and at least 0"),
+            ("adam_beta1", 0 <= beta1 < 1, "at least 0 and below 1"),
+            ("adam_beta2", 0 <= beta2 < 1, "at least 0 and below 1"),
+            ("adam_epsilon", 0 <= epsilon < math.inf, "finite and at least 0"),
+            ("weight_decay", 0 <= float(self.weight_decay) < math.inf, "finite and at least 0"),
+            ("num_train_epochs", self.max_steps > 0 or self.num_train_epochs >= 0, "at least 0, or max_steps above 0"),
             ("max_tokens_per_microbatch", most is None or _is_whole(most, 1), "a positive integer or null"),
             ("chunk_tokens", chunk is None or _is_whole(chunk, 1), "a positive integer or null"),
             ("early_stopping_patience", waits is None or _is_whole(waits, 1), "a positive integer or null"),
@@ -268,20 +282,40 @@ def endless(dataset: Any, args: PreferenceConfig) -> Any:
     return RepeatedStream(dataset)
 
 
+def learning_rates(args: PreferenceConfig, rate: float, steps: int) -> Iterator[float]:
+    """The learning rate at each of so many optimiser steps, where the schedule starts from `rate`.
+
+    Raises `RecipeError` for a schedule that its settings do not make.
+    """
+    kind, more = args.lr_scheduler_type, cast(Any, args.lr_scheduler_kwargs)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    try:
+        warmup = args.get_warmup_steps(steps)
+        schedule: Any = get_scheduler(kind, optimiser, warmup, steps, scheduler_specific_kwargs=more)
+        for _ in range(steps):
+            yield optimiser.param_groups[0]["lr"]
+            optimiser.step()
+            schedule.step()
+    except (TypeError, ValueError, ArithmeticError) as error:
+        what = f"lr_scheduler_type is {str(getattr(kind, 'value', kind))!r}, lr_scheduler_kwargs {more or 'not set'}"
+        raise RecipeError(f"{what}: {error}; expected the arguments that this schedule has") from error
+
+
 def check_rate(args: PreferenceConfig, steps: int, where: str = "training") -> None:
     """Raises `RecipeError` if the learning rate is 0 at every one of so many optimiser steps."""
-    weight = torch.zeros(1, requires_grad=True)
-    optimiser = torch.optim.SGD([weight], lr=float(args.learning_rate))
-    warmup, more = args.get_warmup_steps(steps), cast(Any, args.lr_scheduler_kwargs)
-    schedule: Any = get_scheduler(args.lr_scheduler_type, optimiser, warmup, steps, scheduler_specific_kwargs=more)
-    for _ in range(steps if args.learning_rate else 0):
-        if optimiser.param_groups[0]["lr"] > 0:
-            return
-        optimiser.step()
-        schedule.step()
+    rate = float(args.learning_rate)
+    if rate and any(found > 0 for found in learning_rates(args, rate, steps)):
+        return
     what = f"{where}: the learning rate is 0 at every one of {steps} steps, so nothing would be learned"
-    how = f"learning_rate {args.learning_rate:g}, {warmup} steps of warm-up"
+    how = f"learning_rate {args.learning_rate:g}, {args.get_warmup_steps(steps)} steps of warm-up"
     raise RecipeError(f"{what} ({how}); expected a smaller batch, more epochs or warmup_steps: 0")
+
+
+def check_held_out(args: PreferenceConfig, rows: Any, where: str = "training") -> None:
+    """Raises `RecipeError` if rows are to be evaluated while training, and there are none."""
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+    what = f"{where}: eval_strategy is {strategy!r}, and there are no held-out rows"
+    require(rows is not None or strategy == "no", RecipeError, f"{what}; expected some, or eval_strategy 'no'")
 
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "comet_ml": ("comet_ml",)}
@@ -315,9 +349,12 @@ def check_packages(args: PreferenceConfig) -> None:
     require(needed is None or find_spec(needed), RecipeError, f"{what}: pip install {needed}")
 
 
+_STRATEGIES = ("logging_strategy", "eval_strategy", "save_strategy")
+
+
 def refuse_epochs(args: PreferenceConfig, reason: str) -> None:
     """Raises `RecipeError` if something should happen at the end of every epoch, where training has but one."""
-    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+    for name in _STRATEGIES:
         value, steps = getattr(args, name), name.replace("strategy", "steps")
         what = f"{name} is 'epoch', but {reason}, and an epoch never ends before the run does"
         require(getattr(value, "value", value) != "epoch", RecipeError, f"{what}; expected 'steps', with {steps}")

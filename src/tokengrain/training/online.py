@@ -23,6 +23,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -107,7 +108,8 @@ class Groups:
     seen: int = 0
     equal: int = 0
     right: int = 0  # of the equal ones, those in which all completions are correct
-    cut: int = 0  # and those in which none is, and all are truncated
+    wrong: int = 0  # completions of the other equal ones
+    cut: int = 0  # of these, the truncated ones
 
     def add(self, rollout: Rollout) -> None:
         group, truncated = rollout.group, rollout.truncated
@@ -115,20 +117,21 @@ class Groups:
         low, high = (
             reduce_groups(rollout.rewards, group, x, how) for x, how in ((math.inf, "amin"), (-math.inf, "amax"))
         )
-        right, cut = (reduce_groups(flags.to(group), group, 1, "amin") == 1 for flags in (correct, truncated))
+        right = reduce_groups(correct.to(group), group, 1, "amin") == 1
         equal = low == high
+        wrong = (equal & ~right)[group]
         self.seen, self.equal = self.seen + rollout.batch.n_prompts, self.equal + int(equal.sum())
         self.right += int((equal & right).sum())
-        self.cut += int((equal & ~right & cut).sum())
+        self.wrong, self.cut = self.wrong + int(wrong.sum()), self.cut + int(truncated[wrong].bool().sum())
 
     def __str__(self) -> str:
-        wrong = self.equal - self.right
-        if wrong < self.right:
+        share = self.cut / max(self.wrong, 1)
+        if self.equal < 2 * self.right:
             why = "this model solves these prompts already"
-        elif 2 * self.cut > wrong:
-            why = "their completions are all cut at max_new_tokens"
+        elif share >= 0.25:
+            why = f"{share:.0%} of their completions are cut at max_new_tokens"
         else:
-            why = "this model cannot solve these prompts"
+            why = "this model solves these prompts never, or too rarely"
         return f"all rewards equal in {self.equal} of {self.seen} groups, which teach nothing: {why}"
 
 
@@ -222,6 +225,9 @@ class OnlineTrainer(PreferenceTrainer):
         kwargs |= {"reference": reference, "teacher": teacher, "peft_config": peft_config}
         kwargs |= {"processing_class": processing_class, "eval_dataset": eval_dataset}
         super().__init__(model, args, objective=bound, train_dataset=prompts, **kwargs)
+        beyond = [i for i in args.stop_ids or () if self._limits.vocabulary and i >= self._limits.vocabulary]
+        what = f"stop_ids has {beyond}, which no token is; expected ids below {self._limits.vocabulary}"
+        require(not beyond, RecipeError, what)
         self.judge.temperature, self.judge.on_policy = args.logps_temperature, True
         self._learns_once = self._one_update_scores()
         self.sampler: Sampler = make_sampler(sampler, self.model, tokenizer)
@@ -355,12 +361,14 @@ class OnlineTrainer(PreferenceTrainer):
         """The next minibatch, of a new rollout if the last one is used up."""
         empty, why = 0, ""
         while self.buffer is None or self.buffer.done:
-            drawn = f"{empty} rollouts in a row ({self._drawn} prompts drawn so far)"
+            drawn = f"{empty} rollouts in a row (max_empty_rollouts; {self._drawn} prompts drawn so far)"
             what = f"nothing was left to train on in {drawn}; loosen the filters, or look at the rewards: {why}"
             require(empty < self.args.max_empty_rollouts, RunError, what)
+            if empty and self.is_world_process_zero():
+                warnings.warn(f"nothing was left to train on in rollout {self.rollouts}: {why}", stacklevel=2)
             self.buffer = self.ranks.together(self.rollout)
             empty += 1
-            why = "all of a prompt may earn the same"
+            why = f"all of a prompt may earn the same; {self._stats.spoken()}"
             if self._stats.informative and 1 not in self._stats.correct:
                 why = (
                     "they differ, but no completion was correct (reward above 0.5), by which filter_groups judges; "

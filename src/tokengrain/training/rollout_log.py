@@ -47,6 +47,12 @@ class RolloutStats:
     sampler: dict[str, float] = field(default_factory=dict)  # what it said of itself, in the last round
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
+    def spoken(self) -> str:
+        """How many completions were right, and how many cut."""
+        known = [one for one in self.correct if one == one]
+        right = f"{sum(known):.0f} of {len(known)} completions were correct, " if known else ""
+        return f"{right}{sum(self.truncated)} of {len(self.truncated)} were cut at max_new_tokens"
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time that the block takes to a phase."""

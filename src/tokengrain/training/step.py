@@ -303,7 +303,7 @@ def _whole_metrics(scored: Mapping[str, Tensor], segments: Segments) -> dict[str
     has_reference = "ref_logps" in scored
     values = segments.sum(logps - scored["ref_logps"]) if has_reference else segments.mean(logps)
     chosen, rejected = segments.pairs(values)
-    return {"whole/accuracies": (chosen > rejected).to(values.dtype), "whole/margins": chosen - rejected}
+    return {"whole/accuracies": 0.5 + 0.5 * (chosen - rejected).sign(), "whole/margins": chosen - rejected}
 
 
 # ---- Means of metrics over batches and ranks, with the right weights. ----

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from tokengrain.batch import Sample, TokenBatch
@@ -90,11 +90,18 @@ from tokengrain.training.checkpoint import (
     reading,
     refuse_earlier_run,
     remove_folder,
-    require_optimizer,
+    require_state,
     rotate,
     staged_folder,
 )
-from tokengrain.training.config import PreferenceConfig, check_processes, check_rate, endless, launched_with
+from tokengrain.training.config import (
+    PreferenceConfig,
+    check_held_out,
+    check_processes,
+    check_rate,
+    endless,
+    launched_with,
+)
 from tokengrain.training.evaluate import MEASURES, WHOLE, EvalBatches, EvalSums, chosen_dataset, loop_output
 from tokengrain.training.lost import naming_lost_ranks
 from tokengrain.training.step import (
@@ -216,6 +223,7 @@ class PreferenceTrainer(Trainer):
         lift_positions(unwrapped(model), longest)
         self._limits = Limits(model)
         self._check_data(use)
+        check_held_out(args, eval_dataset)
         self._limits.check_tokenizer(processing_class and text_tokenizer(processing_class))
         policy: Any = prepared_policy(model, args, peft_config)
         given, reference = reference, self._resolve_reference(reference, policy)
@@ -605,7 +613,6 @@ class PreferenceTrainer(Trainer):
     def _restore(self, checkpoint: Path) -> None:
         check_files(checkpoint)
         with reading(checkpoint, "its state: "):
-            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))  # what transformers will do
             self._take_up(checkpoint, read_json(checkpoint / STATE_FILE))
 
     def _take_up(self, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -614,7 +621,7 @@ class PreferenceTrainer(Trainer):
             if hasattr(dataset, "set_time"):
                 dataset.set_time(datetime.fromisoformat(written))
         check_same_run(state["run"], self.run_identity(), checkpoint)
-        require_optimizer(checkpoint)
+        require_state(checkpoint, state["step"])
         self._tokens_seen, self._resumed_loss = state["tokens_seen"], tuple(state["loss"])
         if self.is_world_process_zero():
             self._window.load_state(state["window"])  # the sum over ranks
