@@ -333,7 +333,8 @@ def mean_of(values: Sequence[float], digits: int) -> str:
 PROMPTS = 3  # of an update, with 8 completions each
 HALF = {"model__dtype": "bfloat16", "training__bf16": True}  # adapters stay in float32
 FIRST_STAGES = ("guide", "reward")  # RTO's
-REFILL: list[dict[str, Any]] = [{"name": "filter_groups", "refill": True}, {"name": "group"}]  # THR's without `thr`
+REFILLED = [{"name": "filter_groups", "refill": True}, {"name": "group"}]  # THR's credit without `thr`
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"grpo_refill": ("thr", {"stages__train__credit": REFILLED})}
 ROLES = ("user", "assistant")
 
 
@@ -439,10 +440,9 @@ class Online:
             rows, held = rows[few:], rows[:few]
             short = {"max_steps": min(self.updates, 25), "per_device_train_batch_size": 8}
             settings |= {f"stages__{first}__training__{key}": v for first in FIRST_STAGES for key, v in short.items()}
-        if name == "grpo_refill":
-            settings["stages__train__credit"] = REFILL
+        recipe, varied = VARIANTS.get(name, (name, {}))
         folder = self.runs / f"{name}-{seed}"
-        trained("thr" if name == "grpo_refill" else name, folder, rows, held, **settings, **HALF)
+        trained(recipe, folder, rows, held, **settings, **varied, **HALF)
         return folder
 
     def measured(self, name: str, seed: int) -> dict[str, Any]:

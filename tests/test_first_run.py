@@ -579,7 +579,7 @@ def test_prompts_that_nobody_solves_are_said(mine: Path, tmp_path: Path, capsys:
 
 @pytest.mark.parametrize(
     ("correct", "truncated", "why"),
-    [(0, 0, "never, or too rarely"), (0, 1, "100% of their completions are cut"), (1, 0, "solves"), (1, 1, "solves")],
+    [(0, 0, "rarely or never"), (0, 1, "100% of their completions are cut"), (1, 0, "solves"), (1, 1, "solves")],
 )
 def test_why_groups_teach_nothing(correct: int, truncated: int, why: str) -> None:
     group, same = torch.tensor([0, 0, 1, 1]), torch.ones(4)

@@ -468,7 +468,7 @@ def _damaged(path: str) -> str:
 
 
 def check_saved(path: str) -> None:
-    """Raises ModelError, which names the file, if a saved model lacks one that loads it, or one was cut off."""
+    """Raises ModelError, which names the file, if one of a saved model's files is missing or cut off."""
     folder = Path(path)
     adapter = is_adapter(path) or any(folder.glob("adapter_model*"))
     stem, config = ("adapter_model", ADAPTER) if adapter else ("model", "config.json")
@@ -686,11 +686,11 @@ def lora_config(lora: LoraSpec, model: Any, **own: Any) -> Any:
     """A recipe's `lora:` as peft's configuration for a model.
 
     "all-linear" leaves out the vision tower and its projector. Raises ModelError for a module to save that the model
-    does not have, which peft passes over.
+    does not have: peft ignores it.
     """
     wanted = () if "modules_to_save" in own else lora.modules_to_save or ()
     names = [name for name, _ in model.named_modules()] if wanted else []
-    for one in (one for one in wanted if one not in HEADS):  # which a reward model gets
+    for one in set(wanted) - set(HEADS):  # a reward model gets those later
         near = nearest(one, {name.rpartition(".")[2] for name in names})
         what = f"lora.modules_to_save has {one!r}, and {type(model).__name__} has no such module{near}"
         require(any(name.endswith(one) for name in names), ModelError, what)

@@ -325,6 +325,7 @@ x \le -2 \text{ or } x \ge 2 | x \ge 2
 A | A) or B)
 A | A: \text{or } B
 5xyz | 5
+2A | 2
 4abc | 4
 """
 # Golds and completions in which nothing, or something else than a box, marks the answer.

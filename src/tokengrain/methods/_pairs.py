@@ -46,13 +46,18 @@ def margin_loss(margin: Tensor, loss_type: MarginLoss = "sigmoid", label_smoothi
     return -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
 
 
+def higher(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 where the chosen one is higher, 0 where it is lower, and half where they are equal, `[P]`."""
+    return 0.5 + 0.5 * (chosen - rejected).sign()
+
+
 def reward_metrics(rewards: Tensor, segments: Segments) -> dict[str, Tensor]:
-    """Rewards `[2P]` by side, their margin, and whether the chosen one is higher, equals half: `[P]` each, detached."""
+    """Rewards `[2P]` by side, their margin, and whether the chosen one is higher: `[P]` each, detached."""
     chosen, rejected = segments.pairs(rewards.detach())
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": 0.5 + 0.5 * (chosen - rejected).sign(),
+        "rewards/accuracies": higher(chosen, rejected),
         "rewards/margins": chosen - rejected,
     }
 

@@ -81,10 +81,10 @@ def inspect_rows(
     for name in dict.fromkeys(s.source for s in samples):
         shown, coloured = [s for s in samples if s.source == name], _has_colour(console)
         scale = colour_scale([v for s in shown for side in s.sides for v in side.credit])
-        what = "log-ratio, in nats" if name.startswith(LOG_RATIO) else "credit"
-        console.print(_legend(name, scale, coloured, what))
+        what, unit = ("log-ratio", ", in nats") if name.startswith(LOG_RATIO) else ("credit", "")
+        console.print(_legend(name, scale, coloured, what + unit))
         _print_rows(console, shown, partial(heat, scale=scale, coloured=coloured))
-        console.print(_summary(shown, what.partition(",")[0]), end="\n\n")
+        console.print(_summary(shown, what), end="\n\n")
 
 
 def _has_colour(console: Console) -> bool:

@@ -87,7 +87,8 @@ SIGNS = str.maketrans(
     | dict(zip("×·÷π∞≤≥±∪∈°½¼¾\u2044", LATEX.split("|"), strict=True))
 )
 WORDING = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|math(?:rm|bf|it)|boldsymbol|bm|emph|operatorname)\s*\{([^{}]*)\}"
-MONEY = r"(?:\\?\$|[€£¥₹₩₽]|\\text\s*\{\s*(?:\\?\$|[€£¥₹₩₽])\s*\}|\bRs\.?(?=\s*\d)|\bUSD\b|\bEUR\b)"
+CURRENCY = r"(?:\\?\$|[€£¥₹₩₽])"
+MONEY = rf"(?:{CURRENCY}|\\text\s*\{{\s*{CURRENCY}\s*\}}|\bRs\.?(?=\s*\d)|\bUSD\b|\bEUR\b)"
 # A space of typesetting, a brace, a comma that cannot end a list: all between groups of three digits.
 BETWEEN_DIGITS = r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\!|\\;|\\:|\\ |~|['’]|(?<!\.)[, ])(?=\d{3}(?!\d))"
 LIST = re.compile(r"(?:-?(?:\d{1,3}(?:,\d{3})+|\d+),\s+)+-?(?:\d{1,3}(?:,\d{3})+|\d+)")
@@ -155,6 +156,37 @@ MULTIPLE = re.compile(r"\s*\b(?:(hundred)|(thousand)|(million)|(billion)|(trilli
 TENS = (2, 3, 6, 9, 12)  # powers of these words
 
 
+SYMBOL = re.compile(
+    "[cdkmn]?m|[km]?g|kgs|[cdkm]?[lL]|ha|s|[mnu]s|secs?|mins?|h|hrs?|yrs?|in|ft|yd|mi|lbs?|oz|pt|qt|gal|sq|cu|cc|ct"
+    "|[km]ph|kmh|rpm|[kMG]?Hz|[kM]?Wh?|[kM]?J|k?N|[kM]?Pa|[km]A|[km]?V|mol|k?cal|eV|[KkMGT]B|px|pts|[ap]m|[AP]M|st|nd|rd|th"
+    "|deg|rad|dB|[CFK]|USD|EUR|GBP|INR|Rs"
+)
+LENGTH = re.compile("[cdkm]?m|in|ft|yd|mi|s")  # may have a power
+BETWEEN = re.compile("an?|of|per|in|by|to|at|or|and|the")  # words of a unit
+VARIABLES = re.compile("[abcd]{3}|[wxyz]{3}|[pqrst]{3}|[kmn]{3}")
+
+
+def is_unit(unit: str, apart: bool) -> bool:
+    """Whether what stands behind a number is a unit. In `2k`, `3x^2`, `6ab` and `2 sin x` it is not.
+
+    `apart`: a space stands between the two. Letters are known symbols, or words long enough not to be variables.
+    """
+    if not re.match(f"[{LETTER}.]", unit):
+        return True
+    bare, power, _ = re.split(r"(\s*\^|$)", unit, maxsplit=1)
+    parts = [part.replace(".", "") for part in re.split(r"[ /*-]", bare)]
+    named = [bool(SYMBOL.fullmatch(part)) or _word(part, apart or i > 0) for i, part in enumerate(parts)]
+    fit = any(named) and all(n or BETWEEN.fullmatch(part) for n, part in zip(named, parts, strict=True))
+    return fit and (not power or bool(LENGTH.fullmatch(parts[-1])) or len(parts[-1]) > 3)
+
+
+def _word(part: str, apart: bool) -> bool:
+    """Whether letters are a word, and neither a function nor variables that are multiplied."""
+    if re.search("[A-Za-zÀ-ɏ]", part):
+        return len(part) >= (3 if apart else 4) and not FUNCTIONS.fullmatch(part) and not VARIABLES.fullmatch(part)
+    return len(part) >= 2 or apart or not re.search("[Ѐ-ӿ]", part)
+
+
 def number_of(text: str) -> Fraction | None:
     """The number that the whole text is, a unit behind it aside; None if it is not one."""
     text = plain(text)
@@ -181,36 +213,6 @@ def number_of(text: str) -> Fraction | None:
     if multiple := MULTIPLE.match(re.sub(WORDING, r"\1", unit).strip()):
         value *= 10 ** TENS[(multiple.lastindex or 1) - 1]
     return -value if (part["sign"] == "-") != (part["inner"] == "-") else value
-
-
-SYMBOL = re.compile(
-    "[cdkmn]?m|[km]?g|kgs|[cdkm]?[lL]|ha|s|[mnu]s|secs?|mins?|h|hrs?|yrs?|in|ft|yd|mi|lbs?|oz|pt|qt|gal|sq|cu|cc|ct|t"
-    "|[km]ph|kmh|rpm|[kMG]?Hz|[kM]?Wh?|[kM]?J|k?N|[kM]?Pa|[km]?[AV]|mol|k?cal|eV|[KkMGT]B|px|pts|[ap]m|[AP]M|st|nd|rd|th"
-    "|deg|rad|dB|[CFK]|USD|EUR|GBP|INR|Rs"
-)
-LENGTH = re.compile("[cdkm]?m|in|ft|yd|mi|s")  # may have a power
-BETWEEN = re.compile("an?|of|per|in|by|to|at|or|and|the")  # words of a unit
-VARIABLES = re.compile("[abcd]{3}|[wxyz]{3}|[pqrst]{3}|[kmn]{3}")
-
-
-def is_unit(unit: str, apart: bool) -> bool:
-    """Whether what stands behind a number is a unit. In `2k`, `3x^2`, `6ab` and `2 sin x` it is not.
-
-    `apart`: a space stands between the two. Letters are known symbols, or words long enough not to be variables.
-    """
-    if not re.match(f"[{LETTER}.]", unit):
-        return True
-    bare, power, _ = re.split(r"(\s*\^|$)", unit, maxsplit=1)
-    parts = [part.replace(".", "") for part in re.split(r"[ /*-]", bare)]
-    named = [bool(SYMBOL.fullmatch(part)) or _word(part, apart or i > 0) for i, part in enumerate(parts)]
-    fit = any(named) and all(n or BETWEEN.fullmatch(part) for n, part in zip(named, parts, strict=True))
-    return fit and (not power or bool(LENGTH.fullmatch(parts[-1])) or len(parts[-1]) > 3)
-
-
-def _word(part: str, apart: bool) -> bool:
-    if re.search("[A-Za-zÀ-ɏ]", part):
-        return len(part) >= (3 if apart else 4) and not FUNCTIONS.fullmatch(part) and not VARIABLES.fullmatch(part)
-    return len(part) >= 2 or apart or not re.search("[Ѐ-ӿ]", part)
 
 
 def _fraction(text: str) -> Fraction:
@@ -252,8 +254,6 @@ IN_TEXT = re.compile(
     rf"(?:{MONEY}\s?)?(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)?"
     r"(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+(?!\w)|/\d+(?!\.?\d))?"
 )
-
-
 MIXED = re.compile(r"(?<![\d.,/])(\d{1,3})\s+(?=(\d{1,3})/(\d{1,3})(?!\.?\d))\2/\3")
 
 
@@ -295,13 +295,14 @@ def marked_number(text: str) -> Fraction | None:
 
 # ---- Whether an answer is right: by its text where that decides, else by math-verify ----
 
+REASON = r"\b(?:because|since|as|so|for|which)\b"
 CHOICE = re.compile(
     r"(?i)\W*(?:option|choice|answer)?\W*\b([A-J])\b"
     r"(\s*[).:\]].*|\s+(?:is|would be|must be)\s+(?:the\s+)?(?:correct|right|best|true)\b.*|\W*)"
-    r"(?:,?\s*\b(?:because|since|as|so|for|which)\b.*)?",
+    rf"(?:,?\s*{REASON}.*)?",
     re.DOTALL,
 )
-REASON = re.compile(r"(?i)\b(?:because|since|as|so|for|which)\b")
+SENTENCE = re.compile(rf"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+{REASON}")  # ends what is said to be the answer
 OTHERS = re.compile(r"(?:\b(?:and|or)\b|[,/&])\s*\(?[A-J]\b(?! is\b)|(?<!\w)\(?[A-J][).:\]]")
 BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
 RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
@@ -331,7 +332,7 @@ def letter_of(gold: str) -> str | None:
 def chosen(text: str) -> str | None:
     """The letter that a text chooses; None if it names none, or several."""
     found = CHOICE.fullmatch(re.sub(WORDING, r"\1", plain(text)))
-    if found is None or OTHERS.search(REASON.split(found[2], maxsplit=1)[0]):
+    if found is None or OTHERS.search(re.split(rf"(?i){REASON}", found[2], maxsplit=1)[0]):
         return None
     return found[1].upper()
 
@@ -450,9 +451,6 @@ def math_equal(golds: Sequence[str], completion: str) -> bool | None:
     """Whether the completion's last answer is one of the golds; None if no gold can be read."""
     found = [_equal(each, completion) for gold in golds for each in alternatives(gold_of(gold))]
     return None if all(one is None for one in found) else any(found)
-
-
-SENTENCE = re.compile(r"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+\b(?:because|since|as|so|for|which)\b")
 
 
 def _equal(gold: str, completion: str) -> bool | None:

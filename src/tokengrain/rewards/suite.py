@@ -45,7 +45,7 @@ class RewardError(TokengrainError):
 def column_of(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:
     """The column that a reward compares with. Raises `RewardError` if the rows do not have it."""
     known = sorted(set(columns) - set(RESERVED))
-    what = f"needs the column {name!r}; the rows have {known} (setting `column` of {reward!r})"
+    what = f"needs the column {name!r}; the rows have {known} (setting `column` of {reward!r}, or data.columns)"
     require(name in columns, RewardError, what)
     return columns[name]
 
@@ -287,13 +287,14 @@ class RewardSuite:
         """
         checked = [f for f in self.functions if f.on_error == "error" and hasattr(f.function, "unreadable")]
         listed = list(rows) if checked else []
-        for function in checked:
+        names = dict.fromkeys(name for _, _, raw in listed for name in raw)
+        for function in checked if listed else ():
             compared: Any = function.function
-            names = {name: None for _, _, raw in listed for name in raw}
-            if listed and compared.column not in names:
-                where = f"reward {function.name!r}: none of {len(listed)} rows has it; they have {', '.join(names)}"
-                what = f"{where}; name the column in the reward's `column`, or rename it with data.columns"
-                raise DataError(what, file=listed[0][0], field=compared.column)
+            try:
+                column_of(names, compared.column, function.name)
+            except RewardError as error:
+                what = f"reward {function.name!r}: {error}"
+                raise DataError(what, file=listed[0][0], field=compared.column) from None
             found = sorted(compared.unreadable([raw.get(compared.column) for _, _, raw in listed]))
             if found:
                 index, what = found[0]

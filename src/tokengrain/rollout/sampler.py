@@ -180,6 +180,11 @@ class SampledCompletion:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    def first_nan(self) -> int | None:
+        """The first token that has a log-probability of NaN."""
+        known = [logps for logps in (self.sampling_logps, self.raw_logps) if logps is not None]
+        return min((list(map(math.isnan, one)).index(True) for one in known if math.isnan(sum(one))), default=None)
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -198,13 +203,12 @@ class Rollouts:
     def __post_init__(self) -> None:
         for prompt, group in zip(self.prompts, self.groups, strict=True):
             for k, completion in enumerate(group):
-                for logps in (completion.sampling_logps, completion.raw_logps):
-                    if logps is not None and math.isnan(sum(logps)):
-                        raise RolloutError(
-                            f"row {prompt.row}: token {list(map(math.isnan, logps)).index(True)} of completion {k} has "
-                            "the log-probability NaN: the model's logits were NaN or infinite there; its weights are "
-                            "not finite, or its activations are too large for their dtype"
-                        )
+                bad = completion.first_nan()
+                what = f"row {prompt.row}: token {bad} of completion {k} has the log-probability NaN: the model's "
+                what += (
+                    "logits were NaN or infinite there; its weights are not finite, or its activations are too large"
+                )
+                require(bad is None, RolloutError, f"{what} for their dtype")
 
     @cached_property
     def completions(self) -> list[SampledCompletion]:

@@ -98,9 +98,9 @@ def make_plan(recipe: Recipe, *, overwrite: bool = False, processes: int = 1) ->
 
 
 def check_made(plans: Sequence[StagePlan]) -> None:
-    """Raises `RunError`, which names the file, if a finished stage's model is needed, and gone or cut off.
+    """Raises `RunError`, which names the file, if a finished stage's model is needed but missing or cut off.
 
-    It is if it is the run's own, the last of these, or if a stage that is yet to run or another such model takes it.
+    The last trained model is needed, and what a stage takes that is yet to run; of an adapter its base, too.
     """
     trained = [plan.stage.name for plan in plans if plan.stage.kind in TRAINED]
     needed = set(trained[-1:])

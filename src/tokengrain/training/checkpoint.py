@@ -74,9 +74,9 @@ def checkpoint_to_resume(resume: str | os.PathLike[str] | bool | None, output_di
 
 
 def require_state(checkpoint: Path, step: int) -> None:
-    """Raise RunError for what transformers would resume from without a word, as another run than this one.
+    """Raise RunError for a checkpoint from which transformers would silently resume as another run.
 
-    That are a checkpoint of weights alone, one without random numbers, or one whose parts are not of one `step`.
+    It has weights alone, or no random numbers, or parts that are not of the same `step`.
     """
     # Sharded, the optimiser's state is a folder.
     if not (any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file()):

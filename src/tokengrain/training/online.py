@@ -131,7 +131,7 @@ class Groups:
         elif share >= 0.25:
             why = f"{share:.0%} of their completions are cut at max_new_tokens"
         else:
-            why = "this model solves these prompts never, or too rarely"
+            why = "this model rarely or never solves these prompts"
         return f"all rewards equal in {self.equal} of {self.seen} groups, which teach nothing: {why}"
 
 

@@ -16,7 +16,7 @@ from tokengrain.batch import Pairs, Segments, TokenBatch, offsets_of
 from tokengrain.errors import DataError, RecipeError, require
 from tokengrain.loss import Counts, LossOutput, Role, resolve_role
 from tokengrain.method import FROZEN, TAUGHT, BoundObjective, as_credit, check_source_for_role, make_objective
-from tokengrain.methods._pairs import weight_metrics
+from tokengrain.methods._pairs import higher, weight_metrics
 from tokengrain.scoring.model import balancing
 from tokengrain.scoring.prepare import coarse, scored_model
 from tokengrain.scoring.reference import ColumnReference, Reference, ReferenceScores
@@ -303,7 +303,7 @@ def _whole_metrics(scored: Mapping[str, Tensor], segments: Segments) -> dict[str
     has_reference = "ref_logps" in scored
     values = segments.sum(logps - scored["ref_logps"]) if has_reference else segments.mean(logps)
     chosen, rejected = segments.pairs(values)
-    return {"whole/accuracies": 0.5 + 0.5 * (chosen - rejected).sign(), "whole/margins": chosen - rejected}
+    return {"whole/accuracies": higher(chosen, rejected), "whole/margins": chosen - rejected}
 
 
 # ---- Means of metrics over batches and ranks, with the right weights. ----
