@@ -217,8 +217,9 @@ def test_merge_replaces_the_model_as_a_whole() -> None:
 def test_named_recipes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe("tgdpo").resolve() == (ROOT / "recipes" / "tgdpo.yaml").resolve()
-    with pytest.raises(RecipeError, match="did you mean 'tgdpo'"):
-        find_recipe("tgdop")
+    for slip, meant in (("tgdop", "tgdpo"), ("dop", "dpo")):
+        with pytest.raises(RecipeError, match=f"did you mean '{meant}'"):
+            find_recipe(slip)
 
 
 # ---- What is wrong ----

@@ -287,6 +287,16 @@ def test_a_bad_prompt_is_named_by_its_row_in_the_file(tmp_path: Path) -> None:
             run(online(tmp_path, name=f"run{number}"))
 
 
+def test_a_column_of_tasks_that_is_not_there_ends_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, rows = tmp_path / "recipe.yaml", tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say x.", "answer": "1", "topic": "x"}) + "\n")
+    path.write_text(yaml.safe_dump({**online(tmp_path), "data": {"train": str(rows), "eval_fraction": 0.0}}))
+    status, _, err = call(capsys, "train", str(path), "--set", "stages.train.training.task_column=topik", "--dry-run")
+    assert status == 2
+    assert "rows.jsonl: row 0 (line 1): field 'topik'" in " ".join(err.split())
+    assert "did you mean 'topic'" in " ".join(err.split())
+
+
 @pytest.mark.parametrize("reward", ["numeric", "math"])
 def test_right_answers_that_cannot_be_read_end_a_dry_run(
     reward: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -76,8 +76,11 @@ def load_named(name: str, known: Mapping[str, str], what: str) -> Callable[..., 
 
 def nearest(name: str, names: Collection[str]) -> str:
     """`"; did you mean 'beta'?"`, or the names there are, for an unknown `name`."""
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(names)) or 'none'}"
+    close = difflib.get_close_matches(str(name), list(names), n=5, cutoff=0.5)
+    if not close:
+        return f"; known: {', '.join(sorted(names)) or 'none'}"
+    letters = sorted(str(name))  # exchanged ones are the likelier slip: `dop` is `dpo` sooner than `dro`
+    return f"; did you mean {next((c for c in close if sorted(c) == letters), close[0])!r}?"
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

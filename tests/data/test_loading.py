@@ -488,7 +488,7 @@ def test_what_cannot_be_split(tmp_path):
     for fraction in (0, 1, -0.1, 1.5):
         with pytest.raises(DataError, match="eval_fraction is out of range"):
             split_rows(ROWS, fraction, seed=0)
-    with pytest.raises(DataError, match="too few rows to split; got 1"):
+    with pytest.raises(DataError, match="too few rows to split; got 1; expected at least 2 rows, or eval_fraction 0"):
         split_rows(ROWS[:1], 0.5, seed=0)
     with pytest.raises(DataError, match="a streamed set cannot be split"):
         split_rows(load_rows(write(tmp_path / "a.csv"), streaming=True), 0.5, seed=0)

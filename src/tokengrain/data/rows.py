@@ -540,7 +540,8 @@ def split_rows(rows: Any, eval_fraction: float, seed: int) -> tuple[StoredRows, 
     first, places = dict[Any, int](), rows._places if isinstance(rows._places, _Origins) else None
     same = [first.setdefault(i if places is None else places.key(n), i) for i, n in enumerate(rows._numbers)]
     different = sorted(first.values())
-    few = {"file": rows.name, "value": len(different), "expected": "at least 2 rows"}
+    expected = "at least 2 rows, or eval_fraction 0, which holds none out"
+    few = {"file": rows.name, "value": len(different), "expected": expected}
     require(len(different) >= 2, DataError, "too few rows to split", **few)
     count = min(max(round(eval_fraction * len(different)), 1), len(different) - 1)
     held_out = set(random.Random(seed).sample(different, count))

@@ -121,6 +121,9 @@ class Renderer:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
         self.end_marks = tuple(mark for mark in marks if mark.strip())
+        unread = [name for name in config.chat_template_kwargs if name not in self.source]
+        what = "chat_template_kwargs has %r, which the chat template does not read; expected a variable of the template"
+        require(not unread, ModelError, what % (unread and unread[0]))
 
     def __call__(self, example: Example) -> list[Rendered]:
         """One text per completion. Raises `RowError`, and `ModelError` where a template is lacking."""
@@ -156,11 +159,10 @@ class Renderer:
 
     def _prompt(self, example: Example) -> tuple[str, tuple[str, ...]]:
         """A prompt's text, and what it lacks."""
-        what = (
-            f"the rows hold messages, and the tokenizer {type(self.tokenizer).__name__} has no chat template; expected "
-        )
+        asked = "`chat: true` makes messages of text" if self.config.chat else "the rows hold messages"
+        what = f"{asked}, and the tokenizer {type(self.tokenizer).__name__} has no chat template; expected "
         what += "a tokenizer that has one, `chat_template:` (a Jinja template or the path of a file that holds one), "
-        what += "or rows of plain text (online: with `prompts.chat: false`)"
+        what += "`chat: false`" if self.config.chat else "or rows of plain text (online: with `prompts.chat: false`)"
         require(self.template is not None or self.tokenizer.chat_template, ModelError, what)
         messages = example.messages
         text = self._opened(example)

@@ -304,7 +304,7 @@ FOREIGN = {
     **dict.fromkeys(("base_model", "model_name_or_path"), "model"),
     **dict.fromkeys(("datasets", "dataset"), "data.train"),
     **dict.fromkeys(("val_set_size", "val_size"), "data.eval_fraction"),
-    **dict.fromkeys(("lora_r", "lora_rank"), "lora.r"),
+    **dict.fromkeys(("lora_r", "lora_rank", "rank"), "lora.r"),
     "lora_alpha": "lora.alpha",
     **dict.fromkeys(("lora_target", "lora_target_modules"), "lora.target_modules"),
     **dict.fromkeys(("adapter", "finetuning_type"), "lora: {r: 16}, or null for all weights"),

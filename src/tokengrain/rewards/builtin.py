@@ -709,7 +709,7 @@ def check_reward(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if kind is not None and not kind.objects:
         # What types cannot say: patterns, addresses, what is installed.
         getattr(kind.build, "check", kind.build)(**checked)
-    return checked | validate_settings(what, RewardFunction, shared)
+    return checked | RewardFunction.settings(name, shared)
 
 
 def reward_objects(name: str) -> frozenset[str]:

@@ -96,7 +96,8 @@ class RewardFunction:
         on_error: what happens when the function raises, hangs or gives something that is no reward: "error"
             raises; "skip" marks the completion invalid, so that it is left out of training; "value" takes
             `error_value`. Failures that are not raised are counted and logged.
-        error_value: the reward of a completion whose reward failed, before the weight.
+        error_value: the reward of a completion whose reward failed, before the weight (None: 0); for
+            "value" alone.
         on_none: the same for a None; "ignore" leaves the function out of this completion's total, for
             rewards that apply to some rows only. None: as `on_error`.
         special_tokens: whether completions keep their special tokens, but the end-of-sequence and padding ones.
@@ -112,7 +113,7 @@ class RewardFunction:
         weight: Number = 1.0,
         timeout: Positive | None = 300.0,
         on_error: OnError = "error",
-        error_value: Number = 0.0,
+        error_value: Number | None = None,
         on_none: OnNone | None = None,
         special_tokens: bool = False,
         messages: bool = False,
@@ -122,8 +123,8 @@ class RewardFunction:
         named = (name, getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__)
         self.function, self.name = function, str(next(filter(None, named)))
         own = {k: given[k] for k in keyword_types(RewardFunction)}
-        checked = validate_settings(f"reward {self.name!r}", RewardFunction, own)
-        self.weight, self.timeout, self.error_value = (checked[k] for k in ("weight", "timeout", "error_value"))
+        checked = self.settings(self.name, own)
+        self.weight, self.timeout, self.error_value = checked["weight"], checked["timeout"], error_value or 0.0
         self.on_error, self.on_none = checked["on_error"], checked["on_none"] or checked["on_error"]
         self.special_tokens, self.messages, self.evaluate_only = special_tokens, messages, evaluate_only
         if evaluate_only:
@@ -132,6 +133,15 @@ class RewardFunction:
         called = function if inspect.isroutine(function) else type(function).__call__
         # The function itself as well: it may be a partial of an async one.
         self.is_async = inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(function)
+
+    @classmethod
+    def settings(cls, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of any reward, checked, defaults included. Raises `RecipeError`."""
+        checked = validate_settings(f"reward {name!r}", cls, given)
+        value, read = checked["error_value"], "value" in (checked["on_error"], checked["on_none"])
+        what = f"reward {name!r}: error_value is {value!r}, which nothing reads; expected on_error: value"
+        require(value is None or read, RecipeError, what)
+        return checked
 
     def arguments(self, available: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Of what is available, by name, what the function takes. Raises `RewardError` if it needs something else."""

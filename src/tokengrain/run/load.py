@@ -69,6 +69,8 @@ def check_recipe(recipe: Recipe) -> Mistakes:
                 places.setdefault((block, line), []).append(stage.name)
     for (_, line), names in places.items():
         found.lines.append(f"stages.{names[0]}.{line}" if len(names) == 1 else line)
+    for stage in stages if not found.lines else ():
+        stage.check_together(found)
     return found
 
 

@@ -138,6 +138,9 @@ class Stage(ABC):
         """Constructors of blocks that stages inherit from the recipe; they know what does not go together."""
         return {"data": lambda: tokenize_config(self.data)}
 
+    def check_together(self, found: Mistakes) -> None:  # noqa: B027  # most kinds have none
+        """Note parts of the stage that are legal and do not go together, as the trainer's constructor would."""
+
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
         """Everything that decides the stage's result, as JSON-like values; `above`: earlier stages' fingerprints."""
         return {

@@ -37,9 +37,11 @@ from tokengrain.method import (
     ROLLOUT_CREDIT,
     TAUGHT,
     BoundObjective,
+    BoundRolloutCredit,
     check_together,
     make_credit,
     make_objective,
+    resolve_rollout_credit,
     why_not,
 )
 from tokengrain.recipe import schema
@@ -77,15 +79,23 @@ from tokengrain.scoring.model import lift_positions, positions
 from tokengrain.scoring.prepare import prompt_role, unwrapped
 from tokengrain.scoring.reference import ADAPTER_OFF, ColumnReference
 from tokengrain.screen import counting, labelled, progress_bar
-from tokengrain.settings import load_callable, source_of, validate_settings
+from tokengrain.settings import keyword_types, load_callable, source_of, validate_settings
 from tokengrain.specs import LoraSpec, ModelSpec, TeacherSpec
 from tokengrain.training.card import model_card
 from tokengrain.training.checkpoint import STAGING, checkpoints, last_complete_checkpoint, remove_folder
 from tokengrain.training.config import OnlineConfig, PreferenceConfig
 from tokengrain.training.critic import Critic
-from tokengrain.training.online import OnlineTrainer, check_ahead, check_sharding
+from tokengrain.training.online import (
+    OnlineTrainer,
+    check_ahead,
+    check_credits,
+    check_rewards,
+    check_sharding,
+    check_tasks,
+    with_implied,
+)
 from tokengrain.training.rollout import PromptDataset
-from tokengrain.training.trainer import PreferenceTrainer, with_adapter
+from tokengrain.training.trainer import SYNC_NEEDS, PreferenceTrainer, with_adapter
 from tokengrain.worlds import is_world, load_world
 
 ANSWERED, ANSWER_TOKENS = 3, 48
@@ -110,6 +120,10 @@ NEUTRAL = frozenset(_NEUTRAL.split())
 _CHOOSING = "eval_strategy eval_steps eval_delay save_strategy save_steps eval_generations eval_temperature"
 CHOOSING = frozenset(_CHOOSING.split())
 """Of these, those that do where evaluation decides which weights are kept, or the learning rate."""
+
+
+OF_ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys of `training:` that say how many rows a step reads; an online stage reads rollouts."""
 
 
 class Trained(Stage):
@@ -195,6 +209,12 @@ class Trained(Stage):
 
     def blocks(self) -> dict[str, Callable[[], Any]]:
         return {**super().blocks(), "training": lambda: self.args("unused")}
+
+    def check_together(self, found: Mistakes) -> None:
+        with found.at(f"stages.{self.name}.training"):
+            lacks = "lora" if self.lora is not None else "reference: columns" if self.reference == "columns" else None
+            follows = lacks is None or not self.training.get("sync_ref_model")
+            require(follows, RecipeError, f"{SYNC_NEEDS}; the stage has {lacks}")
 
     def decides(self, run_dir: Path, above: Mapping[str, str]) -> dict[str, Any]:
         chosen = self.training.get("load_best_model_at_end")
@@ -405,6 +425,11 @@ class Trained(Stage):
             with progress_bar(title, quiet=run.console.quiet) as update:
                 found[key] = world.evaluate(judged, n=samples, seed=self.recipe.seed, progress=counting(update))
         return found
+
+
+def _without_objects(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a rollout credit, as its function takes them."""
+    return {k: v for k, v in step.items() if k not in ("name", "source", *CreditSpec.MODELS)}
 
 
 def _check_same_lora(lora: LoraSpec, path: str) -> None:
@@ -732,6 +757,12 @@ class Online(Policy):
     samples_rows = True
 
     @property
+    def training(self) -> dict[str, Any]:
+        """Without what the recipe says of the other stages' batches of rows."""
+        own = self.own.training
+        return {k: v for k, v in super().training.items() if k not in OF_ROWS or k in own}
+
+    @property
     def asks(self) -> dict[str, Asked]:
         found = {}
         for index, reward in enumerate(self.own.rewards):
@@ -785,9 +816,32 @@ class Online(Policy):
             what = "sampled completions have no stored columns; use copy, adapter_off or a model"
             found.add(f"{where}.reference", what)
 
+    def check_together(self, found: Mistakes) -> None:
+        super().check_together(found)
+        where, args, objective = f"stages.{self.name}", self.args("unused"), self.bound
+        planned, weights = [], dict[str, float | None]()
+        for step in self.own.credit:
+            kind = ROLLOUT_CREDIT.find(step["name"])
+            if kind.own:
+                return  # what one's own asks and gives may depend on its constructor
+            planned.append(BoundRolloutCredit(kind, {}, kind.settings(_without_objects(step))))
+        shared = keyword_types(RewardFunction)
+        for reward in self.own.rewards:
+            given = RewardFunction.settings(reward["name"], {k: v for k, v in reward.items() if k in shared})
+            name = given["name"] or reward["name"].rpartition(":")[2]
+            weights[name] = None if given["evaluate_only"] else given["weight"]
+        with found.at(f"{where}.credit"):
+            credits = with_implied(resolve_rollout_credit(planned), objective, args)
+            check_credits(objective, credits, args, self.own.critic)
+            with found.at(f"{where}.rewards"):
+                check_rewards(objective, credits, args.correct_from, weights)
+
     @property
     def unread(self) -> dict[str, str]:
         found = super().unread
+        what = "which says nothing of rollouts; expected prompts_per_rollout and minibatches"
+        given = {**self.recipe.training, **self.own.training}
+        found |= {f"training.{n}": f"is {given[n]}, {what}" for n in OF_ROWS if given.get(n, 1) != 1}
         found["data.spans"] = "sampled completions have no spans; expected a stage that learns from pairs, or none"
         kinds = [(ROLLOUT_CREDIT.find(step["name"]), step) for step in self.own.credit]
         if not any(":" in step["name"] or kind.attributes(step)["refill"] for kind, step in kinds):  # one's own may
@@ -808,7 +862,7 @@ class Online(Policy):
             if name != WORLD_REWARD:
                 check_reward(name, settings)
                 return
-            validate_settings("reward 'world'", RewardFunction, settings)
+            RewardFunction.settings(name, settings)
             what = "the data are no world, so there is no reward of a world; expected another one, such as [numeric]"
             hint = "given --model as well, a recipe takes its reward for real prompts"
             require(is_world(self.data.train), RecipeError, f"{what} ({hint})")
@@ -819,9 +873,8 @@ class Online(Policy):
         with found.at(where):
             if not isinstance(name, str):
                 raise RecipeError("name is missing; expected for example {name: group}")
-            settings = {k: v for k, v in step.items() if k not in ("name", "source", *CreditSpec.MODELS)}
             kind = ROLLOUT_CREDIT.find(name)
-            kind.settings(settings)
+            kind.settings(_without_objects(step))
             for key in sorted({"source", *CreditSpec.MODELS} & set(step) - kind.objects):
                 found.add(f"{where}.{key}", f"credit {name} takes no {key}; drop it")
             if step.get("source") is not None:
@@ -885,9 +938,12 @@ class Online(Policy):
         names = [reward.pop("name") for reward in given]
         compares = [n in REWARDS and hasattr(REWARDS[n].build, "unreadable") for n in names]
         rewards = [make_reward(n, **r) for n, r, own in zip(names, given, compares, strict=True) if own]
-        for rows in self.rows() if rewards else ():
+        tasks = self.training.get("task_column")
+        for rows in self.rows() if rewards or tasks is not None else ():
             if rows is not None:
-                RewardSuite(rewards).check_golds((*rows.place(place), row) for place, row in rows)
+                if rewards:
+                    RewardSuite(rewards).check_golds((*rows.place(place), row) for place, row in rows)
+                check_tasks(tasks, ((*rows.place(place), row) for place, row in rows))
 
     def prepare(self, rows: Any, tokenizer: Any, positions: int | None, role: PromptRole) -> Any:
         config, options = tokenize_config(self.data), self.own.prompts.model_dump()

@@ -444,12 +444,16 @@ class OnlineConfig(PreferenceConfig):
         self.eval_sampling()
         self.ignore_data_skip = True  # a rollout under way is resumed from the checkpoint
         super().__post_init__()
+        device, own = self.per_device_train_batch_size, type(self).__dataclass_fields__["per_device_train_batch_size"]
+        what = f"per_device_train_batch_size is {device}, which nothing reads in online training; set "
+        what += "prompts_per_rollout and minibatches, and max_tokens_per_microbatch for memory"
+        require(device in (own.default, self.prompts_per_minibatch), RecipeError, what)
 
     def _refuse_what_cannot_work_online(self) -> None:
         accumulated, best = self.gradient_accumulation_steps, self.metric_for_best_model
         strategy = self.train_sampling_strategy
         what = f"gradient_accumulation_steps is {accumulated}; in online training a minibatch is an optimiser step"
-        instead = "set minibatches, and max_tokens_per_microbatch for memory"
+        instead = "set prompts_per_rollout and minibatches, and max_tokens_per_microbatch for memory"
         require(accumulated == 1, RecipeError, f"{what}: {instead}")
         many = max(self.prompts_per_rollout * self.num_generations, self.eval_generations)
         require(many <= 2**24, RecipeError, f"a rollout would have {many} completions; expected at most {2**24}")
@@ -477,6 +481,11 @@ class OnlineConfig(PreferenceConfig):
     @property
     def steps_per_rollout(self) -> int:
         return self.minibatches * self.rollout_epochs
+
+    @property
+    def prompts_per_minibatch(self) -> int:
+        """Of one process."""
+        return self.prompts_per_rollout // (self.world_size * self.minibatches)
 
     def steps_for(self, rows: int) -> int:
         if self.max_steps > 0:

@@ -25,7 +25,7 @@ import shutil
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,7 @@ class OnlineTrainer(PreferenceTrainer):
         causal_lm(model, "online training: samplers continue the prompt's own tokens")
         args = copy.copy(args)  # what follows from the prompts is set in it, and another trainer has others
         bound = resolve_objective(objective)
-        self.rollout_credits = resolve_rollout_credit(credit)
-        if ADVANTAGES in bound.needs and not any(c.phase == "advantages" for c in self.rollout_credits):
-            self.rollout_credits = resolve_rollout_credit([*self.rollout_credits, make_rollout_credit("group")])
-        if args.max_staleness and not any("weights" in getattr(c, "provides", ()) for c in self.rollout_credits):
-            self.rollout_credits = resolve_rollout_credit([*self.rollout_credits, make_rollout_credit("importance")])
+        self.rollout_credits = with_implied(resolve_rollout_credit(credit), bound, args)
         check_credits(bound, self.rollout_credits, args, critic)
         self._needs = frozenset(bound.needs).union(*(c.needs for c in self.rollout_credits))
         self._described_credits = [described(c) for c in self.rollout_credits]
@@ -208,7 +204,9 @@ class OnlineTrainer(PreferenceTrainer):
         self._task = args.task_column
         self.rewards = resolve_rewards(rewards, tokenizer)
         self.groups = Groups()
-        self._check_rewards(bound, args)
+        functions = [] if self.rewards is None else self.rewards.functions
+        weights = {f.name: None if f.evaluate_only else f.weight for f in functions}
+        check_rewards(bound, self.rollout_credits, args.correct_from, weights)
         check_sharding(args.fsdp, sampler)
         check_ahead(args.max_staleness, sampler, bound)
         prompts = self._prompts(train_dataset, "train")
@@ -266,17 +264,6 @@ class OnlineTrainer(PreferenceTrainer):
         asked |= not all(getattr(credit, "unscored", False) for credit in self.rollout_credits)
         return same and whole and not asked
 
-    def _check_rewards(self, objective: BoundObjective, args: OnlineConfig) -> None:
-        functions = [] if self.rewards is None else self.rewards.functions
-        given = any(f.weight for f in functions) or any(c.phase == "rewards" for c in self.rollout_credits)
-        found = "only rewards of weight 0" if functions else "none"
-        what = f"objective {objective.name!r} learns from rewards, got {found}"
-        require(given or ADVANTAGES not in objective.needs, RecipeError, what)
-        wanted, names = args.correct_from, [f.name for f in functions if not f.evaluate_only]
-        held = any(f.name == wanted for f in functions)
-        why = ", which is evaluate_only; expected a reward of training" if held else nearest(str(wanted), names)
-        require(wanted is None or wanted in names, RecipeError, f"correct_from is {wanted!r}{why}")
-
     @property
     def reference(self) -> Any:
         return self._live_reference
@@ -312,9 +299,7 @@ class OnlineTrainer(PreferenceTrainer):
             hint = " together; set max_prompt_length or max_new_tokens"
             self._limits.check_length(len(item.ids) + most, shown, hint, file=prompts.name, row=item.row)
             self._limits.check_ids(item.ids, file=prompts.name, row=item.row)
-            where: dict[str, Any] = {"file": prompts.name, "row": item.row, "field": self._task}
-            known = self._task is None or self._task in item.raw
-            require(known, DataError, "the column that names tasks is missing", **where)
+        check_tasks(self._task, ((prompts.name, item.row, item.raw) for item in prompts))
 
     def _check_room(self) -> None:
         """Raises `DataError` if a prompt leaves no room for a completion on a server that takes less than the model."""
@@ -846,8 +831,45 @@ def set_lengths(args: OnlineConfig, prompts: int) -> None:
     parts = f"{args.world_size} processes x {args.minibatches} minibatches"
     what = f"prompts_per_rollout is {args.prompts_per_rollout}, which {parts} do not divide"
     require(args.prompts_per_rollout % cuts == 0, RecipeError, f"{what}; expected a multiple of {cuts}")
-    args.per_device_train_batch_size = args.prompts_per_rollout // cuts
+    args.per_device_train_batch_size = args.prompts_per_minibatch
     args.max_steps = args.steps_for(prompts)
+
+
+def with_implied(
+    credits: Sequence[RolloutCredit], objective: BoundObjective, args: OnlineConfig
+) -> list[RolloutCredit]:
+    """Rollout credits, and those that the objective or a setting asks for and nobody gave."""
+    made = list(credits)
+    if ADVANTAGES in objective.needs and not any(c.phase == "advantages" for c in made):
+        made = resolve_rollout_credit([*made, make_rollout_credit("group")])
+    if args.max_staleness and not any("weights" in getattr(c, "provides", ()) for c in made):
+        made = resolve_rollout_credit([*made, make_rollout_credit("importance")])
+    return made
+
+
+def check_rewards(
+    objective: BoundObjective,
+    credits: Sequence[RolloutCredit],
+    correct_from: str | None,
+    weights: Mapping[str, float | None],
+) -> None:
+    """Check that there is something to learn from; `weights` of rewards by name, None: in evaluation alone."""
+    given = any(weights.values()) or any(c.phase == "rewards" for c in credits)
+    found = "only rewards of weight 0 or for evaluation" if weights else "none"
+    what = f"objective {objective.name!r} learns from rewards, got {found}"
+    require(given or ADVANTAGES not in objective.needs, RecipeError, what)
+    names = [name for name, weight in weights.items() if weight is not None]
+    held = correct_from in weights
+    why = ", which is evaluate_only; expected a reward of training" if held else nearest(str(correct_from), names)
+    require(correct_from is None or correct_from in names, RecipeError, f"correct_from is {correct_from!r}{why}")
+
+
+def check_tasks(column: str | None, rows: Iterable[tuple[Any, Any, Mapping[str, Any]]]) -> None:
+    """Raises `DataError` for a row without the `column` that names its task; `rows` are (file, row, its columns)."""
+    for file, row, raw in rows if column is not None else ():
+        known = nearest(str(column), raw)
+        what, expected = "the column that names tasks is missing", f"a column of the rows as task_column{known}"
+        require(column in raw, DataError, what, file=file, row=row, field=column, expected=expected)
 
 
 def check_credits(objective: BoundObjective, credits: Sequence[RolloutCredit], args: OnlineConfig, critic: Any) -> None:

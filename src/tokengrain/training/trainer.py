@@ -126,6 +126,7 @@ REFERENCE_FILE = "reference.safetensors"
 """In checkpoints: the weights of a reference that follows the policy."""
 
 SYNC = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+SYNC_NEEDS = "sync_ref_model needs a reference with weights of its own (a copy, without lora or stored columns)"
 
 PASSED_ON = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 """Arguments of `transformers.Trainer` that have their meaning here; the others would be without effect."""
@@ -797,8 +798,7 @@ def prepared_policy(model: Any, args: PreferenceConfig, peft_config: Any) -> Any
 def check_sync(reference: Any, policy: nn.Module, *, sharded: bool) -> None:
     """Check that a reference can follow the policy: its weights are its own, and of the same names and shapes."""
     found = "none is asked" if reference is None else f"got {type(reference).__name__}"
-    what = f"sync_ref_model needs a reference with weights of its own (a copy, without lora or stored columns); {found}"
-    require(isinstance(reference, FrozenReference), RecipeError, what)
+    require(isinstance(reference, FrozenReference), RecipeError, f"{SYNC_NEEDS}; {found}")
     ours, theirs = ({n: p.shape for n, p in m.named_parameters()} for m in (policy, reference.model))
     require(ours == theirs, RecipeError, "sync_ref_model: the reference's weights differ from the policy's in kind")
     require(not sharded, RecipeError, "sync_ref_model does not work with fsdp; expected every process with a copy")
