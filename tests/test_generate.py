@@ -276,3 +276,37 @@ def test_answers_of_another_format_are_not_taken(chat: str, tmp_path: Path, monk
         generate(chat, rows, tmp_path / "out.jsonl", max_new_tokens=2, batch_rows=1)
     with pytest.raises(RunError, match="answers with other settings"):
         generate(chat, rows, tmp_path / "out.jsonl", format="rows", max_new_tokens=2, batch_rows=1)
+
+
+def test_the_input_is_not_replaced(plain: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    before = file.read_text()
+    with pytest.raises(RecipeError, match=r"output '.*rows\.jsonl' is the input"):
+        generate(plain, file, file, overwrite=True, max_new_tokens=2)
+    assert file.read_text() == before
+
+
+def test_a_column_that_the_answers_replace_is_said(
+    plain: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, out = [{**ROWS[0], "completion": " 4"}], tmp_path / "a.jsonl"
+    generate(plain, rows, out, max_new_tokens=2, samples=2)
+    assert not caplog.records
+    assert lines(out)[0]["completion"] == " 4"
+    generate(plain, rows, out, max_new_tokens=2, overwrite=True)
+    assert "column 'completion'" in caplog.text
+
+
+def test_halves_of_surrogate_pairs_stay_as_they_are(plain: str, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    generate(plain, [{**ROWS[0], "meta": "\ud800x"}], out, max_new_tokens=2)
+    assert lines(out)[0]["meta"] == "\ud800x"
+
+
+def test_a_refused_setting_leaves_nothing(plain: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="temperature"):
+        generate(plain, ROWS, tmp_path / "a.jsonl", temperature=float("inf"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.jsonl.part").write_text('{"settings": "of another call that wrote no answer"}\n')
+    assert generate(plain, ROWS[:1], tmp_path / "a.jsonl", max_new_tokens=2).rows == 1

@@ -190,3 +190,12 @@ def test_what_cannot_be_written_or_read(folder: str, tmp_path: Path, monkeypatch
         rank(file, str(tmp_path / "nowhere"), output="other.jsonl")
     with pytest.raises(DataError, match="no row could be used"):
         rank([{"prompt": "a?"}], folder, output="other.jsonl", tokenize=TokenizeConfig(on_invalid="skip"))
+
+
+def test_columns_of_the_rows_that_are_replaced_are_said_and_half_pairs_kept(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "scores": [5, 6], "meta": "\ud800x"} for row in ROWS]
+    found = read(rank(written(tmp_path / "in.jsonl", rows), folder, output=tmp_path / "out.jsonl").output)
+    assert [row["meta"] for row in found] == ["\ud800x"] * len(rows)
+    assert [record.message.count("column scores") for record in caplog.records] == [1]

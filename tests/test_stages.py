@@ -348,16 +348,37 @@ def test_evaluation_without_held_out_rows_is_an_error_before_the_run(tmp_path: P
 # ---- Interrupted and failed runs ----
 
 
-def at_step(step: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `action` happen at the end of this optimiser step of the train stage."""
+def at_step(step: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch, stage: str = "train") -> None:
+    """Let `action` happen at the end of this optimiser step of a stage that trains."""
     original = show.ShowProgress.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
-        if state.global_step == step and self.name == "train":
+        if state.global_step == step and self.name == stage:
             action()
 
     monkeypatch.setattr(show.ShowProgress, "on_step_end", on_step_end)
+
+
+def test_ctrl_c_in_the_last_step_of_a_stage_stops_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {"first": DPO, "train": {**DPO, "model": "@first"}}
+    with monkeypatch.context() as patch:
+        at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT), patch, "first")
+        with pytest.raises(KeyboardInterrupt):
+            run(values(tmp_path, stages))
+    found = read_run(tmp_path / "run")
+    assert {stage.name: stage.status for stage in found.stages}["first"] == "done"
+    assert found.status == "interrupted"
+    assert not (tmp_path / "run" / "train").exists()
+    assert run(values(tmp_path, stages)).reused == ["init", "first"]
+
+
+def test_ctrl_c_in_the_last_step_of_a_run_lets_it_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
+    run(values(tmp_path))
+    assert read_run(tmp_path / "run").status == "done"
 
 
 def _fail() -> None:

@@ -114,6 +114,8 @@ def annotate(
     job = Job(dataset, quantities, Path(output), fingerprint({**content, **parts}), shard_rows, budget, place)
     manifest = {**content, "roles": list(job.roles), "rows": len(dataset), "key": job.key}
     originals = partial(_originals, dataset, rows, tokenize_config)
+    if rows is not None:
+        check_storable(rows)
     if _already_done(job, manifest, originals, overwrite):
         if rank == 0:  # a run killed right after the merge left these
             write_manifest(job.output, read_manifest(job.output))
@@ -127,6 +129,18 @@ def annotate(
                 write_manifest(job.output, merge(job, own_columns(originals(), manifest), manifest))
             shutil.rmtree(job.folder)
     return job.output
+
+
+def check_storable(rows: Rows) -> None:
+    """Raises `DataError` for text that parquet cannot hold: half of a surrogate pair, which JSON may have."""
+    for number, row in rows:
+        for name, value in row.items():
+            try:
+                json.dumps(value, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:
+                file, at = rows.place(number)
+                what, expected = "half of a surrogate pair, which a parquet file cannot hold", "valid Unicode text"
+                raise DataError(what, file=file, row=at, field=str(name), value=value, expected=expected) from None
 
 
 def _originals(dataset: PairDataset, rows: Rows | None, config: TokenizeConfig | None) -> list[dict[str, Any]]:

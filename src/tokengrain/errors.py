@@ -266,10 +266,29 @@ def finite(value: Any) -> Any:
     return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
+def check_output(target: Path, source: Any, overwrite: bool) -> Path:
+    """`target`, which may be written: it is not the input, and exists only if it may be replaced.
+
+    `source` is the path of a file, or what is none. Raises `RecipeError`, `RunError`.
+    """
+    named = isinstance(source, (str, os.PathLike)) and os.fspath(source)
+    same = named and target.exists() and os.path.exists(source) and target.samefile(source)
+    require(not same, RecipeError, f"output {str(target)!r} is the input")
+    require(overwrite or not target.exists(), RunError, f"{target} exists; give another output, or overwrite it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def json_line(value: Any, default: Any = str) -> str:
+    """`value` as a line of JSON; halves of surrogate pairs, which UTF-8 cannot hold, as JSON writes them."""
+    text = json.dumps(value, ensure_ascii=False, default=default) + "\n"
+    return text.encode(errors="backslashreplace").decode()
+
+
 def fingerprint(value: Any) -> str:
     """16 hex digits that identify a JSON-like value, images and arrays in it too; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_identified)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _identified(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import defaultdict
@@ -21,13 +22,26 @@ from tokengrain.data.pictures import KINDS, as_json
 from tokengrain.data.rows import load_rows
 from tokengrain.data.tokens import text_tokenizer
 from tokengrain.data.vision import folder_of
-from tokengrain.errors import DataError, ModelError, RecipeError, RunError, fingerprint, read_log, require, write_text
+from tokengrain.errors import (
+    DataError,
+    ModelError,
+    RecipeError,
+    RunError,
+    check_output,
+    fingerprint,
+    json_line,
+    read_log,
+    require,
+    write_text,
+)
 from tokengrain.rollout.local import answering
 from tokengrain.rollout.sampler import SamplingConfig, encode_prompts
 from tokengrain.runs import is_run, read_run
 from tokengrain.scoring.prepare import prompt_role
 from tokengrain.screen import progress_bar
 from tokengrain.specs import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 PICTURES = [name for kind in KINDS for name in (kind, f"{kind}s")]
@@ -158,11 +172,15 @@ def generate(
     read = (row for _, row in islice(iter(load_rows(prompts)), limit))
     rows = [stored_row(row, folder) if isinstance(row, Mapping) else row for row in read]
     form = _format(format, rows, str(prompts))
-    target, part = _target(output, form, overwrite), Path(f"{output}.part")
+    target, part = _target(prompts, output, form, overwrite), Path(f"{output}.part")
     one = form.benchmark and form is not FORMATS["mt_bench"]
     require(samples >= 1 and not (one and samples > 1), RecipeError, f"samples is {samples}; expected 1")
     require(batch_rows >= 1, RecipeError, f"batch_rows is {batch_rows}; expected at least 1")
-    sampling = SamplingConfig(temperature=0, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+    replaced = "completion" if samples == 1 else "completions"
+    if not form.benchmark and any(replaced in row for row in rows):
+        what = "%s: rows have a column %r, in place of which %s has the answers; rename it to keep it"
+        logger.warning(what, prompts, replaced, target)
+    sampling = SamplingConfig(temperature=temperature or 0, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     given = {**asdict(sampling), "temperature": temperature, "samples": samples, "system": system, "chat": chat}
     given["format"] = next(key for key, each in FORMATS.items() if each is form)
     mark = fingerprint([models.model_fingerprint(path), fingerprint(rows), given, dtype])
@@ -184,14 +202,13 @@ def generate(
                 said = speaker.answers(asked, seen, how)
                 for number in chosen:
                     done[number] = [said[number, k] for k in range(samples)]
-                    stream.write(json.dumps({"row": number, "texts": done[number]}, ensure_ascii=False) + "\n")
+                    stream.write(json_line({"row": number, "texts": done[number]}))
                 stream.flush()
                 os.fsync(stream.fileno())
                 update(completed=len(done))
     answers = [form.answer(row, done[number], label) for number, row in enumerate(rows)]
     if target.suffix == ".jsonl":
-        lines = (json.dumps(answer, ensure_ascii=False, default=as_json) + "\n" for answer in answers)
-        write_text(target, "".join(lines))
+        write_text(target, "".join(json_line(answer, as_json) for answer in answers))
     else:
         write_text(target, json.dumps(answers, ensure_ascii=False, indent=1, default=as_json) + "\n")
     part.unlink(missing_ok=True)
@@ -224,14 +241,11 @@ def _format(name: str | None, rows: Sequence[Any], file: str) -> Format:
     return form
 
 
-def _target(output: Any, form: Format, overwrite: bool) -> Path:
+def _target(prompts: Any, output: Any, form: Format, overwrite: bool) -> Path:
     target = Path(output)
     expected = f"expected a name that ends in {' or '.join(form.suffixes)}"
     require(target.suffix in form.suffixes, RecipeError, f"output is {str(target)!r}; {expected}")
-    message = f"{target} exists; give another output, or overwrite it"
-    require(overwrite or not target.exists(), RunError, message)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+    return check_output(target, prompts, overwrite)
 
 
 def _kept(part: Path, mark: str, overwrite: bool) -> dict[int, list[list[str]]]:
@@ -241,7 +255,7 @@ def _kept(part: Path, mark: str, overwrite: bool) -> dict[int, list[list[str]]]:
         kept = {line["row"]: line["texts"] for line in lines[1:]}
     else:
         message = f"{part} holds answers with other settings; remove it, or overwrite it"
-        require(overwrite or not lines, RunError, message)
+        require(overwrite or len(lines) < 2, RunError, message)
         kept = {}
     lines = [{"settings": mark}, *({"row": row, "texts": texts} for row, texts in kept.items())]
     write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

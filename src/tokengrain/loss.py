@@ -185,6 +185,7 @@ def token_weights(
 # ---- How token credit enters an objective. A role turns credit `[N]` into the per-token quantity that a loss takes:
 #
 #     reward      token_rewards: the credit itself (TGDPO, T-REG)
+#     importance  token_rewards: the credit itself, how much a token matters, at least 0 (TI-DPO)
 #     weight      token_weights, times each token's log-probability (and the reference's)
 #     selection   selected: 1 for the tokens worth training on; only these are scored (SePO)
 #     span        spans: runs of selected tokens, numbered (RRPO)
@@ -195,10 +196,11 @@ class Role(ABC):
 
     name: ClassVar[str]
     provides: ClassVar[str]
+    implied: ClassVar[bool] = True  # an objective takes credit so if its loss has the quantity; else it must say so
 
     @property
     def uses(self) -> str:
-        """What must be meaningful in the credit: "sign" (and size), or "order" (within a completion)."""
+        """What must mean something in the credit: "sign" (and size), "order" (within a completion), "importance"."""
         return "sign"
 
     @abstractmethod
@@ -218,6 +220,12 @@ class RewardRole(Role):
 
     def __call__(self, values: Tensor, segments: Segments) -> Tensor:
         return values
+
+
+class ImportanceRole(RewardRole):
+    """Credit as it is, for objectives that weigh tokens by how much they matter: at least 0, good or bad."""
+
+    name, implied, uses = "importance", False, "importance"
 
 
 class WeightRole(Role):
@@ -286,7 +294,7 @@ class SpanRole(SelectionRole):
         return span_ids(super().__call__(values, segments), segments).to(values.dtype)
 
 
-ROLES: dict[str, Any] = {role.name: role for role in (RewardRole, WeightRole, SelectionRole, SpanRole)}
+ROLES: dict[str, Any] = {role.name: role for role in (RewardRole, ImportanceRole, WeightRole, SelectionRole, SpanRole)}
 
 
 def make_role(name: str, **settings: Any) -> Role:

@@ -52,7 +52,7 @@ TAUGHT = frozenset({"teacher_kl", "teacher_alpha", "teacher_reward", "tvd"})  # 
 NEEDS = frozenset({"ref_logps", "entropy", "hidden", "values"})
 """What a rollout credit can ask for, beside `old_logps`, which are always there once a rollout is scored."""
 
-Values = Literal["signed", "order", "marks", "any"]
+Values = Literal["signed", "order", "marks", "importance", "any"]
 Phase = Literal["filter", "rewards", "advantages", "after"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -274,7 +274,7 @@ class Objective(Part):
         """The roles in which it takes token credit."""
         if self.roles is not None or self.online:
             return self.roles or ()
-        own = tuple(name for name, role in ROLES.items() if role.provides in self.quantities)
+        own = tuple(name for name, role in ROLES.items() if role.implied and role.provides in self.quantities)
         return own or (("weight", "selection") if self.unit == "pairs" and self.main == "logps" else ())
 
     def needs(self, hyper: Mapping[str, Any]) -> frozenset[str]:
@@ -376,7 +376,8 @@ class CreditSource(Protocol):
     """Turns a batch into one number per counted completion token.
 
     An attribute `values` may say what they mean: "signed" (sign and size, around 0), "order" (only their order within
-    a completion), "marks" (0 but at marked tokens) or "any" (up to the user; the default).
+    a completion), "marks" (0 but at marked tokens), "importance" (how much a token matters, at least 0, good or bad) or
+    "any" (up to the user; the default).
     """
 
     name: str
@@ -791,6 +792,11 @@ def _as_rollout_credit(one: Any) -> RolloutCredit:
 
 def why_not(values: str, uses: str) -> str:
     """Why numbers that mean `values` (see `CreditSource`) do not suit a role that uses `uses`; "" if they do."""
+    if values == "importance" and uses != "importance":
+        return "it says how much a token matters, not whether it is good or bad; use it with objective ti_dpo"
+    if uses == "importance" and values not in ("importance", "any"):
+        what = "objective takes how much a token matters, at least 0, and this credit can be below"
+        return f"the {what}; use gradient_attribution, or numbers of your own"
     if uses == "sign" and values == "order":
         meaning = "only the order of its numbers within a completion means something, not their sign"
         return f"{meaning}; use it as selection or as span, by share"

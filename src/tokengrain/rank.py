@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import sys
@@ -31,12 +31,14 @@ from tokengrain.data.formats import (
     pictured,
 )
 from tokengrain.data.rows import file_kind, load_rows
-from tokengrain.errors import DataError, ModelError, RecipeError, RunError, atomic_write, require
+from tokengrain.errors import DataError, ModelError, RecipeError, atomic_write, check_output, json_line, require
 from tokengrain.evaluation import statistics
 from tokengrain.evaluation.statistics import Estimate, LengthBucket, Pooling, score_completions
 from tokengrain.scoring.model import positions_of
 from tokengrain.screen import progress_bar
 from tokengrain.specs import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -104,7 +106,7 @@ def rank(
         open(temporary, "w", encoding="utf-8") as stream,
         progress_bar(f"ranking {rows.name}", quiet=quiet) as update,
     ):
-        source_rows = iter(rows)
+        source_rows, replaced = iter(rows), set[str]()
         while group := list(islice(source_rows, BATCH_ROWS)):
             ready = _candidates(group, encoder, rows, tokenize, result)
             found = _scored([c for _, _, c in ready], source, pooling, budget, device)
@@ -112,8 +114,13 @@ def rank(
                 if not all(map(math.isfinite, values)):
                     at, line = rows.place(number)
                     raise DataError("a score is not finite", file=at, row=line, value=values, expected="finite numbers")
-                ranked = {**row, "scores": values, "best": values.index(max(values))}
-                stream.write(json.dumps(ranked, ensure_ascii=False, default=str) + "\n")
+                made = {"scores": values, "best": values.index(max(values))}
+                if new := made.keys() & row.keys() - replaced:
+                    what = "%s: rows have a column %s, which %s has anew; rename it to keep it"
+                    logger.warning(what, rows.name, " and ".join(sorted(new)), result.output)
+                    replaced |= new
+                ranked = {**row, **made}
+                stream.write(json_line(ranked))
                 if "chosen" in row and "completions" not in row:
                     counted = [c.completions[0].n_counted for c in candidates]
                     for i in range(1, len(values)):  # of several rejected completions each makes a pair
@@ -189,10 +196,7 @@ def _target(file: Any, name: str, output: Any, overwrite: bool) -> Path:
     target = Path(output) if output is not None else Path(f"{stem}.ranked.jsonl")
     jsonl = target.suffix == ".jsonl"
     require(jsonl, RecipeError, f"output is {str(target)!r}; expected a name that ends in .jsonl")
-    same = named and Path(file).exists() and target.exists() and target.samefile(file)
-    require(not same, RecipeError, f"output {str(target)!r} is the input")
-    require(overwrite or not target.exists(), RunError, f"{target} exists; give another output, or overwrite it")
-    return target
+    return check_output(target, file, overwrite)
 
 
 Ready = tuple[int, Mapping[str, Any], list[Sample]]  # number, row, one sample per completion

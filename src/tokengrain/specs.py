@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from tokengrain.errors import require
 
 WORLD = "world://"
+
+Named = Annotated[str, StringConstraints(min_length=1)]
+"""A path or a name; one that is empty, as an unset variable of a shell, would mean the working directory."""
 
 
 class Strict(BaseModel):
@@ -28,7 +31,7 @@ class TokenizerSpec(Strict):
 class ModelSpec(Strict):
     """The model a run starts from: one that exists (`path`), or one built from scratch (`config`)."""
 
-    path: str | None = Field(default=None, description="folder, hub name, world://NAME, or @stage (an earlier stage)")
+    path: Named | None = Field(default=None, description="folder, hub name, world://NAME, or @stage (an earlier stage)")
     config: dict[str, Any] | None = Field(
         default=None, description="build from scratch: `model_type` and the fields of that architecture's config"
     )
@@ -116,11 +119,11 @@ class DataSpec(Strict):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    train: str | list[str] | dict[str, float] = Field(
+    train: Named | list[Named] | dict[Named, float] = Field(
         description="file (.json .jsonl .csv .parquet .ts, also .gz), folder, pattern, hub name, world://NAME, or "
         "@stage; several as a list, or as a mapping to weights"
     )
-    eval: str | None = Field(
+    eval: Named | None = Field(
         default=None, description="held-out rows: a file, hub name, ...; without it `eval_fraction` of the rows"
     )
     split: str | None = Field(default=None, description="split of a hub data set, for train")

@@ -126,6 +126,7 @@ def matrix_page() -> str:
     lines += [
         "",
         "- **reward**: the objective has a token reward in its formula.",
+        "- **importance**: the objective weighs tokens by how much they matter, which is at least 0.",
         "- **weight**: each token's log-ratio is multiplied by 1 + αr (chosen) or 1 − αr (rejected). Settings: "
         "`alpha`, `clamp_min`, `normalise`.",
         "- **selection**: only the best tokens of chosen and the worst of rejected completions are scored and trained. "

@@ -513,3 +513,13 @@ def test_rewards_of_the_data_stay_where_only_the_reference_is_asked(tmp_path: Pa
     loaded = load_annotated(path)
     assert loaded.columns == ("ref_logps", "token_rewards")
     assert [c.columns["token_rewards"][0] for s in loaded.samples for c in s.completions] == [0.5] * 6
+
+
+def test_text_that_parquet_cannot_hold_is_said_before_anything_is_scored(tmp_path: Path) -> None:
+    rows = [*make_rows()[:2], {**make_rows()[2], "meta": {"note": "\ud800x"}}]
+
+    def never(batch: TokenBatch) -> torch.Tensor:
+        raise AssertionError("nothing is scored")
+
+    with pytest.raises(DataError, match=r"row 2: field 'meta': half of a surrogate pair"):
+        annotate(rows, make_tokenizer(), None, {"token_rewards": never}, output=tmp_path / "a.parquet", progress=False)

@@ -162,7 +162,7 @@ def test_every_objective_takes_every_credit(seen, objective):
     uses: list[CreditUse | None] = []
     for name, source in seen["sources"].items():
         cell = tables.cell(name, objective)
-        for way in ("reward", "weight", "selection", "span"):
+        for way in ("reward", "importance", "weight", "selection", "span"):
             if way in cell:
                 above = {"above": 0.0} if way == "selection" and source.values == "marks" else {}
                 values = seen["values"][name]

@@ -72,6 +72,9 @@ def test_a_side_without_selected_tokens_counts_as_zero() -> None:
     grad = torch.autograd.grad(output.losses.sum(), x.logps)[0]
     assert bool((grad[5:] == 0).all())
     assert torch.isfinite(grad).all()
+    for name, value in {"rewards/accuracies": 0.5, "rewards/margins": 0.0}.items():  # nothing is compared with nothing
+        assert output.metrics[name][1:].tolist() == [value, value]
+        assert output.metrics[name][0] == alone.metrics[name][0]
 
 
 def test_only_selected_tokens_matter() -> None:

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.tiny_vlms import prompt, tiny_vlm
 from tokengrain import Completion, Sample, Segments, TokenBatch, make_credit, make_objective
+from tokengrain.errors import DataError
 from tokengrain.methods.dpo import dpo_loss
 from tokengrain.methods.ti_dpo import importance_weights, ti_dpo_loss
 
@@ -77,7 +78,7 @@ def test_equal_scores_alone_are_dpo() -> None:
 
 def test_negative_importance_is_an_error() -> None:
     objective = make_objective("ti_dpo")
-    with pytest.raises(ValueError, match="at least 0; got -1"):
+    with pytest.raises(DataError, match=r"below 0; got -1\.0; expected numbers of at least 0"):
         objective(segments=SEGMENTS, logps=double(RATIOS), ref_logps=double(RATIOS), token_rewards=-torch.ones(7))
 
 

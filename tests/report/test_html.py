@@ -16,7 +16,7 @@ from benchmarks.picture import write_picture
 from rich.console import Console
 
 from tests.report.folders import METHODS, PAIRS, credit_entries, make_demo, make_run, write
-from tokengrain.errors import DataError, RunError
+from tokengrain.errors import DataError, RecipeError, RunError
 from tokengrain.report.html import charts, short, write_report
 from tokengrain.report.svg import nice_ticks, number, tick
 from tokengrain.report.terminal import inspect_rows
@@ -367,3 +367,11 @@ def test_numbers_of_an_exploded_loss_are_short() -> None:
         "2.5e+30",
         "−1e+30",
     ]
+
+
+def test_a_report_does_not_replace_a_file_of_rows(demo: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    with pytest.raises(RecipeError, match=r"expected a name that ends in \.html"):
+        write_report(demo, rows)
+    assert rows.read_text() == "{}\n"

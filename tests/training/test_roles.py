@@ -12,9 +12,9 @@ from torch import Tensor
 from tests.training.tiny import make_samples, make_trainer, tiny_llama
 from tokengrain import tables
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import RecipeError
-from tokengrain.loss import make_role
-from tokengrain.method import make_credit, make_objective
+from tokengrain.errors import RecipeError, RunError
+from tokengrain.loss import make_role, resolve_role
+from tokengrain.method import CREDIT, make_credit, make_objective, why_not
 from tokengrain.scoring.reference import FrozenReference
 from tokengrain.training.step import CreditUse, Judged, PreferenceLoss
 
@@ -133,3 +133,36 @@ def test_the_first_token_can_be_left_out_of_every_selection(setting: Any, batch:
     assert bool(every[first].any())
     assert not rest[first].any()
     assert bool(rest.any())
+
+
+def test_a_selection_that_leaves_one_side_of_every_pair_empty_is_an_error(tmp_path: Path) -> None:
+    """Credit that is never below 0, and a threshold: no rejected token is worse than it."""
+    above: dict[str, Any] = {
+        "credit": lambda batch: noise(batch).abs() + 0.1,
+        "credit_as": {"name": "selection", "above": 0},
+    }
+    trainer = make_trainer(tmp_path, make_samples(5), objective="simpo", max_steps=2, **above)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    with pytest.raises(RunError, match="nothing was learned: the gradient was 0 at every step"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("source", "objective", "role", "what"),
+    [
+        ({"name": "gradient_attribution"}, "dpo", "weight", "how much a token matters, not whether it is good"),
+        ({"name": "gradient_attribution"}, "sepo", None, "how much a token matters, not whether it is good"),
+        ({"name": "random"}, "ti_dpo", None, "at least 0, and this credit can be below"),
+        ({"name": "random", "low": 0.0}, "ti_dpo", None, ""),
+        ({"name": "gradient_attribution"}, "ti_dpo", None, ""),
+    ],
+)
+def test_importance_is_for_the_objective_that_takes_it(
+    source: dict[str, Any], objective: str, role: str | None, what: str
+) -> None:
+    bound, kind = make_objective(objective), CREDIT.find(source["name"])
+    settings = kind.settings({k: v for k, v in source.items() if k != "name"})
+    found = why_not(kind.values_with(settings), resolve_role(role, bound.roles, objective).uses)
+    assert what in found
+    assert bool(found) == bool(what)

@@ -22,6 +22,7 @@ from tokengrain.batch import Completion, Sample, TokenBatch
 from tokengrain.data.config import TokenizeConfig
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.errors import ModelError, read_log
+from tokengrain.loss import ROLES
 from tokengrain.method import CREDIT, FROZEN, make_credit, make_objective
 from tokengrain.methods.aligndistil import ContrastiveTeacher
 from tokengrain.models import reward_model_from
@@ -182,11 +183,11 @@ def test_every_credit_goes_with_every_objective_that_takes_it():
     for credit, source in sources(Words()).items():
         for name in tables.objectives():
             bound = make_objective(name)
-            importance = credit in ("gradient_attribution", "entropy", "surprise")
-            if bound.unit != "pairs" or bound.main != "logps" or (name == "ti_dpo" and not importance):
+            signed = name == "ti_dpo" and credit in ("column", "function")  # whose numbers here are of both signs
+            if bound.unit != "pairs" or bound.main != "logps" or signed:
                 continue
             for role in (r.strip() for r in tables.cell(credit, name).split(",")):
-                if role.split(" ")[0] not in ("reward", "weight", "selection", "span"):
+                if role.split(" ")[0] not in ROLES:
                     continue
                 given: Any = {"name": role.split(" ")[0]} | ({"above": 0.0} if "above" in role else {})
                 use = resolve_credit(source, given, bound, ())

@@ -58,7 +58,11 @@ class FunctionCredit:
 RANDOM_BOUNDS = "credit 'random' needs low < high, got low={low} and high={high}"
 
 
-@credit("random", check=lambda given: require(given["low"] < given["high"], RecipeError, RANDOM_BOUNDS.format(**given)))
+@credit(
+    "random",
+    values=lambda settings: "signed" if settings["low"] < 0 else "any",
+    check=lambda given: require(given["low"] < given["high"], RecipeError, RANDOM_BOUNDS.format(**given)),
+)
 def random(batch: TokenBatch, *, low: Number = -0.5, high: Number = 0.5, seed: int = 0) -> Tensor:
     """Uniform random numbers, as a control.
 

@@ -63,8 +63,10 @@ def simpo_loss(
     rewards = beta * segments.mean(logps)  # equation 4: length-normalised
     margin = pair_difference(rewards, segments) - margin_target
     losses = margin_loss(margin, loss_type, label_smoothing)  # equation 6
-    losses = torch.where(both_sides_counted(segments), losses, 0.0)
-    metrics = pair_metrics(rewards, logps, segments)
+    both = both_sides_counted(segments)
+    losses = torch.where(both, losses, 0.0)
+    compared = torch.where(both.repeat_interleave(2), rewards, 0.0)  # else a mean of no tokens wins
+    metrics = pair_metrics(compared, logps, segments)
     return LossOutput(losses, metrics, chosen_token_losses(logps, segments, sft_weight))
 
 

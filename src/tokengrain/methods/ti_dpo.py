@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengrain.batch import Segments, TokenBatch
+from tokengrain.errors import DataError
 from tokengrain.loss import LossOutput
 from tokengrain.method import Card, credit, objective
 from tokengrain.methods._pairs import log_ratios, margin_loss, pair_difference, pair_metrics, weight_metrics
@@ -39,7 +40,7 @@ CARD = Card(
 )
 
 
-@credit("gradient_attribution", judges_itself=True, patches="gradient")
+@credit("gradient_attribution", values="importance", judges_itself=True, patches="gradient")
 def gradient_attribution(batch: TokenBatch, *, model: Any) -> Tensor:
     """How much each token's input embedding moves the model's prediction behind the completion.
 
@@ -97,7 +98,7 @@ def importance_weights(scores: Tensor, segments: Segments, importance: float, wi
     return torch.where(sums > 0, lengths * mixed / sums.clamp(min=torch.finfo(scores.dtype).tiny), 1.0)
 
 
-@objective("ti_dpo")
+@objective("ti_dpo", roles=("importance",))
 def ti_dpo_loss(
     logps: Tensor,
     segments: Segments,
@@ -121,7 +122,9 @@ def ti_dpo_loss(
     """
     scores = token_rewards.detach().to(logps.dtype)
     if bool((scores < 0).any()):
-        raise ValueError(f"ti_dpo weighs tokens by importance, which is at least 0; got {float(scores.min()):g}")
+        what = "ti_dpo weighs tokens by how much they matter: a token reward is below 0"
+        expected = "numbers of at least 0, such as those of gradient_attribution"
+        raise DataError(what, value=float(scores.min()), expected=expected)
     w = importance_weights(scores, segments, importance, width)
     d = log_ratios(logps, ref_logps)
     margin = beta * pair_difference(segments.sum(w * d), segments)

@@ -38,6 +38,7 @@ def find_recipe(name: str | Path) -> Path:
 
     Looks at the path itself, `recipes/NAME.yaml` in the working directory, then the recipes of the package.
     """
+    require(str(name), RecipeError, "the recipe's name is empty; expected a file, or a name such as dpo")
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file() or len(path.parts) > 1:
         return path

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from tokengrain.recipe.reading import merge
 from tokengrain.runs import NAME
 from tokengrain.settings import write_yaml
-from tokengrain.specs import DataSpec, LoraSpec, ModelSpec, PromptSpec, Strict, TeacherSpec
+from tokengrain.specs import DataSpec, LoraSpec, ModelSpec, Named, PromptSpec, Strict, TeacherSpec
 
 INIT = "init"
 """Name of the stage that builds a model from scratch."""
@@ -200,7 +200,7 @@ class Recipe(Strict):
     method: Annotated[str, Field(description="name of the method, for tables and reports")]
     model: ModelSpec = Field(description="what to train")
     data: DataSpec = Field(description="preference pairs")
-    output_dir: str = Field(description="the run folder")
+    output_dir: Named = Field(description="the run folder")
     seed: int = Field(default=0, ge=0, lt=2**32, description="order of the rows, held-out rows, dropout, new weights")
     lora: LoraSpec | None = Field(default=None, description="train LoRA adapters instead of all weights")
     settings: Literal["fitted", "paper"] = Field(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tokengrain import runs
 from tokengrain.annotation import MANIFEST
 from tokengrain.batch import TokenBatch
-from tokengrain.errors import ModelError, RunError, foreign, require, write_text
+from tokengrain.errors import ModelError, RecipeError, RunError, foreign, require, write_text
 from tokengrain.evaluation.statistics import Z
 from tokengrain.method import METHODS
 from tokengrain.report import rows
@@ -49,14 +49,17 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
         The path of the file.
 
     Raises:
+        RecipeError: an output that is no name of an HTML file.
         RunError: not a run folder, an unfinished run (says what is there and how to resume).
         RunError: a damaged file of the run, of `rollouts.jsonl` with the line.
         DataError: a damaged `credit_samples.json`; names the entry.
     """
     path = Path(output) if output is not None else Path(run_dir) / NAME
+    page = path.suffix.lower() in (".html", ".htm")  # a file of rows is not to be replaced by a slip
+    require(page, RecipeError, f"output is {str(path)!r}; expected a name that ends in .html")
     with foreign(f"{run_dir} cannot be shown, its files are not as tokengrain writes them: "):
-        page = render(read_contents(run_dir))
-    write_text(path, page)
+        text = render(read_contents(run_dir))
+    write_text(path, text)
     return path
 
 

@@ -162,6 +162,7 @@ class RunModels:
     console: Console
     state: Any  # accelerate's `PartialState`
     time: str | None = None  # that chat templates write, ISO; None: now
+    stop_requested: bool = False  # by a signal that came when a stage had no step left to stop before
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _datasets: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     _frozen: dict[str, Any] = field(default_factory=dict)

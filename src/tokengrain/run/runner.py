@@ -103,6 +103,8 @@ def _run(
         for plan in wanted:
             if plan.action != "reuse":
                 _run_stage(run, plan, folder)
+                if run.stop_requested and plan is not wanted[-1]:
+                    raise KeyboardInterrupt
         if wanted != plans and plans[len(wanted)].record is None:
             folder.pause()
             state.wait_for_everyone()

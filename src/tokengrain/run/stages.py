@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tokengrain import models
-from tokengrain.annotation import annotate, check_manifest, is_annotated, load_annotated
+from tokengrain.annotation import annotate, check_manifest, check_storable, is_annotated, load_annotated
 from tokengrain.batch import PromptRole, TokenBatch
 from tokengrain.corruption import self_check
 from tokengrain.data.dataset import prepare_pairs, prepare_sft
@@ -410,6 +410,12 @@ class Annotate(Stage):
         options = {k: getattr(self.own, k) for k in ("reference_logps", "shard_rows", "max_tokens")}
         credit = credit_content(self.credit, run_dir, above)
         return {**super().decides(run_dir, above), "credit": credit, **options, "bf16": self.bf16, **self.layout}
+
+    def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
+        super().check_rows(run, settings)
+        for rows in self.rows() if self.data.stage is None else ():
+            if rows is not None:
+                check_storable(rows)
 
     def made(self, run: RunModels, user: Stage, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         """The annotated data sets, checked to belong to the stage that uses them."""

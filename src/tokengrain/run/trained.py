@@ -30,7 +30,7 @@ from tokengrain.errors import (
     write_json,
     write_text,
 )
-from tokengrain.loss import resolve_role
+from tokengrain.loss import Role, resolve_role
 from tokengrain.method import (
     FROZEN,
     OBJECTIVES,
@@ -361,6 +361,7 @@ class Trained(Stage):
             progress.close()
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
+        run.stop_requested = stop.requested
         show.print_end(run.console, trainer)
         metrics["train"] = {"steps": result.global_step, "loss": result.training_loss}
         if has_eval:
@@ -626,6 +627,9 @@ class Train(Policy):
         if self.credit is None:
             with found.at(f"{where}.teacher"):
                 check_together(objective, None, self.teacher)
+            with found.at(f"{where}.data"):
+                if self.maker is not None and objective.roles:
+                    self._check_meaning(self.maker, resolve_role(None, objective.roles, objective.name))
         elif not found.about(f"{where}.credit"):
             with found.at(f"{where}.credit"):
                 self._check_credit_fits(objective, CreditSpec.of(self.credit))
@@ -644,6 +648,15 @@ class Train(Policy):
         check_together(objective, role, self.teacher)
         alone = self.data.stage is None or credit.kind.column_with(credit.settings)
         require(alone, RecipeError, f"the data '@{self.data.stage}' have token rewards already; drop one")
+        self._check_meaning(self.maker or credit, role)
+
+    @property
+    def maker(self) -> CreditSpec | None:
+        """The source of token rewards that an earlier stage has stored."""
+        stage = self.above.get(str(self.data.stage))
+        return None if stage is None or stage.credit is None else CreditSpec.of(stage.credit)
+
+    def _check_meaning(self, credit: CreditSpec, role: Role) -> None:
         reason = why_not(credit.kind.values_with(credit.settings), role.uses)
         require(not reason, RecipeError, f"{credit.name} as {role.name}: {reason}")
 

@@ -741,6 +741,9 @@ class OnlineTrainer(PreferenceTrainer):
             "max_staleness": args.max_staleness or None,  # checkpoints from before it know nothing of it
         }
 
+    def _check_learned(self) -> None:
+        """Rollouts without a gradient are said as they come, and `groups` at the end."""
+
     def save_extra(self, staged: Path) -> dict[str, Any]:
         if self._minibatch is not None and self.buffer is not None:
             self.buffer.position -= 1  # saved because its loss was not finite: a resumed run meets it again
@@ -757,7 +760,7 @@ class OnlineTrainer(PreferenceTrainer):
                 write_text(staged / AHEAD / f"rank-{self.ranks.rank}.json", json.dumps(state))
         if self.critic is not None and self.args.should_save:
             self.critic.save(staged / CRITIC)
-        return {"rollouts": self.rollout_state(), "record": self.record.pending}
+        return {"rollouts": self.rollout_state(), "record": self.record.pending, "groups": vars(self.groups)}
 
     def rollout_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the buffer: JSON-like, the same on all ranks."""
@@ -767,6 +770,7 @@ class OnlineTrainer(PreferenceTrainer):
     def restore_extra(self, checkpoint: Path, extra: dict[str, Any]) -> None:
         state = extra["rollouts"]
         self.rollouts, self.source.drawn, self.buffer = state["index"], state["drawn"], None
+        self.groups = Groups(**extra.get("groups", {}))  # checkpoints from before it do not count them
         credits = self._credits_by_name()
         for key, stored in state["credit"].items():
             credits[key].load_state_dict(stored)  # the same credits: `run_identity` has them

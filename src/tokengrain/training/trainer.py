@@ -49,6 +49,7 @@ from tokengrain.errors import (
     ModelError,
     NonFiniteLossError,
     RecipeError,
+    RunError,
     read_json,
     require,
     some,
@@ -291,6 +292,7 @@ class PreferenceTrainer(Trainer):
         self._batch_index = 0
         self._records: list[MicroRecord] = []
         self._grad_norm: Any = None
+        self._moved: bool | None = None  # whether any gradient was above 0; None: not known
         self._window = WeightedMeans()
         self._tokens_seen = 0
         self._resumed_loss: tuple[float, float] | None = None
@@ -413,7 +415,15 @@ class PreferenceTrainer(Trainer):
         for record in self._records:
             record.add_to(self._window)
         self._tokens_seen += self._plan.tokens
+        if self._grad_norm is not None:  # else nobody asked for it
+            self._moved = bool(self._moved) or float(norm) > 0
         self._records, self._grad_norm = [], None
+
+    def _check_learned(self) -> None:
+        """Raises `RunError` if no step moved the weights."""
+        what = "nothing was learned: the gradient was 0 at every step. Does a selection by `above` leave no token on "
+        what += "one side of every pair, or are all token weights 0?"
+        require(self._moved is not False, RunError, what)
 
     def after_step(self) -> None:
         """Called after the optimiser's step, before anything is logged or saved."""
@@ -552,6 +562,7 @@ class PreferenceTrainer(Trainer):
             self._start_clean()
         else:
             self._restore(checkpoint)
+            self._moved = True  # perhaps before the checkpoint
             self.args.eval_on_start = False  # the first attempt has done it
         if self.is_world_process_zero():
             shutil.rmtree(self.output_path / STAGING, ignore_errors=True)  # what a killed run left
@@ -561,6 +572,7 @@ class PreferenceTrainer(Trainer):
             with self._together():
                 output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
                 self._check_weights()
+                self._check_learned()
         finally:
             self.args.eval_on_start = eval_on_start
         return output._replace(training_loss=output.metrics["train_loss"])

@@ -65,6 +65,8 @@ def test_rto_resumes_exactly_in_the_middle_of_a_rollout(tmp_path):
             assert torch.equal(weights(other)[name], value), name
     assert [s.state_dict() for s in whole.rollout_credits] == [s.state_dict() for s in again.rollout_credits]
     assert json.loads(json.dumps(whole.rollout_state())) == json.loads(json.dumps(again.rollout_state()))
+    assert whole.groups == again.groups
+    assert whole.groups.seen > 6
     found = last(tmp_path / "whole")
     assert found["rto/dense"] != 0
     assert found["critic/error"] > 0
