@@ -448,9 +448,11 @@ class Online:
     def measured(self, name: str, seed: int) -> dict[str, Any]:
         """Solved problems after training, and what was sampled while it went on."""
         folder = self.train(name, seed)
-        log = [entry for entry in read_log(folder / "train" / "log.jsonl") if SPEED in entry]
+        file = folder / "train" / "log.jsonl"
+        log = [entry for entry in read_log(file) if SPEED in entry]
         made = {key: average([entry[key] for entry in log]) for key in (SPEED, DRAWN)}
-        about = {"seed": seed, "date": date.today().isoformat()}
+        trained_on = date.fromtimestamp(file.stat().st_mtime).isoformat()  # perhaps by an earlier call
+        about = {"seed": seed, "trained": trained_on, "date": date.today().isoformat()}
         return {**self.solved(str(folder), f"{name}-{seed}", seed), **made, **about}
 
     def solved(self, model: str, name: str, seed: int) -> dict[str, Any]:
@@ -514,13 +516,14 @@ def online(
 
 def online_page(found: dict[str, list[dict[str, Any]]], probe: dict[str, float], study: Online) -> str:
     shares = ", ".join(f"{level} {share:.0%}" for level, share in probe.items())
-    dates = sorted({entry["date"] for entries in found.values() for entry in entries if "date" in entry})
+    every = [entry for entries in found.values() for entry in entries]
+    dates, trained_on = ([*sorted({e[key] for e in every if key in e})] for key in ("date", "trained"))
     text = [
         "# Online methods on a published model",
         "",
         f"`python -m benchmarks.real_training online --updates {study.updates} --prompts {len(study.held)} "
-        f"--tokens {study.tokens} --problems {len(study.gsm8k)} --longer {study.longer}`, {' and '.join(dates)}, "
-        "one thread a run. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank "
+        f"--tokens {study.tokens} --problems {len(study.gsm8k)} --longer {study.longer}`, {' and '.join(dates)} "
+        f"(trained {' and '.join(trained_on)}), one thread a run. SmolLM2-135M-Instruct in bfloat16 with LoRA of rank "
         f"{LORA['r']} on sums; an update is {PROMPTS} prompts of 8 completions. The levels are a + b (1), "
         "a × b (2), p + b (3), p + q (4), a × b + c (5) and a + b + c (6), with a, b, c below 10 and p, q from 11 to "
         f"40. The start model solves {shares}. Trained and reported are those between 10 % and 60 %; nothing is "
