@@ -414,7 +414,9 @@ def trained(model: Any, *, whole: bool = False) -> str:
     shown = [in_words(n) for n in (count, total)]
     kind = type(model).__name__
     message = f"nothing in {kind} can be trained: none of its {shown[1]} parameters requires gradients; "
-    require(own, ModelError, message + "expected weights that do, or an adapter loaded with is_trainable=True")
+    expected = "expected weights that do, or an adapter loaded with is_trainable=True (FrozenReference and some credit "
+    expected += "sources freeze the model that they are given: give them a copy)"
+    require(own, ModelError, message + expected)
     heads = all({*HEADS, "modules_to_save"} & set(name.split(".")) for name, _ in own) and count < total
     message = f"only {own[0][0]} of {kind} would be trained, {shown[0]} of {shown[1]} parameters; "
     require(not heads or not (whole or is_peft(model)), ModelError, message + "expected the other weights too")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,14 @@ def test_importance_is_for_the_objective_that_takes_it(
     found = why_not(kind.values_with(settings), resolve_role(role, bound.roles, objective).uses)
     assert what in found
     assert bool(found) == bool(what)
+
+
+def test_credit_that_asks_the_policy_itself_is_said(tmp_path: Path) -> None:
+    policy, guide = tiny_llama(1), tiny_llama(2)
+    made = {"model": policy, "objective": "tgdpo", "max_steps": 1}
+    with pytest.warns(UserWarning, match="the credit asks the policy itself"):
+        make_trainer(tmp_path, make_samples(4), credit=make_credit("guide", model=guide, reference=policy), **made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = make_credit("guide", model=guide, reference=tiny_llama(1))
+        make_trainer(tmp_path, make_samples(4), credit=source, **made)

@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -63,6 +64,7 @@ from tokengrain.scoring.encdec import vocabularies
 from tokengrain.scoring.model import evaluating, is_encoder_decoder, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
 from tokengrain.scoring.reference import (
+    AdapterReference,
     ColumnReference,
     FrozenReference,
     disable_dropout,
@@ -233,6 +235,11 @@ class PreferenceTrainer(Trainer):
             self._limits.check_models_in(source, role)
             for other in models_in(source):
                 lift_positions(unwrapped(other), longest)
+        if use is not None and policy_in(use.source, policy):
+            what = (
+                "the credit asks the policy itself, so that its numbers change while it is trained; for those of the "
+            )
+            warnings.warn(f"{what}starting model give it a copy (copy.deepcopy(model))", stacklevel=2)
         layout, chunk = args.layout, args.chunk_tokens
         self.judge = PreferenceLoss(self.objective, reference, use, teacher=teacher, layout=layout, chunk_tokens=chunk)
         self.judge.stored = isinstance(self.judge.reference, ColumnReference) and self._all_have("ref_logps")
@@ -927,6 +934,17 @@ def vocabulary_size(model: Any) -> int | None:
         return int(head.weight.shape[0])
     config = getattr(model, "config", None)
     return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+
+
+def policy_in(source: Any, policy: nn.Module) -> bool:
+    """Whether a credit source asks weights that are trained; `AdapterReference` switches them off."""
+    moving = {id(weight) for weight in policy.parameters() if weight.requires_grad}
+    if isinstance(source, AdapterReference):
+        return False
+    held = list(getattr(source, "__dict__", {}).values())
+    asked = [weight for value in held if isinstance(value, nn.Module) for weight in value.parameters()]
+    inside = [value for value in held if type(value).__module__.startswith("tokengrain.")]
+    return any(id(weight) in moving for weight in asked) or any(policy_in(value, policy) for value in inside)
 
 
 def models_in(source: Any) -> list[nn.Module]:
