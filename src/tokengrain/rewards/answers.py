@@ -28,7 +28,7 @@ JOINED = re.compile(r"[\s$]*(?:[,;&]|(?:,\s*)?(?:\\(?:text|mbox)\{)?\s*\b(?:and|
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 SAID = re.compile(
     r"(?i)(?:\b(?:answer|(?:correct|right) (?:choice|option)|r[ée]ponse|respuesta|risposta|resposta|antwort|ответ)"
-    r"(?:\s+is)?\W*?(?:[:：]|\b(?:is|est|es|è|é|ist)\b)|\b(?:choose|pick|select)\s+(?:option|choice)\b"
+    r"(?:\s+is)?\W*?(?:[:：]|\b(?:is|est|es|è|é|ist)\b\s*[:：]?)|\b(?:choose|pick|select)\s+(?:option|choice)\b"
     r"|答案\s*(?:[是为為：:]\s*)+|答え\s*[は：:]|답\s*[은는：:])\s*([^\n]+)"
 )
 THOUGHT = re.compile(
@@ -36,6 +36,18 @@ THOUGHT = re.compile(
     r"|<\|end_(?:of_thought|thinking)\|>|<\|channel\|>final<\|message\|>|assistantfinal"
 )
 """Ends of what models think before they answer; the last two are gpt-oss's, with its special tokens and without."""
+
+
+MINUS = re.compile(
+    r"(?i)(?:\\text\s*\{\s*(?:minus|negative)\s*\}\s*"
+    r"|((?:^|[=:({$]|\b(?:is|be|equals|to|answer|of|a))\s*\$?)(?:minus|negative)\s+)(?=\$?[\d.])"
+)
+"""A sign in words: behind a number it takes away."""
+NEGATED = re.compile(
+    r"\s*[,(]?\s*\b(?:(?i:and not|not|isn't|rather than|instead of))\s+(?:(?i:option|choice)\s+)?"
+    r"(?:\$?-?\d+(?:[.,/]\d+)*(?![\w^*+/-]| *[-+*/=^])[%$]?|\(?[A-J]\b(?! \w)\)?)\)?"
+)
+"""A number or a choice that is said not to be the answer."""
 
 
 def boxed(text: str) -> str | None:
@@ -61,6 +73,7 @@ def concluded(text: str, gold: str | None = None) -> str:
 
     A choice or words could be one where the gold is of their kind.
     """
+    text = NEGATED.sub("", MINUS.sub(lambda found: f"{found[1] or ''}-", text))
     final = text[max((end.end() for end in THOUGHT.finditer(text)), default=0) :]
     said = any(marks.search(final) for marks in (TAGGED, BOX, SAID))
     kind = gold is not None and (chosen(final) if letter_of(gold) else words_of(gold) and words_of(final))
@@ -92,6 +105,7 @@ MONEY = rf"(?:{CURRENCY}|\\text\s*\{{\s*{CURRENCY}\s*\}}|\bRs\.?(?=\s*\d)|\bUSD\
 # A space of typesetting, a brace, a comma that cannot end a list: all between groups of three digits.
 BETWEEN_DIGITS = r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\!|\\;|\\:|\\ |~|['’]|(?<!\.)[, ])(?=\d{3}(?!\d))"
 LIST = re.compile(r"(?:-?(?:\d{1,3}(?:,\d{3})+|\d+),\s+)+-?(?:\d{1,3}(?:,\d{3})+|\d+)")
+POINTS = re.compile(r"(?<![\w,.])\d{1,3}(?:\.\d{3}){2,}(?![\w,]|\.\d)")
 INDIAN = re.compile(r"(?<![\d,.])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")  # 1,00,000; it could also be a list
 
 
@@ -112,6 +126,7 @@ def typeset(text: str) -> str:
 def plain(text: str) -> str:
     """Without dollars and boxes around it, spacing, `\\left`, and thousands' separators."""
     text = re.sub(r"(?:\\?\s)+$", "", typeset(text)).strip()
+    text = re.sub(r"(?i)^(?:\\text\s*\{\s*)?(?:minus|negative)\s*\}?\s*(?=[\d.$])", "-", text)
     before = None
     while text != before:
         before = text
@@ -227,8 +242,10 @@ def _repeating(found: re.Match[str]) -> str:
 
 
 def _western(text: str) -> str:
-    """The text with India's numbers without commas."""
-    return INDIAN.sub(lambda found: found[0].replace(",", ""), text)
+    """The text with India's numbers without commas, and 1.234.567 without points."""
+    return POINTS.sub(
+        lambda found: found[0].replace(".", ""), INDIAN.sub(lambda found: found[0].replace(",", ""), text)
+    )
 
 
 def one_number(text: str) -> Fraction | None:
@@ -302,9 +319,13 @@ CHOICE = re.compile(
     rf"(?:,?\s*{REASON}.*)?",
     re.DOTALL,
 )
-SENTENCE = re.compile(rf"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+{REASON}")  # ends what is said to be the answer
+SENTENCE = re.compile(
+    rf"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+{REASON}|(?i:,\s+(?:it|they|he|she|we|you|this|that|there|I)\b)"
+)  # ends what is said to be the answer
 OTHERS = re.compile(r"(?:\b(?:and|or)\b|[,/&])\s*\(?[A-J]\b(?! is\b)|(?<!\w)\(?[A-J][).:\]]")
 BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
+UNREAD = re.compile(r"\d+(?:-\d+)+|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d{1,2}/\d{1,2}")  # ranges, dates, telephones
+RANGE = re.compile(r"(\d+)\s*(?:\\text\s*\{)?\s*(?:to|-)\s*\}?\s*(\d+)")
 RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
 CLOCK = re.compile(r"([\d.:]+)([ap]?)\.?m?\.?", re.IGNORECASE)
 FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|sqrt|log|exp|abs|pi|ln|inf(?:inity)?", re.IGNORECASE)
@@ -348,6 +369,10 @@ def same_text(gold: str, answer: str) -> bool | None:
     words = words_of(gold)
     if words is not None:
         return words == words_of(answer)
+    if UNREAD.fullmatch(one):
+        return [int(p) for p in re.split("[-/]", one)] == [
+            int(p) for p in re.findall(r"\d+", RANGE.sub(r"\1-\2", other))
+        ]
     if RATIO.fullmatch(one):
         mine, theirs = (CLOCK.fullmatch(text) for text in squeezed)
         if not mine or not theirs or mine[1] != theirs[1]:
@@ -368,12 +393,25 @@ def same_text(gold: str, answer: str) -> bool | None:
     return None
 
 
-def _measure(text: str) -> str | None:
-    """The known unit behind a number."""
+MEASURES = (
+    "ms,millisecond s,sec,second min,minute h,hr,hour day,d week,wk month year,yr mm,millimeter,millimetre "
+    "cm,centimeter,centimetre dm m,meter,metre km,kilometer,kilometre in,inch,inches ft,foot,feet yd,yard mi,mile "
+    "mg,milligram g,gram kg,kilogram lb,pound oz,ounce ml,milliliter,millilitre l,liter,litre cent dollar,usd euro,eur "
+    "celsius,\\circc fahrenheit,\\circf"
+)
+KNOWN = {f"{name}{s}": one.split(",")[0] for one in MEASURES.split() for name in one.split(",") for s in ("", "s")}
+"""Units that have one name each, so that two of them differ."""
+
+
+def _measure(text: str) -> tuple[str, str] | None:
+    """The known unit behind a number, and its power."""
     found = NUMBER.fullmatch(text)
-    bare = re.sub(WORDING, r"\1", found["unit"] or "").strip().lower() if found else ""
-    known = r"[mcdk]?m|[mk]?g|ml|l|ms|s|min|h|in|ft|yd|mi|lb|oz"
-    return bare if re.fullmatch(known, bare) else None
+    bare = re.sub(WORDING, r" \1 ", found["unit"] or "").lower() if found else ""
+    bare = " ".join(re.sub(r"[{}]|\^(?=\\)", "", bare.replace("\\degree", "\\circ")).split()).replace("circ ", "circ")
+    unit = re.fullmatch(r"(?:(square|sq) |(cubic|cu) )?([\\a-z]+?)(?: ?\^ ?(\d))?", bare)
+    if unit is None or unit[3] not in KNOWN:
+        return None
+    return KNOWN[unit[3]], unit[4] or ("2" if unit[1] else "3" if unit[2] else "1")
 
 
 def intervals(text: str) -> str:
@@ -466,6 +504,8 @@ def _equal(gold: str, completion: str) -> bool | None:
     said = SAID.findall(completion)
     last = said[-1] if said else completion
     first = SENTENCE.split(last, maxsplit=1)[0] if said else completion
+    if said and number_of(first) is not None and same_text(gold, first) is False:
+        return False  # another unit is another answer, though the numbers are equal
     known = bool(same_text(gold, last))
     if (said or tagged) and not known and not letter_of(gold):
         known = bool(_same(gold, first, f"$\\boxed{{{latex(first)}}}$"))
