@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -531,8 +532,8 @@ def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str)
     Raises `DataError`, which names the row, for a wrong type or length or a value that is not finite.
     """
     who = f"credit source {name!r} gave"
-    flat = values if isinstance(values, Tensor) else _joined(values, batch, who)
-    shape = (batch.segments.total,)
+    flat, shape = _flat(values), (batch.segments.total,)
+    flat = flat if isinstance(flat, Tensor) else _joined(flat, batch, who)
     if flat.shape != shape:
         expected = f"{shape}: one per completion token that counts"
         raise DataError(f"{who} a wrong number of values", value=tuple(flat.shape), expected=expected)
@@ -545,6 +546,13 @@ def checked_credit(values: Tensor | Sequence[Any], batch: TokenBatch, name: str)
         what = f"{who} a value that is not finite for token {place} of completion {_place(batch, completion)}"
         raise DataError(what, row=row_of(batch, completion), value=float(flat[token]), expected="finite numbers")
     return flat
+
+
+def _flat(values: Any) -> Any:
+    """Plain numbers, one per token of the batch, as a tensor; what has a part per completion as it is."""
+    numpy = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "fiub"
+    numbers = isinstance(values, Sequence) and len(values) and all(isinstance(v, (int, float)) for v in values)
+    return torch.as_tensor(values) if numpy or numbers else values
 
 
 def _joined(values: Sequence[Any], batch: TokenBatch, who: str) -> Tensor:
@@ -758,12 +766,15 @@ def make_rollout_credit(name: str | Callable[..., Any], /, **arguments: Any) -> 
     return ROLLOUT_CREDIT.find(name).make(**arguments)
 
 
-def resolve_rollout_credit(credit: Any) -> list[RolloutCredit]:
-    """Rollout credits, from None, one or a list of objects, names, or mappings with `name`; in order of phases."""
+def resolve_rollout_credit(credit: Any, tokenizer: Any = None) -> list[RolloutCredit]:
+    """Rollout credits, from None, one or a list of objects, names, or mappings with `name`; in order of phases.
+
+    `tokenizer`: the policy's, for those that need one and are not made yet.
+    """
     if credit is None:
         return []
     several = isinstance(credit, Sequence) and not isinstance(credit, str)
-    credits = [_as_rollout_credit(one) for one in (credit if several else [credit])]
+    credits = [_as_rollout_credit(one, tokenizer) for one in (credit if several else [credit])]
     for one in credits:
         who, unknown = f"credit {one.name!r}", sorted(set(one.needs) - NEEDS)
         expected = f"expected one of {', '.join(PHASES)}"
@@ -775,15 +786,19 @@ def resolve_rollout_credit(credit: Any) -> list[RolloutCredit]:
     return sorted(credits, key=lambda one: PHASES.index(one.phase))
 
 
-def _as_rollout_credit(one: Any) -> RolloutCredit:
+def _as_rollout_credit(one: Any, tokenizer: Any) -> RolloutCredit:
     if callable(one) and hasattr(one, "phase") and hasattr(one, "needs") and not inspect.isclass(one):
         return cast(RolloutCredit, one)
     if isinstance(one, Mapping):
         require(isinstance(one.get("name"), str), RecipeError, f"a rollout credit needs a name, got {shown(dict(one))}")
-        return make_rollout_credit(one["name"], **{k: v for k, v in one.items() if k != "name"})
-    kind = f"a rollout credit is an object with a phase, a name or a mapping, got {type(one).__name__}"
-    require(isinstance(one, str) or callable(one), RecipeError, kind)
-    return make_rollout_credit(one)
+    what = f"a rollout credit is an object with a phase, a name or a mapping, got {type(one).__name__}"
+    require(isinstance(one, (str, Mapping)) or callable(one), RecipeError, what)
+    name, given = (
+        (one["name"], {k: v for k, v in one.items() if k != "name"}) if isinstance(one, Mapping) else (one, {})
+    )
+    if tokenizer is not None and "tokenizer" in ROLLOUT_CREDIT.find(name).objects:
+        given = {"tokenizer": tokenizer, **given}
+    return make_rollout_credit(name, **given)
 
 
 # ----------------------------------------------------------------------------------------------------

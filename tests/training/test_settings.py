@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from tests.training.tiny import make_samples, make_trainer, tiny_config, tiny_llama
 from tokengrain.batch import Sample
 from tokengrain.errors import DataError, RecipeError
-from tokengrain.training.config import LAUNCHER, check_processes
+from tokengrain.training.config import LAUNCHER, OnlineConfig, check_processes
 from tokengrain.training.trainer import PreferenceTrainer
 
 REFUSED: dict[str, Any] = {
@@ -100,8 +100,28 @@ def test_rows_of_text_are_named(tmp_path: Path) -> None:
     rows: Any = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     with pytest.raises(RecipeError, match="rows of text need a tokenizer"):
         make_trainer(tmp_path, rows, objective="dpo")
-    with pytest.raises(DataError, match="a row is not tokenised"):
+    with pytest.raises(RecipeError, match="rows of text need a tokenizer"):
         make_trainer(tmp_path, make_samples(4), objective="simpo").evaluate(rows)
+    with pytest.raises(DataError, match="the rows are a generator, which can be read once; expected rows as a list"):
+        make_trainer(tmp_path, (row for row in rows), objective="simpo")
+
+
+def test_an_adapter_that_is_no_configuration_of_peft(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"peft_config is a dict; expected a configuration of peft, such as LoraConfig"
+    ):
+        make_trainer(tmp_path, make_samples(4), objective="simpo", peft_config={"r": 4})
+
+
+def test_a_setting_of_an_older_transformers_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no setting 'group_by_length'.*nothing to set: batches are cut by length"):
+        tiny_config(tmp_path, group_by_length=True)
+
+
+def test_batches_of_rows_are_no_setting_of_rollouts(tmp_path: Path) -> None:
+    OnlineConfig(str(tmp_path), use_cpu=True, prompts_per_rollout=8, minibatches=2, per_device_train_batch_size=4)
+    with pytest.raises(RecipeError, match="per_device_train_batch_size is 16, which nothing reads in online training"):
+        OnlineConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=16)
 
 
 def test_predictions_are_not_kept(tmp_path: Path) -> None:

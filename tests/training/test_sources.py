@@ -17,7 +17,7 @@ from tokengrain.batch import Sample, TokenBatch
 from tokengrain.data.dataset import prepare_pairs
 from tokengrain.data.rows import load_rows
 from tokengrain.errors import DataError, RecipeError, read_log
-from tokengrain.method import make_objective
+from tokengrain.method import make_credit, make_objective
 from tokengrain.scoring.score import score
 
 
@@ -194,3 +194,22 @@ def test_sft_learns_and_saves_a_model_that_loads(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for name, value in weights(trainer.model).items():
         assert torch.equal(again.state_dict()[name], value)
+
+
+def test_rows_of_text_in_a_table_of_pandas_and_in_evaluate(tmp_path: Path) -> None:
+    pandas, text = pytest.importorskip("pandas"), rows(8)
+    options: dict[str, Any] = {"objective": "simpo", "processing_class": tokenizer(), "max_steps": 1}
+    one = make_trainer(tmp_path / "list", text, **options)
+    other = make_trainer(tmp_path / "table", pandas.DataFrame(text), **options)
+    assert [one.train_dataset[i] for i in range(8)] == [other.train_dataset[i] for i in range(8)]
+    found, expected = one.evaluate(text[:4]), one.evaluate(prepare_pairs(text[:4], tokenizer()))
+    assert found["eval_loss"] == expected["eval_loss"]
+    assert found["eval_logps/chosen"] == expected["eval_logps/chosen"]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "list"])
+def test_credit_of_a_function_in_one_piece(kind: str) -> None:
+    batch = TokenBatch.from_samples(make_samples(3))
+    numbers = torch.arange(batch.segments.total) / 8
+    made: Any = {"tensor": numbers, "array": numbers.numpy(), "list": numbers.tolist()}[kind]
+    assert torch.equal(make_credit("function", function=lambda _: made)(batch), numbers)

@@ -266,11 +266,12 @@ def _wrong(path: str, value: Any, expected: str, names: Iterable[str] = ()) -> s
 
 
 def _number_hint(value: Any, number: bool) -> str:
-    """What a number in quotes would be without them."""
+    """What a number in quotes would be without them, if it is one that a recipe may have."""
     try:
-        return f"; without quotes it is a number: {float(value):g}" if number and isinstance(value, str) else ""
+        read = float(value) if number and isinstance(value, str) else math.nan
     except ValueError:
         return ""
+    return f"; without quotes it is a number: {read:g}" if math.isfinite(read) else ""
 
 
 # What TRL, verl, OpenRLHF, axolotl and LLaMA-Factory call settings that have another name or place here.

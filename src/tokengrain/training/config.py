@@ -65,6 +65,7 @@ _OF_TRL = {
     **dict.fromkeys(("max_length", "max_prompt_length"), "tokenize=TokenizeConfig({name}=...)"),
     "max_completion_length": "max_new_tokens of OnlineConfig",
     "num_iterations": "rollout_epochs of OnlineConfig",
+    "group_by_length": "nothing to set: batches are cut by length (max_tokens_per_microbatch)",
     "model_init_kwargs": "a loaded model",
 }
 """Where the settings of TRL's configs are here: arguments of the trainer, if nothing else is said."""

@@ -194,12 +194,12 @@ class OnlineTrainer(PreferenceTrainer):
         causal_lm(model, "online training: samplers continue the prompt's own tokens")
         args = copy.copy(args)  # what follows from the prompts is set in it, and another trainer has others
         bound = resolve_objective(objective)
-        self.rollout_credits = with_implied(resolve_rollout_credit(credit), bound, args)
+        tokenizer = processing_class and text_tokenizer(processing_class)
+        self.rollout_credits = with_implied(resolve_rollout_credit(credit, tokenizer), bound, args)
         check_credits(bound, self.rollout_credits, args, critic)
         self._needs = frozenset(bound.needs).union(*(c.needs for c in self.rollout_credits))
         self._described_credits = [described(c) for c in self.rollout_credits]
         self._reader, self._tokenize, self.critic = processing_class, tokenize, critic
-        tokenizer = processing_class and text_tokenizer(processing_class)
         self._max_new_tokens, self._temperature = args.max_new_tokens, args.logps_temperature
         self._task = args.task_column
         self.rewards = resolve_rewards(rewards, tokenizer)

@@ -215,7 +215,7 @@ class PreferenceTrainer(Trainer):
         # By a name for messages; of several evaluation sets one may be called "train".
         self._role = prompt_role(model)
         tokenize = replace(tokenize or TokenizeConfig(), prompt_role=self._role)
-        samples = partial(as_samples, processing_class, tokenize, self.objective.unit == "pairs")
+        self._as_samples = samples = partial(as_samples, processing_class, tokenize, self.objective.unit == "pairs")
         several, train_dataset = isinstance(eval_dataset, Mapping), samples(train_dataset)
         eval_dataset = {n: samples(d) for n, d in eval_dataset.items()} if several else samples(eval_dataset)
         held_out = {f"eval_{name}": d for name, d in eval_dataset.items()} if several else {"eval": eval_dataset}
@@ -499,7 +499,7 @@ class PreferenceTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """This rank's share of the evaluation set, in micro-batches."""
-        dataset = chosen_dataset(self, eval_dataset)
+        dataset = self._as_samples(chosen_dataset(self, eval_dataset))
         samples = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset)
         self._check_rows(samples, getattr(dataset, "name", "eval"))
         batch_size, most = self.args.per_device_eval_batch_size, self.args.max_tokens_per_microbatch
@@ -797,6 +797,8 @@ class StepHooks(TrainerCallback):
 
 def with_adapter(model: Any, args: PreferenceConfig, peft_config: Any) -> Any:
     """`model` with a new adapter, whose random numbers come from `args.seed`."""
+    what = f"peft_config is a {type(peft_config).__name__}; expected a configuration of peft, such as LoraConfig(r=16)"
+    require(isinstance(peft_config, import_peft().PeftConfig), RecipeError, what)
     set_seed(args.seed)
     start = str(getattr(peft_config, "init_lora_weights", ""))
     what = f"init_lora_weights {start!r} changes the base by random numbers, drawn anew when the adapter is loaded"
@@ -851,7 +853,11 @@ def as_samples(tokenizer: Any, config: TokenizeConfig | None, pairs: bool, data:
     if isinstance(data, Mapping):
         what = f"the rows are a {type(data).__name__} of {', '.join(map(repr, data))}"
         raise DataError(f"{what}; expected a list of rows or one data set, such as data['train']")
-    text = isinstance(data, (str, os.PathLike, Rows)) or type(data).__module__.split(".")[0] == "datasets"
+    what, expected = f"the rows are a {type(data).__name__}, which can be read once", "rows as a list, or their file"
+    require(not isinstance(data, Iterator), DataError, what, expected=expected)
+    library = type(data).__module__.split(".")[0]
+    data = data.to_dict("records") if library == "pandas" and hasattr(data, "columns") else data
+    text = isinstance(data, (str, os.PathLike, Rows)) or library == "datasets"
     if not text and not (isinstance(data, Sequence) and len(data) and isinstance(data[0], Mapping)):
         return data
     what = "rows of text need a tokenizer (processing_class) to become samples"
@@ -869,7 +875,8 @@ def has_column(dataset: Any, column: str) -> bool:
 def _as_sample(row: Any, where: object) -> Sample:
     if isinstance(row, Sample):
         return row
-    expected = "a Sample, which prepare_pairs and prepare_sft of tokengrain.data make of rows of text"
+    expected = "rows of text as a list, a file, a data set of `datasets` or of pandas; or Samples, which prepare_pairs "
+    expected += "and prepare_sft of tokengrain.data make of any rows"
     raise DataError("a row is not tokenised", file=where, value=type(row).__name__, expected=expected)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.training.online.tiny import END, make_online, make_prompts
 from tests.training.ranks import on_ranks
+from tests.training.test_trl_oracle import tokenizer
 from tests.training.tiny import tiny_llama, weights
 from tokengrain.errors import RecipeError, RunError, read_log
 from tokengrain.method import make_objective, make_rollout_credit
@@ -203,3 +204,9 @@ def numbers(state: dict) -> dict:
         elif isinstance(value, (int, float)):
             flat[key] = value
     return flat
+
+
+def test_credit_by_name_gets_the_trainers_tokenizer(tmp_path):
+    credit = {"name": "rto", "model": tiny_llama(seed=5).eval(), "variant": "semi"}
+    trainer = make_online(tmp_path, rewards=right, credit=[credit], processing_class=tokenizer())
+    assert trainer.rollout_credits[0].tokenizer is not None
