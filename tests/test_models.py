@@ -1,5 +1,7 @@
 """Models as they lie in folders: merged adapters, resized vocabularies, files that are not whole."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -225,3 +227,13 @@ def test_a_module_to_save_must_be_there():
     message = r"lora.modules_to_save has 'lm_haed', and LlamaForCausalLM has no such module; did you mean 'lm_head'\?"
     with pytest.raises(ModelError, match=message):
         lora_config(LoraSpec(modules_to_save=["embed_tokens", "lm_haed"]), model)
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    causal("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
+    with pytest.raises(
+        ModelError, match=r"do not fit its config.json: \S+ has shape \[64, \d+\]; expected \[500, \d+\]"
+    ):
+        load_model(SPEC, str(tmp_path))

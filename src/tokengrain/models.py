@@ -202,9 +202,16 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
     log.addFilter(_tied_as_saved)
     try:
         with library_errors(f"no {what} could be loaded from {path}", path):
-            model, found = kind.from_pretrained(path, output_loading_info=True, **how, **more)
+            # What has another shape is an error below, which names it.
+            tell = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, found = kind.from_pretrained(path, **tell, **how, **more)
     finally:
         log.removeFilter(_tied_as_saved)
+    for name, saved, wanted in sorted(found["mismatched_keys"]):
+        what = (
+            f"the weights in {path} do not fit its config.json: {name} has shape {list(saved)}; expected {list(wanted)}"
+        )
+        raise ModelError(what)
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if fresh_head:
         missing = [name for name in missing if name.split(".")[0] not in HEADS]
