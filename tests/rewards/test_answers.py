@@ -327,6 +327,8 @@ A | A: \text{or } B
 5xyz | 5
 2A | 2
 4abc | 4
+3t | 3
+3 | 3t
 """
 # Golds and completions in which nothing, or something else than a box, marks the answer.
 TEXTS = [
