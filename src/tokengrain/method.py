@@ -793,11 +793,10 @@ def _as_rollout_credit(one: Any, tokenizer: Any) -> RolloutCredit:
         require(isinstance(one.get("name"), str), RecipeError, f"a rollout credit needs a name, got {shown(dict(one))}")
     what = f"a rollout credit is an object with a phase, a name or a mapping, got {type(one).__name__}"
     require(isinstance(one, (str, Mapping)) or callable(one), RecipeError, what)
-    name, given = (
-        (one["name"], {k: v for k, v in one.items() if k != "name"}) if isinstance(one, Mapping) else (one, {})
-    )
+    given = dict(one) if isinstance(one, Mapping) else {}
+    name = given.pop("name", one)
     if tokenizer is not None and "tokenizer" in ROLLOUT_CREDIT.find(name).objects:
-        given = {"tokenizer": tokenizer, **given}
+        given.setdefault("tokenizer", tokenizer)
     return make_rollout_credit(name, **given)
 
 

@@ -871,9 +871,10 @@ def check_rewards(
 def check_tasks(column: str | None, rows: Iterable[tuple[Any, Any, Mapping[str, Any]]]) -> None:
     """Raises `DataError` for a row without the `column` that names its task; `rows` are (file, row, its columns)."""
     for file, row, raw in rows if column is not None else ():
-        known = nearest(str(column), raw)
-        what, expected = "the column that names tasks is missing", f"a column of the rows as task_column{known}"
-        require(column in raw, DataError, what, file=file, row=row, field=column, expected=expected)
+        if column not in raw:
+            what, expected = "the column that names tasks is missing", "a column of the rows as task_column"
+            near = nearest(str(column), raw)
+            raise DataError(what, file=file, row=row, field=column, expected=expected + near)
 
 
 def check_credits(objective: BoundObjective, credits: Sequence[RolloutCredit], args: OnlineConfig, critic: Any) -> None:
