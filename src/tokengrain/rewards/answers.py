@@ -370,9 +370,8 @@ def same_text(gold: str, answer: str) -> bool | None:
     if words is not None:
         return words == words_of(answer)
     if UNREAD.fullmatch(one):
-        return [int(p) for p in re.split("[-/]", one)] == [
-            int(p) for p in re.findall(r"\d+", RANGE.sub(r"\1-\2", other))
-        ]
+        mine, theirs = (list(map(int, re.findall(r"\d+", text))) for text in (one, RANGE.sub(r"\1-\2", other)))
+        return mine == theirs
     if RATIO.fullmatch(one):
         mine, theirs = (CLOCK.fullmatch(text) for text in squeezed)
         if not mine or not theirs or mine[1] != theirs[1]:

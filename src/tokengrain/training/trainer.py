@@ -236,10 +236,8 @@ class PreferenceTrainer(Trainer):
             for other in models_in(source):
                 lift_positions(unwrapped(other), longest)
         if use is not None and policy_in(use.source, policy):
-            what = (
-                "the credit asks the policy itself, so that its numbers change while it is trained; for those of the "
-            )
-            warnings.warn(f"{what}starting model give it a copy (copy.deepcopy(model))", stacklevel=2)
+            what = "the credit asks the policy itself, so that its numbers change while it is trained; give it a copy "
+            warnings.warn(f"{what}(copy.deepcopy(model)) for those of the starting model", stacklevel=2)
         layout, chunk = args.layout, args.chunk_tokens
         self.judge = PreferenceLoss(self.objective, reference, use, teacher=teacher, layout=layout, chunk_tokens=chunk)
         self.judge.stored = isinstance(self.judge.reference, ColumnReference) and self._all_have("ref_logps")
