@@ -370,8 +370,8 @@ def same_text(gold: str, answer: str) -> bool | None:
     if words is not None:
         return words == words_of(answer)
     if UNREAD.fullmatch(one):
-        mine, theirs = (list(map(int, re.findall(r"\d+", text))) for text in (one, RANGE.sub(r"\1-\2", other)))
-        return mine == theirs
+        parts = [list(map(int, re.findall(r"\d+", text))) for text in (one, RANGE.sub(r"\1-\2", other))]
+        return parts[0] == parts[1]
     if RATIO.fullmatch(one):
         mine, theirs = (CLOCK.fullmatch(text) for text in squeezed)
         if not mine or not theirs or mine[1] != theirs[1]:
