@@ -30,7 +30,7 @@ from tokengrain.errors import (
     write_json,
     write_text,
 )
-from tokengrain.loss import Role, resolve_role
+from tokengrain.loss import resolve_role
 from tokengrain.method import (
     FROZEN,
     OBJECTIVES,
@@ -627,9 +627,6 @@ class Train(Policy):
         if self.credit is None:
             with found.at(f"{where}.teacher"):
                 check_together(objective, None, self.teacher)
-            with found.at(f"{where}.data"):
-                if self.maker is not None and objective.roles:
-                    self._check_meaning(self.maker, resolve_role(None, objective.roles, objective.name))
         elif not found.about(f"{where}.credit"):
             with found.at(f"{where}.credit"):
                 self._check_credit_fits(objective, CreditSpec.of(self.credit))
@@ -648,15 +645,6 @@ class Train(Policy):
         check_together(objective, role, self.teacher)
         alone = self.data.stage is None or credit.kind.column_with(credit.settings)
         require(alone, RecipeError, f"the data '@{self.data.stage}' have token rewards already; drop one")
-        self._check_meaning(self.maker or credit, role)
-
-    @property
-    def maker(self) -> CreditSpec | None:
-        """The source of token rewards that an earlier stage has stored."""
-        stage = self.above.get(str(self.data.stage))
-        return None if stage is None or stage.credit is None else CreditSpec.of(stage.credit)
-
-    def _check_meaning(self, credit: CreditSpec, role: Role) -> None:
         reason = why_not(credit.kind.values_with(credit.settings), role.uses)
         require(not reason, RecipeError, f"{credit.name} as {role.name}: {reason}")
 
@@ -854,6 +842,8 @@ class Online(Policy):
         found = super().unread
         what = "which says nothing of rollouts; expected prompts_per_rollout and minibatches"
         given = {**self.recipe.training, **self.own.training}
+        if "per_device_train_batch_size" not in self.own.training:  # the recipe's is for stages that read rows
+            given.pop("per_device_train_batch_size", None)
         found |= {f"training.{n}": f"is {given[n]}, {what}" for n in OF_ROWS if given.get(n, 1) != 1}
         found["data.spans"] = "sampled completions have no spans; expected a stage that learns from pairs, or none"
         kinds = [(ROLLOUT_CREDIT.find(step["name"]), step) for step in self.own.credit]
