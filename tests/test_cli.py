@@ -56,6 +56,9 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert {"dpo", "simpo", "tdpo1", "tdpo2", "tgdpo", "treg"} <= {m["name"] for m in listed}
     assert all({"paper", "credit", "objective", "trains", "recipe"} <= m.keys() for m in listed)
+    status, out, _ = call(capsys, "methods", "--matrix")
+    assert status == 0
+    assert "I importance" in out
     status, out, _ = call(capsys, "methods")
     assert status == 0
     assert {"tgdpo", "aligndistil_online"} <= {line.partition(" ")[0] for line in out.splitlines()}

@@ -426,6 +426,7 @@ _ROLE_LETTERS = {
     "selection (above: 0)": "S0",
     "span": "P",
     "span (above: 0)": "P0",
+    "importance": "I",
     "–": "–",
 }
 
@@ -438,13 +439,16 @@ def _print_matrix(markdown: bool) -> None:
         typer.echo(tables.matrix_page(), nl=False)
         return
     taking = {name: o for name, o in tables.objectives().items() if o.accepts}
-    table = Table(*(Column(name, no_wrap=True) for name in ("credit", *taking)), box=None, pad_edge=False)
+    columns = (Column(name, no_wrap=True) for name in ("credit", *taking))
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in CREDIT:
         cells = (tables.cell(name, objective) for objective in taking)
         table.add_row(name, *(" ".join(_ROLE_LETTERS[word] for word in cell.split(", ")) for cell in cells))
     console = Screen()
     console.print(table, highlight=False)
-    console.print("R reward, W weight, S selection, P span (`as:` in a recipe); S0, P0: with `above: 0` only")
+    console.print(
+        "R reward, I importance, W weight, S selection, P span (`as:` in a recipe); S0, P0: with `above: 0` only"
+    )
     for name, objective in tables.objectives().items():
         if not objective.accepts:
             console.print(f"{name} takes no credit: {objective.takes_no_credit}", highlight=False)

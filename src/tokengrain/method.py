@@ -809,8 +809,8 @@ def why_not(values: str, uses: str) -> str:
     if values == "importance" and uses != "importance":
         return "it says how much a token matters, not whether it is good or bad; use it with objective ti_dpo"
     if uses == "importance" and values not in ("importance", "any"):
-        what = "objective takes how much a token matters, at least 0, and this credit can be below"
-        return f"the {what}; use gradient_attribution, or numbers of your own"
+        lacks = "only the order of its numbers means something" if values == "order" else "its numbers can be below 0"
+        return f"{lacks}, and the objective takes how much a token matters; use gradient_attribution, or your own"
     if uses == "sign" and values == "order":
         meaning = "only the order of its numbers within a completion means something, not their sign"
         return f"{meaning}; use it as selection or as span, by share"

@@ -183,6 +183,10 @@ REFUSED = {
         {"prompt": said({"type": "image"}, {"type": "image"}), **SAID, "images": [picture(0)]},
         r"'images': the messages have 2 places for images; got 1; expected as many",
     ),
+    "two columns": (
+        {"prompt": said({"type": "image"}), **SAID, "images": [picture(0)], "image": picture(1)},
+        r"'image': stands beside images; got .*; expected one of the two",
+    ),
     "typed": (
         {"prompt": said({"type": "image", "image": picture(0)}, f"what {PAD}"), **SAID},
         r"'prompt': has '<\|image_pad\|>', which stands for a picture; got 'what <\|image_pad\|>'; expected text",

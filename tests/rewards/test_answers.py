@@ -332,6 +332,22 @@ A | A: \text{or } B
 """
 # Golds and completions in which nothing, or something else than a box, marks the answer.
 TEXTS = [
+    # Clauses are no answers; another form of the same digits is another answer.
+    ("14", "The answer is that after 3 days, she will have 14 apples.", 1),
+    ("14", "Answer: He buys 2 packs, it costs $14.", 1),
+    ("7", "Answer: In week 7, he ran 20 miles.", 0),
+    ("3", "Answer: After 3 days, she has 14 apples left.", 0),
+    ("1,-1,i,-i", "The answer is $1, i, -1, -i$.", 1),
+    ("i,2", "Answer: 2, i", 1),
+    ("14", "Answer: After a while, it takes 14 minutes.", 1),
+    ("3-5", "The answer is 3/5.", 0),
+    ("3-5", "The answer is 3+5.", 0),
+    ("3-5", "So it is $\\boxed{3,5}$.", 0),
+    ("3-5", "So it is $\\boxed{\\frac{3}{5}}$.", 0),
+    ("3-5", "So it is $\\boxed{" + "3" * 5000 + "}$.", 0),
+    ("2024-05-01", "So it is $\\boxed{2024-5-1}$.", 1),
+    ("9 d", "Answer: 9 days", 1),
+    ("60 minutes", "The answer is 60 m.", 1),
     # What is said not to be the answer; signs in words; ranges, dates, telephones; units; points of thousands.
     ("4", "The answer is 5, not 4.", 0),
     ("5", "The answer is 5, not 4.", 1),
@@ -658,6 +674,13 @@ def test_boxes():
     assert boxed(r"a \boxed{1} b \boxed{\frac{1}{2}} c") == r"\frac{1}{2}"
     assert boxed(r"\boxed{\{1, 2\}}") == r"\{1, 2\}"
     assert (boxed(r"\boxed{1"), boxed("1"), boxed(r"\boxed 5"), boxed(r"\fbox{5}")) == ("", None, "5", "5")
+
+
+@pytest.mark.parametrize("space", ["\n", " ", "\t"])
+def test_white_space_without_end_is_read_at_once(space: str) -> None:
+    began = time.monotonic()
+    assert answers.concluded(f"The answer is 5.\n#### 5{space * 4000}x").startswith("The answer is 5.")
+    assert time.monotonic() - began < 1
 
 
 def test_what_takes_long_is_not_read_without_end():

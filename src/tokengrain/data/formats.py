@@ -586,6 +586,8 @@ def _has_parts(message: Any) -> bool:
 
 def _column_of(row: Mapping[str, Any], kind: str) -> Given | None:
     """The pictures in a row's columns of a kind; None if there are none."""
+    both = row.get(f"{kind}s") is not None and row.get(kind) is not None
+    check(not both, "pictures", f"stands beside {kind}s", field=kind, value=row.get(kind), expected="one of the two")
     for column in (f"{kind}s", kind):
         value = row.get(column)
         if value is None:

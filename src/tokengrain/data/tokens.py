@@ -121,9 +121,7 @@ class Renderer:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if getattr(t, "special", True)} | set(tokenizer.all_special_tokens)
         self.end_marks = tuple(mark for mark in marks if mark.strip())
-        unread = [name for name in config.chat_template_kwargs if name not in self.source]
-        what = "chat_template_kwargs has %r, which the chat template does not read; expected a variable of the template"
-        require(not unread, ModelError, what % (unread and unread[0]))
+        self.unread = next((name for name in config.chat_template_kwargs if name not in self.source), None)
 
     def __call__(self, example: Example) -> list[Rendered]:
         """One text per completion. Raises `RowError`, and `ModelError` where a template is lacking."""
@@ -164,6 +162,8 @@ class Renderer:
         what += "a tokenizer that has one, `chat_template:` (a Jinja template or the path of a file that holds one), "
         what += "`chat: false`" if self.config.chat else "or rows of plain text (online: with `prompts.chat: false`)"
         require(self.template is not None or self.tokenizer.chat_template, ModelError, what)
+        what = f"chat_template_kwargs has {self.unread!r}, which the chat template does not read; expected a variable "
+        require(self.unread is None, ModelError, what + "of the template")
         messages = example.messages
         text = self._opened(example)
         ignored = example.tools and self._opened(replace(example, tools=None)) == text

@@ -44,7 +44,7 @@ MINUS = re.compile(
 )
 """A sign in words: behind a number it takes away."""
 NEGATED = re.compile(
-    r"\s*[,(]?\s*\b(?:(?i:and not|not|isn't|rather than|instead of))\s+(?:(?i:option|choice)\s+)?"
+    r"(?:[,(]\s?)?\b(?:(?i:and not|not|isn't|rather than|instead of))\s{1,3}(?:(?i:option|choice)\s)?"
     r"(?:\$?-?\d+(?:[.,/]\d+)*(?![\w^*+/-]| *[-+*/=^])[%$]?|\(?[A-J]\b(?! \w)\)?)\)?"
 )
 """A number or a choice that is said not to be the answer."""
@@ -172,7 +172,7 @@ TENS = (2, 3, 6, 9, 12)  # powers of these words
 
 
 SYMBOL = re.compile(
-    "[cdkmn]?m|[km]?g|kgs|[cdkm]?[lL]|ha|s|[mnu]s|secs?|mins?|h|hrs?|yrs?|in|ft|yd|mi|lbs?|oz|pt|qt|gal|sq|cu|cc|ct"
+    "[cdkmn]?m|[km]?g|kgs|[cdkm]?[lL]|ha|s|d|[mnu]s|secs?|mins?|h|hrs?|yrs?|in|ft|yd|mi|lbs?|oz|pt|qt|gal|sq|cu|cc|ct"
     "|[km]ph|kmh|rpm|[kMG]?Hz|[kM]?Wh?|[kM]?J|k?N|[kM]?Pa|[km]A|[km]?V|mol|k?cal|eV|[KkMGT]B|px|pts|[ap]m|[AP]M|st|nd|rd|th"
     "|deg|rad|dB|[CFK]|USD|EUR|GBP|INR|Rs"
 )
@@ -319,9 +319,8 @@ CHOICE = re.compile(
     rf"(?:,?\s*{REASON}.*)?",
     re.DOTALL,
 )
-SENTENCE = re.compile(
-    rf"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+{REASON}|(?i:,\s+(?:it|they|he|she|we|you|this|that|there|I)\b)"
-)  # ends what is said to be the answer
+SENTENCE = re.compile(rf"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+{REASON}")  # ends what is said to be the answer
+CLAUSE = re.compile(r",\s(?=(?:it|they|he|she|we|you|this|that|there)\b)")  # may do so too
 OTHERS = re.compile(r"(?:\b(?:and|or)\b|[,/&])\s*\(?[A-J]\b(?! is\b)|(?<!\w)\(?[A-J][).:\]]")
 BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
 UNREAD = re.compile(r"\d+(?:-\d+)+|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d{1,2}/\d{1,2}")  # ranges, dates, telephones
@@ -370,8 +369,8 @@ def same_text(gold: str, answer: str) -> bool | None:
     if words is not None:
         return words == words_of(answer)
     if UNREAD.fullmatch(one):
-        parts = [list(map(int, re.findall(r"\d+", text))) for text in (one, RANGE.sub(r"\1-\2", other))]
-        return parts[0] == parts[1]
+        parts = [re.split(r"([-/])", text) for text in (one, RANGE.sub(r"\1-\2", other))]
+        return len({tuple(part.strip().lstrip("0") for part in each) for each in parts}) == 1
     if RATIO.fullmatch(one):
         mine, theirs = (CLOCK.fullmatch(text) for text in squeezed)
         if not mine or not theirs or mine[1] != theirs[1]:
@@ -388,7 +387,8 @@ def same_text(gold: str, answer: str) -> bool | None:
         # "2.5 million" is 2500000 and, where only one of the two says it, 2.5.
         said, bare = [MULTIPLE.search(t) for t in (one, other)], [number_of(MULTIPLE.sub("", t)) for t in (one, other)]
         if numbers[0] == numbers[1] or (bare[0] == bare[1] and None in said):
-            return len({unit for t in (one, other) if (unit := _measure(t))}) < 2
+            units = {unit for t in (one, other) if (unit := _measure(t))}
+            return len(units) < 2 or units == {("m", "1"), ("min", "1")}
         percents = ["%" in t for t in (one, other)]
         return None if any(percents) or "." in one + other else False
     return None
@@ -505,6 +505,9 @@ def _equal(gold: str, completion: str) -> bool | None:
     said = SAID.findall(completion)
     last = said[-1] if said else completion
     first = SENTENCE.split(last, maxsplit=1)[0] if said else completion
+    clause = CLAUSE.split(first, maxsplit=1)[0] if said else first
+    if number_of(clause) is not None or (words_of(gold) is not None and words_of(clause) is not None):
+        first = clause
     if said and number_of(first) is not None and same_text(gold, first) is False:
         return False  # another unit is another answer, though the numbers are equal
     known = bool(same_text(gold, last))

@@ -140,7 +140,7 @@ class RewardFunction:
         checked = validate_settings(f"reward {name!r}", cls, given)
         value, read = checked["error_value"], "value" in (checked["on_error"], checked["on_none"])
         what = f"reward {name!r}: error_value is {value!r}, which nothing reads; expected on_error: value"
-        require(value is None or read, RecipeError, what)
+        require(not value or read, RecipeError, what)
         return checked
 
     def arguments(self, available: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

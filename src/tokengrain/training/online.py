@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -227,6 +228,8 @@ class OnlineTrainer(PreferenceTrainer):
         what = f"stop_ids has {beyond}, which no token is; expected ids below {self._limits.vocabulary}"
         require(not beyond, RecipeError, what)
         self.judge.temperature, self.judge.on_policy = args.logps_temperature, True
+        if args.max_staleness:  # the threads would share casts, so that rounding depended on which is first
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self._learns_once = self._one_update_scores()
         self.sampler: Sampler = make_sampler(sampler, self.model, tokenizer)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
@@ -741,7 +744,7 @@ class OnlineTrainer(PreferenceTrainer):
             "max_staleness": args.max_staleness or None,  # checkpoints from before it know nothing of it
         }
 
-    def _check_learned(self) -> None:
+    def _warn_of_no_gradient(self) -> None:
         """Rollouts without a gradient are said as they come, and `groups` at the end."""
 
     def save_extra(self, staged: Path) -> dict[str, Any]:

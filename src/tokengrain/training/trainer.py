@@ -50,7 +50,6 @@ from tokengrain.errors import (
     ModelError,
     NonFiniteLossError,
     RecipeError,
-    RunError,
     read_json,
     require,
     some,
@@ -64,9 +63,11 @@ from tokengrain.scoring.encdec import vocabularies
 from tokengrain.scoring.model import evaluating, is_encoder_decoder, lift_positions, positions
 from tokengrain.scoring.prepare import prepare, prompt_role, unwrapped
 from tokengrain.scoring.reference import (
+    AdapterOffReference,
     AdapterReference,
     ColumnReference,
     FrozenReference,
+    StartingAdapterReference,
     disable_dropout,
     is_peft,
     place_reference,
@@ -421,14 +422,14 @@ class PreferenceTrainer(Trainer):
             record.add_to(self._window)
         self._tokens_seen += self._plan.tokens
         if self._grad_norm is not None:  # else nobody asked for it
-            self._moved = bool(self._moved) or float(norm) > 0
+            self._moved = bool(self._moved) or float(norm) != 0  # NaN, of fp16, is not 0
         self._records, self._grad_norm = [], None
 
-    def _check_learned(self) -> None:
-        """Raises `RunError` if no step moved the weights."""
-        what = "nothing was learned: the gradient was 0 at every step. Does a selection by `above` leave no token on "
-        what += "one side of every pair, or are all token weights 0?"
-        require(self._moved is not False, RunError, what)
+    def _warn_of_no_gradient(self) -> None:
+        if self._moved is False:
+            what = "nothing was learned: the gradient was 0 at every step. Are all margins of a hinge met, does a "
+            what += "selection by `above` leave no token on one side of every pair, or are all token weights 0?"
+            warnings.warn(what, stacklevel=2)
 
     def after_step(self) -> None:
         """Called after the optimiser's step, before anything is logged or saved."""
@@ -577,7 +578,7 @@ class PreferenceTrainer(Trainer):
             with self._together():
                 output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
                 self._check_weights()
-                self._check_learned()
+                self._warn_of_no_gradient()
         finally:
             self.args.eval_on_start = eval_on_start
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -942,9 +943,9 @@ def vocabulary_size(model: Any) -> int | None:
 
 
 def policy_in(source: Any, policy: nn.Module) -> bool:
-    """Whether a credit source asks weights that are trained; `AdapterReference` switches them off."""
+    """Whether a credit source asks weights that are trained, and not with the adapter switched off."""
     moving = {id(weight) for weight in policy.parameters() if weight.requires_grad}
-    if isinstance(source, AdapterReference):
+    if isinstance(source, (AdapterReference, AdapterOffReference, StartingAdapterReference)):
         return False
     held = list(getattr(source, "__dict__", {}).values())
     asked = [weight for value in held if isinstance(value, nn.Module) for weight in value.parameters()]

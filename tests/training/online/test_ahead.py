@@ -240,6 +240,12 @@ def fail_in_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HFGenerate, "sample", sample)
 
 
+def test_threads_share_no_casts_of_autocast(tmp_path: Path) -> None:
+    """With LoRA in bf16 the thread that was first decided how the other's numbers were rounded."""
+    assert make_online(tmp_path / "a", max_staleness=1, max_steps=2).accelerator.autocast_handler.cache_enabled is False
+    assert make_online(tmp_path / "b", max_steps=2).accelerator.autocast_handler is None
+
+
 def test_an_error_ahead_arrives_with_its_message_and_the_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
