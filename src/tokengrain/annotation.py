@@ -28,10 +28,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from tokengrain.batch import Completion, Sample, TokenBatch
-from tokengrain.data.config import TokenizeConfig
+from tokengrain.data.config import RowError, TokenizeConfig
 from tokengrain.data.dataset import PairDataset, prepare_pairs
 from tokengrain.data.encode import pictures_of
-from tokengrain.data.formats import stored_row
+from tokengrain.data.formats import check_encodable, stored_row
 from tokengrain.data.rows import Rows, load_rows
 from tokengrain.data.tokens import text_tokenizer
 from tokengrain.data.vision import folder_of
@@ -136,11 +136,9 @@ def check_storable(rows: Rows) -> None:
     for number, row in rows:
         for name, value in row.items():
             try:
-                json.dumps(value, ensure_ascii=False, default=str).encode()
-            except UnicodeEncodeError:
-                file, at = rows.place(number)
-                what, expected = "half of a surrogate pair, which a parquet file cannot hold", "valid Unicode text"
-                raise DataError(what, file=file, row=at, field=str(name), value=value, expected=expected) from None
+                check_encodable(json.dumps(value, ensure_ascii=False, default=str), str(name))
+            except RowError as error:
+                raise error.located(*rows.place(number)) from None
 
 
 def _originals(dataset: PairDataset, rows: Rows | None, config: TokenizeConfig | None) -> list[dict[str, Any]]:

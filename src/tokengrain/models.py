@@ -208,10 +208,8 @@ def from_files(kind: Any, what: str, spec: ModelSpec, path: str, *, fresh_head: 
     finally:
         log.removeFilter(_tied_as_saved)
     for name, saved, wanted in sorted(found["mismatched_keys"]):
-        what = (
-            f"the weights in {path} do not fit its config.json: {name} has shape {list(saved)}; expected {list(wanted)}"
-        )
-        raise ModelError(what)
+        shapes = f"{name} has shape {list(saved)}; expected {list(wanted)}"
+        raise ModelError(f"the weights in {path} do not fit its config.json: {shapes}")
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if fresh_head:
         missing = [name for name in missing if name.split(".")[0] not in HEADS]

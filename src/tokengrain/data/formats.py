@@ -426,7 +426,7 @@ def content(row: Mapping[str, Any], name: str) -> Content:
         raise RowError("missing column", "column is missing", field=name, expected=expected)
     value = row[name]
     if isinstance(value, str):
-        _check_encodable(value, name)
+        check_encodable(value, name)
         return value
     if isinstance(value, Mapping):  # one message
         value = [value]
@@ -481,7 +481,7 @@ def _message(value: Any, name: str, index: int) -> Message:
         message["content"] = parts if seen else "".join(part["text"] for part in parts if part is not None)
     elif not isinstance(text, str):
         raise bad(f"the content of {where} is of type {type(text).__name__}", "a string, or a list of parts", text)
-    _check_encodable(text_of(message), name)
+    check_encodable(text_of(message), name)
     return message
 
 
@@ -626,7 +626,8 @@ def _tool_call(call: Any, name: str) -> Any:
     return {**call, "function": function} if "function" in call else function
 
 
-def _check_encodable(text: str, name: str) -> None:
+def check_encodable(text: str, name: str) -> None:
+    """Raises `RowError` for half of a surrogate pair, which JSON may have and no file of text."""
     if text.isascii():
         return
     try:

@@ -320,10 +320,10 @@ CHOICE = re.compile(
     re.DOTALL,
 )
 SENTENCE = re.compile(rf"(?<=[^\s.])\.\s+(?=[A-Z$\\(])|,?\s+{REASON}")  # ends what is said to be the answer
-CLAUSE = re.compile(r",\s(?=(?:it|they|he|she|we|you|this|that|there)\b)")  # may do so too
+CLAUSE = re.compile(r",\s(?=(?:it|they|he|she|we|you|this|that|there)\b)")  # may end it too
 OTHERS = re.compile(r"(?:\b(?:and|or)\b|[,/&])\s*\(?[A-J]\b(?! is\b)|(?<!\w)\(?[A-J][).:\]]")
 BASE = re.compile(r"(-?[0-9A-Fa-f]+)(?:_\{?(\d+)\}?)?")
-UNREAD = re.compile(r"\d+(?:-\d+)+|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d{1,2}/\d{1,2}")  # ranges, dates, telephones
+NO_SUM = re.compile(r"\d+(?:-\d+)+|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d{1,2}/\d{1,2}")  # ranges, dates, telephone numbers
 RANGE = re.compile(r"(\d+)\s*(?:\\text\s*\{)?\s*(?:to|-)\s*\}?\s*(\d+)")
 RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
 CLOCK = re.compile(r"([\d.:]+)([ap]?)\.?m?\.?", re.IGNORECASE)
@@ -368,7 +368,7 @@ def same_text(gold: str, answer: str) -> bool | None:
     words = words_of(gold)
     if words is not None:
         return words == words_of(answer)
-    if UNREAD.fullmatch(one):
+    if NO_SUM.fullmatch(one):
         parts = [re.split(r"([-/])", text) for text in (one, RANGE.sub(r"\1-\2", other))]
         return len({tuple(part.strip().lstrip("0") for part in each) for each in parts}) == 1
     if RATIO.fullmatch(one):

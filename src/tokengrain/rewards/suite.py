@@ -124,7 +124,11 @@ class RewardFunction:
         self.function, self.name = function, str(next(filter(None, named)))
         own = {k: given[k] for k in keyword_types(RewardFunction)}
         checked = self.settings(self.name, own)
-        self.weight, self.timeout, self.error_value = checked["weight"], checked["timeout"], error_value or 0.0
+        self.weight, self.timeout, self.error_value = (
+            checked["weight"],
+            checked["timeout"],
+            checked["error_value"] or 0.0,
+        )
         self.on_error, self.on_none = checked["on_error"], checked["on_none"] or checked["on_error"]
         self.special_tokens, self.messages, self.evaluate_only = special_tokens, messages, evaluate_only
         if evaluate_only:

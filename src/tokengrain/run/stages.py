@@ -207,7 +207,7 @@ class Stage(ABC):
         """Raises `RolloutError` if the stage samples from a server that does not answer."""
 
     def check_golds(self) -> None:  # noqa: B027  # most kinds have none
-        """Raises `DataError` for a row whose right answer a reward cannot read."""
+        """Raises `DataError` for a row whose right answer a reward cannot read, or that does not name its task."""
 
     def check_rows(self, run: RunModels, settings: Mapping[str, Any]) -> None:
         """Tokenise the rows, with the tokenizer of the model that the stage's own will come from."""
@@ -415,7 +415,7 @@ class Annotate(Stage):
         super().check_rows(run, settings)
         for rows in self.rows() if self.data.stage is None else ():
             if rows is not None:
-                check_storable(rows)
+                check_storable(rows)  # before the models are trained that the credit asks
 
     def made(self, run: RunModels, user: Stage, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         """The annotated data sets, checked to belong to the stage that uses them."""

@@ -445,6 +445,7 @@ class OnlineConfig(PreferenceConfig):
         self.eval_sampling()
         self.ignore_data_skip = True  # a rollout under way is resumed from the checkpoint
         super().__post_init__()
+        # The number of processes is known only now.
         device, own = self.per_device_train_batch_size, type(self).__dataclass_fields__["per_device_train_batch_size"]
         what = f"per_device_train_batch_size is {device}, which nothing reads in online training; set "
         what += "prompts_per_rollout and minibatches, and max_tokens_per_microbatch for memory"
